@@ -14,7 +14,7 @@ from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 OURS = {field.name for field in dataclasses.fields(peft.PeftConfig)} | {
-    *("fan_in_fan_out", "layers_pattern", "token_dim", "num_transformer_submodules", "num_attention_heads"),
+    *("fan_in_fan_out", "token_dim", "num_transformer_submodules", "num_attention_heads"),
     *("num_layers", "tokenizer_name_or_path", "tokenizer_kwargs"),
 }
 """Fields that llmtune fills in by itself, from the model, or that its own keys are made of."""

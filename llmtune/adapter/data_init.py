@@ -52,10 +52,11 @@ def sample_rows(examples: Examples, task: TaskInterface, selected: SelectedModel
     reader, collate = ExampleReader(examples, "train"), task.collator(selected.processor, recipe, selected.packs)
     rows = [len(reader) * i // SAMPLED for i in range(SAMPLED)] if len(reader) > SAMPLED else [*range(len(reader))]
     dtype, device = resolve_dtype(recipe.model.dtype, selected.model.device.type), selected.model.device
+    at_once = 1 if recipe.adapter.init_lora_weights == "corda" else AT_ONCE  # PEFT's CorDA reads row by row
 
     def batches() -> Iterator[Batch]:
-        for start in range(0, len(rows), AT_ONCE):
-            yield move_to(device, collate([reader[row] for row in rows[start : start + AT_ONCE]], 0))
+        for start in range(0, len(rows), at_once):
+            yield move_to(device, collate([reader[row] for row in rows[start : start + at_once]], 0))
 
     def loss(model: torch.nn.Module, batch: Batch) -> Loss:
         with compute_context(dtype, device.type):

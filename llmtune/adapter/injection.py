@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,12 +168,26 @@ def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
         model = _new_adapter(selected, recipe, console, sample)
     for parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
-    if note := prove_wiring(model, selected, recipe, before):
+    with _explained_targets(recipe.adapter):
+        note = prove_wiring(model, selected, recipe, before)
+    if note:
         console.print(note, highlight=False)
     if not recipe.adapter.is_prompt:
         _check_reload(model)
     fuse_products(model)
     return wrap(selected, model, recipe.adapter.method)
+
+
+@contextmanager
+def _explained_targets(adapter: AdapterSection) -> Iterator[None]:
+    """Raise RecipeError for modules that are named, and that the model reads more from than PEFT's layer has."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError) as error:
+        if adapter.target_modules == "all-linear":
+            raise
+        what = f"the model does not run with this adapter: {first_line(error)}"
+        raise RecipeError.of(what, "adapter.target_modules", _OTHER) from error
 
 
 def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, sample: RowSample | None) -> PeftModel:
@@ -189,9 +204,9 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
     problems += find_unmatched_parameters(selected.model, adapter.options.get("target_parameters", ()))
     tokens = _find_added_tokens(selected, recipe)
     RecipeError.collect([*problems, *_find_token_conflicts(selected.model, tokens or {}, targets, whole)])
-    config = make_config(selected, adapter, targets, whole, tokens)
     torch.manual_seed(recipe.seed)
     try:
+        config = make_config(selected, adapter, targets, whole, tokens)
         if isinstance(config, LoraConfig):
             prepare_start(selected.model, config, sample)
         model = wrap_model(selected.model, config)
@@ -205,16 +220,16 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
         keep_start(model)
     if not trainable_parameters(model):
         raise RecipeError.of(f"{adapter.method} finds no module here that it can adapt", "adapter", _OTHER)
-    _tell_experts(model, targets, adapter, console)
-    _tell_untied(model, console)
+    _show_experts(model, targets, adapter, console)
+    _show_untied(model, console)
     return model
 
 
-def _tell_untied(model: PeftModel, console: Console) -> None:
+def _show_untied(model: PeftModel, console: Console) -> None:
     """Say that embedding and head, which shared a weight, are two from now on, since one of them is adapted."""
     inner = model.get_base_model()
     tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
-    if not tied or inner.main_input_name == "input_values":
+    if not tied or inner.main_input_name == "input_values" or inner.get_output_embeddings() is None:
         return
     layers = {"embedding": inner.get_input_embeddings(), "head": inner.get_output_embeddings()}
     adapted = [name for name, layer in layers.items() if isinstance(layer, LoraLayer | ModulesToSaveWrapper)]
@@ -223,7 +238,7 @@ def _tell_untied(model: PeftModel, console: Console) -> None:
         console.print(f"{what} (trained: {', '.join(adapted)}), and a merged model is larger by one of them.")
 
 
-def _tell_experts(model: PeftModel, targets: Sequence[str], adapter: AdapterSection, console: Console) -> None:
+def _show_experts(model: PeftModel, targets: Sequence[str], adapter: AdapterSection, console: Console) -> None:
     """Say what becomes of a mixture of experts whose weights are one tensor for all, where the recipe does not."""
     experts = expert_parameters(model)
     if not experts or adapter.target_modules != "all-linear" or "target_parameters" in adapter.options:
@@ -248,9 +263,10 @@ def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
     """
     names = list(adapter.modules_to_save or ())
     if selected.trains_head:
-        heads = head_names(selected.model)
+        heads, every = head_names(selected.model), [name for name, _ in selected.model.named_modules()]
+        stated = [name for entry in names for name in ends_with(every, entry)]
         fresh = {name.rpartition(".")[0] for name in selected.new_weights if not in_heads(name, heads)}
-        names += [name for name in (*heads, *sorted(fresh)) if name not in names]
+        names += [name for name in (*heads, *sorted(fresh)) if not in_heads(name, stated)]
     return names
 
 
@@ -317,12 +333,11 @@ def _check_reload(model: PeftModel) -> None:
     """
     result = set_peft_model_state_dict(model, get_peft_model_state_dict(model, save_embedding_layers=False))
     if result.unexpected_keys:
-        raise RecipeError.of(
-            f"PEFT would not read {len(result.unexpected_keys)} of the adapter's weights again: it takes one for "
-            f"{result.unexpected_keys[0]}",
-            "adapter.target_modules",
-            "Exclude the modules of that name with adapter.exclude_modules.",
-        )
+        what = f"PEFT would not read {len(result.unexpected_keys)} of the adapter's weights again"
+        where, fix = "adapter.target_modules", "Exclude the modules of that name with adapter.exclude_modules."
+        if getattr(model.peft_config["default"], "bias", "none") == "all":
+            where, fix = "adapter.bias", "Modules that are trained whole keep their biases; use lora_only, or none."
+        raise RecipeError.of(f"{what}: it takes one for {result.unexpected_keys[0]}", where, fix)
 
 
 def _find_token_conflicts(

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from llmtune.adapter.fused_lora import fuse_products
 from llmtune.adapter.peft_config import find_targets
-from llmtune.adapter.target_modules import are_transposed, ends_with
+from llmtune.adapter.target_modules import PATTERN_SECONDS, are_transposed, ends_with
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.chunked_cross_entropy import remove_head_loss
 from llmtune.model.config import UNREADABLE, readable
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from llmtune.recipe.adapter_section import AdapterSection
     from llmtune.recipe.schema import Recipe
 
-PATTERN_SECONDS = 2.0
 MAX_RANK = 2**14
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
@@ -215,6 +214,7 @@ def wrap_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         # PEFT sets patterns for fused experts by itself, and looks for them among modules alone.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         warnings.filterwarnings("ignore", "lora with eva initialization", UserWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # we say what follows
         return cast(PeftModel, get_peft_model(model, config))
 
 

@@ -19,6 +19,7 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.config import first_line
 from llmtune.model.experts import unpacked_experts
 from llmtune.model.library_logging import unreported
+from llmtune.model.oom import is_out_of_memory
 from llmtune.model.quantized_base import unpack
 from llmtune.recipe.peft_options import UNMERGEABLE
 from llmtune.records import AdaptedModel, SelectedModel
@@ -48,7 +49,9 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
     _untie_adapted_embedding(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         if "NaN" not in str(error):
             raise RecipeError.of(f"PEFT cannot merge this adapter: {first_line(error)}", "adapter", _SERVE) from error
         raise EnvironmentProblem.of(

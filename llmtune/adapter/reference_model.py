@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
-from llmtune.adapter.wiring_check import OFF
+from llmtune.adapter.wiring_check import SWITCHES_OFF
 
 KEPT = "weights_before_training"
 """On a model whose reference is not just its adapter switched off: what its trainable weights were, by name."""
@@ -21,7 +21,7 @@ def switches_off(model: torch.nn.Module) -> bool:
 
     It is not where biases are trained, nor where the adapter took a part of the base weights (PiSSA, OLoRA).
     """
-    if not isinstance(model, PeftModel) or hasattr(model, "start_weights") or not getattr(model, OFF, True):
+    if not isinstance(model, PeftModel) or hasattr(model, "start_weights") or not getattr(model, SWITCHES_OFF, True):
         return False
     return all(getattr(config, "bias", "none") == "none" for config in model.peft_config.values())
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
 PATTERN_SECONDS = 2.0
+"""How long an expression may take over a model's names."""
 _LAYER = re.compile(r"(?:^|.*?\.)[^.]*\.(\d+)\.")
 """The first number between dots: the layer, where experts inside it have numbers too."""
 
@@ -58,7 +59,7 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     if adapter.layers_to_transform is not None:
         targets, more = _keep_layers(targets, adapter.layers_to_transform)
         problems += more
-    problems += _check_patterns(adapter, targets)
+    problems += [*_check_patterns(adapter, targets), *_check_bias(model, adapter, targets)]
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _writes(model):
         problems += [
             Problem(
@@ -151,7 +152,9 @@ def _match(
                 found = [name for name in names if re.fullmatch(patterns, name)]
         except (re.error, LimitExceeded) as error:
             return [], [Problem(f"{patterns!r} cannot be matched as a regular expression: {error}", key)]
-        return found, [] if found else [_no_match(patterns, key, known)]
+        what = f"{patterns!r} matches the whole name of no module"
+        fix = f"For name endings write a list: [{patterns}]. {_list_linears(known)}"
+        return found, [] if found else [Problem(what, key, fix)]
     matched = {entry: ends_with(names, entry) for entry in patterns}
     hits = {name for found in matched.values() for name in found}
     return [name for name in names if name in hits], [
@@ -196,6 +199,17 @@ def _check_patterns(adapter: AdapterSection, targets: Sequence[str]) -> list[Pro
             if not matches:
                 problems.append(_no_match(pattern, f"adapter.{key}.{pattern}", targets))
     return problems
+
+
+def _check_bias(model: torch.nn.Module, adapter: AdapterSection, targets: Sequence[str]) -> list[Problem]:
+    """Find that there are no biases to train; PEFT takes every weight with `bias` in its name for one."""
+    if adapter.bias == "none":
+        return []
+    every = [name.rpartition(".")[0] for name, _ in model.named_parameters() if "bias" in name]
+    if {*every} & {*targets} if adapter.bias.endswith("_only") else every:
+        return []
+    where = "none of the modules that get an adapter has a bias" if every else "this model has no biases"
+    return [Problem(f"{adapter.bias!r} has no effect: {where}", "adapter.bias", "Omit it.")]
 
 
 def _ends_with_pattern(pattern: str, name: str) -> bool:

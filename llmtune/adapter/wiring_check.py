@@ -28,8 +28,8 @@ _PROBE_SAMPLES = 8000
 """Half a second at the rate of speech models."""
 
 
-OFF = "base_when_switched_off"
-"""Set on a model whose method was tried: whether it is its base when the adapter is switched off."""
+SWITCHES_OFF = "switches_off"
+"""Attribute of a model whose method was tried: whether it is its base when the adapter is switched off."""
 _SAME = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """How far scores may be apart by rounding alone, of themselves and beside."""
 
@@ -89,13 +89,13 @@ def prove_wiring(
         raise RecipeError(_describe_dead(dead))
     if before is None or start is None:
         return None
-    setattr(model, OFF, torch.allclose(off, before, rtol=_SAME[dtype], atol=_SAME[dtype]))
+    setattr(model, SWITCHES_OFF, torch.allclose(off, before, rtol=_SAME[dtype], atol=_SAME[dtype]))
     notes = (
         []
         if torch.allclose(start, before, rtol=_SAME[dtype], atol=_SAME[dtype])
         else ["does not start as the base model"]
     )
-    notes += [] if getattr(model, OFF) else ["changes the base model even when it is switched off"]
+    notes += [] if getattr(model, SWITCHES_OFF) else ["changes the base model even when it is switched off"]
     return f"The adapter {' and '.join(notes)}: that is how {recipe.adapter.method} works." if notes else None
 
 

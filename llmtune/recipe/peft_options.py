@@ -35,6 +35,9 @@ UNMERGEABLE = {
 REFUSED_OPTIONS = {
     "arrow_config": "it routes between adapters that are trained already",
     "loftq_config": "LoftQ replaces the base's weights by rounded ones that are in no file",
+    "layers_pattern": "layers_to_transform finds the layers by itself",
+    "use_qalora": "PEFT has it for bases of GPTQ alone, and cannot merge it there",
+    "qalora_group_size": "it belongs to use_qalora, which is not taken",
     "layer_replication": "the model would have other layers than its files",
     "megatron_config": "models of Megatron are not read",
     "megatron_core": "models of Megatron are not read",

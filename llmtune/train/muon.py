@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for all else, as one optimiser with one state."""
+"""Muon for the matrices of layers, AdamW for all else, as one optimiser with one state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
-        """Take groups; what has two dimensions goes to Muon, whatever else is in its group.
+        """Take groups; what has two dimensions goes to Muon, unless its group says `muon: False`.
 
         Raises EnvironmentProblem for a torch before 2.9.
         """
@@ -26,7 +26,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
             what = f"torch {torch.__version__} has no Muon"
             raise EnvironmentProblem.of(what, "train.optim", "pip install 'torch>=2.9', or set it to adamw_torch.")
         parts = (
-            {**group, "params": [one for one in group["params"] if (one.ndim == 2) is matrix]}
+            {
+                **group,
+                "params": [one for one in group["params"] if (one.ndim == 2 and group.get("muon", True)) is matrix],
+                "muon": matrix,
+            }
             for group in groups
             for matrix in (True, False)
         )
@@ -47,7 +51,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def _split(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         whole: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         for group in self.param_groups:
-            whole[any(parameter.ndim != 2 for parameter in group["params"])].append(group)
+            whole[not group["muon"]].append(group)
         return whole
 
     def _share(self) -> None:

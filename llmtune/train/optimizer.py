@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.config import head_names, in_heads
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
@@ -61,13 +63,25 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device
         low_rank: torch.optim.Optimizer = optimizer_class(weight_decay=train.weight_decay, **options)
         return low_rank
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
+    apart = _find_tables(model) if train.optim == "muon" else set()
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in trainable if p.ndim >= 2 and id(p) not in apart], "weight_decay": train.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if apart:
+        tables = [p for p in trainable if p.ndim >= 2 and id(p) in apart]
+        groups.append({"params": tables, "weight_decay": train.weight_decay, "muon": False})
     optimizer: torch.optim.Optimizer = optimizer_class([group for group in groups if group["params"]], **options)
     set_mode(optimizer, "train")
     return optimizer
+
+
+def _find_tables(model: torch.nn.Module) -> set[int]:
+    """Return the ids of the weights of embeddings and heads, which Muon is not for."""
+    inner = unwrap(model)
+    heads = head_names(inner)
+    weights = [p for module in inner.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()]
+    return {id(p) for p in [*weights, *(p for name, p in inner.named_parameters() if in_heads(name, heads))]}
 
 
 def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.adapting import documents, logits, open_model, packed, quiet, recipe_with
-from support.families import build_bert
+from support.families import build_bert, build_whisper
 from support.pairs import gradient, recipe_of, start_training
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +13,11 @@ from llmtune.errors import RecipeError
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.device import compute_context
 from llmtune.model.library_logging import hushed
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.report.number_format import size
+from llmtune.session import Options
 
 QUESTIONS = [
     {"question": f"Which colour has the {thing}?", "context": f"The {thing} is {colour}.", "answer": colour}
@@ -178,7 +182,6 @@ def test_an_embedding_cannot_be_trained_as_a_whole_and_in_the_rows_of_added_toke
     assert caught.value.problems[0].where == f"adapter.{where}"
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's
 @pytest.mark.parametrize(
     ("adapter", "trained"),
     [
@@ -207,3 +210,21 @@ def test_questions_and_contexts_are_told_apart_whatever_the_method(tmp_path):
         path = recipe_of(tmp_path / method, model, QUESTIONS, "qa", adapter={"method": method}, **QA)
         losses[method] = gradient(start_training(path, tmp_path / method / "run"), 512)[0]
     assert losses["lora"] == pytest.approx(losses["full"], rel=1e-6)
+
+
+def test_a_part_of_a_classifier_s_body_is_trained_whole_and_its_embedding_is_tied_to_no_head(tmp_path, console):
+    rows = [{"text": row["context"], "label": row["answer"]} for row in QUESTIONS] * 2
+    adapter = {"modules_to_save": ["pooler"], "target_modules": ["query", "word_embeddings"]}
+    sections = {"adapter": adapter, "generation": {"max_new_tokens": None}, "data": {"deduplicate": "none"}}
+    recipe = recipe_of(tmp_path, build_bert(tmp_path / "model"), rows, "classify", **sections)
+    run_pipeline(load_recipe(str(recipe)), Options(out=tmp_path / "run", until="adapt"), console)
+    said = console.file.getvalue()
+    assert "query × 2" in said
+    assert "share one weight" not in said
+
+
+def test_a_model_that_does_not_run_with_an_adapter_on_what_was_named_is_no_traceback(tmp_path):
+    recipe = recipe_with(build_whisper(tmp_path), adapter={"target_modules": ["conv1"]}).model_dump()
+    recipe = Recipe.model_validate({**recipe, "task": "speech", "speech": {"window_seconds": 2, "language": "fr"}})
+    with pytest.raises(RecipeError, match="the model does not run with this adapter: 'Conv1d' object has no attribute"):
+        inject(open_model(recipe), recipe, quiet())

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmtune.adapter.merging import merge
 from llmtune.adapter.saving import load_adapter, save_adapter
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, RecipeError
 
 METHODS = [
     {},
@@ -21,10 +21,11 @@ METHODS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT, of the embedding
 @pytest.mark.parametrize("options", METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_merged_model_is_plain_and_gives_the_same_logits(tiny_llama, tiny_gpt2, tmp_path, family, options):
+    if family == "llama" and "bias" in options:
+        pytest.skip("it has no biases")
     folder = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]
     renamed = {"embed_tokens": "wte", "q_proj": "c_attn"} if family == "gpt2" else {}
     named = {key: [renamed.get(name, name) for name in names] for key, names in options.items() if type(names) is list}
@@ -36,6 +37,12 @@ def test_a_merged_model_is_plain_and_gives_the_same_logits(tiny_llama, tiny_gpt2
     merged.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(plain), wanted, atol=2e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'.*invalid shape")  # PEFT's
+def test_what_peft_cannot_merge_is_refused_in_its_words(tiny_llama):
+    with pytest.raises(RecipeError, match=r"PEFT cannot merge this adapter: .*the base layer has no bias"):
+        merge(train_a_little(tiny_llama, lora_bias=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

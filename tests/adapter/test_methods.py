@@ -92,6 +92,8 @@ def other_value(option):
         (["method=oft", "bias=lora_only"], "Allowed: none, all, oft_only"),
         (["method=full", "mini_r=2"], "it is an option of miss"),
         (["layer_replication=[[0, 1]]"], "the model would have other layers than its files"),
+        (["layers_pattern=layers"], "layers_to_transform finds the layers by itself"),
+        (["use_qalora=true"], "PEFT has it for bases of GPTQ alone"),
         (["ensure_weight_tying=true"], "PEFT 0.21 can neither save nor merge such an adapter"),
         (["eva_config={taw: 1}"], "'eva_config.taw' is unknown"),
         (["method=trainable_tokens"], "no token is named"),
@@ -105,9 +107,16 @@ def test_what_a_method_does_not_take_is_told_with_what_it_takes(recipe_file, set
     assert said in str(caught.value)
 
 
-def test_sizes_that_do_not_divide_are_peft_s_words_and_no_traceback(tiny_llama):
-    recipe = recipe_with(tiny_llama, adapter={"method": "c3a", "block_size": 100})
-    with pytest.raises(RecipeError, match=r"PEFT refuses this adapter: .*block size"):
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"method": "c3a", "block_size": 100}, "block size"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias=True is not supported for DoRA"),
+    ],
+)
+def test_what_peft_refuses_is_told_in_its_words_and_no_traceback(tiny_llama, adapter, said):
+    recipe = recipe_with(tiny_llama, adapter=adapter)
+    with pytest.raises(RecipeError, match=f"PEFT refuses this adapter: .*{said}"):
         inject(open_model(recipe), recipe, quiet())
 
 

@@ -178,6 +178,6 @@ def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console
     ],
 )
 def test_an_adapter_that_llama_cpp_has_no_place_for_is_refused_by_what_it_has(tune, tmp_path, console, adapter, said):
-    model = build_family("llama", tmp_path / "model")
+    model = build_family("qwen2", tmp_path / "model")
     with pytest.raises(RecipeError, match=said):
         export_gguf(tune(model, adapter=adapter), tmp_path / "lora", console, adapter_only=True)

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 from support.adapting import documents, open_model, padded, recipe_with
-from support.training import make_recipe, run_training, write_examples
+from support.models import build_llama
+from support.training import adapt, make_recipe, run_training, write_examples
 from transformers.integrations.neftune import activate_neftune
 
 from llmtune.errors import RecipeError
@@ -59,6 +60,18 @@ def test_muon_updates_each_matrix_though_a_convolution_is_among_the_weights(tmp_
     model = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3), torch.nn.Linear(8, 8))
     optimizer = build_optimizer(model, make_recipe(tmp_path, tiny_llama, train={"optim": "muon"}), torch.device("cpu"))
     assert [one for group in optimizer.muon.param_groups for one in group["params"]] == [model[1].weight]
+
+
+def test_muon_leaves_embeddings_and_heads_to_adamw(tmp_path):
+    folder = build_llama(tmp_path / "model", tie_word_embeddings=False)
+    recipe = make_recipe(tmp_path, folder, train={"optim": "muon"}, adapter={"method": "full"})
+    model = adapt(recipe).model
+    optimizer = build_optimizer(model, recipe, torch.device("cpu"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices = {names[id(one)] for group in optimizer.muon.param_groups for one in group["params"]}
+    others = {names[id(one)] for group in optimizer.adamw.param_groups for one in group["params"]}
+    assert {name for name in matrices | others if "proj" in name} == matrices
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < others
 
 
 SCHEDULE_FREE = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant_with_warmup"}

@@ -3,6 +3,7 @@ import typing
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from support.models import build_llama
 from support.training import adapt, make_recipe
 
 from llmtune.errors import EnvironmentProblem, RecipeError
@@ -79,14 +80,13 @@ def test_an_adam_of_torch_is_the_one_that_transformers_would_take(name, recipe):
     assert {key: optimizer.param_groups[0][key] for key in options} == options
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT, of an adapted embedding
 @pytest.mark.parametrize(
     "adapter", [{}, {"bias": "lora_only"}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
 )
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
-def test_lora_plus_groups_are_those_of_peft(tmp_path, tiny_llama, adapter, optim):
+def test_lora_plus_groups_are_those_of_peft(tmp_path, adapter, optim):
     train = {"loraplus_lr_ratio": 8.0, "learning_rate": 1e-3, "weight_decay": 0.5, "optim": optim}
-    recipe = make_recipe(tmp_path, tiny_llama, adapter=adapter, train=train)
+    recipe = make_recipe(tmp_path, build_llama(tmp_path / "model", attention_bias=True), adapter=adapter, train=train)
     model = adapt(recipe).model
     groups = build_optimizer(model, recipe, CPU).param_groups
     settings = {"loraplus_lr_ratio": 8.0, "loraplus_weight_decay": 0.5, "loraplus_lr_embedding": 1e-3}
