@@ -145,7 +145,8 @@ def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel
     packed = [module for module in model.modules() if is_quantized(module) and not [*module.parameters(recurse=False)]]
     total += sum(math.prod(linear_shape(module) or ()) for module in packed)  # GPTQ and AWQ keep them as buffers
     saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
-    matched = tuple(getattr(model.base_model, "targeted_module_names", ()))
+    kinds = ("targeted_module_names", "targeted_parameter_names")  # the latter are fused experts
+    matched = tuple(name for kind in kinds for name in getattr(model.base_model, kind, ()))
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved)
     return AdaptedModel(selected, model, method, trainable, total, matched, size)
 
@@ -161,6 +162,7 @@ def wrap_full(selected: SelectedModel) -> AdaptedModel:
 
 def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console, sample: RowSample | None) -> AdaptedModel:
     selected.model.requires_grad_(False)
+    RecipeError.collect(_find_unknown_tokens(selected, recipe.adapter))
     before = None if recipe.adapter.is_lora else probe_scores(selected.model, selected, recipe)
     if recipe.adapter.start_from is not None:
         model = continue_adapter(selected, recipe, Path(recipe.adapter.start_from), console)
@@ -241,7 +243,7 @@ def _show_untied(model: PeftModel, console: Console) -> None:
 def _show_experts(model: PeftModel, targets: Sequence[str], adapter: AdapterSection, console: Console) -> None:
     """Say what becomes of a mixture of experts whose weights are one tensor for all, where the recipe does not."""
     experts = expert_parameters(model)
-    if not experts or adapter.target_modules != "all-linear" or "target_parameters" in adapter.options:
+    if not experts or adapter.is_prompt:
         return
     if moved := sorted(set(targets) - set(model.targeted_module_names)):
         onto = ", ".join(getattr(model.peft_config["default"], "target_parameters", None) or ())
@@ -249,6 +251,8 @@ def _show_experts(model: PeftModel, targets: Sequence[str], adapter: AdapterSect
             f"PEFT puts the adapters of {len(moved)} modules, {moved[0]} for one, on the fused experts instead: {onto}"
         )
         console.print(f"{what}. That is how it reads such names.", highlight=False, markup=False)
+        return
+    if adapter.target_modules != "all-linear" or "target_parameters" in adapter.options:
         return
     share = sum(shape.numel() for shape in experts.values()) / model.get_base_model().num_parameters()
     how = f"set adapter.target_parameters: [{', '.join(group_by_ending(experts))}]" if adapter.is_lora else "use lora"
@@ -324,6 +328,20 @@ def _find_added_tokens(selected: SelectedModel, recipe: Recipe) -> dict[str, lis
     if not getattr(model.config, "tie_word_embeddings", False):
         layers.append(model.get_output_embeddings())
     return {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def _find_unknown_tokens(selected: SelectedModel, adapter: AdapterSection) -> Iterator[Problem]:
+    """Find ids that are none of the model's, before a probe reads them, and activation in what is no causal decoder."""
+    if "alora_invocation_tokens" in adapter.options and selected.peft_task_type != "CAUSAL_LM":
+        what = "the adapter would begin in a text that a decoder goes on from, which this model does not read"
+        yield Problem(what, "adapter.alora_invocation_tokens", "Omit it.")
+    elif selected.model.main_input_name != "input_values":  # those that read waves have no embedding
+        size = selected.model.get_input_embeddings().weight.shape[0]
+        for key in ("alora_invocation_tokens", "token_indices"):
+            for token in adapter.options.get(key, ()):
+                if type(token) is not int or not 0 <= token < size:
+                    what = f"{token!r} is no token's number: this model has those from 0 to {size - 1:,}"
+                    yield Problem(what, f"adapter.{key}", "Name numbers of the tokenizer's vocabulary.")
 
 
 def _check_reload(model: PeftModel) -> None:

@@ -7,7 +7,6 @@ import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, PeftType
@@ -16,7 +15,6 @@ from transformers import PreTrainedModel
 from llmtune.adapter.target_modules import are_transposed, shorten
 from llmtune.adapter.wiring_check import find_reached_targets
 from llmtune.errors import RecipeError
-from llmtune.model.config import head_names, in_heads
 from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.peft_options import options_of
 from llmtune.records import SelectedModel
@@ -33,8 +31,6 @@ def find_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], li
         return [], []
     if adapter.method == "trainable_tokens" and adapter.target_modules == "all-linear":
         return _find_embedding(selected.model), []
-    if adapter.method == "ln_tuning" and adapter.target_modules == "all-linear":
-        return _find_norms(selected.model), []
     return find_reached_targets(selected, recipe)
 
 
@@ -53,12 +49,6 @@ def _find_embedding(model: PreTrainedModel) -> list[str]:
         raise RecipeError.of("a model that reads waves has no tokens to train", "adapter.method", "Use lora.")
     embedding = model.get_input_embeddings()
     return [name for name, module in model.named_modules() if module is embedding]
-
-
-def _find_norms(model: torch.nn.Module) -> list[str]:
-    heads = head_names(model)
-    norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
-    return [name for name in norms if not in_heads(name, heads) and [*model.get_submodule(name).parameters()]]
 
 
 def make_config(

@@ -31,16 +31,18 @@ _LAYER = re.compile(r"(?:^|.*?\.)[^.]*\.(\d+)\.")
 def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str]:
     """Return the full names of all modules that get an adapter, in the model's order.
 
-    `all-linear` stands for every linear module that PEFT can adapt, but the heads; a text is a regular expression over
-    whole names; a list holds name endings. `exclude_modules`, `modules_to_save` and `layers_to_transform` take names
-    away.
+    `all-linear` stands for every linear module that PEFT can adapt, but the heads (with `ln_tuning` every norm); a text
+    is a regular expression over whole names; a list holds name endings. `exclude_modules`, `modules_to_save` and
+    `layers_to_transform` take names away.
 
     Raises RecipeError that lists every entry which matches nothing, with the linear modules that there are.
     """
+    heads = set(head_names(model))
     linears = list(linear_shapes(model))
     known = set(linears)
     names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE) or name in known]
-    heads = set(head_names(model))
+    if adapter.method == "ln_tuning":
+        names = linears = _find_norms(model)
     patterns = adapter.target_modules
     problems: list[Problem] = []
     if patterns == "all-linear":
@@ -77,6 +79,11 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
             "no module is left for the adapter", "adapter", f"{_list_linears(linears)} Exclude fewer of them."
         )
     return kept
+
+
+def _find_norms(model: torch.nn.Module) -> list[str]:
+    norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
+    return [name for name in norms if [*model.get_submodule(name).parameters()]]
 
 
 def find_unmatched_parameters(model: torch.nn.Module, patterns: Sequence[str]) -> list[Problem]:

@@ -112,7 +112,7 @@ def _refuse_dead_base(scores: torch.Tensor, selected: SelectedModel) -> None:
 def find_reached_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], list[str]]:
     """Return the modules that get an adapter, and those that `all-linear` leaves out because no input reaches them."""
     names = resolve_targets(selected.model, recipe.adapter)
-    if recipe.adapter.target_modules != "all-linear":
+    if recipe.adapter.target_modules != "all-linear" or recipe.adapter.method == "ln_tuning":
         return names, []
     reached = _find_reached(selected, recipe, names)
     if not reached:

@@ -10,6 +10,8 @@ from pydantic import ConfigDict, Field, Tag
 from llmtune.errors import nearest
 from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.peft_options import (
+    NEEDED,
+    OWN_TARGETS,
     PROMPT_METHODS,
     REFUSED_METHODS,
     UNMERGEABLE,
@@ -176,6 +178,13 @@ class AdapterSection(Section):
             if name in known:
                 for what, fix in find_misfits(name, value, known[name]):
                     diagnostics.add(key, f"adapter.method: {self.method}: {what}", fix, "adapter.method")
+                needed, wanted = NEEDED.get(name, ("", None))
+                if needed in known and (now := getattr(self, needed, known[needed]["default"])) != wanted:
+                    why, fix = (
+                        f"with adapter.{needed}: {_written(now)}",
+                        f"Set that to {_written(wanted)}, or remove this.",
+                    )
+                    diagnostics.no_effect(key, why, fix, f"adapter.{needed}")
             elif others := readers_of(name):
                 what = f"'{key}' has no effect with adapter.method: {self.method}: it is an option of"
                 fix = f"{nearest(name, list(known))} Options of {self.method}: {', '.join(known) or 'none'}.".strip()
@@ -194,6 +203,10 @@ class AdapterSection(Section):
         elif add_tokens and self.method != "trainable_tokens":
             what = f"'model.add_tokens' has no effect with {key}: {self.method}, which trains no embedding"
             diagnostics.add("model.add_tokens", what, "Use lora, qlora, trainable_tokens or full.", key)
+        if self.method in OWN_TARGETS and self.target_modules == "all-linear":
+            why = f"with {key}: {self.method}, which goes on modules of its own choice"
+            names = ("exclude_modules", "layers_to_transform")
+            diagnostics.none_has_effect(self, "adapter", names, why, "Name modules as adapter.target_modules.", key)
         tasks = ("chat", "completion", "translate", "summarize", "qa")
         if self.is_prompt and (variant.is_masked or variant.is_extractive or variant.task not in tasks):
             what = (
@@ -234,11 +247,6 @@ class AdapterSection(Section):
             what = f"'adapter.bias' is '{self.bias}', which belongs to another method"
             diagnostics.add("adapter.bias", what, "Allowed: none, all, lora_only.", "adapter.method")
 
-        readers = {"eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
-        for name in [name for name, reader in readers.items() if name in self.options and reader != start]:
-            why, fix = f"with adapter.init_lora_weights: {start}", f"Set it to {readers[name]}, or remove this."
-            diagnostics.no_effect(f"adapter.{name}", why, fix, "adapter.init_lora_weights")
-
     def _check_patterns(self, diagnostics: Diagnostics) -> None:
         for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
@@ -248,6 +256,11 @@ class AdapterSection(Section):
                 except (re.error, OverflowError, RecursionError) as error:
                     what = f"'adapter.{name}' has {pattern!r}, which is not a regular expression: {error}"
                     diagnostics.add(f"adapter.{name}", what, "For a name ending, write a list: [q_proj].")
+
+
+def _written(value: object) -> str:
+    """Return an option's value as a recipe has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 LORA_KEYS = tuple(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 from llmtune.errors import nearest
 
@@ -15,6 +15,8 @@ Option = Mapping[str, Any]
 
 PROMPT_METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 """They put trained vectors before a text, and change no layer."""
+OWN_TARGETS = ("ia3", "trainable_tokens", "adaption_prompt")
+"""Where no module is named, PEFT's table or the method itself says which they are."""
 REFUSED_METHODS = {
     "adalora": "it takes ranks away by a rule of its own at each step, whose state no checkpoint holds",
     "cartridge": "its vectors are distilled from a long text, not learned from rows",
@@ -50,6 +52,20 @@ REFUSED_OPTIONS = {
     "use_asa": "subspaces would be chosen by a rule at each step, whose state no checkpoint holds",
 }
 """Options of PEFT that are not taken, each with the reason."""
+NEEDED = {
+    "mini_r": ("init_weights", "mini"),
+    "eps": ("coft", True),
+    **dict.fromkeys(("num_cayley_neumann_terms", "cayley_neumann_eps"), ("use_cayley_neumann", True)),
+    "psoft_svd_lowrank_niter": ("psoft_svd", "lowrank"),
+    "svd_threshold": ("use_dynamic_rank", True),
+    **dict.fromkeys(("asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"), ("use_asa", True)),
+    **dict.fromkeys(("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"), ("use_asa", True)),
+    "prompt_tuning_init_text": ("prompt_tuning_init", "TEXT"),
+    "encoder_hidden_size": ("prefix_projection", True),
+    **dict.fromkeys(("encoder_num_layers", "encoder_dropout"), ("encoder_reparameterization_type", "LSTM")),
+    **{f"{start}_config": ("init_lora_weights", start) for start in ("eva", "corda", "lora_ga")},
+}
+"""Options that PEFT reads only where another, if the method has it, has a certain value."""
 _RATES = {
     "full": 0.1,
     "miss": 0.3,
@@ -114,6 +130,8 @@ def find_misfits(name: str, value: object, option: Option) -> Iterator[tuple[str
         yield f"'{name}' is {value!r}", f"It must be {words}."
     elif choices and isinstance(value, str) and value not in choices:
         yield f"'{name}' is {value!r}", f"{nearest(value, choices)} Allowed: {', '.join(map(str, choices))}.".strip()
+    elif allowed == ["int"] and cast(int, value) < 1 and "seed" not in name and option["default"] not in (0, -1):
+        yield f"'{name}' is {value}", "It must be at least 1."
     elif isinstance(value, dict) and "options" in option:
         known = option["options"]
         for key, inner in value.items():

@@ -74,6 +74,7 @@ def test_experts_are_adapted_and_plain_peft_gives_the_same(moe, family, tmp_path
     with adapted.model.disable_adapter():
         assert (logits(adapted.model) - tuned).abs().max() > 0.01
     assert describe(adapted)["share_under_adapter"] > 0.4
+    assert {**describe(adapted)["targets"], "gate_up_proj": 2, "down_proj": 2} == describe(adapted)["targets"]
     save_adapter(adapted, tmp_path)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moe(family)), tmp_path)
     torch.testing.assert_close(logits(plain.eval()), tuned, atol=1e-4, rtol=1e-4)

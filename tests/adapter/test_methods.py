@@ -34,7 +34,8 @@ def test_the_table_of_methods_is_that_of_the_installed_peft(monkeypatch):
 
 def test_a_recipe_is_checked_without_peft(recipe_file):
     before = set(sys.modules)
-    load_recipe(recipe_file, ["adapter.method=miss", "adapter.r=null", "adapter.lora_alpha=null", "adapter.mini_r=2"])
+    sets = ["method=miss", "r=null", "lora_alpha=null", "init_weights=mini", "mini_r=2"]
+    load_recipe(recipe_file, [f"adapter.{one}" for one in sets])
     assert not {"peft", "torch"} & (set(sys.modules) - before)
 
 
@@ -92,6 +93,12 @@ def other_value(option):
         (["method=oft", "bias=lora_only"], "Allowed: none, all, oft_only"),
         (["method=full", "mini_r=2"], "it is an option of miss"),
         (["layer_replication=[[0, 1]]"], "the model would have other layers than its files"),
+        (
+            ["method=ia3", "layers_to_transform=[1]"],
+            "'adapter.layers_to_transform' has no effect with adapter.method: ia3",
+        ),
+        (["method=miss", "mini_r=2"], "'adapter.mini_r' has no effect with adapter.init_weights: true"),
+        (["method=prompt_tuning", "num_virtual_tokens=0"], "'num_virtual_tokens' is 0"),
         (["layers_pattern=layers"], "layers_to_transform finds the layers by itself"),
         (["use_qalora=true"], "PEFT has it for bases of GPTQ alone"),
         (["ensure_weight_tying=true"], "PEFT 0.21 can neither save nor merge such an adapter"),
@@ -117,6 +124,19 @@ def test_what_a_method_does_not_take_is_told_with_what_it_takes(recipe_file, set
 def test_what_peft_refuses_is_told_in_its_words_and_no_traceback(tiny_llama, adapter, said):
     recipe = recipe_with(tiny_llama, adapter=adapter)
     with pytest.raises(RecipeError, match=f"PEFT refuses this adapter: .*{said}"):
+        inject(open_model(recipe), recipe, quiet())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"alora_invocation_tokens": [5, 10**6]}, "1000000 is no token's number"),
+        ({"method": "trainable_tokens", "token_indices": ["<tool>"]}, "'<tool>' is no token's number"),
+    ],
+)
+def test_tokens_that_a_model_does_not_have_are_refused(tiny_llama, adapter, said):
+    recipe = recipe_with(tiny_llama, adapter=adapter)
+    with pytest.raises(RecipeError, match=said):
         inject(open_model(recipe), recipe, quiet())
 
 

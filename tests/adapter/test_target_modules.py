@@ -86,6 +86,14 @@ def test_an_expression_that_is_none_or_matches_nothing_is_refused(model, express
     assert "no module is left" in problem.what
 
 
+def test_norms_are_named_and_left_out_like_other_modules(model):
+    assert len(resolve(model, method="ln_tuning")) == 5
+    assert resolve(model, method="ln_tuning", layers_to_transform=1, exclude_modules=["input_layernorm"]) == [
+        "model.layers.1.post_attention_layernorm"
+    ]
+    assert resolve(model, method="ln_tuning", target_modules=["norm"]) == ["model.norm"]
+
+
 def test_a_name_ending_that_is_no_list_is_told_to_be_one(model):
     (problem,) = problems(model, target_modules="q_proj")
     assert problem.what == "'q_proj' matches the whole name of no module"
