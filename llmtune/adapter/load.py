@@ -94,8 +94,9 @@ def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, cons
     source, adapter = find_adapter(folder), recipe.adapter
     config = read_config(source)
     if not isinstance(config, LoraConfig):
-        what, where = f"is a {config.peft_type} adapter", str(source / "adapter_config.json")
-        raise EnvironmentProblem.of(what, where, "Only LoRA adapters are trained further.")
+        kind = config.peft_type.value.lower()
+        what = f"the adapter in {source} is of {kind}, and only those of LoRA are trained further"
+        raise RecipeError.of(what, "adapter.start_from", "Name a run that was trained with lora, or remove it.")
     problems = [*_compare(config, adapter, source), *_compare_classes(selected, source)]
     if not problems and "target_modules" in adapter.model_fields_set:
         problems = list(_compare_targets(config, selected, recipe, source))
@@ -243,9 +244,10 @@ def _check_values(config: LoraConfig, where: str) -> Iterator[Problem]:
 
 def _compare(config: LoraConfig, adapter: AdapterSection, source: Path) -> Iterator[Problem]:
     stated = adapter.model_fields_set
-    for key in _SHAPE_KEYS:
+    for key in (*_SHAPE_KEYS, *adapter.options):
         expected, actual = getattr(adapter, key), getattr(config, key)
-        if key in stated and expected != actual:
+        same = {*expected} == {*(actual or ())} if isinstance(expected, list | tuple) else expected == actual
+        if key in stated and not same:
             fix = f"Set it to {actual!r} or omit it: an adapter keeps its shape."
             yield Problem(
                 f"the recipe says {expected!r}, and the adapter in {source} has {actual!r}", f"adapter.{key}", fix

@@ -214,8 +214,10 @@ class AdapterSection(Section):
             )
             diagnostics.add(key, f"{what} a text that a decoder goes on from", "Use lora.", "task")
         if self.start_from is not None:
-            what = f"'adapter.start_from' has no effect with {key}: {self.method}"
-            diagnostics.add("adapter.start_from", what, "Go on from adapters of LoRA alone.", key)
+            what = (
+                f"'adapter.start_from' does not go with {key}: {self.method}: only LoRA's adapters are trained further"
+            )
+            diagnostics.add("adapter.start_from", what, "Use lora or qlora, or remove it.", key)
         for name in LORA_KEYS:
             idle = name not in known and not (name in RESOLVED_KEYS and "target_modules" in known)
             default = diagnostics.assume_stated and name not in self.model_fields_set and name not in RESOLVED_KEYS

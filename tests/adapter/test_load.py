@@ -13,6 +13,8 @@ from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import save_adapter
 from llmtune.errors import EnvironmentProblem, RecipeError
 
+PARTS = {"target_parameters": ["q_proj.weight"]}
+
 
 @pytest.fixture
 def run(tiny_llama, tmp_path) -> tuple[Path, torch.Tensor]:
@@ -37,11 +39,12 @@ def test_training_goes_on_where_the_adapter_stopped(tiny_llama, run, inner):
 
 def test_every_disagreement_is_told_at_once(tiny_llama, run):
     with pytest.raises(RecipeError) as caught:
-        go_on(tiny_llama, start_from=str(run[0]), r=4, lora_alpha=1, use_dora=True, init_lora_weights="pissa")
+        go_on(tiny_llama, start_from=str(run[0]), r=4, lora_alpha=1, use_dora=True, init_lora_weights="pissa", **PARTS)
     assert [problem.where for problem in caught.value.problems] == [
         "adapter.r",
         "adapter.lora_alpha",
         "adapter.use_dora",
+        "adapter.target_parameters",
         "adapter.init_lora_weights",
     ]
     assert "Set it to 8 or omit it" in caught.value.problems[0].fix
@@ -62,6 +65,13 @@ def test_a_converted_pissa_adapter_goes_on_as_plain_lora(tiny_llama, tmp_path):
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "b" / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_an_adapter_of_another_method_is_not_trained_further(tiny_llama, tmp_path):
+    recipe = recipe_with(tiny_llama, adapter={"method": "ia3"})
+    save_adapter(inject(open_model(recipe), recipe, quiet()), tmp_path)
+    with pytest.raises(RecipeError, match="is of ia3, and only those of LoRA are trained further"):
+        go_on(tiny_llama, start_from=str(tmp_path))
 
 
 def test_another_base_is_pointed_out(tiny_llama, run, tmp_path, console):
