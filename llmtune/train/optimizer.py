@@ -56,6 +56,7 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device
             loraplus_weight_decay=train.weight_decay,
             **options,
         )
+        set_mode(made, "train")
         return made
     if "params" in options:  # GaLore and APOLLO name the matrices that they project
         _admit_projectors()

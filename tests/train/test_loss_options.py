@@ -78,6 +78,7 @@ SCHEDULE_FREE = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant_
 RUNS = {
     "muon": {"train": {"optim": "muon"}},
     "schedule-free": {"train": SCHEDULE_FREE},
+    "schedule-free-loraplus": {"train": {**SCHEDULE_FREE, "loraplus_lr_ratio": 8.0}},
     "dft-neftune": {"train": {"loss_type": "dft", "neftune_noise_alpha": 5.0}},
     "apollo": {"train": {"optim": "apollo_adamw", "optim_args": {"rank": 4}}, "adapter": {"method": "full"}},
     "galore": {"train": {"optim": "galore_adamw", "optim_args": {"rank": 4}}, "adapter": {"method": "full"}},
