@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -122,16 +122,36 @@ def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str
 
 
 def check_adapter(config: PeftConfig, where: str) -> None:
-    """Raise RecipeError for an adapter that vLLM would not apply, or not where it was trained."""
+    """Raise RecipeError for an adapter that vLLM would not apply, or not as it was trained.
+
+    It refuses DoRA and modules that are trained whole once the base is loaded; of all else it reads `r`, `lora_alpha`,
+    `use_rslora` and the matrices of modules (its `PEFTHelper`).
+    """
+    options = vars(config)
+    biases = options.get("bias", "none") != "none" or options.get("lora_bias")
     kinds = {
-        f"an adapter of {config.peft_type.lower()}": config.peft_type != "LORA",
-        "an adapter of experts (target_parameters)": getattr(config, "target_parameters", None),
-        "activated LoRA (alora_invocation_tokens)": getattr(config, "alora_invocation_tokens", None),
+        f"it is of {config.peft_type.lower()}": config.peft_type != "LORA",
+        "it is on experts (target_parameters)": options.get("target_parameters"),
+        "it is activated by tokens (alora_invocation_tokens)": options.get("alora_invocation_tokens"),
+        "it is a DoRA (use_dora)": options.get("use_dora"),
+        "modules are trained whole (modules_to_save)": options.get("modules_to_save"),
+        "biases are trained (bias, lora_bias)": biases,
+        "tokens are trained (trainable_token_indices)": options.get("trainable_token_indices"),
+        "some modules have another scale (rank_pattern, alpha_pattern)": config.peft_type == "LORA"
+        and len(_scales(options)) > 1,
     }
     if kind := next((kind for kind, found in kinds.items() if found), None):
         merge = "" if "activated" in kind else " Or merge it and serve that with --merged."
-        what = f"vLLM reads adapters of LoRA on modules, and this is {kind}"
+        what = f"vLLM would not apply this adapter as it was trained: {kind}"
         raise RecipeError.of(what, where, f"Serve it without --engine vllm.{merge}")
+
+
+def _scales(options: Mapping[str, Any]) -> set[float]:
+    """Return how often the output of a LoRA counts, by module: PEFT goes by the patterns, vLLM by the whole adapter."""
+    ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
+    power = 0.5 if options.get("use_rslora") else 1.0
+    sizes = [(ranks.get(key, options["r"]), alphas.get(key, options["lora_alpha"])) for key in ("", *ranks, *alphas)]
+    return {alpha / rank**power for rank, alpha in sizes}
 
 
 def parser_options(template: str) -> list[str]:

@@ -33,11 +33,21 @@ def test_vllm_gets_the_parsers_of_the_template_s_own_marks(template, options):
     ("config", "words"),
     [
         (LoraConfig(target_modules=["q_proj"], target_parameters=["gate_up_proj"]), "experts.*merge it"),
-        (LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5]), "activated LoRA"),
-        (MissConfig(target_modules=["q_proj"]), "an adapter of miss"),
+        (
+            LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5]),
+            "activated by tokens",
+        ),
+        (MissConfig(target_modules=["q_proj"]), "it is of miss"),
+        (LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA.*merge it"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules are trained whole"),
+        (LoraConfig(target_modules=["q_proj"], bias="all"), "biases are trained"),
+        (LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5]), "tokens are trained"),
+        (LoraConfig(target_modules=["q_proj", "k_proj"], rank_pattern={"q_proj": 4}), "another scale"),
     ],
 )
 def test_adapters_that_vllm_would_not_apply_as_they_were_trained_are_refused(config, words):
     with pytest.raises(RecipeError, match=f"(?s){words}"):
         check_adapter(config, "adapter")
     check_adapter(LoraConfig(target_modules=["q_proj"]), "adapter")
+    scaled = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 16}}
+    check_adapter(LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "k_proj"], **scaled), "adapter")
