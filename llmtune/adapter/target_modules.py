@@ -93,7 +93,7 @@ def find_unmatched_parameters(model: torch.nn.Module, patterns: Sequence[str]) -
     there = f"Fused experts here: {', '.join(experts)}." if experts else "This model has no fused experts."
     return [
         Problem(f"{entry!r} matches no parameter.{nearest(entry, [*experts])}", "adapter.target_parameters", there)
-        for entry in patterns
+        for entry in map(str, patterns)
         if not ends_with(names, entry)
     ]
 
