@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.compare.run_comparison import Pair, RunSummary
 from llmtune.report.metric_info import better_side
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
-    from matplotlib.transforms import Bbox
 
 AXES = {
     "train_seconds": ("training", "s"),
@@ -110,13 +109,19 @@ def _draw(
 
 
 def _place(figure: Figure, names: Sequence[Annotation]) -> None:
-    """Move each name to the first of its places where it covers no other name."""
+    """Move each name to the first of its places where it covers no other name or dot and stays in its picture."""
+    from matplotlib.transforms import Bbox
+
     figure.draw_without_rendering()
+    axes = [cast("Axes", name.axes) for name in names]
+    points = [own.transData.transform(name.xy) for own, name in zip(axes, names, strict=True)]
+    dots = [Bbox([point - 3, point + 3]) for point in points]
     taken: list[Bbox] = []
-    for name in names:
+    for index, name in enumerate(names):
+        covered = dots[:index] + dots[index + 1 :]
         for right, up, end in PLACES:
             name.set(position=(right, up), horizontalalignment=end)
             box = name.get_window_extent().padded(3)
-            if box.count_overlaps(taken) == 0:
+            if box.count_overlaps(taken + covered) == 0 and axes[index].bbox.count_contains(box.corners()) == 4:
                 break
         taken.append(box)
