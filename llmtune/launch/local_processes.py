@@ -55,7 +55,11 @@ class WorkerBug(RuntimeError):
 
 
 def process_executor(topology: Topology, board: Board | None = None, *, threads: int | None = None) -> Executor:
-    """Return what the pipeline works with: it adapts, trains and evaluates in workers, all else stays in the parent."""
+    """Return what the pipeline works with: it adapts, trains and evaluates in workers, all else stays in the parent.
+
+    Raises EnvironmentProblem where there are too few GPUs.
+    """
+    _check_devices(topology.processes)
 
     def train(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, train_inputs: str) -> None:
         context.begin("adapt")
@@ -100,10 +104,9 @@ def launch_local(
 
     Raises:
         LlmtuneError: what the first failing worker raised, with its rank.
-        EnvironmentProblem: a worker was killed by the system, a machine is gone, or there are too few GPUs.
+        EnvironmentProblem: a worker was killed by the system, or a machine is gone.
         WorkerBug: a worker ended with a traceback.
     """
-    _check_devices(topology.processes)
     meet = uuid.uuid4().hex if board is None else board.post(entry, [*worker_args])
     found, stopped_by = _run_workers([entry, *worker_args], topology, console, meet, threads)
     if board and stopped_by is not None:
@@ -310,9 +313,11 @@ def _explain(found: Sequence[Json], stopped_by: signal.Signals | None, gone: Seq
         if one["name"] == "trouble":
             fix = "Give the same command on each machine, with a --rank of its own."
             return EnvironmentProblem.of(one["value"], "--address", fix)
-    if stopped_by is not None:
-        what = f"stopped by {stopped_by.name} before a checkpoint was saved"
-        return Stopped(Problem(what, fix="The same command again goes on."), signal_number=int(stopped_by))
+    ends = [one["signal"] for one in found if one["name"] == "death"]
+    if stopped_by is not None or (ends and all(ends)):
+        number = stopped_by or signal.Signals(ends[0])
+        what = f"stopped by {number.name} before a checkpoint was saved"
+        return Stopped(Problem(what, fix="The same command again goes on."), signal_number=int(number))
     deaths = {one["rank"]: one["exit"] for one in found if one["name"] == "death"}
     return WorkerBug(f"workers ended with the exit codes {deaths} and said nothing")
 

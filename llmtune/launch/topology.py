@@ -100,6 +100,9 @@ def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
     if recipe.train.torch_compile:
         what = "compiled layers cannot be cut over processes"
         problems.append(Problem(what, "train.torch_compile", f"{instead}, or remove it."))
+    if recipe.train.eval_metrics:
+        what = "a model that is cut over processes does not answer while it trains"
+        problems.append(Problem(what, "train.eval_metrics", f"{instead}, or remove it."))
     if strategy == "tp":
         if adapter.method not in ("lora", "full", "qlora"):
             what = f"the weights of {adapter.method} cannot be divided with the layers that they are on"

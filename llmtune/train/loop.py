@@ -323,7 +323,9 @@ def _stop_if_asked(run: Run) -> None:
         what, where = f"stopped by {name} before step 1", None
     else:
         saved = run.training.checkpoints / f"step-{run.state.step}"
-        where = str(_checkpoint(run) if not saved.exists() else saved)
+        # Asked by one: to another machine a file of a network disk may be there a little later.
+        there = run_on_main(run.training.accelerator, saved.exists)
+        where = str(saved if there else _checkpoint(run))
         what = f"stopped by {name} after step {run.state.step} of {total}; a checkpoint is saved"
     raise Stopped(Problem(what, where, "The same command again goes on from here."), signal_number=number)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from llmtune.data.row_store import load_rows
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.inference import Answers, measure, predict
@@ -25,17 +25,12 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
 
     All processes call it together: they share the rows, and each gets all scores.
 
-    Raises:
-        RecipeError: the model is cut over processes, so that none can answer by itself.
-        DataError: the validation rows do not have what a metric is made of.
+    Raises DataError where the validation rows do not have what a metric is made of.
     """
     recipe, task = training.recipe, training.task
     metrics = recipe.train.eval_metrics
     if not metrics or training.validation is None:
         return dict
-    if training.sharded:
-        fix = "Train it in processes that each hold the whole model, or remove it."
-        raise RecipeError.of("a model that is cut over processes does not answer while it trains", KEY, fix)
     assert isinstance(task, EvaluatedTask), "every task that a recipe names is evaluated"
     asked = EvaluateSection(metrics=metrics, choices=recipe.evaluate.choices, samples=0)
     recipe = recipe.model_copy(update={"evaluate": asked})

@@ -112,6 +112,12 @@ def test_a_process_that_the_system_kills_is_named(console):
     assert "too little memory" in caught.value.problems[0].fix
 
 
+@pytest.mark.slow
+def test_a_process_that_is_told_to_stop_before_it_trains_is_no_bug(console):
+    with pytest.raises(Stopped, match="stopped by SIGTERM before a checkpoint was saved"):
+        launch_local(["SIGTERM"], Topology(2), console, entry="support.workers:die_in_rank_one")
+
+
 @pytest.mark.parametrize(
     ("number", "code", "to"),
     [
@@ -190,6 +196,16 @@ def test_workers_die_with_a_parent_that_is_killed(entry, tmp_path, tiny_llama):
     parent.kill()
     parent.wait()
     assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_too_few_gpus_are_told_before_rows_are_prepared(here, tiny_llama, chat_rows, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    found = invoke("launch", "local", "tiny.yaml", "--processes", 2, "--out", "run")
+    assert found.exit_code == 4, found.stderr
+    assert "2 processes, but 1 GPU" in found.stderr
+    assert not (here / "run" / "data").exists()
 
 
 def test_one_process_can_be_launched_too_and_is_quiet_where_the_command_is():

@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
+from support.adapting import SHAPE, build_family, recipe_with
 from support.models import build_llama
 from support.runs import invoke, llmtune, write_recipe
 from support.training import make_recipe, read_metrics, run_training, write_examples
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmtune.errors import RecipeError
 from llmtune.launch.local_processes import launch_local
 from llmtune.launch.topology import Topology
+from llmtune.model.tensor_parallel import check_tensor_parallel
 
 TESTS = Path(__file__).parents[1]
 TRAIN = {"batch_size": 6, "learning_rate": 1e-3, "save_steps": 4, "save_total_limit": 5, "max_steps": 12}
@@ -80,6 +86,28 @@ def test_a_model_in_parts_learns_what_a_whole_one_learns(method, processes, stra
         assert (together / result / name).read_bytes() == (tmp_path / "alone" / result / name).read_bytes()
     if method != "full":
         AutoPeftModelForCausalLM.from_pretrained(together / "adapter")
+
+
+FAMILIES = {
+    "lora": ("qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi", "gpt_neox", "cohere", "starcoder2"),
+    "full": ("qwen2", "gemma", "gpt_neox", "starcoder2"),
+}
+"""With biases, fused projections, parallel layers, norms within heads, windows, tied and untied heads."""
+
+
+@SLOW
+@pytest.mark.parametrize("method", FAMILIES)
+def test_layers_of_many_families_are_divided(method, tmp_path, console):
+    for family in FAMILIES[method]:
+        folder, model = tmp_path / family, tmp_path / f"{family}-model"
+        # A bias of keys has hardly a gradient, and Adam would make a step of what rounding leaves of it.
+        train = TRAIN | {"max_steps": 6, "adam_epsilon": 1e-4}
+        recipe = make_recipe(folder, build_family(model, family), train=train, adapter=METHODS[method])
+        run_training(folder / "alone", recipe, write_examples(folder / "examples", train=30, validation=7))
+    arguments, topology = [str(tmp_path), "tp"], Topology(2, "tp")
+    launch_local(arguments, topology, console, entry="support.workers:train_all", threads=2)
+    for family in FAMILIES[method]:
+        assert_same(tmp_path / family / "alone", tmp_path / family / "together")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +202,40 @@ def test_the_plan_of_a_dry_run_is_that_of_one_of_the_processes(here, tiny_llama,
     assert part["parts"]["gathered"] > 0
 
 
+GLOBAL = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+"""A layer that sees everything has fewer heads than others."""
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "method", "said"),
+    [
+        ("stablelm", {}, "lora", "no tensor-parallel plan for StableLmForCausalLM"),
+        ("phi3", {}, "lora", "divides layers by rowwise_split_input"),
+        ("qwen3_moe", {}, "lora", "divides layers by moe_tp_experts"),
+        ("gemma", {"num_key_value_heads": 1}, "lora", "num_key_value_heads is 1"),
+        ("gemma4_text", GLOBAL, "lora", "num_key_value_heads is 1"),
+        ("llama", {"intermediate_size": 97}, "lora", "the width of model.layers.0.mlp.gate_proj is 97"),
+        ("doge", {}, "lora", "leaves model.layers.0.self_attn.A whole"),
+        ("cohere", {"use_qk_norm": True}, "lora", "leaves model.layers.0.self_attn.q_norm whole"),
+        ("phi", {"qk_layernorm": True}, "full", "part of the gradients of model.layers.0.self_attn.q_layernorm"),
+        ("qwen3", {}, "full", "part of the gradients of model.layers.0.self_attn.q_norm"),
+        ("apertus", {}, "full", "part of the gradients of model.layers.0.self_attn.q_norm"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_is_refused_by_name(family, config, method, said):
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **config}))
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        check_tensor_parallel(skeleton, recipe_with("model", adapter={"method": method}), 2)
+
+
+def test_a_model_is_not_divided_by_what_does_not_divide_its_heads(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    found = invoke("launch", "local", "tiny.yaml", "--processes", 3, "--strategy", "tp")
+    assert found.exit_code == 2, found.stderr
+    assert "cannot be divided over 3 processes: num_attention_heads is 4" in " ".join(found.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("options", "sections", "words"),
     [
@@ -185,6 +247,7 @@ def test_the_plan_of_a_dry_run_is_that_of_one_of_the_processes(here, tiny_llama,
         (["--strategy", "fsdp"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits", "--strategy ddp"]),
         (["--strategy", "fsdp"], {"train": {"optim": "adafactor"}}, ["train.optim", "adafactor", "adamw_torch"]),
         (["--strategy", "fsdp"], {"train": {"torch_compile": True}}, ["train.torch_compile"]),
+        (["--strategy", "fsdp"], {"train": {"eval_metrics": ["chrf"]}}, ["train.eval_metrics", "while it trains"]),
         (["--machines", "2"], {}, ["--address", "HOST:PORT"]),
         (["--machines", "2", "--address", "here"], {}, ["'here' is not HOST:PORT"]),
         (["--machines", "2", "--rank", "2", "--address", "a:1"], {}, ["--rank", "from 0 to 1"]),

@@ -24,6 +24,12 @@ def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]
     return {"steps": trained.steps, "train_loss": trained.train_loss}
 
 
+def train_all(folder: str, strategy: str) -> None:
+    """Train each recipe that the test left in `folder`, as `train_tiny` does, into `together` beside it."""
+    for recipe in sorted(Path(folder).glob("*/recipe.yaml")):
+        train_tiny(str(recipe.parent), str(recipe.parent / "together"), strategy)
+
+
 def share_tiny(folder: str, strategy: str) -> dict[str, bool]:
     """Make the model of the recipe in `folder` in the first process alone, cut it, and put it together again."""
     import torch
@@ -116,10 +122,10 @@ def crash_in_rank_one() -> None:
     time.sleep(60)
 
 
-def die_in_rank_one() -> None:
+def die_in_rank_one(name: str = "SIGKILL") -> None:
     """Be killed by the system in one process."""
     if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[name])
     time.sleep(60)
 
 
