@@ -17,6 +17,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmtune.adapter.reference_model import switches_off
 from llmtune.data.chat_messages import clean
 from llmtune.data.row_store import load_rows, read_rows
 from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, compare_outputs
@@ -150,9 +151,9 @@ class Reference(ABC):
     def read_base_logits(self) -> list[torch.Tensor] | None:
         """Return the logits of the base model; None where no adapter can be switched off."""
         model = self.tuned.adapted.model
-        if not isinstance(model, PeftModel) or any(config.bias != "none" for config in model.peft_config.values()):
-            return None  # trained biases stay when adapters are switched off
-        with model.disable_adapter():
+        if not switches_off(model):  # trained biases stay
+            return None
+        with cast(PeftModel, model).disable_adapter():
             return self.read_logits(cast(PreTrainedModel, model))
 
     def compare(self, logits: Sequence[torch.Tensor]) -> Distance:

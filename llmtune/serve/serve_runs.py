@@ -13,6 +13,7 @@ from rich.console import Console
 
 from llmtune.adapter.load import add_adapter, find_adapter
 from llmtune.adapter.merging import merge
+from llmtune.adapter.reference_model import switches_off
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.heads import head_is_new
 from llmtune.model.processor import load_processor
@@ -190,8 +191,7 @@ def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str,
         served[run.name] = ServedModel(run.name, model, own, run.context.recipe, run.context.task, f"run{number}")
     model.set_adapter("default", inference_mode=True)
     name = public_name(first.model_ref)
-    biased = any(config.bias != "none" for config in model.peft_config.values())  # they stay when adapters are off
-    if name not in served and not biased and not head_is_new(first.model_ref, recipe, task):
+    if name not in served and switches_off(model) and not head_is_new(first.model_ref, recipe, task):
         served[name] = ServedModel(name, model, processor, recipe, task, None)
     return served
 

@@ -54,6 +54,13 @@ def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp
     assert "parity with the adapter" in console.file.getvalue()
 
 
+def test_an_adapter_of_a_method_that_knows_of_no_biases_is_certified(tune, tmp_path, console):
+    tuned = tune(adapter={"method": "shira", "r": 2, "lora_alpha": None})
+    certificate = merge_model(tuned, tmp_path / "merged", console)
+    assert certificate["passed"]
+    assert certificate["measured"]["effect_kl"] > 1e-6
+
+
 def fails(tuned, out, console, message, **options):
     with pytest.raises(GateFailed, match=message) as raised:
         merge_model(tuned, out, console, **options)
