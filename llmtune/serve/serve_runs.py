@@ -164,7 +164,7 @@ def _differences(first: OpenedRun, other: OpenedRun) -> Iterator[Problem]:
         yield Problem(f"its task is {two.name}, and that of {first.name} is {one.name}", str(other.path))
     if first.method != other.method:
         what = f"its method is {other.method}, and that of {first.name} is {first.method}"
-        yield Problem(what, str(other.path), "4-bit weights are another base.")
+        yield Problem(what, str(other.path), "Serve runs of one method together, others on another port.")
     for key, value in first.context.recipe.model:
         its = getattr(other.context.recipe.model, key)
         if key not in MAY_DIFFER and value != its:

@@ -50,6 +50,16 @@ def test_a_run_of_all_weights_is_served_alone(tmp_path: Path, tiny_llama: Path, 
     assert (refused.exit_code, "shares no base" in refused.output) == (2, True)
 
 
+def test_a_run_of_another_method_is_served_with_its_base_and_not_beside_lora(
+    tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]
+) -> None:
+    other = finish_run(tmp_path, tiny_llama, adapter={"method": "ia3", "r": None, "lora_alpha": None}, train=BRIEF)
+    models = load_models(open_runs({"other": other}, ServeOptions(), quiet()), ServeOptions())
+    assert list(models) == ["other", tiny_llama.name]
+    refused = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={other}", "--port", 0)
+    assert (refused.exit_code, "its method is ia3, and that of a is lora" in refused.output) == (2, True)
+
+
 def test_runs_that_share_no_base_are_refused_by_name(tmp_path: Path, runs: dict[str, Path]) -> None:
     model = build_llama(tmp_path / "another", seed=4)
     other = finish_run(tmp_path / "runs", model, train=BRIEF)
