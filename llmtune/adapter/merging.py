@@ -38,10 +38,8 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
     """
     if adapted.method == "full":
         return cast(PreTrainedModel, adapted.model)
+    check_mergeable(adapted)
     model = cast(PeftModel, adapted.model)
-    activated = getattr(model.peft_config["default"], "alora_invocation_tokens", None)
-    if reason := UNMERGEABLE.get("alora_invocation_tokens" if activated else adapted.method):
-        raise RecipeError.of(f"an adapter of {adapted.method} cannot be merged: {reason}", "adapter.method", _SERVE)
     if adapted.selected.base_quantization:
         model = _unpacked(model)
     elif adapted.selected.quantized:
@@ -62,6 +60,14 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
     if hasattr(merged.config, "use_cache"):
         merged.config.use_cache = True
     return cast(PreTrainedModel, merged)
+
+
+def check_mergeable(adapted: AdaptedModel) -> None:
+    """Raise RecipeError for a method whose adapters are no change of the base's weights."""
+    config = getattr(adapted.model, "peft_config", {}).get("default")
+    activated = getattr(config, "alora_invocation_tokens", None)
+    if reason := UNMERGEABLE.get("alora_invocation_tokens" if activated else adapted.method):
+        raise RecipeError.of(f"an adapter of {adapted.method} cannot be merged: {reason}", "adapter.method", _SERVE)
 
 
 def _untie_adapted_embedding(model: PeftModel) -> None:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge as merge_weights
 from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_adapter, compare_adapter, write_adapter
 from llmtune.deploy.gguf_file import FORMATS, K_QUANTS, find_quantizer, has_llama, write_model
@@ -150,6 +151,8 @@ def export_gguf(
     selected = tuned.adapted.selected
     if adapter_only:
         check_adapter(tuned.model)
+    else:
+        check_mergeable(tuned.adapted)
     if not selected.quantized:
         tuned.model.float()  # so that sums are rounded once, to the target format
     with spinner(console, "asking the tuned model"):

@@ -13,6 +13,7 @@ import transformers
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel
 
+from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge as merge_weights
 from llmtune.adapter.saving import writing_weights
 from llmtune.deploy.parity import (
@@ -106,6 +107,7 @@ def merge_model(
 
 
 def _check_arguments(tuned: TunedModel, out: Path, onto: str, dtype: str) -> torch.dtype:
+    check_mergeable(tuned.adapted)
     selected = tuned.adapted.selected
     problems = [*check_output(out), *check_onto(onto, selected.quantized, selected.base_quantization is None)]
     if dtype != "auto" and dtype not in DTYPES:

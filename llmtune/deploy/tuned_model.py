@@ -193,7 +193,7 @@ class TransformersReader:
         """Return the logits [T, V] of every position, on the CPU in float32."""
         ids_BT = torch.tensor([list(ids)], device=self.model.device)
         logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV[0].float().cpu()
+        return logits_BTV[0, -len(ids) :].float().cpu()  # vectors before a text have logits too
 
     def answer(self, prompt: Ids, stops: Ids, tokens: int = ANSWER_TOKENS) -> list[int]:
         """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""

@@ -245,6 +245,11 @@ class AdapterSection(Section):
             what = f"'adapter.init_lora_weights' is '{start}', which needs weights that are not quantised"
             fix = "Use adapter.method: lora with it, or omit it."
             diagnostics.add("adapter.init_lora_weights", what, fix, "adapter.method")
+        velora = self.options.get("velora_config")
+        if isinstance(velora, dict) and velora.get("init_type") != "random":
+            what = "'adapter.velora_config' projects by averages of micro-batches, whose size depends on the memory"
+            fix = "Set adapter.velora_config.init_type to random."
+            diagnostics.add("adapter.velora_config", what, fix)
         if self.bias not in ("none", "all", "lora_only"):
             what = f"'adapter.bias' is '{self.bias}', which belongs to another method"
             diagnostics.add("adapter.bias", what, "Allowed: none, all, lora_only.", "adapter.method")

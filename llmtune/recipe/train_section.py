@@ -50,8 +50,20 @@ EPSILON = (
 )
 BETAS = (*EPSILON, "lion", "paged_lion")
 """Beginnings of the optimisers that read `adam_beta1` and `adam_beta2`."""
-OPTIM_ARGS = ("ademamix", "paged_ademamix", "sgd", "adagrad", "rmsprop", "schedule_free", "apollo", "galore")
-"""Beginnings of the optimisers that read `optim_args`."""
+_ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")
+_PROJECTION = ("rank", "update_proj_gap", "scale", "proj_type")
+OPTIM_ARGS = {
+    "ademamix": _ADEMAMIX,
+    "paged_ademamix": _ADEMAMIX,
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop_bnb": (),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+    "schedule_free": ("weight_lr_power", "r"),
+    "apollo": (*_PROJECTION, "proj", "scale_type"),
+    "galore": _PROJECTION,
+}
+"""What optimisers read of `optim_args`, by the beginnings of their names; transformers passes over all else."""
 
 
 class TrainSection(Section):
@@ -216,7 +228,13 @@ class TrainSection(Section):
             what = f"'train.optim' is {self.optim}, which has no schedule but a warm-up of the learning rate"
             fix = "Set train.lr_scheduler_type: constant_with_warmup."
             diagnostics.add("train.lr_scheduler_type", what, fix, "train.optim")
-        readers = {"adam_beta1": BETAS, "adam_beta2": BETAS, "adam_epsilon": EPSILON, "optim_args": OPTIM_ARGS}
+        known = next((names for name, names in OPTIM_ARGS.items() if self.optim.startswith(name)), ())
+        for name in [name for name in self.optim_args if known and name not in known]:
+            what = f"'train.optim_args.{name}' has no effect with train.optim: {self.optim}"
+            fix = f"{nearest(name, known)} What it reads: {', '.join(known)}.".strip()
+            diagnostics.add(f"train.optim_args.{name}", what, fix, "train.optim")
+        readers = {"adam_beta1": BETAS, "adam_beta2": BETAS, "adam_epsilon": EPSILON}
+        readers["optim_args"] = (self.optim,) if known else ()
         for name, beginnings in readers.items():
             if not self.optim.startswith(beginnings):
                 why, fix = f"with train.optim: {self.optim}", "Remove it, or use another optimiser."

@@ -99,6 +99,7 @@ def other_value(option):
         ),
         (["method=miss", "mini_r=2"], "'adapter.mini_r' has no effect with adapter.init_weights: true"),
         (["method=prompt_tuning", "num_virtual_tokens=0"], "'num_virtual_tokens' is 0"),
+        (["velora_config={num_groups: 8}"], "Set adapter.velora_config.init_type to random"),
         (["layers_pattern=layers"], "layers_to_transform finds the layers by itself"),
         (["use_qalora=true"], "PEFT has it for bases of GPTQ alone"),
         (["ensure_weight_tying=true"], "PEFT 0.21 can neither save nor merge such an adapter"),

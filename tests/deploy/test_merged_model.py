@@ -15,6 +15,7 @@ import llmtune.deploy.merged_model as merging
 from llmtune.adapter.merging import merge as really_merge
 from llmtune.deploy.merged_model import merge, merge_model
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
+from llmtune.deploy.tuned_model import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.session import open_finished
 
@@ -59,6 +60,13 @@ def test_an_adapter_of_a_method_that_knows_of_no_biases_is_certified(tune, tmp_p
     certificate = merge_model(tuned, tmp_path / "merged", console)
     assert certificate["passed"]
     assert certificate["measured"]["effect_kl"] > 1e-6
+
+
+def test_vectors_before_a_text_are_refused_before_anything_is_asked(tune, tmp_path, console):
+    tuned = tune(adapter={"method": "prompt_tuning", "r": None, "lora_alpha": None, "num_virtual_tokens": 4})
+    with pytest.raises(RecipeError, match="an adapter of prompt_tuning cannot be merged: its vectors stand before"):
+        merge_model(tuned, tmp_path / "merged", console)
+    assert make_reference(tuned).effect > 0
 
 
 def fails(tuned, out, console, message, **options):

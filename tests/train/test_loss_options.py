@@ -1,5 +1,6 @@
 """DFT's loss and NEFTune's noise: in training alone, and as their papers have them; optimisers that average weights."""
 
+import inspect
 import shutil
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from support.adapting import documents, open_model, padded, recipe_with
 from support.models import build_llama
 from support.training import adapt, make_recipe, run_training, write_examples
+from transformers import trainer_optimizer
 from transformers.integrations.neftune import activate_neftune
 
 from llmtune.errors import RecipeError
 from llmtune.model.causal_lm_loss import DFT, causal_loss
+from llmtune.recipe.train_section import OPTIM_ARGS
 from llmtune.train.optimizer import averaged_weights, build_optimizer
 
 
@@ -110,6 +113,10 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(tmp_path, tiny_llama,
     [
         ({"train": {"optim": "apollo_adamw"}}, "saves memory of whole weights"),
         ({"train": {"optim": "schedule_free_adamw"}}, "constant_with_warmup"),
+        (
+            {"train": {"optim": "galore_adamw", "optim_args": {"rnak": 4}}, "adapter": {"method": "full"}},
+            "'train.optim_args.rnak' has no effect with train.optim: galore_adamw",
+        ),
         ({"train": {"optim_args": {"rank": 4}}}, "'train.optim_args' has no effect with train.optim: adamw_torch"),
         ({"train": {"optim": "muo"}}, "Did you mean 'muon'"),
     ],
@@ -118,3 +125,8 @@ def test_settings_of_optimisers_that_do_not_go_together_are_refused(tmp_path, ti
     with pytest.raises(RecipeError) as caught:
         make_recipe(tmp_path, tiny_llama, **sections)
     assert said in str(caught.value)
+
+
+def test_options_of_optimizers_are_those_that_transformers_reads():
+    source = inspect.getsource(trainer_optimizer)
+    assert [name for names in OPTIM_ARGS.values() for name in names if f'"{name}"' not in source] == []
