@@ -12,6 +12,7 @@ from support.models import build_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmtune.deploy.merged_model as merging
+from llmtune.adapter.injection import trainable_parameters
 from llmtune.adapter.merging import merge as really_merge
 from llmtune.deploy.merged_model import merge, merge_model
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
@@ -57,6 +58,8 @@ def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp
 
 def test_an_adapter_of_a_method_that_knows_of_no_biases_is_certified(tune, tmp_path, console):
     tuned = tune(adapter={"method": "shira", "r": 2, "lora_alpha": None})
+    for parameter in trainable_parameters(tuned.model):
+        parameter.data.add_(0.1)
     certificate = merge_model(tuned, tmp_path / "merged", console)
     assert certificate["passed"]
     assert certificate["measured"]["effect_kl"] > 1e-6
