@@ -56,6 +56,7 @@ def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp
     assert "parity with the adapter" in console.file.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's, of SHiRA
 def test_an_adapter_of_a_method_that_knows_of_no_biases_is_certified(tune, tmp_path, console):
     tuned = tune(adapter={"method": "shira", "r": 2, "lora_alpha": None})
     for parameter in trainable_parameters(tuned.model):
