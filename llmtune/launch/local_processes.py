@@ -212,12 +212,13 @@ def _surroundings(threads: int, place: Path, topology: Topology, *, quiet: bool)
     environment = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     os.environ |= {RESULTS: str(place), PARENT: str(os.getpid())} | ({QUIET: "1"} if quiet else {})
+    if topology.machines > 1 or topology.max_restarts:
+        # torch's shared store keeps the addresses of those that are gone, for whoever starts again.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     address, card = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
     if topology.machines > 1:
         address, interface = own_address(topology)
         os.environ |= {name: os.environ.get(name, interface) for name in CARDS if interface}
-        # A machine that comes back would wait for an address that the others keep from before.
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     elif not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", card)
     logger = logging.getLogger("torch.distributed.elastic")
