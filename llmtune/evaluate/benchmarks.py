@@ -33,6 +33,7 @@ from llmtune.evaluate.lm_eval import (
 )
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
+from llmtune.evaluate.row_shares import of_first_process
 from llmtune.model.device import resolve_dtype
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
@@ -143,7 +144,7 @@ def run_benchmark(
     dtype = resolve_dtype(recipe.model.dtype, device)
     with quietly(), explained(section.task, RUN_ERRORS), without_environment(evaluator):
         lm = BatchedLM(model, context.processor, dtype, device, bars, f"{name}: {benchmark.name}")
-        results: EvalResults = evaluator.simple_evaluate(
+        found: EvalResults | None = evaluator.simple_evaluate(
             model=lm,
             tasks=list(benchmark.run),
             num_fewshot=section.num_fewshot,
@@ -152,6 +153,7 @@ def run_benchmark(
             fewshot_as_multiturn=section.apply_chat_template,  # as its command line does
             task_manager=TaskManager(include_defaults=False),
         )
+    results = of_first_process(found)  # lm-eval gives the others none
     results["config"] |= {"model": "hf", "model_args": model_args(recipe, name), "device": device}
     return results, lm.truncated
 

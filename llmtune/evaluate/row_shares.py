@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import distributed
 
@@ -25,3 +25,11 @@ def over_processes(items: Sequence[Item], work: Callable[[Sequence[Item]], Seque
     parts: list[list[Result]] = [[] for _ in range(count)]
     distributed.all_gather_object(parts, list(work(own)) if own else [])
     return [parts[i % count][i // count] for i in range(len(items))]
+
+
+def of_first_process(value: Result | None) -> Result:
+    """Return the `value` of the first process in all of them; all have to call it."""
+    values = [value]
+    if count_processes() > 1:
+        distributed.broadcast_object_list(values)
+    return cast(Result, values[0])
