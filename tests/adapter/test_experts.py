@@ -50,6 +50,8 @@ MORE = {
 }
 APART = ("qwen3_next", "qwen3_5_moe_text")
 """Families with a recurrent state: their rows are not packed."""
+SHARED = ("qwen2_moe", "qwen3_5_moe_text")
+"""Families whose two shared experts are linear layers with the name of a fused weight."""
 ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
 
 
@@ -74,7 +76,8 @@ def test_experts_are_adapted_and_plain_peft_gives_the_same(moe, family, tmp_path
     with adapted.model.disable_adapter():
         assert (logits(adapted.model) - tuned).abs().max() > 0.01
     assert describe(adapted)["share_under_adapter"] > 0.4
-    assert {**describe(adapted)["targets"], "gate_up_proj": 2, "down_proj": 2} == describe(adapted)["targets"]
+    targets = describe(adapted)["targets"]
+    assert (targets["gate_up_proj"], targets["down_proj"]) == (2, 4 if family in SHARED else 2)
     save_adapter(adapted, tmp_path)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moe(family)), tmp_path)
     torch.testing.assert_close(logits(plain.eval()), tuned, atol=1e-4, rtol=1e-4)

@@ -169,7 +169,7 @@ def test_the_more_processes_the_less_memory_each_takes(method, tmp_path, console
                 peak - before for peak, before in zip(found, peaks.get(processes, [0] * 4), strict=False)
             ]
     (alone,), (first, *others) = peaks[1], peaks[4]  # what the larger model takes beyond the tiny one
-    assert max(others) < 0.5 * alone, peaks
+    assert max(others) < (0.7 if method == "lora" else 0.5) * alone, peaks  # a layer is whole while it computes
     assert first < alone * (1.1 if method == "lora" else 0.6), peaks  # it has held the whole model
 
 
