@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,15 +116,25 @@ def follow(job: Job, sent: Json, console: Console) -> None:
     Raises LlmtuneError, with the exit code of the job, where it failed.
     """
     name, code, status = sent["job"], None, ""
+    seen: list[str] = []
     with _explained():
         client = _client(sent["namespace"])
         while status not in ("Complete", "Failed"):
             status = client.wait_for_job_status(name, {"Running", "Complete", "Failed"}, timeout=FOREVER).status
-            code = read_log(client.get_job_logs(name, follow=True), job.folder, console) or code
+            log = _new_lines(client.get_job_logs(name, follow=True), seen)
+            code = read_log(log, job.folder, console) or code
     if status == "Failed":
         raise fail_as(
             code or 4, f"job {name} failed, exit code {code}", f"Look at it: kubectl describe trainjob {name}"
         )
+
+
+def _new_lines(log: Iterable[str], seen: list[str]) -> Iterator[str]:
+    """Yield the lines of a log without those that it began with before: `seen`, which grows by what is new."""
+    for number, line in enumerate(log):
+        if seen[number : number + 1] != [line]:
+            seen[number:] = [line]
+            yield line
 
 
 def _client(namespace: str | None) -> Any:

@@ -152,3 +152,4 @@ def test_a_train_job_is_sent_followed_and_its_report_brought_back(gate, code, ti
     (made,) = here.glob("volume/runs/*/report.json")
     assert report.read_bytes() == made.read_bytes()
     assert "kubectl delete trainjob tiny-" in done.stderr
+    assert done.stderr.count(f"llmtune ended with exit code {code}") == 1
