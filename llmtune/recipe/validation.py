@@ -47,7 +47,7 @@ PATTERNS = {
     "model.attn_implementation": "A kernel is named `owner/name`, with `@revision` or `:function` behind it at most.",
     "name": "Use up to 64 letters, digits, `.`, `-` and `_`, with a letter or digit first: it names a folder.",
     "adapter.init_lora_weights": "Allowed: true, false, gaussian, orthogonal, pissa, pissa_niter_N (N steps of "
-    "a fast SVD), olora, eva, corda, lora_ga.",
+    "a fast SVD), olora, eva, corda, lora_ga. PEFT's LoftQ rounds the base to weights that are in no file.",
 }
 
 

@@ -47,7 +47,13 @@ def test_a_start_from_rows_depends_on_the_rows_alone(tmp_path, tiny_llama, start
     assert starts[0].shape != starts[2].shape or not torch.equal(starts[0], starts[2])
 
 
-@pytest.mark.parametrize("sets", [{"init_lora_weights": "loftq"}, {"method": "qlora", "init_lora_weights": "corda"}])
-def test_starts_that_no_file_could_hold_are_refused(tmp_path, tiny_llama, sets):
-    with pytest.raises(RecipeError, match="init_lora_weights"):
+@pytest.mark.parametrize(
+    ("sets", "why"),
+    [
+        ({"init_lora_weights": "loftq"}, "weights that are in no file"),
+        ({"method": "qlora", "init_lora_weights": "corda"}, "weights that are not quantised"),
+    ],
+)
+def test_starts_that_no_file_could_hold_are_refused(tmp_path, tiny_llama, sets, why):
+    with pytest.raises(RecipeError, match=why):
         make_recipe(tmp_path, tiny_llama, adapter=sets)
