@@ -12,7 +12,7 @@ from llmtune.records import Layout
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
 
-STRATEGIES = ("ddp", "fsdp", "tp")
+STRATEGIES = ("ddp", "fsdp", "tp", "zero2", "zero3")
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 """Optimisers whose update of a number depends on no other number, so that each process updates its own."""
 UNDIVIDED = ("modules_to_save", "use_dora", "lora_bias", "bias", "target_parameters", "alora_invocation_tokens")

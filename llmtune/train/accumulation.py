@@ -18,6 +18,7 @@ from llmtune.model.model_inputs import move_to
 from llmtune.model.oom import fits_in_memory, release_memory
 from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
+from llmtune.train.deepspeed_zero import ZeroOptimizer
 from llmtune.train.distributed import any_process, sum_over_processes
 from llmtune.train.setup import TrainContext
 from llmtune.train.sharding import clip_divided, own_part
@@ -72,7 +73,9 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
         weight = scale if index < real else 0.0
-        return try_memory(training, lambda: losses.append(_backward(training, groups[index], weight, step, totals)))
+        last = index == len(groups) - 1
+        work = partial(_backward, training, groups[index], weight, step, totals, last)
+        return try_memory(training, lambda: losses.append(work()))
 
     fits = True
     with accelerator.no_sync(training.model):
@@ -252,11 +255,13 @@ def _sum_step_statistics(
     return training.sum_over_replicas(sums)
 
 
-def _backward(training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
+def _backward(
+    training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None, last: bool
+) -> Loss:
     batch = make_batch(training, training.examples, rows, step) | ({} if totals is None else {"totals": totals})
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
-    training.accelerator.backward(loss.sum * weight)
+    training.backward(loss.sum * weight, last)
     return Loss(loss.sum.detach(), loss.count, row_sums=loss.row_sums)
 
 
@@ -274,6 +279,8 @@ def _forward(
 
 def _finish_gradients(training: TrainContext, factor: float) -> float:
     """Multiply the gradients by `factor`, clip them in place, and return their length before clipping."""
+    if isinstance(training.optimizer, ZeroOptimizer):
+        return training.optimizer.finish_gradients(factor)
     if factor != 1:
         for parameter in training.parameters:
             if parameter.grad is not None:

@@ -33,7 +33,7 @@ def non_finite_error(training: TrainContext, step: int, loss: StepLoss, learning
 def weights_are_numbers(training: TrainContext) -> bool:
     """Say whether all trained weights are finite, in every process."""
     # The extremes rather than every weight: both carry NaN on, and neither needs memory of the model's size.
-    parts = [own_part(weight.detach()) for weight in training.parameters]
+    parts = [own_part(weight).detach() for weight in training.parameters]
     finite = all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in parts if part.numel())
     return not any_process(training.accelerator, not finite)
 

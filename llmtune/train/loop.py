@@ -352,7 +352,7 @@ def _finish(run: Run) -> Path:
     set_mode(training.optimizer.optimizer, "eval")
     full = training.adapted.method == "full"
     folder = training.folder / ("weights" if full else "adapter")
-    whole = whole_state(training.model, trained_only=not full) if training.sharded else None
+    whole = whole_state(training.adapted.model, trained_only=not full) if training.sharded else None
     run_on_main(
         training.accelerator,
         lambda: write_folder(folder, lambda target: save_adapter(training.adapted, target, whole)),

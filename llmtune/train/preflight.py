@@ -34,6 +34,7 @@ from llmtune.train.checkpoint import (
     trainable_weights,
     write_checkpoint,
 )
+from llmtune.train.deepspeed_zero import ZeroOptimizer
 from llmtune.train.distributed import any_process, run_on_main
 from llmtune.train.divergence import Divergence
 from llmtune.train.metrics_log import METRICS, cut_back
@@ -141,7 +142,7 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     def step() -> None:
         for index, rows in enumerate(batches):
             seed_micro_batch(training, 0, index)
-            _train_on(training, rows)
+            _train_on(training, rows, index == len(batches) - 1)
         training.optimizer.step()
 
     def validate() -> None:
@@ -166,11 +167,11 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     return None if any_process(training.accelerator, not fits) else pace
 
 
-def _train_on(training: TrainContext, rows: Indexes) -> None:
+def _train_on(training: TrainContext, rows: Indexes, last: bool) -> None:
     batch = make_whole_batch(training, training.examples, rows)
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
-    training.accelerator.backward(loss.sum / max(1, loss.count))
+    training.backward(loss.sum / max(1, loss.count), last)
 
 
 def save(training: TrainContext, state: TrainState, folder: Path) -> None:
@@ -178,13 +179,15 @@ def save(training: TrainContext, state: TrainState, folder: Path) -> None:
 
     Raises EnvironmentProblem in every process if the main one cannot write.
     """
-    shards = write_shards(training, folder) if training.sharded else None
+    zero = training.optimizer if isinstance(training.optimizer, ZeroOptimizer) else None
+    weights = zero.weights() if zero else None
+    shards = write_shards(training, folder) if training.sharded and not zero else None
     optimizer = training.optimizer.state_dict()
     run_on_main(
         training.accelerator,
         lambda: write_checkpoint(
             folder,
-            shards or trainable_weights(training.adapted.model),
+            shards or weights or trainable_weights(training.adapted.model),
             {
                 "optimizer": {**optimizer, "state": {}} if shards else optimizer,
                 "schedule": training.schedule.state_dict(),
@@ -217,11 +220,14 @@ def _put_back(training: TrainContext, folder: Path) -> bool:
 def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
     """Make weights, optimiser and schedule what they were when `found` was written, in place."""
     training.optimizer.optimizer.state.clear()
+    state = cast(Any, found.optimizer["optimizer"]["state"])
     if found.shards:
         state = read_shards(training, found.shards)
+    elif isinstance(training.optimizer, ZeroOptimizer):
+        training.optimizer.load_weights(found.weights)
     else:
         load_whole(trainable_parameters(training.adapted.model), found.weights)
-        state = cut_state(training, cast(Any, found.optimizer["optimizer"]["state"]))
+        state = cut_state(training, state)
     training.optimizer.load_state_dict({**found.optimizer["optimizer"], "state": state})
     training.schedule.load_state_dict(found.optimizer["schedule"])
     training.row_losses[:] = found.optimizer["row_losses"].numpy() if "row_losses" in found.optimizer else 0
@@ -232,6 +238,8 @@ def restore_weights(training: TrainContext, found: Checkpoint) -> None:
     """Make the weights what they were when `found` was written, in place."""
     if found.shards:
         read_shards(training, found.shards, optimizer=False)
+    elif isinstance(training.optimizer, ZeroOptimizer):
+        training.optimizer.load_weights(found.weights)
     else:
         load_whole(trainable_parameters(training.adapted.model), found.weights)
 

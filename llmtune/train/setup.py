@@ -31,6 +31,7 @@ from llmtune.records import AdaptedModel, Collate, Examples
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.profile import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
+from llmtune.train.deepspeed_zero import STAGES, ZeroOptimizer, use_deepspeed, zero_plugin
 from llmtune.train.distributed import SILENCE_SECONDS, sum_over_processes
 from llmtune.train.optimizer import build_optimizer, build_schedule
 from llmtune.train.sharding import divide_layers, shard_model
@@ -50,7 +51,7 @@ class TrainContext:
     """As Accelerate prepared it: wrapped when there are several processes."""
     parameters: tuple[torch.nn.Parameter, ...]
     """The trainable ones."""
-    optimizer: AcceleratedOptimizer
+    optimizer: AcceleratedOptimizer | ZeroOptimizer
     schedule: LRScheduler
     task: TaskInterface
     recipe: Recipe
@@ -113,12 +114,19 @@ class TrainContext:
         alike = self.accelerator.num_processes // self.replicas
         return [value / alike for value in sum_over_processes(self.accelerator, values)]
 
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradients of a micro-batch, the `last` one of a step or another."""
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.backward(loss, last)
+        else:
+            self.accelerator.backward(loss)
+
     def compute(self) -> AbstractContextManager[object]:
         """Return the context of the model's number format."""
         return compute_context(self.dtype, self.device.type)
 
 
-def build_accelerator(recipe: Recipe, folder: Path, device: torch.device) -> Accelerator:
+def build_accelerator(recipe: Recipe, folder: Path, device: torch.device, strategy: str) -> Accelerator:
     """Make the Accelerator that the loop runs on; the number format is ours (its own turns all outputs into float32).
 
     Raises EnvironmentProblem for a tracker that is not installed.
@@ -130,8 +138,11 @@ def build_accelerator(recipe: Recipe, folder: Path, device: torch.device) -> Acc
         for name in trackers
         if name not in available
     )
+    dtype = resolve_dtype(recipe.model.dtype, device.type)
+    zero = zero_plugin(strategy, recipe, dtype) if strategy in STAGES else None
     accelerator = Accelerator(
-        cpu=device.type == "cpu",
+        cpu=device.type == "cpu" and zero is None,  # which Accelerate has for GPUs alone, and DeepSpeed for both
+        deepspeed_plugin=zero,
         mixed_precision="no",
         log_with=trackers or None,
         project_config=tracker_folder(folder),
@@ -181,10 +192,11 @@ def set_up(
         num_train_epochs=train.num_train_epochs,
         max_steps=train.max_steps,
     )
-    strategy = strategy if torch.distributed.is_initialized() else "ddp"
+    together = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    strategy = strategy if together else "ddp"
     # Weights that are to be cut are in main memory, or nowhere yet.
     device = next(adapted.model.parameters()).device if strategy == "ddp" else torch.device(pick_device())
-    accelerator = build_accelerator(recipe, folder, device)
+    accelerator = build_accelerator(recipe, folder, device, strategy)
     if train.torch_compile:
         from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
 
@@ -214,7 +226,7 @@ def set_up(
         folder=folder,
         inputs=inputs,
         row_losses=np.zeros((len(reader), 3), dtype=np.float32),
-        strategy=strategy if accelerator.num_processes > 1 else "ddp",
+        strategy=strategy,
     )
 
 
@@ -235,10 +247,12 @@ def _mark_loss(adapted: AdaptedModel, task: TaskInterface, recipe: Recipe) -> No
 
 def _distribute(
     accelerator: Accelerator, model: torch.nn.Module, recipe: Recipe, strategy: str
-) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
+) -> tuple[torch.nn.Module, AcceleratedOptimizer | ZeroOptimizer]:
     """Make a model and its optimiser those of all processes."""
     device = torch.device(accelerator.device)
-    if strategy != "ddp" and accelerator.num_processes > 1:
+    if strategy in STAGES:
+        return use_deepspeed(accelerator, model, build_optimizer(model, recipe, device))
+    if strategy != "ddp":
         cut = shard_model if strategy == "fsdp" else divide_layers  # by torch: Accelerate does both on GPUs alone
         cut(model, device)
         return model, accelerator.prepare_optimizer(build_optimizer(model, recipe, device))

@@ -159,10 +159,10 @@ def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.T
     known: dict[int, torch.Tensor] = {}
     first = torch.distributed.get_rank() == 0
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, DTensor) and trained_only and not tensor.requires_grad:
+        if is_cut(tensor) and trained_only and not tensor.requires_grad:
             continue
         if id(tensor) not in known:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            whole = gathered(tensor)
             known[id(tensor)] = whole.detach().cpu() if first else torch.empty(0)
         state[name] = known[id(tensor)]
     return state
@@ -170,7 +170,26 @@ def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.T
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this process has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return cast(torch.Tensor, getattr(tensor, "ds_tensor", tensor))
+
+
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether this process has a part of a tensor alone, by torch or by DeepSpeed (ZeRO-3)."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_tensor")
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whole; all processes have to call it."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not is_cut(tensor):
+        return tensor
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([tensor]):
+        return tensor.detach().clone()
 
 
 def load_whole(parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
