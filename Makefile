@@ -21,7 +21,7 @@ OTHER = $(if $(filter-out bfloat16,$(DTYPE)),-$(DTYPE))
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest test-quantized check format docs architectures torture hostile site same build bench clean
+.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures torture hostile site same build bench clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -100,12 +100,13 @@ versions-%:
 	.venv-$*/bin/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile $(CORE)
 
 # An environment of its own: gptqmodel wants versions of its own, of numpy for one.
-QUANTIZED_VENV ?= .venv-quantized
-test-quantized:  ## Adapters beside bases in GPTQ, AWQ, torchao and compressed-tensors, with the packages that read them
-	$(PYTHON) -m venv $(QUANTIZED_VENV)
-	$(QUANTIZED_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quantized,gptq]'
-	$(QUANTIZED_VENV)/bin/python -c 'import compressed_tensors, gptqmodel, torchao # tests of what is missing skip'
-	$(QUANTIZED_VENV)/bin/pytest tests/adapter/test_quantized_bases.py
+EXTRAS_VENV ?= .venv-extras
+test-extras:  ## Bases in GPTQ, AWQ, torchao and compressed-tensors, and DeepSpeed, with the packages that they need
+	$(PYTHON) -m venv $(EXTRAS_VENV)
+	$(EXTRAS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quantized,gptq,deepspeed]'
+	$(EXTRAS_VENV)/bin/python -c 'import compressed_tensors, deepspeed, gptqmodel, torchao # tests of what is missing skip'
+	$(EXTRAS_VENV)/bin/pytest tests/adapter/test_quantized_bases.py tests/launch/test_deepspeed.py
+	$(EXTRAS_VENV)/bin/pytest tests/tasks/test_contract.py -k 'take_the_steps_of_one and zero'
 
 check: $(READY)  ## Format, lint, types, layers, budget, generated pages
 	$(BIN)/ruff format --check .

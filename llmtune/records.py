@@ -137,7 +137,7 @@ class Layout:
     """Of all machines."""
     machines: int = 1
     strategy: str = "ddp"
-    """What each has of the model: all of it (ddp), a part (fsdp), a part of each layer (tp)."""
+    """What each has of the model: all of it (ddp, zero2), a part (fsdp, zero3), a part of each layer (tp)."""
 
     @property
     def of_machine(self) -> int:

@@ -26,11 +26,17 @@ def switches_off(model: torch.nn.Module) -> bool:
     return all(getattr(config, "bias", "none") == "none" for config in model.peft_config.values())
 
 
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process has of a tensor that torch, or DeepSpeed (ZeRO-3), has cut; or else the tensor."""
+    return (
+        tensor.to_local() if isinstance(tensor, DTensor) else cast(torch.Tensor, getattr(tensor, "ds_tensor", tensor))
+    )
+
+
 def keep_reference(model: torch.nn.Module) -> None:
     """Keep a copy of the trainable weights on the model, or of this process's part: as much memory as they take."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    kept = {name: (p.to_local() if isinstance(p, DTensor) else p).clone() for name, p in trained.items()}
-    setattr(model, KEPT, kept)
+    trained = {name: own_part(p).detach() for name, p in model.named_parameters() if p.requires_grad}
+    setattr(model, KEPT, {name: part.clone() for name, part in trained.items()})
 
 
 def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
@@ -50,7 +56,7 @@ def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
 def _put_back(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
     """Let parameters be other tensors for a while; nothing that autograd holds changes, and only shards are copied."""
     parameters = dict(model.named_parameters())
-    sharded = [name for name in kept if isinstance(parameters[name], DTensor)]
+    sharded = [name for name in kept if own_part(parameters[name]) is not parameters[name]]
     now = {name: parameters[name].data for name in kept if name not in sharded}
     try:
         _exchange(parameters, kept, sharded)
@@ -64,10 +70,10 @@ def _put_back(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator
 
 
 def _exchange(parameters: dict[str, torch.nn.Parameter], kept: dict[str, torch.Tensor], names: list[str]) -> None:
-    """Exchange the numbers of sharded parameters with those kept: FSDP reads from memory that it has set apart."""
+    """Exchange the numbers of sharded parameters with those kept: others read from memory that they have set apart."""
     with torch.no_grad():
         for name in names:
-            own = cast(DTensor, parameters[name]).to_local()
+            own = own_part(parameters[name])
             now = own.clone()
             own.copy_(kept[name])
             kept[name].copy_(now)

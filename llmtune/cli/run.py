@@ -44,7 +44,8 @@ Strategy = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help="What each process has: ddp all of the model, fsdp a part, tp a part of each layer.",
+        help="What each process has: ddp all of the model, fsdp a part, tp a part of each layer; zero2 and zero3 are "
+        "DeepSpeed's.",
         metavar="NAME",
     ),
 ]

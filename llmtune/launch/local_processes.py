@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from llmtune import errors
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, Stopped
 from llmtune.executor import Executor
 from llmtune.launch.machines import Board, joined_board, own_address
-from llmtune.launch.topology import Topology
+from llmtune.launch.topology import ZERO, Topology
 from llmtune.launch.worker import LAST_WORDS, PARENT, QUIET, RESULTS
 from llmtune.records import Json
 from llmtune.session import trained_name
@@ -57,9 +58,9 @@ class WorkerBug(RuntimeError):
 def process_executor(topology: Topology, board: Board | None = None, *, threads: int | None = None) -> Executor:
     """Return what the pipeline works with: it adapts, trains and evaluates in workers, all else stays in the parent.
 
-    Raises EnvironmentProblem where there are too few GPUs.
+    Raises EnvironmentProblem where there are too few GPUs, or DeepSpeed is asked for and not installed.
     """
-    _check_devices(topology.processes)
+    _check_devices(topology)
 
     def train(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, train_inputs: str) -> None:
         context.begin("adapt")
@@ -126,7 +127,7 @@ def serve_machine(topology: Topology, console: Console, *, threads: int | None =
 
     Raises LlmtuneError: the run ended with it, machine 0 is gone, or this machine was told to stop.
     """
-    _check_devices(topology.processes)
+    _check_devices(topology)
     done = 0
     with joined_board(topology, console) as board:
         while (job := board.next_job(done)) is not None:
@@ -174,7 +175,11 @@ def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _check_devices(processes: int) -> None:
+def _check_devices(topology: Topology) -> None:
+    processes = topology.processes
+    if topology.strategy in ZERO and find_spec("deepspeed") is None:
+        fix = "pip install 'llmtune-cli[deepspeed]', or --strategy fsdp, which cuts what zero3 cuts."
+        raise EnvironmentProblem.of("DeepSpeed is not installed", f"--strategy {topology.strategy}", fix)
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cards and processes > cards:
         raise EnvironmentProblem.of(

@@ -12,14 +12,19 @@ from llmtune.records import Layout
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
 
-STRATEGIES = ("ddp", "fsdp", "tp", "zero2", "zero3")
-SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
+ZERO = ("zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp", "tp", *ZERO)
+SHARDED_OPTIMIZERS = {
+    "fsdp": ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd"),
+    "tp": ("adamw_torch", "adagrad", "rmsprop", "sgd"),
+    **dict.fromkeys(ZERO, ("adamw_torch", "rmsprop", "sgd")),  # DeepSpeed makes another Adagrad, without groups
+}
 """Optimisers whose update of a number depends on no other number, so that each process updates its own."""
 UNDIVIDED = ("modules_to_save", "use_dora", "lora_bias", "bias", "target_parameters", "alora_invocation_tokens")
 """Options of an adapter that tensor parallelism does not know."""
 _OFF = (None, False, "none", ())
 INSTEAD = {
-    "deepspeed": "fsdp cuts weights, gradients and optimiser state over the processes as ZeRO-3 does.",
+    "deepspeed": "Its stages are zero2 and zero3.",
     "fsdp2": "fsdp is FSDP2 here.",
     **dict.fromkeys(
         ("cp", "sp", "context-parallel"),
@@ -36,7 +41,7 @@ class Topology:
     processes: int = 1
     """Of each machine."""
     strategy: str = "ddp"
-    """Whether each process has all of the model (ddp), a part of it (fsdp), or a part of each layer (tp)."""
+    """What each process has of the model: all of it (ddp, zero2), a part (fsdp, zero3), a part of each layer (tp)."""
     machines: int = 1
     rank: int = 0
     """Of this machine."""
@@ -93,7 +98,7 @@ def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
     if adapter.method == "qlora":
         what = "weights in 4 bits are kept as packed bytes, which are not cut over processes"
         problems.append(Problem(what, "adapter.method", f"{instead} with qlora, or adapter.method: lora."))
-    optimizers = [name for name in SHARDED_OPTIMIZERS if strategy == "fsdp" or not name.endswith("fused")]
+    optimizers = SHARDED_OPTIMIZERS[strategy]
     if optim not in optimizers:
         what = f"{optim} cannot update weights that are cut over processes"
         problems.append(Problem(what, "train.optim", f"{instead}, or one of {', '.join(optimizers)}."))
@@ -103,6 +108,9 @@ def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
     if recipe.train.eval_metrics:
         what = "a model that is cut over processes does not answer while it trains"
         problems.append(Problem(what, "train.eval_metrics", f"{instead}, or remove it."))
+    if strategy in ZERO and recipe.model.dtype == "float16":
+        what = "the losses of float16 are scaled here, and DeepSpeed scales them too"
+        problems.append(Problem(what, "model.dtype", f"{instead}, or bfloat16."))
     if strategy == "tp":
         if adapter.method not in ("lora", "full", "qlora"):
             what = f"the weights of {adapter.method} cannot be divided with the layers that they are on"

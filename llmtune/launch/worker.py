@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     if int(os.environ.get("LOCAL_RANK", "0")):
         log = os.open(Path(os.environ[RESULTS]) / LAST_WORDS.format(_rank()), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, sys.stderr.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print, and --json has one document there
     faulthandler.enable()  # the last words of a process that breaks
     own = f"rank-{_rank()}.json"
     before = Path(os.environ[RESULTS]) / own

@@ -112,8 +112,8 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
     Raises RecipeError for a model whose layers cannot be divided, or that stays quantised.
 
     Under DDP gradients are summed in buckets, which together are a copy of them.
-    Under FSDP it has a part, a layer and the next one whole while they compute, and what is in no layer whole for a
-    pass. The gradients of one layer, and of what is in none, are whole until they are summed.
+    Under FSDP and ZeRO-3 it has a part, a layer and the next one whole while they compute, and what is in no layer
+    whole for a pass. The gradients of one layer, and of what is in none, are whole until they are summed.
     """
     limit = plan.limit // layout.of_machine if plan.limit and plan.device == "cpu" else plan.limit
     plan = replace(plan, limit=limit, processes=layout.processes)
@@ -135,8 +135,12 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
         divided = [module for _, module, style in planned_layers(skeleton) if style in STYLES]
         cut = sum(weight.numel() for module in divided for weight in module.parameters()) / total
     share = 1 - cut + cut / layout.processes
-    parts = {name: size if name in _WHOLE else int(size * share) for name, size in plan.parts.items()}
-    if layout.strategy == "fsdp":
+    divided_parts = ("gradients", "optimizer") if layout.strategy == "zero2" else plan.parts.keys() - _WHOLE
+    parts = {name: int(size * share) if name in divided_parts else size for name, size in plan.parts.items()}
+    if layout.strategy.startswith("zero"):  # which updates a copy
+        parts["optimizer"] += parts["gradients"]
+        parts["buckets"] = min(plan.parts["gradients"], 4 * BUCKET_SIZE)
+    if layout.strategy in ("fsdp", "zero3"):
         parts["gathered"] = (4 if full else compute_bytes) * (rest + 2 * layer) + 4 * full * (rest + layer)
     evaluated = compute_bytes * total + parts.get("libraries", 0)
     lower_bound = max(_fixed(parts) + plan.lower_bound - _fixed(plan.parts), evaluated)
@@ -144,7 +148,9 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
     return replace(plan, parts=parts, lower_bound=lower_bound)
 
 
-_WHOLE = ("libraries", "activations", "logits")
+BUCKET_SIZE = 2**25
+"""Numbers of gradients that DeepSpeed sums over processes at once; its own default takes 2 GB."""
+_WHOLE = {"libraries", "activations", "logits"}
 """Parts of a plan that sharding does not cut."""
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch.distributed.tensor import DTensor
 
+from llmtune.adapter.reference_model import own_part
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import TrainingError
 from llmtune.model.model_inputs import move_to
@@ -21,7 +22,7 @@ from llmtune.train.batch_plan import Indexes, divide, micro_batches
 from llmtune.train.deepspeed_zero import ZeroOptimizer
 from llmtune.train.distributed import any_process, sum_over_processes
 from llmtune.train.setup import TrainContext
-from llmtune.train.sharding import clip_divided, own_part
+from llmtune.train.sharding import clip_divided
 
 
 class MicroBatchTooLarge(Exception):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from llmtune.adapter.reference_model import own_part
 from llmtune.errors import Problem, TrainingError
 from llmtune.train.accumulation import StepLoss, find_guilty_rows
 from llmtune.train.checkpoint import list_checkpoints
 from llmtune.train.distributed import any_process, gather_lists
 from llmtune.train.setup import TrainContext
-from llmtune.train.sharding import own_part
 
 SHOWN_ROWS = 10
 

@@ -90,7 +90,7 @@ def train(
 ) -> TrainedRun:
     """Train `adapted` in place and leave `checkpoints/`, `metrics.jsonl` and `adapter/` (or `weights/`) in `folder`.
 
-    `strategy` says what several processes have of the model: all of it each (`ddp`), or a part each (`fsdp`).
+    `strategy` says what several processes have of the model (`TrainContext.strategy`).
     `budget` is the number of tokens in a micro-batch to begin with; `on_budget` gets what it becomes. Training resumes
     from the newest whole checkpoint; the result is the same to the last bit. `inputs` is the hash of everything that
     training depends on: what other inputs have left is put aside, and a trained adapter stays until the new one takes

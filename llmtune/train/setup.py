@@ -66,7 +66,7 @@ class TrainContext:
     row_losses: npt.NDArray[np.float32]
     """What each training example's loss was so far (`llmtune.train.row_losses.Table`)."""
     strategy: str
-    """What each process has of the model: all of it (ddp), a part (fsdp), a part of each layer (tp)."""
+    """What each process has of the model: all of it (ddp, zero2), a part (fsdp, zero3), a part of each layer (tp)."""
 
     @property
     def checkpoints(self) -> Path:
@@ -96,7 +96,7 @@ class TrainContext:
 
     @property
     def sharded(self) -> bool:
-        """Whether the model is cut over processes, so that each forward pass needs all of them."""
+        """Whether the model or its gradients are cut over processes, so that each pass needs all of them."""
         return self.strategy != "ddp"
 
     @property

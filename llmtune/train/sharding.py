@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.nn.utils.parametrize import is_parametrized
 
-from llmtune.adapter.reference_model import KEPT, keep_reference
+from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import kept_together
 from llmtune.model.tensor_parallel import STYLES, planned_layers
@@ -166,13 +166,6 @@ def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.T
             known[id(tensor)] = whole.detach().cpu() if first else torch.empty(0)
         state[name] = known[id(tensor)]
     return state
-
-
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process has of a tensor."""
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    return cast(torch.Tensor, getattr(tensor, "ds_tensor", tensor))
 
 
 def is_cut(tensor: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from support.adapting import SHAPE, build_family, recipe_with
 from support.models import build_llama
 from support.runs import invoke, llmtune, write_recipe
-from support.training import make_recipe, read_metrics, run_training, write_examples
+from support.together import METHODS, TRAIN, assert_same, train
+from support.training import make_recipe, run_training, write_examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.errors import RecipeError
@@ -22,38 +24,11 @@ from llmtune.launch.topology import Topology
 from llmtune.model.tensor_parallel import check_tensor_parallel
 
 TESTS = Path(__file__).parents[1]
-TRAIN = {"batch_size": 6, "learning_rate": 1e-3, "save_steps": 4, "save_total_limit": 5, "max_steps": 12}
-METHODS = {"lora": {}, "full": {"method": "full"}, "added": {"modules_to_save": ["norm"], "use_dora": True}}
 
 
 @pytest.fixture(autouse=True)
 def workers_find_the_tests(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
-
-
-def train(folder: Path, run: str, processes: int, strategy: str, console) -> Path:
-    """Train the recipe in `folder` in so many processes; return the run folder."""
-    arguments = [str(folder), str(folder / run), strategy]
-    launch_local(arguments, Topology(processes, strategy), console, entry="support.workers:train_tiny", threads=2)
-    return folder / run
-
-
-def losses(run: Path) -> list[float]:
-    return [line[key] for line in read_metrics(run) for key in ("loss", "validation_loss") if key in line]
-
-
-def weights(run: Path) -> dict:
-    (folder,) = [run / name for name in ("adapter", "weights") if (run / name).is_dir()]
-    return load_file(next(folder.glob("*.safetensors")))
-
-
-def assert_same(run: Path, other: Path) -> None:
-    assert losses(other) == pytest.approx(losses(run), rel=1e-5)
-    expected, found = weights(run), weights(other)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert float((found[name] - tensor).abs().max()) < 1e-4, name
 
 
 SLOW = pytest.mark.slow
@@ -239,7 +214,14 @@ def test_a_model_is_not_divided_by_what_does_not_divide_its_heads(here, tiny_lla
 @pytest.mark.parametrize(
     ("options", "sections", "words"),
     [
-        (["--strategy", "deepspeed"], {}, ["'deepspeed'", "fsdp"]),
+        (["--strategy", "deepspeed"], {}, ["'deepspeed'", "zero2 and zero3"]),
+        (
+            ["--strategy", "zero2"],
+            {"train": {"optim": "adagrad"}},
+            ["train.optim", "adagrad", "adamw_torch, rmsprop, sgd"],
+        ),
+        (["--strategy", "zero3"], {"model": {"dtype": "float16"}}, ["model.dtype", "DeepSpeed", "bfloat16"]),
+        (["--strategy", "zero3"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits"]),
         (["--strategy", "fdsp"], {}, ["Did you mean 'fsdp'?"]),
         (["--strategy", "cp"], {}, ["'cp'", "ring attention", "fsdp"]),
         (["--strategy", "tp"], {"adapter": {"use_dora": True}}, ["adapter.use_dora", "divided"]),
@@ -262,3 +244,12 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(here, options, sect
     assert found.exit_code == 2, found.stderr
     for word in words:
         assert word in found.stderr.replace("\n    ", " "), found.stderr
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_deepspeed_that_is_not_installed_is_named_before_anything_is_done(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    found = invoke("launch", "local", "tiny.yaml", "--processes", 2, "--strategy", "zero3")
+    assert found.exit_code == 4, found.stderr
+    assert "pip install 'llmtune-cli[deepspeed]'" in found.stderr
+    assert not (here / "runs").exists()

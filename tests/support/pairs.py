@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from llmtune.adapter.injection import inject
 from llmtune.data.examples import load_examples
@@ -25,7 +24,7 @@ from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.distributed import join_processes
 from llmtune.train.setup import TrainContext, set_up
-from llmtune.train.sharding import share_model
+from llmtune.train.sharding import gathered, share_model
 from support.adapting import quiet
 from support.rows import write_jsonl
 from support.runs import write_recipe
@@ -101,16 +100,15 @@ def learn_a_little(path: Path, strategy: str = "ddp") -> list[list[float]]:
     """Take three steps without dropout and validate: losses and gradient norms, and how far the weights moved."""
     folder = path.parent / f"prepared-{os.getpid()}"
     training = set_up(*prepare_training(path, folder, strategy), folder, quiet(), "inputs", strategy)
-    before = [weight.detach().clone() for weight in training.parameters]
+    before = [gathered(weight).detach().clone() for weight in training.parameters]
     numbers = []
     for step in (1, 2, 3):
         found = step_gradients(training, step, 100, 1.0)
         numbers.append([found.mean, found.grad_norm])
         training.optimizer.step()
         training.optimizer.zero_grad(set_to_none=True)
-    moved = [now.detach() - then for now, then in zip(training.parameters, before, strict=True)]
-    whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in moved]
-    total = sum(float(part.double().square().sum()) for part in whole)
+    moved = [gathered(now).detach() - then for now, then in zip(training.parameters, before, strict=True)]
+    total = sum(float(part.double().square().sum()) for part in moved)
     validation = validation_loss(training, 100) if training.validation is not None else 0.0
     return [*numbers, [float(validation or 0.0), total**0.5]]
 

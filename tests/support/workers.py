@@ -85,10 +85,15 @@ def measure_training(folder: str, run: str, strategy: str) -> list[int]:
 
 def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
     """Take the first steps of every recipe that the test left in `folder`; return their losses and gradient norms."""
+    from accelerate.state import AcceleratorState
+
     from support.pairs import learn_a_little
 
-    recipes = sorted(Path(folder).glob("*/recipe.yaml"))
-    return {path.parent.name: learn_a_little(path, strategy) for path in recipes}
+    found = {}
+    for path in sorted(Path(folder).glob("*/recipe.yaml")):
+        found[path.parent.name] = learn_a_little(path, strategy)
+        AcceleratorState._reset_state()  # it takes one model for DeepSpeed
+    return found
 
 
 def write_and_wait(folder: str, run: str) -> None:

@@ -366,8 +366,13 @@ def test_two_processes_evaluate_as_one(name, finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("tp", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "processes"),
+    [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("tp", 2), ("zero2", 2), ("zero3", 2)],
+)
 def test_several_processes_take_the_steps_of_one(strategy, processes, recipe_file, tmp_path, monkeypatch):
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     names = [name for name, case in CELLS.items() if case.method != "qlora" or strategy == "ddp"]
     if strategy == "tp":

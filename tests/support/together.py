@@ -1,0 +1,39 @@
+"""A training in several processes, held against the same in one."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from llmtune.launch.local_processes import launch_local
+from llmtune.launch.topology import Topology
+from support.training import read_metrics
+
+TRAIN = {"batch_size": 6, "learning_rate": 1e-3, "save_steps": 4, "save_total_limit": 5, "max_steps": 12}
+METHODS = {"lora": {}, "full": {"method": "full"}, "added": {"modules_to_save": ["norm"], "use_dora": True}}
+
+
+def train(folder: Path, run: str, processes: int, strategy: str, console: Console) -> Path:
+    """Train the recipe in `folder` in so many processes; return the run folder."""
+    arguments = [str(folder), str(folder / run), strategy]
+    launch_local(arguments, Topology(processes, strategy), console, entry="support.workers:train_tiny", threads=2)
+    return folder / run
+
+
+def losses(run: Path) -> list[float]:
+    return [line[key] for line in read_metrics(run) for key in ("loss", "validation_loss") if key in line]
+
+
+def weights(run: Path) -> dict:
+    (folder,) = [run / name for name in ("adapter", "weights") if (run / name).is_dir()]
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert losses(other) == pytest.approx(losses(run), rel=1e-5)
+    expected, found = weights(run), weights(other)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert float((found[name] - tensor).abs().max()) < 1e-4, name
