@@ -66,7 +66,7 @@ def process_executor(topology: Topology, board: Board | None = None, *, threads:
         context.begin("adapt")
         with context.step("train", train_inputs, [trained_name(context.recipe)], always=True) as step:
             found = launch_local(
-                [str(context.folder.path.resolve()), topology.strategy],
+                [str(context.folder.path.resolve()), topology.layout.strategy],
                 topology,
                 context.console,
                 board=board,
@@ -76,9 +76,7 @@ def process_executor(topology: Topology, board: Board | None = None, *, threads:
             # Inside: once training counts as done, nothing would note adapt any more.
             with context.folder.step("adapt", adapt_inputs, always=True) as adapted:
                 adapted.facts.update(found["adapt"])
-            step.facts.update(
-                found["train"], processes=topology.processes * topology.machines, strategy=topology.strategy
-            )
+            step.facts.update(found["train"], processes=topology.layout.processes, strategy=topology.layout.strategy)
 
     def score(context: RunContext, *_: object, folder: Path) -> None:
         base = "" if context.base is None else str(context.base.resolve())

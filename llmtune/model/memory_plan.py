@@ -143,9 +143,8 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
     if layout.strategy in ("fsdp", "zero3"):
         parts["gathered"] = (4 if full else compute_bytes) * (rest + 2 * layer) + 4 * full * (rest + layer)
     evaluated = compute_bytes * total + parts.get("libraries", 0)
-    lower_bound = max(_fixed(parts) + plan.lower_bound - _fixed(plan.parts), evaluated)
-    parts["evaluation"] = max(0, evaluated - sum(parts.values()))
-    return replace(plan, parts=parts, lower_bound=lower_bound)
+    bound = max(_fixed(parts) + plan.lower_bound - _fixed(plan.parts), evaluated)
+    return replace(plan, parts=parts | {"evaluation": max(0, evaluated - sum(parts.values()))}, lower_bound=bound)
 
 
 BUCKET_SIZE = 2**25

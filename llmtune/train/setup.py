@@ -192,8 +192,7 @@ def set_up(
         num_train_epochs=train.num_train_epochs,
         max_steps=train.max_steps,
     )
-    together = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    strategy = strategy if together else "ddp"
+    strategy = strategy if torch.distributed.is_initialized() else "ddp"
     # Weights that are to be cut are in main memory, or nowhere yet.
     device = next(adapted.model.parameters()).device if strategy == "ddp" else torch.device(pick_device())
     accelerator = build_accelerator(recipe, folder, device, strategy)

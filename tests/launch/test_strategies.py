@@ -215,11 +215,7 @@ def test_a_model_is_not_divided_by_what_does_not_divide_its_heads(here, tiny_lla
     ("options", "sections", "words"),
     [
         (["--strategy", "deepspeed"], {}, ["'deepspeed'", "zero2 and zero3"]),
-        (
-            ["--strategy", "zero2"],
-            {"train": {"optim": "adagrad"}},
-            ["train.optim", "adagrad", "adamw_torch, rmsprop, sgd"],
-        ),
+        (["--strategy", "zero2"], {"train": {"optim": "adagrad"}}, ["train.optim", "adagrad", "rmsprop, sgd"]),
         (["--strategy", "zero3"], {"model": {"dtype": "float16"}}, ["model.dtype", "DeepSpeed", "bfloat16"]),
         (["--strategy", "zero3"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits"]),
         (["--strategy", "fdsp"], {}, ["Did you mean 'fsdp'?"]),
@@ -247,9 +243,9 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(here, options, sect
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
-def test_deepspeed_that_is_not_installed_is_named_before_anything_is_done(here, tiny_llama, chat_rows):
+def test_deepspeed_that_is_not_installed_is_named_before_rows_are_read(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     found = invoke("launch", "local", "tiny.yaml", "--processes", 2, "--strategy", "zero3")
     assert found.exit_code == 4, found.stderr
     assert "pip install 'llmtune-cli[deepspeed]'" in found.stderr
-    assert not (here / "runs").exists()
+    assert not list(here.glob("runs/*/data"))
