@@ -112,11 +112,14 @@ def _job(given: Mapping[str, Any]) -> Job:
     from llmtune.launch.topology import Topology, why_not
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
+    from llmtune.store.run_lock import read_pins
 
     sets = [*(given["sets"] or []), *([f"model.name={json.dumps(given['model'])}"] if given["model"] else [])]
     loaded = load_recipe(given["recipe"], sets)
     options = [word for one in sets for word in ("--set", one)]
-    options += ["--lock", os.path.relpath(given["lock"])] if given["lock"] else []
+    if given["lock"]:
+        read_pins(given["lock"])
+        options += ["--lock", os.path.relpath(given["lock"])]
     options += ["--threads", str(given["threads"])] if given["threads"] else []
     options += ["--offline"] if given["offline"] else []
     folder: Path = given["out"] or default_path(loaded.recipe.name, loaded.fingerprint)
@@ -139,7 +142,9 @@ def _follow(what: str, cancel: str, follow: Callable[[], None]) -> None:
 def _slurm(job: Job, console: Any, given: Mapping[str, Any]) -> Json:
     from llmtune.launch.recipe_check import check_recipe
     from llmtune.launch.slurm import follow, slurm_script, submit
+    from llmtune.store.run_folder import peek_run
 
+    peek_run(job.folder, job.loaded.fingerprint)
     check_recipe(job.loaded)
     options = {name: given[name.replace("-", "_")] for name in SLURM if given[name.replace("-", "_")]}
     script = slurm_script(job, options, given["sbatch"] or [], requeue=given["requeue"])

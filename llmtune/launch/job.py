@@ -28,6 +28,7 @@ from llmtune.records import Json
 from llmtune.store.run_folder import REPORTS
 
 BEGIN, END = "-----BEGIN LLMTUNE REPORT-----", "-----END LLMTUNE REPORT-----"
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Job:
     def name(self) -> str:
         """The run's name."""
         return self.loaded.recipe.name
+
+    @property
+    def slug(self) -> str:
+        """The run folder's name as schedulers take one: lower case, digits and hyphens, a letter first."""
+        return re.sub(r"[^a-z0-9]+", "-", self.folder.name.lower()).lstrip("-0123456789")[:40].rstrip("-") or "run"
 
     @property
     def shipped(self) -> str | None:
@@ -96,13 +102,13 @@ def to_yaml(value: Json) -> str:
 
 
 def check_secrets(names: Sequence[str], *, here: bool) -> None:
-    """Raise RecipeError for secrets that are given with a value; `here`: or are not set in this environment."""
+    """Raise RecipeError for secrets that are more than a name; `here`: or are not set in this environment."""
     RecipeError.collect(
-        Problem("it is given with a value, which may be seen", "--secret", "Give its name alone: --secret NAME.")
-        if "=" in name
+        Problem("it is no name of a variable; a value may be seen", "--secret", "Give its name alone: --secret NAME.")
+        if not VARIABLE.fullmatch(name)
         else Problem(f"{name} is not set in this environment", "--secret", f"Set it: export {name}=...")
         for name in names
-        if "=" in name or (here and name not in os.environ)
+        if not VARIABLE.fullmatch(name) or (here and name not in os.environ)
     )
 
 

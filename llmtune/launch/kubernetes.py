@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,11 +55,10 @@ def train_job(
         trainer["env"] = [
             {"name": name, "valueFrom": {"secretKeyRef": {"name": secret_object, "key": name}}} for name in secrets
         ]
-    slug = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-0123456789")[:40] or "run"
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
-        "metadata": {"name": f"{slug}-{uuid.uuid4().hex[:5]}"},
+        "metadata": {"name": f"{job.slug}-{uuid.uuid4().hex[:5]}"},
         "spec": {
             "runtimeRef": {"name": runtime},
             "trainer": trainer,

@@ -120,14 +120,14 @@ def launch_local(
     raise _explain(found, stopped_by, gone)
 
 
-def serve_machine(topology: Topology, console: Console, *, threads: int | None = None) -> None:
-    """On another machine than 0: start what machine 0 posts, until its run ends.
+def serve_machine(topology: Topology, recipe: str, console: Console, *, threads: int | None = None) -> None:
+    """On another machine than 0: start what machine 0 posts, until its run ends; `recipe` is a hash.
 
     Raises LlmtuneError: the run ended with it, machine 0 is gone, or this machine was told to stop.
     """
     _check_devices(topology)
     done = 0
-    with joined_board(topology, console) as board:
+    with joined_board(topology, recipe, console) as board:
         while (job := board.next_job(done)) is not None:
             done = job["number"]
             found, stopped_by = _run_workers([job["entry"], *job["arguments"]], topology, console, job["meet"], threads)
@@ -224,9 +224,9 @@ def _surroundings(threads: int, place: Path, topology: Topology, *, quiet: bool)
         os.environ |= {name: os.environ.get(name, interface) for name in CARDS if interface}
     elif not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", card)
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger, nowhere = logging.getLogger("torch.distributed.elastic"), logging.NullHandler()
+    logger.propagate = False  # a level would not do: modules below have their own
+    logger.addHandler(nowhere)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -234,7 +234,8 @@ def _surroundings(threads: int, place: Path, topology: Topology, *, quiet: bool)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        logger.setLevel(level)
+        logger.propagate = True
+        logger.removeHandler(nowhere)
         os.environ.clear()
         os.environ |= environment
 
@@ -263,15 +264,12 @@ def _deaths_shown(console: Console, topology: Topology) -> Iterator[None]:
         return False
 
     logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    level = logger.level
     if topology.max_restarts:
-        logger.setLevel(logging.ERROR)
         logger.addFilter(show)
     try:
         yield
     finally:
         logger.removeFilter(show)
-        logger.setLevel(level)
 
 
 def _read_left(place: Path) -> list[Json]:

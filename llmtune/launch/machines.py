@@ -20,18 +20,19 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined] 
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
-from llmtune import errors
-from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem
+from llmtune import __version__, errors
+from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.launch.topology import Topology
 from llmtune.records import Json
 
 CONNECT_SECONDS = 600
 """How long a machine waits for machine 0 to be there."""
+CONNECT_TRY_SECONDS = 5
 REPORT_SECONDS = 15
 """How long machine 0 waits for what became of the others' processes, once its own have ended."""
 END_SECONDS = 5
 POLL_SECONDS = 0.5
-_JOB, _END = "llmtune/job", "llmtune/end"
+_TERMS, _JOB, _END = "llmtune/terms", "llmtune/job", "llmtune/end"
 
 
 @dataclass
@@ -40,18 +41,38 @@ class Board:
 
     topology: Topology
     store: TCPStore
+    recipe: str
+    """A hash of it, with what --set changes."""
     number: int = 0
     run_id: str = field(default_factory=lambda: str(time.time_ns()))
+
+    @property
+    def terms(self) -> Json:
+        """What has to be the same on all machines."""
+        where = self.topology
+        options = {"--machines": where.machines, "--strategy": where.strategy, "--max-restarts": where.max_restarts}
+        return {"version of llmtune": __version__, "recipe with its --set": self.recipe, **options}
+
+    def check_terms(self) -> None:
+        """Raise RecipeError where machine 0 was given something else than this machine."""
+        theirs = json.loads(self.store.get(_TERMS))
+        RecipeError.collect(
+            Problem(
+                f"{own} on this machine, {theirs[name]} on machine 0", name, "Give the same command on each machine."
+            )
+            for name, own in self.terms.items()
+            if own != theirs[name]
+        )
 
     def post(self, entry: str, arguments: list[str]) -> str:
         """Let the other machines start `entry` in their processes; return the name under which all meet."""
         self.number += 1
-        self._put(_JOB, {"number": self.number, "entry": entry, "arguments": arguments, "meet": self._meet()})
+        self.put(_JOB, {"number": self.number, "entry": entry, "arguments": arguments, "meet": self._meet()})
         return self._meet()
 
     def collect(self) -> tuple[list[Json], list[int]]:
         """Return what the other machines report of the job, and the machines that do not answer."""
-        self._put(_JOB, {"number": self.number, "entry": None})
+        self.put(_JOB, {"number": self.number, "entry": None})
         left, reports = set(range(1, self.topology.machines)), []
         end = time.monotonic() + REPORT_SECONDS
         while left and time.monotonic() < end:
@@ -71,7 +92,7 @@ class Board:
     def report(self, number: int, reports: list[Json]) -> None:
         """Tell machine 0 what became of the processes of this one."""
         self.number = number
-        self._put(self._report_key(self.topology.rank), reports)
+        self.put(self._report_key(self.topology.rank), reports)
 
     def next_job(self, done: int) -> Json | None:
         """Wait for a job after number `done`, and return it; None when the run has ended well.
@@ -81,7 +102,7 @@ class Board:
         while True:
             if self.store.check([_END]):
                 ended = json.loads(self.store.get(_END))
-                self._put(f"{_END}/{self.topology.rank}", True)
+                self.put(f"{_END}/{self.topology.rank}", True)
                 if ended is None:
                     return None
                 kind: type[LlmtuneError] = getattr(errors, ended["kind"])
@@ -99,12 +120,13 @@ class Board:
         if error is not None:
             problems = [[one.what, one.where, one.fix] for one in error.problems]
             ended = {"kind": type(error).__name__, "problems": problems, "exit": error.exit_code}
-        self._put(_END, ended)
+        self.put(_END, ended)
         keys = [f"{_END}/{rank}" for rank in range(1, self.topology.machines)]
         with suppress(DistError):
             self.store.wait(keys, timedelta(seconds=END_SECONDS))
 
-    def _put(self, key: str, value: Any) -> None:
+    def put(self, key: str, value: Any) -> None:
+        """Let the others read a value."""
         self.store.set(key, json.dumps(value))
 
     def _meet(self) -> str:
@@ -115,19 +137,21 @@ class Board:
 
 
 @contextmanager
-def opened_board(topology: Topology) -> Iterator[Board]:
+def opened_board(topology: Topology, recipe: str) -> Iterator[Board]:
     """Give the board of machine 0 for as long as its run takes, and post how that ended.
 
     Raises EnvironmentProblem where nothing can listen at the address.
     """
     try:
+        _check_own(topology)
         store = TCPStore(topology.host, topology.port, is_master=True, wait_for_workers=False, multi_tenant=True)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         fix = "Give the address of this machine (machine 0) and a free port."
         raise EnvironmentProblem.of(
             f"cannot listen: {_first_line(error)}", f"--address {topology.address}", fix
         ) from error
-    board = Board(topology, store)
+    board = Board(topology, store, recipe)
+    board.put(_TERMS, board.terms)
     try:
         yield board
     except LlmtuneError as error:
@@ -140,13 +164,16 @@ def opened_board(topology: Topology) -> Iterator[Board]:
 
 
 @contextmanager
-def joined_board(topology: Topology, console: Console) -> Iterator[Board]:
-    """Give the board of machine 0 to another machine; raises EnvironmentProblem where it cannot be reached."""
+def joined_board(topology: Topology, recipe: str, console: Console) -> Iterator[Board]:
+    """Give the board of machine 0 to another machine.
+
+    Raises EnvironmentProblem where it cannot be reached, RecipeError where it was given something else.
+    """
     console.print(f"Machine {topology.rank} of {topology.machines}: waiting for machine 0 at {topology.address}.")
     end = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
-            socket.create_connection((topology.host, topology.port), timeout=5).close()
+            socket.create_connection((topology.host, topology.port), timeout=CONNECT_TRY_SECONDS).close()
             break
         except OSError as error:
             if time.monotonic() > end or isinstance(error, socket.gaierror):
@@ -155,11 +182,26 @@ def joined_board(topology: Topology, console: Console) -> Iterator[Board]:
                 raise EnvironmentProblem.of(what, f"--address {topology.address}", fix) from error
             time.sleep(1)
     try:
-        yield Board(topology, TCPStore(topology.host, topology.port, is_master=False, timeout=timedelta(seconds=60)))
+        store = TCPStore(topology.host, topology.port, is_master=False, timeout=timedelta(seconds=60))
+        board = Board(topology, store, recipe)
+        board.check_terms()
+        yield board
     except DistError as error:
         fix = "When machine 0 runs again, give the same command here."
         what = f"the connection to machine 0 is lost: {_first_line(error)}"
         raise EnvironmentProblem.of(what, f"--address {topology.address}", fix) from error
+
+
+def _check_own(topology: Topology) -> None:
+    """Raise OSError where the address is not one of this machine; torch would try for minutes and hear no signal."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with (
+        socket.create_server(("", topology.port), family=family, dualstack_ipv6=dual) as server,
+        socket.create_connection((topology.host, topology.port), timeout=CONNECT_TRY_SECONDS),
+    ):
+        server.settimeout(CONNECT_TRY_SECONDS)
+        server.accept()[0].close()
 
 
 def own_address(topology: Topology) -> tuple[str, str | None]:

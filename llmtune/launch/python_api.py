@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llmtune.errors import RecipeError
 from llmtune.launch.topology import Topology, why_not
 from llmtune.records import ALONE, SPLITS, Json
+from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
 
 if TYPE_CHECKING:
@@ -145,12 +146,13 @@ def run_recipe(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of each attempt
     from llmtune.launch.machines import opened_board
 
+    given = hash_value(loaded.recipe.model_dump(mode="json"))[:8]
     if topology.rank:
         from llmtune.launch.local_processes import serve_machine
 
-        serve_machine(topology, console, threads=threads)
+        serve_machine(topology, given, console, threads=threads)
         return {}
-    with opened_board(topology) as board:
+    with opened_board(topology, given) as board:
         return run(board=board)
 
 

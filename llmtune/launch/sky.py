@@ -13,6 +13,8 @@ from rich.console import Console
 from llmtune import __version__
 from llmtune.errors import Problem, RecipeError
 from llmtune.launch.job import Job, check_secrets, fail_as, read_log, require_command, to_yaml, with_report
+from llmtune.model.catalogue import candidate_names
+from llmtune.recipe.builtin import recipes_folder
 from llmtune.records import SPLITS, Json
 
 INSTALL = 'pip install "llmtune-cli[sky]", or SkyPilot in an environment of its own; then: sky check'
@@ -25,7 +27,7 @@ def sky_task(
 ) -> Json:
     """Return the task as SkyPilot reads it: this folder goes along, and the run folder lies on the storage.
 
-    Raises RecipeError where the recipe or one of its files is outside this folder, or for several machines.
+    Raises RecipeError where the recipe or something that it names is outside this folder, or for several machines.
     """
     if job.topology.machines > 1:
         what = f"{job.topology.machines} machines need a folder that all of them see, which a bucket is not"
@@ -34,7 +36,7 @@ def sky_task(
     folder = f"{RUNS if storage else 'runs'}/{job.folder.name}"
     command = job.command("llmtune", recipe, folder)
     task: Json = {
-        "name": job.folder.name.lower(),
+        "name": job.slug,
         "workdir": ".",
         "resources": {name: value for name, value in resources.items() if value is not None},
         "setup": setup or f"pip install llmtune-cli=={__version__}",
@@ -52,11 +54,14 @@ def _inside(job: Job) -> str:
     here, file = Path.cwd(), job.loaded.file
     if job.shipped:
         return job.shipped
-    sources = [source.path for split in SPLITS for source in job.loaded.recipe.data.sources(split)]
+    recipe = job.loaded.recipe
+    paths = [source.path for split in SPLITS for source in recipe.data.sources(split)]
+    paths += [recipe.model.name, *candidate_names(recipe), recipe.model.chat_template, recipe.adapter.start_from]
+    paths += [os.path.abspath(job.options[job.options.index("--lock") + 1])] if "--lock" in job.options else []
     RecipeError.collect(
         Problem("is outside this folder, which is what SkyPilot takes along", path, "Start from a folder above it.")
-        for path in (str(file), *sources)
-        if os.path.isabs(path) and not Path(path).is_relative_to(here)
+        for path in (str(file), *paths)
+        if path and os.path.isabs(path) and not any(map(Path(path).is_relative_to, (here, recipes_folder())))
     )
     return str(file.relative_to(here))
 

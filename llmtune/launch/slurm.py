@@ -80,6 +80,8 @@ def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (),
     }
     lines = [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in stated.items()]
     lines += [f"#SBATCH --{'requeue' if requeue else 'no-requeue'}", *(f"#SBATCH {option}" for option in more)]
+    if any("\n" in line for line in lines):
+        raise RecipeError.of("a line break in a path or an option would end a line of the job script", "launch slurm")
     program, recipe = f"{shlex.quote(sys.executable)} -m llmtune", str(job.loaded.file)
     command = job.command(program, recipe, str(job.folder.absolute()), "$SLURM_PROCID", "$HEAD:$PORT")
     return SCRIPT.format(

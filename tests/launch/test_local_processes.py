@@ -1,10 +1,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from support.process import Watched
 from support.runs import invoke, write_recipe
 from support.training import make_recipe, read_metrics, run_training, write_examples
 
-from llmtune.errors import DataError, EnvironmentProblem, Stopped
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError, Stopped
+from llmtune.launch import machines
 from llmtune.launch.local_processes import WorkerBug, launch_local
 from llmtune.launch.topology import Topology
 
@@ -139,6 +142,7 @@ def test_a_signal_saves_in_all_workers_and_training_goes_on(number, code, to, tm
     assert parent.returncode == code, err
     assert "a checkpoint is saved" in out
     assert "Traceback" not in err
+    assert "torch/distributed" not in err
     assert not [worker for worker in workers if worker.is_running()]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
@@ -206,6 +210,34 @@ def test_too_few_gpus_are_told_before_rows_are_prepared(here, tiny_llama, chat_r
     assert found.exit_code == 4, found.stderr
     assert "2 processes, but 1 GPU" in found.stderr
     assert not (here / "run" / "data").exists()
+
+
+def test_a_port_in_use_and_an_address_of_another_machine_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr(machines, "CONNECT_TRY_SECONDS", 0.5)
+    with socket.create_server(("", 0)) as taken:
+        for address, words in ((f"127.0.0.1:{taken.getsockname()[1]}", "in use"), ("192.0.2.1:29533", "")):
+            topology = Topology(1, machines=2, address=address)
+            with (
+                pytest.raises(EnvironmentProblem, match=f"--address {address}: cannot listen: .*{words}"),
+                machines.opened_board(topology, "recipe"),
+            ):
+                pass
+
+
+def test_a_machine_with_other_options_than_machine_0_is_told(monkeypatch, console):
+    monkeypatch.setattr(machines, "END_SECONDS", 0.1)
+    with socket.create_server(("", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    first = Topology(1, machines=2, address=address)
+    second = Topology(1, "fsdp", machines=2, rank=1, address=address)
+    with machines.opened_board(first, "one"):
+        with (
+            pytest.raises(RecipeError, match=r"recipe with its --set: two on this machine, one(.|\n)*--strategy: fsdp"),
+            machines.joined_board(second, "two", console),
+        ):
+            pass
+        with machines.joined_board(replace(second, strategy="ddp"), "one", console) as board:
+            assert board.topology.rank == 1
 
 
 def test_one_process_can_be_launched_too_and_is_quiet_where_the_command_is():

@@ -29,7 +29,8 @@ print(task.num_nodes, *task.secrets, *task.storage_mounts, *(one.use_spot for on
 @pytest.fixture
 def recipe(here: Path, tiny_llama: Path, chat_rows: Path) -> Path:
     shutil.copy(chat_rows, here / "rows.jsonl")
-    return write_recipe(here / "tiny.yaml", tiny_llama, "rows.jsonl", train={"num_train_epochs": 1})
+    shutil.copytree(tiny_llama, here / "model")
+    return write_recipe(here / "tiny.yaml", "model", "rows.jsonl", train={"num_train_epochs": 1})
 
 
 def dry_run(*words: object) -> dict:
@@ -43,6 +44,7 @@ def test_a_sky_task_takes_the_folder_along_and_keeps_the_run_on_the_storage(reci
     words = ["--secret", "HF_TOKEN", "--storage", "s3://runs", "--use-spot", "--processes", 8]
     task = dry_run("sky", "tiny.yaml", "--gpus", "H100:8", *words)
     spaced = dry_run("sky", "tiny.yaml", "--out", "my run")
+    assert spaced["name"] == "my-run"
     assert "-C 'runs/my run' report" in spaced["run"]
     assert task["workdir"] == "."
     assert task["resources"] == {"accelerators": "H100:8", "use_spot": True}
@@ -93,12 +95,17 @@ def test_a_damaged_or_missing_report_in_a_log_leaves_nothing_behind(here):
     [
         (["sky", "tiny.yaml", "--secret", "NO_SUCH"], 2, "NO_SUCH is not set"),
         (["sky", "tiny.yaml", "--secret", "TOKEN=abc"], 2, "Give its name alone"),
+        (["sky", "tiny.yaml", "--secret", "A B", "--dry-run"], 2, "no name of a variable"),
+        (["sky", "tiny.yaml", "--set", "model.name=OUTSIDE", "--dry-run"], 2, "outside this folder"),
+        (["sky", "tiny.yaml", "--lock", "none.lock", "--dry-run"], 2, "no such lock file"),
+        (["slurm", "tiny.yaml", "--out", "OUTSIDE", "--dry-run"], 2, "not empty and not a run"),
+        (["slurm", "tiny.yaml", "--sbatch", "--comment=a\nb", "--dry-run"], 2, "line break"),
         (["sky", "tiny.yaml", "--machines", "2", "--dry-run"], 2, "one machine with more GPUs"),
         (["kubernetes", "tiny.yaml", "--image", "x", "--machines", "2"], 2, "ReadWriteMany"),
         (["kubernetes", "tiny.yaml", "--image", "x", "--strategy", "deepspeed"], 2, "ZeRO-3"),
         (["sky", "tiny.yaml", "--strategy", "fsdp", "--set", "adapter.method=qlora"], 2, "4 bits"),
         (["sky", "tiny.yaml"], 4, "no command sky"),
-        (["sky", "OUTSIDE", "--dry-run"], 2, "outside this folder"),
+        (["sky", "OUTSIDE/tiny.yaml", "--dry-run"], 2, "outside this folder"),
         (["kubernetes", "tiny.yaml"], 2, "--image"),
         (["kubernetes", "tiny.yaml", "--image", "x"], 4, "kubectl cluster-info"),
         (["kubernetes", "longer.yaml", "--image", "x"], 2, "extends another recipe"),
@@ -112,7 +119,7 @@ def test_what_cannot_be_sent_is_named(words, code, said, recipe, here, tmp_path_
     (here / "longer.yaml").write_text("recipe_version: 1\nextends: tiny.yaml\n")
     monkeypatch.setenv("PATH", str(here))
     monkeypatch.setenv("KUBECONFIG", str(here / "none"))
-    result = invoke("launch", *(outside / "tiny.yaml" if word == "OUTSIDE" else word for word in words))
+    result = invoke("launch", *(word.replace("OUTSIDE", str(outside)) for word in words))
     assert result.exit_code == code, result.stderr
     assert said in " ".join(result.stderr.split())
     assert "abc" not in result.stderr
