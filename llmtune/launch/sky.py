@@ -55,7 +55,7 @@ def _inside(job: Job) -> str:
     if job.shipped:
         return job.shipped
     recipe = job.loaded.recipe
-    paths = [source.path for split in SPLITS for source in recipe.data.sources(split)]
+    paths: list[str | None] = [source.path for split in SPLITS for source in recipe.data.sources(split)]
     paths += [recipe.model.name, *candidate_names(recipe), recipe.model.chat_template, recipe.adapter.start_from]
     paths += [os.path.abspath(job.options[job.options.index("--lock") + 1])] if "--lock" in job.options else []
     RecipeError.collect(
