@@ -13,11 +13,10 @@ import torch
 from torch.nn import functional
 
 from llmtune.data.encoder_batches import encoder_batch
-from llmtune.data.highlighting import Piece, decode_shortened
 from llmtune.data.labelled_rows import ClassifyRow, Label
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded
+from llmtune.data.task_interface import Encoded, Piece, decode_shortened
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,

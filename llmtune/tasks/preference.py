@@ -16,9 +16,8 @@ from llmtune.data.chat_rows import answer_message
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
-from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded
+from llmtune.data.task_interface import Encoded, Piece, highlight
 from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure

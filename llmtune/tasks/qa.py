@@ -11,11 +11,10 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from llmtune.data.encoder_batches import encoder_batch, require_offsets
-from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.labelled_rows import QaRow
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded
+from llmtune.data.task_interface import Encoded, Piece, highlight
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, PredictionT
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import measure_squad

@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from llmtune.data.audio import Samples, SpeechRow
 from llmtune.data.encoder_batches import IGNORED, pad
-from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.overlong import too_long
-from llmtune.data.task_interface import Encoded
+from llmtune.data.task_interface import Encoded, Piece, highlight
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.data.encoder_batches import IGNORED, encoder_batch, require_offsets
-from llmtune.data.highlighting import Piece, decode_shortened
 from llmtune.data.labelled_rows import OUTSIDE, TokenClassifyRow, find_words
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded
+from llmtune.data.task_interface import Encoded, Piece, decode_shortened
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
