@@ -13,7 +13,7 @@ from llmtune.evaluate.champion import make_challenge
 from llmtune.evaluate.evaluation_file import save_evaluation
 from llmtune.evaluate.evaluator import evaluate
 from llmtune.evaluate.results import load_base
-from llmtune.model.heads import head_is_new
+from llmtune.model.config import head_is_new
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.session import Models, RunContext
 

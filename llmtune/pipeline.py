@@ -58,8 +58,8 @@ from llmtune.store.run_folder import default_path, open_run, peek_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
+from llmtune.train.metrics_log import log_results
 from llmtune.train.setup import train_inputs
-from llmtune.train.trackers import log_results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

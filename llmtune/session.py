@@ -22,10 +22,9 @@ from llmtune.data.sources import SourceFile, hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import find_class, read_model_config
-from llmtune.model.device import describe_device, loading_device, pick_device
+from llmtune.model.device import describe_device, loading_device, pick_device, release_memory
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
-from llmtune.model.oom import release_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.adapter_section import DATA_STARTS

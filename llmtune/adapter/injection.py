@@ -38,8 +38,8 @@ from llmtune.model.config import (
     linear_shape,
     linear_shapes,
 )
+from llmtune.model.device import explain_oom, is_out_of_memory
 from llmtune.model.experts import count_quantized
-from llmtune.model.oom import explain_oom, is_out_of_memory
 from llmtune.model.quantized_base import is_quantized, kept_quantization
 from llmtune.recipe.adapter_section import MUTATING
 from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel

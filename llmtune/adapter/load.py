@@ -28,9 +28,9 @@ from llmtune.adapter.target_modules import PATTERN_SECONDS, are_transposed, ends
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.chunked_cross_entropy import remove_head_loss
 from llmtune.model.config import UNREADABLE, readable
+from llmtune.model.device import is_out_of_memory
 from llmtune.model.library_logging import hushed
 from llmtune.model.model_files import check_safetensors, read_json_object
-from llmtune.model.oom import is_out_of_memory
 from llmtune.records import SelectedModel
 from llmtune.store.resource_limits import limited
 

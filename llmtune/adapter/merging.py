@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.adapter.load import put_adapter
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.config import first_line
+from llmtune.model.device import is_out_of_memory
 from llmtune.model.experts import unpacked_experts
 from llmtune.model.library_logging import unreported
-from llmtune.model.oom import is_out_of_memory
 from llmtune.model.quantized_base import unpack
 from llmtune.recipe.peft_options import UNMERGEABLE
 from llmtune.records import AdaptedModel, SelectedModel

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.migrate import migrate_file
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.cli.recipes import migrate_file
 from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
 from llmtune.store.atomic_files import explained
 

@@ -17,8 +17,7 @@ from llmtune.store.process_environment import gc_paused, prepare_environment
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmtune.serve.chat_session import ChatSession
-    from llmtune.serve.finished_run import FinishedRun
+    from llmtune.serve.finished_run import ChatSession, FinishedRun
 
 COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer.[/]"
 ONCE_MORE = "[dim]Ctrl-C once more ends.[/]"

@@ -83,8 +83,7 @@ def list_(
 @handled
 def show(file: File, signers: Signers = None, as_json: AsJson = False) -> None:
     """Show the scores and gates of a release, and check its signature if it has one."""
-    from llmtune.deploy.releases import summarize_release
-    from llmtune.deploy.signatures import check_signature
+    from llmtune.deploy.releases import check_signature, summarize_release
     from llmtune.evaluate.release_file import read_release
     from llmtune.records import Evaluation
     from llmtune.report.render_terminal import print_sections

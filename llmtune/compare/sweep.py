@@ -7,29 +7,200 @@ is over: a sweep that was killed ends as one that was not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.compare.sweep_report import conclude
-from llmtune.compare.sweep_space import read_space
-from llmtune.compare.sweep_trial import SweepOptions, open_study, run_trial
+from llmtune import __version__
+from llmtune.compare.sweep_space import read_space, with_values
+from llmtune.compare.sweep_trial import SweepOptions, alone, open_study, run_trial, trial_folder, validations
 from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.opened_runs import check_alike, open_runs, pair_metrics
+from llmtune.recipe.builtin import find_recipe
+from llmtune.recipe.layers import INSTEAD
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
-from llmtune.records import Json
-from llmtune.report.render_terminal import spinner
-from llmtune.store.atomic_files import hash_value
+from llmtune.recipe.yaml_writer import scalar
+from llmtune.records import Difference, Json
+from llmtune.report.blocks import Bullets, Column, Compared, Page, Rows, Section, Table, Text, difference_table
+from llmtune.report.metric_info import better_side, rank_metrics
+from llmtune.report.render_html import write_page
+from llmtune.report.render_markdown import to_markdown
+from llmtune.report.render_terminal import print_page, spinner
+from llmtune.report.verdict import verdict
+from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 from llmtune.store.process_environment import refuse_network
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
+
+UNKNOWN = "can't tell"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The end of a sweep."""
+
+    trials: list[Json]
+    winner: int
+    values: dict[str, Any]
+    validation_gain: float
+    """How much lower the winner's validation loss is than the recipe's, in nats."""
+    test_gain: float | None
+    """The same on the test rows; None where the recipe itself won."""
+    luck: float | None
+    """What of the validation gain is not there on the test rows."""
+    difference: dict[str, Difference]
+    """By metric, winner minus recipe on the test rows."""
+    word: str
+    """better, worse or can't tell: the winner, by the interval of its loss on the test rows."""
+    summary: str
+
+
+def conclude(study: Study, recipe: str, options: SweepOptions, out: Path, console: Console, shown: Console) -> Json:
+    """Measure the winner and the recipe on the test rows, once; write sweep.json, .md, .html and best.yaml."""
+    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    winner = min(complete, key=lambda trial: (trial.value, trial.number))
+    console.rule("the recipe and the winner on the test rows", align="left")
+    for trial in dict.fromkeys((0, winner.number)):
+        _evaluate(study.trials[trial], recipe, options, out, console)
+    found = _judge(study, winner, out)
+    page = _page(found, recipe, len(complete))
+    content: Json = plain({"llmtune": __version__, "recipe": recipe, **asdict(found)})
+    with explained(out):
+        write_page(out / "sweep.html", page)
+        write_text(out / "sweep.md", to_markdown(page))
+        write_json(out / "sweep.json", content)
+        write_text(out / "best.yaml", _best_recipe(found, recipe, options, out))
+    print_page(page, shown)
+    shown.print(f"the best recipe: {escape(str(out / 'best.yaml'))}", soft_wrap=True)
+    return content
+
+
+def _evaluate(trial: FrozenTrial, recipe: str, options: SweepOptions, out: Path, console: Console) -> None:
+    from llmtune.pipeline import run_pipeline
+    from llmtune.session import Options
+
+    loaded = alone(with_values(recipe, options.sets, trial.params))
+    first, run = trial_folder(out, 0), trial_folder(out, trial.number)
+    base = first / "evaluation" if trial.number else None
+    run_pipeline(loaded, Options(out=run, offline=options.offline, until="evaluate", base=base), console)
+
+
+def _judge(study: Study, winner: FrozenTrial, out: Path) -> Found:
+    first = study.trials[0]
+    trials = [
+        {
+            "number": trial.number,
+            "values": trial.params,
+            "state": trial.state.name.lower(),
+            "validation_loss": trial.value if trial.state.name == "COMPLETE" else None,
+            "steps": len(validations(trial_folder(out, trial.number))),
+        }
+        for trial in study.trials
+    ]
+    gain = float(first.value or 0) - float(winner.value or 0)
+    found = Found(trials, winner.number, dict(winner.params), gain, None, None, {}, UNKNOWN, "")
+    if winner.number == 0:
+        return replace(found, summary="No trial was better than the recipe itself on the validation rows: keep it.")
+    runs = open_runs([trial_folder(out, 0), trial_folder(out, winner.number)])
+    check_alike(runs)
+    difference, _ = pair_metrics(*runs)
+    loss = difference["loss"]
+    word = "better" if loss.high < 0 else "worse" if loss.low > 0 else UNKNOWN
+    learned = verdict(runs[1].evaluation).word == "helped"
+    if word == "better" and not learned:
+        word = UNKNOWN
+    test_gain = -loss.value
+    luck = gain - test_gain
+    share = f" ({100 * luck / gain:.0f} %)" if gain > 0 and luck > 0 else ""
+    held = f"Of {gain:.4f} nats that it gained on the validation rows, {test_gain:.4f} are there on {loss.n} test rows"
+    interval = f"[{-loss.high:.4f}, {-loss.low:.4f}]"
+    luck_text = f"{luck:.4f}{share} were luck of the selection" if luck > 0 else "none was luck of the selection"
+    claim = {
+        "better": "The winner is better than the recipe.",
+        "worse": "The winner is worse than the recipe: keep the recipe.",
+        UNKNOWN: "It cannot be told whether the winner is better than the recipe.",
+    }[word]
+    if loss.high < 0 and not learned:
+        claim = "The winner is better than the recipe, but not shown to be better than the base: no gain is claimed."
+    summary = f"{claim} {held}, with the interval {interval}; {luck_text}."
+    return replace(found, test_gain=test_gain, luck=luck, difference=difference, word=word, summary=summary)
+
+
+def _page(found: Found, recipe: str, complete: int) -> Page:
+    order = sorted(
+        found.trials, key=lambda one: (one["validation_loss"] is None, one["validation_loss"] or 0, one["number"])
+    )
+    rows: Rows = [
+        [
+            f"{'→ ' if one['number'] == found.winner else ''}{one['number']}",
+            ", ".join(f"{key} {_short(value)}" for key, value in one["values"].items()) or "the recipe as it is",
+            one["state"],
+            "" if one["validation_loss"] is None else f"{one['validation_loss']:.4f}",
+        ]
+        for one in order
+    ]
+    scores = [
+        Compared(metric, None, None, found.difference[metric], better_side(metric))
+        for metric in rank_metrics(found.difference)
+    ]
+    table = Table(["trial", "values", "ended", Column("validation loss", "number")], rows, scroll=True)
+    method = [
+        f"{complete} of {len(found.trials)} trials went to their end; pruned ones were worse than most of the others.",
+        "Trials saw training and validation rows alone. The test rows were read once, at the end, for two of them.",
+        "The lowest of many losses is low by chance too: what the test rows do not show was luck of the selection.",
+    ]
+    sections = [
+        Section("What it says", [Text(found.summary)]),
+        Section(
+            "The winner minus the recipe, on the test rows", [difference_table(scores, base=None)] if scores else []
+        ),
+        Section("Trials", [table]),
+        Section("Method and limits", [Bullets(method, soft=True)], brief=False),
+    ]
+    return Page(f"Sweep of {Path(recipe).stem}: {found.word}", sections, [("trials", str(len(found.trials)))])
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _best_recipe(found: Found, recipe: str, options: SweepOptions, out: Path) -> str:
+    """Return a recipe that extends the one that was searched, with the evidence as comments."""
+    stated = {key: scalar(value) for key, value in found.values.items()}
+    stated |= {
+        key.strip(): value for key, _, value in (text.partition("=") for text in options.sets) if key not in stated
+    }
+    origins = load_recipe(recipe).origins
+    for key in list(stated):
+        if (
+            (other := INSTEAD.get(key)) is not None
+            and other not in stated
+            and origins.get(other, "default") != "default"
+        ):
+            stated[other] = "null"
+    sections: dict[str, dict[str, str]] = {}
+    for key, value in stated.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    above = os.path.relpath(find_recipe(recipe), out)
+    lines = [
+        f"# Trial {found.winner} of {len(found.trials)} of `llmtune sweep`.",
+        f"# {found.summary}",
+        f"extends: {scalar(above)}",
+    ]
+    for section, values in sections.items():
+        lines += [f"{section}:", *(f"  {name}: {value}" for name, value in values.items() if name)]
+    return "\n".join(lines) + "\n"
 
 
 def sweep(recipe: str, options: SweepOptions, console: Console, shown: Console) -> Json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
-from llmtune.recipe.unknown_keys import key_paths
+from llmtune.recipe.validation import key_paths
 from llmtune.recipe.yaml_reader import Node, label, parse_yaml, read_text
 from llmtune.recipe.yaml_writer import scalar
 

@@ -21,8 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from llmtune.data.deduplication import match_near
-from llmtune.data.minhash import I64, U64, hash_words
-from llmtune.data.row_hash import hash_content, spoken_text
+from llmtune.data.row_hash import I64, U64, hash_content, hash_words, spoken_text
 from llmtune.data.row_store import iterate_batches, iterate_ids, iterate_texts
 from llmtune.records import Row, Rows
 

@@ -29,8 +29,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from llmtune.data.minhash import BANDS, I64, MINIMA, U32, U64, band_keys, hash_triples, take_minima, without
-from llmtune.data.row_hash import spoken_text
+from llmtune.data.row_hash import (
+    BANDS,
+    I64,
+    MINIMA,
+    U32,
+    U64,
+    band_keys,
+    hash_triples,
+    spoken_text,
+    take_minima,
+    without,
+)
 from llmtune.data.spool import Index
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS

@@ -53,7 +53,7 @@ from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import read_model_config
-from llmtune.model.oom import explain_oom
+from llmtune.model.device import explain_oom
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import ModelRef
 from llmtune.report.render_terminal import spinner

@@ -31,7 +31,7 @@ from llmtune.deploy.tuned_model import Reference, TunedModel, load_tuned, make_r
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
-from llmtune.model.oom import explain_oom, is_out_of_memory, release_memory
+from llmtune.model.device import explain_oom, is_out_of_memory, release_memory
 from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.records import ModelRef
 from llmtune.report.render_terminal import spinner

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, system_errno
-from llmtune.model.oom import is_out_of_memory
+from llmtune.model.device import is_out_of_memory
 from llmtune.store.atomic_files import read_json, write_json
 
 CERTIFICATE = "certificate.json"

@@ -9,25 +9,67 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.deploy.hub import check_upload, upload
 from llmtune.deploy.model_card import Document, Publication, PublishOptions, write_card
 from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import CERTIFICATE, Certificate
-from llmtune.deploy.path_redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
-from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
+from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.model.licenses import LICENSES
+from llmtune.model.resolve import NO_ANSWER
 from llmtune.records import Evaluation
-from llmtune.report.redaction import redact
+from llmtune.report.redaction import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, read_json, staged, write_json, write_text
+from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, read_lock
+
+
+def check_upload(offline: bool) -> None:
+    """Refuse what cannot work, before anything is done.
+
+    Raises EnvironmentProblem: the network is forbidden, or there is no token.
+    """
+    forbidden = "--offline" if offline else next(iter(offline_switches()), None)
+    if forbidden:
+        fix = f"{'Omit' if offline else 'Unset'} it, or make a folder with --to FOLDER."
+        raise EnvironmentProblem.of(f"an upload needs the network, which {forbidden} forbids", "--repo", fix)
+    if get_token() is None:
+        fix = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+        raise EnvironmentProblem.of("there is no token for the hub", "--repo", fix)
+
+
+def upload(folder: Path, repo: str, *, private: bool, card: ModelCard, name: str) -> None:
+    """Let the hub check the card, create the repository if there is none, and upload all files in one commit.
+
+    Raises EnvironmentProblem where the hub refuses or cannot be reached.
+    """
+    api = HfApi()
+    try:
+        card.validate()
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{name}, by llmtune")
+    except (OfflineModeIsEnabled, NO_ANSWER) as error:
+        raise _explain(error, repo) from error
+    except ValueError as error:
+        raise EnvironmentProblem.of(f"the hub refuses the card: {error}", "README.md") from error
+
+
+def _explain(error: Exception, repo: str) -> LlmtuneError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        fix = "Make a token that may write there (https://huggingface.co/settings/tokens), then: hf auth login"
+        return EnvironmentProblem.of(f"the token may not write to {repo} (status {status})", "--repo", fix)
+    if status is not None:
+        return EnvironmentProblem.of(f"the hub answered with status {status}", repo, "Try again later.")
+    fix = "HTTPS_PROXY names a proxy, HF_ENDPOINT another hub; or make a folder with --to FOLDER."
+    return EnvironmentProblem.of("the hub cannot be reached", repo, fix)
+
 
 CARD, GGUF_CERTIFICATE = "README.md", "gguf-certificate.json"
 REWRITTEN = {CARD, CERTIFICATE, "adapter_config.json"}

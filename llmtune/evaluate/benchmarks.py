@@ -33,7 +33,7 @@ from llmtune.evaluate.lm_eval import (
 )
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
-from llmtune.evaluate.row_shares import of_first_process
+from llmtune.evaluate.token_batches import of_first_process
 from llmtune.model.device import resolve_dtype
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe

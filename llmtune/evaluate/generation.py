@@ -15,12 +15,10 @@ from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
 from llmtune.data.tokenization import decode
 from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, write_greedily
-from llmtune.evaluate.row_shares import over_processes
 from llmtune.evaluate.shared_prefix import computing_dtype
-from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
+from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.device import memory_limit
-from llmtune.model.oom import is_out_of_memory
+from llmtune.model.device import is_out_of_memory, memory_limit
 from llmtune.model.self_checks import positions_depend_on_neighbours
 from llmtune.recipe.task_facts import TASK_FACTS
 

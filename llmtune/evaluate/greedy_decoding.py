@@ -17,7 +17,7 @@ from transformers import Cache
 from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
-from llmtune.model.oom import is_out_of_memory
+from llmtune.model.device import is_out_of_memory
 
 
 @dataclass

@@ -19,10 +19,9 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, Loade
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate
 from llmtune.evaluate.metric import Measure, measure_means, measure_right
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.row_shares import count_processes, over_processes
 from llmtune.evaluate.shared_prefix import most_likely, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, count_processes, over_processes, run_in_batches
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import compute_context, resolve_dtype

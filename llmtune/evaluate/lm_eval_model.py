@@ -13,8 +13,14 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from rich.progress import Progress
 
-from llmtune.evaluate.row_shares import count_processes, over_processes
-from llmtune.evaluate.token_batches import GENERATION_BUDGET, TOKEN_BUDGET, budget_for, run_in_batches
+from llmtune.evaluate.token_batches import (
+    GENERATION_BUDGET,
+    TOKEN_BUDGET,
+    budget_for,
+    count_processes,
+    over_processes,
+    run_in_batches,
+)
 from llmtune.model.device import compute_context
 
 if TYPE_CHECKING:

@@ -22,16 +22,15 @@ from llmtune.data.row_store import iterate_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.classification_metrics import (
     BINARY,
+    ENTITY_FORMULAS,
     RANKINGS,
     f1_macro_formula,
     f1_weighted_formula,
     matthews_formula,
 )
 from llmtune.evaluate.metric import Measure, PairedMeasures, difference_of_ratios, ratio
-from llmtune.evaluate.ner_metrics import ENTITY_FORMULAS
 from llmtune.evaluate.paired_statistics import Floats, Formula
-from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, exponential_ratio, ter_formula
-from llmtune.evaluate.wer import error_rate
+from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, error_rate, exponential_ratio, ter_formula
 from llmtune.records import Rows
 from llmtune.store.atomic_files import explained
 

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Encoding
 from transformers.utils import ModelOutput
 
-from llmtune.data.encoder_batches import require_offsets
+from llmtune.data.collators import require_offsets
 from llmtune.errors import DataError, EnvironmentProblem, Problem
 from llmtune.evaluate.eval_suite import MOST_SHOWN
 from llmtune.evaluate.sentence_pairs import Layout, Pair, word_at_blank

@@ -14,10 +14,9 @@ import torch
 
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
-from llmtune.evaluate.row_shares import over_processes
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, pad_right, run_in_batches
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, pad_right, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
-from llmtune.model.oom import is_out_of_memory
+from llmtune.model.device import is_out_of_memory
 from llmtune.records import Batch, Example, Row
 
 if TYPE_CHECKING:

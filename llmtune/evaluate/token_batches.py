@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, takewhile
+from typing import TypeVar, cast
 
 import torch
+from torch import distributed
 from transformers.utils import ModelOutput
 
-from llmtune.data.encoder_batches import pad, pad_texts
+from llmtune.data.collators import pad, pad_texts
 from llmtune.errors import EnvironmentProblem
+from llmtune.model.device import fits_in_memory, release_memory
 from llmtune.model.model_inputs import move_to, read_inputs
-from llmtune.model.oom import fits_in_memory, release_memory
 from llmtune.records import Advance, Example
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
@@ -97,3 +99,34 @@ def run_encoder(
         advance(len(batch))
 
     run_in_batches([len(example.input_ids) for example in examples], budget_for(device, TOKEN_BUDGET), work)
+
+
+# Rows divided over processes
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def count_processes() -> int:
+    """Return in how many processes this evaluation is made."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def over_processes(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+    """Return `work(items)`, a result for each, where every process does every Nth item; all of them have to call it."""
+    count = count_processes()
+    if count == 1:
+        return list(work(items))
+    own = items[distributed.get_rank() :: count]
+    parts: list[list[Result]] = [[] for _ in range(count)]
+    distributed.all_gather_object(parts, list(work(own)) if own else [])
+    return [parts[i % count][i // count] for i in range(len(items))]
+
+
+def of_first_process(value: Result | None) -> Result:
+    """Return the `value` of the first process in all of them; all have to call it."""
+    values = [value]
+    if count_processes() > 1:
+        distributed.broadcast_object_list(values)
+    return cast(Result, values[0])

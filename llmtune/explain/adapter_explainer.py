@@ -28,7 +28,7 @@ from llmtune.explain.trained_modules import (
     shorten,
     tensor_files,
 )
-from llmtune.model.heads import head_is_new
+from llmtune.model.config import head_is_new
 from llmtune.records import ModelRef
 from llmtune.report.blocks import Cell, Column, KeyValues, Page, Section, Table, Text
 from llmtune.report.number_format import count, score

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llmtune.explain.fake_model import FakeModel, UntraceableError
-from llmtune.explain.module_calls import (
+from llmtune.explain.fake_model import (
     PLAIN,
+    FakeModel,
     Group,
     ModuleCall,
     Place,
+    UntraceableError,
     find_units,
     group_calls,
     norm_kind,

@@ -21,8 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmtune.explain.architecture import Architecture
 from llmtune.explain.fake_model import FakeModel, UntraceableError
-from llmtune.model.device import pick_device
-from llmtune.model.oom import is_out_of_memory
+from llmtune.model.device import is_out_of_memory, pick_device
 
 COUNTED, CHECKED = (16, 23, 41), 1021
 """Lengths in tokens at which products are counted, and at which the formula is held against the count; odd

@@ -15,7 +15,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
-from llmtune.model.oom import is_out_of_memory
+from llmtune.model.device import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,10 +1,10 @@
-"""What a model is before its weights are there: its configuration, its class, its modules and their shapes."""
+"""What a model is before its weights are there: its configuration, its class, modules, their shapes, its head."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, system_errno
-from llmtune.model.oom import is_out_of_memory
+from llmtune.model.device import is_out_of_memory
 from llmtune.model.quantized_base import check_training, is_quantized, prepare_reading
 from llmtune.records import ModelRef
 from llmtune.store.resource_limits import LimitExceeded
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmtune.recipe.model_section import ModelSection
     from llmtune.recipe.schema import Recipe
 
@@ -236,3 +238,56 @@ def expert_parameters(model: torch.nn.Module) -> dict[str, torch.Size]:
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# Heads
+
+
+_UNNAMED = "LABEL_"
+
+
+def name_outputs(config: PreTrainedConfig, names: Sequence[str], problem_type: str | None) -> None:
+    """Set number and names of a head's outputs in a configuration, in model_ref.
+
+    Where the model's files hold a head for other classes (or for as many that have no names), it is marked so: those
+    weights know nothing of these classes. One for the same classes in another order is put in order when it is loaded.
+    """
+    own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    if names:
+        unnamed = all(name.startswith(_UNNAMED) for name in own)
+        same = len(own) == len(names) and set(own) == set(names)
+        setattr(config, OTHER_CLASSES, not same and not (unnamed and len(names) == 1))
+        setattr(config, OTHER_ORDER, [own.index(name) for name in names] if same and own != list(names) else None)
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+    if problem_type is not None:
+        config.problem_type = problem_type
+
+
+def set_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
+    """Set the token that a decoder's rows are padded with, in place: its head reads the last one that is none."""
+    model.config.get_text_config().pad_token_id = processor.pad_token_id
+    model.config.pad_token_id = processor.pad_token_id
+
+
+def head_is_new(model_ref: ModelRef, recipe: Recipe, task: TaskInterface) -> bool:
+    """Whether the model's files hold no trained head for what the recipe wants; headers are read, no weights.
+
+    Of pickled weights it cannot be told without loading them: there the configuration decides.
+    """
+    if not task.trains_head:
+        return False
+    model_class, config = find_class(model_ref, recipe, task)
+    if getattr(config, OTHER_CLASSES, False):
+        return True
+    skeleton = build_skeleton(model_class, config, recipe)
+    heads = head_names(skeleton)
+    expected = {name: tuple(p.shape) for name, p in skeleton.named_parameters() if in_heads(name, heads)}
+    stored: dict[str, tuple[int, ...]] = {}
+    if not any(model_ref.path.glob("*.safetensors")):
+        return model_class.__name__ not in (getattr(config, "architectures", None) or ())
+    for path in model_ref.path.glob("*.safetensors"):
+        with safe_open(str(path), "pt") as file:
+            stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in expected}  # noqa: SIM118
+    return stored != expected

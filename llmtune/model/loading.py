@@ -25,13 +25,11 @@ from llmtune.model.config import (
     in_heads,
     readable,
 )
-from llmtune.model.device import resolve_dtype
+from llmtune.model.device import explain_oom, resolve_dtype
 from llmtune.model.experts import quantize_experts
-from llmtune.model.fused_norms import fuse_norms
-from llmtune.model.kernels import apply_liger
+from llmtune.model.kernels import apply_liger, fuse_norms
 from llmtune.model.library_logging import unreported
 from llmtune.model.memory_plan import plan_memory
-from llmtune.model.oom import explain_oom
 from llmtune.model.packed_attention import PACKED, choose_attention, install_packed, pool_documents
 from llmtune.model.quantized_base import is_quantized, keep_quantized_format, kept_quantization
 from llmtune.model.self_checks import (

@@ -24,7 +24,7 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.catalogue import candidate_names, read_catalogue, refuse_licence
 from llmtune.model.config import find_class
-from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.device import compute_context, release_memory, resolve_dtype
 from llmtune.model.licenses import find_license
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import (
@@ -35,7 +35,6 @@ from llmtune.model.memory_plan import (
     resolve_checkpointing,
 )
 from llmtune.model.model_inputs import move_to
-from llmtune.model.oom import release_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows

@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, Tag
 
 from llmtune.errors import nearest
-from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.peft_options import (
     NEEDED,
     OWN_TARGETS,
@@ -21,7 +20,8 @@ from llmtune.recipe.peft_options import (
     readers_of,
 )
 from llmtune.recipe.section import Count, Many, Section, Text, absolute, by_type
-from llmtune.recipe.task_variant import TaskVariant
+from llmtune.recipe.source_map import Diagnostics
+from llmtune.recipe.task_facts import TaskVariant
 
 Texts = Annotated[
     Annotated[str, Tag("text")] | Annotated[Many[str], Tag("items")],

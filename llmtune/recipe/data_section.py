@@ -9,10 +9,9 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import nearest
-from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.section import REMOTE, STORES, Count, Section, Text, absolute, by_type, sections_by
-from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS
-from llmtune.recipe.task_variant import TaskVariant
+from llmtune.recipe.source_map import Diagnostics
+from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, TaskVariant
 
 SPLITS = ("train", "validation", "test")
 ENCODING_KEYS = (

@@ -10,10 +10,10 @@ from typing import ClassVar
 from pydantic import Field
 
 from llmtune.errors import nearest
-from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.gate_grammar import Gate
 from llmtune.recipe.section import REMOTE, Count, Many, Section, Text, absolute
-from llmtune.recipe.task_variant import TaskVariant
+from llmtune.recipe.source_map import Diagnostics
+from llmtune.recipe.task_facts import TaskVariant
 
 OWN = "own"
 """What llmtune brings along, in place of a file."""

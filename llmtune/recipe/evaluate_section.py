@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import RecipeError, nearest
-from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.eval_suites_section import (
     BenchmarkSection,
     FairnessSection,
@@ -20,8 +19,8 @@ from llmtune.recipe.eval_suites_section import (
 )
 from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.recipe.section import Count, Many, Section, Text, absolute, by_type, sections_by
-from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED
-from llmtune.recipe.task_variant import TaskVariant
+from llmtune.recipe.source_map import Diagnostics
+from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})

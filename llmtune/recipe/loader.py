@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmtune.recipe.builtin import find_recipe
-from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.layers import apply_sets, read_layers, without
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import Section
-from llmtune.recipe.source_map import DEFAULT, SourceMap, list_origins, restore_origins
+from llmtune.recipe.source_map import DEFAULT, Diagnostics, SourceMap, list_origins, restore_origins
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.validation import validate
 from llmtune.recipe.yaml_reader import Node, read_text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from llmtune.errors import RecipeError
 from llmtune.recipe.foreign_config import ForeignConfig, first_row
 from llmtune.recipe.loader import LoadedRecipe, resolve
 from llmtune.recipe.migration_rules import Migration, Setting, apply_rule, move
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.yaml_reader import Node
+from llmtune.recipe.yaml_writer import scalar
 
 HELD_OUT: dict[str, tuple[object, str]] = {
     "data.validation": (0, "none are held out there; 0.05 lets training see how it does"),
@@ -142,3 +144,40 @@ def _plain(value: Any, key: str, folder: Path) -> Node:
     if isinstance(value, dict):
         return Node({str(name): _plain(item, key, folder) for name, item in value.items()}, key, folder)
     return Node(value, key, folder)
+
+
+# As YAML
+
+
+def write_migrated(migration: Migration) -> str:
+    """Return the text of the recipe, with comments."""
+    config = migration.config
+    tree = nested(migration.settings)
+    first = f"# Made from {config.label} ({config.table.tool}); behind each value stands its key there."
+    lines = [first, "recipe_version: 1"]
+    for name in Recipe.model_fields:
+        if name in tree:
+            lines += _lines(name, tree[name], "")
+    refused = [one for one in migration.outcomes if one.state == "refused"]
+    same = [one.key for one in migration.outcomes if one.state == "carried" and not one.to]
+    lines += ["", "# Not carried over:" if refused else "# Every key is carried over."]
+    lines += [f"#   {one.shown}: {one.why}" for one in refused]
+    lines += [f"# As here, so that nothing is stated: {', '.join(same)}."] if same else []
+    lines += [f"# Look: {line}." for line in config.table.decide]
+    return "".join(f"{''.join(c if c.isprintable() else '?' for c in line)}\n" for line in lines)
+
+
+def _lines(name: str, value: Setting | Mapping[str, Any], indent: str) -> Iterator[str]:
+    if isinstance(value, Setting):
+        note = f"  # {', '.join(dict.fromkeys(value.keys))}" if value.keys else ""
+        yield f"{indent}{scalar(name)}: {scalar(value.value)}{note}"
+        return
+    yield f"{indent}{scalar(name)}:"
+    if value and all(key.isdigit() for key in value):
+        for item in value.values():
+            first, *others = [line for key, inner in item.items() for line in _lines(key, inner, f"{indent}    ")]
+            yield f"{indent}  - {first.lstrip()}"
+            yield from others
+    else:
+        for key, inner in value.items():
+            yield from _lines(key, inner, f"{indent}  ")

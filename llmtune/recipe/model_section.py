@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from llmtune.recipe.builtin import recipes_folder
-from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.section import REMOTE, Many, Section, Text, absolute, by_type, one_or_more
-from llmtune.recipe.task_variant import TaskVariant
+from llmtune.recipe.source_map import Diagnostics
+from llmtune.recipe.task_facts import TaskVariant
 
 BUILTIN = "builtin:"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)

@@ -8,11 +8,11 @@ from pydantic import BeforeValidator, Field
 
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.data_section import DataSection
-from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.section import Count, Section, Seed, descriptions, find_section, one_or_more
-from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.source_map import Diagnostics
+from llmtune.recipe.task_facts import TASK_FACTS, TaskVariant
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
@@ -24,7 +24,6 @@ from llmtune.recipe.task_sections import (
     TokenClassifySection,
     TranslateSection,
 )
-from llmtune.recipe.task_variant import TaskVariant
 from llmtune.recipe.train_section import TrainSection
 
 TaskName = Literal[

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.section import Count, Many, Section, Text, by_type
+from llmtune.recipe.source_map import Diagnostics
 
 ClassWeights = Annotated[
     Annotated[Literal["balanced"], Tag("text")] | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("items")],

@@ -1,11 +1,18 @@
-"""Secrets out of everything that is written for others to read."""
+"""Secrets, and paths of this machine, out of everything that is written for others to read."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
+from io import StringIO
+from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from ruamel.yaml import YAML
+
+from llmtune.errors import EnvironmentProblem, Problem
 
 T = TypeVar("T")
 REMOVED = "[removed]"
@@ -68,3 +75,53 @@ def redact_all(value: T) -> T:
 def hide(key: str, value: object) -> object:
     """Redact the value of one key."""
     return REMOVED if SECRET_KEY.fullmatch(key) and isinstance(value, str) and value else redact_all(value)
+
+
+# Paths of this machine
+
+
+TEXT_SUFFIXES = {".json", ".yaml", ".md", ".lock", ".jinja", ".txt", ""}
+"""Endings of files that people read; the last one is that of an Ollama Modelfile."""
+PATH_KEYS = ("folder",)
+"""Keys of a lock that hold nothing but a path."""
+
+
+def hide_paths(value: object) -> object:
+    """Return a JSON-able value with absolute paths cut to their last part, and secrets removed."""
+    return redact_all(_cut(value))
+
+
+def _cut(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _cut(item) for key, item in value.items() if key not in PATH_KEYS}
+    if isinstance(value, list | tuple):
+        return [_cut(item) for item in value]
+    return Path(value).name if isinstance(value, str) and is_local_path(value) else value
+
+
+def is_local_path(text: str) -> bool:
+    """Whether a text is the absolute path of a file or folder, or one below a home."""
+    return os.path.isabs(text) or text.startswith("~")
+
+
+def recipe_to_share(recipe: Path) -> str:
+    """Return a resolved recipe without its paths, and without the comments that name where its values stood."""
+    writer = YAML(typ="safe")
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    text = StringIO()
+    writer.dump(hide_paths(YAML(typ="safe").load(recipe.read_text("utf-8"))), text)
+    head = "# What this model was made with. Paths are cut to their last part: put your own rows in their place.\n"
+    return redact(head + text.getvalue())
+
+
+def refuse_paths(folder: Path, private: Iterable[Path]) -> None:
+    """Raise EnvironmentProblem if a file that people read still names one of the `private` paths."""
+    names = sorted({str(path) for path in private if len(path.parts) > 2})
+    texts = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in TEXT_SUFFIXES]
+    EnvironmentProblem.collect(
+        Problem(f"names a place on this machine: {name}", path.name, "Take it out of the model or its template.")
+        for path in texts
+        for name in names
+        if name in path.read_text("utf-8", errors="replace")
+    )

@@ -20,8 +20,7 @@ from starlette.types import ASGIApp
 import llmtune
 from llmtune.errors import nearest
 from llmtune.serve.engine import Engine
-from llmtune.serve.middleware import AccessRules, Gateway, error_response
-from llmtune.serve.prometheus import CONTENT_TYPE, Metrics
+from llmtune.serve.middleware import CONTENT_TYPE, AccessRules, Gateway, Metrics, error_response
 from llmtune.serve.request_handler import RequestHandler, as_api_error
 from llmtune.serve.schemas import (
     ERROR_RESPONSES,

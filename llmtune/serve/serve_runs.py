@@ -15,7 +15,7 @@ from llmtune.adapter.load import add_adapter, find_adapter
 from llmtune.adapter.merging import merge
 from llmtune.adapter.reference_model import switches_off
 from llmtune.errors import Problem, RecipeError
-from llmtune.model.heads import head_is_new
+from llmtune.model.config import head_is_new
 from llmtune.model.processor import load_processor
 from llmtune.recipe.user_files import read_text
 from llmtune.records import ModelRef

@@ -20,7 +20,7 @@ from llmtune.serve.schemas import ApiError, GenerationRequest
 
 if TYPE_CHECKING:
     from llmtune.data.chat_rows import ToolCall
-    from llmtune.serve.prometheus import Metrics
+    from llmtune.serve.middleware import Metrics
     from llmtune.serve.request_handler import PendingAnswer
 
 NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

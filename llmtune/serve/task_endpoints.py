@@ -21,7 +21,7 @@ from llmtune.serve.schemas import ERROR_RESPONSES, ApiError, RequestModel, Text
 from llmtune.serve.sse import until_disconnect
 
 if TYPE_CHECKING:
-    from llmtune.serve.prometheus import Metrics
+    from llmtune.serve.middleware import Metrics
     from llmtune.serve.request_handler import PendingAnswer, RequestHandler
     from llmtune.serve.served_model import ServedModel
     from llmtune.tasks.base import AnyTask

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from llmtune.data.encoder_batches import encoder_batch
+from llmtune.data.collators import encoder_batch
 from llmtune.data.labelled_rows import ClassifyRow, Label
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
@@ -29,8 +29,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.config import head_names, in_heads
-from llmtune.model.heads import name_outputs, set_padding
+from llmtune.model.config import head_names, in_heads, name_outputs, set_padding
 from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Example, Loss, Rows

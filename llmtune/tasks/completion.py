@@ -12,8 +12,8 @@ import torch
 import xxhash
 
 from llmtune.data.chat_rows import CompletionRow
+from llmtune.data.collators import encoder_batch, require_offsets
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
-from llmtune.data.encoder_batches import encoder_batch, require_offsets
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem

@@ -14,14 +14,14 @@ import torch
 from torch.nn import functional
 
 from llmtune.data.audio import Samples, SpeechRow
-from llmtune.data.encoder_batches import IGNORED, pad
+from llmtune.data.collators import IGNORED, pad
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded, Piece, highlight
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.wer import find_spellings, measure_cer, measure_wer
+from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.model_inputs import move_to, read_inputs
 from llmtune.recipe.task_sections import SpeechSection

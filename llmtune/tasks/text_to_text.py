@@ -16,8 +16,8 @@ from transformers.generation.utils import GenerationMixin
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
+from llmtune.data.collators import IGNORED, pad, pad_texts
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
-from llmtune.data.encoder_batches import IGNORED, pad, pad_texts
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded, Piece, decode_shortened, highlight
 from llmtune.data.tokenization import cut_start

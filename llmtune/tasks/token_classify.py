@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.data.encoder_batches import IGNORED, encoder_batch, require_offsets
+from llmtune.data.collators import IGNORED, encoder_batch, require_offsets
 from llmtune.data.labelled_rows import OUTSIDE, TokenClassifyRow, find_words
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded, Piece, decode_shortened
 from llmtune.errors import DataError
+from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.ner_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import token_losses, unwrap
-from llmtune.model.config import is_encoder
-from llmtune.model.heads import name_outputs
+from llmtune.model.config import is_encoder, name_outputs
 from llmtune.model.memory_plan import context_length
 from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe.task_sections import TokenClassifySection

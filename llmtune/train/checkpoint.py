@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import EnvironmentProblem, system_errno
-from llmtune.model.oom import MEMORY_ERRORS, is_out_of_memory
+from llmtune.model.device import MEMORY_ERRORS, is_out_of_memory
 from llmtune.recipe.user_files import read_text
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.train.divergence import LossHistory

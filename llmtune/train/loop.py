@@ -16,7 +16,7 @@ from rich.console import Console
 from llmtune.adapter.saving import save_adapter
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
-from llmtune.model.oom import fits_in_memory
+from llmtune.model.device import fits_in_memory
 from llmtune.records import AdaptedModel, Examples, TrainedRun
 from llmtune.report.metric_info import better_side
 from llmtune.store.profile import seconds_of_process

@@ -17,8 +17,7 @@ from rich.markup import escape
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
-from llmtune.model.device import memory_limit
-from llmtune.model.oom import release_memory
+from llmtune.model.device import memory_limit, release_memory
 from llmtune.model.prefix_packing import whole_documents
 from llmtune.report.render_terminal import spinner
 from llmtune.train.accumulation import MicroBatchTooLarge, make_whole_batch, seed_micro_batch, try_memory

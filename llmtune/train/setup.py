@@ -33,9 +33,9 @@ from llmtune.store.profile import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
 from llmtune.train.deepspeed_zero import STAGES, ZeroOptimizer, use_deepspeed, zero_plugin
 from llmtune.train.distributed import SILENCE_SECONDS, sum_over_processes
+from llmtune.train.metrics_log import start_trackers, tracker_folder
 from llmtune.train.optimizer import build_optimizer, build_schedule
 from llmtune.train.sharding import divide_layers, shard_model
-from llmtune.train.trackers import start_trackers, tracker_folder
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval import metrics as seqeval
 
-from llmtune.evaluate.ner_metrics import ENTITY_METRICS, entity_table, measure_entities
+from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entity_table, measure_entities
 
 REFERENCE = [
     ["B-PER", "I-PER", "O", "B-LOC"],

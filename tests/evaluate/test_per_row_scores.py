@@ -13,13 +13,17 @@ import pytest
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.chat_rows import ToolCall
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.classification_metrics import CLASS_METRICS, Kind, measure_classes
+from llmtune.evaluate.classification_metrics import (
+    CLASS_METRICS,
+    ENTITY_METRICS,
+    Kind,
+    measure_classes,
+    measure_entities,
+)
 from llmtune.evaluate.metric import Measure, compare
-from llmtune.evaluate.ner_metrics import ENTITY_METRICS, measure_entities
 from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measures, name_rows, save_measures
-from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_tokens
+from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_cer, measure_tokens, measure_wer
 from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
-from llmtune.evaluate.wer import measure_cer, measure_wer
 from llmtune.recipe.task_facts import TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference_metrics import measure_preferences

@@ -4,7 +4,7 @@ import jiwer
 import pytest
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from llmtune.evaluate.wer import NORMALISERS, make_normaliser, measure_cer, measure_wer
+from llmtune.evaluate.text_metrics import NORMALISERS, make_normaliser, measure_cer, measure_wer
 
 REFERENCES = [
     "He hoped there would be stew for dinner.",

@@ -16,7 +16,7 @@ from support.finished import finish_run
 from support.runs import llmtune
 from support.serving import Process
 
-from llmtune.serve.connections import HEAD_SECONDS
+from llmtune.serve.server import HEAD_SECONDS
 
 IDLE = 1200
 pytestmark = pytest.mark.slow

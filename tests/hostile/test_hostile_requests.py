@@ -15,11 +15,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from llmtune.serve import connections
-from llmtune.serve.connections import TimedProtocol
 from llmtune.serve.http_app import Gateway
 from llmtune.serve.middleware import LOOPBACK, AccessRules
 from llmtune.serve.request_handler import beside_the_loop
+from llmtune.serve.server import TimedProtocol
 
 
 class Metrics:
@@ -49,7 +48,7 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(TimedProtocol, "limit", 20)
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr("llmtune.serve.server.HEAD_SECONDS", 1.0)
     app = Gateway(answer, rules=AccessRules(1000, None, LOOPBACK), metrics=Metrics(), paths=())  # type: ignore[arg-type]
     bound = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, http=TimedProtocol, lifespan="off", log_level="warning", ws="none"))

@@ -5,9 +5,18 @@ import resource
 import psutil
 import pytest
 import torch
+from support.adapting import build_family, load_without_room
+from support.process import run_in_child
 
-from llmtune.errors import RecipeError
-from llmtune.model.device import compute_context, has_fast_bfloat16, memory_limit, resolve_dtype
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.model.device import (
+    compute_context,
+    explain_oom,
+    has_fast_bfloat16,
+    is_out_of_memory,
+    memory_limit,
+    resolve_dtype,
+)
 
 
 def test_auto_is_bfloat16_only_where_the_processor_has_it():
@@ -42,3 +51,50 @@ def test_the_address_space_that_ulimit_allows_is_a_limit(monkeypatch):
     allowed = memory_limit("cpu") - 1
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (allowed, allowed))
     assert memory_limit("cpu") == allowed
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 60)])
+def test_an_allocation_that_fails_says_what_was_done_and_what_there_is(allocate):
+    with (
+        pytest.raises(EnvironmentProblem, match=r"out of memory while loading x: cpu has [\d.]+ [GM]B"),
+        explain_oom("loading x", "cpu"),
+    ):
+        allocate()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), FileNotFoundError(2, "No such file"), KeyError("x")])
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as caught, explain_oom("loading x", "cpu"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_model_or_an_adapter_without_room_is_no_traceback(tiny_llama, tmp_path):
+    large = build_family(tmp_path / "large", "llama", hidden_size=1024, intermediate_size=2048)
+    done = run_in_child(load_without_room, tmp_path / "child", str(tiny_llama), str(large))
+    assert done.returncode == 0, done.stderr
+    assert f"out of memory while loading {large}" in done.stdout
+    assert "out of memory while putting the adapter into" in done.stdout
+    assert done.stdout.count("adapter.method: qlora") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Permission denied (13)"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
+        (OSError(28, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_errors(error, is_memory):
+    assert is_out_of_memory(error) is is_memory

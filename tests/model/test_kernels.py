@@ -1,13 +1,18 @@
 """Kernels that a recipe asks for and this machine cannot have are refused by name, with the cure."""
 
+import copy
 import importlib.util
 
 import pytest
+import torch
 from support.adapting import open_model, recipe_with
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.launch.python_api import names_remote
-from llmtune.model.kernels import check_kernels
+from llmtune.model.kernels import check_kernels, fuse_norms
 from llmtune.store.process_environment import refuse_network
 
 HUB = "kernels-community/flash-attn2"
@@ -83,3 +88,86 @@ def test_a_kernel_of_the_hub_that_cannot_be_had_is_an_error_that_names_it(tiny_l
     (problem,) = caught.value.problems
     assert problem.where == "model.attn_implementation"
     assert HUB in problem.what
+
+
+def norm(kind=LlamaRMSNorm, dtype=torch.float32):
+    module = kind(24).to(dtype).requires_grad_(False)
+    torch.nn.init.normal_(module.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_are_the_same_bytes_and_gradients_the_same_numbers(dtype):
+    plain = norm(dtype=dtype)
+    fused = copy.deepcopy(plain)
+    assert fuse_norms(fused) == 1
+    x = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    raised = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(leaf) for module, leaf in zip((plain, fused), leaves, strict=True)]
+    assert torch.equal(*outputs)
+    wanted, got = (torch.autograd.grad(out, leaf, raised)[0] for out, leaf in zip(outputs, leaves, strict=True))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_weight_that_is_trained_keeps_its_gradient():
+    fused = norm()
+    fuse_norms(fused)
+    fused.weight.requires_grad_()
+    fused(torch.randn(2, 24)).sum().backward()
+    assert fused.weight.grad.abs().sum() > 0
+
+
+def test_a_norm_that_computes_otherwise_is_left_alone():
+    other = norm(GemmaRMSNorm)
+    other.variance_epsilon = 1e-6
+    assert fuse_norms(other) == 0
+    assert "forward" not in vars(other)
+
+
+class GatedNorm(LlamaRMSNorm):
+    """As in Qwen3-Next, Mamba-2 and a dozen others: what comes out is weighed by a gate, if there is one."""
+
+    def forward(self, hidden_states, gate=None):
+        gated = hidden_states if gate is None else hidden_states * torch.nn.functional.silu(gate)
+        return super().forward(gated)
+
+
+def test_a_gated_norm_keeps_its_gate():
+    plain = norm(GatedNorm)
+    fused = copy.deepcopy(plain)
+    fuse_norms(fused)
+    x, gate = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(fused(x, gate), plain(x, gate))
+    assert torch.equal(fused(x, gate=gate), plain(x, gate=gate))
+    assert torch.equal(fused(x), plain(x))
+
+
+class LateNorm(LlamaRMSNorm):
+    """Gemma's kind under Llama's names: with weights of one it would look like Llama's."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) * self.weight
+
+
+def test_weights_that_are_all_one_do_not_make_a_norm_look_plain():
+    assert fuse_norms(LateNorm(24).requires_grad_(False)) == 0
+
+
+def test_all_norms_of_a_model_are_found_and_a_replaced_one_is_kept(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.model.norm.forward = model.model.norm.forward
+    wanted = model(torch.arange(9)[None]).logits
+    assert fuse_norms(model) == 2 * model.config.num_hidden_layers
+    assert torch.equal(model(torch.arange(9)[None]).logits, wanted)
+
+
+def test_a_copy_computes_with_its_own_weights():
+    fused = norm()
+    fuse_norms(fused)
+    other = copy.deepcopy(fused)
+    other.weight.zero_()
+    x = torch.randn(2, 24)
+    assert not other(x).any()
+    assert fused(x).any()

@@ -14,8 +14,7 @@ from support.foreign_configs import write_configs
 from llmtune.errors import RecipeError
 from llmtune.recipe.foreign_config import first_row, tables
 from llmtune.recipe.loader import load_recipe
-from llmtune.recipe.migrated_yaml import write_migrated
-from llmtune.recipe.migration import migrate
+from llmtune.recipe.migration import migrate, write_migrated
 
 
 def test_configurations_of_seven_tools_become_recipes_that_pass_the_check_and_no_key_is_silent(tmp_path: Path):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llmtune.errors import RecipeError
 from llmtune.recipe.loader import load_recipe
-from llmtune.recipe.unknown_keys import key_paths
+from llmtune.recipe.validation import key_paths
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from support.tuned import tuner
 from tokenizers.processors import TemplateProcessing
 
 from llmtune.evaluate.generation import generate
-from llmtune.serve.chat_session import ChatSession
+from llmtune.serve.finished_run import ChatSession
 from llmtune.serve.middleware import LOOPBACK, digest
 
 QUESTION = [{"role": "user", "content": "Which colour has the cat?"}]

@@ -3,7 +3,7 @@ import torch
 from transformers import GenerationConfig
 
 from llmtune.evaluate.generation import only_these_settings
-from llmtune.serve.continuous_batch import LiveRows
+from llmtune.serve.engine import LiveRows
 from llmtune.serve.sampling import TokenSampler, sample_tokens, sampling_params
 
 SETTINGS = [

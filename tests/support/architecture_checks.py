@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from llmtune.adapter.injection import inject, trainable_parameters
 from llmtune.adapter.saving import save_adapter
-from llmtune.data.encoder_batches import IGNORED
+from llmtune.data.collators import IGNORED
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import end_output, generate, generation_settings

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from support.variants import EXTRACTIVE_QA, MASKED, TOKEN_CLASSIFY
 from transformers import AutoTokenizer
 
-from llmtune.data.encoder_batches import IGNORED
+from llmtune.data.collators import IGNORED
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks import qa
-from llmtune.tasks.answer_windows import find_span
+from llmtune.tasks.qa import find_span
 from llmtune.tasks.token_classify import tag_names, tokenize_words
 
 ENCODERS = ("bert", "roberta", "deberta", "modernbert")

@@ -11,7 +11,7 @@ from support.variants import CLASSIFY, EXTRACTIVE_QA, MASKED, TOKEN_CLASSIFY
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from llmtune.data.encoder_batches import IGNORED
+from llmtune.data.collators import IGNORED
 from llmtune.model.packed_attention import PACKED, install_packed, pool_documents
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Example, Loss

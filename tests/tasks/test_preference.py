@@ -20,7 +20,7 @@ from llmtune.errors import DataError
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.recipe.task_variant import LOSS_METRICS
+from llmtune.recipe.task_facts import LOSS_METRICS
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import Models, Options, open_finished
 

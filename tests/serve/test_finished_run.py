@@ -4,7 +4,7 @@ import pytest
 
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate
-from llmtune.serve.chat_session import ChatSession
+from llmtune.serve.finished_run import ChatSession
 from llmtune.serve.served_model import ServedModel
 from llmtune.tasks.registry import get_task
 
