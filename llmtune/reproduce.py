@@ -24,7 +24,6 @@ from llmtune.records import Json
 from llmtune.session import Options
 from llmtune.store.atomic_files import hash_file, list_folder, write_json
 from llmtune.store.diff_runs import (
-    Difference,
     compare_losses,
     compare_scores,
     far_apart,
@@ -179,7 +178,7 @@ def compare(folder: RunFolder, now: Path, lock: Lock, verification: Verification
         "files": files,
         "losses": losses,
         "scores": scores,
-        "first_difference": first_cause(differences),
+        "first_difference": vars(differences[0]) | {"told": str(differences[0])} if differences else None,
         "differences": [vars(found) for found in differences],
         "altered_since": altered,
     }
@@ -189,11 +188,6 @@ def judge(found: tuple[str, Any, Any], tolerance: float) -> Json:
     """Say of two numbers whether they are equal, and near enough."""
     name, was, now = found
     return {"name": name, "was": was, "now": now, "equal": was == now, "within": not far_apart(was, now, tolerance)}
-
-
-def first_cause(differences: list[Difference]) -> Json | None:
-    """Return the earliest of the differences."""
-    return vars(differences[0]) | {"told": str(differences[0])} if differences else None
 
 
 def compare_trained(folder: RunFolder, now: Path, lock: Lock, trained: str) -> list[Json]:

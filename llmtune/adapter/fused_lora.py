@@ -34,7 +34,8 @@ class FusedLinear(Linear):  # type: ignore[misc]
         if name is None:
             return cast(torch.Tensor, super().forward(x, *args, **kwargs))
         base, dropout, scale = self.get_base_layer(), self.lora_dropout[name], self.scaling[name]
-        dtype = _compute_dtype(x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         a_RI, b_OR = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
         if isinstance(dropout, torch.nn.Identity) or not self.training:
             bias = None if base.bias is None else base.bias.to(dtype)
@@ -137,8 +138,3 @@ def _low_rank_gradients(
     da_RI = into_NR.T @ x.reshape(-1, x.shape[-1])
     db_OR = (low_NR.T @ gradient_NO).mul_(scale).T
     return into_NR, da_RI, db_OR
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -59,7 +59,12 @@ def examine(console: Console, switched_off: Sequence[str] | None = None, *, impo
     if switched_off is None:
         switched_off = offline_switches()
     with Console(stderr=True).status("importing the libraries" if imports else "looking"):
-        checks = [_check_python(), *(_check_library(name, imports) for name in PACKAGES), *_check_bounds()]
+        python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+        checks = [
+            Check("python", "good", python),
+            *(_check_library(name, imports) for name in PACKAGES),
+            *_check_bounds(),
+        ]
     checks += [_check_device()]
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or psutil.cpu_count(logical=False) or 1
     cores = count_cores()
@@ -74,11 +79,6 @@ def examine(console: Console, switched_off: Sequence[str] | None = None, *, impo
         "checks": [asdict(check) for check in checks],
         **_facts(),
     }
-
-
-def _check_python() -> Check:
-    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    return Check("python", "good", found)
 
 
 def _check_library(name: str, imports: bool) -> Check:
@@ -127,7 +127,7 @@ def _check_device() -> Check:
         return Check("device", "note", "CPU; there is an NVIDIA driver, and no card that it lists", "nvidia-smi")
     if likely_device() == "mps":
         return Check("device", "good", "mps (Apple)")
-    return Check("device", "good", f"CPU, {_processor()}")
+    return Check("device", "good", f"CPU, {hardware()['processor'] or platform.machine()}")
 
 
 def _check_number_formats() -> Check:
@@ -210,10 +210,6 @@ def _facts() -> Json:
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "cores": count_cores(),
     }
-
-
-def _processor() -> str:
-    return str(hardware()["processor"]) or platform.machine()
 
 
 def _size(count: int) -> str:

@@ -155,10 +155,12 @@ def make_page(made: Comparison) -> Page:
     ]
     settings: Rows = [[Cell(one.key, code=True), *map(shorten, one.values)] for one in made.settings]
     folders = [f"{run.name}: `{run.folder}`" for run in runs]
+    few = len(made.pairs) <= FEW
+    shown = [pair for pair in made.pairs if few or pair.first == made.pairs[0].first or pair.verdict.word in WORDS]
     sections = [
         Section("Costs", [cost_table(runs)]),
         Section("Scores", [score_table(metric, made) for metric in metrics]),
-        *(pair_section(pair, metrics, made.task) for pair in shown_pairs(made.pairs)),
+        *(pair_section(pair, metrics, made.task) for pair in shown),
         Section("Gates", [Table(["run", "gate", "got", "result"], gates)] if gates else []),
         Section("What it says", [Bullets([*sentences, *made.notes])]),
         Section("What differs", [Table(["key", *names], settings, scroll=True)] if settings else [], brief=False),
@@ -166,11 +168,6 @@ def make_page(made: Comparison) -> Page:
     ]
     footer = f"Made by llmtune {made.llmtune}. `compare.html` is complete in itself and needs no network."
     return Page(f"{made.name}, compared", sections, [chip for chip in chips if chip[1]], footer=footer)
-
-
-def shown_pairs(pairs: Sequence[Pair]) -> list[Pair]:
-    """Return the pairs that have a table: of many those with the first run, and those with a clear difference."""
-    return [pair for pair in pairs if pair.first == pairs[0].first or pair.verdict.word in WORDS or len(pairs) <= FEW]
 
 
 def cost_table(runs: Sequence[RunSummary]) -> Table:

@@ -85,11 +85,6 @@ def suggest(trial: Trial, space: Mapping[str, BaseDistribution]) -> dict[str, An
     return {key: trial._suggest(key, distribution) for key, distribution in space.items()}
 
 
-def as_sets(values: Mapping[str, Any]) -> list[str]:
-    """Return values as `--set` takes them."""
-    return [f"{key}={scalar(value)}" for key, value in values.items()]
-
-
 def with_values(recipe: str, sets: Sequence[str], values: Mapping[str, Any]) -> LoadedRecipe:
     """Load the recipe with the values of a trial. Raises RecipeError where they do not go together."""
-    return load_recipe(recipe, [*sets, *as_sets(values)])
+    return load_recipe(recipe, [*sets, *(f"{key}={scalar(value)}" for key, value in values.items())])

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -46,6 +46,7 @@ def open_study(out: Path, searched: str) -> Study:
     """Open the storage of a sweep, or begin one; a folder of another sweep is refused."""
     try:
         import optuna
+        from optuna.pruners import MedianPruner
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ImportError:
@@ -63,24 +64,14 @@ def open_study(out: Path, searched: str) -> Study:
         out.mkdir(parents=True, exist_ok=True)
         if not names:
             write_json(out / SEARCHED, {"searched": searched})
+    pruner = MedianPruner(n_startup_trials=STARTUP)
     storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
-    return optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, pruner=_pruner())
-
-
-def _pruner() -> Any:
-    from optuna.pruners import MedianPruner
-
-    return MedianPruner(n_startup_trials=STARTUP)
-
-
-def _sampler(seed: int, number: int) -> Any:
-    from optuna.samplers import TPESampler
-
-    return TPESampler(n_startup_trials=STARTUP, seed=(seed * 100_003 + number) % 2**32, constant_liar=True)
+    return optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, pruner=pruner)
 
 
 def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tuple[float | None, str | None]:
     """Train with the values of one trial; return its validation loss, or why there is none."""
+    from optuna.samplers import TPESampler
     from optuna.trial import Trial
 
     from llmtune.pipeline import run_pipeline
@@ -91,7 +82,8 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
     prepare_environment(network=not options.offline, threads=options.threads)
     folder = Path(out)
     study = open_study(folder, json.loads((folder / SEARCHED).read_text("utf-8"))["searched"])
-    study.sampler = _sampler(load_recipe(recipe, options.sets).recipe.seed, number)
+    seed = (load_recipe(recipe, options.sets).recipe.seed * 100_003 + number) % 2**32
+    study.sampler = TPESampler(n_startup_trials=STARTUP, seed=seed, constant_liar=True)
     trial = Trial(study, study.trials[number]._trial_id)
     space = read_space(options.space, recipe, options.sets)
     values = suggest(trial, space) if number else {}
@@ -121,7 +113,8 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
         raise
     except LlmtuneError as error:
         return None, f"failed: {error.problems[0].what}"
-    return best_validation(run, loaded), None
+    losses = list(validations(run).values())
+    return min(losses) if loaded.recipe.train.load_best_model_at_end else losses[-1], None
 
 
 def trial_folder(out: Path, number: int) -> Path:
@@ -149,9 +142,3 @@ def validations(run: Path) -> dict[int, float]:
     """Return the validation losses of a run by step."""
     lines = read_json_lines(run / METRICS) if (run / METRICS).exists() else []
     return {line["step"]: line["validation_loss"] for line in lines if line.get("validation_loss") is not None}
-
-
-def best_validation(run: Path, loaded: LoadedRecipe) -> float:
-    """Return the loss of the checkpoint that the run keeps."""
-    losses = list(validations(run).values())
-    return min(losses) if loaded.recipe.train.load_best_model_at_end else losses[-1]

@@ -361,7 +361,7 @@ def _turn_end(template: ChatTemplate, tail: str, special: Sequence[str]) -> tupl
 
     Of tokens that follow one another directly, it is the tokenizer's own end, else the last: all of them are written.
     """
-    end = _first_special(tail, special)
+    end = min((token for token in special if token in tail), key=tail.index, default=None)
     if end is not None:
         last, at = end, tail.index(end) + len(end)
         while last != template.processor.eos_token and (
@@ -381,11 +381,6 @@ def _turn_end(template: ChatTemplate, tail: str, special: Sequence[str]) -> tupl
     fix = f"{_FIX} writes {template.processor.eos_token!r} after each answer"
     fix += ", or add the marker to model.add_tokens." if tail.strip() else "."
     raise EnvironmentProblem.of(what, template.name, fix)
-
-
-def _first_special(text: str, special: Sequence[str]) -> str | None:
-    """Return the token in `text`, of those that are no ordinary text, that stands first."""
-    return min((token for token in special if token in text), key=text.index, default=None)
 
 
 def _refuse_doubled_start(template: ChatTemplate, whole: str) -> None:

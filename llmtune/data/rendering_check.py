@@ -104,16 +104,12 @@ def _pieces(
             function = call["function"]
             what = f"the call of {function['name']!r}" if named else "the tool call"
             yield function["name"], f"{what} in {where}"
-            for text in _leaves(_arguments(function["arguments"])):
+            arguments = function["arguments"]  # some templates are handed JSON text
+            for text in _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments):
                 yield text, f"the arguments of {what} in {where}"
     for tool in tools or ():
         for text in _declared(tool):
             yield text, f"the tool {tool['function'].get('name')!r}" if named else "the tools that may be called"
-
-
-def _arguments(value: object) -> object:
-    """Return the arguments of a call; some templates are handed JSON text."""
-    return json.loads(value) if isinstance(value, str) else value
 
 
 def _leaves(value: object) -> Iterator[str]:

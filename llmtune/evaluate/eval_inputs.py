@@ -105,7 +105,9 @@ def make_inputs(
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
-        notes["generated"] = describe_answered(len(answered), len(answerable), len(numbers))
+        unanswerable = len(numbers) - len(answerable)
+        why = f"; {unanswerable} have no prompt or no text answer" if unanswerable else ""
+        notes["generated"] = f"answers are generated for {len(answered)} of {len(numbers)} rows{why}"
     choices, trees = tuple[str, ...](), dict[int, Tree]()
     if CHOICE_METRIC in metrics:
         saying = [i for i in answerable if not calls_tool(turns[i])]
@@ -133,12 +135,6 @@ def make_inputs(
         slices=slices,
         groups=groups,
     )
-
-
-def describe_answered(answered: int, answerable: int, rows: int) -> str:
-    """Describe of how many rows answers are generated."""
-    why = f"; {rows - answerable} have no prompt or no text answer" if answerable < rows else ""
-    return f"answers are generated for {answered} of {rows} rows{why}"
 
 
 def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:

@@ -49,7 +49,8 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
     if change is None:
         return GateResult(gate.text, gate.text, "no interval", passed=False)
     wide, alpha = widen(change, section.alpha), section.alpha
-    passed, note = decide(gate.op, actual := interval_end(gate, wide), wide, limit), ""
+    actual = wide.low if gate.part == "low" else wide.high
+    passed, note = decide(gate.op, actual, wide, limit), ""
     if passed is None:
         passed, note = COUNTED[section.when_unsure], f"can't tell: {explain_unsure(gate.op, change, limit, alpha)}"
     origin = " from the champion" if gate.against == "champion" else ""
@@ -94,11 +95,6 @@ def plan_rows(op: Operator, change: Difference, limit: float, alpha: float) -> t
 def holds(op: Operator, actual: float, limit: float) -> bool:
     """Whether a comparison of two numbers holds; of what is no number it does not."""
     return not (math.isnan(actual) or math.isnan(limit)) and COMPARE[op](actual, limit)
-
-
-def interval_end(gate: Gate, change: Difference) -> float:
-    """Return the end of the interval that the gate is about."""
-    return change.low if gate.part == "low" else change.high
 
 
 def margin(gate: Gate, other: float) -> float:
