@@ -14,8 +14,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 
 from llmtune.data.examples import ExampleReader
 from llmtune.data.task_interface import TaskInterface
+from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.device import compute_context, resolve_dtype
-from llmtune.model.model_inputs import move_to
 from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.records import Batch, Examples, Loss, SelectedModel
 

@@ -104,7 +104,7 @@ def _pieces(
             function = call["function"]
             what = f"the call of {function['name']!r}" if named else "the tool call"
             yield function["name"], f"{what} in {where}"
-            arguments = function["arguments"]  # some templates are handed JSON text
+            arguments: object = function["arguments"]  # some templates are handed JSON text
             for text in _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments):
                 yield text, f"the arguments of {what} in {where}"
     for tool in tools or ():

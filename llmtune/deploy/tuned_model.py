@@ -24,10 +24,9 @@ from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, compare_o
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
-from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, move_to, read_inputs, unwrap
 from llmtune.model.config import read_model_config
 from llmtune.model.device import compute_context, resolve_dtype
-from llmtune.model.model_inputs import decoder_inputs, move_to, read_inputs
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Batch, ModelRef, Row

@@ -23,10 +23,9 @@ from llmtune.evaluate.shared_prefix import most_likely, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, count_processes, over_processes, run_in_batches
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
-from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
-from llmtune.model.model_inputs import move_to
 from llmtune.recipe.task_facts import CUT_METRIC
 from llmtune.records import Advance, Collate
 

@@ -20,8 +20,7 @@ from llmtune.data.tokenization import encode_texts
 from llmtune.evaluate.eval_suite import OWN_FILES, read_sources, read_utf8
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
-from llmtune.model.causal_lm_loss import causal_loss
-from llmtune.model.model_inputs import move_to
+from llmtune.model.causal_lm_loss import causal_loss, move_to
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.records import Advance, Example
 

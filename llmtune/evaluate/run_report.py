@@ -14,8 +14,7 @@ from llmtune.records import Evaluation
 from llmtune.report.redaction import redact_all
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, collect_facts
-from llmtune.report.seed_variance import describe_spread
-from llmtune.report.verdict import verdict
+from llmtune.report.verdict import describe_spread, verdict
 from llmtune.store.atomic_files import read_json_lines
 from llmtune.store.run_folder import RunFolder
 from llmtune.store.run_lock import hardware, package_versions

@@ -13,8 +13,8 @@ from transformers.utils import ModelOutput
 
 from llmtune.data.collators import pad, pad_texts
 from llmtune.errors import EnvironmentProblem
+from llmtune.model.causal_lm_loss import move_to, read_inputs
 from llmtune.model.device import fits_in_memory, release_memory
-from llmtune.model.model_inputs import move_to, read_inputs
 from llmtune.records import Advance, Example
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}

@@ -38,8 +38,8 @@ from llmtune.explain.generation_trace import Sampling, trace_answer
 from llmtune.explain.inputs import AttentionRequest, ModelInputs, fit_tokens, read_text, transcript_ids
 from llmtune.explain.target import Family, Target
 from llmtune.explain.token_text import Line, label, name_tokens
+from llmtune.model.causal_lm_loss import decoder_inputs
 from llmtune.model.memory_plan import context_length
-from llmtune.model.model_inputs import decoder_inputs
 from llmtune.report.blocks import Block, Bullets, Column, Html, Page, Section, Table, Text
 from llmtune.store.atomic_files import explained
 from llmtune.tasks.text_to_text import target_ids

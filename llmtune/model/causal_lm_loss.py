@@ -1,4 +1,4 @@
-"""The loss of a causal model as a sum and a count, taken at the predicted positions only.
+"""What a model reads of a batch, and the loss of a causal one as a sum and a count, at the predicted positions only.
 
 Shapes: B batch, T positions, C columns that are predicted from in any row, S supervised tokens, V vocabulary, R rows.
 """
@@ -6,7 +6,6 @@ Shapes: B batch, T positions, C columns that are predicted from in any row, S su
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +14,11 @@ import torch
 from llmtune.model.chunked_cross_entropy import CrossEntropy, takes_head_loss
 from llmtune.model.packed_attention import LENGTHS, PACKED, PREFIXES
 from llmtune.model.prefix_packing import share_prefixes, takes_shared_prefixes
-from llmtune.records import Loss
+from llmtune.records import Batch, Loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Batch = Mapping[str, Any]
-"""The tensors of one micro-batch; `llmtune.data.collators` has the legend."""
 DFT = "loss_weighed_by_probability"
 """Set on a model that is trained with `train.loss_type: dft`."""
 _PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", LENGTHS, PREFIXES)
@@ -118,3 +115,42 @@ def unwrap(model: torch.nn.Module) -> PreTrainedModel:
 def accepted_arguments(model_class: type[torch.nn.Module]) -> frozenset[str]:
     """Return the names of what a model's forward takes."""
     return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+READ = ("input_ids", "attention_mask", "token_type_ids", "input_features", "input_values")
+"""What models read, by its name in a batch."""
+DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", LENGTHS)
+"""What they read beside that of a packed row; positions follow from it."""
+
+
+def move_to(device: torch.device | str, batch: Batch) -> Batch:
+    """Return a batch whose tensors are on the device; numbers and settings beside them stay as they are."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def read_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return what of a batch this model reads; features of sound in the number format of its weights."""
+    inner = unwrap(model)
+    accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
+    parts = {key: batch[key] for key in READ if key in batch and key in accepted}
+    inputs = {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in parts.items()}
+    if "cu_seq_lens_q" in batch:
+        assert inner.config._attn_implementation == PACKED, "rows are packed for a model that keeps them apart"
+        inputs |= {key: batch[key] for key in DOCUMENTS}
+    return inputs
+
+
+def decoder_inputs(model: torch.nn.Module, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Return what the decoder reads to predict `labels_BT` (-100 is padding): moved right, as this model starts."""
+    inner = unwrap(model)
+    shift = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return cast(torch.Tensor, shift(labels=labels_BT))
+    moved_BT = labels_BT.new_full(labels_BT.shape, inner.config.pad_token_id)
+    moved_BT[:, 1:] = labels_BT[:, :-1].clamp_min(0)
+    moved_BT[:, 1:].masked_fill_(labels_BT[:, :-1] < 0, inner.config.pad_token_id)
+    moved_BT[:, 0] = inner.config.decoder_start_token_id
+    return moved_BT

@@ -23,6 +23,7 @@ from llmtune.data.row_store import read_rows
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.catalogue import candidate_names, read_catalogue, refuse_licence
+from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.config import find_class
 from llmtune.model.device import compute_context, release_memory, resolve_dtype
 from llmtune.model.licenses import find_license
@@ -34,7 +35,6 @@ from llmtune.model.memory_plan import (
     plan_training,
     resolve_checkpointing,
 )
-from llmtune.model.model_inputs import move_to
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows

@@ -8,11 +8,11 @@ Shapes: T positions of the row as it was, P of a shared beginning, S supervised 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.packed_attention import LENGTHS, PACKED, PREFIXES
+from llmtune.records import Batch
 
 _SHORTEST = 8
 """Tokens below which a beginning is not worth its own place."""
@@ -73,7 +74,7 @@ def _drops(module: torch.nn.Module) -> bool:
     return bool(getattr(module, "attention_dropout", 0))
 
 
-def share_prefixes(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def share_prefixes(batch: Batch) -> Batch:
     """Return `batch` with each shared beginning once, and `PREFIXES`; a batch that shares nothing as it is.
 
     Documents change their places in the row; predicted tokens, targets and rows keep theirs.

@@ -14,11 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from llmtune.data.collators import pad
-from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, token_losses
+from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, read_inputs, token_losses
 from llmtune.model.chunked_cross_entropy import install_head_loss, remove_head_loss
 from llmtune.model.config import first_line
 from llmtune.model.device import compute_context, is_out_of_memory
-from llmtune.model.model_inputs import read_inputs
 from llmtune.model.packed_attention import LENGTHS, PACKED
 from llmtune.model.prefix_packing import allow_shared_prefixes
 from llmtune.records import Batch

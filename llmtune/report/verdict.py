@@ -1,15 +1,100 @@
-"""The verdict: did the tuning help, by the intervals of the differences alone."""
+"""The verdict: did the tuning help, by the intervals of the differences alone; and over several seeds."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from llmtune.records import Difference, Evaluation
 from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction
 from llmtune.report.number_format import missing
-from llmtune.report.report_record import Seeds, Verdict
-from llmtune.report.seed_variance import join_names, warn_of_spread
+from llmtune.report.report_record import SeedRun, Seeds, Spread, Verdict
+
+
+def describe_spread(scored: Mapping[int, Evaluation], missing: Sequence[int]) -> Seeds:
+    """Return each seed's scores and their spread; `scored` has the run's own seed first."""
+    first = next(iter(scored.values()))
+    shared = [metric for metric in first.tuned if all(metric in one.tuned for one in scored.values())]
+    metrics = {
+        metric: spread(metric, [one.tuned[metric] for one in scored.values()], first.base.get(metric))
+        for metric in shared
+    }
+    runs = []
+    for seed, one in scored.items():
+        ends = {name: (change.low, change.high) for name, change in one.difference.items() if name in shared}
+        tuned = {name: one.tuned[name] for name in shared}
+        runs.append(SeedRun(seed, tuned, {name: ends[name] for name in shared if name in ends}))
+    return Seeds(runs, missing, metrics, describe_gain(metrics, len(scored), missing))
+
+
+def spread(metric: str, scores: Sequence[float], base: float | None) -> Spread:
+    """Return mean, deviation and ends of the scores, and whether the gain over the base is larger than they are apart.
+
+    There is nothing to say of one seed, without a base, or where a score is not a number.
+    """
+    if len(scores) < 2 or not all(map(math.isfinite, scores)):
+        return Spread(list(scores), base)
+    mean, between, better = statistics.fmean(scores), max(scores) - min(scores), better_side(metric)
+    gain = mean - base if base is not None and math.isfinite(base) else None
+    return Spread(
+        scores=list(scores),
+        base=base,
+        mean=mean,
+        deviation=statistics.stdev(scores),
+        lowest=min(scores),
+        highest=max(scores),
+        spread=between,
+        gain=gain,
+        larger=abs(gain) > between if gain is not None and better else None,
+        better=None if gain is None else better * gain > 0,
+    )
+
+
+def describe_gain(metrics: Mapping[str, Spread], count: int, missing: Sequence[int]) -> str:
+    """Say in one sentence whether the gain over the base is larger than the spread between seeds; costs do not count.
+
+    Seeds that have no scores yet are told in a second one.
+    """
+    judged = {name: one for name, one in metrics.items() if one.larger is not None and name not in COSTS}
+    larger = [name for name, one in judged.items() if one.larger and one.better]
+    within = [name for name, one in judged.items() if not one.larger]
+    worse = [name for name, one in judged.items() if one.larger and not one.better]
+    left = f" Not there yet: seed {', '.join(map(str, missing))}." if missing else ""
+    if not judged:
+        return f"There is no spread to hold the gain over the base against.{left}"
+    between = f"the spread between {count} seeds"
+    parts = []
+    if larger:
+        parts.append(f"the gain over the base is larger than {between} in {join_names(larger)}")
+    if within:
+        what = "it is not" if larger else f"the gain over the base is not larger than {between}"
+        parts.append(f"{what} in {join_names(within)}")
+    if worse:
+        by = "that spread" if parts else between
+        parts.append(f"the tuned model is worse than the base by more than {by} in {join_names(worse)}")
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}.{left}"
+
+
+def warn_of_spread(seeds: Seeds | None, metrics: Sequence[str]) -> str:
+    """Return a sentence for the verdict where a gain in one of `metrics` is within the spread, else an empty text."""
+    known = seeds.metrics if seeds else {}
+    within = [metric for metric in metrics if metric in known and known[metric].larger is False]
+    if not seeds or not within:
+        return ""
+    return (
+        f"With another seed that may be gone: in {join_names(within)} {len(seeds.runs)} seeds lie as far apart as "
+        "the gain is large, or farther."
+    )
+
+
+def join_names(metrics: Sequence[str]) -> str:
+    """Join names of metrics into words."""
+    words = [metric.replace("_", " ") for metric in metrics]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
 
 SAME_FINDING = (("loss", "bits_per_byte", "perplexity"),)
 """One number in several units."""

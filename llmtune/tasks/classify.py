@@ -29,8 +29,8 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
+from llmtune.model.causal_lm_loss import read_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs, set_padding
-from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows

@@ -22,9 +22,8 @@ from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
-from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.config import name_outputs, set_padding
-from llmtune.model.model_inputs import move_to
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Example, Loss, Row, Rows
 from llmtune.tasks.base import Endpoint, Task

@@ -23,8 +23,8 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, Predict
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.evaluate.token_batches import run_encoder
+from llmtune.model.causal_lm_loss import read_inputs
 from llmtune.model.config import is_encoder
-from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe.task_sections import QaSection
 from llmtune.records import Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows

@@ -22,8 +22,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
-from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.model_inputs import move_to, read_inputs
+from llmtune.model.causal_lm_loss import move_to, read_inputs, unwrap
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Collate, Example, Loss
 from llmtune.tasks.base import Endpoint, Task

@@ -27,9 +27,8 @@ from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
-from llmtune.model.causal_lm_loss import accepted_arguments, token_losses, unwrap
+from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, read_inputs, token_losses, unwrap
 from llmtune.model.memory_plan import context_length
-from llmtune.model.model_inputs import decoder_inputs, read_inputs
 from llmtune.records import Batch, Example, Loss, Row
 from llmtune.tasks.base import DecoderTask, RowT, Task
 from llmtune.tasks.language_codes import has_languages, language_tokens, set_languages, starts_with_language

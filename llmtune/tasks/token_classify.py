@@ -19,10 +19,9 @@ from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entities_of,
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.causal_lm_loss import token_losses, unwrap
+from llmtune.model.causal_lm_loss import read_inputs, token_losses, unwrap
 from llmtune.model.config import is_encoder, name_outputs
 from llmtune.model.memory_plan import context_length
-from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe.task_sections import TokenClassifySection
 from llmtune.records import SPLITS, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from llmtune.adapter.reference_model import own_part
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import TrainingError
+from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.device import fits_in_memory, release_memory
-from llmtune.model.model_inputs import move_to
 from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
 from llmtune.train.deepspeed_zero import ZeroOptimizer

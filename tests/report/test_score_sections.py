@@ -20,7 +20,7 @@ from llmtune.report.score_sections import (
     score_sections,
     seed_table,
 )
-from llmtune.report.seed_variance import describe_spread
+from llmtune.report.verdict import describe_spread
 
 
 def shown(evaluation: Evaluation, task: str = "chat") -> tuple[str, str, str]:

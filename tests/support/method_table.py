@@ -19,10 +19,9 @@ from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.errors import LlmtuneError
-from llmtune.model.causal_lm_loss import virtual_tokens
+from llmtune.model.causal_lm_loss import decoder_inputs, read_inputs, virtual_tokens
 from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
-from llmtune.model.model_inputs import decoder_inputs, read_inputs
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline

@@ -28,8 +28,7 @@ from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.evaluate.generation import answer_reader, generate
 from llmtune.launch.local_processes import launch_local
 from llmtune.launch.topology import Topology
-from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.model_inputs import decoder_inputs, read_inputs
+from llmtune.model.causal_lm_loss import decoder_inputs, read_inputs, unwrap
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe

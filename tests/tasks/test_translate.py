@@ -20,7 +20,7 @@ from transformers import (
 from llmtune.data.chat_template import stop_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_ends, only_these_settings
-from llmtune.model.model_inputs import decoder_inputs
+from llmtune.model.causal_lm_loss import decoder_inputs
 from llmtune.model.processor import load_processor
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
