@@ -10,10 +10,10 @@ import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
 
 from llmtune import __version__
 from llmtune.adapter.injection import adapter_inputs, adapter_settings, describe
@@ -60,9 +60,6 @@ from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, wit
 from llmtune.tasks.base import next_steps
 from llmtune.train.metrics_log import log_results
 from llmtune.train.setup import train_inputs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 KEPT = ("micro_batch_tokens", "gradient_checkpointing")
 """Findings of a run that its further seeds and its reproduction keep."""

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.data_init import sample_rows
 from llmtune.adapter.injection import adapter_settings, describe, inject
@@ -49,9 +49,6 @@ from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
 from llmtune.train.row_losses import list_hardest
 from llmtune.train.sharding import share_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
@@ -17,11 +16,8 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.recipe.adapter_section import DATA_STARTS
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Examples, Loss, SelectedModel
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
-
 
 SAMPLED, AT_ONCE = 64, 4
 """Training rows that a start is found from, and those of them in one micro-batch."""

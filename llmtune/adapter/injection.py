@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -41,15 +40,11 @@ from llmtune.model.config import (
 from llmtune.model.device import explain_oom, is_out_of_memory
 from llmtune.model.experts import count_quantized
 from llmtune.model.quantized_base import is_quantized, kept_quantization
-from llmtune.recipe.adapter_section import MUTATING
+from llmtune.recipe.adapter_section import MUTATING, AdapterSection
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.atomic_files import hash_folder, hash_value
-
-if TYPE_CHECKING:
-    from llmtune.recipe.adapter_section import AdapterSection
-    from llmtune.recipe.schema import Recipe
-
 
 _OTHER = "Give the method other options or other target_modules, or take another method."
 

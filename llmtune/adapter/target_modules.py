@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
@@ -16,10 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.model.config import expert_parameters, head_names, in_heads, linear_shape, linear_shapes
+from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.store.resource_limits import LimitExceeded, limited
-
-if TYPE_CHECKING:
-    from llmtune.recipe.adapter_section import AdapterSection
 
 _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
 PATTERN_SECONDS = 2.0

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from transformers.utils.chat_parsing import ResponseParser
 
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.chat_template import ChatTemplate, Tools
 from llmtune.data.tokenization import decode
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 
@@ -16,10 +16,8 @@ from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import add_bar, context_limit, inference_on
 from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Advance, Difference, Study, StudyTable
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
 
 OWN_FILES = resources.files("llmtune.evaluate")
 """What comes with llmtune: `general` and `groups`."""

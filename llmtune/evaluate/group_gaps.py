@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from llmtune.evaluate.eval_suite import EvalSuite
@@ -20,9 +21,6 @@ from llmtune.evaluate.slices import MISSING, OTHER, Parts
 from llmtune.records import Difference, Study, StudyTable
 from llmtune.report.metric_info import rank_metrics
 from llmtune.report.verdict import FEWEST_ROWS
-
-if TYPE_CHECKING:
-    import torch
 
 RESAMPLES = 2000
 PERMUTATIONS = 2000

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
+import torch
 
 from llmtune.data.hub_datasets import HUB
 from llmtune.errors import RecipeError
@@ -32,13 +33,9 @@ from llmtune.evaluate.sentence_scores import (
 )
 from llmtune.evaluate.slices import rows_by
 from llmtune.recipe.eval_suites_section import OWN
+from llmtune.recipe.schema import Recipe
 from llmtune.records import StudyTable
 from llmtune.report.verdict import FEWEST_ROWS
-
-if TYPE_CHECKING:
-    import torch
-
-    from llmtune.recipe.schema import Recipe
 
 MASKED = "AutoModelForMaskedLM"
 WITH_LIKELIHOODS = ("AutoModelForCausalLM", MASKED)

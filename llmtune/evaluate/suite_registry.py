@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.benchmarks import BenchmarkSuite
@@ -16,10 +16,8 @@ from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.stereotypes import StereotypeSuite
 from llmtune.evaluate.swapped_rows import SwapSuite
 from llmtune.recipe.eval_suites_section import SUITE_KEYS
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Study
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
 
 Suite = EvalSuite[Any]
 SUITES: dict[str, dict[str, type[Suite]]] = {

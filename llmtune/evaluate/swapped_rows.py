@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+import torch
 
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, write_prompt
@@ -22,14 +24,10 @@ from llmtune.evaluate.shared_prefix import choice_trees
 from llmtune.evaluate.slices import write_value
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.eval_suites_section import OWN
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row, StudyTable
 from llmtune.report.verdict import FEWEST_ROWS
-
-if TYPE_CHECKING:
-    import torch
-
-    from llmtune.recipe.schema import Recipe
 
 FIX = "Write two different words a line: woman,man"
 TEXTS = ("prompt", "completion", "source", "document", "question", "context", "text", "pair", "chosen", "rejected")

@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from transformers import PretrainedConfig
 
 from llmtune.explain.fake_model import (
     PLAIN,
@@ -29,9 +29,6 @@ from llmtune.explain.position_encodings import SLOPED
 from llmtune.explain.target import Target
 from llmtune.model.config import linear_shape
 from llmtune.model.memory_plan import context_length
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 TITLES = {
     "attention": "Self-attention",

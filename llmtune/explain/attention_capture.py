@@ -9,17 +9,15 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.explain.target import Family
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 Kind = Literal["self", "masked-self", "cross"]
 SELF: Kind = "self"

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
 from markupsafe import Markup
 from rich.console import Console
 from rich.progress import track
+from transformers import PreTrainedModel
 
 from llmtune.explain.attention_capture import CROSS, MASKED, Kind, attend, shape_of
 from llmtune.explain.attention_figures import AXES, STEM, draw_figures
@@ -43,9 +44,6 @@ from llmtune.model.memory_plan import context_length
 from llmtune.report.blocks import Block, Bullets, Column, Html, Page, Section, Table, Text
 from llmtune.store.atomic_files import explained
 from llmtune.tasks.text_to_text import target_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LONGEST_ANSWER = 64
 """Tokens that an encoder-decoder writes where there is no --target."""

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -26,9 +27,6 @@ from llmtune.explain.target import Target
 from llmtune.explain.trained_modules import read_tensor, tensor_files
 from llmtune.model.config import architecture_class, find_class, first_line, linear_shape
 from llmtune.records import ModelRef
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError)
 """What models raise that look at numbers as they run."""

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.model.device import is_out_of_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ROWS = 64
 """Hidden states that are read at once: that many times the vocabulary is in memory."""

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.errors import LlmtuneError
 from llmtune.model.config import is_encoder, read_model_config
@@ -22,16 +23,11 @@ from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.session import Models, open_finished
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
+from llmtune.tasks.base import AnyTask
 from llmtune.tasks.chat import Chat
 from llmtune.tasks.completion import Completion
 from llmtune.tasks.speech import Speech
 from llmtune.tasks.summarize import Summarize
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.tasks.base import AnyTask
-
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
 MODEL, BASE, TUNED = "model", "base", "tuned"

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from llmtune.model.chunked_cross_entropy import CrossEntropy, takes_head_loss
 from llmtune.model.packed_attention import LENGTHS, PACKED, PREFIXES
 from llmtune.model.prefix_packing import share_prefixes, takes_shared_prefixes
 from llmtune.records import Batch, Loss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DFT = "loss_weighed_by_probability"
 """Set on a model that is trained with `train.loss_type: dft`."""

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
 from llmtune.model.config import expert_parameters, linear_shape
 from llmtune.model.quantized_base import is_quantized
-
-if TYPE_CHECKING:
-    from llmtune.recipe.adapter_section import AdapterSection
+from llmtune.recipe.adapter_section import AdapterSection
 
 _PACKED = "packed_in_4_bits"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TypeGuard
 
 from rich.progress import MofNCompleteColumn
 
@@ -19,11 +19,9 @@ from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate
+from llmtune.recipe.schema import Recipe
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.serve.served_model import ServedModel
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "text", "source", "document"),

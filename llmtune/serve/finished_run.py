@@ -9,15 +9,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate
 from llmtune.model.config import head_is_new
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult, ModelRef, Row
 from llmtune.serve.answer_stream import Delta
@@ -25,11 +27,6 @@ from llmtune.serve.served_model import ServedModel
 from llmtune.session import Models, RunContext, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks.base import AnyTask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 
 class ChatSession:

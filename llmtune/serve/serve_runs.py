@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from peft import PeftModel
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from llmtune.adapter.load import add_adapter, find_adapter
 from llmtune.adapter.merging import merge
@@ -25,9 +26,6 @@ from llmtune.serve.middleware import LOOPBACK, AccessRules, digest
 from llmtune.serve.served_model import ServedModel
 from llmtune.serve.server import bind_socket, run_server
 from llmtune.session import Models, RunContext, open_finished
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 KEY_VARIABLE = "LLMTUNE_API_KEY"
 MIN_KEY_LENGTH = 16

@@ -7,17 +7,15 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import PeftConfig
 from rich.console import Console
 
 from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.serve.serve_runs import KEY_VARIABLE, OpenedRun, ServeOptions, open_runs, public_name, read_key
 from llmtune.session import trained_name
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -17,6 +16,7 @@ from llmtune.adapter.saving import save_adapter
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model.device import fits_in_memory
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples, TrainedRun
 from llmtune.report.metric_info import better_side
 from llmtune.store.profile import seconds_of_process
@@ -47,9 +47,6 @@ from llmtune.train.setup import TrainContext, deterministic, peak_bytes, set_up
 from llmtune.train.sharding import whole_state
 from llmtune.train.signals import StopRequest, catch_signals
 from llmtune.train.validation_metrics import Scores, metrics_of_validation
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
 
 FIRST_SCALE = 2.0**16
 """Loss scale that float16 starts with; halved, and the step done again, whenever a gradient overflows."""
