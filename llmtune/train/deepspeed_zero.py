@@ -24,7 +24,11 @@ STAGES = {"zero2": 2, "zero3": 3}
 
 
 def zero_plugin(strategy: str, recipe: Recipe, dtype: torch.dtype) -> DeepSpeedPlugin:
-    """Return what Accelerate has to know of DeepSpeed. Weights are given up after each pass, as FSDP gives them up."""
+    """Return what Accelerate has to know of DeepSpeed.
+
+    Weights are given up after each pass, as FSDP gives them up, and none are fetched ahead: what is fetched ahead stays
+    until the step is over, and may be under way still when a validation ends.
+    """
     return DeepSpeedPlugin(
         hf_ds_config={
             "train_micro_batch_size_per_gpu": 1,  # has to be there; micro-batches are the loop's
@@ -34,7 +38,7 @@ def zero_plugin(strategy: str, recipe: Recipe, dtype: torch.dtype) -> DeepSpeedP
             "zero_optimization": {
                 "stage": STAGES[strategy],
                 "reduce_bucket_size": BUCKET_SIZE,
-                "stage3_prefetch_bucket_size": BUCKET_SIZE,
+                "stage3_prefetch_bucket_size": 0,
                 "stage3_param_persistence_threshold": 0,
                 "stage3_max_reuse_distance": 0,
             },

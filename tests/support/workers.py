@@ -26,8 +26,11 @@ def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]
 
 def train_all(folder: str, strategy: str) -> None:
     """Train each recipe that the test left in `folder`, as `train_tiny` does, into `together` beside it."""
+    from accelerate.state import AcceleratorState
+
     for recipe in sorted(Path(folder).glob("*/recipe.yaml")):
         train_tiny(str(recipe.parent), str(recipe.parent / "together"), strategy)
+        AcceleratorState._reset_state()  # it takes one model for DeepSpeed
 
 
 def share_tiny(folder: str, strategy: str) -> dict[str, bool]:
