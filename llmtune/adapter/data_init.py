@@ -96,5 +96,6 @@ def finish_start(model: PeftModel, sample: RowSample | None) -> None:
         forward_fn=lambda model, read: sample.loss(model, read.batch),
         prepare_model_inputs_fn=None,
         prepare_layer_inputs_fn=None,
+        gather_distributed_inputs=False,  # the process that makes the model has all rows; the others wait for it
         show_progress_bar=False,
     )

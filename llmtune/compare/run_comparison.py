@@ -155,7 +155,8 @@ def find_notes(runs: Sequence[OpenedRun]) -> Iterator[str]:
             yield f"{run.name} stopped early: {train['stopped_early']}."
     if len({train.get("steps") for train in trained}) > 1:
         yield "The runs were not trained for the same number of steps."
-    if len({str(sorted(run.evaluation.base.items())) for run in runs}) > 1:
+    scores = {str(sorted(run.evaluation.base.items())) for run in runs}
+    if len(scores) > 1 and len({base_identity(run) for run in runs}) > 1:  # of one base they differ by rounding
         text = "The base scores differ: each run is held against the base that it was trained on, with qlora that is "
         yield text + "the model in 4 bits. The pairs compare the tuned models themselves."
 
@@ -183,7 +184,8 @@ def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]
     if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
         return Verdict(word, found.reason)
     reason = (
-        "These are two trainings of one recipe on the same rows, which differ in their seed or in the order of rows"
+        "These are two trainings of one recipe on the same rows, which differ in their seed, in the order of rows or in "
+        "where they ran"
     )
     moved = "" if word == UNKNOWN else f" Between these two: {found.reason[0].lower()}{found.reason[1:]}"
     return Verdict(UNKNOWN, f"{reason}: what lies between them is the chance of training.{moved}")

@@ -47,6 +47,15 @@ def test_a_start_from_rows_depends_on_the_rows_alone(tmp_path, tiny_llama, start
     assert starts[0].shape != starts[2].shape or not torch.equal(starts[0], starts[2])
 
 
+@pytest.mark.parametrize("start", STARTS)
+def test_a_start_from_rows_is_found_by_the_process_that_makes_the_model_alone(tmp_path, tiny_llama, start):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        adapt(tmp_path, tiny_llama, start)  # PEFT warns, which is an error here, where it would ask the others
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("sets", "why"),
     [
