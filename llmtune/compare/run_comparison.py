@@ -184,8 +184,7 @@ def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]
     if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
         return Verdict(word, found.reason)
     reason = (
-        "These are two trainings of one recipe on the same rows, which differ in their seed, in the order of rows or in "
-        "where they ran"
+        "These are two trainings of one recipe on the same rows, which differ in seed, order of rows or where they ran"
     )
     moved = "" if word == UNKNOWN else f" Between these two: {found.reason[0].lower()}{found.reason[1:]}"
     return Verdict(UNKNOWN, f"{reason}: what lies between them is the chance of training.{moved}")

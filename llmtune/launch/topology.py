@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.recipe.peft_options import PROMPT_METHODS
 from llmtune.records import Layout
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ SHARDED_OPTIMIZERS = {
 """Optimisers whose update of a number depends on no other number, so that each process updates its own."""
 UNDIVIDED = ("modules_to_save", "use_dora", "lora_bias", "bias", "target_parameters", "alora_invocation_tokens")
 """Options of an adapter that tensor parallelism does not know."""
+UNCUT = {
+    "qlora": "weights in 4 bits are kept as packed bytes, which are not cut over processes",
+    "osf": "its gradients are projected by hooks on whole weights, which are lost where weights are cut over processes",
+    **dict.fromkeys(PROMPT_METHODS, "PEFT saves its vectors by computing them from whole weights"),
+}
+"""Methods that need whole weights, each with the reason."""
 _OFF = (None, False, "none", ())
 INSTEAD = {
     "deepspeed": "Its stages are zero2 and zero3.",
@@ -95,9 +102,8 @@ def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
         return []
     problems, adapter, optim = [], recipe.adapter, recipe.train.optim
     instead = "Use --strategy ddp"
-    if adapter.method == "qlora":
-        what = "weights in 4 bits are kept as packed bytes, which are not cut over processes"
-        problems.append(Problem(what, "adapter.method", f"{instead} with qlora, or adapter.method: lora."))
+    if what := UNCUT.get(adapter.method):
+        problems.append(Problem(what, "adapter.method", f"{instead} with {adapter.method}, or adapter.method: lora."))
     optimizers = SHARDED_OPTIMIZERS[strategy]
     if optim not in optimizers:
         what = f"{optim} cannot update weights that are cut over processes"

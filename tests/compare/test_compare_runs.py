@@ -21,6 +21,7 @@ from llmtune.compare.compare_runs import (
 )
 from llmtune.compare.run_comparison import make_comparison
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.evaluate.evaluation_file import EVALUATION
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.opened_runs import name_runs, open_runs
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, save_measures
@@ -78,6 +79,16 @@ def test_the_same_adapter_twice_cannot_be_told_apart(compare, good, twin):
             "accuracy": 0,
             "exact_match": 0,
         }
+
+
+def test_scores_that_rounding_moves_are_of_one_base(compare, tmp_path, good, twin, read):
+    moved = shutil.copytree(twin, tmp_path / "moved")
+    scores = read_json(moved / "evaluation" / EVALUATION)
+    scores["base"]["loss"] += 1e-7
+    write_json(moved / "evaluation" / EVALUATION, scores)
+    seal(moved)
+    compare(good, moved)
+    assert "base scores differ" not in read()
 
 
 def test_rows_in_another_order_are_joined_by_what_they_say(compare, tmp_path, train, good):
