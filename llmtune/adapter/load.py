@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from peft import (
@@ -31,12 +31,10 @@ from llmtune.model.config import UNREADABLE, readable
 from llmtune.model.device import is_out_of_memory
 from llmtune.model.library_logging import hushed
 from llmtune.model.model_files import check_safetensors, read_json_object
+from llmtune.recipe.adapter_section import AdapterSection
+from llmtune.recipe.schema import Recipe
 from llmtune.records import SelectedModel
 from llmtune.store.resource_limits import limited
-
-if TYPE_CHECKING:
-    from llmtune.recipe.adapter_section import AdapterSection
-    from llmtune.recipe.schema import Recipe
 
 MAX_RANK = 2**14
 WEIGHTS = "adapter_model.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -15,13 +15,10 @@ from transformers import PreTrainedModel
 from llmtune.adapter.target_modules import are_transposed, shorten
 from llmtune.adapter.wiring_check import find_reached_targets
 from llmtune.errors import RecipeError
-from llmtune.recipe.adapter_section import DATA_STARTS
+from llmtune.recipe.adapter_section import DATA_STARTS, AdapterSection
 from llmtune.recipe.peft_options import options_of
+from llmtune.recipe.schema import Recipe
 from llmtune.records import SelectedModel
-
-if TYPE_CHECKING:
-    from llmtune.recipe.adapter_section import AdapterSection
-    from llmtune.recipe.schema import Recipe
 
 
 def find_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], list[str]]:

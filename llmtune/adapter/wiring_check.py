@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraModel, PeftModel
@@ -18,10 +17,8 @@ from llmtune.model.causal_lm_loss import unwrap, virtual_tokens
 from llmtune.model.config import linear_shapes
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.library_logging import hushed
+from llmtune.recipe.schema import Recipe
 from llmtune.records import SelectedModel
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
 
 _PROBE_TOKENS = 12
 _PROBE_SAMPLES = 8000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_rows
@@ -17,13 +17,9 @@ from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, write_answer
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Examples, Row, Rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 SPLIT = "test"
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+import torch
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.contamination import Overlap, compared_text, find_overlap, prompt_row
 from llmtune.data.row_store import iterate_rows, iterate_texts, read_rows
@@ -24,14 +26,9 @@ from llmtune.evaluate.results import BaseAnswers, find_flips, pick_samples, save
 from llmtune.evaluate.slices import one_line, score_slice, score_slices
 from llmtune.evaluate.suite_registry import Suite, compare_outputs, make_suites
 from llmtune.model.device import release_memory
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Champion, Contamination, Evaluation, Examples, Rows, Slice
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
 KINDS = {

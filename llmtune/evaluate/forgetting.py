@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import Problem
@@ -25,14 +27,9 @@ from llmtune.evaluate.shared_prefix import Tree, make_tree, score_trees
 from llmtune.evaluate.slices import rows_by
 from llmtune.evaluate.text_metrics import exponential_ratio
 from llmtune.recipe.eval_suites_section import OWN
+from llmtune.recipe.schema import Recipe
 from llmtune.records import StudyTable
 from llmtune.report.number_format import DASH, count, score
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 PROMPT = "Question: {question}\nAnswer:"
 """As lm-eval puts ARC and its like; what follows is a space and the answer."""

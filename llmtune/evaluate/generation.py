@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
@@ -20,12 +20,8 @@ from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, over_p
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import is_out_of_memory, memory_limit
 from llmtune.model.self_checks import positions_depend_on_neighbours
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 CACHE_SHARE = 1 / 8
 """Of the device's memory, what the keys and values of one batch may take up."""

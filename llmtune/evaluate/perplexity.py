@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.collators import collate_padded
 from llmtune.data.tokenization import encode_texts
@@ -23,9 +23,6 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_proces
 from llmtune.model.causal_lm_loss import causal_loss, move_to
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.records import Advance, Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 WINDOW = 512
 """Tokens that are read together, where the model's context holds as many."""

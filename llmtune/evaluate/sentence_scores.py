@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from llmtune.data.collators import require_offsets
@@ -20,9 +20,6 @@ from llmtune.evaluate.sentence_pairs import Layout, Pair, word_at_blank
 from llmtune.evaluate.shared_prefix import Tree, make_tree, score_trees
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.records import Advance, Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Scores = list[float]
 """A number per option: the higher, the likelier."""

@@ -8,21 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, pad_right, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
 from llmtune.model.device import is_out_of_memory
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Example, Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 PREFIX, PADDING = 0, -1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}

@@ -7,27 +7,23 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, system_errno
 from llmtune.model.device import is_out_of_memory
 from llmtune.model.quantized_base import check_training, is_quantized, prepare_reading
+from llmtune.recipe.model_section import ModelSection
+from llmtune.recipe.schema import Recipe
 from llmtune.records import ModelRef
 from llmtune.store.resource_limits import LimitExceeded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.model_section import ModelSection
-    from llmtune.recipe.schema import Recipe
 
 NEWER = "The file is damaged, or the model is newer than the installed transformers: pip install -U transformers."
 OTHER_CLASSES = "llmtune_other_classes"

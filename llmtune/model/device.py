@@ -8,16 +8,13 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
+from llmtune.recipe.schema import Recipe
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.machine import memory_limit as process_memory_limit
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
 
 CARDS: Mapping[str, tuple[float, float]] = {
     "b200": (180e9, 2250e12),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from inspect import signature
 from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -16,9 +16,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
+from llmtune.recipe.schema import Recipe
 
 _OWN_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 """Liger's options for the loss, which is llmtune's own: on the supervised tokens only, with a sum and a count."""

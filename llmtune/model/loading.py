@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import transformers
@@ -39,11 +39,9 @@ from llmtune.model.self_checks import (
     take_loss_at_head,
     try_shared_prefixes,
 )
+from llmtune.recipe.model_section import ModelSection
+from llmtune.recipe.schema import Recipe
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
-
-if TYPE_CHECKING:
-    from llmtune.recipe.model_section import ModelSection
-    from llmtune.recipe.schema import Recipe
 
 NOT_LOADED = "the weights cannot be loaded"
 AGAIN = "Get the model again from where it comes from; `llmtune doctor` shows what this machine has."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +21,11 @@ from llmtune.model.config import build_skeleton, expert_parameters, find_class, 
 from llmtune.model.device import memory_limit, resolve_dtype
 from llmtune.model.quantized_base import BaseQuantization, kept_quantization
 from llmtune.model.tensor_parallel import STYLES, check_tensor_parallel, planned_layers
-from llmtune.recipe.adapter_section import MUTATING
+from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.peft_options import options_of
+from llmtune.recipe.schema import Recipe
 from llmtune.records import ALONE, Layout, MemoryPlan, ModelRef
 from llmtune.report.number_format import size as format_bytes
-
-if TYPE_CHECKING:
-    from llmtune.recipe.adapter_section import AdapterSection
-    from llmtune.recipe.schema import Recipe
 
 _OPTIMIZER_BYTES = {
     "sgd": 0.0,

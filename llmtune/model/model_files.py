@@ -6,17 +6,14 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import transformers
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.model.quantized_base import check_readable
+from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.user_files import check_regular, open_regular, read_text
 from llmtune.store.atomic_files import MODEL_ENDINGS
-
-if TYPE_CHECKING:
-    from llmtune.recipe.model_section import ModelSection
 
 _LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_JSON_BYTES = 2**28

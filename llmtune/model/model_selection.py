@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,12 +36,10 @@ from llmtune.model.memory_plan import (
 )
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.process_environment import is_remote_model
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
 
 ChooseTask = Callable[[ModelRef], TaskInterface]
 """Gives the form of the task that a model can do; raises RecipeError where there is none."""

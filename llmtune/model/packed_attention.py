@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,13 +25,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
+from llmtune.data.task_interface import TaskInterface
 from llmtune.model.block_attention import attend_documents, band
 from llmtune.model.config import is_encoder
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-
-if TYPE_CHECKING:
-    from llmtune.data.task_interface import TaskInterface
-    from llmtune.recipe.schema import Recipe
 
 PACKED = "llmtune_packed"
 """The name under which transformers knows this attention."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -13,11 +13,9 @@ from llmtune.data.system_message import with_system_prompt
 from llmtune.data.template_limits import check_template
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import read_model_config, readable
+from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.user_files import read_text
 from llmtune.records import ModelRef
-
-if TYPE_CHECKING:
-    from llmtune.recipe.model_section import ModelSection
 
 PREPROCESSOR = "preprocessor_config.json"
 _FAST = "PreTrainedTokenizerFast"

@@ -6,7 +6,7 @@ import hashlib
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
@@ -23,11 +23,9 @@ from rich.console import Console
 from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
 from llmtune.model.builtin_models import resolve_builtin
 from llmtune.model.model_files import check_folder, pickled_weights
+from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
 from llmtune.store.atomic_files import list_model
-
-if TYPE_CHECKING:
-    from llmtune.recipe.model_section import ModelSection
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")

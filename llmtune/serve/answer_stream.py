@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.answer_parser import canonical_call, response_parser
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.chat_template import ChatTemplate, Tools
 from llmtune.evaluate.generation import prompt_end
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Event = Mapping[str, object]
 CONTENT, REASONING, CALLS = "content", "reasoning_content", "tool_calls"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from transformers import (
@@ -20,8 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
+from llmtune.recipe.schema import Recipe
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 

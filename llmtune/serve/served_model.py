@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from llmtune.data.chat_template import Tools
@@ -26,14 +26,10 @@ from llmtune.evaluate.generation import (
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Row
 from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 
 @dataclass(eq=False)

@@ -6,19 +6,17 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Collate, Example, Loss, Rows
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.tool_metrics import ToolTurn, write_answer
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks.base import DecoderTask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 
 class Chat(DecoderTask[ChatRow]):

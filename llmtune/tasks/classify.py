@@ -6,11 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmtune.data.collators import encoder_batch
 from llmtune.data.labelled_rows import ClassifyRow, Label
@@ -31,6 +33,7 @@ from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import read_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs, set_padding
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
@@ -43,12 +46,6 @@ from llmtune.tasks.class_labels import (
     sort_names,
     weigh_classes,
 )
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.modeling_outputs import SequenceClassifierOutput
-
-    from llmtune.recipe.schema import Recipe
 
 FEWEST = 2
 """Classes that there must be."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import MaskedLMOutput
 
 from llmtune.data.chat_rows import CompletionRow
 from llmtune.data.collators import encoder_batch, require_offsets
@@ -20,15 +22,10 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import causal_loss
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import CompletionSection
 from llmtune.records import Batch, Example, Loss
 from llmtune.tasks.base import DecoderTask, Endpoint, Task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-    from transformers.modeling_outputs import MaskedLMOutput
-
-    from llmtune.recipe.schema import Recipe
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 

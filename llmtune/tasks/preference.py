@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.reference_model import reference_of
 from llmtune.data.chat_encoding import encode_chat
@@ -24,6 +25,7 @@ from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.config import name_outputs, set_padding
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Example, Loss, Row, Rows
 from llmtune.tasks.base import Endpoint, Task
@@ -38,11 +40,6 @@ from llmtune.tasks.preference_losses import (
     step_statistics,
 )
 from llmtune.tasks.preference_metrics import Ratings, measure_preferences
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 
 class Preference(Task[Row, Ratings]):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from llmtune.data.collators import encoder_batch, require_offsets
 from llmtune.data.labelled_rows import QaRow
@@ -25,16 +27,11 @@ from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import read_inputs
 from llmtune.model.config import is_encoder
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import QaSection
 from llmtune.records import Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, fill_template
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-    from transformers.modeling_outputs import QuestionAnsweringModelOutput
-
-    from llmtune.recipe.schema import Recipe
 
 Characters = tuple[int, int]
 """The first character and the one behind the last."""

@@ -6,9 +6,10 @@ import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.audio import Samples, SpeechRow, cut_windows, read_recording, to_float
 from llmtune.data.overlong import TOO_LONG
@@ -16,12 +17,8 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError, nearest
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import budget_for, run_in_batches
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 WINDOWS = {"cpu": 8, "cuda": 64}
 """Windows that are heard at once."""

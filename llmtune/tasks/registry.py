@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import PretrainedConfig
 
 from llmtune.errors import RecipeError, nearest
 from llmtune.model.config import NEEDS, describe_config, supports_task
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks import (
     chat,
     classify,
@@ -18,11 +19,6 @@ from llmtune.tasks import (
     translate,
 )
 from llmtune.tasks.base import AnyTask, Task
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-    from llmtune.recipe.schema import Recipe
 
 __all__ = ["VARIANTS", "AnyTask", "Task", "choose_variant", "get_task"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.audio import Samples, SpeechRow
 from llmtune.data.collators import IGNORED, pad
@@ -23,6 +23,7 @@ from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
 from llmtune.model.causal_lm_loss import move_to, read_inputs, unwrap
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Collate, Example, Loss
 from llmtune.tasks.base import Endpoint, Task
@@ -43,11 +44,6 @@ from llmtune.tasks.text_to_text import (
     encoder_decoder_loss,
     generate,
 )
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
 MASKING = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")

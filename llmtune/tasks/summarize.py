@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from llmtune.data.text_pair_rows import SummarizeRow
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks.base import Endpoint
 from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
 
 PROMPT = "{document}\n\nSummarize the text above."
 """The text comes first: where it is cut to `data.max_length`, its start goes, and the instruction stays."""

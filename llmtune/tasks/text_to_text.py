@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.utils import GenerationMixin
 
 from llmtune.data.chat_encoding import encode_chat
@@ -29,14 +29,10 @@ from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, read_inputs, token_losses, unwrap
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Example, Loss, Row
 from llmtune.tasks.base import DecoderTask, RowT, Task
 from llmtune.tasks.language_codes import has_languages, language_tokens, set_languages, starts_with_language
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 PROMPT_CUTS = 6
 """How often a prompt is cut: a cut text may take a token more than was counted."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_outputs import TokenClassifierOutput
 
 from llmtune.data.collators import IGNORED, encoder_batch, require_offsets
 from llmtune.data.labelled_rows import OUTSIDE, TokenClassifyRow, find_words
@@ -22,16 +24,11 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import read_inputs, token_losses, unwrap
 from llmtune.model.config import is_encoder, name_outputs
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TokenClassifySection
 from llmtune.records import SPLITS, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.class_labels import UNKNOWN_LABEL
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-    from transformers.modeling_outputs import TokenClassifierOutput
-
-    from llmtune.recipe.schema import Recipe
 
 
 class TokenClassify(Task[TokenClassifyRow, list[str]]):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.text_pair_rows import TranslateRow
 from llmtune.errors import Problem, RecipeError
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TranslateSection
 from llmtune.tasks.base import Endpoint
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 PROMPT = "Translate from {source_language} into {target_language}.\n\n{source}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +13,9 @@ from accelerate.utils import DeepSpeedPlugin
 
 from llmtune.adapter.reference_model import KEPT, keep_reference
 from llmtune.model.memory_plan import BUCKET_SIZE, kept_together
+from llmtune.recipe.schema import Recipe
 from llmtune.train.checkpoint import trainable_parameters
 from llmtune.train.sharding import gathered
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
 
 STAGES = {"zero2": 2, "zero3": 3}
 """What `--strategy` calls them."""

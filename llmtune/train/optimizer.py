@@ -9,7 +9,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,9 +18,7 @@ from transformers import get_scheduler
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import head_names, in_heads
-
-if TYPE_CHECKING:
-    from llmtune.recipe.schema import Recipe
+from llmtune.recipe.schema import Recipe
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 _TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
