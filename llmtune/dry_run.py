@@ -15,7 +15,7 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.champion import check_champion
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.power import print_plan
+from llmtune.evaluate.gates import print_plan
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import describe_model, plan_candidates
 from llmtune.recipe.loader import LoadedRecipe

@@ -138,7 +138,7 @@ def _command(name: str) -> Callable[..., None]:
 
 
 def _spread(address: str, offline: bool) -> AbstractContextManager[None]:
-    from llmtune.data.ray_cluster import spread_on_ray  # not for --help
+    from llmtune.data.worker_pool import spread_on_ray  # not for --help
 
     return spread_on_ray(address, offline=offline)
 

@@ -13,7 +13,7 @@ from llmtune import __version__
 from llmtune.deploy.endpoint_parity import ENDPOINT_CERTIFICATE
 from llmtune.deploy.parity import CERTIFICATE
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.evaluate.looks import hash_weights
+from llmtune.evaluate.champion import hash_weights
 from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
 from llmtune.evaluate.per_row_scores import pack_measures
 from llmtune.evaluate.release_file import VERSION, Release, open_release

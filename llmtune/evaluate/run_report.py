@@ -7,8 +7,7 @@ from pathlib import Path
 
 from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.power import list_power
+from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Evaluation
 from llmtune.report.redaction import redact_all

@@ -11,11 +11,10 @@ from support.models import CHATML
 from support.rows import write_jsonl
 from support.templates import conversation, recipe_for, tokenizer_with
 
-from llmtune.data import deduplication, ingest, ray_cluster
+from llmtune.data import deduplication, ingest, worker_pool
 from llmtune.data.examples import encode_rows
 from llmtune.data.preparation import prepare_rows
-from llmtune.data.ray_cluster import spread_on_ray
-from llmtune.data.worker_pool import WorkerPool
+from llmtune.data.worker_pool import WorkerPool, spread_on_ray
 from llmtune.errors import EnvironmentProblem
 from llmtune.tasks.registry import get_task
 
@@ -87,7 +86,7 @@ def test_a_cluster_that_cannot_be_used_is_refused_by_name(monkeypatch):
     with pytest.raises(EnvironmentProblem, match="--offline forbids"), spread_on_ray("10.0.0.1:6379", offline=True):
         pass
     with pytest.raises(EnvironmentProblem, match="Install the same version"):
-        ray_cluster._work("name", "0.0.1", b"", [])
+        worker_pool._work_remotely("name", "0.0.1", b"", [])
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(EnvironmentProblem, match=r"llmtune-cli\[ray\]"):
         work("local", sum)

@@ -15,13 +15,11 @@ from support.runs import invoke
 
 from llmtune.deploy.releases import make_release
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate.champion import open_champion
-from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.looks import check_looks, count_look
+from llmtune.evaluate.champion import check_looks, count_look, open_champion
+from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.opened_runs import ScoredRun
 from llmtune.evaluate.paired_statistics import difference, smallest_difference, widen
-from llmtune.evaluate.power import list_power
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe

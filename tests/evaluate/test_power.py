@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import nct, t
 
 from llmtune.evaluate import paired_statistics as statistics
-from llmtune.evaluate.gates import decide
+from llmtune.evaluate.gates import decide, list_power
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.paired_statistics import (
     difference,
@@ -20,7 +20,6 @@ from llmtune.evaluate.paired_statistics import (
     rows_needed,
     smallest_difference,
 )
-from llmtune.evaluate.power import list_power
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Champion, Difference, Evaluation
 
