@@ -80,15 +80,13 @@ def difference(
     return replace(found, p=permutation_p(base_NK, tuned_NK, formula, seed, resamples), test=SWAPS)
 
 
-def difference_weighted(
-    base: Weighted, tuned: Weighted, rows: int, *, seed: int, resamples: int = RESAMPLES
-) -> Difference:
+def difference_weighted(base: Weighted, tuned: Weighted, rows: int, *, seed: int) -> Difference:
     """Compare two models on the same N rows as `difference` does, by a metric that no sums are enough for."""
     once_1N = np.ones((1, rows))
     value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
     if rows < 2:
         return unknown(value, rows)
-    drawn = draw_counts(rows, seed, resamples)
+    drawn = draw_counts(rows, seed, RESAMPLES)
     return interval(value, np.concatenate([tuned(counts_RN) - base(counts_RN) for counts_RN in drawn]), rows)
 
 

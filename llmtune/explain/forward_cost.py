@@ -28,7 +28,7 @@ COUNTED, CHECKED = (16, 23, 41), 1021
 ones, which blocks of a fixed size do not divide."""
 BATCHED = ("aten.bmm", "aten.baddbmm")
 """Products of activations with one another."""
-LONGEST = 2048
+LONGEST, MOST_SHOWN = 2048, 8192
 BUDGET_SECONDS, RUN_SECONDS = 10.0, 0.25
 """Of all lengths, and of one; the quickest run counts."""
 MOST_BYTES = 1 << 30
@@ -100,9 +100,9 @@ def count_flops(fake: FakeModel, tokens: int) -> tuple[int, int]:
     return counter.get_total_flops(), own
 
 
-def choose_lengths(context: int | None, longest: int = 8192) -> list[int]:
+def choose_lengths(context: int | None) -> list[int]:
     """Return the lengths that are shown: powers of two from 64 up to the model's context."""
-    most = min(context or longest, longest)
+    most = min(context or MOST_SHOWN, MOST_SHOWN)
     return [tokens for tokens in (64 * 2**i for i in range(20)) if tokens <= most] or [most]
 
 

@@ -20,7 +20,7 @@ class StopRequest:
 
 
 @contextmanager
-def catch_signals(console: Console, speaks: bool = True) -> Iterator[StopRequest]:
+def catch_signals(console: Console) -> Iterator[StopRequest]:
     """Turn SIGINT and SIGTERM into a `StopRequest` inside the block; afterwards put the old handlers back.
 
     A second SIGINT raises KeyboardInterrupt where the program stands. Outside the main thread, where Python allows no
@@ -33,9 +33,8 @@ def catch_signals(console: Console, speaks: bool = True) -> Iterator[StopRequest
             raise KeyboardInterrupt
         if request.signal_number is None:
             request.signal_number = number
-            if speaks:
-                again = " (Ctrl-C again quits at once)" if number == signal.SIGINT else ""
-                console.print(f"Stopping: this step is finished and saved first{again}.")
+            again = " (Ctrl-C again quits at once)" if number == signal.SIGINT else ""
+            console.print(f"Stopping: this step is finished and saved first{again}.")
 
     if threading.current_thread() is not threading.main_thread():
         yield request
