@@ -7,16 +7,14 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import pyarrow as pa
+from typing_extensions import Buffer
 
 from llmtune.data.object_store import RemoteFile
 from llmtune.errors import DataError
 from llmtune.recipe.user_files import open_regular
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 MAX_GROWTH = 200
 """So many times its size a packed file may unpack to: text packs to a tenth, and a bomb to a thousandth."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import ChatTemplate, Rendered, TemplateRefusal, Tools, marks_answers, read_template
@@ -13,12 +14,8 @@ from llmtune.data.control_tokens import unmark
 from llmtune.data.overlong import NOTHING, Encoded, fit_chat
 from llmtune.data.rendering_check import RenderingCheck
 from llmtune.data.tokenization import continue_ids, cut_start, decode
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

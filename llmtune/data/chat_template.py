@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmtune.data.answer_format import (
@@ -51,12 +52,8 @@ from llmtune.data.template_limits import (
 )
 from llmtune.data.tokenization import tokenize
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.recipe.schema import Recipe
 from llmtune.store.resource_limits import LimitExceeded, limited
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 Conversation = Sequence[Mapping[str, object]]
 """Messages of whatever origin; `clean` makes those that templates take."""

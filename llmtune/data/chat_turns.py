@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from llmtune.data.answer_format import shared_start
 from llmtune.data.chat_rows import ChatRow, Message
@@ -21,11 +22,7 @@ from llmtune.data.control_tokens import (
 )
 from llmtune.data.overlong import Encoded
 from llmtune.data.tokenization import tokenize_distinct
-
-if TYPE_CHECKING:
-    import re
-
-    from llmtune.recipe.schema import Recipe
+from llmtune.recipe.schema import Recipe
 
 CLOSED = (
     "the prompt closes the thoughts before the answer begins, and this answer has some: "

@@ -22,19 +22,15 @@ The names of the packed entries are those that transformers' flash attention tak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.errors import EnvironmentProblem
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Collate, Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 Int64 = npt.NDArray[np.int64]
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_rows import CompletionRow
 from llmtune.data.overlong import NOTHING, Encoded, fit_completion
 from llmtune.data.tokenization import continue_ids, decode, encode_texts
 from llmtune.errors import EnvironmentProblem
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Example
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 
 def encode_completion(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.examples import ExampleReader
 from llmtune.data.system_message import added_system_message
 from llmtune.data.task_interface import TaskInterface
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Examples, Rows
 from llmtune.report.blocks import Column, Table
@@ -21,11 +21,6 @@ from llmtune.report.blocks import Text as Note
 from llmtune.report.redaction import redact_all
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.run_sections import lost_sentence
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 BINS = 10
 BAR_CELLS = 40

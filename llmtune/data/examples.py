@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
+from transformers import PreTrainedTokenizerBase
 
 from llmtune import __version__
 from llmtune.data.ingest import show_progress
@@ -30,15 +31,11 @@ from llmtune.data.unknown_tokens import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Example, Examples, ModelRef, Rows
 from llmtune.store.atomic_files import explained, hash_value, read_json, write_json
 from llmtune.store.run_lock import package_versions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 BATCH_ROWS = 512
 BATCH_RECORDINGS = 32

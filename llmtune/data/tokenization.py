@@ -14,12 +14,11 @@ import re
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, cast
+from typing import cast
 from weakref import WeakKeyDictionary
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 LOCAL_PRE_TOKENIZERS = re.compile(
     "BertPreTokenizer|ByteLevel|CharDelimiterSplit|Digits|Metaspace|Punctuation|Sequence|Split|UnicodeScripts"

@@ -6,7 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.answer_format import TOOL, TOOL_PARTS
 from llmtune.data.chat_rows import Tool
@@ -14,12 +16,8 @@ from llmtune.data.chat_template import ChatTemplate, read_template
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.template_kwargs import template_variables
 from llmtune.errors import EnvironmentProblem
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Row, Rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
 """As rows have them on disk. Within a text, quotes have backslashes before them."""

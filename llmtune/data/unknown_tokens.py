@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from transformers import PreTrainedTokenizerBase
+
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.schema import Recipe
 
 UNKNOWN = "text that the tokenizer does not know (<unk>) in what is learned"
 """How the reason begins for a row with such a target."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.evaluate.token_batches import (
     GENERATION_BUDGET,
@@ -22,10 +24,6 @@ from llmtune.evaluate.token_batches import (
     run_in_batches,
 )
 from llmtune.model.device import compute_context
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
-    from transformers import PreTrainedTokenizerBase
 
 MOST_WINDOWS = 512
 """Windows of a long text that lm-eval hands over at a time; they are cut into batches here."""

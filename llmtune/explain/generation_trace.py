@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -23,16 +23,12 @@ from transformers.generation.logits_process import (
 from transformers.generation.utils import GenerationMixin
 
 from llmtune.evaluate.generation import generation_settings, only_these_settings
+from llmtune.explain.inputs import ModelInputs
 from llmtune.explain.logit_lens import ForwardPass, read_lens, run_forward
 from llmtune.explain.token_text import Token, token_namer
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks.text_to_text import decoder_settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.explain.inputs import ModelInputs
-    from llmtune.recipe.schema import Recipe
 
 LISTED = 40
 """Tokens of a step that are listed, the likeliest first."""

@@ -10,10 +10,8 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from typing_extensions import Buffer
 
 MAX_FOLDERS = 20_000
 """Folders that are looked into: a home folder has more, a data set has less."""

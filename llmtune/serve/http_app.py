@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,7 +26,7 @@ from llmtune.errors import nearest
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.serve.engine import Engine
 from llmtune.serve.middleware import CONTENT_TYPE, AccessRules, Gateway, Metrics, error_response
-from llmtune.serve.request_handler import RequestHandler, as_api_error
+from llmtune.serve.request_handler import PendingAnswer, RequestHandler, as_api_error
 from llmtune.serve.request_queue import End
 from llmtune.serve.schemas import (
     ERROR_RESPONSES,
@@ -41,12 +40,9 @@ from llmtune.serve.schemas import (
     RequestModel,
     Text,
 )
+from llmtune.serve.served_model import ServedModel
 from llmtune.serve.sse import ClientDisconnected, GeneratedAnswer, send_answer, until_disconnect
-
-if TYPE_CHECKING:
-    from llmtune.serve.request_handler import PendingAnswer
-    from llmtune.serve.served_model import ServedModel
-    from llmtune.tasks.base import AnyTask
+from llmtune.tasks.base import AnyTask
 
 FIELDS = {
     "text": "The text; where the model fills masks, with its mask tokens in it.",

@@ -7,21 +7,19 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from llmtune.data.chat_rows import canonical_messages
+from llmtune.data.chat_template import Tools
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
+from llmtune.records import Row
+from llmtune.serve.engine import Engine
 from llmtune.serve.request_queue import End, Event, Job
 from llmtune.serve.sampling import SETTINGS, sampling_params
 from llmtune.serve.schemas import ApiError, ChatRequest, CompletionRequest, GenerationRequest, NamedToolChoice
-
-if TYPE_CHECKING:
-    from llmtune.data.chat_template import Tools
-    from llmtune.records import Row
-    from llmtune.serve.engine import Engine
-    from llmtune.serve.served_model import ServedModel
+from llmtune.serve.served_model import ServedModel
 
 _TEXT_THREAD = ThreadPoolExecutor(1, "text")
 """One: tokenizers are not made to be used by several threads at a time."""

@@ -8,20 +8,17 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
+from llmtune.data.chat_rows import ToolCall
 from llmtune.serve.answer_stream import Delta
+from llmtune.serve.middleware import Metrics
+from llmtune.serve.request_handler import PendingAnswer
 from llmtune.serve.request_queue import End
 from llmtune.serve.schemas import ApiError, GenerationRequest
-
-if TYPE_CHECKING:
-    from llmtune.data.chat_rows import ToolCall
-    from llmtune.serve.middleware import Metrics
-    from llmtune.serve.request_handler import PendingAnswer
 
 NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 

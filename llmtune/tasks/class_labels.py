@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from llmtune.data.labelled_rows import Label
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import CLASS_METRICS
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import ClassifySection
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 UNKNOWN_LABEL = "label unknown"
 """How the reason begins for a row whose label is none of those there are."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.errors import Problem, RecipeError, nearest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
 """How mBART (`en_XX`) and NLLB (`eng_Latn`) write languages."""

@@ -6,16 +6,14 @@ Shapes: N rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from llmtune.evaluate.metric import Measure, columns, difference_of_ratios, measure_means, ratio
 from llmtune.evaluate.paired_statistics import Floats
-
-if TYPE_CHECKING:
-    from llmtune.recipe.task_sections import PreferenceSection
+from llmtune.recipe.task_sections import PreferenceSection
 
 Ratings: TypeAlias = dict[str, float]
 """What a model makes of a row's answers: log-probabilities or scores by name."""
