@@ -148,6 +148,11 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def visible(text: str) -> str:
     """Write what would steer a terminal, such as an escape code, as the letters that stand for it."""
     return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

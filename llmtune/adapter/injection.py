@@ -27,11 +27,10 @@ from llmtune.adapter.target_modules import (
     group_by_ending,
 )
 from llmtune.adapter.wiring_check import probe_scores, prove_wiring
-from llmtune.errors import Problem, RecipeError
+from llmtune.errors import Problem, RecipeError, first_line
 from llmtune.model.config import (
     UNREADABLE,
     expert_parameters,
-    first_line,
     head_names,
     in_heads,
     linear_shape,

@@ -15,8 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapter.load import put_adapter
-from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model.config import first_line
+from llmtune.errors import EnvironmentProblem, RecipeError, first_line
 from llmtune.model.device import is_out_of_memory
 from llmtune.model.experts import unpacked_experts
 from llmtune.model.library_logging import unreported

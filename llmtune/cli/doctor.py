@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError, first_line
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.recipe.user_files import MAX_TEXT_BYTES, read_bytes
 from llmtune.records import Json
@@ -94,8 +94,7 @@ def _check_library(name: str, imports: bool) -> Check:
         culprit = getattr(error, "name", None)
         if culprit in PACKAGES and culprit != name:
             return Check(name, "note", f"{version}, waits for {culprit}")
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        found = f"{version}, but it cannot be imported: {reason}"
+        found = f"{version}, but it cannot be imported: {first_line(error)}"
         return Check(name, "missing", found, f"pip install --force-reinstall {name}")
     return Check(name, "good", version)
 

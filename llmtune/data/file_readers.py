@@ -31,7 +31,7 @@ from llmtune.data.byte_streams import (
 from llmtune.data.json_stream import JsonSyntaxError, read_json_items
 from llmtune.data.object_store import RemoteFile, reached
 from llmtune.data.rejected_rows import RowError, describe
-from llmtune.errors import DataError
+from llmtune.errors import DataError, first_line
 from llmtune.recipe.user_files import check_regular
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -110,7 +110,7 @@ def explained(name: str) -> Iterator[None]:
         what = f"it unpacks to more than {MAX_GROWTH} times its size"
         raise DataError.of(what, name, "Unpack it by hand, if that is meant.") from error
     except pa.ArrowException as error:
-        raise DataError.of(f"not a readable Parquet file: {_first_line(error)}", name) from error
+        raise DataError.of(f"not a readable Parquet file: {first_line(error)}", name) from error
     except JsonSyntaxError as error:
         fix = "Fix the file; a JSON file cannot be read on behind a mistake, JSON lines can."
         raise DataError.of(f"not valid JSON: {error}", f"{name}:{error.line}", fix) from error
@@ -294,7 +294,7 @@ def _values(batch: pa.RecordBatch) -> list[dict[str, object]] | RowError:
             each = (_values(batch.select([name])) for name in batch.schema.names)
             return next(one for one in each if isinstance(one, RowError))
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
-        return RowError(reason, f"column {batch.schema.names[0]!r}: {_first_line(error)}")
+        return RowError(reason, f"column {batch.schema.names[0]!r}: {first_line(error)}")
     return rows
 
 
@@ -328,10 +328,6 @@ def _escaped_byte(text: str) -> int | None:
     if text.isascii():
         return None
     return next((index for index, char in enumerate(text) if "\udc80" <= char <= "\udcff"), None)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 READERS: Mapping[str, Callable[[ByteStream, str], Iterator[LazyRow]]] = {

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from llmtune.errors import first_line
 from llmtune.explain.target import Target
 from llmtune.explain.trained_modules import read_tensor, tensor_files
-from llmtune.model.config import architecture_class, find_class, first_line, linear_shape
+from llmtune.model.config import architecture_class, find_class, linear_shape
 from llmtune.records import ModelRef
 
 UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, first_line
 from llmtune.explain.architecture import Architecture, Blocks, describe_model
 from llmtune.explain.architecture_figure import draw_architecture
 from llmtune.explain.explanation import (
@@ -36,7 +36,7 @@ from llmtune.explain.forward_cost import (
 )
 from llmtune.explain.target import Target
 from llmtune.explain.trained_modules import TrainedModules, find_trained, shorten
-from llmtune.model.config import UNREADABLE, first_line
+from llmtune.model.config import UNREADABLE
 from llmtune.report.blocks import Block, Column, KeyValues, Page, Section, Shares, Table, Text
 from llmtune.report.number_format import count
 from llmtune.report.number_format import share as percentage

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import EnvironmentProblem, Problem, RecipeError, system_errno
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError, first_line, system_errno
 from llmtune.model.device import is_out_of_memory
 from llmtune.model.quantized_base import check_training, is_quantized, prepare_reading
 from llmtune.recipe.model_section import ModelSection
@@ -229,11 +229,6 @@ def expert_parameters(model: torch.nn.Module) -> dict[str, torch.Size]:
         for own, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and "expert" in f"{name} {type(module).__name__}".lower()
     }
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # Heads

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from llmtune.data.collators import pad
+from llmtune.errors import first_line
 from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, read_inputs, token_losses
 from llmtune.model.chunked_cross_entropy import install_head_loss, remove_head_loss
-from llmtune.model.config import first_line
 from llmtune.model.device import compute_context, is_out_of_memory
 from llmtune.model.packed_attention import LENGTHS, PACKED
 from llmtune.model.prefix_packing import allow_shared_prefixes

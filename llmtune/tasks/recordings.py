@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data.audio import Samples, SpeechRow, cut_windows, read_recording, to_float
 from llmtune.data.overlong import TOO_LONG
 from llmtune.data.rejected_rows import RowError
-from llmtune.errors import DataError, EnvironmentProblem, RecipeError, nearest
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError, first_line, nearest
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import budget_for, run_in_batches
 from llmtune.recipe.schema import Recipe
@@ -48,9 +48,9 @@ def feature_extractor(processor: PreTrainedTokenizerBase) -> FeatureExtractor:
     try:
         extract: FeatureExtractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"there is no feature extractor that can be read: {first_line(error)}"
         fix = "The folder needs preprocessor_config.json: get it from where the model comes from."
-        raise EnvironmentProblem.of(f"there is no feature extractor that can be read: {first}", folder, fix) from error
+        raise EnvironmentProblem.of(what, folder, fix) from error
     return extract
 
 
