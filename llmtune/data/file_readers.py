@@ -58,7 +58,20 @@ class JsonLine(NamedTuple):
 
     def parse(self) -> dict[str, object] | RowError:
         """Return the row, or why there is none."""
-        return _parse_line(self.line, self.offset)
+        try:
+            value = json.loads(self.line.decode())
+        except UnicodeDecodeError as error:
+            return not_utf8(self.line[error.start], self.offset + error.start)
+        except json.JSONDecodeError as error:
+            return RowError("not valid JSON", f"{error.msg} at column {error.colno}")
+        except RecursionError:
+            return RowError("not valid JSON", "nested too deeply")
+        except ValueError as error:  # integers of more than 4,300 digits
+            return RowError("not valid JSON", str(error))
+        if isinstance(value, dict):
+            return value
+        hint = "; if the file is one JSON list, set `format: json`" if isinstance(value, list) else ""
+        return RowError("not a JSON object", f"the line is {describe(value)}{hint}")
 
 
 LazyRow = tuple[str, dict[str, object] | RowError | JsonLine]
@@ -139,24 +152,6 @@ def _read_lines(stream: ByteStream, name: str) -> Iterator[LazyRow]:
         offset += len(line)
 
 
-def _parse_line(line: bytes, offset: int) -> dict[str, object] | RowError:
-    """Read one line that begins at byte `offset` of its file."""
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return not_utf8(line[error.start], offset + error.start)
-    except json.JSONDecodeError as error:
-        return RowError("not valid JSON", f"{error.msg} at column {error.colno}")
-    except RecursionError:
-        return RowError("not valid JSON", "nested too deeply")
-    except ValueError as error:  # integers of more than 4,300 digits
-        return RowError("not valid JSON", str(error))
-    if isinstance(value, dict):
-        return value
-    hint = "; if the file is one JSON list, set `format: json`" if isinstance(value, list) else ""
-    return RowError("not a JSON object", f"the line is {describe(value)}{hint}")
-
-
 def not_utf8(byte: int, offset: int) -> RowError:
     """Say which byte is not UTF-8, and where it stands in the (unpacked) file."""
     return RowError(NOT_UTF8, f"byte 0x{byte:02x} at offset {offset}")
@@ -177,7 +172,7 @@ def _read_json(stream: ByteStream, name: str) -> Iterator[LazyRow]:
 def _looks_like_lines(start: bytes) -> bool:
     """Whether a file whose name says JSON holds JSON lines, as many do: then a mistake costs a line, not the rest."""
     line, _, rest = start.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
-    return not rest.isspace() and rest != b"" and isinstance(_parse_line(line, 0), dict)
+    return not rest.isspace() and rest != b"" and isinstance(JsonLine(line, 0).parse(), dict)
 
 
 def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
