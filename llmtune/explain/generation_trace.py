@@ -2,7 +2,9 @@
 
 The answer is made by transformers' own `generate`, so that it is the one that the model gives elsewhere; a logits
 processor that changes nothing records it. Then the model reads its answer once more, and its layers are looked at.
-Shapes: V vocabulary, T tokens, A those of the answer, L layers and the embeddings before them, P masked positions.
+Each layer is read through the model's own head (nostalgebraist, "interpreting GPT: the logit lens", 2020).
+Shapes: V vocabulary, D width, T tokens, A those of the answer, L layers and the embeddings before them, P positions
+that are looked at or masked, R rows of a replay.
 """
 
 from __future__ import annotations
