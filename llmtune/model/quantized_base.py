@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.recipe.adapter_section import MUTATING
+from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmtune.recipe.adapter_section import AdapterSection
 
 READERS: Mapping[str, tuple[str, ...]] = {
     "awq": ("gptqmodel",),
