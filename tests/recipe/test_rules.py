@@ -166,6 +166,14 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["adapter.method=full", "deploy=merged"], "'merged' has no effect", "weights/"),
         (["deploy=[merged, merged]"], "twice", "once"),
         (["task=classify", "deploy=gguf"], "'deploy: gguf' has no effect with task: classify", "Remove it"),
+        (["data.train={path: rows.csv, encoding: nonsense}"], "which Python does not know", "cp1252"),
+        (["data.train={path: hub:x, encoding: cp1252}"], "for a hub data set", "Remove it."),
+        (["task=speech", "data.train=https://host/x.csv"], "recordings are read from disk", "Fetch them first."),
+        (["adapter.bias=oft_only"], "'oft_only', which belongs to another method", "lora_only"),
+        (["adapter.method=vera", "model.add_tokens=['<x>']"], "which trains no embedding", "trainable_tokens"),
+        (["adapter.method=prompt_tuning", "task=classify"], "a decoder goes on from", "Use lora."),
+        (["adapter.method=vera", "adapter.start_from=run"], "only LoRA's adapters", "lora or qlora"),
+        (["task=classify", "classify.labels=[a, b]", "classify.class_weights={c: 2}"], "weighs 'c'", "Labels: a, b."),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(refuse, sets, what, fix):
