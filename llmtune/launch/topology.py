@@ -26,6 +26,9 @@ UNDIVIDED = ("modules_to_save", "use_dora", "lora_bias", "bias", "target_paramet
 UNCUT = {
     "qlora": "weights in 4 bits are kept as packed bytes, which are not cut over processes",
     "osf": "its gradients are projected by hooks on whole weights, which are lost where weights are cut over processes",
+    **dict.fromkeys(
+        ("lily", "tinylora", "unilora", "vblora"), "layers share its weights, which cannot be cut with each"
+    ),
     **dict.fromkeys(PROMPT_METHODS, "PEFT saves its vectors by computing them from whole weights"),
 }
 """Methods that need whole weights, each with the reason."""

@@ -211,7 +211,7 @@ def test_a_model_is_not_divided_by_what_does_not_divide_its_heads(here, tiny_lla
     assert "cannot be divided over 3 processes: num_attention_heads is 4" in " ".join(found.stderr.split())
 
 
-OSF, VECTORS = ({"method": method, "r": None, "lora_alpha": None} for method in ("osf", "prompt_tuning"))
+OSF, VECTORS, BANK = ({"method": name, "r": None, "lora_alpha": None} for name in ("osf", "prompt_tuning", "vblora"))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,7 @@ OSF, VECTORS = ({"method": method, "r": None, "lora_alpha": None} for method in 
         (["--strategy", "fsdp"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits", "--strategy ddp"]),
         (["--strategy", "fsdp"], {"adapter": OSF}, ["adapter.method", "whole weights", "--strategy ddp with osf"]),
         (["--strategy", "fsdp"], {"adapter": VECTORS}, ["adapter.method", "whole weights"]),
+        (["--strategy", "fsdp"], {"adapter": BANK}, ["adapter.method", "layers share its weights"]),
         (["--strategy", "fsdp"], {"train": {"optim": "adafactor"}}, ["train.optim", "adafactor", "adamw_torch"]),
         (["--strategy", "fsdp"], {"train": {"torch_compile": True}}, ["train.torch_compile"]),
         (["--strategy", "fsdp"], {"train": {"eval_metrics": ["chrf"]}}, ["train.eval_metrics", "while it trains"]),
