@@ -227,6 +227,11 @@ def test_csv_rows_that_do_not_fit_the_header_are_bad(tmp_path):
     assert found[0][1].detail == "1 cells, the header has 2"
 
 
+def test_a_header_that_is_not_utf8_ends_the_file(tmp_path):
+    with pytest.raises(DataError, match="the header is not UTF-8"):
+        read_bytes(tmp_path, b"pr\xffmpt,b\n1,2\n", "csv")
+
+
 def test_parquet_rows_are_numbered_across_batches(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": [f"row {i}" for i in range(1500)]}), path, row_group_size=400)

@@ -182,6 +182,10 @@ def test_completion_rows_keep_their_text_as_it_is():
     assert read_row({"text": " x\n"}, "completion") == {"prompt": "", "completion": " x\n"}
 
 
+def calls(stated):
+    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": stated}]}
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -211,6 +215,10 @@ def test_completion_rows_keep_their_text_as_it_is():
         ({"messages": [{"role": "user", "content": "q"},
                        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
          "wrong type: message 2: the arguments of 'f' is text, and not JSON"),
+        (calls({"f": {}}), r"wrong type: message 2: 'tool_calls' is .*; it must be a list"),
+        (calls([{"function": {}}]), "malformed tool call: message 2: a tool call needs a function with a 'name'"),
+        (calls([{"function": {"name": "f", "arguments": [1]}}]), "malformed tool call: .*: the arguments of 'f'"),
+        ({**chat("q"), "tools": {"name": "f"}}, "wrong type: 'tools' is .*; it must be a list"),
         ({"conversations": [{"from": "martian", "value": "q"}]}, "unknown role: message 1: 'martian'"),
         ({"instruction": "", "output": "o"}, "empty content: 'instruction' is empty"),
         ({"instruction": "i", "output": None}, "no answer: 'output' is empty"),
