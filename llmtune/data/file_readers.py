@@ -29,7 +29,7 @@ from llmtune.data.byte_streams import (
     refuse_other_files,
 )
 from llmtune.data.json_stream import JsonSyntaxError, read_json_items
-from llmtune.data.object_store import RemoteFile, reached
+from llmtune.data.object_store import RemoteFile, is_damage, reached
 from llmtune.data.rejected_rows import RowError, describe
 from llmtune.errors import DataError, first_line
 from llmtune.recipe.user_files import check_regular
@@ -46,7 +46,6 @@ PARQUET_BYTES = 2**27
 UNREADABLE_VALUES = (ValueError, OverflowError, LookupError, ImportError, pa.ArrowException)
 NOT_UTF8 = "not UTF-8"
 OTHER_ENCODING = "State its encoding in the source, such as `encoding: cp1252`, or save the file as UTF-8."
-DAMAGED = ("Truncated compressed", "decompress failed", "inflate failed")
 RawRow = tuple[str, dict[str, object] | RowError]
 
 
@@ -132,7 +131,7 @@ def explained(name: str) -> Iterator[None]:
             f"the file is not in the encoding that is stated: {error}", name, "Correct `encoding:`."
         ) from error
     except OSError as error:
-        if error.errno is None and any(word in str(error) for word in DAMAGED):  # Arrow's, not the system's
+        if is_damage(error):
             what = f"the compressed file is damaged or cut short ({error})"
             raise DataError.of(what, name, "Fetch or compress it again.") from error
         raise DataError.of(f"the file cannot be read ({error.strerror or error})", name) from error

@@ -29,6 +29,7 @@ CREDENTIALS = {
 AUTHORITIES = {"s3": "AWS_CA_BUNDLE"}
 """Variables that name a file of trusted authorities; elsewhere it is OpenSSL's own, SSL_CERT_FILE."""
 TAGS = ("ETag", "etag")
+DAMAGED = ("Truncated compressed", "decompress failed", "inflate failed")
 
 
 def is_remote(path: str) -> bool:
@@ -96,6 +97,11 @@ def _filesystem(url: str) -> AbstractFileSystem:
     return filesystem(protocol, use_listings_cache=False, **options)
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether Arrow, and not the system or a store, could not go on in a compressed file."""
+    return isinstance(error, OSError) and error.errno is None and any(word in str(error) for word in DAMAGED)
+
+
 @contextmanager
 def reached(url: str, *more: type[Exception]) -> Iterator[None]:
     """Turn what the libraries raise, and `more`, into an error that says whose fault it is, without secrets."""
@@ -106,6 +112,8 @@ def reached(url: str, *more: type[Exception]) -> Iterator[None]:
         package = PACKAGES.get(protocol, "'fsspec[http]'")
         raise EnvironmentProblem.of(f"{protocol}:// needs a package", url, f"pip install {package}") from error
     except (*_errors(), *more) as error:
+        if is_damage(error):
+            raise  # the store has done its part
         # fsspec says "not found" of all that a web server answers, or does not.
         answer = error.__cause__ if protocol.startswith("http") and error.__cause__ else error
         status = answer.status if hasattr(answer, "status") else getattr(answer, "code", None)

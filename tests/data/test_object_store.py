@@ -217,6 +217,13 @@ def test_what_is_not_in_a_bucket_and_a_store_that_does_not_answer_are_told_witho
     assert SECRET not in str(caught.value)
 
 
+def test_a_compressed_object_that_is_cut_short_is_no_fault_of_the_store(s3, tmp_path):
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+    s3.pipe("bucket/cut.jsonl.gz", packed[: len(packed) // 2])
+    with pytest.raises(DataError, match="the compressed file is damaged or cut short"):
+        prepare(tmp_path, "s3://bucket/cut.jsonl.gz")
+
+
 def test_rows_of_a_web_server_are_read_and_hashed_by_their_content_where_there_is_no_tag(tmp_path):
     body = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS[:100]).encode())
     files = {"/rows.jsonl.gz": (200, body), "/private.jsonl": (403, b"")}
