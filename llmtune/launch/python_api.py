@@ -79,7 +79,7 @@ def run(
         sets,
         out=folder,
         until=until,
-        topology=Topology(processes, strategy) if processes > 1 or strategy != "ddp" else None,
+        topology=Topology(processes, strategy) if (processes, strategy) != (1, "ddp") else None,
         resume=resume,
         fresh=fresh,
         lock=None if lock is None else Path(lock),

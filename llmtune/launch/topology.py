@@ -86,6 +86,8 @@ class Topology:
                 self.strategy, f"Use one of {', '.join(STRATEGIES)}.{nearest(self.strategy, STRATEGIES)}"
             )
             yield Problem(f"there is no strategy {self.strategy!r}", "--strategy", instead)
+        if self.processes < 1:
+            yield Problem(f"{self.processes}, and there has to be one at least", "--processes", "Set it to 1 or more.")
         if self.rank >= self.machines:
             what = f"{self.rank}, and there are {self.machines} machines, counted from 0"
             yield Problem(what, "--rank", f"Set it to a number from 0 to {self.machines - 1}.")

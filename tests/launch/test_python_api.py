@@ -41,6 +41,11 @@ def test_a_run_from_python_is_that_of_the_command_line(recipe: Path, monkeypatch
         again.generate(question, context="a text")
 
 
+def test_no_process_at_all_is_refused(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="--processes: 0, and there has to be one at least"):
+        llmtune.run(recipe, out=recipe.parent / "none", processes=0)
+
+
 def test_what_a_gate_refuses_is_an_error_and_the_run_stays(recipe: Path) -> None:
     out = recipe.parent / "run"
     sets = {"train.num_train_epochs": 1, "train.eval_steps": None, "evaluate.gates": ["loss <= 0"]}
