@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
+from torch.nn.functional import pad
 
-from llmtune.adapter.reference_model import KEPT, keep_reference
+from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
 from llmtune.model.memory_plan import BUCKET_SIZE, kept_together
 from llmtune.recipe.schema import Recipe
 from llmtune.train.checkpoint import trainable_parameters
@@ -104,14 +105,16 @@ class ZeroOptimizer:
 
     def finish_gradients(self, factor: float) -> float:
         """Multiply the gradients by `factor`; return their length before the clipping, which `step` does."""
-        from deepspeed.utils import safe_get_local_grad
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
         from deepspeed.utils.tensor_fragment import safe_update_full_grad_vectorized
 
-        if factor != 1:
-            safe_update_full_grad_vectorized(self.parameters, lambda gradient, _: gradient.mul_(factor))
         if not self._cuts_weights:
+            if factor != 1:
+                safe_update_full_grad_vectorized(self.parameters, lambda gradient, _: gradient.mul_(factor))
             norm = float(self._zero.scaled_global_norm())
             return norm if norm >= 0 else math.nan  # -1 stands for what is no number
+        for parameter in self.parameters if factor != 1 else ():
+            safe_set_local_grad(parameter, safe_get_local_grad(parameter) * factor)
         squares = [safe_get_local_grad(parameter).float().square().sum() for parameter in self.parameters]
         total = torch.stack(squares).sum()
         torch.distributed.all_reduce(total)
@@ -147,7 +150,7 @@ class ZeroOptimizer:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take this process's part of a whole state."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         for group, settings in zip(self.param_groups, saved["param_groups"], strict=True):
             group |= {key: value for key, value in settings.items() if key != "params"}
@@ -161,9 +164,16 @@ class ZeroOptimizer:
             }
         self._link_state()
         for index, own in saved["state"].items():
+            parameter = self.parameters[index]
             for key, value in own.items():
-                if _is_cut(value):
-                    safe_set_full_optimizer_state(self.parameters[index], value, key)
+                if (
+                    _is_cut(value) and self._cuts_weights
+                ):  # what does not divide is padded, which DeepSpeed leaves to us
+                    size, rank = own_part(parameter).numel(), torch.distributed.get_rank()
+                    padded = pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
+                    safe_set_local_optimizer_state(parameter, padded[size * rank : size * (rank + 1)], key)
+                elif _is_cut(value):
+                    safe_set_full_optimizer_state(parameter, value, key)
 
     def _link_state(self) -> None:
         """Let ZeRO-2 find the state of each weight: it looks once, when only the first group has one."""

@@ -27,6 +27,8 @@ def workers_find_the_tests(monkeypatch):
         ("lora", 2, "zero3"),
         ("full", 2, "zero3"),
         ("added", 2, "zero3"),
+        ("scalar", 2, "zero2"),
+        ("scalar", 2, "zero3"),
         ("full", 4, "zero2"),
         ("full", 4, "zero3"),
     ],

@@ -11,7 +11,12 @@ from llmtune.launch.topology import Topology
 from support.training import read_metrics
 
 TRAIN = {"batch_size": 6, "learning_rate": 1e-3, "save_steps": 4, "save_total_limit": 5, "max_steps": 12}
-METHODS = {"lora": {}, "full": {"method": "full"}, "added": {"modules_to_save": ["norm"], "use_dora": True}}
+METHODS = {
+    "lora": {},
+    "full": {"method": "full"},
+    "added": {"modules_to_save": ["norm"], "use_dora": True},
+    "scalar": {"method": "delora", "r": 3, "lora_alpha": None},
+}
 
 
 def train(folder: Path, run: str, processes: int, strategy: str, console: Console) -> Path:
