@@ -10,8 +10,7 @@ that are looked at or masked, R rows of a replay.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,149 +23,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput
 
 from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.explain.inputs import ModelInputs
+from llmtune.explain.logit_lens import ForwardPass, read_lens, run_forward
 from llmtune.explain.token_text import Token, token_namer
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
-from llmtune.model.device import is_out_of_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.text_to_text import decoder_settings
-
-ROWS = 64
-"""Hidden states that are read at once: that many times the vocabulary is in memory."""
-TOLERANCE = 1e-3
-"""How far the last layer's logits may lie from the model's, as a share of their standard deviation (RMS)."""
-SHAPE_ERRORS = (ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError)
-Output = torch.Tensor | tuple[torch.Tensor | None, ...]
-
-
-def find_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers before the head, in order; an empty list where they cannot be found.
-
-    They are the longest list of modules that lies nearest to the top of the body (of two halves: of the decoder).
-    """
-    inner = unwrap(model)
-    body = inner.get_decoder() if inner.config.is_encoder_decoder else inner.base_model
-    lists = [(name.count("."), part) for name, part in body.named_modules() if isinstance(part, torch.nn.ModuleList)]
-    nearest = min((depth for depth, _ in lists), default=0)
-    return list(max((part for depth, part in lists if depth == nearest), key=len, default=()))
-
-
-@dataclass
-class ForwardPass:
-    """What one pass of a model gave at the positions that are looked at."""
-
-    model: PreTrainedModel
-    logits: torch.Tensor
-    """[P, V], on the CPU."""
-    hidden: list[torch.Tensor]
-    """Before and behind every layer [P, D], on the CPU."""
-    output_sizes: Mapping[torch.nn.Module, int]
-    """By layer the length of the tuple that it returns; 0 where it returns the hidden state alone."""
-
-
-@torch.inference_mode()
-def run_forward(model: torch.nn.Module, inputs: Mapping[str, object], positions: Sequence[int] | slice) -> ForwardPass:
-    """Run a model once, and keep its logits and hidden states at some positions."""
-    hidden: list[torch.Tensor] = []
-    sizes: dict[torch.nn.Module, int] = dict.fromkeys(find_layers(model), 0)
-
-    def pick(whole_1TD: torch.Tensor) -> torch.Tensor:
-        return whole_1TD[0, positions].float().cpu()
-
-    def keep_input(layer: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        if not hidden:  # the first layer's
-            hidden.append(pick(args[0] if args else kwargs["hidden_states"]))
-
-    def keep_output(layer: torch.nn.Module, args: tuple[object, ...], output: Output) -> None:
-        sizes[layer] = len(output) if isinstance(output, tuple) else 0
-        hidden.append(pick(cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)))
-
-    with ExitStack() as hooks:
-        for layer in sizes:
-            hooks.callback(layer.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
-            hooks.callback(layer.register_forward_hook(keep_output).remove)
-        logits = pick(model(**inputs).logits)
-    return ForwardPass(unwrap(model), logits, hidden, sizes)
-
-
-def read_lens(seen: ForwardPass) -> Iterator[torch.Tensor] | None:
-    """Return logits [L, V] for each position; None where this model's layers cannot be read so.
-
-    Nothing is assumed of what stands behind the layers (norm, scale, soft cap, bias): the model itself is run with
-    layers that do nothing but return the hidden state. The last layer's logits have to be the model's own: that is
-    checked before anything is returned.
-    """
-    if len(seen.hidden) < 2 or len({part.shape for part in seen.hidden}) > 1:
-        return None
-    hidden_PLD = torch.stack(seen.hidden, dim=1)
-    try:
-        for row in (0, -1):
-            if not agree(replay(seen, hidden_PLD[row, -1:])[0], seen.logits[row]):
-                return None
-    except SHAPE_ERRORS:
-        return None
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    return (torch.cat([replay(seen, part) for part in hidden_LD.split(ROWS)]) for hidden_LD in hidden_PLD)
-
-
-def agree(read_V: torch.Tensor, expected_V: torch.Tensor) -> bool:
-    """Whether two logits [V] are the same but for rounding; those that the model rules out (-inf) do not count."""
-    counted = expected_V.isfinite()
-    if not counted.any() or not read_V[counted].isfinite().all():
-        return False
-    apart = (read_V[counted] - expected_V[counted]).square().mean().sqrt()
-    return bool(apart <= TOLERANCE * expected_V[counted].std().clamp(min=1e-6))
-
-
-@torch.inference_mode()
-def replay(seen: ForwardPass, hidden_RD: torch.Tensor) -> torch.Tensor:
-    """Return the logits [R, V] that the model makes of hidden states [R, D] as if they came from its last layer."""
-    model = seen.model
-    weight = model.get_output_embeddings().weight
-    # 4-bit weights are bytes: those models say in which format they compute
-    dtype = weight.dtype if weight.dtype.is_floating_point else model.dtype
-    hidden_R1D = hidden_RD[:, None].to(model.device, dtype)
-    ids_R1 = torch.zeros((len(hidden_RD), 1), dtype=torch.int64, device=model.device)
-    inputs: dict[str, object] = {"use_cache": False} if "use_cache" in accepted_arguments(model.__class__) else {}
-    if model.config.is_encoder_decoder:
-        width = getattr(model.config, "d_model", None) or model.config.hidden_size
-        nothing = hidden_R1D.new_zeros((len(hidden_RD), 1, width))
-        inputs |= {"encoder_outputs": BaseModelOutput(last_hidden_state=nothing), "decoder_input_ids": ids_R1}
-    else:
-        inputs["input_ids"] = ids_R1
-    with replaced_layers(seen.output_sizes, hidden_R1D):
-        return cast(torch.Tensor, model(**inputs).logits[:, -1].float().cpu())
-
-
-@contextmanager
-def replaced_layers(output_sizes: Mapping[torch.nn.Module, int], hidden: torch.Tensor) -> Iterator[None]:
-    """Let each layer return `hidden` whatever it gets, in a tuple where it returns one otherwise.
-
-    Layers that return more in a tuple (T5's biases) return None in its other places: only layers read those.
-    """
-    own = {layer: layer.__dict__.get("forward") for layer in output_sizes}
-    try:
-        for layer, size in output_sizes.items():
-            layer.forward = _constant(hidden, size)
-        yield
-    finally:
-        for layer, forward in own.items():
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
-
-
-def _constant(hidden: torch.Tensor, size: int) -> Callable[..., Output]:
-    output = (hidden, *[None] * (size - 1)) if size else hidden
-    return lambda *args, **kwargs: output
-
 
 LISTED = 40
 """Tokens of a step that are listed, the likeliest first."""
