@@ -129,8 +129,7 @@ class GgufLayout:
         module = name.rpartition(".")[0].rpartition(".")[2]
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}.get(module)
         if architecture.permuted and heads:
-            # rows of a head that positions turn together stand next to each other there
-            return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+            return pair_rows(weight, heads)
         if architecture.norm_offset and name.endswith("norm.weight"):
             return weight + architecture.norm_offset
         return weight
@@ -185,6 +184,11 @@ def list_tensors(model: PreTrainedModel, layout: GgufLayout) -> Iterator[tuple[s
             yield layout.name(name), layout.convert(weight, name)
     if _rope(model.config).get("rope_type") == "llama3":
         yield f"{TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS]}.weight", _rope_factors(model.config)
+
+
+def pair_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return the rows of each head so that those which positions turn together stand next to each other."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.recipe.peft_options import PROMPT_METHODS
 from llmtune.records import Layout
 
 if TYPE_CHECKING:
@@ -29,7 +28,9 @@ UNCUT = {
     **dict.fromkeys(
         ("lily", "tinylora", "unilora", "vblora"), "layers share its weights, which cannot be cut with each"
     ),
-    **dict.fromkeys(PROMPT_METHODS, "PEFT saves its vectors by computing them from whole weights"),
+    **dict.fromkeys(
+        ("prompt_tuning", "p_tuning", "prefix_tuning"), "PEFT saves its vectors by computing them from whole weights"
+    ),
 }
 """Methods that need whole weights, each with the reason."""
 _OFF = (None, False, "none", ())

@@ -102,7 +102,7 @@ def test_a_damaged_or_missing_report_in_a_log_leaves_nothing_behind(here):
         (["slurm", "tiny.yaml", "--sbatch", "--comment=a\nb", "--dry-run"], 2, "line break"),
         (["sky", "tiny.yaml", "--machines", "2", "--dry-run"], 2, "one machine with more GPUs"),
         (["kubernetes", "tiny.yaml", "--image", "x", "--machines", "2"], 2, "ReadWriteMany"),
-        (["kubernetes", "tiny.yaml", "--image", "x", "--strategy", "deepspeed"], 2, "ZeRO-3"),
+        (["kubernetes", "tiny.yaml", "--image", "x", "--strategy", "deepspeed"], 2, "zero2 and zero3"),
         (["sky", "tiny.yaml", "--strategy", "fsdp", "--set", "adapter.method=qlora"], 2, "4 bits"),
         (["sky", "tiny.yaml"], 4, "no command sky"),
         (["sky", "OUTSIDE/tiny.yaml", "--dry-run"], 2, "outside this folder"),
