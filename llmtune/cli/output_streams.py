@@ -9,10 +9,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
 import typer
 
@@ -42,7 +42,22 @@ def stderr_console(*, quiet: bool = False) -> Console:
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
     text = json.dumps(plain(value), indent=2, ensure_ascii=False)
-    typer.echo(STEERING.sub(_json_escape, text))
+    typer.echo(STEERING.sub(_json_escape, text), file=_document[-1] if _document else None)
+
+
+_document: list[TextIO] = []
+"""The standard output of a command with --json, which nothing else writes to."""
+
+
+@contextmanager
+def _document_alone() -> Iterator[None]:
+    """Let what libraries print (gptqmodel greets, for one) go to standard error, and the document alone to stdout."""
+    _document.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _document.pop()
 
 
 def _json_escape(found: re.Match[str]) -> str:
@@ -63,7 +78,7 @@ def handled(command: Callable[P, None]) -> Callable[P, None]:
         signal.signal(signal.SIGTERM, _terminate)
         as_json = bool(kwargs.get("as_json"))
         try:
-            with _system_refusals():
+            with _document_alone() if as_json else nullcontext(), _system_refusals():
                 _check_names(kwargs)
                 for name in [name for name in RUN_PARAMETERS & kwargs.keys() if kwargs[name] is not None]:
                     kwargs[name] = _resolve_runs(kwargs[name])
