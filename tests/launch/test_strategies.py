@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.adapting import SHAPE, build_family, recipe_with
 from support.models import build_llama
 from support.runs import invoke, llmtune, write_recipe
-from support.together import METHODS, TRAIN, assert_same, train
+from support.together import METHODS, TRAIN, assert_same, leave_step_4, train
 from support.training import make_recipe, run_training, write_examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,9 +105,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then
     recipe = make_recipe(tmp_path, tiny_llama, train=TRAIN, adapter=METHODS[method])
     run_training(tmp_path / "alone", recipe, examples)
     run = train(tmp_path, "run", *first, console)
-    shutil.rmtree(run / ("weights" if method == "full" else "adapter"))
-    for step in (8, 12):
-        shutil.rmtree(run / "checkpoints" / f"step-{step}")
+    leave_step_4(run)
     content = json.loads((run / "checkpoints" / "step-4" / "state.json").read_text())
     assert any("shards/" in name for name in content["files"]) == (first[1] != "ddp")
     train(tmp_path, "run", *then, console)

@@ -1,5 +1,6 @@
 """A training in several processes, held against the same in one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ def train(folder: Path, run: str, processes: int, strategy: str, console: Consol
     arguments = [str(folder), str(folder / run), strategy]
     launch_local(arguments, Topology(processes, strategy), console, entry="support.workers:train_tiny", threads=2)
     return folder / run
+
+
+def leave_step_4(run: Path) -> None:
+    """Make a finished run one that ended after its first checkpoint."""
+    result = [run / name for name in ("adapter", "weights") if (run / name).is_dir()]
+    for gone in [*result, *(path for path in (run / "checkpoints").iterdir() if path.name != "step-4")]:
+        shutil.rmtree(gone)
+    assert (run / "checkpoints" / "step-4").is_dir()
 
 
 def losses(run: Path) -> list[float]:
