@@ -166,9 +166,8 @@ class ZeroOptimizer:
         for index, own in saved["state"].items():
             parameter = self.parameters[index]
             for key, value in own.items():
-                if (
-                    _is_cut(value) and self._cuts_weights
-                ):  # what does not divide is padded, which DeepSpeed leaves to us
+                if _is_cut(value) and self._cuts_weights:
+                    # What does not divide by the processes is padded, which DeepSpeed leaves to its caller.
                     size, rank = own_part(parameter).numel(), torch.distributed.get_rank()
                     padded = pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
                     safe_set_local_optimizer_state(parameter, padded[size * rank : size * (rank + 1)], key)
