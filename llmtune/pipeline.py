@@ -23,8 +23,8 @@ from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, examples_inputs, load_examples, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
-from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
-from llmtune.deploy.merged_model import merge
+from llmtune.deploy.gguf_export import check_gguf
+from llmtune.deploy.products import make_products
 from llmtune.dry_run import dry_run
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs
@@ -39,24 +39,16 @@ from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
-from llmtune.model.model_selection import (
-    Candidate,
-    Ranking,
-    rank_candidates,
-    read_ranking,
-    resolve_candidates,
-    show_ranking,
-)
-from llmtune.model.model_trials import FOLDER as TRIALS
-from llmtune.model.model_trials import successive_halving, trial_folder, validation_bits, with_candidate
+from llmtune.model.model_selection import Candidate, known_or_ranked, read_ranking
+from llmtune.model.model_trials import note_ranking, successive_halving, trial_folder, validation_bits, with_candidate
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows, read_model_ref
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.report_record import Report
 from llmtune.report.score_sections import seed_table
 from llmtune.report.write import report_json, write_report
-from llmtune.session import Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
-from llmtune.store.atomic_files import hash_file, hash_value, plain, staged, write_text
+from llmtune.session import Models, Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
+from llmtune.store.atomic_files import hash_value, plain, staged, write_text
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import layout, once, rank
 from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, peek_run
@@ -185,7 +177,7 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options) -> No
         return
     evaluate(context, model_ref, processor, rows, examples)
     if options.until == "run" and context.recipe.deploy:
-        context.once(lambda: deploy(context, model_ref))
+        context.once(lambda: make_products(context, model_ref))
 
 
 def run_seeds(context: RunContext, loaded: LoadedRecipe, options: Options) -> None:
@@ -256,38 +248,17 @@ def select_model(context: RunContext, rows: Rows, loaded: LoadedRecipe) -> Model
 
 def choose_candidate(context: RunContext, rows: Rows, loaded: LoadedRecipe) -> str:
     """Return the name of the best candidate: the one that is known, or else by ranking and trials."""
-    known = context.once(lambda: _rank(context, rows))
+    recipe, run, console = context.recipe, context.folder, context.console
+    rank_all = partial(known_or_ranked, recipe, context.choose_variant, rows, console, run)
+    known = context.once(lambda: rank_all(context.device, context.offline))
     if known["chosen"]:
         return str(known["chosen"])
-    ranking, trials = read_ranking(known["ranking"]), context.recipe.model.trials
-    if trials:
-        ranking = successive_halving(ranking, trials, partial(tune_candidate, context, loaded), context.console)
-    context.once(lambda: _note_ranking(context, known["inputs"], ranking))
+    ranking = read_ranking(known["ranking"])
+    if recipe.model.trials:
+        tune = partial(tune_candidate, context, loaded)
+        ranking = successive_halving(ranking, recipe.model.trials, tune, console)
+    context.once(lambda: note_ranking(ranking, known["inputs"], run, console))
     return ranking.chosen.name
-
-
-def _rank(context: RunContext, rows: Rows) -> Json:
-    """Return the candidate that was chosen before from the same inputs, or else a ranking of all."""
-    model, choose, device, console = context.recipe.model, context.choose_variant, context.device, context.console
-    there, _ = resolve_candidates(context.recipe, choose, console, device, context.offline)
-    contents = [one.content_hash for one in there]
-    template = hash_file(Path(model.chat_template)) if model.chat_template else None
-    settings = [model.model_dump(mode="json"), contents, template, context.recipe.data.max_length, device]
-    inputs = hash_value([rows.content_hash, settings])
-    known = context.folder.findings.get("ranking")
-    if known is not None and known["inputs"] == inputs:
-        return {"inputs": inputs, "chosen": known["chosen"]}
-    folder = context.folder.path / "model"
-    ranking = rank_candidates(context.recipe, choose, rows, console, folder, device, context.offline)
-    return {"inputs": inputs, "chosen": None, "ranking": plain(ranking)}
-
-
-def _note_ranking(context: RunContext, inputs: str, ranking: Ranking) -> None:
-    folder = context.folder.path / "model"
-    if context.recipe.model.trials:
-        show_ranking(ranking, context.console, folder)
-    context.folder.note(ranking={"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()})
-    shutil.rmtree(folder / TRIALS, ignore_errors=True)
 
 
 def tune_candidate(context: RunContext, loaded: LoadedRecipe, candidate: Candidate, steps: int) -> float:
@@ -412,21 +383,6 @@ def evaluate(
                 print_scores(replace(evaluation, gates=check_gates(recipe.evaluate, evaluation)), context.console)
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            context.score(model_ref, processor, rows, examples, folder)
+            Models(context, model_ref, processor).score(rows, examples, folder)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=trained, recipe=judged)
-
-
-def deploy(context: RunContext, model_ref: ModelRef) -> None:
-    """What `run` makes at the end: the merged model and the GGUF file, each certified."""
-    settings = context.recipe.generation.model_dump(mode="json")
-    products = context.recipe.deploy
-    inputs = hash_value([__version__, context.trained_hash, model_ref.content_hash, settings, sorted(products)])
-    made = {"merged": "merged", "gguf": f"gguf/{DEFAULT_FORMAT}"}
-    with context.step("deploy", inputs, [made[name] for name in products]) as step:
-        if not step.skipped:
-            if "merged" in products:
-                step.facts.update(merge(context, model_ref))
-            if "gguf" in products:
-                written = make_gguf(context, model_ref)
-                step.facts.update(gguf=written, gguf_file=written["file"], gguf_read_by=written["reader"])

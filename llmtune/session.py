@@ -50,6 +50,7 @@ from llmtune.store.run_lock import (
     read_pins,
     write_lock,
 )
+from llmtune.store.run_options import Options as Options
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant, get_task
 from llmtune.train.distributed import join_processes
@@ -58,30 +59,6 @@ from llmtune.train.row_losses import list_hardest
 from llmtune.train.sharding import share_model
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what: never part of a recipe."""
-
-    out: Path | None = None
-    resume: bool = False
-    fresh: bool = False
-    lock: Path | None = None
-    offline: bool = False
-    dry_run: bool = False
-    device: str | None = None
-    """What a dry run plans for, in place of what computes here: a card that is known, or cpu."""
-    until: str = "run"
-    """The last step to run: prepare, select, adapt, train, evaluate, or run for all and deploy."""
-    pins: Pins | None = None
-    """What to hold still instead of what `lock` says."""
-    findings: Mapping[str, object] = field(default_factory=dict)
-    """What another run of the same recipe found out and this one is to keep, such as its micro-batch budget."""
-    base: Path | None = None
-    """The evaluation of another run: what the base model said there counts here where it was asked the same."""
-    layout: Layout | None = None
-    """The processes that a dry run plans for, in place of those that are here."""
 
 
 @dataclass
@@ -270,38 +247,6 @@ class RunContext:
         del adapted
         release_memory()  # evaluation loads its own model
 
-    def score(
-        self,
-        model_ref: ModelRef,
-        processor: PreTrainedTokenizerBase,
-        rows: Rows,
-        examples: Examples,
-        folder: Path | None,
-    ) -> None:
-        """Evaluate both models, all processes together; rank 0 has a `folder`, and leaves the evaluation there."""
-        recipe = self.recipe
-        if world_size() > 1:
-            join_processes(self.device)
-        models = Models(self, model_ref, processor)
-        base = base_inputs(recipe, adapter_settings(recipe), model_ref, rows, examples, self.device)
-        evaluation = evaluate(
-            {"base": models.before, "tuned": models.tuned},
-            processor,
-            rows,
-            examples,
-            self.task,
-            recipe,
-            self.console,
-            device=self.device,
-            folder=folder,
-            headless=head_is_new(model_ref, recipe, self.task),
-            packs=lambda: models.packs,
-            known=load_base(self.base, base),
-            challenge=make_challenge(self.folder),
-        )
-        if folder is not None:
-            save_evaluation(evaluation, folder)
-
 
 @dataclass
 class Models:
@@ -312,6 +257,29 @@ class Models:
     processor: PreTrainedTokenizerBase
     packs: bool | None = None
     """Whether the model that was loaded last reads rows that stand end to end; None before there is one."""
+
+    def score(self, rows: Rows, examples: Examples, folder: Path | None) -> None:
+        """Evaluate both models, all processes together; rank 0 has a `folder`, and leaves the evaluation there."""
+        context, recipe = self.context, self.context.recipe
+        join_processes(context.device)
+        base = base_inputs(recipe, adapter_settings(recipe), self.model_ref, rows, examples, context.device)
+        evaluation = evaluate(
+            {"base": self.before, "tuned": self.tuned},
+            self.processor,
+            rows,
+            examples,
+            context.task,
+            recipe,
+            context.console,
+            device=context.device,
+            folder=folder,
+            headless=head_is_new(self.model_ref, recipe, context.task),
+            packs=lambda: self.packs,
+            known=load_base(context.base, base),
+            challenge=make_challenge(context.folder),
+        )
+        if folder is not None:
+            save_evaluation(evaluation, folder)
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune import __version__
 from llmtune.errors import Problem, RecipeError
@@ -75,26 +75,17 @@ def run(
     sets = [f"{key}={value}" for key, value in texts.items()]
     loaded = load_recipe(recipe, sets)
     folder = default_path(loaded.recipe.name, loaded.fingerprint) if out is None else Path(out)
-    console, pins = make_console(quiet=quiet), None if lock is None else Path(lock)
-    if (processes, strategy) != (1, "ddp"):
+    given: Any = {"out": folder, "resume": resume, "fresh": fresh, "offline": offline}
+    given["lock"] = None if lock is None else Path(lock)
+    console = make_console(quiet=quiet)
+    if (processes, strategy) == (1, "ddp"):
+        run_recipe(recipe, sets, **given, until=until, threads=threads, console=console)
+    else:
         topology = Topology(processes, strategy)
         from llmtune.launch.local_processes import launch_run, words_of
 
-        words = words_of(out=folder, resume=resume, fresh=fresh, lock=pins, offline=offline, quiet=quiet, as_json=False)
+        words = words_of(**given, quiet=quiet, as_json=False)
         launch_run(recipe, sets, words, topology, console, until=until, threads=threads)
-    else:
-        run_recipe(
-            recipe,
-            sets,
-            out=folder,
-            until=until,
-            resume=resume,
-            fresh=fresh,
-            lock=pins,
-            threads=threads,
-            offline=offline,
-            console=console,
-        )
     return load_run(folder, offline=offline)
 
 

@@ -7,6 +7,7 @@ trains anew, with a schedule of its own length.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,11 @@ from rich.console import Console
 
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.errors import LlmtuneError, Stopped
-from llmtune.model.model_selection import Candidate, Ranking, none_left
+from llmtune.model.model_selection import Candidate, Ranking, none_left, show_ranking
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.training_rule import with_length
 from llmtune.store.atomic_files import hash_value
-from llmtune.store.run_folder import read_run
+from llmtune.store.run_folder import RunFolder, read_run
 from llmtune.store.seed_runs import without_gates, without_seeds
 
 FOLDER = "trials"
@@ -52,6 +53,14 @@ def successive_halving(
     if not running:
         raise none_left(out)
     return replace(ranking, chosen=ranking.model_refs[running[0].name], candidates=(*running, *behind, *out))
+
+
+def note_ranking(ranking: Ranking, inputs: str, run: RunFolder, console: Console) -> None:
+    """Keep what was chosen from which inputs; after trials, show the ranking that they made and remove them."""
+    if any(candidate.steps for candidate in ranking.candidates):
+        show_ranking(ranking, console, run.path / "model")
+    run.note(ranking={"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()})
+    shutil.rmtree(run.path / "model" / FOLDER, ignore_errors=True)
 
 
 def trial_folder(run: Path, name: str, steps: int) -> Path:

@@ -89,6 +89,10 @@ def start() -> None:
             os.environ[STRATEGY] = instead
     if stated.get("ACCELERATE_USE_CPU", "").lower() == "true":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+            print(
+                "accelerate started one process: for several on CPUs use torchrun --nproc-per-node N.", file=sys.stderr
+            )
     left = os.environ.get(LEFT)
     if left and (known := read_json(Path(left) / ERROR.format(rank()))) and "exit" in known:
         sys.exit(known["exit"])  # started again after an error that would come again

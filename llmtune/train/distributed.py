@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
-from llmtune.store.processes import once
+from llmtune.store.processes import once, world_size
 
 T = TypeVar("T")
 SILENCE_SECONDS = 1800
@@ -18,7 +18,9 @@ SILENCE_SECONDS = 1800
 
 
 def join_processes(device: str) -> int:
-    """Let this process find the others that it was started with; return how many there are."""
+    """Let this process find the others that it was started with, if any; return how many there are."""
+    if world_size() == 1:
+        return 1
     return int(PartialState(cpu=device == "cpu", timeout=timedelta(seconds=SILENCE_SECONDS)).num_processes)
 
 

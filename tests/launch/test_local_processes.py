@@ -216,9 +216,7 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_refused_at_once(mon
 
 def test_a_process_that_was_given_another_recipe_is_told(here, tiny_llama, chat_rows, console):
     recipe = write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
-    with pytest.raises(
-        RecipeError, match="process 1, recipe with its --set: .* here, .* in process 0"
-    ):
+    with pytest.raises(RecipeError, match=r"process 1, recipe with its --set: .* here, .* in process 0"):
         launch_work("agree_on_a_recipe", [recipe], Topology(2), console)
 
 
