@@ -145,15 +145,18 @@ def _check_devices(topology: Topology) -> None:
 def _configure(topology: Topology, place: str, address: str) -> LaunchConfig:
     late: dict[str, Any] = {"shutdown_timeout": SAVE_SECONDS}  # not in every torch that is supported
     known = {field.name for field in fields(LaunchConfig)}
+    # torch unpickles what is at the rendezvous: on one machine that is a file, which nobody else can write.
     alone = topology.machines == 1
+    meeting: dict[str, Any] = {"timeout": JOIN_SECONDS, "join_timeout": JOIN_SECONDS}
+    meeting |= {"store_type": "file"} if alone else {"is_host": topology.rank == 0}
     return LaunchConfig(
         min_nodes=topology.machines,
         max_nodes=topology.machines,
         nproc_per_node=topology.processes,
         run_id=uuid.uuid4().hex if alone else "llmtune",
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0" if alone else str(topology.address),
-        rdzv_configs={"timeout": JOIN_SECONDS, "join_timeout": JOIN_SECONDS, "is_host": topology.rank == 0},
+        rdzv_endpoint=f"{place}/rendezvous" if alone else str(topology.address),
+        rdzv_configs=meeting,
         local_addr=address,
         max_restarts=topology.max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=place),

@@ -19,7 +19,7 @@ from support.training import make_recipe, read_metrics, run_training, write_exam
 
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError, Stopped
 from llmtune.launch import local_processes
-from llmtune.launch.local_processes import WorkerBug, launch
+from llmtune.launch.local_processes import WorkerBug, _configure, launch
 from llmtune.launch.topology import Topology
 
 TESTS = Path(__file__).parents[1]
@@ -212,6 +212,17 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_refused_at_once(mon
             topology = Topology(1, machines=2, address=address)
             with pytest.raises(EnvironmentProblem, match=f"--address {address}: cannot listen: .*{words}"):
                 launch(["-c", ""], topology, Console(quiet=True))
+
+
+def test_what_a_stranger_posts_is_never_run(console, tmp_path):
+    with pytest.raises(WorkerBug, match="process 1 failed"):
+        launch_work("post_code", [tmp_path], Topology(2), console)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_on_one_machine_the_rendezvous_opens_no_port(tmp_path):
+    config = _configure(Topology(2), str(tmp_path), "127.0.0.1")
+    assert (config.rdzv_configs["store_type"], Path(config.rdzv_endpoint).parent) == ("file", tmp_path)
 
 
 def test_a_process_that_was_given_another_recipe_is_told(here, tiny_llama, chat_rows, console):

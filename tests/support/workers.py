@@ -15,7 +15,7 @@ import typer
 from llmtune.cli.app import _report_bug
 from llmtune.cli.output_streams import handled_by_all
 from llmtune.errors import DataError
-from llmtune.store.processes import leave, rank, start, world_size
+from llmtune.store.processes import _here, join, leave, once, rank, start, world_size
 
 
 def main() -> None:
@@ -123,6 +123,17 @@ def write_and_wait(folder: str, run: str) -> None:
 def succeed(*words: str) -> dict[str, object]:
     """Say how the world looks from rank 0."""
     return {"heard": list(words), "world": world_size(), "threads": os.environ["OMP_NUM_THREADS"]}
+
+
+def post_code(folder: str) -> None:
+    """Post what would run as a pickle, in the place of what rank 0 says next."""
+    join()
+    if rank() == 0:
+        code = b"cos\nsystem\n(S'touch " + folder.encode() + b"/pwned'\ntR."
+        _here.store.set(f"{_here.name}/once/1", code)
+    else:
+        once(lambda: None)
+    time.sleep(60)
 
 
 def agree_on_a_recipe(recipe: str) -> None:
