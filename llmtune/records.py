@@ -136,8 +136,8 @@ class Layout:
     processes: int = 1
     """Of all machines."""
     machines: int = 1
-    strategy: str = "ddp"
-    """What each has of the model: all of it (ddp, zero2), a part (fsdp, zero3), a part of each layer (tp)."""
+    sharded: bool = False
+    """Whether each has a part of the model (fsdp) or all of it (ddp)."""
 
     @property
     def of_machine(self) -> int:

@@ -202,7 +202,7 @@ class RunContext:
         return self.recipe.model_copy(update={"train": decided})
 
     def make_adapted(
-        self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples, strategy: str = "ddp"
+        self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples, *, sharded: bool = False
     ) -> AdaptedModel:
         """Load the model and put the adapter in, seeded; from here on the recipe is the resolved one.
 
@@ -210,7 +210,7 @@ class RunContext:
         part of the model, the first one alone makes it, in main memory.
         """
         self.recipe = self.resolved_recipe
-        if strategy == "ddp" or join_processes(self.device) == 1:
+        if not sharded or join_processes(self.device) == 1:
             return self._make_adapted(model_ref, processor, examples, self.recipe, self.device)
         find_class(model_ref, self.recipe, self.task)  # code of its own has to be there before a model of it comes
         device, recipe = loading_device(self.recipe, self.device)
@@ -244,7 +244,7 @@ class RunContext:
         examples: Examples,
         inputs: str,
         on_budget: Callable[[int], None],
-        strategy: str = "ddp",
+        sharded: bool = False,
     ) -> dict[str, object]:
         """Train, from the last checkpoint of the same inputs if there is one; return the facts of the step."""
         trained = train(
@@ -257,7 +257,7 @@ class RunContext:
             budget=self.folder.findings["micro_batch_tokens"],
             on_budget=on_budget,
             inputs=inputs,
-            strategy=strategy,
+            sharded=sharded,
         )
         hardest = list_hardest(self.folder.path, load_rows(self.folder.path / "data" / "rows"), examples, self.task)
         return trained.as_facts() | {"hardest_rows": hardest}

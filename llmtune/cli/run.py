@@ -44,8 +44,7 @@ Strategy = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help="What each process has: ddp all of the model, fsdp a part, tp a part of each layer; zero2 and zero3 are "
-        "DeepSpeed's.",
+        help="What each process has of the model: ddp all of it, fsdp a part.",
         metavar="NAME",
     ),
 ]

@@ -52,8 +52,7 @@ def run(
         set: values that replace those of the recipe, such as `{"train.learning_rate": 1e-4}`.
         until: the last step to run: train, evaluate, or run for all steps and deployment.
         processes: in how many processes to train and evaluate.
-        strategy: what each of them has of the model: all of it (ddp, zero2), a part of it (fsdp, zero3), or a part of
-            each layer (tp).
+        strategy: what each of them has of the model: all of it (ddp) or a part of it (fsdp).
         resume: go on in the run folder, and raise an error if there is nothing to go on from.
         fresh: start over in the run folder.
         lock: an `llmtune.lock` that model and data must agree with.
