@@ -43,6 +43,8 @@ class Rows:
     """Names of the columns that were kept beside the rows."""
     columns_hash: str = ""
     """Hash over `columns` of the test split, in order; empty where nothing is asked for."""
+    filled: int = 0
+    """Null keys inside columns that Arrow filled in, and that were dropped (`llmtune.data.arrow_rows`)."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
 from llmtune.report.redaction import redact_all
 from llmtune.report.render_terminal import print_blocks
-from llmtune.report.run_sections import lost_sentence
+from llmtune.report.run_sections import filled_sentence, lost_sentence
 
 BINS = 10
 BAR_CELLS = 40
@@ -38,8 +38,8 @@ def describe_examples(
 
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a split; `supervised_share` (None where no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what rows lost that were cut:
-    `rows`, `answers`, `tokens`, and `supervised` ones); `histogram` (training examples: `edges`
-    in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
+    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in); `histogram` (training
+    examples: `edges` in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train")
     edges, counts = _histogram(train.lengths)
@@ -51,6 +51,8 @@ def describe_examples(
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0
     blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped)]
+    if rows.filled:
+        blocks.append(Note(filled_sentence(rows.filled), "note"))
     if examples.lost:
         blocks.append(Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note"))
     blocks.append(_bars(edges, counts))
@@ -71,6 +73,7 @@ def describe_examples(
         "supervised_share": share if task.predicts_tokens else None,
         "dropped": dropped,
         "lost": dict(examples.lost),
+        "filled": rows.filled,
         "histogram": {"edges": edges, "counts": counts},
         "example": [list(piece) for piece in pieces],
         "classes": classes,

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmtune.data.arrow_rows import drop_filled
 from llmtune.data.byte_streams import (
     GROWN_BYTES,
     MAX_GROWTH,
@@ -250,6 +251,7 @@ def _read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Itera
                     value |= {
                         name: name_classes(names, value[name]) for name, names in classes.items() if name in value
                     }
+                    value = drop_filled(value)
                 yield f"{name}:row {number}", value
 
 

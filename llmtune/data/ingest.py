@@ -19,6 +19,7 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from llmtune.data.arrow_rows import ArrowRow
 from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.rejected_rows import RowError
@@ -54,6 +55,8 @@ class Account:
     """Columns of rows that may be tested, where some are asked for."""
     taken: Counter[int] = field(default_factory=Counter)
     """Good rows by the number of their source."""
+    filled: int = 0
+    """Keys of good rows that Arrow had filled in, and that were dropped."""
     position: tuple[int, int] = (0, 0)
     """The input that is read, and how many of its rows were."""
     hints: list[Problem] = field(default_factory=list)
@@ -67,6 +70,7 @@ class Account:
         os.truncate(account.spooled_list, noted.get("listed", 0))
         if noted:
             account.rows_in, account.position = noted["rows_in"], tuple(noted["position"])
+            account.filled = noted.get("filled", 0)
             account.bad, account.columns = Counter(noted["bad"]), dict.fromkeys(noted["columns"])
             account.taken = Counter({int(number): count for number, count in noted["taken"].items()})
             account.first = [Problem(**problem) for problem in noted["first"]]
@@ -77,7 +81,7 @@ class Account:
         """Return what `restore` needs."""
         self._lines.flush()
         os.fsync(self._lines.fileno())
-        names = ("rows_in", "position", "bad", "taken", "first", "unreadable")
+        names = ("rows_in", "filled", "position", "bad", "taken", "first", "unreadable")
         noted = {name: getattr(self, name) for name in names}
         return {**noted, "columns": [*self.columns], "listed": self.spooled_list.stat().st_size}
 
@@ -201,6 +205,7 @@ def _read_rows(parser: _RowParser, account: Account, spool: Spool, advance: Call
                 account.add_bad(origin, row)
             else:
                 account.taken[source] += 1
+                account.filled += row.filled
                 account.columns.update(dict.fromkeys(names))
                 spool.add(row, account.note)
 
@@ -280,7 +285,8 @@ class _RowParser:
             kept = json.dumps({name: raw[name] for name in self.kept_columns if name in raw}, default=str)
         text_hash = xxhash.xxh3_64_intdigest(text.encode())
         names = tuple(raw) if tested else ()
-        return origin, HashedRow(origin, text, kept, content, text_hash, group, one.number, split), names
+        filled = value.filled if isinstance(value, ArrowRow) else 0
+        return origin, HashedRow(origin, text, kept, content, text_hash, group, one.number, split, filled), names
 
 
 def _group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:

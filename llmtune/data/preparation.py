@@ -165,7 +165,8 @@ def _write(
     dropped.update(reason for reason in reason_N.tolist() if reason != KEPT)
     columns_hash = writers["test"].columns_hash if "test" in writers else ""
     left_out = dict(sorted(dropped.items()))
-    rows = Rows(folder, files, counts, account.rows_in, left_out, digest.hexdigest(), columns, columns_hash)
+    content = digest.hexdigest()
+    rows = Rows(folder, files, counts, account.rows_in, left_out, content, columns, columns_hash, account.filled)
     save_rows(rows)
     return rows
 

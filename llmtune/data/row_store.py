@@ -19,7 +19,7 @@ BATCH_ROWS = 1024
 BATCH_BYTES = 2**22
 """A batch ends at whichever comes first: rows can be long."""
 RECORD = "rows.json"
-RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash")
+RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled")
 SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
 U64 = npt.NDArray[np.uint64]
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from llmtune.data.chat_messages import clean
 from llmtune.deploy.parity import Certificate
-from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, TunedModel, load_tuned
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
 from llmtune.recipe.user_files import read_text
@@ -81,7 +81,7 @@ def certify_run(
             reference = TextReference(tuned)
         with spinner(console, f"asking {url}"):
             chat = tuned.task.is_conversational and bool(tuned.processor.chat_template)
-            replies = ask_all(client, name, tuned.questions, chat, _further_parameters(tuned, chat))
+            replies = ask_all(client, name, tuned.questions, chat, _further_parameters(chat))
     measured = _compare(reference, replies)
     breaches = find_endpoint_breaches(measured)
     limits = {"answer_agreement": MIN_AGREEMENT, "logprob_mean_difference": MAX_LOGPROB_DIFFERENCE, "same_ids": 1.0}
@@ -177,15 +177,11 @@ def ask_all(
     return replies
 
 
-def _further_parameters(tuned: TunedModel, chat: bool) -> list[Parameters]:
+def _further_parameters(chat: bool) -> list[Parameters]:
     """Return parameters that not every server knows, those that tell most first."""
     ids: Parameters = {"return_token_ids": True, "repetition_penalty": 1.0}
     logprobs: Parameters = {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
-    extras: list[Parameters] = [ids | logprobs, ids, logprobs, {}]
-    if kwargs := dict(tuned.recipe.model.chat_template_kwargs):  # our own server has them already, and refuses them
-        given: Parameters = {"chat_template_kwargs": kwargs}
-        extras = [{**extra, **more} for extra in extras for more in (given, {})]
-    return extras
+    return [ids | logprobs, ids, logprobs, {}]
 
 
 def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra: Parameters) -> Reply:

@@ -82,7 +82,12 @@ def merge_model(
             _save(_merge(tuned, base, target_dtype), tuned, folder, target_dtype)
         with spinner(console, "asking the merged model, read back from disk"):
             merged = _load_back(folder, tuned, device, target_dtype)
-            saved_section = tuned.recipe.model.model_copy(update={"chat_template": None, "add_tokens": ()})
+            unset: dict[str, object] = {
+                "chat_template": None,
+                "chat_template_kwargs": {},
+                "add_tokens": (),
+            }  # the folder has them
+            saved_section = tuned.recipe.model.model_copy(update=unset)
             parity = reference.parity(merged, load_processor(replace(model_ref, path=folder), saved_section), folder)
         weights = sorted(folder.glob("*.safetensors"))
         certificate = {

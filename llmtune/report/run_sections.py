@@ -140,6 +140,8 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
     reasons = [[reason, count(number)] for reason, number in sorted(dropped.items(), key=lambda item: -item[1])]
     title = f"{count(data.get('rows_in'))} rows in, {count(sum(dropped.values()))} dropped"
     left.append(Table(["reason", Column("dropped", "number")], reasons, title) if reasons else Text(f"{title}."))
+    if filled := data.get("filled"):
+        left.append(Text(filled_sentence(filled), "note"))
     if lost := data.get("lost"):
         left.append(Text(lost_sentence(lost, sum(supervised.values())), "note"))
     names = {"label": "training examples by length in tokens", "title": "Training examples by length", "axis": "tokens"}
@@ -155,6 +157,11 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         pieces = [element("mark", piece) if marked else escape(piece) for piece, marked in example]
         blocks.append(Html(heading(text) + element("pre", Markup("").join(pieces), class_="example")))
     return Section("Data", blocks)
+
+
+def filled_sentence(filled: int) -> str:
+    """Return what was dropped of rows out of Parquet or the hub (`llmtune.data.arrow_rows`)."""
+    return f"{count(filled)} empty keys dropped: Arrow fills them in where other rows have a value."
 
 
 def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.learning import weather_row
+from support.learning import LOOKS_LIKE_A_CALL, weather_row
 from support.models import build_llama
 from support.templates import EMPTY_THOUGHTS, HERMES, conversation, recipe_for, tokenizer_with
 
@@ -53,7 +53,7 @@ def test_every_task_that_asks_by_the_template_reads_its_answers_by_it(task):
 def weather(tmp_path_factory, build):
     """A bench of rows with tools, and of one without, that a model has learned; what was found, and the folder."""
     folder = tmp_path_factory.mktemp("weather")
-    rows = [weather_row("Paris"), weather_row("Rome"), conversation("How many legs has a cat?", "Four.")]
+    rows = [weather_row("Paris"), weather_row("Rome"), conversation("Write a call!", LOOKS_LIKE_A_CALL)]
     bench = build(folder, write_rows(folder, rows), build_llama(folder / "model", HERMES), LONG)
     bench.steps = 150
     return bench, bench.evaluate(folder), folder
@@ -80,6 +80,12 @@ def test_calls_are_scored_beside_the_texts_of_all_rows(weather):
     assert found.tuned["exact_match"] == 1.0
     assert found.difference["tool_name"].n == 2
     assert found.difference["exact_match"].n == 3
+
+
+def test_an_answer_that_looks_like_a_call_is_text_where_its_row_offers_no_tools(weather):
+    _, _, folder = weather
+    (line,) = [line for line in lines_of(folder) if "tuned_parts" not in line]
+    assert line["tuned"] == line["reference"] == LOOKS_LIKE_A_CALL
 
 
 def lines_of(folder):

@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from support.learning import WEATHER, weather_row
+from support.learning import LOOKS_LIKE_A_CALL, WEATHER, weather_row
 from support.templates import HERMES, tokenizer_with
 
 
@@ -55,6 +55,12 @@ def test_the_openai_client_makes_a_call_sends_its_result_and_gets_the_answer(cli
 def test_thoughts_arrive_as_reasoning_content(client, stream):
     found = ask(client, [{"role": "user", "content": "Think!"}], stream=stream)
     assert found == ("Four.", "two and two", [], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_looks_like_a_call_is_content_where_the_request_offers_no_tools(client, stream):
+    found = ask(client, [{"role": "user", "content": "How is a call written?"}], stream=stream)
+    assert found == (LOOKS_LIKE_A_CALL, "", [], "stop")
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
