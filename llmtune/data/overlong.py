@@ -5,7 +5,8 @@ system message stays, then the start of the last question goes; of a completion 
 still does not fit, and plain text, which has no prompt, is left out with the reason.
 
 `split` loses nothing that is learned: a conversation is cut before a user's turn, each part with the system message and
-as many exchanges as fit; a completion into windows that share one token, so that each token is predicted once.
+as many exchanges as fit; a completion into windows. Each window starts as the tokenizer starts a text, then repeats the
+last token of the window before, so each token is predicted once.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def fit_completion(
 ) -> Encoded:
     """Bring a completion below `max_length` tokens, or say why not.
 
-    `start` is 1 where the tokenizer puts a token before every text, else 0; `byte_at(k)` is how many bytes of the text
-    the first k tokens hold.
+    `start` counts the first tokens that the tokenizer puts before every text; `byte_at(k)` is how many bytes of the
+    text the first k tokens hold.
     """
     tokens = len(example.input_ids)
     if tokens <= max_length:
@@ -177,18 +178,22 @@ def fit_completion(
         spans = [border - excess for border in example.spans]
         return [Example(ids, spans, example.target_bytes, lost=Lost(excess))]
     if on_overlong == "split":
-        if prompt_tokens >= max_length:
+        if max(prompt_tokens, start + 1) >= max_length:
             return too_long(tokens, max_length, ", and its prompt alone does not fit")
-        return _windows(example, byte_at, max_length)
+        return _windows(example, byte_at, max_length, start)
     return too_long(tokens, max_length)
 
 
-def _windows(example: Example, byte_at: Callable[[int], int], max_length: int) -> list[Example]:
-    """Cut into windows; each begins with the last token of the one before, as context."""
+def _windows(example: Example, byte_at: Callable[[int], int], max_length: int, start: int) -> list[Example]:
+    """Cut into windows; each begins with the `start` tokens and the last token of the one before, as context."""
     ids, first = example.input_ids, example.spans[0]
-    windows = []
-    for start in range(0, len(ids) - 1, max_length - 1):
-        end = min(start + max_length, len(ids))
-        learned = max(first, start + 1)
-        windows.append(Example(ids[start:end], [learned - start, end - start], byte_at(end) - byte_at(learned)))
+    head: Sequence[int] = ()
+    windows: list[Example] = []
+    begin = 0
+    while begin < len(ids) - 1:
+        end = min(begin + max_length - len(head), len(ids))
+        learned, shift = max(first, begin + 1), len(head) - begin
+        spans = [learned + shift, end + shift]
+        windows.append(Example([*head, *ids[begin:end]], spans, byte_at(end) - byte_at(learned)))
+        begin, head = end - 1, ids[:start]
     return windows

@@ -18,7 +18,7 @@ from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, EvalInputs, make_in
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
 from llmtune.evaluate.evaluation_file import print_scores
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.inference import Answers, measure, predict
+from llmtune.evaluate.inference import Answers, TokenSums, measure, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import METHOD
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
@@ -41,6 +41,10 @@ KINDS = {
 """Ways to overlap, the plainest first, by their name in `Overlap`."""
 SHOWN = 6
 LONGEST_SHOWN = 200
+PIECES = "loss.pieces"
+"""Name of the note on the base model's losses by piece of a text."""
+PIECES_APART = 0.5
+"""Nats per token by which later pieces may be worse."""
 
 
 def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasures) -> Contamination:
@@ -173,6 +177,8 @@ def evaluate(
     evaluation = replace(evaluation, gates=check_gates(recipe.evaluate, evaluation))
     print_scores(evaluation, console)
     print_cut(answers, recipe, console)
+    if PIECES in evaluation.signatures:
+        console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
     return evaluation
 
 
@@ -183,6 +189,26 @@ def print_cut(answers: Mapping[str, Answers], recipe: Recipe, console: Console) 
     if told:
         new = recipe.generation.max_new_tokens
         console.print(f"answers cut at generation.max_new_tokens ({new}): {', '.join(told)}", highlight=False)
+
+
+def compare_pieces(base: TokenSums | None, recipe: Recipe) -> dict[str, str]:
+    """Return a warning where the base is much worse on later pieces of split texts than on first pieces; else nothing.
+
+    Training then teaches the model to read pieces, and the gain in loss is no gain on complete texts.
+    """
+    if base is None or recipe.data.on_overlong != "split" or TASK_FACTS[recipe.task].has_turns:
+        return {}
+    split = base.tokens > base.first_tokens
+    if not split.any():
+        return {}
+    first = float(base.first_nats[split].sum() / base.first_tokens[split].sum())
+    later = float((base.nats - base.first_nats).sum() / (base.tokens - base.first_tokens).sum())
+    if later - first <= PIECES_APART:
+        return {}
+    what = f"The base model's loss is {later:.2f} on later pieces of split texts and {first:.2f} on their first pieces."
+    why = "Part of the gain may come from learning to read pieces."
+    fix = "Check that the tokenizer adds the start token that the model needs, or raise data.max_length."
+    return {PIECES: f"{what} {why} {fix}"}
 
 
 def run_models(
@@ -237,7 +263,7 @@ def compare_answers(
         gates=(),
         samples=pick_samples(inputs, base, tuned, samples),
         rows=len(inputs.rows),
-        signatures=signatures(measures.tuned, inputs, tuned, recipe),
+        signatures=signatures(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
         details=details,
         flips=find_flips(measures, inputs, base, tuned, samples),
         slices=score_slices(inputs.slices, measures, seed),

@@ -38,6 +38,9 @@ class TokenSums:
     correct: Floats
     tokens: Floats
     target_bytes: Floats
+    first_nats: Floats
+    """Of a row that was split into several examples, those of its first."""
+    first_tokens: Floats
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,9 @@ def score_tokens(
 
     supervised = np.asarray(reader.supervised, dtype=np.float64)
     target_bytes = np.asarray([reader[i].target_bytes for i in range(len(reader))], dtype=np.float64)
-    return TokenSums(*map(by_row, (nats, correct, supervised, target_bytes)))
+    first = np.unique(row_of, return_index=True)[1]
+    whole = map(by_row, (nats, correct, supervised, target_bytes))
+    return TokenSums(*whole, first_nats=nats[first], first_tokens=supervised[first])
 
 
 def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:

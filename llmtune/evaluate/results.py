@@ -6,7 +6,7 @@ Shapes: N rows.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,8 @@ def load_base(folder: Path | None, inputs: str) -> BaseAnswers:
     """Read `base.json`; without answers where there are none, or none from these inputs."""
     saved = read_json(folder / BASE) if folder else None
     if not isinstance(saved, dict) or saved.get("inputs") != inputs or not saved.keys() >= {*BY_ROW}:
+        return BaseAnswers(inputs)
+    if saved["sums"] and saved["sums"].keys() != {one.name for one in fields(TokenSums)}:
         return BaseAnswers(inputs)
     sums = saved["sums"] and TokenSums(**{name: np.asarray(values) for name, values in saved["sums"].items()})
     by_row = {name: dict(saved[name]) for name in BY_ROW}
