@@ -14,7 +14,7 @@ from llmtune.cli.output_streams import handled, print_json, print_text, stderr_c
 from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import explained
 
-TOOLS = "axolotl, llamafactory, trl, torchtune, unsloth, swift or autotrain"
+TOOLS = "axolotl, llamafactory or trl"
 Tool = Annotated[str | None, typer.Option("--tool", help=f"Whose file it is: {TOOLS} (default: by its keys).")]
 
 

@@ -36,14 +36,13 @@ class Table:
     tool: str = ""
     rules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
+    retired: bool = False
     words: Mapping[str, Facts] = field(default_factory=dict)
     refused_words: Mapping[str, str] = field(default_factory=dict)
     scripts: Mapping[str, str] = field(default_factory=dict)
-    sections: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     defaults: Facts = field(default_factory=dict)
     task_defaults: Mapping[str, Facts] = field(default_factory=dict)
-    method_defaults: Mapping[str, Facts] = field(default_factory=dict)
     always: Facts = field(default_factory=dict)
     columns: Mapping[str, Facts] = field(default_factory=dict)
     guesses: Mapping[str, Facts] = field(default_factory=dict)
@@ -66,24 +65,34 @@ class Table:
         return self.rules.get(key) or next(wild, None)
 
     def flatten(self, values: Mapping[str, object], parent: str = "") -> Iterator[tuple[str, object]]:
-        """Yield the keys that the table knows, those of sections in sections with dots."""
+        """Yield the keys that the table knows; a nested key has dots."""
         for key, value in values.items():
             name = f"{parent}{key}"
             if isinstance(value, dict) and value and name not in self.rules:
-                yield from self.flatten(value, "" if name in self.sections else f"{name}.")
+                yield from self.flatten(value, f"{name}.")
             else:
                 yield name, value
 
 
 @cache
 def tables() -> dict[str, Table]:
-    """Return the table of each tool, by the name of its file."""
+    """Return the table of each tool that is migrated, by the name of its file."""
+    found = _read_tables()
+    trainer = Table.from_mapping(found["trainer"])
+    return {name: Table.from_mapping(found[name], trainer) for name in sorted(found) if "extends" in found[name]}
+
+
+@cache
+def _known_tools() -> dict[str, Table]:
+    """Return the tables, and those by which files of retired tools are recognised."""
+    retired = _read_tables()["retired"]
+    return {**tables(), **{name: Table.from_mapping({**retired[name], "retired": True}) for name in retired}}
+
+
+@cache
+def _read_tables() -> dict[str, Any]:
     read, folder = YAML(typ="safe"), resources.files("llmtune.recipe") / "migrations"
-    found = {file.name.removesuffix(".yaml"): read.load(file.read_text("utf-8")) for file in folder.iterdir()}
-    trainer = Table.from_mapping(found.pop("trainer"))
-    return {
-        name: Table.from_mapping(found[name], trainer if "extends" in found[name] else None) for name in sorted(found)
-    }
+    return {file.name.removesuffix(".yaml"): read.load(file.read_text("utf-8")) for file in folder.iterdir()}
 
 
 @dataclass(frozen=True)
@@ -100,16 +109,20 @@ class ForeignConfig:
     @classmethod
     def read(cls, file: Path, tool: str | None = None) -> ForeignConfig:
         """Read a file; raises RecipeError where it is of no tool that is known, or of none that `tool` means."""
-        known = tables()
+        known = _known_tools()
         if tool is not None and tool not in known:
-            fix = f"{nearest(tool, list(known))} Tools: {', '.join(known)}.".strip()
-            raise RecipeError.of(f"there is no tool {tool!r}", "--tool", fix)
+            fix = f"{nearest(tool, list(tables()))} Tools: {', '.join(tables())}.".strip()
+            raise RecipeError.of(f"Tool {tool!r} is not known", "--tool", fix)
+        if tool is not None:
+            _refuse_retired(known[tool], "--tool")
         text, name = read_text(file), label(file)
         command = None if file.suffix.lower() in (".yaml", ".yml", ".json") else _find_command(text)
         if command is not None:
             table, words = command
-            values, facts = _read_options(known[tool] if tool else table, words, file)
-            return cls(name, file.absolute().parent, known[tool] if tool else table, values, facts)
+            table = known[tool] if tool else table
+            _refuse_retired(table, name)
+            values, facts = _read_options(table, words, file)
+            return cls(name, file.absolute().parent, table, values, facts)
         nested = parse_yaml(text, name, file.parent).plain()
         if not isinstance(nested, dict) or not nested:
             raise RecipeError.of(
@@ -118,18 +131,31 @@ class ForeignConfig:
         scores = {one: _score(known[one], nested) for one in known}
         best = tool or max(scores, key=lambda one: scores[one])
         if tool is None and scores[best][0] == 0:
-            fix = f"Name the tool: --tool {' | '.join(known)}."
-            raise RecipeError.of(f"no tool has such keys: {', '.join(list(map(str, nested))[:8])}", name, fix)
+            fix = f"Name the tool: --tool {' | '.join(tables())}."
+            raise RecipeError.of(f"No known tool has these keys: {', '.join(list(map(str, nested))[:8])}", name, fix)
+        _refuse_retired(known[best], name)
         return cls(name, file.absolute().parent, known[best], dict(known[best].flatten(nested)), {})
 
 
 _TOOL = "Give a YAML or JSON file of the tool, or a file with its command line."
+_INSTEAD = (
+    "Run `llmtune init ROWS` on your training rows, then copy the values you need into that recipe (docs/retired.md)."
+)
+
+
+def _refuse_retired(table: Table, where: str) -> None:
+    if table.retired:
+        raise RecipeError.of(f"Configurations of {table.tool} are no longer migrated", where, _INSTEAD)
 
 
 def _score(table: Table, nested: Mapping[str, object]) -> tuple[int, float]:
-    """Return how many keys only this tool has, and how many it knows."""
+    """Return how many keys mark this tool, and which share of the keys it knows.
+
+    Marks of a retired tool count three times: no other tool has them.
+    """
     keys = dict(table.flatten(nested))
-    return sum(key in table.marks for key in keys), sum(table.find(key) is not None for key in keys) / len(keys)
+    marks = sum(key in table.marks for key in keys) * (3 if table.retired else 1)
+    return marks, sum(table.find(key) is not None for key in keys) / len(keys)
 
 
 def _find_command(text: str) -> tuple[Table, list[str]] | None:
@@ -150,7 +176,7 @@ def _find_command(text: str) -> tuple[Table, list[str]] | None:
         for position, word in enumerate(words):
             if words[position + 1 : position + 2] in ([], *([end] for end in ENDS)) or "install" in words:
                 continue  # a folder or package of that name
-            for table in tables().values():
+            for table in _known_tools().values():
                 if os.path.basename(word) in table.programs:
                     return table, words[position + 1 :]
                 for script in table.scripts:

@@ -73,9 +73,7 @@ def _fill(migration: Migration) -> None:
     guess, mark = REQUIRED["task"]
     task = migration.settings.setdefault("task", Setting(guess, [mark])).value
     stated, noted = set(migration.settings), dict(migration.moved)
-    method = migration.settings.get("adapter.method")
     defaults = {**table.defaults, **table.task_defaults.get(str(task), {})}
-    defaults |= table.method_defaults.get(str(method.value if method else "lora"), {})
     by = f"{table.tool}'s default"
     factors = {rule["times"] for rule in table.rules.values() if "times" in rule}
     names = {key for key in config.values if "times" in (table.find(key) or ())}

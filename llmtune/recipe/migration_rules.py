@@ -5,8 +5,8 @@ A rule is one of our keys, or a mapping:
 - `to` or `times`: our key takes the value, or is multiplied with it; `positive`: why a number below 1 states nothing;
 - `values`: by value (`*`: any letters), our value, or `{our key: value}`, or `{refuse: reason}`; `{}` is as here;
 - `refuse`: the reason against every other value; `why`: what is to be said of it;
-- `list`: our key takes a list, its items by `rename`; `extend`: items that are added to a list of ours;
-- `source`, `column`, `column_by_task`: a key or a column of the rows; `sources`: a list of them, with rules of its own;
+- `list`: our key takes a list, its items by `rename`;
+- `source`, `column`: a key or a column of the rows; `sources`: a list of them, with rules of its own;
 - `split_of`: a split of the same data set; `listing`: names in LLaMA-Factory's dataset_info.json;
 - `path`: a `model` or `file`, seen from the recipe; `then`: what follows; `replaces`, `replaced`: who wins over whom.
 """
@@ -191,13 +191,6 @@ def _targets(
             return f"it is {scalar(value)}, and names are wanted"
         items = [renamed for item in items if (renamed := rule.get("rename", {}).get(item, item)) is not None]
         return {rule["list"]: "all-linear" if items in (["all-linear"], ["all"]) else items} if items else {}
-    if "extend" in rule:
-        ((ours, items),) = rule["extend"].items()
-        old = migration.settings.get(ours)
-        if old is None or not isinstance(old.value, list):
-            return f"add {', '.join(items)} to {ours}"
-        old.value = [*old.value, *items]
-        return {ours: old.value}
     if "sources" in rule:
         return _sources(migration, key, value, rule)
     if "listing" in rule:
@@ -207,12 +200,8 @@ def _targets(
         if path is None or not str(path.value).startswith("hub:"):
             return "a file has no splits: name its rows as data.validation"
         return {f"{rule['split_of']}.0.path": path.value, f"{rule['split_of']}.0.split": value}
-    if "column" in rule or "column_by_task" in rule:
-        task = migration.settings.get("task")
-        column = rule.get("column") or rule["column_by_task"].get(task.value if task else "chat")
-        if column is None:
-            return "columns are found out by looking, or named under `columns` of the source"
-        return {} if value == column else {f"{source}.columns.{column}": value}
+    if "column" in rule:
+        return {} if value == rule["column"] else {f"{source}.columns.{rule['column']}": value}
     if "source" in rule:
         return _source_key(migration, value, rule["source"], source)
     if "to" not in rule:
@@ -223,22 +212,18 @@ def _targets(
 
 
 def _named(values: Mapping[str, Any], value: object) -> Any:
-    """Return what a rule's `values` say about a value, by its text or the last word of a dotted name; None: nothing."""
+    """Return what a rule's `values` say about a value, by its text; None: nothing."""
     text = scalar(value).strip('"').lower() if not isinstance(value, str) else value.lower()
-    for word in (text, text.rpartition(".")[2]):
-        if word in values:
-            return values[word]
-    names = (name for name in values if "*" in name)
-    return next(
-        (values[name] for name in names if fnmatchcase(text, name) or fnmatchcase(text.rpartition(".")[2], name)), None
-    )
+    if text in values:
+        return values[text]
+    return next((values[name] for name in values if "*" in name and fnmatchcase(text, name)), None)
 
 
 def _put_all(
     migration: Migration, key: str, value: object, targets: Mapping[str, Any], rule: Mapping[str, Any], source: str
 ) -> None:
     named = {f"{source}.{ours}" if ours in Source.model_fields else ours: one for ours, one in targets.items()}
-    multiplied = {"replaces": "any"} if rule.keys() & {"times", "extend"} else {}
+    multiplied = {"replaces": "any"} if "times" in rule else {}
     for ours, one in named.items():
         if problem := migration.put(ours, one, key, {**rule, **multiplied}):
             migration.settle(key, value, problem, ok=False)
@@ -279,12 +264,7 @@ def _source_key(migration: Migration, value: Any, name: str, source: str) -> dic
         return "name each file as `path` of a source"
     if value in ("json", "csv", "parquet", "text"):  # the files are named beside it
         return {}
-    found: dict[str, object] = {}
     path, local = value, _local(migration, value)
-    bare, _, limit = path.rpartition("#")
-    if local is None and limit.isdigit() and bare:
-        found[f"{source}.limit"], path = int(limit), bare
-        local = _local(migration, path)
     looks_local = path.startswith((".", "/", "~")) or path.lower().endswith(FILES)
     old = migration.settings.get(f"{source}.path")
     if old is not None and looks_local and str(old.value).startswith("hub:") and local is None:
@@ -295,9 +275,7 @@ def _source_key(migration: Migration, value: Any, name: str, source: str) -> dic
         local = path
     elif local is None and looks_local:
         local = os.path.relpath(os.path.expanduser(path), migration.folder)
-    name, _, subset = path.removeprefix("hf::").partition(":")
-    found |= {f"{source}.config": subset} if subset and local is None else {}
-    return found | {f"{source}.path": local or f"hub:{name}"}
+    return {f"{source}.path": local or f"hub:{path}"}
 
 
 def _local(migration: Migration, path: str) -> str | None:

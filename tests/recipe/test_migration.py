@@ -17,7 +17,7 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.migration import migrate, write_migrated
 
 
-def test_configurations_of_seven_tools_become_recipes_that_pass_the_check_and_no_key_is_silent(tmp_path: Path):
+def test_configurations_of_three_tools_become_recipes_that_pass_the_check_and_no_key_is_silent(tmp_path: Path):
     counts: dict[str, Counter] = {}
     configs = [*write_configs(tmp_path)]
     for tool, file in configs:
@@ -33,8 +33,8 @@ def test_configurations_of_seven_tools_become_recipes_that_pass_the_check_and_no
         assert "hf_secret" not in text
         counts.setdefault(tool, Counter(files=0)).update([one.state for one in migration.outcomes])
         counts[tool]["files"] += 1
-    assert len(configs) >= 80
-    assert len(counts) == 7
+    assert len(configs) >= 40
+    assert len(counts) == 3
     pages = Path(__file__).parents[2] / "docs" / "migrate.md"
     for tool, count in counts.items():
         numbers = " | ".join(str(count[name]) for name in ("files", "carried", "renamed", "refused"))
@@ -69,10 +69,10 @@ def config(tmp_path: Path, text: str, name: str = "config.yaml") -> Path:
 
 
 def test_a_file_of_no_known_tool_is_refused_with_the_tools_there_are(tmp_path: Path):
-    with pytest.raises(RecipeError, match="no tool has such keys: colour") as caught:
+    with pytest.raises(RecipeError, match="No known tool has these keys: colour") as caught:
         migrate(config(tmp_path, "colour: blue"), tmp_path / "out.yaml")
-    assert "--tool autotrain | axolotl" in caught.value.problems[0].fix
-    with pytest.raises(RecipeError, match="there is no tool 'axolot'"):
+    assert "--tool axolotl | llamafactory | trl" in caught.value.problems[0].fix
+    with pytest.raises(RecipeError, match="Tool 'axolot' is not known"):
         migrate(config(tmp_path, "colour: blue"), tmp_path / "out.yaml", "axolot")
     with pytest.raises(RecipeError, match="neither a mapping of keys nor a command"):
         migrate(config(tmp_path, "just words", "train.sh"), tmp_path / "out.yaml")
@@ -149,7 +149,6 @@ def test_a_first_row_that_cannot_be_read_decides_nothing(tmp_path: Path):
     ("tool", "share", "rows"),
     [
         ("axolotl", "val_set_size: 0.0", "test_datasets: [{path: v.jsonl}]"),
-        ("swift", "split_dataset_ratio: 0.01", "val_dataset: v.jsonl"),
         ("llamafactory", "val_size: 0.1", "eval_dataset: c/v"),
     ],
 )
@@ -165,8 +164,6 @@ def test_validation_rows_that_are_named_win_over_a_share(tmp_path: Path, tool: s
 @pytest.mark.parametrize(
     ("tool", "stated", "steps"),
     [
-        ("swift", "warmup_ratio: 0.0", 0),
-        ("swift", "", 0),
         ("trl", "warmup_steps: 0\nwarmup_ratio: 0.1", 0.1),
         ("trl", "warmup_ratio: 0.1\nwarmup_steps: 0", 0.1),
         ("llamafactory", "warmup_ratio: 0.1\nwarmup_steps: 20", 20),
@@ -196,7 +193,6 @@ def test_a_command_may_have_numbers_below_zero_windows_line_ends_and_variables_t
 @pytest.mark.parametrize(
     ("line", "tool", "task"),
     [
-        ("torchrun swift/cli/sft.py --model a/b --dataset c/d --task_type seq_cls", "ms-swift", "classify"),
         ("accelerate launch trl/scripts/dpo.py --model_name_or_path a/b --dataset_name c/d", "TRL", "preference"),
         ("pip install trl\ncd trl && trl dpo --model_name_or_path a/b --dataset_name c/d", "TRL", "preference"),
         ("accelerate launch -m axolotl.cli.train axolotl.yml", "axolotl", "completion"),
@@ -211,7 +207,7 @@ def test_a_tool_is_known_by_the_module_or_script_that_is_run(tmp_path: Path, lin
 
 
 def test_a_configuration_of_accelerate_is_no_configuration_of_a_tool(tmp_path: Path):
-    with pytest.raises(RecipeError, match="no tool has such keys: compute_environment"):
+    with pytest.raises(RecipeError, match="No known tool has these keys: compute_environment"):
         migrate(config(tmp_path, "compute_environment: LOCAL_MACHINE\nmixed_precision: bf16"), tmp_path / "out.yaml")
 
 
@@ -262,13 +258,32 @@ datasets:
     assert migration.moved["datasets[2].data_files"].state == "refused"
 
 
-def test_a_data_set_of_swift_has_its_subset_and_its_number_of_rows(tmp_path: Path):
-    script = "# it's one\nswift sft --model a/b --dataset c/d:two#20 'hf::e/f' --tuner_type lora # don't --lora_rank 3"
-    _, loaded = migrate(config(tmp_path, script, "train.sh"), tmp_path / "out.yaml")
-    found = [(one.path, one.config, one.limit) for one in loaded.recipe.data.train]
-    assert found == [("hub:c/d", "two", 20), ("hub:e/f", None, None)]
-    assert loaded.recipe.adapter.method == "lora"
-    assert loaded.recipe.adapter.r == 8
+RETIRED = {
+    "torchtune": {"model": {"_component_": "torchtune.models.llama3_2.lora_llama3_2_1b"}, "seed": 1, "batch_size": 4},
+    "Unsloth": {"model": "a/b", "data": {"dataset": "c/d"}, "training": {"training_type": "lora", "max_seq_length": 9}},
+    "ms-swift": {"model": "a/b", "tuner_type": "lora", "dataset": "c/d#500", "lora_rank": 8, "model_author": "me"},
+    "AutoTrain": {"task": "llm-sft", "base_model": "a/b", "project_name": "x", "backend": "local"},
+}
+COMMANDS = {
+    "torchtune": "tune run lora_finetune_single_device --config llama3_2/1B_lora epochs=2",
+    "Unsloth": "unsloth train --model a/b --dataset c/d",
+    "ms-swift": "NPROC_PER_NODE=2 swift sft --model a/b --dataset 'c/d#500'",
+    "AutoTrain": "autotrain llm --train --model a/b --data-path c/d",
+}
+
+
+@pytest.mark.parametrize("name", RETIRED)
+def test_files_and_commands_of_a_retired_tool_are_refused_with_what_to_do_instead(tmp_path: Path, name: str):
+    files = config(tmp_path, json.dumps(RETIRED[name])), config(tmp_path, COMMANDS[name], "train.sh")
+    for file in files:
+        with pytest.raises(RecipeError, match=f"Configurations of {name} are no longer migrated") as caught:
+            migrate(file, tmp_path / "out.yaml")
+        assert "Run `llmtune init ROWS`" in str(caught.value.problems[0].fix)
+
+
+def test_a_retired_tool_is_refused_by_its_name_too(tmp_path: Path):
+    with pytest.raises(RecipeError, match="Configurations of ms-swift are no longer migrated"):
+        migrate(config(tmp_path, "base_model: a/b"), tmp_path / "out.yaml", "swift")
 
 
 def test_secrets_in_a_mapping_are_not_written_and_a_guessed_task_is_said(tmp_path: Path):
