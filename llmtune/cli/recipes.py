@@ -23,6 +23,7 @@ def migrate_file(
 ) -> None:
     """Write the recipe beside the file, or to `out`, and print what became of each key."""
     from llmtune.recipe.migration import migrate, write_migrated
+    from llmtune.recipe.secrets import redact, redact_all
 
     target = out or file.with_name(f"{file.stem}.llmtune.yaml")
     if target.exists():
@@ -34,12 +35,14 @@ def migrate_file(
     if as_json:
         keys = [{"key": one.key, "state": one.state, "to": one.to, "why": one.why} for one in migration.outcomes]
         about = {"recipe": str(target), "tool": migration.config.table.tool, "task": loaded.recipe.task}
-        print_json(about | {"counts": counts, "keys": keys})
+        print_json(redact_all(about | {"counts": dict(counts), "keys": keys}))
         return
     console = stderr_console()
     for one in migration.outcomes:
         if one.state == "refused":
-            console.print(f"refused  {one.shown}: {one.why}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"refused  {one.shown}: {redact(one.why or '')}", markup=False, highlight=False, soft_wrap=True
+            )
     unset = [f"write {ours}: the file does not say it" for ours in migration.unset]
     for line in (*unset, *migration.config.table.decide):
         console.print(f"look     {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -19,13 +20,14 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.secrets import redact
 from llmtune.recipe.yaml_reader import label, parse_yaml, read_text, resolve_scalar
 
 Facts = Mapping[str, object]
 """Our keys with values."""
 ENDS = ("|", "||", "&&", ";", ">", "2>&1")
 """Words that end a command."""
-READ_LETTERS = 16 << 20
+READ_LETTERS = 4 << 20
 """How much of a file is read to find its first row."""
 
 
@@ -132,7 +134,9 @@ class ForeignConfig:
         best = tool or max(scores, key=lambda one: scores[one])
         if tool is None and scores[best][0] == 0:
             fix = f"Name the tool: --tool {' | '.join(tables())}."
-            raise RecipeError.of(f"No known tool has these keys: {', '.join(list(map(str, nested))[:8])}", name, fix)
+            raise RecipeError.of(
+                f"No known tool has these keys: {', '.join(redact(str(key)) for key in [*nested][:8])}", name, fix
+            )
         _refuse_retired(known[best], name)
         return cls(name, file.absolute().parent, known[best], dict(known[best].flatten(nested)), {})
 
@@ -248,10 +252,12 @@ def first_row(file: Path) -> Mapping[str, object]:
     if not file.is_file() or file.suffix.lower() not in (".jsonl", ".json", ".csv"):
         return {}
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        try:
-            if file.suffix.lower() == ".csv":
-                return dict.fromkeys(next(csv.reader(lines), []), "")
-            row, _ = json.JSONDecoder().raw_decode(lines.read(READ_LETTERS).lstrip().removeprefix("[").lstrip())
-        except (ValueError, RecursionError, csv.Error):
-            return {}
+        text = lines.read(READ_LETTERS)
+    try:
+        if file.suffix.lower() == ".csv":
+            whole = len(text) < READ_LETTERS or "\n" in text or "\r" in text
+            return dict.fromkeys(next(csv.reader(io.StringIO(text, newline="")), []) if whole else [], "")
+        row, _ = json.JSONDecoder().raw_decode(text.lstrip().removeprefix("[").lstrip())
+    except (ValueError, RecursionError, csv.Error):
+        return {}
     return row if isinstance(row, dict) else {}

@@ -12,6 +12,7 @@ from llmtune.recipe.foreign_config import ForeignConfig, first_row
 from llmtune.recipe.loader import LoadedRecipe, resolve
 from llmtune.recipe.migration_rules import Migration, Setting, apply_rule, move
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import redact
 from llmtune.recipe.yaml_reader import Node
 from llmtune.recipe.yaml_writer import scalar
 
@@ -162,7 +163,7 @@ def write_migrated(migration: Migration) -> str:
     lines += [f"#   {one.shown}: {one.why}" for one in refused]
     lines += [f"# As here, so that nothing is stated: {', '.join(same)}."] if same else []
     lines += [f"# Look: {line}." for line in config.table.decide]
-    return "".join(f"{''.join(c if c.isprintable() else '?' for c in line)}\n" for line in lines)
+    return redact("".join(f"{''.join(c if c.isprintable() else '?' for c in line)}\n" for line in lines))
 
 
 def _lines(name: str, value: Setting | Mapping[str, Any], indent: str) -> Iterator[str]:

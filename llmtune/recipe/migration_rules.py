@@ -24,11 +24,12 @@ from typing import Any, Literal
 from llmtune.errors import nearest
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.foreign_config import ForeignConfig, Table, mapping
+from llmtune.recipe.secrets import REMOVED, holds_secret, redact
 from llmtune.recipe.yaml_writer import scalar
 
 State = Literal["carried", "renamed", "refused"]
 VARIABLE = re.compile(r"\S*\$[A-Za-z_{(]")
-SECRET = re.compile(r"(?<!(eos|bos|pad|unk)_)token$|secret|password|api_key|webhook", re.IGNORECASE)
+NO_SECRETS = "a recipe holds no secrets: log in, or set an environment variable"
 UNKNOWN = "it is no key of this tool that llmtune knows"
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 WIDEST = 60
@@ -52,9 +53,8 @@ class Moved:
     @property
     def shown(self) -> str:
         """The key with its value, on one line; no secrets."""
-        names = [self.key, *(self.value if isinstance(self.value, dict) else ())]
-        text = "***" if any(SECRET.search(str(name)) for name in names) else scalar(self.value)
-        return f"{self.key}: {text if len(text) <= WIDEST else text[: WIDEST - 3] + '...'}"
+        text = REMOVED if holds_secret(self.key, self.value) else scalar(self.value)
+        return f"{redact(self.key)}: {text if len(text) <= WIDEST else text[: WIDEST - 3] + '...'}"
 
 
 @dataclass
@@ -137,13 +137,17 @@ def move(migration: Migration, key: str, value: object) -> None:
         return
     if rule is None:
         hint = nearest(key, list(migration.config.table.rules)).strip()
-        migration.settle(key, value, f"{UNKNOWN}. {hint}".strip(), ok=False)
+        why = NO_SECRETS if holds_secret(key, value) else f"{UNKNOWN}. {hint}".strip()
+        migration.settle(key, value, why, ok=False)
         return
     apply_rule(migration, key, value, rule, "data.train.0")
 
 
 def apply_rule(migration: Migration, key: str, value: object, rule: Mapping[str, Any], source: str) -> None:
     """Apply a rule to the value of a key; `source` is where keys of a source go."""
+    if "sources" not in rule and holds_secret(key, value):
+        migration.settle(key, value, rule.get("refuse", NO_SECRETS), ok=False)
+        return
     if isinstance(value, list) and len(value) == 1 and not rule.keys() & {"list", "sources", "listing"}:
         value = value[0] if _named(rule.get("values", {}), value) is None else value
     named = _named(rule.get("values", {}), value)
@@ -224,6 +228,9 @@ def _put_all(
 ) -> None:
     named = {f"{source}.{ours}" if ours in Source.model_fields else ours: one for ours, one in targets.items()}
     multiplied = {"replaces": "any"} if "times" in rule else {}
+    if any(holds_secret(ours, one) for ours, one in named.items()):
+        migration.settle(key, value, NO_SECRETS, ok=False)
+        return
     for ours, one in named.items():
         if problem := migration.put(ours, one, key, {**rule, **multiplied}):
             migration.settle(key, value, problem, ok=False)

@@ -2,14 +2,17 @@
 
 import csv
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.foreign_configs import write_configs
+from support.runs import invoke
 
 from llmtune.errors import RecipeError
 from llmtune.recipe.foreign_config import first_row, tables
@@ -129,6 +132,18 @@ def test_the_first_row_is_found_behind_a_byte_order_mark_and_in_a_long_array(tmp
     row = json.dumps({"messages": []})
     (tmp_path / "rows.json").write_bytes(mark + f"{start}{row},{'x' * (17 << 20 if start == '[' else 1)}".encode())
     assert first_row(tmp_path / "rows.json") == {"messages": []}
+
+
+def test_a_csv_without_line_breaks_is_read_up_to_a_bound(tmp_path: Path):
+    with (tmp_path / "rows.csv").open("w") as file:
+        for _ in range(64):
+            file.write("text," * 200_000)
+    tracemalloc.start()
+    try:
+        assert first_row(tmp_path / "rows.csv") == {}
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.fixture
@@ -284,6 +299,53 @@ def test_files_and_commands_of_a_retired_tool_are_refused_with_what_to_do_instea
 def test_a_retired_tool_is_refused_by_its_name_too(tmp_path: Path):
     with pytest.raises(RecipeError, match="Configurations of ms-swift are no longer migrated"):
         migrate(config(tmp_path, "base_model: a/b"), tmp_path / "out.yaml", "swift")
+
+
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
+PASSWORD = "https://ada:lovelace@rows.example/a.jsonl"
+PLACES = {
+    "axolotl": [
+        *("run_name", "base_model", "default_system_message", "chat_template_jinja", "hf_use_auth_token"),
+        *("wandb_project", "comet_api_key", "chat_template_kwargs.note", "special_tokens.pad_token", "no_such_key"),
+        *("datasets.0.path", "datasets.0.revision", "datasets.0.field", "datasets.0.no_such_key", "output_dir"),
+    ],
+    "llamafactory": [
+        *("run_name", "model_name_or_path", "default_system", "dataset", "dataset_dir", "hf_hub_token", "ms_hub_token"),
+        *("swanlab_api_key", "swanlab_lark_webhook_url", "adapter_name_or_path", "lora_target", "add_tokens"),
+    ],
+    "trl": [
+        *("run_name", "model_name_or_path", "dataset_name", "dataset_config", "hub_token", "eos_token", "env.WANDB"),
+        *("chat_template_path", "dataset_text_field", "lora_target_modules", "model_init_kwargs.x", "report_to"),
+    ],
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "secret", [TOKEN, PASSWORD, "https://rows.example/a.jsonl?X-Amz-Signature=0123abcdef"], ids=str
+)
+@pytest.mark.parametrize(("tool", "place"), [(tool, place) for tool, places in PLACES.items() for place in places])
+def test_no_secret_reaches_the_recipe_or_the_terminal(tool: str, place: str, secret: str):
+    stated: Any = secret
+    for name in reversed(place.split(".")):
+        stated = [stated] if name == "0" else {name: stated}
+    Path("config.yaml").write_text(json.dumps({"learning_rate": 1e-4, **stated}), "utf-8")
+    hidden = next(part for part in (TOKEN, "lovelace", "0123abcdef") if part in secret)
+    for more in ([], ["--json"]):
+        done = invoke("recipes", "migrate", "config.yaml", "--tool", tool, "--out", f"out{len(more)}.yaml", *more)
+        assert done.exit_code == 0, done.stderr
+        assert hidden not in done.stdout + done.stderr + Path(f"out{len(more)}.yaml").read_text("utf-8")
+
+
+def test_secrets_of_a_listed_data_set_and_of_unknown_files_are_not_shown(tmp_path: Path):
+    config(tmp_path, json.dumps({"one": {"hf_hub_url": PASSWORD, "subset": TOKEN}}), "dataset_info.json")
+    stated = {"stage": "sft", "model_name_or_path": "a/b", "dataset_dir": ".", "dataset": "one"}
+    migration, _ = migrate(config(tmp_path, json.dumps(stated)), tmp_path / "out.yaml")
+    assert migration.moved["dataset"].state == "refused"
+    assert "lovelace" not in write_migrated(migration)
+    with pytest.raises(RecipeError) as caught:
+        migrate(config(tmp_path, json.dumps({TOKEN: 1})), tmp_path / "out.yaml")
+    assert TOKEN not in str(caught.value)
 
 
 def test_secrets_in_a_mapping_are_not_written_and_a_guessed_task_is_said(tmp_path: Path):
