@@ -38,15 +38,18 @@ def migrate_file(
         print_json(redact_all(about | {"counts": dict(counts), "keys": keys}))
         return
     console = stderr_console()
+    unneeded = [redact(one.key) for one in migration.outcomes if one.state == "not needed"]
     for one in migration.outcomes:
         if one.state == "refused":
             console.print(
                 f"refused  {one.shown}: {redact(one.why or '')}", markup=False, highlight=False, soft_wrap=True
             )
+    if unneeded:
+        console.print(f"not needed  {', '.join(unneeded)}", markup=False, highlight=False, soft_wrap=True)
     unset = [f"write {ours}: the file does not say it" for ours in migration.unset]
-    for line in (*unset, *migration.config.table.decide):
+    for line in (*unset, *migration.looks):
         console.print(f"look     {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    table = ", ".join(f"{counts[state]} {state}" for state in ("carried", "renamed", "refused"))
+    table = ", ".join(f"{counts[state]} {state}" for state in ("carried", "renamed", "not needed", "refused"))
     typer.echo(f"wrote {target} (from {migration.config.table.tool}, task {loaded.recipe.task}); keys: {table}")
     typer.echo(f"next: llmtune recipes check {target}")
 
@@ -63,7 +66,7 @@ def migrate(
     task: Annotated[str | None, typer.Option("--task", help="The task, where the file does not say it.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn another tool's configuration into a recipe: each key carried, renamed, or refused with the reason."""
+    """Turn another tool's configuration into a recipe: each key carried, renamed, not needed, or refused."""
     migrate_file(file, out, tool, task, as_json)
 
 

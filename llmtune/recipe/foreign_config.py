@@ -46,6 +46,7 @@ class Table:
     defaults: Facts = field(default_factory=dict)
     task_defaults: Mapping[str, Facts] = field(default_factory=dict)
     always: Facts = field(default_factory=dict)
+    task_always: Mapping[str, Facts] = field(default_factory=dict)
     columns: Mapping[str, Facts] = field(default_factory=dict)
     guesses: Mapping[str, Facts] = field(default_factory=dict)
     decide: tuple[str, ...] = ()
@@ -56,6 +57,7 @@ class Table:
         rules: dict[str, Mapping[str, Any]] = dict(below.rules) if below else {}
         rules |= {key: {"to": f"{section}.{key}"} for section, keys in values.get("same", {}).items() for key in keys}
         rules |= {key: {"refuse": why} for why, keys in values.get("refused", {}).items() for key in keys}
+        rules |= {key: {"unneeded": why} for why, keys in values.get("unneeded", {}).items() for key in keys}
         rules |= {key: {"to": rule} if isinstance(rule, str) else rule for key, rule in values.get("keys", {}).items()}
         parts: dict[str, Any] = {name: tuple(part) if isinstance(part, list) else part for name, part in values.items()}
         names = cls.__dataclass_fields__.keys() - {"rules"}

@@ -40,7 +40,7 @@ def test_configurations_of_three_tools_become_recipes_that_pass_the_check_and_no
     assert len(counts) == 3
     pages = Path(__file__).parents[2] / "docs" / "migrate.md"
     for tool, count in counts.items():
-        numbers = " | ".join(str(count[name]) for name in ("files", "carried", "renamed", "refused"))
+        numbers = " | ".join(str(count[name]) for name in ("files", "carried", "renamed", "not needed", "refused"))
         assert f"| {tables()[tool].tool} | {numbers} | 0 |" in pages.read_text("utf-8")
 
 
@@ -252,7 +252,7 @@ def test_columns_of_a_listed_data_set_are_mapped_or_refused(tmp_path: Path):
     migration, loaded = migrate(config(tmp_path, json.dumps(stated)), tmp_path / "out.yaml")
     assert loaded.recipe.data.train[0].columns == {"label": "good"}
     refused = [one.key for one in migration.outcomes if one.state == "refused"]
-    assert refused == ["dataset_dir", "data.train.0.role_tag", "dataset (data.train.0.columns.images)"]
+    assert refused == ["data.train.0.role_tag", "dataset (data.train.0.columns.images)"]
 
 
 def test_each_file_of_a_source_is_a_source_with_its_format_and_an_address_stays_one(tmp_path: Path):
@@ -353,3 +353,176 @@ def test_secrets_in_a_mapping_are_not_written_and_a_guessed_task_is_said(tmp_pat
     migration, _ = migrate(config(tmp_path, text), tmp_path / "out.yaml", "trl")
     assert "hf_secret" not in write_migrated(migration)
     assert migration.unset == ["task"]
+
+
+PACKED = {
+    "axolotl": "base_model: a/b\nsample_packing: true\nmicro_batch_size: 2\nsequence_len: 2048",
+    "llamafactory": "stage: sft\nneat_packing: true\nper_device_train_batch_size: 2\ncutoff_len: 2048",
+    "trl": "model_name_or_path: a/b\npacking: true\nper_device_train_batch_size: 2\nmax_length: 2048",
+}
+
+
+@pytest.mark.parametrize("tool", PACKED)
+def test_a_step_of_packed_sequences_becomes_a_step_of_as_many_tokens(tmp_path: Path, tool: str):
+    text = f"{PACKED[tool]}\ngradient_accumulation_steps: 4\nlearning_rate: 1.0e-4"
+    migration, loaded = migrate(config(tmp_path, text), tmp_path / "out.yaml", tool)
+    assert loaded.recipe.train.batch_tokens == 2 * 4 * 2048
+    assert "train.batch_size" not in migration.settings
+    assert migration.moved["gradient_accumulation_steps"].to == ("train.batch_tokens",)
+    unpacked = text.replace("packing: true", "packing: false")
+    _, loaded = migrate(config(tmp_path, unpacked), tmp_path / "out.yaml", tool)
+    assert (loaded.recipe.train.batch_tokens, loaded.recipe.train.batch_size) == (None, 8)
+
+
+@pytest.mark.parametrize(
+    ("tool", "stated", "tokens"),
+    [
+        ("axolotl", "sample_packing: true", 512),
+        ("llamafactory", "packing: true", 8 * 2048),
+        ("llamafactory", "stage: pt", 8 * 2048),
+        ("trl", "packing: true", 8 * 1024),
+        ("axolotl", "sample_packing: true\nrl: dpo", None),
+        ("llamafactory", "stage: dpo\npacking: true", None),
+        ("llamafactory", "stage: pt\npacking: false", None),
+        ("trl", "padding_free: true", None),
+        ("trl", "packing: true\nmax_length: words", None),
+    ],
+)
+def test_sizes_that_are_not_stated_count_with_the_tools_defaults(
+    tmp_path: Path, tool: str, stated: str, tokens: int | None
+):
+    _, loaded = migrate(config(tmp_path, f"learning_rate: 1.0e-4\n{stated}"), tmp_path / "out.yaml", tool)
+    assert loaded.recipe.train.batch_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("stated", "alpha"),
+    [
+        ("", 16),
+        ("lora_rank: 64", 128),
+        ("lora_rank: 64\nlora_alpha: null", 128),
+        ("lora_rank: 64\nlora_alpha: 16", 16),
+        ("lora_rank: null", 16),
+    ],
+)
+def test_llamafactorys_alpha_is_twice_its_rank_where_it_is_not_stated(tmp_path: Path, stated: str, alpha: int):
+    text = f"stage: sft\nfinetuning_type: lora\n{stated}"
+    _, loaded = migrate(config(tmp_path, text), tmp_path / "out.yaml", "llamafactory")
+    assert loaded.recipe.adapter.lora_alpha == alpha
+
+
+@pytest.mark.parametrize(
+    ("rows", "stated", "train_on"),
+    [
+        (None, "", "all"),
+        (None, "assistant_only_loss: false", "all"),
+        (None, "assistant_only_loss: true", "assistant"),
+        ({"messages": []}, "assistant_only_loss: false", "all"),
+        ({"messages": []}, "assistant_only_loss: true", "assistant"),
+        ({"prompt": [], "completion": []}, "assistant_only_loss: false", "assistant"),
+        ({"prompt": [], "completion": []}, "completion_only_loss: false", "all"),
+    ],
+)
+def test_what_trl_learns_of_a_conversation(tmp_path: Path, rows: object, stated: str, train_on: str):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows), "utf-8")
+    name = "rows.jsonl" if rows else "c/d"
+    text = f"model_name_or_path: a/b\ndataset_name: {name}\n{stated}"
+    _, loaded = migrate(config(tmp_path, text), tmp_path / "out.yaml", "trl")
+    assert loaded.recipe.data.train_on == train_on
+
+
+@pytest.mark.parametrize(
+    ("stated", "rate", "dropout"),
+    [
+        ("", 2e-5, 0.05),
+        ("beta: 0.1", 1e-6, 0.0),
+        ("beta: 0.1\nlora_dropout: 0.2", 1e-6, 0.0),
+        ("beta: 0.1\nlora_dropout: 0.2\ndisable_dropout: false", 1e-6, 0.2),
+        ("center_rewards_coefficient: 0.1", 1e-4, 0.0),
+    ],
+)
+def test_trls_defaults_are_those_of_its_trainer(tmp_path: Path, stated: str, rate: float, dropout: float):
+    text = f"model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: true\n{stated}"
+    migration, loaded = migrate(config(tmp_path, text), tmp_path / "out.yaml", "trl")
+    assert (loaded.recipe.train.learning_rate, loaded.recipe.adapter.lora_dropout) == (rate, dropout)
+    if dropout == 0 and "lora_dropout" in stated:
+        assert migration.moved["lora_dropout"].state == "not needed"
+
+
+def test_texts_are_split_where_llamafactory_packs_them(tmp_path: Path):
+    text = "stage: pt\nmodel_name_or_path: a/b\ndataset: c/d"
+    _, loaded = migrate(config(tmp_path, text), tmp_path / "out.yaml")
+    assert (loaded.recipe.data.on_overlong, loaded.recipe.data.packing) == ("split", True)
+
+
+def test_a_limit_on_samples_reaches_every_source_and_the_lower_limit_wins(tmp_path: Path):
+    listed = {
+        "one": {"file_name": "a.json"},
+        "two": {"file_name": "b.json", "num_samples": 5},
+        "three": {"file_name": "c"},
+    }
+    config(tmp_path, json.dumps(listed), "dataset_info.json")
+    stated = {"stage": "sft", "max_samples": 10, "model_name_or_path": "a/b", "dataset_dir": ".", "dataset": "one,two"}
+    _, loaded = migrate(config(tmp_path, json.dumps(stated | {"eval_dataset": "three"})), tmp_path / "out.yaml")
+    assert [source.limit for source in loaded.recipe.data.train] == [10, 5]
+    assert loaded.recipe.data.validation[0].limit == 10
+
+
+@pytest.mark.parametrize(
+    ("tool", "stated", "found"),
+    [
+        ("trl", "truncation_mode: keep_end", "data.on_overlong=truncate"),
+        ("trl", "packing_strategy: bfd_split", "data.on_overlong=split"),
+        ("trl", "loss_type: dft", "train.loss_type=dft"),
+        ("llamafactory", "use_dft_loss: true", "train.loss_type=dft"),
+        ("axolotl", "noisy_embedding_alpha: 5", "train.neftune_noise_alpha=5"),
+        ("trl", "eval_strategy: steps\ndataset_name: c/d", "data.validation.0.split=test"),
+        ("trl", "eval_strategy: steps\ndataset_test_split: dev\ndataset_name: c/d", "data.validation.0.split=dev"),
+    ],
+)
+def test_what_llmtune_has_under_another_name_is_not_refused(tmp_path: Path, tool: str, stated: str, found: str):
+    migration, _ = migrate(config(tmp_path, f"learning_rate: 1.0e-4\n{stated}"), tmp_path / "out.yaml", tool)
+    ours, _, value = found.partition("=")
+    assert str(migration.settings[ours].value) == value
+    assert not [one.key for one in migration.outcomes if one.state == "refused"]
+
+
+def test_alpaca_rows_of_axolotl_have_no_chat_template_there_and_the_user_hears_it(tmp_path: Path):
+    text = "base_model: a/b\ndatasets: [{path: c/d, type: TYPE}]"
+    looks = {}
+    for kind in ("alpaca", "chat_template"):
+        migration, _ = migrate(config(tmp_path, text.replace("TYPE", kind)), tmp_path / "out.yaml")
+        looks[kind] = "; ".join(migration.looks)
+    assert "Below is an instruction" in looks["alpaca"]
+    assert "formats conversations with its `chat_template`" in looks["chat_template"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "stated"),
+    [
+        ("trl", "dataset_name: imdb"),
+        ("axolotl", "datasets: [{path: imdb, type: completion}]"),
+        ("llamafactory", "stage: sft\ndataset: identity"),
+    ],
+)
+def test_a_name_without_an_owner_is_not_taken_for_one_on_the_hub(tmp_path: Path, tool: str, stated: str):
+    migration, loaded = migrate(config(tmp_path, stated), tmp_path / "out.yaml", tool)
+    assert "data.train.0.path" in migration.unset
+    assert loaded.recipe.data.train[0].path.endswith("rows.jsonl")
+    assert [one for one in migration.outcomes if one.state == "refused"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "keys"),
+    [
+        ("axolotl", {"dataset_prepared_path": "x", "tf32": True, "eval_sample_packing": True, "output_dir": "x"}),
+        ("llamafactory", {"overwrite_cache": True, "preprocessing_num_workers": 16, "plot_loss": True}),
+        ("trl", {"dataset_num_proc": 4, "eval_strategy": "no", "ddp_timeout": 9, "logging_first_step": True}),
+        ("trl", {"use_peft": False, "lora_r": 8}),
+    ],
+)
+def test_a_key_that_changes_nothing_is_not_needed(tmp_path: Path, tool: str, keys: dict[str, object]):
+    migration, _ = migrate(config(tmp_path, json.dumps(keys)), tmp_path / "out.yaml", tool)
+    assert "refused" not in {one.state for one in migration.outcomes}
+    assert "not needed" in {one.state for one in migration.outcomes}
+    assert "# Not needed:" in write_migrated(migration)
