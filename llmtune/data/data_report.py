@@ -14,11 +14,11 @@ from llmtune.data.examples import ExampleReader
 from llmtune.data.system_message import added_system_message
 from llmtune.data.task_interface import TaskInterface
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import redact_all
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Examples, Rows
 from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
-from llmtune.report.redaction import redact_all
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.run_sections import filled_sentence, lost_sentence
 

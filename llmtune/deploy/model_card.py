@@ -18,11 +18,12 @@ from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.licenses import UNKNOWN, find_license
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import redact
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.metric_info import METRIC_NOTES
 from llmtune.report.number_format import missing
-from llmtune.report.redaction import hide_paths, is_local_path, redact
+from llmtune.report.redaction import hide_paths, is_local_path
 from llmtune.report.render_markdown import code, plain, render_section
 from llmtune.report.report_record import Seeds
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections

@@ -22,8 +22,9 @@ from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.model.licenses import LICENSES
 from llmtune.model.resolve import NO_ANSWER
+from llmtune.recipe.secrets import redact
 from llmtune.records import Evaluation
-from llmtune.report.redaction import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
+from llmtune.report.redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, read_json, staged, write_json, write_text
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run

@@ -9,8 +9,8 @@ from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import redact_all
 from llmtune.records import Evaluation
-from llmtune.report.redaction import redact_all
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, collect_facts
 from llmtune.report.verdict import describe_spread, verdict

@@ -9,8 +9,8 @@ from pathlib import Path
 from xml.etree import ElementTree as Tree  # written, never read: nothing of it can be attacked
 
 from llmtune.errors import GateFailed, LlmtuneError
+from llmtune.recipe.secrets import redact_all
 from llmtune.report.number_format import score
-from llmtune.report.redaction import redact_all
 from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import write_text
 

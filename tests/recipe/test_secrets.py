@@ -1,6 +1,6 @@
 import pytest
 
-from llmtune.report.redaction import redact, redact_all
+from llmtune.recipe.secrets import holds_secret, redact, redact_all
 
 SECRETS = [
     "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
@@ -32,6 +32,8 @@ def test_known_tokens_are_removed_wherever_they_stand(secret):
         ("HF_TOKEN: 'quite secret'", "quite", "HF_TOKEN"),
         ("api_key: mine", "mine", "api_key"),
         ("https://ada:lovelace@example.org/x", "lovelace", "example.org/x"),
+        ("https://0123456789abcdef0123@example.org/x", "0123456789abcdef0123", "example.org/x"),
+        ("https://example.org/x?page=2&X-Amz-Signature=0123abcd&a=1", "0123abcd", "&a=1"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "MIIE", "[removed]"),
     ],
 )
@@ -50,6 +52,8 @@ def test_what_is_given_as_a_secret_is_removed_and_the_rest_stays(text, gone, kep
         "tokens_per_second: 1533",
         "sk-learn, sha256 3f1c3f1c3f1c3f1c3f1c3f1c3f1c3f1c",
         "http://localhost:8080/a@b",
+        "ssh://git@example.org/x",
+        "https://example.org/x?tokens=3&page=2",
         "the bearer of this letter",
         "task-classification-of-many-things",
     ],
@@ -67,3 +71,34 @@ def test_values_of_secret_keys_are_removed_at_any_depth():
 
 def test_secrets_in_keys_are_removed_too():
     assert SECRETS[0] not in str(redact_all({SECRETS[0]: 1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hub_token", "quite ordinary"),
+        ("wandb.token", 12345),
+        ("env", {"HF_TOKEN": "quite ordinary"}),
+        ("chat_template_kwargs", {"a": [{"db_password": "x"}]}),
+        ("swanlab_lark_webhook_url", "https://example.org/x"),
+        ("run_name", ["a", SECRETS[0]]),
+        (SECRETS[0], "x"),
+    ],
+)
+def test_a_setting_is_secret_by_its_name_or_by_the_shape_of_its_value(name: str, value: object):
+    assert holds_secret(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eos_token", "</s>"),
+        ("special_tokens", {"pad_token": "<pad>", "mask_token": "<mask>"}),
+        ("use_auth_token", True),
+        ("hub_token", None),
+        ("max_new_tokens", 20),
+        ("split_special_tokens", "a"),
+    ],
+)
+def test_settings_of_the_tokenizer_are_not_secret(name: str, value: object):
+    assert not holds_secret(name, value)
