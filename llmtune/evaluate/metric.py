@@ -14,12 +14,15 @@ import numpy as np
 
 from llmtune.evaluate.paired_statistics import (
     BOOTSTRAP,
+    Ends,
     Floats,
     Formula,
     Ranking,
     Weighted,
     difference,
     difference_weighted,
+    pair_ends,
+    share_ends,
     unknown,
 )
 from llmtune.records import Difference
@@ -38,6 +41,8 @@ class Measure:
     ranking: Ranking | None = None
     at: tuple[int, ...] = ()
     """[N] indexes of these rows into the evaluated rows."""
+    ends: Ends | None = None
+    """A row at either end of the metric's range; None where it has no bounds."""
 
     @property
     def value(self) -> float:
@@ -101,11 +106,21 @@ def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
     assert base.metric == tuned.metric
     rows = len(base.sums_NK)
     assert rows == len(tuned.sums_NK)
+    ends = tuned.ends
     if tuned.formula is not None:
-        return difference(base.sums_NK, tuned.sums_NK, tuned.formula, right_wrong=tuned.right_wrong, seed=seed)
-    if rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
+        sums = base.sums_NK, tuned.sums_NK
+        return difference(*sums, tuned.formula, right_wrong=tuned.right_wrong, seed=seed, ends=ends)
+    if ends is None and rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, BOOTSTRAP)
-    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed)
+    with_ends = None
+    if ends is not None and rows:
+        ends_22K = pair_ends(ends(np.concatenate([base.sums_NK, tuned.sums_NK])))
+        base_also, tuned_also = (
+            replace(one, sums_NK=np.concatenate([one.sums_NK, ends_22K[:, which]])).resampled
+            for which, one in enumerate((base, tuned))
+        )
+        with_ends = base_also, tuned_also
+    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed, with_ends=with_ends)
 
 
 def ratio(sums: Floats) -> Floats:
@@ -118,7 +133,12 @@ def measure_right(
     right: Sequence[bool], metric: str, signature: str = "texts equal once outer white space is stripped"
 ) -> Measure:
     """Build a right-or-wrong metric from one answer a row."""
-    return replace(measure_means(metric, [float(one) for one in right], signature), right_wrong=True)
+    return replace(measure_shares(metric, [float(one) for one in right], signature), right_wrong=True)
+
+
+def measure_shares(metric: str, values: Sequence[float], signature: str) -> Measure:
+    """Build a metric that is the mean of one number a row, from 0 to 1."""
+    return replace(measure_means(metric, values, signature), ends=share_ends)
 
 
 def measure_means(metric: str, values: Sequence[float], signature: str) -> Measure:

@@ -24,6 +24,8 @@ Weighted = Callable[[Floats], Floats]
 """Maps how often each row is drawn [R, N] to the metric's values [R]."""
 Ranking = Callable[[Floats], Weighted]
 """Makes that of the numbers of each row [N, K], for a metric that no sums are enough for."""
+Ends = Callable[[Floats], tuple[Floats, Floats]]
+"""Maps the rows of both models [M, K] to a row [K] at either end of the metric's range (`range_ends`)."""
 
 RESAMPLES = 5000
 CHUNK_CELLS = 200_000
@@ -35,11 +37,14 @@ ALL_SWAPS = 12
 POWER = 0.8
 """Share of repetitions in which a difference that is there is shown."""
 MOST_STEPS = 20
+BEYOND = 0.75
+"""How far an end of an interval moves, in rows: counts of lost rows are whole numbers, and quantiles fall between."""
 SWAPS, BOOTSTRAP, MCNEMAR = "paired permutation", "paired bootstrap", "McNemar mid-p"
 METHOD = (
     f"95 %, paired bootstrap over rows, {RESAMPLES} resamples, expanded percentiles; resamples without a value are "
     f"left out if they are no more than 1 in 100; p by {RESAMPLES} paired permutations (ranks: by the bootstrap); "
-    "right-or-wrong metrics with one pseudo-row of either disagreement, and p by McNemar's test, mid-p"
+    "bounded metrics with one pseudo-row at either end of their range; right-or-wrong metrics with p by McNemar's "
+    "test, mid-p"
 )
 
 
@@ -51,43 +56,81 @@ def difference(
     right_wrong: bool,
     seed: int,
     resamples: int = RESAMPLES,
+    ends: Ends | None = None,
 ) -> Difference:
     """Compare two models on the same rows.
 
     `base_NK` and `tuned_NK` hold each row's sums. The interval is the bootstrap percentile interval with the tails
     widened for small samples as in Hesterberg, "What Teachers Should Know About the Bootstrap", 2015.
-    Right-or-wrong metrics (`right_wrong`, sums [right, 1]) get one pseudo-row of either disagreement in the resampling,
-    after Bonett and Price, "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired
-    Data", 2012: without it the interval of ten rows that all got better would be a single point. Their p is McNemar's;
-    that of all others comes from swapping the answers of the two models, row by row.
+    Bounded metrics (`ends`) get two pseudo-rows in the resampling, in which the models lie as far apart as the metric
+    allows, either way. Right-or-wrong metrics (`right_wrong`, sums [right, 1]) get them after Bonett and Price,
+    "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data", 2012: without
+    them the interval of ten rows that all got better would be a single point. The ends of other bounded metrics also
+    move apart by a part of a row, so that a model that is worse by exactly the margin of a gate passes it in at most
+    4 of 100 runs, whatever the share of equal answers. The p of right-or-wrong metrics is McNemar's; that of all others
+    comes from swapping the answers of the two models, row by row.
     With fewer than two rows, or more than one in a hundred resamples without a finite value, the interval is NaN and
     p is 1.
     """
-    rows = len(base_NK)
+    rows, ends = len(base_NK), share_ends if right_wrong else ends
     value = float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
     if rows < 2:
         return unknown(value, rows)
     paired_N2K = np.stack([base_NK, tuned_NK], axis=1)
-    if right_wrong:
-        paired_N2K = np.concatenate([paired_N2K, [[[0.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [0.0, 1.0]]]])
-    elif np.array_equal(base_NK, tuned_NK):
+    if ends is None and np.array_equal(base_NK, tuned_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, SWAPS)
-    found = interval(value, resample(paired_N2K, formula, seed, resamples), rows)
+    ends_22K = pair_ends(ends(np.concatenate([base_NK, tuned_NK]))) if ends else paired_N2K[:0]
+    found = interval(value, resample(np.concatenate([paired_N2K, ends_22K]), formula, seed, resamples), rows)
     if not np.isfinite(found.low):
         return found
     if right_wrong:
         return replace(found, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
+    totals_22K = paired_N2K.sum(0) + ends_22K
+    found = move_apart(found, formula(totals_22K[:, 1]) - formula(totals_22K[:, 0])) if ends else found
     return replace(found, p=permutation_p(base_NK, tuned_NK, formula, seed, resamples), test=SWAPS)
 
 
-def difference_weighted(base: Weighted, tuned: Weighted, rows: int, *, seed: int) -> Difference:
-    """Compare two models on the same N rows as `difference` does, by a metric that no sums are enough for."""
+def difference_weighted(
+    base: Weighted, tuned: Weighted, rows: int, *, seed: int, with_ends: tuple[Weighted, Weighted] | None = None
+) -> Difference:
+    """Compare two models on the same N rows as `difference` does, by a metric that no sums are enough for.
+
+    `with_ends` are the two of a bounded metric over two rows more, the pairs of `pair_ends`.
+    """
     once_1N = np.ones((1, rows))
     value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
     if rows < 2:
         return unknown(value, rows)
-    drawn = draw_counts(rows, seed, RESAMPLES)
-    return interval(value, np.concatenate([tuned(counts_RN) - base(counts_RN) for counts_RN in drawn]), rows)
+    base, tuned = with_ends or (base, tuned)
+    drawn = draw_counts(rows + 2 * (with_ends is not None), seed, RESAMPLES)
+    found = interval(value, np.concatenate([tuned(counts_RN) - base(counts_RN) for counts_RN in drawn]), rows)
+    if with_ends is None or not np.isfinite(found.low):
+        return found
+    one_end_2N = np.concatenate([np.ones((2, rows)), np.eye(2)], axis=1)
+    return move_apart(found, tuned(one_end_2N) - base(one_end_2N))
+
+
+def share_ends(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """(right, counted): nothing right, and everything, in a row of average length."""
+    counted = float(sums_MK[:, 1].mean())
+    return np.array([0.0, counted]), np.array([counted, counted])
+
+
+def pair_ends(ends: tuple[Floats, Floats]) -> Floats:
+    """Return two pseudo-rows [2, (base, tuned), K]: the tuned model at the better end, then at the worse one."""
+    worst, best = ends
+    return np.array([[worst, best], [best, worst]])
+
+
+def move_apart(found: Difference, values_2: Floats) -> Difference:
+    """Move the ends of an interval outwards by a part of what one more row could change.
+
+    `values_2` are the differences with one pseudo-row of either kind. It corrects a discrete count for continuity: the
+    bootstrap's quantile of a few lost rows falls short of the exact one by about a row.
+    """
+    changes = np.nan_to_num(values_2 - found.value)
+    down, up = float(min(changes.min(), 0)), float(max(changes.max(), 0))
+    return replace(found, low=found.low + BEYOND * down, high=found.high + BEYOND * up)
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:

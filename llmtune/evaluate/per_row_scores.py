@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from llmtune.evaluate.classification_metrics import (
 )
 from llmtune.evaluate.metric import Measure, PairedMeasures, difference_of_ratios, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
+from llmtune.evaluate.range_ends import ENDS
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, error_rate, exponential_ratio, ter_formula
 from llmtune.records import Rows
 from llmtune.store.atomic_files import explained
@@ -63,6 +64,8 @@ class Description(TypedDict):
     formula: str
     right_wrong: bool
     signature: str
+    ends: NotRequired[str | None]
+    """Name of the rows at the ends of its range; earlier versions had none."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def pack_measures(scores: PerRowScores) -> bytes:
 def describe(measure: Measure) -> Description:
     """Describe how a metric is computed from its sums: by the name of its formula, or its own for one of ranks."""
     formula = next((name for name, known in FORMULAS.items() if known is measure.formula), measure.metric)
-    return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature}
+    ends = next((name for name, known in ENDS.items() if known is measure.ends), None)
+    return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature, "ends": ends}
 
 
 def load_measures(folder: Path) -> PerRowScores:
@@ -161,4 +165,5 @@ def rebuild(metric: str, sums_NK: Floats, at: tuple[int, ...], described: Descri
     name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]
     ranking = RANKINGS.get(BINARY if signature == BINARY else name)
     formula = FORMULAS[name] if ranking is None else None
-    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at)
+    ends = ENDS.get(described.get("ends") or "")
+    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at, ends)
