@@ -193,7 +193,11 @@ def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, 
     assert inputs is not None
     metrics = dict.fromkeys((*inputs.metrics, CUT_METRIC))
     measures = {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
-    return {metric: one for metric, one in measures.items() if one is not None and len(one.sums_NK)}
+    return {
+        metric: one.in_clusters(inputs.clusters)
+        for metric, one in measures.items()
+        if one is not None and len(one.sums_NK)
+    }
 
 
 def measure_one(

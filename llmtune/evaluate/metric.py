@@ -43,6 +43,8 @@ class Measure:
     """[N] indexes of these rows into the evaluated rows."""
     ends: Ends | None = None
     """A row at either end of the metric's range; None where it has no bounds."""
+    clusters: tuple[int, ...] = ()
+    """[N] equal for rows that belong together, which are drawn and swapped together; empty where each is alone."""
 
     @property
     def value(self) -> float:
@@ -64,8 +66,16 @@ class Measure:
 
     def subset(self, rows: Collection[int]) -> Measure:
         """Return the metric of those rows alone whose index is in `rows`."""
-        kept = [n for n, row in enumerate(self.at) if row in rows]
-        return replace(self, sums_NK=self.sums_NK[kept], at=tuple(self.at[n] for n in kept))
+        return self.take([n for n, row in enumerate(self.at) if row in rows])
+
+    def take(self, numbers: Sequence[int]) -> Measure:
+        """Return the metric of its rows of these numbers, in that order."""
+        at, clusters = (tuple(part[n] for n in numbers) if part else () for part in (self.at, self.clusters))
+        return replace(self, sums_NK=self.sums_NK[list(numbers)], at=at, clusters=clusters)
+
+    def in_clusters(self, clusters: Sequence[int]) -> Measure:
+        """Return it with what belongs together, by index into the evaluated rows as in `at`."""
+        return replace(self, clusters=tuple(clusters[row] for row in self.at)) if clusters else self
 
 
 @dataclass(frozen=True)
@@ -102,14 +112,19 @@ class PairedMeasures:
 
 
 def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
-    """Return tuned minus base with its 95 % interval; both must hold the same rows in the same order."""
+    """Return tuned minus base with its 95 % interval; both must hold the same rows in the same order.
+
+    What belongs together is drawn together, as `tuned` has it, or `base` where that alone knows.
+    """
     assert base.metric == tuned.metric
     rows = len(base.sums_NK)
     assert rows == len(tuned.sums_NK)
-    ends = tuned.ends
+    ends, clusters = tuned.ends, tuned.clusters or base.clusters
+    if len(set(clusters)) == rows:
+        clusters = ()
     if tuned.formula is not None:
-        sums = base.sums_NK, tuned.sums_NK
-        return difference(*sums, tuned.formula, right_wrong=tuned.right_wrong, seed=seed, ends=ends)
+        sums, right_wrong = (base.sums_NK, tuned.sums_NK), tuned.right_wrong
+        return difference(*sums, tuned.formula, right_wrong=right_wrong, seed=seed, ends=ends, clusters=clusters)
     if ends is None and rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, BOOTSTRAP)
     with_ends = None
@@ -120,7 +135,7 @@ def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
             for which, one in enumerate((base, tuned))
         )
         with_ends = base_also, tuned_also
-    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed, with_ends=with_ends)
+    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed, with_ends=with_ends, clusters=clusters)
 
 
 def ratio(sums: Floats) -> Floats:

@@ -8,7 +8,7 @@ function of how often each row was drawn. Shapes: R resamples, N rows, K sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,10 +41,11 @@ BEYOND = 0.75
 """How far an end of an interval moves, in rows: counts of lost rows are whole numbers, and quantiles fall between."""
 SWAPS, BOOTSTRAP, MCNEMAR = "paired permutation", "paired bootstrap", "McNemar mid-p"
 METHOD = (
-    f"95 %, paired bootstrap over rows, {RESAMPLES} resamples, expanded percentiles; resamples without a value are "
+    "95 %, paired bootstrap over rows (with data.split_by over its groups), "
+    f"{RESAMPLES} resamples, expanded percentiles; resamples without a value are "
     f"left out if they are no more than 1 in 100; p by {RESAMPLES} paired permutations (ranks: by the bootstrap); "
     "bounded metrics with one pseudo-row at either end of their range; right-or-wrong metrics with p by McNemar's "
-    "test, mid-p"
+    "test, mid-p (groups: by permutations)"
 )
 
 
@@ -57,6 +58,7 @@ def difference(
     seed: int,
     resamples: int = RESAMPLES,
     ends: Ends | None = None,
+    clusters: Sequence[int] = (),
 ) -> Difference:
     """Compare two models on the same rows.
 
@@ -69,9 +71,20 @@ def difference(
     move apart by a part of a row, so that a model that is worse by exactly the margin of a gate passes it in at most
     4 of 100 runs, whatever the share of equal answers. The p of right-or-wrong metrics is McNemar's; that of all others
     comes from swapping the answers of the two models, row by row.
-    With fewer than two rows, or more than one in a hundred resamples without a finite value, the interval is NaN and
+    Rows with equal numbers in `clusters` [N] belong together: they are added up, and these groups drawn and swapped.
+    With fewer than two of them, or more than one in a hundred resamples without a finite value, the interval is NaN and
     p is 1.
     """
+    if len(clusters):
+        grouped = difference(
+            *(add_up(one, clusters) for one in (base_NK, tuned_NK)),
+            formula,
+            right_wrong=False,
+            seed=seed,
+            resamples=resamples,
+            ends=share_ends if right_wrong else ends,
+        )
+        return replace(grouped, n=len(base_NK), groups=grouped.n)
     rows, ends = len(base_NK), share_ends if right_wrong else ends
     value = float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
     if rows < 2:
@@ -91,7 +104,13 @@ def difference(
 
 
 def difference_weighted(
-    base: Weighted, tuned: Weighted, rows: int, *, seed: int, with_ends: tuple[Weighted, Weighted] | None = None
+    base: Weighted,
+    tuned: Weighted,
+    rows: int,
+    *,
+    seed: int,
+    with_ends: tuple[Weighted, Weighted] | None = None,
+    clusters: Sequence[int] = (),
 ) -> Difference:
     """Compare two models on the same N rows as `difference` does, by a metric that no sums are enough for.
 
@@ -99,15 +118,32 @@ def difference_weighted(
     """
     once_1N = np.ones((1, rows))
     value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
-    if rows < 2:
-        return unknown(value, rows)
+    unit_N = np.unique(clusters, return_inverse=True)[1] if len(clusters) else np.arange(rows)
+    units, groups = len(np.unique(unit_N)), len(np.unique(unit_N)) if len(clusters) else None
+    if units < 2:
+        return replace(unknown(value, rows), groups=groups)
     base, tuned = with_ends or (base, tuned)
-    drawn = draw_counts(rows + 2 * (with_ends is not None), seed, RESAMPLES)
-    found = interval(value, np.concatenate([tuned(counts_RN) - base(counts_RN) for counts_RN in drawn]), rows)
-    if with_ends is None or not np.isfinite(found.low):
-        return found
-    one_end_2N = np.concatenate([np.ones((2, rows)), np.eye(2)], axis=1)
-    return move_apart(found, tuned(one_end_2N) - base(one_end_2N))
+    size = rows / units
+
+    def values(counts_RU: Floats) -> Floats:
+        drawn_RN = counts_RU[:, unit_N]
+        if with_ends is not None:  # a pseudo-row stands for a group of average size
+            drawn_RN = np.concatenate([drawn_RN, counts_RU[:, units:] * size], axis=1)
+        return tuned(drawn_RN) - base(drawn_RN)
+
+    drawn = draw_counts(units + 2 * (with_ends is not None), seed, RESAMPLES)
+    found = interval(value, np.concatenate([values(counts_RU) for counts_RU in drawn]), units)
+    if with_ends is not None and np.isfinite(found.low):
+        found = move_apart(found, values(np.concatenate([np.ones((2, units)), np.eye(2)], axis=1)))
+    return replace(found, n=rows, groups=groups)
+
+
+def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
+    """Return the sums [G, K] of the rows that belong together."""
+    groups, group_N = np.unique(clusters, return_inverse=True)
+    sums_GK = np.zeros((len(groups), sums_NK.shape[1]))
+    np.add.at(sums_GK, group_N, sums_NK)
+    return sums_GK
 
 
 def share_ends(sums_MK: Floats) -> tuple[Floats, Floats]:
@@ -184,13 +220,21 @@ def two_sided_p(values_R: Floats) -> float:
 
 
 def row_deviation(change: Difference) -> float:
-    """Return the standard deviation of a row's paired difference, for a mean with an interval as wide as this one."""
+    """Return the standard deviation of a row's paired difference, for a mean with an interval as wide as this one.
+
+    Of rows in groups it is larger than that of one row alone: so much as to give the same interval to rows apart.
+    """
     import scipy.stats
 
+    if change.units < 2:
+        return math.nan
     half = (change.high - change.low) / 2
-    return (
-        half * math.sqrt(change.n) / float(scipy.stats.t.ppf(1 - ERROR / 2, change.n - 1)) if change.n > 1 else math.nan
-    )
+    return half * math.sqrt(change.n) / float(scipy.stats.t.ppf(1 - ERROR / 2, change.units - 1))
+
+
+def name_groups(rows: int, change: Difference) -> str:
+    """Return ` in 12 groups` for so many rows in groups of the size of those that were compared; else nothing."""
+    return f" in {math.ceil(rows * change.groups / change.n):,} groups" if change.groups else ""
 
 
 def widen(change: Difference, alpha: float) -> Difference:
@@ -200,9 +244,9 @@ def widen(change: Difference, alpha: float) -> Difference:
     """
     import scipy.stats
 
-    if alpha == ERROR or change.n < 2:
+    if alpha == ERROR or change.units < 2:
         return change
-    inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), change.n - 1)
+    inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), change.units - 1)
     low, high = (change.value + (end - change.value) * float(outer / inner) for end in (change.low, change.high))
     return replace(change, low=low, high=high)
 

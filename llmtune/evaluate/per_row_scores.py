@@ -74,6 +74,8 @@ class PerRowScores(PairedMeasures):
 
     rows: tuple[str, ...] = ()
     """[P] what each test row is known by, wherever it stands: a hash of its content, and which of its equals it is."""
+    clusters: tuple[int, ...] = ()
+    """[P] equal for rows that belong together; empty where each row is alone."""
 
 
 def name_rows(ids: Sequence[str]) -> tuple[str, ...]:
@@ -101,6 +103,8 @@ def save_measures(folder: Path, scores: PerRowScores) -> None:
 def pack_measures(scores: PerRowScores) -> bytes:
     """Return what `measures.npz` holds."""
     arrays: dict[str, NDArray[np.generic]] = {"rows": np.asarray(scores.rows, dtype=np.str_)}
+    if scores.clusters:
+        arrays["clusters"] = np.asarray(scores.clusters, dtype=np.int64)
     described: dict[str, dict[str, Description]] = {"base": {}, "tuned": {}}
     for name, one_model in (("base", scores.base), ("tuned", scores.tuned)):
         for metric, measure in one_model.items():
@@ -143,6 +147,7 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
             record = json.loads(str(arrays["record"]))
             if record["version"] != VERSION:
                 raise EnvironmentProblem.of(f"written by another version of llmtune ({record['version']})", str(path))
+            clusters = tuple(arrays["clusters"].tolist()) if "clusters" in arrays else ()
             base, tuned = (
                 {
                     metric: rebuild(
@@ -150,12 +155,12 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
                         arrays[f"{name}/{metric}/sums"],
                         tuple(arrays[f"{name}/{metric}/at"].tolist()),
                         described,
-                    )
+                    ).in_clusters(clusters)
                     for metric, described in record[name].items()
                 }
                 for name in ("base", "tuned")
             )
-            return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()))
+            return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()), clusters)
     except UNREADABLE as error:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
