@@ -78,7 +78,8 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
                 reason_N[(reason_N == KEPT) & (copies_N == 0)] = "left out by weight"
                 copies_N[reason_N != KEPT] = 0
                 _check_splits(data, split_N, copies_N, reason_N)
-                rows = _write(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns))
+                grouped = data.split_by is not None
+                rows = _write(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns), grouped)
         except DataError:
             spool.remove()
             raise
@@ -145,16 +146,17 @@ def _write(
     account: Account,
     reason_N: npt.NDArray[np.object_],
     columns: tuple[str, ...],
+    grouped: bool,
 ) -> Rows:
     counts = {name: int(copies_N[split_N == split].sum()) for split, name in enumerate(SPLITS)}
     files = {name: folder / f"{name}.rows.arrow" for name in SPLITS if counts[name]}
-    writers = {name: RowWriter(path) for name, path in files.items()}
+    writers = {name: RowWriter(path, grouped) for name, path in files.items()}
     for first, batch in spool.batches():
         here = slice(first, first + batch.num_rows)
         for split, name in enumerate(SPLITS):
             taken = np.repeat(np.arange(batch.num_rows), np.where(split_N[here] == split, copies_N[here], 0))
             if len(taken):
-                writers[name].add(batch.take(pa.array(taken)), index.content[here][taken])
+                writers[name].add(batch.take(pa.array(taken)), index.content[here][taken], index.group[here][taken])
     digest = hashlib.sha256()
     for name in SPLITS:
         if name in writers:
@@ -187,4 +189,6 @@ def rows_inputs(recipe: Recipe) -> str:
     settings = recipe.data.model_dump(mode="json", exclude={"packing", *ENCODING_KEYS})
     if recipe.evaluate.columns:  # kept beside the rows
         settings["slices"] = tuple(recipe.evaluate.columns)
+    if recipe.data.split_by is not None:
+        settings["groups"] = "kept"  # rows that were prepared without their groups are prepared again
     return hash_value([__version__, recipe.task, settings, hash_sources(recipe.data, recipe.task)])

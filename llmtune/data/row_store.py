@@ -21,26 +21,30 @@ BATCH_BYTES = 2**22
 RECORD = "rows.json"
 RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled")
 SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
+GROUP = pa.field("group", pa.uint64())
+"""Hash of the row's `data.split_by` value; only where the recipe names such a column."""
 U64 = npt.NDArray[np.uint64]
 
 
 class RowWriter:
     """Writes the file of one split under another name, and gives it its own at the end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, grouped: bool = False) -> None:
+        self._schema = SCHEMA.append(GROUP) if grouped else SCHEMA
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
         self._file = pa.OSFile(str(self._partial), "wb")
-        self._writer = pa.ipc.new_file(self._file, SCHEMA)
+        self._writer = pa.ipc.new_file(self._file, self._schema)
         self._batches: list[pa.RecordBatch] = []
         self._digest = hashlib.sha256()
         self._columns = hashlib.sha256()
         self._has_columns = False
 
-    def add(self, batch: pa.RecordBatch, content_R2: U64) -> None:
-        """Write rows as the spool has them, with their content hashes."""
+    def add(self, batch: pa.RecordBatch, content_R2: U64, group_R: U64) -> None:
+        """Write rows as the spool has them, with their content hashes and those of what decides their split."""
         ids = pa.array([f"{high:016x}{low:016x}" for high, low in content_R2.tolist()])
-        self._batches.append(pa.record_batch([ids, *batch.columns], schema=SCHEMA))
+        groups = [pa.array(group_R)] if GROUP in self._schema else []
+        self._batches.append(pa.record_batch([ids, *batch.columns, *groups], schema=self._schema))
         for row in batch.column("row").to_pylist():
             self._digest.update(row.encode() + b"\n")  # no line end stands in JSON text
         for kept in batch.column("columns").to_pylist():
@@ -57,7 +61,7 @@ class RowWriter:
         return self._columns.hexdigest() if self._has_columns else ""
 
     def _flush(self) -> None:
-        for batch in pa.Table.from_batches(self._batches, SCHEMA).combine_chunks().to_batches():
+        for batch in pa.Table.from_batches(self._batches, self._schema).combine_chunks().to_batches():
             self._writer.write_batch(batch)
         self._batches = []
 
@@ -114,6 +118,13 @@ def iterate_ids(rows: Rows, split: str) -> Iterator[str]:
     """Yield what each row of a split is known by: 32 hex digits of its content, wherever it stands."""
     for _, batch in iterate_batches(rows, split):
         yield from batch.column("id").to_pylist()
+
+
+def iterate_groups(rows: Rows, split: str) -> Iterator[int]:
+    """Yield by row of a split what is equal for rows of one `data.split_by` value; nothing without `split_by`."""
+    for _, batch in iterate_batches(rows, split):
+        if GROUP in batch.schema:
+            yield from batch.column("group").to_pylist()
 
 
 def iterate_texts(rows: Rows, split: str) -> Iterator[tuple[str, str]]:

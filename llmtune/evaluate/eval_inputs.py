@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.examples import ExampleReader
-from llmtune.data.row_store import iterate_rows
+from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choices
 from llmtune.evaluate.slices import Parts, read_slices
@@ -55,6 +55,8 @@ class EvalInputs:
     """By column of `evaluate.slices`."""
     groups: dict[str, Parts]
     """By column of `evaluate.fairness.groups`."""
+    clusters: tuple[int, ...] = ()
+    """[N] equal for rows that belong together (`data.split_by`); empty where each row is alone."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,15 @@ def make_inputs(
         notes=notes,
         slices=slices,
         groups=groups,
+        clusters=read_clusters(rows, split, kept),
     )
+
+
+def read_clusters(rows: Rows, split: str, kept: Set[int]) -> tuple[int, ...]:
+    """Return a number for each of the `kept` rows, the same for those with one `data.split_by` value."""
+    groups = [group for number, group in enumerate(iterate_groups(rows, split)) if number in kept]
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return tuple(numbers[group] for group in groups) if len(numbers) < len(groups) else ()
 
 
 def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:

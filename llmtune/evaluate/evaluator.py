@@ -163,7 +163,7 @@ def evaluate(
     if inputs is not None:
         base, tuned = answers["base"], answers["tuned"]
         measures = PairedMeasures(measure(context, base, base), measure(context, tuned, base))
-        scores = PerRowScores(measures.base, measures.tuned, name_test_rows(rows, inputs.rows))
+        scores = PerRowScores(measures.base, measures.tuned, name_test_rows(rows, inputs.rows), inputs.clusters)
         if folder is not None:
             save_predictions(folder, inputs, base, tuned)
             save_measures(folder, scores)

@@ -12,7 +12,7 @@ from rich.console import Console
 from llmtune.errors import GateFailed, GateUnsure, Problem
 from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.evaluate.paired_statistics import row_deviation, rows_needed, smallest_difference, widen
+from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
@@ -90,8 +90,12 @@ def explain_unsure(op: Operator, change: Difference, limit: float, alpha: float)
     if needed <= change.n:  # enough in four of five cases, and this is the fifth, or something did change
         assumed, needed = change.value, rows_needed(row_deviation(change), abs(change.value - limit), alpha)
     case = "nothing changed" if assumed == 0 else f"the difference is {number(assumed)}"
-    few = f"{change.n} rows are too few"
-    return f"{few}; about {needed:,} would tell, with 80 % power, if {case}" if needed else few
+    few = f"{change.n} rows{name_groups(change.n, change)} are too few"
+    return (
+        f"{few}; about {needed:,}{name_groups(needed, change)} would tell, with 80 % power, if {case}"
+        if needed
+        else few
+    )
 
 
 def plan_rows(op: Operator, change: Difference, limit: float, alpha: float) -> tuple[float, int | None]:

@@ -17,7 +17,7 @@ from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate
-from llmtune.evaluate.metric import Measure, measure_means, measure_right
+from llmtune.evaluate.metric import Measure, measure_right, measure_shares
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.shared_prefix import most_likely, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
@@ -198,7 +198,11 @@ def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, 
     assert inputs is not None
     metrics = dict.fromkeys((*inputs.metrics, CUT_METRIC))
     measures = {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
-    return {metric: one for metric, one in measures.items() if one is not None and len(one.sums_NK)}
+    return {
+        metric: one.in_clusters(inputs.clusters)
+        for metric, one in measures.items()
+        if one is not None and len(one.sums_NK)
+    }
 
 
 def measure_one(
@@ -206,7 +210,7 @@ def measure_one(
 ) -> Measure | None:
     """Turn answers into one metric; None where it means nothing here."""
     if metric == CUT_METRIC:
-        cut = measure_means(metric, [*answers.cut.values()], "share of answers that max_new_tokens ended")
+        cut = measure_shares(metric, [*answers.cut.values()], "share of answers that max_new_tokens ended")
         return replace(cut, at=tuple(answers.cut))
     if metric in TOOL_SCORES:
         return measure_tools(metric, answers.parts, inputs.turns)

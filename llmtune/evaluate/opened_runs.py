@@ -210,5 +210,4 @@ def join_rows(run: ScoredRun, metric: str) -> Measure:
     """Return a metric with its rows in the order of what they are known by, the same for every run."""
     names = run.row_names(metric)
     order = sorted(range(len(names)), key=names.__getitem__)
-    measure = run.measures.tuned[metric]
-    return replace(measure, sums_NK=measure.sums_NK[order], at=tuple(range(len(order))))
+    return replace(run.measures.tuned[metric].take(order), at=tuple(range(len(order))))

@@ -20,6 +20,7 @@ from referencing.exceptions import Unresolvable
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.chat_rows import Tool, ToolCall
 from llmtune.evaluate.metric import Measure, columns, ratio
+from llmtune.evaluate.paired_statistics import share_ends
 from llmtune.records import Row
 
 
@@ -165,4 +166,5 @@ def measure_tools(
             sums[row] = (sum(scores), len(scores))
     right, asked_N = np.asarray([*sums.values()], dtype=np.float64).reshape(-1, 2).T
     alone = metric != "tool_arguments_f1" and bool((asked_N == 1).all())
-    return Measure(metric, columns(right, asked_N), ratio, right_wrong=alone, signature=signature, at=tuple(sums))
+    sums_N2, at = columns(right, asked_N), tuple(sums)
+    return Measure(metric, sums_N2, ratio, right_wrong=alone, signature=signature, at=at, ends=share_ends)

@@ -101,6 +101,8 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     text += "that were looked at (Holm’s correction of p)."
     if exact := [name for name, change in changes.items() if change.test == "McNemar mid-p"]:
         text += f" p of {words(exact)}: McNemar’s test (mid-p); of all else: swaps of the two models’ answers."
+    if any(change.groups for change in changes.values()):
+        text += " Rows with one value of `data.split_by` are a group; groups, not rows, were drawn and swapped."
     if evaluation.tuned.keys() - changes.keys():
         text += " A dash: measured of the tuned model alone."
     blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]

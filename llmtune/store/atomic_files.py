@@ -69,7 +69,8 @@ def plain(value: object) -> Any:
         return None
     if isinstance(value, Difference):
         middle, low, high, p = map(plain, (value.value, value.low, value.high, value.p))
-        return {"value": middle, "interval": [low, high], "p": p, "n": value.n, "test": value.test}
+        groups = {} if value.groups is None else {"groups": value.groups}
+        return {"value": middle, "interval": [low, high], "p": p, "n": value.n, **groups, "test": value.test}
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
