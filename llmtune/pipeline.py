@@ -144,7 +144,7 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, execu
         adapt(context, model_ref, processor, examples, adapter_inputs(context.recipe, model_ref, examples))
         return
     if options.until != "train" and not context.folder.is_done("train"):  # what they refuse: before hours of training
-        check_champion(loaded.recipe, context.folder, rows, examples)
+        check_champion(loaded.recipe, context.folder, rows, examples, context.console)
         load_benchmarks(context.recipe, context.console)
     train(context, loaded, model_ref, examples, plan, executor)
     if options.until == "train":
@@ -184,7 +184,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
-        check_champion(loaded.recipe, folder, rows, examples)
+        check_champion(loaded.recipe, folder, rows, examples, console)
         evaluate(context, model_ref, context.read_processor(model_ref), rows, examples, HERE)
         for seed in (one for one in loaded.recipe.train.seeds if is_done(seed_folder(run, one), "train")):
             evaluate_run(

@@ -122,15 +122,22 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
 
 
 def champion_section(evaluation: Evaluation, task: str | None) -> Section:
-    """A row a metric against the champion, and what could not be compared."""
+    """A row a metric against the champion, on the rows of both, and what could not be compared."""
     champion = evaluation.champion
     if champion is None:
         return Section("Against the champion", [])
     rows = [
-        Compared(name, champion.scores[name], evaluation.tuned[name], change, better_side(name), full_note(name, task))
+        Compared(
+            name, champion.scores[name], champion.tuned.get(name), change, better_side(name), full_note(name, task)
+        )
         for name, change in champion.difference.items()
     ]
-    blocks: list[Block] = [Text(f"The champion, `{Path(champion.folder).name}`, answered the same test rows.")]
+    text = f"The champion is `{Path(champion.folder).name}`. Both models answered {count(champion.rows)} rows that "
+    text += "neither was trained on"
+    text += "." if champion.rows == evaluation.rows else f", of {count(evaluation.rows)} test rows."
+    if champion.asked:
+        text += f" {count(champion.asked)} of them are new: the champion’s model answered them now."
+    blocks: list[Block] = [Text(text)]
     blocks += [difference_table(rows, base="champion", code=True)] if rows else []
     blocks += [Text(f"`{metric}` is left out: {why}.") for metric, why in sorted(champion.left_out.items())]
     return Section("Against the champion", blocks, "Champion", "champion")

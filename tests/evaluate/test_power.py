@@ -57,7 +57,7 @@ def measure(draw, generator, rows, true):
 
 
 def shares(draw, true, limit, trials=TRIALS):
-    """How often `X.low > champion + limit` passes, fails and can't tell, where the true difference is `true`."""
+    """How often `X.low > champion + limit` passes, fails and inconclusive, where the true difference is `true`."""
     generator, seen = np.random.default_rng(17), Counter()
     for _ in range(trials):
         change = measure(draw, generator, ROWS, true)
