@@ -80,7 +80,7 @@ def _plan_named(context: RunContext, name: str, valid: dict[str, bool], loaded: 
     if valid.get("encode"):
         examples = load_examples(folder.path / "data" / "examples")
         warn_of_cuts(rows, examples, context.task, processor, context.recipe, console)
-        check_champion(loaded.recipe, folder, rows, examples)
+        check_champion(loaded.recipe, folder, rows, examples, console)
         trained = train_inputs(context.recipe, adapter_inputs(context.recipe, model_ref, examples))
         evaluated = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
         valid |= {"train": folder.is_valid("train", trained), "evaluate": folder.is_valid("evaluate", evaluated)}

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that steer a terminal, turn the direction of writing round, or are half of one."""
@@ -120,10 +121,12 @@ class GateFailed(LlmtuneError):
     """A gate, a parity check or a verification did not pass."""
 
     exit_code = 6
+    report: dict[str, Any] | None = None
+    """What report.json of the run holds, where a gate failed: `--json` prints it with the error."""
 
 
 class GateUnsure(GateFailed):
-    """These rows are too few for a gate on an interval, and `evaluate.when_unsure` says that this is told."""
+    """These rows are too few for a gate on an interval, and `evaluate.when_unsure` says `report`."""
 
     exit_code = 7
 

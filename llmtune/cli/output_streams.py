@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
 import typer
 
-from llmtune.errors import STEERING, EnvironmentProblem, LlmtuneError, Problem, RecipeError, system_problem, visible
+from llmtune.errors import (
+    STEERING,
+    EnvironmentProblem,
+    GateFailed,
+    LlmtuneError,
+    Problem,
+    RecipeError,
+    system_problem,
+    visible,
+)
 from llmtune.launch.python_api import make_console
 from llmtune.store.atomic_files import plain
 
@@ -158,4 +167,5 @@ def _print_error(error: LlmtuneError, as_json: bool) -> None:
         console.print(f"and {len(error.problems) - SHOWN_PROBLEMS} more")
     if as_json:
         problems = [{"what": p.what, "where": p.where, "fix": p.fix} for p in error.problems]
-        print_json({"error": {"exit_code": error.exit_code, "problems": problems}})
+        report = error.report if isinstance(error, GateFailed) else None
+        print_json({**(report or {}), "error": {"exit_code": error.exit_code, "problems": problems}})

@@ -28,14 +28,14 @@ from llmtune.cli.options import (
 )
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.launch.python_api import evaluate_folder, run_recipe
+from llmtune.launch.python_api import evaluate_folder, run_recipe, write_test_file
 from llmtune.launch.topology import Topology
 from llmtune.records import Json
 
 LAUNCH = "launch"
 PLACES = ("processes", "strategy", "machines", "rank", "address", "max_restarts")
 """Options of `launch` alone."""
-OWN = {**dict.fromkeys(PLACES, (LAUNCH,)), "device": ("run", "select"), "ray": ("prepare",)}
+OWN = {**dict.fromkeys(PLACES, (LAUNCH,)), "device": ("run", "select"), "ray": ("prepare",), "write_test": ("prepare",)}
 """Options that not every command has, and which have them."""
 Processes = Annotated[
     int, typer.Option("--processes", min=1, help="How many on each machine; a GPU each, or CPU with gloo.")
@@ -63,6 +63,10 @@ Ray = Annotated[
     str | None,
     typer.Option("--ray", help="Work on a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local.", metavar="ADDRESS"),
 ]
+WriteTest = Annotated[
+    Path | None,
+    typer.Option("--write-test", metavar="FILE", help="Also write the test rows to FILE, for data.test: FILE."),
+]
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
     "prepare": "Step 1: read, check, deduplicate and split the rows; encode, mask and pack them.",
@@ -84,6 +88,7 @@ def _command(name: str) -> Callable[..., None]:
         address: Address = None,
         max_restarts: MaxRestarts = 0,
         ray: Ray = None,
+        write_test: WriteTest = None,
         out: Out = None,
         sets: Sets = None,
         model: ModelName = None,
@@ -99,6 +104,7 @@ def _command(name: str) -> Callable[..., None]:
     ) -> None:
         console, dry_run = stderr_console(quiet=quiet), plans_only(name, device, dry_run)
         refuse_both(resume, fresh)
+        refuse_existing(write_test, dry_run)
         sets = [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
@@ -122,6 +128,9 @@ def _command(name: str) -> Callable[..., None]:
                     offline=offline,
                     console=console,
                 )
+        if write_test is not None:
+            line = write_test_file(recipe, sets, out=out, file=write_test)
+            console.print(f"test rows written to {write_test}. Set in data: {line}", highlight=False, markup=False)
         if as_json and not rank:  # machine 0 has the result
             print_json(result)
         elif dry_run and not rank:
@@ -160,6 +169,16 @@ def refuse_both(resume: bool, fresh: bool) -> None:
     """Raise RecipeError for --resume beside --fresh."""
     if resume and fresh:
         raise RecipeError.of("--resume and --fresh exclude each other", fix="Omit one of them.")
+
+
+def refuse_existing(write_test: Path | None, dry_run: bool) -> None:
+    """Raise RecipeError for a test file that exists, and for one with --dry-run, which writes nothing."""
+    if write_test is not None:
+        from llmtune.data.test_file import check_target  # not for --help
+
+        if dry_run:
+            raise RecipeError.of("--write-test and --dry-run exclude each other", fix="Omit one of them.")
+        check_target(write_test)
 
 
 COMMANDS = {name: _command(name) for name in SUMMARIES if name != LAUNCH}

@@ -36,6 +36,7 @@ from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page, spinner
 from llmtune.report.score_sections import full_note, passed_cell, words
+from llmtune.report.verdict import BETTER, MIXED, WORSE
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ RATIOS = {
 }
 """Costs that are told in parts of those of the first run."""
 WORDS = {
-    "better": "{second} is better than {first}.",
-    "worse": "{second} is worse than {first}.",
-    "mixed": "{second} is better than {first} here and worse there.",
+    BETTER: "{second} is better than {first}.",
+    WORSE: "{second} is worse than {first}.",
+    MIXED: "{second} is better than {first} here and worse there.",
 }
 UNKNOWN = "There is no clear difference between {first} and {second}."
 METHOD = (

@@ -95,6 +95,17 @@ def load_rows(folder: Path) -> Rows:
     return Rows(folder=folder, files=files, **{**record, "columns": tuple(record.get("columns", ()))})
 
 
+def pick_rows(rows: Rows, split: str, indexes: Sequence[int], folder: Path) -> Rows:
+    """Write the rows of a split at `indexes`, in that order, into `folder` and return them, as rows of that split."""
+    target = folder / f"{split}.rows.arrow"
+    with pa.memory_map(str(rows.files[split])) as source, pa.OSFile(str(target), "wb") as file:
+        picked = pa.ipc.open_file(source).read_all().take(pa.array(indexes, type=pa.int64()))
+        with pa.ipc.new_file(file, picked.schema) as writer:
+            writer.write_table(picked)
+    digest = hashlib.sha256("\n".join(picked.column("row").to_pylist()).encode()).hexdigest()
+    return Rows(folder, {split: target}, {split: len(picked)}, len(picked), {}, digest, rows.columns)
+
+
 def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Yield the rows of a split as they stand in its file, each batch with the number of its first row."""
     if split not in rows.files:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +31,7 @@ from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Champion, Contamination, Evaluation, Examples, Rows, Slice
+from llmtune.report.metric_info import better_side
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
 KINDS = {
@@ -45,6 +48,8 @@ PIECES = "loss.pieces"
 """Name of the note on the base model's losses by piece of a text."""
 PIECES_APART = 0.5
 """Nats per token by which later pieces may be worse."""
+GUESSED_ROWS = 400_000
+"""Rows that are guessed in all, so that many test rows cost seconds."""
 
 
 def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasures) -> Contamination:
@@ -170,6 +175,8 @@ def evaluate(
         if folder is not None and known is not None and stand_in is None:
             save_base(folder, base, known.inputs)
         evaluation = compare_answers(context, inputs, base, tuned, measures)
+        if stand_in is not None:
+            evaluation = replace(evaluation, guessable=find_guessable(context, inputs, measures.tuned))
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
         if challenge is not None:
             evaluation = replace(evaluation, champion=challenge(evaluation, scores))
@@ -241,6 +248,33 @@ def predict_baseline(context: EvalContext, inputs: EvalInputs, rows: Rows) -> tu
     name, values = task.baseline(references, [inputs.questions[i] for i in inputs.answered], context.recipe)
     predictions = dict(zip(inputs.answered, values, strict=True))
     return name, Answers(None, {i: task.format_prediction(value) for i, value in predictions.items()}, {}, predictions)
+
+
+def find_guessable(context: EvalContext, inputs: EvalInputs, metrics: Iterable[str]) -> tuple[str, ...]:
+    """Return the metrics in which guessing by class frequency beats the trivial baseline on these rows.
+
+    A guess shuffles the references. It and the baseline know the frequencies of these very rows, so neither has more
+    luck than the other. Guessing beats the baseline if its mean over the shuffles is better by three standard errors.
+    """
+    task, recipe = context.task, context.recipe
+    references = [inputs.targets[i] for i in inputs.answered]
+    right = [task.as_prediction(reference, recipe) for reference in references]
+    if not right or None in right:
+        return ()
+    _, constant = task.baseline(references, [inputs.questions[i] for i in inputs.answered], recipe)
+    generator, shuffles = np.random.default_rng(recipe.seed), max(50, min(400, GUESSED_ROWS // len(right)))
+    orders = [generator.permutation(len(right)) for _ in range(shuffles)]
+
+    def value(metric: str, predictions: Sequence[object]) -> float:
+        measured = task.compute_metric(metric, EvalPrediction(predictions, references), recipe)
+        return measured.value * better_side(metric) if measured else math.nan
+
+    def beats(metric: str) -> bool:
+        guesses_R = np.array([value(metric, [right[i] for i in order]) for order in orders])
+        error = float(guesses_R.std()) / math.sqrt(shuffles)
+        return float(guesses_R.mean()) - value(metric, constant) > 3 * error + 1e-9
+
+    return tuple(metric for metric in metrics if beats(metric))
 
 
 def compare_answers(

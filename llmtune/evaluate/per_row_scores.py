@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -76,6 +76,16 @@ class PerRowScores(PairedMeasures):
     """[P] what each test row is known by, wherever it stands: a hash of its content, and which of its equals it is."""
     clusters: tuple[int, ...] = ()
     """[P] equal for rows that belong together; empty where each row is alone."""
+
+    def with_rows(self, others: PerRowScores) -> PerRowScores:
+        """Return the tuned model's scores on the rows of both; a metric that `others` lacks keeps its own rows."""
+        tuned = dict(self.tuned)
+        for metric, more in others.tuned.items():
+            own = tuned.get(metric)
+            if own is not None and (own.signature, own.sums_NK.shape[1]) == (more.signature, more.sums_NK.shape[1]):
+                at = (*own.at, *(len(self.rows) + place for place in more.at))
+                tuned[metric] = replace(own, sums_NK=np.concatenate([own.sums_NK, more.sums_NK]), at=at)
+        return PerRowScores({}, tuned, (*self.rows, *others.rows))
 
 
 def name_rows(ids: Sequence[str]) -> tuple[str, ...]:

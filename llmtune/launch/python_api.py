@@ -208,6 +208,19 @@ def _run_loaded(
             return run_pipeline(loaded, options, console, process_executor(topology, board, threads=threads))
 
 
+def write_test_file(recipe: str | Path, sets: Sequence[str], *, out: Path | None, file: Path) -> str:
+    """Write the test rows of a recipe that was prepared into a file; return the line by which the recipe names them."""
+    from llmtune.data.row_store import load_rows
+    from llmtune.data.test_file import write_test_rows
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.store.run_folder import default_path
+
+    loaded = load_recipe(recipe, sets)
+    rows = load_rows((out or default_path(loaded.recipe.name, loaded.fingerprint)) / "data" / "rows")
+    stated = Path(recipe)
+    return write_test_rows(loaded.recipe, rows, file, stated.parent if stated.is_file() else Path())
+
+
 def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:
     """Score a finished run again, with some settings changed; return what report.json holds."""
     from llmtune.evaluate.champion import open_champion

@@ -261,7 +261,7 @@ class Html(Block):
 
 @dataclass(frozen=True)
 class VerdictCard:
-    """Whether the tuning helped: the word, as a title, why, how many gates hold, and the one score that says most."""
+    """The verdict: the word, as a title, why, how many gates hold, and the one score that says most."""
 
     word: str
     title: str
@@ -271,7 +271,7 @@ class VerdictCard:
     gates_tone: Tone = ""
     headline: Compared | None = None
     baseline: str = ""
-    """What stands in the place of a base model that has no head."""
+    """What the headline compares with, if not the base model."""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,9 @@ def describe(report: Report) -> dict[str, str]:
         named["baseline"] = evaluation.baseline
     for model in ("base", "tuned"):
         named |= {f"{model}.{metric}": score(value) for metric, value in evaluation.by_name(model).items()}
+    if champion := evaluation.champion:
+        named["champion.rows"] = str(champion.rows)
+        named |= {f"champion.{metric}": score(value) for metric, value in champion.scores.items()}
     if overlap := evaluation.contamination:
         named["overlapping_test_rows"] = f"{overlap.overlapping} of {overlap.rows}"
     return named

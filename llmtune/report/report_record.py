@@ -18,7 +18,7 @@ RENAMED = {"total": "all", "adapter_bytes": "bytes"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """`helped`, `harmed`, `mixed` or `can't tell`, and why."""
+    """`better`, `worse`, `mixed`, `within margin` or `inconclusive`, and why."""
 
     word: str
     reason: str

@@ -74,7 +74,7 @@ def test_an_answer_that_a_row_brings_is_kept_beside_the_models(folder: Path) -> 
 def test_runs_are_listed_with_their_verdicts() -> None:
     (run,) = json.loads(invoke("runs", "--json").stdout)
     assert (run["name"], run["task"], run["step"], run["trained"]) == ("tiny", "chat", "evaluate", True)
-    assert run["verdict"] in {"helped", "harmed", "mixed", "can't tell"}
+    assert run["verdict"] in {"better", "worse", "mixed", "inconclusive"}
     assert "runs/tiny  chat" in invoke("runs").stdout
 
 
