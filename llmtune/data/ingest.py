@@ -264,7 +264,7 @@ class _RowParser:
         if isinstance(value, RowError):
             return origin, value, ()
         try:
-            raw = rename(value, detected.columns)
+            raw = rename(value, detected.columns, detected.roles)
             row = parse_row(raw, detected.row_format, self.task, one.folder)
             text = to_json(row)
             if len(text) > MAX_ROW_BYTES:

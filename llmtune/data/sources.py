@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.byte_streams import guess_encoding
-from llmtune.data.column_mapping import rename
+from llmtune.data.column_mapping import holds, rename
 from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, RawRow, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
 from llmtune.data.rejected_rows import RowError
@@ -102,6 +102,8 @@ class Detected:
     row_format: RowFormat
     columns: Mapping[str, str]
     """What the recipe maps, and usual other names of columns."""
+    roles: Mapping[str, Sequence[str]]
+    """What the recipe maps: our roles, and their names in the rows."""
     unused: tuple[str, ...]
     """Columns and message keys of the first rows that are not used."""
 
@@ -124,7 +126,7 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
         if local_only and (hub.dataset_name(source) is not None or is_remote(source.path)):
             continue
         try:
-            of_source = [_detect(one, task, problems) for one in _inputs(source, number, split, key)]
+            of_source = [_detect(one, data, task, problems) for one in _inputs(source, number, split, key)]
         except DataError as error:
             problems += error.problems
             continue
@@ -133,6 +135,9 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
         if len(kinds) > 1:
             listing = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
             problems.append(Problem(f"mixed formats: {listing}", key, "Make a source of each."))
+    if data.columns and not problems and not any(data.columns.items() <= one.columns.items() for one in detected):
+        names = ", ".join(repr(theirs) for theirs in data.columns.values())
+        problems.append(Problem(f"no file has {names}", "data.columns", "Correct the names, or remove the key."))
     DataError.collect(problems)
     return detected
 
@@ -161,7 +166,7 @@ def _inputs(source: Source, number: int, split: str | None, key: str) -> list[In
     ]
 
 
-def _detect(one: Input, task: str, problems: list[Problem]) -> Detected | None:
+def _detect(one: Input, data: DataSection, task: str, problems: list[Problem]) -> Detected | None:
     """Detect a file's row format by its first good rows; add what is wrong to `problems`."""
     source = one.source
     rows: list[dict[str, object]] = []
@@ -182,13 +187,19 @@ def _detect(one: Input, task: str, problems: list[Problem]) -> Detected | None:
             what = f"none of the first rows can be read; {first_bad}"
             raise DataError(Problem(what, one.name), *([hint] if hint else []))
         forced = source.format if source.format in FORMATS else None
-        row_format = detect_format(rows, task, source.columns, forced, one.name, lambda: _suggest(one, rows, task))
+        columns = source.columns or shared_columns(data, rows)
+        row_format = detect_format(rows, task, columns, forced, one.name, lambda: _suggest(one, rows, task))
     except DataError as error:
         problems += error.problems
         return None
-    columns = map_columns(row_format, rows, task, source.columns)
+    columns = map_columns(row_format, rows, task, columns)
     unused = tuple(name for row in rows for name in unused_keys(row, row_format, columns))
-    return Detected(one, row_format, columns, unused)
+    return Detected(one, row_format, columns, dict[str, Sequence[str]](data.roles.items()), unused)
+
+
+def shared_columns(data: DataSection, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
+    """Return `data.columns` for a file that has one of them; another file is read by its own names."""
+    return data.columns if any(holds(row, theirs) for theirs in data.columns.values() for row in rows) else {}
 
 
 def _suggest(one: Input, rows: Sequence[Mapping[str, object]], task: str) -> str | None:
@@ -344,13 +355,15 @@ def hash_sources(data: DataSection, task: str) -> str:
 def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
     """Return the hash of all sources, and each of their files; raises as `hash_sources` does."""
     digest = hashlib.sha256()
+    if shared := {name: value for name in ("columns", "roles") if (value := getattr(data, name))}:
+        digest.update(json.dumps(shared, sort_keys=True).encode())
     problems: list[Problem] = []
     listed: list[SourceFile] = []
     for key, split, source in _sources(data):
         settings = source.model_dump(mode="json", exclude={"path"})
         digest.update(json.dumps([split, settings], sort_keys=True).encode())
         try:
-            for file in _hash_source(source, key, task):
+            for file in _hash_source(source, data, key, task):
                 digest.update(f"{file.name} {file.hash}\n".encode())
                 listed.append(file)
         except DataError as error:
@@ -361,7 +374,7 @@ def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
     return digest.hexdigest(), listed
 
 
-def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
+def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iterator[SourceFile]:
     name = hub.dataset_name(source)
     if name is not None:
         yield SourceFile(source.path, name, None, "commit", hub.resolve_commit(name, source.revision))
@@ -372,10 +385,8 @@ def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
     for path in () if is_remote(source.path) else find_files(source, key):
         yield SourceFile(source.path, path.name, path, "sha256", hash_file(path))
         if TASK_FACTS[task].takes_audio:
-            detected = _detect(
-                Input(source, 0, None, written_path(str(path)), path, _container(path, source, key)), task, []
-            )
-            if detected:
+            one = Input(source, 0, None, written_path(str(path)), path, _container(path, source, key))
+            if detected := _detect(one, data, task, []):
                 yield from _hash_recordings(detected, path)
 
 
