@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from llmtune.recipe.first_recipe import FirstRecipe
 
 SCHEMA = "recipe.schema.json"
-ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
 
 @handled
@@ -52,7 +51,7 @@ def init(
 ) -> None:
     """Write a recipe for your rows: task, columns, lengths and a model that fits this machine."""
     from llmtune.data.file_survey import list_readings, survey_files
-    from llmtune.launch.recipe_check import check_recipe
+    from llmtune.launch.recipe_check import check_recipe, check_rows
     from llmtune.recipe.loader import load_recipe
     from llmtune.recipe.schema import json_schema
     from llmtune.recipe.task_facts import TASK_FACTS
@@ -76,7 +75,11 @@ def init(
     with explained(target):
         target.write_text(recipe.to_yaml(), encoding="utf-8")
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
-    check_recipe(load_recipe(target))
+    loaded = load_recipe(target)
+    try:
+        check_rows(loaded, check_recipe(loaded))
+    except DataError as error:
+        console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
     if as_json:
         about = {"columns": reading.columns, "roles": reading.roles}
         print_json({"recipe": str(target), "task": reading.task, "model": recipe.model, **about})
@@ -124,7 +127,9 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
 
 def _only_file() -> str:
     """Return the one file of the working folder that can hold rows; raises RecipeError unless there is one."""
-    names = sorted(entry.name for entry in Path.cwd().iterdir() if entry.suffix.lower() in ENDINGS)
+    from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
+
+    names = sorted(entry.name for entry in Path.cwd().iterdir() if data_ending(entry) in {*DATA_ENDINGS} - {".md"})
     found = [name for name in names if name != SCHEMA]
     if len(found) != 1:
         listing = f"; here are {', '.join(found)}" if found else ""
@@ -175,6 +180,8 @@ def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) 
 
 def _describe(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print what was seen, so that a person can tell whether it is right."""
+    from llmtune.data.suspect_rows import suspicions
+
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""
     about = f"{files}{count} rows, {survey.encoding or 'UTF-8'}; columns {', '.join(survey.columns)}"
@@ -183,6 +190,8 @@ def _describe(survey: Survey, reading: Reading, readings: list[Reading], console
     for number, what in (*notes, (reading.copies, "are copies of others")):
         if number:
             console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
+    for suspicion in suspicions(("", row) for row in reading.rows):
+        console.print(f"  {suspicion}", style="yellow", markup=False, highlight=False)
     others = [one.task for one in readings if one is not reading]
     more = f" (also possible: {', '.join(f'--task {name}' for name in others)})" if others else ""
     console.print(f"task: {reading.task}{more}", highlight=False)

@@ -24,26 +24,14 @@ from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_colu
 from llmtune.data.schema_inference import infer_columns, source_line, written_path
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe.builtin import recipes_folder
-from llmtune.recipe.data_section import DataSection, Source
+from llmtune.recipe.data_section import DATA_ENDINGS, DataSection, Source, data_ending
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.user_files import match_files, walk_files
 from llmtune.records import SPLITS
 from llmtune.store.atomic_files import hash_file, hash_recording
 
-ENDINGS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
-IN_FOLDERS = tuple(ending for ending in ENDINGS if ending != ".md")
+IN_FOLDERS = tuple(ending for ending in DATA_ENDINGS if ending != ".md")
 """What is taken from a folder: its README is no data."""
-PACKED = (".gz", ".zst", ".zstd")
 CONTAINERS = ("jsonl", "json", "csv", "parquet", "text")
 METADATA = "metadata"
 """Name (without ending) of the file that says all of a folder of recordings; others there are no rows."""
@@ -220,7 +208,7 @@ def encoding_hint(one: Input) -> Problem | None:
 def _find_remote(source: Source, key: str) -> list[RemoteFile]:
     """Return the files that an address names; of a folder, those that hold data."""
     files = find_objects(source.path)
-    known = [file for file in files if _ending(PurePosixPath(file.url)) in IN_FOLDERS]
+    known = [file for file in files if data_ending(PurePosixPath(file.url)) in IN_FOLDERS]
     return _check_count(files if len(files) == 1 else known or files, key, source.path)
 
 
@@ -265,7 +253,7 @@ def _files_in(folder: Path, key: str) -> list[Path]:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         fix = "Write it as Parquet (`dataset.to_parquet(...)`) and give that file."
         raise DataError.of("a data set written by save_to_disk, which is not read", f"{key}: {folder}", fix)
-    known = [path for path in names if _ending(path) in IN_FOLDERS]
+    known = [path for path in names if data_ending(path) in IN_FOLDERS]
     known = [path for path in known if path.name.split(".")[0] == METADATA] or known
     if not known:
         what = f"the folder holds no data file ({len(names)} others)" if names else "the folder is empty"
@@ -310,19 +298,14 @@ def _missing_hint(path: Path) -> str:
     return f"Looked in {parent}.{nearest(path.name, names)}"
 
 
-def _ending(path: PurePath) -> str:
-    """Return the ending that tells the kind of file, with what it is packed in taken off."""
-    return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
-
-
 def _container(path: PurePath, source: Source, key: str) -> str:
     """Tell how a file is read: as `format` says if that is a kind of file, else by its ending."""
-    ending = ENDINGS.get(_ending(path))
+    ending = DATA_ENDINGS.get(data_ending(path))
     if source.format in CONTAINERS and not (source.format == "text" and ending not in (None, "text")):
         return source.format
     if ending is None:
-        fix = f"Set `format:` to one of {', '.join(CONTAINERS)}; known endings are {', '.join(ENDINGS)}."
-        raise DataError.of(f"the ending {_ending(path)!r} does not say what it is", f"{key}: {path}", fix)
+        fix = f"Set `format:` to one of {', '.join(CONTAINERS)}; known endings are {', '.join(DATA_ENDINGS)}."
+        raise DataError.of(f"the ending {data_ending(path)!r} does not say what it is", f"{key}: {path}", fix)
     return ending
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -40,6 +40,19 @@ PreferenceFormat = Literal["chosen-rejected", "conversation-pair", "answer-thumb
 WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
 """Formats whose rows may hold messages."""
 Role = Literal["system", "user", "assistant", "tool"]
+DATA_ENDINGS: Mapping[str, str] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+"""How a file is read, by the ending of its name."""
+PACKED = (".gz", ".zst", ".zstd")
 Format = Literal[Container, "text", ChatFormat, PairFormat, LabelFormat, PreferenceFormat]
 
 
@@ -119,6 +132,11 @@ class Source(Section):
             diagnostics.add(key, f"'{key}' is {self.path!r}: web servers list no files", "Name each file.")
         if variant.facts.takes_audio:
             diagnostics.add(key, f"'{key}' is an address; recordings are read from disk", "Fetch them first.", "task")
+
+
+def data_ending(path: PurePath) -> str:
+    """Return the ending that tells the kind of file, with what it is packed in taken off."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
 
 
 def check_names(columns: Mapping[str, str], key: str, diagnostics: Diagnostics) -> None:
