@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from llmtune.report.render_terminal import print_blocks
 from llmtune.report.run_sections import filled_sentence, lost_sentence
 
 BINS = 10
+SHOWN = 30
 BAR_CELLS = 40
 
 
@@ -57,6 +59,9 @@ def describe_examples(
         blocks.append(Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note"))
     blocks.append(_bars(edges, counts))
     print_blocks([*blocks, *([_classes(classes)] if classes else [])], console)
+    if unseen := [name for name, counts in classes.items() if not counts["train"]]:
+        what = f"{len(unseen)} of {len(classes)} classes have no training rows and cannot be learned"
+        console.print(f"{what}: {escape(', '.join(unseen[:SHOWN]))}", style="yellow", highlight=False)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
     if recipe.data.system_prompt is None:

@@ -34,6 +34,8 @@ from llmtune.recipe.data_section import DataSection
 from llmtune.records import SPLITS, Json
 
 SHOWN = 20
+TRIED_ROWS = 5000
+"""Rows of each input that a check reads."""
 _Parsed = tuple[int, tuple[str, HashedRow | RowError, tuple[str, ...]]]
 """The place of a row in its input, where it is from, what it is, and the names of its columns if it may be tested."""
 
@@ -165,6 +167,34 @@ def read_inputs(
     return account
 
 
+def try_rows(inputs: Sequence[Detected], data: DataSection, task: str) -> int | None:
+    """Refuse rows that `read_inputs` would refuse, by the first of each input.
+
+    Returns how many different rows there are; None if there are more than were read.
+
+    Raises:
+        DataError: too many rows are bad, or all of the first where there are more; or a file cannot be read.
+    """
+    parser = _RowParser(tuple(inputs), task, data.split_by, isinstance(data.test, tuple), ())
+    rows_in, whole, contents, bad = 0, True, set[bytes](), []
+    for number, one in enumerate(inputs):
+        most = min(one.input.source.limit or TRIED_ROWS, TRIED_ROWS)
+        rows = list(islice(one.input.lazy_rows(lambda count: None), most + 1))
+        whole &= len(rows) <= most
+        parsed = [row for _, row in parser(_Batch(number, 0, rows[:most], 0))[1]]
+        rows_in += len(parsed)
+        contents |= {row.content for _, row, _ in parsed if isinstance(row, HashedRow)}
+        bad += [(origin, row) for origin, row, _ in parsed if isinstance(row, RowError)]
+    share = len(bad) / max(rows_in, 1)
+    if share < 1 and (share <= data.max_dropped or not whole):
+        return len(contents) if whole else None
+    looked = f"{len(bad):,} of {rows_in:,} rows" if whole else f"the first {len(bad):,} rows"
+    what = f"{looked} are bad: {share:.1%}, and data.max_dropped allows {data.max_dropped:.1%}"
+    allow = f", or set data.max_dropped: {math.ceil(100 * share) / 100}" if share < 1 else ""
+    first = [Problem(str(error), origin) for origin, error in bad[:SHOWN]]
+    raise DataError(Problem(what, fix=f"Fix them{allow}."), *first)
+
+
 def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:
     """Refuse `required` columns (by name, the key) that are not among `columns`. Raises DataError, for all at once."""
     DataError.collect(
@@ -269,7 +299,7 @@ class _RowParser:
         if isinstance(value, RowError):
             return origin, value, ()
         try:
-            raw = rename(value, detected.columns)
+            raw = rename(value, detected.columns, detected.roles)
             row = parse_row(raw, detected.row_format, self.task, one.folder)
             text = to_json(row)
             if len(text) > MAX_ROW_BYTES:

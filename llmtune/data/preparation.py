@@ -20,10 +20,11 @@ from rich.markup import escape
 from llmtune import __version__
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near
 from llmtune.data.ingest import Account, read_inputs, show_progress
-from llmtune.data.row_store import RECORD, RowWriter, save_rows
+from llmtune.data.row_store import RECORD, RowWriter, iterate_rows, save_rows
 from llmtune.data.sources import hash_sources, resolve_inputs
 from llmtune.data.splits import TRAIN, assign_splits, count_copies, drop_shared_groups
 from llmtune.data.spool import Index, Spool
+from llmtune.data.suspect_rows import suspicions
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS, DataSection
 from llmtune.recipe.schema import Recipe
@@ -85,6 +86,9 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
             raise
         spool.remove()
     _print_summary(rows, account, notes, console)
+    read = (pair for split in rows.files for pair in iterate_rows(rows, split))
+    for suspicion in suspicions(read) if not console.quiet else ():
+        console.print(f"  {escape(suspicion)}", style="yellow", highlight=False, soft_wrap=True)
     return rows
 
 

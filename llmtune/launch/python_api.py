@@ -171,7 +171,7 @@ def _run_loaded(
     console: Console,
     board: Board | None,
 ) -> Json:
-    from llmtune.launch.recipe_check import check_recipe, marks_left
+    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
     from llmtune.store.run_folder import default_path, peek_run
     from llmtune.store.run_lock import read_pins
 
@@ -186,7 +186,11 @@ def _run_loaded(
     with nullcontext() if dry_run else failures_in_junit(path, loaded.recipe.name):
         for line in marks_left(loaded):
             console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
-        check_recipe(loaded)
+        detected = check_recipe(loaded)
+        if dry_run:
+            from llmtune.data.ingest import TRIED_ROWS
+
+            check_rows(loaded, detected, split_up_to=TRIED_ROWS)
         known = None if fresh or dry_run or lock else find_unchanged(loaded, path, until)
         if known is not None:
             print_unchanged(known, path, console)

@@ -65,6 +65,8 @@ class FirstRecipe:
     task: str
     source: str
     """The line `train: ...` of its section `data`."""
+    mappings: tuple[str, ...]
+    """Lines of the same section, `columns: ...` and `roles: ...`."""
     model: str
     max_length: int
     on_overlong: str | None
@@ -87,6 +89,7 @@ class FirstRecipe:
             f"task: {self.task}",
             "data:",
             f"  {self.source}",
+            *(f"  {line}" for line in self.mappings),
             *self._max_dropped(),
             f"  test: {self.test}  # share of the rows that only the evaluation sees",
             f"  max_length: {self.max_length}  # tokens: the longest row, estimated; a longer one is an error",
@@ -120,6 +123,7 @@ def propose(
     name: str,
     task: str,
     source: str,
+    mappings: Sequence[str],
     rows: Sequence[Mapping[str, object]],
     *,
     model: str | None,
@@ -144,6 +148,7 @@ def propose(
         name=name,
         task=task,
         source=source,
+        mappings=tuple(mappings),
         model=model or choose_model(task, memory_bytes),
         max_length=_tokens(longest, lengths, TEMPLATE_TOKENS),
         on_overlong=long_way if overlong else None,

@@ -54,7 +54,7 @@ def answer_file(
     header = list(dict.fromkeys(name for _, row in raw if not isinstance(row, RowError) for name in row))
     if not header:
         raise DataError.of("no row can be read", str(rows))
-    stated = run.recipe.data.train[0].columns
+    stated = run.recipe.data.train[0].columns or run.recipe.data.columns
     known = {ours: theirs for ours, theirs in stated.items() if used_columns({ours: theirs}, header) <= set(header)}
     columns = with_aliases(known, COLUMNS, header, run.recipe.task)
     asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
