@@ -19,6 +19,7 @@ from llmtune.evaluate.per_row_scores import pack_measures
 from llmtune.evaluate.release_file import VERSION, Release, open_release
 from llmtune.records import Difference, Json
 from llmtune.report.redaction import hide_paths
+from llmtune.report.report_record import require_report
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
 from llmtune.store.run_lock import LOCK
 
@@ -124,9 +125,7 @@ def make_release(run: Path, out: Path | None, signing: str | None = None) -> Pat
         EnvironmentProblem: its scores are damaged, or the file cannot be written.
     """
     opened = open_run_scores(run, run.name)
-    report: Json | None = read_json(run / "report.json")
-    if report is None:
-        raise RecipeError.of("this run has no report", str(run), f"Score it again: llmtune evaluate {run}")
+    report = require_report(run)
     evaluation, measures = opened.evaluation, replace(opened.measures, base={})
     content = Release(
         release_version=VERSION,

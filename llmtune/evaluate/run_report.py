@@ -9,13 +9,13 @@ from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.yaml_reader import read_text
 from llmtune.records import Evaluation
 from llmtune.report.redaction import redact_all
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, collect_facts
 from llmtune.report.verdict import describe_spread, verdict
-from llmtune.store.atomic_files import read_json_lines
-from llmtune.store.run_folder import RunFolder
+from llmtune.store.run_folder import RunFolder, read_curve
 from llmtune.store.run_lock import hardware, package_versions
 from llmtune.store.seed_runs import is_done, seed_folder
 
@@ -24,14 +24,15 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
     """Put together everything that a run found out, without its secrets."""
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
-    curve = read_json_lines(folder.path / "metrics.jsonl")
+    curve = read_curve(folder.path)
+    began = max((step["started"] for step in folder.manifest["steps"].values()), default=None)
     report = Report(
         llmtune=__version__,
         name=recipe.name,
         task=recipe.task,
         verdict=verdict(evaluation, seeds, curve),
         recipe=recipe.model_dump(mode="json"),
-        recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
+        recipe_yaml=read_text(folder.path / "recipe.yaml"),
         fingerprint=folder.manifest["fingerprint"],
         hardware={**hardware(), "device": device, "packages": package_versions()},
         steps=folder.timings(skipped),
@@ -41,7 +42,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         look=folder.findings.get("look") if recipe.evaluate.looks else None,
         power=list_power(recipe.evaluate, evaluation) if evaluation else (),
         explanations=find_explanations(folder.path),
-        **collect_facts(folder.manifest, curve),
+        **collect_facts(folder.done_facts(), began, curve),
     )
     return redact_all(report)
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from ruamel.yaml import YAML
 
 from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.store.run_lock import read_resolved
 
 T = TypeVar("T")
 REMOVED = "[removed]"
@@ -110,7 +111,7 @@ def recipe_to_share(recipe: Path) -> str:
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = StringIO()
-    writer.dump(hide_paths(YAML(typ="safe").load(recipe.read_text("utf-8"))), text)
+    writer.dump(hide_paths(read_resolved(recipe)), text)
     head = "# What this model was made with. Paths are cut to their last part: put your own rows in their place.\n"
     return redact(head + text.getvalue())
 
