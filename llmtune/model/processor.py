@@ -76,6 +76,11 @@ def load_processor(
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+def count_ids(processor: PreTrainedTokenizerBase) -> int:
+    """Return how many rows an embedding needs: one more than the highest id; ids may have gaps."""
+    return max(len(processor), 1 + max(processor.get_vocab().values(), default=-1))
+
+
 def _fix_template(template: str, system_prompt: str | None) -> str:
     dated = fix_date(template)
     return dated if system_prompt is None else with_system_prompt(dated, system_prompt)

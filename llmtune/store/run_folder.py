@@ -292,7 +292,7 @@ def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, res
 def _sweep(path: Path) -> None:
     """Remove what a process that was killed left half-written."""
     for folder in (path, path / "data"):
-        for pattern in (".*.tmp", ".*.new", ".*.old"):
+        for pattern in (".*.tmp", ".*.new", ".*.old", ".keys-*"):
             for leftover in folder.glob(pattern):
                 remove(leftover)
 
