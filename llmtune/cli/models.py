@@ -84,7 +84,7 @@ def fits(
         list[str] | None, typer.Option("--price", metavar="CARD=N", help="With --recipe: the price of an hour.")
     ] = None,
     sets: Sets = None,
-    length: Annotated[int, typer.Option("--length", min=8, help="Tokens of a row.")] = 1024,
+    length: Annotated[int, typer.Option("--length", min=8, max=2**30, help="Tokens of a row.")] = 1024,
     task: Annotated[str, typer.Option("--task", help="The task to be tuned for.")] = "chat",
     licence: Licence = None,
     language: Language = None,
@@ -226,6 +226,6 @@ def _cell(one: Fit) -> str:
 def _read_size(text: str) -> float:
     """Read bytes such as 24GB or 80GiB. Raises RecipeError."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
-    if not found or found[2] not in UNITS or float(found[1]) * UNITS[found[2]] < 1e8:
+    if not found or found[2] not in UNITS or not 1e8 <= float(found[1]) * UNITS[found[2]] <= 1e18:
         raise RecipeError.of(f"{text!r} is no amount of memory", "--memory", "Write e.g. --memory 24GB.")
     return float(found[1]) * UNITS[found[2]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 P = ParamSpec("P")
+IN_PLACE_OF_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+"""EINVAL is what `user_files.NotAFileError` has."""
 RUN_PARAMETERS = {"run", "runs", "what"}
 """Parameters of commands that name runs."""
 SHOWN_PROBLEMS = 30
@@ -123,10 +126,18 @@ def _system_refusals() -> Iterator[None]:
     except LlmtuneError:
         raise
     except Exception as error:  # libraries have errors of their own for it, such as pyarrow.ArrowException
-        problem = system_problem(error)
+        problem = system_problem(error) or _misplaced(error)
         if problem is None:
             raise
         raise EnvironmentProblem(problem) from error
+
+
+def _misplaced(error: Exception) -> Problem | None:
+    """Return what is wrong where a file is missing, or a folder or a pipe stands in its place."""
+    if isinstance(error, OSError) and error.filename and error.errno in IN_PLACE_OF_A_FILE:
+        fix = "Put the file back; what belongs to a run is made again by its recipe."
+        return Problem(f"cannot be read: {error.strerror}", str(error.filename), fix)
+    return None
 
 
 def _check_names(arguments: Mapping[str, object]) -> None:

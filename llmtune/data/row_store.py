@@ -5,25 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NotRequired
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from typing_extensions import TypedDict
 
-from llmtune.errors import DataError
+from llmtune.errors import DataError, EnvironmentProblem, first_line, system_problem
 from llmtune.records import Row, Rows
-from llmtune.store.atomic_files import read_json, write_json
+from llmtune.store.atomic_files import write_json
+from llmtune.store.json_shapes import Count, Counts, read_record
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 2**22
 """A batch ends at whichever comes first: rows can be long."""
+AGAIN = "Run the recipe again: what is missing or damaged is made again."
 RECORD = "rows.json"
 RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled")
 SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
 GROUP = pa.field("group", pa.uint64())
 """Hash of the row's `data.split_by` value; only where the recipe names such a column."""
 U64 = npt.NDArray[np.uint64]
+
+
+class RowsRecord(TypedDict):
+    """What rows.json holds; earlier versions kept no columns."""
+
+    files: dict[str, str]
+    counts: Counts
+    rows_in: Count
+    dropped: Counts
+    content_hash: str
+    columns: NotRequired[list[str]]
+    columns_hash: NotRequired[str]
 
 
 class RowWriter:
@@ -85,14 +102,28 @@ def load_rows(folder: Path) -> Rows:
 
     Raises:
         DataError: Rows were never prepared there, or files are missing.
+        EnvironmentProblem: The record is damaged.
     """
-    record = read_json(folder / RECORD)
+    record = read_record(folder / RECORD, RowsRecord, fix=AGAIN)
     missing = [name for name in (record or {}).get("files", {}).values() if not (folder / name).is_file()]
-    if not isinstance(record, dict) or missing:
+    if record is None or missing:
         what = f"{missing[0]} is missing" if missing else "there are no prepared rows"
-        raise DataError.of(what, str(folder), "Run the recipe again: what is missing is made again.")
-    files = {split: folder / name for split, name in record.pop("files").items()}
-    return Rows(folder=folder, files=files, **{**record, "columns": tuple(record.get("columns", ()))})
+        raise DataError.of(what, str(folder), AGAIN)
+    files = {split: folder / name for split, name in record["files"].items()}
+    recorded = {name: record[name] for name in RECORDED if name in record}
+    return Rows(folder=folder, files=files, **{**recorded, "columns": tuple(record.get("columns", ()))})
+
+
+@contextmanager
+def open_arrow(path: Path) -> Iterator[pa.ipc.RecordBatchFileReader]:
+    """Open an Arrow file of a run; raises EnvironmentProblem where it is damaged, also while it is read."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            yield pa.ipc.open_file(source)
+    except (pa.ArrowInvalid, OSError) as error:
+        if system_problem(error):
+            raise
+        raise EnvironmentProblem.of(f"damaged: {first_line(error)}", str(path), AGAIN) from error
 
 
 def pick_rows(rows: Rows, split: str, indexes: Sequence[int], folder: Path) -> Rows:
@@ -111,8 +142,7 @@ def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatc
     if split not in rows.files:
         return
     first = 0
-    with pa.memory_map(str(rows.files[split])) as source:
-        reader = pa.ipc.open_file(source)
+    with open_arrow(rows.files[split]) as reader:
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             yield first, batch

@@ -12,12 +12,12 @@ from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.evaluate.paired_statistics import widen
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all
+from llmtune.recipe.yaml_reader import read_text
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, Verdict, collect_facts
 from llmtune.report.verdict import describe_spread, verdict
-from llmtune.store.atomic_files import read_json_lines
-from llmtune.store.run_folder import RunFolder
+from llmtune.store.run_folder import RunFolder, read_curve
 from llmtune.store.run_lock import hardware, package_versions
 from llmtune.store.seed_runs import is_done, seed_folder
 
@@ -26,7 +26,8 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
     """Put together everything that a run found out, without its secrets."""
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
-    curve = read_json_lines(folder.path / "metrics.jsonl")
+    curve = read_curve(folder.path)
+    began = max((step["started"] for step in folder.manifest["steps"].values()), default=None)
     gates = check_gates(recipe.evaluate, evaluation) if evaluation else ()
     report = Report(
         llmtune=__version__,
@@ -34,7 +35,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         task=recipe.task,
         verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve),
         recipe=recipe.model_dump(mode="json"),
-        recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
+        recipe_yaml=read_text(folder.path / "recipe.yaml"),
         fingerprint=folder.manifest["fingerprint"],
         hardware={**hardware(), "device": device, "packages": package_versions()},
         steps=folder.timings(skipped),
@@ -44,7 +45,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         look=folder.findings.get("look") if recipe.evaluate.looks else None,
         power=list_power(recipe.evaluate, evaluation) if evaluation else (),
         explanations=find_explanations(folder.path),
-        **collect_facts(folder.manifest, curve),
+        **collect_facts(folder.done_facts(), began, curve),
     )
     return redact_all(report)
 

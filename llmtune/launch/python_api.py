@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.launch.machines import Board
+    from llmtune.recipe.arguments import Until
     from llmtune.recipe.loader import LoadedRecipe
     from llmtune.recipe.schema import Recipe
     from llmtune.serve.finished_run import FinishedRun
@@ -34,7 +35,7 @@ def run(
     *,
     out: str | Path | None = None,
     set: Mapping[str, object] | None = None,
-    until: str = "run",
+    until: Until = "run",
     processes: int = 1,
     strategy: str = "ddp",
     resume: bool = False,
@@ -50,7 +51,7 @@ def run(
         recipe: a recipe file, or the name of a recipe that ships with llmtune.
         out: the run folder; by default `runs/<name>-<hash>`.
         set: values that replace those of the recipe, such as `{"train.learning_rate": 1e-4}`.
-        until: the last step to run: train, evaluate, or run for all steps and deployment.
+        until: the last step to run: prepare, select, adapt, train, evaluate, or run for all steps and deployment.
         processes: in how many processes to train and evaluate.
         strategy: what each of them has of the model: all of it (ddp) or a part of it (fsdp).
         resume: go on in the run folder, and raise an error if there is nothing to go on from.
@@ -64,6 +65,10 @@ def run(
         LlmtuneError: one of its kinds, with all that is wrong in one message. After a `GateFailed` the run folder is
             complete, and `load_run` opens it.
     """
+    given = locals()
+    from llmtune.recipe.arguments import RunArguments, check_arguments  # not for --help: it brings pydantic
+
+    check_arguments("llmtune.run", RunArguments, given)
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
@@ -95,6 +100,9 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     Raises:
         RecipeError: not a run folder, or not trained yet.
     """
+    from llmtune.recipe.arguments import LoadArguments, check_arguments
+
+    check_arguments("llmtune.load_run", LoadArguments, {"folder": folder, "offline": offline})
     prepare_environment(network=False)
     with gc_paused():
         from llmtune.serve.finished_run import FinishedRun

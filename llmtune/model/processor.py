@@ -87,6 +87,11 @@ def _fix_template(template: str, model: ModelSection, system_prompt: str | None)
     return fixed if system_prompt is None else with_system_prompt(fixed, system_prompt)
 
 
+def count_ids(processor: PreTrainedTokenizerBase) -> int:
+    """Return how many rows an embedding needs: one more than the highest id; ids may have gaps."""
+    return max(len(processor), 1 + max(processor.get_vocab().values(), default=-1))
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the tokenizer and its chat template so that transformers 4 and 5 read it alike.
 

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from llmtune.errors import EnvironmentProblem, Problem
 from llmtune.recipe.secrets import redact, redact_all
+from llmtune.store.run_lock import read_resolved
 
 # Paths of this machine
 
@@ -45,7 +46,7 @@ def recipe_to_share(recipe: Path) -> str:
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = StringIO()
-    writer.dump(hide_paths(YAML(typ="safe").load(recipe.read_text("utf-8"))), text)
+    writer.dump(hide_paths(read_resolved(recipe)), text)
     head = "# What this model was made with. Paths are cut to their last part: put your own rows in their place.\n"
     return redact(head + text.getvalue())
 
