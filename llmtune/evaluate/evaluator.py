@@ -166,15 +166,10 @@ def evaluate(
     run_models(models, context, [suite for _, suite in suites], answers, headless, packs)
     evaluation, measures = Evaluation({}, {}, {}, (), (), 0), PairedMeasures()
     if inputs is not None:
-        base, tuned = answers["base"], answers["tuned"]
-        measures = PairedMeasures(measure(context, base, base), measure(context, tuned, base))
-        scores = PerRowScores(measures.base, measures.tuned, name_test_rows(rows, inputs.rows), inputs.clusters)
-        if folder is not None:
-            save_predictions(folder, inputs, base, tuned)
-            save_measures(folder, scores)
-        if folder is not None and known is not None and stand_in is None:
-            save_base(folder, base, known.inputs)
-        evaluation = compare_answers(context, inputs, base, tuned, measures)
+        save = None if stand_in is not None or known is None else known.inputs
+        scores = score_rows(context, inputs, answers, rows, save)
+        measures = PairedMeasures(scores.base, scores.tuned)
+        evaluation = compare_answers(context, inputs, answers["base"], answers["tuned"], measures)
         if stand_in is not None:
             evaluation = replace(evaluation, guessable=find_guessable(context, inputs, measures.tuned))
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
@@ -187,6 +182,24 @@ def evaluate(
     if PIECES in evaluation.signatures:
         console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
     return evaluation
+
+
+def score_rows(
+    context: EvalContext, inputs: EvalInputs, answers: Mapping[str, Answers], rows: Rows, base_inputs: str | None
+) -> PerRowScores:
+    """Measure both models' answers row by row, and save them if the context has a folder.
+
+    With `base_inputs`, the hash of what the base's answers depend on, those are saved for later evaluations too.
+    """
+    base, tuned = answers["base"], answers["tuned"]
+    names = name_test_rows(rows, inputs.rows)
+    scores = PerRowScores(measure(context, base, base), measure(context, tuned, base), names, inputs.clusters)
+    if context.folder is not None:
+        save_predictions(context.folder, inputs, base, tuned)
+        save_measures(context.folder, scores)
+        if base_inputs is not None:
+            save_base(context.folder, base, base_inputs)
+    return scores
 
 
 def print_cut(answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
