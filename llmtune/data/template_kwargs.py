@@ -11,7 +11,7 @@ from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.report.redaction import hide
+from llmtune.recipe.secrets import hide
 
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 """What every template is given, whatever the recipe says."""

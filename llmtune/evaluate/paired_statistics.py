@@ -79,7 +79,8 @@ def difference(
     """
     if len(clusters):
         grouped = difference(
-            *(add_up(one, clusters) for one in (base_NK, tuned_NK)),
+            add_up(base_NK, clusters),
+            add_up(tuned_NK, clusters),
             formula,
             right_wrong=False,
             seed=seed,

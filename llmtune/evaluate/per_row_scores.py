@@ -78,13 +78,17 @@ class PerRowScores(PairedMeasures):
     """[P] equal for rows that belong together; empty where each row is alone."""
 
     def with_rows(self, others: PerRowScores) -> PerRowScores:
-        """Return the tuned model's scores on the rows of both; a metric that `others` lacks keeps its own rows."""
+        """Return the tuned model's scores on the rows of both; a metric that `others` lacks keeps its own rows.
+
+        Groups are dropped: their numbers mean something else in each run, and a comparison has those of the other run.
+        """
         tuned = dict(self.tuned)
         for metric, more in others.tuned.items():
             own = tuned.get(metric)
             if own is not None and (own.signature, own.sums_NK.shape[1]) == (more.signature, more.sums_NK.shape[1]):
                 at = (*own.at, *(len(self.rows) + place for place in more.at))
-                tuned[metric] = replace(own, sums_NK=np.concatenate([own.sums_NK, more.sums_NK]), at=at)
+                sums_NK = np.concatenate([own.sums_NK, more.sums_NK])
+                tuned[metric] = replace(own, sums_NK=sums_NK, at=at, clusters=())
         return PerRowScores({}, tuned, (*self.rows, *others.rows))
 
 

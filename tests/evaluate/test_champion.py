@@ -74,6 +74,25 @@ def test_only_rows_of_both_are_compared_and_both_scores_are_those_on_them(champi
         compare_with_champion(first, recipe_with(champion), *scored([True], ["other"]))
 
 
+def test_rows_that_belong_together_are_drawn_together_against_a_champion_too(champion: Path) -> None:
+    opened = open_champion(recipe_with(champion))
+    assert opened is not None
+    names, groups = ["a", "b", "c", "d", "e", "f"], (0, 0, 1, 1, 2, 2)
+
+    def grouped(right: list[bool], names: list[str]) -> tuple[Evaluation, PerRowScores]:
+        evaluation, scores = scored(right, names)
+        own = {metric: one.in_clusters(groups[: len(right)]) for metric, one in scores.tuned.items()}
+        return evaluation, replace(scores, tuned=own, clusters=groups[: len(right)])
+
+    evaluation, measures = grouped([True, True, False, False], names[:4])
+    first = replace(opened, evaluation=evaluation, measures=measures)
+    answered = PerRowScores({}, scored([False, True], names[4:])[1].tuned, tuple(names[4:]))
+    own = grouped([False, True, True, True, True, True], names)
+    found = compare_with_champion(first, recipe_with(champion), *own, answered)
+    difference = found.difference["accuracy"]
+    assert (difference.n, difference.groups) == (6, 3)
+
+
 def test_another_task_and_the_run_itself_are_no_champion(champion: Path) -> None:
     other = recipe_with(champion).model_copy(update={"task": "completion"})
     with pytest.raises(RecipeError, match="has task chat, and this recipe task completion"):
