@@ -18,7 +18,7 @@ from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Examples, Rows
 from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
-from llmtune.report.redaction import redact_all
+from llmtune.report.redaction import redact_all, secret_values
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.run_sections import filled_sentence, lost_sentence
 
@@ -46,7 +46,8 @@ def describe_examples(
     dropped = dict(rows.dropped)
     for reason, count in examples.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count
-    pieces = redact_all(task.highlighted_text(train[0], processor, recipe))  # the console is a log, in CI to others
+    secrets = [*secret_values(recipe.model.chat_template_kwargs)]
+    pieces = redact_all(task.highlighted_text(train[0], processor, recipe), secrets)  # others read the console in CI
     classes = task.class_counts(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0

@@ -10,7 +10,7 @@ from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Evaluation
-from llmtune.report.redaction import redact_all
+from llmtune.report.redaction import redact_all, redact_yaml, secret_values
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, collect_facts
 from llmtune.report.verdict import describe_spread, verdict
@@ -24,14 +24,15 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
     """Put together everything that a run found out, without its secrets."""
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
+    settings = recipe.model_dump(mode="json")
     curve = read_json_lines(folder.path / "metrics.jsonl")
     report = Report(
         llmtune=__version__,
         name=recipe.name,
         task=recipe.task,
         verdict=verdict(evaluation, seeds, curve),
-        recipe=recipe.model_dump(mode="json"),
-        recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
+        recipe=settings,
+        recipe_yaml=redact_yaml((folder.path / "recipe.yaml").read_text(encoding="utf-8")),
         fingerprint=folder.manifest["fingerprint"],
         hardware={**hardware(), "device": device, "packages": package_versions()},
         steps=folder.timings(skipped),
@@ -43,7 +44,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         explanations=find_explanations(folder.path),
         **collect_facts(folder.manifest, curve),
     )
-    return redact_all(report)
+    return redact_all(report, [*secret_values(settings)])
 
 
 def collect_seeds(run: Path, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
