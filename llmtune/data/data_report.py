@@ -15,7 +15,7 @@ from llmtune.data.examples import ExampleReader
 from llmtune.data.system_message import added_system_message
 from llmtune.data.task_interface import TaskInterface
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.secrets import redact_all
+from llmtune.recipe.secrets import redact_all, secret_values
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Examples, Rows
 from llmtune.report.blocks import Column, Table
@@ -48,7 +48,8 @@ def describe_examples(
     dropped = dict(rows.dropped)
     for reason, count in examples.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count
-    pieces = redact_all(task.highlighted_text(train[0], processor, recipe))  # the console is a log, in CI to others
+    secrets = [*secret_values(recipe.model.chat_template_kwargs)]
+    pieces = redact_all(task.highlighted_text(train[0], processor, recipe), secrets)  # others read the console in CI
     classes = task.class_counts(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0

@@ -11,7 +11,7 @@ from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.recipe.secrets import hide
+from llmtune.recipe.secrets import REMOVED, hide
 
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 """What every template is given, whatever the recipe says."""
@@ -34,14 +34,18 @@ def with_defaults(template: str, kwargs: Mapping[str, object]) -> str:
     """Return the template with `kwargs` as the defaults of its variables.
 
     Every program that reads the template renders as in training, without being sent anything. A value that a client
-    sends overrides the default. Secrets are left out, since a template is published.
+    sends overrides the default.
     """
     head = "".join(
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
-        for name, value in kwargs.items()
-        if hide(name, value) == value
+        for name, value in without_secrets(kwargs).items()
     )
     return template if template.startswith(head) else head + template
+
+
+def without_secrets(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Return what may be stored in a template: others read it once it is published."""
+    return {name: value for name, value in kwargs.items() if REMOVED not in str(hide(name, value))}
 
 
 def _literal(value: object) -> str:

@@ -11,7 +11,7 @@ from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.evaluate.paired_statistics import widen
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.secrets import redact_all
+from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_text
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.report_page import find_explanations
@@ -26,6 +26,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
     """Put together everything that a run found out, without its secrets."""
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
+    settings = recipe.model_dump(mode="json")
     curve = read_curve(folder.path)
     began = max((step["started"] for step in folder.manifest["steps"].values()), default=None)
     gates = check_gates(recipe.evaluate, evaluation) if evaluation else ()
@@ -34,8 +35,8 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         name=recipe.name,
         task=recipe.task,
         verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve),
-        recipe=recipe.model_dump(mode="json"),
-        recipe_yaml=read_text(folder.path / "recipe.yaml"),
+        recipe=settings,
+        recipe_yaml=redact_yaml(read_text(folder.path / "recipe.yaml")),
         fingerprint=folder.manifest["fingerprint"],
         hardware={**hardware(), "device": device, "packages": package_versions()},
         steps=folder.timings(skipped),
@@ -47,7 +48,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         explanations=find_explanations(folder.path),
         **collect_facts(folder.done_facts(), began, curve),
     )
-    return redact_all(report)
+    return redact_all(report, [*secret_values(settings)])
 
 
 def judge_run(

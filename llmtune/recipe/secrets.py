@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from io import StringIO
 from typing import Any, TypeVar, cast
+
+from ruamel.yaml import YAML
 
 T = TypeVar("T")
 REMOVED = "[removed]"
@@ -48,10 +51,14 @@ IN_QUERY = re.compile(
     re.IGNORECASE,
 )
 PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+SHORTEST = 4
+"""A shorter secret is not looked for in texts, which have such letters by chance."""
 
 
-def redact(text: str) -> str:
-    """Replace tokens, keys, passwords in URLs and authorization headers by `[removed]`."""
+def redact(text: str, known: Collection[str] = ()) -> str:
+    """Replace tokens, keys, passwords in URLs, authorization headers and `known` secrets by `[removed]`."""
+    for secret in known:
+        text = text.replace(secret, REMOVED)
     text = PRIVATE_KEY.sub(REMOVED, text)
     text = IN_URL.sub(lambda found: found["head"] + REMOVED + "@", text)
     text = IN_QUERY.sub(lambda found: found["head"] + REMOVED, text)
@@ -61,25 +68,61 @@ def redact(text: str) -> str:
     return ASSIGNED.sub(lambda found: (found["head"] or found["head2"]) + REMOVED, text)
 
 
-def redact_all(value: T) -> T:
+def redact_all(value: T, known: Collection[str] = ()) -> T:
     """Redact every text in a value, all the way down, and whole values whose key says that they are secret."""
     redacted: Any = value
     if isinstance(value, str):
-        redacted = redact(value)
+        redacted = redact(value, known)
     elif isinstance(value, Mapping):
-        redacted = {redact(str(key)): hide(str(key), item) for key, item in value.items()}
+        redacted = {redact(str(key), known): hide(str(key), item, known) for key, item in value.items()}
     elif isinstance(value, list | tuple):
-        redacted = [redact_all(item) for item in value]
+        redacted = [redact_all(item, known) for item in value]
     elif is_dataclass(value) and not isinstance(value, type):
         redacted = replace(
-            value, **{field.name: hide(field.name, getattr(value, field.name)) for field in fields(value)}
+            value, **{field.name: hide(field.name, getattr(value, field.name), known) for field in fields(value)}
         )
     return cast(T, redacted)
 
 
-def hide(key: str, value: object) -> object:
-    """Redact the value of one key."""
-    return REMOVED if SECRET_KEY.fullmatch(key) and isinstance(value, str) and value else redact_all(value)
+def hide(key: str, value: object, known: Collection[str] = ()) -> object:
+    """Redact the value of one key; of a secret one all of it, numbers, lists and objects too."""
+    is_secret = bool(SECRET_KEY.fullmatch(key)) and not isinstance(value, bool) and value not in (None, "")
+    return REMOVED if is_secret else redact_all(value, known)
+
+
+def secret_values(value: object, secret: bool = False) -> Iterator[str]:
+    """Yield the texts under secret keys, which may also be written elsewhere: in a prompt, in a file's text."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from secret_values(item, secret or bool(SECRET_KEY.fullmatch(str(key))))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from secret_values(item, secret)
+    elif secret and isinstance(value, str | int) and len(str(value)) >= SHORTEST and not isinstance(value, bool):
+        yield str(value)
+
+
+def redact_yaml(text: str) -> str:
+    """Return a YAML file without its secrets, and with its comments."""
+    writer = YAML()  # keeps comments
+    writer.width = 10_000
+    read = writer.load(text)
+    if _hide_within(read):
+        written = StringIO()
+        writer.dump(read, written)
+        text = written.getvalue()
+    return redact(text)
+
+
+def _hide_within(node: object) -> bool:
+    """Replace the values of secret keys in place; returns whether there were any."""
+    found = False
+    for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(key, str) and hide(key, item) == REMOVED:
+            cast(dict[str, object], node)[key], found = REMOVED, True
+        else:
+            found |= _hide_within(item)
+    return found
 
 
 def holds_secret(name: str, value: object) -> bool:

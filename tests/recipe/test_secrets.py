@@ -1,6 +1,6 @@
 import pytest
 
-from llmtune.recipe.secrets import holds_secret, redact, redact_all
+from llmtune.recipe.secrets import holds_secret, redact, redact_all, redact_yaml, secret_values
 
 SECRETS = [
     "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
@@ -67,6 +67,45 @@ def test_values_of_secret_keys_are_removed_at_any_depth():
     assert found == {
         "a": [{"api_key": "[removed]", "tokens": 5, "hf_token": "[removed]", "secret": None, "pad_token": "<pad>"}]
     }
+
+
+def test_all_of_a_secret_is_removed_numbers_and_lists_too():
+    secret = {"password": 1234, "api_key": ["one", "two"], "secret": {"a": "three"}, "private_key": True}
+    assert redact_all(secret) == {**dict.fromkeys(secret, "[removed]"), "private_key": True}
+
+
+RECIPE = """model:
+  name: m  # recipe.yaml:3
+  chat_template_kwargs:  # recipe.yaml:4
+    password: {password}
+    mood: kind
+    nested: [{{api_key: 'a "quoted" one', n: 1.0e-4}}]
+"""
+
+
+@pytest.mark.parametrize(
+    "password", ["hunter2", "'hunter2'", "20220101", "|\n      hunter2\n      more", "[hunter2, x]"]
+)
+def test_secrets_of_a_yaml_text_are_removed_and_its_comments_stay(password):
+    found = redact_yaml(RECIPE.format(password=password))
+    assert "quoted" not in found
+    assert "hunter2" not in found
+    assert "20220101" not in found
+    assert "name: m  # recipe.yaml:3\n" in found
+    assert "mood: kind" in found
+    assert "1.0e-4" in found
+
+
+def test_a_yaml_text_without_secrets_stays_as_it_is():
+    text = "a:   [1,2]   # why\n\n\nb: {c: 'd'}\n"
+    assert redact_yaml(text) == text
+
+
+def test_secrets_that_a_recipe_names_are_removed_from_texts():
+    recipe = {"model": {"kwargs": {"password": "hunter2", "pin": {"secret": [471100, "abc"]}, "mood": "kind"}}}
+    known = [*secret_values(recipe)]
+    assert known == ["hunter2", "471100"]
+    assert redact_all(["say hunter2, kind one", "471100 abc"], known) == ["say [removed], kind one", "[removed] abc"]
 
 
 def test_secrets_in_keys_are_removed_too():
