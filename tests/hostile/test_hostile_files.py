@@ -128,6 +128,37 @@ def test_a_server_that_may_open_64_files_is_refused_before_anything_is_loaded() 
     assert "EnvironmentProblem: ulimit -n: only 64 files may be open at once" in done.stderr
 
 
+SERVER = """
+import asyncio, os, signal, socket, sys, threading
+from types import SimpleNamespace
+from llmtune.serve.server import bind_socket, run_server
+
+async def app(scope, receive, send):
+    os.kill(os.getpid(), signal.SIGINT)
+    asyncio.get_running_loop().call_later(0.5, os.kill, os.getpid(), signal.SIGINT)
+    await asyncio.sleep(60)
+
+def ask():
+    connection = socket.create_connection(bound.getsockname())
+    connection.sendall(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+    connection.recv(1)
+
+bound = bind_socket("127.0.0.1", 0)
+engine = SimpleNamespace(queue=SimpleNamespace(stop=lambda grace: None), thread=threading.Thread())
+engine.thread.start()
+try:
+    run_server(app, engine, bound, 30, threading.Thread(target=ask, daemon=True).start)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_a_second_ctrl_c_ends_a_server_that_is_answering_without_a_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", SERVER], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "stopped\n", done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+
+
 def test_json_for_programs_holds_the_text_and_no_control_character(recipe: Path) -> None:
     value = {"row": "\x1b[31m \x9b \u202e \ud800"}
     with redirect_stdout(io.StringIO()) as out:
