@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from typing_extensions import TypedDict
 
 from llmtune.compare.sweep_space import read_space, suggest, with_values
 from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError, Stopped, first_line
@@ -89,7 +90,7 @@ def _readable_journal(journal: Path) -> Iterator[None]:
         raise EnvironmentProblem.of("not a regular file", str(journal), FIX)
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         what = f"damaged: {type(error).__name__}: {first_line(error)}"
         raise EnvironmentProblem.of(what, str(journal), FIX) from error
 

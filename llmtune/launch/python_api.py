@@ -65,10 +65,7 @@ def run(
         LlmtuneError: one of its kinds, with all that is wrong in one message. After a `GateFailed` the run folder is
             complete, and `load_run` opens it.
     """
-    given = locals()
-    from llmtune.recipe.arguments import RunArguments, check_arguments  # not for --help: it brings pydantic
-
-    check_arguments("llmtune.run", RunArguments, given)
+    _check_arguments("llmtune.run", locals())
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
@@ -100,14 +97,18 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     Raises:
         RecipeError: not a run folder, or not trained yet.
     """
-    from llmtune.recipe.arguments import LoadArguments, check_arguments
-
-    check_arguments("llmtune.load_run", LoadArguments, {"folder": folder, "offline": offline})
+    _check_arguments("llmtune.load_run", locals())
     prepare_environment(network=False)
     with gc_paused():
         from llmtune.serve.finished_run import FinishedRun
 
     return FinishedRun(Path(folder), offline)
+
+
+def _check_arguments(function: str, given: Mapping[str, object]) -> None:
+    from llmtune.recipe.arguments import check_arguments  # not for --help: it brings pydantic
+
+    check_arguments(function, given)
 
 
 def run_recipe(

@@ -55,8 +55,16 @@ class GenerateArguments(TypedDict):
     max_new_tokens: Positive | None
 
 
-def check_arguments(function: str, shape: type[Any], given: Mapping[str, object]) -> None:
-    """Raise a RecipeError that names each argument whose value does not have the type that `shape` says."""
+SHAPES: dict[str, type[Any]] = {
+    "llmtune.run": RunArguments,
+    "llmtune.load_run": LoadArguments,
+    "run.generate": GenerateArguments,
+}
+
+
+def check_arguments(function: str, given: Mapping[str, object]) -> None:
+    """Raise a RecipeError that names each argument of a function in SHAPES whose value does not have its type."""
+    shape = SHAPES[function]
     arguments = {name: given[name] for name in shape.__annotations__}
     try:
         TypeAdapter(shape).validate_python(arguments, strict=True)

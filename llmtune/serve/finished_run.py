@@ -18,7 +18,7 @@ from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate
 from llmtune.model.config import head_is_new
-from llmtune.recipe.arguments import GenerateArguments, check_arguments
+from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult, ModelRef, Row
@@ -202,7 +202,7 @@ class FinishedRun:
             RecipeError: something is not given, or given and not used by this task.
             DataError: what is given cannot be used.
         """
-        check_arguments("run.generate", GenerateArguments, locals())
+        check_arguments("run.generate", locals())
         inputs = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
         inputs["audio"] = None if audio is None else str(audio)
         return str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])

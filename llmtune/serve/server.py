@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
 from collections.abc import Callable
@@ -118,6 +119,11 @@ def bind_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Leave out requests that a second Ctrl-C ends: uvicorn logs each as a bug of the application."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
+
+
 class _Server(uvicorn.Server):
     """uvicorn, whose stop begins with the engine's."""
 
@@ -152,6 +158,7 @@ def run_server(
         timeout_graceful_shutdown=int(grace_seconds) + SPARE_SECONDS,
         ws="none",
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     server = _Server(config, lambda: engine.queue.stop(grace_seconds), on_ready)
     try:
         server.run(sockets=[bound])

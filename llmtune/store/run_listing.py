@@ -58,7 +58,7 @@ def _look(path: Path) -> ListedRun | None:
     step, last = max(manifest["steps"].items(), key=lambda item: item[1]["started"])
     step = step if last["state"] == "done" else f"{step} ({last['state']})"
     report = read_json(path / "report.json")
-    verdict = None if find_misfit(report, HasVerdict) else report["verdict"]["word"]
+    verdict = None if find_misfit(report, HasVerdict) else report["verdict"].get("word")
     trained = RunFolder(path, manifest).is_done("train")
     return ListedRun(path, name, task[1] if task else "", last["started"], step, trained, verdict)
 

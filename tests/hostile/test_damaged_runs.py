@@ -19,6 +19,8 @@ from support.finished import finish_run
 from support.runs import invoke
 
 from llmtune.cli.app import app
+from llmtune.compare.sweep_trial import validations
+from llmtune.errors import EnvironmentProblem, RecipeError
 
 COMMAND = typer.main.get_command(app)
 RUN = Path("runs/victim")
@@ -198,3 +200,34 @@ def test_every_wrong_value_of_every_key_is_named(name: str) -> None:
 def test_a_damaged_file_is_named_by_the_commands_that_load_the_model(command: str) -> None:
     hows = ("missing", "cut", "not UTF-8", "list", "object", "folder")
     assert try_all({command: HEAVY[command]}, whole_files(READ_BY_MODELS, hows)) == []
+
+
+JOURNAL = "journal.log"
+HARMLESS = ("missing", "empty", "cut")
+"""Optuna leaves out a last line that was cut: trials may be lost, and are run again."""
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", ["space.json", JOURNAL])
+@pytest.mark.parametrize("how", [*CONTENTS, "cut", "folder", "pipe"])
+def test_a_damaged_file_of_a_sweep_is_named_or_made_again(name: str, how: str) -> None:
+    pytest.importorskip("optuna")
+    from llmtune.compare.sweep_trial import open_study
+
+    out = Path("sweep")
+    study = open_study(out, "searched")
+    study.tell(study.ask(), 1.0)
+    damage(out / name, how)
+    if name == JOURNAL and how in HARMLESS:
+        open_study(out, "searched")
+        return
+    with pytest.raises((EnvironmentProblem, RecipeError), match=str(out)) as refused:
+        open_study(out, "searched")
+    assert name in str(refused.value) or how == "missing"
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("line", ["[]", "{", '{"step": "x"}', '{"validation_loss": 1}', '{"step": 2, "loss": "x"}'])
+def test_damaged_lines_of_a_curve_are_left_out(line: str) -> None:
+    Path("metrics.jsonl").write_text('{"step": 1, "validation_loss": 2.5}\n' + line + "\n")
+    assert validations(Path()) == {1: 2.5}
