@@ -44,6 +44,7 @@ from llmtune.store.run_lock import (
     write_lock,
 )
 from llmtune.tasks.base import AnyTask
+from llmtune.tasks.class_labels import AS_NUMBERS
 from llmtune.tasks.registry import choose_variant, get_task
 from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
@@ -119,6 +120,9 @@ class RunContext:
 
     def resolve_training(self, loaded: LoadedRecipe, model_ref: ModelRef, rows: Rows) -> LoadedRecipe:
         """Choose what the recipe leaves open of epochs, rate and batch, and say so; return a recipe that states it."""
+        stated, found = loaded.recipe.classify, self.recipe.classify
+        if found is not None and found.kind == "regression" and (stated is None or stated.kind == "auto"):
+            self.console.print(AS_NUMBERS, highlight=False)
         config = read_model_config(model_ref, self.recipe.model).get_text_config()
         count = rows.counts.get("train", 0)
         choices = choose_training(self.recipe, count, getattr(config, "hidden_size", None), self.task.trains_head)
