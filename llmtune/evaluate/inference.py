@@ -186,7 +186,7 @@ def score_tokens(
     target_bytes = np.asarray([reader[i].target_bytes for i in range(len(reader))], dtype=np.float64)
     first = np.unique(row_of, return_index=True)[1]
     whole = map(by_row, (nats, correct, supervised, target_bytes))
-    return TokenSums(*whole, first_nats=nats[first], first_tokens=supervised[first])
+    return TokenSums(*whole, nats[first], supervised[first])
 
 
 def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
