@@ -43,6 +43,9 @@ BATCH_ROWS = 512
 BATCH_RECORDINGS = 32
 """Half a minute at 16 kHz is a megabyte."""
 BATCH_CHARACTERS = 1_000_000  # what the tokenizer holds at once: its offsets take 50 times the text
+BATCH_RENDERED = 20_000_000
+"""Characters that templates write for a batch: every answer is rendered after all that is before it. About a second, so
+the bar moves."""
 SHOWN = 20
 RECORD = "examples.json"
 COUNTED = ("counts", "tokens", "supervised", "longest", "reach")
@@ -305,7 +308,7 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
 
     The last batch has two rows where there are two: what is learned from an answer that is another row's needs one.
     """
-    first, characters = 0, 0
+    first, characters, rendered = 0, 0, 0
     batch: list[tuple[str, str]] = []
     ahead = next(texts, None)
     most = BATCH_RECORDINGS if ahead is not None and "audio" in json.loads(ahead[1]) else BATCH_ROWS
@@ -313,10 +316,12 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
         row, ahead = ahead, next(texts, None)
         batch.append(row)
         characters += len(row[1])
-        if (len(batch) >= most or characters > BATCH_CHARACTERS) and ahead is not None:
+        rendered += len(row[1]) * row[1].count('"role"')
+        full = len(batch) >= most or characters > BATCH_CHARACTERS or rendered > BATCH_RENDERED
+        if full and ahead is not None:
             kept = batch[:-1] if len(batch) > 1 else batch
             yield _RowBatch(split, first, kept)
-            first, batch, characters = first + len(kept), batch[len(kept) :], 0
+            first, batch, characters, rendered = first + len(kept), batch[len(kept) :], 0, 0
     if batch:
         yield _RowBatch(split, first, batch)
 
