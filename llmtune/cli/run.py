@@ -103,8 +103,7 @@ def _command(name: str) -> Callable[..., None]:
         as_json: AsJson = False,
     ) -> None:
         console, dry_run = stderr_console(quiet=quiet), plans_only(name, device, dry_run)
-        refuse_both(resume, fresh)
-        refuse_existing(write_test, dry_run)
+        refuse_both(resume, fresh, write_test, dry_run)
         sets = [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
@@ -129,12 +128,8 @@ def _command(name: str) -> Callable[..., None]:
                     console=console,
                 )
         if write_test is not None:
-            line = write_test_file(recipe, sets, out=out, file=write_test)
-            console.print(f"test rows written to {write_test}. Set in data: {line}", highlight=False, markup=False)
-        if as_json and not rank:  # machine 0 has the result
-            print_json(result)
-        elif dry_run and not rank:
-            print_dry_run(result)
+            write_test_file(recipe, sets, out=out, file=write_test, console=console)
+        print_result({} if rank else result, as_json=as_json, dry_run=dry_run)  # machine 0 has the result
 
     command.__doc__ = SUMMARIES[name]
     shown = handled(command)
@@ -151,6 +146,14 @@ def _spread(address: str, offline: bool) -> AbstractContextManager[None]:
     return spread_on_ray(address, offline=offline)
 
 
+def print_result(result: Json, *, as_json: bool, dry_run: bool) -> None:
+    """Print on stdout what was asked for of a result, if there is one."""
+    if result and as_json:
+        print_json(result)
+    elif result and dry_run:
+        print_dry_run(result)
+
+
 def print_dry_run(result: Json) -> None:
     """Print on stdout which steps would run."""
     for step in ("prepare", "encode", "train", "evaluate"):
@@ -165,20 +168,19 @@ def plans_only(name: str, device: str | None, dry_run: bool) -> bool:
     return dry_run or device is not None
 
 
-def refuse_both(resume: bool, fresh: bool) -> None:
-    """Raise RecipeError for --resume beside --fresh."""
-    if resume and fresh:
-        raise RecipeError.of("--resume and --fresh exclude each other", fix="Omit one of them.")
-
-
-def refuse_existing(write_test: Path | None, dry_run: bool) -> None:
-    """Raise RecipeError for a test file that exists, and for one with --dry-run, which writes nothing."""
-    if write_test is not None:
-        from llmtune.data.test_file import check_target  # not for --help
-
-        if dry_run:
-            raise RecipeError.of("--write-test and --dry-run exclude each other", fix="Omit one of them.")
-        check_target(write_test)
+def refuse_both(resume: bool, fresh: bool, write_test: Path | None = None, dry_run: bool = False) -> None:
+    """Raise RecipeError for options that exclude each other, and for a test file that exists."""
+    for first, second, both in (
+        ("--resume", "--fresh", resume and fresh),
+        ("--write-test", "--dry-run", write_test is not None and dry_run),
+    ):
+        if both:
+            raise RecipeError.of(f"{first} and {second} exclude each other", fix="Omit one of them.")
+    if write_test is not None and write_test.exists():
+        fix = "Name another file; to replace this one, delete it first."
+        raise RecipeError.of(
+            "the file exists, and runs may have been measured on it", f"--write-test {write_test}", fix
+        )
 
 
 COMMANDS = {name: _command(name) for name in SUMMARIES if name != LAUNCH}

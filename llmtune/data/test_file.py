@@ -12,7 +12,7 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.schema_inference import source_line
 from llmtune.data.sources import Detected, resolve_inputs
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Rows
@@ -21,13 +21,6 @@ from llmtune.store.atomic_files import explained, write_text
 KEPT_KEYS = {"path", "config", "split", "revision", "encoding", "weight", "limit"}
 """Keys of a source that say where its rows come from; all others say what the rows are, and hold for the file too."""
 OPTION = "--write-test"
-
-
-def check_target(file: Path) -> None:
-    """Raise RecipeError for a file that exists: earlier runs may have been measured on it."""
-    if file.exists():
-        fix = "Name another file; to replace this one, delete it first."
-        raise RecipeError.of("the file exists, and runs may have been measured on it", f"{OPTION} {file}", fix)
 
 
 def write_test_rows(recipe: Recipe, rows: Rows, file: Path, beside: Path) -> str:

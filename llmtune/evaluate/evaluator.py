@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from llmtune.evaluate.suite_registry import Suite, compare_outputs, make_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Champion, Contamination, Evaluation, Examples, Rows, Slice
+from llmtune.records import Champion, Contamination, Evaluation, Examples, Row, Rows, Slice
 from llmtune.report.metric_info import better_side
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
@@ -169,9 +169,8 @@ def evaluate(
         save = None if stand_in is not None or known is None else known.inputs
         scores = score_rows(context, inputs, answers, rows, save)
         measures = PairedMeasures(scores.base, scores.tuned)
-        evaluation = compare_answers(context, inputs, answers["base"], answers["tuned"], measures)
-        if stand_in is not None:
-            evaluation = replace(evaluation, guessable=find_guessable(context, inputs, measures.tuned))
+        base, tuned = answers["base"], answers["tuned"]
+        evaluation = compare_answers(context, inputs, base, tuned, measures, headless=stand_in is not None)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
         if challenge is not None:
             evaluation = replace(evaluation, champion=challenge(evaluation, scores))
@@ -263,18 +262,18 @@ def predict_baseline(context: EvalContext, inputs: EvalInputs, rows: Rows) -> tu
     return name, Answers(None, {i: task.format_prediction(value) for i, value in predictions.items()}, {}, predictions)
 
 
-def find_guessable(context: EvalContext, inputs: EvalInputs, metrics: Iterable[str]) -> tuple[str, ...]:
-    """Return the metrics in which guessing by class frequency beats the trivial baseline on these rows.
+def find_guessable(
+    task: EvaluatedTask, recipe: Recipe, references: Sequence[Any], prompts: Sequence[Row], metrics: Iterable[str]
+) -> tuple[str, ...]:
+    """Return the metrics in which guessing by class frequency beats the task's trivial baseline on these rows.
 
-    A guess shuffles the references. It and the baseline know the frequencies of these very rows, so neither has more
-    luck than the other. Guessing beats the baseline if its mean over the shuffles is better by three standard errors.
+    A guess shuffles the references. It and the baseline know the class frequencies of these very rows, so neither is
+    luckier. Guessing beats the baseline if its mean over the shuffles is better by three standard errors.
     """
-    task, recipe = context.task, context.recipe
-    references = [inputs.targets[i] for i in inputs.answered]
     right = [task.as_prediction(reference, recipe) for reference in references]
     if not right or None in right:
         return ()
-    _, constant = task.baseline(references, [inputs.questions[i] for i in inputs.answered], recipe)
+    _, constant = task.baseline(references, prompts, recipe)
     generator, shuffles = np.random.default_rng(recipe.seed), max(50, min(400, GUESSED_ROWS // len(right)))
     orders = [generator.permutation(len(right)) for _ in range(shuffles)]
 
@@ -291,12 +290,19 @@ def find_guessable(context: EvalContext, inputs: EvalInputs, metrics: Iterable[s
 
 
 def compare_answers(
-    context: EvalContext, inputs: EvalInputs, base: Answers, tuned: Answers, measures: PairedMeasures
+    context: EvalContext,
+    inputs: EvalInputs,
+    base: Answers,
+    tuned: Answers,
+    measures: PairedMeasures,
+    *,
+    headless: bool,
 ) -> Evaluation:
     """Turn the answers of both models into scores, differences, samples, flips and slices."""
     task, recipe = context.task, context.recipe
     samples, seed = recipe.evaluate.samples, recipe.seed
     base_scores, tuned_scores = measures.scores()
+    references, prompts = [inputs.targets[i] for i in inputs.answered], [inputs.questions[i] for i in inputs.answered]
     details = {}
     for name, answers in (("base", base), ("tuned", tuned)):
         found = EvalPrediction([*answers.predictions.values()], [inputs.targets[i] for i in answers.predictions])
@@ -312,6 +318,7 @@ def compare_answers(
         rows=len(inputs.rows),
         signatures=signatures(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
         details=details,
+        guessable=find_guessable(task, recipe, references, prompts, measures.tuned) if headless else (),
         flips=find_flips(measures, inputs, base, tuned, samples),
         slices=score_slices(inputs.slices, measures, seed),
     )

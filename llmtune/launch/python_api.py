@@ -221,8 +221,8 @@ def _run_loaded(
             return run_pipeline(loaded, options, console, process_executor(topology, board, threads=threads))
 
 
-def write_test_file(recipe: str | Path, sets: Sequence[str], *, out: Path | None, file: Path) -> str:
-    """Write the test rows of a recipe that was prepared into a file; return the line by which the recipe names them."""
+def write_test_file(recipe: str, sets: Sequence[str], *, out: Path | None, file: Path, console: Console) -> None:
+    """Write the test rows of a recipe that was prepared into a file, and print the line for the recipe."""
     from llmtune.data.row_store import load_rows
     from llmtune.data.test_file import write_test_rows
     from llmtune.recipe.loader import load_recipe
@@ -231,7 +231,8 @@ def write_test_file(recipe: str | Path, sets: Sequence[str], *, out: Path | None
     loaded = load_recipe(recipe, sets)
     rows = load_rows((out or default_path(loaded.recipe.name, loaded.fingerprint)) / "data" / "rows")
     stated = Path(recipe)
-    return write_test_rows(loaded.recipe, rows, file, stated.parent if stated.is_file() else Path())
+    line = write_test_rows(loaded.recipe, rows, file, stated.parent if stated.is_file() else Path())
+    console.print(f"test rows written to {file}. Set in data: {line}", highlight=False, markup=False)
 
 
 def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:

@@ -94,6 +94,20 @@ def test_gates_pass_fail_and_cannot_tell_as_often_as_an_earlier_run_promised(dra
     assert no_change == near(computed(deviation, 0.0, 0.0))
 
 
+@pytest.mark.usefixtures("drawn_once")
+def test_a_gate_with_a_margin_fails_a_worse_model_and_seldom_an_equal_one():
+    """Two fifths of 300 rows change sides; the margin is 0.1, and one row in ten is 1.6 standard errors or so."""
+    equal, within, at_the_margin, beyond = (
+        shares(right_or_wrong, true, -0.1, 500) for true in (0.0, -0.05, -0.1, -0.2)
+    )
+    assert equal[1] <= 0.04
+    assert equal[0] > 0.7
+    assert at_the_margin[0] <= 0.04
+    assert at_the_margin[1] > 0.7
+    assert beyond[1] > 0.99
+    assert within[1] < at_the_margin[1]
+
+
 @pytest.mark.parametrize("deviation", [0.05, 0.5, 3.0])
 @pytest.mark.parametrize("distance", [0.001, 0.02, 0.7, 5.0])
 def test_the_rows_needed_are_the_fewest_that_show_the_difference(deviation, distance):
