@@ -13,7 +13,6 @@ from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.store.run_folder import RunFolder, open_run, read_run, recipe_of_run
 from llmtune.store.verification import verify
 
-
 FACTS = {"rows_in": 1, "kept": {"train": 1}, "dropped": {}}
 
 
