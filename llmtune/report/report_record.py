@@ -124,13 +124,19 @@ class Candidate(TypedDict, total=False):
     reason: str | None
 
 
+class Ranking(TypedDict, total=False):
+    """The models that were ranked."""
+
+    candidates: list[Candidate]
+
+
 class ModelFacts(TypedDict, total=False):
     """The model, its memory plan, and the ranking it comes from."""
 
     name: Required[str]
     revision: str | None
     sha256: Required[str]
-    ranking: dict[str, list[Candidate]] | None
+    ranking: Ranking | None
     plan: Plan
 
 

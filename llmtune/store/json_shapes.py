@@ -58,7 +58,7 @@ class SelectedFacts(TypedDict):
     name: str
     revision: NotRequired[str | None]
     sha256: str
-    ranking: NotRequired[dict[str, list[dict[str, object]]] | None]
+    ranking: NotRequired[dict[str, object] | None]
     plan: NotRequired[dict[str, object]]
 
 
@@ -114,7 +114,7 @@ class Findings(TypedDict, total=False):
 
     micro_batch_tokens: Count
     gradient_checkpointing: Checkpointing
-    next_steps: str
+    next_steps: object
     look: str | None
     start_from: object
     ranking: dict[str, object]
