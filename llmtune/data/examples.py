@@ -44,8 +44,7 @@ BATCH_RECORDINGS = 32
 """Half a minute at 16 kHz is a megabyte."""
 BATCH_CHARACTERS = 1_000_000  # what the tokenizer holds at once: its offsets take 50 times the text
 BATCH_RENDERED = 20_000_000
-"""Characters that templates write for a batch: every answer is rendered after all that is before it. About a second, so
-the bar moves."""
+"""Characters that templates write for a batch, about a second: each answer is rendered after all before it."""
 SHOWN = 20
 RECORD = "examples.json"
 COUNTED = ("counts", "tokens", "supervised", "longest", "reach")
