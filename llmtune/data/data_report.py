@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_store import iterate_texts
 from llmtune.data.system_message import added_system_message
 from llmtune.data.task_interface import TaskInterface
+from llmtune.data.unknown_tokens import find_vanishing
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Examples, Rows
@@ -20,7 +22,7 @@ from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
 from llmtune.report.redaction import redact_all, secret_values
 from llmtune.report.render_terminal import print_blocks
-from llmtune.report.run_sections import filled_sentence, lost_sentence
+from llmtune.report.run_sections import filled_sentence, lost_sentence, vanishing_sentence
 
 BINS = 10
 BAR_CELLS = 40
@@ -38,7 +40,8 @@ def describe_examples(
 
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a split; `supervised_share` (None where no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what rows lost that were cut:
-    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in); `histogram` (training
+    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in);
+    `vanishing` (rows by character that the tokenizer drops); `histogram` (training
     examples: `edges` in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train")
@@ -54,6 +57,11 @@ def describe_examples(
     blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped)]
     if rows.filled:
         blocks.append(Note(filled_sentence(rows.filled), "note"))
+    vanishing = {}
+    if not TASK_FACTS[task.name].takes_audio:
+        vanishing = find_vanishing((text for split in rows.files for _, text in iterate_texts(rows, split)), processor)
+    if vanishing:
+        blocks.append(Note(vanishing_sentence(vanishing), "note"))
     if examples.lost:
         blocks.append(Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note"))
     blocks.append(_bars(edges, counts))
@@ -75,6 +83,7 @@ def describe_examples(
         "dropped": dropped,
         "lost": dict(examples.lost),
         "filled": rows.filled,
+        "vanishing": vanishing,
         "histogram": {"edges": edges, "counts": counts},
         "example": [list(piece) for piece in pieces],
         "classes": classes,

@@ -96,6 +96,7 @@ class DataFacts(TypedDict, total=False):
     dropped: dict[str, int]
     lost: dict[str, int]
     filled: int
+    vanishing: dict[str, int]
     examples: dict[str, int]
     tokens: dict[str, int]
     supervised_tokens: dict[str, int]
@@ -223,7 +224,7 @@ def collect_facts(manifest: Mapping[str, Any], curve: Sequence[Mapping[str, obje
         data |= {key: encoded[key] for key in DATA_KEYS}
         data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}
         data |= {"classes": encoded.get("classes") or {}, "lost": encoded.get("lost") or {}}
-        data["filled"] = encoded.get("filled", 0)
+        data |= {"filled": encoded.get("filled", 0), "vanishing": encoded.get("vanishing") or {}}
     began = max((step["started"] for step in manifest["steps"].values()), default=None)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else "",
