@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_store import iterate_texts
 from llmtune.data.system_message import added_system_message
 from llmtune.data.task_interface import TaskInterface
+from llmtune.data.unknown_tokens import find_vanishing
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all, secret_values
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -21,7 +23,7 @@ from llmtune.records import Examples, Rows
 from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
 from llmtune.report.render_terminal import print_blocks
-from llmtune.report.run_sections import filled_sentence, lost_sentence
+from llmtune.report.run_sections import filled_sentence, lost_sentence, vanishing_sentence
 
 BINS = 10
 SHOWN = 30
@@ -40,7 +42,8 @@ def describe_examples(
 
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a split; `supervised_share` (None where no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what rows lost that were cut:
-    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in); `histogram` (training
+    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in);
+    `vanishing` (rows by character that the tokenizer drops); `histogram` (training
     examples: `edges` in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train")
@@ -56,6 +59,11 @@ def describe_examples(
     blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped)]
     if rows.filled:
         blocks.append(Note(filled_sentence(rows.filled), "note"))
+    vanishing = {}
+    if not TASK_FACTS[task.name].takes_audio:
+        vanishing = find_vanishing((text for split in rows.files for _, text in iterate_texts(rows, split)), processor)
+    if vanishing:
+        blocks.append(Note(vanishing_sentence(vanishing), "note"))
     if examples.lost:
         blocks.append(Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note"))
     blocks.append(_bars(edges, counts))
@@ -80,6 +88,7 @@ def describe_examples(
         "dropped": dropped,
         "lost": dict(examples.lost),
         "filled": rows.filled,
+        "vanishing": vanishing,
         "histogram": {"edges": edges, "counts": counts},
         "example": [list(piece) for piece in pieces],
         "classes": classes,

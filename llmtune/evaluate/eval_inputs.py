@@ -16,12 +16,13 @@ from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choic
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, write_answer
+from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools, write_answer
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Examples, Row, Rows
 
 SPLIT = "test"
+SCHEMAS_NOTE = "tool_call_valid.schemas"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def make_inputs(
     questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
     metrics = choose_metrics(recipe, has_tools=any(turns))
-    notes = start_notes(task, recipe)
+    notes = start_notes(task, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
     needs_texts = not generates or any(metric in PREDICTED for metric in metrics)
@@ -150,6 +151,13 @@ def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:
     if task.needs_reference_model(recipe) and recipe.adapter.start_from is not None:
         notes["base"] = "the base model with the adapter of adapter.start_from: what training started from"
     return notes
+
+
+def schema_notes(metrics: Sequence[str], turns: Sequence[Sequence[ToolTurn]]) -> dict[str, str]:
+    """Return which tools `tool_call_valid` leaves out, if it is measured."""
+    wrong = uncheckable_tools(turn for of_row in turns for turn in of_row) if "tool_call_valid" in metrics else {}
+    listed = "; ".join(f"{name} ({why})" for name, why in wrong.items())
+    return {SCHEMAS_NOTE: f"not measured for tools without a valid JSON Schema: {listed}"} if wrong else {}
 
 
 def choose_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:

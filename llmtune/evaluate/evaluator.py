@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.contamination import Overlap, compared_text, find_overlap, prompt_row
 from llmtune.data.row_store import iterate_rows, iterate_texts, read_rows
-from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, EvalInputs, make_inputs
+from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, EvalInputs, make_inputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
 from llmtune.evaluate.evaluation_file import print_scores
 from llmtune.evaluate.gates import check_gates
@@ -152,8 +152,7 @@ def evaluate(
     were not kept, EnvironmentProblem where a single row does not fit in memory.
     """
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get(SPLIT) else None
-    if inputs is None:
-        console.print("evaluate: there are no test rows (data.test), so nothing is measured on rows")
+    _print_gaps(inputs, console)
     context = EvalContext(recipe, task, processor, inputs, device, console, folder)
     suites = make_suites(context)
     stand_in, answers = None, dict[str, Answers]()
@@ -199,6 +198,14 @@ def score_rows(
         if base_inputs is not None:
             save_base(context.folder, base, base_inputs)
     return scores
+
+
+def _print_gaps(inputs: EvalInputs | None, console: Console) -> None:
+    """Print what cannot be measured on these rows."""
+    if inputs is None:
+        console.print("evaluate: there are no test rows (data.test), so nothing is measured on rows")
+    elif unmeasured := inputs.notes.get(SCHEMAS_NOTE):
+        console.print(f"tool_call_valid is {unmeasured}", style="yellow", highlight=False, markup=False)
 
 
 def print_cut(answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:

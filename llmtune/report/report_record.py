@@ -96,6 +96,7 @@ class DataFacts(TypedDict, total=False):
     dropped: Required[Counts]
     lost: dict[str, int]
     filled: int
+    vanishing: dict[str, int]
     examples: dict[str, int]
     tokens: dict[str, int]
     supervised_tokens: dict[str, int]
@@ -272,7 +273,7 @@ def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[
         data |= {key: encoded[key] for key in DATA_KEYS}
         data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}
         data |= {"classes": encoded.get("classes") or {}, "lost": encoded.get("lost") or {}}
-        data["filled"] = encoded.get("filled", 0)
+        data |= {"filled": encoded.get("filled", 0), "vanishing": encoded.get("vanishing") or {}}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else "",
         "data": data,
