@@ -185,8 +185,8 @@ def score_tokens(
     supervised = np.asarray(reader.supervised, dtype=np.float64)
     target_bytes = np.asarray([reader[i].target_bytes for i in range(len(reader))], dtype=np.float64)
     first = np.unique(row_of, return_index=True)[1]
-    whole = map(by_row, (nats, correct, supervised, target_bytes))
-    return TokenSums(*whole, nats[first], supervised[first])
+    columns = [*map(by_row, (nats, correct, supervised, target_bytes)), nats[first], supervised[first]]
+    return TokenSums(*columns)
 
 
 def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
