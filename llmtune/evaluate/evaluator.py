@@ -176,9 +176,7 @@ def evaluate(
     evaluation = replace(evaluation, baseline=stand_in, studies=compare_outputs(suites, measures))
     evaluation = replace(evaluation, gates=check_gates(recipe.evaluate, evaluation))
     print_scores(evaluation, console)
-    print_cut(answers, recipe, console)
-    if PIECES in evaluation.signatures:
-        console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
+    print_cautions(evaluation, answers, recipe, console)
     return evaluation
 
 
@@ -208,8 +206,10 @@ def _print_gaps(inputs: EvalInputs | None, console: Console) -> None:
         console.print(f"tool_call_valid is {unmeasured}", style="yellow", highlight=False, markup=False)
 
 
-def print_cut(answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
-    """Print how many rows have an answer that `generation.max_new_tokens` ended; nothing where none has."""
+def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
+    """Print how many answers `generation.max_new_tokens` ended, and the warning of `compare_pieces`, if any."""
+    if PIECES in evaluation.signatures:
+        console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
     counts = {name: sum(share > 0 for share in one.cut.values()) for name, one in answers.items()}
     told = [f"{name} {count} of {len(answers[name].cut)}" for name, count in counts.items() if count]
     if told:
