@@ -2,7 +2,7 @@
 
     python benchmarks/migration.py --llamafactory PYTHON --axolotl PYTHON --json migration.json
 
-Each tool trains a tiny Llama with SmolLM2's tokenizer on the same 400 rows by a configuration of its own, packed and
+Each tool trains a tiny Llama on the same 400 rows by a configuration of its own, packed and
 not packed, with a stated and with its default adapter. `llmtune recipes migrate` turns that file into a recipe. It is
 trained twice. The first run draws its own steps: their number and tokens are compared. The second run begins with the
 other tool's adapter and is given the rows that the other tool had in each step: the losses are compared. All in float32
@@ -32,7 +32,7 @@ SHARED = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 4,
     "num_train_epochs": 1,
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-2,
     "bf16": False,
     "logging_steps": 1,
     "output_dir": "out",
@@ -63,7 +63,7 @@ AXOLOTL = {
     "micro_batch_size": 2,
     "gradient_accumulation_steps": 4,
     "num_epochs": 1,
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-2,
     "optimizer": "adamw_torch",
     "warmup_steps": 0,
     "bf16": False,
@@ -113,31 +113,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llamafactory", help="python of an environment with LLaMA-Factory")
     parser.add_argument("--axolotl", help="python of an environment with axolotl")
-    parser.add_argument("--only", default="", help="cases whose tool and name contain this")
+    parser.add_argument("--only", default="", help="this tool alone")
     parser.add_argument("--json", type=Path, help="write what was found, with all losses")
     asked = parser.parse_args()
     pythons = {"trl": sys.executable, "llamafactory": asked.llamafactory, "axolotl": asked.axolotl}
-    found = []
+    found: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         prepare(Path(folder))
         for tool, cases in CASES.items():
-            for name, config in cases.items():
-                if pythons[tool] and asked.only in f"{tool} {name}":
-                    found.append({"tool": tool, "case": name, **compare(Path(folder), tool, pythons[tool], config)})
-                    print(describe(found[-1]), flush=True)
-                    if asked.json:
-                        asked.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            if pythons[tool] and (not asked.only or tool == asked.only):
+                found += compare(Path(folder), tool, pythons[tool], cases)
+    print("\n".join(map(describe, found)))
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 0
 
 
 def prepare(folder: Path) -> None:
     """Write the rows, their listing for LLaMA-Factory, and a tiny model with a real tokenizer."""
     import torch
-    from rich.console import Console
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
     from workload import chat_rows
-
-    from llmtune.model.builtin_models import resolve_builtin
 
     rows = (row for row in chat_rows(ROWS * 4, SEED) if sum(len(m["content"].split()) for m in row["messages"]) < WORDS)
     lines = [json.dumps(row) for row, _ in zip(rows, range(ROWS), strict=False)]
@@ -151,11 +147,16 @@ def prepare(folder: Path) -> None:
         "tags": tags,
     }
     (folder / "dataset_info.json").write_text(json.dumps({"rows": entry}), encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(resolve_builtin("smollm2-135m-instruct", Console()))
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = train_tokenizer(lines)
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.1,
+    }
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(tokenizer), **shape, **ends, pad_token_id=tokenizer.pad_token_id)
@@ -163,24 +164,53 @@ def prepare(folder: Path) -> None:
     model.save_pretrained(folder / "model")
 
 
-def compare(folder: Path, tool: str, python: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Train by the other tool, migrate, train twice by llmtune."""
-    case = folder / f"{tool}-{len(list(folder.iterdir()))}"
-    case.mkdir()
-    for name in ("rows", "dataset_info.json", "model"):
-        (case / name).symlink_to(folder / name)
-    (case / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
-    call([python, HERE / "run_migration_peer.py", tool, "config.yaml", "theirs.json", "start"], case)
+def train_tokenizer(lines: list[str]) -> Any:
+    """Return a byte-level BPE tokenizer of 2,000 tokens, learned from the rows."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    built.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        chat_template=TEMPLATE,
+    )
+
+
+def compare(folder: Path, tool: str, python: str, cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train all cases by the other tool, then each twice by llmtune."""
+    folders = []
+    for number, config in enumerate(cases.values()):
+        case = folder / f"{tool}-{number}"
+        case.mkdir()
+        for name in ("rows", "dataset_info.json", "model"):
+            (case / name).symlink_to(folder / name)
+        (case / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+        folders.append(case)
+    call([python, HERE / "run_migration_peer.py", tool, *folders], folder)
+    call([sys.executable, HERE / "run_migrated.py", tool, *folders], folder)
+    return [{"tool": tool, "case": name, **read(case)} for name, case in zip(cases, folders, strict=True)]
+
+
+def read(case: Path) -> dict[str, Any]:
+    """Read what both tools left in the folder of a case."""
     theirs = json.loads((case / "theirs.json").read_text(encoding="utf-8"))
-    llmtune = [sys.executable, "-m", "llmtune"]
-    call([*llmtune, "recipes", "migrate", "config.yaml", "--tool", tool, "--out", "recipe.yaml"], case)
-    exact = ["--set", "model.dtype=float32", "--offline"]
-    call([*llmtune, "train", "recipe.yaml", "--out", "own", *exact], case)
-    replay = [sys.executable, HERE / "migration_replay.py", "recipe.yaml", "own", "theirs.json", "start"]
-    call(replay, case)
-    own, replayed = (read_steps(case / name / "metrics.jsonl") for name in ("own", "replayed"))
+    for step in theirs["steps"]:
+        step["rows"] = len(step["rows"])
+    own = json.loads((case / "own.json").read_text(encoding="utf-8"))
+    lines = (case / "replayed" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    replayed = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     adapter = json.loads(next((case / "own").rglob("adapter_config.json")).read_text(encoding="utf-8"))
-    ours = {"r": adapter["r"], "alpha": adapter["lora_alpha"], "steps": own}
+    ours = {"r": adapter["r"], "alpha": adapter["lora_alpha"], "targets": adapter["target_modules"], "steps": own}
     return {"recipe": (case / "recipe.yaml").read_text("utf-8"), "theirs": theirs, "ours": ours, "replayed": replayed}
 
 
@@ -195,23 +225,11 @@ def call(command: list[Any], folder: Path) -> None:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
 
 
-def read_steps(file: Path) -> list[dict[str, Any]]:
-    """Read the training steps of a run; tokens and learned tokens are those of each step."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    steps, before = [], {"tokens": 0, "supervised_tokens": 0}
-    for line in lines:
-        if "loss" in line and "tokens" in line:
-            step = {"loss": line["loss"], "tokens": line["tokens"] - before["tokens"]}
-            steps.append({**step, "learned": line["supervised_tokens"] - before["supervised_tokens"]})
-            before = line
-    return steps
-
-
 def describe(found: dict[str, Any]) -> str:
     """Return a line of the table."""
     theirs, ours, again = found["theirs"], found["ours"], found["replayed"]
     adapters = [f"r {one['r']}, alpha {one['alpha']}" for one in (theirs["adapter"], ours)]
-    apart = [abs(a["loss"] - b["loss"]) for a, b in zip(theirs["steps"][:20], again[:20], strict=True)]
+    apart = [abs(a["loss"] - b) for a, b in zip(theirs["steps"][:20], again[:20], strict=True)]
     both = (theirs["steps"], ours["steps"])
     cells = [
         *(found["tool"], found["case"], " / ".join(adapters)),

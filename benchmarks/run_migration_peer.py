@@ -1,12 +1,13 @@
-"""One training by TRL, LLaMA-Factory or axolotl, watched: `PYTHON run_migration_peer.py TOOL CONFIG FOUND.json START`.
+"""Trainings by TRL, LLaMA-Factory or axolotl, watched: `PYTHON run_migration_peer.py TOOL FOLDER...`.
 
-The tool reads its own configuration. This file only records the rows and tokens of each step, the losses, and the
-adapter: as it starts, in the folder START, and its settings.
+The tool reads `config.yaml` of each folder. This file only records the rows and tokens of each step and the losses in
+`theirs.json`, and the adapter before its first step in `start`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from functools import wraps
 from importlib.machinery import ModuleSpec
@@ -26,14 +27,15 @@ STOP = "<|im_end|>"
 class Record:
     """What the tool trains on, step by step."""
 
-    def __init__(self, start: str) -> None:
-        self.start, self.steps, self.adapter = start, [], {}
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.adapter: dict[str, Any] = {}
         self.open: list[dict[str, Any]] = []
 
     def count(self, trainer: Trainer, inputs: dict[str, Any]) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not self.adapter:
-            model.save_pretrained(self.start)
+            model.save_pretrained("start")
             settings = model.peft_config["default"]
             targets = sorted(settings.target_modules)
             trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -80,28 +82,31 @@ def cut(inputs: dict[str, Any], index: int) -> list[list[int]]:
 
 
 def main() -> None:
-    tool, config, found, start = sys.argv[1:5]
-    record = Record(start)
+    tool, *folders = sys.argv[1:]
     inner_step, inner_train = Trainer.training_step, Trainer.train
+    records: list[Record] = []
 
     @wraps(inner_step)
     def counted(self: Trainer, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
-        record.count(self, inputs)
+        records[-1].count(self, inputs)
         return inner_step(self, model, inputs, *rest, **named)
 
     @wraps(inner_train)
-    def told(self: Trainer, *args: Any, **named: Any) -> Any:
+    def watched(self: Trainer, *args: Any, **named: Any) -> Any:
+        record = Record()
+        records.append(record)
         self.add_callback(step_ends(record))
         result = inner_train(self, *args, **named)
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         steps = [{**step, "loss": loss} for step, loss in zip(record.steps, losses, strict=True)]
-        epochs = self.args.num_train_epochs
-        answer = {"adapter": record.adapter, "total": self.state.max_steps, "epochs": epochs, "steps": steps}
-        Path(found).write_text(json.dumps(answer), encoding="utf-8")
+        Path("theirs.json").write_text(json.dumps({"adapter": record.adapter, "steps": steps}), encoding="utf-8")
         return result
 
-    Trainer.training_step, Trainer.train = counted, told
-    {"trl": train_trl, "llamafactory": train_llamafactory, "axolotl": train_axolotl}[tool](config)
+    Trainer.training_step, Trainer.train = counted, watched
+    train = {"trl": train_trl, "llamafactory": train_llamafactory, "axolotl": train_axolotl}[tool]
+    for folder in folders:
+        os.chdir(folder)
+        train("config.yaml")
 
 
 def step_ends(record: Record) -> Any:
@@ -123,9 +128,10 @@ def train_trl(config: str) -> None:
 def train_llamafactory(config: str) -> None:
     sys.modules.setdefault("torchaudio", module_from_spec(ModuleSpec("torchaudio", None)))
     from llamafactory.data.formatter import EmptyFormatter, StringFormatter
-    from llamafactory.data.template import register_template
+    from llamafactory.data.template import TEMPLATES, register_template
     from llamafactory.train.tuner import run_exp
 
+    TEMPLATES.pop("no_line_break", None)
     register_template(
         name="no_line_break",
         format_user=StringFormatter(slots=[f"<|im_start|>user\n{{{{content}}}}{STOP}<|im_start|>assistant\n"]),
