@@ -100,8 +100,11 @@ def difference(
         return found
     if right_wrong:
         return replace(found, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
-    totals_22K = paired_N2K.sum(0) + ends_22K
-    found = move_apart(found, formula(totals_22K[:, 1]) - formula(totals_22K[:, 0])) if ends else found
+    if ends is not None:
+        with_one, alone = (
+            formula(sums[:, 1]) - formula(sums[:, 0]) for sums in (paired_N2K.sum(0) + ends_22K, ends_22K)
+        )
+        found = move_apart(found, with_one, widest=float(np.abs(alone).max()))
     swapped = permutation_p(base_NK, tuned_NK, formula, seed, resamples)
     return replace(found, p=max(swapped, skewed_p(base_NK, tuned_NK, formula)), test=SWAPS)
 
@@ -161,15 +164,16 @@ def pair_ends(ends: tuple[Floats, Floats]) -> Floats:
     return np.array([[worst, best], [best, worst]])
 
 
-def move_apart(found: Difference, values_2: Floats) -> Difference:
+def move_apart(found: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
     """Move the ends of an interval outwards by a part of what one more row could change.
 
-    `values_2` are the differences with one pseudo-row of either kind. It corrects a discrete count for continuity: the
+    `values_2` are the differences with one pseudo-row of either kind, `widest` the largest that is possible. It corrects a discrete count for continuity: the
     bootstrap's quantile of a few lost rows falls short of the exact one by about a row.
     """
     changes = np.nan_to_num(values_2 - found.value)
     down, up = float(min(changes.min(), 0)), float(max(changes.max(), 0))
-    return replace(found, low=found.low + BEYOND * down, high=found.high + BEYOND * up)
+    low, high = found.low + BEYOND * down, found.high + BEYOND * up
+    return replace(found, low=max(low, min(-widest, found.low)), high=min(high, max(widest, found.high)))
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:
