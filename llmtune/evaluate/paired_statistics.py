@@ -78,14 +78,8 @@ def difference(
     p is 1.
     """
     if len(clusters):
-        grouped = difference(
-            *(add_up(one, clusters) for one in (base_NK, tuned_NK)),
-            formula,
-            right_wrong=False,
-            seed=seed,
-            resamples=resamples,
-            ends=share_ends if right_wrong else ends,
-        )
+        sums, ends = (add_up(base_NK, clusters), add_up(tuned_NK, clusters)), share_ends if right_wrong else ends
+        grouped = difference(*sums, formula, right_wrong=False, seed=seed, resamples=resamples, ends=ends)
         return replace(grouped, n=len(base_NK), groups=grouped.n)
     rows, ends = len(base_NK), share_ends if right_wrong else ends
     value = float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
@@ -125,7 +119,8 @@ def difference_weighted(
     once_1N = np.ones((1, rows))
     value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
     unit_N = np.unique(clusters, return_inverse=True)[1] if len(clusters) else np.arange(rows)
-    units, groups = len(np.unique(unit_N)), len(np.unique(unit_N)) if len(clusters) else None
+    units = len(np.unique(unit_N))
+    groups = units if len(clusters) else 0
     if units < 2:
         return replace(unknown(value, rows), groups=groups)
     base, tuned = with_ends or (base, tuned)
@@ -167,8 +162,8 @@ def pair_ends(ends: tuple[Floats, Floats]) -> Floats:
 def move_apart(found: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
     """Move the ends of an interval outwards by a part of what one more row could change.
 
-    `values_2` are the differences with one pseudo-row of either kind, `widest` the largest that is possible. It corrects a discrete count for continuity: the
-    bootstrap's quantile of a few lost rows falls short of the exact one by about a row.
+    `values_2` are the differences with one pseudo-row of either kind, `widest` the largest that is possible. This
+    corrects a discrete count for continuity: the bootstrap's quantile of a few lost rows is about a row too small.
     """
     changes = np.nan_to_num(values_2 - found.value)
     down, up = float(min(changes.min(), 0)), float(max(changes.max(), 0))
