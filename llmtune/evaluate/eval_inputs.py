@@ -115,9 +115,6 @@ def make_inputs(
             trees = {i: tree for i, tree in zip(saying, grown, strict=True) if tree is not None}
         notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, saying, trees)
     asked = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered} if generates else {}
-    clusters = read_clusters(rows, split, kept)
-    if recipe.data.split_by is not None and not clusters:
-        notes["intervals.groups"] = "no two test rows have the same data.split_by value, so rows are drawn one by one"
     return EvalInputs(
         reader=reader,
         rows=tuple(numbers),
@@ -135,7 +132,7 @@ def make_inputs(
         notes=notes,
         slices=slices,
         groups=groups,
-        clusters=clusters,
+        clusters=read_clusters(rows, split, kept),
     )
 
 

@@ -140,8 +140,7 @@ class DataSection(Section):
     """Read by `evaluate` alone: a share of the rows, or sources. 0 is none. Default 0.1: enough rows for an interval,
     few enough to keep rows for training."""
     split_by: Text | None = None
-    """Column whose equal values stay in one split, and are one group for intervals and p-values (a paragraph with five
-    questions). Default none: a row's own content decides, and each row is alone."""
+    """Column whose equal values stay in one split, and are one group for intervals. Default none: each row is alone."""
     deduplicate: Literal["none", "exact", "near"] = "near"
     """Drop rows that are equal, or nearly so. Default `near`: repeated rows are learned by heart, and a near copy in
     test flatters the score."""
