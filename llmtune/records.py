@@ -288,13 +288,13 @@ class Difference:
     n: int
     test: str = ""
     """Where p comes from: `McNemar mid-p`, `paired permutation` or `paired bootstrap`; empty where there is none."""
-    groups: int | None = None
-    """Groups of rows that belong together, which were drawn and swapped as one; None where each row is alone."""
+    groups: int = 0
+    """Groups of rows that belong together, which were drawn and swapped as one; 0 where each row is alone."""
 
     @property
     def units(self) -> int:
         """What was drawn: groups, or rows."""
-        return self.n if self.groups is None else self.groups
+        return self.groups or self.n
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,6 @@ WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: f"[yellow]{INC
 """What a gate comes to."""
 SCORES = ("base", "tuned", "difference", "scores")
 """Keys of `evaluation.json` below which null is a score that is no number."""
-AS_THEY_ARE = ("details", "groups")
-"""Keys below which null stays null."""
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
@@ -45,10 +43,10 @@ def load_evaluation(folder: Path) -> Evaluation | None:
 
 
 def restore_nan(value: object, numeric: bool = False) -> object:
-    """Put NaN back where JSON has null for a score; details of tasks and numbers of groups stay as they are."""
+    """Put NaN back where JSON has null for a score; what a task shows in `details` stays as it is."""
     if isinstance(value, dict):
         return {
-            key: part if key in AS_THEY_ARE else restore_nan(part, numeric or key in SCORES)
+            key: part if key == "details" else restore_nan(part, numeric or key in SCORES)
             for key, part in value.items()
         }
     if isinstance(value, list):

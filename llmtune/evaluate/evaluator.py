@@ -335,6 +335,8 @@ def signatures(measures: Mapping[str, Measure], inputs: EvalInputs, answers: Ans
     """Describe how each metric was computed, and what was left out."""
     by_metric = dict.fromkeys(inputs.metrics, "not measured: these rows do not have what it is made of")
     by_metric |= {metric: one.signature for metric, one in measures.items()} | {"intervals": METHOD} | inputs.notes
+    if recipe.data.split_by is not None and not inputs.clusters:
+        by_metric["intervals.groups"] = "no two test rows have the same data.split_by value: rows are drawn one by one"
     if answers.texts and TASK_FACTS[recipe.task].generates:
         settings = recipe.generation.model_dump(exclude_none=True)
         by_metric["generation"] = ", ".join(f"{key} {value}" for key, value in settings.items())

@@ -78,15 +78,8 @@ def difference(
     p is 1.
     """
     if len(clusters):
-        grouped = difference(
-            add_up(base_NK, clusters),
-            add_up(tuned_NK, clusters),
-            formula,
-            right_wrong=False,
-            seed=seed,
-            resamples=resamples,
-            ends=share_ends if right_wrong else ends,
-        )
+        sums, ends = (add_up(base_NK, clusters), add_up(tuned_NK, clusters)), share_ends if right_wrong else ends
+        grouped = difference(*sums, formula, right_wrong=False, seed=seed, resamples=resamples, ends=ends)
         return replace(grouped, n=len(base_NK), groups=grouped.n)
     rows, ends = len(base_NK), share_ends if right_wrong else ends
     value = float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
@@ -101,8 +94,11 @@ def difference(
         return found
     if right_wrong:
         return replace(found, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
-    totals_22K = paired_N2K.sum(0) + ends_22K
-    found = move_apart(found, formula(totals_22K[:, 1]) - formula(totals_22K[:, 0])) if ends else found
+    if ends is not None:
+        with_one, alone = (
+            formula(sums[:, 1]) - formula(sums[:, 0]) for sums in (paired_N2K.sum(0) + ends_22K, ends_22K)
+        )
+        found = move_apart(found, with_one, widest=float(np.abs(alone).max()))
     swapped = permutation_p(base_NK, tuned_NK, formula, seed, resamples)
     return replace(found, p=max(swapped, skewed_p(base_NK, tuned_NK, formula)), test=SWAPS)
 
@@ -123,7 +119,8 @@ def difference_weighted(
     once_1N = np.ones((1, rows))
     value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
     unit_N = np.unique(clusters, return_inverse=True)[1] if len(clusters) else np.arange(rows)
-    units, groups = len(np.unique(unit_N)), len(np.unique(unit_N)) if len(clusters) else None
+    units = len(np.unique(unit_N))
+    groups = units if len(clusters) else 0
     if units < 2:
         return replace(unknown(value, rows), groups=groups)
     base, tuned = with_ends or (base, tuned)
@@ -162,15 +159,16 @@ def pair_ends(ends: tuple[Floats, Floats]) -> Floats:
     return np.array([[worst, best], [best, worst]])
 
 
-def move_apart(found: Difference, values_2: Floats) -> Difference:
+def move_apart(found: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
     """Move the ends of an interval outwards by a part of what one more row could change.
 
-    `values_2` are the differences with one pseudo-row of either kind. It corrects a discrete count for continuity: the
-    bootstrap's quantile of a few lost rows falls short of the exact one by about a row.
+    `values_2` are the differences with one pseudo-row of either kind, `widest` the largest that is possible. This
+    corrects a discrete count for continuity: the bootstrap's quantile of a few lost rows is about a row too small.
     """
     changes = np.nan_to_num(values_2 - found.value)
     down, up = float(min(changes.min(), 0)), float(max(changes.max(), 0))
-    return replace(found, low=found.low + BEYOND * down, high=found.high + BEYOND * up)
+    low, high = found.low + BEYOND * down, found.high + BEYOND * up
+    return replace(found, low=max(low, min(-widest, found.low)), high=min(high, max(widest, found.high)))
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:

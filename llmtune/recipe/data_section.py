@@ -186,7 +186,7 @@ class DataSection(Section):
     """Who speaks in messages: our role on the left, on the right its name in the rows, or a list of names, such as
     `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are known."""
     split_by: Text | None = None
-    """Column whose equal values stay in one split. Default none: a row's own content decides."""
+    """Column whose equal values stay in one split, and are one group for intervals. Default none: each row is alone."""
     deduplicate: Literal["none", "exact", "near"] = "near"
     """Drop rows that are equal, or nearly so. Default `near`: repeated rows are learned by heart, and a near copy in
     test flatters the score."""
@@ -248,8 +248,8 @@ class DataSection(Section):
                 source.check(diagnostics, f"data.{split}.{i}", variant)
                 self._check_weight(diagnostics, split, f"data.{split}.{i}.weight")
         share = sum(part for part in (self.validation, self.test) if isinstance(part, float))
-        if self.split_by is not None and not share:
-            fix = "Give data.validation or data.test a share of the rows, or remove it."
+        if self.split_by is not None and not share and not isinstance(self.test, tuple):
+            fix = "Give data.validation or data.test a share of the rows, or data.test a file, or remove it."
             because = ("data.validation", "data.test")
             diagnostics.no_effect("data.split_by", "where no rows are split off", fix, *because)
         if share >= 1:

@@ -166,3 +166,36 @@ def test_groups_reach_scores_file_and_report(make_bench, tmp_path):
     (table, text) = score_section(found, "chat").blocks
     assert f"{change.n} in {change.groups} groups" in json.dumps([[str(cell) for cell in row] for row in table.rows])
     assert "data.split_by" in text.text
+
+
+def test_test_rows_of_a_file_have_groups_too(make_bench, tmp_path):
+    line = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
+    rows = [{**line, "page": f"page {i // 4}", "id": i} for i in range(40)]
+    for i, row in enumerate(rows):
+        row["messages"] = [{"role": "user", "content": f"What is {i}?"}, line["messages"][1]]
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = GROUPED.replace("test: 0.4", f"test: {held_out}")
+    training = [
+        {"messages": [{"role": "user", "content": f"Why {i}?"}, line["messages"][1]], "page": f"other {i}"}
+        for i in range(20)
+    ]
+    bench = make_bench(text, training)
+    bench.steps = 0
+    change = bench.evaluate(metrics=("loss",)).difference["loss"]
+    assert (change.n, change.groups) == (40, 10)
+
+
+def test_groups_of_one_row_each_are_named_as_such(make_bench):
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}],
+            "page": f"page {i}",
+        }
+        for i in range(30)
+    ]
+    bench = make_bench(GROUPED, rows)
+    bench.steps = 0
+    found = bench.evaluate(metrics=("loss",))
+    assert found.difference["loss"].groups == 0
+    assert "one by one" in found.signatures["intervals.groups"]

@@ -105,6 +105,11 @@ def test_the_worst_row_of_an_error_rate_is_the_worst_that_was_seen():
     assert [part.tolist() for part in error_ends(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[5, 5], [0, 5]]
 
 
+def test_an_interval_is_no_wider_than_the_range():
+    found = compare(*(measure_shares("f1", [0.7, 0.7], ""),) * 2, seed=0)
+    assert (found.low, found.high) == (-1, 1)
+
+
 def test_a_metric_without_bounds_has_no_floor():
     sums = np.stack([np.arange(5.0), np.ones(5)], 1)
     assert difference(sums, sums, ratio, right_wrong=False, seed=0).low == 0
