@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,11 +78,7 @@ def generate(
         _answer_file(finished, rows, output, base=base, max_new_tokens=max_new_tokens)
     elif as_json:
         with spinner(console, "answering"):
-            said = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
-        from llmtune.serve.served_model import label_scores
-
-        answered = finished.load(given, base=base, max_new_tokens=max_new_tokens)
-        said["prediction"] = label_scores(said["prediction"], answered.recipe)
+            said = _labelled(finished, given, base=base, max_new_tokens=max_new_tokens)
         stated = {name: value for name, value in given.items() if value is not None}
         print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
     else:
@@ -93,6 +89,17 @@ def generate(
         for piece in chain([first], pieces):
             print_text(wrapped.add(piece))
         print_text(wrapped.rest() + "\n")
+
+
+def _labelled(
+    run: FinishedRun, given: Mapping[str, str | None], *, base: bool, max_new_tokens: int | None
+) -> dict[str, object]:
+    """Return what `FinishedRun.answer` does, with the scores of classes by name."""
+    from llmtune.serve.served_model import label_scores
+
+    said = run.answer(given, base=base, max_new_tokens=max_new_tokens)
+    served = run.load(given, base=base, max_new_tokens=max_new_tokens)
+    return {**said, "prediction": label_scores(said["prediction"], served.recipe)}
 
 
 def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import fill
@@ -117,8 +118,8 @@ def make_table(block: Table, width: int) -> RenderableType:
     if fitting is None:
         return _as_lines(block.title, heads, cells, styles, width)
     gap, widths = fitting
-    title = escape(block.title) or None
-    table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 2, 0, 1))
+    title, padding = escape(block.title) or None, (0, max(gap - 2, 0), 0, min(gap - 1, 1))
+    table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=padding)
     for column, own in zip(heads, widths, strict=True):
         justify: Literal["left", "right"] = "right" if column.kind == "number" else "left"
         table.add_column(escape(column.heading), justify=justify, width=own, overflow="fold")
@@ -128,8 +129,13 @@ def make_table(block: Table, width: int) -> RenderableType:
 
 
 def _folded(text: str, width: int) -> str:
-    """Break a text that is too wide between words, or behind hyphens; rich breaks at spaces only."""
-    return fill(text, width) if cell_len(text) > width else text
+    """Break a text that is too wide between words, or behind hyphens and slashes; rich breaks at spaces only."""
+    lines = [""]
+    for part in re.findall(r"[^\s/-]*[\s/-]*", text) if cell_len(text) > width else [text]:
+        if lines[-1] and cell_len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> tuple[int, list[int]] | None:
@@ -143,11 +149,11 @@ def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], widt
     ]  # only the heading wraps
     folded = [min(LEAST_TEXT, size) for size in whole]
     for gap, own, least in (
-        *((3, whole, words), (2, whole, words), (2, uncut, words), (2, uncut, folded)),
+        *((3, whole, words), (2, whole, words), (1, whole, words), (1, uncut, words), (2, uncut, folded)),
         *((2, words, words), (2, words, folded)),
     ):
         fixed = [size if number else low for size, number, low in zip(own, numbers, least, strict=True)]
-        spare = width - gap * len(heads) + 1 - sum(fixed)  # the rest is between the columns
+        spare = width - gap * (len(heads) - 1) - 2 - sum(fixed)  # the rest is between the columns and beside them
         if spare >= 0:
             break
     else:
