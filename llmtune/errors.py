@@ -147,8 +147,9 @@ class Stopped(LlmtuneError):
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return ` Did you mean 'x'?` for the known word closest to `word`, or an empty string."""
-    close = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    spelled = {name.casefold(): name for name in reversed(known)}
+    close = get_close_matches(word.casefold(), spelled, n=1, cutoff=0.6)
+    return f" Did you mean '{spelled[close[0]]}'?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

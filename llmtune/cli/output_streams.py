@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -80,6 +81,38 @@ def _json_escape(found: re.Match[str]) -> str:
 def print_text(text: str) -> None:
     """Print text of a model or a recipe on stdout: as it is into a file, and so that it cannot steer a terminal."""
     typer.echo(visible(text) if sys.stdout.isatty() else text, nl=False)
+
+
+class WordWrap:
+    """Breaks lines between words in text that comes in pieces; into a file it goes as it is."""
+
+    def __init__(self, width: int | None = None) -> None:
+        self._width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+        self._column, self._waiting = 0, ""
+
+    def add(self, piece: str) -> str:
+        """Return what is certain by now: all but the last word, which may go on."""
+        if self._width is None:
+            return piece
+        *parts, self._waiting = re.findall(r"\s*\S+|\s+\Z", self._waiting + piece) or [""]
+        return "".join(map(self._place, parts))
+
+    def rest(self) -> str:
+        """Return the last word."""
+        part, self._waiting = self._waiting, ""
+        return self._place(part)
+
+    def _place(self, part: str) -> str:
+        """Return a word with the space before it, or with a line end in its place."""
+        width = len(part.expandtabs())
+        if "\n" in part:
+            self._column = len(part.rpartition("\n")[2])
+        elif self._column and self._width is not None and self._column + width > self._width and part[0].isspace():
+            part = "\n" + part.lstrip()
+            self._column = len(part) - 1
+        else:
+            self._column += width
+        return part
 
 
 def handled(command: Callable[P, None]) -> Callable[P, None]:

@@ -116,15 +116,18 @@ def show(
 @app.command()
 @handled
 def new(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Write to this file (default: print).")] = None,
     task: Annotated[
         str, typer.Option("--task", help="What the model is to learn: chat, classify, speech ...")
     ] = "chat",
-    out: Annotated[Path | None, typer.Option("--out", help="Write to this file (default: print).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The same as FILE.")] = None,
 ) -> None:
     """Write a recipe to start from; comments mark what must be set."""
     from llmtune.recipe.builtin import new_recipe
 
-    text = new_recipe(task)
+    if file is not None and out is not None:
+        raise RecipeError.of("the file is given twice, as an argument and with --out", "--out", "Omit one.")
+    text, out = new_recipe(task), out or file
     if out is None:
         typer.echo(text, nl=False)
         return

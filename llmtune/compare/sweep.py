@@ -21,7 +21,15 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.compare.sweep_space import read_space, with_values
-from llmtune.compare.sweep_trial import SweepOptions, alone, open_study, run_trial, trial_folder, validations
+from llmtune.compare.sweep_trial import (
+    SweepOptions,
+    alone,
+    open_study,
+    require_optuna,
+    run_trial,
+    trial_folder,
+    validations,
+)
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.opened_runs import check_alike, open_runs, pair_metrics
 from llmtune.recipe.builtin import find_recipe
@@ -208,6 +216,7 @@ def sweep(recipe: str, options: SweepOptions, console: Console, shown: Console) 
     """
     loaded = load_recipe(recipe, options.sets)
     _check_recipe(loaded)
+    require_optuna()
     space = read_space(options.space, recipe, options.sets)
     refuse_network(loaded.recipe, offline=options.offline)
     searched = hash_value([loaded.fingerprint, {key: repr(one) for key, one in space.items()}])

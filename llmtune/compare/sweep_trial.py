@@ -53,17 +53,22 @@ class Pruned(Exception):
     """Validation goes worse than in the middle of the trials before, at the same step."""
 
 
+def require_optuna() -> None:
+    """Raise EnvironmentProblem where Optuna is not installed."""
+    try:
+        import optuna  # noqa: F401 - an installation that is broken counts too
+    except ImportError:
+        fix = "pip install 'llmtune-cli[sweep]'"
+        raise EnvironmentProblem.of("Optuna is not installed", "llmtune sweep", fix) from None
+
+
 def open_study(out: Path, searched: str) -> Study:
     """Open the storage of a sweep, or begin one; a folder of another sweep is refused."""
-    try:
-        import optuna
-        from optuna.pruners import MedianPruner
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise EnvironmentProblem.of(
-            "Optuna is not installed", "llmtune sweep", "pip install 'llmtune-cli[sweep]'"
-        ) from None
+    import optuna
+    from optuna.pruners import MedianPruner
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
     if names and SEARCHED not in names:

@@ -205,7 +205,9 @@ def _load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype)
 def _print_summary(certificate: Certificate, out: Path, console: Console) -> None:
     size = f"{certificate['weights_bytes'] / 1e6:,.0f} MB, {certificate['dtype']}"
     console.print(f"merged model: {out} ({size})", highlight=False)
-    console.print(f"parity with the adapter {describe_parity(certificate['measured'])}", highlight=False)
+    within = "good: within all limits of its certificate" if certificate["passed"] else "not good"
+    console.print(f"parity with the adapter is {within}", highlight=False)
+    console.print(f"  {describe_parity(certificate['measured'])}", highlight=False)
     if other := certificate["other"]:
         numbers = f": not measured, because {other.get('not_measured')}"
         if "kl_mean" in other:

@@ -21,7 +21,6 @@ from rich.progress import Progress
 
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite
-from llmtune.evaluate.inference import progress_bars
 from llmtune.evaluate.lm_eval import (
     RUN_ERRORS,
     Benchmark,
@@ -39,6 +38,7 @@ from llmtune.model.device import resolve_dtype
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Study
+from llmtune.report.render_terminal import counting_bars
 from llmtune.store.atomic_files import write_text
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class BenchmarkSuite(EvalSuite[dict[str, Score]]):
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Run all benchmarks on one model, and keep lm-eval's own results."""
         scores: dict[str, Score] = {}
-        with progress_bars(self.context.console) as bars:
+        with counting_bars(self.context.console) as bars:
             for benchmark in self.benchmarks:
                 results, truncated = run_benchmark(benchmark, name, model, self.context, bars)
                 scores |= read_scores(benchmark, results, truncated)

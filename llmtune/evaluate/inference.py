@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
@@ -28,6 +27,7 @@ from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.task_facts import CUT_METRIC
 from llmtune.records import Advance, Collate
+from llmtune.report.render_terminal import counting_bars
 
 
 @dataclass(frozen=True)
@@ -270,15 +270,9 @@ def inference_on(model: torch.nn.Module, context: EvalContext) -> Iterator[Progr
     with (
         torch.no_grad() if trains else torch.inference_mode(),
         compute_context(dtype, context.device),
-        progress_bars(context.console) as bars,
+        counting_bars(context.console) as bars,
     ):
         yield bars
-
-
-def progress_bars(console: Console) -> Progress:
-    """Return the progress bars of one model."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def add_bar(bars: Progress, name: str, total: int) -> Callable[[int], None]:

@@ -2,10 +2,14 @@
 
 import csv
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from support.runs import invoke
+
+from llmtune.cli.output_streams import WordWrap
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -77,3 +81,52 @@ def test_a_class_without_training_rows_is_on_the_terminal() -> None:
     done = invoke("prepare", "mine.yaml", *(part for one in sets for part in ("--set", one)), "--out", "run")
     assert done.exit_code == 0, done.stderr
     assert "1 of 3 classes have no training rows and cannot be learned: c" in done.stderr
+
+
+def test_a_sweep_without_optuna_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows("rows.csv", "question,answer", [(f"Where is {i}?", f"In {i}.") for i in range(30)])
+    Path("space.yaml").write_text("train.learning_rate: [1.0e-4, 1.0e-3]\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "optuna"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as the import system has it: not there
+    done = invoke("sweep", "mine.yaml", "--space", "space.yaml")
+    assert (done.exit_code, "pip install 'llmtune-cli[sweep]'" in done.stderr) == (4, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "meant"),
+    [
+        *(("LoRA", "Did you mean 'lora'?"), ("IA3", "Did you mean 'ia3'?"), ("adalroa", "Did you mean 'adalora'?")),
+        ("DoRA", "use_dora: true"),
+    ],
+)
+def test_a_wrong_method_names_the_nearest(method: str, meant: str) -> None:
+    write_rows("rows.csv", "question,answer", [("Where?", "Here.")])
+    done = invoke("recipes", "check", "mine.yaml", "--set", f"adapter.method={method}")
+    assert (done.exit_code, meant in done.stderr) == (2, True), done.stderr
+
+
+def test_a_new_recipe_is_written_to_the_file_that_is_named() -> None:
+    assert invoke("recipes", "new", "mine.yaml", "--task", "classify").exit_code == 0
+    assert "task: classify" in Path("mine.yaml").read_text()
+    assert invoke("recipes", "new", "mine.yaml").exit_code == 2
+    assert invoke("recipes", "new", "a.yaml", "--out", "b.yaml").exit_code == 2
+
+
+def test_models_that_fit_are_shown_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = invoke("models", "fits", "--memory", "24GB")
+    assert done.exit_code == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert re.search(r"^ google/ ", done.stdout, re.MULTILINE), "names break behind slashes"
+
+
+def test_text_that_comes_in_pieces_breaks_between_words() -> None:
+    text = "A fox is a clever animal.\n\nIt has\ta red coat, and antidisestablishmentarianism is not its business."
+    for size in (1, 3, 7, len(text)):
+        wrapped = WordWrap(20)
+        shown = "".join(wrapped.add(text[at : at + size]) for at in range(0, len(text), size)) + wrapped.rest()
+        assert shown.split() == text.split()
+        assert all(len(line.expandtabs()) <= 20 or len(line.split()) == 1 for line in shown.splitlines()), shown
+    wrapped = WordWrap()
+    assert wrapped.add("into a file ") + wrapped.rest() == "into a file "

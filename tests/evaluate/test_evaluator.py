@@ -16,11 +16,12 @@ from llmtune.data.row_store import read_rows
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.evaluator import show_examples
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.inference import add_bar, progress_bars
+from llmtune.evaluate.inference import add_bar
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Difference, Evaluation
+from llmtune.report.render_terminal import counting_bars
 
 
 def losses_by_hand(bench):
@@ -189,7 +190,7 @@ def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):
 
 def test_a_line_stands_for_a_bar_where_nobody_looks_on():
     console = Console(file=io.StringIO())
-    with progress_bars(console) as bars:
+    with counting_bars(console) as bars:
         add_bar(bars, "loss", 2)(2)
     assert console.file.getvalue() == "loss: 2 rows\n"
 
