@@ -30,7 +30,7 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.evaluation_file import load_evaluation, print_scores
+from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.run_report import make_report
@@ -39,15 +39,23 @@ from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
-from llmtune.model.model_selection import Candidate, known_or_ranked, read_ranking
-from llmtune.model.model_trials import note_ranking, successive_halving, trial_folder, validation_bits, with_candidate
+from llmtune.model.model_selection import Candidate, read_ranking
+from llmtune.model.model_trials import (
+    known_or_ranked,
+    note_ranking,
+    successive_halving,
+    trial_folder,
+    validation_bits,
+    with_candidate,
+)
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows, read_model_ref
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.report_record import Report
 from llmtune.report.score_sections import seed_table
 from llmtune.report.write import report_json, write_report
-from llmtune.session import Models, Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
+from llmtune.scoring import score
+from llmtune.session import Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
 from llmtune.store.atomic_files import hash_value, plain, staged, write_text
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import layout, once, rank
@@ -140,10 +148,10 @@ def conclude(context: RunContext, *, gated: bool) -> Json:
     if gated:
         if not context.skipped.get("evaluate", True):
             log_results(report, context.recipe.train.report_to, path, context.device, offline=context.offline)
-        console.print(f"[bold]{report.verdict.word}[/]: {escape(report.verdict.reason)}", highlight=False)
+        print_verdict(report.verdict, report.gates, console)
         context.folder.note(next_steps=next_steps(path, context.task))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
-        require_gates(report.gates)
+        require_gates(report.gates, report_json(report))
     return report_json(report)
 
 
@@ -170,7 +178,7 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options) -> No
         context.once(lambda: adapt(context, model_ref, processor, examples, inputs))
         return
     if options.until != "train" and not context.folder.is_done("train"):  # what they refuse: before hours of training
-        context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples))
+        context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, context.console))
         context.once(lambda: load_benchmarks(context.recipe, context.console) and None)
     train(context, loaded, model_ref, examples, tokens)
     if options.until == "train":
@@ -212,7 +220,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
-        context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples))
+        context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, console))
         evaluate(context, model_ref, context.read_processor(model_ref), rows, examples)
         for seed in (one for one in loaded.recipe.train.seeds if is_done(seed_folder(run, one), "train")):
             evaluate_run(
@@ -383,6 +391,6 @@ def evaluate(
                 print_scores(replace(evaluation, gates=check_gates(recipe.evaluate, evaluation)), context.console)
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            Models(context, model_ref, processor).score(rows, examples, folder)
+            score(context, model_ref, processor, rows, examples, folder)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=trained, recipe=judged)

@@ -21,13 +21,8 @@ from llmtune.data.preparation import rows_inputs
 from llmtune.data.row_store import load_rows
 from llmtune.data.sources import SourceFile, hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.cache_keys import base_inputs
-from llmtune.evaluate.champion import make_challenge
-from llmtune.evaluate.evaluation_file import save_evaluation
-from llmtune.evaluate.evaluator import evaluate
-from llmtune.evaluate.results import load_base
 from llmtune.evaluate.suite_registry import check_variant
-from llmtune.model.config import find_class, head_is_new, read_model_config
+from llmtune.model.config import find_class, read_model_config
 from llmtune.model.device import describe_device, loading_device, pick_device, release_memory
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
@@ -50,8 +45,8 @@ from llmtune.store.run_lock import (
     read_pins,
     write_lock,
 )
-from llmtune.store.run_options import Options as Options
 from llmtune.tasks.base import AnyTask
+from llmtune.tasks.class_labels import AS_NUMBERS
 from llmtune.tasks.registry import choose_variant, get_task
 from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
@@ -59,6 +54,30 @@ from llmtune.train.row_losses import list_hardest
 from llmtune.train.sharding import share_model
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what: never part of a recipe."""
+
+    out: Path | None = None
+    resume: bool = False
+    fresh: bool = False
+    lock: Path | None = None
+    offline: bool = False
+    dry_run: bool = False
+    device: str | None = None
+    """What a dry run plans for, in place of what computes here: a card that is known, or cpu."""
+    until: str = "run"
+    """The last step to run: prepare, select, adapt, train, evaluate, or run for all and deploy."""
+    pins: Pins | None = None
+    """What to hold still instead of what `lock` says."""
+    findings: Mapping[str, object] = field(default_factory=dict)
+    """What another run of the same recipe found out and this one is to keep, such as its micro-batch budget."""
+    base: Path | None = None
+    """The evaluation of another run: what the base model said there counts here where it was asked the same."""
+    layout: Layout | None = None
+    """The processes that a dry run plans for, in place of those that are here."""
 
 
 @dataclass
@@ -105,6 +124,9 @@ class RunContext:
 
     def resolve_training(self, loaded: LoadedRecipe, model_ref: ModelRef, rows: Rows) -> LoadedRecipe:
         """Choose what the recipe leaves open of epochs, rate and batch, and say so; return a recipe that states it."""
+        stated, found = loaded.recipe.classify, self.recipe.classify
+        if found is not None and found.kind == "regression" and (stated is None or stated.kind == "auto"):
+            self.console.print(AS_NUMBERS, highlight=False)
         config = read_model_config(model_ref, self.recipe.model).get_text_config()
         count = rows.counts.get("train", 0)
         choices = choose_training(self.recipe, count, getattr(config, "hidden_size", None), self.task.trains_head)
@@ -257,29 +279,6 @@ class Models:
     processor: PreTrainedTokenizerBase
     packs: bool | None = None
     """Whether the model that was loaded last reads rows that stand end to end; None before there is one."""
-
-    def score(self, rows: Rows, examples: Examples, folder: Path | None) -> None:
-        """Evaluate both models, all processes together; rank 0 has a `folder`, and leaves the evaluation there."""
-        context, recipe = self.context, self.context.recipe
-        join_processes(context.device)
-        base = base_inputs(recipe, adapter_settings(recipe), self.model_ref, rows, examples, context.device)
-        evaluation = evaluate(
-            {"base": self.before, "tuned": self.tuned},
-            self.processor,
-            rows,
-            examples,
-            context.task,
-            recipe,
-            context.console,
-            device=context.device,
-            folder=folder,
-            headless=head_is_new(self.model_ref, recipe, context.task),
-            packs=lambda: self.packs,
-            known=load_base(context.base, base),
-            challenge=make_challenge(context.folder),
-        )
-        if folder is not None:
-            save_evaluation(evaluation, folder)
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:

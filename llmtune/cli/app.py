@@ -106,7 +106,7 @@ EXIT_CODES = {
     "4": "environment: device, dependency, model, memory, disk, permission, network",
     "5": "training: diverged, out of memory after every remedy",
     "6": "a gate, a parity check or a verification failed",
-    "7": "can't tell: too few rows for a gate on an interval, with evaluate.when_unsure: report",
+    "7": "inconclusive: too few rows for a gate on an interval, with evaluate.when_unsure: report",
     "130, 143": "interrupted or terminated, with the work saved",
 }
 FIRST_STEPS = 'Your own rows: llmtune init rows.csv, then llmtune run rows.yaml, then llmtune generate rows "TEXT"'

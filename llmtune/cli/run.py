@@ -28,14 +28,19 @@ from llmtune.cli.options import (
 )
 from llmtune.cli.output_streams import handled_by_all, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.launch.python_api import evaluate_folder, run_recipe
+from llmtune.launch.python_api import evaluate_folder, run_recipe, write_test_file
 from llmtune.records import Json
+from llmtune.store.processes import once
 
-OWN = {"device": ("run", "select"), "ray": ("prepare",)}
+OWN = {"device": ("run", "select"), "ray": ("prepare",), "write_test": ("prepare",)}
 """Options that not every command has, and which have them."""
 Ray = Annotated[
     str | None,
     typer.Option("--ray", help="Work on a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local.", metavar="ADDRESS"),
+]
+WriteTest = Annotated[
+    Path | None,
+    typer.Option("--write-test", metavar="FILE", help="Also write the test rows to FILE, for data.test: FILE."),
 ]
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
@@ -51,6 +56,7 @@ def _command(name: str) -> Callable[..., None]:
     def command(
         recipe: RecipeArgument,
         ray: Ray = None,
+        write_test: WriteTest = None,
         out: Out = None,
         sets: Sets = None,
         model: ModelName = None,
@@ -65,7 +71,7 @@ def _command(name: str) -> Callable[..., None]:
         as_json: AsJson = False,
     ) -> None:
         console, dry_run = stderr_console(quiet=quiet), plans_only(name, device, dry_run)
-        refuse_both(resume, fresh)
+        refuse_both(resume, fresh, write_test, dry_run)
         sets = with_model(sets, model)
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
@@ -87,10 +93,9 @@ def _command(name: str) -> Callable[..., None]:
                     offline=offline,
                     console=console,
                 )
-        if as_json:
-            print_json(result)
-        elif dry_run and result:
-            print_dry_run(result)
+        if (file := write_test) is not None:
+            once(lambda: write_test_file(recipe, sets, out=out, file=file, console=console))
+        print_result(result, as_json=as_json, dry_run=dry_run)
 
     command.__doc__ = SUMMARIES[name]
     shown = handled_by_all(command)
@@ -105,6 +110,14 @@ def _spread(address: str, offline: bool) -> AbstractContextManager[None]:
     from llmtune.data.worker_pool import spread_on_ray  # not for --help
 
     return spread_on_ray(address, offline=offline)
+
+
+def print_result(result: Json, *, as_json: bool, dry_run: bool) -> None:
+    """Print on stdout what was asked for of a result, if there is one."""
+    if result and as_json:
+        print_json(result)
+    elif result and dry_run:
+        print_dry_run(result)
 
 
 def print_dry_run(result: Json) -> None:
@@ -126,10 +139,19 @@ def with_model(sets: list[str] | None, model: str | None) -> list[str]:
     return [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
 
 
-def refuse_both(resume: bool, fresh: bool) -> None:
-    """Raise RecipeError for --resume beside --fresh."""
-    if resume and fresh:
-        raise RecipeError.of("--resume and --fresh exclude each other", fix="Omit one of them.")
+def refuse_both(resume: bool, fresh: bool, write_test: Path | None = None, dry_run: bool = False) -> None:
+    """Raise RecipeError for options that exclude each other, and for a test file that exists."""
+    for first, second, both in (
+        ("--resume", "--fresh", resume and fresh),
+        ("--write-test", "--dry-run", write_test is not None and dry_run),
+    ):
+        if both:
+            raise RecipeError.of(f"{first} and {second} exclude each other", fix="Omit one of them.")
+    if write_test is not None and write_test.exists():
+        fix = "Name another file; to replace this one, delete it first."
+        raise RecipeError.of(
+            "the file exists, and runs may have been measured on it", f"--write-test {write_test}", fix
+        )
 
 
 COMMANDS = {name: _command(name) for name in SUMMARIES}

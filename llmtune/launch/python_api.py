@@ -22,6 +22,7 @@ from llmtune.store.processes import strategy as stated_strategy
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmtune.recipe.arguments import Until
     from llmtune.recipe.loader import LoadedRecipe
     from llmtune.recipe.schema import Recipe
     from llmtune.serve.finished_run import FinishedRun
@@ -36,7 +37,7 @@ def run(
     *,
     out: str | Path | None = None,
     set: Mapping[str, object] | None = None,
-    until: str = "run",
+    until: Until = "run",
     processes: int = 1,
     strategy: str = "ddp",
     resume: bool = False,
@@ -52,7 +53,7 @@ def run(
         recipe: a recipe file, or the name of a recipe that ships with llmtune.
         out: the run folder; by default `runs/<name>-<hash>`.
         set: values that replace those of the recipe, such as `{"train.learning_rate": 1e-4}`.
-        until: the last step to run: train, evaluate, or run for all steps and deployment.
+        until: the last step to run: prepare, select, adapt, train, evaluate, or run for all steps and deployment.
         processes: in how many processes to train and evaluate.
         strategy: what each of them has of the model: all of it (ddp) or a part of it (fsdp).
         resume: go on in the run folder, and raise an error if there is nothing to go on from.
@@ -66,6 +67,7 @@ def run(
         LlmtuneError: one of its kinds, with all that is wrong in one message. After a `GateFailed` the run folder is
             complete, and `load_run` opens it.
     """
+    _check_arguments("llmtune.run", locals())
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
@@ -95,11 +97,18 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     Raises:
         RecipeError: not a run folder, or not trained yet.
     """
+    _check_arguments("llmtune.load_run", locals())
     prepare_environment(network=False)
     with gc_paused():
         from llmtune.serve.finished_run import FinishedRun
 
     return FinishedRun(Path(folder), offline)
+
+
+def _check_arguments(function: str, given: Mapping[str, object]) -> None:
+    from llmtune.recipe.arguments import check_arguments  # not for --help: it brings pydantic
+
+    check_arguments(function, given)
 
 
 def run_recipe(
@@ -139,7 +148,7 @@ def run_recipe(
     first = rank() == 0
     with failures_in_junit(path, loaded.recipe.name) if first and not dry_run else nullcontext():
         known: Json = {}
-        look = partial(_look_first, loaded, path, until, console, known=not (fresh or dry_run or lock))
+        look = partial(_look_first, loaded, path, until, console, known=not (fresh or dry_run or lock), dry_run=dry_run)
         if once(lambda: bool(known.update(look()) or known)):
             return known
         with spinner(console, "loading the libraries"), gc_paused():
@@ -178,20 +187,38 @@ def _peek(loaded: LoadedRecipe, path: Path, *, resume: bool, fresh: bool, lock: 
         read_pins(lock)
 
 
-def _look_first(loaded: LoadedRecipe, path: Path, until: str, console: Console, *, known: bool) -> Json:
+def _look_first(loaded: LoadedRecipe, path: Path, until: str, console: Console, *, known: bool, dry_run: bool) -> Json:
     """Check what needs no torch; return the report of a run that has nothing left to do, if that may be `known`."""
-    from llmtune.launch.recipe_check import check_recipe, marks_left
+    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
     from llmtune.launch.unchanged_run import find_unchanged, print_unchanged
 
     if again := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         console.print(f"[yellow]All processes are started again ({again} times so far).[/]")
     for line in marks_left(loaded):
         console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
-    check_recipe(loaded)
+    detected = check_recipe(loaded)
+    if dry_run:
+        from llmtune.data.ingest import TRIED_ROWS
+
+        check_rows(loaded, detected, split_up_to=TRIED_ROWS)
     report = find_unchanged(loaded, path, until) if known else None
     if report is not None:
         print_unchanged(report, path, console)
     return report or {}
+
+
+def write_test_file(recipe: str, sets: Sequence[str], *, out: Path | None, file: Path, console: Console) -> None:
+    """Write the test rows of a recipe that was prepared into a file, and print the line for the recipe."""
+    from llmtune.data.row_store import load_rows
+    from llmtune.data.test_file import write_test_rows
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.store.run_folder import default_path
+
+    loaded = load_recipe(recipe, sets)
+    rows = load_rows((out or default_path(loaded.recipe.name, loaded.fingerprint)) / "data" / "rows")
+    stated = Path(recipe)
+    line = write_test_rows(loaded.recipe, rows, file, stated.parent if stated.is_file() else Path())
+    console.print(f"test rows written to {file}. Set in data: {line}", highlight=False, markup=False)
 
 
 def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:

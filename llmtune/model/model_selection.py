@@ -39,9 +39,7 @@ from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Example, Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
 from llmtune.report.number_format import size as format_bytes
-from llmtune.store.atomic_files import hash_file, hash_value, plain
 from llmtune.store.process_environment import is_remote_model
-from llmtune.store.run_folder import RunFolder
 
 ChooseTask = Callable[[ModelRef], TaskInterface]
 """Gives the form of the task that a model can do; raises RecipeError where there is none."""
@@ -142,22 +140,6 @@ def rank_candidates(
     ranking = Ranking(by_name[measured[0].name], (*measured, *out), len(shared), split, by_name)
     show_ranking(ranking, console, folder)
     return ranking
-
-
-def known_or_ranked(
-    recipe: Recipe, choose: ChooseTask, rows: Rows, console: Console, run: RunFolder, device: str, offline: bool
-) -> Json:
-    """Return the hash of what a choice depends on, with the model that was chosen by the same, or a ranking of all."""
-    model = recipe.model
-    there, _ = resolve_candidates(recipe, choose, console, device, offline)
-    template = hash_file(Path(model.chat_template)) if model.chat_template else None
-    settings = [model.model_dump(mode="json"), [one.content_hash for one in there], template]
-    inputs = hash_value([rows.content_hash, [*settings, recipe.data.max_length, device]])
-    known = run.findings.get("ranking")
-    if known is not None and known["inputs"] == inputs:
-        return {"inputs": inputs, "chosen": known["chosen"]}
-    ranking = rank_candidates(recipe, choose, rows, console, run.path / "model", device, offline)
-    return {"inputs": inputs, "chosen": None, "ranking": plain(ranking)}
 
 
 def none_left(out: Sequence[Candidate], *problems: Problem) -> EnvironmentProblem:

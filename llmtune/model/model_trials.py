@@ -16,10 +16,20 @@ from rich.console import Console
 
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.errors import LlmtuneError, Stopped
-from llmtune.model.model_selection import Candidate, Ranking, none_left, show_ranking
+from llmtune.model.model_selection import (
+    Candidate,
+    ChooseTask,
+    Ranking,
+    none_left,
+    rank_candidates,
+    resolve_candidates,
+    show_ranking,
+)
 from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import with_length
-from llmtune.store.atomic_files import hash_value
+from llmtune.records import Json, Rows
+from llmtune.store.atomic_files import hash_file, hash_value, plain
 from llmtune.store.run_folder import RunFolder, read_run
 from llmtune.store.seed_runs import without_gates, without_seeds
 
@@ -53,6 +63,22 @@ def successive_halving(
     if not running:
         raise none_left(out)
     return replace(ranking, chosen=ranking.model_refs[running[0].name], candidates=(*running, *behind, *out))
+
+
+def known_or_ranked(
+    recipe: Recipe, choose: ChooseTask, rows: Rows, console: Console, run: RunFolder, device: str, offline: bool
+) -> Json:
+    """Return the hash of what a choice depends on, with the model that was chosen by the same, or a ranking of all."""
+    model = recipe.model
+    there, _ = resolve_candidates(recipe, choose, console, device, offline)
+    template = hash_file(Path(model.chat_template)) if model.chat_template else None
+    settings = [model.model_dump(mode="json"), [one.content_hash for one in there], template]
+    inputs = hash_value([rows.content_hash, [*settings, recipe.data.max_length, device]])
+    known = run.findings.get("ranking")
+    if known is not None and known["inputs"] == inputs:
+        return {"inputs": inputs, "chosen": known["chosen"]}
+    ranking = rank_candidates(recipe, choose, rows, console, run.path / "model", device, offline)
+    return {"inputs": inputs, "chosen": None, "ranking": plain(ranking)}
 
 
 def note_ranking(ranking: Ranking, inputs: str, run: RunFolder, console: Console) -> None:

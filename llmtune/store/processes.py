@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from llmtune import errors
-from llmtune.errors import LlmtuneError, LostProcess, Problem
+from llmtune.errors import GateFailed, LlmtuneError, LostProcess, Problem
 from llmtune.records import ALONE, Layout
 from llmtune.store.atomic_files import plain, read_json, write_json
 from llmtune.store.process_environment import prepare_environment
@@ -179,7 +179,7 @@ def once(work: Callable[[], T]) -> T:
         result = work()
         outcome = {"value": plain(result)}
     except LlmtuneError as error:
-        outcome = describe(error)
+        outcome = describe(error) | {"report": None}  # which only rank 0 prints
         raise
     finally:
         _here.alone = False
@@ -190,7 +190,8 @@ def once(work: Callable[[], T]) -> T:
 def describe(error: LlmtuneError) -> dict[str, Any]:
     """Return an error as JSON holds it."""
     problems = [[problem.what, problem.where, problem.fix] for problem in error.problems]
-    return {"kind": type(error).__name__, "problems": problems, "exit": error.exit_code}
+    report = plain(error.report) if isinstance(error, GateFailed) else None
+    return {"kind": type(error).__name__, "problems": problems, "exit": error.exit_code, "report": report}
 
 
 def rebuild(described: dict[str, Any]) -> LlmtuneError:
@@ -198,6 +199,8 @@ def rebuild(described: dict[str, Any]) -> LlmtuneError:
     kind: type[LlmtuneError] = getattr(errors, described["kind"])
     error = kind(*(Problem(*problem) for problem in described["problems"]))
     error.exit_code = described["exit"]
+    if isinstance(error, GateFailed):
+        error.report = described["report"]
     return error
 
 
