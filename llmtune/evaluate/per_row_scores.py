@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -79,7 +79,8 @@ class PerRowScores(PairedMeasures):
             own = tuned.get(metric)
             if own is not None and (own.signature, own.sums_NK.shape[1]) == (more.signature, more.sums_NK.shape[1]):
                 at = (*own.at, *(len(self.rows) + place for place in more.at))
-                tuned[metric] = replace(own, sums_NK=np.concatenate([own.sums_NK, more.sums_NK]), at=at)
+                sums_NK = np.concatenate([own.sums_NK, more.sums_NK])
+                tuned[metric] = Measure(metric, sums_NK, own.formula, own.right_wrong, own.signature, own.ranking, at)
         return PerRowScores({}, tuned, (*self.rows, *others.rows))
 
 
