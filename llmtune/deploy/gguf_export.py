@@ -56,7 +56,7 @@ from llmtune.model.config import read_model_config
 from llmtune.model.device import explain_oom
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import ModelRef
-from llmtune.report.render_terminal import spinner
+from llmtune.report.render_terminal import counting_bars, spinner
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 
@@ -181,10 +181,11 @@ class _Export:
     def write_model(self, folder: Path, onto: Onto) -> Certificate:
         """Merge, write the whole model, and read it back."""
         file = folder / f"{self.name}-{self.number_format.upper()}.gguf"
-        with spinner(self.console, "merging and writing"):
+        with spinner(self.console, "merging"):
             merged = merge_weights(self.tuned.adapted, onto)
             config = merged.config
-            write_model(merged, self.vocabulary, file, self.number_format, self.name)
+        with counting_bars(self.console) as bars:
+            write_model(merged, self.vocabulary, file, self.number_format, self.name, bars)
             del merged
         limits = FORMAT_LIMITS[self.number_format]
         if self.tuned.adapted.selected.quantized:

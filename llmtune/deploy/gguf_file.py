@@ -21,6 +21,7 @@ from gguf import (
     size_label,
 )
 from gguf.quants import quantize
+from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from llmtune.deploy.gguf_tensors import GgufLayout, list_tensors, write_shape
@@ -43,15 +44,22 @@ Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Names and weights, made anew at each call: once for their shapes, once to be written one at a time."""
 
 
-def write_model(model: PreTrainedModel, vocabulary: Vocabulary, file: Path, number_format: str, name: str) -> None:
-    """Write a whole model; vectors and norms stay in float32, as llama.cpp expects.
+def write_model(
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+    file: Path,
+    number_format: str,
+    name: str,
+    bars: Progress | None = None,
+) -> None:
+    """Write a whole model; vectors and norms stay in float32, as llama.cpp expects. `bars` show how far it is.
 
     Raises:
         EnvironmentProblem: its type is not known, a weight is too large for F16, or a program to quantise is missing.
     """
     if number_format in K_QUANTS:
         whole = file.with_name(f"{file.name}.whole")
-        write_model(model, vocabulary, whole, "f32", name)
+        write_model(model, vocabulary, whole, "f32", name, bars)
         _quantize_file(whole, file, FORMATS[number_format])
         whole.unlink()
         return
@@ -65,10 +73,10 @@ def write_model(model: PreTrainedModel, vocabulary: Vocabulary, file: Path, numb
     writer.add_quantization_version(GGML_QUANT_VERSION)
     write_shape(writer, layout, len(vocabulary[NAMES.LIST]))
     write_vocabulary(writer, vocabulary)
-    write_tensors(writer, lambda: list_tensors(model, layout), number_format)
+    write_tensors(writer, lambda: list_tensors(model, layout), number_format, bars)
 
 
-def write_tensors(writer: GGUFWriter, tensors: Tensors, number_format: str) -> None:
+def write_tensors(writer: GGUFWriter, tensors: Tensors, number_format: str, bars: Progress | None = None) -> None:
     """Write all `tensors` and close the file."""
     kinds = {}
     for name, weight in tensors():
@@ -80,7 +88,8 @@ def write_tensors(writer: GGUFWriter, tensors: Tensors, number_format: str) -> N
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, weight in tensors():
+        written = bars.track(tensors(), len(kinds), description="writing tensors") if bars else tensors()
+        for name, weight in written:
             writer.write_tensor_data(_encode(name, weight, kinds[name]))
     finally:
         writer.close()
