@@ -131,7 +131,7 @@ def shape(name: str, method: str) -> Shape:
         ref = ModelRef(name, Path(folder), None, "")
         skeleton = build_skeleton(*find_class(ref, recipe, task), recipe)
     plan = plan_skeleton(skeleton, recipe, task, TOKENS, "cuda", None)
-    sharded = divide_plan(plan, skeleton, recipe, Layout(PROCESSES, 1, "fsdp"))
+    sharded = divide_plan(plan, skeleton, recipe, Layout(PROCESSES, sharded=True))
     linear = sum(rows * columns for rows, columns in linear_shapes(skeleton).values())
     attention = 2 * config.num_hidden_layers * config.hidden_size * TOKENS  # half of the square: causal
     return Shape(plan, 2 * linear + attention, sharded)

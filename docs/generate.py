@@ -155,7 +155,7 @@ def command_reference() -> str:
 def describe(name: str, command: Any) -> Iterator[str]:
     """Yield the lines of one command and those below it."""
     below = getattr(command, "commands", None)
-    options = [option for option in command.params if option.name != "help"]
+    options = [option for option in command.params if option.name != "help" and not getattr(option, "hidden", False)]
     if not below:
         words = [name, *(option.metavar for option in options if option.param_type_name == "argument"), "[OPTIONS]"]
         yield f"## {name}\n"

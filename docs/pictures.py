@@ -71,7 +71,7 @@ def draw_looks(path: Path) -> None:
         deviation = np.concatenate([looks.draw_series(kind, np.random.default_rng(1), 20)]).std()
         losses = np.linspace(0, 0.24, 9)
         finer = np.linspace(0, 0.24, 97)
-        for part, label, colour in (("failed", "fails", COLOURS[4]), ("unsure", "can't tell", COLOURS[5])):
+        for part, label, colour in (("failed", "fails", COLOURS[4]), ("unsure", "inconclusive", COLOURS[5])):
             computed = [100 * getattr(looks.compute_shares(deviation, -loss), part) for loss in finer]
             seen = [100 * getattr(looks.share_outcomes(kind, -loss), part) for loss in losses]
             outcomes.plot(finer, computed, color=colour)

@@ -6,10 +6,14 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
 from rich.markup import escape
 
 from llmtune.adapter.injection import adapter_inputs
-from llmtune.data.examples import examples_inputs, load_examples, row_lengths
+from llmtune.data.examples import encode_rows, examples_inputs, load_examples, row_lengths
+from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs
@@ -19,16 +23,42 @@ from llmtune.evaluate.gates import print_plan
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import describe_model, plan_candidates
 from llmtune.recipe.loader import LoadedRecipe
-from llmtune.records import Json, MemoryPlan
+from llmtune.records import SPLITS, Json, MemoryPlan, ModelRef
 from llmtune.session import RunContext, locate_pinned
 from llmtune.store.seed_runs import seed_folder
 from llmtune.train.setup import train_inputs
+
+TRIED_BYTES = 2**22
+"""Files of less are encoded in a dry run: that takes seconds."""
 
 
 def _longest_row(context: RunContext) -> int:
     """Return the tokens of the longest example that the run has encoded before; without one, what a row may have."""
     known = context.folder.facts("encode").get("longest")
     return max(known.values()) if known else context.recipe.data.max_length
+
+
+def _try_rows(
+    context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef
+) -> tuple[int, npt.NDArray[np.int32] | None]:
+    """Return the tokens of the longest row, and those of each training row, of small files; else what a row may have.
+
+    They are prepared and encoded as the run does it, so that both plan the same memory. Raises as that does.
+    """
+    recipe, longest = context.recipe, _longest_row(context)
+    files = [Path(source.path) for split in SPLITS for source in recipe.data.sources(split)]
+    if not model_ref.content_hash or not all(file.is_file() and file.stat().st_size <= TRIED_BYTES for file in files):
+        return longest, None
+    quiet = Console(quiet=True)
+    tried = replace(context, console=quiet)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = prepare_rows(recipe, Path(folder) / "rows", quiet)
+        tried.infer_labels(model_ref, rows)
+        tried.resolve_training(loaded, model_ref, rows)
+        processor = tried.read_processor(model_ref)
+        examples = encode_rows(rows, tried.task, processor, tried.recipe, Path(folder) / "examples", quiet)
+        context.recipe = recipe.model_copy(update={"train": tried.recipe.train})
+        return max(examples.longest.values()), row_lengths(examples)
 
 
 def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
@@ -62,10 +92,11 @@ def _plan_named(context: RunContext, name: str, valid: dict[str, bool], loaded: 
                 return None
             model_ref = described
         context.variant = context.choose_variant(model_ref)
-        longest = _longest_row(context)
-        context.resolve_checkpointing(model_ref, longest)
         known = folder.path / "data" / "examples"
-        lengths = row_lengths(load_examples(known)) if folder.facts("encode") and known.is_dir() else None
+        is_encoded = bool(folder.facts("encode")) and known.is_dir()
+        encoded = (_longest_row(context), row_lengths(load_examples(known))) if is_encoded else None
+        longest, lengths = encoded or _try_rows(context, loaded, model_ref)
+        context.resolve_checkpointing(model_ref, longest)
         resolved, layout = context.resolved_recipe, context.layout
         plan = plan_training(model_ref, resolved, context.task, longest, context.device, lengths, layout)
     check_memory(plan, context.resolved_recipe, console)
@@ -80,7 +111,7 @@ def _plan_named(context: RunContext, name: str, valid: dict[str, bool], loaded: 
     if valid.get("encode"):
         examples = load_examples(folder.path / "data" / "examples")
         warn_of_cuts(rows, examples, context.task, processor, context.recipe, console)
-        check_champion(loaded.recipe, folder, rows, examples)
+        check_champion(loaded.recipe, folder, rows, examples, console)
         trained = train_inputs(context.recipe, adapter_inputs(context.recipe, model_ref, examples))
         evaluated = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
         valid |= {"train": folder.is_valid("train", trained), "evaluate": folder.is_valid("evaluate", evaluated)}

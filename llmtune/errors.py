@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that steer a terminal, turn the direction of writing round, or are half of one."""
@@ -120,10 +121,12 @@ class GateFailed(LlmtuneError):
     """A gate, a parity check or a verification did not pass."""
 
     exit_code = 6
+    report: dict[str, Any] | None = None
+    """What report.json of the run holds, where a gate failed: `--json` prints it with the error."""
 
 
 class GateUnsure(GateFailed):
-    """These rows are too few for a gate on an interval, and `evaluate.when_unsure` says that this is told."""
+    """These rows are too few for a gate on an interval, and `evaluate.when_unsure` says `report`."""
 
     exit_code = 7
 
@@ -144,8 +147,9 @@ class Stopped(LlmtuneError):
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return ` Did you mean 'x'?` for the known word closest to `word`, or an empty string."""
-    close = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    spelled = {name.casefold(): name for name in reversed(known)}
+    close = get_close_matches(word.casefold(), spelled, n=1, cutoff=0.6)
+    return f" Did you mean '{spelled[close[0]]}'?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

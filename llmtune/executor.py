@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from llmtune.adapter.injection import adapter_settings
+from llmtune.data.contamination import find_overlap
+from llmtune.data.examples import ExampleReader, encode_rows
+from llmtune.data.row_store import iterate_rows, load_rows, pick_rows
+from llmtune.errors import DataError
 from llmtune.evaluate.cache_keys import base_inputs
 from llmtune.evaluate.champion import make_challenge
+from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, make_inputs, resolve_choices
 from llmtune.evaluate.evaluation_file import save_evaluation
 from llmtune.evaluate.evaluator import evaluate
+from llmtune.evaluate.inference import measure, predict
+from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
 from llmtune.evaluate.results import load_base
 from llmtune.model.config import head_is_new
+from llmtune.model.device import release_memory
+from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Examples, ModelRef, Rows
-from llmtune.session import Models, RunContext
+from llmtune.session import Models, RunContext, open_finished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,10 +62,65 @@ def score(
         headless=head_is_new(model_ref, recipe, context.task),
         packs=lambda: models.packs,
         known=load_base(context.base or folder, base),
-        challenge=make_challenge(context.folder),
+        challenge=make_challenge(context.folder, partial(ask_champion, context, rows, examples)),
     )
     if keeps:
         save_evaluation(evaluation, folder)
+
+
+def ask_champion(context: RunContext, rows: Rows, examples: Examples, run: Path, places: Sequence[int]) -> PerRowScores:
+    """Let the champion's model answer test rows of this run, and measure its answers as its own evaluation did.
+
+    Rows that are nearly equal to one of its training rows are left out, as `data.deduplicate: near` would leave them
+    out; so are rows that its recipe cannot encode. `places` are places among the test rows that have an example.
+    """
+    numbers = sorted({int(row) for row in ExampleReader(examples, SPLIT).rows})
+    names = name_test_rows(rows, numbers)
+    with TemporaryDirectory(dir=context.folder.path, prefix=".champion-") as name:
+        scratch = Path(name)
+        known, picked = (
+            load_rows(run / "data" / "rows"),
+            pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch),
+        )
+        files, counts = known.files | picked.files, known.counts | picked.counts
+        found = find_overlap(replace(picked, files=files, counts=counts), near=True)
+        places = [at for place, at in enumerate(places) if place not in {*found.equal, *found.near}]
+        if not places:
+            return PerRowScores()
+        picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
+        context.console.print(f"champion: its model answers {len(places)} further test rows", highlight=False)
+        try:
+            measured, kept = measure_champion(context, run, known, picked, scratch / "examples")
+        except DataError as error:
+            context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
+            return PerRowScores()
+    return PerRowScores({}, measured, tuple(names[places[number]] for number in kept))
+
+
+def measure_champion(
+    context: RunContext, run: Path, known: Rows, picked: Rows, folder: Path
+) -> tuple[dict[str, Measure], tuple[int, ...]]:
+    """Return the metrics of the model in `run` on `picked` rows, and the numbers of those that could be encoded.
+
+    Raises DataError where none can be.
+    """
+    other, model_ref = open_finished(run, context.console, context.offline)
+    processor, task = other.read_processor(model_ref), other.task
+    references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
+    choices = resolve_choices(known, task, other.recipe, references, SPLIT)
+    answers = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
+    asked = EvaluateSection(metrics=other.recipe.evaluate.metrics, choices=choices if answers & {*choices} else None)
+    data = other.recipe.data.model_copy(update={"max_dropped": 1.0})
+    recipe = other.recipe.model_copy(update={"evaluate": asked, "data": data})
+    encoded = encode_rows(picked, task, processor, recipe, folder, Console(quiet=True))
+    inputs = make_inputs(picked, encoded, task, processor, recipe)
+    evaluation = EvalContext(recipe, task, processor, inputs, context.device, context.console)
+    models = Models(other, model_ref, processor)
+    with models.tuned() as model:
+        answered = predict(model, "champion", evaluation, models.packs)
+    del model
+    release_memory()
+    return measure(evaluation, answered, answered), inputs.rows
 
 
 Trainer = Callable[[RunContext, ModelRef, Examples, str, str], None]

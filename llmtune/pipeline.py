@@ -28,7 +28,7 @@ from llmtune.dry_run import dry_run
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.evaluation_file import load_evaluation, print_scores
+from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.run_report import make_report
@@ -115,10 +115,10 @@ def conclude(context: RunContext, *, gated: bool) -> Json:
     if gated:
         if not context.skipped.get("evaluate", True):
             log_results(report, context.recipe.train.report_to, path, context.device, offline=context.offline)
-        console.print(f"[bold]{report.verdict.word}[/]: {escape(report.verdict.reason)}", highlight=False)
+        print_verdict(report.verdict, report.gates, console)
         context.folder.note(next_steps=next_steps(path, context.task))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
-        require_gates(report.gates)
+        require_gates(report.gates, report_json(report))
     return report_json(report)
 
 
@@ -144,7 +144,7 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, execu
         adapt(context, model_ref, processor, examples, adapter_inputs(context.recipe, model_ref, examples))
         return
     if options.until != "train" and not context.folder.is_done("train"):  # what they refuse: before hours of training
-        check_champion(loaded.recipe, context.folder, rows, examples)
+        check_champion(loaded.recipe, context.folder, rows, examples, context.console)
         load_benchmarks(context.recipe, context.console)
     train(context, loaded, model_ref, examples, plan, executor)
     if options.until == "train":
@@ -184,7 +184,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
-        check_champion(loaded.recipe, folder, rows, examples)
+        check_champion(loaded.recipe, folder, rows, examples, console)
         evaluate(context, model_ref, context.read_processor(model_ref), rows, examples, HERE)
         for seed in (one for one in loaded.recipe.train.seeds if is_done(seed_folder(run, one), "train")):
             evaluate_run(

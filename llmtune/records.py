@@ -43,6 +43,8 @@ class Rows:
     """Names of the columns that were kept beside the rows."""
     columns_hash: str = ""
     """Hash over `columns` of the test split, in order; empty where nothing is asked for."""
+    filled: int = 0
+    """Null keys inside columns that Arrow filled in, and that were dropped (`llmtune.data.arrow_rows`)."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ class Layout:
     processes: int = 1
     """Of all machines."""
     machines: int = 1
-    strategy: str = "ddp"
-    """What each has of the model: all of it (ddp, zero2), a part (fsdp, zero3), a part of each layer (tp)."""
+    sharded: bool = False
+    """Whether each has a part of the model (fsdp) or all of it (ddp)."""
 
     @property
     def of_machine(self) -> int:
@@ -286,6 +288,13 @@ class Difference:
     n: int
     test: str = ""
     """Where p comes from: `McNemar mid-p`, `paired permutation` or `paired bootstrap`; empty where there is none."""
+    groups: int = 0
+    """Groups of rows that belong together, which were drawn and swapped as one; 0 where each row is alone."""
+
+    @property
+    def units(self) -> int:
+        """What was drawn: groups, or rows."""
+        return self.groups or self.n
 
 
 @dataclass(frozen=True)
@@ -322,9 +331,9 @@ class GateResult:
     wanted: str
     got: str
     passed: bool | None
-    """None: can't tell, and `evaluate.when_unsure` says that this is an outcome of its own."""
+    """None: inconclusive, where `evaluate.when_unsure` says `report`."""
     note: str = ""
-    """Why one can't tell, whatever that counts as."""
+    """Why it is inconclusive, whatever that counts as; or that it passed although the tuned model is worse."""
 
 
 @dataclass(frozen=True)
@@ -390,14 +399,21 @@ class Contamination:
 
 @dataclass(frozen=True)
 class Champion:
-    """The run that the tuned model is held against, on the same test rows."""
+    """The run that the tuned model is compared with, on rows that neither was trained on."""
 
     folder: str
     scores: dict[str, float]
+    """On the rows of both."""
     difference: dict[str, Difference]
     """Tuned minus champion."""
     left_out: dict[str, str]
     """By metric, why it could not be compared."""
+    tuned: dict[str, float] = field(default_factory=dict)
+    """Scores of the tuned model on the rows of both."""
+    rows: int = 0
+    """Test rows of both."""
+    asked: int = 0
+    """Those of them that were not test rows of the champion: its model answered them now."""
 
 
 @dataclass(frozen=True)
@@ -415,6 +431,8 @@ class Evaluation:
     """How a metric was computed, e.g. sacrebleu's signature."""
     baseline: str | None = None
     """Where the base model has no trained head: what stands in its place, by name."""
+    guessable: tuple[str, ...] = ()
+    """Metrics in which guessing by class frequency beats that baseline on these rows."""
     details: Json = field(default_factory=dict)
     """What a task shows beside the scores, of base and tuned: a table of classes, a confusion matrix."""
     flips: dict[str, Flips] = field(default_factory=dict)

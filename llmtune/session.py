@@ -44,6 +44,7 @@ from llmtune.store.run_lock import (
     write_lock,
 )
 from llmtune.tasks.base import AnyTask
+from llmtune.tasks.class_labels import AS_NUMBERS
 from llmtune.tasks.registry import choose_variant, get_task
 from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
@@ -119,6 +120,9 @@ class RunContext:
 
     def resolve_training(self, loaded: LoadedRecipe, model_ref: ModelRef, rows: Rows) -> LoadedRecipe:
         """Choose what the recipe leaves open of epochs, rate and batch, and say so; return a recipe that states it."""
+        stated, found = loaded.recipe.classify, self.recipe.classify
+        if found is not None and found.kind == "regression" and (stated is None or stated.kind == "auto"):
+            self.console.print(AS_NUMBERS, highlight=False)
         config = read_model_config(model_ref, self.recipe.model).get_text_config()
         count = rows.counts.get("train", 0)
         choices = choose_training(self.recipe, count, getattr(config, "hidden_size", None), self.task.trains_head)
@@ -202,7 +206,7 @@ class RunContext:
         return self.recipe.model_copy(update={"train": decided})
 
     def make_adapted(
-        self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples, strategy: str = "ddp"
+        self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples, *, sharded: bool = False
     ) -> AdaptedModel:
         """Load the model and put the adapter in, seeded; from here on the recipe is the resolved one.
 
@@ -210,7 +214,7 @@ class RunContext:
         part of the model, the first one alone makes it, in main memory.
         """
         self.recipe = self.resolved_recipe
-        if strategy == "ddp" or join_processes(self.device) == 1:
+        if not sharded or join_processes(self.device) == 1:
             return self._make_adapted(model_ref, processor, examples, self.recipe, self.device)
         find_class(model_ref, self.recipe, self.task)  # code of its own has to be there before a model of it comes
         device, recipe = loading_device(self.recipe, self.device)
@@ -244,7 +248,7 @@ class RunContext:
         examples: Examples,
         inputs: str,
         on_budget: Callable[[int], None],
-        strategy: str = "ddp",
+        sharded: bool = False,
     ) -> dict[str, object]:
         """Train, from the last checkpoint of the same inputs if there is one; return the facts of the step."""
         trained = train(
@@ -257,7 +261,7 @@ class RunContext:
             budget=self.folder.findings["micro_batch_tokens"],
             on_budget=on_budget,
             inputs=inputs,
-            strategy=strategy,
+            sharded=sharded,
         )
         hardest = list_hardest(self.folder.path, load_rows(self.folder.path / "data" / "rows"), examples, self.task)
         return trained.as_facts() | {"hardest_rows": hardest}

@@ -76,7 +76,7 @@ def report(place: Path, name: str) -> dict[str, Any]:
 def test_a_model_that_learned_helped_and_its_gates_pass(place: Path, learned: Result) -> None:
     assert learned.exit_code == 0, learned.stderr
     found = report(place, "learned")
-    assert found["verdict"]["word"] == "helped", found["verdict"]
+    assert found["verdict"]["word"] == "better", found["verdict"]
     assert all(gate["passed"] for gate in found["gates"])
     suite = ElementTree.parse(place / "learned" / "junit.xml").getroot().find("testsuite")
     assert suite is not None
@@ -88,19 +88,19 @@ def test_a_model_made_worse_on_purpose_did_harm_and_ends_with_exit_code_6(place:
     assert "choice_accuracy.low > base" in harmed.stderr
     assert "Traceback" not in harmed.stderr
     found = report(place, "harmed")
-    assert found["verdict"]["word"] == "harmed", found["verdict"]
+    assert found["verdict"]["word"] == "worse", found["verdict"]
     assert found["evaluation"]["flips"]["exact_match"]["lost"] > 50
     suite = ElementTree.parse(place / "harmed" / "junit.xml").getroot().find("testsuite")
     assert suite is not None
     assert (suite.get("tests"), suite.get("failures")) == ("2", "2")
     assert {case.get("name") for case in suite.iter("testcase")} == set(MEASURED["gates"])
-    assert "harmed, 2 of 2 gates failed" in (place / "harmed" / "report.md").read_text()
+    assert "worse, 2 of 2 gates failed" in (place / "harmed" / "report.md").read_text()
 
 
 def test_of_a_model_that_did_not_change_one_cannot_tell(place: Path, unchanged: Result) -> None:
     assert unchanged.exit_code == 0, unchanged.stderr
     found = report(place, "unchanged")
-    assert found["verdict"]["word"] == "can't tell", (found["verdict"], found["evaluation"]["difference"])
+    assert found["verdict"]["word"] == "inconclusive", (found["verdict"], found["evaluation"]["difference"])
     assert found["evaluation"]["flips"]["exact_match"]["gained"] == 0
 
 
@@ -117,6 +117,9 @@ def test_a_model_that_did_not_change_is_no_worse_than_the_champion_and_not_shown
 ) -> None:
     passed = challenge(place, "unchanged", "learned", tmp_path / "same", "choice_accuracy.low > champion - 0.1")
     assert passed.exit_code == 0, passed.stderr
+    verdict = json.loads((tmp_path / "same" / "report.json").read_text())["verdict"]
+    assert verdict["word"] == "within margin"
+    assert f"within margin: {verdict['reason']} 1 gate passed." in " ".join(passed.stderr.split())
     options = ["--set", "evaluate.gates=['choice_accuracy.low > champion']"]
     better = invoke("evaluate", tmp_path / "same", *options)
     assert better.exit_code == 7, better.stderr
@@ -128,6 +131,12 @@ def test_a_model_made_worse_on_purpose_fails_against_the_champion(place: Path, h
     assert done.exit_code == 6, done.stderr
     (gate,) = json.loads((tmp_path / "worse" / "report.json").read_text())["gates"]
     assert (gate["passed"], gate["note"]) == (False, "")
+    again = invoke("evaluate", tmp_path / "worse", "--json")
+    assert again.exit_code == 6, again.stderr
+    printed = json.loads(again.stdout)
+    assert printed["verdict"]["word"] == "worse"
+    assert printed["error"]["exit_code"] == 6
+    assert printed["error"]["problems"][0]["where"] == gate["name"]
 
 
 def test_with_eight_test_rows_one_cannot_tell_and_the_rows_needed_are_named(
@@ -142,6 +151,10 @@ def test_with_eight_test_rows_one_cannot_tell_and_the_rows_needed_are_named(
     folder = tmp_path / "again"
     done = challenge(place, "eight", "eight", folder, "choice_accuracy.low > champion - 0.01")
     assert done.exit_code == 7, done.stderr
+    repeated = invoke("evaluate", folder, "--json")
+    printed = json.loads(repeated.stdout)
+    assert (printed["verdict"]["word"], printed["error"]["exit_code"]) == ("inconclusive", 7)
+    assert printed["evaluation"]["champion"]["difference"]
     assert "8 rows are too few; about" in " ".join(done.stderr.split())
     (gate,) = json.loads((folder / "report.json").read_text())["gates"]
     assert gate["passed"] is None
@@ -151,7 +164,7 @@ def test_with_eight_test_rows_one_cannot_tell_and_the_rows_needed_are_named(
     suite = ElementTree.parse(folder / "junit.xml").getroot().find("testsuite")
     assert suite is not None
     assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
-    assert "1 of 1 gate can't tell" in (folder / "report.md").read_text()
+    assert "1 of 1 gate inconclusive" in (folder / "report.md").read_text()
     planned = [*("--set", f"evaluate.champion={place / 'eight'}", "--dry-run", "--json")]
     gates = ["--set", "evaluate.gates=['choice_accuracy.low > champion - 0.01']"]
     dry = invoke("run", place / "eight.yaml", "--out", tmp_path / "new", *planned, *gates)

@@ -58,8 +58,7 @@ class FusedLinear(Linear):  # type: ignore[misc]
         mixed = (
             not torch.is_autocast_enabled(x.device.type) and len({x.dtype, down.weight.dtype, base.weight.dtype}) > 1
         )
-        gathered = hasattr(base.weight, "ds_id")  # DeepSpeed brings these weights when the layer itself is called
-        return None if up.bias is not None or mixed or gathered else names[0]
+        return None if up.bias is not None or mixed else names[0]
 
 
 class _LinearWithLowRank(torch.autograd.Function):

@@ -250,6 +250,11 @@ def _compare(config: LoraConfig, adapter: AdapterSection, source: Path) -> Itera
             yield Problem(
                 f"the recipe says {expected!r}, and the adapter in {source} has {actual!r}", f"adapter.{key}", fix
             )
+    if config.alora_invocation_tokens:
+        what = f"the adapter in {source} is an activated LoRA (alora_invocation_tokens), which is not trained further"
+        yield Problem(
+            what, "adapter.start_from", "Start from a plain LoRA, or train this one again without start_from."
+        )
     if "init_lora_weights" in stated and adapter.init_lora_weights is not True:
         what = "has no effect, because training goes on from an adapter that is there already"
         yield Problem(what, "adapter.init_lora_weights", "Omit it.")

@@ -27,10 +27,8 @@ def switches_off(model: torch.nn.Module) -> bool:
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process has of a tensor that torch, or DeepSpeed (ZeRO-3), has cut; or else the tensor."""
-    return (
-        tensor.to_local() if isinstance(tensor, DTensor) else cast(torch.Tensor, getattr(tensor, "ds_tensor", tensor))
-    )
+    """Return this process's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def keep_reference(model: torch.nn.Module) -> None:

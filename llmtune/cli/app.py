@@ -31,6 +31,7 @@ from llmtune.cli import (
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
+from llmtune.recipe.retired import refuse_retired
 from llmtune.store.process_environment import offline_switches, prepare_environment
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -104,7 +105,7 @@ EXIT_CODES = {
     "4": "environment: device, dependency, model, memory, disk, permission, network",
     "5": "training: diverged, out of memory after every remedy",
     "6": "a gate, a parity check or a verification failed",
-    "7": "can't tell: too few rows for a gate on an interval, with evaluate.when_unsure: report",
+    "7": "inconclusive: too few rows for a gate on an interval, with evaluate.when_unsure: report",
     "130, 143": "interrupted or terminated, with the work saved",
 }
 FIRST_STEPS = 'Your own rows: llmtune init rows.csv, then llmtune run rows.yaml, then llmtune generate rows "TEXT"'
@@ -137,22 +138,13 @@ def _root(
 
 @handled
 def doctor(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="[FOLDER]", help="A folder of transformers' Trainer: say what it tells.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument(hidden=True)] = None,
     imports: Annotated[bool, typer.Option("--imports", help="Import every library, to find broken ones.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check versions, devices, memory and disk, and show what to type where something is missing."""
     if folder is not None:
-        from rich.console import Console
-
-        from llmtune.cli.doctor import examine_run
-
-        told = examine_run(folder, Console(quiet=as_json))
-        if as_json:
-            print_json(told)
-        return
+        raise refuse_retired("doctor FOLDER")
     switched_off = offline_switches()
     prepare_environment(network=False)
     from rich.console import Console

@@ -1,12 +1,13 @@
-"""`llmtune init`: look at a file and write a recipe that fits it and this machine."""
+"""`llmtune init`: look at rows and write a recipe that fits them and this machine."""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,16 +26,19 @@ if TYPE_CHECKING:
     from llmtune.recipe.first_recipe import FirstRecipe
 
 SCHEMA = "recipe.schema.json"
-ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
 
 @handled
 def init(
     data: Annotated[
-        str | None, typer.Argument(metavar="[DATA]", help="A file with your rows: CSV, JSON lines ...")
+        str | None, typer.Argument(metavar="[DATA]", help="Your rows: a file (CSV, JSON lines ...), a folder, a glob.")
     ] = None,
     data_option: Annotated[str | None, typer.Option("--data", help="The same as DATA.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="What is to be learned (default: by the columns).")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--columns", metavar="OURS=THEIRS", help="A column to map, as prompt=Question; repeat for more."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="The model to start from (default: one that fits).")
     ] = None,
@@ -45,9 +49,9 @@ def init(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; take what is proposed.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a recipe for a file of rows: task, columns, lengths and a model that fits this machine."""
-    from llmtune.data.file_survey import list_readings, survey_file
-    from llmtune.launch.recipe_check import check_recipe
+    """Write a recipe for your rows: task, columns, lengths and a model that fits this machine."""
+    from llmtune.data.file_survey import list_readings, survey_files
+    from llmtune.launch.recipe_check import check_recipe, check_rows
     from llmtune.recipe.loader import load_recipe
     from llmtune.recipe.schema import json_schema
     from llmtune.recipe.task_facts import TASK_FACTS
@@ -58,46 +62,74 @@ def init(
     if from_ is not None:
         migrate_file(from_, out, task=task, as_json=as_json)
         return
-    path, asks = Path(data or data_option or _only_file()), not yes and not as_json and sys.stdin.isatty()
-    if not path.is_file():
-        known = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise RecipeError.of("there is no such file", str(path), f"Name a file with rows.{nearest(path.name, known)}")
-    target = out or Path(f"{re.sub(r'[^A-Za-z0-9._-]+', '-', path.name.split('.')[0]).strip('.-_') or 'recipe'}.yaml")
-    if target.exists():
-        raise RecipeError.of("the file exists", str(target), "Choose another name with --out.")
+    path, asks = data or data_option or _only_file(), not yes and not as_json and sys.stdin.isatty()
+    target = _target(path, out)
     console = stderr_console()
-    survey = survey_file(path)
-    readings = list_readings(survey, task)
+    survey, mapped = survey_files(path), _mapped(columns or [])
+    readings = list_readings(survey, task, mapped)
     if not readings:
-        raise _unread(survey, task)
+        raise _unread(survey, task, mapped)
     reading = _choose(readings, asks, console)
     _describe(survey, reading, readings, console)
     recipe = _propose(survey, reading, target, model)
     with explained(target):
         target.write_text(recipe.to_yaml(), encoding="utf-8")
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
-    check_recipe(load_recipe(target))
+    loaded = load_recipe(target)
+    try:
+        check_rows(loaded, check_recipe(loaded))
+    except DataError as error:
+        console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
     if as_json:
-        print_json({"recipe": str(target), "task": reading.task, "model": recipe.model, "columns": reading.columns})
+        about = {"columns": reading.columns, "roles": reading.roles}
+        print_json({"recipe": str(target), "task": reading.task, "model": recipe.model, **about})
         return
     typer.echo(f"wrote {target} (task {reading.task}, model {recipe.model}) and {SCHEMA}")
     typer.echo(f"next: llmtune run {target}")
 
 
-def _unread(survey: Survey, task: str | None) -> LlmtuneError:
+def _target(path: str, out: Path | None) -> Path:
+    """Return the recipe to write; raises RecipeError if there are no rows, or the recipe would be among them."""
+    rows = Path(path)
+    if not (rows.is_file() or rows.is_dir() or glob.has_magic(path)):
+        known = [entry.name for entry in rows.parent.iterdir()] if rows.parent.is_dir() else []
+        raise RecipeError.of("there is no such file", path, f"Name a file with rows.{nearest(rows.name, known)}")
+    named = rows if rows.exists() else Path(os.path.dirname(re.split(r"[*?[]", path)[0]))  # of a glob, its folder
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", (named.name or named.resolve().name).split(".")[0]).strip(".-_")
+    target = out or Path(f"{stem or 'recipe'}.yaml")
+    if target.exists():
+        raise RecipeError.of("the file exists", str(target), "Choose another name with --out.")
+    if rows.is_dir() and target.resolve().is_relative_to(rows.resolve()):
+        fix = "Name the files with a glob, such as '*.jsonl', or write the recipe elsewhere with --out."
+        raise RecipeError.of(f"the recipe {target} would be among the rows", path, fix)
+    return target
+
+
+def _mapped(columns: list[str]) -> dict[str, str]:
+    """Return what --columns maps; raises RecipeError for what is no pair of names."""
+    pairs = [pair.partition("=") for text in columns for pair in re.split(r",(?=\s*\w+=)", text)]
+    for ours, sign, theirs in pairs:
+        if not (ours.strip() and sign and theirs.strip()):
+            raise RecipeError.of(f"{ours!r} maps nothing", "--columns", "Write OURS=THEIRS, such as prompt=Question.")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> LlmtuneError:
     from llmtune.data.file_survey import refusals
     from llmtune.recipe.task_facts import TASK_FACTS
 
-    known = "\n    ".join(refusals(survey, task))
-    ways = f"Name a task with --task ({', '.join(TASK_FACTS)}), or rename" if task is None else "Rename"
-    fix = f"The first row is bad:\n    {known}" if known else f"{ways} the columns."
+    known = "\n    ".join(refusals(survey, task, columns))
+    ways = f"Name a task with --task ({', '.join(TASK_FACTS)}), or" if task is None else "Map them:"
+    fix = f"The first row is bad:\n    {known}" if known else f"{ways} --columns OURS=THEIRS, such as prompt=Question."
     reader = "no task reads" if task is None else f"task: {task} does not read"
-    return DataError.of(f"{reader} these rows; their columns are {', '.join(survey.columns)}", str(survey.path), fix)
+    return DataError.of(f"{reader} these rows; their columns are {', '.join(survey.columns)}", survey.path, fix)
 
 
 def _only_file() -> str:
     """Return the one file of the working folder that can hold rows; raises RecipeError unless there is one."""
-    names = sorted(entry.name for entry in Path.cwd().iterdir() if entry.suffix.lower() in ENDINGS)
+    from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
+
+    names = sorted(entry.name for entry in Path.cwd().iterdir() if data_ending(entry) in {*DATA_ENDINGS} - {".md"})
     found = [name for name in names if name != SCHEMA]
     if len(found) != 1:
         listing = f"; here are {', '.join(found)}" if found else ""
@@ -116,7 +148,7 @@ def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
 
 
 def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> FirstRecipe:
-    from llmtune.data.schema_inference import source_line
+    from llmtune.data.schema_inference import flow, source_line
     from llmtune.recipe.data_section import Source
     from llmtune.recipe.first_recipe import propose
     from llmtune.recipe.yaml_writer import scalar
@@ -125,16 +157,19 @@ def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) 
     cuda = likely_device() == "cuda"
     memory = max(card.memory_bytes for card in list_cards()) if cuda else memory_limit() / 2
     written = os.path.relpath(survey.path, target.parent)
-    stated: dict[str, object] = {"columns": dict(reading.columns)} if reading.columns else {}
-    stated |= {"encoding": survey.encoding} if survey.encoding else {}
     line = f"train: {scalar(written)}"
-    if stated:
-        line = source_line("train", Source(path=written), **{"path": written, **stated})
+    if survey.encoding:
+        line = source_line("train", Source(path=written), path=written, encoding=survey.encoding)
+    mappings = [f"columns: {flow(reading.columns)}"] if reading.columns else []
+    if reading.roles:
+        names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
+        mappings.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
     unread = sum(reading.bad.values())
     return propose(
         target.stem,
         reading.task,
         line,
+        mappings,
         reading.rows,
         model=model,
         memory_bytes=memory,
@@ -145,17 +180,25 @@ def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) 
 
 def _describe(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print what was seen, so that a person can tell whether it is right."""
+    from llmtune.data.suspect_rows import suspicions
+
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
-    console.print(f"{survey.path}: {count} rows, {survey.encoding or 'UTF-8'}; columns {', '.join(survey.columns)}")
+    files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""
+    about = f"{files}{count} rows, {survey.encoding or 'UTF-8'}; columns {', '.join(survey.columns)}"
+    console.print(f"{survey.path}: {about}", markup=False)
     notes = [(number, f"cannot be read ({reason})") for reason, number in reading.bad.items()]
     for number, what in (*notes, (reading.copies, "are copies of others")):
         if number:
             console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
+    for suspicion in suspicions(("", row) for row in reading.rows):
+        console.print(f"  {suspicion}", style="yellow", markup=False, highlight=False)
     others = [one.task for one in readings if one is not reading]
     more = f" (also possible: {', '.join(f'--task {name}' for name in others)})" if others else ""
     console.print(f"task: {reading.task}{more}", highlight=False)
     for ours, theirs in reading.columns.items():
         console.print(f"  {ours} is {theirs!r}", markup=False, highlight=False)
+    for role, names in reading.roles.items():
+        console.print(f"  the {role} is {' or '.join(map(repr, names))}", markup=False, highlight=False)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"init": init}

@@ -14,7 +14,10 @@ from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llmtune.compare.model_fits import Fit
+    from llmtune.report.blocks import Cell
 
 app = typer.Typer(help="Models: list, show, fits.", no_args_is_help=True)
 Task = Annotated[str | None, typer.Option("--task", help="Only models that can do this task.")]
@@ -23,7 +26,7 @@ Language = Annotated[str | None, typer.Option("--language", help="Only models th
 Family = Annotated[list[str] | None, typer.Option("--family", help="Only this family; may be given several times.")]
 MaxParameters = Annotated[float | None, typer.Option("--max-parameters", min=1, help="At most so many: 2e9.")]
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-GAP, WIDTH = "-", 132
+GAP = "-"
 
 
 @app.command("list")
@@ -84,7 +87,7 @@ def fits(
         list[str] | None, typer.Option("--price", metavar="CARD=N", help="With --recipe: the price of an hour.")
     ] = None,
     sets: Sets = None,
-    length: Annotated[int, typer.Option("--length", min=8, help="Tokens of a row.")] = 1024,
+    length: Annotated[int, typer.Option("--length", min=8, max=2**30, help="Tokens of a row.")] = 1024,
     task: Annotated[str, typer.Option("--task", help="The task to be tuned for.")] = "chat",
     licence: Licence = None,
     language: Language = None,
@@ -140,18 +143,14 @@ def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json:
     if as_json:
         print_json({**about, "cheapest": best and asdict(best), "fits": [asdict(one) for one in planned]})
         return
-    from rich.console import Console
-    from rich.table import Table
+    from llmtune.report.blocks import Column, Table
+    from llmtune.report.render_terminal import print_blocks
 
     title = f"{about['model']}, rows of at most {about['length']:,} tokens: memory, time{', cost' if prices else ''}"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     methods = [name for name in METHODS if any(one.method == name for one in planned)]
-    for column in ("card", *methods):
-        table.add_column(column, justify="left" if column == "card" else "right", no_wrap=True)
-    for card in dict.fromkeys(one.card for one in planned):
-        table.add_row(card, *(_recipe_cell(one) for one in planned if one.card == card))
-    console = Console()
-    Console(width=max(console.width, WIDTH)).print(table)
+    cards = dict.fromkeys(one.card for one in planned)
+    rows = [[card or "", *(_recipe_cell(one) for one in planned if one.card == card)] for card in cards]
+    print_blocks([Table([Column("card"), *(Column(name, "number") for name in methods)], rows, title)], _out())
     unit = "the training" if about["trained_tokens"] else "a million tokens (rows are not prepared yet)"
     notes = [
         f"* with train.gradient_checkpointing. Memory is what one row needs. "
@@ -194,16 +193,14 @@ def _read_prices(texts: Sequence[str]) -> dict[str, float]:
 
 def _show(planned: Sequence[Fit], title: str, length: int) -> None:
     """Print a row a model, the largest first: what each method leaves room for, and what the best of them takes."""
-    from rich.console import Console
-    from rich.table import Table
-
     from llmtune.compare.model_fits import METHODS
+    from llmtune.report.blocks import Column, Table
     from llmtune.report.number_format import duration, size
+    from llmtune.report.render_terminal import print_blocks
 
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     timed = any(one.seconds for one in planned)
-    for column in ("model", "parameters", *METHODS, "needs at least", *(["a million tokens"] if timed else [])):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    names = ("parameters", *METHODS, "needs at least", *(["a million tokens"] if timed else []))
+    rows: list[list[str | Cell]] = []
     models: dict[str, dict[str, Fit]] = {}
     for one in planned:
         models.setdefault(one.model, {})[one.method] = one
@@ -212,11 +209,17 @@ def _show(planned: Sequence[Fit], title: str, length: int) -> None:
             cells = [_cell(methods[name]) for name in METHODS]
             least = f"{size(best.lower_bound)} ({best.method})"
             last = [duration(best.seconds)] if timed else []
-            table.add_row(model, f"{best.parameters / 1e9:.2f} G", *cells, least, *last)
-    console = Console()
-    Console(width=max(console.width, WIDTH)).print(table)  # no number is cut
-    note = f"{table.row_count} of {len(models)} models fit. * with train.gradient_checkpointing, which auto turns on."
+            rows.append([model, f"{best.parameters / 1e9:.2f} G", *cells, least, *last])
+    print_blocks([Table([Column("model"), *(Column(name, "number") for name in names)], rows, title)], _out())
+    note = f"{len(rows)} of {len(models)} models fit. * with train.gradient_checkpointing, which auto turns on."
     stderr_console().print(note, highlight=False, soft_wrap=True)
+
+
+def _out() -> Console:
+    """Return standard output: as wide as the terminal, and wide enough for every table elsewhere."""
+    from llmtune.launch.python_api import make_console
+
+    return make_console(stderr=False)
 
 
 def _cell(one: Fit) -> str:
@@ -226,6 +229,6 @@ def _cell(one: Fit) -> str:
 def _read_size(text: str) -> float:
     """Read bytes such as 24GB or 80GiB. Raises RecipeError."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
-    if not found or found[2] not in UNITS or float(found[1]) * UNITS[found[2]] < 1e8:
+    if not found or found[2] not in UNITS or not 1e8 <= float(found[1]) * UNITS[found[2]] <= 1e18:
         raise RecipeError.of(f"{text!r} is no amount of memory", "--memory", "Write e.g. --memory 24GB.")
     return float(found[1]) * UNITS[found[2]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,16 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
 import typer
 
-from llmtune.errors import STEERING, EnvironmentProblem, LlmtuneError, Problem, RecipeError, system_problem, visible
+from llmtune.errors import (
+    STEERING,
+    EnvironmentProblem,
+    GateFailed,
+    LlmtuneError,
+    Problem,
+    RecipeError,
+    system_problem,
+    visible,
+)
 from llmtune.launch.python_api import make_console
 from llmtune.store.atomic_files import plain
 
@@ -24,6 +35,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 P = ParamSpec("P")
+IN_PLACE_OF_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+"""EINVAL is what `user_files.NotAFileError` has."""
 RUN_PARAMETERS = {"run", "runs", "what"}
 """Parameters of commands that name runs."""
 SHOWN_PROBLEMS = 30
@@ -70,6 +83,38 @@ def print_text(text: str) -> None:
     typer.echo(visible(text) if sys.stdout.isatty() else text, nl=False)
 
 
+class WordWrap:
+    """Breaks lines between words in text that comes in pieces; into a file it goes as it is."""
+
+    def __init__(self, width: int | None = None) -> None:
+        self._width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+        self._column, self._waiting = 0, ""
+
+    def add(self, piece: str) -> str:
+        """Return what is certain by now: all but the last word, which may go on."""
+        if self._width is None:
+            return piece
+        *parts, self._waiting = re.findall(r"\s*\S+|\s+\Z", self._waiting + piece) or [""]
+        return "".join(map(self._place, parts))
+
+    def rest(self) -> str:
+        """Return the last word."""
+        part, self._waiting = self._waiting, ""
+        return self._place(part)
+
+    def _place(self, part: str) -> str:
+        """Return a word with the space before it, or with a line end in its place."""
+        width = len(part.expandtabs())
+        if "\n" in part:
+            self._column = len(part.rpartition("\n")[2])
+        elif self._column and self._width is not None and self._column + width > self._width and part[0].isspace():
+            part = "\n" + part.lstrip()
+            self._column = len(part) - 1
+        else:
+            self._column += width
+        return part
+
+
 def handled(command: Callable[P, None]) -> Callable[P, None]:
     """Turn the errors that a user can meet into a message on stderr and an exit code; bugs pass through."""
 
@@ -114,10 +159,18 @@ def _system_refusals() -> Iterator[None]:
     except LlmtuneError:
         raise
     except Exception as error:  # libraries have errors of their own for it, such as pyarrow.ArrowException
-        problem = system_problem(error)
+        problem = system_problem(error) or _misplaced(error)
         if problem is None:
             raise
         raise EnvironmentProblem(problem) from error
+
+
+def _misplaced(error: Exception) -> Problem | None:
+    """Return what is wrong where a file is missing, or a folder or a pipe stands in its place."""
+    if isinstance(error, OSError) and error.filename and error.errno in IN_PLACE_OF_A_FILE:
+        fix = "Put the file back; what belongs to a run is made again by its recipe."
+        return Problem(f"cannot be read: {error.strerror}", str(error.filename), fix)
+    return None
 
 
 def _check_names(arguments: Mapping[str, object]) -> None:
@@ -158,4 +211,5 @@ def _print_error(error: LlmtuneError, as_json: bool) -> None:
         console.print(f"and {len(error.problems) - SHOWN_PROBLEMS} more")
     if as_json:
         problems = [{"what": p.what, "where": p.where, "fix": p.fix} for p in error.problems]
-        print_json({"error": {"exit_code": error.exit_code, "problems": problems}})
+        report = error.report if isinstance(error, GateFailed) else None
+        print_json({**(report or {}), "error": {"exit_code": error.exit_code, "problems": problems}})

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
-from llmtune.cli.output_streams import Terminated, handled, print_json, print_text, stderr_console
+from llmtune.cli.output_streams import Terminated, WordWrap, handled, print_json, print_text, stderr_console
 from llmtune.errors import RecipeError, visible
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
@@ -77,17 +78,28 @@ def generate(
         _answer_file(finished, rows, output, base=base, max_new_tokens=max_new_tokens)
     elif as_json:
         with spinner(console, "answering"):
-            said = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
+            said = _labelled(finished, given, base=base, max_new_tokens=max_new_tokens)
         stated = {name: value for name, value in given.items() if value is not None}
         print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
     else:
         pieces = finished.stream(given, base=base, max_new_tokens=max_new_tokens)
         with spinner(console, "loading the model"):
             first = next(pieces, "")
-        print_text(first)
-        for piece in pieces:
-            print_text(piece)
-        print_text("\n")
+        wrapped = WordWrap()
+        for piece in chain([first], pieces):
+            print_text(wrapped.add(piece))
+        print_text(wrapped.rest() + "\n")
+
+
+def _labelled(
+    run: FinishedRun, given: Mapping[str, str | None], *, base: bool, max_new_tokens: int | None
+) -> dict[str, object]:
+    """Return what `FinishedRun.answer` does, with the scores of classes by name."""
+    from llmtune.serve.served_model import label_scores
+
+    said = run.answer(given, base=base, max_new_tokens=max_new_tokens)
+    served = run.load(given, base=base, max_new_tokens=max_new_tokens)
+    return {**said, "prediction": label_scores(said["prediction"], served.recipe)}
 
 
 def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None:
@@ -164,14 +176,14 @@ def chat(
 def _print_answer(session: ChatSession, line: str, system: str | None, console: Console) -> bool:
     """Print an answer as it comes; return False where Ctrl-C stopped it, and it is not remembered."""
     try:
-        thinking = False
+        thinking, thoughts, answer = False, WordWrap(), WordWrap()
         for piece in session.answer(line, system=system, keep=True):
-            typer.secho(visible(piece.reasoning), nl=False, dim=True, err=True)
+            typer.secho(visible(thoughts.add(piece.reasoning)), nl=False, dim=True, err=True)
             if thinking and piece.content:
-                typer.echo("\n", err=True)
-            print_text(piece.content)
+                typer.secho(f"{visible(thoughts.rest())}\n", dim=True, err=True)
+            print_text(answer.add(piece.content))
             thinking = not piece.content and (thinking or bool(piece.reasoning))
-        print_text("\n")
+        print_text(answer.rest() + "\n")
         return True
     except KeyboardInterrupt as stop:
         if isinstance(stop, Terminated) or not sys.stdin.isatty():

@@ -14,7 +14,7 @@ from llmtune.cli.output_streams import handled, print_json, print_text, stderr_c
 from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import explained
 
-TOOLS = "axolotl, llamafactory, trl, torchtune, unsloth, swift or autotrain"
+TOOLS = "axolotl, llamafactory or trl"
 Tool = Annotated[str | None, typer.Option("--tool", help=f"Whose file it is: {TOOLS} (default: by its keys).")]
 
 
@@ -23,6 +23,7 @@ def migrate_file(
 ) -> None:
     """Write the recipe beside the file, or to `out`, and print what became of each key."""
     from llmtune.recipe.migration import migrate, write_migrated
+    from llmtune.recipe.secrets import redact, redact_all
 
     target = out or file.with_name(f"{file.stem}.llmtune.yaml")
     if target.exists():
@@ -34,16 +35,21 @@ def migrate_file(
     if as_json:
         keys = [{"key": one.key, "state": one.state, "to": one.to, "why": one.why} for one in migration.outcomes]
         about = {"recipe": str(target), "tool": migration.config.table.tool, "task": loaded.recipe.task}
-        print_json(about | {"counts": counts, "keys": keys})
+        print_json(redact_all(about | {"counts": dict(counts), "keys": keys}))
         return
     console = stderr_console()
+    unneeded = [redact(one.key) for one in migration.outcomes if one.state == "not needed"]
     for one in migration.outcomes:
         if one.state == "refused":
-            console.print(f"refused  {one.shown}: {one.why}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"refused  {one.shown}: {redact(one.why or '')}", markup=False, highlight=False, soft_wrap=True
+            )
+    if unneeded:
+        console.print(f"not needed  {', '.join(unneeded)}", markup=False, highlight=False, soft_wrap=True)
     unset = [f"write {ours}: the file does not say it" for ours in migration.unset]
-    for line in (*unset, *migration.config.table.decide):
+    for line in (*unset, *migration.looks):
         console.print(f"look     {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    table = ", ".join(f"{counts[state]} {state}" for state in ("carried", "renamed", "refused"))
+    table = ", ".join(f"{counts[state]} {state}" for state in ("carried", "renamed", "not needed", "refused"))
     typer.echo(f"wrote {target} (from {migration.config.table.tool}, task {loaded.recipe.task}); keys: {table}")
     typer.echo(f"next: llmtune recipes check {target}")
 
@@ -60,7 +66,7 @@ def migrate(
     task: Annotated[str | None, typer.Option("--task", help="The task, where the file does not say it.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn another tool's configuration into a recipe: each key carried, renamed, or refused with the reason."""
+    """Turn another tool's configuration into a recipe: each key carried, renamed, not needed, or refused."""
     migrate_file(file, out, tool, task, as_json)
 
 
@@ -110,15 +116,18 @@ def show(
 @app.command()
 @handled
 def new(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Write to this file (default: print).")] = None,
     task: Annotated[
         str, typer.Option("--task", help="What the model is to learn: chat, classify, speech ...")
     ] = "chat",
-    out: Annotated[Path | None, typer.Option("--out", help="Write to this file (default: print).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The same as FILE.")] = None,
 ) -> None:
     """Write a recipe to start from; comments mark what must be set."""
     from llmtune.recipe.builtin import new_recipe
 
-    text = new_recipe(task)
+    if file is not None and out is not None:
+        raise RecipeError.of("the file is given twice, as an argument and with --out", "--out", "Omit one.")
+    text, out = new_recipe(task), out or file
     if out is None:
         typer.echo(text, nl=False)
         return
@@ -133,7 +142,7 @@ def new(
 @handled
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check a recipe: every problem at once, with file and line; and the files, columns and trackers that it names."""
-    from llmtune.launch.recipe_check import check_recipe, marks_left
+    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
@@ -141,6 +150,7 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
     for line in marks:
         stderr_console().print(f"still as the starter has it: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
+    check_rows(loaded, detected)
     if as_json:
         read = [{"file": one.input.name, "format": one.row_format.name, "columns": one.columns} for one in detected]
         about = {"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []}

@@ -28,14 +28,14 @@ from llmtune.cli.options import (
 )
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.launch.python_api import evaluate_folder, run_recipe
+from llmtune.launch.python_api import evaluate_folder, run_recipe, write_test_file
 from llmtune.launch.topology import Topology
 from llmtune.records import Json
 
 LAUNCH = "launch"
 PLACES = ("processes", "strategy", "machines", "rank", "address", "max_restarts")
 """Options of `launch` alone."""
-OWN = {**dict.fromkeys(PLACES, (LAUNCH,)), "device": ("run", "select"), "ray": ("prepare",)}
+OWN = {**dict.fromkeys(PLACES, (LAUNCH,)), "device": ("run", "select"), "ray": ("prepare",), "write_test": ("prepare",)}
 """Options that not every command has, and which have them."""
 Processes = Annotated[
     int, typer.Option("--processes", min=1, help="How many on each machine; a GPU each, or CPU with gloo.")
@@ -44,8 +44,7 @@ Strategy = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help="What each process has: ddp all of the model, fsdp a part, tp a part of each layer; zero2 and zero3 are "
-        "DeepSpeed's.",
+        help="What each process has of the model: ddp all of it, fsdp a part.",
         metavar="NAME",
     ),
 ]
@@ -63,6 +62,10 @@ MaxRestarts = Annotated[
 Ray = Annotated[
     str | None,
     typer.Option("--ray", help="Work on a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local.", metavar="ADDRESS"),
+]
+WriteTest = Annotated[
+    Path | None,
+    typer.Option("--write-test", metavar="FILE", help="Also write the test rows to FILE, for data.test: FILE."),
 ]
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
@@ -85,6 +88,7 @@ def _command(name: str) -> Callable[..., None]:
         address: Address = None,
         max_restarts: MaxRestarts = 0,
         ray: Ray = None,
+        write_test: WriteTest = None,
         out: Out = None,
         sets: Sets = None,
         model: ModelName = None,
@@ -99,7 +103,7 @@ def _command(name: str) -> Callable[..., None]:
         as_json: AsJson = False,
     ) -> None:
         console, dry_run = stderr_console(quiet=quiet), plans_only(name, device, dry_run)
-        refuse_both(resume, fresh)
+        refuse_both(resume, fresh, write_test, dry_run)
         sets = [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
@@ -123,10 +127,9 @@ def _command(name: str) -> Callable[..., None]:
                     offline=offline,
                     console=console,
                 )
-        if as_json and not rank:  # machine 0 has the result
-            print_json(result)
-        elif dry_run and not rank:
-            print_dry_run(result)
+        if write_test is not None:
+            write_test_file(recipe, sets, out=out, file=write_test, console=console)
+        print_result({} if rank else result, as_json=as_json, dry_run=dry_run)  # machine 0 has the result
 
     command.__doc__ = SUMMARIES[name]
     shown = handled(command)
@@ -143,6 +146,14 @@ def _spread(address: str, offline: bool) -> AbstractContextManager[None]:
     return spread_on_ray(address, offline=offline)
 
 
+def print_result(result: Json, *, as_json: bool, dry_run: bool) -> None:
+    """Print on stdout what was asked for of a result, if there is one."""
+    if result and as_json:
+        print_json(result)
+    elif result and dry_run:
+        print_dry_run(result)
+
+
 def print_dry_run(result: Json) -> None:
     """Print on stdout which steps would run."""
     for step in ("prepare", "encode", "train", "evaluate"):
@@ -157,10 +168,19 @@ def plans_only(name: str, device: str | None, dry_run: bool) -> bool:
     return dry_run or device is not None
 
 
-def refuse_both(resume: bool, fresh: bool) -> None:
-    """Raise RecipeError for --resume beside --fresh."""
-    if resume and fresh:
-        raise RecipeError.of("--resume and --fresh exclude each other", fix="Omit one of them.")
+def refuse_both(resume: bool, fresh: bool, write_test: Path | None = None, dry_run: bool = False) -> None:
+    """Raise RecipeError for options that exclude each other, and for a test file that exists."""
+    for first, second, both in (
+        ("--resume", "--fresh", resume and fresh),
+        ("--write-test", "--dry-run", write_test is not None and dry_run),
+    ):
+        if both:
+            raise RecipeError.of(f"{first} and {second} exclude each other", fix="Omit one of them.")
+    if write_test is not None and write_test.exists():
+        fix = "Name another file; to replace this one, delete it first."
+        raise RecipeError.of(
+            "the file exists, and runs may have been measured on it", f"--write-test {write_test}", fix
+        )
 
 
 COMMANDS = {name: _command(name) for name in SUMMARIES if name != LAUNCH}

@@ -224,13 +224,14 @@ def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: 
     from llmtune.compare.run_comparison import make_comparison
     from llmtune.evaluate.opened_runs import check_alike, open_runs
     from llmtune.report.render_terminal import spinner
+    from llmtune.report.report_record import require_report
 
     folders = [out / trial.method for trial in trials]
     runs = open_runs(folders)
     check_alike(runs)
     with spinner(console, "comparing the runs"):
         made = make_comparison(runs, "methods", loaded.recipe.name)
-    reports = [json.loads((folder / "report.json").read_text("utf-8")) for folder in folders]
+    reports = [require_report(folder) for folder in folders]
     summaries = [
         replace(run, rate=trial.rate, gates=[GateResult(**gate) for gate in report["gates"]])
         for run, trial, report in zip(made.runs, trials, reports, strict=True)

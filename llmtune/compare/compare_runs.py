@@ -14,6 +14,7 @@ from llmtune.compare.pareto_picture import draw_pareto
 from llmtune.compare.run_comparison import Comparison, Pair, RunSummary, make_comparison
 from llmtune.errors import RecipeError
 from llmtune.evaluate.opened_runs import check_alike, open_runs
+from llmtune.recipe.secrets import redact_all
 from llmtune.records import Difference, Json
 from llmtune.report.blocks import (
     Block,
@@ -31,11 +32,11 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import draw_meter
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, size
-from llmtune.report.redaction import redact_all
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page, spinner
 from llmtune.report.score_sections import full_note, passed_cell, words
+from llmtune.report.verdict import BETTER, MIXED, WORSE
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ RATIOS = {
 }
 """Costs that are told in parts of those of the first run."""
 WORDS = {
-    "better": "{second} is better than {first}.",
-    "worse": "{second} is worse than {first}.",
-    "mixed": "{second} is better than {first} here and worse there.",
+    BETTER: "{second} is better than {first}.",
+    WORSE: "{second} is worse than {first}.",
+    MIXED: "{second} is better than {first} here and worse there.",
 }
 UNKNOWN = "There is no clear difference between {first} and {second}."
 METHOD = (

@@ -9,14 +9,14 @@ from itertools import combinations
 from llmtune import __version__
 from llmtune.data.row_store import iterate_ids, load_rows
 from llmtune.errors import LlmtuneError
+from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.opened_runs import OpenedRun, find_differing, pair_metrics
+from llmtune.evaluate.run_report import judge_run
 from llmtune.records import Difference, Evaluation, GateResult
 from llmtune.report.report_record import Verdict
-from llmtune.report.verdict import verdict
+from llmtune.report.verdict import INCONCLUSIVE, verdict
 from llmtune.session import trained_name
 
-WORDS = {"helped": "better", "harmed": "worse", "mixed": "mixed"}
-UNKNOWN = "can't tell"
 UNTRAINED = (
     *("data.train", "data.validation", "data.test", "evaluate.", "generation.", "seed", "train.seeds", "model.name"),
     *("train.logging_steps", "train.report_to", "train.save_total_limit"),
@@ -66,7 +66,7 @@ class Pair:
     left_out: Mapping[str, str]
     """By metric, why it could not be compared."""
     verdict: Verdict
-    """better, worse, mixed or can't tell: of the second run."""
+    """better, worse, mixed or inconclusive: of the second run."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def summarize(run: OpenedRun) -> RunSummary:
         base=evaluation.base,
         tuned=evaluation.tuned,
         difference=evaluation.difference,
-        verdict=verdict(evaluation),
+        verdict=judge_run(evaluation, check_gates(run.recipe.evaluate, evaluation), run.recipe.evaluate.alpha),
     )
 
 
@@ -168,7 +168,7 @@ def compare_pair(first: OpenedRun, second: OpenedRun) -> Pair:
 
 
 def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]) -> Verdict:
-    """Return one word (better, worse, mixed, can't tell: of the second run) and the reason.
+    """Return one word (better, worse, mixed, inconclusive: of the second run) and the reason.
 
     The same tuned model twice, and two trainings of one recipe on the same rows, cannot be better or worse, whatever
     rounding, seed or the order of rows make of their scores.
@@ -176,18 +176,17 @@ def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]
     alike = base_identity(first) == base_identity(second)
     trained, other = (run.folder.manifest["steps"]["evaluate"]["facts"].get("trained") for run in (first, second))
     if alike and trained and trained == other:
-        return Verdict(UNKNOWN, "Both are one and the same model, byte for byte.")
+        return Verdict(INCONCLUSIVE, "Both are one and the same model, byte for byte.")
     alone = {} if difference else second.evaluation.tuned  # how low scores are by themselves is not about the pair
     found = verdict(Evaluation({}, alone, difference, (), (), 0))
-    word = WORDS.get(found.word, UNKNOWN)
     alike = alike and all(key.startswith(UNTRAINED) for key in find_differing(first, second))
     if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
-        return Verdict(word, found.reason)
+        return found
     reason = (
         "These are two trainings of one recipe on the same rows, which differ in seed, order of rows or where they ran"
     )
-    moved = "" if word == UNKNOWN else f" Between these two: {found.reason[0].lower()}{found.reason[1:]}"
-    return Verdict(UNKNOWN, f"{reason}: what lies between them is the chance of training.{moved}")
+    moved = "" if found.word == INCONCLUSIVE else f" Between these two: {found.reason[0].lower()}{found.reason[1:]}"
+    return Verdict(INCONCLUSIVE, f"{reason}: what lies between them is the chance of training.{moved}")
 
 
 def base_identity(run: OpenedRun) -> tuple[object, ...]:

@@ -21,7 +21,15 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.compare.sweep_space import read_space, with_values
-from llmtune.compare.sweep_trial import SweepOptions, alone, open_study, run_trial, trial_folder, validations
+from llmtune.compare.sweep_trial import (
+    SweepOptions,
+    alone,
+    open_study,
+    require_optuna,
+    run_trial,
+    trial_folder,
+    validations,
+)
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.opened_runs import check_alike, open_runs, pair_metrics
 from llmtune.recipe.builtin import find_recipe
@@ -34,15 +42,13 @@ from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page, spinner
-from llmtune.report.verdict import verdict
+from llmtune.report.verdict import BETTER, INCONCLUSIVE, WORSE, verdict
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 from llmtune.store.process_environment import refuse_network
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
-
-UNKNOWN = "can't tell"
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Found:
     difference: dict[str, Difference]
     """By metric, winner minus recipe on the test rows."""
     word: str
-    """better, worse or can't tell: the winner, by the interval of its loss on the test rows."""
+    """better, worse or inconclusive: the winner, by the interval of its loss on the test rows."""
     summary: str
 
 
@@ -108,17 +114,17 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> Found:
         for trial in study.trials
     ]
     gain = float(first.value or 0) - float(winner.value or 0)
-    found = Found(trials, winner.number, dict(winner.params), gain, None, None, {}, UNKNOWN, "")
+    found = Found(trials, winner.number, dict(winner.params), gain, None, None, {}, INCONCLUSIVE, "")
     if winner.number == 0:
         return replace(found, summary="No trial was better than the recipe itself on the validation rows: keep it.")
     runs = open_runs([trial_folder(out, 0), trial_folder(out, winner.number)])
     check_alike(runs)
     difference, _ = pair_metrics(*runs)
     loss = difference["loss"]
-    word = "better" if loss.high < 0 else "worse" if loss.low > 0 else UNKNOWN
-    learned = verdict(runs[1].evaluation).word == "helped"
-    if word == "better" and not learned:
-        word = UNKNOWN
+    word = BETTER if loss.high < 0 else WORSE if loss.low > 0 else INCONCLUSIVE
+    learned = verdict(replace(runs[1].evaluation, champion=None)).word == BETTER
+    if word == BETTER and not learned:
+        word = INCONCLUSIVE
     test_gain = -loss.value
     luck = gain - test_gain
     share = f" ({100 * luck / gain:.0f} %)" if gain > 0 and luck > 0 else ""
@@ -126,9 +132,9 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> Found:
     interval = f"[{-loss.high:.4f}, {-loss.low:.4f}]"
     luck_text = f"{luck:.4f}{share} were luck of the selection" if luck > 0 else "none was luck of the selection"
     claim = {
-        "better": "The winner is better than the recipe.",
-        "worse": "The winner is worse than the recipe: keep the recipe.",
-        UNKNOWN: "It cannot be told whether the winner is better than the recipe.",
+        BETTER: "The winner is better than the recipe.",
+        WORSE: "The winner is worse than the recipe: keep the recipe.",
+        INCONCLUSIVE: "It is inconclusive whether the winner is better than the recipe.",
     }[word]
     if loss.high < 0 and not learned:
         claim = "The winner is better than the recipe, but not shown to be better than the base: no gain is claimed."
@@ -210,6 +216,7 @@ def sweep(recipe: str, options: SweepOptions, console: Console, shown: Console) 
     """
     loaded = load_recipe(recipe, options.sets)
     _check_recipe(loaded)
+    require_optuna()
     space = read_space(options.space, recipe, options.sets)
     refuse_network(loaded.recipe, offline=options.offline)
     searched = hash_value([loaded.fingerprint, {key: repr(one) for key, one in space.items()}])

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from typing_extensions import TypedDict
 
 from llmtune.compare.sweep_space import read_space, suggest, with_values
-from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError, Stopped
+from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError, Stopped, first_line
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
-from llmtune.store.atomic_files import explained, read_json_lines, write_json
-from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
+from llmtune.store.atomic_files import explained, write_json
+from llmtune.store.json_shapes import read_record
+from llmtune.store.run_folder import MANIFEST, RunFolder, read_curve, read_manifest
 from llmtune.store.seed_runs import share_rows, without_gates, without_seeds
 
 if TYPE_CHECKING:
     from optuna import Study
 
-JOURNAL, SEARCHED, METRICS = "journal.log", "space.json", "metrics.jsonl"
+JOURNAL, SEARCHED = "journal.log", "space.json"
+FIX = "Put it back, or choose another folder with --out."
 STARTUP = 4
 """Trials that are drawn at random, and that end before any is pruned."""
 
@@ -38,26 +42,38 @@ class SweepOptions:
     offline: bool = False
 
 
+class Searched(TypedDict):
+    """What space.json holds."""
+
+    searched: str
+    """Hash of recipe and space."""
+
+
 class Pruned(Exception):
     """Validation goes worse than in the middle of the trials before, at the same step."""
 
 
+def require_optuna() -> None:
+    """Raise EnvironmentProblem where Optuna is not installed."""
+    try:
+        import optuna  # noqa: F401 - an installation that is broken counts too
+    except ImportError:
+        fix = "pip install 'llmtune-cli[sweep]'"
+        raise EnvironmentProblem.of("Optuna is not installed", "llmtune sweep", fix) from None
+
+
 def open_study(out: Path, searched: str) -> Study:
     """Open the storage of a sweep, or begin one; a folder of another sweep is refused."""
-    try:
-        import optuna
-        from optuna.pruners import MedianPruner
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise EnvironmentProblem.of(
-            "Optuna is not installed", "llmtune sweep", "pip install 'llmtune-cli[sweep]'"
-        ) from None
+    import optuna
+    from optuna.pruners import MedianPruner
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
     if names and SEARCHED not in names:
         raise RecipeError.of("this folder is not empty and no sweep", str(out), "Choose another one with --out.")
-    if names and json.loads((out / SEARCHED).read_text("utf-8")).get("searched") != searched:
+    if names and read_searched(out) != searched:
         fix = "Choose another folder with --out: this one holds the trials of another recipe or space."
         raise RecipeError.of("the recipe or the space is another one than before", str(out), fix)
     with explained(out):
@@ -65,8 +81,31 @@ def open_study(out: Path, searched: str) -> Study:
         if not names:
             write_json(out / SEARCHED, {"searched": searched})
     pruner = MedianPruner(n_startup_trials=STARTUP)
-    storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
-    return optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, pruner=pruner)
+    with explained(out), _readable_journal(out / JOURNAL):
+        storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
+        study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, pruner=pruner)
+        study.get_trials(deepcopy=False)
+    return study
+
+
+@contextmanager
+def _readable_journal(journal: Path) -> Iterator[None]:
+    """Name the journal where Optuna cannot read it: it raises whatever the damaged line leads to."""
+    if journal.exists() and not journal.is_file():
+        raise EnvironmentProblem.of("not a regular file", str(journal), FIX)
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        what = f"damaged: {type(error).__name__}: {first_line(error)}"
+        raise EnvironmentProblem.of(what, str(journal), FIX) from error
+
+
+def read_searched(out: Path) -> str:
+    """Return the hash of what a sweep searches; raises EnvironmentProblem where its file is damaged."""
+    content = read_record(out / SEARCHED, Searched, fix=FIX)
+    if content is None:
+        raise EnvironmentProblem.of("damaged, or missing", str(out / SEARCHED), FIX)
+    return str(content["searched"])
 
 
 def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tuple[float | None, str | None]:
@@ -81,7 +120,7 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
 
     prepare_environment(network=not options.offline, threads=options.threads)
     folder = Path(out)
-    study = open_study(folder, json.loads((folder / SEARCHED).read_text("utf-8"))["searched"])
+    study = open_study(folder, read_searched(folder))
     seed = (load_recipe(recipe, options.sets).recipe.seed * 100_003 + number) % 2**32
     study.sampler = TPESampler(n_startup_trials=STARTUP, seed=seed, constant_liar=True)
     trial = Trial(study, study.trials[number]._trial_id)
@@ -140,5 +179,6 @@ def _share(out: Path, run: Path, loaded: LoadedRecipe) -> None:
 
 def validations(run: Path) -> dict[int, float]:
     """Return the validation losses of a run by step."""
-    lines = read_json_lines(run / METRICS) if (run / METRICS).exists() else []
-    return {line["step"]: line["validation_loss"] for line in lines if line.get("validation_loss") is not None}
+    return {
+        line["step"]: line["validation_loss"] for line in read_curve(run) if line.get("validation_loss") is not None
+    }

@@ -35,8 +35,9 @@ def parse_answer(
     """Read what was generated behind the generation prompt, special tokens kept.
 
     What the generation prompt supplies, such as `<think>`, is taken into account and is no part of the result. It is
-    looked for in `prompt`, where that is given: after a result of a tool some templates supply nothing. With `tools`
-    the arguments of calls that are written without types become what their declaration says.
+    looked for in `prompt`, where that is given: after a result of a tool some templates supply nothing. Calls are read
+    only if `tools` are offered, since any text may look like a call. Arguments that are written without types get
+    those of their declaration.
     """
     stray: Collection[str] = ()
     if isinstance(generated, str):
@@ -68,11 +69,13 @@ def _without(stray: Collection[str], text: str) -> str:
 def response_parser(template: ChatTemplate, tools: Tools = None, prompt: str | None = None) -> ResponseParser:
     """Return transformers' parser for one answer as it comes: feed it pieces of text, and it returns events.
 
-    Its fields are `content`, `reasoning_content` and `tool_calls`; a tokenizer's own response template may name the
-    thoughts `thinking`.
+    Its fields are `content`, `reasoning_content` and, if `tools` are offered, `tool_calls`; a tokenizer's own response
+    template may name the thoughts `thinking`.
     """
     supplied = template.supplied if prompt is None or prompt.endswith(template.supplied) else ""
-    return ResponseParser(template.response_template, prefix=supplied, tools=list(tools) if tools else None)
+    if not tools:
+        return ResponseParser(template.text_template, prefix=supplied)
+    return ResponseParser(template.response_template, prefix=supplied, tools=list(tools))
 
 
 def canonical_call(call: Mapping[str, object]) -> ToolCall:

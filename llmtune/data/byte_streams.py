@@ -38,6 +38,7 @@ TAR = slice(257, 262)
 GUESSED_BYTES = 2**20
 """How much of a file is looked at to guess its encoding."""
 WESTERN_SIGNS = "€‚„…†‡‰‹‘’“”•–—™›\xa0¡¢£§©ª«®°±²³´µ·º»¼½¾¿×÷"
+WIDE = ("utf-16", "utf_16", "utf16", "utf-32", "utf_32", "utf32")
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 Advance = Callable[[int], object]
@@ -73,10 +74,18 @@ class _CountedFile(io.RawIOBase):
         super().close()
 
 
+def skip_bom(stream: ByteStream) -> None:
+    """Step over the mark of UTF-8 at the start of a file; some programs write it before other encodings too."""
+    if stream.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+        stream.read(len(codecs.BOM_UTF8))
+
+
 class Transcoded(io.RawIOBase):
     """The text of a stream in another encoding, as UTF-8."""
 
     def __init__(self, stream: ByteStream, encoding: str) -> None:
+        if not encoding.lower().startswith(WIDE):
+            skip_bom(stream)
         pieces = iter(lambda: stream.read(2**16), b"")
         self._pieces = codecs.iterencode(codecs.iterdecode(pieces, encoding), "utf-8")
         self._rest = b""
@@ -158,12 +167,15 @@ def refuse_other_files(stream: ByteStream, name: str) -> None:
 def guess_encoding(path: Path | RemoteFile) -> str | None:
     """Return `cp1252` for a file that is not UTF-8 and reads as what Windows and Excel write in Western Europe."""
     with open_bytes(path) as stream:
+        skip_bom(stream)
         start = stream.read(GUESSED_BYTES)
     try:
         start.decode()
     except UnicodeDecodeError as error:
-        if error.end >= len(start) - 3:
+        if error.end >= len(start) - 3 and len(start) == GUESSED_BYTES:
             return None  # a character that is cut in two
+    else:
+        return None
     try:
         signs = [sign for sign in start.decode("cp1252") if not sign.isascii()]
     except UnicodeDecodeError:

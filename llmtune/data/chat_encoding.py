@@ -11,9 +11,9 @@ from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import ChatTemplate, Rendered, TemplateRefusal, Tools, marks_answers, read_template
 from llmtune.data.chat_turns import Chat, Ids, Turn, cut_turn, encode_drafts, prepare_chats, split_turn, with_answer
 from llmtune.data.control_tokens import unmark
-from llmtune.data.overlong import NOTHING, Encoded, fit_chat
+from llmtune.data.overlong import NOTHING, ChatFit, Encoded
 from llmtune.data.rendering_check import RenderingCheck
-from llmtune.data.tokenization import continue_ids, cut_start, decode
+from llmtune.data.tokenization import continue_ids, cut_start, decode, tokenize
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Example
 
@@ -166,23 +166,16 @@ def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, rec
     template = read_template(processor, recipe)
     encode = encode_whole if recipe.data.train_on == "all" else _encode_turns
 
-    def encode_one(row: ChatRow) -> Encoded:
-        return encode([row], template, recipe)[0]
-
-    def shorten(text: str, tokens: int) -> str:
-        return cut_start(processor, text, tokens)
-
-    def fit(row: ChatRow, examples: Encoded) -> Encoded:
-        if isinstance(examples, str):
-            return examples
-        if recipe.data.train_on == "last":
-            row = _only_last(row)
-        data = recipe.data
-        return fit_chat(
-            row, examples, encode_one, on_overlong=data.on_overlong, max_length=data.max_length, shorten=shorten
-        )
-
-    return [fit(row, examples) for row, examples in zip(rows, encode(rows, template, recipe), strict=True)]
+    data = recipe.data
+    fit = ChatFit(
+        encode=lambda rows: encode(rows, template, recipe),
+        count_tokens=lambda texts: [len(ids) for ids in tokenize(processor, texts)],
+        shorten=lambda text, tokens: cut_start(processor, text, tokens),
+        on_overlong=data.on_overlong,
+        max_length=data.max_length,
+    )
+    encoded = encode(rows, template, recipe)
+    return fit.fit([_only_last(row) for row in rows] if data.train_on == "last" else rows, encoded)
 
 
 def _encode_turns(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recipe) -> list[Encoded]:

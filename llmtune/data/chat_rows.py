@@ -6,31 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
+from llmtune.data.message_roles import CONTENT_KEYS, ROLE_KEYS, ROLES, first_key
 from llmtune.data.reasoning_text import REASONING_KEYS, THINK_CLOSE, THINK_OPEN, split_reasoning
 from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
 from llmtune.errors import nearest
 
-ROLES = {
-    "system": "system",
-    "developer": "system",  # OpenAI's newer name; templates know only `system`
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 MAX_MESSAGES = 1000
 MAX_PREFIXES = 2**29
 """Messages times characters: each answer is rendered with all that is before it."""
 MESSAGE_KEYS = frozenset(
-    {"role", "content", "from", "value", "train", "weight", "loss_weight"}
+    {*ROLE_KEYS, *CONTENT_KEYS, "train", "weight", "loss_weight"}
     | {"tool_calls", "function_call", "tool_call_id", "name", *REASONING_KEYS}
 )
 TRAIN_REASONING = ("learn", "keep", "drop")
@@ -200,11 +185,11 @@ def _message(turn: object, number: int) -> Message:
     where = f"message {number}"
     if not isinstance(turn, dict):
         raise RowError("wrong type", f"{where} is {describe(turn)}; it must be an object with 'role' and 'content'")
-    stated = turn.get("role", turn.get("from"))
+    stated = turn.get(first_key(turn, ROLE_KEYS))
     role = ROLES.get(stated.strip().lower()) if isinstance(stated, str) else None
     if role is None:
         raise _role_error(stated, where)
-    content = turn.get("content", turn.get("value"))
+    content = turn.get(first_key(turn, CONTENT_KEYS))
     calls = _tool_calls(turn, where)
     if stated == "function_call":
         calls, content = [_call(_parse_json(content, f"{where}: the function call"), where)], ""
@@ -229,7 +214,8 @@ def _role_error(stated: object, where: str) -> RowError:
     if not isinstance(stated, str):
         return RowError("wrong type", f"{where}: 'role' is {describe(stated)}; it must be text")
     known = ("system", "developer", "user", "assistant", "tool")
-    return RowError("unknown role", f"{where}: {stated!r} is none of {', '.join(known)}.{nearest(stated, known)}")
+    hint = nearest(stated, known) or f" Map it in the section `data`, such as `roles: {{user: {stated}}}`."
+    return RowError("unknown role", f"{where}: {stated!r} is none of {', '.join(known)}.{hint}")
 
 
 def _said(turn: Mapping[str, object], content: object, where: str, role: str, calls: bool) -> Message:

@@ -188,10 +188,18 @@ class ChatTemplate:
     def response_template(self) -> dict[str, object]:
         """How answers are read, for transformers' `parse_response`: the tokenizer's own way, or what probes showed."""
         own = getattr(self.processor, "response_template", None)
-        if own is not None:
-            return cast(dict[str, object], own)
-        ending = self.tail.partition(self.end)[0]
-        return response_template(self.thoughts, self.calls, self.heading, ending)
+        return cast(dict[str, object], own) if own is not None else self._reading(self.calls)
+
+    @cached_property
+    def text_template(self) -> dict[str, object]:
+        """How answers are read where no tool is offered: as `response_template`, and what looks like a call is text."""
+        own = getattr(self.processor, "response_template", None)
+        if own is None:
+            return self._reading(CallFormat(frozenset()))
+        return {**own, "fields": {name: field for name, field in own["fields"].items() if name != "tool_calls"}}
+
+    def _reading(self, calls: CallFormat) -> dict[str, object]:
+        return response_template(self.thoughts, calls, self.heading, self.tail.partition(self.end)[0])
 
     @property
     def closes_thoughts(self) -> bool:

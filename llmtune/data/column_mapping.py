@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
+from llmtune.data.message_roles import with_roles
 from llmtune.data.rejected_rows import RowError, describe
 
 FIELD = re.compile(r"\{([^{}]+)\}")
@@ -60,20 +61,59 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """By task, our name of a column and what others call it."""
 
 
-def rename(row: Mapping[str, object], columns: Mapping[str, str]) -> Mapping[str, object]:
-    """Give mapped columns their canonical names; a column of that name that was there before gives way.
+NAMES_AT_ONCE = 200
+"""Columns and keys within them that a row is searched for."""
+MISSING = object()
+"""What `find` returns where there is no such column or key."""
 
-    What is mapped is the name of a column, or a template with names in braces. Raises RowError where a template meets
-    something that is no text.
+
+def rename(
+    row: Mapping[str, object], columns: Mapping[str, str], roles: Mapping[str, Sequence[str]] | None = None
+) -> Mapping[str, object]:
+    """Give mapped columns their canonical names, and messages our roles; a column that had the name before gives way.
+
+    A mapping names a column, a key within one (`thread.messages`), or is a template with such names in braces. Raises
+    RowError where a template meets something that is no text.
     """
-    if not columns:
-        return row
-    mapped = {ours: _cell(row, theirs) for ours, theirs in columns.items() if _fields(theirs, row) <= row.keys()}
-    return {**row, **mapped}
+    if columns:
+        row = {**row, **{ours: _cell(row, theirs) for ours, theirs in columns.items() if holds(row, theirs)}}
+    return with_roles(row, roles) if roles else row
+
+
+def find(row: Mapping[str, object], name: str) -> object:
+    """Return the value of a column, or of a key within it, such as `thread.messages`; else MISSING."""
+    if name in row:
+        return row[name]
+    value: object = row
+    for key in name.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return MISSING
+        value = value[key]
+    return value
+
+
+def holds(row: Mapping[str, object], theirs: str) -> bool:
+    """Whether a row has all that a mapping names."""
+    return all(find(row, field) is not MISSING for field in fields(theirs, row))
+
+
+def flatten(row: Mapping[str, object]) -> dict[str, object]:
+    """Return a row with the keys of its objects as columns of their own, by their paths."""
+    flat: dict[str, object] = {}
+    waiting = list(row.items())
+    for name, value in waiting:  # grows
+        if isinstance(value, dict) and value and len(waiting) < NAMES_AT_ONCE:
+            waiting += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        else:
+            flat[name] = value
+    return flat
 
 
 def _cell(row: Mapping[str, object], theirs: str) -> object:
-    return row[theirs] if theirs in row else FIELD.sub(lambda found: _text(row[found[1]], found[1]), theirs).strip()
+    value = find(row, theirs)
+    if value is not MISSING:
+        return value
+    return FIELD.sub(lambda found: _text(find(row, found[1]), found[1]), theirs).strip()
 
 
 def _text(value: object, name: str) -> str:
@@ -82,13 +122,15 @@ def _text(value: object, name: str) -> str:
     return "" if value is None else str(value)
 
 
-def _fields(theirs: str, names: Collection[str]) -> set[str]:
+def fields(theirs: str, names: Collection[str]) -> set[str]:
+    """Return the columns, or keys within them, that a mapping names; `names` are those of the columns."""
     return {theirs} if theirs in names else set(FIELD.findall(theirs)) or {theirs}
 
 
 def used_columns(columns: Mapping[str, str], names: Collection[str]) -> set[str]:
     """Return the file's own columns that a mapping reads; `names` are all that it has."""
-    return {field for theirs in columns.values() for field in _fields(theirs, names)}
+    found = {field for theirs in columns.values() for field in fields(theirs, names)}
+    return {field if field in names or (top := field.split(".")[0]) not in names else top for field in found}
 
 
 def with_aliases(

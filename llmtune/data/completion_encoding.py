@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_rows import CompletionRow
 from llmtune.data.overlong import NOTHING, Encoded, fit_completion
-from llmtune.data.tokenization import continue_ids, decode, encode_texts
+from llmtune.data.tokenization import continue_ids, decode, encode_texts, first_context, start_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Example
@@ -20,14 +20,16 @@ def encode_completion(
 ) -> list[Encoded]:
     """Return the examples of each row of `prompt` and `completion`, or the reason why it has none.
 
-    The completion and the end token after it are learned; of plain text (no prompt) everything is, from token 1.
+    The completion and the end token after it are learned; of plain text (no prompt) everything is, from token 1. What
+    the tokenizer puts before every text is never learned; each piece of a text that is split begins with it.
     """
     if processor.eos_token_id is None:
         raise EnvironmentProblem.of("the tokenizer has no end token", str(processor.name_or_path), "Set its eos_token.")
     joint = encode_texts(processor, [row["prompt"] + row["completion"] for row in rows], special=True)
     encodings = getattr(joint, "encodings", None) or [None] * len(rows)
+    start = start_ids(processor)
     return [
-        _encode_row(row, ids, encoding, processor, recipe)
+        _encode_row(row, ids, encoding, start, processor, recipe)
         for row, ids, encoding in zip(rows, joint["input_ids"], encodings, strict=True)
     ]
 
@@ -35,18 +37,17 @@ def encode_completion(
 def prompt_ids(prompt: str, processor: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids to complete `prompt` from: with the tokenizer's own start token, without an end token.
 
-    An empty prompt is the start token, or where there is none the end token, as GPT-2 was trained.
+    An empty prompt is what a text's first token is predicted from.
     """
     ids = _plain_ends(encode_texts(processor, [prompt], special=True)["input_ids"][0], processor)
-    if ids:
-        return ids
-    return [processor.bos_token_id if processor.bos_token_id is not None else processor.eos_token_id]
+    return ids or first_context(processor)
 
 
 def _encode_row(
     row: CompletionRow,
     joint: list[int],
     encoding: Encoding | None,
+    start: list[int],
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
 ) -> Encoded:
@@ -63,9 +64,11 @@ def _encode_row(
         ids, encoding = [*prompt, *target], None
     elif ids != joint[: len(ids)]:
         encoding = None  # its offsets count a start token that was taken away
-    starts = int(_starts_with_special(ids, processor))
-    first = len(prompt) or 1
-    byte_at = _byte_counter(text + completion, ids, encoding, processor)
+    if not start and ids[0] == processor.bos_token_id:
+        start = ids[:1]  # the author wrote it
+    starts = len(start) if ids[: len(start)] == start else 0
+    first = len(prompt) or starts or 1
+    byte_at = _byte_counter(text + completion, ids, encoding, processor, starts)
     learned = len(completion.encode()) if text else byte_at(len(ids)) - byte_at(first)
     if learned <= 0:
         return f"{NOTHING}: the text is a single token or character"
@@ -84,18 +87,13 @@ def _plain_ends(ids: list[int], processor: PreTrainedTokenizerBase) -> list[int]
     return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 
 
-def _starts_with_special(ids: list[int], processor: PreTrainedTokenizerBase) -> bool:
-    return bool(ids) and ids[0] == processor.bos_token_id
-
-
 def _byte_counter(
-    text: str, ids: list[int], encoding: Encoding | None, processor: PreTrainedTokenizerBase
+    text: str, ids: list[int], encoding: Encoding | None, processor: PreTrainedTokenizerBase, start: int
 ) -> Callable[[int], int]:
-    """Return a function that counts the bytes of `text` in the first k tokens."""
-    shift = 1 if _starts_with_special(ids, processor) else 0
+    """Return a function that counts the bytes of `text` in the first k tokens, of which `start` are no text."""
 
     def by_text(tokens: int) -> int:
-        return len(decode(processor, ids[shift : min(tokens, len(ids))]).encode())
+        return len(decode(processor, ids[start : min(tokens, len(ids))]).encode())
 
     if encoding is None:
         return by_text

@@ -2,7 +2,8 @@
 
 Runs of 13 words are the measure of Brown et al., "Language Models are Few-Shot Learners" (2020), appendix C; runs that
 stand in more than ten training rows are left out there and here: they are boilerplate, or the template of all rows.
-Words are those of the search for near duplicates: letters and digits in lower case, Han and the like one by one.
+Words are those of the search for near duplicates: letters and digits, Han and the like one by one. Texts are compared
+without regard to case, width and the kind of spaces (NFKC, case folding).
 
 Legend: W words, V runs of words, R texts of a batch, G distinct runs of the test rows.
 """
@@ -10,11 +11,13 @@ Legend: W words, V runs of words, R texts of a batch, G distinct runs of the tes
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +86,7 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
     training row.
     """
     prompts = _PromptSearch(json.loads(text) for _, text in iterate_texts(rows, "test"))
-    texts = [compared_text(json.loads(text)) for _, text in iterate_texts(rows, "test")]
+    texts = [same_form(compared_text(json.loads(text))) for _, text in iterate_texts(rows, "test")]
     test_numbers = {name: number for number, name in enumerate(iterate_ids(rows, "test"))}
     tests = find_runs(texts)
     search = _RunSearch(tests.runs)
@@ -99,7 +102,7 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
         for number, (name, text) in enumerate(written, start=first):
             if first_N[number]:
                 row = json.loads(text)
-                new[number] = compared_text(row)
+                new[number] = same_form(compared_text(row))
                 prompts.add(row, number)
             if name in test_numbers:
                 equal.setdefault(test_numbers[name], number)
@@ -139,6 +142,20 @@ def compared_text(row: Row) -> str:
     if "context" in row:
         return " ".join([row["question"], *(answer["text"] for answer in row["answers"])])
     return str(row["text"]) if "audio" in row else spoken_text(row)
+
+
+def same_form(text: str) -> str:
+    """Return a text without what makes no difference: case, full width, the kind and number of spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _same_forms(value: object) -> Any:
+    """Return a value with all of its texts as they are compared."""
+    if isinstance(value, dict):
+        return {key: _same_forms(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_same_forms(item) for item in value]
+    return same_form(value) if isinstance(value, str) else value
 
 
 def prompt_row(row: Row) -> Row | None:
@@ -196,7 +213,7 @@ class _PromptSearch:
     def _hash(row: Row) -> bytes:
         """Hash a prompt; nothing where there is none."""
         prompt = prompt_row(row)
-        return b"" if prompt is None else hash_content(prompt)
+        return b"" if prompt is None else hash_content(_same_forms(prompt))
 
 
 class _RunSearch:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_store import iterate_texts
 from llmtune.data.system_message import added_system_message
 from llmtune.data.task_interface import TaskInterface
+from llmtune.data.unknown_tokens import find_vanishing
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import redact_all, secret_values
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Examples, Rows
 from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
-from llmtune.report.redaction import redact_all
 from llmtune.report.render_terminal import print_blocks
-from llmtune.report.run_sections import lost_sentence
+from llmtune.report.run_sections import filled_sentence, lost_sentence, vanishing_sentence
 
 BINS = 10
+SHOWN = 30
 BAR_CELLS = 40
 
 
@@ -38,23 +42,35 @@ def describe_examples(
 
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a split; `supervised_share` (None where no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what rows lost that were cut:
-    `rows`, `answers`, `tokens`, and `supervised` ones); `histogram` (training examples: `edges`
-    in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
+    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in);
+    `vanishing` (rows by character that the tokenizer drops); `histogram` (training
+    examples: `edges` in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train")
     edges, counts = _histogram(train.lengths)
     dropped = dict(rows.dropped)
     for reason, count in examples.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count
-    pieces = redact_all(task.highlighted_text(train[0], processor, recipe))  # the console is a log, in CI to others
+    secrets = [*secret_values(recipe.model.chat_template_kwargs)]
+    pieces = redact_all(task.highlighted_text(train[0], processor, recipe), secrets)  # others read the console in CI
     classes = task.class_counts(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0
     blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped)]
+    if rows.filled:
+        blocks.append(Note(filled_sentence(rows.filled), "note"))
+    vanishing = {}
+    if not TASK_FACTS[task.name].takes_audio:
+        vanishing = find_vanishing((text for split in rows.files for _, text in iterate_texts(rows, split)), processor)
+    if vanishing:
+        blocks.append(Note(vanishing_sentence(vanishing), "note"))
     if examples.lost:
         blocks.append(Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note"))
     blocks.append(_bars(edges, counts))
     print_blocks([*blocks, *([_classes(classes)] if classes else [])], console)
+    if unseen := [name for name, counts in classes.items() if not counts["train"]]:
+        what = f"{len(unseen)} of {len(classes)} classes have no training rows and cannot be learned"
+        console.print(f"{what}: {escape(', '.join(unseen[:SHOWN]))}", style="yellow", highlight=False)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
     if recipe.data.system_prompt is None:
@@ -71,6 +87,8 @@ def describe_examples(
         "supervised_share": share if task.predicts_tokens else None,
         "dropped": dropped,
         "lost": dict(examples.lost),
+        "filled": rows.filled,
+        "vanishing": vanishing,
         "histogram": {"edges": edges, "counts": counts},
         "example": [list(piece) for piece in pieces],
         "classes": classes,

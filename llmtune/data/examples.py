@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby
 from pathlib import Path
-from typing import cast
+from typing import NotRequired, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,13 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from llmtune import __version__
 from llmtune.data.ingest import show_progress
 from llmtune.data.overlong import TOO_LONG, Encoded, Lost
 from llmtune.data.rejected_rows import listed
-from llmtune.data.row_store import iterate_texts
+from llmtune.data.row_store import AGAIN, iterate_texts, open_arrow
 from llmtune.data.task_interface import TaskInterface
 from llmtune.data.tool_support import check_tools
 from llmtune.data.unknown_tokens import UNKNOWN, find_unknown, refused_token
@@ -34,18 +35,20 @@ from llmtune.recipe.data_section import ENCODING_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Example, Examples, ModelRef, Rows
-from llmtune.store.atomic_files import explained, hash_value, read_json, write_json
+from llmtune.store.atomic_files import explained, hash_value, write_json
+from llmtune.store.json_shapes import Counts, read_record
 from llmtune.store.run_lock import package_versions
 
 BATCH_ROWS = 512
 BATCH_RECORDINGS = 32
 """Half a minute at 16 kHz is a megabyte."""
 BATCH_CHARACTERS = 1_000_000  # what the tokenizer holds at once: its offsets take 50 times the text
+BATCH_RENDERED = 20_000_000
+"""Characters that templates write for a batch, about a second: each answer is rendered after all before it."""
 SHOWN = 20
 RECORD = "examples.json"
 COUNTED = ("counts", "tokens", "supervised", "longest", "reach")
 LEFT_OUT = "left_out.jsonl"
-AGAIN = "Run the recipe again: what is missing is made again."
 LISTS: dict[str, type[np.generic]] = {
     "input_ids": np.int32,
     "spans": np.int32,
@@ -216,19 +219,35 @@ def encode_rows(
     return load_examples(folder)
 
 
+class ExamplesRecord(TypedDict):
+    """What examples.json holds, all of it by split."""
+
+    files: dict[str, str]
+    counts: Counts
+    tokens: Counts
+    supervised: Counts
+    longest: Counts
+    dropped: Counts
+    content_hash: str
+    reach: NotRequired[Counts]
+    lost: NotRequired[Counts]
+
+
 def load_examples(folder: Path) -> Examples:
     """Read what `encode_rows` left in `folder`, wherever the folder stands now.
 
     Raises:
-        DataError: there are no examples, or they were damaged.
+        DataError: there are no examples.
+        EnvironmentProblem: the record is damaged.
     """
-    record = read_json(folder / RECORD)
+    record = read_record(folder / RECORD, ExamplesRecord, fix=AGAIN)
     if record is None:
         raise DataError.of("no encoded examples here", str(folder), AGAIN)
-    files = {split: folder / name for split, name in record.pop("files").items()}
+    files = {split: folder / name for split, name in record["files"].items()}
     missing = [Problem("missing", str(path), AGAIN) for path in files.values() if not path.is_file()]
     DataError.collect(missing)
-    return Examples(folder=folder, files=files, **record)
+    counted = {name: record[name] for name in ExamplesRecord.__annotations__ if name in record and name != "files"}
+    return Examples(folder=folder, files=files, **counted)
 
 
 def row_lengths(examples: Examples) -> npt.NDArray[np.int32]:
@@ -240,8 +259,7 @@ class ExampleReader:
     """The examples of one split in random access; nothing but the tokens asked for is read into memory."""
 
     def __init__(self, examples: Examples, split: str) -> None:
-        with pa.memory_map(str(examples.files[split])) as source:
-            reader = pa.ipc.open_file(source)
+        with open_arrow(examples.files[split]) as reader:
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
         self.lengths = self._column("tokens")
@@ -289,7 +307,7 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
 
     The last batch has two rows where there are two: what is learned from an answer that is another row's needs one.
     """
-    first, characters = 0, 0
+    first, characters, rendered = 0, 0, 0
     batch: list[tuple[str, str]] = []
     ahead = next(texts, None)
     most = BATCH_RECORDINGS if ahead is not None and "audio" in json.loads(ahead[1]) else BATCH_ROWS
@@ -297,10 +315,12 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
         row, ahead = ahead, next(texts, None)
         batch.append(row)
         characters += len(row[1])
-        if (len(batch) >= most or characters > BATCH_CHARACTERS) and ahead is not None:
+        rendered += len(row[1]) * row[1].count('"role"')
+        full = len(batch) >= most or characters > BATCH_CHARACTERS or rendered > BATCH_RENDERED
+        if full and ahead is not None:
             kept = batch[:-1] if len(batch) > 1 else batch
             yield _RowBatch(split, first, kept)
-            first, batch, characters = first + len(kept), batch[len(kept) :], 0
+            first, batch, characters, rendered = first + len(kept), batch[len(kept) :], 0, 0
     if batch:
         yield _RowBatch(split, first, batch)
 

@@ -1,6 +1,7 @@
 """Bytes in, raw rows out: JSON lines, JSON, CSV, Parquet and text, plain or compressed, a piece at a time.
 
-A raw row is a pair: its origin (`file:line`, or `file:row N` where lines mean nothing) and either the columns as a dict
+A raw row is a pair: its origin (`file:line`, `file:row N (line M)` behind cells with line breaks, or `file:row N` where
+lines mean nothing) and either the columns as a dict
 or a `RowError` with the reason why there are none. What makes the rest of a file unreadable is raised as a DataError.
 """
 
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmtune.data.arrow_rows import drop_filled
 from llmtune.data.byte_streams import (
     GROWN_BYTES,
     MAX_GROWTH,
@@ -183,9 +185,10 @@ def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
     try:
         header = _check_header(next(lines, []), name)
         line = lines.line_num + 1
-        for cells in lines:
+        for row, cells in enumerate(lines, 2):  # as spreadsheets count them: the header is row 1
             if cells:
-                yield f"{name}:{line}", _name_cells(cells, header)
+                place = f"{line}" if row == line else f"row {row} (line {line})"
+                yield f"{name}:{place}", _name_cells(cells, header)
             line = lines.line_num + 1
     except csv.Error as error:
         fix = 'Quote cells that hold the delimiter, a line end or a quote, and double the quotes inside: "say ""hi""".'
@@ -250,6 +253,7 @@ def _read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Itera
                     value |= {
                         name: name_classes(names, value[name]) for name, names in classes.items() if name in value
                     }
+                    value = drop_filled(value)
                 yield f"{name}:row {number}", value
 
 

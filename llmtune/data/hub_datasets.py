@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import xxhash
 
+from llmtune.data.arrow_rows import drop_filled
 from llmtune.data.file_readers import RawRow, name_classes
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.recipe.data_section import Source
@@ -108,7 +109,8 @@ def as_files_hold_it(
 ) -> tuple[Dataset | IterableDataset, Callable[[HubRow], HubRow]]:
     """Return rows whose recordings and pictures are not decoded, and what makes plain values of a row's.
 
-    Numbers of classes become their names; a recording becomes the name of a file with its bytes.
+    Numbers of classes become their names; a recording becomes the name of a file with its bytes. Keys that Arrow
+    filled in are dropped.
     """
     from datasets import Audio, ClassLabel
 
@@ -124,7 +126,8 @@ def as_files_hold_it(
             makers[column] = store_recording
 
     def plain(row: HubRow) -> HubRow:
-        return {**row, **{column: make(row[column]) for column, make in makers.items() if column in row}}
+        made = {**row, **{column: make(row[column]) for column, make in makers.items() if column in row}}
+        return drop_filled(made, features)
 
     return rows, plain
 

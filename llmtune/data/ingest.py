@@ -19,6 +19,7 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from llmtune.data.arrow_rows import ArrowRow
 from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.rejected_rows import RowError
@@ -33,6 +34,8 @@ from llmtune.recipe.data_section import DataSection
 from llmtune.records import SPLITS, Json
 
 SHOWN = 20
+TRIED_ROWS = 5000
+"""Rows of each input that a check reads."""
 _Parsed = tuple[int, tuple[str, HashedRow | RowError, tuple[str, ...]]]
 """The place of a row in its input, where it is from, what it is, and the names of its columns if it may be tested."""
 
@@ -54,6 +57,8 @@ class Account:
     """Columns of rows that may be tested, where some are asked for."""
     taken: Counter[int] = field(default_factory=Counter)
     """Good rows by the number of their source."""
+    filled: int = 0
+    """Keys of good rows that Arrow had filled in, and that were dropped."""
     position: tuple[int, int] = (0, 0)
     """The input that is read, and how many of its rows were."""
     hints: list[Problem] = field(default_factory=list)
@@ -67,6 +72,7 @@ class Account:
         os.truncate(account.spooled_list, noted.get("listed", 0))
         if noted:
             account.rows_in, account.position = noted["rows_in"], tuple(noted["position"])
+            account.filled = noted.get("filled", 0)
             account.bad, account.columns = Counter(noted["bad"]), dict.fromkeys(noted["columns"])
             account.taken = Counter({int(number): count for number, count in noted["taken"].items()})
             account.first = [Problem(**problem) for problem in noted["first"]]
@@ -77,7 +83,7 @@ class Account:
         """Return what `restore` needs."""
         self._lines.flush()
         os.fsync(self._lines.fileno())
-        names = ("rows_in", "position", "bad", "taken", "first", "unreadable")
+        names = ("rows_in", "filled", "position", "bad", "taken", "first", "unreadable")
         noted = {name: getattr(self, name) for name in names}
         return {**noted, "columns": [*self.columns], "listed": self.spooled_list.stat().st_size}
 
@@ -161,6 +167,34 @@ def read_inputs(
     return account
 
 
+def try_rows(inputs: Sequence[Detected], data: DataSection, task: str) -> int | None:
+    """Refuse rows that `read_inputs` would refuse, by the first of each input.
+
+    Returns how many different rows there are; None if there are more than were read.
+
+    Raises:
+        DataError: too many rows are bad, or all of the first where there are more; or a file cannot be read.
+    """
+    parser = _RowParser(tuple(inputs), task, data.split_by, isinstance(data.test, tuple), ())
+    rows_in, whole, contents, bad = 0, True, set[bytes](), []
+    for number, one in enumerate(inputs):
+        most = min(one.input.source.limit or TRIED_ROWS, TRIED_ROWS)
+        rows = list(islice(one.input.lazy_rows(lambda count: None), most + 1))
+        whole &= len(rows) <= most
+        parsed = [row for _, row in parser(_Batch(number, 0, rows[:most], 0))[1]]
+        rows_in += len(parsed)
+        contents |= {row.content for _, row, _ in parsed if isinstance(row, HashedRow)}
+        bad += [(origin, row) for origin, row, _ in parsed if isinstance(row, RowError)]
+    share = len(bad) / max(rows_in, 1)
+    if share < 1 and (share <= data.max_dropped or not whole):
+        return len(contents) if whole else None
+    looked = f"{len(bad):,} of {rows_in:,} rows" if whole else f"the first {len(bad):,} rows"
+    what = f"{looked} are bad: {share:.1%}, and data.max_dropped allows {data.max_dropped:.1%}"
+    allow = f", or set data.max_dropped: {math.ceil(100 * share) / 100}" if share < 1 else ""
+    first = [Problem(str(error), origin) for origin, error in bad[:SHOWN]]
+    raise DataError(Problem(what, fix=f"Fix them{allow}."), *first)
+
+
 def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:
     """Refuse `required` columns (by name, the key) that are not among `columns`. Raises DataError, for all at once."""
     DataError.collect(
@@ -201,6 +235,7 @@ def _read_rows(parser: _RowParser, account: Account, spool: Spool, advance: Call
                 account.add_bad(origin, row)
             else:
                 account.taken[source] += 1
+                account.filled += row.filled
                 account.columns.update(dict.fromkeys(names))
                 spool.add(row, account.note)
 
@@ -264,7 +299,7 @@ class _RowParser:
         if isinstance(value, RowError):
             return origin, value, ()
         try:
-            raw = rename(value, detected.columns)
+            raw = rename(value, detected.columns, detected.roles)
             row = parse_row(raw, detected.row_format, self.task, one.folder)
             text = to_json(row)
             if len(text) > MAX_ROW_BYTES:
@@ -280,7 +315,8 @@ class _RowParser:
             kept = json.dumps({name: raw[name] for name in self.kept_columns if name in raw}, default=str)
         text_hash = xxhash.xxh3_64_intdigest(text.encode())
         names = tuple(raw) if tested else ()
-        return origin, HashedRow(origin, text, kept, content, text_hash, group, one.number, split), names
+        filled = value.filled if isinstance(value, ArrowRow) else 0
+        return origin, HashedRow(origin, text, kept, content, text_hash, group, one.number, split, filled), names
 
 
 def _group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:

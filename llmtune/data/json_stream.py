@@ -9,11 +9,15 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
+from llmtune.data.message_roles import is_message
+
 CHUNK = 2**20
 ROW_COLUMNS = frozenset(
     {"messages", "conversations", "conversation", "tools", "functions", "history", "prompt", "completion"}
 )
 """Columns of a row that may hold a list of objects: an object with one of these is a row, not a holder of rows."""
+CONVERSATIONS = frozenset({"messages", "conversations", "conversation"})
+"""Of these, the ones whose items are messages; a list of other objects holds rows."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NEAR_THE_END = 16
@@ -33,10 +37,10 @@ class _Window:
 
     def __init__(self, stream: io.BufferedReader[io.RawIOBase], limit: int) -> None:
         self._stream = stream
-        self._limit = limit
+        self.limit = limit
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self._scan = json.JSONDecoder().raw_decode
-        self._bytes = 0
+        self.bytes_read = 0
         self._line = 1
         self._ended = False
         self._text = ""
@@ -77,8 +81,8 @@ class _Window:
                 if end < len(self._text) or not self._read():  # a number at the end may go on
                     self._offset = end
                     return value
-            if len(self._text) - self._offset > self._limit:
-                raise self.error(f"a value of more than {self._limit >> 20} MiB", self._offset)
+            if len(self._text) - self._offset > self.limit:
+                raise self.error(f"a value of more than {self.limit >> 20} MiB", self._offset)
 
     def _read(self) -> bool:
         """Read on and let go of what was taken; the step doubles with what is held, so that long values stay linear."""
@@ -93,9 +97,9 @@ class _Window:
             self._text += self._decode.decode(data, final=self._ended)
         except UnicodeDecodeError as error:
             pending = len(error.object) - len(data)
-            offset = self._bytes - pending + error.start
+            offset = self.bytes_read - pending + error.start
             raise self.error(f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}", 0) from error
-        self._bytes += len(data)
+        self.bytes_read += len(data)
         return not self._ended
 
     def error(self, message: str, offset: int | None = None) -> JsonSyntaxError:
@@ -138,6 +142,16 @@ def _items(window: _Window) -> Iterator[object]:
             return
 
 
+def _bounded(window: _Window, first: list[object], items: Iterator[object]) -> list[object]:
+    """Return a list that is one value of a row; raises JsonSyntaxError where it is too large."""
+    begin, values = window.bytes_read, first
+    for item in items:
+        values.append(item)
+        if window.bytes_read - begin > window.limit + CHUNK:
+            raise window.error(f"a value of more than {window.limit >> 20} MiB")
+    return values
+
+
 def _object(window: _Window) -> Iterator[object]:
     """Yield the rows in the only list of objects that the first object holds, or else the object itself."""
     fields: dict[str, object] = {}
@@ -148,11 +162,13 @@ def _object(window: _Window) -> Iterator[object]:
             window.take('"')
         key = str(window.value())
         window.take(":")
-        if window.peek() == "[" and key not in ROW_COLUMNS and not ROW_COLUMNS & fields.keys():
+        holder = key not in ROW_COLUMNS or key in CONVERSATIONS
+        if window.peek() == "[" and holder and not ROW_COLUMNS & fields.keys():
             items = _items(window)
             first = list(islice(items, 1))
-            if not first or not isinstance(first[0], dict):
-                fields[key] = [*first, *items]
+            is_row = key in CONVERSATIONS and (not first or is_message(first[0]))
+            if is_row or not first or not isinstance(first[0], dict):
+                fields[key] = _bounded(window, first, items)
             elif rows_in is not None:
                 raise window.error(f"two lists of rows, {rows_in!r} and {key!r}; keep one")
             else:

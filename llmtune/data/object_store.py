@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.recipe.secrets import redact
 from llmtune.recipe.section import STORES
-from llmtune.report.redaction import redact
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -5,15 +5,18 @@ system message stays, then the start of the last question goes; of a completion 
 still does not fit, and plain text, which has no prompt, is left out with the reason.
 
 `split` loses nothing that is learned: a conversation is cut before a user's turn, each part with the system message and
-as many exchanges as fit; a completion into windows that share one token, so that each token is predicted once.
+as many exchanges as fit; a completion into windows. Each window starts as the tokenizer starts a text, then repeats the
+last token of the window before, so each token is predicted once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import chain
-from typing import NamedTuple
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.records import Example, span_sizes
@@ -25,10 +28,14 @@ NOTHING = "nothing to learn"
 """How the reason begins for a row without a supervised token."""
 
 Encoded = list[Example] | str
-Encode = Callable[[ChatRow], Encoded]
-"""Encode one conversation whatever its length: its examples, or the reason why not."""
+Encode = Callable[[Sequence[ChatRow]], list[Encoded]]
+"""Encode conversations whatever their lengths: the examples of each, or the reason why not."""
+Cut: TypeAlias = Generator[ChatRow, Encoded, Encoded]
+"""Cuts one conversation: yields shorter ones, receives their encodings, returns its own."""
 
 _TRIES = 6
+_GUESSES = 4
+"""Estimates of how many exchanges fit, before the search halves what is left."""
 
 
 class Lost(NamedTuple):
@@ -51,27 +58,93 @@ def too_long(tokens: int, max_length: int, why: str = "") -> str:
     return f"{TOO_LONG}: {tokens} tokens, data.max_length is {max_length}{why}"
 
 
-def fit_chat(
-    row: ChatRow,
-    examples: list[Example],
-    encode: Encode,
-    *,
-    on_overlong: str,
-    max_length: int,
-    shorten: Callable[[str, int], str],
-) -> Encoded:
-    """Bring the examples of a conversation below `max_length` tokens, or say why not.
+@dataclass(frozen=True)
+class ChatFit:
+    """How conversations are brought below `max_length` tokens."""
 
-    `shorten(text, tokens)` cuts at least so many tokens from the start of a text.
-    """
-    if longest(examples) <= max_length:
-        return examples
-    if on_overlong == "truncate":
-        kept = _truncate_chat(row, longest(examples), encode, max_length, shorten)
-        return kept if isinstance(kept, str) else _with_loss(kept, examples)
-    if on_overlong == "split":
-        return _split_chat(row, longest(examples), encode, max_length)
-    return too_long(longest(examples), max_length)
+    encode: Encode
+    count_tokens: Callable[[Sequence[str]], list[int]]
+    shorten: Callable[[str, int], str]
+    """`shorten(text, tokens)` cuts at least so many tokens from the start of a text."""
+    on_overlong: str
+    max_length: int
+
+    def fit(self, rows: Sequence[ChatRow], encoded: Sequence[Encoded]) -> list[Encoded]:
+        """Return the examples of each conversation that fit, or the reason why there are none.
+
+        All conversations are cut at the same time: each round encodes one shorter form of every one, in one call.
+        """
+        results = list(encoded)
+        cuts: dict[int, Cut] = {}
+        for k, (row, examples) in enumerate(zip(rows, encoded, strict=True)):
+            if isinstance(examples, str) or longest(examples) <= self.max_length:
+                continue
+            if self.on_overlong in ("truncate", "split"):
+                way = _truncate_chat if self.on_overlong == "truncate" else _split_chat
+                cuts[k] = way(_Conversation(row, examples, self), self)
+            else:
+                results[k] = too_long(longest(examples), self.max_length)
+        replies: dict[int, Any] = dict.fromkeys(cuts)  # None begins a generator
+        while replies:
+            asked: dict[int, ChatRow] = {}
+            for k, reply in replies.items():
+                try:
+                    asked[k] = cuts[k].send(reply)
+                except StopIteration as end:
+                    results[k] = end.value
+            replies = dict(zip(asked, self.encode(list(asked.values())) if asked else [], strict=True))
+        return results
+
+
+class _Conversation:
+    """A conversation that is too long, in exchanges, with an estimate of the tokens of each."""
+
+    def __init__(self, row: ChatRow, examples: Sequence[Example], fit: ChatFit) -> None:
+        self.row, self.examples, self.tokens = row, examples, longest(examples)
+        self.system, self.exchanges = _exchanges(row["messages"])
+        parts = [self.system, *self.exchanges]
+        counts = fit.count_tokens(["\n".join(map(_said, part)) for part in parts])
+        around = (self.tokens - sum(counts)) / len(row["messages"])
+        sizes = [count + around * len(part) for count, part in zip(counts, parts, strict=True)]
+        self.base, self.sizes = sizes[0], sizes[1:]
+        self._max_length = fit.max_length
+
+    def part(self, first: int, end: int) -> ChatRow:
+        """Return the row with these exchanges alone, after its system messages."""
+        return {**self.row, "messages": [*self.system, *chain.from_iterable(self.exchanges[first:end])]}
+
+    def most(
+        self, sizes: Sequence[float], take: Callable[[int], ChatRow]
+    ) -> Generator[ChatRow, Encoded, tuple[int, Encoded]]:
+        """Return the highest number of exchanges that is not too long, with its encoding; 0 if none is.
+
+        `take(n)` is the conversation of n exchanges, whose estimated sizes are the first of `sizes`. An estimate only
+        says where to look first: the number is encoded, and one more is seen to be too long.
+        """
+        estimates = list(accumulate(sizes, initial=self.base))
+        fits, over, kept = 0, len(estimates), cast(Encoded, "")
+        guess, tries = bisect_right(estimates, self._max_length) - 1, 0
+        while over - fits > 1:
+            guess = min(max(guess, fits + 1), over - 1)
+            encoded = yield take(guess)
+            tries += 1
+            if isinstance(encoded, str):  # nothing to learn, mostly, which says nothing about the length
+                fits, kept, guess = guess, encoded, 2 * guess
+                continue
+            size = longest(encoded)
+            if size > self._max_length:
+                over = guess
+            else:
+                fits, kept = guess, encoded
+            error = size - estimates[guess]
+            guess = bisect_right(estimates, self._max_length - error) - 1 if tries < _GUESSES else (fits + over) // 2
+        return fits, kept
+
+
+def _said(message: Message) -> str:
+    """Return the text of a message; its calls are text too."""
+    calls = message.get("tool_calls")
+    return message["content"] + (json.dumps(calls) if calls else "")
 
 
 def _with_loss(kept: list[Example], whole: Sequence[Example]) -> list[Example]:
@@ -98,54 +171,48 @@ def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Me
     return list(messages[:start]), exchanges
 
 
-def _truncate_chat(
-    row: ChatRow, tokens: int, encode: Encode, max_length: int, shorten: Callable[[str, int], str]
-) -> Encoded:
-    system, exchanges = _exchanges(row["messages"])
-    for first in range(1, len(exchanges)):
-        examples = encode({**row, "messages": [*system, *chain.from_iterable(exchanges[first:])]})
-        if isinstance(examples, str):
-            return too_long(tokens, max_length, f", and cut at a turn: {examples}")
-        if longest(examples) <= max_length:
-            return examples
-    question, *rest = exchanges[-1]
+def _truncate_chat(chat: _Conversation, fit: ChatFit) -> Cut:
+    """Keep as many of the last exchanges as fit, one at least, whose question is cut if it must be."""
+    n, max_length = len(chat.exchanges), fit.max_length
+    kept, examples = yield from chat.most(chat.sizes[:0:-1], lambda last: chat.part(n - last, n))
+    if isinstance(examples, str) and kept:
+        return too_long(chat.tokens, max_length, f", and cut at a turn: {examples}")
+    if not isinstance(examples, str):
+        return _with_loss(examples, chat.examples)
+    question, *rest = chat.exchanges[-1]
     for _ in range(_TRIES):  # a cut text may take a token more than was counted
-        examples = encode({**row, "messages": [*system, question, *rest]})
+        examples = yield {**chat.row, "messages": [*chat.system, question, *rest]}
         if isinstance(examples, str):
-            return too_long(tokens, max_length, f", and with its question cut: {examples}")
+            return too_long(chat.tokens, max_length, f", and with its question cut: {examples}")
         if longest(examples) <= max_length:
-            return examples
+            return _with_loss(examples, chat.examples)
         if question["role"] != "user":
             break
-        question = {**question, "content": shorten(question["content"], longest(examples) - max_length)}
+        question = {**question, "content": fit.shorten(question["content"], longest(examples) - max_length)}
         if not question["content"]:
             break
-    return too_long(tokens, max_length, ", and its last answer does not fit with any of its question")
+    return too_long(chat.tokens, max_length, ", and its last answer does not fit with any of its question")
 
 
-def _split_chat(row: ChatRow, tokens: int, encode: Encode, max_length: int) -> Encoded:
-    """Fill parts with exchanges from the first to the last."""
-    system, exchanges = _exchanges(row["messages"])
+def _split_chat(chat: _Conversation, fit: ChatFit) -> Cut:
+    """Fill parts with exchanges from the first to the last; exchanges with nothing to learn are passed over."""
     parts: list[Example] = []
-    first = 0
-    while first < len(exchanges):
-        best: list[Example] = []
-        end = first
-        for stop in range(first + 1, len(exchanges) + 1):
-            examples = encode({**row, "messages": [*system, *chain.from_iterable(exchanges[first:stop])]})
-            if isinstance(examples, str):
-                if not examples.startswith(NOTHING):
-                    return too_long(tokens, max_length, f", and split at a turn: {examples}")
-            elif longest(examples) > max_length:
-                break
-            else:
-                best = examples
-            end = stop  # exchanges with nothing to learn in them are passed over
-        if end == first:
-            return too_long(tokens, max_length, ", and one exchange alone does not fit")
-        parts += best
-        first = end
-    return parts or too_long(tokens, max_length, ", and what is left of it has nothing to learn")
+    first, n = 0, len(chat.exchanges)
+    while first < n:
+        sizes = chat.sizes[first:] if first else chat.sizes[:-1]  # all of them are known to be too long
+
+        def take(count: int, first: int = first) -> ChatRow:
+            return chat.part(first, first + count)
+
+        taken, examples = yield from chat.most(sizes, take)
+        if not taken:
+            return too_long(chat.tokens, fit.max_length, ", and one exchange alone does not fit")
+        if not isinstance(examples, str):
+            parts += examples
+        elif not examples.startswith(NOTHING):
+            return too_long(chat.tokens, fit.max_length, f", and split at a turn: {examples}")
+        first += taken
+    return parts or too_long(chat.tokens, fit.max_length, ", and what is left of it has nothing to learn")
 
 
 def fit_completion(
@@ -159,8 +226,8 @@ def fit_completion(
 ) -> Encoded:
     """Bring a completion below `max_length` tokens, or say why not.
 
-    `start` is 1 where the tokenizer puts a token before every text, else 0; `byte_at(k)` is how many bytes of the text
-    the first k tokens hold.
+    `start` counts the first tokens that the tokenizer puts before every text; `byte_at(k)` is how many bytes of the
+    text the first k tokens hold.
     """
     tokens = len(example.input_ids)
     if tokens <= max_length:
@@ -177,18 +244,22 @@ def fit_completion(
         spans = [border - excess for border in example.spans]
         return [Example(ids, spans, example.target_bytes, lost=Lost(excess))]
     if on_overlong == "split":
-        if prompt_tokens >= max_length:
+        if max(prompt_tokens, start + 1) >= max_length:
             return too_long(tokens, max_length, ", and its prompt alone does not fit")
-        return _windows(example, byte_at, max_length)
+        return _windows(example, byte_at, max_length, start)
     return too_long(tokens, max_length)
 
 
-def _windows(example: Example, byte_at: Callable[[int], int], max_length: int) -> list[Example]:
-    """Cut into windows; each begins with the last token of the one before, as context."""
+def _windows(example: Example, byte_at: Callable[[int], int], max_length: int, start: int) -> list[Example]:
+    """Cut into windows; each begins with the `start` tokens and the last token of the one before, as context."""
     ids, first = example.input_ids, example.spans[0]
-    windows = []
-    for start in range(0, len(ids) - 1, max_length - 1):
-        end = min(start + max_length, len(ids))
-        learned = max(first, start + 1)
-        windows.append(Example(ids[start:end], [learned - start, end - start], byte_at(end) - byte_at(learned)))
+    head: Sequence[int] = ()
+    windows: list[Example] = []
+    begin = 0
+    while begin < len(ids) - 1:
+        end = min(begin + max_length - len(head), len(ids))
+        learned, shift = max(first, begin + 1), len(head) - begin
+        spans = [learned + shift, end + shift]
+        windows.append(Example([*head, *ids[begin:end]], spans, byte_at(end) - byte_at(learned)))
+        begin, head = end - 1, ids[:start]
     return windows

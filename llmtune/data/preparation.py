@@ -20,10 +20,11 @@ from rich.markup import escape
 from llmtune import __version__
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near
 from llmtune.data.ingest import Account, read_inputs, show_progress
-from llmtune.data.row_store import RECORD, RowWriter, save_rows
+from llmtune.data.row_store import RECORD, RowWriter, iterate_rows, save_rows
 from llmtune.data.sources import hash_sources, resolve_inputs
 from llmtune.data.splits import TRAIN, assign_splits, count_copies, drop_shared_groups
 from llmtune.data.spool import Index, Spool
+from llmtune.data.suspect_rows import suspicions
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS, DataSection
 from llmtune.recipe.schema import Recipe
@@ -78,12 +79,16 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
                 reason_N[(reason_N == KEPT) & (copies_N == 0)] = "left out by weight"
                 copies_N[reason_N != KEPT] = 0
                 _check_splits(data, split_N, copies_N, reason_N)
-                rows = _write(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns))
+                grouped = data.split_by is not None
+                rows = _write(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns), grouped)
         except DataError:
             spool.remove()
             raise
         spool.remove()
     _print_summary(rows, account, notes, console)
+    read = (pair for split in rows.files for pair in iterate_rows(rows, split))
+    for suspicion in suspicions(read) if not console.quiet else ():
+        console.print(f"  {escape(suspicion)}", style="yellow", highlight=False, soft_wrap=True)
     return rows
 
 
@@ -145,16 +150,17 @@ def _write(
     account: Account,
     reason_N: npt.NDArray[np.object_],
     columns: tuple[str, ...],
+    grouped: bool,
 ) -> Rows:
     counts = {name: int(copies_N[split_N == split].sum()) for split, name in enumerate(SPLITS)}
     files = {name: folder / f"{name}.rows.arrow" for name in SPLITS if counts[name]}
-    writers = {name: RowWriter(path) for name, path in files.items()}
+    writers = {name: RowWriter(path, grouped) for name, path in files.items()}
     for first, batch in spool.batches():
         here = slice(first, first + batch.num_rows)
         for split, name in enumerate(SPLITS):
             taken = np.repeat(np.arange(batch.num_rows), np.where(split_N[here] == split, copies_N[here], 0))
             if len(taken):
-                writers[name].add(batch.take(pa.array(taken)), index.content[here][taken])
+                writers[name].add(batch.take(pa.array(taken)), index.content[here][taken], index.group[here][taken])
     digest = hashlib.sha256()
     for name in SPLITS:
         if name in writers:
@@ -165,7 +171,8 @@ def _write(
     dropped.update(reason for reason in reason_N.tolist() if reason != KEPT)
     columns_hash = writers["test"].columns_hash if "test" in writers else ""
     left_out = dict(sorted(dropped.items()))
-    rows = Rows(folder, files, counts, account.rows_in, left_out, digest.hexdigest(), columns, columns_hash)
+    content = digest.hexdigest()
+    rows = Rows(folder, files, counts, account.rows_in, left_out, content, columns, columns_hash, account.filled)
     save_rows(rows)
     return rows
 
@@ -186,4 +193,6 @@ def rows_inputs(recipe: Recipe) -> str:
     settings = recipe.data.model_dump(mode="json", exclude={"packing", *ENCODING_KEYS})
     if recipe.evaluate.columns:  # kept beside the rows
         settings["slices"] = tuple(recipe.evaluate.columns)
+    if recipe.data.split_by is not None:
+        settings["groups"] = "kept"  # rows that were prepared without their groups are prepared again
     return hash_value([__version__, recipe.task, settings, hash_sources(recipe.data, recipe.task)])

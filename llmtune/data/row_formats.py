@@ -17,7 +17,7 @@ from llmtune.data.chat_rows import (
     completion_from_pair,
     completion_from_text,
 )
-from llmtune.data.column_mapping import used_columns, with_aliases
+from llmtune.data.column_mapping import fields, find, flatten, holds, used_columns, with_aliases
 from llmtune.data.labelled_rows import classified, question_answer, question_squad, tagged_spans, tagged_tokens
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.text_pair_rows import (
@@ -221,7 +221,7 @@ def detect_format(
         DataError: No format fits, or several do; with a way to fix it.
     """
     present = list(dict.fromkeys(name for row in rows for name in row))
-    _check_columns(columns, present, where)
+    check_mapped(columns, rows, where)
     usable = [one for one in FORMATS.values() if one.parser(task)]
     matching = [one for one in FORMATS.values() if _matches(one, rows, columns)]
     aliased = [one for one in usable if _matches(one, rows, map_columns(one, rows, task, columns))]
@@ -256,13 +256,16 @@ def map_columns(
     return with_aliases(columns, row_format.columns, names, task)
 
 
-def _check_columns(columns: Mapping[str, str], present: list[str], where: str) -> None:
+def check_mapped(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]], where: str) -> None:
+    """Refuse a mapping of a column that llmtune does not know, or that no row has. Raises DataError."""
     for ours, theirs in columns.items():
         if ours not in COLUMNS:
             known = f"({', '.join(COLUMNS)}).{nearest(ours, COLUMNS)}"
             raise DataError.of(f"columns: {ours!r} is not a column that llmtune knows {known}", where)
-        missing = [name for name in used_columns({ours: theirs}, present) if name not in present]
+        names = fields(theirs, {name for row in rows for name in row})
+        missing = [name for name in names if not any(holds(row, name) for row in rows)]
         if missing:
+            present = list(dict.fromkeys(name for row in rows for name in flatten(row)))
             known = f"found {_listed(present)}.{nearest(missing[0], present)}"
             raise DataError.of(f"columns: there is no column {missing[0]!r}; {known}", where)
 
@@ -274,8 +277,7 @@ def _matches(row_format: RowFormat, rows: Sequence[Mapping[str, object]], column
     mapped = set(columns)
     if mapped.isdisjoint(row_format.required) and any(mapped & set(other.required) for other in FORMATS.values()):
         return False
-    used = {name: used_columns({name: columns.get(name, name)}, rows[0]) for name in row_format.required}
-    return all(used[name] <= row.keys() for row in rows for name in row_format.required)
+    return all(holds(row, columns.get(name, name)) for row in rows for name in row_format.required)
 
 
 def _check_forced(
@@ -364,7 +366,8 @@ def unused_keys(row: Mapping[str, object], row_format: RowFormat, columns: Mappi
     """Name the columns, and the keys of messages, that the canonical row does not hold."""
     used = used_columns({name: columns.get(name, name) for name in row_format.columns}, row)
     unused = [name for name in row if name not in used]
-    for turn in next((turns for name in CONVERSATIONS if isinstance(turns := row.get(name), list)), []):
+    found = (find(row, columns.get(name, name)) for name in CONVERSATIONS)
+    for turn in next((turns for turns in found if isinstance(turns, list)), []):
         if isinstance(turn, dict):
             unused += [f"{key} (in a message)" for key in turn if key not in MESSAGE_KEYS and turn[key] is not None]
     return unused

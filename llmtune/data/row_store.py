@@ -5,42 +5,63 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NotRequired
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from typing_extensions import TypedDict
 
-from llmtune.errors import DataError
+from llmtune.errors import DataError, EnvironmentProblem, first_line, system_problem
 from llmtune.records import Row, Rows
-from llmtune.store.atomic_files import read_json, write_json
+from llmtune.store.atomic_files import write_json
+from llmtune.store.json_shapes import Count, Counts, read_record
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 2**22
 """A batch ends at whichever comes first: rows can be long."""
+AGAIN = "Run the recipe again: what is missing or damaged is made again."
 RECORD = "rows.json"
-RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash")
+RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled")
 SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
+GROUP = pa.field("group", pa.uint64())
+"""Hash of the row's `data.split_by` value; only where the recipe names such a column."""
 U64 = npt.NDArray[np.uint64]
+
+
+class RowsRecord(TypedDict):
+    """What rows.json holds; earlier versions kept no columns."""
+
+    files: dict[str, str]
+    counts: Counts
+    rows_in: Count
+    dropped: Counts
+    content_hash: str
+    columns: NotRequired[list[str]]
+    columns_hash: NotRequired[str]
 
 
 class RowWriter:
     """Writes the file of one split under another name, and gives it its own at the end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, grouped: bool = False) -> None:
+        self._schema = SCHEMA.append(GROUP) if grouped else SCHEMA
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
         self._file = pa.OSFile(str(self._partial), "wb")
-        self._writer = pa.ipc.new_file(self._file, SCHEMA)
+        self._writer = pa.ipc.new_file(self._file, self._schema)
         self._batches: list[pa.RecordBatch] = []
         self._digest = hashlib.sha256()
         self._columns = hashlib.sha256()
         self._has_columns = False
 
-    def add(self, batch: pa.RecordBatch, content_R2: U64) -> None:
-        """Write rows as the spool has them, with their content hashes."""
+    def add(self, batch: pa.RecordBatch, content_R2: U64, group_R: U64) -> None:
+        """Write rows as the spool has them, with their content hashes and those of what decides their split."""
         ids = pa.array([f"{high:016x}{low:016x}" for high, low in content_R2.tolist()])
-        self._batches.append(pa.record_batch([ids, *batch.columns], schema=SCHEMA))
+        groups = [pa.array(group_R)] if GROUP in self._schema else []
+        self._batches.append(pa.record_batch([ids, *batch.columns, *groups], schema=self._schema))
         for row in batch.column("row").to_pylist():
             self._digest.update(row.encode() + b"\n")  # no line end stands in JSON text
         for kept in batch.column("columns").to_pylist():
@@ -57,7 +78,7 @@ class RowWriter:
         return self._columns.hexdigest() if self._has_columns else ""
 
     def _flush(self) -> None:
-        for batch in pa.Table.from_batches(self._batches, SCHEMA).combine_chunks().to_batches():
+        for batch in pa.Table.from_batches(self._batches, self._schema).combine_chunks().to_batches():
             self._writer.write_batch(batch)
         self._batches = []
 
@@ -81,14 +102,39 @@ def load_rows(folder: Path) -> Rows:
 
     Raises:
         DataError: Rows were never prepared there, or files are missing.
+        EnvironmentProblem: The record is damaged.
     """
-    record = read_json(folder / RECORD)
+    record = read_record(folder / RECORD, RowsRecord, fix=AGAIN)
     missing = [name for name in (record or {}).get("files", {}).values() if not (folder / name).is_file()]
-    if not isinstance(record, dict) or missing:
+    if record is None or missing:
         what = f"{missing[0]} is missing" if missing else "there are no prepared rows"
-        raise DataError.of(what, str(folder), "Run the recipe again: what is missing is made again.")
-    files = {split: folder / name for split, name in record.pop("files").items()}
-    return Rows(folder=folder, files=files, **{**record, "columns": tuple(record.get("columns", ()))})
+        raise DataError.of(what, str(folder), AGAIN)
+    files = {split: folder / name for split, name in record["files"].items()}
+    recorded = {name: record[name] for name in RECORDED if name in record}
+    return Rows(folder=folder, files=files, **{**recorded, "columns": tuple(record.get("columns", ()))})
+
+
+@contextmanager
+def open_arrow(path: Path) -> Iterator[pa.ipc.RecordBatchFileReader]:
+    """Open an Arrow file of a run; raises EnvironmentProblem where it is damaged, also while it is read."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            yield pa.ipc.open_file(source)
+    except (pa.ArrowInvalid, OSError) as error:
+        if system_problem(error):
+            raise
+        raise EnvironmentProblem.of(f"damaged: {first_line(error)}", str(path), AGAIN) from error
+
+
+def pick_rows(rows: Rows, split: str, indexes: Sequence[int], folder: Path) -> Rows:
+    """Write the rows of a split at `indexes`, in that order, into `folder` and return them, as rows of that split."""
+    target = folder / f"{split}.rows.arrow"
+    with pa.memory_map(str(rows.files[split])) as source, pa.OSFile(str(target), "wb") as file:
+        picked = pa.ipc.open_file(source).read_all().take(pa.array(indexes, type=pa.int64()))
+        with pa.ipc.new_file(file, picked.schema) as writer:
+            writer.write_table(picked)
+    digest = hashlib.sha256("\n".join(picked.column("row").to_pylist()).encode()).hexdigest()
+    return Rows(folder, {split: target}, {split: len(picked)}, len(picked), {}, digest, rows.columns)
 
 
 def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -96,8 +142,7 @@ def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatc
     if split not in rows.files:
         return
     first = 0
-    with pa.memory_map(str(rows.files[split])) as source:
-        reader = pa.ipc.open_file(source)
+    with open_arrow(rows.files[split]) as reader:
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             yield first, batch
@@ -114,6 +159,13 @@ def iterate_ids(rows: Rows, split: str) -> Iterator[str]:
     """Yield what each row of a split is known by: 32 hex digits of its content, wherever it stands."""
     for _, batch in iterate_batches(rows, split):
         yield from batch.column("id").to_pylist()
+
+
+def iterate_groups(rows: Rows, split: str) -> Iterator[int]:
+    """Yield by row of a split what is equal for rows of one `data.split_by` value; nothing without `split_by`."""
+    for _, batch in iterate_batches(rows, split):
+        if GROUP in batch.schema:
+            yield from batch.column("group").to_pylist()
 
 
 def iterate_texts(rows: Rows, split: str) -> Iterator[tuple[str, str]]:

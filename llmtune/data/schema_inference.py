@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from llmtune.data.column_mapping import ALIASES, rename
+from llmtune.data.column_mapping import ALIASES, flatten, rename
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format, map_columns, parse_row
 from llmtune.errors import DataError
@@ -41,6 +41,7 @@ def infer_columns(rows: RawRows, task: str, folder: Path | None = None) -> dict[
     wanted = READINGS.get(task)
     if wanted is None:
         return None
+    rows = [flatten(row) for row in rows]
     known = {name for ours in wanted for name in (ours, *ALIASES[task].get(ours, ()))}
     names = dict.fromkeys(name for row in rows for name in row if task == "preference" or name.lower() not in COMPARED)
     texts = [name for name in names if name.lower() in known or _is_text(rows, name)]
@@ -122,7 +123,7 @@ def _is_text(rows: RawRows, name: str) -> bool:
 def source_line(split: str, source: Source, **changes: object) -> str:
     """Return the line of a recipe for a source with some keys changed."""
     stated = source.model_dump(mode="json", exclude_defaults=True) | {"path": written_path(source.path)} | changes
-    return f"{split}: {_flow(stated)}"
+    return f"{split}: {flow(stated)}"
 
 
 def written_path(path: str) -> str:
@@ -132,8 +133,8 @@ def written_path(path: str) -> str:
     return str(Path(path).relative_to(working)) if below else path
 
 
-def _flow(value: object) -> str:
+def flow(value: object) -> str:
     """Write a value on one line, with plain keys."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_flow(item)}' for key, item in value.items())}}}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {flow(item)}' for key, item in value.items())}}}"
     return scalar(value)

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.byte_streams import guess_encoding
-from llmtune.data.column_mapping import rename
+from llmtune.data.column_mapping import holds, rename
 from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, RawRow, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
 from llmtune.data.rejected_rows import RowError
@@ -24,26 +24,14 @@ from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_colu
 from llmtune.data.schema_inference import infer_columns, source_line, written_path
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe.builtin import recipes_folder
-from llmtune.recipe.data_section import DataSection, Source
+from llmtune.recipe.data_section import DATA_ENDINGS, DataSection, Source, data_ending
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.user_files import match_files, walk_files
 from llmtune.records import SPLITS
 from llmtune.store.atomic_files import hash_file, hash_recording
 
-ENDINGS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
-IN_FOLDERS = tuple(ending for ending in ENDINGS if ending != ".md")
+IN_FOLDERS = tuple(ending for ending in DATA_ENDINGS if ending != ".md")
 """What is taken from a folder: its README is no data."""
-PACKED = (".gz", ".zst", ".zstd")
 CONTAINERS = ("jsonl", "json", "csv", "parquet", "text")
 METADATA = "metadata"
 """Name (without ending) of the file that says all of a folder of recordings; others there are no rows."""
@@ -102,6 +90,8 @@ class Detected:
     row_format: RowFormat
     columns: Mapping[str, str]
     """What the recipe maps, and usual other names of columns."""
+    roles: Mapping[str, Sequence[str]]
+    """What the recipe maps: our roles, and their names in the rows."""
     unused: tuple[str, ...]
     """Columns and message keys of the first rows that are not used."""
 
@@ -124,7 +114,7 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
         if local_only and (hub.dataset_name(source) is not None or is_remote(source.path)):
             continue
         try:
-            of_source = [_detect(one, task, problems) for one in _inputs(source, number, split, key)]
+            of_source = [_detect(one, data, task, problems) for one in _inputs(source, number, split, key)]
         except DataError as error:
             problems += error.problems
             continue
@@ -133,6 +123,9 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
         if len(kinds) > 1:
             listing = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
             problems.append(Problem(f"mixed formats: {listing}", key, "Make a source of each."))
+    if data.columns and not problems and not any(data.columns.items() <= one.columns.items() for one in detected):
+        names = ", ".join(repr(theirs) for theirs in data.columns.values())
+        problems.append(Problem(f"no file has {names}", "data.columns", "Correct the names, or remove the key."))
     DataError.collect(problems)
     return detected
 
@@ -161,7 +154,7 @@ def _inputs(source: Source, number: int, split: str | None, key: str) -> list[In
     ]
 
 
-def _detect(one: Input, task: str, problems: list[Problem]) -> Detected | None:
+def _detect(one: Input, data: DataSection, task: str, problems: list[Problem]) -> Detected | None:
     """Detect a file's row format by its first good rows; add what is wrong to `problems`."""
     source = one.source
     rows: list[dict[str, object]] = []
@@ -182,13 +175,19 @@ def _detect(one: Input, task: str, problems: list[Problem]) -> Detected | None:
             what = f"none of the first rows can be read; {first_bad}"
             raise DataError(Problem(what, one.name), *([hint] if hint else []))
         forced = source.format if source.format in FORMATS else None
-        row_format = detect_format(rows, task, source.columns, forced, one.name, lambda: _suggest(one, rows, task))
+        columns = source.columns or shared_columns(data, rows)
+        row_format = detect_format(rows, task, columns, forced, one.name, lambda: _suggest(one, rows, task))
     except DataError as error:
         problems += error.problems
         return None
-    columns = map_columns(row_format, rows, task, source.columns)
+    columns = map_columns(row_format, rows, task, columns)
     unused = tuple(name for row in rows for name in unused_keys(row, row_format, columns))
-    return Detected(one, row_format, columns, unused)
+    return Detected(one, row_format, columns, dict[str, Sequence[str]](data.roles.items()), unused)
+
+
+def shared_columns(data: DataSection, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
+    """Return `data.columns` for a file that has one of them; another file is read by its own names."""
+    return data.columns if any(holds(row, theirs) for theirs in data.columns.values() for row in rows) else {}
 
 
 def _suggest(one: Input, rows: Sequence[Mapping[str, object]], task: str) -> str | None:
@@ -209,7 +208,7 @@ def encoding_hint(one: Input) -> Problem | None:
 def _find_remote(source: Source, key: str) -> list[RemoteFile]:
     """Return the files that an address names; of a folder, those that hold data."""
     files = find_objects(source.path)
-    known = [file for file in files if _ending(PurePosixPath(file.url)) in IN_FOLDERS]
+    known = [file for file in files if data_ending(PurePosixPath(file.url)) in IN_FOLDERS]
     return _check_count(files if len(files) == 1 else known or files, key, source.path)
 
 
@@ -254,7 +253,7 @@ def _files_in(folder: Path, key: str) -> list[Path]:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         fix = "Write it as Parquet (`dataset.to_parquet(...)`) and give that file."
         raise DataError.of("a data set written by save_to_disk, which is not read", f"{key}: {folder}", fix)
-    known = [path for path in names if _ending(path) in IN_FOLDERS]
+    known = [path for path in names if data_ending(path) in IN_FOLDERS]
     known = [path for path in known if path.name.split(".")[0] == METADATA] or known
     if not known:
         what = f"the folder holds no data file ({len(names)} others)" if names else "the folder is empty"
@@ -299,19 +298,14 @@ def _missing_hint(path: Path) -> str:
     return f"Looked in {parent}.{nearest(path.name, names)}"
 
 
-def _ending(path: PurePath) -> str:
-    """Return the ending that tells the kind of file, with what it is packed in taken off."""
-    return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
-
-
 def _container(path: PurePath, source: Source, key: str) -> str:
     """Tell how a file is read: as `format` says if that is a kind of file, else by its ending."""
-    ending = ENDINGS.get(_ending(path))
+    ending = DATA_ENDINGS.get(data_ending(path))
     if source.format in CONTAINERS and not (source.format == "text" and ending not in (None, "text")):
         return source.format
     if ending is None:
-        fix = f"Set `format:` to one of {', '.join(CONTAINERS)}; known endings are {', '.join(ENDINGS)}."
-        raise DataError.of(f"the ending {_ending(path)!r} does not say what it is", f"{key}: {path}", fix)
+        fix = f"Set `format:` to one of {', '.join(CONTAINERS)}; known endings are {', '.join(DATA_ENDINGS)}."
+        raise DataError.of(f"the ending {data_ending(path)!r} does not say what it is", f"{key}: {path}", fix)
     return ending
 
 
@@ -344,13 +338,15 @@ def hash_sources(data: DataSection, task: str) -> str:
 def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
     """Return the hash of all sources, and each of their files; raises as `hash_sources` does."""
     digest = hashlib.sha256()
+    if shared := {name: value for name in ("columns", "roles") if (value := getattr(data, name))}:
+        digest.update(json.dumps(shared, sort_keys=True).encode())
     problems: list[Problem] = []
     listed: list[SourceFile] = []
     for key, split, source in _sources(data):
         settings = source.model_dump(mode="json", exclude={"path"})
         digest.update(json.dumps([split, settings], sort_keys=True).encode())
         try:
-            for file in _hash_source(source, key, task):
+            for file in _hash_source(source, data, key, task):
                 digest.update(f"{file.name} {file.hash}\n".encode())
                 listed.append(file)
         except DataError as error:
@@ -361,7 +357,7 @@ def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
     return digest.hexdigest(), listed
 
 
-def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
+def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iterator[SourceFile]:
     name = hub.dataset_name(source)
     if name is not None:
         yield SourceFile(source.path, name, None, "commit", hub.resolve_commit(name, source.revision))
@@ -372,10 +368,8 @@ def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
     for path in () if is_remote(source.path) else find_files(source, key):
         yield SourceFile(source.path, path.name, path, "sha256", hash_file(path))
         if TASK_FACTS[task].takes_audio:
-            detected = _detect(
-                Input(source, 0, None, written_path(str(path)), path, _container(path, source, key)), task, []
-            )
-            if detected:
+            one = Input(source, 0, None, written_path(str(path)), path, _container(path, source, key))
+            if detected := _detect(one, data, task, []):
                 yield from _hash_recordings(detected, path)
 
 

@@ -35,8 +35,9 @@ def fraction(values: U64, salt: int) -> npt.NDArray[np.float64]:
 def assign_splits(index: Index, validation: float, test: float) -> tuple[npt.NDArray[np.int8], list[str]]:
     """Give every row its split.
 
-    A group's position in [0, 1) is a hash; test takes the positions below `test`, validation the next. A share that
-    would get nothing, which happens with few rows, gets the group with the lowest position instead.
+    A group's position in [0, 1) is a hash; test takes the positions below `test`, validation the next. Where test has
+    sources of its own, validation takes the highest. A share that would get nothing, which happens with few rows, gets
+    the next group instead.
 
     Args:
         index: The rows.
@@ -52,6 +53,8 @@ def assign_splits(index: Index, validation: float, test: float) -> tuple[npt.NDA
     split_N = index.split.copy()
     open_N = split_N < 0
     position_N = fraction(index.group[open_N], salt=1)
+    if (split_N == TEST).any():  # they may be what a share took before, the lowest: validation would lose all its rows
+        position_N = 1 - position_N
     positions = np.unique(position_N)
     requested = [(split, share) for split, share in ((TEST, test), (VALIDATION, validation)) if share > 0]
     if requested and len(positions) < len(requested) + 1:

@@ -57,6 +57,8 @@ class HashedRow(NamedTuple):
     group: int
     source: int
     split: int
+    filled: int = 0
+    """Keys that Arrow had filled in, and that were dropped."""
 
 
 class Spool(AbstractContextManager["Spool"]):

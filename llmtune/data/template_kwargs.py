@@ -1,15 +1,17 @@
-"""What a chat template reads of what it is given, held against `model.chat_template_kwargs`."""
+"""`model.chat_template_kwargs`: checked against what a chat template reads, and stored in it as defaults."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jinja2
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.recipe.secrets import REMOVED, hide
 
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 """What every template is given, whatever the recipe says."""
@@ -28,15 +30,45 @@ def template_variables(template: str) -> set[str]:
     return meta.find_undeclared_variables(parsed) - GIVEN
 
 
-def refuse_unread(kwargs: Mapping[str, object], template: str | Mapping[str, str]) -> None:
+def with_defaults(template: str, kwargs: Mapping[str, object]) -> str:
+    """Return the template with `kwargs` as the defaults of its variables.
+
+    Every program that reads the template renders as in training, without being sent anything. A value that a client
+    sends overrides the default.
+    """
+    head = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
+        for name, value in without_secrets(kwargs).items()
+    )
+    return template if template.startswith(head) else head + template
+
+
+def without_secrets(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Return what may be stored in a template: others read it once it is published."""
+    return {name: value for name, value in kwargs.items() if REMOVED not in str(hide(name, value))}
+
+
+def _literal(value: object) -> str:
+    """Write a value as Jinja has it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value if isinstance(value, str | int | float) else str(value), ensure_ascii=False)
+
+
+def refuse_unread(kwargs: Mapping[str, object], template: str | Mapping[str, str], taken: Collection[str] = ()) -> None:
     """Raise RecipeError for names that the template (one of them, where there are several) never reads.
 
-    A misspelt switch would do nothing, and nobody would know.
+    A misspelt switch would do nothing, and nobody would know. Names that are `taken` have a value already, so a default
+    would do nothing either.
     """
     if not kwargs:
         return
     texts = [template] if isinstance(template, str) else template.values()
-    read = sorted(set().union(*map(template_variables, texts)))
+    read = sorted(set().union(*map(template_variables, texts)) - {*taken})
     RecipeError.collect(
         Problem(
             f"the chat template never reads {name!r}",

@@ -58,6 +58,23 @@ def tokenize(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     return cast(list[list[int]], encode_texts(processor, texts)["input_ids"])
 
 
+def start_ids(processor: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that the tokenizer puts before every text; a text that is cut puts them before each piece."""
+    marked, plain = (encode_texts(processor, ["a"], special=special)["input_ids"][0] for special in (True, False))
+    before = range(len(marked) - len(plain) + 1)
+    return list(marked[: next((i for i in before if marked[i : i + len(plain)] == plain), 0)])
+
+
+def first_context(processor: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that a text's first token is predicted from.
+
+    A tokenizer that puts none before a text has the start token, or else the end token, as GPT-2 was trained; without
+    either there are none.
+    """
+    ends = [token for token in (processor.bos_token_id, processor.eos_token_id) if token is not None]
+    return start_ids(processor) or ends[:1]
+
+
 def tokenize_distinct(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
     """Return the ids of each text as `tokenize` does, and spend little on what the texts share."""
     distinct = list(dict.fromkeys(texts))

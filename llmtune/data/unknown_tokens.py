@@ -1,9 +1,12 @@
-"""Text that a tokenizer does not know, in what a model is to write: a model that learns `<unk>` writes it."""
+"""Text that a tokenizer does not know: a model that learns `<unk>` writes it, and without `<unk>` characters vanish."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +16,7 @@ from llmtune.records import Example
 UNKNOWN = "text that the tokenizer does not know (<unk>) in what is learned"
 """How the reason begins for a row with such a target."""
 SHOWN, LONGEST_SHOWN = 5, 24
+PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 
 def refused_token(processor: PreTrainedTokenizerBase, recipe: Recipe) -> int | None:
@@ -34,6 +38,23 @@ def find_unknown(examples: Sequence[Example], token: int, row: str, processor: P
     unknown = [word for word in words if token in processor(word, add_special_tokens=False)["input_ids"]]
     listed = ", ".join(repr(word[:LONGEST_SHOWN]) for word in unknown[:SHOWN]) or processor.unk_token
     return f"{UNKNOWN}: {listed}" + (" and others" if len(unknown) > SHOWN else "")
+
+
+def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the characters that make no token, each with the number of rows (given as JSON) that hold it.
+
+    Tokenizers without `<unk>` drop what they do not know, and some drop control characters whatever they know.
+    """
+    vanishes: dict[str, bool] = {}
+    counts: Counter[str] = Counter()
+    for text in texts:
+        spelled = "".join(_texts(json.loads(text))) if "\\" in text else text
+        letters = {*spelled} - PRINTABLE
+        for letter in letters - vanishes.keys():
+            with_it, without = processor([f"a{letter}b", "ab"], add_special_tokens=False)["input_ids"]
+            vanishes[letter] = list(with_it) == list(without) and unicodedata.category(letter) != "Mn"
+        counts.update(letter for letter in letters if vanishes[letter])
+    return dict(sorted(counts.items()))
 
 
 def _holds(example: Example, token: int) -> bool:

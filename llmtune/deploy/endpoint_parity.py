@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import openai
 import torch
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from llmtune.data.chat_messages import clean
 from llmtune.deploy.parity import Certificate
-from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, TunedModel, load_tuned
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
 from llmtune.recipe.user_files import read_text
@@ -35,6 +37,9 @@ MAX_LOGPROB_DIFFERENCE = 0.1
 TIE = 0.25
 """Logits this close are a tie, which rounding may decide either way."""
 TIMEOUT_SECONDS = 120
+"""For a whole answer, and for the silence before it."""
+MAX_ANSWER_BYTES = 8 * 2**20
+"""An answer has a few tokens; the longest list of models and the ids of the longest prompt take less than 2 MiB."""
 RETRIES = 4
 """How often an endpoint that is busy is asked again."""
 
@@ -48,9 +53,12 @@ class Reply:
     text: str
     prompt_ids: list[int] | None
     prompt_tokens: int | None
-    answer_ids: Sequence[int]
-    logprobs: Sequence[tuple[str, float]]
+    answer_ids: list[int]
+    logprobs: list[tuple[str, float]]
     """Text and log-probability of the chosen tokens."""
+
+
+_REPLY = TypeAdapter(Reply)
 
 
 def certify_run(
@@ -81,7 +89,7 @@ def certify_run(
             reference = TextReference(tuned)
         with spinner(console, f"asking {url}"):
             chat = tuned.task.is_conversational and bool(tuned.processor.chat_template)
-            replies = ask_all(client, name, tuned.questions, chat, _further_parameters(tuned, chat))
+            replies = ask_all(client, name, tuned.questions, chat, _further_parameters(chat))
     measured = _compare(reference, replies)
     breaches = find_endpoint_breaches(measured)
     limits = {"answer_agreement": MIN_AGREEMENT, "logprob_mean_difference": MAX_LOGPROB_DIFFERENCE, "same_ids": 1.0}
@@ -120,9 +128,45 @@ def connect(url: str, key: str | None, offline: bool) -> openai.OpenAI:
     if offline and not local:
         fix = "Omit --offline, or certify an endpoint on this machine."
         raise EnvironmentProblem.of(f"--offline forbids asking {parsed.hostname}", "--url", fix)
-    http_client = openai.DefaultHttpxClient(timeout=TIMEOUT_SECONDS, follow_redirects=False, trust_env=not local)
+    http_client = openai.DefaultHttpxClient(
+        timeout=TIMEOUT_SECONDS,
+        follow_redirects=False,
+        trust_env=not local,
+        headers={"Accept-Encoding": "identity"},
+        event_hooks={"response": [bound_answer]},
+    )
     base_url = f"{parsed.geturl().removesuffix('/v1')}/v1"
     return openai.OpenAI(base_url=base_url, api_key=key or "none", max_retries=RETRIES, http_client=http_client)
+
+
+class AnswerRefusedError(BaseException):
+    """An answer beyond the bounds; no Exception, because the client asks again after any of those."""
+
+
+def bound_answer(response: Any) -> None:
+    """Bound what is read of an answer; raises AnswerRefusedError for a packed one, which was not asked for."""
+    if (packed := response.headers.get("content-encoding", "identity")) != "identity":
+        raise AnswerRefusedError(f"its answer is packed ({packed}), which was not asked for")
+    stream, kind = response.stream, type(response.stream)
+    # The client has an httpx of its own, which reads no stream but one of its own kind.
+    methods = {
+        "__init__": lambda own: None,
+        "__iter__": lambda own: _bounded(stream),
+        "close": lambda own: stream.close(),
+    }
+    response.stream = type(kind.__name__, (kind,), methods)()
+
+
+def _bounded(stream: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of an answer, up to MAX_ANSWER_BYTES within TIMEOUT_SECONDS."""
+    size, end = 0, time.monotonic() + TIMEOUT_SECONDS
+    for part in stream:
+        size += len(part)
+        if size > MAX_ANSWER_BYTES:
+            raise AnswerRefusedError(f"its answer has more than {MAX_ANSWER_BYTES:,} bytes")
+        if time.monotonic() > end:
+            raise AnswerRefusedError(f"its answer did not end within {TIMEOUT_SECONDS:g} seconds")
+        yield part
 
 
 def _is_loopback(host: str) -> bool:
@@ -140,7 +184,7 @@ def choose_model(client: openai.OpenAI, requested: str | None, run_name: str) ->
     known: list[str] = []
     with _explained_errors(client):
         try:
-            known = [model.id for model in client.with_options(max_retries=0).models.list().data or ()]
+            known = [str(model.id) for model in client.with_options(max_retries=0).models.list().data or ()]
         except (openai.APIStatusError, AttributeError) as error:  # not every endpoint lists its models
             if requested is None and isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
                 raise
@@ -177,15 +221,11 @@ def ask_all(
     return replies
 
 
-def _further_parameters(tuned: TunedModel, chat: bool) -> list[Parameters]:
+def _further_parameters(chat: bool) -> list[Parameters]:
     """Return parameters that not every server knows, those that tell most first."""
     ids: Parameters = {"return_token_ids": True, "repetition_penalty": 1.0}
     logprobs: Parameters = {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
-    extras: list[Parameters] = [ids | logprobs, ids, logprobs, {}]
-    if kwargs := dict(tuned.recipe.model.chat_template_kwargs):  # our own server has them already, and refuses them
-        given: Parameters = {"chat_template_kwargs": kwargs}
-        extras = [{**extra, **more} for extra in extras for more in (given, {})]
-    return extras
+    return [ids | logprobs, ids, logprobs, {}]
 
 
 def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra: Parameters) -> Reply:
@@ -208,13 +248,16 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
         pairs = zip(listed.tokens or (), listed.token_logprobs or (), strict=True) if listed else ()
         logprobs = [(token, value) for token, value in pairs if value is not None]
     own, of_choice = completion.model_extra or {}, completion.choices[0].model_extra or {}
-    return Reply(
-        text=text,
-        prompt_ids=own.get("prompt_token_ids") or of_choice.get("prompt_token_ids"),
-        prompt_tokens=completion.usage.prompt_tokens if completion.usage else None,
-        answer_ids=of_choice.get("token_ids") or (),
-        logprobs=logprobs,
+    reply: Reply = _REPLY.validate_python(  # the client checks no types
+        {
+            "text": text,
+            "prompt_ids": own.get("prompt_token_ids") or of_choice.get("prompt_token_ids"),
+            "prompt_tokens": completion.usage.prompt_tokens if completion.usage else None,
+            "answer_ids": of_choice.get("token_ids") or [],
+            "logprobs": list(logprobs),
+        }
     )
+    return reply
 
 
 @contextmanager
@@ -224,7 +267,9 @@ def _explained_errors(client: openai.OpenAI) -> Iterator[None]:
         yield
     except openai.OpenAIError as error:
         raise _explain(error, str(client.base_url).rstrip("/")) from error
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+    except AnswerRefusedError as error:
+        raise EnvironmentProblem.of(str(error), str(client.base_url).rstrip("/"), "Check --url.") from None
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         what = "the endpoint's answer does not have the shape of OpenAI's"
         raise EnvironmentProblem.of(what, fix="Check --url.") from error
 
@@ -279,6 +324,8 @@ def _parts_at_tie(answer: Sequence[int], other: Sequence[int], logits_TV: torch.
     """Whether another answer parts from ours where two tokens were as good as equal."""
     for ours, theirs, logits_V in zip(answer, other, logits_TV, strict=False):
         if ours != theirs:
+            if not 0 <= theirs < len(logits_V):
+                return False
             return float(logits_V[ours] - logits_V[theirs]) <= TIE
         if ours in stops:
             return False

@@ -42,7 +42,8 @@ def check_convertible(config: PretrainedConfig) -> None:
 
     Raises EnvironmentProblem.
     """
-    _find_class(config)
+    with converter_errors():
+        TensorLayout(config).converter.set_gguf_parameters()
     EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in _find_misread(config))
 
 

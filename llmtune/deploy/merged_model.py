@@ -82,7 +82,12 @@ def merge_model(
             _save(_merge(tuned, base, target_dtype), tuned, folder, target_dtype)
         with spinner(console, "asking the merged model, read back from disk"):
             merged = _load_back(folder, tuned, device, target_dtype)
-            saved_section = tuned.recipe.model.model_copy(update={"chat_template": None, "add_tokens": ()})
+            unset: dict[str, object] = {
+                "chat_template": None,
+                "chat_template_kwargs": {},
+                "add_tokens": (),
+            }  # the folder has them
+            saved_section = tuned.recipe.model.model_copy(update=unset)
             parity = reference.parity(merged, load_processor(replace(model_ref, path=folder), saved_section), folder)
         weights = sorted(folder.glob("*.safetensors"))
         certificate = {
@@ -200,7 +205,9 @@ def _load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype)
 def _print_summary(certificate: Certificate, out: Path, console: Console) -> None:
     size = f"{certificate['weights_bytes'] / 1e6:,.0f} MB, {certificate['dtype']}"
     console.print(f"merged model: {out} ({size})", highlight=False)
-    console.print(f"parity with the adapter {describe_parity(certificate['measured'])}", highlight=False)
+    within = "good: within all limits of its certificate" if certificate["passed"] else "not good"
+    console.print(f"parity with the adapter is {within}", highlight=False)
+    console.print(f"  {describe_parity(certificate['measured'])}", highlight=False)
     if other := certificate["other"]:
         numbers = f": not measured, because {other.get('not_measured')}"
         if "kl_mean" in other:

@@ -17,16 +17,17 @@ from rich.console import Console
 from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.licenses import UNKNOWN, find_license
+from llmtune.model.model_files import read_json_object
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import redact, redact_all
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.metric_info import METRIC_NOTES
 from llmtune.report.number_format import missing
-from llmtune.report.redaction import hide_paths, is_local_path, redact
+from llmtune.report.redaction import hide_paths, is_local_path
 from llmtune.report.render_markdown import code, plain, render_section
 from llmtune.report.report_record import Seeds
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
-from llmtune.store.atomic_files import read_json
 
 MODEL_CLASSES = {
     "AutoModelForCausalLM": (r"CAUSAL_LM|ForCausalLM|LMHeadModel$", "text-generation"),
@@ -83,8 +84,7 @@ class Publication:
     @property
     def config(self) -> Document:
         """The content of adapter_config.json or config.json."""
-        config: Document = read_json(self.folder / ("adapter_config.json" if self.kind == "adapter" else "config.json"))
-        return config
+        return read_json_object(self.folder / ("adapter_config.json" if self.kind == "adapter" else "config.json"))
 
     @property
     def base(self) -> tuple[str | None, str, list[str]]:
@@ -114,7 +114,8 @@ def write_card(published: Publication, console: Console) -> ModelCard:
     license_name, license_from = _find_license(published)
     _print_unknown(published, license_name, console)
     name = redact(options.repo or recipe.name).rpartition("/")[2]
-    report = cast(Document, hide_paths(published.report))
+    recipe_values = redact_all(recipe.model_dump(mode="json"))
+    report = cast(Document, hide_paths({**published.report, "recipe": recipe_values}))
     scores = TypeAdapter(Evaluation).validate_python(hide_paths(asdict(published.evaluation)))
     auto_class = find_auto_class(published.config)
     metadata = _metadata(published, scores, _source_names(report), auto_class)
@@ -169,10 +170,10 @@ def _print_unknown(published: Publication, license_name: str, console: Console) 
 
 def find_auto_class(config: Document) -> str:
     """Return the Auto class of an adapter_config.json, or of a model's config.json."""
-    base_class = (config.get("auto_mapping") or {}).get("base_model_class")
-    name = next(
-        (str(one) for one in (config.get("task_type"), base_class, *config.get("architectures", ())) if one), ""
-    )
+    mapping, architectures = config.get("auto_mapping"), config.get("architectures")
+    base_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    named = architectures if isinstance(architectures, list) else []
+    name = next((str(one) for one in (config.get("task_type"), base_class, *named) if one), "")
     return next((known for known, (pattern, _) in MODEL_CLASSES.items() if re.search(pattern, name)), "AutoModel")
 
 

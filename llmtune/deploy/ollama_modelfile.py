@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import TemplateRefusal, read_template
+from llmtune.data.template_kwargs import without_secrets
 from llmtune.recipe.schema import Recipe
 from llmtune.store.atomic_files import write_text
 
@@ -43,6 +45,7 @@ def split_template(processor: PreTrainedTokenizerBase, recipe: Recipe, add_bos: 
     With `add_bos` the start token is left out, since programs that read the file write it by themselves.
     """
     template = read_template(processor, recipe)
+    template = replace(template, kwargs=without_secrets(template.kwargs))
     bos = cast(str, processor.bos_token) if add_bos else ""
 
     def render(messages: Messages) -> str:

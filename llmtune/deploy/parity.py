@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import torch
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, system_errno
 from llmtune.model.device import is_out_of_memory
 from llmtune.store.atomic_files import read_json, write_json
+from llmtune.store.json_shapes import read_record
 
 CERTIFICATE = "certificate.json"
 SAME_NUMBER = 0.1
@@ -139,6 +141,38 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
         difference = f"the largest logit difference is {parity.largest_logit_difference:.2g}"
         breaches.append(f"{difference}; the limit is {highest:.2g}")
     return breaches
+
+
+class Measured(TypedDict):
+    """The numbers of a parity check, as a certificate has them."""
+
+    positions: int
+    kl_mean: float | None
+    largest_logit_difference: float | None
+    top1_agreement: float
+    answer_agreement: float
+    same_ids: bool
+    effect_kl: NotRequired[float | None]
+
+
+class CertificateDocument(TypedDict, total=False):
+    """What other commands read of a certificate."""
+
+    passed: bool
+    breaches: list[str]
+    trained_sha256: str
+    base_sha256: str
+    file_sha256: str
+    files_sha256: dict[str, str]
+    number_format: str
+    reader: str
+    measured: Measured | None
+
+
+def read_certificate(folder: Path, name: str = CERTIFICATE) -> Certificate | None:
+    """Read the certificate of a product; None if there is none. Raises EnvironmentProblem for a damaged one."""
+    found: Certificate | None = read_record(folder / name, CertificateDocument, fix="Make the product again.")
+    return found
 
 
 def describe_parity(measured: Certificate) -> str:

@@ -17,14 +17,16 @@ from rich.markup import escape
 
 from llmtune.deploy.model_card import Document, Publication, PublishOptions, write_card
 from llmtune.deploy.ollama_modelfile import MODELFILE
-from llmtune.deploy.parity import CERTIFICATE, Certificate
+from llmtune.deploy.parity import CERTIFICATE, Certificate, read_certificate
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.model.licenses import LICENSES
 from llmtune.model.resolve import NO_ANSWER
+from llmtune.recipe.secrets import redact
 from llmtune.records import Evaluation
-from llmtune.report.redaction import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
-from llmtune.store.atomic_files import explained, hash_folder, hash_path, read_json, staged, write_json, write_text
+from llmtune.report.redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
+from llmtune.report.report_record import read_report
+from llmtune.store.atomic_files import explained, hash_folder, hash_path, staged, write_json, write_text
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, read_lock
@@ -147,7 +149,7 @@ def _is_publication(folder: Path) -> bool:
 
 def _read_scores(folder: RunFolder) -> tuple[Document, Evaluation]:
     """Return the report of a run, and its evaluation; raises RecipeError where there is none."""
-    report: Document | None = read_json(folder.path / "report.json")
+    report = read_report(folder.path)
     evaluation = load_evaluation(folder.path / "evaluation")
     if not report or not report.get("evaluation") or evaluation is None or not folder.is_done("evaluate"):
         what = "this run was not evaluated: a card without numbers helps nobody"
@@ -200,9 +202,9 @@ def find_model(
 def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
     """Return the certificate of the merged model where it is of these weights."""
     folder, again = str(run / "merged"), f"Merge again: llmtune deploy merge {run}"
-    certificate: Certificate | None = read_json(run / "merged" / CERTIFICATE)
+    certificate = read_certificate(run / "merged")
     if certificate is None and required:
-        breaches = (read_json(run / "merged.failed.json") or {}).get("breaches", ())
+        breaches = (read_certificate(run, "merged.failed.json") or {}).get("breaches", ())
         GateFailed.collect(Problem(f"the merge failed: {breach}", "merged", again) for breach in breaches)
         raise RecipeError.of("there is no merged model", folder, f"Run: llmtune deploy merge {run}")
     if certificate is None:
@@ -222,7 +224,7 @@ def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
 
 def _read_gguf(file: Path, report: Document, trained: str) -> Certificate:
     """Return the certificate beside a GGUF file."""
-    certificate: Certificate = read_json(file.parent / CERTIFICATE) or {}
+    certificate: Certificate = read_certificate(file.parent) or {}
     checks = {
         "a GGUF file without a certificate that passed is not published": certificate.get("passed"),
         "the file changed since it was certified": certificate.get("file_sha256") == hash_path(file),

@@ -12,13 +12,15 @@ from pathlib import Path
 from llmtune import __version__
 from llmtune.deploy.endpoint_parity import ENDPOINT_CERTIFICATE
 from llmtune.deploy.parity import CERTIFICATE
-from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
+from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
 from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
 from llmtune.evaluate.per_row_scores import pack_measures
 from llmtune.evaluate.release_file import VERSION, Release, open_release
+from llmtune.recipe.user_files import read_bytes
 from llmtune.records import Difference, Json
 from llmtune.report.redaction import hide_paths
+from llmtune.report.report_record import require_report
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
 from llmtune.store.run_lock import LOCK
 
@@ -66,6 +68,8 @@ def check_signature(path: Path, signers: Path | None) -> Signature | None:
         EnvironmentProblem: ssh-keygen is not installed.
     """
     found = {kind: file for kind in ENDINGS if (file := signature_file(path, kind)).exists()}
+    asked = [file for file in (signers, found.get("ssh")) if file is not None]
+    RecipeError.collect(problem for file in asked if (problem := _unreadable(file)))
     if signers is not None and "ssh" not in found:
         raise GateFailed.of("nobody signed this with an SSH key", str(path), "Sign it: llmtune release RUN --sign KEY")
     if "ssh" in found:
@@ -84,6 +88,15 @@ def check_signature(path: Path, signers: Path | None) -> Signature | None:
     if SIGSTORE in found:
         how = f"check with: sigstore verify identity --bundle {found[SIGSTORE]} --cert-identity WHO ... {path}"
         return Signature(SIGSTORE, found[SIGSTORE].name, how, checked=False)
+    return None
+
+
+def _unreadable(file: Path) -> Problem | None:
+    """Return why ssh-keygen cannot read a file: it waits for a pipe, and reads a device without end."""
+    try:
+        read_bytes(file)
+    except OSError as error:
+        return Problem(f"cannot be read: {error.strerror}", str(file), "Name a file that ssh-keygen reads.")
     return None
 
 
@@ -124,9 +137,7 @@ def make_release(run: Path, out: Path | None, signing: str | None = None) -> Pat
         EnvironmentProblem: its scores are damaged, or the file cannot be written.
     """
     opened = open_run_scores(run, run.name)
-    report: Json | None = read_json(run / "report.json")
-    if report is None:
-        raise RecipeError.of("this run has no report", str(run), f"Score it again: llmtune evaluate {run}")
+    report = require_report(run)
     evaluation, measures = opened.evaluation, replace(opened.measures, base={})
     content = Release(
         release_version=VERSION,

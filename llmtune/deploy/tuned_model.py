@@ -248,13 +248,13 @@ def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> lis
 
 
 def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-    """Return the prompts as a server renders them that knows the saved tokenizer alone.
+    """Return the prompts as a server renders them that knows the saved tokenizer alone, and is sent no switches.
 
     None where a client writes the prompt himself.
     """
     if not tuned.task.is_conversational or not tokenizer.chat_template:
         return None
-    options = {"add_generation_prompt": True, "tokenize": False, **tuned.recipe.model.chat_template_kwargs}
+    options = {"add_generation_prompt": True, "tokenize": False}
     return [
         cast(str, tokenizer.apply_chat_template(clean(row["messages"]), tools=row.get("tools"), **options))
         for row in tuned.questions

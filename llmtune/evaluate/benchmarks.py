@@ -21,7 +21,6 @@ from rich.progress import Progress
 
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite
-from llmtune.evaluate.inference import progress_bars
 from llmtune.evaluate.lm_eval import (
     RUN_ERRORS,
     Benchmark,
@@ -32,12 +31,14 @@ from llmtune.evaluate.lm_eval import (
     replaced,
 )
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, ratio
-from llmtune.evaluate.paired_statistics import Floats, Formula
+from llmtune.evaluate.paired_statistics import Floats, Formula, share_ends
+from llmtune.evaluate.range_ends import mean_share_ends
 from llmtune.evaluate.token_batches import of_first_process
 from llmtune.model.device import resolve_dtype
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Study
+from llmtune.report.render_terminal import counting_bars
 from llmtune.store.atomic_files import write_text
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class BenchmarkSuite(EvalSuite[dict[str, Score]]):
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Run all benchmarks on one model, and keep lm-eval's own results."""
         scores: dict[str, Score] = {}
-        with progress_bars(self.context.console) as bars:
+        with counting_bars(self.context.console) as bars:
             for benchmark in self.benchmarks:
                 results, truncated = run_benchmark(benchmark, name, model, self.context, bars)
                 scores |= read_scores(benchmark, results, truncated)
@@ -234,7 +235,8 @@ def measure_task(task: Task, metric: str, samples: Sequence[Mapping[str, object]
     elif kind == "perplexity":
         measure = Measure(metric, columns(np.array(numbers), np.ones(len(numbers))), exponent)
     else:
-        measure = replace(measure_means(metric, numbers, kind), right_wrong=set(numbers) <= {0.0, 1.0})
+        right = set(numbers) <= {0.0, 1.0}
+        measure = replace(measure_means(metric, numbers, kind), right_wrong=right, ends=share_ends if right else None)
     return replace(measure, at=tuple(int(str(one["doc_id"])) for one in samples))
 
 
@@ -258,12 +260,11 @@ def measure_group(group: Group, metric: str, parts: Sequence[Measure | None]) ->
     means = [one for one in parts if one is not None and one.formula is ratio]
     if len(kinds) != 1 or not means or len(means) < len(parts):
         return None
-    at = tuple(row for one in means for row in one.at)
+    at, right = tuple(row for one in means for row in one.at), all(one.right_wrong for one in means)
     if kinds[0].weight_by_size or len(means) == 1:
-        right = all(one.right_wrong for one in means)
         return Measure(metric, np.concatenate([one.sums_NK for one in means]), ratio, right, at=at)
     by_task = [np.pad(one.sums_NK, ((0, 0), (2 * g, 2 * (len(means) - g - 1)))) for g, one in enumerate(means)]
-    return Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at)
+    return Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at, ends=mean_share_ends if right else None)
 
 
 def mean_of_ratios(sums: Floats) -> Floats:

@@ -25,6 +25,7 @@ def evaluation_inputs(recipe: Recipe, trained: str, model: ModelRef, rows: Rows,
         recipe.generation.model_dump(mode="json"),
     ]
     settings.append(recipe.task_section() or {})
+    settings += [recipe.data.split_by] if recipe.data.split_by is not None else []
     settings.append([hash_file(path) for path in evaluation_files(recipe)])
     settings.append(hub_commits(recipe.evaluate.fairness.pairs if recipe.evaluate.fairness else ()))
     contents = [trained, model.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]

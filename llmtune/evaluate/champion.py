@@ -1,4 +1,4 @@
-"""`evaluate.champion`: the run that the tuned model is held against, row by row; without torch."""
+"""`evaluate.champion`: the run that the tuned model is compared with, row by row; without torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NotRequired
 
@@ -16,15 +15,16 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from typing_extensions import TypedDict
 
-from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.data.row_store import RECORD, iterate_ids, load_rows
+from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.evaluate.metric import compare
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
-    check_alike,
-    check_rows,
     find_other_keys,
+    find_other_measure,
     keep_asked,
     open_run_scores,
-    pair_metrics,
+    pair_measures,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
 from llmtune.evaluate.release_file import find_release, open_release, read_release
@@ -32,7 +32,7 @@ from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Champion, Evaluation, Examples, Json, Rows
 from llmtune.store.atomic_files import explained, hash_file, hash_value
-from llmtune.store.run_folder import RunFolder, recipe_of_run
+from llmtune.store.run_folder import MANIFEST, RunFolder, recipe_of_run
 
 LEDGER = "releases.jsonl"
 LOOKS = "evaluate.looks"
@@ -47,11 +47,13 @@ class Look(TypedDict):
     champion: str
     alpha: Annotated[float, Field(gt=0, le=ERROR)]
     run: NotRequired[str]
+    name: NotRequired[str]
+    """Name of the recipe."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What `releases.jsonl` beside the champion says of one set of test rows."""
+    """What `releases.jsonl` next to the champion says of one set of test rows, or of one that grows with the data."""
 
     path: Path
     tests: str
@@ -73,10 +75,10 @@ class Ledger:
         if alpha <= left + ROUNDING:
             return
         looked = len({(line["trained"], line["champion"]) for line in self.lines})
-        what = f"{looked} models were held against these test rows already, and their error is spent"
-        fix = "Give data.test new rows: the count begins anew with them."
+        what = f"{looked} models were already compared on these test rows; the 5 % false-positive budget is used up"
+        fix = "Set data.test to a file of new rows: the count begins anew with them."
         if left > ROUNDING:
-            fix = f"Set it to {int(ERROR / left) + 1} or more, for wider intervals; or give data.test new rows."
+            fix = f"Set it to {int(ERROR / left) + 1} or more, for wider intervals; or set data.test to new rows."
         raise RecipeError.of(what, f"{LOOKS}: {self.path}", fix)
 
 
@@ -105,7 +107,8 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
     except ValidationError:
         fix = "Put it back as the repository has it; of a merge, keep the lines of both sides."
         raise EnvironmentProblem.of("damaged: a line is not what llmtune wrote", str(path), fix) from None
-    own = tuple(line for line in lines if line["tests"] == tests)
+    grows = not isinstance(recipe.data.test, tuple)  # then each week's test rows are mostly those of the week before
+    own = tuple(line for line in lines if line["tests"] == tests or (grows and line.get("name") == recipe.name))
     return Ledger(path, tests, read_release(release)["trained"], own)
 
 
@@ -149,6 +152,11 @@ def count_look(recipe: Recipe, champion: ScoredRun, fingerprint: str, trained: s
 KEY = "evaluate.champion"
 NAME, OWN = "the champion", "this run"
 NOTHING = Evaluation({}, {}, {}, (), (), 0)
+NONE_ASKED = PerRowScores()
+ROWS_FIX = (
+    "Keep the test rows in a file, the same for both: write it with llmtune prepare RECIPE --write-test FILE, and set "
+    "data.test: FILE."
+)
 
 
 def open_champion(recipe: Recipe, run: Path | None = None) -> ScoredRun | None:
@@ -181,13 +189,13 @@ def _about_champion(error: LlmtuneError) -> LlmtuneError:
     return type(error)(*(replace(one, where=f"{KEY}: {one.where}") for one in error.problems))
 
 
-def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Examples) -> None:
-    """Refuse a champion with other test rows or settings of measurement, as far as it can be known before training.
+def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Examples, console: Console) -> None:
+    """Refuse a champion without common test rows or with other settings of measurement, as far as is known by then.
 
-    `recipe` is as `recipe.yaml` in the folder `run` has it.
+    Prints how many rows can be compared where they are not all. `recipe` is that of `recipe.yaml` in the folder `run`.
 
     Raises:
-        DataError: other test rows.
+        DataError: no test row of this run is one that the champion was not trained on.
         RecipeError: other settings, or more looks than `evaluate.looks`; and as `open_champion` does.
         EnvironmentProblem: looks cannot be counted.
     """
@@ -197,12 +205,49 @@ def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Example
     if champion is None:
         return
     numbers = sorted({int(row) for row in ExampleReader(examples, "test").rows})
-    own = ScoredRun(OWN, recipe, NOTHING, PerRowScores(rows=name_test_rows(rows, numbers)))
-    check_rows([champion, own])
-    shared = [metric for metric in champion.measures.tuned if metric in recipe.evaluate.metrics]
+    names = name_test_rows(rows, numbers)
+    shared, total = len({*names} & {*champion.measures.rows}), len(names)
+    further = len(list_unseen(champion, find_champion_run(recipe, run.path), names))
+    if not shared + further:
+        what = f"none of the {total} test rows can be compared: the champion was trained on them or did not answer them"
+        raise DataError.of(what, KEY, ROWS_FIX)
+    if shared < total:
+        asked = f"; its model answers {further} more that it was not trained on" if further else ""
+        text = f"champion: {shared} of {total} test rows are test rows of the champion too{asked}"
+        console.print(text, highlight=False, markup=False)
+    own = ScoredRun(OWN, recipe, NOTHING, PerRowScores(rows=names))
+    metrics = [metric for metric in champion.measures.tuned if metric in recipe.evaluate.metrics]
     fix = "Give both the same value, or score the champion again: llmtune evaluate RUN --set ..."
-    RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, shared))
+    RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, metrics))
     check_looks(recipe, champion, run.manifest["fingerprint"])
+
+
+def find_champion_run(recipe: Recipe, run: Path) -> Path | None:
+    """Return the run folder of the champion, where its model and its rows are; None where that is gone.
+
+    Of a release file it is the folder of its name next to `run`, if it holds the weights that were released.
+    """
+    path = find_release(Path(recipe.evaluate.champion or ""), recipe.name)
+    if path.is_file():
+        release = read_release(path)
+        path = run.absolute().parent / release["run"]
+        if os.path.realpath(path) == os.path.realpath(run) or hash_weights(path) != release["trained"]:
+            return None
+    return path if (path / MANIFEST).is_file() and (path / "data" / "rows" / RECORD).is_file() else None
+
+
+def list_unseen(champion: ScoredRun, folder: Path | None, names: Sequence[str]) -> list[int]:
+    """Return the places of those test rows that the champion neither answered nor had in training or validation.
+
+    `folder` is its run folder; without one they cannot be known.
+    """
+    if folder is None:
+        return []
+    known = load_rows(folder / "data" / "rows")
+    learned = {row for split in ("train", "validation") for row in iterate_ids(known, split)}
+    answered = {*champion.measures.rows}
+    new = [place for place, name in enumerate(names) if name not in answered]
+    return [place for place in new if names[place].rpartition("-")[0] not in learned]
 
 
 def note_look(run: RunFolder, console: Console) -> None:
@@ -216,23 +261,61 @@ def note_look(run: RunFolder, console: Console) -> None:
         run.note(look=look)
 
 
-def make_challenge(run: RunFolder) -> Callable[[Evaluation, PerRowScores], Champion] | None:
+AskChampion = Callable[[Path, Sequence[int]], PerRowScores]
+"""Lets the model of the run folder answer the test rows at these places, and measures the answers."""
+Challenge = Callable[[Evaluation, PerRowScores], Champion]
+
+
+def make_challenge(run: RunFolder, ask: AskChampion) -> Challenge | None:
     """Return what compares the scores of a run with those of the champion that its recipe names, if it names one."""
     recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
-    return partial(compare_with_champion, champion, recipe) if champion else None
+    if champion is None:
+        return None
+
+    def challenge(evaluation: Evaluation, measures: PerRowScores) -> Champion:
+        folder = find_champion_run(recipe, run.path)
+        places = list_unseen(champion, folder, measures.rows)
+        asked = ask(folder, places) if folder and places else NONE_ASKED
+        return compare_with_champion(champion, recipe, evaluation, measures, asked)
+
+    return challenge
 
 
 def compare_with_champion(
-    champion: ScoredRun, recipe: Recipe, evaluation: Evaluation, measures: PerRowScores
+    champion: ScoredRun,
+    recipe: Recipe,
+    evaluation: Evaluation,
+    measures: PerRowScores,
+    asked: PerRowScores = NONE_ASKED,
 ) -> Champion:
-    """Compare the tuned model with the champion, on what both were measured by.
+    """Compare the tuned model with the champion on the rows of both.
 
-    Raises DataError or RecipeError where they were not measured on the same rows in the same way.
+    `asked` is what the champion's model answered to further test rows of this run. A metric that is not measured in the
+    same way is left out.
+
+    Raises:
+        RecipeError: settings of measurement differ.
+        DataError: no row is common to both.
     """
+    champion = replace(champion, measures=champion.measures.with_rows(asked))
     own = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe))
-    check_alike([champion, own])
-    difference, left_out = pair_metrics(champion, own)
-    scores = {metric: champion.measures.tuned[metric].value for metric in difference}
-    folder = find_release(Path(recipe.evaluate.champion or ""), recipe.name)
-    return Champion(str(folder), scores, difference, left_out)
+    both = {*champion.measures.rows} & {*own.measures.rows}
+    if not both:
+        raise DataError.of("no test row is one of the champion's too", KEY, ROWS_FIX)
+    pairs, left_out = pair_measures(champion, own)
+    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
+    RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, pairs))
+    for metric in [*pairs]:
+        if (other := find_other_measure(champion, own, metric)) is not None:
+            left_out[metric] = other[0]
+            del pairs[metric]
+    return Champion(
+        folder=str(find_release(Path(recipe.evaluate.champion or ""), recipe.name)),
+        scores={metric: before.value for metric, (before, _) in pairs.items()},
+        difference={metric: compare(before, after, champion.recipe.seed) for metric, (before, after) in pairs.items()},
+        left_out=left_out,
+        tuned={metric: after.value for metric, (_, after) in pairs.items()},
+        rows=len(both),
+        asked=len(both & {*asked.rows}),
+    )

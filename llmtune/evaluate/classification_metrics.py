@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_right, ratio
-from llmtune.evaluate.paired_statistics import Floats, Ranking, Weighted
+from llmtune.evaluate.paired_statistics import Floats, Ranking, Weighted, share_ends
+from llmtune.evaluate.range_ends import class_ends, correlation_ends, found_ends, rank_ends
 
 Kind = Literal["single", "multi", "regression"]
 Reference = str | float | Sequence[str]
@@ -57,7 +58,8 @@ def measure_classes(
         )
         return measure_right(right.tolist(), metric, signature)
     if metric == "matthews":
-        return Measure(metric, class_sums(predicted_NK, true_NK), matthews_formula, signature="0 where it is undefined")
+        sums = class_sums(predicted_NK, true_NK)
+        return Measure(metric, sums, matthews_formula, signature="0 where it is undefined", ends=class_ends)
     return measure_f1(metric, predicted_NK, true_NK)
 
 
@@ -98,11 +100,13 @@ def measure_f1(metric: str, predicted_NK: NDArray[np.bool_], true_NK: NDArray[np
     sums = class_sums(predicted_NK, true_NK)
     if metric == "f1_micro":
         pooled = columns(*(part.sum(1) for part in split_sums(sums)))
-        return Measure(metric, pooled, f1_macro_formula, signature="F1 over all classes together")
+        signature = "F1 over all classes together"
+        return Measure(metric, pooled, f1_macro_formula, signature=signature, ends=found_ends)
     if metric == "f1_macro":
         signature = "mean F1 of the classes that are right or predicted at least once"
-        return Measure(metric, sums, f1_macro_formula, signature=signature)
-    return Measure(metric, sums, f1_weighted_formula, signature="mean F1 of the classes, weighted by their rows")
+        return Measure(metric, sums, f1_macro_formula, signature=signature, ends=class_ends)
+    signature = "mean F1 of the classes, weighted by their rows"
+    return Measure(metric, sums, f1_weighted_formula, signature=signature, ends=class_ends)
 
 
 def f1_by_class(sums: Floats) -> Floats:
@@ -189,7 +193,8 @@ def measure_auroc(scores_NK: Floats, true_NK: NDArray[np.bool_], *, binary: bool
     """
     signature = BINARY if binary else "mean over the labels, each against the rest"
     seen_NK = np.concatenate([scores_NK, true_NK], axis=1).astype(np.float64)
-    return Measure("auroc", seen_NK, None, signature=signature, ranking=second_area if binary else mean_area)
+    ranking = second_area if binary else mean_area
+    return Measure("auroc", seen_NK, None, signature=signature, ranking=ranking, ends=rank_ends)
 
 
 def second_area(seen_NK: Floats) -> Weighted:
@@ -238,7 +243,8 @@ def measure_correlation(metric: str, predicted_N: Floats, reference_N: Floats) -
     same as NaN.
     """
     signature = "0 where all predictions are the same"
-    return Measure(metric, columns(predicted_N, reference_N), None, signature=signature, ranking=RANKINGS[metric])
+    seen_N2, ranking = columns(predicted_N, reference_N), RANKINGS[metric]
+    return Measure(metric, seen_N2, None, signature=signature, ranking=ranking, ends=correlation_ends)
 
 
 def correlation(seen_N2: Floats) -> Weighted:
@@ -321,12 +327,12 @@ def measure_entities(metric: str, predicted_tags: Tags, reference_tags: Tags) ->
     if metric == "accuracy":
         right = [sum(tag == wanted for tag, wanted in zip(*row, strict=True)) for row in rows]
         sums_N2 = columns(np.array(right), np.array([len(reference) for _, reference in rows]))
-        return Measure(metric, sums_N2, ratio, signature="share of tokens with the right tag")
+        return Measure(metric, sums_N2, ratio, signature="share of tokens with the right tag", ends=share_ends)
     entities = [(set(entities_of(predicted)), set(entities_of(reference))) for predicted, reference in rows]
     counts = [(len(found & expected), len(found), len(expected)) for found, expected in entities]
     sums_N3 = np.array(counts, dtype=np.float64).reshape(-1, 3)
     signature = "entities of all types together, right where type, first and last token are; 0 where there are none"
-    return Measure(metric, sums_N3, ENTITY_FORMULAS[metric], signature=signature)
+    return Measure(metric, sums_N3, ENTITY_FORMULAS[metric], signature=signature, ends=found_ends)
 
 
 def precision_formula(sums: Floats) -> Floats:

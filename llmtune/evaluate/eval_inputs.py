@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,18 +10,19 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.examples import ExampleReader
-from llmtune.data.row_store import iterate_rows
+from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choices
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, write_answer
+from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools, write_answer
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Examples, Row, Rows
 
 SPLIT = "test"
+SCHEMAS_NOTE = "tool_call_valid.schemas"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class EvalInputs:
     """By column of `evaluate.slices`."""
     groups: dict[str, Parts]
     """By column of `evaluate.fairness.groups`."""
+    clusters: tuple[int, ...] = ()
+    """[N] equal for rows that belong together (`data.split_by`); empty where each row is alone."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def make_inputs(
     questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
     metrics = choose_metrics(recipe, has_tools=any(turns))
-    notes = start_notes(task, recipe)
+    notes = start_notes(task, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
     needs_texts = not generates or any(metric in PREDICTED for metric in metrics)
@@ -130,7 +133,15 @@ def make_inputs(
         notes=notes,
         slices=slices,
         groups=groups,
+        clusters=read_clusters(rows, split, kept),
     )
+
+
+def read_clusters(rows: Rows, split: str, kept: Set[int]) -> tuple[int, ...]:
+    """Return a number for each of the `kept` rows, the same for those with one `data.split_by` value."""
+    groups = [group for number, group in enumerate(iterate_groups(rows, split)) if number in kept]
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return tuple(numbers[group] for group in groups) if len(numbers) < len(groups) else ()
 
 
 def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:
@@ -140,6 +151,13 @@ def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:
     if task.needs_reference_model(recipe) and recipe.adapter.start_from is not None:
         notes["base"] = "the base model with the adapter of adapter.start_from: what training started from"
     return notes
+
+
+def schema_notes(metrics: Sequence[str], turns: Sequence[Sequence[ToolTurn]]) -> dict[str, str]:
+    """Return which tools `tool_call_valid` leaves out, if it is measured."""
+    wrong = uncheckable_tools(turn for of_row in turns for turn in of_row) if "tool_call_valid" in metrics else {}
+    listed = "; ".join(f"{name} ({why})" for name, why in wrong.items())
+    return {SCHEMAS_NOTE: f"not measured for tools without a valid JSON Schema: {listed}"} if wrong else {}
 
 
 def choose_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:

@@ -91,6 +91,10 @@ class EvaluatedTask(TaskInterface):
         """Return name and predictions of what stands for a base model whose head is new, from training references."""
         raise NotImplementedError
 
+    def as_prediction(self, reference: Any, recipe: Recipe) -> Any:
+        """Return the prediction that equals a reference, of a task whose rows have classes; None for any other."""
+        return None
+
     def class_table(self, found: EvalPrediction[Any], recipe: Recipe) -> dict[str, Any] | None:
         """Return what the report shows beside the scores (classes, confusion); None for a task without classes."""
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.records import Evaluation
+from llmtune.records import Evaluation, GateResult
 from llmtune.report.render_terminal import print_sections
-from llmtune.report.score_sections import score_sections
+from llmtune.report.report_record import Verdict
+from llmtune.report.score_sections import count_gates, score_sections
+from llmtune.report.verdict import INCONCLUSIVE
 from llmtune.store.atomic_files import explained, read_json, write_json
 
 EVALUATION = "evaluation.json"
-WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: "[yellow]can't tell[/]"}
+WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: f"[yellow]{INCONCLUSIVE}[/]"}
 """What a gate comes to."""
 SCORES = ("base", "tuned", "difference", "scores")
 """Keys of `evaluation.json` below which null is a score that is no number."""
@@ -61,3 +64,9 @@ def print_scores(evaluation: Evaluation, console: Console) -> None:
         note = f"; {gate.note}" if gate.note else ""
         told = f"wanted {gate.wanted}, got {gate.got}{note}"
         console.print(f"gate {word}  {escape(gate.name)}  [dim]({escape(told)})[/]")
+
+
+def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Console) -> None:
+    """Print the verdict, and how many gates passed or did not, on one line."""
+    counted = f" {count_gates(gates)}." if gates else ""
+    console.print(f"[bold]{verdict.word}[/]: {escape(verdict.reason)}{counted}", highlight=False)

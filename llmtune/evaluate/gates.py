@@ -1,4 +1,4 @@
-"""Gates: whether what the recipe wants of the scores holds, does not, or can't be told with these rows."""
+"""Gates: whether what the recipe wants of the scores holds, fails, or is inconclusive with these rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from llmtune.errors import GateFailed, GateUnsure, Problem
 from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.evaluate.paired_statistics import row_deviation, rows_needed, smallest_difference, widen
+from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
@@ -20,6 +20,7 @@ from llmtune.records import Champion, Difference, Evaluation, GateResult, Json
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Power
 from llmtune.report.score_sections import power_section
+from llmtune.report.verdict import INCONCLUSIVE
 from llmtune.store.atomic_files import plain
 from llmtune.store.run_folder import RunFolder
 
@@ -36,11 +37,10 @@ COUNTED: dict[WhenUnsure, bool | None] = {"fail": False, "pass": True, "report":
 def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateResult, ...]:
     """Check each gate of `evaluate.gates`; one whose metric was not measured does not pass.
 
-    `X > base` compares the scores. `X.low > base` sets the low end of the paired interval of the difference (95 %, with
-    `evaluate.looks` wider) in place of the difference itself: with nothing but `base` on the right, it must be above
-    zero. `champion` stands for the run that `evaluate.champion` names. A gate on an end of an interval fails if the
-    whole interval lies on the wrong side; if it lies on both, one can't tell, and `when_unsure` says what that counts
-    as.
+    `X > base` compares the scores. `X.low > base` compares the low end of the paired interval of the difference (95 %,
+    with `evaluate.looks` wider) with zero. `champion` is the run that `evaluate.champion` names; scores compared with
+    it are those on the rows of both. `decide` has the rule for the ends of an interval, and `when_unsure` says what an
+    inconclusive gate counts as.
 
     Raises RecipeError for a text that is not a gate.
     """
@@ -49,7 +49,7 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
 
 def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> GateResult:
     """Check one gate."""
-    tuned, (scores, differences) = evaluation.by_name("tuned"), opponent(gate, evaluation)
+    tuned, scores, differences = compared_scores(gate, evaluation)
     if gate.metric not in tuned or (gate.against and gate.metric not in scores):
         return GateResult(gate.text, gate.text, why_unmeasured(gate, evaluation), passed=False)
     if gate.part is None:
@@ -63,7 +63,9 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
     actual = wide.low if gate.part == "low" else wide.high
     passed, note = decide(gate.op, actual, wide, limit), ""
     if passed is None:
-        passed, note = COUNTED[section.when_unsure], f"can't tell: {explain_unsure(gate.op, change, limit, alpha)}"
+        passed, note = COUNTED[section.when_unsure], f"{INCONCLUSIVE}: {explain_unsure(gate.op, change, limit, alpha)}"
+    elif passed and is_worse(gate.op, wide):
+        note = f"worse, and shown to be within the margin: {number(wide.low)} to {number(wide.high)}"
     origin = " from the champion" if gate.against == "champion" else ""
     level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
     wanted = f"{gate.part} end of the difference{origin}{level} {gate.op} {number(limit)}"
@@ -71,13 +73,23 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
 
 
 def decide(op: Operator, actual: float, change: Difference, limit: float) -> bool | None:
-    """Whether a gate on one end of an interval holds; None where the interval shows neither it nor its contrary."""
+    """Whether a gate on one end of an interval holds; None if the rows show neither that it holds nor that it fails.
+
+    A gate fails if the whole interval is beyond the limit. A gate with a margin, which equal models pass, also fails if
+    the whole interval is on the worse side of zero: the tuned model is shown to be worse, and not shown to be within
+    the margin.
+    """
     if holds(op, actual, limit):
         return True
     if op == "==" or math.isnan(limit) or math.isnan(change.value):
         return False
-    contrary = change.high < limit if op in (">", ">=") else change.low > limit
-    return False if contrary else None
+    beyond = change.high < limit if op in (">", ">=") else change.low > limit
+    return False if beyond or (holds(op, 0.0, limit) and is_worse(op, change)) else None
+
+
+def is_worse(op: Operator, change: Difference) -> bool:
+    """Whether the whole interval is on the side of zero that a gate with this operator calls worse."""
+    return change.high < 0 if op in (">", ">=") else op in ("<", "<=") and change.low > 0
 
 
 def explain_unsure(op: Operator, change: Difference, limit: float, alpha: float) -> str:
@@ -90,8 +102,12 @@ def explain_unsure(op: Operator, change: Difference, limit: float, alpha: float)
     if needed <= change.n:  # enough in four of five cases, and this is the fifth, or something did change
         assumed, needed = change.value, rows_needed(row_deviation(change), abs(change.value - limit), alpha)
     case = "nothing changed" if assumed == 0 else f"the difference is {number(assumed)}"
-    few = f"{change.n} rows are too few"
-    return f"{few}; about {needed:,} would tell, with 80 % power, if {case}" if needed else few
+    few = f"{change.n} rows{name_groups(change.n, change)} are too few"
+    return (
+        f"{few}; about {needed:,}{name_groups(needed, change)} would tell, with 80 % power, if {case}"
+        if needed
+        else few
+    )
 
 
 def plan_rows(op: Operator, change: Difference, limit: float, alpha: float) -> tuple[float, int | None]:
@@ -113,12 +129,16 @@ def margin(gate: Gate, other: float) -> float:
     return threshold(gate, other) - other
 
 
-def opponent(gate: Gate, evaluation: Evaluation) -> tuple[Mapping[str, float], Mapping[str, Difference]]:
-    """Return the scores of the model that the gate compares with, and the tuned model's differences from them."""
+def compared_scores(
+    gate: Gate, evaluation: Evaluation
+) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, Difference]]:
+    """Return the scores of the tuned model and of the model that the gate names, on the same rows; the differences."""
     if gate.against != "champion":
-        return evaluation.by_name("base"), evaluation.differences()
+        return evaluation.by_name("tuned"), evaluation.by_name("base"), evaluation.differences()
     champion = evaluation.champion
-    return (champion.scores, champion.difference) if champion else ({}, {})
+    if champion is None:
+        return evaluation.by_name("tuned"), {}, {}
+    return {**evaluation.by_name("tuned"), **champion.tuned}, champion.scores, champion.difference
 
 
 def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
@@ -127,17 +147,19 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else "not measured"
 
 
-def require_gates(gates: Sequence[GateResult]) -> None:
-    """Raise GateFailed for those that did not pass; GateUnsure where there are only such that one can't tell of."""
-    failed = [gate for gate in gates if gate.passed is False]
-    GateFailed.collect(Problem(f"gate failed: wanted {outcome(gate)}", gate.name) for gate in failed)
+def require_gates(gates: Sequence[GateResult], report: Json) -> None:
+    """Raise GateFailed if any gate failed, else GateUnsure if any is inconclusive; the error has the run's report."""
     fix = "Give data.test more rows, or the gate a wider margin; evaluate.when_unsure says what this counts as."
-    unsure = [gate for gate in gates if gate.passed is None]
-    GateUnsure.collect(Problem(f"wanted {outcome(gate)}", gate.name, fix) for gate in unsure)
+    failed = [Problem(f"gate failed: wanted {outcome(gate)}", gate.name) for gate in gates if gate.passed is False]
+    unsure = [Problem(f"wanted {outcome(gate)}", gate.name, fix) for gate in gates if gate.passed is None]
+    if failed or unsure:
+        error = GateFailed(*failed) if failed else GateUnsure(*unsure)
+        error.report = report
+        raise error
 
 
 def outcome(gate: GateResult) -> str:
-    """Return what was wanted, what was got, and why one can't tell."""
+    """Return what was wanted, what was got, and the note."""
     return "; ".join(part for part in (f"{gate.wanted}, got {gate.got}", gate.note) if part)
 
 
@@ -167,7 +189,7 @@ def list_power(section: EvaluateSection, evaluation: Evaluation, rows: int | Non
     """
     found = []
     for gate in map(parse_gate, section.gates):
-        scores, differences = opponent(gate, evaluation)
+        _, scores, differences = compared_scores(gate, evaluation)
         change = differences.get(gate.metric)
         if gate.part and change and gate.metric in scores and has_spread(change):
             assumed, needed = plan_rows(gate.op, change, margin(gate, scores[gate.metric]), section.alpha)

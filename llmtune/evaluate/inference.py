@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate
-from llmtune.evaluate.metric import Measure, measure_means, measure_right
+from llmtune.evaluate.metric import Measure, measure_right, measure_shares
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.shared_prefix import most_likely, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
@@ -28,6 +27,7 @@ from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.task_facts import CUT_METRIC
 from llmtune.records import Advance, Collate
+from llmtune.report.render_terminal import counting_bars
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class TokenSums:
     correct: Floats
     tokens: Floats
     target_bytes: Floats
+    first_nats: Floats
+    """Of a row that was split into several examples, those of its first."""
+    first_tokens: Floats
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,9 @@ def score_tokens(
 
     supervised = np.asarray(reader.supervised, dtype=np.float64)
     target_bytes = np.asarray([reader[i].target_bytes for i in range(len(reader))], dtype=np.float64)
-    return TokenSums(*map(by_row, (nats, correct, supervised, target_bytes)))
+    first = np.unique(row_of, return_index=True)[1]
+    sums = by_row(nats), by_row(correct), by_row(supervised), by_row(target_bytes)
+    return TokenSums(*sums, nats[first], supervised[first])
 
 
 def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
@@ -193,7 +198,11 @@ def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, 
     assert inputs is not None
     metrics = dict.fromkeys((*inputs.metrics, CUT_METRIC))
     measures = {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
-    return {metric: one for metric, one in measures.items() if one is not None and len(one.sums_NK)}
+    return {
+        metric: one.in_clusters(inputs.clusters)
+        for metric, one in measures.items()
+        if one is not None and len(one.sums_NK)
+    }
 
 
 def measure_one(
@@ -201,7 +210,7 @@ def measure_one(
 ) -> Measure | None:
     """Turn answers into one metric; None where it means nothing here."""
     if metric == CUT_METRIC:
-        cut = measure_means(metric, [*answers.cut.values()], "share of answers that max_new_tokens ended")
+        cut = measure_shares(metric, [*answers.cut.values()], "share of answers that max_new_tokens ended")
         return replace(cut, at=tuple(answers.cut))
     if metric in TOOL_SCORES:
         return measure_tools(metric, answers.parts, inputs.turns)
@@ -261,15 +270,9 @@ def inference_on(model: torch.nn.Module, context: EvalContext) -> Iterator[Progr
     with (
         torch.no_grad() if trains else torch.inference_mode(),
         compute_context(dtype, context.device),
-        progress_bars(context.console) as bars,
+        counting_bars(context.console) as bars,
     ):
         yield bars
-
-
-def progress_bars(console: Console) -> Progress:
-    """Return the progress bars of one model."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def add_bar(bars: Progress, name: str, total: int) -> Callable[[int], None]:

@@ -14,12 +14,15 @@ import numpy as np
 
 from llmtune.evaluate.paired_statistics import (
     BOOTSTRAP,
+    Ends,
     Floats,
     Formula,
     Ranking,
     Weighted,
     difference,
     difference_weighted,
+    pair_ends,
+    share_ends,
     unknown,
 )
 from llmtune.records import Difference
@@ -38,6 +41,10 @@ class Measure:
     ranking: Ranking | None = None
     at: tuple[int, ...] = ()
     """[N] indexes of these rows into the evaluated rows."""
+    ends: Ends | None = None
+    """A row at either end of the metric's range; None where it has no bounds."""
+    clusters: tuple[int, ...] = ()
+    """[N] equal for rows that belong together, which are drawn and swapped together; empty where each is alone."""
 
     @property
     def value(self) -> float:
@@ -59,8 +66,16 @@ class Measure:
 
     def subset(self, rows: Collection[int]) -> Measure:
         """Return the metric of those rows alone whose index is in `rows`."""
-        kept = [n for n, row in enumerate(self.at) if row in rows]
-        return replace(self, sums_NK=self.sums_NK[kept], at=tuple(self.at[n] for n in kept))
+        return self.take([n for n, row in enumerate(self.at) if row in rows])
+
+    def take(self, numbers: Sequence[int]) -> Measure:
+        """Return the metric of its rows of these numbers, in that order."""
+        at, clusters = (tuple(part[n] for n in numbers) if part else () for part in (self.at, self.clusters))
+        return replace(self, sums_NK=self.sums_NK[list(numbers)], at=at, clusters=clusters)
+
+    def in_clusters(self, clusters: Sequence[int]) -> Measure:
+        """Return it with what belongs together, by index into the evaluated rows as in `at`."""
+        return replace(self, clusters=tuple(clusters[row] for row in self.at)) if clusters else self
 
 
 @dataclass(frozen=True)
@@ -97,15 +112,30 @@ class PairedMeasures:
 
 
 def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
-    """Return tuned minus base with its 95 % interval; both must hold the same rows in the same order."""
+    """Return tuned minus base with its 95 % interval; both must hold the same rows in the same order.
+
+    What belongs together is drawn together, as `tuned` has it, or `base` where that alone knows.
+    """
     assert base.metric == tuned.metric
     rows = len(base.sums_NK)
     assert rows == len(tuned.sums_NK)
+    ends, clusters = tuned.ends, tuned.clusters or base.clusters
+    if len(set(clusters)) == rows:
+        clusters = ()
     if tuned.formula is not None:
-        return difference(base.sums_NK, tuned.sums_NK, tuned.formula, right_wrong=tuned.right_wrong, seed=seed)
-    if rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
+        sums, right_wrong = (base.sums_NK, tuned.sums_NK), tuned.right_wrong
+        return difference(*sums, tuned.formula, right_wrong=right_wrong, seed=seed, ends=ends, clusters=clusters)
+    if ends is None and rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, BOOTSTRAP)
-    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed)
+    with_ends = None
+    if ends is not None and rows:
+        ends_22K = pair_ends(ends(np.concatenate([base.sums_NK, tuned.sums_NK])))
+        base_also, tuned_also = (
+            replace(one, sums_NK=np.concatenate([one.sums_NK, ends_22K[:, which]])).resampled
+            for which, one in enumerate((base, tuned))
+        )
+        with_ends = base_also, tuned_also
+    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed, with_ends=with_ends, clusters=clusters)
 
 
 def ratio(sums: Floats) -> Floats:
@@ -118,7 +148,12 @@ def measure_right(
     right: Sequence[bool], metric: str, signature: str = "texts equal once outer white space is stripped"
 ) -> Measure:
     """Build a right-or-wrong metric from one answer a row."""
-    return replace(measure_means(metric, [float(one) for one in right], signature), right_wrong=True)
+    return replace(measure_shares(metric, [float(one) for one in right], signature), right_wrong=True)
+
+
+def measure_shares(metric: str, values: Sequence[float], signature: str) -> Measure:
+    """Build a metric that is the mean of one number a row, from 0 to 1."""
+    return replace(measure_means(metric, values, signature), ends=share_ends)
 
 
 def measure_means(metric: str, values: Sequence[float], signature: str) -> Measure:

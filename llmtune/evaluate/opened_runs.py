@@ -148,19 +148,26 @@ def find_other_settings(first: ScoredRun, second: ScoredRun) -> Iterator[tuple[s
     shared = [metric for metric in before if metric in after]
     yield from ((what, "") for what in find_other_keys(first, second, shared))
     for metric in shared:
-        signatures = before[metric].signature, after[metric].signature
-        if signatures[0] != signatures[1]:
-            yield f"{metric} is '{signatures[1]}', and in {name} '{signatures[0]}'", ""
+        if (other := find_other_measure(first, second, metric)) is not None:
+            yield other
         elif set(first.row_names(metric)) != set(second.row_names(metric)):
             counts = f"{len(after[metric].at)} rows, and in {name} on {len(before[metric].at)}"
             yield (
                 f"{metric} was measured on {counts}, which are not the same ones",
                 " (evaluate.limit, evaluate.choices)",
             )
-        elif find_choices(first, metric) != find_choices(second, metric):
-            yield f"{metric} is among other choices than in {name}", " (evaluate.choices)"
     if not shared:
         yield f"no metric in common: {', '.join(after)}, and {name} has {', '.join(before)}", ""
+
+
+def find_other_measure(first: ScoredRun, second: ScoredRun, metric: str) -> tuple[str, str] | None:
+    """Return how a metric of both runs is not the same one, and the keys that decide it; None if it is the same."""
+    signatures = [run.measures.tuned[metric].signature for run in (first, second)]
+    if signatures[0] != signatures[1]:
+        return f"{metric} is '{signatures[1]}', and in {first.name} '{signatures[0]}'", ""
+    if find_choices(first, metric) != find_choices(second, metric):
+        return f"{metric} is among other choices than in {first.name}", " (evaluate.choices)"
+    return None
 
 
 def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str]) -> Iterator[str]:
@@ -189,26 +196,34 @@ def find_differing(first: ScoredRun, second: ScoredRun) -> dict[str, tuple[objec
 
 def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Difference], dict[str, str]]:
     """Return paired differences by metric, second minus first; and by metric why another could not be compared."""
-    difference: dict[str, Difference] = {}
+    pairs, left_out = pair_measures(first, second)
+    return {metric: compare(before, after, first.recipe.seed) for metric, (before, after) in pairs.items()}, left_out
+
+
+def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[Measure, Measure]], dict[str, str]]:
+    """Return each metric of both runs on the rows of both, in one order; and by metric why another is left out."""
+    pairs: dict[str, tuple[Measure, Measure]] = {}
     left_out = {}
     for metric in dict.fromkeys([*first.measures.tuned, *second.measures.tuned]):
         having = [run for run in (first, second) if metric in run.measures.tuned]
         if len(having) == 1:
             left_out[metric] = f"measured in {having[0].name} alone"
             continue
-        before, after = (join_rows(run, metric) for run in having)
-        if before.sums_NK.shape[1] != after.sums_NK.shape[1]:
+        shared = set(first.row_names(metric)) & set(second.row_names(metric))
+        before, after = (join_rows(run, metric, shared) for run in having)
+        if not shared:
+            left_out[metric] = "measured on no row of both"
+        elif before.sums_NK.shape[1] != after.sums_NK.shape[1]:
             left_out[metric] = "measured with other classes"
         elif before.formula is ratio and not np.array_equal(before.sums_NK[:, 1], after.sums_NK[:, 1]):
             left_out[metric] = "counted in other units by row, such as tokens of another tokenizer"
         else:
-            difference[metric] = compare(before, after, first.recipe.seed)
-    return difference, left_out
+            pairs[metric] = before, after
+    return pairs, left_out
 
 
-def join_rows(run: ScoredRun, metric: str) -> Measure:
-    """Return a metric with its rows in the order of what they are known by, the same for every run."""
-    names = run.row_names(metric)
-    order = sorted(range(len(names)), key=names.__getitem__)
-    measure = run.measures.tuned[metric]
-    return replace(measure, sums_NK=measure.sums_NK[order], at=tuple(range(len(order))))
+def join_rows(run: ScoredRun, metric: str, shared: Collection[str]) -> Measure:
+    """Return a metric on the rows of these names, in the order of the names, the same for every run."""
+    names, measure = run.row_names(metric), run.measures.tuned[metric]
+    order = sorted((at for at, name in enumerate(names) if name in shared), key=names.__getitem__)
+    return replace(measure.take(order), at=tuple(range(len(order))))

@@ -8,7 +8,7 @@ function of how often each row was drawn. Shapes: R resamples, N rows, K sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,8 @@ Weighted = Callable[[Floats], Floats]
 """Maps how often each row is drawn [R, N] to the metric's values [R]."""
 Ranking = Callable[[Floats], Weighted]
 """Makes that of the numbers of each row [N, K], for a metric that no sums are enough for."""
+Ends = Callable[[Floats], tuple[Floats, Floats]]
+"""Maps the rows of both models [M, K] to a row [K] at either end of the metric's range (`range_ends`)."""
 
 RESAMPLES = 5000
 CHUNK_CELLS = 200_000
@@ -35,11 +37,17 @@ ALL_SWAPS = 12
 POWER = 0.8
 """Share of repetitions in which a difference that is there is shown."""
 MOST_STEPS = 20
+BEYOND = 0.75
+"""How far an end of an interval moves, in rows: counts of lost rows are whole numbers, and quantiles fall between."""
+EQUAL = 1e-9
+"""Share of a difference below which rows are apart by rounding alone."""
 SWAPS, BOOTSTRAP, MCNEMAR = "paired permutation", "paired bootstrap", "McNemar mid-p"
 METHOD = (
-    f"95 %, paired bootstrap over rows, {RESAMPLES} resamples, expanded percentiles; resamples without a value are "
-    f"left out if they are no more than 1 in 100; p by {RESAMPLES} paired permutations (ranks: by the bootstrap); "
-    "right-or-wrong metrics with one pseudo-row of either disagreement, and p by McNemar's test, mid-p"
+    f"95 %, paired bootstrap over rows (with data.split_by over its groups), {RESAMPLES} resamples, expanded "
+    "percentiles; resamples without a value are left out if they are no more than 1 in 100; bounded metrics with one "
+    f"pseudo-row at either end of their range; p by {RESAMPLES} paired permutations, at least that of Johnson's t for "
+    "skewed differences (ranks: by the bootstrap); right-or-wrong metrics with p by McNemar's test, mid-p (groups: by "
+    "permutations)"
 )
 
 
@@ -51,43 +59,116 @@ def difference(
     right_wrong: bool,
     seed: int,
     resamples: int = RESAMPLES,
+    ends: Ends | None = None,
+    clusters: Sequence[int] = (),
 ) -> Difference:
     """Compare two models on the same rows.
 
     `base_NK` and `tuned_NK` hold each row's sums. The interval is the bootstrap percentile interval with the tails
     widened for small samples as in Hesterberg, "What Teachers Should Know About the Bootstrap", 2015.
-    Right-or-wrong metrics (`right_wrong`, sums [right, 1]) get one pseudo-row of either disagreement in the resampling,
-    after Bonett and Price, "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired
-    Data", 2012: without it the interval of ten rows that all got better would be a single point. Their p is McNemar's;
-    that of all others comes from swapping the answers of the two models, row by row.
-    With fewer than two rows, or more than one in a hundred resamples without a finite value, the interval is NaN and
+    Bounded metrics (`ends`) get two pseudo-rows in the resampling, in which the models lie as far apart as the metric
+    allows, either way. Right-or-wrong metrics (`right_wrong`, sums [right, 1]) get them after Bonett and Price,
+    "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data", 2012: without
+    them the interval of ten rows that all got better would be a single point. The ends of other bounded metrics also
+    move apart by a part of a row, so that a model that is worse by exactly the margin of a gate passes it in at most
+    4 of 100 runs, whatever the share of equal answers. The p of right-or-wrong metrics is McNemar's; that of all others
+    comes from swapping the answers of the two models, row by row, and is never below that of `skewed_p`.
+    Rows with equal numbers in `clusters` [N] belong together: they are added up, and these groups drawn and swapped.
+    With fewer than two of them, or more than one in a hundred resamples without a finite value, the interval is NaN and
     p is 1.
     """
-    rows = len(base_NK)
+    if len(clusters):
+        sums, ends = (add_up(base_NK, clusters), add_up(tuned_NK, clusters)), share_ends if right_wrong else ends
+        grouped = difference(*sums, formula, right_wrong=False, seed=seed, resamples=resamples, ends=ends)
+        return replace(grouped, n=len(base_NK), groups=grouped.n)
+    rows, ends = len(base_NK), share_ends if right_wrong else ends
     value = float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
     if rows < 2:
         return unknown(value, rows)
     paired_N2K = np.stack([base_NK, tuned_NK], axis=1)
-    if right_wrong:
-        paired_N2K = np.concatenate([paired_N2K, [[[0.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [0.0, 1.0]]]])
-    elif np.array_equal(base_NK, tuned_NK):
+    if ends is None and np.array_equal(base_NK, tuned_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, SWAPS)
-    found = interval(value, resample(paired_N2K, formula, seed, resamples), rows)
+    ends_22K = pair_ends(ends(np.concatenate([base_NK, tuned_NK]))) if ends else paired_N2K[:0]
+    found = interval(value, resample(np.concatenate([paired_N2K, ends_22K]), formula, seed, resamples), rows)
     if not np.isfinite(found.low):
         return found
     if right_wrong:
         return replace(found, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
-    return replace(found, p=permutation_p(base_NK, tuned_NK, formula, seed, resamples), test=SWAPS)
+    if ends is not None:
+        with_one, alone = (
+            formula(sums[:, 1]) - formula(sums[:, 0]) for sums in (paired_N2K.sum(0) + ends_22K, ends_22K)
+        )
+        found = move_apart(found, with_one, widest=float(np.abs(alone).max()))
+    swapped = permutation_p(base_NK, tuned_NK, formula, seed, resamples)
+    return replace(found, p=max(swapped, skewed_p(base_NK, tuned_NK, formula)), test=SWAPS)
 
 
-def difference_weighted(base: Weighted, tuned: Weighted, rows: int, *, seed: int) -> Difference:
-    """Compare two models on the same N rows as `difference` does, by a metric that no sums are enough for."""
+def difference_weighted(
+    base: Weighted,
+    tuned: Weighted,
+    rows: int,
+    *,
+    seed: int,
+    with_ends: tuple[Weighted, Weighted] | None = None,
+    clusters: Sequence[int] = (),
+) -> Difference:
+    """Compare two models on the same N rows as `difference` does, by a metric that no sums are enough for.
+
+    `with_ends` are the two of a bounded metric over two rows more, the pairs of `pair_ends`.
+    """
     once_1N = np.ones((1, rows))
     value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
-    if rows < 2:
-        return unknown(value, rows)
-    drawn = draw_counts(rows, seed, RESAMPLES)
-    return interval(value, np.concatenate([tuned(counts_RN) - base(counts_RN) for counts_RN in drawn]), rows)
+    unit_N = np.unique(clusters, return_inverse=True)[1] if len(clusters) else np.arange(rows)
+    units = len(np.unique(unit_N))
+    groups = units if len(clusters) else 0
+    if units < 2:
+        return replace(unknown(value, rows), groups=groups)
+    base, tuned = with_ends or (base, tuned)
+    size = rows / units
+
+    def values(counts_RU: Floats) -> Floats:
+        drawn_RN = counts_RU[:, unit_N]
+        if with_ends is not None:  # a pseudo-row stands for a group of average size
+            drawn_RN = np.concatenate([drawn_RN, counts_RU[:, units:] * size], axis=1)
+        return tuned(drawn_RN) - base(drawn_RN)
+
+    drawn = draw_counts(units + 2 * (with_ends is not None), seed, RESAMPLES)
+    found = interval(value, np.concatenate([values(counts_RU) for counts_RU in drawn]), units)
+    if with_ends is not None and np.isfinite(found.low):
+        found = move_apart(found, values(np.concatenate([np.ones((2, units)), np.eye(2)], axis=1)))
+    return replace(found, n=rows, groups=groups)
+
+
+def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
+    """Return the sums [G, K] of the rows that belong together."""
+    groups, group_N = np.unique(clusters, return_inverse=True)
+    sums_GK = np.zeros((len(groups), sums_NK.shape[1]))
+    np.add.at(sums_GK, group_N, sums_NK)
+    return sums_GK
+
+
+def share_ends(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """(right, counted): nothing right, and everything, in a row of average length."""
+    counted = float(sums_MK[:, 1].mean())
+    return np.array([0.0, counted]), np.array([counted, counted])
+
+
+def pair_ends(ends: tuple[Floats, Floats]) -> Floats:
+    """Return two pseudo-rows [2, (base, tuned), K]: the tuned model at the better end, then at the worse one."""
+    worst, best = ends
+    return np.array([[worst, best], [best, worst]])
+
+
+def move_apart(found: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
+    """Move the ends of an interval outwards by a part of what one more row could change.
+
+    `values_2` are the differences with one pseudo-row of either kind, `widest` the largest that is possible. This
+    corrects a discrete count for continuity: the bootstrap's quantile of a few lost rows is about a row too small.
+    """
+    changes = np.nan_to_num(values_2 - found.value)
+    down, up = float(min(changes.min(), 0)), float(max(changes.max(), 0))
+    low, high = found.low + BEYOND * down, found.high + BEYOND * up
+    return replace(found, low=max(low, min(-widest, found.low)), high=min(high, max(widest, found.high)))
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:
@@ -141,13 +222,21 @@ def two_sided_p(values_R: Floats) -> float:
 
 
 def row_deviation(change: Difference) -> float:
-    """Return the standard deviation of a row's paired difference, for a mean with an interval as wide as this one."""
+    """Return the standard deviation of a row's paired difference, for a mean with an interval as wide as this one.
+
+    Of rows in groups it is larger than that of one row alone: so much as to give the same interval to rows apart.
+    """
     import scipy.stats
 
+    if change.units < 2:
+        return math.nan
     half = (change.high - change.low) / 2
-    return (
-        half * math.sqrt(change.n) / float(scipy.stats.t.ppf(1 - ERROR / 2, change.n - 1)) if change.n > 1 else math.nan
-    )
+    return half * math.sqrt(change.n) / float(scipy.stats.t.ppf(1 - ERROR / 2, change.units - 1))
+
+
+def name_groups(rows: int, change: Difference) -> str:
+    """Return ` in 12 groups` for so many rows in groups of the size of those that were compared; else nothing."""
+    return f" in {math.ceil(rows * change.groups / change.n):,} groups" if change.groups else ""
 
 
 def widen(change: Difference, alpha: float) -> Difference:
@@ -157,9 +246,9 @@ def widen(change: Difference, alpha: float) -> Difference:
     """
     import scipy.stats
 
-    if alpha == ERROR or change.n < 2:
+    if alpha == ERROR or change.units < 2:
         return change
-    inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), change.n - 1)
+    inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), change.units - 1)
     low, high = (change.value + (end - change.value) * float(outer / inner) for end in (change.low, change.high))
     return replace(change, low=low, high=high)
 
@@ -214,6 +303,28 @@ def permutation_p(base_NK: Floats, tuned_NK: Floats, formula: Formula, seed: int
     as_large = int(np.sum(~(np.abs(values_R) < seen * (1 - 1e-9))))
     sampled = rows > ALL_SWAPS
     return (as_large + sampled) / (len(values_R) + sampled)
+
+
+def skewed_p(base_NK: Floats, tuned_NK: Floats, formula: Formula) -> float:
+    """Return the p-value of a t test that corrects for skewed differences; 0 where there is none.
+
+    Swaps assume that differences are as often above zero as below. Where they are skewed with a mean of zero, such as
+    many small gains and a few large losses, their p is too small. Each row's part is its jackknife value. Johnson,
+    "Modified t Tests and Confidence Intervals for Asymmetrical Populations", 1978.
+    """
+    import scipy.stats
+
+    rows = len(base_NK)
+    value = formula(tuned_NK.sum(0)) - formula(base_NK.sum(0))
+    without_N = formula(tuned_NK.sum(0) - tuned_NK) - formula(base_NK.sum(0) - base_NK)
+    part_N = (rows - 1) * (value - without_N)
+    deviation = float(part_N.std(ddof=1))
+    if not deviation > EQUAL * abs(value):
+        return 0.0
+    part_N = (part_N - part_N.mean()) / deviation
+    t, skewness = float(value) * math.sqrt(rows) / deviation, float((part_N**3).mean())
+    t += skewness * (1 + 2 * t**2) / (6 * math.sqrt(rows))
+    return 2 * float(scipy.stats.t.sf(abs(t), rows - 1))
 
 
 def mcnemar(only_base: int, only_tuned: int) -> float:

@@ -11,9 +11,9 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from llmtune.evaluate.classification_metrics import (
 )
 from llmtune.evaluate.metric import Measure, PairedMeasures, difference_of_ratios, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
+from llmtune.evaluate.range_ends import ENDS
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, error_rate, exponential_ratio, ter_formula
 from llmtune.records import Rows
 from llmtune.store.atomic_files import explained
@@ -63,6 +64,8 @@ class Description(TypedDict):
     formula: str
     right_wrong: bool
     signature: str
+    ends: NotRequired[str | None]
+    """Name of the rows at the ends of its range; earlier versions had none."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,22 @@ class PerRowScores(PairedMeasures):
 
     rows: tuple[str, ...] = ()
     """[P] what each test row is known by, wherever it stands: a hash of its content, and which of its equals it is."""
+    clusters: tuple[int, ...] = ()
+    """[P] equal for rows that belong together; empty where each row is alone."""
+
+    def with_rows(self, others: PerRowScores) -> PerRowScores:
+        """Return the tuned model's scores on the rows of both; a metric that `others` lacks keeps its own rows.
+
+        Groups are dropped: their numbers mean something else in each run, and a comparison has those of the other run.
+        """
+        tuned = dict(self.tuned)
+        for metric, more in others.tuned.items():
+            own = tuned.get(metric)
+            if own is not None and (own.signature, own.sums_NK.shape[1]) == (more.signature, more.sums_NK.shape[1]):
+                at = (*own.at, *(len(self.rows) + place for place in more.at))
+                sums_NK = np.concatenate([own.sums_NK, more.sums_NK])
+                tuned[metric] = replace(own, sums_NK=sums_NK, at=at, clusters=())
+        return PerRowScores({}, tuned, (*self.rows, *others.rows))
 
 
 def name_rows(ids: Sequence[str]) -> tuple[str, ...]:
@@ -98,6 +117,8 @@ def save_measures(folder: Path, scores: PerRowScores) -> None:
 def pack_measures(scores: PerRowScores) -> bytes:
     """Return what `measures.npz` holds."""
     arrays: dict[str, NDArray[np.generic]] = {"rows": np.asarray(scores.rows, dtype=np.str_)}
+    if scores.clusters:
+        arrays["clusters"] = np.asarray(scores.clusters, dtype=np.int64)
     described: dict[str, dict[str, Description]] = {"base": {}, "tuned": {}}
     for name, one_model in (("base", scores.base), ("tuned", scores.tuned)):
         for metric, measure in one_model.items():
@@ -113,7 +134,8 @@ def pack_measures(scores: PerRowScores) -> bytes:
 def describe(measure: Measure) -> Description:
     """Describe how a metric is computed from its sums: by the name of its formula, or its own for one of ranks."""
     formula = next((name for name, known in FORMULAS.items() if known is measure.formula), measure.metric)
-    return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature}
+    ends = next((name for name, known in ENDS.items() if known is measure.ends), None)
+    return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature, "ends": ends}
 
 
 def load_measures(folder: Path) -> PerRowScores:
@@ -139,6 +161,7 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
             record = json.loads(str(arrays["record"]))
             if record["version"] != VERSION:
                 raise EnvironmentProblem.of(f"written by another version of llmtune ({record['version']})", str(path))
+            clusters = tuple(arrays["clusters"].tolist()) if "clusters" in arrays else ()
             base, tuned = (
                 {
                     metric: rebuild(
@@ -146,12 +169,12 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
                         arrays[f"{name}/{metric}/sums"],
                         tuple(arrays[f"{name}/{metric}/at"].tolist()),
                         described,
-                    )
+                    ).in_clusters(clusters)
                     for metric, described in record[name].items()
                 }
                 for name in ("base", "tuned")
             )
-            return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()))
+            return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()), clusters)
     except UNREADABLE as error:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
@@ -161,4 +184,5 @@ def rebuild(metric: str, sums_NK: Floats, at: tuple[int, ...], described: Descri
     name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]
     ranking = RANKINGS.get(BINARY if signature == BINARY else name)
     formula = FORMULAS[name] if ranking is None else None
-    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at)
+    ends = ENDS.get(described.get("ends") or "")
+    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at, ends)

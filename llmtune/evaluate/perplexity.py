@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.collators import collate_padded
-from llmtune.data.tokenization import encode_texts
+from llmtune.data.tokenization import encode_texts, start_ids
 from llmtune.evaluate.eval_suite import OWN_FILES, read_sources, read_utf8
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
@@ -121,13 +121,6 @@ def make_passages(texts: Sequence[Text], processor: PreTrainedTokenizerBase, con
         text_of += [number] * len(text.paragraphs)
     tokens = np.bincount([one for window in paragraphs for one in window], minlength=len(sizes)).astype(np.float64)
     return Passages(tuple(windows), tuple(paragraphs), tokens, np.asarray(sizes, dtype=np.float64), tuple(text_of))
-
-
-def start_ids(processor: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the tokenizer puts before every text by itself."""
-    marked, plain = (encode_texts(processor, ["a"], special=special)["input_ids"][0] for special in (True, False))
-    before = range(len(marked) - len(plain) + 1)
-    return list(marked[: next((i for i in before if marked[i : i + len(plain)] == plain), 0)])
 
 
 def to_tokens(text: Text, processor: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

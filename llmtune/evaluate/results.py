@@ -6,10 +6,12 @@ Shapes: N rows.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalInputs
@@ -18,10 +20,46 @@ from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.records import Flips
 from llmtune.store.atomic_files import explained, plain, read_json, write_text
+from llmtune.store.json_shapes import find_misfit
 
 PREDICTIONS, BASE = "predictions.jsonl", "base.json"
 BY_ROW = ("texts", "scores", "predictions", "parts", "cut")
 """Fields of `Answers` by row, as `base.json` has them."""
+
+
+class SavedSums(TypedDict):
+    """`TokenSums` in base.json."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    nats: list[float | None]
+    correct: list[float | None]
+    tokens: list[float | None]
+    target_bytes: list[float | None]
+
+
+class SavedPart(TypedDict):
+    """A `ParsedAnswer` in base.json."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    text: str
+    reasoning: str | None
+    tool_calls: list[dict[str, object]]
+    complete: bool
+    error: str | None
+
+
+class SavedAnswers(TypedDict):
+    """What base.json holds; each row's part with its index."""
+
+    inputs: str
+    sums: SavedSums | None
+    texts: list[tuple[int, str]]
+    scores: list[tuple[int, list[float | None]]]
+    predictions: list[tuple[int, object]]
+    parts: list[tuple[int, list[SavedPart]]]
+    cut: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +115,9 @@ def save_base(folder: Path, answers: Answers, inputs: str) -> None:
 def load_base(folder: Path | None, inputs: str) -> BaseAnswers:
     """Read `base.json`; without answers where there are none, or none from these inputs."""
     saved = read_json(folder / BASE) if folder else None
-    if not isinstance(saved, dict) or saved.get("inputs") != inputs or not saved.keys() >= {*BY_ROW}:
+    if saved is None or find_misfit(saved, SavedAnswers) or saved["inputs"] != inputs:
+        return BaseAnswers(inputs)
+    if saved["sums"] and saved["sums"].keys() != {one.name for one in fields(TokenSums)}:
         return BaseAnswers(inputs)
     sums = saved["sums"] and TokenSums(**{name: np.asarray(values) for name, values in saved["sums"].items()})
     by_row = {name: dict(saved[name]) for name in BY_ROW}

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates, list_power
+from llmtune.evaluate.paired_statistics import widen
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Evaluation
-from llmtune.report.redaction import redact_all
+from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
+from llmtune.recipe.yaml_reader import read_text
+from llmtune.records import Evaluation, GateResult
 from llmtune.report.report_page import find_explanations
-from llmtune.report.report_record import Report, Seeds, collect_facts
+from llmtune.report.report_record import Report, Seeds, Verdict, collect_facts
 from llmtune.report.verdict import describe_spread, verdict
-from llmtune.store.atomic_files import read_json_lines
-from llmtune.store.run_folder import RunFolder
+from llmtune.store.run_folder import RunFolder, read_curve
 from llmtune.store.run_lock import hardware, package_versions
 from llmtune.store.seed_runs import is_done, seed_folder
 
@@ -24,26 +26,44 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
     """Put together everything that a run found out, without its secrets."""
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
-    curve = read_json_lines(folder.path / "metrics.jsonl")
+    settings = recipe.model_dump(mode="json")
+    curve = read_curve(folder.path)
+    began = max((step["started"] for step in folder.manifest["steps"].values()), default=None)
+    gates = check_gates(recipe.evaluate, evaluation) if evaluation else ()
     report = Report(
         llmtune=__version__,
         name=recipe.name,
         task=recipe.task,
-        verdict=verdict(evaluation, seeds, curve),
-        recipe=recipe.model_dump(mode="json"),
-        recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
+        verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve),
+        recipe=settings,
+        recipe_yaml=redact_yaml(read_text(folder.path / "recipe.yaml")),
         fingerprint=folder.manifest["fingerprint"],
         hardware={**hardware(), "device": device, "packages": package_versions()},
         steps=folder.timings(skipped),
         evaluation=evaluation,
         seeds=seeds,
-        gates=check_gates(recipe.evaluate, evaluation) if evaluation else (),
+        gates=gates,
         look=folder.findings.get("look") if recipe.evaluate.looks else None,
         power=list_power(recipe.evaluate, evaluation) if evaluation else (),
         explanations=find_explanations(folder.path),
-        **collect_facts(folder.manifest, curve),
+        **collect_facts(folder.done_facts(), began, curve),
     )
-    return redact_all(report)
+    return redact_all(report, [*secret_values(settings)])
+
+
+def judge_run(
+    evaluation: Evaluation | None,
+    gates: Sequence[GateResult],
+    alpha: float,
+    seeds: Seeds | None = None,
+    curve: Sequence[Mapping[str, object]] = (),
+) -> Verdict:
+    """Return the verdict on a run; differences from a champion have the intervals of the gates, with error `alpha`."""
+    champion = evaluation.champion if evaluation else None
+    if evaluation is not None and champion is not None:
+        wide = {metric: widen(change, alpha) for metric, change in champion.difference.items()}
+        evaluation = replace(evaluation, champion=replace(champion, difference=wide))
+    return verdict(evaluation, seeds, curve, gates, alpha)
 
 
 def collect_seeds(run: Path, recipe: Recipe, own: Evaluation | None) -> Seeds | None:

@@ -12,10 +12,9 @@ from typing import Literal
 from llmtune.data.file_readers import RawRow, read_file
 from llmtune.data.hub_datasets import HUB, read_hub, resolve_commit
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.sources import ENDINGS, PACKED
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_suite import OWN_FILES, read_sources, read_utf8
-from llmtune.recipe.data_section import Source
+from llmtune.recipe.data_section import DATA_ENDINGS, PACKED, Source
 from llmtune.recipe.eval_suites_section import OWN
 
 BLANK = "BLANK"
@@ -91,9 +90,9 @@ def raw_rows(source: str) -> Iterator[RawRow]:
     name = path.name.lower()
     for ending in PACKED:
         name = name.removesuffix(ending)
-    container = ENDINGS.get(Path(name).suffix, "text")
+    container = DATA_ENDINGS.get(Path(name).suffix, "text")
     if container == "text":
-        fix = f"Endings: {', '.join(ending for ending, kind in ENDINGS.items() if kind != 'text')}."
+        fix = f"Endings: {', '.join(ending for ending, kind in DATA_ENDINGS.items() if kind != 'text')}."
         raise DataError.of("the file's ending does not say what it holds", source, fix)
     yield from read_json_lists(path) if container == "json" else read_file(path, path.name, container)
 

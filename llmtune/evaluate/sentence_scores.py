@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from llmtune.data.collators import require_offsets
+from llmtune.data.tokenization import first_context
 from llmtune.errors import DataError, EnvironmentProblem, Problem
 from llmtune.evaluate.eval_suite import MOST_SHOWN
 from llmtune.evaluate.sentence_pairs import Layout, Pair, word_at_blank
@@ -115,18 +116,15 @@ def reduce_logs(logs: Sequence[float], layout: Layout) -> float:
 # Decoders
 
 
-def start_token(processor: PreTrainedTokenizerBase) -> int:
-    """Return the token that a sentence is begun with, so that its first word is predicted too."""
-    for token in (processor.bos_token_id, processor.eos_token_id):
-        if token is not None:
-            return int(token)
-    what = "the tokenizer has neither a start token nor an end token, so no sentence's first word can be predicted"
-    raise EnvironmentProblem.of(what, str(processor.name_or_path), "Set evaluate.fairness.pairs to [].")
-
-
 def join_pair(pair: Pair, processor: PreTrainedTokenizerBase) -> Tree | str:
-    """Join the options to one tree behind a start token; the context of StereoSet's second form is not scored."""
-    start = start_token(processor)
+    """Join the options to one tree after a start token; the context of StereoSet's second form is not scored.
+
+    Raises EnvironmentProblem for a tokenizer with no token to predict a first word from.
+    """
+    start = first_context(processor)
+    if not start:
+        what = "the tokenizer has neither a start token nor an end token, so no sentence's first word can be predicted"
+        raise EnvironmentProblem.of(what, str(processor.name_or_path), "Set evaluate.fairness.pairs to [].")
 
     def ids(text: str) -> list[int]:
         return [int(token) for token in processor(text, add_special_tokens=False)["input_ids"]]
@@ -136,8 +134,8 @@ def join_pair(pair: Pair, processor: PreTrainedTokenizerBase) -> Tree | str:
     for option in pair.options:
         text = ids(f"{pair.context} {option}" if context else option)
         shared = next((i for i, (a, b) in enumerate(zip(text, context, strict=False)) if a != b), len(context))
-        texts.append([start, *text])
-        starts.append(1 + min(shared, len(text)))
+        texts.append([*start, *text])
+        starts.append(len(start) + min(shared, len(text)))
         if starts[-1] >= len(texts[-1]):
             return f"the tokenizer makes nothing of {option!r:.60}"
     if len({tuple(text) for text in texts}) < len(texts):

@@ -18,7 +18,7 @@ from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import Bar, EvalSuite
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, ratio
-from llmtune.evaluate.paired_statistics import Floats
+from llmtune.evaluate.paired_statistics import Floats, share_ends
 from llmtune.evaluate.sentence_pairs import Pair, hub_commits, read_pairs
 from llmtune.evaluate.sentence_scores import (
     DECODER,
@@ -201,7 +201,7 @@ def measure_stereotypes(scores: Sequence[Scores], signature: str) -> tuple[Measu
     sums = columns(values, np.ones(len(values)))
     away = f"distance of fairness.stereotype from {NEUTRAL}; of few pairs it is above 0 by chance alone"
     share = Measure("stereotype", sums, ratio, right_wrong=True, signature=signature)
-    return share, Measure("stereotype_distance", sums, distance, signature=away)
+    return share, Measure("stereotype_distance", sums, distance, signature=away, ends=share_ends)
 
 
 def context_score(sums: Floats) -> Floats:

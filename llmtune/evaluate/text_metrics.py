@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmtune.evaluate.metric import Measure, columns, measure_means, measure_right, ratio
-from llmtune.evaluate.paired_statistics import Floats, Formula
+from llmtune.evaluate.metric import Measure, columns, measure_right, measure_shares, ratio
+from llmtune.evaluate.paired_statistics import Ends, Floats, Formula, share_ends
+from llmtune.evaluate.range_ends import bleu_ends, chrf_ends, error_ends
 from llmtune.recipe.user_files import read_text
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def measure_tokens(metric: str, nats: Floats, correct: Floats, tokens: Floats, t
         signature = "bits of the supervised tokens by UTF-8 bytes of their text, end-of-turn left out of the bytes"
         return Measure(metric, columns(nats / math.log(2), target_bytes), ratio, signature=signature)
     assert metric == "accuracy"
-    return Measure(metric, columns(correct, tokens), ratio, signature="share of supervised tokens predicted first")
+    signature = "share of supervised tokens predicted first"
+    return Measure(metric, columns(correct, tokens), ratio, signature=signature, ends=share_ends)
 
 
 def measure_same(texts: Sequence[str], references: Sequence[str]) -> Measure:
@@ -71,7 +73,7 @@ def measure_rouge(texts: Sequence[str], references: Sequence[str], *, metric: st
 
     scorer = RougeScorer([metric], use_stemmer=False)
     scores = [scorer.score(reference, text)[metric].fmeasure for text, reference in zip(texts, references, strict=True)]
-    return measure_means(
+    return measure_shares(
         metric, scores, "rouge-score F1, no stemmer" + (", sentences by line" if metric == "rougeLsum" else "")
     )
 
@@ -85,7 +87,7 @@ def measure_bleu(texts: Sequence[str], references: Sequence[str], tokenize: str 
 
     # `force` silences a remark on texts that end in " ."; it has no effect on the score.
     scorer = BLEU(tokenize=tokenize, force=True)
-    return measure_corpus("bleu", "BLEU", scorer, 2 + 2 * BLEU_ORDER, bleu_formula, texts, references)
+    return measure_corpus("bleu", "BLEU", scorer, 2 + 2 * BLEU_ORDER, bleu_formula, bleu_ends, texts, references)
 
 
 def bleu_formula(sums: Floats) -> Floats:
@@ -109,7 +111,7 @@ def measure_chrf(texts: Sequence[str], references: Sequence[str]) -> Measure:
     from sacrebleu.metrics.chrf import CHRF
 
     scorer = CHRF()
-    return measure_corpus("chrf", "chrF2", scorer, 3 * scorer.order, chrf_formula, texts, references)
+    return measure_corpus("chrf", "chrF2", scorer, 3 * scorer.order, chrf_formula, chrf_ends, texts, references)
 
 
 def chrf_formula(sums: Floats) -> Floats:
@@ -131,7 +133,7 @@ def measure_ter(texts: Sequence[str], references: Sequence[str]) -> Measure:
     """Build corpus TER, edits by 100 reference words: lower is better, and it may pass 100."""
     from sacrebleu.metrics.ter import TER
 
-    return measure_corpus("ter", "TER", TER(), 2, ter_formula, texts, references)
+    return measure_corpus("ter", "TER", TER(), 2, ter_formula, error_ends, texts, references)
 
 
 def ter_formula(sums: Floats) -> Floats:
@@ -149,6 +151,7 @@ def measure_corpus(
     scorer: Metric,
     sums: int,
     formula: Formula,
+    ends: Ends,
     texts: Sequence[str],
     references: Sequence[str],
 ) -> Measure:
@@ -157,7 +160,8 @@ def measure_corpus(
         return Measure(metric, np.empty((0, sums)), formula)
     # They have no public name; tests hold their formulas against `corpus_score`.
     sums_NK = np.asarray(scorer._extract_corpus_statistics(list(texts), [list(references)]), dtype=np.float64)
-    return Measure(metric, sums_NK, formula, signature=f"corpus {title}, sacrebleu {scorer.get_signature()}")
+    signature = f"corpus {title}, sacrebleu {scorer.get_signature()}"
+    return Measure(metric, sums_NK, formula, signature=signature, ends=ends)
 
 
 def measure_length_ratio(texts: Sequence[str], references: Sequence[str]) -> Measure:
@@ -194,7 +198,7 @@ def measure_squad(metric: str, texts: Sequence[str], answers: Sequence[Sequence[
     if metric == "exact_match":
         return measure_right([value == 1 for value in values], metric, signature)
     assert metric == "f1"
-    return measure_means(metric, values, signature)
+    return measure_shares(metric, values, signature)
 
 
 def bare(text: str) -> str:
@@ -253,7 +257,7 @@ def measure_error_rate(
         f"errors by reference {unit}, normaliser {describe(normaliser, language, spellings)}, jiwer {version('jiwer')};"
         " what is written where the reference is empty counts as errors"
     )
-    return Measure(metric, sums_N2, error_rate, signature=signature)
+    return Measure(metric, sums_N2, error_rate, signature=signature, ends=error_ends)
 
 
 measure_wer = partial(measure_error_rate, "wer")

@@ -6,20 +6,23 @@ A row brings every answer that was asked of it, its own last; its sums add up ov
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import numpy as np
 from referencing import Registry
 from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.chat_rows import Tool, ToolCall
 from llmtune.evaluate.metric import Measure, columns, ratio
+from llmtune.evaluate.paired_statistics import share_ends
 from llmtune.records import Row
 
 
@@ -57,19 +60,66 @@ def read_call(call: ToolCall) -> tuple[str, dict[str, object]]:
 def is_valid_call(call: ToolCall, tools: Sequence[Tool]) -> bool:
     """Whether a call names one of the tools, with arguments that its JSON Schema takes.
 
-    A schema that is none itself, or that refers to another document, refuses nothing.
+    Arguments cannot be shown to be valid by a schema that is not valid itself, or that refers to another document.
     """
     name, arguments = read_call(call)
-    declared = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-    if name not in declared:
+    schemas = schemas_of(tools)
+    if name not in schemas or schema_problem(schemas[name]) is not None:
         return False
-    schema: Any = declared[name] or {}
-    validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
-        validator.check_schema(schema)
-        return bool(validator(schema, registry=Registry()).is_valid(arguments))
-    except (jsonschema.SchemaError, Unresolvable):
-        return True
+        return bool(_validator(schemas[name]).is_valid(arguments))
+    except (re.error, RecursionError):  # a pattern that is none; a schema that refers to itself alone
+        return False
+
+
+def schemas_of(tools: Sequence[Tool]) -> dict[str, Any]:
+    """Return the JSON Schema of each tool's arguments by the tool's name."""
+    return {str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in tools}
+
+
+def schema_problem(schema: Any) -> str | None:
+    """Return why a JSON Schema cannot be used to check arguments; None where it can."""
+    return _problem_of(json.dumps(schema))
+
+
+@cache
+def _problem_of(text: str) -> str | None:
+    schema: Any = json.loads(text)
+    if not isinstance(schema, dict | bool):
+        return "it is no object"
+    try:
+        _validator(schema).check_schema(schema)
+        resolver = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
+        for reference in _references(schema):
+            resolver.lookup(reference)
+    except jsonschema.SchemaError as error:
+        return str(error.message)
+    except Unresolvable as error:
+        return f"{error.ref!r} cannot be resolved"
+    return None
+
+
+def _validator(schema: Any) -> Any:
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    return kind(schema, registry=Registry())
+
+
+def _references(schema: object) -> Iterator[str]:
+    """Yield the references in a schema."""
+    if isinstance(schema, dict) and isinstance(schema.get("$ref"), str):
+        yield schema["$ref"]
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _references(part)
+
+
+def uncheckable_tools(turns: Iterable[ToolTurn]) -> dict[str, str]:
+    """Return the tools whose calls cannot be checked, each with what is wrong with its schema."""
+    wrong: dict[str, str] = {}
+    for turn in turns:
+        for name, schema in schemas_of(turn.tools).items():
+            if name not in wrong and (problem := schema_problem(schema)) is not None:
+                wrong[name] = problem
+    return wrong
 
 
 def is_same_value(one: object, other: object) -> bool:
@@ -90,9 +140,11 @@ def is_same_call(one: ToolCall, other: ToolCall) -> bool:
     )
 
 
-def score_valid(answer: ParsedAnswer, turn: ToolTurn) -> float:
-    """1 for at least one call, all of them to be read and valid."""
-    calls = answer.tool_calls
+def score_valid(answer: ParsedAnswer, turn: ToolTurn) -> float | None:
+    """1 for at least one call, all of them to be read and valid; None where the tool to call has no valid schema."""
+    calls, schemas = answer.tool_calls, schemas_of(turn.tools)
+    if any(schema_problem(schemas.get(read_call(call)[0], {})) is not None for call in turn.calls):
+        return None
     return float(not answer.error and bool(calls) and all(is_valid_call(call, turn.tools) for call in calls))
 
 
@@ -140,7 +192,7 @@ def score_silence(answer: ParsedAnswer, turn: ToolTurn) -> float:
     return float(not answer.tool_calls and not answer.error)
 
 
-Score = Callable[[ParsedAnswer, ToolTurn], float]
+Score = Callable[[ParsedAnswer, ToolTurn], float | None]
 CALLING = "answers of rows with tools whose reference calls one, each asked behind the recorded turns before it"
 TOOL_SCORES: Mapping[str, tuple[Score, bool, str]] = {
     "tool_call_valid": (score_valid, True, f"share with calls, all of them valid by JSON Schema; {CALLING}"),
@@ -160,9 +212,11 @@ def measure_tools(
     sums: dict[int, tuple[float, int]] = {}
     for row, asked in turns.items():
         pairs = zip(answers.get(row, ()), asked, strict=row in answers)
-        scores = [score(answer, turn) for answer, turn in pairs if bool(turn.calls) == calling]
+        asked_for = [score(answer, turn) for answer, turn in pairs if bool(turn.calls) == calling]
+        scores = [value for value in asked_for if value is not None]
         if scores:
             sums[row] = (sum(scores), len(scores))
     right, asked_N = np.asarray([*sums.values()], dtype=np.float64).reshape(-1, 2).T
     alone = metric != "tool_arguments_f1" and bool((asked_N == 1).all())
-    return Measure(metric, columns(right, asked_N), ratio, right_wrong=alone, signature=signature, at=tuple(sums))
+    sums_N2, at = columns(right, asked_N), tuple(sums)
+    return Measure(metric, sums_N2, ratio, right_wrong=alone, signature=signature, at=at, ends=share_ends)

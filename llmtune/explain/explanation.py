@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from llmtune.report.blocks import Html, Page
 from llmtune.report.render_html import write_page
+from llmtune.store.run_folder import MANIFEST
 
 PAGE_STYLE = """
 p { overflow-wrap: anywhere; } th.number { white-space: normal; }
@@ -43,6 +44,10 @@ def asset(name: str) -> str:
 def write_explanation(stem: Path, values: dict[str, object], page: Page, figures: Sequence[Path] = ()) -> Explanation:
     """Write the page into `stem` with .html; the figures are there already."""
     path = stem.with_name(f"{stem.name}.html")
+    if (stem.parent.parent / MANIFEST).is_file():  # the folder is `explain` of a run
+        back = Html(Markup('<p><a href="../report.html">Report of the run</a></p>'))
+        first = replace(page.sections[0], blocks=[back, *page.sections[0].blocks])
+        page = replace(page, sections=[first, *page.sections[1:]])
     write_page(path, page)
     return Explanation(values, page, [path, *figures])
 

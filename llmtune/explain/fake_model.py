@@ -27,6 +27,7 @@ from llmtune.errors import first_line
 from llmtune.explain.target import Target
 from llmtune.explain.trained_modules import read_tensor, tensor_files
 from llmtune.model.config import architecture_class, find_class, linear_shape
+from llmtune.model.processor import count_ids
 from llmtune.records import ModelRef
 
 UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError)
@@ -91,8 +92,8 @@ def build_fake_model(target: Target) -> FakeModel:
             weight = fake.model.get_parameter(name)
             setattr(fake.model.get_submodule(owner), last, torch.nn.Parameter(torch.empty(weight.shape)))
         grows = target.recipe is not None and bool(target.recipe.model.add_tokens)
-        if grows and len(target.processor) > fake.model.get_input_embeddings().weight.shape[0]:
-            fake.model.resize_token_embeddings(len(target.processor), mean_resizing=False)
+        if grows and (needed := count_ids(target.processor)) > fake.model.get_input_embeddings().weight.shape[0]:
+            fake.model.resize_token_embeddings(needed, mean_resizing=False)
     return fake
 
 

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from llmtune import errors
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, Stopped
 from llmtune.executor import Executor
 from llmtune.launch.machines import Board, joined_board, own_address
-from llmtune.launch.topology import ZERO, Topology
+from llmtune.launch.topology import Topology
 from llmtune.launch.worker import LAST_WORDS, PARENT, QUIET, RESULTS
 from llmtune.records import Json
 from llmtune.session import trained_name
@@ -58,7 +57,7 @@ class WorkerBug(RuntimeError):
 def process_executor(topology: Topology, board: Board | None = None, *, threads: int | None = None) -> Executor:
     """Return what the pipeline works with: it adapts, trains and evaluates in workers, all else stays in the parent.
 
-    Raises EnvironmentProblem where there are too few GPUs, or DeepSpeed is asked for and not installed.
+    Raises EnvironmentProblem where there are too few GPUs.
     """
     _check_devices(topology)
 
@@ -66,7 +65,7 @@ def process_executor(topology: Topology, board: Board | None = None, *, threads:
         context.begin("adapt")
         with context.step("train", train_inputs, [trained_name(context.recipe)], always=True) as step:
             found = launch_local(
-                [str(context.folder.path.resolve()), topology.layout.strategy],
+                [str(context.folder.path.resolve()), topology.strategy],
                 topology,
                 context.console,
                 board=board,
@@ -76,7 +75,7 @@ def process_executor(topology: Topology, board: Board | None = None, *, threads:
             # Inside: once training counts as done, nothing would note adapt any more.
             with context.folder.step("adapt", adapt_inputs, always=True) as adapted:
                 adapted.facts.update(found["adapt"])
-            step.facts.update(found["train"], processes=topology.layout.processes, strategy=topology.layout.strategy)
+            step.facts.update(found["train"], processes=topology.layout.processes, strategy=topology.strategy)
 
     def score(context: RunContext, *_: object, folder: Path) -> None:
         base = "" if context.base is None else str(context.base.resolve())
@@ -175,9 +174,6 @@ def _count_cores() -> int:
 
 def _check_devices(topology: Topology) -> None:
     processes = topology.processes
-    if topology.strategy in ZERO and find_spec("deepspeed") is None:
-        fix = "pip install 'llmtune-cli[deepspeed]', or --strategy fsdp, which cuts what zero3 cuts."
-        raise EnvironmentProblem.of("DeepSpeed is not installed", f"--strategy {topology.strategy}", fix)
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cards and processes > cards:
         raise EnvironmentProblem.of(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.launch.machines import Board
+    from llmtune.recipe.arguments import Until
     from llmtune.recipe.loader import LoadedRecipe
     from llmtune.recipe.schema import Recipe
     from llmtune.serve.finished_run import FinishedRun
@@ -34,7 +35,7 @@ def run(
     *,
     out: str | Path | None = None,
     set: Mapping[str, object] | None = None,
-    until: str = "run",
+    until: Until = "run",
     processes: int = 1,
     strategy: str = "ddp",
     resume: bool = False,
@@ -50,10 +51,9 @@ def run(
         recipe: a recipe file, or the name of a recipe that ships with llmtune.
         out: the run folder; by default `runs/<name>-<hash>`.
         set: values that replace those of the recipe, such as `{"train.learning_rate": 1e-4}`.
-        until: the last step to run: train, evaluate, or run for all steps and deployment.
+        until: the last step to run: prepare, select, adapt, train, evaluate, or run for all steps and deployment.
         processes: in how many processes to train and evaluate.
-        strategy: what each of them has of the model: all of it (ddp, zero2), a part of it (fsdp, zero3), or a part of
-            each layer (tp).
+        strategy: what each of them has of the model: all of it (ddp) or a part of it (fsdp).
         resume: go on in the run folder, and raise an error if there is nothing to go on from.
         fresh: start over in the run folder.
         lock: an `llmtune.lock` that model and data must agree with.
@@ -65,6 +65,7 @@ def run(
         LlmtuneError: one of its kinds, with all that is wrong in one message. After a `GateFailed` the run folder is
             complete, and `load_run` opens it.
     """
+    _check_arguments("llmtune.run", locals())
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
@@ -96,11 +97,18 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     Raises:
         RecipeError: not a run folder, or not trained yet.
     """
+    _check_arguments("llmtune.load_run", locals())
     prepare_environment(network=False)
     with gc_paused():
         from llmtune.serve.finished_run import FinishedRun
 
     return FinishedRun(Path(folder), offline)
+
+
+def _check_arguments(function: str, given: Mapping[str, object]) -> None:
+    from llmtune.recipe.arguments import check_arguments  # not for --help: it brings pydantic
+
+    check_arguments(function, given)
 
 
 def run_recipe(
@@ -172,7 +180,7 @@ def _run_loaded(
     console: Console,
     board: Board | None,
 ) -> Json:
-    from llmtune.launch.recipe_check import check_recipe, marks_left
+    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
     from llmtune.store.run_folder import default_path, peek_run
     from llmtune.store.run_lock import read_pins
 
@@ -187,7 +195,11 @@ def _run_loaded(
     with nullcontext() if dry_run else failures_in_junit(path, loaded.recipe.name):
         for line in marks_left(loaded):
             console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
-        check_recipe(loaded)
+        detected = check_recipe(loaded)
+        if dry_run:
+            from llmtune.data.ingest import TRIED_ROWS
+
+            check_rows(loaded, detected, split_up_to=TRIED_ROWS)
         known = None if fresh or dry_run or lock else find_unchanged(loaded, path, until)
         if known is not None:
             print_unchanged(known, path, console)
@@ -207,6 +219,20 @@ def _run_loaded(
             from llmtune.launch.local_processes import process_executor
 
             return run_pipeline(loaded, options, console, process_executor(topology, board, threads=threads))
+
+
+def write_test_file(recipe: str, sets: Sequence[str], *, out: Path | None, file: Path, console: Console) -> None:
+    """Write the test rows of a recipe that was prepared into a file, and print the line for the recipe."""
+    from llmtune.data.row_store import load_rows
+    from llmtune.data.test_file import write_test_rows
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.store.run_folder import default_path
+
+    loaded = load_recipe(recipe, sets)
+    rows = load_rows((out or default_path(loaded.recipe.name, loaded.fingerprint)) / "data" / "rows")
+    stated = Path(recipe)
+    line = write_test_rows(loaded.recipe, rows, file, stated.parent if stated.is_file() else Path())
+    console.print(f"test rows written to {file}. Set in data: {line}", highlight=False, markup=False)
 
 
 def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:

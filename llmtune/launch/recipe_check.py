@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +14,13 @@ from llmtune.errors import EnvironmentProblem, Problem, nearest
 from llmtune.model.catalogue import candidate_names
 from llmtune.recipe.builtin import new_recipe
 from llmtune.recipe.loader import LoadedRecipe
+from llmtune.records import SPLITS
 
 if TYPE_CHECKING:
     from llmtune.data.sources import Detected
 
+FEW_ROWS = 30
+"""So few may leave a split without rows."""
 MARK = re.compile(r"#\s*SET:")
 
 
@@ -34,6 +38,29 @@ def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
     open_champion(loaded.recipe)
     EnvironmentProblem.collect(_missing(loaded))
     return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
+
+
+def check_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split_up_to: int = FEW_ROWS) -> None:
+    """Refuse rows that `prepare` would refuse as a whole: by all rows of small files, by the first of large ones.
+
+    Up to `split_up_to` different rows are deduplicated and split too, which takes longer.
+
+    Raises:
+        DataError: too many rows are bad, or no row is left for a split.
+    """
+    from rich.console import Console
+
+    from llmtune.data.ingest import try_rows  # it imports pyarrow, which `--help` does not need
+
+    recipe = loaded.recipe
+    count = try_rows(detected, recipe.data, recipe.task)
+    sources = {id(source) for split in SPLITS for source in recipe.data.sources(split)}
+    local = {id(one.input.source) for one in detected} == sources
+    if count is not None and count <= split_up_to and local:
+        from llmtune.data.preparation import prepare_rows  # it needs half a second to be imported
+
+        with tempfile.TemporaryDirectory() as folder:
+            prepare_rows(recipe, Path(folder) / "rows", Console(quiet=True))
 
 
 def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from llmtune.errors import LlmtuneError, RecipeError
-from llmtune.launch.job import Job, call, fail_as, unpack_report
+from llmtune.errors import BY_EXIT_CODE, EnvironmentProblem, LlmtuneError, Problem, RecipeError, Stopped
+from llmtune.launch.recipe_check import check_recipe
+from llmtune.launch.topology import Topology, why_not
+from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.records import Json
-from llmtune.store.run_folder import REPORTS
+from llmtune.store.run_folder import REPORTS, default_path, peek_run
+from llmtune.store.run_lock import read_pins
 
 INSTALL = "Submit on a machine of the cluster, such as its login node; --dry-run prints the script anywhere."
 SAVE_SECONDS = 120
@@ -55,6 +63,45 @@ export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) PORT=$(
 """
 
 
+@dataclass(frozen=True)
+class Job:
+    """A recipe on its way to a scheduler."""
+
+    loaded: LoadedRecipe
+    folder: Path
+    """The run folder."""
+    topology: Topology
+    options: tuple[str, ...] = ()
+    """More options of `launch local`, such as `--set` and its value."""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.loaded.recipe.name
+
+    def command(self, program: str, recipe: str, folder: str, rank: str = "", address: str = "") -> str:
+        """Return the line for the shell of each machine; `rank` and `address` are what its variables say there."""
+        where = self.topology
+        words = ["launch", "local", recipe, "--out", folder, "--processes", str(where.processes)]
+        words += ["--strategy", where.strategy, "--max-restarts", str(where.max_restarts), *self.options]
+        line = f"{program} {shlex.join(words)}"
+        if where.machines == 1:
+            return line
+        return f'{line} --machines {where.machines} --rank "{rank}" --address "{address}"'
+
+
+def plan_job(recipe: str, sets: Sequence[str], out: Path | None, topology: Topology, options: tuple[str, ...]) -> Job:
+    """Check a recipe as `launch local` will and say where it runs; raises LlmtuneError for all that it would refuse."""
+    loaded = load_recipe(recipe, sets)
+    RecipeError.collect(why_not(topology.strategy, loaded.recipe))
+    job = Job(loaded, out or default_path(loaded.recipe.name, loaded.fingerprint), topology, options)
+    peek_run(job.folder, loaded.fingerprint)
+    if "--lock" in options:
+        read_pins(Path(options[options.index("--lock") + 1]))
+    check_recipe(loaded)
+    return job
+
+
 def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (), *, requeue: bool = True) -> str:
     """Return the job script; `options` are sbatch's own by name, `more` whole ones as sbatch reads them.
 
@@ -80,10 +127,11 @@ def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (),
     }
     lines = [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in stated.items()]
     lines += [f"#SBATCH --{'requeue' if requeue else 'no-requeue'}", *(f"#SBATCH {option}" for option in more)]
-    if any("\n" in line for line in lines):
-        raise RecipeError.of("a line break in a path or an option would end a line of the job script", "launch slurm")
     program, recipe = f"{shlex.quote(sys.executable)} -m llmtune", str(job.loaded.file)
     command = job.command(program, recipe, str(job.folder.absolute()), "$SLURM_PROCID", "$HEAD:$PORT")
+    if broken := [one for one in (*lines, command) if len(one.splitlines()) > 1]:
+        what = f"a line break in {broken[0]!r} would end a line of the job script"
+        raise RecipeError.of(what, "launch slurm", "Write the value into the recipe file, or rename the file.")
     return SCRIPT.format(
         directives="\n".join(lines),
         save_seconds=SAVE_SECONDS,
@@ -126,6 +174,20 @@ def follow(job: Job, sent: Json, console: Console) -> None:
         raise _failure(sent, state, found["ExitCode"])
 
 
+def call(words: Sequence[str], install: str, stdin: str | None = None) -> str:
+    """Run a scheduler's own command and return what it prints.
+
+    Raises EnvironmentProblem where it is not installed or refuses.
+    """
+    if shutil.which(words[0]) is None:
+        raise EnvironmentProblem.of(f"there is no command {words[0]} here", words[0], install)
+    done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        raise EnvironmentProblem.of(said, words[0], "The scheduler refused; --dry-run prints what it is sent.")
+    return done.stdout.strip()
+
+
 def _show(number: str) -> dict[str, str]:
     shown = call(["scontrol", "show", "job", "-o", number], INSTALL)
     return dict(re.findall(r"(\S+?)=(\S*)", shown))
@@ -154,3 +216,23 @@ def _failure(sent: Json, state: str, exit_code: str) -> LlmtuneError:
     code = int(exit_code.split(":")[0])
     what = f"job {sent['job']} ended: {state.lower()}, exit code {code}"
     return fail_as(code, what, f"Its log says why: {sent['log']}. The same command again goes on from what is saved.")
+
+
+def fail_as(code: int, what: str, fix: str) -> LlmtuneError:
+    """Return the error that makes this command end with the exit code of the job."""
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        return Stopped(Problem(what, fix=fix), signal_number=code - 128)
+    return BY_EXIT_CODE.get(code, EnvironmentProblem)(Problem(what, fix=fix))
+
+
+def unpack_report(packed: bytes, folder: Path, console: Console) -> None:
+    """Unpack the report's files, as `tar -cz` has packed them, into a folder, and say where they are."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:
+            members = [member for member in archive if member.name in REPORTS and member.isfile()]
+            folder.mkdir(parents=True, exist_ok=True)
+            archive.extractall(folder, members, filter="data")
+    except (tarfile.TarError, EOFError, OSError):
+        members = []
+    if members:
+        console.print(f"The report is here: {folder / REPORTS[0]}", markup=False, highlight=False)

@@ -7,21 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.recipe.retired import RETIRED, refuse_retired
 from llmtune.records import Layout
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
 
-ZERO = ("zero2", "zero3")
-STRATEGIES = ("ddp", "fsdp", "tp", *ZERO)
-SHARDED_OPTIMIZERS = {
-    "fsdp": ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd"),
-    "tp": ("adamw_torch", "adagrad", "rmsprop", "sgd"),
-    **dict.fromkeys(ZERO, ("adamw_torch", "rmsprop", "sgd")),  # DeepSpeed makes another Adagrad, without groups
-}
+STRATEGIES = ("ddp", "fsdp")
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 """Optimisers whose update of a number depends on no other number, so that each process updates its own."""
-UNDIVIDED = ("modules_to_save", "use_dora", "lora_bias", "bias", "target_parameters", "alora_invocation_tokens")
-"""Options of an adapter that tensor parallelism does not know."""
 UNCUT = {
     "qlora": "weights in 4 bits are kept as packed bytes, which are not cut over processes",
     "osf": "its gradients are projected by hooks on whole weights, which are lost where weights are cut over processes",
@@ -33,15 +27,12 @@ UNCUT = {
     ),
 }
 """Methods that need whole weights, each with the reason."""
-_OFF = (None, False, "none", ())
 INSTEAD = {
-    "deepspeed": "Its stages are zero2 and zero3.",
     "fsdp2": "fsdp is FSDP2 here.",
     **dict.fromkeys(
         ("cp", "sp", "context-parallel"),
         "torch's ring attention has kernels for CUDA alone and takes no packed rows. Use --strategy fsdp.",
     ),
-    "tensor-parallel": "Its name is tp.",
 }
 
 
@@ -52,7 +43,7 @@ class Topology:
     processes: int = 1
     """Of each machine."""
     strategy: str = "ddp"
-    """What each process has of the model: all of it (ddp, zero2), a part (fsdp, zero3), a part of each layer (tp)."""
+    """What each process has of the model: all of it (ddp) or a part (fsdp)."""
     machines: int = 1
     rank: int = 0
     """Of this machine."""
@@ -69,7 +60,7 @@ class Topology:
     def layout(self) -> Layout:
         """What the memory plan has to know of it."""
         total = self.processes * self.machines
-        return Layout(total, self.machines, self.strategy if total > 1 else "ddp")
+        return Layout(total, self.machines, self.strategy == "fsdp" and total > 1)
 
     @property
     def host(self) -> str:
@@ -82,7 +73,9 @@ class Topology:
         return int(str(self.address).rpartition(":")[2])
 
     def _problems(self) -> Iterator[Problem]:
-        if self.strategy not in STRATEGIES:
+        if (option := f"--strategy {self.strategy}") in RETIRED:
+            yield from refuse_retired(option).problems
+        elif self.strategy not in STRATEGIES:
             instead = INSTEAD.get(
                 self.strategy, f"Use one of {', '.join(STRATEGIES)}.{nearest(self.strategy, STRATEGIES)}"
             )
@@ -110,24 +103,13 @@ def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
     instead = "Use --strategy ddp"
     if what := UNCUT.get(adapter.method):
         problems.append(Problem(what, "adapter.method", f"{instead} with {adapter.method}, or adapter.method: lora."))
-    optimizers = SHARDED_OPTIMIZERS[strategy]
-    if optim not in optimizers:
+    if optim not in SHARDED_OPTIMIZERS:
         what = f"{optim} cannot update weights that are cut over processes"
-        problems.append(Problem(what, "train.optim", f"{instead}, or one of {', '.join(optimizers)}."))
+        problems.append(Problem(what, "train.optim", f"{instead}, or one of {', '.join(SHARDED_OPTIMIZERS)}."))
     if recipe.train.torch_compile:
         what = "compiled layers cannot be cut over processes"
         problems.append(Problem(what, "train.torch_compile", f"{instead}, or remove it."))
     if recipe.train.eval_metrics:
         what = "a model that is cut over processes does not answer while it trains"
         problems.append(Problem(what, "train.eval_metrics", f"{instead}, or remove it."))
-    if strategy in ZERO and recipe.model.dtype == "float16":
-        what = "the losses of float16 are scaled here, and DeepSpeed scales them too"
-        problems.append(Problem(what, "model.dtype", f"{instead}, or bfloat16."))
-    if strategy == "tp":
-        if adapter.method not in ("lora", "full", "qlora"):
-            what = f"the weights of {adapter.method} cannot be divided with the layers that they are on"
-            problems.append(Problem(what, "adapter.method", f"{instead}, or adapter.method: lora or full."))
-        for key in [key for key in UNDIVIDED if getattr(adapter, key, None) not in _OFF]:
-            what = "it cannot be divided with the layer that it is on"
-            problems.append(Problem(what, f"adapter.{key}", f"{instead}, or remove it."))
     return problems

@@ -14,11 +14,12 @@ from rich.markup import escape
 from llmtune import __version__
 from llmtune.errors import GateFailed
 from llmtune.evaluate.cache_keys import evaluation_files
-from llmtune.evaluate.evaluation_file import load_evaluation, print_scores
+from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import require_gates
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import GateResult, Json
-from llmtune.store.atomic_files import hash_file, hash_value, read_json, write_json
+from llmtune.report.report_record import Verdict, read_report
+from llmtune.store.atomic_files import hash_file, hash_value, write_json
 from llmtune.store.machine import likely_device
 from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run
 from llmtune.store.run_lock import LOCK, package_versions
@@ -53,7 +54,7 @@ def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
 
     None where anything that it rests on, or any file that it wrote, is not what it was, or cannot be known here.
     """
-    report: Json | None = read_json(path / "report.json")
+    report = read_report(path)
     if report is None or not all((path / name).is_file() for name in (MANIFEST, LOCK, *REPORTS)):
         return None
     folder = read_run(path)
@@ -84,7 +85,6 @@ def print_unchanged(report: Json, path: Path, console: Console) -> None:
     gates = tuple(TypeAdapter(list[GateResult]).validate_python(report["gates"]))
     if evaluation := load_evaluation(path / "evaluation"):
         print_scores(replace(evaluation, gates=gates), console)
-    verdict = report["verdict"]
-    console.print(f"[bold]{verdict['word']}[/]: {escape(verdict['reason'])}", highlight=False)
-    console.print(read_run(path).findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
-    require_gates(gates)
+    print_verdict(Verdict(**report["verdict"]), gates, console)
+    console.print(read_run(path).findings.get("next_steps", ""), highlight=False, markup=False, soft_wrap=True)
+    require_gates(gates, report)

@@ -88,10 +88,10 @@ def train_run(run: str, strategy: str) -> Json:
         context.console.print(f"[yellow]All processes are started again ({again} of {most} times).[/]")
     folder = context.folder
     examples, inputs = load_examples(folder.path / "data" / "examples"), folder.manifest["steps"]["train"]["inputs"]
-    adapted = context.make_adapted(model_ref, context.read_processor(model_ref), examples, strategy)
+    adapted = context.make_adapted(model_ref, context.read_processor(model_ref), examples, sharded=strategy == "fsdp")
     adapt = describe(adapted)
     told = lambda tokens: note(micro_batch_tokens=tokens)  # noqa: E731
-    trained = context.train_adapted(adapted, examples, inputs, told, strategy)
+    trained = context.train_adapted(adapted, examples, inputs, told, sharded=strategy == "fsdp")
     return {"adapt": adapt, "train": trained}
 
 

@@ -78,13 +78,12 @@ def remove_head_loss(model: PreTrainedModel) -> None:
 def takes_head_loss(model: PreTrainedModel) -> bool:
     """Whether the model inside all wrappers takes its loss at the head, as things stand.
 
-    A head with an adapter of its own, or one with a hook, is called as any other module; but for DeepSpeed's hooks,
-    which bring weights that are cut over processes, as reading them does.
+    A head with an adapter of its own, or one with a hook, is called as any other module.
     """
     if not getattr(model, _MARK, False):
         return False
     head = model.get_output_embeddings()
-    return type(head) is torch.nn.Linear and (not head._forward_hooks or hasattr(head.weight, "ds_id"))
+    return type(head) is torch.nn.Linear and not head._forward_hooks
 
 
 def logit_shape(config: PreTrainedConfig) -> LogitShape:

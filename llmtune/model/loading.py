@@ -31,6 +31,7 @@ from llmtune.model.kernels import apply_liger, fuse_norms
 from llmtune.model.library_logging import unreported
 from llmtune.model.memory_plan import plan_memory
 from llmtune.model.packed_attention import PACKED, choose_attention, install_packed, pool_documents
+from llmtune.model.processor import count_ids
 from llmtune.model.quantized_base import is_quantized, keep_quantized_format, kept_quantization
 from llmtune.model.self_checks import (
     explain_unreadable,
@@ -348,17 +349,18 @@ def _grow_embedding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, 
     """Make room for the tokens that the recipe adds; a new row starts as the mean of the others."""
     if model.main_input_name == "input_values":  # it reads waves
         return
-    rows = model.get_input_embeddings().weight.shape[0]
-    if recipe.model.add_tokens and len(processor) > rows:
+    rows, needed = model.get_input_embeddings().weight.shape[0], count_ids(processor)
+    if recipe.model.add_tokens and needed > rows:
         torch.manual_seed(recipe.seed)
-        model.resize_token_embeddings(len(processor), mean_resizing=False)
+        model.resize_token_embeddings(needed, mean_resizing=False)
         with torch.no_grad():
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 if layer is not None:
                     layer.weight[rows:] = layer.weight[:rows].float().mean(dim=0).to(layer.weight.dtype)
-    elif len(processor) > rows:
+    elif needed > rows:
+        ids = "" if needed == len(processor) else f", with ids up to {needed - 1:,},"
         raise EnvironmentProblem.of(
-            f"the tokenizer has {len(processor):,} tokens and the model has room for {rows:,}",
+            f"the tokenizer has {len(processor):,} tokens{ids} and the model has room for {rows:,}",
             str(recipe.model.name),
             "They do not belong together: get the tokenizer that comes with the model.",
         )

@@ -20,7 +20,6 @@ from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, linear_shapes
 from llmtune.model.device import memory_limit, resolve_dtype
 from llmtune.model.quantized_base import BaseQuantization, kept_quantization
-from llmtune.model.tensor_parallel import STYLES, check_tensor_parallel, planned_layers
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.peft_options import options_of
 from llmtune.recipe.schema import Recipe
@@ -105,46 +104,32 @@ def plan_skeleton(
 def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, layout: Layout) -> MemoryPlan:
     """Return the plan of one of several processes; those of a machine without cards share its memory.
 
-    Raises RecipeError for a model whose layers cannot be divided, or that stays quantised.
+    Raises RecipeError for a model that stays quantised.
 
     Under DDP gradients are summed in buckets, which together are a copy of them.
-    Under FSDP and ZeRO-3 it has a part, a layer and the next one whole while they compute, and what is in no layer
+    Under FSDP it has a part, a layer and the next one whole while they compute, and what is in no layer
     whole for a pass. The gradients of one layer, and of what is in none, are whole until they are summed.
     """
     limit = plan.limit // layout.of_machine if plan.limit and plan.device == "cpu" else plan.limit
     plan = replace(plan, limit=limit, processes=layout.processes)
-    if layout.strategy == "ddp":
+    if not layout.sharded:
         buckets = plan.parts["gradients"]
         return replace(plan, parts=plan.parts | {"buckets": buckets}, lower_bound=plan.lower_bound + buckets)
     if plan.base_quantization:
         what = "the base's files are quantised, and weights as packed bytes are not cut over processes"
         raise RecipeError.of(what, "model.name", "Use --strategy ddp, or name the model that it was made from.")
-    if layout.strategy == "tp":
-        check_tensor_parallel(skeleton, recipe, layout.processes)
     full = recipe.adapter.method == "full"
     compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in kept_together(skeleton)]
     total, layer = sum(parameter.numel() for parameter in skeleton.parameters()), max(sizes, default=0)
     rest = total - sum(sizes)
-    cut = 1.0
-    if layout.strategy == "tp":
-        divided = [module for _, module, style in planned_layers(skeleton) if style in STYLES]
-        cut = sum(weight.numel() for module in divided for weight in module.parameters()) / total
-    share = 1 - cut + cut / layout.processes
-    divided_parts = ("gradients", "optimizer") if layout.strategy == "zero2" else plan.parts.keys() - _WHOLE
-    parts = {name: int(size * share) if name in divided_parts else size for name, size in plan.parts.items()}
-    if layout.strategy.startswith("zero"):  # which updates a copy
-        parts["optimizer"] += parts["gradients"]
-        parts["buckets"] = min(plan.parts["gradients"], 4 * BUCKET_SIZE)
-    if layout.strategy in ("fsdp", "zero3"):
-        parts["gathered"] = (4 if full else compute_bytes) * (rest + 2 * layer) + 4 * full * (rest + layer)
+    parts = {name: size if name in _WHOLE else size // layout.processes for name, size in plan.parts.items()}
+    parts["gathered"] = (4 if full else compute_bytes) * (rest + 2 * layer) + 4 * full * (rest + layer)
     evaluated = compute_bytes * total + parts.get("libraries", 0)
     bound = max(_fixed(parts) + plan.lower_bound - _fixed(plan.parts), evaluated)
     return replace(plan, parts=parts | {"evaluation": max(0, evaluated - sum(parts.values()))}, lower_bound=bound)
 
 
-BUCKET_SIZE = 2**25
-"""Numbers of gradients that DeepSpeed sums over processes at once; its own default takes 2 GB."""
 _WHOLE = {"libraries", "activations", "logits"}
 """Parts of a plan that sharding does not cut."""
 

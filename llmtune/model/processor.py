@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import fix_date
 from llmtune.data.system_message import with_system_prompt
+from llmtune.data.template_kwargs import refuse_unread, with_defaults
 from llmtune.data.template_limits import check_template
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import read_model_config, readable
@@ -25,16 +26,19 @@ _WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBacke
 def load_processor(
     model_ref: ModelRef, model: ModelSection, system_prompt: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with `model.chat_template` and `model.add_tokens` applied, and the template's date fixed.
+    """Load the tokenizer, with `model.chat_template` and `model.add_tokens` applied.
 
-    The template puts `system_prompt` in front of conversations that have no system message.
+    All that a recipe changes of a template is written into it here, so that whatever saves or serves the tokenizer has
+    it: the date is fixed, `model.chat_template_kwargs` are its defaults, and `system_prompt` stands in front of
+    conversations that have no system message.
 
     The padding token falls back on the end token: what is predicted follows from spans, never from token ids, so an
     end token stays supervised.
 
     Raises:
         EnvironmentProblem: the folder holds no tokenizer that can be read.
-        RecipeError: the template file cannot be read, or a token to add is there already.
+        RecipeError: the template file cannot be read, it never reads one of `model.chat_template_kwargs`, or a token to
+            add is there already.
     """
     read_model_config(model_ref, model)  # a damaged configuration is reported as such
     fix = "The folder needs tokenizer.json (or the model's own vocabulary files) and tokenizer_config.json."
@@ -61,10 +65,12 @@ def load_processor(
     template = tokenizer.chat_template
     for text in template.values() if isinstance(template, dict) else [template or ""]:
         check_template(str(text), str(model.chat_template or model_ref.path))
+    if template:
+        refuse_unread(model.chat_template_kwargs, template, tokenizer.special_tokens_map)
     if isinstance(template, dict):  # several that go by name
-        tokenizer.chat_template = {name: _fix_template(text, system_prompt) for name, text in template.items()}
+        tokenizer.chat_template = {name: _fix_template(text, model, system_prompt) for name, text in template.items()}
     elif template is not None:
-        tokenizer.chat_template = _fix_template(template, system_prompt)
+        tokenizer.chat_template = _fix_template(template, model, system_prompt)
     if model.add_tokens:
         known = tokenizer.get_vocab()
         RecipeError.collect(
@@ -76,9 +82,14 @@ def load_processor(
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def _fix_template(template: str, system_prompt: str | None) -> str:
-    dated = fix_date(template)
-    return dated if system_prompt is None else with_system_prompt(dated, system_prompt)
+def _fix_template(template: str, model: ModelSection, system_prompt: str | None) -> str:
+    fixed = with_defaults(fix_date(template), model.chat_template_kwargs)
+    return fixed if system_prompt is None else with_system_prompt(fixed, system_prompt)
+
+
+def count_ids(processor: PreTrainedTokenizerBase) -> int:
+    """Return how many rows an embedding needs: one more than the highest id; ids may have gaps."""
+    return max(len(processor), 1 + max(processor.get_vocab().values(), default=-1))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

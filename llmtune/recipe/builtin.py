@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 from llmtune.recipe.layers import read_layers
 from llmtune.recipe.source_map import SourceMap
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -64,9 +65,15 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(os.path.expanduser(name))
     shipped = shipped_files(recipes_folder())
     if os.path.exists(path) and not os.path.isdir(path):
+        if data_ending(path) in DATA_ENDINGS and not (path.suffix == ".json" and _looks_like_recipe(path)):
+            raise RecipeError.of(
+                "this is data, not a recipe", label(path), f"Write a recipe for it: llmtune init {name}"
+            )
         return path
     if os.path.isdir(path) and name not in shipped:
-        raise RecipeError.of("a folder, not a recipe file", label(path), "Name the YAML file in it.")
+        has_recipe = any(path.glob("*.y*ml"))
+        fix = "Name the YAML file in it." if has_recipe else f"Write a recipe for its rows: llmtune init {name}"
+        raise RecipeError.of("a folder, not a recipe file", label(path), fix)
     bare = name.removesuffix(".yaml")
     if bare in shipped:
         return shipped[bare]
@@ -77,6 +84,13 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
         raise RecipeError.of(f"no such recipe file: {name}", None, f"Check the path.{hint} Shipped recipes: {known}.")
     fix = f"{nearest(name, list(shipped))} Shipped: {known}.".strip()
     raise RecipeError.of(f"no recipe file and no shipped recipe is called {name!r}", None, fix)
+
+
+def _looks_like_recipe(path: Path) -> bool:
+    """Whether a JSON file names a task and a section `data`, as recipes do: JSON is YAML."""
+    with path.open(errors="replace") as file:
+        start = file.read(2**16)
+    return all(f'"{key}"' in start for key in ("task", "data"))
 
 
 def new_recipe(task: str) -> str:

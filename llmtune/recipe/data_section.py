@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Annotated, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import nearest
-from llmtune.recipe.section import REMOTE, STORES, Count, Section, Text, absolute, by_type, sections_by
+from llmtune.recipe.section import (
+    REMOTE,
+    STORES,
+    Count,
+    Many,
+    Section,
+    Text,
+    absolute,
+    by_type,
+    one_or_more,
+    sections_by,
+)
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, TaskVariant
 
@@ -24,6 +37,22 @@ ChatFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion"]
 PairFormat = Literal["source-target", "translation", "document-summary", "squad", "question-answer"]
 LabelFormat = Literal["text-label", "tokens-tags", "text-spans", "audio-text", "audio-folder"]
 PreferenceFormat = Literal["chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"]
+WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
+"""Formats whose rows may hold messages."""
+Role = Literal["system", "user", "assistant", "tool"]
+DATA_ENDINGS: Mapping[str, str] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+"""How a file is read, by the ending of its name."""
+PACKED = (".gz", ".zst", ".zstd")
 Format = Literal[Container, "text", ChatFormat, PairFormat, LabelFormat, PreferenceFormat]
 
 
@@ -49,8 +78,8 @@ class Source(Section):
     """How a file is read (`jsonl`, `json`, `csv`, `parquet`, `text`) or what its rows are (such as `messages` or
     `text-label`; each task knows its own). Default none: found out by looking."""
     columns: dict[str, str] = Field(default={})
-    """Names of columns: ours on the left, on the right the file's, or a template of them such as
-    `"{subject}\\n\\n{body}"`. Default none: found out by looking; the usual names are known."""
+    """Names of columns: ours on the left, on the right the file's, a key within one such as `thread.messages`, or a
+    template of them such as `"{subject}\\n\\n{body}"`. Default none: `data.columns`."""
     encoding: Text | None = None
     """Encoding of a text file, by its name in Python, such as `cp1252` or `utf-16`. Default none: UTF-8."""
     weight: float = Field(default=1.0, gt=0, le=1000)
@@ -87,11 +116,7 @@ class Source(Section):
         if self.format in ROW_FORMATS and self.format not in formats:
             what = f"'{key}.format' is '{self.format}', which task: {variant.task} cannot use"
             diagnostics.add(f"{key}.format", what, f"Row formats of this task: {', '.join(formats)}.", "task")
-        for column in self.columns:
-            if column not in COLUMNS:
-                what = f"'{key}.columns' maps '{column}', which is not a column that llmtune knows"
-                fix = f"{nearest(column, COLUMNS)} Ours stand on the left: {', '.join(COLUMNS)}.".strip()
-                diagnostics.add(f"{key}.columns.{column}", what, fix)
+        check_names(self.columns, f"{key}.columns", diagnostics)
 
     def _check_address(self, diagnostics: Diagnostics, key: str, variant: TaskVariant) -> None:
         """Refuse what may be a secret, which does not belong into a recipe, and is not shown here either."""
@@ -107,6 +132,20 @@ class Source(Section):
             diagnostics.add(key, f"'{key}' is {self.path!r}: web servers list no files", "Name each file.")
         if variant.facts.takes_audio:
             diagnostics.add(key, f"'{key}' is an address; recordings are read from disk", "Fetch them first.", "task")
+
+
+def data_ending(path: PurePath) -> str:
+    """Return the ending that tells the kind of file, with what it is packed in taken off."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
+
+
+def check_names(columns: Mapping[str, str], key: str, diagnostics: Diagnostics) -> None:
+    """Report mapped columns that llmtune does not know."""
+    for column in columns:
+        if column not in COLUMNS:
+            what = f"'{key}' maps '{column}', which is not a column that llmtune knows"
+            fix = f"{nearest(column, COLUMNS)} Write ours on the left: {', '.join(COLUMNS)}.".strip()
+            diagnostics.add(f"{key}.{column}", what, fix)
 
 
 def _is_encoding(name: str) -> bool:
@@ -139,8 +178,15 @@ class DataSection(Section):
     test: ShareOrSources = 0.1
     """Read by `evaluate` alone: a share of the rows, or sources. 0 is none. Default 0.1: enough rows for an interval,
     few enough to keep rows for training."""
+    columns: dict[str, str] = Field(default={})
+    """Names of columns in all sources that do not map their own: ours on the left, on the right the file's, a key
+    within one such as `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. A file that has none of
+    them is read by its own names. Default none: found by looking at the rows; the usual names are known."""
+    roles: dict[Role, Annotated[Many[Text], BeforeValidator(one_or_more)]] = Field(default={})
+    """Who speaks in messages: our role on the left, on the right its name in the rows, or a list of names, such as
+    `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are known."""
     split_by: Text | None = None
-    """Column whose equal values stay in one split. Default none: a row's own content decides."""
+    """Column whose equal values stay in one split, and are one group for intervals. Default none: each row is alone."""
     deduplicate: Literal["none", "exact", "near"] = "near"
     """Drop rows that are equal, or nearly so. Default `near`: repeated rows are learned by heart, and a near copy in
     test flatters the score."""
@@ -193,6 +239,7 @@ class DataSection(Section):
         if not variant.facts.packs:
             fix = "Remove it: these rows are padded."
             diagnostics.no_effect("data.packing", f"with task: {variant.task}", fix, "task")
+        self._check_mappings(diagnostics, variant)
         if self.on_overlong not in variant.on_overlong:
             what = f"'data.on_overlong' is '{self.on_overlong}', which task: {variant.task} cannot do"
             diagnostics.add("data.on_overlong", what, f"Allowed: {', '.join(variant.on_overlong)}.", "task")
@@ -201,13 +248,25 @@ class DataSection(Section):
                 source.check(diagnostics, f"data.{split}.{i}", variant)
                 self._check_weight(diagnostics, split, f"data.{split}.{i}.weight")
         share = sum(part for part in (self.validation, self.test) if isinstance(part, float))
-        if self.split_by is not None and not share:
-            fix = "Give data.validation or data.test a share of the rows, or remove it."
+        if self.split_by is not None and not share and not isinstance(self.test, tuple):
+            fix = "Give data.validation or data.test a share of the rows, or data.test a file, or remove it."
             because = ("data.validation", "data.test")
             diagnostics.no_effect("data.split_by", "where no rows are split off", fix, *because)
         if share >= 1:
             what = f"data.validation and data.test together take {share:g} of the rows"
             diagnostics.add("data.test", what, "Leave some for training.", "data.validation")
+
+    def _check_mappings(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        """Report names of columns and roles that nothing reads, and a name that stands for two roles."""
+        check_names(self.columns, "data.columns", diagnostics)
+        if self.columns and all(source.columns for split in SPLITS for source in self.sources(split)):
+            fix = "Remove it, or the `columns` of the sources."
+            diagnostics.no_effect("data.columns", "where every source maps its own", fix, "data.train.0.columns")
+        if not set(variant.facts.formats) & set(WITH_ROLES):
+            diagnostics.no_effect("data.roles", f"with task: {variant.task}", "Remove it: rows have no roles.", "task")
+        names = Counter(name.strip().lower() for theirs in self.roles.values() for name in theirs)
+        for name in (name for name, count in names.items() if count > 1):
+            diagnostics.add("data.roles", f"'data.roles' maps '{name}' to two roles", "Keep one of them.")
 
     def sources(self, split: str) -> tuple[Source, ...]:
         """Return the sources of a split; none where it is a share of the rows."""

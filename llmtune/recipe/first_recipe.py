@@ -65,6 +65,8 @@ class FirstRecipe:
     task: str
     source: str
     """The line `train: ...` of its section `data`."""
+    mappings: tuple[str, ...]
+    """Lines of the same section, `columns: ...` and `roles: ...`."""
     model: str
     max_length: int
     on_overlong: str | None
@@ -87,8 +89,10 @@ class FirstRecipe:
             f"task: {self.task}",
             "data:",
             f"  {self.source}",
+            *(f"  {line}" for line in self.mappings),
             *self._max_dropped(),
-            f"  test: {self.test}  # share of the rows that only the evaluation sees",
+            f"  test: {self.test}  # share of the rows that only the evaluation sees; if the data grows, keep",
+            f"  #           them in a file: llmtune prepare {self.name}.yaml --write-test FILE, then test: FILE",
             f"  max_length: {self.max_length}  # tokens: the longest row, estimated; a longer one is an error",
             *([f"  on_overlong: {self.on_overlong}"] if self.on_overlong else []),
             "model:",
@@ -120,6 +124,7 @@ def propose(
     name: str,
     task: str,
     source: str,
+    mappings: Sequence[str],
     rows: Sequence[Mapping[str, object]],
     *,
     model: str | None,
@@ -144,6 +149,7 @@ def propose(
         name=name,
         task=task,
         source=source,
+        mappings=tuple(mappings),
         model=model or choose_model(task, memory_bytes),
         max_length=_tokens(longest, lengths, TEMPLATE_TOKENS),
         on_overlong=long_way if overlong else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -19,13 +20,14 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.secrets import redact
 from llmtune.recipe.yaml_reader import label, parse_yaml, read_text, resolve_scalar
 
 Facts = Mapping[str, object]
 """Our keys with values."""
 ENDS = ("|", "||", "&&", ";", ">", "2>&1")
 """Words that end a command."""
-READ_LETTERS = 16 << 20
+READ_LETTERS = 4 << 20
 """How much of a file is read to find its first row."""
 
 
@@ -36,15 +38,15 @@ class Table:
     tool: str = ""
     rules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
+    retired: bool = False
     words: Mapping[str, Facts] = field(default_factory=dict)
     refused_words: Mapping[str, str] = field(default_factory=dict)
     scripts: Mapping[str, str] = field(default_factory=dict)
-    sections: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     defaults: Facts = field(default_factory=dict)
     task_defaults: Mapping[str, Facts] = field(default_factory=dict)
-    method_defaults: Mapping[str, Facts] = field(default_factory=dict)
     always: Facts = field(default_factory=dict)
+    task_always: Mapping[str, Facts] = field(default_factory=dict)
     columns: Mapping[str, Facts] = field(default_factory=dict)
     guesses: Mapping[str, Facts] = field(default_factory=dict)
     decide: tuple[str, ...] = ()
@@ -55,6 +57,7 @@ class Table:
         rules: dict[str, Mapping[str, Any]] = dict(below.rules) if below else {}
         rules |= {key: {"to": f"{section}.{key}"} for section, keys in values.get("same", {}).items() for key in keys}
         rules |= {key: {"refuse": why} for why, keys in values.get("refused", {}).items() for key in keys}
+        rules |= {key: {"unneeded": why} for why, keys in values.get("unneeded", {}).items() for key in keys}
         rules |= {key: {"to": rule} if isinstance(rule, str) else rule for key, rule in values.get("keys", {}).items()}
         parts: dict[str, Any] = {name: tuple(part) if isinstance(part, list) else part for name, part in values.items()}
         names = cls.__dataclass_fields__.keys() - {"rules"}
@@ -66,24 +69,34 @@ class Table:
         return self.rules.get(key) or next(wild, None)
 
     def flatten(self, values: Mapping[str, object], parent: str = "") -> Iterator[tuple[str, object]]:
-        """Yield the keys that the table knows, those of sections in sections with dots."""
+        """Yield the keys that the table knows; a nested key has dots."""
         for key, value in values.items():
             name = f"{parent}{key}"
             if isinstance(value, dict) and value and name not in self.rules:
-                yield from self.flatten(value, "" if name in self.sections else f"{name}.")
+                yield from self.flatten(value, f"{name}.")
             else:
                 yield name, value
 
 
 @cache
 def tables() -> dict[str, Table]:
-    """Return the table of each tool, by the name of its file."""
+    """Return the table of each tool that is migrated, by the name of its file."""
+    found = _read_tables()
+    trainer = Table.from_mapping(found["trainer"])
+    return {name: Table.from_mapping(found[name], trainer) for name in sorted(found) if "extends" in found[name]}
+
+
+@cache
+def _known_tools() -> dict[str, Table]:
+    """Return the tables, and those by which files of retired tools are recognised."""
+    retired = _read_tables()["retired"]
+    return {**tables(), **{name: Table.from_mapping({**retired[name], "retired": True}) for name in retired}}
+
+
+@cache
+def _read_tables() -> dict[str, Any]:
     read, folder = YAML(typ="safe"), resources.files("llmtune.recipe") / "migrations"
-    found = {file.name.removesuffix(".yaml"): read.load(file.read_text("utf-8")) for file in folder.iterdir()}
-    trainer = Table.from_mapping(found.pop("trainer"))
-    return {
-        name: Table.from_mapping(found[name], trainer if "extends" in found[name] else None) for name in sorted(found)
-    }
+    return {file.name.removesuffix(".yaml"): read.load(file.read_text("utf-8")) for file in folder.iterdir()}
 
 
 @dataclass(frozen=True)
@@ -100,16 +113,20 @@ class ForeignConfig:
     @classmethod
     def read(cls, file: Path, tool: str | None = None) -> ForeignConfig:
         """Read a file; raises RecipeError where it is of no tool that is known, or of none that `tool` means."""
-        known = tables()
+        known = _known_tools()
         if tool is not None and tool not in known:
-            fix = f"{nearest(tool, list(known))} Tools: {', '.join(known)}.".strip()
-            raise RecipeError.of(f"there is no tool {tool!r}", "--tool", fix)
+            fix = f"{nearest(tool, list(tables()))} Tools: {', '.join(tables())}.".strip()
+            raise RecipeError.of(f"Tool {tool!r} is not known", "--tool", fix)
+        if tool is not None:
+            _refuse_retired(known[tool], "--tool")
         text, name = read_text(file), label(file)
         command = None if file.suffix.lower() in (".yaml", ".yml", ".json") else _find_command(text)
         if command is not None:
             table, words = command
-            values, facts = _read_options(known[tool] if tool else table, words, file)
-            return cls(name, file.absolute().parent, known[tool] if tool else table, values, facts)
+            table = known[tool] if tool else table
+            _refuse_retired(table, name)
+            values, facts = _read_options(table, words, file)
+            return cls(name, file.absolute().parent, table, values, facts)
         nested = parse_yaml(text, name, file.parent).plain()
         if not isinstance(nested, dict) or not nested:
             raise RecipeError.of(
@@ -118,18 +135,33 @@ class ForeignConfig:
         scores = {one: _score(known[one], nested) for one in known}
         best = tool or max(scores, key=lambda one: scores[one])
         if tool is None and scores[best][0] == 0:
-            fix = f"Name the tool: --tool {' | '.join(known)}."
-            raise RecipeError.of(f"no tool has such keys: {', '.join(list(map(str, nested))[:8])}", name, fix)
+            fix = f"Name the tool: --tool {' | '.join(tables())}."
+            raise RecipeError.of(
+                f"No known tool has these keys: {', '.join(redact(str(key)) for key in [*nested][:8])}", name, fix
+            )
+        _refuse_retired(known[best], name)
         return cls(name, file.absolute().parent, known[best], dict(known[best].flatten(nested)), {})
 
 
 _TOOL = "Give a YAML or JSON file of the tool, or a file with its command line."
+_INSTEAD = (
+    "Run `llmtune init ROWS` on your training rows, then copy the values you need into that recipe (docs/retired.md)."
+)
+
+
+def _refuse_retired(table: Table, where: str) -> None:
+    if table.retired:
+        raise RecipeError.of(f"Configurations of {table.tool} are no longer migrated", where, _INSTEAD)
 
 
 def _score(table: Table, nested: Mapping[str, object]) -> tuple[int, float]:
-    """Return how many keys only this tool has, and how many it knows."""
+    """Return how many keys mark this tool, and which share of the keys it knows.
+
+    Marks of a retired tool count three times: no other tool has them.
+    """
     keys = dict(table.flatten(nested))
-    return sum(key in table.marks for key in keys), sum(table.find(key) is not None for key in keys) / len(keys)
+    marks = sum(key in table.marks for key in keys) * (3 if table.retired else 1)
+    return marks, sum(table.find(key) is not None for key in keys) / len(keys)
 
 
 def _find_command(text: str) -> tuple[Table, list[str]] | None:
@@ -150,7 +182,7 @@ def _find_command(text: str) -> tuple[Table, list[str]] | None:
         for position, word in enumerate(words):
             if words[position + 1 : position + 2] in ([], *([end] for end in ENDS)) or "install" in words:
                 continue  # a folder or package of that name
-            for table in tables().values():
+            for table in _known_tools().values():
                 if os.path.basename(word) in table.programs:
                     return table, words[position + 1 :]
                 for script in table.scripts:
@@ -222,10 +254,12 @@ def first_row(file: Path) -> Mapping[str, object]:
     if not file.is_file() or file.suffix.lower() not in (".jsonl", ".json", ".csv"):
         return {}
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        try:
-            if file.suffix.lower() == ".csv":
-                return dict.fromkeys(next(csv.reader(lines), []), "")
-            row, _ = json.JSONDecoder().raw_decode(lines.read(READ_LETTERS).lstrip().removeprefix("[").lstrip())
-        except (ValueError, RecursionError, csv.Error):
-            return {}
+        text = lines.read(READ_LETTERS)
+    try:
+        if file.suffix.lower() == ".csv":
+            whole = len(text) < READ_LETTERS or "\n" in text or "\r" in text
+            return dict.fromkeys(next(csv.reader(io.StringIO(text, newline="")), []) if whole else [], "")
+        row, _ = json.JSONDecoder().raw_decode(text.lstrip().removeprefix("[").lstrip())
+    except (ValueError, RecursionError, csv.Error):
+        return {}
     return row if isinstance(row, dict) else {}

@@ -22,7 +22,7 @@ from llmtune.recipe.yaml_writer import write_yaml
 
 ADDED = (
     *(("train", name) for name in ("optim_args", "loss_type", "neftune_noise_alpha")),
-    *(("data", "system_prompt"), ("model", "licences"), ("model", "trials")),
+    *(("data", "system_prompt"), ("data", "columns"), ("data", "roles"), ("model", "licences"), ("model", "trials")),
 )
 """Keys that once were not there: runs from before keep their names, as their defaults are left out of the hash."""
 

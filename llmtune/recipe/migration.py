@@ -1,9 +1,10 @@
-"""Another tool's configuration becomes a recipe: each key is carried, renamed or refused with the reason."""
+"""Another tool's configuration becomes a recipe: each key is carried, renamed, not needed, or refused with a reason."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from llmtune.recipe.foreign_config import ForeignConfig, first_row
 from llmtune.recipe.loader import LoadedRecipe, resolve
 from llmtune.recipe.migration_rules import Migration, Setting, apply_rule, move
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import redact
 from llmtune.recipe.yaml_reader import Node
 from llmtune.recipe.yaml_writer import scalar
 
@@ -46,11 +48,15 @@ def migrate(file: Path, out: Path, tool: str | None = None, task: str | None = N
     for ours, value in (fact for key, facts in table.guesses.items() if key in config.values for fact in facts.items()):
         migration.settings.setdefault(ours, Setting(value, []))
     _look_at_rows(migration)
-    for key, value in config.values.items():
+    for key, value in sorted(
+        config.values.items(), key=lambda item: bool({"each", "split_of"} & {*(table.find(item[0]) or ())})
+    ):
         if key not in migration.moved:
             move(migration, key, value)
     _look_at_rows(migration)
     _fill(migration)
+    _count_tokens(migration)
+    migration.looks |= dict.fromkeys(table.decide)
     loaded = _check(migration, out)
     return migration, loaded
 
@@ -73,29 +79,67 @@ def _fill(migration: Migration) -> None:
     guess, mark = REQUIRED["task"]
     task = migration.settings.setdefault("task", Setting(guess, [mark])).value
     stated, noted = set(migration.settings), dict(migration.moved)
-    method = migration.settings.get("adapter.method")
-    defaults = {**table.defaults, **table.task_defaults.get(str(task), {})}
-    defaults |= table.method_defaults.get(str(method.value if method else "lora"), {})
+    loss = migration.settings.get("preference.loss")
+    kinds = (str(task), str(loss.value) if loss else "")
+    defaults = {
+        **table.defaults,
+        **{key: one for kind in kinds for key, one in table.task_defaults.get(kind, {}).items()},
+    }
     by = f"{table.tool}'s default"
     factors = {rule["times"] for rule in table.rules.values() if "times" in rule}
     names = {key for key in config.values if "times" in (table.find(key) or ())}
     whole = any(ours in stated for ours in factors) and not names
     for key, value in defaults.items():
         rule = table.find(key)
-        if rule is None or key in config.values or ("times" in rule and whole):
+        if rule is None or _is_stated(config, key, rule) or ("times" in rule and whole):
             continue
+        if isinstance(value, Mapping):
+            value = _doubled(migration, value["twice"])
         before = dict(migration.settings)
         apply_rule(migration, key, value, rule, "data.train.0")
         for ours, setting in list(migration.settings.items()):
-            if ours in stated and "times" not in rule:
-                migration.settings[ours] = before[ours]
-            elif setting is not before.get(ours):
-                setting.keys = [*(before[ours].keys if ours in stated else []), by]
+            old = before.get(ours)
+            if setting is old:
+                continue
+            if old is not None and ours in stated and rule.get("replaces") == "any":
+                for name in {*old.keys} & {*noted}:
+                    noted[name] = replace(noted[name], state="not needed", to=(), why=f"{by}, {key}, overrides it")
+                setting.keys = [by]
+            elif old is not None and ours in stated and "times" not in rule:
+                migration.settings[ours] = old
+            else:
+                setting.keys = [*(old.keys if old is not None and ours in stated else []), by]
         migration.moved.pop(key, None)
     migration.moved = noted
-    for ours, (value, why) in (HELD_OUT | {ours: (value, by) for ours, value in table.always.items()}).items():
+    always = {**table.always, **table.task_always.get(str(task), {})}
+    for ours, (value, why) in (HELD_OUT | {ours: (value, by) for ours, value in always.items()}).items():
         if not any(one == ours or one.startswith(f"{ours}.") for one in migration.settings):
             migration.settings[ours] = Setting(value, [why])
+
+
+def _is_stated(config: ForeignConfig, key: str, rule: Mapping[str, Any]) -> bool:
+    """Whether a configuration states a key; null states nothing, unless the rule says what it means."""
+    return key in config.values and (config.values[key] is not None or "null" in rule.get("values", {}))
+
+
+def _doubled(migration: Migration, ours: str) -> object:
+    setting = migration.settings.get(ours)
+    return 2 * setting.value if setting is not None and isinstance(setting.value, int) else None
+
+
+def _count_tokens(migration: Migration) -> None:
+    """Where a step there counts packed sequences, state the tokens that they hold."""
+    rows, length = (migration.settings.get(ours) for ours in ("train.batch_size", "data.max_length"))
+    packing, task = migration.settings.get("data.packing"), migration.settings["task"].value
+    if not migration.packed or packing is None or packing.value is not True or task not in ("chat", "completion"):
+        return
+    if rows is None or length is None or type(rows.value) is not int or type(length.value) is not int:
+        return
+    del migration.settings["train.batch_size"]
+    migration.settings["train.batch_tokens"] = Setting(rows.value * length.value, [*rows.keys, *length.keys])
+    for key in rows.keys:
+        if key in migration.moved:
+            migration.settle(key, migration.moved[key].value, to=["train.batch_tokens"])
 
 
 def _check(migration: Migration, out: Path) -> LoadedRecipe:
@@ -153,18 +197,21 @@ def write_migrated(migration: Migration) -> str:
     """Return the text of the recipe, with comments."""
     config = migration.config
     tree = nested(migration.settings)
-    first = f"# Made from {config.label} ({config.table.tool}); behind each value stands its key there."
+    first = f"# Made from {config.label} ({config.table.tool}). The comment after a value names its key there."
     lines = [first, "recipe_version: 1"]
     for name in Recipe.model_fields:
         if name in tree:
             lines += _lines(name, tree[name], "")
     refused = [one for one in migration.outcomes if one.state == "refused"]
+    unneeded = [one for one in migration.outcomes if one.state == "not needed"]
     same = [one.key for one in migration.outcomes if one.state == "carried" and not one.to]
-    lines += ["", "# Not carried over:" if refused else "# Every key is carried over."]
+    lines += ["", "# Not carried over:" if refused else "# Every key that matters is carried over."]
     lines += [f"#   {one.shown}: {one.why}" for one in refused]
-    lines += [f"# As here, so that nothing is stated: {', '.join(same)}."] if same else []
-    lines += [f"# Look: {line}." for line in config.table.decide]
-    return "".join(f"{''.join(c if c.isprintable() else '?' for c in line)}\n" for line in lines)
+    lines += ["# Not needed:"] if unneeded else []
+    lines += [f"#   {one.shown}: {one.why}" for one in unneeded]
+    lines += [f"# The same here by default: {', '.join(same)}."] if same else []
+    lines += [f"# Look: {line}." for line in migration.looks]
+    return redact("".join(f"{''.join(c if c.isprintable() else '?' for c in line)}\n" for line in lines))
 
 
 def _lines(name: str, value: Setting | Mapping[str, Any], indent: str) -> Iterator[str]:

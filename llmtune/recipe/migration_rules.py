@@ -4,9 +4,12 @@ A rule is one of our keys, or a mapping:
 
 - `to` or `times`: our key takes the value, or is multiplied with it; `positive`: why a number below 1 states nothing;
 - `values`: by value (`*`: any letters), our value, or `{our key: value}`, or `{refuse: reason}`; `{}` is as here;
-- `refuse`: the reason against every other value; `why`: what is to be said of it;
-- `list`: our key takes a list, its items by `rename`; `extend`: items that are added to a list of ours;
-- `source`, `column`, `column_by_task`: a key or a column of the rows; `sources`: a list of them, with rules of its own;
+- `refuse`: the reason against every other value; `unneeded`: why the key changes nothing; `why`: a note on it;
+- `look`: a line for the user, where a value of `values` is taken;
+- `packs`: a step of the other tool counts packed sequences when this is true;
+- `each`: a key that every source takes;
+- `list`: our key takes a list, its items by `rename`;
+- `source`, `column`: a key or a column of the rows; `sources`: a list of them, with rules of its own;
 - `split_of`: a split of the same data set; `listing`: names in LLaMA-Factory's dataset_info.json;
 - `path`: a `model` or `file`, seen from the recipe; `then`: what follows; `replaces`, `replaced`: who wins over whom.
 """
@@ -24,12 +27,15 @@ from typing import Any, Literal
 from llmtune.errors import nearest
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.foreign_config import ForeignConfig, Table, mapping
+from llmtune.recipe.secrets import REMOVED, holds_secret, redact
 from llmtune.recipe.yaml_writer import scalar
 
-State = Literal["carried", "renamed", "refused"]
+State = Literal["carried", "renamed", "not needed", "refused"]
+SOURCE_PATH = re.compile(r"data\.(?:train|validation)\.\d+\.path")
 VARIABLE = re.compile(r"\S*\$[A-Za-z_{(]")
-SECRET = re.compile(r"(?<!(eos|bos|pad|unk)_)token$|secret|password|api_key|webhook", re.IGNORECASE)
-UNKNOWN = "it is no key of this tool that llmtune knows"
+NO_SECRETS = "a recipe holds no secrets: log in, or set an environment variable"
+NO_EFFECT = "has no effect"
+UNKNOWN = "llmtune does not know this key of the tool"
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 WIDEST = 60
 TAGS = {
@@ -52,9 +58,8 @@ class Moved:
     @property
     def shown(self) -> str:
         """The key with its value, on one line; no secrets."""
-        names = [self.key, *(self.value if isinstance(self.value, dict) else ())]
-        text = "***" if any(SECRET.search(str(name)) for name in names) else scalar(self.value)
-        return f"{self.key}: {text if len(text) <= WIDEST else text[: WIDEST - 3] + '...'}"
+        text = REMOVED if holds_secret(self.key, self.value) else scalar(self.value)
+        return f"{redact(self.key)}: {text if len(text) <= WIDEST else text[: WIDEST - 3] + '...'}"
 
 
 @dataclass
@@ -75,6 +80,10 @@ class Migration:
     """Where the recipe will stand."""
     settings: dict[str, Setting] = field(default_factory=dict)
     moved: dict[str, Moved] = field(default_factory=dict)
+    looks: dict[str, None] = field(default_factory=dict)
+    """Lines for the user to look at, in order."""
+    packed: bool = False
+    """Whether a step of the other tool counts packed sequences."""
 
     @property
     def outcomes(self) -> list[Moved]:
@@ -89,12 +98,16 @@ class Migration:
     def settle(
         self, key: str, value: object, why: str | None = None, *, to: Sequence[str] = (), ok: bool = True
     ) -> None:
-        """Note what became of a key."""
+        """Note that a key is carried or renamed, or refused unless `ok`."""
         tail = [name.rpartition(".")[2] for name in to]
         same = tail == [key.rpartition(".")[2]] or (ok and not to)
         self.moved[key] = Moved(
             key, value, "carried" if ok and same else "renamed" if ok else "refused", tuple(to), why
         )
+
+    def pass_over(self, key: str, value: object, why: str) -> None:
+        """Note that a key is not needed."""
+        self.moved[key] = Moved(key, value, "not needed", (), why)
 
     def put(self, ours: str, value: object, key: str, rule: Mapping[str, Any]) -> str | None:
         """Set one of our keys; return why that cannot be. Rows that are named win over a share of them."""
@@ -113,18 +126,23 @@ class Migration:
         return None
 
     def take_out(self, where: str, why: str) -> bool:
-        """Take out the keys at and below one; what they come from is refused. Returns whether there were any."""
+        """Take out the keys at and below one, and say why; return whether there were any.
+
+        What they come from is refused, or not needed where it has no effect.
+        """
         found = [ours for ours in self.settings if ours == where or ours.startswith(f"{where}.")]
         for ours in found:
             setting = self.settings.pop(ours)
             for key in setting.keys:
                 if key in self.moved:
                     kept = tuple(name for name in self.moved[key].to if name != ours)
+                    state: State = "not needed" if NO_EFFECT in why else "refused"
                     if kept:  # a part of what the key says
                         self.moved[key] = replace(self.moved[key], to=kept)
-                        self.settle(f"{key} ({ours})", setting.value, why, ok=False)
+                        part = f"{key} ({ours})"
+                        self.moved[part] = Moved(part, setting.value, state, (), why)
                     else:
-                        self.moved[key] = replace(self.moved[key], state="refused", to=(), why=why)
+                        self.moved[key] = replace(self.moved[key], state=state, to=(), why=why)
         return bool(found)
 
 
@@ -137,22 +155,33 @@ def move(migration: Migration, key: str, value: object) -> None:
         return
     if rule is None:
         hint = nearest(key, list(migration.config.table.rules)).strip()
-        migration.settle(key, value, f"{UNKNOWN}. {hint}".strip(), ok=False)
+        why = NO_SECRETS if holds_secret(key, value) else f"{UNKNOWN}. {hint}".strip()
+        migration.settle(key, value, why, ok=False)
         return
     apply_rule(migration, key, value, rule, "data.train.0")
 
 
 def apply_rule(migration: Migration, key: str, value: object, rule: Mapping[str, Any], source: str) -> None:
     """Apply a rule to the value of a key; `source` is where keys of a source go."""
+    if "sources" not in rule and holds_secret(key, value):
+        migration.settle(key, value, rule.get("refuse", NO_SECRETS), ok=False)
+        return
     if isinstance(value, list) and len(value) == 1 and not rule.keys() & {"list", "sources", "listing"}:
         value = value[0] if _named(rule.get("values", {}), value) is None else value
+    if "unneeded" in rule:
+        migration.pass_over(key, value, rule["unneeded"])
+        return
     named = _named(rule.get("values", {}), value)
+    if isinstance(named, Mapping) and "look" in named:
+        migration.looks[named["look"]] = None
+        named = {name: one for name, one in named.items() if name != "look"}
     if named == {}:
         migration.settle(key, value, rule.get("why", "as here"))
         return
     if named is None and value is None:
         migration.settle(key, value, "it states nothing")
         return
+    migration.packed |= bool(rule.get("packs")) and value is True
     if isinstance(named, Mapping):
         if "refuse" in named:
             migration.settle(key, value, named["refuse"], ok=False)
@@ -191,28 +220,19 @@ def _targets(
             return f"it is {scalar(value)}, and names are wanted"
         items = [renamed for item in items if (renamed := rule.get("rename", {}).get(item, item)) is not None]
         return {rule["list"]: "all-linear" if items in (["all-linear"], ["all"]) else items} if items else {}
-    if "extend" in rule:
-        ((ours, items),) = rule["extend"].items()
-        old = migration.settings.get(ours)
-        if old is None or not isinstance(old.value, list):
-            return f"add {', '.join(items)} to {ours}"
-        old.value = [*old.value, *items]
-        return {ours: old.value}
     if "sources" in rule:
         return _sources(migration, key, value, rule)
     if "listing" in rule:
-        return _listed(migration, value, rule)
+        return _listed(migration, key, value, rule)
     if "split_of" in rule:
         path = migration.settings.get("data.train.0.path")
         if path is None or not str(path.value).startswith("hub:"):
             return "a file has no splits: name its rows as data.validation"
         return {f"{rule['split_of']}.0.path": path.value, f"{rule['split_of']}.0.split": value}
-    if "column" in rule or "column_by_task" in rule:
-        task = migration.settings.get("task")
-        column = rule.get("column") or rule["column_by_task"].get(task.value if task else "chat")
-        if column is None:
-            return "columns are found out by looking, or named under `columns` of the source"
-        return {} if value == column else {f"{source}.columns.{column}": value}
+    if "column" in rule:
+        return {} if value == rule["column"] else {f"{source}.columns.{rule['column']}": value}
+    if "each" in rule:
+        return _each(migration, value, rule["each"])
     if "source" in rule:
         return _source_key(migration, value, rule["source"], source)
     if "to" not in rule:
@@ -223,22 +243,21 @@ def _targets(
 
 
 def _named(values: Mapping[str, Any], value: object) -> Any:
-    """Return what a rule's `values` say about a value, by its text or the last word of a dotted name; None: nothing."""
+    """Return what a rule's `values` say about a value, by its text; None: nothing."""
     text = scalar(value).strip('"').lower() if not isinstance(value, str) else value.lower()
-    for word in (text, text.rpartition(".")[2]):
-        if word in values:
-            return values[word]
-    names = (name for name in values if "*" in name)
-    return next(
-        (values[name] for name in names if fnmatchcase(text, name) or fnmatchcase(text.rpartition(".")[2], name)), None
-    )
+    if text in values:
+        return values[text]
+    return next((values[name] for name in values if "*" in name and fnmatchcase(text, name)), None)
 
 
 def _put_all(
     migration: Migration, key: str, value: object, targets: Mapping[str, Any], rule: Mapping[str, Any], source: str
 ) -> None:
     named = {f"{source}.{ours}" if ours in Source.model_fields else ours: one for ours, one in targets.items()}
-    multiplied = {"replaces": "any"} if rule.keys() & {"times", "extend"} else {}
+    multiplied = {"replaces": "any"} if rule.keys() & {"times", "each"} else {}
+    if any(holds_secret(ours, one) for ours, one in named.items()):
+        migration.settle(key, value, NO_SECRETS, ok=False)
+        return
     for ours, one in named.items():
         if problem := migration.put(ours, one, key, {**rule, **multiplied}):
             migration.settle(key, value, problem, ok=False)
@@ -271,6 +290,18 @@ def _is_path(table: Table, name: str) -> bool:
     return (table.find(name) or {}).get("source") == "path"
 
 
+def _each(migration: Migration, value: Any, name: str) -> dict[str, object] | str:
+    """Return a key for every source; the lower number wins where a source has one already."""
+    sources = [ours.removesuffix(".path") for ours in migration.settings if SOURCE_PATH.fullmatch(ours)]
+    if not sources or type(value) is not int:
+        return f"state `{name}`, a number of rows, in each source"
+    stated = {source: migration.settings.get(f"{source}.{name}") for source in sources}
+    return {
+        f"{source}.{name}": min(value, old.value) if old is not None and isinstance(old.value, int) else value
+        for source, old in stated.items()
+    }
+
+
 def _source_key(migration: Migration, value: Any, name: str, source: str) -> dict[str, object] | str:
     """Return the key of a source; a path is local where it is there, else a data set of the hub."""
     if name != "path":
@@ -279,12 +310,7 @@ def _source_key(migration: Migration, value: Any, name: str, source: str) -> dic
         return "name each file as `path` of a source"
     if value in ("json", "csv", "parquet", "text"):  # the files are named beside it
         return {}
-    found: dict[str, object] = {}
     path, local = value, _local(migration, value)
-    bare, _, limit = path.rpartition("#")
-    if local is None and limit.isdigit() and bare:
-        found[f"{source}.limit"], path = int(limit), bare
-        local = _local(migration, path)
     looks_local = path.startswith((".", "/", "~")) or path.lower().endswith(FILES)
     old = migration.settings.get(f"{source}.path")
     if old is not None and looks_local and str(old.value).startswith("hub:") and local is None:
@@ -295,9 +321,9 @@ def _source_key(migration: Migration, value: Any, name: str, source: str) -> dic
         local = path
     elif local is None and looks_local:
         local = os.path.relpath(os.path.expanduser(path), migration.folder)
-    name, _, subset = path.removeprefix("hf::").partition(":")
-    found |= {f"{source}.config": subset} if subset and local is None else {}
-    return found | {f"{source}.path": local or f"hub:{name}"}
+    if local is None and "/" not in path:
+        return f"{path} is neither a file here nor a data set OWNER/NAME of the hub: write its path"
+    return {f"{source}.path": local or f"hub:{path}"}
 
 
 def _local(migration: Migration, path: str) -> str | None:
@@ -310,7 +336,7 @@ def _local(migration: Migration, path: str) -> str | None:
     return None
 
 
-def _listed(migration: Migration, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
+def _listed(migration: Migration, key: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
     """Look names up in the dataset_info.json of LLaMA-Factory."""
     folder = str(migration.config.values.get(rule["folder"], "data"))
     places = [base / folder / "dataset_info.json" for base in (Path.cwd(), migration.config.folder)]
@@ -320,30 +346,50 @@ def _listed(migration: Migration, value: Any, rule: Mapping[str, Any]) -> dict[s
     parts = value if isinstance(value, list) else str(value).split(",")
     if not all(isinstance(one, str) for one in parts):
         return "name data sets, with commas between them"
-    for number, name in enumerate(part for one in parts if (part := one.strip())):
+    number = 0
+    for index, name in enumerate(part for one in parts if (part := one.strip())):
         entry, path = known.get(name), f"{rule['listing']}.{number}"
-        if not isinstance(entry, dict):
-            found |= {f"{path}.path": f"hub:{name}"}
+        address = _address(name, entry, migration, listing)
+        if address is None:
+            why = "no dataset_info.json here lists it with a file or a hub name: write its path"
+            migration.settle(f"{key}[{index}]", name, why, ok=False)
             continue
-        file = listing.parent / str(entry["file_name"]) if listing and "file_name" in entry else None
-        found[f"{path}.path"] = (
-            os.path.relpath(file, migration.folder) if file else f"hub:{entry.get('hf_hub_url') or name}"
-        )
-        for theirs, ours in (("subset", "config"), ("split", "split"), ("num_samples", "limit")):
-            if theirs in entry and not (file and ours == "split"):
-                found[f"{path}.{ours}"] = entry[theirs]
-        task = migration.settings.get("task")
-        names = {"prompt": "text" if task and task.value == "completion" else "instruction", "kto_tag": "label"}
-        names |= {"query": "input", "response": "output", "messages": "conversations"}
-        tags = entry.get("tags") or {}
-        if tags.get("role_tag") == "role":
-            names["messages"] = "messages"
-        for tag, word in tags.items():
-            if word not in TAGS:
-                why = "messages are role and content, or from and value, of the usual roles"
-                migration.settle(f"{path}.{tag}", word, why, ok=False)
-        for theirs, column in (entry.get("columns") or {}).items():
-            ours = names.get(theirs, theirs)
-            if column != ours:
-                found[f"{path}.columns.{ours}"] = column
+        number += 1
+        found[f"{path}.path"] = address
+        if isinstance(entry, dict):
+            found |= _entry_keys(migration, path, entry, local="file_name" in entry)
+    return found or "no rows of it are known here"
+
+
+def _address(name: str, entry: object, migration: Migration, listing: Path | None) -> str | None:
+    """Return where the rows of a data set of LLaMA-Factory are; None where that is not known here."""
+    if not isinstance(entry, dict):
+        return f"hub:{name}" if "/" in name else None
+    if listing is not None and "file_name" in entry:
+        return os.path.relpath(listing.parent / str(entry["file_name"]), migration.folder)
+    if "cloud_file_name" in entry:
+        return str(entry["cloud_file_name"])
+    return f"hub:{entry['hf_hub_url']}" if "hf_hub_url" in entry else None
+
+
+def _entry_keys(migration: Migration, path: str, entry: Mapping[str, Any], *, local: bool) -> dict[str, object]:
+    """Return what an entry of dataset_info.json says about the rows at `path`."""
+    found: dict[str, object] = {}
+    for theirs, ours in (("subset", "config"), ("split", "split"), ("num_samples", "limit")):
+        if theirs in entry and not (local and ours == "split"):
+            found[f"{path}.{ours}"] = entry[theirs]
+    task = migration.settings.get("task")
+    names = {"prompt": "text" if task and task.value == "completion" else "instruction", "kto_tag": "label"}
+    names |= {"query": "input", "response": "output", "messages": "conversations"}
+    tags = entry.get("tags") or {}
+    if tags.get("role_tag") == "role":
+        names["messages"] = "messages"
+    for tag, word in tags.items():
+        if word not in TAGS:
+            why = "messages are role and content, or from and value, of the usual roles"
+            migration.settle(f"{path}.{tag}", word, why, ok=False)
+    for theirs, column in (entry.get("columns") or {}).items():
+        ours = names.get(theirs, theirs)
+        if column != ours:
+            found[f"{path}.columns.{ours}"] = column
     return found

@@ -83,8 +83,8 @@ class ModelSection(Section):
     """File with a Jinja chat template that replaces the model's own; `builtin:chatml` comes with llmtune, and writes
     tools and thoughts. Default none: the template that the model was trained with is the right one for it."""
     chat_template_kwargs: dict[str, object] = Field(default={})
-    """Values handed to the chat template, e.g. `enable_thinking: false`; the same in training, evaluation and chat.
-    Default none: what a template does by itself."""
+    """Values for variables of the chat template, e.g. `enable_thinking: false`. They become defaults of the template
+    that is saved and served, so a client need not send them. Default none: what a template does by itself."""
     add_tokens: Many[Text] = ()
     """Tokens to add to the vocabulary; their embeddings are trained with the adapter. Default none: new embeddings
     start from nothing and make the adapter larger."""

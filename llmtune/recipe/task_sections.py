@@ -134,7 +134,7 @@ class ClassifySection(TaskSection):
 
     kind: Literal["auto", "single", "multi", "regression"] = "auto"
     """One label a row, any number of labels, or a number. Default `auto`: lists of labels are `multi`, numbers with a
-    decimal point `regression`, all else `single`."""
+    decimal point `regression` (0.0 and 1.0 alone are two classes), all else `single`."""
     labels: Many[Text] | None = Field(default=None, min_length=2)
     """The labels there are, in the order of the model's outputs; a row with another one is bad. Default none: those in
     the rows, sorted."""

@@ -126,6 +126,11 @@ TYPES = {
     "dict_type": "a mapping (`key: value`)",
     "model_type": "a mapping (`key: value`)",
 }
+VARIANTS = {
+    **{name: f"Write `method: lora` and `use_{name}: true`." for name in ("dora", "rslora")},
+    **{name: f"Write `method: lora` and `init_lora_weights: {name}`." for name in ("pissa", "eva", "corda", "olora")},
+}
+"""Variants of LoRA that other tools call methods."""
 RANGES = {
     "greater_than": ("above", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -216,7 +221,9 @@ def wrong_value(error: ErrorDetails, key: Key, source_map: SourceMap) -> Problem
     what = f"'{name}' is {describe(value)}"
     if kind == "literal_error":
         allowed = context["expected"].replace("'", "")
-        fix = f"{nearest(str(value), allowed.replace(' or ', ', ').split(', '))} Allowed: {allowed}.".strip()
+        hint = VARIANTS.get(str(value).casefold(), "") if dotted(key) == "adapter.method" else ""
+        hint = hint or nearest(str(value), allowed.replace(" or ", ", ").split(", "))
+        fix = f"{hint} Allowed: {allowed}.".strip()
     elif kind in TYPES:
         fix = f"It must be {TYPES[kind]}.{type_hint(kind, value)}"
     elif kind in RANGES:

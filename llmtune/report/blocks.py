@@ -137,12 +137,15 @@ def difference_table(
     cells: Rows = []
     for row in rows:
         scores = [] if base is None else [score(row.base), score(row.tuned)]
-        value, n = (row.difference.value, row.difference.n) if row.difference else (None, None)
+        value, n = (row.difference.value, write_rows(row.difference)) if row.difference else (None, DASH)
         change, picture = Cell(signed(value), row.tone), Cell(picture=row.picture)
-        cells.append(
-            [Cell(row.name, note=row.note, code=code), *scores, change, picture, row.interval, row.p, count(n)]
-        )
+        cells.append([Cell(row.name, note=row.note, code=code), *scores, change, picture, row.interval, row.p, n])
     return Table(columns, cells, title)
+
+
+def write_rows(change: Difference) -> str:
+    """Return the number of rows, and of the groups that they are in."""
+    return count(change.n) + (f" in {count(change.groups)} groups" if change.groups else "")
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ class Html(Block):
 
 @dataclass(frozen=True)
 class VerdictCard:
-    """Whether the tuning helped: the word, as a title, why, how many gates hold, and the one score that says most."""
+    """The verdict: the word, as a title, why, how many gates hold, and the one score that says most."""
 
     word: str
     title: str
@@ -268,7 +271,7 @@ class VerdictCard:
     gates_tone: Tone = ""
     headline: Compared | None = None
     baseline: str = ""
-    """What stands in the place of a base model that has no head."""
+    """What the headline compares with, if not the base model."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from xml.etree import ElementTree as Tree  # written, never read: nothing of it can be attacked
 
 from llmtune.errors import GateFailed, LlmtuneError
+from llmtune.recipe.secrets import redact_all
 from llmtune.report.number_format import score
-from llmtune.report.redaction import redact_all
 from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import write_text
 
@@ -86,6 +86,9 @@ def describe(report: Report) -> dict[str, str]:
         named["baseline"] = evaluation.baseline
     for model in ("base", "tuned"):
         named |= {f"{model}.{metric}": score(value) for metric, value in evaluation.by_name(model).items()}
+    if champion := evaluation.champion:
+        named["champion.rows"] = str(champion.rows)
+        named |= {f"champion.{metric}": score(value) for metric, value in champion.scores.items()}
     if overlap := evaluation.contamination:
         named["overlapping_test_rows"] = f"{overlap.overlapping} of {overlap.rows}"
     return named

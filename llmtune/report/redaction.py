@@ -1,81 +1,17 @@
-"""Secrets, and paths of this machine, out of everything that is written for others to read."""
+"""Take paths of this machine, and secrets with them, out of what is published."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 from ruamel.yaml import YAML
 
 from llmtune.errors import EnvironmentProblem, Problem
-
-T = TypeVar("T")
-REMOVED = "[removed]"
-SECRET_KEY = re.compile(
-    r"(?:.*[_-])?(?:api[_-]?key|password|passwd|secret|secret[_-]key|access[_-]token|auth[_-]token|hf[_-]token"
-    r"|bearer[_-]token|authorization|private[_-]key)",
-    re.IGNORECASE,
-)
-_KNOWN = (
-    r"hf_[A-Za-z0-9]{16,}",  # Hugging Face
-    r"api_org_[A-Za-z0-9]{16,}",
-    r"sk-[A-Za-z0-9_-]{16,}",  # OpenAI, Anthropic
-    r"gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}",
-    r"glpat-[A-Za-z0-9_-]{16,}",
-    r"xox[abeoprs]-[A-Za-z0-9-]{10,}",  # Slack
-    r"(?:AKIA|ASIA)[0-9A-Z]{16}",  # AWS
-    r"AIza[0-9A-Za-z_-]{35}",  # Google
-    r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",  # JSON Web Token
-)
-TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:" + "|".join(_KNOWN) + r")")
-HEADER = re.compile(
-    r"(?P<head>\b(?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?)(?:(?:basic|bearer|token|negotiate)\s+)?[^\s\"',;]+",
-    re.IGNORECASE,
-)
-BEARER = re.compile(r"(?P<head>\bbearer\s+)[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE)
-ASSIGNED = re.compile(
-    r"(?P<head>\b(?:[A-Z0-9]+_)*(?:API_KEY|APIKEY|ACCESS_KEY|SECRET|SECRET_KEY|TOKEN|PASSWORD)\b[\"']?\s*[:=]\s*[\"']?)[^\s\"',;]+"
-    r"|(?P<head2>\b(?i:api[_-]?key)[\"']?\s*[:=]\s*[\"']?)[^\s\"',;]+"
-)
-IN_URL = re.compile(r"(?P<head>\b[a-z][a-z0-9+.-]{0,20}://)[^\s/@:]{1,200}:[^\s/@]{1,200}@", re.IGNORECASE)
-PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
-
-
-def redact(text: str) -> str:
-    """Replace tokens, keys, passwords in URLs and authorization headers by `[removed]`."""
-    text = PRIVATE_KEY.sub(REMOVED, text)
-    text = IN_URL.sub(lambda found: found["head"] + REMOVED + "@", text)
-    text = HEADER.sub(lambda found: found["head"] + REMOVED, text)
-    text = BEARER.sub(lambda found: found["head"] + REMOVED, text)
-    text = TOKEN.sub(REMOVED, text)
-    return ASSIGNED.sub(lambda found: (found["head"] or found["head2"]) + REMOVED, text)
-
-
-def redact_all(value: T) -> T:
-    """Redact every text in a value, all the way down, and whole values whose key says that they are secret."""
-    redacted: Any = value
-    if isinstance(value, str):
-        redacted = redact(value)
-    elif isinstance(value, Mapping):
-        redacted = {redact(str(key)): hide(str(key), item) for key, item in value.items()}
-    elif isinstance(value, list | tuple):
-        redacted = [redact_all(item) for item in value]
-    elif is_dataclass(value) and not isinstance(value, type):
-        redacted = replace(
-            value, **{field.name: hide(field.name, getattr(value, field.name)) for field in fields(value)}
-        )
-    return cast(T, redacted)
-
-
-def hide(key: str, value: object) -> object:
-    """Redact the value of one key."""
-    return REMOVED if SECRET_KEY.fullmatch(key) and isinstance(value, str) and value else redact_all(value)
-
+from llmtune.recipe.secrets import redact, redact_all
+from llmtune.store.run_lock import read_resolved
 
 # Paths of this machine
 
@@ -110,7 +46,7 @@ def recipe_to_share(recipe: Path) -> str:
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = StringIO()
-    writer.dump(hide_paths(YAML(typ="safe").load(recipe.read_text("utf-8"))), text)
+    writer.dump(hide_paths(read_resolved(recipe)), text)
     head = "# What this model was made with. Paths are cut to their last part: put your own rows in their place.\n"
     return redact(head + text.getvalue())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import fill
@@ -58,9 +59,15 @@ def spinner(console: Console, text: str) -> Iterator[None]:
 
 def follow(console: Console, items: Sequence[T], text: str) -> Iterator[T]:
     """Yield items one by one, and show on a terminal how many are done and how long the rest will take."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with counting_bars(console) as bars:
         yield from bars.track(items, description=text)
+
+
+def counting_bars(console: Console) -> Progress:
+    """Return bars that count, and that move while one thing takes long."""
+    what = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*what, *times, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_page(page: Page, console: Console) -> None:
@@ -100,36 +107,53 @@ def render_blocks(blocks: Sequence[Block], width: int) -> Iterator[RenderableTyp
 def make_table(block: Table, width: int) -> RenderableType:
     """Return a table for rich; a row has the colour of the first of its cells that has one.
 
-    No number is cut. Where the table is too wide, names fold first, then headings and intervals wrap between their
-    words; where that is not enough, each row is written as a line of headings and values.
+    No number is cut. Where the table is too wide, columns move together, then headings wrap, then names fold, and
+    intervals wrap last; where that is not enough, each row is written as a line of headings and values.
     """
     shown = [number for number, column in enumerate(block.heads) if column.kind != "picture"]
     cells = [[row[number].text for number in shown] for row in block.cells]
     styles = [STYLES.get(next((cell.tone for cell in row if cell.tone), ""), "") for row in block.cells]
     heads = [block.heads[number] for number in shown]
-    widths = _column_widths(heads, cells, width)
-    if widths is None:
+    fitting = _column_widths(heads, cells, width)
+    if fitting is None:
         return _as_lines(block.title, heads, cells, styles, width)
-    table = RichTable(title=escape(block.title) or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    gap, widths = fitting
+    title, padding = escape(block.title) or None, (0, max(gap - 2, 0), 0, min(gap - 1, 1))
+    table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=padding)
     for column, own in zip(heads, widths, strict=True):
         justify: Literal["left", "right"] = "right" if column.kind == "number" else "left"
         table.add_column(escape(column.heading), justify=justify, width=own, overflow="fold")
     for texts, style in zip(cells, styles, strict=True):
-        table.add_row(*map(escape, texts), style=style)
+        table.add_row(*(escape(_folded(text, own)) for text, own in zip(texts, widths, strict=True)), style=style)
     return table
 
 
-def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> list[int] | None:
-    """Return the columns' widths; None where not even the words of all numbers have room side by side."""
+def _folded(text: str, width: int) -> str:
+    """Break a text that is too wide between words, or behind hyphens and slashes; rich breaks at spaces only."""
+    lines = [""]
+    for part in re.findall(r"[^\s/-]*[\s/-]*", text) if cell_len(text) > width else [text]:
+        if lines[-1] and cell_len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> tuple[int, list[int]] | None:
+    """Return what is between the columns, and their widths; None where not even the words of all numbers have room."""
     numbers = [column.kind == "number" for column in heads]
-    room = width - 3 * len(heads) + 1  # the rest is between the columns
     columns = [[column.heading, *texts] for column, texts in zip(heads, zip(*cells, strict=True), strict=False)]
     whole = [max(map(cell_len, texts)) for texts in columns]
     words = [max(cell_len(word) for text in texts for word in _unbroken(text)) for texts in columns]
-    least = [min(LEAST_TEXT, size) for size in whole]
-    for own in (whole, words):
+    uncut = [
+        max(cell_len(text) for text in (*_unbroken(heading), *texts)) for heading, *texts in columns
+    ]  # only the heading wraps
+    folded = [min(LEAST_TEXT, size) for size in whole]
+    for gap, own, least in (
+        *((3, whole, words), (2, whole, words), (1, whole, words), (1, uncut, words), (2, uncut, folded)),
+        *((2, words, words), (2, words, folded)),
+    ):
         fixed = [size if number else low for size, number, low in zip(own, numbers, least, strict=True)]
-        spare = room - sum(fixed)
+        spare = width - gap * (len(heads) - 1) - 2 - sum(fixed)  # the rest is between the columns and beside them
         if spare >= 0:
             break
     else:
@@ -137,7 +161,7 @@ def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], widt
     for at in sorted((at for at, number in enumerate(numbers) if not number), key=lambda at: whole[at]):
         more = min(spare, whole[at] - fixed[at])
         fixed[at], spare = fixed[at] + more, spare - more
-    return fixed
+    return gap, fixed
 
 
 def _unbroken(text: str) -> list[str]:

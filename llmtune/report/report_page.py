@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from llmtune.records import Evaluation
+from llmtune.records import Evaluation, GateResult
 from llmtune.report.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
-from llmtune.report.metric_info import rank_metrics
+from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count
 from llmtune.report.report_record import Report
 from llmtune.report.run_sections import (
@@ -21,16 +21,25 @@ from llmtune.report.run_sections import (
     step_section,
     training_section,
 )
-from llmtune.report.score_sections import compare_metric, gate_section, power_section, score_sections
-from llmtune.report.verdict import HARMED, HELPED, MIXED, speaking
+from llmtune.report.score_sections import compare_metric, count_gates, gate_section, power_section, score_sections
+from llmtune.report.verdict import (
+    BETTER,
+    INCONCLUSIVE,
+    MIXED,
+    WITHIN,
+    WORSE,
+    Findings,
+    find_changes,
+    judged_differences,
+)
 
 TITLES: dict[str, tuple[str, Tone]] = {
-    HELPED: ("The tuning helped", "better"),
-    HARMED: ("The tuning did harm", "worse"),
-    MIXED: ("Better here, worse there", "mixed"),
+    BETTER: ("Better than {opponent}", "better"),
+    WORSE: ("Worse than {opponent}", "worse"),
+    MIXED: ("Better here, worse there than {opponent}", "mixed"),
+    WITHIN: ("Within the margin of {opponent}", "better"),
+    INCONCLUSIVE: ("No clear difference from {opponent}", "unsure"),
 }
-BEARING = {HELPED: (1,), HARMED: (-1,), MIXED: (1, -1)}
-"""Directions of a difference that bear a verdict out."""
 
 FOLDER = "explain"
 """In the run folder."""
@@ -79,33 +88,45 @@ def chips(report: Report) -> list[tuple[str, str]]:
 
 def verdict_card(report: Report) -> VerdictCard:
     """Return the verdict, how many gates hold, and the one score that says most."""
-    gates = report.gates
-    failed, unsure = (sum(gate.passed is outcome for gate in gates) for outcome in (False, None))
-    noun = "gate" if len(gates) == 1 else "gates"
-    note = f"{failed} of {len(gates)} {noun} failed" if failed else f"{len(gates)} {noun} passed" if gates else ""
-    note = f"{unsure} of {len(gates)} {noun} can't tell" if unsure and not failed else note
-    title, tone = TITLES.get(report.verdict.word, ("Can’t tell", "unsure"))
-    evaluation = report.evaluation
-    if report.verdict.word == MIXED and evaluation and -1 not in speaking(evaluation.difference).values():
-        title = "Better, with reservations"
+    gates, evaluation = report.gates, report.evaluation
+    failed, unsure = (any(gate.passed is outcome for gate in gates) for outcome in (False, None))
+    opponent = "the champion" if evaluation and evaluation.champion else "the base model"
+    if evaluation and evaluation.baseline and not evaluation.champion:
+        opponent = "the baseline"
+    title, tone = TITLES[report.verdict.word]
     return VerdictCard(
         word=report.verdict.word,
-        title=title,
+        title=title.format(opponent=opponent),
         tone=tone,
         reason=report.verdict.reason,
-        gates=note,
+        gates=count_gates(gates),
         gates_tone=TONES[-1 if failed else 0 if unsure else 1],
-        headline=headline(evaluation, report.verdict.word) if evaluation else None,
-        baseline=(evaluation.baseline if evaluation else None) or "",
+        headline=headline(evaluation, report.verdict.word, gates) if evaluation else None,
+        baseline="the champion" if evaluation and evaluation.champion else (evaluation and evaluation.baseline) or "",
     )
 
 
-def headline(evaluation: Evaluation, word: str) -> Compared | None:
-    """Return the one score that says most: one of those that bear the verdict `word` out, if there are any."""
-    ranked, signs = rank_metrics(evaluation.difference), speaking(evaluation.difference)
-    telling = [name for name in ranked if signs.get(name) in BEARING.get(word, ())]
-    metric = next(iter(telling or ranked), None)
-    return compare_metric(metric, evaluation, metric.replace("_", " ")) if metric else None
+def headline(evaluation: Evaluation, word: str, gates: Sequence[GateResult] = ()) -> Compared | None:
+    """Return the one score that says most: one that the verdict `word` rests on, if there is any."""
+    champion, differences = evaluation.champion, judged_differences(evaluation)
+    ranked = rank_metrics(differences)
+    bearing = list_bearing(find_changes(differences, gates, "champion" if champion else "base"), word)
+    metric = next((name for name in ranked if name in bearing), next(iter(ranked), None))
+    if metric is None:
+        return None
+    name = metric.replace("_", " ")
+    if champion is None:
+        return compare_metric(metric, evaluation, name)
+    scores = champion.scores.get(metric), champion.tuned.get(metric)
+    return Compared(name, *scores, differences[metric], better_side(metric))
+
+
+def list_bearing(findings: Findings, word: str) -> Sequence[str]:
+    """Return the metrics that a verdict rests on."""
+    if findings.failed:
+        return findings.failed
+    chosen = {BETTER: findings.better, WORSE: findings.worse, WITHIN: findings.within}
+    return chosen.get(word, [*findings.better, *findings.worse] if word == MIXED else ())
 
 
 # Pages that look inside the model: they come after the run, if they come

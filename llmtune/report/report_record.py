@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from pathlib import Path
+from typing import Any, Required
 
+from typing_extensions import TypedDict
+
+from llmtune.errors import RecipeError
 from llmtune.records import Evaluation, GateResult, Json, StepTiming
+from llmtune.store.json_shapes import Counts, Lengths, read_record
 
+REPORT = "report.json"
 Number = float | None
 DATA_KEYS = ("dropped", "examples", "tokens", "supervised_share", "longest", "example")
 """Of the facts of `encode`; what it dropped includes the rows that `prepare` did."""
@@ -18,7 +25,7 @@ RENAMED = {"total": "all", "adapter_bytes": "bytes"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """`helped`, `harmed`, `mixed` or `can't tell`, and why."""
+    """`better`, `worse`, `mixed`, `within margin` or `inconclusive`, and why."""
 
     word: str
     reason: str
@@ -81,20 +88,15 @@ class Seeds:
     told: str
 
 
-class Lengths(TypedDict):
-    """A histogram: `counts[i]` lies between `edges[i]` and `edges[i + 1]`."""
-
-    edges: list[float]
-    counts: list[int]
-
-
 class DataFacts(TypedDict, total=False):
     """Rows in, kept and dropped by reason; examples and tokens by split."""
 
-    rows_in: int
-    kept: dict[str, int]
-    dropped: dict[str, int]
+    rows_in: Required[int]
+    kept: Required[Counts]
+    dropped: Required[Counts]
     lost: dict[str, int]
+    filled: int
+    vanishing: dict[str, int]
     examples: dict[str, int]
     tokens: dict[str, int]
     supervised_tokens: dict[str, int]
@@ -123,22 +125,28 @@ class Candidate(TypedDict, total=False):
     reason: str | None
 
 
+class Ranking(TypedDict, total=False):
+    """The models that were ranked."""
+
+    candidates: list[Candidate]
+
+
 class ModelFacts(TypedDict, total=False):
     """The model, its memory plan, and the ranking it comes from."""
 
-    name: str
+    name: Required[str]
     revision: str | None
-    sha256: str
-    ranking: dict[str, list[Candidate]] | None
+    sha256: Required[str]
+    ranking: Ranking | None
     plan: Plan
 
 
 class AdapterFacts(TypedDict, total=False):
     """What was put in, and how much of the model is trained."""
 
-    method: str
-    trainable: int
-    all: int
+    method: Required[str]
+    trainable: Required[int]
+    all: Required[int]
     matched_modules: int
     targets: dict[str, int]
     bytes: int
@@ -210,19 +218,62 @@ class Report:
     """When its last step began, in UTC."""
 
 
-def collect_facts(manifest: Mapping[str, Any], curve: Sequence[Mapping[str, object]]) -> Json:
+class ReportScores(TypedDict):
+    """The part of report.json about scores that other commands read; evaluation.json has all of them."""
+
+    rows: int
+    seeds: Seeds | None
+
+
+class ReportDocument(TypedDict):
+    """What report.json holds."""
+
+    llmtune: str
+    name: str
+    task: str
+    verdict: Verdict
+    recipe: dict[str, object]
+    steps: list[StepTiming]
+    data: DataFacts | None
+    model: ModelFacts | None
+    adapter: AdapterFacts | None
+    train: dict[str, object] | None
+    evaluation: ReportScores | None
+    gates: list[GateResult]
+    date: str
+
+
+def read_report(run: Path) -> Json | None:
+    """Read the report.json of a run; None if it is missing or holds no JSON.
+
+    Raises EnvironmentProblem for one that does not hold what llmtune writes.
+    """
+    report: Json | None = read_record(
+        run / REPORT, ReportDocument, fix=f"Write it again: llmtune evaluate {shlex.quote(str(run))}"
+    )
+    return report
+
+
+def require_report(run: Path) -> Json:
+    """Read the report.json of a run; raises as `read_report` does, and RecipeError where there is none."""
+    report = read_report(run)
+    if report is None:
+        raise RecipeError.of("this run has no report", str(run), f"Score it again: llmtune evaluate {run}")
+    return report
+
+
+def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[Mapping[str, object]]) -> Json:
     """Return what the steps found out, by the report's names; what a stopped run has not reached is None.
 
-    `manifest` is run.json, `curve` the lines of metrics.jsonl.
+    `done` are the facts of each finished step, `began` is when the last step did, `curve` the lines of metrics.jsonl.
     """
-    done: Json = {name: step["facts"] for name, step in manifest["steps"].items() if step["state"] == "done"}
     prepared, encoded, adapted, trained = (done.get(name) for name in ("prepare", "encode", "adapt", "train"))
     data = {key: prepared[key] for key in ("rows_in", "kept", "dropped")} if prepared else None
     if data and encoded:
         data |= {key: encoded[key] for key in DATA_KEYS}
         data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}
         data |= {"classes": encoded.get("classes") or {}, "lost": encoded.get("lost") or {}}
-    began = max((step["started"] for step in manifest["steps"].values()), default=None)
+        data |= {"filled": encoded.get("filled", 0), "vanishing": encoded.get("vanishing") or {}}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else "",
         "data": data,

@@ -36,6 +36,7 @@ FEWEST_POINTS = 10
 WORDED = frozenset({"exact_match", "f1", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "ter"})
 """Metrics that reward wording."""
 WRITING_TASKS = frozenset(name for name, facts in TASK_FACTS.items() if facts.generates and not facts.takes_audio)
+SHOWN_LETTERS = 8
 
 
 def known(pairs: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
@@ -140,6 +141,10 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
     reasons = [[reason, count(number)] for reason, number in sorted(dropped.items(), key=lambda item: -item[1])]
     title = f"{count(data.get('rows_in'))} rows in, {count(sum(dropped.values()))} dropped"
     left.append(Table(["reason", Column("dropped", "number")], reasons, title) if reasons else Text(f"{title}."))
+    if filled := data.get("filled"):
+        left.append(Text(filled_sentence(filled), "note"))
+    if vanishing := data.get("vanishing"):
+        left.append(Text(vanishing_sentence(vanishing), "note"))
     if lost := data.get("lost"):
         left.append(Text(lost_sentence(lost, sum(supervised.values())), "note"))
     names = {"label": "training examples by length in tokens", "title": "Training examples by length", "axis": "tokens"}
@@ -155,6 +160,21 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         pieces = [element("mark", piece) if marked else escape(piece) for piece, marked in example]
         blocks.append(Html(heading(text) + element("pre", Markup("").join(pieces), class_="example")))
     return Section("Data", blocks)
+
+
+def filled_sentence(filled: int) -> str:
+    """Return what was dropped of rows out of Parquet or the hub (`llmtune.data.arrow_rows`)."""
+    return f"{count(filled)} empty keys dropped: Arrow fills them in where other rows have a value."
+
+
+def vanishing_sentence(vanishing: Mapping[str, int]) -> str:
+    """Return which characters of the rows the tokenizer drops, the most frequent first."""
+    most_first = sorted(vanishing, key=lambda letter: -vanishing[letter])
+    listed = ", ".join(
+        f"U+{ord(letter):04X} ({count(vanishing[letter])} rows)" for letter in most_first[:SHOWN_LETTERS]
+    )
+    more = f" and {len(vanishing) - SHOWN_LETTERS} more" if len(vanishing) > SHOWN_LETTERS else ""
+    return f"The tokenizer drops these characters, so the model never sees them: {listed}{more}."
 
 
 def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:

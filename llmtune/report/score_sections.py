@@ -28,6 +28,7 @@ from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import read_samples
+from llmtune.report.verdict import INCONCLUSIVE
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
 """Classes of a confusion matrix that can still be read, and pairs of classes that are listed."""
@@ -68,9 +69,18 @@ def gate_section(gates: Sequence[GateResult], look: str | None = None) -> Sectio
     return Section("Gates", [table, *([Text(f"This is {look}.", "soft")] if look else [])] if rows else [])
 
 
+def count_gates(gates: Sequence[GateResult]) -> str:
+    """Return how many gates failed, else how many are inconclusive, else how many passed; nothing without gates."""
+    noun = "gate" if len(gates) == 1 else "gates"
+    for outcome, word in ((False, "failed"), (None, INCONCLUSIVE)):
+        if number := sum(gate.passed is outcome for gate in gates):
+            return f"{number} of {len(gates)} {noun} {word}"
+    return f"{len(gates)} {noun} passed" if gates else ""
+
+
 def passed_cell(gate: GateResult) -> Cell:
-    """Return a word, and why one can't tell."""
-    word = {True: "passed", False: "failed", None: "can't tell"}[gate.passed]
+    """Return a word, and the note."""
+    word = {True: "passed", False: "failed", None: INCONCLUSIVE}[gate.passed]
     return Cell(word, TONES[0 if gate.passed is None else 1 if gate.passed else -1], note=gate.note)
 
 
@@ -101,6 +111,8 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     text += "that were looked at (Holm’s correction of p)."
     if exact := [name for name, change in changes.items() if change.test == "McNemar mid-p"]:
         text += f" p of {words(exact)}: McNemar’s test (mid-p); of all else: swaps of the two models’ answers."
+    if any(change.groups for change in changes.values()):
+        text += " Rows with one value of `data.split_by` are a group; groups, not rows, were drawn and swapped."
     if evaluation.tuned.keys() - changes.keys():
         text += " A dash: measured of the tuned model alone."
     blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]
@@ -112,15 +124,22 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
 
 
 def champion_section(evaluation: Evaluation, task: str | None) -> Section:
-    """A row a metric against the champion, and what could not be compared."""
+    """A row a metric against the champion, on the rows of both, and what could not be compared."""
     champion = evaluation.champion
     if champion is None:
         return Section("Against the champion", [])
     rows = [
-        Compared(name, champion.scores[name], evaluation.tuned[name], change, better_side(name), full_note(name, task))
+        Compared(
+            name, champion.scores[name], champion.tuned.get(name), change, better_side(name), full_note(name, task)
+        )
         for name, change in champion.difference.items()
     ]
-    blocks: list[Block] = [Text(f"The champion, `{Path(champion.folder).name}`, answered the same test rows.")]
+    text = f"The champion is `{Path(champion.folder).name}`. Both models answered {count(champion.rows)} rows that "
+    text += "neither was trained on"
+    text += "." if champion.rows == evaluation.rows else f", of {count(evaluation.rows)} test rows."
+    if champion.asked:
+        text += f" {count(champion.asked)} of them are new: the champion’s model answered them now."
+    blocks: list[Block] = [Text(text)]
     blocks += [difference_table(rows, base="champion", code=True)] if rows else []
     blocks += [Text(f"`{metric}` is left out: {why}.") for metric, why in sorted(champion.left_out.items())]
     return Section("Against the champion", blocks, "Champion", "champion")

@@ -1,13 +1,16 @@
-"""The verdict: did the tuning help, by the intervals of the differences alone; and over several seeds."""
+"""The verdict: is the tuned model better than the champion or, without one, than the base; and over several seeds."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
-from llmtune.records import Difference, Evaluation
+from llmtune.recipe.gate_grammar import Opponent, parse_gate
+from llmtune.records import Champion, Difference, Evaluation, GateResult
 from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction
 from llmtune.report.number_format import missing
 from llmtune.report.report_record import SeedRun, Seeds, Spread, Verdict
@@ -105,7 +108,8 @@ TWINS = ("accuracy", "f1_micro")
 """One number under two names where a row has one label; then, and only then, both changes are equal."""
 FEWEST_ROWS = 10
 Differences = Mapping[str, Difference]
-HELPED, HARMED, MIXED, UNKNOWN = "helped", "harmed", "mixed", "can't tell"
+BETTER, WORSE, MIXED, WITHIN, INCONCLUSIVE = "better", "worse", "mixed", "within margin", "inconclusive"
+"""The words of every verdict: on a run, on a pair of runs, on a sweep. Gates use the last one too."""
 PRICE = "The price: the tuned model is farther from the base model (kl)."
 
 
@@ -126,33 +130,98 @@ FALLING = {"validation_loss": 0.02, "loss": 0.05}
 """By how much a loss must fall at the end: from one validation to the next, or from the third quarter to the last."""
 
 
-def verdict(
-    evaluation: Evaluation | None, seeds: Seeds | None = None, curve: Sequence[Mapping[str, object]] = ()
-) -> Verdict:
-    """Return one word (helped, harmed, mixed, can't tell) and the reason, one sentence or a few.
+@dataclass(frozen=True)
+class Findings:
+    """What the differences show, metric by metric."""
 
-    It is given by the metrics that speak. Where answers were also compared by likelihood (`choice_accuracy`) and that
-    did not move, a gain elsewhere may be answer format alone, and the verdict is `can't tell`. A cost (`kl`) is
-    named and decides nothing. Where a trivial baseline stands for the base model, the reason names it. A gain is no
-    help yet (mixed) where answers still have little in common with their references, or where many test rows stand in
-    training. Of the `curve` of training, a loss that was still falling at its end is named.
+    better: list[str]
+    worse: list[str]
+    within: list[str]
+    """Neither, and shown by a gate to be within its margin."""
+    tolerated: list[str]
+    """Those of `within` that are shown to be worse."""
+    failed: list[str]
+    """Shown to be worse, and a gate is on them that did not pass."""
+
+
+def verdict(
+    evaluation: Evaluation | None,
+    seeds: Seeds | None = None,
+    curve: Sequence[Mapping[str, object]] = (),
+    gates: Sequence[GateResult] = (),
+    chance: float = CHANCE,
+) -> Verdict:
+    """Return one word and the reason, one sentence or a few: about the champion if there is one, else about the base.
+
+    `find_changes` says which metrics decide. Of the base: where answers were also compared by likelihood
+    (`choice_accuracy`) and that did not move, a gain elsewhere may be answer format alone, and the verdict is
+    inconclusive. So is a gain where answers still have little in common with their references, or where many test rows
+    are in training. A cost (`kl`) is named and decides nothing. Where a trivial baseline replaces the base model, the
+    reason names it. A training `curve` that was still falling at its end is named. Intervals and p-values of
+    differences from the champion have the error `chance`.
     """
+    if evaluation is not None and evaluation.champion is not None:
+        return judge_challenger(evaluation.champion, gates, chance)
     if evaluation is None or not evaluation.difference:
         measured = evaluation is not None and evaluation.tuned
         alone = "Only the tuned model has scores: there is nothing to compare them with."
-        return Verdict(UNKNOWN, alone if measured else "Nothing was measured on held-out rows.")
-    changes = countable(evaluation.difference)
-    if not changes:
+        return Verdict(INCONCLUSIVE, alone if measured else "Nothing was measured on held-out rows.")
+    changes = countable(judged_differences(evaluation))
+    if not changes and not countable(evaluation.difference):
         rows = max(change.n for change in evaluation.difference.values())
-        return Verdict(UNKNOWN, f"{rows} held-out rows are too few; at least {FEWEST_ROWS} are needed.")
-    found = weigh(changes, evaluation.baseline)
+        return Verdict(INCONCLUSIVE, f"{rows} held-out rows are too few; at least {FEWEST_ROWS} are needed.")
+    findings = find_changes(changes, gates, "base")
+    found = weigh(findings, changes, evaluation.baseline)
+    if found.word == BETTER and CHOICE in changes and CHOICE not in (*findings.better, *findings.within):
+        reason = f"Better in {join_names(findings.better)}, but choosing among the possible answers did not change"
+        reason += " beyond chance: what was learned may be the format of answers alone."
+        found = Verdict(INCONCLUSIVE, reason)
     paid = "kl" in changes and direction("kl", changes["kl"]) < 0
-    gained = [metric for metric, sign in speaking(changes).items() if sign > 0]
-    doubts = list_doubts(evaluation) if found.word == HELPED else []
-    small = small_gain(evaluation, gained) if found.word == HELPED else ""
+    doubts = list_doubts(evaluation) if found.word == BETTER else []
+    small = small_gain(evaluation, findings.better) if found.word == BETTER else ""
     falling = "The loss was still falling when training ended: more epochs may help." if still_falling(curve) else ""
-    parts = [found.reason, *doubts, small, warn_of_spread(seeds, gained), PRICE if paid else "", falling]
-    return Verdict(MIXED if doubts else found.word, " ".join(part for part in parts if part))
+    spread = warn_of_spread(seeds, findings.better)
+    parts = [found.reason, *doubts, small, spread, PRICE if paid else "", falling, name_guessable(evaluation)]
+    return Verdict(INCONCLUSIVE if doubts else found.word, " ".join(part for part in parts if part))
+
+
+def judge_challenger(champion: Champion, gates: Sequence[GateResult], chance: float) -> Verdict:
+    """Return the verdict on a tuned model that has a champion; it never contradicts a gate on the champion.
+
+    A metric that is worse fails its gate or is within its margin. Where a gate failed for that, the word is `worse`,
+    whatever else got better; where another gate on the champion did not pass, it is not `better`.
+    """
+    if not champion.difference:
+        return Verdict(INCONCLUSIVE, "No metric could be compared with the champion.")
+    findings = find_changes(champion.difference, gates, "champion", chance)
+    own = [gate for gate in gates if parse_gate(gate.name).against == "champion"]
+    found = weigh(findings, champion.difference, "the champion")
+    word, reason = found.word, found.reason
+    if findings.failed:
+        word = WORSE
+    elif word in (BETTER, WITHIN) and (left := [gate.name for gate in own if not gate.passed]):
+        word, reason = INCONCLUSIVE, f"{reason} But not every gate passed: {', '.join(left)}."
+    return Verdict(word, f"{reason} Compared on {champion.rows} test rows." if champion.rows else reason)
+
+
+def is_open(gate: GateResult) -> bool:
+    """Whether a gate is inconclusive, whatever that counts as."""
+    return gate.passed is None or gate.note.startswith(INCONCLUSIVE)
+
+
+def judged_differences(evaluation: Evaluation) -> Mapping[str, Difference]:
+    """Return the differences that the verdict is about; none that guessing by class frequency would win too."""
+    if evaluation.champion is not None:
+        return evaluation.champion.difference
+    return {name: change for name, change in evaluation.difference.items() if name not in evaluation.guessable}
+
+
+def name_guessable(evaluation: Evaluation) -> str:
+    """Return a sentence on the metrics that the verdict cannot use, or an empty text."""
+    names = [name for name in evaluation.guessable if name in evaluation.difference]
+    verb = "does" if len(names) == 1 else "do"
+    why = "guessing by class frequency beats the most frequent class there too"
+    return f"{join_names(names).capitalize()} {verb} not count: {why}." if names else ""
 
 
 def list_doubts(evaluation: Evaluation) -> list[str]:
@@ -208,19 +277,46 @@ def countable(differences: Differences) -> dict[str, Difference]:
     return {metric: change for metric, change in differences.items() if change.n >= FEWEST_ROWS}
 
 
-def speaking(differences: Differences) -> dict[str, int]:
+def find_changes(
+    differences: Differences, gates: Sequence[GateResult], against: Opponent, chance: float = CHANCE
+) -> Findings:
+    """Sort the metrics by what the differences from one opponent show.
+
+    A metric with a gate on its interval was chosen beforehand, so its interval decides alone, as in the gate. All other
+    metrics share the error (`speaking`).
+    """
+    gated = defaultdict[str, list[GateResult]](list)
+    for result in gates:
+        gate = parse_gate(result.name)
+        if gate.part and gate.against == against and gate.metric in differences:
+            gated[gate.metric].append(result)
+    signs = speaking({metric: change for metric, change in differences.items() if metric not in gated}, chance)
+    signs |= {metric: direction(metric, differences[metric]) for metric in gated}
+    passed = [name for name, results in gated.items() if all(one.passed and not is_open(one) for one in results)]
+    within = [name for name in passed if signs[name] <= 0]
+    better, worse = ([name for name in differences if signs.get(name) == sign] for sign in (1, -1))
+    return Findings(
+        better=distinct(better, differences, ALIKE),
+        worse=distinct([name for name in worse if name not in within], differences, ALIKE),
+        within=within,
+        tolerated=[name for name in within if signs[name] < 0],
+        failed=[name for name in gated if signs[name] < 0 and name not in passed],
+    )
+
+
+def speaking(differences: Differences, chance: float = CHANCE) -> dict[str, int]:
     """Return the metrics that changed beyond chance: 1 for the better, -1 for the worse.
 
-    The 95 % interval leaves zero out, at least ten rows were measured, and p holds for all metrics together, so that
-    only one in twenty evaluations without any change is said to have one, however many metrics it looks at: Holm, "A
-    Simple Sequentially Rejective Multiple Test Procedure", 1979. Metrics that say the same in other units count once.
-    Costs (`kl`, `answers_cut`) and what has no better side do not speak.
+    The interval excludes zero, at least ten rows were measured, and p holds for all metrics together. So only one in
+    twenty evaluations without any change is said to have one, however many metrics it has: Holm, "A Simple Sequentially
+    Rejective Multiple Test Procedure", 1979. Metrics that say the same in other units count once. Costs (`kl`,
+    `answers_cut`) and metrics without a better side do not count.
     """
     changes = countable(differences)
     signs = {metric: direction(metric, change) for metric, change in changes.items() if metric not in COSTS}
     signs = {metric: sign for metric, sign in signs.items() if better_side(metric)}
     counted = distinct(list(signs), changes)
-    held = holm({metric: 1.0 if missing(p := changes[metric].p) else p for metric in counted})
+    held = holm({metric: 1.0 if missing(p := changes[metric].p) else p for metric in counted}, chance)
     groups = (*SAME_FINDING, TWINS)
     held |= {
         metric for metric in signs.keys() - counted if any(metric in group and held & {*group} for group in groups)
@@ -228,34 +324,47 @@ def speaking(differences: Differences) -> dict[str, int]:
     return {metric: sign for metric, sign in signs.items() if sign and metric in held}
 
 
-def weigh(changes: Differences, baseline: str | None) -> Verdict:
-    """Return word and reason by those metrics that are no cost."""
-    signs = speaking(changes)
-    better = distinct([metric for metric, sign in signs.items() if sign > 0], changes, ALIKE)
-    worse = distinct([metric for metric, sign in signs.items() if sign < 0], changes, ALIKE)
-    than = f" than {baseline}" if baseline else ""
-    if better and worse:
-        reason = f"Better in {join_names(better)}{than}, worse in {join_names(worse)}."
-        return Verdict(MIXED, f"{reason} Read the samples before you decide.")
+def weigh(findings: Findings, changes: Differences, opponent: str | None) -> Verdict:
+    """Return word and reason; `opponent` is named where it is not the base model."""
+    better, worse, within = findings.better, findings.worse, findings.within
+    than = f" than {opponent}" if opponent else ""
+    margin = name_within(findings)
+    if worse and (better or within):
+        gained = f"Better in {join_names(better)}{than}, worse in {join_names(worse)}." if better else ""
+        reason = gained or f"Worse in {join_names(worse)}{than}."
+        return Verdict(
+            MIXED, " ".join(part for part in (reason, margin, "Read the samples before you decide.") if part)
+        )
     if worse:
-        return Verdict(HARMED, f"Worse in {join_names(worse)}{than}, and better in nothing that was measured.")
-    if not better:
-        moved = f"No score is better or worse{than} beyond chance"
-        moved_alone = [metric for metric in changes.keys() - COSTS if direction(metric, changes[metric])]
-        if moved_alone:
-            moved += f" (the interval of {join_names(sorted(moved_alone))} leaves zero out, as one of many metrics may)"
-        return Verdict(UNKNOWN, f"{moved}: more held-out rows, or more training, would tell.")
-    if CHOICE in changes and CHOICE not in better:
-        reason = f"Better in {join_names(better)}, but choosing among the possible answers did not change beyond chance"
-        return Verdict(UNKNOWN, f"{reason}: what was learned may be the format of answers alone.")
-    return Verdict(HELPED, f"Better in {join_names(better)}{than}, and worse in nothing that was measured.")
+        return Verdict(WORSE, f"Worse in {join_names(worse)}{than}; no metric got better.")
+    if better:
+        rest = margin or "No metric got worse."
+        return Verdict(BETTER, f"Better in {join_names(better)}{than}. {rest}")
+    if within:
+        return Verdict(WITHIN, margin)
+    moved = f"No metric is better or worse{than} beyond chance"
+    moved_alone = [metric for metric in changes.keys() - COSTS if direction(metric, changes[metric])]
+    if moved_alone:
+        moved += f" (the interval of {join_names(sorted(moved_alone))} excludes zero, as one of many metrics may)"
+    return Verdict(INCONCLUSIVE, f"{moved}: more held-out rows, or more training, would tell.")
 
 
-def holm(ps: Mapping[str, float]) -> set[str]:
-    """Return those whose p holds at 5 % for all of them together."""
+def name_within(findings: Findings) -> str:
+    """Return a sentence on the metrics that are within the margins of their gates, or an empty text."""
+    parts = []
+    if level := [name for name in findings.within if name not in findings.tolerated]:
+        parts.append(f"{join_names(level)} {'is' if len(level) == 1 else 'are'} within the margin of the gate")
+    if lost := findings.tolerated:
+        parts.append(f"{join_names(lost)} {'is' if len(lost) == 1 else 'are'} worse, but within the margin of the gate")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def holm(ps: Mapping[str, float], chance: float = CHANCE) -> set[str]:
+    """Return those whose p holds at the error `chance` for all of them together."""
     held = set[str]()
     for place, (name, p) in enumerate(sorted(ps.items(), key=lambda item: item[1])):
-        if p > CHANCE / (len(ps) - place):
+        if p > chance / (len(ps) - place):
             break
         held.add(name)
     return held

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmtune.recipe.secrets import redact_all
 from llmtune.records import Json
 from llmtune.report.junit import to_junit
-from llmtune.report.redaction import redact_all
 from llmtune.report.render_html import render_section, to_html
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.report_page import explain_section, find_explanations, make_page

@@ -19,9 +19,8 @@ from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate
-from llmtune.recipe.schema import Recipe
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.serve.served_model import ServedModel
+from llmtune.serve.served_model import ServedModel, label_scores
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "text", "source", "document"),
@@ -54,7 +53,7 @@ def answer_file(
     header = list(dict.fromkeys(name for _, row in raw if not isinstance(row, RowError) for name in row))
     if not header:
         raise DataError.of("no row can be read", str(rows))
-    stated = run.recipe.data.train[0].columns
+    stated = run.recipe.data.train[0].columns or run.recipe.data.columns
     known = {ours: theirs for ours, theirs in stated.items() if used_columns({ours: theirs}, header) <= set(header)}
     columns = with_aliases(known, COLUMNS, header, run.recipe.task)
     asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
@@ -124,18 +123,12 @@ def _answer(
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
         for prediction in served.predict(rows):
-            yield {"answer": task.format_prediction(prediction), **_scores(prediction, recipe)}
+            labelled = label_scores(prediction, recipe)
+            scores = {"scores": labelled["scores"]} if isinstance(labelled, dict) and labelled != prediction else {}
+            yield {"answer": task.format_prediction(prediction), **scores}
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)
     for output in generate(served.model, prompts, served.processor, recipe, device=served.device, advance=advance):
         parsed = read(output.token_ids, None)
         yield {"answer": parsed.text, **({"reasoning": parsed.reasoning} if parsed.reasoning else {})}
-
-
-def _scores(prediction: object, recipe: Recipe) -> dict[str, object]:
-    """Return the scores of a classifier by the names of its classes."""
-    labels = recipe.classify.labels if recipe.classify else None
-    if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
-        return {}
-    return {"scores": dict(zip(labels, prediction["scores"], strict=True))}

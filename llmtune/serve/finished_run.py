@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,11 @@ from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate
 from llmtune.model.config import head_is_new
+from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult, ModelRef, Row
+from llmtune.report.report_record import require_report
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
 from llmtune.session import Models, RunContext, open_finished
@@ -155,8 +156,7 @@ class FinishedRun:
     @cached_property
     def report(self) -> dict[str, Any]:
         """What report.json holds."""
-        report: dict[str, Any] = json.loads((self.folder / "report.json").read_text("utf-8"))
-        return report
+        return require_report(self.folder)
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
@@ -202,6 +202,7 @@ class FinishedRun:
             RecipeError: something is not given, or given and not used by this task.
             DataError: what is given cannot be used.
         """
+        check_arguments("run.generate", locals())
         inputs = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
         inputs["audio"] = None if audio is None else str(audio)
         return str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from typing import ParamSpec, TypeVar
@@ -112,10 +113,11 @@ class RequestHandler:
         """Queue a conversation for its next answer."""
         served = self.find(request.model)
         row, turn = await beside_the_loop(read_messages, request)
+        asked = await beside_the_loop(with_values, served, request.chat_template_kwargs or {})
         try:
-            ids = await beside_the_loop(served.task.prompt_ids, row, served.processor, served.recipe)
-            await beside_the_loop(check_shown, row, ids, served)
-            begun = await beside_the_loop(begin_call, row, request, served)
+            ids = await beside_the_loop(asked.task.prompt_ids, row, asked.processor, asked.recipe)
+            await beside_the_loop(check_shown, row, ids, asked)
+            begun = await beside_the_loop(begin_call, row, request, asked)
         except LlmtuneError as error:
             raise ApiError(400, as_api_error(error).message, param="messages") from error
         longest = request.max_completion_tokens or request.max_tokens
@@ -187,6 +189,18 @@ def read_messages(request: ChatRequest) -> tuple[Row, int]:
     if not turn:
         raise ApiError(400, "messages: there is no question, only a system message.", param="messages")
     return dict(row), turn
+
+
+def with_values(served: ServedModel, values: Mapping[str, object]) -> ServedModel:
+    """Return the model with a client's values for its chat template; raises ApiError for one that it never reads."""
+    if not values:
+        return served
+    model = served.recipe.model
+    section = model.model_copy(update={"chat_template_kwargs": {**model.chat_template_kwargs, **values}})
+    try:
+        return replace(served, recipe=served.recipe.model_copy(update={"model": section}))
+    except LlmtuneError as error:
+        raise ApiError(400, as_api_error(error).message, param="chat_template_kwargs") from error
 
 
 def text_ids(text: str, served: ServedModel) -> list[int]:

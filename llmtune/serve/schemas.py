@@ -186,6 +186,9 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     """`none` shows the model no tool, `auto` (default) leaves it the choice; `required`, or a tool, begins the answer
     with a call."""
+    chat_template_kwargs: dict[str, object] | None = None
+    """Values for variables of the chat template, in place of those that the model was trained with. (Not in OpenAI's
+    API.)"""
 
     @model_validator(mode="after")
     def _one_length(self) -> ChatRequest:

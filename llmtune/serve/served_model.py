@@ -126,6 +126,14 @@ class ServedModel:
         return ids
 
 
+def label_scores(prediction: object, recipe: Recipe) -> object:
+    """Return what a classifier predicts with its scores by the names of the classes; anything else as it is."""
+    labels = recipe.classify.labels if recipe.classify else None
+    if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
+        return prediction
+    return {**prediction, "scores": dict(zip(labels, prediction["scores"], strict=True))}
+
+
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
     """Delivers new tokens; what comes first is the prompt."""
 

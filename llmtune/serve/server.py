@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
 from collections.abc import Callable
@@ -73,13 +74,19 @@ class TimedProtocol(H11Protocol):
 
 
 def allow_connections() -> None:
-    """Raise the limit on open files as far as is allowed and needed, and keep connections below it."""
+    """Raise the limit on open files as far as is allowed and needed, and keep connections below it.
+
+    Raises EnvironmentProblem where too few may be open: each connection refused would be logged, without end.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
         soft = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft != resource.RLIM_INFINITY:
-        TimedProtocol.limit = max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES))
+        if soft <= OTHER_FILES:
+            what = f"only {soft} files may be open at once, and the server needs more than {OTHER_FILES}"
+            raise EnvironmentProblem.of(what, "ulimit -n", "Raise the limit: ulimit -n 4096.")
+        TimedProtocol.limit = min(MAX_CONNECTIONS, soft - OTHER_FILES)
 
 
 SPARE_SECONDS = 5
@@ -93,8 +100,9 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
     Raises:
         RecipeError: there is no such host.
-        EnvironmentProblem: the port is taken, or may not be used.
+        EnvironmentProblem: the port is taken, or may not be used; or too few files may be open.
     """
+    allow_connections()
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -109,6 +117,11 @@ def bind_socket(host: str, port: int) -> socket.socket:
         fix = "Choose another port; 0 takes a free one."
         raise EnvironmentProblem.of(what, "--port", fix) from error
     return bound
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Leave out requests that a second Ctrl-C ends: uvicorn logs each as a bug of the application."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 class _Server(uvicorn.Server):
@@ -133,7 +146,6 @@ def run_server(
     app: ASGIApp, engine: Engine, bound: socket.socket, grace_seconds: float, on_ready: Callable[[], None]
 ) -> None:
     """Answer requests until SIGINT or SIGTERM, whose own handlers run once all is ended."""
-    allow_connections()
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -146,6 +158,7 @@ def run_server(
         timeout_graceful_shutdown=int(grace_seconds) + SPARE_SECONDS,
         ws="none",
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     server = _Server(config, lambda: engine.queue.stop(grace_seconds), on_ready)
     try:
         server.run(sockets=[bound])

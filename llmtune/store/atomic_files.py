@@ -63,13 +63,14 @@ def write_json(path: Path, value: object) -> None:
 def plain(value: object) -> Any:
     """Return what JSON can hold, all the way down: records by their fields, NaN and infinities as None, paths as text.
 
-    A difference is `{value, interval: [low, high], p, n, test}`.
+    A difference is `{value, interval: [low, high], p, n, test}`, with `groups` where rows are in groups.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Difference):
         middle, low, high, p = map(plain, (value.value, value.low, value.high, value.p))
-        return {"value": middle, "interval": [low, high], "p": p, "n": value.n, "test": value.test}
+        groups = {"groups": value.groups} if value.groups else {}
+        return {"value": middle, "interval": [low, high], "p": p, "n": value.n, **groups, "test": value.test}
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

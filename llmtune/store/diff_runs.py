@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from llmtune.store.atomic_files import list_folder, read_json, read_json_lines
+from llmtune.store.run_folder import read_curve
 
 MACHINE_KEYS = {"tokens_per_second", "peak_bytes", "epoch"}
 """Keys of a line of metrics.jsonl that depend on the machine, or follow from others."""
@@ -63,7 +64,7 @@ def far_apart(was: float | None, now: float | None, tolerance: float) -> bool:
 
 def compare_losses(was: Path, now: Path) -> Iterator[tuple[str, float | None, float | None]]:
     """Yield each loss that was noted in training, with its step, in both runs."""
-    for before, after in _side_by_side(was / "metrics.jsonl", now / "metrics.jsonl"):
+    for before, after in _zip_lines(read_curve(was), read_curve(now)):
         step = before.get("step", after.get("step"))
         for key in LOSS_KEYS:
             if key in before or key in after:
@@ -91,9 +92,9 @@ def same_but_paths(was: Path, now: Path) -> bool:
     return all(before.get(key) == after.get(key) for key in (before.keys() | after.keys()) - PATH_KEYS)
 
 
-def _side_by_side(was: Path, now: Path) -> Iterator[tuple[Record, Record]]:
+def _zip_lines(was: Sequence[Record], now: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
     """Yield the lines of two files of JSON; an empty one where one of them is shorter."""
-    for before, after in zip_longest(read_json_lines(was), read_json_lines(now)):
+    for before, after in zip_longest(was, now):
         yield before or {}, after or {}
 
 
@@ -106,7 +107,7 @@ def _differing_content(was: Path, now: Path) -> Iterator[Difference]:
 
 def _differing_steps(was: Path, now: Path) -> Iterator[Difference]:
     last: object = 0
-    for before, after in _side_by_side(was / "metrics.jsonl", now / "metrics.jsonl"):
+    for before, after in _zip_lines(read_curve(was), read_curve(now)):
         step = (before or after)["step"]
         for key in [key for key in {**before, **after} if key not in MACHINE_KEYS]:
             if before.get(key) != after.get(key):
@@ -160,7 +161,7 @@ def _differing_predictions(was: Path, now: Path) -> Iterator[Difference]:
     name = "evaluation/predictions.jsonl"
     if not ((was / name).exists() and (now / name).exists()):
         return
-    for row, (before, after) in enumerate(_side_by_side(was / name, now / name), 1):
+    for row, (before, after) in enumerate(_zip_lines(read_json_lines(was / name), read_json_lines(now / name)), 1):
         for key in [key for key in {**before, **after} if key != "origin"]:
             if before.get(key) != after.get(key):
                 origin = before.get("origin", after.get("origin"))

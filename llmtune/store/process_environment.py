@@ -40,8 +40,6 @@ def prepare_environment(*, network: bool, threads: int | None = None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
     # It looks for an optional hub kernel when it is imported, and warns where there is none.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # It writes to standard output, which is for --json, and libraries import it wherever it is installed.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     if not network:
         for name in OFFLINE:
             os.environ[name] = "1"

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, cast
 
-from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llmtune import __version__
@@ -23,13 +22,14 @@ from llmtune.store.atomic_files import (
     hash_listing,
     hash_path,
     list_folder,
-    read_json,
+    read_json_lines,
     remove,
     write_json,
 )
+from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
 from llmtune.store.profile import Meter
 
-MANIFEST = "run.json"
+MANIFEST, METRICS = "run.json", "metrics.jsonl"
 OWN_FOLDERS = (
     *("data", "model", "adapter", "weights", "checkpoints", "trackers"),
     *("evaluation", "merged", "gguf", "explain", "seeds"),
@@ -53,7 +53,7 @@ class StepRecord(TypedDict):
 
     state: Literal["running", "done", "failed"]
     inputs: str
-    started: float
+    started: Moment
     outputs: dict[str, str]
     """Hash of each output, a file or a folder of the run."""
     facts: Facts
@@ -170,8 +170,20 @@ class RunFolder:
         self.write()
 
     def facts(self, step: str) -> Facts:
-        """What a step that is done left in the manifest; nothing if it was not run."""
-        return self.manifest["steps"][step]["facts"] if step in self.manifest["steps"] else {}
+        """What a step that is done left in the manifest; nothing if it was not run.
+
+        Raises EnvironmentProblem for facts of a finished step that are not what it writes.
+        """
+        if step not in self.manifest["steps"]:
+            return {}
+        facts = self.manifest["steps"][step]["facts"]
+        if step in STEP_FACTS and self.is_done(step):
+            check_shape(facts, STEP_FACTS[step], self.path / MANIFEST, below=f"steps.{step}.facts.")
+        return facts
+
+    def done_facts(self) -> dict[str, Facts]:
+        """What each finished step left in the manifest; raises as `facts` does."""
+        return {step: self.facts(step) for step in self.manifest["steps"] if self.is_done(step)}
 
     def require_trained(self) -> None:
         """Raise a RecipeError unless the run has a trained model."""
@@ -183,7 +195,9 @@ class RunFolder:
         """How each step went, in order; `skipped` tells which were not run this time."""
         records = self.manifest["steps"]
         return [
-            StepTiming(name, records[name]["seconds"], records[name]["peak_bytes"], skipped.get(name, True))
+            StepTiming(
+                name, records[name].get("seconds", 0.0), records[name].get("peak_bytes", 0), skipped.get(name, True)
+            )
             for name in STEPS
             if self.is_done(name)
         ]
@@ -246,19 +260,16 @@ def read_manifest(path: Path) -> Manifest | None:
         RecipeError: it is another program's, or was edited.
         EnvironmentProblem: it may not be read.
     """
-    file = path / MANIFEST
-    with explained(file):
-        content = read_json(file)
-    if content is None:
-        return None
-    try:
-        TypeAdapter(Manifest).validate_python(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the whole"
-        what = f"this is no run.json of llmtune ({key}: {first['msg']})"
-        raise RecipeError.of(what, str(file), "Choose another folder with --out, or remove this file.") from None
-    return cast(Manifest, content)
+    file, fix = path / MANIFEST, "Choose another folder with --out, or remove this file."
+    content = read_record(file, Manifest, fix=fix, kind=RecipeError)
+    if content is not None:
+        check_shape(content["findings"], Findings, file, below="findings.", fix=fix, kind=RecipeError)
+    return cast(Manifest | None, content)
+
+
+def read_curve(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl; one that is damaged is left out, as one that was cut."""
+    return [line for line in read_json_lines(run / METRICS) if find_misfit(line, CurveLine) is None]
 
 
 def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, resume: bool, fresh: bool) -> None:
@@ -281,7 +292,7 @@ def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, res
 def _sweep(path: Path) -> None:
     """Remove what a process that was killed left half-written."""
     for folder in (path, path / "data"):
-        for pattern in (".*.tmp", ".*.new", ".*.old"):
+        for pattern in (".*.tmp", ".*.new", ".*.old", ".keys-*"):
             for leftover in folder.glob(pattern):
                 remove(leftover)
 

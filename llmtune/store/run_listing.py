@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.errors import RecipeError, nearest
+from typing_extensions import TypedDict
+
+from llmtune.errors import LlmtuneError, RecipeError, nearest
 from llmtune.store.atomic_files import read_json
-from llmtune.store.run_folder import MANIFEST, RunFolder, read_run
+from llmtune.store.json_shapes import find_misfit
+from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest, read_run
 
 RUNS = Path("runs")
 LATEST = "latest"
@@ -31,6 +34,12 @@ class ListedRun:
     verdict: str | None
 
 
+class HasVerdict(TypedDict):
+    """The part of report.json that a list of runs shows."""
+
+    verdict: dict[str, str]
+
+
 def list_runs() -> list[ListedRun]:
     """List the runs in `runs/`, the latest first."""
     found = [_look(path.parent) for path in RUNS.glob(f"*/{MANIFEST}")]
@@ -38,17 +47,20 @@ def list_runs() -> list[ListedRun]:
 
 
 def _look(path: Path) -> ListedRun | None:
-    manifest = read_json(path / MANIFEST)
-    recipe = path / "recipe.yaml"
+    recipe, name = path / "recipe.yaml", HASH.sub("", path.name)
+    try:
+        manifest = read_manifest(path)
+    except LlmtuneError:
+        return ListedRun(path, name, "", 0.0, f"{MANIFEST} is damaged", trained=False, verdict=None)
     if manifest is None or not manifest["steps"] or not recipe.is_file():
         return None
-    task = re.search(r"^task: (\S+)", recipe.read_text(encoding="utf-8"), re.MULTILINE)
-    name, last = max(manifest["steps"].items(), key=lambda item: item[1]["started"])
-    step = name if last["state"] == "done" else f"{name} ({last['state']})"
-    report = read_json(path / "report.json") or {}
-    verdict = (report.get("verdict") or {}).get("word")
+    task = re.search(r"^task: (\S+)", recipe.read_text("utf-8", errors="replace"), re.MULTILINE)
+    step, last = max(manifest["steps"].items(), key=lambda item: item[1]["started"])
+    step = step if last["state"] == "done" else f"{step} ({last['state']})"
+    report = read_json(path / "report.json")
+    verdict = None if find_misfit(report, HasVerdict) else report["verdict"].get("word")
     trained = RunFolder(path, manifest).is_done("train")
-    return ListedRun(path, HASH.sub("", path.name), task[1] if task else "", last["started"], step, trained, verdict)
+    return ListedRun(path, name, task[1] if task else "", last["started"], step, trained, verdict)
 
 
 def match_run(name: str) -> Path | None:

@@ -10,15 +10,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NotRequired
+from typing import Any, NotRequired
 
-from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe.evaluate_section import GATE_KEYS
+from llmtune.recipe.yaml_reader import read_text
 from llmtune.store.atomic_files import hash_file, hash_value, list_folder, list_model, read_json, write_json
+from llmtune.store.json_shapes import find_misfit
 
 LOCK = "llmtune.lock"
 LOCK_VERSION = 2
@@ -157,10 +159,22 @@ def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
     Of a path the last part counts alone: what lies there has a hash of its own. Gates judge scores that are there, and
     what is trained with further seeds has a lock of its own.
     """
-    content = YAML(typ="safe").load(recipe.read_text(encoding="utf-8")) or {}
+    content = read_resolved(recipe)
     others = {"recipe_version", "name", "deploy", *JUDGING_KEYS}
     names = [key for key in content if (key in JUDGING_KEYS if judging else key not in others)]
     return {name: hash_value(_without_folders(content[name])) for name in names}
+
+
+def read_resolved(recipe: Path) -> dict[str, Any]:
+    """Read the recipe.yaml of a run, as plain values; raises RecipeError where it is damaged."""
+    text = read_text(recipe)
+    try:
+        content = YAML(typ="safe").load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        content = error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise RecipeError.of("damaged: it holds no recipe", str(recipe), "Put the file back as the run wrote it.")
+    return content
 
 
 def _without_folders(value: object) -> object:
@@ -179,17 +193,14 @@ def read_lock(path: Path) -> Lock:
     Raises:
         RecipeError: the file is missing, not a lock, or written by a later llmtune.
     """
+    fix = "name the llmtune.lock of a run folder"
     lock: Lock | None = read_json(path)
     if not isinstance(lock, dict) or not {"model", "data"} <= lock.keys():
         what = "not a readable llmtune.lock" if path.exists() else "no such lock file"
-        raise RecipeError.of(what, str(path), "name the llmtune.lock of a run folder")
-    try:
-        TypeAdapter(LockedModel).validate_python(lock["model"])
-        TypeAdapter(LockedData).validate_python(lock["data"])
-        number = int(lock.get("lock_version", 1))
-    except (ValidationError, ValueError, TypeError):
-        fix = "name the llmtune.lock of a run folder"
-        raise RecipeError.of("it holds no model and data as llmtune writes them", str(path), fix) from None
+        raise RecipeError.of(what, str(path), fix)
+    if misfit := find_misfit(lock, Lock):
+        raise RecipeError.of(f"not a lock as llmtune writes it ({misfit})", str(path), fix)
+    number = lock.get("lock_version", 1)
     if number > LOCK_VERSION:
         what = f"a lock of version {number}, and this llmtune reads up to {LOCK_VERSION}"
         raise RecipeError.of(what, str(path), "update llmtune")

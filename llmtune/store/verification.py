@@ -265,7 +265,7 @@ def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
     for name in TRAINED if known != hash_value(None) else ():
         path = folder.path / name / "chat_template.jinja"
         if path.is_file():
-            yield compare("template", str(path), known, hash_value(path.read_text(encoding="utf-8")))
+            yield compare("template", str(path), known, hash_value(path.read_text("utf-8", errors="replace")))
 
 
 def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:

@@ -119,7 +119,7 @@ def next_steps(run: Path, task: Task[Any, Any]) -> str:
     given = " ".join('"TEXT"' if one == "prompt" else f"--{one} {one.upper()}" for one in task.required_inputs)
     talk = [f"llmtune chat {name}"] if task.is_conversational and task.free_prompt else []
     commands = [*talk, f"llmtune generate {name} {given}", f"llmtune deploy serve {name}"]
-    return f"report: {run / 'report.html'}\nnext: {' | '.join(commands)}"
+    return "\n".join([f"report: {run / 'report.html'}", *(f"next: {command}" for command in commands)])
 
 
 def loss_of_rows(losses_R: torch.Tensor, correct_R: torch.Tensor, by_row: bool) -> Loss:

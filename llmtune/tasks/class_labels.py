@@ -18,6 +18,7 @@ UNKNOWN_LABEL = "label unknown"
 """How the reason begins for a row whose label is none of those there are."""
 REGRESSION_METRICS = ("loss", "mse", "mae", "pearson", "spearman")
 MULTI_METRICS = ("loss", "accuracy", "f1_macro", "f1_micro", "auroc")
+AS_NUMBERS = "classify.kind: regression (chosen: labels have a decimal point). Set classify.kind: single for classes."
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"[+-]?\d+")
 
@@ -35,21 +36,28 @@ def infer_kind(labels: Sequence[Label]) -> str:
     """Return the kind of labels; raises DataError where they are of several kinds.
 
     Numbers are on a scale as soon as one has a decimal point: files leave it out of whole ones, and CSV has text alone.
+    0.0 and 1.0 alone are two classes, which a table writes so if a row of it has no label.
     """
     kinds = {"multi" if isinstance(v, list) else "regression" if isinstance(v, float) else "single" for v in labels}
     texts = {v for v in labels if isinstance(v, str)}
     if kinds <= {"single", "regression"} and all(map(NUMBER.fullmatch, texts)):
         fractions = "regression" in kinds or any("." in text for text in texts)
-        kinds = {"regression" if fractions else "single"} if kinds else kinds
+        kinds = {"regression" if fractions and not _are_two_classes(labels) else "single"} if kinds else kinds
     if len(kinds) > 1:
         what = f"the labels are of several kinds: {' and '.join(sorted(kinds))}"
         raise DataError.of(what, "classify.kind", "State which with classify.kind, or fix the rows.")
     return kinds.pop() if kinds else "single"
 
 
+def _are_two_classes(labels: Sequence[Label]) -> bool:
+    """Whether numbers are 0 and 1, each written in one way."""
+    names = {name for label in labels for name in names_of(label)}
+    return len(names) == 2 and {float(name) for name in names} == {0.0, 1.0}
+
+
 def names_of(label: Label) -> list[str]:
-    """Return the names of classes in a label."""
-    return list(label) if isinstance(label, list) else [str(label)]
+    """Return the names of classes in a label; that of a number is the number as it is shown."""
+    return list(label) if isinstance(label, list) else [f"{label:.4g}" if isinstance(label, float) else label]
 
 
 def sort_names(names: set[str], config: PretrainedConfig) -> list[str]:

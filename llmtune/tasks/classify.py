@@ -26,6 +26,7 @@ from llmtune.evaluate.classification_metrics import (
     confusion,
     majority_scores,
     measure_classes,
+    true_classes,
 )
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
@@ -273,6 +274,14 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             {"label": label_of(row, section), "scores": row.tolist()} for row in scores
         ]
         return BASELINES[section.kind], predictions
+
+    def as_prediction(self, reference: Label, recipe: Recipe) -> ClassPrediction | None:
+        """Return the prediction that is sure of the right class or classes; None for a number."""
+        section = section_of(recipe)
+        if section.kind == "regression" or section.kind == "auto" or isinstance(class_target(reference, section), str):
+            return None
+        scores_1K = true_classes(section.kind, [as_target(reference, section.kind)], section.labels or ())
+        return {"label": reference, "scores": scores_1K[0].astype(float).tolist()}
 
     def class_table(self, found: EvalPrediction[ClassPrediction], recipe: Recipe) -> dict[str, Any]:
         """Return the table of classes, and for one label a row the confusion matrix."""

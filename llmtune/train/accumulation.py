@@ -19,10 +19,8 @@ from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.device import fits_in_memory, release_memory
 from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
-from llmtune.train.deepspeed_zero import ZeroOptimizer
 from llmtune.train.distributed import any_process, sum_over_processes
 from llmtune.train.setup import TrainContext
-from llmtune.train.sharding import clip_divided
 
 
 class MicroBatchTooLarge(Exception):
@@ -66,7 +64,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     accelerator, lengths = training.accelerator, training.examples.lengths
     rows = training.plan.rows(step)
     expected = max(1, int(training.examples.supervised[rows].sum()))
-    scale = loss_scale * training.replicas / expected
+    scale = loss_scale * accelerator.num_processes / expected
     groups, real = _own_groups(training, rows, budget)
     losses: list[Loss] = []
     totals = _sum_step_statistics(training, training.examples, groups, real, step)
@@ -74,8 +72,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
         weight = scale if index < real else 0.0
-        last = index == len(groups) - 1
-        work = partial(_backward, training, groups[index], weight, step, totals, last)
+        work = partial(_backward, training, groups[index], weight, step, totals)
         return try_memory(training, lambda: losses.append(work()))
 
     fits = True
@@ -96,7 +93,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     sums = [float(loss.sum) for loss in losses[:real]]
     own = _own_row_sums(rows, groups[:real], losses[:real])
     counted = float(sum(loss.count for loss in losses[:real]))
-    total, count, *row_sums = training.sum_over_replicas([sum(sums), counted, *own])
+    total, count, *row_sums = sum_over_processes(accelerator, [sum(sums), counted, *own])
     count = max(1, int(count))
     norm = _finish_gradients(training, expected / (count * loss_scale))
     bad = [group for group, value in zip(groups, sums, strict=False) if not math.isfinite(value)]
@@ -131,9 +128,9 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
     """
     accelerator, reader = training.accelerator, training.validation
     assert reader is not None, "there are validation examples"
-    shares = divide(np.arange(len(reader)), reader.lengths, training.replicas)
+    shares = divide(np.arange(len(reader)), reader.lengths, accelerator.num_processes)
     cut = [micro_batches(share, reader.lengths, budget, training.packed, training.pass_tokens) for share in shares]
-    own, turns = cut[training.replica], max(len(groups) for groups in cut)
+    own, turns = cut[accelerator.process_index], max(len(groups) for groups in cut)
     sums: list[tuple[float, int]] = []
     idle = np.asarray([int(reader.lengths.argmin())])
     groups = own + [idle] * (turns - len(own) if training.sharded else 0)
@@ -152,7 +149,7 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
                 return None
     finally:
         training.model.train()
-    total, count = training.sum_over_replicas([sum(value for value, _ in sums), sum(count for _, count in sums)])
+    total, count = sum_over_processes(accelerator, [sum(value for value, _ in sums), sum(count for _, count in sums)])
     return total / max(1, count)
 
 
@@ -172,7 +169,7 @@ def try_memory(training: TrainContext, work: Callable[[], object]) -> bool:
 
 def seed_micro_batch(training: TrainContext, step: int, index: int) -> None:
     """Seed dropout for a micro-batch of this process: it too is a function of seed and step, and survives a resume."""
-    words = (training.recipe.seed % 2**64, step, index, training.replica)
+    words = (training.recipe.seed % 2**64, step, index, training.accelerator.process_index)
     seed = np.random.SeedSequence(words)
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
     np.random.seed(int(seed.generate_state(2, np.uint32)[1]))  # SpecAugment draws from it
@@ -216,9 +213,9 @@ def _own_groups(training: TrainContext, rows: Indexes, budget: int) -> tuple[lis
     The others have weight zero: every process synchronises once, and under sharding all run the same number.
     """
     lengths = training.examples.lengths
-    shares = divide(rows, lengths, training.replicas)
+    shares = divide(rows, lengths, training.accelerator.num_processes)
     cut = [micro_batches(share, lengths, budget, training.packed, training.pass_tokens) for share in shares]
-    own = cut[training.replica]
+    own = cut[training.accelerator.process_index]
     count = max(len(groups) for groups in cut) if training.sharded else max(1, len(own))
     idle = rows[[int(lengths[rows].argmin())]]
     return own + [idle] * (count - len(own)), len(own)
@@ -250,19 +247,17 @@ def _sum_step_statistics(
     if any_process(training.accelerator, not fits):
         raise MicroBatchTooLarge
     del found[real:]
-    width, having = training.sum_over_replicas([float(len(found[0])), 1.0] if found else [0.0, 0.0])
+    width, having = sum_over_processes(training.accelerator, [float(len(found[0])), 1.0] if found else [0.0, 0.0])
     nothing = [0.0] * round(width / max(1.0, having))  # of a process without micro-batches
     sums = [sum(values) for values in zip(*found, strict=True)] if found else nothing
-    return training.sum_over_replicas(sums)
+    return sum_over_processes(training.accelerator, sums)
 
 
-def _backward(
-    training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None, last: bool
-) -> Loss:
+def _backward(training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
     batch = make_batch(training, training.examples, rows, step) | ({} if totals is None else {"totals": totals})
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
-    training.backward(loss.sum * weight, last)
+    training.accelerator.backward(loss.sum * weight)
     return Loss(loss.sum.detach(), loss.count, row_sums=loss.row_sums)
 
 
@@ -280,14 +275,9 @@ def _forward(
 
 def _finish_gradients(training: TrainContext, factor: float) -> float:
     """Multiply the gradients by `factor`, clip them in place, and return their length before clipping."""
-    if isinstance(training.optimizer, ZeroOptimizer):
-        return training.optimizer.finish_gradients(factor)
     if factor != 1:
         for parameter in training.parameters:
             if parameter.grad is not None:
                 own_part(parameter.grad).mul_(factor)
-    limit = training.recipe.train.max_grad_norm or math.inf
-    if training.strategy == "tp":
-        return clip_divided(training.parameters, limit)
-    norm = training.accelerator.clip_grad_norm_(training.parameters, limit)
+    norm = training.accelerator.clip_grad_norm_(training.parameters, training.recipe.train.max_grad_norm or math.inf)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired
 
 import torch
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, system_errno
 from llmtune.model.device import MEMORY_ERRORS, is_out_of_memory
@@ -76,6 +78,15 @@ class TrainState:
     loss_scale: float = 1.0
     """Factor of the loss in float16; 1 in every other format."""
     divergence: LossHistory = field(default_factory=LossHistory)
+
+
+class Content(TypedDict):
+    """What state.json holds."""
+
+    fingerprint: str
+    files: dict[str, str]
+    """sha256 of the other files."""
+    state: TrainState
 
 
 class OptimizerState(TypedDict):
@@ -218,9 +229,12 @@ def _read(folder: Path) -> Checkpoint | Damage:
     for name, expected in content["files"].items():
         if hash_file(folder / name) != expected:
             return Damage(folder, f"{name} is not what was written")
+    state = TypeAdapter(Content).validate_json(json.dumps(content), strict=True)["state"]
+    if (named := _NAME.fullmatch(folder.name)) and int(named[1]) != state.step:
+        return Damage(folder, f"{STATE} is of step {state.step}")
     optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     weights = {} if (folder / SHARDS).is_dir() else load_file(folder / WEIGHTS)
-    return Checkpoint(folder, TrainState(**content["state"]), weights, optimizer, content["fingerprint"])
+    return Checkpoint(folder, state, weights, optimizer, content["fingerprint"])
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TypedDict
+
+from typing_extensions import TypedDict
 
 WINDOW = 10
 """Steps whose median is looked at: one bad batch, or four, do not count."""

@@ -83,11 +83,11 @@ def train(
     budget: int,
     inputs: str,
     on_budget: Callable[[int], None] = lambda tokens: None,
-    strategy: str = "ddp",
+    sharded: bool = False,
 ) -> TrainedRun:
     """Train `adapted` in place and leave `checkpoints/`, `metrics.jsonl` and `adapter/` (or `weights/`) in `folder`.
 
-    `strategy` says what several processes have of the model (`TrainContext.strategy`).
+    `sharded` says whether each process holds a part of the model (FSDP2) or all of it.
     `budget` is the number of tokens in a micro-batch to begin with; `on_budget` gets what it becomes. Training resumes
     from the newest whole checkpoint; the result is the same to the last bit. `inputs` is the hash of everything that
     training depends on: what other inputs have left is put aside, and a trained adapter stays until the new one takes
@@ -100,7 +100,7 @@ def train(
         RecipeError: the schedule or `batch_tokens` cannot be.
     """
     with deterministic():
-        training = set_up(adapted, examples, task, recipe, folder, console, inputs, strategy)
+        training = set_up(adapted, examples, task, recipe, folder, console, inputs, sharded)
         measure = metrics_of_validation(training, examples)
         main = training.accelerator.is_main_process
         console = console if main else Console(quiet=True)
@@ -383,7 +383,7 @@ def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
             state.step,
             state.budget,  # that training ended with
             training.packed,
-            training.replicas,
+            training.accelerator.num_processes,
             training.pass_tokens,
         ),
     )

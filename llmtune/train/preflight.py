@@ -33,7 +33,6 @@ from llmtune.train.checkpoint import (
     trainable_weights,
     write_checkpoint,
 )
-from llmtune.train.deepspeed_zero import ZeroOptimizer
 from llmtune.train.distributed import any_process, run_on_main
 from llmtune.train.divergence import Divergence
 from llmtune.train.metrics_log import METRICS, cut_back
@@ -70,7 +69,7 @@ def run_preflight(
 def _expected_time(training: TrainContext, state: TrainState, pace: float) -> str:
     """Say how long training will take, at so many seconds a token; the rehearsal's first step is slower than others."""
     epochs = (training.plan.total_steps - state.step) / training.plan.steps_per_epoch
-    seconds = pace * float(training.examples.lengths.sum()) * epochs / training.replicas
+    seconds = pace * float(training.examples.lengths.sum()) * epochs / training.accelerator.num_processes
     return f"about {seconds / 60:.0f} minutes at most" if seconds >= 90 else "about a minute at most"
 
 
@@ -141,7 +140,7 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     def step() -> None:
         for index, rows in enumerate(batches):
             seed_micro_batch(training, 0, index)
-            _train_on(training, rows, index == len(batches) - 1)
+            _train_on(training, rows)
         training.optimizer.step()
 
     def validate() -> None:
@@ -166,11 +165,11 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     return None if any_process(training.accelerator, not fits) else pace
 
 
-def _train_on(training: TrainContext, rows: Indexes, last: bool) -> None:
+def _train_on(training: TrainContext, rows: Indexes) -> None:
     batch = make_whole_batch(training, training.examples, rows)
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
-    training.backward(loss.sum / max(1, loss.count), last)
+    training.accelerator.backward(loss.sum / max(1, loss.count))
 
 
 def save(training: TrainContext, state: TrainState, folder: Path) -> None:
@@ -178,15 +177,13 @@ def save(training: TrainContext, state: TrainState, folder: Path) -> None:
 
     Raises EnvironmentProblem in every process if the main one cannot write.
     """
-    zero = training.optimizer if isinstance(training.optimizer, ZeroOptimizer) else None
-    weights = zero.weights() if zero else None
-    shards = write_shards(training, folder) if training.sharded and not zero else None
+    shards = write_shards(training, folder) if training.sharded else None
     optimizer = training.optimizer.state_dict()
     run_on_main(
         training.accelerator,
         lambda: write_checkpoint(
             folder,
-            shards or weights or trainable_weights(training.adapted.model),
+            shards or trainable_weights(training.adapted.model),
             {
                 "optimizer": {**optimizer, "state": {}} if shards else optimizer,
                 "schedule": training.schedule.state_dict(),
@@ -222,8 +219,6 @@ def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
     state = cast(Any, found.optimizer["optimizer"]["state"])
     if found.shards:
         state = read_shards(training, found.shards)
-    elif isinstance(training.optimizer, ZeroOptimizer):
-        training.optimizer.load_weights(found.weights)
     else:
         load_whole(trainable_parameters(training.adapted.model), found.weights)
         state = cut_state(training, state)
@@ -237,8 +232,6 @@ def restore_weights(training: TrainContext, found: Checkpoint) -> None:
     """Make the weights what they were when `found` was written, in place."""
     if found.shards:
         read_shards(training, found.shards, optimizer=False)
-    elif isinstance(training.optimizer, ZeroOptimizer):
-        training.optimizer.load_weights(found.weights)
     else:
         load_whole(trainable_parameters(training.adapted.model), found.weights)
 

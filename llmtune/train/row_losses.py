@@ -15,8 +15,8 @@ from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_ids, iterate_texts
 from llmtune.evaluate.eval_inputs import write_prompt
 from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.recipe.secrets import redact
 from llmtune.records import Examples, Json, Rows
-from llmtune.report.redaction import redact
 from llmtune.store.atomic_files import explained
 from llmtune.train.accumulation import StepLoss
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,11 +31,10 @@ from llmtune.records import AdaptedModel, Collate, Examples
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.profile import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
-from llmtune.train.deepspeed_zero import STAGES, ZeroOptimizer, use_deepspeed, zero_plugin
-from llmtune.train.distributed import SILENCE_SECONDS, sum_over_processes
+from llmtune.train.distributed import SILENCE_SECONDS
 from llmtune.train.metrics_log import start_trackers, tracker_folder
 from llmtune.train.optimizer import build_optimizer, build_schedule
-from llmtune.train.sharding import divide_layers, shard_model
+from llmtune.train.sharding import shard_model
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
@@ -51,7 +50,7 @@ class TrainContext:
     """As Accelerate prepared it: wrapped when there are several processes."""
     parameters: tuple[torch.nn.Parameter, ...]
     """The trainable ones."""
-    optimizer: AcceleratedOptimizer | ZeroOptimizer
+    optimizer: AcceleratedOptimizer
     schedule: LRScheduler
     task: TaskInterface
     recipe: Recipe
@@ -65,8 +64,8 @@ class TrainContext:
     """Hash of all that training depends on: a checkpoint of other inputs is not resumed from."""
     row_losses: npt.NDArray[np.float32]
     """What each training example's loss was so far (`llmtune.train.row_losses.Table`)."""
-    strategy: str
-    """What each process has of the model: all of it (ddp, zero2), a part (fsdp, zero3), a part of each layer (tp)."""
+    sharded: bool
+    """Whether the model is sharded over the processes (FSDP2): each pass then needs all of them."""
 
     @property
     def checkpoints(self) -> Path:
@@ -94,39 +93,12 @@ class TrainContext:
         held_out = 0 if self.validation is None else int(self.validation.lengths.max())
         return max(int(self.examples.lengths.max()), held_out)
 
-    @property
-    def sharded(self) -> bool:
-        """Whether the model or its gradients are cut over processes, so that each pass needs all of them."""
-        return self.strategy != "ddp"
-
-    @property
-    def replicas(self) -> int:
-        """How many processes have rows of their own: those that divide each layer have the same."""
-        return 1 if self.strategy == "tp" else self.accelerator.num_processes
-
-    @property
-    def replica(self) -> int:
-        """Whose rows this process has."""
-        return 0 if self.strategy == "tp" else self.accelerator.process_index
-
-    def sum_over_replicas(self, values: Sequence[float]) -> list[float]:
-        """Return the sums of `values` over the processes that have rows of their own."""
-        alike = self.accelerator.num_processes // self.replicas
-        return [value / alike for value in sum_over_processes(self.accelerator, values)]
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradients of a micro-batch, the `last` one of a step or another."""
-        if isinstance(self.optimizer, ZeroOptimizer):
-            self.optimizer.backward(loss, last)
-        else:
-            self.accelerator.backward(loss)
-
     def compute(self) -> AbstractContextManager[object]:
         """Return the context of the model's number format."""
         return compute_context(self.dtype, self.device.type)
 
 
-def build_accelerator(recipe: Recipe, folder: Path, device: torch.device, strategy: str) -> Accelerator:
+def build_accelerator(recipe: Recipe, folder: Path, device: torch.device) -> Accelerator:
     """Make the Accelerator that the loop runs on; the number format is ours (its own turns all outputs into float32).
 
     Raises EnvironmentProblem for a tracker that is not installed.
@@ -138,11 +110,8 @@ def build_accelerator(recipe: Recipe, folder: Path, device: torch.device, strate
         for name in trackers
         if name not in available
     )
-    dtype = resolve_dtype(recipe.model.dtype, device.type)
-    zero = zero_plugin(strategy, recipe, dtype) if strategy in STAGES else None
     accelerator = Accelerator(
-        cpu=device.type == "cpu" and zero is None,  # which Accelerate has for GPUs alone, and DeepSpeed for both
-        deepspeed_plugin=zero,
+        cpu=device.type == "cpu",
         mixed_precision="no",
         log_with=trackers or None,
         project_config=tracker_folder(folder),
@@ -175,9 +144,9 @@ def set_up(
     folder: Path,
     console: Console,
     inputs: str,
-    strategy: str = "ddp",
+    sharded: bool = False,
 ) -> TrainContext:
-    """Put together what training works with; `inputs` and `strategy` as `train` takes them.
+    """Put together what training works with; `inputs` and `sharded` as `train` takes them.
 
     Raises RecipeError or EnvironmentProblem for an optimiser, schedule, tracker or `batch_tokens` that cannot be.
     """
@@ -192,10 +161,10 @@ def set_up(
         num_train_epochs=train.num_train_epochs,
         max_steps=train.max_steps,
     )
-    strategy = strategy if torch.distributed.is_initialized() else "ddp"
-    # Weights that are to be cut are in main memory, or nowhere yet.
-    device = next(adapted.model.parameters()).device if strategy == "ddp" else torch.device(pick_device())
-    accelerator = build_accelerator(recipe, folder, device, strategy)
+    sharded = sharded and torch.distributed.is_initialized()
+    # Weights that are to be sharded are in main memory, or nowhere yet.
+    device = torch.device(pick_device()) if sharded else next(adapted.model.parameters()).device
+    accelerator = build_accelerator(recipe, folder, device)
     if train.torch_compile:
         from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
 
@@ -206,7 +175,7 @@ def set_up(
     if recipe.adapter.start_from is None:
         task.start_head(adapted, reader, recipe)
     _mark_loss(adapted, task, recipe)
-    model, optimizer = _distribute(accelerator, adapted.model, recipe, strategy)
+    model, optimizer = _distribute(accelerator, adapted.model, recipe, sharded)
     processor = adapted.selected.processor
     return TrainContext(
         adapted=adapted,
@@ -225,7 +194,7 @@ def set_up(
         folder=folder,
         inputs=inputs,
         row_losses=np.zeros((len(reader), 3), dtype=np.float32),
-        strategy=strategy,
+        sharded=sharded,
     )
 
 
@@ -245,15 +214,12 @@ def _mark_loss(adapted: AdaptedModel, task: TaskInterface, recipe: Recipe) -> No
 
 
 def _distribute(
-    accelerator: Accelerator, model: torch.nn.Module, recipe: Recipe, strategy: str
-) -> tuple[torch.nn.Module, AcceleratedOptimizer | ZeroOptimizer]:
+    accelerator: Accelerator, model: torch.nn.Module, recipe: Recipe, sharded: bool
+) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
     """Make a model and its optimiser those of all processes."""
     device = torch.device(accelerator.device)
-    if strategy in STAGES:
-        return use_deepspeed(accelerator, model, build_optimizer(model, recipe, device))
-    if strategy != "ddp":
-        cut = shard_model if strategy == "fsdp" else divide_layers  # by torch: Accelerate does both on GPUs alone
-        cut(model, device)
+    if sharded:
+        shard_model(model, device)  # by torch: Accelerate shards on GPUs alone
         return model, accelerator.prepare_optimizer(build_optimizer(model, recipe, device))
     with warnings.catch_warnings():
         # torch 2.13 wants another name for it, which Accelerate does not have yet.

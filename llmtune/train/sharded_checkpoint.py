@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from llmtune.train.checkpoint import disk_problems, trainable_parameters
-from llmtune.train.deepspeed_zero import ZeroOptimizer, whole_shape
 from llmtune.train.distributed import run_on_main
 from llmtune.train.setup import TrainContext
 from llmtune.train.sharding import cut_like
@@ -54,10 +53,7 @@ def write_shards(training: TrainContext, checkpoint: Path) -> Path:
 
 def read_shards(training: TrainContext, folder: Path, *, optimizer: bool = True) -> dict[int, dict[str, torch.Tensor]]:
     """Read weights in place; return the optimiser state, by the number of the parameter in its groups."""
-    parameters: dict[str, torch.Tensor] = {**trainable_parameters(training.adapted.model)}
-    zero = training.optimizer if isinstance(training.optimizer, ZeroOptimizer) else None
-    if zero:  # DeepSpeed cuts in its own way, and takes them whole
-        parameters = {name: torch.empty(whole_shape(one), dtype=one.dtype) for name, one in parameters.items()}
+    parameters = trainable_parameters(training.adapted.model)
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, torch.Tensor] = {WEIGHTS + name: parameter for name, parameter in parameters.items()}
     for stored, known in reader.read_metadata().state_dict_metadata.items() if optimizer else ():
@@ -69,9 +65,7 @@ def read_shards(training: TrainContext, folder: Path, *, optimizer: bool = True)
                 else torch.zeros(known.size, dtype=known.properties.dtype)
             )
     load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
-    if zero:
-        zero.load_weights(parameters)
-    names = {id(parameter): name for name, parameter in trainable_parameters(training.adapted.model).items()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     keys = {key.removeprefix(OPTIMIZER).split(".", 1)[0] for key in tensors if key.startswith(OPTIMIZER)}
     state = {}
     for index, parameter in enumerate(_numbered(training)):
@@ -94,6 +88,4 @@ def cut_state(training: TrainContext, state: Mapping[int, Mapping[str, Any]]) ->
 
 def _numbered(training: TrainContext) -> list[torch.Tensor]:
     """Return the parameters in the order in which the optimiser numbers them."""
-    if isinstance(training.optimizer, ZeroOptimizer):
-        return [*training.optimizer.parameters]
     return [parameter for group in training.optimizer.param_groups for parameter in group["params"]]

@@ -1,10 +1,9 @@
-"""A model cut over all processes: layers are gathered to compute (FSDP2), or divided (tensor parallel)."""
+"""A model sharded over all processes with FSDP2: each layer is gathered while it computes."""
 
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import dill
@@ -13,14 +12,10 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from torch.distributed.tensor.parallel import parallelize_module
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
-from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import kept_together
-from llmtune.model.tensor_parallel import STYLES, planned_layers
 from llmtune.records import AdaptedModel
 
 
@@ -104,44 +99,6 @@ def _fill(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: DeviceMe
         own_part(parameter).copy_(own_part(own))
 
 
-def divide_layers(model: torch.nn.Module, device: torch.device) -> None:
-    """Divide the layers of `model` that its plan names over all processes, in place; the rest each has whole.
-
-    The numbers are those that the first one has. Of an adapter, the matrix that touches the divided side of its layer
-    is divided with it.
-    """
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for _, module, style in planned_layers(unwrap(model)):
-        if style in STYLES:
-            matrices = getattr(module, "lora_B" if style == "colwise" else "lora_A", torch.nn.ModuleDict())
-            for part in [getattr(module, "base_layer", module), *matrices.values()]:
-                parallelize_module(part, mesh, STYLES[style](), src_data_rank=None)
-    here: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.device.type != device.type:
-                empty = torch.empty_like(parameter, device=device)
-                known = here.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
-                module.register_parameter(name, known)
-    model.to(device)  # buffers
-    _fill(model, whole, mesh)
-    if hasattr(model, KEPT):
-        keep_reference(model)
-
-
-def clip_divided(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
-    """Clip gradients of which some are divided and some are whole in each process; return their length before."""
-    divided = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-    groups, norm = (divided, [parameter for parameter in parameters if not isinstance(parameter, DTensor)]), 0.0
-    for group in groups:
-        length = get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
-        norm = math.hypot(norm, float(length.full_tensor() if isinstance(length, DTensor) else length))
-    for group in groups:
-        clip_grads_with_norm_(group, limit, torch.tensor(norm))
-    return norm
-
-
 def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return what this process has of a whole `value` for `parameter`: all of it where that is whole."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
@@ -159,30 +116,13 @@ def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.T
     known: dict[int, torch.Tensor] = {}
     first = torch.distributed.get_rank() == 0
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if is_cut(tensor) and trained_only and not tensor.requires_grad:
+        if isinstance(tensor, DTensor) and trained_only and not tensor.requires_grad:
             continue
         if id(tensor) not in known:
-            whole = gathered(tensor)
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             known[id(tensor)] = whole.detach().cpu() if first else torch.empty(0)
         state[name] = known[id(tensor)]
     return state
-
-
-def is_cut(tensor: torch.Tensor) -> bool:
-    """Whether this process has a part of a tensor alone, by torch or by DeepSpeed (ZeRO-3)."""
-    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_tensor")
-
-
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whole; all processes have to call it."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if not is_cut(tensor):
-        return tensor
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters([tensor]):
-        return tensor.detach().clone()
 
 
 def load_whole(parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:

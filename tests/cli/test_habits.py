@@ -74,7 +74,7 @@ def test_an_answer_that_a_row_brings_is_kept_beside_the_models(folder: Path) -> 
 def test_runs_are_listed_with_their_verdicts() -> None:
     (run,) = json.loads(invoke("runs", "--json").stdout)
     assert (run["name"], run["task"], run["step"], run["trained"]) == ("tiny", "chat", "evaluate", True)
-    assert run["verdict"] in {"helped", "harmed", "mixed", "can't tell"}
+    assert run["verdict"] in {"better", "worse", "mixed", "inconclusive"}
     assert "runs/tiny  chat" in invoke("runs").stdout
 
 
@@ -110,7 +110,10 @@ def test_the_end_of_a_run_says_the_verdict_and_what_to_type_and_quiet_says_nothi
     assert done.exit_code == 0, done.stderr
     verdict = json.loads((folder / "runs/tiny/report.json").read_text())["verdict"]
     assert f"{verdict['word']}: {verdict['reason']}" in done.stderr
-    assert "next: llmtune chat runs/tiny" in done.stderr
+    report, *steps = done.stderr.strip().splitlines()[-4:]
+    assert report == "report: runs/tiny/report.html"
+    commands = ("chat runs/tiny", 'generate runs/tiny "TEXT"', "deploy serve runs/tiny")
+    assert steps == [f"next: llmtune {command}" for command in commands]
     quiet = invoke("run", "tiny.yaml", "--out", "runs/tiny", "--quiet")
     assert (quiet.exit_code, quiet.stderr) == (0, "")
 

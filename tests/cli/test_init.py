@@ -1,14 +1,20 @@
 """From a file of rows to a recipe that runs, with nothing to fill in but what a person must decide."""
 
+import codecs
 import csv
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from support.rows import rows_of
 from support.runs import invoke
 from typer.testing import Result
 
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.sources import local_input
 from llmtune.recipe.loader import load_recipe
+from llmtune.records import SPLITS, Rows
 
 TICKETS = [(str(i), f"Order {i} late", f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
 
@@ -19,6 +25,14 @@ pytestmark = pytest.mark.usefixtures("here")
 def write(name: str, header: str, rows: list[tuple[str, ...]], encoding: str = "utf-8") -> None:
     with open(name, "w", encoding=encoding, newline="") as file:
         csv.writer(file).writerows([header.split(","), *rows])
+
+
+def talk(asks: str, question: str, answers: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": asks, "content": question}, {"role": answers, "content": answer}]
+
+
+def prepare_all(recipe: str) -> Rows:
+    return prepare_rows(load_recipe(recipe, ["data.deduplicate=none"]).recipe, Path("rows"), Console(quiet=True))
 
 
 def init(*arguments: str) -> Result:
@@ -33,7 +47,7 @@ def test_a_file_of_tickets_gives_a_recipe_that_is_good_and_what_to_type_next() -
     assert done.stdout.endswith("next: llmtune run tickets.yaml\n")
     recipe = load_recipe("tickets.yaml").recipe
     assert recipe.task == "chat"
-    assert recipe.data.train[0].columns == {"prompt": "{subject}\n\n{body}", "completion": "answer"}
+    assert recipe.data.columns == {"prompt": "{subject}\n\n{body}", "completion": "answer"}
     assert (recipe.data.max_length, recipe.generation.max_new_tokens, recipe.data.test) == (128, 16, 0.3)
     assert not recipe.train.model_fields_set
     assert json.loads(Path("recipe.schema.json").read_text())["title"] == "llmtune recipe"
@@ -80,10 +94,10 @@ def test_columns_are_known_by_a_word_of_their_names_and_categories_are_left_out(
     assert init("desk.csv").exit_code == 0
     recipe = load_recipe("desk.yaml").recipe
     assert recipe.task == "chat"
-    assert recipe.data.train[0].columns == {"prompt": "Customer question", "completion": "Our reply"}
+    assert recipe.data.columns == {"prompt": "Customer question", "completion": "Our reply"}
     write("post.csv", "Betreff,Text,Antwort,Kanal", [(f"Nr. {a}", b, c, d) for a, b, c, d in rows])
     assert init("post.csv", "--task", "chat").exit_code == 0
-    columns = load_recipe("post.yaml").recipe.data.train[0].columns
+    columns = load_recipe("post.yaml").recipe.data.columns
     assert columns == {"prompt": "{Betreff}\n\n{Text}", "completion": "Antwort"}
 
 
@@ -189,7 +203,7 @@ def test_another_tools_configuration_becomes_the_same_recipe_by_init_and_by_migr
     Path("their.yaml").write_text(json.dumps({**keys, "adapter": "lora", "lora_r": 4, "hub_token": "hf_secret"}))
     done = invoke("recipes", "migrate", "their.yaml", "--out", "one.yaml")
     assert done.exit_code == 0, done.stderr
-    assert "refused  hub_token: ***: a recipe holds no secrets" in done.stderr
+    assert "refused  hub_token: [removed]: a recipe holds no secrets" in done.stderr
     assert done.stdout.endswith("next: llmtune recipes check one.yaml\n")
     assert invoke("init", "--from", "their.yaml", "--out", "two.yaml").exit_code == 0
     assert Path("one.yaml").read_text() == Path("two.yaml").read_text()
@@ -197,4 +211,120 @@ def test_another_tools_configuration_becomes_the_same_recipe_by_init_and_by_migr
     again = invoke("recipes", "migrate", "their.yaml", "--out", "one.yaml")
     assert (again.exit_code, "the file exists" in again.stderr) == (2, True)
     found = json.loads(invoke("recipes", "migrate", "their.yaml", "--out", "three.yaml", "--json").stdout)
-    assert found["counts"]["refused"] == 2
+    assert (found["counts"]["refused"], found["counts"]["not needed"]) == (1, 1)
+
+
+ASKED = [(f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("document", "columns", "roles"),
+    [
+        ({"conversations": [{"question": q, "answer": a} for q, a in ASKED]}, {}, {}),
+        ({"conversations": [{"messages": talk("user", q, "assistant", a)} for q, a in ASKED]}, {}, {}),
+        (
+            {
+                "by": "desk",
+                "conversations": [{"thread": {"messages": talk("customer", q, "agent", a)}} for q, a in ASKED],
+            },
+            {"messages": "thread.messages"},
+            {"user": ("customer",), "assistant": ("agent",)},
+        ),
+        (
+            [{"messages": [{"sender": "Kunde", "text": q}, {"sender": "Berater", "text": a}]} for q, a in ASKED],
+            {},
+            {"user": ("Kunde",), "assistant": ("Berater",)},
+        ),
+        (
+            [{"ticket": {"question": q, "reply": {"answer": a}}} for q, a in ASKED],
+            {"prompt": "ticket.question", "completion": "ticket.reply.answer"},
+            {},
+        ),
+    ],
+)
+def test_an_export_as_json_is_read_with_nested_keys_and_roles_of_its_own(
+    document: object, columns: dict[str, str], roles: dict[str, tuple[str, ...]]
+) -> None:
+    Path("export.json").write_text(json.dumps(document))
+    done = init("export.json")
+    assert done.exit_code == 0, done.stderr
+    assert "export.json: 40 rows" in done.stderr
+    recipe = load_recipe("export.yaml").recipe
+    assert (recipe.task, recipe.data.columns, recipe.data.roles) == ("chat", columns, roles)
+    rows = prepare_all("export.yaml")
+    assert (rows.rows_in, rows.dropped) == (40, {})
+    said = [
+        [(turn["role"], turn["content"]) for turn in row["messages"]]
+        for split in SPLITS
+        for row in rows_of(rows, split)
+    ]
+    assert sorted(said) == sorted([("user", q), ("assistant", a)] for q, a in ASKED)
+
+
+def test_a_single_conversation_in_a_json_file_is_one_row() -> None:
+    Path("one.json").write_text(
+        json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    )
+    assert [row for _, row in local_input(Path("one.json")).raw_rows()] == [json.loads(Path("one.json").read_text())]
+
+
+@pytest.mark.parametrize("named", ["tickets", "tickets/", "tickets/*.jsonl", "tickets/*"])
+def test_a_folder_or_a_glob_is_read_as_one(named: str, here: Path) -> None:
+    (here / "tickets").mkdir()
+    for part in range(2):
+        write_lines(f"tickets/{part}.jsonl", [{"prompt": q, "completion": a} for q, a in ASKED[part::2]])
+    done = init(named)
+    assert done.exit_code == 0, done.stderr
+    assert "2 files, 40 rows" in done.stderr
+    assert invoke("recipes", "check", "tickets.yaml").exit_code == 0
+
+
+def test_a_recipe_is_not_written_among_the_rows_and_encodings_are_not_mixed(here: Path) -> None:
+    (here / "tickets").mkdir()
+    write("tickets/a.csv", "question,answer", [("Où ?", "Là.")] * 3, encoding="cp1252")
+    write("tickets/b.csv", "question,answer", [("Où ?", "Là.")] * 3)
+    assert "would be among the rows" in init("tickets", "--out", "tickets/mine.yaml").stderr
+    mixed = init("tickets")
+    assert (mixed.exit_code, "a.csv: this file is cp1252, and tickets/b.csv is UTF-8" in mixed.stderr) == (3, True)
+
+
+def test_a_mark_of_utf8_before_another_encoding_is_no_part_of_the_first_column() -> None:
+    text = "Frage;Antwort\n" + "\n".join(f"Wo ist das Päckchen {i}?;Es ist für Sie da, {i}" for i in range(40))
+    Path("bom.csv").write_bytes(codecs.BOM_UTF8 + text.encode("cp1252"))
+    done = init("bom.csv")
+    assert done.exit_code == 0, done.stderr
+    assert load_recipe("bom.yaml").recipe.data.columns == {"prompt": "Frage", "completion": "Antwort"}
+    rows = prepare_all("bom.yaml")
+    assert (sum(rows.counts.values()), rows.dropped) == (40, {})
+    assert "Päckchen" in str(rows_of(rows)[0])
+
+
+def test_a_text_file_in_another_encoding_is_read() -> None:
+    Path("book.txt").write_bytes(("Où est le café ? " * 200).encode("cp1252"))
+    assert init("book.txt").exit_code == 0
+    assert load_recipe("book.yaml").recipe.data.train[0].encoding == "cp1252"
+
+
+def test_columns_that_a_user_maps_are_taken() -> None:
+    write("desk.csv", "a,b,c", [(f"Where is {i}?", f"It is at {i}.", f"See {i}.") for i in range(24)])
+    done = init("desk.csv", "--columns", "prompt={a} {c},completion=b")
+    assert done.exit_code == 0, done.stderr
+    assert load_recipe("desk.yaml").recipe.data.columns == {"prompt": "{a} {c}", "completion": "b"}
+    for given, code, words in (("prompt=d", 3, "there is no column 'd'"), ("prompt", 2, "Write OURS=THEIRS")):
+        refused = init("desk.csv", "--columns", given, "--out", "other.yaml")
+        assert (refused.exit_code, words in refused.stderr) == (code, True), refused.stderr
+
+
+def test_columns_and_roles_of_a_recipe_are_checked() -> None:
+    write("rows.csv", "question,answer", ASKED)
+    recipe = "recipe_version: 1\ntask: chat\ndata: {train: rows.csv, %s}\nmodel: {name: owner/model}\n"
+    for stated, words in (
+        ("columns: {prompt: Frage}", "no file has 'Frage'"),
+        ("columns: {promt: question}", "Did you mean 'prompt'?"),
+        ("roles: {user: client, assistant: Client}", "maps 'client' to two roles"),
+        ("roles: {customer: user}", "data.roles"),
+    ):
+        Path("mine.yaml").write_text(recipe % stated)
+        done = invoke("recipes", "check", "mine.yaml")
+        assert done.exit_code in (2, 3), stated
+        assert words in done.stderr, done.stderr

@@ -72,7 +72,7 @@ def turn_rows(found: PerRowScores) -> PerRowScores:
 def test_the_same_adapter_twice_cannot_be_told_apart(compare, good, twin):
     for other in (twin, good):
         pair = only(compare(good, other))
-        assert pair["verdict"]["word"] == "can't tell"
+        assert pair["verdict"]["word"] == "inconclusive"
         assert "same model" in pair["verdict"]["reason"]
         assert {metric: found["value"] for metric, found in pair["difference"].items()} == {
             "loss": 0,
@@ -107,7 +107,7 @@ def test_an_adapter_from_rows_in_another_order_cannot_be_told_apart(compare, tra
     other = train("reordered", f"data.train={place}/turned.jsonl")
     pair = only(compare(good, other))
     assert pair["difference"]["loss"]["value"] != 0
-    assert pair["verdict"]["word"] == "can't tell"
+    assert pair["verdict"]["word"] == "inconclusive"
     assert "the chance of training" in pair["verdict"]["reason"]
 
 
@@ -305,7 +305,7 @@ SECRET = "hf_" + "s3cret" * 6
 
 def test_what_a_method_costs_is_told_beside_the_first(made):
     assert describe_pair(made.pairs[0]).startswith("shorter is worse than good. Worse in loss")
-    same = replace(made.pairs[0], verdict=Verdict("can't tell", ""))
+    same = replace(made.pairs[0], verdict=Verdict("inconclusive", ""))
     told = describe_pairs([made.pairs[0], *[same] * 9])
     assert told == [
         describe_pair(made.pairs[0]),

@@ -13,7 +13,7 @@ from llmtune.records import Difference
 from llmtune.report.report_record import Verdict
 
 COLOURED = ("lora", "full", "ia3", "miss")
-CANT_TELL = Verdict("can't tell", "")
+CANT_TELL = Verdict("inconclusive", "")
 
 
 def make_run(name: str, score: float, seconds: float) -> RunSummary:

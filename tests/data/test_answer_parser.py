@@ -1,8 +1,9 @@
 """Answers as models write them, in their parts."""
 
 import pytest
-from support.templates import EMPTY_THOUGHTS, family_tokenizer, recipe_for, tokenizer_with
+from support.templates import EMPTY_THOUGHTS, FAMILY_FILES, family_tokenizer, recipe_for, tokenizer_with
 
+from llmtune.data.answer_format import NAME, QUESTION, TOOL, call_message
 from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import read_template
 
@@ -48,12 +49,58 @@ def test_special_tokens_that_mark_nothing_are_no_text_and_text_that_looks_like_t
 )
 def test_calls_are_read_in_the_templates_own_format_and_malformed_ones_say_why(written, parts):
     template = read_template(family_tokenizer("qwen-2.5"), recipe_for())
-    read = parse_answer(written, template)
+    read = parse_answer(written, template, [TOOL])
     if parts.error is None:
         assert read == parts
         return
     assert (read.tool_calls, read.complete, bool(read.error)) == ((), parts.complete, True)
     assert read.text == written.removesuffix("<|im_end|>")
+
+
+LOOKS_LIKE_CALLS = {
+    "llama-3": '{"name": "sum", "parameters": {"a": 1}}',
+    "qwen-2.5": '<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>',
+    "chatml": 'So:\n<tool_call>\n{"arguments": {"a": 1}, "name": "sum"}\n</tool_call>',
+    "mistral-v3": '[TOOL_CALL] [{"name": "sum", "arguments": {"a": 1}}]',
+    "zephyr": '<functioncall> {"name": "sum", "arguments": \'{"a": 1}\'}',
+}
+
+
+@pytest.mark.parametrize(("name", "written"), LOOKS_LIKE_CALLS.items())
+def test_an_answer_that_looks_like_a_call_is_text_where_no_tool_is_offered(name, written):
+    template = read_template(family_tokenizer(name), recipe_for())
+    assert parse_answer(f"{written}{template.end}", template) == ParsedAnswer(written)
+    assert parse_answer(f"{written}{template.end}", template, []) == ParsedAnswer(written)
+
+
+@pytest.mark.parametrize("name", FAMILY_FILES)
+def test_a_familys_own_call_is_a_call_where_tools_are_offered_and_text_elsewhere(name):
+    template = read_template(family_tokenizer(name), recipe_for())
+    if template.calls.field is None:
+        pytest.skip("it writes no calls")
+    (message,) = template.prepare([call_message()])
+    prompt = template.render([QUESTION], [TOOL], answer_next=True).removesuffix(template.thoughts.opener)
+    written = template.render([QUESTION, message], [TOOL]).removeprefix(prompt)
+    offered, alone = (parse_answer(written, template, tools, prompt) for tools in ([TOOL], None))
+    assert [call["function"]["name"] for call in offered.tool_calls] == [NAME]
+    assert NAME not in offered.text
+    assert (alone.tool_calls, alone.error) == ((), None)
+    assert NAME in alone.text
+
+
+def test_a_tokenizers_own_way_of_reading_calls_is_not_used_where_no_tool_is_offered():
+    tokenizer = family_tokenizer("qwen-2.5")
+    template = read_template(tokenizer, recipe_for())
+    own = {**template.response_template}
+    tokenizer.response_template = own
+    try:
+        written = f"{LOOKS_LIKE_CALLS['qwen-2.5']}<|im_end|>"
+        again = read_template(tokenizer, recipe_for())
+        assert parse_answer(written, again, [TOOL]).tool_calls == (CALL,)
+        assert parse_answer(written, again) == ParsedAnswer(LOOKS_LIKE_CALLS["qwen-2.5"])
+        assert "tool_calls" in own["fields"]
+    finally:
+        del tokenizer.response_template
 
 
 def test_thoughts_that_the_prompt_begins_are_read_only_where_this_prompt_begins_them():

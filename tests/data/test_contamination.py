@@ -79,6 +79,23 @@ def test_a_short_row_overlaps_where_all_its_words_are_those_of_a_training_row(pr
     assert found.shared == {}
 
 
+@pytest.mark.parametrize(
+    "written", ["what is h2o?", "What\u00a0is\u2003H2O?", "Ｗｈａｔ is Ｈ２Ｏ？", "What  is\nH2O?", "WHAT IS H₂O?"]
+)
+def test_a_short_question_is_found_in_any_case_width_and_spacing(prepare, written):
+    found = find_overlap(prepare([pair(written, "water")], [pair("What is H2O?", "Ice.")]), near=False)
+    assert found.prompted == {0: 0}
+    found = find_overlap(prepare([{"text": written}], [{"text": "What is H2O?"}]), near=False)
+    assert found.worded == {0: 0}
+
+
+def test_long_texts_are_found_in_any_width_and_spacing(prepare):
+    shared = text(WORDS)["text"]
+    wide = "".join(chr(ord(c) + 0xFEE0) if c.isalnum() else "\u00a0" for c in shared)
+    found = find_overlap(prepare([{"text": f"So: {wide} and more"}], [{"text": f"{shared} otherwise"}]), near=False)
+    assert found.runs == {0: shared}
+
+
 def test_runs_of_a_template_are_left_out_and_counted(prepare):
     template = "read the text below with care and say in one word what it is about here"
     rows = [{"text": f"{template} {' '.join(f'w{i}x{j}' for j in range(20))}"} for i in range(COMMON_ROWS + 3)]

@@ -1,13 +1,18 @@
 """The data report: what is printed, and what goes into the run's report."""
 
 import json
+import string
 
 import pytest
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.data.preparation import prepare_rows
+from llmtune.data.row_store import iterate_texts
+from llmtune.data.unknown_tokens import find_vanishing
 from llmtune.tasks.registry import get_task
 
 
@@ -66,3 +71,32 @@ def test_rows_left_out_are_shown_with_their_reasons(tmp_path, console):
     assert "too long" in shown
     assert "exact duplicate" in shown
     assert "42 rows read; left out:" in shown
+
+
+def byteless_tokenizer(unknown):
+    """A tokenizer of single letters, with or without `<unk>`, which has no control characters."""
+    letters = ["<|im_start|>", "<|im_end|>", *string.ascii_letters, *string.digits, " ", "\n", "."]
+    vocabulary = {letter: i for i, letter in enumerate(["<unk>", *letters] if unknown else letters)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>" if unknown else None))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    if unknown:
+        tokenizer.unk_token = "<unk>"
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_characters_that_vanish_where_a_tokenizer_has_no_unk_are_counted(tmp_path, console):
+    texts = [conversation("a\x07b\x07", "c"), conversation("d", "e\x07\u200b"), conversation("plain", "é. f\n")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    recipe = recipe_for(train=str(tmp_path / "rows.jsonl"), validation=0, test=0, deduplicate="exact")
+    prepared, task = prepare_rows(recipe, tmp_path / "rows", console), get_task("chat")
+    tokenizer = byteless_tokenizer(unknown=False)
+    examples = encode_rows(prepared, task, tokenizer, recipe, tmp_path / "examples", console)
+    facts = describe_examples(prepared, examples, tokenizer, console, task, recipe)
+    assert facts["vanishing"] == {"\x07": 2, "é": 1, "\u200b": 1}
+    assert "The tokenizer drops these characters" in console.file.getvalue()
+    assert "U+0007 (2 rows)" in " ".join(console.file.getvalue().split())
+    read = [text for split in prepared.files for _, text in iterate_texts(prepared, split)]
+    assert find_vanishing(read, byteless_tokenizer(unknown=True)) == {}
+    assert find_vanishing(read, tokenizer_with(CHATML)) == {}

@@ -70,6 +70,17 @@ def test_examples_of_many_batches_are_found_at_any_place(tmp_path, console):
         reader[1400]
 
 
+def test_the_bar_moves_while_long_conversations_are_encoded(tmp_path, console):
+    long = [conversation(*(f"{i} and {turn} " + "cat " * 20 for turn in range(400))) for i in range(6)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*long, *plain_rows(200)])
+    _, examples = encode_file(path, tmp_path, console, max_length=100_000)
+    reader = ExampleReader(examples, "train")
+    sizes = [batch.num_rows for batch in reader._batches]
+    assert sum(sizes) == len(reader) == 206
+    assert max(sizes) > 200 or len(sizes) < 206, "short conversations share a batch"
+    assert len(sizes) >= 4, "long ones are a batch of one or two, after which the bar moves"
+
+
 def test_the_folder_can_be_moved_and_read_again_but_not_without_its_files(chat_rows, tmp_path, console):
     _, examples = encode_file(chat_rows, tmp_path, console)
     moved = (tmp_path / "examples").rename(tmp_path / "moved")

@@ -212,7 +212,7 @@ def test_csv_cells_may_hold_line_ends_and_keep_the_line_where_they_began(tmp_pat
     found = read_bytes(tmp_path, out.getvalue().encode(), "csv")
     assert found == [
         ("file:2", {"prompt": "one\ntwo", "completion": 'say "hi"'}),
-        ("file:4", {"prompt": "a,b;c\td", "completion": "é"}),
+        ("file:row 3 (line 4)", {"prompt": "a,b;c\td", "completion": "é"}),
     ]
 
 

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.encoding import complete, encode, learned, with_start_token
 from support.models import CHATML, train_tokenizer
-from support.templates import THINKING, conversation, tokenizer_with
+from support.templates import THINKING, conversation, recipe_for, tokenizer_with
 
 from llmtune.data.overlong import Lost
+from llmtune.tasks.registry import get_task
 
 CHAT = conversation("one two", "three", "four five", "six")
 
@@ -109,6 +110,29 @@ def test_truncate_never_cuts_a_completion(prompt, says):
     result = complete(prompt, " dog" * 60, train_tokenizer(None), max_length=20, on_overlong="truncate")
     assert result.startswith("too long: ")
     assert says in result
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("prompt", ["", "The sky is"])
+@pytest.mark.parametrize("more", [(), ("<pad>",)], ids=["one", "two"])
+def test_every_piece_starts_as_the_tokenizer_starts_a_text(more, prompt, packing):
+    tokenizer = with_start_token(train_tokenizer(CHATML), *more)
+    start = tokenizer("")["input_ids"]
+    pieces = complete(prompt, "the quick brown fox " * 20, tokenizer, max_length=16, on_overlong="split")
+    assert len(pieces) > 3
+    recipe = recipe_for("completion", packing=packing)
+    batch = get_task("completion").collator(tokenizer, recipe)(pieces, 0)
+    ids = batch["input_ids"]
+    documents = ids[0].tensor_split(batch["cu_seq_lens_q"][1:-1].tolist()) if packing else ids
+    assert [document[: len(start)].tolist() for document in documents] == [start] * len(pieces)
+    assert not set(start) & set(batch["targets_S"].tolist())
+    assert all(piece.spans[0] > len(start) for piece in pieces[1:]), "predicted from the text, not from its start"
+
+
+def test_a_start_that_leaves_no_room_for_text_cannot_be_split():
+    tokenizer = with_start_token(train_tokenizer(CHATML), *["<pad>"] * 7)
+    result = complete("", "the quick brown fox " * 20, tokenizer, max_length=8, on_overlong="split")
+    assert result.startswith("too long: ")
 
 
 @pytest.mark.parametrize("start", [False, True])

@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 from support.finished import finish_run
 from support.http_server import answering
+from support.templates import EMPTY_THOUGHTS
+from transformers import AutoTokenizer
 
 from llmtune.deploy.endpoint_parity import ask_all, certify_run, connect, find_endpoint_breaches
 from llmtune.deploy.tuned_model import TransformersReader
@@ -41,7 +43,8 @@ def fake_server(model, processor, *, knows=(), start=False, base=False, usage=Tr
     def complete(body):
         if unknown := set(body) - {"model", "temperature", "max_tokens", "messages", *knows}:
             return 400, {"error": {"message": f"unknown: {sorted(unknown)}"}}, {}
-        text = processor.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+        sent = body.get("chat_template_kwargs", {})
+        text = processor.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False, **sent)
         ids = processor(text, add_special_tokens=False)["input_ids"]
         ids = [processor.bos_token_id, *ids] if start else ids
         with model.disable_adapter() if base else nullcontext():
@@ -107,6 +110,21 @@ def test_an_endpoint_with_an_extra_start_token_fails(run, served, console, knows
 
 def test_an_endpoint_of_the_base_model_fails(run, served, console):
     with fake_server(*served, base=True) as url, pytest.raises(GateFailed, match="greedy answers are the same"):
+        certify(run, url, console)
+
+
+def test_an_endpoint_is_sent_no_values_for_its_template_which_has_to_hold_them(tmp_path, tiny_llama, console):
+    (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
+    model = {"chat_template": "mine.jinja", "chat_template_kwargs": {"enable_thinking": False}}
+    run = finish_run(tmp_path, tiny_llama, train={"num_train_epochs": 1}, model=model)
+    context, place = open_finished(run, console, offline=True)
+    tuned = Models(context, place, load_processor(place, context.recipe.model)).adapted.model
+    saved, plain = AutoTokenizer.from_pretrained(run / "adapter"), AutoTokenizer.from_pretrained(run / "adapter")
+    plain.chat_template = EMPTY_THOUGHTS
+    knows = (*ALL, "chat_template_kwargs")
+    with fake_server(tuned, saved, knows=knows) as url:
+        assert certify(run, url, console)["passed"]
+    with fake_server(tuned, plain, knows=knows) as url, pytest.raises(GateFailed, match="other token ids"):
         certify(run, url, console)
 
 

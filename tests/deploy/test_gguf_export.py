@@ -5,6 +5,7 @@ from conversion.llama import LlamaModel
 from support.ggufs import build_family
 from support.models import CHATML
 from support.runs import write_recipe
+from support.templates import EMPTY_THOUGHTS
 
 import llmtune.deploy.gguf_adapter as gguf_adapter
 import llmtune.deploy.gguf_export as exporting
@@ -59,6 +60,15 @@ def test_the_modelfile_names_the_file_the_template_the_stops_and_the_sampling(tu
     assert lines[0] == "FROM ./tiny-F16.gguf"
     assert lines[1].startswith('TEMPLATE """{{ range $i, $_ := .Messages }}')
     assert lines[2:] == ["PARAMETER temperature 0.0", "PARAMETER repeat_penalty 1.0", 'PARAMETER stop "<|im_end|>"']
+
+
+def test_values_for_the_template_go_into_the_file_and_the_modelfile(tune, tmp_path, console):
+    (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
+    model = {"chat_template": str(tmp_path / "mine.jinja"), "chat_template_kwargs": {"enable_thinking": False}}
+    certificate = export_gguf(tune(model=model), tmp_path / "gguf", console)
+    assert certificate["measured"]["same_ids"]
+    assert b"enable_thinking is not defined" in (tmp_path / "gguf" / certificate["file"]).read_bytes()
+    assert "<think>\\n\\n</think>" in (tmp_path / "gguf/Modelfile").read_text()
 
 
 def test_a_template_without_an_equal_in_go_is_left_out_and_that_is_said(tune, tmp_path, console):

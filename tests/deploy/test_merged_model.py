@@ -9,9 +9,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from support.adapting import build_family
 from support.finished import finish_run
 from support.models import build_llama
+from support.templates import EMPTY_THOUGHTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmtune.deploy.merged_model as merging
+import llmtune.model.processor as processor
 from llmtune.adapter.injection import trainable_parameters
 from llmtune.adapter.merging import merge as really_merge
 from llmtune.deploy.merged_model import merge, merge_model
@@ -53,7 +55,7 @@ def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp
     subprocess.run([sys.executable, "-c", PLAIN, TEXT, *expected], check=True, capture_output=True)
     for out, logits in expected.items():
         torch.testing.assert_close(torch.load(f"{out}.pt"), logits, atol=1e-3, rtol=1e-3)
-    assert "parity with the adapter" in console.file.getvalue()
+    assert "parity with the adapter is good: within all limits of its certificate" in console.file.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's, of SHiRA
@@ -191,6 +193,27 @@ def test_template_of_the_recipe_and_stop_tokens_go_into_the_folder(tune, tmp_pat
     settings = json.loads((tmp_path / "merged/generation_config.json").read_text())
     assert saved.eos_token_id in settings["eos_token_id"]
     assert "max_new_tokens" not in settings
+
+
+def test_values_for_the_template_go_into_the_folder_and_are_not_sent_to_certify_it(tune, tmp_path, console):
+    (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
+    kwargs = {"enable_thinking": False}
+    tuned = tune(model={"chat_template": str(tmp_path / "mine.jinja"), "chat_template_kwargs": kwargs})
+    certificate = merge_model(tuned, tmp_path / "merged", console)
+    assert certificate["measured"]["same_ids"]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    asked = {"conversation": [{"role": "user", "content": "two?"}], "add_generation_prompt": True, "tokenize": False}
+    assert saved.apply_chat_template(**asked).endswith("<think>\n\n</think>\n\n")
+    assert not saved.apply_chat_template(**asked, enable_thinking=True).endswith("</think>\n\n")
+
+
+def test_a_merged_folder_whose_template_lost_its_values_fails(tune, tmp_path, console, monkeypatch):
+    (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
+    model = {"chat_template": str(tmp_path / "mine.jinja"), "chat_template_kwargs": {"enable_thinking": False}}
+    monkeypatch.setattr(processor, "with_defaults", lambda template, kwargs: template)
+    tuned = tune(model=model)
+    with pytest.raises(GateFailed, match="token ids"):
+        merge_model(tuned, tmp_path / "merged", console)
 
 
 def test_all_mistakes_of_a_call_are_told_at_once(tune, tmp_path, console):

@@ -13,7 +13,7 @@ from support import classifying
 from support.families import build_bert
 from support.finished import finish_run
 from support.hub import hub_at_work
-from support.models import build_llama
+from support.models import CHATML, build_llama
 from support.runs import llmtune
 
 from llmtune.deploy.merged_model import merge
@@ -67,6 +67,24 @@ def run_snippet(folder, base=None):
     with contextlib.redirect_stdout(io.StringIO()) as printed, hushed():
         exec(code.replace(stated[0], names), {})
     return code, printed.getvalue()
+
+
+def test_a_secret_among_the_values_for_the_template_is_in_nothing_that_others_read(tmp_path, console):
+    template = "{% if password is defined %}{{ password }}{% endif %}{{ api.api_key if api is defined }}" + CHATML
+    base = build_llama(tmp_path / "base", template)
+    kwargs = {"password": "hunter2", "api": {"api_key": ["tuna4711"]}}
+    model = {"name": str(base), "dtype": "float32", "chat_template_kwargs": kwargs}
+    run = finish_run(tmp_path, base, train=BRIEF, model=model)
+    publish(run, tmp_path / "hub", console, license="mit")
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("tiny.yaml", "recipe.yaml")]
+    assert {"report.html", "report.md", "report.json", "README.md", "chat_template.jinja"} <= {
+        path.name for path in files
+    }
+    files.append(tmp_path / "hub/recipe.yaml")
+    for secret in (b"hunter2", b"tuna4711"):
+        assert [path for path in files if secret in path.read_bytes()] == []
+    assert "[removed]" in (run / "report.html").read_text()
+    assert "hunter2" not in console.file.getvalue()
 
 
 def test_a_published_adapter_is_a_folder_that_the_hubs_library_reads_and_its_card_loads(run, base, tmp_path, console):

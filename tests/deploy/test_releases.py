@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from contextlib import suppress
@@ -12,7 +13,7 @@ import pytest
 from support.finished import finish_run
 from support.runs import invoke
 
-from llmtune.deploy.releases import diff_releases, make_release
+from llmtune.deploy.releases import check_signature, diff_releases, make_release
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.champion import compare_with_champion, open_champion
 from llmtune.evaluate.opened_runs import open_run_scores
@@ -99,6 +100,19 @@ def test_a_champion_whose_scores_were_edited_counts_by_its_rows(run: Path, file:
     own = open_run_scores(run, "own")
     found = compare_with_champion(open_champion(recipe), recipe, own.evaluation, own.measures)
     assert found.scores["loss"] == content["tuned"]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "gone"])
+def test_keys_and_signatures_that_are_no_files_are_refused(file: Path, tmp_path: Path, kind: str) -> None:
+    places = {"device": Path("/dev/zero"), "folder": tmp_path, "gone": tmp_path / "gone", "pipe": tmp_path / "pipe"}
+    os.mkfifo(tmp_path / "pipe")
+    release = Path(shutil.copy(file, tmp_path / "one.json"))
+    with pytest.raises(RecipeError, match="cannot be read"):
+        check_signature(release, places[kind])
+    if kind != "gone":
+        (tmp_path / "one.json.sig").symlink_to(places[kind])
+        with pytest.raises(RecipeError, match="cannot be read"):
+            check_signature(release, None)
 
 
 def test_a_release_is_a_champion_on_the_command_line(run: Path, file: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.learning import weather_row
+from support.learning import LOOKS_LIKE_A_CALL, WEATHER, weather_row
 from support.models import build_llama
 from support.templates import EMPTY_THOUGHTS, HERMES, conversation, recipe_for, tokenizer_with
 
@@ -53,7 +53,7 @@ def test_every_task_that_asks_by_the_template_reads_its_answers_by_it(task):
 def weather(tmp_path_factory, build):
     """A bench of rows with tools, and of one without, that a model has learned; what was found, and the folder."""
     folder = tmp_path_factory.mktemp("weather")
-    rows = [weather_row("Paris"), weather_row("Rome"), conversation("How many legs has a cat?", "Four.")]
+    rows = [weather_row("Paris"), weather_row("Rome"), conversation("Write a call!", LOOKS_LIKE_A_CALL)]
     bench = build(folder, write_rows(folder, rows), build_llama(folder / "model", HERMES), LONG)
     bench.steps = 150
     return bench, bench.evaluate(folder), folder
@@ -82,6 +82,12 @@ def test_calls_are_scored_beside_the_texts_of_all_rows(weather):
     assert found.difference["exact_match"].n == 3
 
 
+def test_an_answer_that_looks_like_a_call_is_text_where_its_row_offers_no_tools(weather):
+    _, _, folder = weather
+    (line,) = [line for line in lines_of(folder) if "tuned_parts" not in line]
+    assert line["tuned"] == line["reference"] == LOOKS_LIKE_A_CALL
+
+
 def lines_of(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
@@ -94,6 +100,19 @@ def test_a_row_that_ends_in_a_call_is_no_text_and_is_shown_as_a_call(tmp_path, b
     assert "exact_match" not in found.tuned
     assert found.tuned["tool_call_valid"] == 0
     assert found.samples[0]["reference"].startswith('weather({"city": ')
+
+
+def test_tools_without_a_valid_schema_are_reported_and_not_scored_as_valid(tmp_path, build, console):
+    parameters = {"type": "object", "properties": {"city": {"type": "str"}}}
+    broken = {"type": "function", "function": {**WEATHER["function"], "parameters": parameters}}
+    rows = [{**weather_row(city), "tools": [broken]} for city in ("Paris", "Rome")]
+    bench = build(tmp_path, write_rows(tmp_path, rows), build_llama(tmp_path / "m", HERMES), LONG)
+    bench.console, bench.steps = console, 0
+    found = bench.evaluate(tmp_path)
+    assert "tool_call_valid" not in found.tuned
+    assert "tool_name" in found.tuned
+    assert "weather ('str' is not valid" in found.signatures["tool_call_valid.schemas"]
+    assert "tool_call_valid is not measured" in " ".join(console.file.getvalue().split())
 
 
 def test_metrics_of_tools_are_left_out_where_no_row_has_tools(bench):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.finished import finish_run
+from support.finished import finish_run, write_sums
 from support.runs import invoke, write_recipe
 
+from llmtune.data.row_store import iterate_rows, load_rows
+from llmtune.deploy.releases import make_release
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.cache_keys import evaluation_files
 from llmtune.evaluate.champion import compare_with_champion, open_champion
@@ -48,13 +51,46 @@ def test_rows_are_paired_by_their_content_whatever_their_order(champion: Path) -
     first = replace(opened, evaluation=evaluation, measures=measures)
     turned = scored([False, True, True, False, True, True], names[::-1])
     found = compare_with_champion(first, recipe_with(champion), *turned)
-    assert found.folder == str(champion)
+    assert (found.folder, found.rows) == (str(champion), 6)
     assert found.scores == {"accuracy": 0.5}
     assert found.difference["accuracy"].value == pytest.approx(1 / 6)  # c became right
-    with pytest.raises(
-        DataError, match="of 7 test rows 5 are in both, 1 are in the champion alone, 1 in this run alone"
-    ):
-        compare_with_champion(first, opened.recipe, *scored([True] * 6, [*names[1:], "g"]))
+
+
+def test_only_rows_of_both_are_compared_and_both_scores_are_those_on_them(champion: Path) -> None:
+    opened = open_champion(recipe_with(champion))
+    assert opened is not None
+    evaluation, measures = scored([True, True, False, False], ["gone", "a", "b", "c"])
+    first = replace(opened, evaluation=evaluation, measures=measures)
+    own = scored([True, True, False, False, False], ["c", "b", "a", "new", "newer"])
+    found = compare_with_champion(first, recipe_with(champion), *own)
+    assert (found.rows, found.asked, found.difference["accuracy"].n) == (3, 0, 3)
+    assert found.scores == {"accuracy": pytest.approx(1 / 3)}
+    assert found.tuned == {"accuracy": pytest.approx(2 / 3)}
+    answered = PerRowScores({}, scored([True], ["new"])[1].tuned, ("new",))
+    found = compare_with_champion(first, recipe_with(champion), *own, answered)
+    assert (found.rows, found.asked, found.difference["accuracy"].n) == (4, 1, 4)
+    assert found.scores == {"accuracy": 0.5}
+    with pytest.raises(DataError, match="prepare RECIPE --write-test FILE"):
+        compare_with_champion(first, recipe_with(champion), *scored([True], ["other"]))
+
+
+def test_rows_that_belong_together_are_drawn_together_against_a_champion_too(champion: Path) -> None:
+    opened = open_champion(recipe_with(champion))
+    assert opened is not None
+    names, groups = ["a", "b", "c", "d", "e", "f"], (0, 0, 1, 1, 2, 2)
+
+    def grouped(right: list[bool], names: list[str]) -> tuple[Evaluation, PerRowScores]:
+        evaluation, scores = scored(right, names)
+        own = {metric: one.in_clusters(groups[: len(right)]) for metric, one in scores.tuned.items()}
+        return evaluation, replace(scores, tuned=own, clusters=groups[: len(right)])
+
+    evaluation, measures = grouped([True, True, False, False], names[:4])
+    first = replace(opened, evaluation=evaluation, measures=measures)
+    answered = PerRowScores({}, scored([False, True], names[4:])[1].tuned, tuple(names[4:]))
+    own = grouped([False, True, True, True, True, True], names)
+    found = compare_with_champion(first, recipe_with(champion), *own, answered)
+    difference = found.difference["accuracy"]
+    assert (difference.n, difference.groups) == (6, 3)
 
 
 def test_another_task_and_the_run_itself_are_no_champion(champion: Path) -> None:
@@ -79,16 +115,19 @@ def test_a_champion_that_is_none_ends_the_check_and_the_run_with_exit_code_2(cha
     assert not (tmp_path / "new" / "data").exists()
 
 
-def test_other_rows_and_other_settings_are_refused_before_training(
+def test_other_settings_and_rows_that_the_champion_learned_are_refused_before_training(
     champion: Path, tmp_path: Path, tiny_llama: Path
 ) -> None:
-    rows = (champion.parent.parent / "rows.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "fewer.jsonl").write_text("".join(rows[:30]))
+    learned = {json.dumps({"messages": row["messages"]}) for row in read_split(champion, "train")}
+    (tmp_path / "learned.jsonl").write_text("\n".join(sorted(learned)[:8]))
     evaluate = {"champion": str(champion), "gates": ["accuracy.low > champion - 0.5"]}
-    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, "fewer.jsonl", evaluate=evaluate)
+    data = {"train": str(write_sums(tmp_path / "rows.jsonl", 60)), "test": "learned.jsonl", "validation": 0.0}
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, "rows.jsonl", data=data, evaluate=evaluate)
     done = invoke("run", recipe, "--out", tmp_path / "rows")
     assert done.exit_code == 3, done.output
-    assert "are in the champion alone, 0 in this run alone" in " ".join(done.stderr.split())
+    told = " ".join(done.stderr.split())
+    assert "none of the 8 test rows can be compared" in told
+    assert "--write-test FILE" in told
     assert not (tmp_path / "rows" / "adapter").exists()
     own = champion.parent.parent / "tiny.yaml"
     sets = ["--set", f"evaluate.champion={champion}", "--set", GATE, "--set", "generation.max_new_tokens=4"]
@@ -96,6 +135,40 @@ def test_other_rows_and_other_settings_are_refused_before_training(
     assert done.exit_code == 2, done.output
     assert "generation.max_new_tokens" in done.stderr
     assert not (tmp_path / "settings" / "adapter").exists()
+
+
+def read_split(run: Path, split: str) -> list[dict[str, Any]]:
+    return [row for _, row in iterate_rows(load_rows(run / "data" / "rows"), split)]
+
+
+def test_on_a_file_that_grew_rows_of_both_are_compared_and_the_champions_model_answers_more(
+    champion: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
+    place = champion.parent
+    release = make_release(champion, tmp_path / "releases" / "first.json")
+    evaluate = {"champion": str(release.parent), "gates": ["accuracy.low > champion - 0.5"], "when_unsure": "report"}
+    rows = write_sums(tmp_path / "rows.jsonl", 60)
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, rows, evaluate=evaluate, train={"num_train_epochs": 1})
+    before, learned = read_split(champion, "test"), read_split(champion, "train") + read_split(champion, "validation")
+
+    done = invoke("run", recipe, "--out", place / "grown", "--json")
+    assert done.exit_code in (0, 7), done.stderr
+    now = read_split(place / "grown", "test")
+    further = [row for row in now if row not in before and row not in learned]
+    assert further, "else nothing is tried"
+    report = json.loads(done.stdout)
+    found = report["evaluation"]["champion"]
+    assert (found["rows"], found["asked"]) == (len([row for row in now if row in before]) + len(further), len(further))
+    assert found["difference"]["accuracy"]["n"] == found["rows"]
+    assert f"Compared on {found['rows']} test rows." in report["verdict"]["reason"]
+    junit = (place / "grown" / "junit.xml").read_text()
+    assert f'name="champion.rows" value="{found["rows"]}"' in junit
+    assert not list((place / "grown").glob(".champion-*"))
+
+    again = invoke("run", recipe, "--out", tmp_path / "elsewhere", "--json")  # the run folder is not next to it
+    alone = json.loads(again.stdout)["evaluation"]["champion"]
+    assert (alone["rows"], alone["asked"]) == (found["rows"] - len(further), 0)
+    assert f"champion: {alone['rows']} of {len(now)} test rows are test rows of the champion too" in again.stderr
 
 
 def test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another(

@@ -2,10 +2,13 @@ import io
 import json
 import math
 import weakref
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from support.learning import learn_by_heart
 from support.rows import prepare, write_jsonl
 
 from llmtune.data.contamination import find_overlap
@@ -13,11 +16,12 @@ from llmtune.data.row_store import read_rows
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.evaluator import show_examples
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.inference import add_bar, progress_bars
+from llmtune.evaluate.inference import add_bar
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Difference, Evaluation
+from llmtune.report.render_terminal import counting_bars
 
 
 def losses_by_hand(bench):
@@ -112,6 +116,39 @@ model: {{name: {model}, dtype: float32}}
     assert found.samples == ()
 
 
+@pytest.mark.parametrize("knows_starts", [True, False])
+def test_a_base_that_is_worse_on_later_pieces_of_texts_is_reported(make_bench, knows_starts):
+    text = """
+recipe_version: 1
+name: pieces
+task: completion
+data: {{train: {rows}, test: 0.4, validation: 0, deduplicate: exact, on_overlong: split, max_length: 24}}
+model: {{name: {model}, dtype: float32}}
+"""
+    bench = make_bench(text, [{"text": f"House {i} " + f"has {i % 7} doors and a roof " * 6} for i in range(12)])
+    load, rows = bench.load, bench.reader.rows
+    is_first = np.diff(rows, prepend=-1) > 0
+    assert 1 < is_first.sum() < len(rows)
+
+    def load_taught():
+        model = load()
+        if knows_starts:
+            firsts = [bench.reader[at] for at in np.flatnonzero(is_first)]
+            learn_by_heart(model, firsts, bench.task, bench.processor.pad_token_id, 40)
+        return model
+
+    taught = replace(bench, load=load_taught, steps=0)
+    found = taught.evaluate(metrics=("loss",), samples=0)
+    warned = " ".join(bench.console.file.getvalue().split())
+    assert ("loss.pieces" in found.signatures) == knows_starts
+    if knows_starts:
+        nats, tokens, _ = np.array(losses_by_hand(taught)).T
+        later, first = (nats[part].sum() / tokens[part].sum() for part in (~is_first, is_first))
+        assert f"is {later:.2f} on later pieces of split texts and {first:.2f} on their first pieces" in warned
+    else:
+        assert "later pieces" not in warned
+
+
 def test_without_test_rows_nothing_is_measured_and_no_model_is_loaded(make_bench):
     bench = make_bench(test=0.0)
     found = bench.evaluate(gates=("loss < base",))
@@ -153,7 +190,7 @@ def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):
 
 def test_a_line_stands_for_a_bar_where_nobody_looks_on():
     console = Console(file=io.StringIO())
-    with progress_bars(console) as bars:
+    with counting_bars(console) as bars:
         add_bar(bars, "loss", 2)(2)
     assert console.file.getvalue() == "loss: 2 rows\n"
 

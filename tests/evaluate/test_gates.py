@@ -83,6 +83,14 @@ def test_a_gate_says_what_was_wanted_and_what_was_got():
         ("exact_match.low > champion - 0.05", -0.04, 0.02, True),
         ("exact_match.low > champion - 0.05", -0.06, 0.02, None),
         ("exact_match.low > champion - 0.05", -0.09, -0.06, False),
+        ("exact_match.low > champion - 0.05", -0.09, -0.01, False),  # worse, and not shown to be within the margin
+        ("exact_match.low > champion - 0.05", -0.04, -0.01, True),  # worse, and within it
+        ("exact_match.low > champion - 0.05", -0.09, 0.0, None),
+        ("exact_match.low > champion + 0.05", -0.09, -0.01, False),
+        ("exact_match.low > champion + 0.05", -0.09, 0.06, None),
+        ("exact_match.high < champion + 0.05", 0.01, 0.09, False),
+        ("exact_match.high < champion + 0.05", 0.01, 0.04, True),
+        ("exact_match.high < champion + 0.05", 0.0, 0.09, None),
         ("exact_match.low >= champion", 0.0, 0.0, True),
         ("exact_match.low > champion", 0.0, 0.0, None),  # the same answers: neither better nor worse
         ("exact_match.high < champion", -0.03, -0.01, True),
@@ -100,10 +108,25 @@ def test_a_gate_on_an_interval_tells_worse_from_too_few_rows(gate, low, high, pa
     evaluation = replace(EVALUATION, champion=champion)
     (found,) = check(evaluation, gate, when_unsure="report")
     assert found.passed is passed
-    assert found.note.startswith("can't tell: ") == (passed is None)
+    assert found.note.startswith("inconclusive: ") == (passed is None)
     for when_unsure, counted in (("fail", False), ("pass", True)):
         (again,) = check(evaluation, gate, when_unsure=when_unsure)
         assert again == replace(found, passed=counted if passed is None else passed)
+
+
+@pytest.mark.parametrize(("low", "high", "noted"), [(-0.04, -0.01, True), (-0.04, 0.01, False), (0.01, 0.03, False)])
+def test_a_gate_that_passes_a_worse_model_within_its_margin_says_so(low, high, noted):
+    change = Difference((low + high) / 2, low, high, 0.01, 400)
+    champion = Champion("runs/best", {"exact_match": 0.5}, {"exact_match": change}, {})
+    (found,) = check(replace(EVALUATION, champion=champion), "exact_match.low > champion - 0.05")
+    assert found.passed is True
+    assert found.note == (f"worse, and shown to be within the margin: {low} to {high}" if noted else "")
+
+
+def test_a_score_is_compared_with_the_champion_on_the_rows_of_both():
+    champion = Champion("runs/best", {"exact_match": 0.7}, {}, {}, tuned={"exact_match": 0.6}, rows=40)
+    (found,) = check(replace(EVALUATION, champion=champion), "exact_match >= champion")
+    assert (found.passed, found.got, found.wanted) == (False, "0.6", "exact_match >= 0.7")
 
 
 def test_one_that_cannot_tell_names_the_rows_that_would():
@@ -112,20 +135,21 @@ def test_one_that_cannot_tell_names_the_rows_that_would():
     )
     # half the interval, 0.03, is 1.98 standard errors of 100 rows; 2.8 standard errors of 0.01 take 1,797 rows
     assert margin.note == (
-        "can't tell: 100 rows are too few; about 1,797 would tell, with 80 % power, if nothing changed"
+        "inconclusive: 100 rows are too few; about 1,797 would tell, with 80 % power, if nothing changed"
     )
     assert seen.note.endswith("about 1,797 would tell, with 80 % power, if the difference is 0.01")
 
 
 def test_gates_end_a_run_by_the_worst_of_them():
     passed, failed, unsure = (GateResult("a", "a > 1", "2", outcome) for outcome in (True, False, None))
-    require_gates([passed])
+    report = {"name": "tickets"}
+    require_gates([passed], report)
     with pytest.raises(GateFailed) as caught:
-        require_gates([passed, unsure, failed])
+        require_gates([passed, unsure, failed], report)
     assert caught.value.exit_code == 6
     with pytest.raises(GateUnsure) as caught:
-        require_gates([passed, unsure])
-    assert caught.value.exit_code == 7
+        require_gates([passed, unsure], report)
+    assert (caught.value.exit_code, caught.value.report) == (7, report)
 
 
 def test_a_gate_on_what_cannot_be_compared_with_the_champion_fails_and_says_why():

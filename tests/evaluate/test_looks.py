@@ -111,7 +111,7 @@ def test_a_model_is_counted_once_and_one_too_many_is_refused(run: Path, releases
     assert (count_look(*recipe, "f2", "b") or "").startswith("look 2 of 2")
     check_looks(*recipe, "f2")  # a retry of the last one
     for refused in (lambda: check_looks(*recipe, "f3"), lambda: count_look(*recipe, "f3", "c")):
-        with pytest.raises(RecipeError, match="2 models were held against these test rows already") as caught:
+        with pytest.raises(RecipeError, match="2 models were already compared on these test rows") as caught:
             refused()
         assert "new rows" in str(caught.value)
     assert len(ledger.read_text().splitlines()) == 2

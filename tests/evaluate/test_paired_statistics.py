@@ -3,11 +3,18 @@ from functools import cache, partial
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, ttest_1samp
 
 from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.metric import ratio
-from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, mcnemar, permutation_p
+from llmtune.evaluate.paired_statistics import (
+    difference,
+    difference_weighted,
+    draw_counts,
+    mcnemar,
+    permutation_p,
+    skewed_p,
+)
 from llmtune.records import Evaluation
 from llmtune.report.verdict import verdict
 
@@ -98,7 +105,7 @@ def test_without_any_difference_one_verdict_in_twenty_is_wrong_at_most():
         base, tuned, _ = flips(generator, 100, 0.08, 0.08)
         change = difference(base, tuned, ratio, right_wrong=True, seed=0, resamples=1000)
         evaluation = Evaluation({}, {}, {"exact_match": change}, (), (), 100)
-        wrong += verdict(evaluation).word != "can't tell"
+        wrong += verdict(evaluation).word != "inconclusive"
     assert wrong / TRIALS <= 0.06
 
 
@@ -114,6 +121,38 @@ def test_where_nothing_changed_one_p_in_twenty_is_below_a_twentieth(rows, kind):
         base, tuned = (np.stack([weight * (shared + one), weight], axis=1) for one in noise)
         below += permutation_p(base, tuned, ratio, seed=0, resamples=600) <= 0.05
     assert 0.035 <= below / trials <= 0.065
+
+
+def skewed_alarms(rows, trials):
+    """The shares of p below 5 % where the mean difference is zero: many rows lose a little, and a few gain much."""
+    generator, below = np.random.default_rng(11), np.zeros(2)
+    for _ in range(trials):
+        base = ones(generator.gamma(2, 1, rows))
+        tuned = base + [1, 0] * (generator.lognormal(0, 1, (rows, 1)) - math.exp(0.5))
+        swapped = permutation_p(base, tuned, ratio, seed=0, resamples=600)
+        below += swapped <= 0.05, max(swapped, skewed_p(base, tuned, ratio)) <= 0.05
+    return below / trials
+
+
+def test_skewed_differences_with_a_mean_of_zero_seldom_have_a_small_p():
+    swapped, corrected = skewed_alarms(20, 600)
+    assert swapped > 0.1
+    assert corrected <= 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "limit"), [(8, 0.12), (20, 0.075), (60, 0.075), (200, 0.07), (500, 0.065)])
+def test_the_p_of_skewed_differences_is_near_its_level(rows, limit):
+    assert skewed_alarms(rows, 3000)[1] <= limit
+
+
+def test_the_corrected_p_is_that_of_a_t_test_where_differences_are_even():
+    base = ones(np.zeros(10))
+    tuned = ones([1, -1, 2, -2, 3, -3, 4, -4, 0, 0])
+    shift = [0.5, 0] * np.ones((10, 1))
+    expected = ttest_1samp((tuned + shift)[:, 0], 0).pvalue
+    assert skewed_p(base, tuned + shift, ratio) == pytest.approx(expected)
+    assert skewed_p(base, base + shift, ratio) == 0
 
 
 @pytest.mark.parametrize("rows", [8, 20, 60, 500])

@@ -57,7 +57,7 @@ def measure(draw, generator, rows, true):
 
 
 def shares(draw, true, limit, trials=TRIALS):
-    """How often `X.low > champion + limit` passes, fails and can't tell, where the true difference is `true`."""
+    """How often `X.low > champion + limit` passes, fails and inconclusive, where the true difference is `true`."""
     generator, seen = np.random.default_rng(17), Counter()
     for _ in range(trials):
         change = measure(draw, generator, ROWS, true)
@@ -65,10 +65,11 @@ def shares(draw, true, limit, trials=TRIALS):
     return seen[True] / trials, seen[False] / trials, seen[None] / trials
 
 
-def computed(deviation, distance):
-    """The shares of a paired t test: the true difference lies `distance` above the limit."""
-    free, noncentrality = ROWS - 1, distance * math.sqrt(ROWS) / deviation
-    passed, failed = nct.sf(t.ppf(0.975, free), free, noncentrality), nct.cdf(t.ppf(0.025, free), free, noncentrality)
+def computed(deviation, true, limit):
+    """The shares of a paired t test, whose interval is wider than the margin: it cannot be both worse and within it."""
+    free, error = ROWS - 1, deviation / math.sqrt(ROWS)
+    passed = nct.sf(t.ppf(0.975, free), free, (true - limit) / error)
+    failed = nct.cdf(t.ppf(0.025, free), free, true / error)
     return passed, failed, 1 - passed - failed
 
 
@@ -81,16 +82,30 @@ def test_gates_pass_fail_and_cannot_tell_as_often_as_an_earlier_run_promised(dra
     near = partial(pytest.approx, abs=0.03)
     unchanged = shares(draw, 0.0, -smallest)
     assert unchanged[0] == near(0.8)
-    assert unchanged == near(computed(deviation, smallest))
+    assert unchanged == near(computed(deviation, 0.0, -smallest))
     assert unchanged[1] <= 0.05
     lost = shares(draw, -MARGIN - smallest, -MARGIN)
-    assert lost[1] == near(0.8)
-    assert lost == near(computed(deviation, -smallest))
+    assert lost[1] > 0.8, "shown to be worse, and not shown to be within the margin"
+    assert lost == near(computed(deviation, -MARGIN - smallest, -MARGIN))
     at_the_margin = shares(draw, -MARGIN, -MARGIN, 500)
     assert at_the_margin[0] <= 0.05
     no_change = shares(draw, 0.0, 0.0, 500)
     assert no_change[1] <= 0.05
-    assert no_change == near(computed(deviation, 0.0))
+    assert no_change == near(computed(deviation, 0.0, 0.0))
+
+
+@pytest.mark.usefixtures("drawn_once")
+def test_a_gate_with_a_margin_fails_a_worse_model_and_seldom_an_equal_one():
+    """Two fifths of 300 rows change sides; the margin is 0.1, and one row in ten is 1.6 standard errors or so."""
+    equal, within, at_the_margin, beyond = (
+        shares(right_or_wrong, true, -0.1, 500) for true in (0.0, -0.05, -0.1, -0.2)
+    )
+    assert equal[1] <= 0.04
+    assert equal[0] > 0.7
+    assert at_the_margin[0] <= 0.04
+    assert at_the_margin[1] > 0.7
+    assert beyond[1] > 0.99
+    assert within[1] < at_the_margin[1]
 
 
 @pytest.mark.parametrize("deviation", [0.05, 0.5, 3.0])

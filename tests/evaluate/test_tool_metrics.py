@@ -3,7 +3,7 @@
 import pytest
 
 from llmtune.data.answer_parser import ParsedAnswer
-from llmtune.evaluate.tool_metrics import ToolTurn, is_same_value, is_valid_call, measure_tools
+from llmtune.evaluate.tool_metrics import ToolTurn, is_same_value, is_valid_call, measure_tools, uncheckable_tools
 from llmtune.recipe.task_facts import TOOL_METRICS
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
@@ -79,8 +79,13 @@ def test_the_answers_of_one_row_add_up_and_are_drawn_together():
     [
         ({"type": "object", "properties": {"n": {"enum": [1, 2]}}}, {"n": 3}, False),
         ({"type": "object", "additionalProperties": False}, {"n": 3}, False),
-        ({"type": "nonsense"}, {"n": 3}, True),
-        ({"$ref": "https://example.com/schema.json"}, {"n": 3}, True),
+        ({"type": "nonsense"}, {"n": 3}, False),
+        ({"type": "object", "properties": {"n": {"type": "str"}}}, {"n": 3}, False),
+        ({"$ref": "https://example.com/schema.json"}, {"n": 3}, False),
+        ({"properties": {"n": {"$ref": "#/$defs/gone"}}}, {"n": 3}, False),
+        (5, {"n": 3}, False),
+        ({"properties": {"n": {"pattern": "["}}}, {"n": "a"}, False),
+        ({"$ref": "#"}, {"n": 3}, False),
         ({"$defs": {"n": {"type": "string"}}, "properties": {"n": {"$ref": "#/$defs/n"}}}, {"n": 3}, False),
         (None, {"n": 3}, True),
     ],
@@ -88,6 +93,18 @@ def test_the_answers_of_one_row_add_up_and_are_drawn_together():
 def test_arguments_are_checked_by_json_schema_without_the_network(schema, arguments, valid):
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     assert is_valid_call(call("f", **arguments), tools) is valid
+
+
+def test_answers_whose_tool_has_no_valid_schema_are_left_out_of_tool_call_valid_alone():
+    broken = {"name": "f", "parameters": {"type": "object", "properties": {"n": {"type": "str"}}}}
+    tools = [*TOOLS, {"type": "function", "function": broken}]
+    calling, other = (ToolTurn({"messages": [], "tools": tools}, [made]) for made in (call("f", n=3), PARIS))
+    answers = {0: [answer(call("f", n=3))], 1: [answer(PARIS)], 2: [answer(call("f", n=3))]}
+    turns = {0: [calling], 1: [other], 2: [other]}
+    found = measure_tools("tool_call_valid", answers, turns)
+    assert (found.at, found.value) == ((1, 2), 0.5)
+    assert measure_tools("tool_name", answers, turns).at == (0, 1, 2)
+    assert uncheckable_tools([calling, other]) == {"f": "'str' is not valid under any of the given schemas"}
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
     name = "generation-which-colour-has-number-7"
     assert {path.name for path in (run / "explain").iterdir()} == {f"{name}.html"}
     assert f'href="explain/{name}.html"' in (run / "report.html").read_text()
+    assert 'href="../report.html"' in (run / "explain" / f"{name}.html").read_text()
     assert json.loads((run / "report.json").read_text()) == {**before, "explanations": [name]}
 
 

@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from support.runs import write_recipe
 
 from llmtune.cli.output_streams import print_json
 from llmtune.errors import STEERING
+from llmtune.store.run_folder import open_run
 
 SPECIAL = ["fifo", "link", "/dev/zero", "/dev/random", "/proc/kmsg", "."]
 
@@ -103,6 +106,57 @@ def test_escape_codes_in_a_recipe_do_not_reach_the_terminal(recipe: Path, letter
     recipe.write_text(f'"{letter}[31mkey": 1\ntask: "{letter}[31mchat"\n{recipe.read_text()}')
     attempt("recipes", "check", recipe, code=2)
     attempt("recipes", "check", recipe, "--json", code=2)
+
+
+@pytest.mark.parametrize("option", ["--memory", "--length"])
+def test_a_number_of_400_digits_is_refused(option: str) -> None:
+    given = {"--memory": "24GB", option: "9" * 400 + ("GB" if option == "--memory" else "")}
+    attempt("models", "fits", *(word for pair in given.items() for word in pair), code=2)
+
+
+def test_what_a_killed_search_for_near_rows_left_is_removed(here: Path) -> None:
+    (here / "run/data/.keys-abc").mkdir(parents=True)
+    (here / "run/data/.keys-abc/keys.npy").write_bytes(b"x" * 100)
+    with open_run(here / "run", "aa"):
+        assert list((here / "run/data").iterdir()) == []
+
+
+def test_a_server_that_may_open_64_files_is_refused_before_anything_is_loaded() -> None:
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+    code += "from llmtune.serve.server import bind_socket\nbind_socket('127.0.0.1', 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "EnvironmentProblem: ulimit -n: only 64 files may be open at once" in done.stderr
+
+
+SERVER = """
+import asyncio, os, signal, socket, sys, threading
+from types import SimpleNamespace
+from llmtune.serve.server import bind_socket, run_server
+
+async def app(scope, receive, send):
+    os.kill(os.getpid(), signal.SIGINT)
+    asyncio.get_running_loop().call_later(0.5, os.kill, os.getpid(), signal.SIGINT)
+    await asyncio.sleep(60)
+
+def ask():
+    connection = socket.create_connection(bound.getsockname())
+    connection.sendall(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+    connection.recv(1)
+
+bound = bind_socket("127.0.0.1", 0)
+engine = SimpleNamespace(queue=SimpleNamespace(stop=lambda grace: None), thread=threading.Thread())
+engine.thread.start()
+try:
+    run_server(app, engine, bound, 30, threading.Thread(target=ask, daemon=True).start)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_a_second_ctrl_c_ends_a_server_that_is_answering_without_a_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", SERVER], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "stopped\n", done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
 
 
 def test_json_for_programs_holds_the_text_and_no_control_character(recipe: Path) -> None:

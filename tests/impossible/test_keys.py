@@ -197,6 +197,10 @@ FLIPS = {
     **flips("data", "rows", "data.train=holes.jsonl", max_dropped="0.0"),
     **flips("data.train", "rows", PAIRS, "task=completion", format="text"),
     **flips("data.train", "rows", PAIRS, columns="{prompt: completion, completion: prompt}"),
+    **flips("data", "rows", PAIRS, columns="{prompt: completion, completion: prompt}"),
+    **flips(
+        "data", "rows", "data.max_dropped=0.5", "data.train=desk.jsonl", roles="{user: customer, assistant: agent}"
+    ),
     **flips("data.train", "rows", "data.train.path=latin.csv", "task=completion", encoding="cp1252"),
     **flips("data.train", "rows", WEIGHED, weight="2.0"),
     **flips("data.train", "rows", "data.train.path=rows.jsonl", limit="30"),
@@ -396,6 +400,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     thoughts = [chat_row(question, f"<think>So</think><|im_end|> is {answer}", 0) for question, answer in questions]
     (place / "thoughts.jsonl").write_text("".join(thoughts))
     (place / "holes.jsonl").write_text("".join([*chat, '{"messages": []}\n']))
+    talks = [talk.replace('"user"', '"customer"').replace('"assistant"', '"agent"') for talk in chat[:20]]
+    (place / "desk.jsonl").write_text("".join(chat + talks))
     pairs = [json.dumps({"prompt": f"{question} ", "completion": f"{answer}."}) for question, answer in questions]
     (place / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
     lines = ["prompt,completion", *(f"{question},é {answer}" for question, answer in questions)]

@@ -46,6 +46,37 @@ def test_no_process_at_all_is_refused(recipe: Path) -> None:
         llmtune.run(recipe, out=recipe.parent / "none", processes=0)
 
 
+def test_a_step_that_does_not_exist_is_refused_before_anything_runs(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"(?s)llmtune.run\(until=...\): 'evalute'.*Did you mean 'evaluate'"):
+        llmtune.run(recipe, out=recipe.parent / "none", until="evalute")
+    assert not (recipe.parent / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("out", 5), ("set", [("a", 1)]), ("set", "a=1"), ("set", {1: 2}), ("until", None), ("until", ["run"])],
+        *[("processes", "2"), ("processes", None), ("processes", True), ("strategy", 5), ("resume", "no")],
+        *[("fresh", None), ("lock", {}), ("threads", "4"), ("threads", 0), ("threads", 1.5), ("offline", 1)],
+        *[("quiet", "yes"), ("recipe", None), ("recipe", b"tiny.yaml"), ("recipe", {"task": "chat"})],
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_named(recipe: Path, name: str, value: object) -> None:
+    given = {"recipe": recipe, "out": recipe.parent / "none", name: value}
+    with pytest.raises(RecipeError, match=rf"llmtune.run\({name}=...\)"):
+        llmtune.run(**given)  # type: ignore[arg-type]
+    assert not (recipe.parent / "none").exists()
+
+
+def test_all_wrong_arguments_are_named_at_once(recipe: Path) -> None:
+    with pytest.raises(RecipeError) as refused:
+        llmtune.run(recipe, until="all", threads=-1, quiet=None)  # type: ignore[arg-type]
+    assert len(refused.value.problems) == 3
+    for folder in (None, 5, b"run"):
+        with pytest.raises(RecipeError, match=r"llmtune.load_run\(folder=...\)"):
+            llmtune.load_run(folder)  # type: ignore[arg-type]
+
+
 def test_what_a_gate_refuses_is_an_error_and_the_run_stays(recipe: Path) -> None:
     out = recipe.parent / "run"
     sets = {"train.num_train_epochs": 1, "train.eval_steps": None, "evaluate.gates": ["loss <= 0"]}

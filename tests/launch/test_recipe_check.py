@@ -63,7 +63,8 @@ def test_what_ends_a_run_before_its_gates_is_an_error_in_junit_xml(here: Path, c
 
 
 def test_a_good_recipe_says_how_its_files_are_read(here: Path) -> None:
-    (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
+    rows = [f"Where is my {thing}?,The {thing} is on its way.\n" for thing in ("parcel", "letter", "order", "book")]
+    (here / "rows.csv").write_text("".join(["question,answer\n", *rows]))
     write_recipe(here / "mine.yaml", "owner/model", "rows.csv")
     assert (
         "rows.csv: prompt-completion rows (prompt is 'question', completion is 'answer')"

@@ -44,6 +44,40 @@ def test_a_dry_run_prints_a_script_that_bash_and_slurm_understand(here, tiny_lla
     assert not list(here.glob("run*"))
 
 
+EVIL = "a'; touch pwned; echo $(touch pwned) `touch pwned` ${HOME} \\"
+STAND_INS = {"srun": 'shift; exec "$@"', "scontrol": "echo localhost", "python": 'printf "%s\\0" "$@" >words'}
+"""srun runs its command, and llmtune leaves the words that it got."""
+
+
+def test_recipe_text_never_becomes_a_line_of_the_script(here, tiny_llama, chat_rows, monkeypatch):
+    for name, body in STAND_INS.items():
+        (here / name).write_text(f"#!/bin/sh\n{body}\n")
+        (here / name).chmod(0o755)
+    monkeypatch.setattr("llmtune.launch.slurm.sys.executable", str(here / "python"))
+    system = f"{EVIL}\nEOF\ntouch pwned\n"
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, data={"system_prompt": system})
+    with (here / "tiny.yaml").open("a") as file:
+        file.write("# touch pwned\n")
+    words = ["--set", f"data.system_prompt={EVIL}", "--out", f"run {EVIL.replace('/', '')}"]
+    result = invoke("launch", "slurm", "tiny.yaml", "--dry-run", "--machines", 2, *words)
+    assert result.exit_code == 0, result.stderr
+    assert not any(line.strip() == "touch pwned" for line in result.stdout.splitlines())
+    environment = {"PATH": f"{here}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}
+    done = subprocess.run(["bash"], input=result.stdout, text=True, cwd=here, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert not (here / "pwned").exists()
+    got = (here / "words").read_text().split("\0")
+    assert got[got.index("--set") + 1] == words[1]
+    assert got[got.index("--out") + 1] == str(here / words[3])
+
+
+@pytest.mark.parametrize("words", [("--set", "data.system_prompt=a\nEOF\ntouch pwned"), ("--sbatch", "--comment=a\rb")])
+def test_a_line_break_in_an_option_is_refused(words, here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    result = invoke("launch", "slurm", "tiny.yaml", "--dry-run", *words)
+    assert (result.exit_code, "would end a line of the job script" in result.stderr) == (2, True)
+
+
 def test_an_array_of_jobs_that_would_write_one_run_folder_is_refused(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     for option in ("--array=1-3", "-a1-3"):

@@ -2,26 +2,19 @@
 
 import json
 import os
-import re
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from support.adapting import SHAPE, build_family, recipe_with
 from support.models import build_llama
 from support.runs import invoke, llmtune, write_recipe
 from support.together import METHODS, TRAIN, assert_same, leave_step_4, train
 from support.training import make_recipe, run_training, write_examples
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.errors import RecipeError
 from llmtune.launch.local_processes import launch_local
 from llmtune.launch.topology import Topology
-from llmtune.model.tensor_parallel import check_tensor_parallel
 
 TESTS = Path(__file__).parents[1]
 
@@ -42,8 +35,6 @@ SLOW = pytest.mark.slow
         pytest.param("added", 2, "fsdp", marks=SLOW),
         pytest.param("lora", 4, "fsdp", marks=SLOW),
         pytest.param("full", 4, "fsdp", marks=SLOW),
-        pytest.param("lora", 2, "tp", marks=SLOW),
-        pytest.param("full", 2, "tp", marks=SLOW),
         pytest.param("lora", 4, "ddp", marks=SLOW),
         pytest.param("full", 4, "ddp", marks=SLOW),
     ],
@@ -63,28 +54,6 @@ def test_a_model_in_parts_learns_what_a_whole_one_learns(method, processes, stra
         AutoPeftModelForCausalLM.from_pretrained(together / "adapter")
 
 
-FAMILIES = {
-    "lora": ("qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi", "gpt_neox", "cohere", "starcoder2"),
-    "full": ("qwen2", "gemma", "gpt_neox", "starcoder2"),
-}
-"""With biases, fused projections, parallel layers, norms within heads, windows, tied and untied heads."""
-
-
-@SLOW
-@pytest.mark.parametrize("method", FAMILIES)
-def test_layers_of_many_families_are_divided(method, tmp_path, console):
-    for family in FAMILIES[method]:
-        folder, model = tmp_path / family, tmp_path / f"{family}-model"
-        # A bias of keys has hardly a gradient, and Adam would make a step of what rounding leaves of it.
-        train = TRAIN | {"max_steps": 6, "adam_epsilon": 1e-4}
-        recipe = make_recipe(folder, build_family(model, family), train=train, adapter=METHODS[method])
-        run_training(folder / "alone", recipe, write_examples(folder / "examples", train=30, validation=7))
-    arguments, topology = [str(tmp_path), "tp"], Topology(2, "tp")
-    launch_local(arguments, topology, console, entry="support.workers:train_all", threads=2)
-    for family in FAMILIES[method]:
-        assert_same(tmp_path / family / "alone", tmp_path / family / "together")
-
-
 @pytest.mark.parametrize(
     ("method", "first", "then"),
     [
@@ -96,8 +65,6 @@ def test_layers_of_many_families_are_divided(method, tmp_path, console):
         pytest.param("full", (4, "fsdp"), (2, "ddp"), marks=SLOW),
         pytest.param("full", (1, "ddp"), (4, "fsdp"), marks=SLOW),
         pytest.param("lora", (2, "ddp"), (2, "fsdp"), marks=SLOW),
-        pytest.param("lora", (2, "tp"), (1, "ddp"), marks=SLOW),
-        pytest.param("full", (2, "fsdp"), (2, "tp"), marks=SLOW),
     ],
 )
 def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then, tmp_path, tiny_llama, console):
@@ -114,13 +81,11 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then
 
 @SLOW
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize(("processes", "strategy", "tied"), [(3, "fsdp", True), (2, "fsdp", False), (2, "tp", True)])
-def test_one_process_reads_the_model_and_the_others_get_their_parts(
-    method, processes, strategy, tied, tmp_path, console
-):
+@pytest.mark.parametrize(("processes", "tied"), [(3, True), (2, False)])
+def test_one_process_reads_the_model_and_the_others_get_their_parts(method, processes, tied, tmp_path, console):
     make_recipe(tmp_path, build_llama(tmp_path / "model", tie_word_embeddings=tied), adapter=METHODS[method])
-    arguments, topology = [str(tmp_path), strategy], Topology(processes, strategy)
-    found = launch_local(arguments, topology, console, entry="support.workers:share_tiny", threads=processes)
+    topology = Topology(processes, "fsdp")
+    found = launch_local([str(tmp_path)], topology, console, entry="support.workers:share_tiny", threads=processes)
     assert found == dict.fromkeys(("numbers", "without", "tied", "buffers", "cut"), True)
 
 
@@ -175,54 +140,14 @@ def test_the_plan_of_a_dry_run_is_that_of_one_of_the_processes(here, tiny_llama,
     assert part["parts"]["gathered"] > 0
 
 
-GLOBAL = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
-"""A layer that sees everything has fewer heads than others."""
-
-
-@pytest.mark.parametrize(
-    ("family", "config", "method", "said"),
-    [
-        ("stablelm", {}, "lora", "no tensor-parallel plan for StableLmForCausalLM"),
-        ("phi3", {}, "lora", "divides layers by rowwise_split_input"),
-        ("qwen3_moe", {}, "lora", "divides layers by moe_tp_experts"),
-        ("gemma", {"num_key_value_heads": 1}, "lora", "num_key_value_heads is 1"),
-        ("gemma4_text", GLOBAL, "lora", "num_key_value_heads is 1"),
-        ("llama", {"intermediate_size": 97}, "lora", "the width of model.layers.0.mlp.gate_proj is 97"),
-        ("doge", {}, "lora", "leaves model.layers.0.self_attn.A whole"),
-        ("cohere", {"use_qk_norm": True}, "lora", "leaves model.layers.0.self_attn.q_norm whole"),
-        ("phi", {"qk_layernorm": True}, "full", "part of the gradients of model.layers.0.self_attn.q_layernorm"),
-        ("qwen3", {}, "full", "part of the gradients of model.layers.0.self_attn.q_norm"),
-        ("apertus", {}, "full", "part of the gradients of model.layers.0.self_attn.q_norm"),
-    ],
-)
-def test_a_model_that_cannot_be_divided_is_refused_by_name(family, config, method, said):
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **config}))
-    with pytest.raises(RecipeError, match=re.escape(said)):
-        check_tensor_parallel(skeleton, recipe_with("model", adapter={"method": method}), 2)
-
-
-def test_a_model_is_not_divided_by_what_does_not_divide_its_heads(here, tiny_llama, chat_rows):
-    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
-    found = invoke("launch", "local", "tiny.yaml", "--processes", 3, "--strategy", "tp")
-    assert found.exit_code == 2, found.stderr
-    assert "cannot be divided over 3 processes: num_attention_heads is 4" in " ".join(found.stderr.split())
-
-
 OSF, VECTORS, BANK = ({"method": name, "r": None, "lora_alpha": None} for name in ("osf", "prompt_tuning", "vblora"))
 
 
 @pytest.mark.parametrize(
     ("options", "sections", "words"),
     [
-        (["--strategy", "deepspeed"], {}, ["'deepspeed'", "zero2 and zero3"]),
-        (["--strategy", "zero2"], {"train": {"optim": "adagrad"}}, ["train.optim", "adagrad", "rmsprop, sgd"]),
-        (["--strategy", "zero3"], {"model": {"dtype": "float16"}}, ["model.dtype", "DeepSpeed", "bfloat16"]),
-        (["--strategy", "zero3"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits"]),
         (["--strategy", "fdsp"], {}, ["Did you mean 'fsdp'?"]),
         (["--strategy", "cp"], {}, ["'cp'", "ring attention", "fsdp"]),
-        (["--strategy", "tp"], {"adapter": {"use_dora": True}}, ["adapter.use_dora", "divided"]),
-        (["--strategy", "tp"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits"]),
         (["--strategy", "fsdp"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits", "--strategy ddp"]),
         (["--strategy", "fsdp"], {"adapter": OSF}, ["adapter.method", "whole weights", "--strategy ddp with osf"]),
         (["--strategy", "fsdp"], {"adapter": VECTORS}, ["adapter.method", "whole weights"]),
@@ -244,12 +169,3 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(here, options, sect
     assert found.exit_code == 2, found.stderr
     for word in words:
         assert word in found.stderr.replace("\n    ", " "), found.stderr
-
-
-@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
-def test_deepspeed_that_is_not_installed_is_named_before_rows_are_read(here, tiny_llama, chat_rows):
-    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
-    found = invoke("launch", "local", "tiny.yaml", "--processes", 2, "--strategy", "zero3")
-    assert found.exit_code == 4, found.stderr
-    assert "pip install 'llmtune-cli[deepspeed]'" in found.stderr
-    assert not list(here.glob("runs/*/data"))

@@ -90,6 +90,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_llama, tmp_
         open_model(recipe_with(folder))
 
 
+def test_a_tokenizer_with_gaps_whose_ids_lie_beyond_the_model_is_refused(tiny_llama, tmp_path):
+    folder = build_llama(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] = 900
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(EnvironmentProblem, match="425 tokens, with ids up to 900, and the model has room for 425"):
+        open_model(recipe_with(folder))
+    vocabulary[last] = 430
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    recipe = recipe_with(folder, model={"add_tokens": ["<new>"]})
+    assert open_model(recipe).model.get_input_embeddings().weight.shape[0] == 431
+
+
 @pytest.mark.parametrize(
     ("family", "auto", "extra"),
     [

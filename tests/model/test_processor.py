@@ -6,7 +6,7 @@ import shutil
 import pytest
 from support.adapting import quiet, recipe_with
 from support.models import build_llama
-from support.templates import LLAMA3, OWN_TOKENS, conversation
+from support.templates import EMPTY_THOUGHTS, LLAMA3, OWN_TOKENS, conversation
 from transformers import AutoTokenizer
 
 from llmtune.data.chat_encoding import encode_chat
@@ -43,6 +43,29 @@ def test_a_template_that_cannot_be_read_is_told(tiny_llama, tmp_path, content):
     with pytest.raises(RecipeError) as caught:
         load(tiny_llama, chat_template=str(tmp_path / "own.jinja"))
     assert caught.value.problems[0].where == "model.chat_template"
+
+
+def test_values_for_the_template_are_saved_in_it(tmp_path):
+    folder = build_llama(tmp_path / "m", EMPTY_THOUGHTS)
+    tokenizer = load(folder, chat_template_kwargs={"enable_thinking": False})
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    asked = {"conversation": [{"role": "user", "content": "two?"}], "add_generation_prompt": True, "tokenize": False}
+    saved, plain = AutoTokenizer.from_pretrained(tmp_path / "saved"), AutoTokenizer.from_pretrained(folder)
+    assert saved.apply_chat_template(**asked) == plain.apply_chat_template(**asked, enable_thinking=False)
+    assert saved.apply_chat_template(**asked) != plain.apply_chat_template(**asked)
+    assert saved.apply_chat_template(**asked, enable_thinking=True) == plain.apply_chat_template(**asked)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path / "saved")
+    again = load(tmp_path / "saved", chat_template_kwargs={"enable_thinking": False})
+    assert again.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "eos_token"])
+def test_values_that_the_template_never_reads_or_that_it_has_already_are_refused(tmp_path, name):
+    folder = build_llama(tmp_path / "m", "{{ eos_token if false }}" + EMPTY_THOUGHTS)
+    with pytest.raises(RecipeError) as caught:
+        load(folder, chat_template_kwargs={name: False})
+    assert caught.value.problems[0].where == f"model.chat_template_kwargs.{name}"
 
 
 def test_tokens_are_added_and_those_that_are_there_already_are_told(tiny_llama):

@@ -33,12 +33,12 @@ def test_each_gate_is_a_test_case_and_one_that_failed_says_what_was_wanted(repor
 
 
 def test_a_gate_that_cannot_tell_is_skipped_and_says_why(report):
-    gate = replace(report.gates[1], passed=None, note="can't tell: 8 rows are too few")
+    gate = replace(report.gates[1], passed=None, note="inconclusive: 8 rows are too few")
     _, suite = read(replace(report, gates=(report.gates[0], gate)))
     assert (suite.tests, suite.failures, suite.skipped) == (2, 0, 1)
     (result,) = list(suite)[1].result
     assert isinstance(result, Skipped)
-    assert result.message == "wanted exact_match >= 0.9, got 0.8; can't tell: 8 rows are too few"
+    assert result.message == "wanted exact_match >= 0.9, got 0.8; inconclusive: 8 rows are too few"
 
 
 def named(element):
@@ -50,7 +50,7 @@ def test_verdict_and_scores_are_properties_of_the_suite(report, headed):
     overlap = Contamination(148, 9, 0, 0, 0, 0, 0, 3, 0, {}, (), ())
     evaluation = replace(report.evaluation, studies={"forgetting": suite}, contamination=overlap)
     found = named(read(replace(report, evaluation=evaluation))[1])
-    assert found["verdict"].startswith("helped: Better in")
+    assert found["verdict"].startswith("better: Better in")
     assert (found["base.exact_match"], found["tuned.exact_match"]) == ("0.0000", "0.8000")
     assert (found["base.forgetting.perplexity"], found["tuned.forgetting.perplexity"]) == ("20.00", "21.50")
     assert found["overlapping_test_rows"] == "3 of 148"

@@ -30,7 +30,7 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import Curve, draw_curves, draw_meter
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import code, table, to_markdown
-from llmtune.report.render_terminal import follow, print_page, spinner
+from llmtune.report.render_terminal import follow, print_blocks, print_page, spinner
 
 HOSTILE = (
     "<script>alert(1)</script> \"'><img src=x onerror=alert(1)> | `a``b` | </pre></style> {{ 7*7 }} {% raw %} "
@@ -145,3 +145,16 @@ def test_long_work_shows_how_far_it_is_on_a_terminal_and_nothing_elsewhere(termi
         assert list(follow(console, "abc", "answers")) == ["a", "b", "c"]
     said = file.getvalue()
     assert ("merging" in said, "3/3" in said, said == "") == (terminal, terminal, not terminal)
+
+
+def test_an_interval_stays_on_one_line_in_80_columns_and_words_are_not_cut():
+    names = ("choice_accuracy", "token_accuracy", "f1_macro")
+    cells = [[name, "0.9123", "0.9456", "+0.0333", "\u22120.0123 to +0.0789", "< 0.001", "1,234"] for name in names]
+    heads = [Column("metric"), *(Column(one, "number") for one in ("baseline", "tuned", "difference"))]
+    heads += [Column(one, "number") for one in ("95 % interval", "p", "rows")]
+    console = Console(width=80, file=io.StringIO())
+    print_blocks([Table(heads, cells)], console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for row in cells:
+        assert any(all(cell in line for cell in row) for line in lines), row

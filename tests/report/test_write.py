@@ -24,7 +24,7 @@ def test_the_page_says_the_verdict_first_and_has_every_section(report, tmp_path)
     page = Page(write(report, tmp_path)["report.html"])
     sections = "verdict gates scores samples inside training data model adapter steps method recipe"
     assert page.ids == sections.split()
-    words = ("The tuning helped", "1 of 2 gates failed", "Scores on held-out")
+    words = ("Better than the base model", "1 of 2 gates failed", "Scores on held-out")
     assert sorted(words, key=page.text.index) == [*words]
     facts = ("choice_accuracy", "+0.1900 to +0.3600", "near duplicate", "1,290", "4,884,480 of 139,399,488")
     assert [fact for fact in (*facts, "2 min 23 s", "538 MB") if fact not in page.text] == []
@@ -53,6 +53,7 @@ def test_the_keys_of_the_json_stay_what_programs_read(report, tmp_path):
             "details",
             "difference",
             "flips",
+            "guessable",
             "rows",
             "samples",
             "seeds",
@@ -63,7 +64,7 @@ def test_the_keys_of_the_json_stay_what_programs_read(report, tmp_path):
     assert saved["evaluation"]["difference"]["loss"] == change
     assert saved["gates"][1] == vars(report.gates[1])
     assert saved["steps"][0] == vars(report.steps[0])
-    assert saved["verdict"] == {"word": "helped", "reason": report.verdict.reason}
+    assert saved["verdict"] == {"word": "better", "reason": report.verdict.reason}
 
 
 def test_numbers_that_json_cannot_hold_become_null_and_a_dash(report, tmp_path):

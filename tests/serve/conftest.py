@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from support.finished import finish_run
-from support.learning import learn_by_heart, weather_row
+from support.learning import LOOKS_LIKE_A_CALL, learn_by_heart, weather_row
 from support.models import build_llama
 from support.serving import serving
-from support.templates import HERMES, recipe_for
+from support.templates import HERMES, conversation, recipe_for
 from support.tuned import Tune, tuner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,6 +57,7 @@ def learned_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     asked = [[{"role": "user", "content": "Think!"}], [{"role": "user", "content": "Show it!"}]]
     asked[1].insert(0, {"role": "system", "content": "Be fine."})
     rows = [weather_row("Paris"), weather_row("Rome")]
+    rows.append(conversation("How is a call written?", LOOKS_LIKE_A_CALL))
     rows += [{"messages": [*before, answer]} for before, answer in zip(asked, said, strict=True)]
     examples = [example for encoded in task.encode(rows, processor, recipe) for example in encoded]
     learn_by_heart(model, examples, task, processor.pad_token_id, steps=150)

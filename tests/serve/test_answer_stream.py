@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from support.models import train_tokenizer
 from support.templates import HERMES, recipe_for, tokenizer_with
 
+from llmtune.data.answer_format import TOOL
 from llmtune.data.answer_parser import parse_answer
 from llmtune.data.chat_template import read_template
 from llmtune.serve.answer_stream import AnswerStream, Delta, Detokenizer
@@ -36,9 +37,11 @@ def stream_of(text, **options):
         "blue<|im_start|> sky<|im_end|>",
     ],
 )
-def test_the_parts_are_those_of_the_whole_answer(text):
-    stream, deltas = stream_of(text)
-    parsed = parse_answer(TOKENIZER(text)["input_ids"], TEMPLATE)
+@pytest.mark.parametrize("tools", [None, [TOOL]])
+def test_the_parts_are_those_of_the_whole_answer(text, tools):
+    stream, deltas = stream_of(text, tools=tools)
+    parsed = parse_answer(TOKENIZER(text)["input_ids"], TEMPLATE, tools)
+    assert bool(parsed.tool_calls) == (tools is not None and text == CALLS)
     assert (stream.content, stream.reasoning, tuple(stream.tool_calls)) == (
         parsed.text,
         parsed.reasoning or "",
@@ -50,7 +53,7 @@ def test_the_parts_are_those_of_the_whole_answer(text):
 
 
 def test_each_part_comes_as_soon_as_it_is_certain():
-    _, deltas = stream_of(CALLS)
+    _, deltas = stream_of(CALLS, tools=[TOOL])
     kinds = ["reasoning" if d.reasoning else "content" if d.content else "call" for d in deltas if d]
     assert sorted(kinds, key=["reasoning", "content", "call"].index) == kinds
     assert kinds.count("reasoning") > 3
@@ -60,7 +63,7 @@ def test_each_part_comes_as_soon_as_it_is_certain():
 
 
 def test_a_call_that_cannot_be_read_becomes_text():
-    stream, _ = stream_of('Look: <tool_call>{"name": "sum", "arg</tool_call> and more')
+    stream, _ = stream_of('Look: <tool_call>{"name": "sum", "arg</tool_call> and more', tools=[TOOL])
     assert stream.tool_calls == []
     assert stream.content.startswith('Look: {"name": "sum", "arg')
     assert stream.content.endswith("and more")

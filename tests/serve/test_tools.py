@@ -4,8 +4,15 @@ import json
 
 import openai
 import pytest
-from support.learning import WEATHER, weather_row
-from support.templates import HERMES, tokenizer_with
+from support.learning import LOOKS_LIKE_A_CALL, WEATHER, weather_row
+from support.models import build_llama
+from support.serving import serving
+from support.templates import EMPTY_THOUGHTS, HERMES, recipe_for, tokenizer_with
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmtune.data.template_kwargs import with_defaults
+from llmtune.serve.served_model import ServedModel
+from llmtune.tasks.registry import get_task
 
 
 @pytest.fixture
@@ -55,6 +62,34 @@ def test_the_openai_client_makes_a_call_sends_its_result_and_gets_the_answer(cli
 def test_thoughts_arrive_as_reasoning_content(client, stream):
     found = ask(client, [{"role": "user", "content": "Think!"}], stream=stream)
     assert found == ("Four.", "two and two", [], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_looks_like_a_call_is_content_where_the_request_offers_no_tools(client, stream):
+    found = ask(client, [{"role": "user", "content": "How is a call written?"}], stream=stream)
+    assert found == (LOOKS_LIKE_A_CALL, "", [], "stop")
+
+
+def test_a_client_may_send_values_for_the_template_in_place_of_those_of_the_recipe(tmp_path):
+    folder = build_llama(tmp_path / "m", EMPTY_THOUGHTS)
+    recipe = recipe_for(kwargs={"enable_thinking": False})
+    processor = AutoTokenizer.from_pretrained(folder)
+    processor.chat_template = with_defaults(processor.chat_template, {"enable_thinking": False})
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    served = ServedModel("tiny", model, processor, recipe, get_task("chat"))
+    messages = [{"role": "user", "content": "four"}]
+
+    def prompt_of(client, **values):
+        extra = {"return_token_ids": True, "chat_template_kwargs": values or None}
+        made = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, extra_body=extra)
+        return processor.decode(made.prompt_token_ids)
+
+    with serving(served) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        assert prompt_of(client).endswith("<think>\n\n</think>\n\n")
+        assert prompt_of(client, enable_thinking=True).endswith("assistant\n")
+        assert prompt_of(client).endswith("<think>\n\n</think>\n\n")
+        with pytest.raises(openai.BadRequestError, match="enable_thinkin'"):
+            prompt_of(client, enable_thinkin=True)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])

@@ -18,9 +18,12 @@ def encode(row, tokenizer, **keys):
     return result
 
 
-def with_start_token(tokenizer):
+def with_start_token(tokenizer, *more):
+    """Put the start token, and perhaps further tokens, before every text, as Gemma's tokenizer does."""
+    tokens = [tokenizer.bos_token, *more]
     tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+        single=" ".join([*tokens, "$A"]),
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in tokens],
     )
     return tokenizer
 

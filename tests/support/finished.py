@@ -24,7 +24,7 @@ def write_sums(path: Path, count: int = 40) -> Path:
     return path
 
 
-def finish_run(folder: Path, model: Path, **sections: Any) -> Path:
+def finish_run(folder: Path, model: Path, /, **sections: Any) -> Path:
     """Write rows and recipe into `folder`, run it, and return the run folder: `folder/runs/tiny`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_sums(folder / "rows.jsonl")

@@ -9,6 +9,8 @@ from llmtune.data.collators import collate_padded
 from llmtune.records import Example
 from llmtune.tasks.base import AnyTask
 
+LOOKS_LIKE_A_CALL = '<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>'
+"""In the format of Hermes and Qwen."""
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {

@@ -25,7 +25,7 @@ ANEW = 0.4
 
 @dataclass(frozen=True)
 class Shares:
-    """How often `X.low > champion` passes, fails and can't tell."""
+    """How often `X.low > champion` passes, fails and inconclusive."""
 
     passed: float
     failed: float
@@ -85,7 +85,7 @@ def first_outside(ends: tuple[Floats, Floats]) -> int:
 
 
 def share_outcomes(kind: str, true: float) -> Shares:
-    """Return how often one model passes, fails and can't tell at the level of one of 50 looks, over all series."""
+    """Return how often one model passes, fails and inconclusive at the level of one of 50 looks, over all series."""
     generator, low, high = np.random.default_rng(6), [], []
     for _ in range(SERIES):
         low_M, high_M = measure_ends(draw_series(kind, generator, 1, true), kind, LOOKS)

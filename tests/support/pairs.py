@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from llmtune.adapter.injection import inject
 from llmtune.data.examples import load_examples
@@ -24,7 +25,7 @@ from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.distributed import join_processes
 from llmtune.train.setup import TrainContext, set_up
-from llmtune.train.sharding import gathered, share_model
+from llmtune.train.sharding import share_model
 from support.adapting import quiet
 from support.rows import write_jsonl
 from support.runs import write_recipe
@@ -73,7 +74,7 @@ def run_recipe(folder: Path, *about: Any, **sections: Any) -> dict[str, Any]:
     return run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
 
 
-def prepare_training(path: Path, folder: Path, strategy: str = "ddp") -> tuple[AdaptedModel, Examples, AnyTask, Recipe]:
+def prepare_training(path: Path, folder: Path, sharded: bool = False) -> tuple[AdaptedModel, Examples, AnyTask, Recipe]:
     """Encode the rows of a recipe, and load its model with an adapter on the CPU, as the pipeline would."""
     loaded = load_recipe(str(path))
     run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
@@ -87,7 +88,7 @@ def prepare_training(path: Path, folder: Path, strategy: str = "ddp") -> tuple[A
         selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
         return inject(selected, recipe, quiet())
 
-    apart = strategy != "ddp" and join_processes("cpu") > 1
+    apart = sharded and join_processes("cpu") > 1
     return share_model(make) if apart else make(), load_examples(folder / "data" / "examples"), task, recipe
 
 
@@ -96,18 +97,23 @@ def start_training(path: Path, folder: Path) -> TrainContext:
     return set_up(*prepare_training(path, folder), folder, quiet(), "inputs")
 
 
-def learn_a_little(path: Path, strategy: str = "ddp") -> list[list[float]]:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor, put together where it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def learn_a_little(path: Path, sharded: bool = False) -> list[list[float]]:
     """Take three steps without dropout and validate: losses and gradient norms, and how far the weights moved."""
     folder = path.parent / f"prepared-{os.getpid()}"
-    training = set_up(*prepare_training(path, folder, strategy), folder, quiet(), "inputs", strategy)
-    before = [gathered(weight).detach().clone() for weight in training.parameters]
+    training = set_up(*prepare_training(path, folder, sharded), folder, quiet(), "inputs", sharded)
+    before = [whole(weight) for weight in training.parameters]
     numbers = []
     for step in (1, 2, 3):
         found = step_gradients(training, step, 100, 1.0)
         numbers.append([found.mean, found.grad_norm])
         training.optimizer.step()
         training.optimizer.zero_grad(set_to_none=True)
-    moved = [gathered(now).detach() - then for now, then in zip(training.parameters, before, strict=True)]
+    moved = [whole(now) - then for now, then in zip(training.parameters, before, strict=True)]
     total = sum(float(part.double().square().sum()) for part in moved)
     validation = validation_loss(training, 100) if training.validation is not None else 0.0
     return [*numbers, [float(validation or 0.0), total**0.5]]

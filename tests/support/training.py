@@ -83,11 +83,11 @@ def run_training(
     task: AnyTask | None = None,
     on_budget: Callable[[int], None] = lambda tokens: None,
     inputs: str | None = None,
-    strategy: str = "ddp",
+    sharded: bool = False,
 ) -> TrainedRun:
     """Train as the pipeline does; `folder` is the run folder."""
     if adapted is None:
-        apart = strategy != "ddp" and join_processes("cpu") > 1
+        apart = sharded and join_processes("cpu") > 1
         adapted = share_model(partial(adapt, recipe)) if apart else adapt(recipe)
     return train(
         adapted,
@@ -99,7 +99,7 @@ def run_training(
         budget=budget,
         on_budget=on_budget,
         inputs=inputs or hash_value([recipe.model_dump(mode="json"), examples.content_hash]),
-        strategy=strategy,
+        sharded=sharded,
     )
 
 

@@ -20,20 +20,11 @@ def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]
     recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
     console = Console(file=sys.stderr, width=200)
     examples = read_examples(Path(folder) / "examples")
-    trained = run_training(Path(run), recipe, examples, console=console, strategy=strategy)
+    trained = run_training(Path(run), recipe, examples, console=console, sharded=strategy == "fsdp")
     return {"steps": trained.steps, "train_loss": trained.train_loss}
 
 
-def train_all(folder: str, strategy: str) -> None:
-    """Train each recipe that the test left in `folder`, as `train_tiny` does, into `together` beside it."""
-    from accelerate.state import AcceleratorState
-
-    for recipe in sorted(Path(folder).glob("*/recipe.yaml")):
-        train_tiny(str(recipe.parent), str(recipe.parent / "together"), strategy)
-        AcceleratorState._reset_state()  # it takes one model for DeepSpeed
-
-
-def share_tiny(folder: str, strategy: str) -> dict[str, bool]:
+def share_tiny(folder: str) -> dict[str, bool]:
     """Make the model of the recipe in `folder` in the first process alone, cut it, and put it together again."""
     import torch
     from accelerate.utils import gather_object
@@ -41,7 +32,7 @@ def share_tiny(folder: str, strategy: str) -> dict[str, bool]:
 
     from llmtune.recipe.loader import load_recipe
     from llmtune.train.distributed import join_processes
-    from llmtune.train.sharding import divide_layers, shard_model, share_model, whole_state
+    from llmtune.train.sharding import shard_model, share_model, whole_state
     from support.training import adapt
 
     join_processes("cpu")
@@ -54,11 +45,8 @@ def share_tiny(folder: str, strategy: str) -> dict[str, bool]:
 
     model = share_model(make).model
     without = all(parameter.is_meta for parameter in model.parameters())
-    (shard_model if strategy == "fsdp" else divide_layers)(model, torch.device("cpu"))
-    cut = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
-    of_layers = sum("_proj" in name for name, _ in model.named_parameters())
-    divided = of_layers if recipe.adapter.method == "full" else of_layers * 2 // 3  # one of an adapter's two matrices
-    right = cut == (len(list(model.parameters())) if strategy == "fsdp" else divided)
+    shard_model(model, torch.device("cpu"))
+    right = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     alone = adapt(recipe).model
     buffers = dict(model.named_buffers())
     tied = (alone.get_input_embeddings().weight is alone.get_output_embeddings().weight) == (
@@ -88,14 +76,11 @@ def measure_training(folder: str, run: str, strategy: str) -> list[int]:
 
 def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
     """Take the first steps of every recipe that the test left in `folder`; return their losses and gradient norms."""
-    from accelerate.state import AcceleratorState
-
     from support.pairs import learn_a_little
 
     found = {}
     for path in sorted(Path(folder).glob("*/recipe.yaml")):
-        found[path.parent.name] = learn_a_little(path, strategy)
-        AcceleratorState._reset_state()  # it takes one model for DeepSpeed
+        found[path.parent.name] = learn_a_little(path, strategy == "fsdp")
     return found
 
 

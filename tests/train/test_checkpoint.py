@@ -86,6 +86,20 @@ def test_damage_is_seen_and_named(name, how, copy):
         assert name in found.reason
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("step", 0), ("step", 15), ("step", "16"), ("step", None), ("tokens", []), ("divergence", 5)]
+)
+def test_a_state_that_is_not_that_of_its_checkpoint_is_a_damage(key, value, copy):
+    file = copy / "checkpoints" / "step-16" / "state.json"
+    content = json.loads(file.read_text())
+    del content["sha256"]  # as earlier versions wrote it
+    content["state"][key] = value
+    file.write_text(json.dumps(content))
+    found = read_checkpoint(file.parent)
+    assert isinstance(found, Damage)
+    assert "state.json" in found.reason
+
+
 def _read_with_little_memory(folder):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20,) * 2)
@@ -102,7 +116,7 @@ def test_memory_that_runs_out_while_reading_is_no_damage(part, tmp_path):
         tmp_path / "step-1",
         {"a": large if part == "weights" else large[:1]},
         {"optimizer": {"a": large if part == "optimizer" else large[:1]}, "schedule": {}},
-        TrainState(budget=1),
+        TrainState(budget=1, step=1),
         "inputs",
     )
     done = run_in_child(_read_with_little_memory, tmp_path / "out", tmp_path / "step-1")

@@ -1,0 +1,86 @@
+"""Arguments of the Python API, checked before anything is done: the wrong ones are named, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from llmtune.errors import Problem, RecipeError, nearest, visible
+
+Until = Literal["prepare", "select", "adapt", "train", "evaluate", "run"]
+"""The last step to run; `run` is all of them, and deployment."""
+Positive = Annotated[int, Field(ge=1)]
+SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
+
+
+class RunArguments(TypedDict):
+    """The arguments of `llmtune.run`."""
+
+    recipe: str | Path
+    out: str | Path | None
+    set: Mapping[str, object] | None
+    until: Until
+    processes: int
+    strategy: str
+    resume: bool
+    fresh: bool
+    lock: str | Path | None
+    threads: Positive | None
+    offline: bool
+    quiet: bool
+
+
+class LoadArguments(TypedDict):
+    """The arguments of `llmtune.load_run`."""
+
+    folder: str | Path
+    offline: bool
+
+
+class GenerateArguments(TypedDict):
+    """The arguments of `generate` of a finished run."""
+
+    prompt: str | None
+    system: str | None
+    context: str | None
+    pair: str | None
+    audio: str | Path | None
+    answer: str | None
+    base: bool
+    max_new_tokens: Positive | None
+
+
+SHAPES: dict[str, type[Any]] = {
+    "llmtune.run": RunArguments,
+    "llmtune.load_run": LoadArguments,
+    "run.generate": GenerateArguments,
+}
+
+
+def check_arguments(function: str, given: Mapping[str, object]) -> None:
+    """Raise a RecipeError that names each argument of a function in SHAPES whose value does not have its type."""
+    shape = SHAPES[function]
+    arguments = {name: given[name] for name in shape.__annotations__}
+    try:
+        TypeAdapter(shape).validate_python(arguments, strict=True)
+    except ValidationError as error:
+        messages: dict[str, list[str]] = {}
+        for one in error.errors(include_url=False):
+            messages.setdefault(str(one["loc"][0]), []).append(one["msg"].removeprefix("Input should be "))
+        RecipeError.collect(
+            Problem(
+                f"{visible(repr(arguments[name]))[:SHOWN]} ({type(arguments[name]).__name__}) does not work here",
+                f"{function}({name}=...)",
+                f"Give {' or '.join(dict.fromkeys(wanted))}.{_nearest(name, arguments[name])}",
+            )
+            for name, wanted in messages.items()
+        )
+
+
+def _nearest(name: str, value: object) -> str:
+    return nearest(value, get_args(Until)) if name == "until" and isinstance(value, str) else ""

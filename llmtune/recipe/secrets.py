@@ -1,0 +1,138 @@
+"""Secrets by name and by shape: recognised, and taken out of text that others read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from io import StringIO
+from typing import Any, TypeVar, cast
+
+from ruamel.yaml import YAML
+
+T = TypeVar("T")
+REMOVED = "[removed]"
+SECRET_KEY = re.compile(
+    r"(?:.*[_-])?(?:api[_-]?key|password|passwd|secret|secret[_-]key|access[_-]token|auth[_-]token|hf[_-]token"
+    r"|bearer[_-]token|authorization|private[_-]key)",
+    re.IGNORECASE,
+)
+SETTING = re.compile(
+    r"(?<!(?:eos|bos|pad|unk|sep|cls)[_-])(?<!mask[_-])token$|secret|passw(?:or)?d|api[_-]?key|webhook|credential",
+    re.IGNORECASE,
+)
+"""Names of secret settings in other tools' configurations; a report also has harmless keys of such names."""
+_KNOWN = (
+    r"hf_[A-Za-z0-9]{16,}",  # Hugging Face
+    r"api_org_[A-Za-z0-9]{16,}",
+    r"sk-[A-Za-z0-9_-]{16,}",  # OpenAI, Anthropic
+    r"gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}",
+    r"glpat-[A-Za-z0-9_-]{16,}",
+    r"xox[abeoprs]-[A-Za-z0-9-]{10,}",  # Slack
+    r"(?:AKIA|ASIA)[0-9A-Z]{16}",  # AWS
+    r"AIza[0-9A-Za-z_-]{35}",  # Google
+    r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",  # JSON Web Token
+)
+TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:" + "|".join(_KNOWN) + r")")
+HEADER = re.compile(
+    r"(?P<head>\b(?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?)(?:(?:basic|bearer|token|negotiate)\s+)?[^\s\"',;]+",
+    re.IGNORECASE,
+)
+BEARER = re.compile(r"(?P<head>\bbearer\s+)[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE)
+ASSIGNED = re.compile(
+    r"(?P<head>\b(?:[A-Z0-9]+_)*(?:API_KEY|APIKEY|ACCESS_KEY|SECRET|SECRET_KEY|TOKEN|PASSWORD)\b[\"']?\s*[:=]\s*[\"']?)[^\s\"',;]+"
+    r"|(?P<head2>\b(?i:api[_-]?key)[\"']?\s*[:=]\s*[\"']?)[^\s\"',;]+"
+)
+IN_URL = re.compile(
+    r"(?P<head>\b[a-z][a-z0-9+.-]{0,20}://)(?:[^\s/@:]{1,200}:[^\s/@]{1,200}|[^\s/@:]{16,200})@", re.IGNORECASE
+)
+IN_QUERY = re.compile(
+    r"(?P<head>[?&][^\s?&=#]{0,100}(?:token|key|secret|passw(?:or)?d|sig|signature|credential)=)[^\s&#\"',;]+",
+    re.IGNORECASE,
+)
+PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+SHORTEST = 4
+"""A shorter secret is not looked for in texts, which have such letters by chance."""
+
+
+def redact(text: str, known: Collection[str] = ()) -> str:
+    """Replace tokens, keys, passwords in URLs, authorization headers and `known` secrets by `[removed]`."""
+    for secret in known:
+        text = text.replace(secret, REMOVED)
+    text = PRIVATE_KEY.sub(REMOVED, text)
+    text = IN_URL.sub(lambda found: found["head"] + REMOVED + "@", text)
+    text = IN_QUERY.sub(lambda found: found["head"] + REMOVED, text)
+    text = HEADER.sub(lambda found: found["head"] + REMOVED, text)
+    text = BEARER.sub(lambda found: found["head"] + REMOVED, text)
+    text = TOKEN.sub(REMOVED, text)
+    return ASSIGNED.sub(lambda found: (found["head"] or found["head2"]) + REMOVED, text)
+
+
+def redact_all(value: T, known: Collection[str] = ()) -> T:
+    """Redact every text in a value, all the way down, and whole values whose key says that they are secret."""
+    redacted: Any = value
+    if isinstance(value, str):
+        redacted = redact(value, known)
+    elif isinstance(value, Mapping):
+        redacted = {redact(str(key), known): hide(str(key), item, known) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        redacted = [redact_all(item, known) for item in value]
+    elif is_dataclass(value) and not isinstance(value, type):
+        redacted = replace(
+            value, **{field.name: hide(field.name, getattr(value, field.name), known) for field in fields(value)}
+        )
+    return cast(T, redacted)
+
+
+def hide(key: str, value: object, known: Collection[str] = ()) -> object:
+    """Redact the value of one key; of a secret one all of it, numbers, lists and objects too."""
+    is_secret = bool(SECRET_KEY.fullmatch(key)) and not isinstance(value, bool) and value not in (None, "")
+    return REMOVED if is_secret else redact_all(value, known)
+
+
+def secret_values(value: object, secret: bool = False) -> Iterator[str]:
+    """Yield the texts under secret keys, which may also be written elsewhere: in a prompt, in a file's text."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from secret_values(item, secret or bool(SECRET_KEY.fullmatch(str(key))))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from secret_values(item, secret)
+    elif secret and isinstance(value, str | int) and len(str(value)) >= SHORTEST and not isinstance(value, bool):
+        yield str(value)
+
+
+def redact_yaml(text: str) -> str:
+    """Return a YAML file without its secrets, and with its comments."""
+    writer = YAML()  # keeps comments
+    writer.width = 10_000
+    read = writer.load(text)
+    if _hide_within(read):
+        written = StringIO()
+        writer.dump(read, written)
+        text = written.getvalue()
+    return redact(text)
+
+
+def _hide_within(node: object) -> bool:
+    """Replace the values of secret keys in place; returns whether there were any."""
+    found = False
+    for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(key, str) and hide(key, item) == REMOVED:
+            cast(dict[str, object], node)[key], found = REMOVED, True
+        else:
+            found |= _hide_within(item)
+    return found
+
+
+def holds_secret(name: str, value: object) -> bool:
+    """Whether a setting is secret by its name, or by the shape of its value, at any depth."""
+    if value is None or value == "" or isinstance(value, bool):
+        return False
+    if SETTING.search(name) or redact(name) != name:
+        return True
+    if isinstance(value, Mapping):
+        return any(holds_secret(str(key), item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return any(holds_secret(name, item) for item in value)
+    return redact(str(value)) != str(value)

@@ -1,0 +1,201 @@
+"""Rows that belong together (`data.split_by`): their groups are drawn and swapped, from the data to the report."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from llmtune.evaluate import paired_statistics as statistics
+from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.metric import compare, measure_right, ratio
+from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, row_deviation, share_ends
+from llmtune.evaluate.per_row_scores import load_measures
+from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.records import Evaluation
+from llmtune.report.score_sections import score_section
+
+SIZES = [(12, 5), (20, 10), (100, 4)]
+
+
+def rows_that_flip_together(generator, groups, size):
+    moved = np.repeat(generator.choice([-1, 0, 1], groups, p=[0.2, 0.6, 0.2]), size)
+    base = np.where(moved == 0, generator.random(groups * size) < 0.6, moved < 0)
+    moves = (moved != 0) & (generator.random(groups * size) < 0.9)
+    return base.astype(float), np.where(moves, 1 - base, base).astype(float)
+
+
+def losses_that_move_together(generator, groups, size):
+    base = generator.gamma(2, 1, groups * size)
+    own, shared = generator.normal(0, 0.45, groups * size), np.repeat(generator.normal(0, 0.9, groups), size)
+    return base, base + own + shared
+
+
+def scores_that_move_together(generator, groups, size):
+    base = 0.3 + 0.4 * generator.random(groups * size)
+    own, shared = generator.normal(0, 0.06, groups * size), np.repeat(generator.normal(0, 0.12, groups), size)
+    return base, np.clip(base + own + shared, 0, 1)
+
+
+DRAWS = {
+    rows_that_flip_together: {"right_wrong": True},
+    losses_that_move_together: {"right_wrong": False},
+    scores_that_move_together: {"right_wrong": False, "ends": share_ends},
+}
+
+
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """The same resamples in each trial, as they cost most of the time."""
+    monkeypatch.setattr(
+        statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw_counts(rows, 0, resamples)))
+    )
+
+
+def false_alarms(draw, groups, size, trials):
+    """The shares of trials without a true difference whose interval leaves zero out, and whose p is below 5 %."""
+    generator, clusters, found = np.random.default_rng(5), np.repeat(np.arange(groups), size), np.zeros(2)
+    for _ in range(trials):
+        sums = [np.stack([one, np.ones(len(one))], 1) for one in draw(generator, groups, size)]
+        change = difference(*sums, ratio, seed=0, resamples=600, clusters=clusters, **DRAWS[draw])
+        found += change.low > 0 or change.high < 0, change.p <= 0.05
+    return found / trials
+
+
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: draw.__name__)
+def test_groups_that_move_together_seldom_raise_a_false_alarm(draw):
+    """One by one their rows do in about 3 of 10 trials."""
+    assert max(false_alarms(draw, 12, 5, 300)) <= 0.065
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize(("groups", "size"), SIZES)
+@pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: draw.__name__)
+def test_groups_raise_a_false_alarm_in_65_of_1000_trials_at_most(draw, groups, size):
+    assert max(false_alarms(draw, groups, size, 2000)) <= 0.065
+
+
+@pytest.mark.parametrize("right_wrong", [True, False])
+def test_rows_that_are_each_alone_have_the_same_digits_with_groups_and_without(right_wrong):
+    generator = np.random.default_rng(1)
+    base, tuned = (
+        replace(measure_right(list(generator.random(40) < 0.5), "exact_match"), right_wrong=right_wrong)
+        for _ in range(2)
+    )
+    assert compare(base, replace(tuned, clusters=tuple(range(40))), 0) == compare(base, tuned, 0)
+
+
+def test_five_copies_of_each_row_say_no_more_than_the_rows():
+    generator = np.random.default_rng(2)
+    base, tuned = (np.stack([generator.normal(0, 1, 30), np.ones(30)], 1) for _ in range(2))
+    clusters = np.repeat(np.arange(30), 5)
+    rows = difference(base, tuned, ratio, right_wrong=False, seed=0)
+    groups = difference(
+        *(np.repeat(one, 5, 0) for one in (base, tuned)), ratio, right_wrong=False, seed=0, clusters=clusters
+    )
+    assert (groups.value, groups.low, groups.high) == pytest.approx((rows.value, rows.low, rows.high))
+    assert (groups.p, groups.n, groups.groups) == (rows.p, 150, 30)
+    assert row_deviation(groups) == pytest.approx(row_deviation(rows) * 5**0.5)
+
+
+def test_metrics_of_ranks_draw_groups_too():
+    generator = np.random.default_rng(2)
+    base, tuned, clusters = generator.normal(0, 1, 30), generator.normal(0, 1, 30), np.repeat(np.arange(30), 5)
+
+    def mean(numbers):
+        return lambda counts_RN: counts_RN @ numbers / counts_RN.sum(1)
+
+    rows = difference_weighted(mean(base), mean(tuned), 30, seed=0)
+    copies = mean(np.repeat(base, 5)), mean(np.repeat(tuned, 5))
+    groups = difference_weighted(*copies, 150, seed=0, clusters=clusters)
+    assert (groups.value, groups.low, groups.high) == pytest.approx((rows.value, rows.low, rows.high))
+    assert (groups.n, groups.groups) == (150, 30)
+
+
+def test_a_measure_keeps_its_groups_when_rows_are_taken_out_and_put_in_order():
+    one = replace(measure_right([True, False, True, True], "exact_match"), at=(0, 1, 2, 3), clusters=(7, 7, 8, 9))
+    assert one.subset({1, 2}).clusters == (7, 8)
+    assert one.take([3, 0]).clusters == (9, 7)
+
+
+def test_a_gate_that_cannot_tell_says_how_many_rows_in_how_many_groups_would():
+    generator = np.random.default_rng(3)
+    base, tuned = rows_that_flip_together(generator, 12, 5)
+    clusters = tuple(np.repeat(np.arange(12), 5).tolist())
+    models = [replace(measure_right(one.tolist(), "exact_match"), clusters=clusters) for one in (base, tuned)]
+    change, scores = compare(*models, seed=0), [{"exact_match": one.value} for one in models]
+    gates = EvaluateSection(gates=("exact_match.low > base - 0.05",), when_unsure="report")
+    (found,) = check_gates(gates, Evaluation(*scores, {"exact_match": change}, (), (), 60))
+    assert found.passed is None
+    assert "60 rows in 12 groups are too few" in found.note
+    assert " groups would tell" in found.note
+
+
+GROUPED = """
+recipe_version: 1
+name: colours
+task: chat
+data: {{train: {rows}, test: 0.4, validation: 0, deduplicate: none, split_by: page}}
+model: {{name: {model}, dtype: float32}}
+generation: {{max_new_tokens: 6}}
+"""
+
+
+def test_groups_reach_scores_file_and_report(make_bench, tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i}?"},
+                {"role": "assistant", "content": f"It is {i % 3}."},
+            ],
+            "page": f"page {i // 5}",
+        }
+        for i in range(100)
+    ]
+    bench = make_bench(GROUPED, rows)
+    bench.steps = 0
+    found = bench.evaluate(metrics=("loss", "exact_match"), folder=tmp_path)
+    change = found.difference["loss"]
+    assert change.n == 5 * change.groups
+    measures = load_measures(tmp_path)
+    assert len(set(measures.clusters)) == change.groups
+    assert len(measures.tuned["loss"].clusters) == change.n
+    (table, text) = score_section(found, "chat").blocks
+    assert f"{change.n} in {change.groups} groups" in json.dumps([[str(cell) for cell in row] for row in table.rows])
+    assert "data.split_by" in text.text
+
+
+def test_test_rows_of_a_file_have_groups_too(make_bench, tmp_path):
+    line = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
+    rows = [{**line, "page": f"page {i // 4}", "id": i} for i in range(40)]
+    for i, row in enumerate(rows):
+        row["messages"] = [{"role": "user", "content": f"What is {i}?"}, line["messages"][1]]
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = GROUPED.replace("test: 0.4", f"test: {held_out}")
+    training = [
+        {"messages": [{"role": "user", "content": f"Why {i}?"}, line["messages"][1]], "page": f"other {i}"}
+        for i in range(20)
+    ]
+    bench = make_bench(text, training)
+    bench.steps = 0
+    change = bench.evaluate(metrics=("loss",)).difference["loss"]
+    assert (change.n, change.groups) == (40, 10)
+
+
+def test_groups_of_one_row_each_are_named_as_such(make_bench):
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}],
+            "page": f"page {i}",
+        }
+        for i in range(30)
+    ]
+    bench = make_bench(GROUPED, rows)
+    bench.steps = 0
+    found = bench.evaluate(metrics=("loss",))
+    assert found.difference["loss"].groups == 0
+    assert "one by one" in found.signatures["intervals.groups"]

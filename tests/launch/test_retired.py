@@ -1,0 +1,35 @@
+"""Each command, option and strategy that was retired is refused with what to use instead."""
+
+from pathlib import Path
+
+import pytest
+from support.runs import invoke, write_recipe
+
+from llmtune.recipe.retired import RETIRED
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "retired.md"
+COMMANDS = {
+    "--strategy zero2": ["launch", "local", "tiny.yaml", "--processes", 2, "--strategy", "zero2"],
+    "--strategy zero3": ["launch", "slurm", "tiny.yaml", "--dry-run", "--strategy", "zero3"],
+    "--strategy deepspeed": ["launch", "local", "tiny.yaml", "--strategy", "deepspeed"],
+    "--strategy tp": ["launch", "local", "tiny.yaml", "--processes", 2, "--strategy", "tp"],
+    "launch sky": ["launch", "sky", "tiny.yaml", "--gpus", "H100:8", "--use-spot", "--dry-run"],
+    "launch kubernetes": ["launch", "kubernetes", "tiny.yaml", "--image", "llmtune:1"],
+    "doctor FOLDER": ["doctor", "."],
+}
+
+
+@pytest.mark.parametrize("name", RETIRED)
+def test_what_was_retired_is_refused_with_what_to_use_instead(name, here):
+    (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
+    write_recipe(here / "tiny.yaml", "owner/model", "rows.csv")
+    result = invoke(*COMMANDS[name])
+    assert result.exit_code == 2, result.stderr
+    said = " ".join(result.stderr.split())
+    assert f"`{name}` was removed" in said
+    assert RETIRED[name] in said
+
+
+def test_the_page_has_each_sentence():
+    page = PAGE.read_text().replace("`", "")
+    assert not [name for name, instead in RETIRED.items() if instead.replace("`", "") not in page]

@@ -1,0 +1,143 @@
+import pytest
+
+from llmtune.recipe.secrets import holds_secret, redact, redact_all, redact_yaml, secret_values
+
+SECRETS = [
+    "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
+    "sk-proj-abcdefghijklmnop1234",
+    "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
+    "github_pat_11ABCDEFG0abcdefghijkl_mnop",
+    "glpat-abcdefghijklmnop-1234",
+    "AKIAIOSFODNN7EXAMPLE",
+    "AIza" + "a" * 35,
+    "xoxb-123456789012-abcdefGHIJ",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.SflKxwRJSMeKKF2QT4",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_known_tokens_are_removed_wherever_they_stand(secret):
+    for text in (secret, f"token={secret}", f'"{secret}",', f"see {secret}.", f"https://x.example/?t={secret}&a=1"):
+        assert secret not in redact(text)
+        assert "[removed]" in redact(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "gone", "kept"),
+    [
+        ("Authorization: Bearer abc.def-123", "abc.def-123", "Authorization: "),
+        ("authorization: Basic dXNlcjpwYXNz", "dXNlcjpwYXNz", "authorization: "),
+        ('{"Authorization": "token 12345"}', "12345", "Authorization"),
+        ("WANDB_API_KEY=0123456789abcdef", "0123456789abcdef", "WANDB_API_KEY="),
+        ("HF_TOKEN: 'quite secret'", "quite", "HF_TOKEN"),
+        ("api_key: mine", "mine", "api_key"),
+        ("https://ada:lovelace@example.org/x", "lovelace", "example.org/x"),
+        ("https://0123456789abcdef0123@example.org/x", "0123456789abcdef0123", "example.org/x"),
+        ("https://example.org/x?page=2&X-Amz-Signature=0123abcd&a=1", "0123abcd", "&a=1"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "MIIE", "[removed]"),
+    ],
+)
+def test_what_is_given_as_a_secret_is_removed_and_the_rest_stays(text, gone, kept):
+    found = redact(text)
+    assert gone not in found
+    assert kept in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf_hub_download and HF_HUB_OFFLINE=1",
+        "my password reset link has expired",
+        "max_new_tokens: 128, pad_token: <pad>",
+        "tokens_per_second: 1533",
+        "sk-learn, sha256 3f1c3f1c3f1c3f1c3f1c3f1c3f1c3f1c",
+        "http://localhost:8080/a@b",
+        "ssh://git@example.org/x",
+        "https://example.org/x?tokens=3&page=2",
+        "the bearer of this letter",
+        "task-classification-of-many-things",
+    ],
+)
+def test_ordinary_text_stays_as_it_is(text):
+    assert redact(text) == text
+
+
+def test_values_of_secret_keys_are_removed_at_any_depth():
+    found = redact_all({"a": [{"api_key": "x", "tokens": 5, "hf_token": "y", "secret": None, "pad_token": "<pad>"}]})
+    assert found == {
+        "a": [{"api_key": "[removed]", "tokens": 5, "hf_token": "[removed]", "secret": None, "pad_token": "<pad>"}]
+    }
+
+
+def test_all_of_a_secret_is_removed_numbers_and_lists_too():
+    secret = {"password": 1234, "api_key": ["one", "two"], "secret": {"a": "three"}, "private_key": True}
+    assert redact_all(secret) == {**dict.fromkeys(secret, "[removed]"), "private_key": True}
+
+
+RECIPE = """model:
+  name: m  # recipe.yaml:3
+  chat_template_kwargs:  # recipe.yaml:4
+    password: {password}
+    mood: kind
+    nested: [{{api_key: 'a "quoted" one', n: 1.0e-4}}]
+"""
+
+
+@pytest.mark.parametrize(
+    "password", ["hunter2", "'hunter2'", "20220101", "|\n      hunter2\n      more", "[hunter2, x]"]
+)
+def test_secrets_of_a_yaml_text_are_removed_and_its_comments_stay(password):
+    found = redact_yaml(RECIPE.format(password=password))
+    assert "quoted" not in found
+    assert "hunter2" not in found
+    assert "20220101" not in found
+    assert "name: m  # recipe.yaml:3\n" in found
+    assert "mood: kind" in found
+    assert "1.0e-4" in found
+
+
+def test_a_yaml_text_without_secrets_stays_as_it_is():
+    text = "a:   [1,2]   # why\n\n\nb: {c: 'd'}\n"
+    assert redact_yaml(text) == text
+
+
+def test_secrets_that_a_recipe_names_are_removed_from_texts():
+    recipe = {"model": {"kwargs": {"password": "hunter2", "pin": {"secret": [471100, "abc"]}, "mood": "kind"}}}
+    known = [*secret_values(recipe)]
+    assert known == ["hunter2", "471100"]
+    assert redact_all(["say hunter2, kind one", "471100 abc"], known) == ["say [removed], kind one", "[removed] abc"]
+
+
+def test_secrets_in_keys_are_removed_too():
+    assert SECRETS[0] not in str(redact_all({SECRETS[0]: 1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hub_token", "quite ordinary"),
+        ("wandb.token", 12345),
+        ("env", {"HF_TOKEN": "quite ordinary"}),
+        ("chat_template_kwargs", {"a": [{"db_password": "x"}]}),
+        ("swanlab_lark_webhook_url", "https://example.org/x"),
+        ("run_name", ["a", SECRETS[0]]),
+        (SECRETS[0], "x"),
+    ],
+)
+def test_a_setting_is_secret_by_its_name_or_by_the_shape_of_its_value(name: str, value: object):
+    assert holds_secret(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eos_token", "</s>"),
+        ("special_tokens", {"pad_token": "<pad>", "mask_token": "<mask>"}),
+        ("use_auth_token", True),
+        ("hub_token", None),
+        ("max_new_tokens", 20),
+        ("split_special_tokens", "a"),
+    ],
+)
+def test_settings_of_the_tokenizer_are_not_secret(name: str, value: object):
+    assert not holds_secret(name, value)
