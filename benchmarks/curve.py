@@ -35,7 +35,6 @@ from transformers import (
 from watch import describe_training, watch
 
 from llmtune.data.examples import ExampleReader
-from llmtune.executor import Executor, score
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -108,12 +107,8 @@ def train_packed(asked: Asked, folder: Path) -> tuple[list[float], list[list[Exa
         )
 
     run = folder / "run"
-    run_pipeline(
-        load_recipe(recipe),
-        Options(out=run, until="train", offline=True),
-        Console(quiet=True),
-        Executor(trainer, score),
-    )
+    RunContext.train_here = trainer  # type: ignore[method-assign, assignment]
+    run_pipeline(load_recipe(recipe), Options(out=run, until="train", offline=True), Console(quiet=True))
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return losses, steps, start
 

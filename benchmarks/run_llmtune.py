@@ -16,7 +16,6 @@ import torch
 from clock import Asked, Clock, answer, read_asked
 from rich.console import Console
 
-from llmtune.executor import Executor, score
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -37,7 +36,8 @@ def main() -> None:
             model["trained"] = train_counted(asked, clock, context, place, examples)
 
         options = Options(out=Path(folder) / "run", until="train", offline=True)
-        run_pipeline(load_recipe(recipe), options, Console(quiet=True), Executor(trainer, score))
+        RunContext.train_here = trainer  # type: ignore[method-assign, assignment]
+        run_pipeline(load_recipe(recipe), options, Console(quiet=True))
     found = clock.found()
     if asked.measure_limit:
         from limit import measure_limit

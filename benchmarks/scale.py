@@ -254,7 +254,7 @@ def train(
     while started.poll() is None:
         for one in [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]:
             try:
-                works = processes == 1 or "llmtune.launch.worker" in one.cmdline()
+                works = processes == 1 or "llmtune" in one.cmdline()
                 status = Path(f"/proc/{one.pid}/status").read_text("utf-8") if works else ""
             except (psutil.Error, OSError):
                 continue

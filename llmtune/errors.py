@@ -67,6 +67,7 @@ class LlmtuneError(Exception):
     ├── RecipeError        2   recipe or usage
     ├── DataError          3   rows missing, unreadable or bad
     ├── EnvironmentProblem 4   device, dependency, model, memory, disk, permission, network
+    │   └── LostProcess    4   another process of the run is gone
     ├── TrainingError      5   diverged, or out of memory after every remedy
     ├── GateFailed         6   a gate, a parity check or a verification failed
     │   └── GateUnsure     7   these rows are too few for a gate
@@ -109,6 +110,10 @@ class EnvironmentProblem(LlmtuneError):
     """The machine: a device, a dependency, a model that is missing or damaged, memory, disk, permission, network."""
 
     exit_code = 4
+
+
+class LostProcess(EnvironmentProblem):
+    """The connection to another process of the run broke; that process knows why."""
 
 
 class TrainingError(LlmtuneError):

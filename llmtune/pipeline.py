@@ -7,6 +7,7 @@ kept as facts in the manifest, so that the report can be written from the run fo
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,10 @@ from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, examples_inputs, load_examples, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
-from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
-from llmtune.deploy.merged_model import merge
+from llmtune.deploy.gguf_export import check_gguf
+from llmtune.deploy.products import make_products
 from llmtune.dry_run import dry_run
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.eval_inputs import warn_of_cuts
@@ -33,28 +35,31 @@ from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.run_report import make_report
 from llmtune.evaluate.suite_registry import check_inputs
-from llmtune.executor import HERE, Executor
 from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
-from llmtune.model.model_selection import (
-    Candidate,
-    rank_candidates,
-    resolve_candidates,
-    show_ranking,
+from llmtune.model.model_selection import Candidate, read_ranking
+from llmtune.model.model_trials import (
+    known_or_ranked,
+    note_ranking,
+    successive_halving,
+    trial_folder,
+    validation_bits,
+    with_candidate,
 )
-from llmtune.model.model_trials import FOLDER as TRIALS
-from llmtune.model.model_trials import successive_halving, trial_folder, validation_bits, with_candidate
 from llmtune.recipe.loader import LoadedRecipe
-from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
+from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows, read_model_ref
 from llmtune.report.render_terminal import print_blocks
+from llmtune.report.report_record import Report
 from llmtune.report.score_sections import seed_table
 from llmtune.report.write import report_json, write_report
+from llmtune.scoring import score
 from llmtune.session import Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
-from llmtune.store.atomic_files import hash_file, hash_value, staged, write_text
+from llmtune.store.atomic_files import hash_value, plain, staged, write_text
 from llmtune.store.process_environment import refuse_network
-from llmtune.store.run_folder import default_path, open_run, peek_run
+from llmtune.store.processes import layout, once, rank
+from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, peek_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
@@ -65,8 +70,10 @@ KEPT = ("micro_batch_tokens", "gradient_checkpointing")
 """Findings of a run that its further seeds and its reproduction keep."""
 
 
-def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, executor: Executor | None = None) -> Json:
-    """Run the steps of a recipe up to `options.until`; returns what report.json holds.
+def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console) -> Json:
+    """Run the steps of a recipe up to `options.until`; returns what report.json holds, in rank 0.
+
+    Of several processes all run this; rank 0 alone does what is done `once`.
 
     Raises:
         LlmtuneError: one of its kinds, for everything that a user can meet; `GateFailed` after the report is written.
@@ -80,34 +87,60 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, execu
     if recipe.adapter.start_from is not None:
         find_adapter(Path(recipe.adapter.start_from))
     open_context = partial(
-        RunContext, recipe, console=console, offline=options.offline, held=held is not None, layout=options.layout
+        RunContext,
+        recipe,
+        console=console,
+        offline=options.offline,
+        held=held is not None,
+        layout=options.layout or layout(),
     )
     if options.dry_run:
+        if rank():
+            return {}
         seen = peek_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh)
         context = open_context(folder=seen, pins=held)
         if options.device is not None:
             context.device = options.device
             seen.findings.pop("gradient_checkpointing", None)  # which is of what computes here
         return dry_run(context, loaded)
-    with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
-        console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")
-        write_text(path / "recipe.yaml", loaded.to_yaml())
-        folder.findings.update(options.findings)
+    with ExitStack() as stack:
+        manifest = once(lambda: _begin(stack, path, loaded, options, console))
+        if not path.is_dir():
+            fix = "Give --out a folder on a disk that all machines share, at the same path."
+            raise EnvironmentProblem.of("this machine does not see the run folder", str(path), fix)
         pins = held or own_pins(path)
-        context = open_context(folder=folder, pins=pins, findings=options.findings, base=options.base)
-        run_steps(context, loaded, options, executor or HERE)
+        context = open_context(RunFolder(path, manifest), pins=pins, findings=options.findings, base=options.base)
+        run_steps(context, loaded, options)
         if recipe.train.seeds and options.until in UNTIL:
-            write_report(
-                make_report(context.folder, recipe, context.device, context.skipped), path
-            )  # a further seed may be stopped
-            run_seeds(context, loaded, options, executor)
-        return conclude(context, gated=options.until in {"run", "evaluate"})
+            context.once(lambda: write_report(current_report(context), path))  # a further seed may be stopped
+            run_seeds(context, loaded, options)
+        return conclude_once(context, gated=options.until in {"run", "evaluate"})
+
+
+def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, options: Options, console: Console) -> Manifest:
+    folder = stack.enter_context(open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh))
+    console.print(f"[bold]llmtune {__version__}[/] {escape(loaded.recipe.name)} -> {escape(str(path))}")
+    write_text(path / "recipe.yaml", loaded.to_yaml())
+    folder.findings.update(options.findings)
+    return folder.manifest
+
+
+def current_report(context: RunContext) -> Report:
+    """Make the report of what the run folder holds."""
+    return make_report(context.folder, context.recipe, context.device, context.skipped)
+
+
+def conclude_once(context: RunContext, *, gated: bool) -> Json:
+    """Conclude in rank 0, which has the report; the other processes have a part of it at most."""
+    report: Json = {}
+    context.once(lambda: report.update(conclude(context, gated=gated)))
+    return report
 
 
 def conclude(context: RunContext, *, gated: bool) -> Json:
     """Write the report and return it; print the verdict, send it to trackers, and raise a gate that failed."""
     path, console = context.folder.path, context.console
-    report = make_report(context.folder, context.recipe, context.device, context.skipped)
+    report = current_report(context)
     write_report(report, path)
     if report.seeds:
         print_blocks([seed_table(report.seeds)], console)
@@ -122,39 +155,40 @@ def conclude(context: RunContext, *, gated: bool) -> Json:
     return report_json(report)
 
 
-def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, executor: Executor) -> None:
+def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options) -> None:
     """Run one step after the other, up to the last that is asked for."""
     rows = prepare(context)
     if options.until == "prepare" and not context.recipe.model.name:
         return
-    model_ref = select_model(context, rows, loaded, executor)
+    model_ref = select_model(context, rows, loaded)
     context.infer_labels(model_ref, rows)
     loaded = context.resolve_training(loaded, model_ref, rows)
-    write_text(context.folder.path / "recipe.yaml", loaded.to_yaml())
+    context.once(lambda: write_text(context.folder.path / "recipe.yaml", loaded.to_yaml()))
     processor = context.read_processor(model_ref)
     if options.until == "run" and "gguf" in context.recipe.deploy:
         check_gguf(context, model_ref)  # before training, not after it
     examples = encode(context, rows, model_ref, processor)
     if options.until == "prepare":
         return
-    plan = select(context, model_ref, examples)
+    tokens = context.once(lambda: select(context, model_ref, examples).tokens)
     if options.until == "select":
         return
     if options.until == "adapt":
-        adapt(context, model_ref, processor, examples, adapter_inputs(context.recipe, model_ref, examples))
+        inputs = adapter_inputs(context.recipe, model_ref, examples)
+        context.once(lambda: adapt(context, model_ref, processor, examples, inputs))
         return
     if options.until != "train" and not context.folder.is_done("train"):  # what they refuse: before hours of training
-        check_champion(loaded.recipe, context.folder, rows, examples, context.console)
-        load_benchmarks(context.recipe, context.console)
-    train(context, loaded, model_ref, examples, plan, executor)
+        context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, context.console))
+        context.once(lambda: load_benchmarks(context.recipe, context.console) and None)
+    train(context, loaded, model_ref, examples, tokens)
     if options.until == "train":
         return
-    evaluate(context, model_ref, processor, rows, examples, executor)
+    evaluate(context, model_ref, processor, rows, examples)
     if options.until == "run" and context.recipe.deploy:
-        deploy(context, model_ref)
+        context.once(lambda: make_products(context, model_ref))
 
 
-def run_seeds(context: RunContext, loaded: LoadedRecipe, options: Options, executor: Executor | None) -> None:
+def run_seeds(context: RunContext, loaded: LoadedRecipe, options: Options) -> None:
     """Run the recipe once for each further seed, as far as the run itself went.
 
     Each is skipped where it is valid, and goes on where it was stopped. Rows, model and micro-batches are held to those
@@ -166,9 +200,10 @@ def run_seeds(context: RunContext, loaded: LoadedRecipe, options: Options, execu
     for seed in loaded.recipe.train.seeds:
         further, out = with_seed(loaded, seed), seed_folder(path, seed)
         context.console.rule(f"seed {seed}", align="left")
-        share_rows(context.folder, out, further.fingerprint)
-        base = path / "evaluation"
-        run_pipeline(further, replace(own, out=out, until=UNTIL[options.until], base=base), context.console, executor)
+        context.once(partial(share_rows, context.folder, out, further.fingerprint))
+        run_pipeline(
+            further, replace(own, out=out, until=UNTIL[options.until], base=path / "evaluation"), context.console
+        )
 
 
 def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: bool, base: Path | None = None) -> Json:
@@ -176,84 +211,90 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
 
     `base` is as in `Options`. Further seeds that are trained are scored again too.
     """
-    with open_run(run, loaded.fingerprint) as folder:
+    with ExitStack() as stack:
+        manifest = once(lambda: stack.enter_context(open_run(run, loaded.fingerprint)).manifest)
         context, model_ref = open_finished(run, console, offline, loaded.recipe)
-        context.folder, context.base = folder, base
-        write_text(run / "recipe.yaml", loaded.to_yaml())
+        context.folder, context.base = RunFolder(run, manifest), base
+        context.once(lambda: write_text(run / "recipe.yaml", loaded.to_yaml()))
         console.print(f"These settings stay with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
-        check_champion(loaded.recipe, folder, rows, examples, console)
-        evaluate(context, model_ref, context.read_processor(model_ref), rows, examples, HERE)
+        context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, console))
+        evaluate(context, model_ref, context.read_processor(model_ref), rows, examples)
         for seed in (one for one in loaded.recipe.train.seeds if is_done(seed_folder(run, one), "train")):
             evaluate_run(
                 with_seed(loaded, seed), seed_folder(run, seed), console, offline=offline, base=run / "evaluation"
             )
-        return conclude(context, gated=True)
+        return conclude_once(context, gated=True)
 
 
 def prepare(context: RunContext) -> Rows:
     """Step 1, first half: read, check, deduplicate and split the rows."""
-    inputs = context.rows_inputs
     target = context.folder.path / "data" / "rows"
+    context.once(lambda: _prepare(context, target))
+    return load_rows(target)
+
+
+def _prepare(context: RunContext, target: Path) -> None:
+    inputs = context.rows_inputs
     with context.step("prepare", inputs, ["data/rows"]) as step:
         if not step.skipped:
             with staged(target) as folder:
                 made = prepare_rows(context.recipe, folder, context.console, inputs)
             step.facts.update(rows_in=made.rows_in, kept=made.counts, dropped=made.dropped)
-    return load_rows(target)
 
 
-def select_model(context: RunContext, rows: Rows, loaded: LoadedRecipe, executor: Executor) -> ModelRef:
+def select_model(context: RunContext, rows: Rows, loaded: LoadedRecipe) -> ModelRef:
     """Step 2, first half: find the named model, or rank the candidates on the user's own rows and take the best."""
-    model, folder = context.recipe.model, context.folder.path / "model"
-    if model.name:
-        return locate_pinned(context, model.name)
-    if context.held and context.pins is not None and context.pins.model in candidate_names(context.recipe):
-        return locate_pinned(context, context.pins.model)
-    choose, device, console = context.choose_variant, context.device, context.console
-    there, _ = resolve_candidates(context.recipe, choose, console, device, context.offline)
-    contents = [one.content_hash for one in there]
-    template = hash_file(Path(model.chat_template)) if model.chat_template else None
-    settings = [model.model_dump(mode="json"), contents, template, context.recipe.data.max_length, device]
-    inputs = hash_value([rows.content_hash, settings])
-    known = context.folder.findings.get("ranking")
-    if known is None or known["inputs"] != inputs:
-        ranking = rank_candidates(context.recipe, choose, rows, console, folder, device, context.offline)
-        if model.trials:
-            tune = partial(tune_candidate, context, loaded, executor)
-            ranking = successive_halving(ranking, model.trials, tune, console)
-            show_ranking(ranking, console, folder)
-        known = {"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()}
-        context.folder.note(ranking=known)
-        shutil.rmtree(folder / TRIALS, ignore_errors=True)
-    return locate_pinned(context, known["chosen"])
+    name = context.recipe.model.name
+    if not name and context.held and context.pins is not None and context.pins.model in candidate_names(context.recipe):
+        name = context.pins.model
+    chosen = name or choose_candidate(context, rows, loaded)
+    return read_model_ref(context.once(lambda: plain(locate_pinned(context, chosen))))
 
 
-def tune_candidate(
-    context: RunContext, loaded: LoadedRecipe, executor: Executor, candidate: Candidate, steps: int
-) -> float:
+def choose_candidate(context: RunContext, rows: Rows, loaded: LoadedRecipe) -> str:
+    """Return the name of the best candidate: the one that is known, or else by ranking and trials."""
+    recipe, run, console = context.recipe, context.folder, context.console
+    rank_all = partial(known_or_ranked, recipe, context.choose_variant, rows, console, run)
+    known = context.once(lambda: rank_all(context.device, context.offline))
+    if known["chosen"]:
+        return str(known["chosen"])
+    ranking = read_ranking(known["ranking"])
+    if recipe.model.trials:
+        tune = partial(tune_candidate, context, loaded)
+        ranking = successive_halving(ranking, recipe.model.trials, tune, console)
+    context.once(lambda: note_ranking(ranking, known["inputs"], run, console))
+    return ranking.chosen.name
+
+
+def tune_candidate(context: RunContext, loaded: LoadedRecipe, candidate: Candidate, steps: int) -> float:
     """Train a candidate for some steps in a run folder of its own; return bits per byte of the validation rows."""
     trial, out = with_candidate(loaded, candidate, steps), trial_folder(context.folder.path, candidate.name, steps)
-    share_rows(context.folder, out, trial.fingerprint)
-    run_pipeline(trial, Options(out=out, offline=context.offline, until="train"), context.console, executor)
+    context.once(lambda: share_rows(context.folder, out, trial.fingerprint))
+    run_pipeline(trial, Options(out=out, offline=context.offline, until="train"), context.console)
     return validation_bits(out)
 
 
 def encode(context: RunContext, rows: Rows, model_ref: ModelRef, processor: PreTrainedTokenizerBase) -> Examples:
     """Step 1, second half: token ids and masks, which depend on the model's tokenizer and template."""
-    inputs = examples_inputs(context.recipe, rows, model_ref, processor)
     target = context.folder.path / "data" / "examples"
+    context.once(lambda: _encode(context, rows, model_ref, processor, target))
+    return load_examples(target)
+
+
+def _encode(
+    context: RunContext, rows: Rows, model_ref: ModelRef, processor: PreTrainedTokenizerBase, target: Path
+) -> None:
+    inputs = examples_inputs(context.recipe, rows, model_ref, processor)
     with context.step("encode", inputs, ["data/examples"]) as step:
         if not step.skipped:
             with staged(target) as folder:
                 made = encode_rows(rows, context.task, processor, context.recipe, folder, context.console)
                 described = describe_examples(rows, made, processor, context.console, context.task, context.recipe)
             step.facts.update(described)
-    examples = load_examples(target)
-    warn_of_cuts(rows, examples, context.task, processor, context.recipe, context.console)
-    return examples
+    warn_of_cuts(rows, load_examples(target), context.task, processor, context.recipe, context.console)
 
 
 def select(context: RunContext, model_ref: ModelRef, examples: Examples) -> MemoryPlan:
@@ -294,72 +335,62 @@ def adapt(
             step.facts.update(describe(context.make_adapted(model_ref, processor, examples)))
 
 
-def train(
-    context: RunContext,
-    loaded: LoadedRecipe,
-    model_ref: ModelRef,
-    examples: Examples,
-    plan: MemoryPlan,
-    executor: Executor,
-) -> None:
-    """Steps 3 and 4: adapt and train, going on from the last checkpoint if the inputs are the same."""
+def train(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, examples: Examples, tokens: int) -> None:
+    """Steps 3 and 4 in all processes: adapt and train, from the last checkpoint if the inputs are the same.
+
+    `tokens` is the budget of a micro-batch to begin with.
+    """
     adapt_inputs = adapter_inputs(context.recipe, model_ref, examples)
     inputs = train_inputs(context.recipe, adapt_inputs)
+    if context.once(lambda: _begin_training(context, loaded, model_ref, inputs, tokens)):
+        context.train_here(model_ref, examples, adapt_inputs, inputs)
+    context.once(lambda: _lock_trained(context))
+
+
+def _begin_training(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, inputs: str, tokens: int) -> bool:
+    """Put aside what another training left and write the lock; False if this training is done already."""
     manifest = context.folder.manifest
     if context.folder.is_valid("train", inputs):
         context.begin("adapt", skipped=True)
         context.begin("train", skipped=True)
-    else:
-        for step in ("evaluate", "deploy"):
-            manifest["steps"].pop(step, None)  # of another training
-        if "train" not in manifest["steps"] or manifest["steps"]["train"]["inputs"] != inputs:
-            context.folder.findings["micro_batch_tokens"] = context.findings.get("micro_batch_tokens", plan.tokens)
-            shutil.rmtree(context.folder.path / "explain", ignore_errors=True)  # of another training too
-        context.folder.findings["start_from"] = adapter_settings(context.recipe)[-1]
-        manifest.pop("lock", None)
-        context.folder.write()
-        lock_run(context, model_ref, loaded.fingerprint)
-        executor.train(context, model_ref, examples, adapt_inputs, inputs)
+        return False
+    for step in ("evaluate", "deploy"):
+        manifest["steps"].pop(step, None)  # of another training
+    context.folder.take_budget()
+    if "train" not in manifest["steps"] or manifest["steps"]["train"]["inputs"] != inputs:
+        context.folder.findings["micro_batch_tokens"] = context.findings.get("micro_batch_tokens", tokens)
+        shutil.rmtree(context.folder.path / "explain", ignore_errors=True)  # of another training too
+    context.folder.findings["start_from"] = adapter_settings(context.recipe)[-1]
+    manifest.pop("lock", None)
+    context.folder.write()
+    lock_run(context, model_ref, loaded.fingerprint)
+    return True
+
+
+def _lock_trained(context: RunContext) -> None:
+    manifest = context.folder.manifest
     if "lock" not in manifest:  # here, as a run may be killed just before it
         manifest["lock"] = note_trained(context.folder.path, trained_name(context.recipe))
         context.folder.write()
 
 
 def evaluate(
-    context: RunContext,
-    model_ref: ModelRef,
-    processor: PreTrainedTokenizerBase,
-    rows: Rows,
-    examples: Examples,
-    executor: Executor,
+    context: RunContext, model_ref: ModelRef, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples
 ) -> None:
-    """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
-    recipe, target, trained = context.recipe, context.folder.path / "evaluation", context.trained_hash
+    """Step 5 in all processes: base and tuned model on the same held-out rows; gates are read anew each time."""
+    recipe, target = context.recipe, context.folder.path / "evaluation"
+    trained = context.once(lambda: context.trained_hash)
     inputs = evaluation_inputs(recipe, trained, model_ref, rows, examples)
-    note_look(context.folder, context.console)
+    context.once(lambda: note_look(context.folder, context.console))
     if context.base is None and context.folder.is_whole("evaluate"):
         context.base = target  # what the base answered before
-    with context.step("evaluate", inputs, ["evaluation"]) as step:
+    unchanged = context.once(lambda: context.folder.is_valid("evaluate", inputs))
+    with context.step("evaluate", inputs, ["evaluation"], always=not unchanged) as step:
         if step.skipped:
             if evaluation := load_evaluation(target):
                 print_scores(replace(evaluation, gates=check_gates(recipe.evaluate, evaluation)), context.console)
             return
-        with staged(target) as folder:
-            executor.score(context, model_ref, processor, rows, examples, folder=folder)
+        with staged(target) if rank() == 0 else nullcontext() as folder:
+            score(context, model_ref, processor, rows, examples, folder)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=trained, recipe=judged)
-
-
-def deploy(context: RunContext, model_ref: ModelRef) -> None:
-    """What `run` makes at the end: the merged model and the GGUF file, each certified."""
-    settings = context.recipe.generation.model_dump(mode="json")
-    products = context.recipe.deploy
-    inputs = hash_value([__version__, context.trained_hash, model_ref.content_hash, settings, sorted(products)])
-    made = {"merged": "merged", "gguf": f"gguf/{DEFAULT_FORMAT}"}
-    with context.step("deploy", inputs, [made[name] for name in products]) as step:
-        if not step.skipped:
-            if "merged" in products:
-                step.facts.update(merge(context, model_ref))
-            if "gguf" in products:
-                written = make_gguf(context, model_ref)
-                step.facts.update(gguf=written, gguf_file=written["file"], gguf_read_by=written["reader"])

@@ -131,6 +131,11 @@ class ModelRef:
     """sha256 over the sorted names and sha256 of config, tokenizer and weight files."""
 
 
+def read_model_ref(described: Json) -> ModelRef:
+    """Return what JSON holds of a model."""
+    return ModelRef(**{**described, "path": Path(described["path"])})
+
+
 @dataclass(frozen=True)
 class Layout:
     """The processes of a training, as far as their memory goes."""

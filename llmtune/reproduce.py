@@ -14,7 +14,6 @@ from rich.markup import escape
 
 from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
-from llmtune.executor import Executor
 from llmtune.model.device import describe_device, pick_device
 from llmtune.pipeline import KEPT, run_pipeline
 from llmtune.recipe.data_section import DataSection, Source
@@ -30,6 +29,7 @@ from llmtune.store.diff_runs import (
     find_differences,
     same_but_paths,
 )
+from llmtune.store.processes import rank
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
 from llmtune.store.seed_runs import without_gates, without_seeds
@@ -56,7 +56,6 @@ def reproduce(
     fresh: bool = False,
     offline: bool = False,
     tolerances: Tolerances | None = None,
-    executor: Executor | None = None,
 ) -> Json:
     """Run the resolved recipe of `run` again with all that its lock holds, and compare; returns what was found.
 
@@ -82,7 +81,9 @@ def reproduce(
         findings={name: folder.findings[name] for name in KEPT if name in folder.findings},
     )
     loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
-    run_pipeline(loaded, options, console, executor)  # without gates: what counts is whether the same comes out
+    run_pipeline(loaded, options, console)  # without gates: what counts is whether the same comes out
+    if rank():
+        return {}
     result = compare(folder, target, lock, verification, tolerances or Tolerances())
     write_json(target / RESULT, result)
     console.print(f"written: {escape(str(target / RESULT))}")

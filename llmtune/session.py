@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -34,6 +35,7 @@ from llmtune.recipe.training_rule import choose_training, few_steps, with_choice
 from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
+from llmtune.store.processes import layout, once, world_size
 from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
 from llmtune.store.run_lock import (
     LOCK,
@@ -50,6 +52,8 @@ from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
 from llmtune.train.row_losses import list_hardest
 from llmtune.train.sharding import share_model
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Options:
     """What another run of the same recipe found out and this one is to keep, such as its micro-batch budget."""
     base: Path | None = None
     """The evaluation of another run: what the base model said there counts here where it was asked the same."""
-    layout: Layout = ALONE
-    """The processes that train."""
+    layout: Layout | None = None
+    """The processes that a dry run plans for, in place of those that are here."""
 
 
 @dataclass
@@ -171,6 +175,12 @@ class RunContext:
         with self.folder.step(name, inputs, outputs, always=always, on_begin=begin) as step:
             yield step
 
+    def once(self, work: Callable[[], T]) -> T:
+        """Do `work` in rank 0 alone; all processes get what it returns, and the manifest as it is then."""
+        value, manifest, skipped = once(lambda: (work(), self.folder.manifest, self.skipped))
+        self.folder.manifest, self.skipped = manifest, skipped
+        return value
+
     def begin(self, step: str, skipped: bool = False) -> None:
         """Say which step comes now, and whether it is skipped."""
         self.skipped[step] = skipped
@@ -205,20 +215,24 @@ class RunContext:
         decided = self.recipe.train.model_copy(update={"gradient_checkpointing": known["on"]})
         return self.recipe.model_copy(update={"train": decided})
 
-    def make_adapted(
-        self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples, *, sharded: bool = False
-    ) -> AdaptedModel:
+    def make_adapted(self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples) -> AdaptedModel:
         """Load the model and put the adapter in, seeded; from here on the recipe is the resolved one.
 
         `examples` are what a start is found from, where the recipe wants one that is. Where each process is to have a
         part of the model, the first one alone makes it, in main memory.
         """
         self.recipe = self.resolved_recipe
-        if not sharded or join_processes(self.device) == 1:
+        if not self.shards:
             return self._make_adapted(model_ref, processor, examples, self.recipe, self.device)
+        join_processes(self.device)
         find_class(model_ref, self.recipe, self.task)  # code of its own has to be there before a model of it comes
         device, recipe = loading_device(self.recipe, self.device)
         return share_model(partial(self._make_adapted, model_ref, processor, examples, recipe, device))
+
+    @property
+    def shards(self) -> bool:
+        """Whether each process has a part of the model while it trains."""
+        return world_size() > 1 and layout().sharded
 
     def _make_adapted(
         self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples, recipe: Recipe, device: str
@@ -231,40 +245,29 @@ class RunContext:
         return inject(selected, recipe, self.console, sample)
 
     def train_here(self, model_ref: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
-        """Adapt and train in this process, as two steps."""
+        """Adapt and train, as two steps; all processes together."""
         with self.step("adapt", adapt_inputs, always=True) as step:
             adapted = self.make_adapted(model_ref, self.read_processor(model_ref), examples)
             step.facts.update(describe(adapted))
         with self.step("train", inputs, [trained_name(self.recipe)], always=True) as step:
-            note = self.folder.note
-            trained = self.train_adapted(adapted, examples, inputs, lambda tokens: note(micro_batch_tokens=tokens))
-            step.facts.update(trained, processes=1, strategy="ddp")
+            trained = train(
+                adapted,
+                examples,
+                self.task,
+                self.recipe,
+                self.folder.path,
+                self.console,
+                budget=self.folder.findings["micro_batch_tokens"],
+                on_budget=self.folder.note_budget,
+                inputs=inputs,
+                sharded=self.shards,
+            )
+            rows = load_rows(self.folder.path / "data" / "rows")
+            hardest = self.once(lambda: list_hardest(self.folder.path, rows, examples, self.task))
+            step.facts.update(trained.as_facts(), hardest_rows=hardest)
+            step.facts.update(processes=world_size(), strategy="fsdp" if self.shards else "ddp")
         del adapted
         release_memory()  # evaluation loads its own model
-
-    def train_adapted(
-        self,
-        adapted: AdaptedModel,
-        examples: Examples,
-        inputs: str,
-        on_budget: Callable[[int], None],
-        sharded: bool = False,
-    ) -> dict[str, object]:
-        """Train, from the last checkpoint of the same inputs if there is one; return the facts of the step."""
-        trained = train(
-            adapted,
-            examples,
-            self.task,
-            self.recipe,
-            self.folder.path,
-            self.console,
-            budget=self.folder.findings["micro_batch_tokens"],
-            on_budget=on_budget,
-            inputs=inputs,
-            sharded=sharded,
-        )
-        hardest = list_hardest(self.folder.path, load_rows(self.folder.path / "data" / "rows"), examples, self.task)
-        return trained.as_facts() | {"hardest_rows": hardest}
 
 
 @dataclass

@@ -16,7 +16,6 @@ from support.renames import run_until
 from support.runs import llmtune, write_recipe
 
 from llmtune.errors import GateFailed, Problem, Stopped
-from llmtune.executor import Executor, score
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options, RunContext
@@ -155,15 +154,21 @@ def test_further_seeds_keep_the_micro_batches_of_the_run(
     assert read_run(place / "budget/seeds/10").findings["micro_batch_tokens"] == 96
 
 
-def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on(place: Path) -> None:
+def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_here = RunContext.train_here
+
     def train(context: RunContext, *others: Any) -> None:
         if context.recipe.seed == 9:
             raise Stopped(Problem("stopped"))
-        context.train_here(*others)
+        train_here(context, *others)
 
+    monkeypatch.setattr(RunContext, "train_here", train)
     loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), Options(out=place / "stopped")
     with pytest.raises(Stopped):
-        run_pipeline(loaded, options, Console(quiet=True), Executor(train, score))
+        run_pipeline(loaded, options, Console(quiet=True))
+    monkeypatch.undo()
     assert json.loads((place / "stopped/seeds/8/report.json").read_text())["evaluation"]["tuned"]
     assert json.loads((place / "stopped/report.json").read_text())["evaluation"]["tuned"], (
         "the run's own report is there"

@@ -20,12 +20,12 @@ from llmtune.cli import (
     deploy,
     explain,
     init,
+    launch,
     models,
     prompting,
     recipes,
     release,
     run,
-    schedulers,
     verify,
 )
 from llmtune.cli.options import AsJson
@@ -33,6 +33,7 @@ from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
 from llmtune.recipe.retired import refuse_retired
 from llmtune.store.process_environment import offline_switches, prepare_environment
+from llmtune.store.processes import leave, reports, start
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """Typer exports no name for what the parser raises."""
@@ -204,7 +205,7 @@ TREES = {
     "recipes": recipes.app,
     "models": models.app,
     "release": release.app,
-    "launch": schedulers.app,
+    "launch": launch.app,
 }
 PANELS = {
     "Begin": ("init", "run", "runs", "doctor"),
@@ -243,14 +244,18 @@ for _name, _command in {
 
 def main() -> None:
     """Entry point of the `llmtune` command."""
+    start()
     sys.excepthook = _report_bug
     try:
         app()
     finally:
+        leave()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # the end of the interpreter takes a moment, and nothing to save
 
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not reports(error):
+        return
     sys.__excepthook__(kind, error, trace)
     print(f"\nThis is a bug in llmtune {__version__}. {REPORT}", file=sys.stderr)

@@ -30,6 +30,7 @@ from llmtune.errors import (
 )
 from llmtune.launch.python_api import make_console
 from llmtune.store.atomic_files import plain
+from llmtune.store.processes import join, lost_process, reports, world_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,8 +116,11 @@ class WordWrap:
         return part
 
 
-def handled(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn the errors that a user can meet into a message on stderr and an exit code; bugs pass through."""
+def handled(command: Callable[P, None], *, by_all: bool = False) -> Callable[P, None]:
+    """Turn the errors that a user can meet into a message on stderr and an exit code; bugs pass through.
+
+    A command that several processes can run together is handled `by_all`: one of them prints.
+    """
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -124,22 +128,35 @@ def handled(command: Callable[P, None]) -> Callable[P, None]:
         as_json = bool(kwargs.get("as_json"))
         try:
             with _document_alone() if as_json else nullcontext(), _system_refusals():
+                _meet(by_all)
                 _check_names(kwargs)
                 for name in [name for name in RUN_PARAMETERS & kwargs.keys() if kwargs[name] is not None]:
                     kwargs[name] = _resolve_runs(kwargs[name])
                 command(*args, **kwargs)
         except LlmtuneError as error:
-            _print_error(error, as_json)
+            if reports(error):
+                _print_error(error, as_json)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
             word = "terminated" if number == signal.SIGTERM else "interrupted"
             kept = "; finished steps are kept" if "recipe" in kwargs else ""
             kept += ". To go on, run the same command again." if kwargs.keys() & {"recipe", "out"} else ""
-            stderr_console().print(f"{word}{kept}")
+            if reports(stop):
+                stderr_console().print(f"{word}{kept}")
             raise typer.Exit(128 + number) from None
 
     return wrapper
+
+
+handled_by_all = functools.partial(handled, by_all=True)
+
+
+def _meet(by_all: bool) -> None:
+    """Meet the other processes; raises RecipeError where the command is for one alone."""
+    join()
+    if world_size() > 1 and not by_all:
+        raise RecipeError.of("this command runs in one process", "torchrun", "Start it without torchrun.")
 
 
 def _resolve_runs(value: Any) -> Any:
@@ -159,6 +176,8 @@ def _system_refusals() -> Iterator[None]:
     except LlmtuneError:
         raise
     except Exception as error:  # libraries have errors of their own for it, such as pyarrow.ArrowException
+        if (lost := lost_process(error)) is not None:
+            raise lost from error
         problem = system_problem(error) or _misplaced(error)
         if problem is None:
             raise

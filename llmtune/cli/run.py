@@ -1,4 +1,4 @@
-"""`run`, its five steps and `launch local`: the same options, a different place to stop, or several processes."""
+"""`run` and its five steps: the same options, a different place to stop."""
 
 from __future__ import annotations
 
@@ -26,39 +26,14 @@ from llmtune.cli.options import (
     Sets,
     Threads,
 )
-from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.cli.output_streams import handled_by_all, print_json, stderr_console
 from llmtune.errors import RecipeError
 from llmtune.launch.python_api import evaluate_folder, run_recipe, write_test_file
-from llmtune.launch.topology import Topology
 from llmtune.records import Json
+from llmtune.store.processes import once
 
-LAUNCH = "launch"
-PLACES = ("processes", "strategy", "machines", "rank", "address", "max_restarts")
-"""Options of `launch` alone."""
-OWN = {**dict.fromkeys(PLACES, (LAUNCH,)), "device": ("run", "select"), "ray": ("prepare",), "write_test": ("prepare",)}
+OWN = {"device": ("run", "select"), "ray": ("prepare",), "write_test": ("prepare",)}
 """Options that not every command has, and which have them."""
-Processes = Annotated[
-    int, typer.Option("--processes", min=1, help="How many on each machine; a GPU each, or CPU with gloo.")
-]
-Strategy = Annotated[
-    str,
-    typer.Option(
-        "--strategy",
-        help="What each process has of the model: ddp all of it, fsdp a part.",
-        metavar="NAME",
-    ),
-]
-Machines = Annotated[
-    int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
-]
-Rank = Annotated[int, typer.Option("--rank", min=0, help="The number of this machine; 0 does what is done once.")]
-Address = Annotated[
-    str | None, typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT")
-]
-MaxRestarts = Annotated[
-    int,
-    typer.Option("--max-restarts", min=0, help="How often all processes start again when one died, from a checkpoint."),
-]
 Ray = Annotated[
     str | None,
     typer.Option("--ray", help="Work on a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local.", metavar="ADDRESS"),
@@ -74,19 +49,12 @@ SUMMARIES = {
     "adapt": "Step 3: put the adapter in and prove that it is wired.",
     "train": "Step 4: train, with checkpoints.",
     "evaluate": "Step 5: score base and tuned model on the same held-out rows. Takes a run folder as well.",
-    LAUNCH: "Run here: prepare and select once, train and evaluate in N processes, of this machine or of several.",
 }
 
 
 def _command(name: str) -> Callable[..., None]:
     def command(
         recipe: RecipeArgument,
-        processes: Processes = 1,
-        strategy: Strategy = "ddp",
-        machines: Machines = 1,
-        rank: Rank = 0,
-        address: Address = None,
-        max_restarts: MaxRestarts = 0,
         ray: Ray = None,
         write_test: WriteTest = None,
         out: Out = None,
@@ -104,20 +72,18 @@ def _command(name: str) -> Callable[..., None]:
     ) -> None:
         console, dry_run = stderr_console(quiet=quiet), plans_only(name, device, dry_run)
         refuse_both(resume, fresh, write_test, dry_run)
-        sets = [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
+        sets = with_model(sets, model)
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
                 raise RecipeError.of("of these options a run folder takes only --set, --threads, --offline and --json")
             result = evaluate_folder(Path(recipe), sets, threads=threads, offline=offline, console=console)
         else:
-            topology = Topology(processes, strategy, machines, rank, address, max_restarts) if name == LAUNCH else None
             with _spread(ray, offline) if ray else nullcontext():
                 result = run_recipe(
                     recipe,
                     sets,
                     out=out,
-                    until="run" if name == LAUNCH else name,
-                    topology=topology,
+                    until=name,
                     resume=resume,
                     fresh=fresh,
                     lock=lock,
@@ -127,12 +93,12 @@ def _command(name: str) -> Callable[..., None]:
                     offline=offline,
                     console=console,
                 )
-        if write_test is not None:
-            write_test_file(recipe, sets, out=out, file=write_test, console=console)
-        print_result({} if rank else result, as_json=as_json, dry_run=dry_run)  # machine 0 has the result
+        if (file := write_test) is not None:
+            once(lambda: write_test_file(recipe, sets, out=out, file=file, console=console))
+        print_result(result, as_json=as_json, dry_run=dry_run)
 
     command.__doc__ = SUMMARIES[name]
-    shown = handled(command)
+    shown = handled_by_all(command)
     signature = inspect.signature(command, eval_str=True)
     others = {option for option, commands in OWN.items() if name not in commands}
     kept = [one for one in signature.parameters.values() if one.name not in others]
@@ -168,6 +134,11 @@ def plans_only(name: str, device: str | None, dry_run: bool) -> bool:
     return dry_run or device is not None
 
 
+def with_model(sets: list[str] | None, model: str | None) -> list[str]:
+    """Return the values to set, with that of --model."""
+    return [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
+
+
 def refuse_both(resume: bool, fresh: bool, write_test: Path | None = None, dry_run: bool = False) -> None:
     """Raise RecipeError for options that exclude each other, and for a test file that exists."""
     for first, second, both in (
@@ -183,11 +154,4 @@ def refuse_both(resume: bool, fresh: bool, write_test: Path | None = None, dry_r
         )
 
 
-COMMANDS = {name: _command(name) for name in SUMMARIES if name != LAUNCH}
-launch_app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
-launch_app.command("local")(_command(LAUNCH))
-
-
-@launch_app.callback()
-def _launch() -> None:
-    pass
+COMMANDS = {name: _command(name) for name in SUMMARIES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.options import AsJson, Fresh, Offline, RunArgument
-from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.cli.output_streams import handled, handled_by_all, print_json, stderr_console
 from llmtune.errors import GateFailed
 from llmtune.launch.python_api import names_remote
 from llmtune.records import Json
 from llmtune.store.process_environment import gc_paused, prepare_environment
+from llmtune.store.processes import world_size
 
 if TYPE_CHECKING:
     from llmtune.store.verification import Finding
@@ -68,7 +70,7 @@ def _print_findings(findings: Sequence[Finding]) -> None:
     VisibleConsole(highlight=False).print(table)
 
 
-@handled
+@handled_by_all
 def reproduce(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="The new run folder (default: RUN-reproduced).")] = None,
@@ -91,17 +93,20 @@ def reproduce(
     threads = threads or read_lock(run / LOCK).get("threads")
     prepare_environment(network=names_remote(recipe_of_run(folder).recipe) and not offline, threads=threads)
     with gc_paused():
-        from llmtune.launch.local_processes import process_executor
-        from llmtune.launch.topology import Topology
         from llmtune.reproduce import Tolerances, explain, processes_of
         from llmtune.reproduce import reproduce as train_again
 
-    topology = Topology(processes_of(folder), folder.facts("train").get("strategy", "ddp"))
-    executor = process_executor(topology, threads=threads) if topology.processes > 1 else None
+    if (count := processes_of(folder)) > 1 == world_size():
+        from llmtune.launch.local_processes import launch
+        from llmtune.launch.topology import Topology
+
+        topology = Topology(count, folder.facts("train").get("strategy", "ddp"))
+        launch(["-m", "llmtune", *sys.argv[1:]], topology, stderr_console(), threads=threads)
+        return
     tolerances = Tolerances(loss_tolerance, score_tolerance)
-    result = train_again(
-        run, stderr_console(), out=out, fresh=fresh, offline=offline, tolerances=tolerances, executor=executor
-    )
+    result = train_again(run, stderr_console(), out=out, fresh=fresh, offline=offline, tolerances=tolerances)
+    if not result:
+        return
     if as_json:
         print_json(result | ({} if result["equal"] else {"problems": [vars(explain(result))]}))
         if not result["equal"]:

@@ -20,7 +20,7 @@ from llmtune.evaluate.metric import Measure, measure_right, measure_shares
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.shared_prefix import most_likely, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, count_processes, over_processes, run_in_batches
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
 from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.device import compute_context, resolve_dtype
@@ -28,6 +28,7 @@ from llmtune.model.memory_plan import context_length
 from llmtune.recipe.task_facts import CUT_METRIC
 from llmtune.records import Advance, Collate
 from llmtune.report.render_terminal import counting_bars
+from llmtune.store.processes import world_size
 
 
 @dataclass(frozen=True)
@@ -279,5 +280,5 @@ def add_bar(bars: Progress, name: str, total: int) -> Callable[[int], None]:
     """Add a bar and return what moves it; where there is no terminal, a line says what begins."""
     if not bars.console.is_terminal:
         bars.console.print(f"{name}: {total:,} rows", highlight=False)
-    bar = bars.add_task(name, total=-(-total // count_processes()))
+    bar = bars.add_task(name, total=-(-total // world_size()))
     return lambda rows: bars.advance(bar, rows)

@@ -19,11 +19,11 @@ from llmtune.evaluate.token_batches import (
     GENERATION_BUDGET,
     TOKEN_BUDGET,
     budget_for,
-    count_processes,
     over_processes,
     run_in_batches,
 )
 from llmtune.model.device import compute_context
+from llmtune.store.processes import world_size
 
 MOST_WINDOWS = 512
 """Windows of a long text that lm-eval hands over at a time; they are cut into batches here."""
@@ -132,7 +132,7 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
 
         Several processes share them, but where answers are `drawn`: a draw depends on the answers beside it.
         """
-        self.asked += count if drawn else -(-count // count_processes())
+        self.asked += count if drawn else -(-count // world_size())
         self.bars.update(self.bar, total=self.asked)
 
         def share(own: Sequence[int]) -> list[dict[int, Answer]]:

@@ -36,6 +36,8 @@ class SavedSums(TypedDict):
     correct: list[float | None]
     tokens: list[float | None]
     target_bytes: list[float | None]
+    first_nats: list[float | None]
+    first_tokens: list[float | None]
 
 
 class SavedPart(TypedDict):

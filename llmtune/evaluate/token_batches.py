@@ -16,6 +16,7 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import move_to, read_inputs
 from llmtune.model.device import fits_in_memory, release_memory
 from llmtune.records import Advance, Example
+from llmtune.store.processes import world_size
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 """Positions in one batch, padding included, for losses and likelihoods."""
@@ -108,14 +109,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def count_processes() -> int:
-    """Return in how many processes this evaluation is made."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 def over_processes(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
     """Return `work(items)`, a result for each, where every process does every Nth item; all of them have to call it."""
-    count = count_processes()
+    count = world_size()
     if count == 1:
         return list(work(items))
     own = items[distributed.get_rank() :: count]
@@ -127,6 +123,6 @@ def over_processes(items: Sequence[Item], work: Callable[[Sequence[Item]], Seque
 def of_first_process(value: Result | None) -> Result:
     """Return the `value` of the first process in all of them; all have to call it."""
     values = [value]
-    if count_processes() > 1:
+    if world_size() > 1:
         distributed.broadcast_object_list(values)
     return cast(Result, values[0])

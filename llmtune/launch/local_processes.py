@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -24,26 +25,18 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from llmtune import errors
-from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, Stopped
-from llmtune.executor import Executor
-from llmtune.launch.machines import Board, joined_board, own_address
-from llmtune.launch.topology import Topology
-from llmtune.launch.worker import LAST_WORDS, PARENT, QUIET, RESULTS
+from llmtune.errors import BY_EXIT_CODE, EnvironmentProblem, LlmtuneError, LostProcess, Problem, RecipeError, Stopped
+from llmtune.launch.topology import Topology, why_not
+from llmtune.recipe.loader import load_recipe
 from llmtune.records import Json
-from llmtune.session import trained_name
 from llmtune.store.atomic_files import read_json
+from llmtune.store.processes import ERROR, LEFT, STRATEGY, WORDS, rebuild
 
-if TYPE_CHECKING:
-    from llmtune.records import Examples, ModelRef
-    from llmtune.session import RunContext
-
-TRAIN_RUN = "llmtune.launch.worker:train_run"
-EVALUATE_RUN = "llmtune.launch.worker:evaluate_run"
 SAVE_SECONDS = 300
 """How long workers may take to finish their step and save after a signal, before they are killed."""
 JOIN_SECONDS = 900
 """How long the machines of a run wait for each other before processes start, for the first time or again."""
+TRY_SECONDS = 5
 CARDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Environment variables that name the network card of a machine."""
 SHOWN_LINES = 8
@@ -51,101 +44,61 @@ SHOWN_LINES = 8
 
 
 class WorkerBug(RuntimeError):
-    """A worker failed in a way that no user can fix; the message is its traceback."""
+    """A process failed in a way that no user can fix; the message is its traceback."""
 
 
-def process_executor(topology: Topology, board: Board | None = None, *, threads: int | None = None) -> Executor:
-    """Return what the pipeline works with: it adapts, trains and evaluates in workers, all else stays in the parent.
+@dataclass(frozen=True)
+class Death:
+    """How a process ended: its exit code (a signal is negative), when, and its last words."""
 
-    Raises EnvironmentProblem where there are too few GPUs.
+    code: int
+    time: float
+    words: list[str]
+
+
+def words_of(
+    *, out: Path | None, resume: bool, fresh: bool, lock: Path | None, offline: bool, quiet: bool, as_json: bool
+) -> list[str]:
+    """Return options of `llmtune run` as its words."""
+    flags = {"--resume": resume, "--fresh": fresh, "--offline": offline, "--quiet": quiet, "--json": as_json}
+    named = {"--out": out, "--lock": lock}
+    words = [word for name, value in named.items() if value is not None for word in (name, str(value))]
+    return [*words, *(name for name, on in flags.items() if on)]
+
+
+def launch_run(
+    recipe: str | Path, sets: Sequence[str], options: Sequence[str], topology: Topology, console: Console, **how: Any
+) -> None:
+    """Run `llmtune run RECIPE` in the processes of this machine; `options` are more of its words, `how` as in `launch`.
+
+    Raises what `launch` raises, and RecipeError for a recipe that the strategy cannot do.
     """
-    _check_devices(topology)
-
-    def train(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, train_inputs: str) -> None:
-        context.begin("adapt")
-        with context.step("train", train_inputs, [trained_name(context.recipe)], always=True) as step:
-            found = launch_local(
-                [str(context.folder.path.resolve()), topology.strategy],
-                topology,
-                context.console,
-                board=board,
-                threads=threads,
-                on_notes=lambda notes: context.folder.note(**notes),
-            )
-            # Inside: once training counts as done, nothing would note adapt any more.
-            with context.folder.step("adapt", adapt_inputs, always=True) as adapted:
-                adapted.facts.update(found["adapt"])
-            step.facts.update(found["train"], processes=topology.layout.processes, strategy=topology.strategy)
-
-    def score(context: RunContext, *_: object, folder: Path) -> None:
-        base = "" if context.base is None else str(context.base.resolve())
-        arguments = [str(context.folder.path.resolve()), str(folder.resolve()), base]
-        launch_local(arguments, topology, context.console, entry=EVALUATE_RUN, board=board, threads=threads)
-
-    return Executor(train, score)
+    loaded = load_recipe(recipe, sets)
+    RecipeError.collect(why_not(topology.strategy, loaded.recipe))
+    chosen = [word for one in sets for word in ("--set", one)]
+    until = how.pop("until", "run")
+    launch(["-m", "llmtune", until, str(recipe), *chosen, *options], topology, console, **how)
 
 
-def launch_local(
-    worker_args: Sequence[str],
-    topology: Topology,
-    console: Console,
-    *,
-    entry: str = TRAIN_RUN,
-    board: Board | None = None,
-    threads: int | None = None,
-    on_notes: Callable[[Json], None] = lambda notes: None,
-) -> Any:
-    """Run `entry(*worker_args)` in the processes of this machine and, with a board, of the others; return the result.
+def launch(words: Sequence[str], topology: Topology, console: Console, *, threads: int | None = None) -> None:
+    """Run `python WORDS` in the processes of this machine, and with several machines in those of the others too.
 
-    It is what rank 0 returned. `threads` (default: all cores) are divided among the workers. SIGINT and SIGTERM are
-    passed on; a second one kills. `on_notes` gets what `worker.note` was told, also after a failure.
+    `threads` (default: all cores) are divided among the processes. A SIGINT or SIGTERM is passed on; a second kills.
 
     Raises:
-        LlmtuneError: what the first failing worker raised, with its rank.
-        EnvironmentProblem: a worker was killed by the system, or a machine is gone.
-        WorkerBug: a worker ended with a traceback.
-    """
-    meet = uuid.uuid4().hex if board is None else board.post(entry, [*worker_args])
-    found, stopped_by = _run_workers([entry, *worker_args], topology, console, meet, threads)
-    if board and stopped_by is not None:
-        board.close(meet)
-    others, gone = board.collect() if board else ([], [])
-    found = sorted([*found, *others], key=lambda one: float(one["time"]))
-    results = {one["name"]: one["value"] for one in found}
-    if "notes.json" in results:
-        on_notes(results["notes.json"])
-    if "result.json" in results and not any("signal" in one for one in found):
-        return results["result.json"]
-    raise _explain(found, stopped_by, gone)
-
-
-def serve_machine(topology: Topology, recipe: str, console: Console, *, threads: int | None = None) -> None:
-    """On another machine than 0: start what machine 0 posts, until its run ends; `recipe` is a hash.
-
-    Raises LlmtuneError: the run ended with it, machine 0 is gone, or this machine was told to stop.
+        LlmtuneError: what the first failing process ended with, with its rank.
+        EnvironmentProblem: there are too few GPUs, a process was killed by the system, or a machine is gone.
+        WorkerBug: a process ended with a traceback.
     """
     _check_devices(topology)
-    done = 0
-    with joined_board(topology, recipe, console) as board:
-        while (job := board.next_job(done)) is not None:
-            done = job["number"]
-            found, stopped_by = _run_workers([job["entry"], *job["arguments"]], topology, console, job["meet"], threads)
-            board.report(done, found)
-            if stopped_by is not None:
-                board.close(job["meet"])
-                raise _explain(found, stopped_by, [])
-
-
-def _run_workers(
-    command: list[str], topology: Topology, console: Console, meet: str, threads: int | None
-) -> tuple[list[Json], signal.Signals | None]:
-    """Run the workers of this machine; return what they left behind, and the signal that stopped all of them."""
+    if topology.machines > 1:
+        _check_address(topology)
     share = max(1, (threads or _count_cores()) // topology.processes)
     failures: dict[int, ProcessFailure] = {}
     stopped_by, trouble = None, None
     with (
         tempfile.TemporaryDirectory(prefix="llmtune-") as place,
-        _surroundings(share, Path(place), topology, quiet=console.quiet) as address,
+        _surroundings(share, Path(place), topology) as address,
     ):
         with _no_orphans(), _deaths_shown(console, topology):
             machines = f" of each of {topology.machines} machines" if topology.machines > 1 else ""
@@ -153,19 +106,25 @@ def _run_workers(
             console.print(
                 f"{topology.processes} process{plural}{machines}, of {share} thread{'s' if share > 1 else ''} each."
             )
+            if topology.rank:
+                console.print(f"Machine {topology.rank} of {topology.machines}: waiting for {topology.address}.")
             try:
-                launch = elastic_launch(_configure(topology, place, meet, address), sys.executable)
-                launch("-m", "llmtune.launch.worker", *command)
+                elastic_launch(_configure(topology, place, address), sys.executable)(*words)
+                return
             except ChildFailedError as error:
                 failures = error.failures
             except SignalException as stop:
                 stopped_by = signal.Signals(stop.sigval)
             except (RendezvousError, DistError) as error:
-                trouble = f"the machines did not come together: {error}"
-        found = [*_read_left(Path(place)), *(_describe_death(Path(place), *one) for one in failures.items())]
-    if trouble is not None:
-        found.append({"name": "trouble", "time": time.time(), "value": trouble})
-    return found, stopped_by
+                trouble = str(error)
+        left = {number: read_json(Path(place) / ERROR.format(number)) for number in _ranks(Path(place))}
+        raise _explain(left, {r: _describe_death(Path(place), r, f) for r, f in failures.items()}, stopped_by, trouble)
+
+
+def _ranks(place: Path) -> list[int]:
+    """Return the processes that left an error, the first of them first."""
+    files = sorted(place.glob(ERROR.format("*")), key=lambda file: file.stat().st_mtime)
+    return [int(file.stem.removeprefix("rank-")) for file in files]
 
 
 def _count_cores() -> int:
@@ -183,18 +142,21 @@ def _check_devices(topology: Topology) -> None:
         )
 
 
-def _configure(topology: Topology, place: str, meet: str, address: str) -> LaunchConfig:
-    late: Json = {"shutdown_timeout": SAVE_SECONDS}  # not in every torch that is supported
+def _configure(topology: Topology, place: str, address: str) -> LaunchConfig:
+    late: dict[str, Any] = {"shutdown_timeout": SAVE_SECONDS}  # not in every torch that is supported
     known = {field.name for field in fields(LaunchConfig)}
+    # torch unpickles what is at the rendezvous: on one machine that is a file, which nobody else can write.
     alone = topology.machines == 1
+    meeting: dict[str, Any] = {"timeout": JOIN_SECONDS, "join_timeout": JOIN_SECONDS}
+    meeting |= {"store_type": "file"} if alone else {"is_host": topology.rank == 0}
     return LaunchConfig(
         min_nodes=topology.machines,
         max_nodes=topology.machines,
         nproc_per_node=topology.processes,
-        run_id=meet,
+        run_id=uuid.uuid4().hex if alone else "llmtune",
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0" if alone else str(topology.address),
-        rdzv_configs={"timeout": JOIN_SECONDS, "join_timeout": JOIN_SECONDS, "is_host": topology.rank == 0},
+        rdzv_endpoint=f"{place}/rendezvous" if alone else str(topology.address),
+        rdzv_configs=meeting,
         local_addr=address,
         max_restarts=topology.max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=place),
@@ -203,20 +165,20 @@ def _configure(topology: Topology, place: str, meet: str, address: str) -> Launc
 
 
 @contextmanager
-def _surroundings(threads: int, place: Path, topology: Topology, *, quiet: bool) -> Iterator[str]:
+def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str]:
     """Set what workers inherit, and keep torch's launcher quiet; afterwards all of it is as before, signals too.
 
     Gives the address of this machine for the others.
     """
     environment = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    os.environ |= {RESULTS: str(place), PARENT: str(os.getpid())} | ({QUIET: "1"} if quiet else {})
+    os.environ |= {LEFT: str(place), STRATEGY: topology.strategy, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if topology.machines > 1 or topology.max_restarts:
         # torch's shared store keeps the addresses of those that are gone, for whoever starts again.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     address, card = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
     if topology.machines > 1:
-        address, interface = own_address(topology)
+        address, interface = _own_address(topology)
         os.environ |= {name: os.environ.get(name, interface) for name in CARDS if interface}
     elif not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", card)
@@ -268,75 +230,115 @@ def _deaths_shown(console: Console, topology: Topology) -> Iterator[None]:
         logger.removeFilter(show)
 
 
-def _read_left(place: Path) -> list[Json]:
-    """Return what workers left behind: notes, a result, and why they ended."""
-    files = sorted(place.glob("*.json"))
-    return [{"name": file.name, "time": file.stat().st_mtime, "value": read_json(file)} for file in files]
-
-
-def _describe_death(place: Path, rank: int, failure: ProcessFailure) -> Json:
-    """Return the signal that a process ended by (0: none), and its last words."""
-    log = place / LAST_WORDS.format(rank)
+def _describe_death(place: Path, number: int, failure: ProcessFailure) -> Death:
+    """Return how a process ended, and its last words."""
+    log = place / WORDS.format(number)
     said, fatal, dump = (log.read_text(errors="replace") if log.exists() else "").partition("Fatal Python error")
     words = said.splitlines()[-SHOWN_LINES:] + (fatal + dump).splitlines()[:SHOWN_LINES]
-    died = {"rank": rank, "signal": max(0, -failure.exitcode), "exit": failure.exitcode, "words": words}
-    return {"name": "death", "time": float(failure.timestamp), **died, "value": None}
+    return Death(failure.exitcode, float(failure.timestamp), words)
 
 
-def _explain(found: Sequence[Json], stopped_by: signal.Signals | None, gone: Sequence[int]) -> Exception:
-    """Turn what the workers left behind into the error of the one that failed first.
+def _explain(
+    left: Mapping[int, Json], deaths: Mapping[int, Death], stopped_by: signal.Signals | None, trouble: str | None
+) -> BaseException:
+    """Turn what the processes left behind into the error of the one that failed first.
 
-    When one fails, its peers lose their connection and fail too: an error with a message goes before a death by signal,
-    that before a machine that is gone, that before a traceback, and a worker that was told to stop comes last.
+    When one fails, its peers lose their connection and fail too: an error with a message comes before a death by
+    signal, that before a traceback, and a process that was told to stop comes last.
     """
-    left = [(int(one["name"][5:-5]), one["value"]) for one in found if one["name"].startswith("rank-")]
-    named = [(rank, value) for rank, value in left if "kind" in value]
-    for rank, value in named:
-        if value["kind"] != Stopped.__name__:
-            return _rebuild(rank, value)
+    named = {number: value for number, value in left.items() if "kind" in value}
+    for value in named.values():
+        if value["kind"] not in (Stopped.__name__, LostProcess.__name__):
+            return _named(value, [number for number in named if named[number]["problems"] == value["problems"]])
     if stopped_by is None:
-        for one in found:
-            if one.get("signal", 0) not in (0, signal.SIGTERM, signal.SIGINT):
-                return _killed(one["rank"], one["signal"], one["words"])
-        if gone:
-            who = f"machine {' and '.join(map(str, gone))}"
-            fix = "The same command on each machine goes on from the last checkpoint."
-            return EnvironmentProblem.of("does not answer any more", who, fix)
-        for rank, value in left:
+        for number, death in sorted(deaths.items(), key=lambda one: one[1].time):
+            if -death.code > 0 and -death.code not in (signal.SIGTERM, signal.SIGINT):
+                return _killed(number, -death.code, death.words)
+        for number, value in left.items():
             if "traceback" in value:
-                return WorkerBug(f"process {rank} failed:\n{value['traceback']}")
-    for _, value in named:
-        return Stopped(*(Problem(*problem) for problem in value["problems"]), signal_number=value["exit"] - 128)
-    for one in found:
-        if one["name"] == "trouble":
-            fix = "Give the same command on each machine, with a --rank of its own."
-            return EnvironmentProblem.of(one["value"], "--address", fix)
-    ends = [one["signal"] for one in found if one["name"] == "death"]
-    if stopped_by is not None or (ends and all(ends)):
-        number = stopped_by or signal.Signals(ends[0])
-        what = f"stopped by {number.name} before a checkpoint was saved"
-        return Stopped(Problem(what, fix="The same command again goes on."), signal_number=int(number))
-    deaths = {one["rank"]: one["exit"] for one in found if one["name"] == "death"}
-    return WorkerBug(f"workers ended with the exit codes {deaths} and said nothing")
+                return WorkerBug(f"process {number} failed:\n{value['traceback']}")
+    for number, value in sorted(named.items(), key=lambda one: one[1]["kind"] != Stopped.__name__):
+        return rebuild(value) if value["kind"] == Stopped.__name__ else _named(value, [number])
+    if trouble is not None:
+        fix = "Give the same command on each machine, with a --rank of its own."
+        return EnvironmentProblem.of(f"the machines did not come together: {trouble}", "--address", fix)
+    codes = {number: death.code for number, death in deaths.items()}
+    signals = {signal.SIGTERM, signal.SIGINT} & {abs(code) % 128 for code in codes.values()}
+    if stopped_by is not None or signals:
+        ended = stopped_by or signals.pop()
+        what = f"stopped by {ended.name} before a checkpoint was saved"
+        return Stopped(Problem(what, fix="The same command again goes on."), signal_number=int(ended))
+    if said := [code for code in codes.values() if code in BY_EXIT_CODE]:
+        return SystemExit(said[0])  # with --json it has printed why
+    return WorkerBug(f"processes ended with the exit codes {codes} and said nothing")
 
 
-def _rebuild(rank: int, found: Json) -> LlmtuneError:
-    kind: type[LlmtuneError] = getattr(errors, found["kind"])
-    problems = [Problem(*problem) for problem in found["problems"]]
-    first = problems[0]
-    place = f"process {rank}" if first.where is None else f"process {rank}, {first.where}"
-    return kind(Problem(first.what, place, first.fix), *problems[1:])
+def _named(left: Json, ranks: Sequence[int]) -> LlmtuneError:
+    """Return the error that processes left, with the rank of one that had it alone."""
+    error = rebuild(left)
+    first = error.problems[0]
+    alone = f"process {ranks[0]}" if len(ranks) == 1 and ranks[0] else None
+    place = first.where if alone is None else ", ".join(filter(None, (alone, first.where)))
+    named = type(error)(replace(first, where=place), *error.problems[1:])
+    named.exit_code = error.exit_code
+    return named
 
 
-def _killed(rank: int, number: int, words: Sequence[str]) -> EnvironmentProblem:
+def _killed(rank: int, number: int, words: Sequence[str]) -> LlmtuneError:
     fix = "The same command again goes on from the last checkpoint."
     if number == signal.SIGKILL:
         fix = f"Most often the system had too little memory: start fewer processes. {fix}"
     last = "".join(f"\n    {line}" for line in words)
-    problem = EnvironmentProblem.of(
+    return EnvironmentProblem.of(
         f"process {rank} was killed by {signal.Signals(number).name}{'; its last words:' if last else ''}{last}",
         f"process {rank}",
         fix,
     )
-    assert isinstance(problem, EnvironmentProblem)
-    return problem
+
+
+def _check_address(topology: Topology) -> None:
+    """Raise EnvironmentProblem where machine 0 cannot listen at the address; torch would try for minutes.
+
+    Another machine waits until somebody listens there.
+    """
+    end = time.monotonic() + JOIN_SECONDS
+    while topology.rank:
+        try:
+            socket.create_connection((topology.host, topology.port), timeout=TRY_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end or isinstance(error, socket.gaierror):
+                fix = "Start the same command with --rank 0 there, and see that the port can be reached."
+                what = f"machine 0 cannot be reached: {error}"
+                raise EnvironmentProblem.of(what, f"--address {topology.address}", fix) from error
+            time.sleep(1)
+    dual = socket.has_dualstack_ipv6()
+    try:
+        with (
+            socket.create_server(
+                ("", topology.port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
+            ) as server,
+            socket.create_connection((topology.host, topology.port), timeout=TRY_SECONDS),
+        ):
+            server.settimeout(TRY_SECONDS)
+            server.accept()[0].close()
+    except OSError as error:
+        fix = "Give the address of this machine (machine 0) and a free port."
+        raise EnvironmentProblem.of(f"cannot listen: {error}", f"--address {topology.address}", fix) from error
+
+
+def _own_address(topology: Topology) -> tuple[str, str | None]:
+    """Return this machine's number on the network of machine 0, and the interface that has it.
+
+    Raises EnvironmentProblem where there is no way to machine 0.
+    """
+    family = socket.getaddrinfo(topology.host, topology.port, type=socket.SOCK_STREAM)[0][0]
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect((topology.host, topology.port))
+            number: str = probe.getsockname()[0]
+    except OSError as error:
+        fix = "Check the address, and the network of this machine."
+        raise EnvironmentProblem.of(f"there is no way: {error}", f"--address {topology.address}", fix) from error
+    cards = {one.address: name for name, addresses in psutil.net_if_addrs().items() for one in addresses}
+    return number, cards.get(number)

@@ -8,18 +8,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmtune.errors import RecipeError
+from llmtune import __version__
+from llmtune.errors import Problem, RecipeError
 from llmtune.launch.topology import Topology, why_not
-from llmtune.records import ALONE, SPLITS, Json
+from llmtune.records import SPLITS, Json, Layout
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
+from llmtune.store.processes import once, rank
+from llmtune.store.processes import strategy as stated_strategy
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmtune.launch.machines import Board
     from llmtune.recipe.arguments import Until
     from llmtune.recipe.loader import LoadedRecipe
     from llmtune.recipe.schema import Recipe
@@ -75,19 +77,17 @@ def run(
     sets = [f"{key}={value}" for key, value in texts.items()]
     loaded = load_recipe(recipe, sets)
     folder = default_path(loaded.recipe.name, loaded.fingerprint) if out is None else Path(out)
-    run_recipe(
-        recipe,
-        sets,
-        out=folder,
-        until=until,
-        topology=Topology(processes, strategy) if (processes, strategy) != (1, "ddp") else None,
-        resume=resume,
-        fresh=fresh,
-        lock=None if lock is None else Path(lock),
-        threads=threads,
-        offline=offline,
-        console=make_console(quiet=quiet),
-    )
+    given: Any = {"out": folder, "resume": resume, "fresh": fresh, "offline": offline}
+    given["lock"] = None if lock is None else Path(lock)
+    console = make_console(quiet=quiet)
+    if (processes, strategy) == (1, "ddp"):
+        run_recipe(recipe, sets, **given, until=until, threads=threads, console=console)
+    else:
+        topology = Topology(processes, strategy)
+        from llmtune.launch.local_processes import launch_run, words_of
+
+        words = words_of(**given, quiet=quiet, as_json=False)
+        launch_run(recipe, sets, words, topology, console, until=until, threads=threads)
     return load_run(folder, offline=offline)
 
 
@@ -117,7 +117,7 @@ def run_recipe(
     *,
     out: Path | None,
     until: str,
-    topology: Topology | None = None,
+    layout: Layout | None = None,
     resume: bool = False,
     fresh: bool = False,
     lock: Path | None = None,
@@ -127,82 +127,29 @@ def run_recipe(
     offline: bool = False,
     console: Console,
 ) -> Json:
-    """Run a recipe in this process, or in several; return what report.json holds, on another machine than 0 nothing."""
+    """Run a recipe in this process and those that were started with it; return what report.json holds, in rank 0.
+
+    `layout` is what a dry run plans for.
+    """
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets)
-    if topology is not None:
-        RecipeError.collect(why_not(topology.strategy, loaded.recipe))
+    RecipeError.collect(why_not(stated_strategy(), loaded.recipe))
     prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
-    run = partial(
-        _run_loaded,
-        loaded,
-        out=out,
-        until=until,
-        topology=topology,
-        resume=resume,
-        fresh=fresh,
-        lock=lock,
-        threads=threads,
-        dry_run=dry_run,
-        device=device,
-        offline=offline,
-        console=console,
-    )
-    if topology is None or topology.machines == 1 or dry_run:
-        return run(board=None)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of each attempt
-    from llmtune.launch.machines import opened_board
-
-    given = hash_value(loaded.recipe.model_dump(mode="json"))[:8]
-    if topology.rank:
-        from llmtune.launch.local_processes import serve_machine
-
-        serve_machine(topology, given, console, threads=threads)
-        return {}
-    with opened_board(topology, given) as board:
-        return run(board=board)
-
-
-def _run_loaded(
-    loaded: LoadedRecipe,
-    *,
-    out: Path | None,
-    until: str,
-    topology: Topology | None,
-    resume: bool,
-    fresh: bool,
-    lock: Path | None,
-    threads: int | None,
-    dry_run: bool,
-    device: str | None,
-    offline: bool,
-    console: Console,
-    board: Board | None,
-) -> Json:
-    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
-    from llmtune.store.run_folder import default_path, peek_run
-    from llmtune.store.run_lock import read_pins
+    _agree(loaded)
+    from llmtune.store.run_folder import default_path
 
     path = out or default_path(loaded.recipe.name, loaded.fingerprint)
-    peek_run(path, loaded.fingerprint, resume=resume, fresh=fresh)
-    if lock is not None:
-        read_pins(lock)
-    from llmtune.launch.unchanged_run import find_unchanged, finish_noted, print_unchanged
+    from llmtune.launch.unchanged_run import finish_noted
     from llmtune.report.junit import failures_in_junit
     from llmtune.report.render_terminal import spinner
 
-    with nullcontext() if dry_run else failures_in_junit(path, loaded.recipe.name):
-        for line in marks_left(loaded):
-            console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
-        detected = check_recipe(loaded)
-        if dry_run:
-            from llmtune.data.ingest import TRIED_ROWS
-
-            check_rows(loaded, detected, split_up_to=TRIED_ROWS)
-        known = None if fresh or dry_run or lock else find_unchanged(loaded, path, until)
-        if known is not None:
-            print_unchanged(known, path, console)
+    once(lambda: _peek(loaded, path, resume=resume, fresh=fresh, lock=lock))  # before anything is written there
+    first = rank() == 0
+    with failures_in_junit(path, loaded.recipe.name) if first and not dry_run else nullcontext():
+        known: Json = {}
+        look = partial(_look_first, loaded, path, until, console, known=not (fresh or dry_run or lock), dry_run=dry_run)
+        if once(lambda: bool(known.update(look()) or known)):
             return known
         with spinner(console, "loading the libraries"), gc_paused():
             from llmtune.model.device import check_card
@@ -211,14 +158,53 @@ def _run_loaded(
 
         if device is not None:
             check_card(device)
-        layout = ALONE if topology is None else topology.layout
         options = Options(out, resume, fresh, lock, offline, dry_run, device, until, layout=layout)
-        with nullcontext() if dry_run else finish_noted(loaded, path, until):
-            if topology is None or dry_run:
-                return run_pipeline(loaded, options, console)
-            from llmtune.launch.local_processes import process_executor
+        with finish_noted(loaded, path, until) if first and not dry_run else nullcontext():
+            return run_pipeline(loaded, options, console)
 
-            return run_pipeline(loaded, options, console, process_executor(topology, board, threads=threads))
+
+def _agree(loaded: LoadedRecipe) -> None:
+    """Raise RecipeError in a process that was given something else than rank 0."""
+    own = {
+        "version of llmtune": __version__,
+        "recipe with its --set": hash_value(loaded.recipe.model_dump(mode="json"))[:8],
+        "strategy": stated_strategy(),
+    }
+    theirs = once(lambda: own)
+    RecipeError.collect(
+        Problem(f"{value} here, {theirs[name]} in process 0", name, "Give the same command on each machine.")
+        for name, value in own.items()
+        if value != theirs[name]
+    )
+
+
+def _peek(loaded: LoadedRecipe, path: Path, *, resume: bool, fresh: bool, lock: Path | None) -> None:
+    from llmtune.store.run_folder import peek_run
+    from llmtune.store.run_lock import read_pins
+
+    peek_run(path, loaded.fingerprint, resume=resume, fresh=fresh)
+    if lock is not None:
+        read_pins(lock)
+
+
+def _look_first(loaded: LoadedRecipe, path: Path, until: str, console: Console, *, known: bool, dry_run: bool) -> Json:
+    """Check what needs no torch; return the report of a run that has nothing left to do, if that may be `known`."""
+    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
+    from llmtune.launch.unchanged_run import find_unchanged, print_unchanged
+
+    if again := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        console.print(f"[yellow]All processes are started again ({again} times so far).[/]")
+    for line in marks_left(loaded):
+        console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
+    detected = check_recipe(loaded)
+    if dry_run:
+        from llmtune.data.ingest import TRIED_ROWS
+
+        check_rows(loaded, detected, split_up_to=TRIED_ROWS)
+    report = find_unchanged(loaded, path, until) if known else None
+    if report is not None:
+        print_unchanged(report, path, console)
+    return report or {}
 
 
 def write_test_file(recipe: str, sets: Sequence[str], *, out: Path | None, file: Path, console: Console) -> None:

@@ -73,13 +73,7 @@ class Topology:
         return int(str(self.address).rpartition(":")[2])
 
     def _problems(self) -> Iterator[Problem]:
-        if (option := f"--strategy {self.strategy}") in RETIRED:
-            yield from refuse_retired(option).problems
-        elif self.strategy not in STRATEGIES:
-            instead = INSTEAD.get(
-                self.strategy, f"Use one of {', '.join(STRATEGIES)}.{nearest(self.strategy, STRATEGIES)}"
-            )
-            yield Problem(f"there is no strategy {self.strategy!r}", "--strategy", instead)
+        yield from unknown_strategy(self.strategy)
         if self.processes < 1:
             yield Problem(f"{self.processes}, and there has to be one at least", "--processes", "Set it to 1 or more.")
         if self.rank >= self.machines:
@@ -95,10 +89,19 @@ class Topology:
             yield Problem("has no effect with one machine", "--address", "Omit it, or set --machines.")
 
 
+def unknown_strategy(strategy: str) -> Iterator[Problem]:
+    """Yield what is wrong with the name of a strategy."""
+    if (option := f"--strategy {strategy}") in RETIRED:
+        yield from refuse_retired(option).problems
+    elif strategy not in STRATEGIES:
+        instead = INSTEAD.get(strategy, f"Use one of {', '.join(STRATEGIES)}.{nearest(strategy, STRATEGIES)}")
+        yield Problem(f"there is no strategy {strategy!r}", "--strategy", instead)
+
+
 def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
-    """Return what of a recipe a strategy cannot do, as far as the recipe alone tells."""
-    if strategy == "ddp":
-        return []
+    """Return what of a recipe a strategy cannot do, as far as the recipe alone tells; or why there is no such one."""
+    if strategy != "fsdp":
+        return [*unknown_strategy(strategy)]
     problems, adapter, optim = [], recipe.adapter, recipe.train.optim
     instead = "Use --strategy ddp"
     if what := UNCUT.get(adapter.method):

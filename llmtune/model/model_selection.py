@@ -37,7 +37,7 @@ from llmtune.model.memory_plan import (
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows
+from llmtune.records import Example, Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.process_environment import is_remote_model
 
@@ -86,6 +86,13 @@ class Ranking:
             "side": self.split,
             "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
         }
+
+
+def read_ranking(described: Json) -> Ranking:
+    """Return what JSON holds of a ranking."""
+    refs = {name: read_model_ref(one) for name, one in described["model_refs"].items()}
+    candidates = tuple(Candidate(**one) for one in described["candidates"])
+    return Ranking(refs[described["chosen"]["name"]], candidates, described["rows"], described["split"], refs)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ trains anew, with a schedule of its own length.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,21 @@ from rich.console import Console
 
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.errors import LlmtuneError, Stopped
-from llmtune.model.model_selection import Candidate, Ranking, none_left
+from llmtune.model.model_selection import (
+    Candidate,
+    ChooseTask,
+    Ranking,
+    none_left,
+    rank_candidates,
+    resolve_candidates,
+    show_ranking,
+)
 from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import with_length
-from llmtune.store.atomic_files import hash_value
-from llmtune.store.run_folder import read_run
+from llmtune.records import Json, Rows
+from llmtune.store.atomic_files import hash_file, hash_value, plain
+from llmtune.store.run_folder import RunFolder, read_run
 from llmtune.store.seed_runs import without_gates, without_seeds
 
 FOLDER = "trials"
@@ -52,6 +63,30 @@ def successive_halving(
     if not running:
         raise none_left(out)
     return replace(ranking, chosen=ranking.model_refs[running[0].name], candidates=(*running, *behind, *out))
+
+
+def known_or_ranked(
+    recipe: Recipe, choose: ChooseTask, rows: Rows, console: Console, run: RunFolder, device: str, offline: bool
+) -> Json:
+    """Return the hash of what a choice depends on, with the model that was chosen by the same, or a ranking of all."""
+    model = recipe.model
+    there, _ = resolve_candidates(recipe, choose, console, device, offline)
+    template = hash_file(Path(model.chat_template)) if model.chat_template else None
+    settings = [model.model_dump(mode="json"), [one.content_hash for one in there], template]
+    inputs = hash_value([rows.content_hash, [*settings, recipe.data.max_length, device]])
+    known = run.findings.get("ranking")
+    if known is not None and known["inputs"] == inputs:
+        return {"inputs": inputs, "chosen": known["chosen"]}
+    ranking = rank_candidates(recipe, choose, rows, console, run.path / "model", device, offline)
+    return {"inputs": inputs, "chosen": None, "ranking": plain(ranking)}
+
+
+def note_ranking(ranking: Ranking, inputs: str, run: RunFolder, console: Console) -> None:
+    """Keep what was chosen from which inputs; after trials, show the ranking that they made and remove them."""
+    if any(candidate.steps for candidate in ranking.candidates):
+        show_ranking(ranking, console, run.path / "model")
+    run.note(ranking={"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()})
+    shutil.rmtree(run.path / "model" / FOLDER, ignore_errors=True)
 
 
 def trial_folder(run: Path, name: str, steps: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,8 @@ def prepare_environment(*, network: bool, threads: int | None = None) -> None:
     if threads is not None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):  # the last one is the tokenizers'
             os.environ[name] = str(threads)
+        if "torch" in sys.modules:  # several processes have met through it before
+            sys.modules["torch"].set_num_threads(threads)
 
 
 @contextmanager

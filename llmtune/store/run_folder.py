@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, cast
@@ -25,11 +25,15 @@ from llmtune.store.atomic_files import (
     read_json_lines,
     remove,
     write_json,
+    write_text,
 )
 from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
+from llmtune.store.processes import rank
 from llmtune.store.profile import Meter
 
 MANIFEST, METRICS = "run.json", "metrics.jsonl"
+BUDGET = ".micro_batch_tokens"
+"""What a process but the first leaves when its memory ran out."""
 OWN_FOLDERS = (
     *("data", "model", "adapter", "weights", "checkpoints", "trackers"),
     *("evaluation", "merged", "gguf", "explain", "seeds"),
@@ -103,8 +107,22 @@ class RunFolder:
         self.findings.update(findings)
         self.write()
 
+    def note_budget(self, tokens: int) -> None:
+        """Keep a micro-batch budget that became smaller; of a process that may be the only one to know."""
+        self.note(micro_batch_tokens=tokens)
+        if rank():
+            write_text(self.path / BUDGET, str(tokens))
+
+    def take_budget(self) -> None:
+        """Put the budget that another process left into the findings."""
+        with suppress(FileNotFoundError, ValueError):
+            self.findings["micro_batch_tokens"] = int((self.path / BUDGET).read_text())
+            (self.path / BUDGET).unlink()
+
     def write(self) -> None:
-        """Write run.json in one step."""
+        """Write run.json in one step; of several processes the first does."""
+        if rank():
+            return
         with explained(self.path):
             write_json(self.path / MANIFEST, self.manifest)
 
@@ -161,6 +179,8 @@ class RunFolder:
             if self.path.is_dir():
                 self.write()
             raise
+        if rank():
+            return
         record |= {"state": "done", "seconds": meter.seconds, "peak_bytes": meter.peak_bytes}
         record["files"] = {output: list_folder(self.path / output) for output in outputs}
         record["outputs"] = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
-from llmtune.errors import LlmtuneError
+from llmtune.store.processes import once, world_size
 
 T = TypeVar("T")
 SILENCE_SECONDS = 1800
@@ -18,7 +18,9 @@ SILENCE_SECONDS = 1800
 
 
 def join_processes(device: str) -> int:
-    """Let this process find the others that it was started with; return how many there are."""
+    """Let this process find the others that it was started with, if any; return how many there are."""
+    if world_size() == 1:
+        return 1
     return int(PartialState(cpu=device == "cpu", timeout=timedelta(seconds=SILENCE_SECONDS)).num_processes)
 
 
@@ -37,13 +39,6 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     return sum_over_processes(accelerator, [float(flag)])[0] > 0
 
 
-def broadcast(accelerator: Accelerator, value: T) -> T:
-    """Return the main process's `value` in every process."""
-    if accelerator.num_processes == 1:
-        return value
-    return cast(T, broadcast_object_list([value])[0])
-
-
 def gather_lists(accelerator: Accelerator, values: list[T]) -> list[T]:
     """Return the lists of all processes joined, in order of rank."""
     return values if accelerator.num_processes == 1 else list(gather_object(values))
@@ -52,23 +47,7 @@ def gather_lists(accelerator: Accelerator, values: list[T]) -> list[T]:
 def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Do `work` in the main process alone, once all have come here, since it may change files that others still read.
 
-    Every process gets its result, or raises the LlmtuneError that it raised.
+    The others wait outside any collective, so it may take as long as it has to. See `once`.
     """
-    if accelerator.num_processes == 1:
-        return work()
     accelerator.wait_for_everyone()
-    result: T | None = None
-    failure: LlmtuneError | None = None
-    if accelerator.is_main_process:
-        try:
-            result = work()
-        except LlmtuneError as error:
-            failure = error
-    # An error as its parts: exceptions lose their problems when they are pickled.
-    kind, problems, result = broadcast(accelerator, (type(failure), failure.problems if failure else (), result))
-    if failure is not None:
-        raise failure
-    if problems:
-        assert issubclass(kind, LlmtuneError)
-        raise kind(*problems)
-    return cast(T, result)
+    return once(work)

@@ -39,7 +39,15 @@ from llmtune.train.failure_report import (
     ruined_weights_error,
     weights_are_numbers,
 )
-from llmtune.train.metrics_log import METRICS, ON_VALIDATION, Display, Line, append_line, show_progress
+from llmtune.train.metrics_log import (
+    METRICS,
+    ON_VALIDATION,
+    Display,
+    Line,
+    append_line,
+    end_trackers,
+    show_progress,
+)
 from llmtune.train.optimizer import averaged_weights, set_mode
 from llmtune.train.preflight import restore_checkpoint, restore_weights, resume, run_preflight, save, shrink_budget
 from llmtune.train.row_losses import add_step, save_row_losses
@@ -103,8 +111,7 @@ def train(
         training = set_up(adapted, examples, task, recipe, folder, console, inputs, sharded)
         measure = metrics_of_validation(training, examples)
         main = training.accelerator.is_main_process
-        console = console if main else Console(quiet=True)
-        if not main and not training.sharded:
+        if not main and not training.sharded:  # else memory may run out in one process alone
             on_budget = lambda tokens: None  # noqa: E731
         half = training.dtype == torch.float16
         state = TrainState(budget=max(budget, training.longest), loss_scale=FIRST_SCALE if half else 1.0)
@@ -128,7 +135,7 @@ def train(
             adapter = _finish(run)
             _stop_if_asked(run)
         if recipe.train.report_to:
-            training.accelerator.end_training()
+            end_trackers(training.accelerator)
         return _summary(run, adapter, resumed)
 
 

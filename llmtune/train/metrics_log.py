@@ -139,6 +139,12 @@ def start_trackers(
             write_json(run / FOLDER / IDS, ids)
 
 
+def end_trackers(accelerator: Accelerator) -> None:
+    """Finish what the trackers have; Accelerate's own way would end the group of processes too."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def log_results(report: Report, trackers: Sequence[str], run: Path, device: str, *, offline: bool) -> None:
     """Send scores, verdict and run folder to the trackers that have the training; offline to those on this machine."""
     names = [name for name in trackers if name in LOCAL_TRACKERS or not offline]
@@ -154,7 +160,7 @@ def log_results(report: Report, trackers: Sequence[str], run: Path, device: str,
     accelerator = Accelerator(cpu=device == "cpu", log_with=names, project_config=tracker_folder(run))
     start_trackers(accelerator, names, report.name, run, None)
     accelerator.log(values, step=report.train["steps"])
-    accelerator.end_training()
+    end_trackers(accelerator)
 
 
 def tracker_folder(run: Path) -> ProjectConfiguration:

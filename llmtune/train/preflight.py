@@ -58,12 +58,11 @@ def run_preflight(
             stack.enter_context(check_compiled(console))
         stack.enter_context(spinner(console, "rehearsing the largest batch, a validation and a checkpoint"))
         pace = _try_heaviest_work(training, state, console, on_budget)
-    if training.accelerator.is_main_process:
-        console.print(
-            f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak {peak_bytes(training.device) / 1e9:.2f} "
-            "GB; a checkpoint was written and read back."
-        )
-        console.print(f"{training.plan.total_steps:,} steps, {_expected_time(training, state, pace)}", highlight=False)
+    console.print(
+        f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak {peak_bytes(training.device) / 1e9:.2f} "
+        "GB; a checkpoint was written and read back."
+    )
+    console.print(f"{training.plan.total_steps:,} steps, {_expected_time(training, state, pace)}", highlight=False)
 
 
 def _expected_time(training: TrainContext, state: TrainState, pace: float) -> str:
@@ -124,8 +123,7 @@ def shrink_budget(
             f"process {training.accelerator.process_index}",
             f"The same command again goes on with micro-batches of {state.budget:,} tokens.",
         )
-    if training.accelerator.is_main_process:
-        console.print(f"[yellow]Out of memory in {occasion}: micro-batches shrink to {state.budget:,} tokens.[/]")
+    console.print(f"[yellow]Out of memory in {occasion}: micro-batches shrink to {state.budget:,} tokens.[/]")
 
 
 def _fits(training: TrainContext, budget: int) -> float | None:
@@ -243,26 +241,26 @@ def resume(training: TrainContext, state: TrainState, divergence: Divergence, co
     """
     found: Checkpoint | Damage | None = None
 
-    def prepare() -> Path | None:
+    def prepare() -> str | None:
         nonlocal found
         sweep(training.checkpoints)
         sweep(training.folder)
         found = newest = newest_checkpoint(training.checkpoints, training.inputs, console)
         # A stop saves a step before its line is written: what goes on writes it, for the second time after a kill.
         cut_back(training.folder / METRICS, newest.state.closed if newest else 0)
-        return newest.folder if newest else None
+        return newest.folder.name if newest else None
 
-    folder = run_on_main(training.accelerator, prepare)
-    if folder is None:
+    name = run_on_main(training.accelerator, prepare)
+    if name is None:
         return None
-    found = found or read_checkpoint(folder)  # the other processes read it too
+    found = found or read_checkpoint(training.checkpoints / name)  # the other processes read it too
     assert isinstance(found, Checkpoint), "it was whole a moment ago"
     restore_checkpoint(training, found)
     budget = min(state.budget, found.state.budget)
     vars(state).update(vars(found.state))
     state.budget = max(budget, training.longest)
     divergence.restore(found.state.divergence)
-    console.print(f"Going on from {folder.name} of {training.plan.total_steps} ({escape(str(folder))}).")
+    console.print(f"Going on from {name} of {training.plan.total_steps} ({escape(str(found.folder))}).")
     return state.step
 
 

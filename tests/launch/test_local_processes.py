@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,12 @@ import pytest
 from rich.console import Console
 from support.process import Watched
 from support.runs import invoke, write_recipe
+from support.together import launch_work
 from support.training import make_recipe, read_metrics, run_training, write_examples
 
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError, Stopped
-from llmtune.launch import machines
-from llmtune.launch.local_processes import WorkerBug, launch_local
+from llmtune.launch import local_processes
+from llmtune.launch.local_processes import WorkerBug, _configure, launch
 from llmtune.launch.topology import Topology
 
 TESTS = Path(__file__).parents[1]
@@ -36,9 +36,7 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
     examples = write_examples(tmp_path / "examples", train=61, validation=7)
     train = {"batch_size": 6, "gradient_checkpointing": True}
     recipe = make_recipe(tmp_path, tiny_llama, train=train)
-    result = launch_local(
-        [str(tmp_path), str(tmp_path / "two")], Topology(2), console, entry="support.workers:train_tiny", threads=2
-    )
+    result = launch_work("train_tiny", [tmp_path, tmp_path / "two"], Topology(2), console, 2)
     one = run_training(tmp_path / "one", recipe, examples)
     assert result["steps"] == one.steps == 22
     pairs = list(zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True))
@@ -84,20 +82,16 @@ def test_the_command_trains_and_evaluates_in_two_processes_as_in_one_and_leaves_
     assert adapted["started"] + adapted["seconds"] <= ended  # a kill loses none
 
 
-def test_threads_are_divided_results_and_notes_come_back_and_the_environment_is_as_before(console):
+def test_threads_are_divided_and_the_environment_is_as_before(console):
     before = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    notes = {}
-    result = launch_local(
-        ["a", "b c"], Topology(2), console, entry="support.workers:succeed", threads=5, on_notes=notes.update
-    )
-    assert result == {"world": 2, "threads": "2", "quiet": False}
-    assert notes == {"heard": ["a", "b c"]}
+    result = launch_work("succeed", ["a", "b c"], Topology(2), console, 5)
+    assert result == {"heard": ["a", "b c"], "world": 2, "threads": "2"}
     assert (dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
     with pytest.raises(DataError) as caught:
-        launch_local([], Topology(2), console, entry="support.workers:fail_in_rank_one")
+        launch_work("fail_in_rank_one", [], Topology(2), console)
     assert caught.value.exit_code == 3
     assert caught.value.problems[0].what == "row 7 has no answer"
     assert caught.value.problems[0].where == "process 1, rows.jsonl:7"
@@ -106,19 +100,19 @@ def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
 
 def test_a_bug_in_one_process_comes_with_its_traceback(console):
     with pytest.raises(WorkerBug, match=r"process 1 failed:\n(.|\n)*ZeroDivisionError: a bug"):
-        launch_local([], Topology(2), console, entry="support.workers:crash_in_rank_one")
+        launch_work("crash_in_rank_one", [], Topology(2), console)
 
 
 def test_a_process_that_the_system_kills_is_named(console):
     with pytest.raises(EnvironmentProblem, match="process 1 was killed by SIGKILL") as caught:
-        launch_local([], Topology(2), console, entry="support.workers:die_in_rank_one")
+        launch_work("die_in_rank_one", [], Topology(2), console)
     assert "too little memory" in caught.value.problems[0].fix
 
 
 @pytest.mark.slow
 def test_a_process_that_is_told_to_stop_before_it_trains_is_no_bug(console):
     with pytest.raises(Stopped, match="stopped by SIGTERM before a checkpoint was saved"):
-        launch_local(["SIGTERM"], Topology(2), console, entry="support.workers:die_in_rank_one")
+        launch_work("die_in_rank_one", ["SIGTERM"], Topology(2), console)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +161,8 @@ def test_after_a_death_all_start_again_from_the_last_checkpoint(strategy, tmp_pa
         killed[0].kill()
 
     threading.Thread(target=kill).start()
-    arguments = [str(tmp_path), str(tmp_path / "run"), strategy]
     topology = Topology(2, strategy, max_restarts=1)
-    launch_local(arguments, topology, console, entry="support.workers:train_tiny", threads=2)
+    launch_work("train_tiny", [tmp_path, tmp_path / "run", strategy], topology, console, 2)
     assert "ended with -9" in console.file.getvalue()
     run_training(tmp_path / "alone", recipe, examples)
     pairs = list(zip(read_metrics(tmp_path / "alone"), read_metrics(tmp_path / "run"), strict=True))
@@ -179,14 +172,14 @@ def test_after_a_death_all_start_again_from_the_last_checkpoint(strategy, tmp_pa
 
 def test_the_last_words_of_a_process_are_shown(console):
     with pytest.raises(EnvironmentProblem, match="process 1 was killed by SIGABRT; its last words:") as caught:
-        launch_local([], Topology(2), console, entry="support.workers:break_in_rank_one")
+        launch_work("break_in_rank_one", [], Topology(2), console)
     assert "the disk is on fire" in str(caught.value)
     assert "Fatal Python error: Aborted" in str(caught.value)
 
 
 def test_an_error_that_comes_again_is_not_tried_again_for_long(console):
     with pytest.raises(DataError, match="row 7 has no answer"):
-        launch_local([], Topology(2, max_restarts=1), console, entry="support.workers:fail_in_rank_one")
+        launch_work("fail_in_rank_one", [], Topology(2, max_restarts=1), console)
 
 
 @pytest.mark.parametrize("entry", ["write_and_wait", pytest.param("train_tiny", marks=pytest.mark.slow)])
@@ -213,46 +206,43 @@ def test_too_few_gpus_are_told_before_rows_are_prepared(here, tiny_llama, chat_r
 
 
 def test_a_port_in_use_and_an_address_of_another_machine_are_refused_at_once(monkeypatch):
-    monkeypatch.setattr(machines, "CONNECT_TRY_SECONDS", 0.5)
+    monkeypatch.setattr(local_processes, "TRY_SECONDS", 0.5)
     with socket.create_server(("", 0)) as taken:
         for address, words in ((f"127.0.0.1:{taken.getsockname()[1]}", "in use"), ("192.0.2.1:29533", "")):
             topology = Topology(1, machines=2, address=address)
-            with (
-                pytest.raises(EnvironmentProblem, match=f"--address {address}: cannot listen: .*{words}"),
-                machines.opened_board(topology, "recipe"),
-            ):
-                pass
+            with pytest.raises(EnvironmentProblem, match=f"--address {address}: cannot listen: .*{words}"):
+                launch(["-c", ""], topology, Console(quiet=True))
 
 
-def test_a_machine_with_other_options_than_machine_0_is_told(monkeypatch, console):
-    monkeypatch.setattr(machines, "END_SECONDS", 0.1)
-    with socket.create_server(("", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    first = Topology(1, machines=2, address=address)
-    second = Topology(1, "fsdp", machines=2, rank=1, address=address)
-    with machines.opened_board(first, "one"):
-        with (
-            pytest.raises(RecipeError, match=r"recipe with its --set: two on this machine, one(.|\n)*--strategy: fsdp"),
-            machines.joined_board(second, "two", console),
-        ):
-            pass
-        with machines.joined_board(replace(second, strategy="ddp"), "one", console) as board:
-            assert board.topology.rank == 1
+def test_what_a_stranger_posts_is_never_run(console, tmp_path):
+    with pytest.raises(WorkerBug, match="process 1 failed"):
+        launch_work("post_code", [tmp_path], Topology(2), console)
+    assert not (tmp_path / "pwned").exists()
 
 
-def test_one_process_can_be_launched_too_and_is_quiet_where_the_command_is():
-    result = launch_local([], Topology(1), Console(quiet=True), entry="support.workers:succeed", threads=3)
-    assert result == {"world": 1, "threads": "3", "quiet": True}
+def test_on_one_machine_the_rendezvous_opens_no_port(tmp_path):
+    config = _configure(Topology(2), str(tmp_path), "127.0.0.1")
+    assert (config.rdzv_configs["store_type"], Path(config.rdzv_endpoint).parent) == ("file", tmp_path)
+
+
+def test_a_process_that_was_given_another_recipe_is_told(here, tiny_llama, chat_rows, console):
+    recipe = write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    with pytest.raises(RecipeError, match=r"process 1, recipe with its --set: .* here, .* in process 0"):
+        launch_work("agree_on_a_recipe", [recipe], Topology(2), console)
+
+
+def test_one_process_can_be_launched_too(console):
+    assert launch_work("succeed", [], Topology(1), console, 3) == {"heard": [], "world": 1, "threads": "3"}
 
 
 PARENT = """
 import sys
 from rich.console import Console
 from llmtune.errors import LlmtuneError
-from llmtune.launch.local_processes import launch_local
+from llmtune.launch.local_processes import launch
 from llmtune.launch.topology import Topology
 try:
-    launch_local(sys.argv[2:], Topology(2), Console(stderr=True), entry=f"support.workers:{sys.argv[1]}")
+    launch(["-m", "support.workers", "/dev/null", *sys.argv[1:]], Topology(2), Console(stderr=True))
 except LlmtuneError as error:
     print(error)
     sys.exit(error.exit_code)

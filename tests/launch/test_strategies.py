@@ -10,10 +10,9 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from support.models import build_llama
 from support.runs import invoke, llmtune, write_recipe
-from support.together import METHODS, TRAIN, assert_same, leave_step_4, train
+from support.together import METHODS, TRAIN, assert_same, launch_work, leave_step_4, train
 from support.training import make_recipe, run_training, write_examples
 
-from llmtune.launch.local_processes import launch_local
 from llmtune.launch.topology import Topology
 
 TESTS = Path(__file__).parents[1]
@@ -84,8 +83,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then
 @pytest.mark.parametrize(("processes", "tied"), [(3, True), (2, False)])
 def test_one_process_reads_the_model_and_the_others_get_their_parts(method, processes, tied, tmp_path, console):
     make_recipe(tmp_path, build_llama(tmp_path / "model", tie_word_embeddings=tied), adapter=METHODS[method])
-    topology = Topology(processes, "fsdp")
-    found = launch_local([str(tmp_path)], topology, console, entry="support.workers:share_tiny", threads=processes)
+    found = launch_work("share_tiny", [tmp_path], Topology(processes, "fsdp"), console, processes)
     assert found == dict.fromkeys(("numbers", "without", "tied", "buffers", "cut"), True)
 
 
@@ -100,9 +98,8 @@ def test_the_more_processes_the_less_memory_each_takes(method, tmp_path, console
         make_recipe(folder, build_llama(folder / "model", **size), train={"max_steps": 2}, adapter=METHODS[method])
         write_examples(folder / "examples", train=16)
         for processes in (1, 4):
-            arguments = [str(folder), str(folder / f"run-{processes}"), "fsdp"]
-            entry = "support.workers:measure_training"
-            found = launch_local(arguments, Topology(processes, "fsdp"), console, entry=entry, threads=4)
+            words = [folder, folder / f"run-{processes}", "fsdp"]
+            found = launch_work("measure_training", words, Topology(processes, "fsdp"), console, 4)
             peaks[processes] = [
                 peak - before for peak, before in zip(found, peaks.get(processes, [0] * 4), strict=False)
             ]

@@ -1,13 +1,17 @@
 """A training in several processes, held against the same in one."""
 
+import json
 import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from llmtune.launch.local_processes import launch_local
+from llmtune.launch.local_processes import launch
 from llmtune.launch.topology import Topology
 from support.training import read_metrics
 
@@ -20,10 +24,19 @@ METHODS = {
 }
 
 
+def launch_work(
+    name: str, words: Sequence[object], topology: Topology, console: Console, threads: int | None = None
+) -> Any:
+    """Run a function of `support.workers` in several processes; return what the first one returns."""
+    with tempfile.TemporaryDirectory() as place:
+        result = Path(place) / "result.json"
+        launch(["-m", "support.workers", str(result), name, *map(str, words)], topology, console, threads=threads)
+        return json.loads(result.read_text())
+
+
 def train(folder: Path, run: str, processes: int, strategy: str, console: Console) -> Path:
     """Train the recipe in `folder` in so many processes; return the run folder."""
-    arguments = [str(folder), str(folder / run), strategy]
-    launch_local(arguments, Topology(processes, strategy), console, entry="support.workers:train_tiny", threads=2)
+    launch_work("train_tiny", [folder, folder / run, strategy], Topology(processes, strategy), console, 2)
     return folder / run
 
 

@@ -1,13 +1,39 @@
-"""What workers of the launcher run in tests; arguments come as text."""
+"""What processes of the launcher run in tests: `python -m support.workers RESULT FUNCTION ARGUMENT...`.
 
+Errors end them as they end a command; what rank 0 returns is written to the file RESULT.
+"""
+
+import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+import typer
+
+from llmtune.cli.app import _report_bug
+from llmtune.cli.output_streams import handled_by_all
 from llmtune.errors import DataError
-from llmtune.launch.worker import QUIET, note
+from llmtune.store.processes import _here, join, leave, once, rank, start, world_size
+
+
+def main() -> None:
+    """Run the function that is named first."""
+    start()
+    sys.excepthook = _report_bug
+    result, name, *words = sys.argv[1:]
+
+    def work() -> None:
+        value = globals()[name](*words)
+        if rank() == 0:
+            Path(result).write_text(json.dumps(value))
+
+    try:
+        handled_by_all(work)()
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    leave()
 
 
 def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]:
@@ -96,9 +122,26 @@ def write_and_wait(folder: str, run: str) -> None:
 
 def succeed(*words: str) -> dict[str, object]:
     """Say how the world looks from rank 0."""
-    note(heard=list(words))
-    world, threads = int(os.environ["WORLD_SIZE"]), os.environ["OMP_NUM_THREADS"]
-    return {"world": world, "threads": threads, "quiet": QUIET in os.environ}
+    return {"heard": list(words), "world": world_size(), "threads": os.environ["OMP_NUM_THREADS"]}
+
+
+def post_code(folder: str) -> None:
+    """Post what would run as a pickle, in the place of what rank 0 says next."""
+    join()
+    if rank() == 0:
+        code = b"cos\nsystem\n(S'touch " + folder.encode() + b"/pwned'\ntR."
+        _here.store.set(f"{_here.name}/once/1", code)
+    else:
+        once(lambda: None)
+    time.sleep(60)
+
+
+def agree_on_a_recipe(recipe: str) -> None:
+    """Run a recipe that is another one in rank 1."""
+    from llmtune.launch.python_api import make_console, run_recipe
+
+    sets = ["train.max_steps=3"] if rank() else []
+    run_recipe(recipe, sets, out=Path(recipe).with_name("run"), until="train", console=make_console())
 
 
 def fail_in_rank_one() -> None:
@@ -128,3 +171,7 @@ def break_in_rank_one() -> None:
         print("the disk is on fire", file=sys.stderr)
         os.abort()
     time.sleep(60)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from support import families
 from support.models import build_gpt2, build_llama
 from support.pairs import DOCUMENTS, LIKED, PAIRS, THUMBS, gradient, learn_a_little, quiet, recipe_of, start_training
 from support.runs import llmtune
+from support.together import launch_work
 from support.training import read_metrics
 from support.variants import predict
 from transformers import AutoModelForCTC
@@ -26,7 +27,6 @@ from llmtune.adapter.merging import merge
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.evaluate.generation import answer_reader, generate
-from llmtune.launch.local_processes import launch_local
 from llmtune.launch.topology import Topology
 from llmtune.model.causal_lm_loss import decoder_inputs, read_inputs, unwrap
 from llmtune.model.processor import load_processor
@@ -373,8 +373,7 @@ def test_several_processes_take_the_steps_of_one(strategy, processes, recipe_fil
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     names = [name for name, case in CELLS.items() if case.method != "qlora" or strategy == "ddp"]
     alone = {name: learn_a_little(recipe_file(name, tmp_path / name)) for name in names}
-    topology = Topology(processes, strategy)
-    together = launch_local([str(tmp_path), strategy], topology, quiet(), entry="support.workers:learn_all", threads=2)
+    together = launch_work("learn_all", [tmp_path, strategy], Topology(processes, strategy), quiet(), 2)
     assert together.keys() == alone.keys()
     for name, steps in alone.items():
         for one, other in zip(steps, together[name], strict=True):

@@ -1,24 +1,60 @@
-"""`launch slurm`: `launch local` in a job of a Slurm cluster; and the schedulers that were retired."""
+"""`launch local` starts the processes of a run; `launch slurm` does so in a job of a cluster."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llmtune.cli.options import AsJson, Lock, ModelName, Offline, Out, Quiet, RecipeArgument, Sets, Threads
+from llmtune.cli.options import (
+    AsJson,
+    DryRun,
+    Fresh,
+    Lock,
+    ModelName,
+    Offline,
+    Out,
+    Quiet,
+    RecipeArgument,
+    Resume,
+    Sets,
+    Threads,
+)
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
-from llmtune.cli.run import MaxRestarts, Processes, Strategy, launch_app
+from llmtune.cli.run import print_dry_run, refuse_both, with_model
 from llmtune.errors import Problem, Stopped
+from llmtune.launch.python_api import run_recipe
 from llmtune.recipe.retired import refuse_retired
 
-app = launch_app
-Machines = Annotated[int, typer.Option("--machines", min=1, help="How many, with --processes on each.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")]
+app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="How many on each machine; a GPU each, or CPU with gloo.")
+]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        help="What each process has of the model: ddp all of it, fsdp a part.",
+        metavar="NAME",
+    ),
+]
+Machines = Annotated[
+    int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
+]
+Rank = Annotated[int, typer.Option("--rank", min=0, help="The number of this machine; 0 does what is done once.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT")
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option("--max-restarts", min=0, help="How often all processes start again when one died, from a checkpoint."),
+]
+NodeCount = Annotated[int, typer.Option("--machines", min=1, help="How many, with --processes on each.")]
+PrintScript = Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Show the log to the end, end as the job does.")]
 Partition = Annotated[str | None, typer.Option("--partition", help="Partition.")]
 Account = Annotated[str | None, typer.Option("--account", help="Account that pays.")]
@@ -43,11 +79,53 @@ Requeue = Annotated[bool, typer.Option("--requeue/--no-requeue", help="Queue aga
 
 @app.command()
 @handled
-def slurm(
+def local(
     recipe: RecipeArgument,
     processes: Processes = 1,
     strategy: Strategy = "ddp",
     machines: Machines = 1,
+    rank: Rank = 0,
+    address: Address = None,
+    max_restarts: MaxRestarts = 0,
+    out: Out = None,
+    sets: Sets = None,
+    model: ModelName = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    lock: Lock = None,
+    threads: Threads = None,
+    dry_run: DryRun = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run here: all steps, by N processes of this machine or of several that train and evaluate together."""
+    from llmtune.launch.topology import Topology
+
+    refuse_both(resume, fresh)
+    sets = with_model(sets, model)
+    topology, console = (
+        Topology(processes, strategy, machines, rank, address, max_restarts),
+        stderr_console(quiet=quiet),
+    )
+    if dry_run:
+        plan = partial(run_recipe, recipe, sets, out=out, until="run", layout=topology.layout, dry_run=True)
+        result = plan(resume=resume, fresh=fresh, lock=lock, threads=threads, offline=offline, console=console)
+        print_json(result) if as_json else print_dry_run(result)
+        return
+    from llmtune.launch.local_processes import launch_run, words_of
+
+    words = words_of(out=out, resume=resume, fresh=fresh, lock=lock, offline=offline, quiet=quiet, as_json=as_json)
+    launch_run(recipe, sets, words, topology, console, threads=threads)
+
+
+@app.command()
+@handled
+def slurm(
+    recipe: RecipeArgument,
+    processes: Processes = 1,
+    strategy: Strategy = "ddp",
+    machines: NodeCount = 1,
     max_restarts: MaxRestarts = 0,
     out: Out = None,
     sets: Sets = None,
@@ -55,7 +133,7 @@ def slurm(
     lock: Lock = None,
     threads: Threads = None,
     offline: Offline = False,
-    dry_run: DryRun = False,
+    dry_run: PrintScript = False,
     follow: Follow = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -76,7 +154,7 @@ def slurm(
     from llmtune.launch.topology import Topology
 
     console = stderr_console(quiet=quiet)
-    sets = [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
+    sets = with_model(sets, model)
     address = "HOST:1" if machines > 1 else None  # the job knows the real one
     topology = Topology(processes, strategy, machines, 0, address, max_restarts)
     job = cluster.plan_job(recipe, sets, out, topology, _forwarded(sets, lock, threads, offline))

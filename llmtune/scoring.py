@@ -1,9 +1,9 @@
-"""What trains and evaluates a run: this process, or several that `llmtune.launch` starts."""
+"""Step 5 at work: base and tuned model scored, and further rows answered by the champion's model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from llmtune.model.device import release_memory
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.session import Models, RunContext, open_finished
+from llmtune.train.distributed import join_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,12 +42,11 @@ def score(
     processor: PreTrainedTokenizerBase,
     rows: Rows,
     examples: Examples,
-    *,
-    folder: Path,
-    keeps: bool = True,
+    folder: Path | None,
 ) -> None:
-    """Evaluate both models and leave the evaluation in `folder`; of several processes one `keeps` it."""
+    """Evaluate both models, all processes together; rank 0 has a `folder`, and leaves the evaluation there."""
     recipe = context.recipe
+    join_processes(context.device)
     models = Models(context, model_ref, processor)
     base = base_inputs(recipe, adapter_settings(recipe), model_ref, rows, examples, context.device)
     evaluation = evaluate(
@@ -58,13 +58,13 @@ def score(
         recipe,
         context.console,
         device=context.device,
-        folder=folder if keeps else None,
+        folder=folder,
         headless=head_is_new(model_ref, recipe, context.task),
         packs=lambda: models.packs,
-        known=load_base(context.base or folder, base),
+        known=load_base(context.base, base),
         challenge=make_challenge(context.folder, partial(ask_champion, context, rows, examples)),
     )
-    if keeps:
+    if folder is not None:
         save_evaluation(evaluation, folder)
 
 
@@ -121,20 +121,3 @@ def measure_champion(
     del model
     release_memory()
     return measure(evaluation, answered, answered), inputs.rows
-
-
-Trainer = Callable[[RunContext, ModelRef, Examples, str, str], None]
-"""Runs adapt and train and leaves both steps done in the manifest; it gets the hashes of their inputs last."""
-Scorer = Callable[..., None]
-"""Evaluates as `score` does, with its arguments."""
-
-
-@dataclass(frozen=True)
-class Executor:
-    """What trains and evaluates: this process, or several."""
-
-    train: Trainer
-    score: Scorer
-
-
-HERE = Executor(RunContext.train_here, score)

@@ -1,0 +1,252 @@
+"""The processes of one run, which all execute the same program: rank 0 alone does what happens `once`.
+
+torchrun, `accelerate launch` and `llmtune launch local` start them, and say through the environment which is which. A
+command that was started by itself is one process, for which all of this is free.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from llmtune import errors
+from llmtune.errors import GateFailed, LlmtuneError, LostProcess, Problem
+from llmtune.records import ALONE, Layout
+from llmtune.store.atomic_files import plain, read_json, write_json
+from llmtune.store.process_environment import prepare_environment
+
+T = TypeVar("T")
+STRATEGY = "LLMTUNE_STRATEGY"
+"""Environment variable: ddp (all of the model in each process) or fsdp (a part)."""
+LEFT = "LLMTUNE_LAUNCHER"
+"""Environment variable: the folder in which processes leave their last words for `llmtune launch local`."""
+WORDS, ERROR = "stderr-{}.log", "rank-{}.json"
+"""In that folder, by rank: what a process wrote, and the error that it ended with."""
+POLL_SECONDS = 0.05
+_BROKEN = ("gloo", "connection closed", "connection reset", "nccl")
+"""Words of what torch raises when another process is gone."""
+LOST_SECONDS = 10
+"""How long a process that lost another one waits for torch's agent to end it, before it reports the loss itself."""
+
+
+class _Meeting:
+    """Where the processes of this start exchange values: torch's store, under a name that no other start has."""
+
+    store: Any = None
+    name = ""
+    count = 0
+    alone = False
+    """Whether rank 0 is in `once`, where nothing is exchanged."""
+    terminal: tuple[int, int] | None = None
+    """Standard output and error as they were, of a process whose own go elsewhere."""
+
+
+_here = _Meeting()
+
+
+def rank() -> int:
+    """Return the number of this process; 0 does what happens once."""
+    return int(os.environ["RANK"]) if _started() > 1 else 0
+
+
+def world_size() -> int:
+    """Return how many processes work together here: all of them, but 1 for what rank 0 does alone."""
+    return 1 if _here.alone else _started()
+
+
+def _started() -> int:
+    known = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ["WORLD_SIZE"]) if known else 1
+
+
+def strategy() -> str:
+    """Return what each process has of the model, as the environment states it."""
+    return os.environ.get(STRATEGY, "ddp")
+
+
+def layout() -> Layout:
+    """Return the processes as the memory plan needs them."""
+    count = _started()
+    machines = count // int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    return Layout(count, machines, sharded=strategy() == "fsdp") if count > 1 else ALONE
+
+
+def start() -> None:
+    """Read what started this process, and let rank 0 alone print; the first thing that a command does."""
+    stated = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(("ACCELERATE_", "FSDP_"))}
+    for name, instead in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "deepspeed")):
+        if stated.get(name, "").lower() == "true":  # all else that accelerate states is the recipe's
+            os.environ[STRATEGY] = instead
+    if stated.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+            print(
+                "accelerate started one process: for several on CPUs use torchrun --nproc-per-node N.", file=sys.stderr
+            )
+    left = os.environ.get(LEFT)
+    if left and (known := read_json(Path(left) / ERROR.format(rank()))) and "exit" in known:
+        sys.exit(known["exit"])  # started again after an error that would come again
+    if left or _started() > 1:
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    if left:
+        faulthandler.enable()
+    if rank():
+        words = Path(left) / WORDS.format(rank()) if left else os.devnull
+        log = os.open(words, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        _here.terminal = os.dup(1), os.dup(2)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Die when torch's agent does, however it ends: an orphan would write into the folder of the next run."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def join() -> None:
+    """Meet the other processes at torch's store, under a fresh name: the store may outlive a restart of all."""
+    if _started() == 1 or _here.store is not None:
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of each attempt
+    prepare_environment(network=True)  # before torch is imported; the recipe says the rest
+    import torch
+    from torch.distributed.rendezvous import rendezvous
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, own, count = next(rendezvous("env://"))
+    if own:
+        me = uuid.uuid4().hex
+        store.set(f"llmtune/hello/{own}", me)
+        _wait_until(lambda: _get(store, f"llmtune/welcome/{own}").startswith(me))
+        _here.name = _get(store, f"llmtune/welcome/{own}").removeprefix(me)
+        store.set(f"{_here.name}/met/{own}", "")
+    else:
+        _here.name = f"/llmtune/{uuid.uuid4().hex}"
+        left = set(range(1, count))
+        while left:
+            for other in sorted(left):
+                store.set(f"llmtune/welcome/{other}", _get(store, f"llmtune/hello/{other}") + _here.name)
+            time.sleep(POLL_SECONDS)
+            left = {other for other in left if not store.check([f"{_here.name}/met/{other}"])}
+    _here.store = store
+
+
+def _get(store: Any, key: str) -> str:
+    return cast(str, store.get(key).decode()) if store.check([key]) else ""
+
+
+def _wait_until(reached: Callable[[], bool]) -> None:
+    """Poll, so that signals are seen and nothing times out."""
+    pause = POLL_SECONDS / 10
+    while not reached():
+        time.sleep(pause)
+        pause = min(2 * pause, 10 * POLL_SECONDS)
+
+
+def once(work: Callable[[], T]) -> T:
+    """Do `work` in rank 0 alone; every process gets its result, or raises its error, however long it takes.
+
+    The result is sent as JSON, since the store does not know who writes to it. All processes have to come here.
+    """
+    if world_size() == 1:
+        return work()
+    join()
+    _here.count += 1
+    key = f"{_here.name}/once/{_here.count}"
+    if rank():
+        _wait_until(lambda: bool(_here.store.check([key])))
+        found = json.loads(_here.store.get(key))
+        if "kind" in found:
+            raise rebuild(found)
+        if "value" not in found:
+            sys.exit(1)  # a bug, which rank 0 reports
+        return cast(T, found["value"])
+    _here.alone, outcome = True, {}
+    try:
+        result = work()
+        outcome = {"value": plain(result)}
+    except LlmtuneError as error:
+        outcome = describe(error) | {"report": None}  # which only rank 0 prints
+        raise
+    finally:
+        _here.alone = False
+        _here.store.set(key, json.dumps(outcome))
+    return result
+
+
+def describe(error: LlmtuneError) -> dict[str, Any]:
+    """Return an error as JSON holds it."""
+    problems = [[problem.what, problem.where, problem.fix] for problem in error.problems]
+    report = plain(error.report) if isinstance(error, GateFailed) else None
+    return {"kind": type(error).__name__, "problems": problems, "exit": error.exit_code, "report": report}
+
+
+def rebuild(described: dict[str, Any]) -> LlmtuneError:
+    """Return the error that `describe` described."""
+    kind: type[LlmtuneError] = getattr(errors, described["kind"])
+    error = kind(*(Problem(*problem) for problem in described["problems"]))
+    error.exit_code = described["exit"]
+    if isinstance(error, GateFailed):
+        error.report = described["report"]
+    return error
+
+
+def reports(error: BaseException) -> bool:
+    """Say whether this process prints the error that it ends with: one of all does.
+
+    Under `llmtune launch local` that is the launcher, which finds the error in a file. Otherwise it is the first
+    process to come here; one that lost the connection to another gives that one time to say why.
+    """
+    folder = os.environ.get(LEFT)
+    if folder is None and _started() == 1:
+        return True
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))  # torch's agent ends the others
+    if folder is not None:
+        if isinstance(error, LlmtuneError):
+            write_json(Path(folder) / ERROR.format(rank()), describe(error))
+        elif not isinstance(error, KeyboardInterrupt):
+            text = "".join(traceback.format_exception(error))
+            write_json(Path(folder) / ERROR.format(rank()), {"traceback": text})
+        return False
+    if isinstance(error, LostProcess):
+        time.sleep(LOST_SECONDS)
+    try:
+        first = rank() == 0 if _here.store is None else _here.store.add(f"{_here.name}/failed", 1) == 1
+    except RuntimeError:  # the machine that has the store is gone
+        first = os.environ.get("LOCAL_RANK") == "0"
+    if first and _here.terminal is not None:
+        os.dup2(_here.terminal[0], 1)
+        os.dup2(_here.terminal[1], 2)
+    return first
+
+
+def lost_process(error: BaseException) -> LlmtuneError | None:
+    """Return the error of a process that lost the connection to another one; None for any other error."""
+    torch = sys.modules.get("torch")
+    if torch is None or _started() == 1 or not isinstance(error, RuntimeError):
+        return None
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not isinstance(error, torch.distributed.DistError) and not any(word in str(error).lower() for word in _BROKEN):
+        return None
+    fix = "The same command again resumes from the last checkpoint."
+    return LostProcess.of(f"lost the connection to another process: {first}", f"process {rank()}", fix)
+
+
+def leave() -> None:
+    """Leave torch's process group, if this process is in one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
