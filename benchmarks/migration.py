@@ -70,6 +70,7 @@ AXOLOTL = {
     "logging_steps": 1,
     "output_dir": "out",
     "sdp_attention": True,
+    **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"), False),
 }
 FEWER = {"gradient_accumulation_steps": 2}
 """Packed sequences hold more tokens than rows do: with fewer of them an epoch still has 20 steps."""

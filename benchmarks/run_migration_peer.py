@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from watch import real_tokens
 
 STOP = "<|im_end|>"
 """Ends each turn, without the line break of ChatML: the other tools learn it, llmtune does not."""
@@ -40,13 +39,9 @@ class Record:
             targets = sorted(settings.target_modules)
             trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
             self.adapter = {"r": settings.r, "alpha": settings.lora_alpha, "targets": targets, "trained": trained}
-        self.open.append(
-            {
-                "tokens": int(real_tokens(inputs)),
-                "learned": int((inputs["labels"][..., 1:] != -100).sum()),
-                "rows": [row for i in range(len(inputs["input_ids"])) for row in cut(inputs, i)],
-            }
-        )
+        rows = [row for i in range(len(inputs["input_ids"])) for row in cut(inputs, i)]
+        learned = int((inputs["labels"][..., 1:] != -100).sum())
+        self.open.append({"tokens": sum(map(len, rows)), "learned": learned, "rows": rows})
 
     def step(self) -> None:
         self.steps.append(
@@ -76,7 +71,8 @@ def cut(inputs: dict[str, Any], index: int) -> list[list[int]]:
     if "position_ids" in inputs:
         positions = inputs["position_ids"][index].tolist()
         borders = [i for i, position in enumerate(positions) if position == 0] + [len(ids)]
-        return [ids[a:b] for a, b in pairwise(borders)]
+        labels = inputs["labels"][index]
+        return [ids[a:b] for a, b in pairwise(borders) if bool((labels[a:b] != -100).any())]  # else it is padding
     kept = mask[index].bool().tolist() if mask is not None else [True] * len(ids)
     return [[token for token, real in zip(ids, kept, strict=True) if real]]
 

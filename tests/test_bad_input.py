@@ -9,6 +9,8 @@ import pytest
 from support.runs import invoke, write_recipe
 from typer.testing import Result
 
+import llmtune.deploy.gguf_readers as gguf_readers
+
 
 @pytest.fixture
 def model(here: Path, tiny_llama: Path) -> Path:
@@ -29,11 +31,14 @@ def run_with(rows: Path, model_folder: Path, *arguments: str, command: str = "ru
     return invoke(command, "tiny.yaml", "--out", "run", *arguments)
 
 
-def test_a_model_that_gguf_cannot_hold_is_refused_before_training(here: Path, tiny_gpt2: Path) -> None:
+def test_a_model_whose_gguf_file_nothing_reads_back_is_refused_before_training(
+    here: Path, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_readers, "has_llama", lambda: False)
     rows = [json.dumps({"text": f"The quick brown fox number {k}."}) + "\n" for k in range(40)]
     (here / "text.jsonl").write_text("".join(rows))
     result = run_with(here / "text.jsonl", tiny_gpt2, task="completion", deploy=["gguf"])
-    expect(result, 4, "'gpt2' cannot be written as GGUF", "qwen2")
+    expect(result, 4, "only llama.cpp reads GGUF files of type 'gpt2'", "pip install llama-cpp-python")
     assert not (here / "run" / "checkpoints").exists()
 
 

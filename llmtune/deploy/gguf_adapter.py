@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader, GGUFType, GGUFWriter, Keys
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys
+from gguf.quants import dequantize, quantize
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from llmtune.deploy.gguf_file import FORMATS, write_tensors
-from llmtune.deploy.gguf_tensors import GgufLayout
+from llmtune.deploy.gguf_converter import FORMATS, TensorLayout
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 
@@ -64,29 +63,39 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
             yield f"{module}.weight", layer
 
 
-def lora_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+def lora_tensors(model: PeftModel, layout: TensorLayout) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the matrices A [rank, in] and B [out, rank] of each module by llama.cpp's names, in float32 on the CPU.
 
     llama.cpp scales each product by alpha / rank with one alpha for all. Where a module has another scaling (rsLoRA,
     alpha_pattern), B takes the rest of it.
     """
-    layout, alpha = GgufLayout(unwrap(model).config), float(_lora_config(model).lora_alpha)
+    alpha = float(_lora_config(model).lora_alpha)
     for weight, layer in lora_layers(model):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         rest = layer.scaling["default"] * a.shape[0] / alpha
-        yield f"{layout.name(weight)}.lora_a", a.detach().float().cpu()
-        yield f"{layout.name(weight)}.lora_b", layout.convert(b, weight) * rest
+        name, converted = layout.convert(b, weight)
+        yield f"{name}.lora_a", a.detach().float().cpu()
+        yield f"{name}.lora_b", converted * rest
 
 
 def write_adapter(model: PeftModel, file: Path, number_format: str, name: str) -> None:
-    """Write the adapter."""
-    writer = GGUFWriter(file, GgufLayout(unwrap(model).config).architecture.name)
+    """Write the adapter; raises EnvironmentProblem where llama.cpp has no name for a module."""
+    layout = TensorLayout(unwrap(model).config)
+    writer = GGUFWriter(file, layout.architecture)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(_lora_config(model).lora_alpha))
     writer.add_file_type(FORMATS[number_format])
-    write_tensors(writer, lambda: lora_tensors(model), number_format)
+    kind = GGMLQuantizationType[number_format.upper()]
+    for tensor_name, tensor in lora_tensors(model, layout):
+        writer.add_tensor(tensor_name, quantize(tensor.contiguous().numpy(), kind), raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def compare_adapter(model: PeftModel, file: Path, number_format: str) -> dict[str, float]:
@@ -98,13 +107,12 @@ def compare_adapter(model: PeftModel, file: Path, number_format: str) -> dict[st
     Raises:
         GateFailed: a module is missing, or its product differs by more than the rounding of the format.
     """
-    layout, reader = GgufLayout(unwrap(model).config), GGUFReader(file)
+    layout, reader = TensorLayout(unwrap(model).config), GGUFReader(file)
     alpha = reader.fields[Keys.Adapter.LORA_ALPHA].contents()
     tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     differences = {}
     for weight, layer in lora_layers(model):
-        name = layout.name(weight)
-        expected = layout.convert(layer.get_delta_weight("default"), weight)
+        name, expected = layout.convert(layer.get_delta_weight("default"), weight)
         a, b = (torch.from_numpy(tensors[f"{name}.lora_{half}"].copy()) for half in "ab")
         actual = alpha / a.shape[0] * (b @ a)
         differences[name] = float((actual - expected).norm() / expected.norm().clamp_min(1e-30))

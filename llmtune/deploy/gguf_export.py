@@ -14,16 +14,15 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge as merge_weights
 from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_adapter, compare_adapter, write_adapter
-from llmtune.deploy.gguf_file import FORMATS, K_QUANTS, find_quantizer, has_llama, write_model
+from llmtune.deploy.gguf_converter import FORMATS, check_convertible
+from llmtune.deploy.gguf_file import K_QUANTS, check_quantizer, has_llama, write_model
 from llmtune.deploy.gguf_readers import GgufReader, check_reader, open_gguf
-from llmtune.deploy.gguf_tensors import find_architecture
 from llmtune.deploy.gguf_vocabulary import (
     NAMES,
     Vocabulary,
     build_tokenizer,
     describe_vocabulary,
     find_pre_tokenizer,
-    read_tokenizer,
     read_vocabulary,
 )
 from llmtune.deploy.ollama_modelfile import MODELFILE, split_template, write_modelfile
@@ -98,7 +97,7 @@ def make_gguf(
         what = f"{number_format!r} is no number format of {kind}.{nearest(number_format, known)}"
         raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(known)}.")
     if number_format in K_QUANTS:
-        find_quantizer()  # before anything is loaded
+        check_quantizer()  # before anything is loaded
     trained_on = training_base(context.recipe, model_ref)
     if onto is not None and (adapter_only or trained_on == "original"):
         what = "an adapter alone has no base to go onto" if adapter_only else "the base was not quantised in training"
@@ -123,9 +122,9 @@ def check_gguf(context: RunContext, model_ref: ModelRef) -> PreTrainedTokenizerB
         raise RecipeError.of(what, "deploy", "Use the adapter as it is, or what `deploy merge` makes.")
     processor = context.read_processor(model_ref)
     config = read_model_config(model_ref, context.recipe.model)
-    find_architecture(config)
-    find_pre_tokenizer(read_tokenizer(processor))
-    check_reader(config.model_type)
+    check_convertible(config)
+    _, pre = find_pre_tokenizer(processor)
+    check_reader(config.model_type, pre)
     return processor
 
 
@@ -181,11 +180,12 @@ class _Export:
     def write_model(self, folder: Path, onto: Onto) -> Certificate:
         """Merge, write the whole model, and read it back."""
         file = folder / f"{self.name}-{self.number_format.upper()}.gguf"
-        with spinner(self.console, "merging and writing"):
+        with spinner(self.console, "merging"):
             merged = merge_weights(self.tuned.adapted, onto)
             config = merged.config
-            write_model(merged, self.vocabulary, file, self.number_format, self.name)
-            del merged
+        shown = self.console.is_terminal and not self.console.quiet
+        write_model(merged, self.tuned.processor, self.vocabulary, file, self.number_format, self.name, progress=shown)
+        del merged
         limits = FORMAT_LIMITS[self.number_format]
         if self.tuned.adapted.selected.quantized:
             limits = _wider(limits, LIMITS["rounded" if onto == "dequantized" else "other base"])
@@ -203,7 +203,7 @@ class _Export:
         if not has_llama() or selected.quantized:
             return facts
         whole, base = folder / "base.gguf", cast(PreTrainedModel, model.unload())
-        write_model(base, self.vocabulary, whole, "f32", self.name)
+        write_model(base, self.tuned.processor, self.vocabulary, whole, "f32", self.name)
         try:
             return {**facts, **self._certify(whole, base.config, FORMAT_LIMITS[self.number_format], adapter=file)}
         finally:

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from llmtune.deploy.gguf_file import has_llama
-from llmtune.deploy.gguf_vocabulary import NAMES, Vocabulary, build_tokenizer
+from llmtune.deploy.gguf_vocabulary import NAMES, PRE_TOKENIZERS, Vocabulary, build_tokenizer
 from llmtune.deploy.parity import load_product
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, Ids, TransformersReader
 from llmtune.errors import EnvironmentProblem
@@ -32,10 +32,11 @@ NOT_READ = (
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
-def check_reader(model_type: str) -> None:
-    """Raise EnvironmentProblem where nothing is installed that could read a file of this type back."""
-    if not has_llama() and model_type not in READ_BY_TRANSFORMERS:
-        what = f"nothing is installed that reads GGUF files of type {model_type!r}, so that they can be certified"
+def check_reader(model_type: str, pre_tokenizer: str) -> None:
+    """Raise EnvironmentProblem if nothing is installed that reads a file of this type, which its certificate needs."""
+    known = model_type in READ_BY_TRANSFORMERS and pre_tokenizer in (*PRE_TOKENIZERS, "default")
+    if not has_llama() and not known:
+        what = f"only llama.cpp reads GGUF files of type {model_type!r} with pre-tokenizer {pre_tokenizer!r}"
         raise EnvironmentProblem.of(what, None, "Run: pip install llama-cpp-python")
 
 

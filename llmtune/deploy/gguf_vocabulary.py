@@ -1,12 +1,14 @@
 """A tokenizer as llama.cpp reads it: tokens with their types, merges or scores, pre-tokenizer; and back again.
 
-The `gguf` package's own vocabulary classes trust the files for pre-tokenizer and start token, and score no pieces; here
-all three follow from the tokenizer, so that the file makes the ids of training.
+llama.cpp's converter finds the pre-tokenizer by a fingerprint, trusts the files for the start token, and reads pieces
+from a file that tokenizers of transformers 5 no longer have. Here all three follow from the tokenizer itself, so a
+tokenizer with new tokens gives the ids of training too.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +18,9 @@ from gguf import GGUFReader, GGUFWriter, Keys, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llmtune.deploy.gguf_tensors import MERGE_INSTEAD
 from llmtune.errors import EnvironmentProblem
 
+MERGE_INSTEAD = "Use: llmtune deploy merge RUN."
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What sentencepiece writes for a space."""
 
@@ -44,6 +46,8 @@ DECISIVE = ("type", "add_prefix_space", "use_regex", "individual_digits", "patte
 """Keys of a step of a pre-tokenizer that decide how text is split."""
 NAMES = Keys.Tokenizer
 SPECIAL = {"bos": NAMES.BOS_ID, "eos": NAMES.EOS_ID, "unk": NAMES.UNK_ID, "pad": NAMES.PAD_ID}
+PER_TOKEN = (NAMES.LIST, NAMES.TOKEN_TYPE, NAMES.SCORES)
+"""What has one entry per token."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MARKER = re.compile(r"<\|.*\|>")
 
@@ -67,7 +71,7 @@ def describe_vocabulary(
         EnvironmentProblem: llama.cpp has nothing that splits text as this tokenizer does.
     """
     content = read_tokenizer(processor)
-    model, pre = find_pre_tokenizer(content)
+    model, pre = find_pre_tokenizer(processor)
     tokens_by_id = {index: token for token, index in processor.get_vocab().items()}
     if max(tokens_by_id) >= size:
         what = f"the tokenizer has {max(tokens_by_id) + 1} tokens, and the model {size}"
@@ -104,12 +108,15 @@ def read_tokenizer(processor: PreTrainedTokenizerBase) -> TokenizerJson:
     return content
 
 
-def find_pre_tokenizer(content: TokenizerJson) -> tuple[str, str]:
-    """Return `tokenizer.ggml.model` and `tokenizer.ggml.pre` for the content of a tokenizer.json.
+def find_pre_tokenizer(processor: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return `tokenizer.ggml.model` and `tokenizer.ggml.pre` of a tokenizer.
 
-    The name follows from how the tokenizer splits text, as llama.cpp's own table of fingerprints does, but it holds for
-    tokenizers that no table has.
+    The name follows from how the tokenizer splits text, so that it holds for tokenizers trained on the spot; where that
+    is not one of `PRE_TOKENIZERS`, from the fingerprints of llama.cpp's converter.
+
+    Raises EnvironmentProblem where neither knows the tokenizer.
     """
+    content = read_tokenizer(processor)
     kind = content["model"].get("type")
     if kind != "BPE":
         raise EnvironmentProblem.of(f"a tokenizer of type {kind} cannot be written as GGUF", None, MERGE_INSTEAD)
@@ -117,11 +124,17 @@ def find_pre_tokenizer(content: TokenizerJson) -> tuple[str, str]:
         return "llama", "default"
     steps = _list_steps(content.get("pre_tokenizer"))
     names = [name for name, known in PRE_TOKENIZERS.items() if _list_steps(json.loads(known.__getstate__())) == steps]
-    if not names:
+    if names:
+        return "gpt2", names[0 if content["model"].get("ignore_merges") else -1]
+    from conversion.base import TextModel
+
+    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)  # it draws a box of stars around what the error says
+    try:
+        return "gpt2", TextModel.get_vocab_base_pre(None, processor)
+    except NotImplementedError as error:
         kinds = " and ".join(step["type"] for step in steps) or "not at all"
-        what = f"the tokenizer cuts text in a way that GGUF files have no name for: {kinds}"
-        raise EnvironmentProblem.of(what, None, MERGE_INSTEAD)
-    return "gpt2", names[0 if content["model"].get("ignore_merges") else -1]
+        what = f"llama.cpp does not know how this tokenizer splits text: {kinds}"
+        raise EnvironmentProblem.of(what, None, MERGE_INSTEAD) from error
 
 
 def _list_steps(node: TokenizerJson | None) -> list[TokenizerJson]:
@@ -184,13 +197,16 @@ def read_vocabulary(file: Path) -> Vocabulary:
 
 
 def build_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that reads text as llama.cpp does with this vocabulary; nothing is added to a text."""
+    """Return a tokenizer that reads text as llama.cpp does with this vocabulary; nothing is added to a text.
+
+    With a pre-tokenizer that is not in `PRE_TOKENIZERS` it decodes and renders only.
+    """
     tokens, types, pre = vocabulary[NAMES.LIST], vocabulary[NAMES.TOKEN_TYPE], vocabulary[NAMES.PRE]
     ids = {token: index for index, token in enumerate(tokens)}
     if vocabulary[NAMES.MODEL] == "gpt2":
         merges = [_as_pair(merge) for merge in vocabulary.get(NAMES.MERGES, ())]
         tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
-        tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+        tokenizer.pre_tokenizer = PRE_TOKENIZERS.get(pre)
         tokenizer.decoder = decoders.ByteLevel()
     else:
         tokenizer = Tokenizer(models.BPE(ids, _rank_merges(vocabulary, ids), byte_fallback=True, fuse_unk=True))

@@ -49,8 +49,8 @@ class EvaluateSection(Section):
     with exit code 6. Default none: a gate is a decision."""
     champion: Text | None = None
     """The model in production, as a run folder, a release file, or a folder of releases (the newest of the recipe's
-    name): the tuned model is compared with it on the same test rows, and gates may say `exact_match.low > champion -
-    0.01`. Default none: gates compare with the base model."""
+    name): the tuned model is compared with it on test rows that neither was trained on, and gates may say
+    `exact_match.low > champion - 0.01`. Default none: gates compare with the base model."""
     limit: Count | None = None
     """Most test rows that answers are generated for. Default none: all; a limit saves time."""
     choices: Choices | None = "auto"
@@ -74,8 +74,8 @@ class EvaluateSection(Section):
     most of them are large and come over the network."""
 
     when_unsure: WhenUnsure = "fail"
-    """What a gate on the end of an interval counts as where the rows show neither it nor its contrary: `fail` (exit
-    code 6), `pass`, or `report` (exit code 7). Default `fail`: what had to be shown was not shown."""
+    """What a gate on the end of an interval counts as where it is inconclusive: `fail` (exit code 6), `pass`, or
+    `report` (exit code 7). Default `fail`: what had to be shown was not shown."""
     looks: Annotated[int, Field(ge=2, le=10_000)] | None = None
     """How many models these test rows will judge, such as 52 for a run a week: gates on intervals share their error of
     5 % among them, and `releases.jsonl` beside the champion's release file counts. Default none: each run errs by

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from conversion.llama import LlamaModel
 from support.ggufs import build_family
 from support.models import CHATML
 from support.runs import write_recipe
@@ -9,7 +10,6 @@ from support.templates import EMPTY_THOUGHTS
 import llmtune.deploy.gguf_adapter as gguf_adapter
 import llmtune.deploy.gguf_export as exporting
 import llmtune.deploy.gguf_readers as gguf_reading
-import llmtune.deploy.gguf_tensors as gguf_shapes
 from llmtune.adapter.injection import inject
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_readers import check_reader
@@ -47,9 +47,11 @@ def test_a_certified_file_says_what_was_trained(tune, tmp_path, console, number_
 
 def test_a_model_that_only_llama_cpp_reads_is_refused_before_the_work_where_it_is_missing(monkeypatch):
     with pytest.raises(EnvironmentProblem, match=r"'smollm3'(?s:.*)pip install llama-cpp-python"):
-        check_reader("smollm3")
+        check_reader("smollm3", "smollm")
+    with pytest.raises(EnvironmentProblem, match="pre-tokenizer 'falcon'"):
+        check_reader("llama", "falcon")
     monkeypatch.setattr(gguf_reading, "has_llama", lambda: True)
-    check_reader("smollm3")
+    check_reader("smollm3", "falcon")
 
 
 def test_the_modelfile_names_the_file_the_template_the_stops_and_the_sampling(tune, tmp_path, console):
@@ -148,7 +150,7 @@ def test_a_file_without_the_adapter_fails_however_coarse_it_is(tune, tmp_path, c
 
 
 def test_a_file_whose_rows_stand_in_transformers_order_fails(tune, tmp_path, console, monkeypatch):
-    monkeypatch.setattr(gguf_shapes, "pair_rows", lambda weight, heads: weight)
+    monkeypatch.setattr(LlamaModel, "permute", staticmethod(lambda weight, *heads: weight))
     model = build_family("llama", tmp_path / "model")
     fails(tune(model, 0.02), tmp_path / "gguf", console, "first choice agrees")
 
@@ -168,8 +170,8 @@ def test_an_adapter_alone_adds_what_peft_adds(tune, tmp_path, console, adapter):
 def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console, monkeypatch):
     lora_tensors = gguf_adapter.lora_tensors
 
-    def halved(model):
-        for name, weight in lora_tensors(model):
+    def halved(model, layout):
+        for name, weight in lora_tensors(model, layout):
             yield name, weight / 2 if name == "blk.1.attn_q.weight.lora_b" else weight
 
     monkeypatch.setattr(gguf_adapter, "lora_tensors", halved)

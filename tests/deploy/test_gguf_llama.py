@@ -97,7 +97,7 @@ def test_the_tokenizer_of_smollm2_is_described_as_in_its_makers_own_file():
 def test_logits_of_every_family_are_those_of_the_model(name, tmp_path):
     tokenizer, model = make_family(name)
     vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [[1, 100]], [2])
-    write_model(model, vocabulary, tmp_path / "model.gguf", "f32", name)
+    write_model(model, tokenizer, vocabulary, tmp_path / "model.gguf", "f32", name)
     ids = tokenizer(TRICKY)["input_ids"]
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # else in F16
     reading = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=512, logits_all=True, verbose=False, **exact)
@@ -116,7 +116,7 @@ def test_text_becomes_the_same_tokens(name, tmp_path):
     tokenizer = train_cut(name) if name in CUTS else train_pieces("space" in name)
     _, model = make_family("qwen2", vocab_size=len(tokenizer))
     vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [[5, 100]], [tokenizer.eos_token_id])
-    write_model(model, vocabulary, tmp_path / "model.gguf", "f16", name)
+    write_model(model, tokenizer, vocabulary, tmp_path / "model.gguf", "f16", name)
     reader = LlamaReader(tmp_path / "model.gguf", 64)
     got = [reader.encode(text) for text in (TRICKY, "cat", " 12 cats\n")]
     reader.llm.close()

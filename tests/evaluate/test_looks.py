@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +137,20 @@ def test_the_error_that_is_left_counts_where_the_number_of_looks_changed(run: Pa
     count_look(*recipe_with(run, releases, 4), "a", "a")
     spent = [json.loads(line)["alpha"] for line in (releases / "releases.jsonl").read_text().splitlines()]
     assert sum(spent) == pytest.approx(0.05)
+
+
+def test_test_rows_that_grow_with_the_data_have_one_count_and_those_of_another_file_their_own(
+    run: Path, releases: Path
+) -> None:
+    recipe, champion = recipe_with(run, releases, 2)
+    assert count_look(recipe, champion, "f1", "a")
+    grown = replace(champion, measures=replace(champion.measures, rows=(*champion.measures.rows, "new-1")))
+    assert (count_look(recipe, grown, "f2", "b") or "").startswith("look 2 of 2")
+    with pytest.raises(RecipeError, match="2 models were already compared"):
+        check_looks(recipe, grown, "f3")
+    source = recipe.data.train[0].model_copy(update={"path": "test.jsonl"})
+    held_out = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": (source,)})})
+    assert (count_look(held_out, replace(grown, recipe=held_out), "f3", "c") or "").startswith("look 2 of 2")
 
 
 def wide(run: Path, releases: Path) -> tuple[Recipe, ScoredRun]:

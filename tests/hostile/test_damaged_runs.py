@@ -178,7 +178,7 @@ def test_a_damaged_file_of_a_run_is_named_by_the_commands_that_read_it() -> None
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("name", ["run.json", "report.json", "llmtune.lock", "merged/certificate.json"])
 def test_a_wrong_value_in_a_file_of_a_run_is_named(name: str) -> None:
-    assert try_all(LIGHT, wrong_values(name, 1, share=0.1)) == []
+    assert try_all(LIGHT, wrong_values(name, 1, share=0.03)) == []
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Tiny models of every family that can be written as GGUF, with weights large enough that all of them matter."""
+"""Tiny models of families that are written as GGUF, with weights large enough that all of them matter."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,20 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -33,6 +41,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -42,6 +51,14 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, GEMMA),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {**GEMMA, "num_hidden_layers": 6}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, EXPERTS | {"num_local_experts": 4}),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        EXPERTS | {"num_experts": 4, "head_dim": 32, "norm_topk_prob": True},
+    ),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, EXPERTS | {"num_experts": 4, "num_key_value_heads": 4}),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"num_hidden_layers": 4}),
 }
 
