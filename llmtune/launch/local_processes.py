@@ -91,6 +91,8 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
         WorkerBug: a process ended with a traceback.
     """
     _check_devices(topology)
+    if topology.rank:
+        console.print(f"Machine {topology.rank} of {topology.machines}: waiting for machine 0 at {topology.address}.")
     if topology.machines > 1:
         _check_address(topology)
     share = max(1, (threads or _count_cores()) // topology.processes)
@@ -106,8 +108,6 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
             console.print(
                 f"{topology.processes} process{plural}{machines}, of {share} thread{'s' if share > 1 else ''} each."
             )
-            if topology.rank:
-                console.print(f"Machine {topology.rank} of {topology.machines}: waiting for {topology.address}.")
             try:
                 elastic_launch(_configure(topology, place, address), sys.executable)(*words)
                 return
@@ -257,8 +257,8 @@ def _explain(
         for number, value in left.items():
             if "traceback" in value:
                 return WorkerBug(f"process {number} failed:\n{value['traceback']}")
-    for number, value in sorted(named.items(), key=lambda one: one[1]["kind"] != Stopped.__name__):
-        return rebuild(value) if value["kind"] == Stopped.__name__ else _named(value, [number])
+    for value in sorted(named.values(), key=lambda one: one["kind"] != Stopped.__name__):
+        return rebuild(value)
     if trouble is not None:
         fix = "Give the same command on each machine, with a --rank of its own."
         return EnvironmentProblem.of(f"the machines did not come together: {trouble}", "--address", fix)
