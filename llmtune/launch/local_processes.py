@@ -11,18 +11,21 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
-from torch.distributed import DistError
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # torch does not list it
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from llmtune.errors import BY_EXIT_CODE, EnvironmentProblem, LlmtuneError, LostProcess, Problem, RecipeError, Stopped
@@ -37,6 +40,8 @@ SAVE_SECONDS = 300
 JOIN_SECONDS = 900
 """How long the machines of a run wait for each other before processes start, for the first time or again."""
 TRY_SECONDS = 5
+MEETING = "llmtune"
+"""The name under which several machines meet."""
 CARDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Environment variables that name the network card of a machine."""
 SHOWN_LINES = 8
@@ -115,10 +120,21 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
                 failures = error.failures
             except SignalException as stop:
                 stopped_by = signal.Signals(stop.sigval)
+                _close_rendezvous(topology)
             except (RendezvousError, DistError) as error:
                 trouble = str(error)
         left = {number: read_json(Path(place) / ERROR.format(number)) for number in _ranks(Path(place))}
         raise _explain(left, {r: _describe_death(Path(place), r, f) for r, f in failures.items()}, stopped_by, trouble)
+
+
+def _close_rendezvous(topology: Topology) -> None:
+    """Let the other machines wait no more for this one, which a signal stopped: torch elastic leaves that open."""
+    if not topology.rank:
+        return  # where machine 0 ends, so does the store
+    with suppress(DistError, RendezvousError):
+        store = TCPStore(topology.host, topology.port, is_master=False, timeout=timedelta(seconds=TRY_SECONDS))
+        backend, count = C10dRendezvousBackend(store, MEETING), topology.machines
+        DynamicRendezvousHandler.from_backend(MEETING, store, backend, count, count).shutdown()
 
 
 def _ranks(place: Path) -> list[int]:
@@ -153,7 +169,7 @@ def _configure(topology: Topology, place: str, address: str) -> LaunchConfig:
         min_nodes=topology.machines,
         max_nodes=topology.machines,
         nproc_per_node=topology.processes,
-        run_id=uuid.uuid4().hex if alone else "llmtune",
+        run_id=uuid.uuid4().hex if alone else MEETING,
         rdzv_backend="c10d",
         rdzv_endpoint=f"{place}/rendezvous" if alone else str(topology.address),
         rdzv_configs=meeting,
