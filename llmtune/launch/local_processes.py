@@ -279,9 +279,9 @@ def _explain(
         fix = "Give the same command on each machine, with a --rank of its own."
         return EnvironmentProblem.of(f"the machines did not come together: {trouble}", "--address", fix)
     codes = {number: death.code for number, death in deaths.items()}
-    signals = {signal.SIGTERM, signal.SIGINT} & {abs(code) % 128 for code in codes.values()}
-    if stopped_by is not None or signals:
-        ended = stopped_by or signals.pop()
+    ends = {-code if code < 0 else code - 128 for code in codes.values()}
+    ended = stopped_by or next((one for one in (signal.SIGTERM, signal.SIGINT) if one in ends), None)
+    if ended is not None:
         what = f"stopped by {ended.name} before a checkpoint was saved"
         return Stopped(Problem(what, fix="The same command again goes on."), signal_number=int(ended))
     if said := [code for code in codes.values() if code in BY_EXIT_CODE]:
