@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
@@ -56,18 +58,11 @@ def describe_examples(
     classes = task.class_counts(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0
-    blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped)]
-    if rows.filled:
-        blocks.append(Note(filled_sentence(rows.filled), "note"))
-    vanishing = {}
+    vanishing: dict[str, int] = {}
     if not TASK_FACTS[task.name].takes_audio:
         vanishing = find_vanishing((text for split in rows.files for _, text in iterate_texts(rows, split)), processor)
-    if vanishing:
-        blocks.append(Note(vanishing_sentence(vanishing), "note"))
-    if examples.lost:
-        blocks.append(Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note"))
-    blocks.append(_bars(edges, counts))
-    print_blocks([*blocks, *([_classes(classes)] if classes else [])], console)
+    blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped), *_notes(rows, examples, vanishing)]
+    print_blocks([*blocks, _bars(edges, counts), *([_classes(classes)] if classes else [])], console)
     if unseen := [name for name, counts in classes.items() if not counts["train"]]:
         what = f"{len(unseen)} of {len(classes)} classes have no training rows and cannot be learned"
         console.print(f"{what}: {escape(', '.join(unseen[:SHOWN]))}", style="yellow", highlight=False)
@@ -93,6 +88,16 @@ def describe_examples(
         "example": [list(piece) for piece in pieces],
         "classes": classes,
     }
+
+
+def _notes(rows: Rows, examples: Examples, vanishing: Mapping[str, int]) -> Iterator[Note]:
+    """Yield a note on each thing that rows lost on their way to the model."""
+    if rows.filled:
+        yield Note(filled_sentence(rows.filled), "note")
+    if vanishing:
+        yield Note(vanishing_sentence(vanishing), "note")
+    if examples.lost:
+        yield Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note")
 
 
 def _name_system_message(
