@@ -113,6 +113,7 @@ def local(
         result = plan(resume=resume, fresh=fresh, lock=lock, threads=threads, offline=offline, console=console)
         print_json(result) if as_json else print_dry_run(result)
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its sockets warn of each attempt
     from llmtune.launch.local_processes import launch_run, words_of
 
     words = words_of(out=out, resume=resume, fresh=fresh, lock=lock, offline=offline, quiet=quiet, as_json=as_json)

@@ -11,18 +11,21 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
-from torch.distributed import DistError
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # torch does not list it
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from llmtune.errors import BY_EXIT_CODE, EnvironmentProblem, LlmtuneError, LostProcess, Problem, RecipeError, Stopped
@@ -37,6 +40,8 @@ SAVE_SECONDS = 300
 JOIN_SECONDS = 900
 """How long the machines of a run wait for each other before processes start, for the first time or again."""
 TRY_SECONDS = 5
+MEETING = "llmtune"
+"""The name under which several machines meet."""
 CARDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Environment variables that name the network card of a machine."""
 SHOWN_LINES = 8
@@ -91,6 +96,8 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
         WorkerBug: a process ended with a traceback.
     """
     _check_devices(topology)
+    if topology.rank:
+        console.print(f"Machine {topology.rank} of {topology.machines}: waiting for machine 0 at {topology.address}.")
     if topology.machines > 1:
         _check_address(topology)
     share = max(1, (threads or _count_cores()) // topology.processes)
@@ -106,8 +113,6 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
             console.print(
                 f"{topology.processes} process{plural}{machines}, of {share} thread{'s' if share > 1 else ''} each."
             )
-            if topology.rank:
-                console.print(f"Machine {topology.rank} of {topology.machines}: waiting for {topology.address}.")
             try:
                 elastic_launch(_configure(topology, place, address), sys.executable)(*words)
                 return
@@ -115,10 +120,21 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
                 failures = error.failures
             except SignalException as stop:
                 stopped_by = signal.Signals(stop.sigval)
+                _close_rendezvous(topology)
             except (RendezvousError, DistError) as error:
                 trouble = str(error)
         left = {number: read_json(Path(place) / ERROR.format(number)) for number in _ranks(Path(place))}
         raise _explain(left, {r: _describe_death(Path(place), r, f) for r, f in failures.items()}, stopped_by, trouble)
+
+
+def _close_rendezvous(topology: Topology) -> None:
+    """Let the other machines wait no more for this one, which a signal stopped: torch elastic leaves that open."""
+    if not topology.rank:
+        return  # where machine 0 ends, so does the store
+    with suppress(DistError, RendezvousError):
+        store = TCPStore(topology.host, topology.port, is_master=False, timeout=timedelta(seconds=TRY_SECONDS))
+        backend, count = C10dRendezvousBackend(store, MEETING), topology.machines
+        DynamicRendezvousHandler.from_backend(MEETING, store, backend, count, count).shutdown()
 
 
 def _ranks(place: Path) -> list[int]:
@@ -153,7 +169,7 @@ def _configure(topology: Topology, place: str, address: str) -> LaunchConfig:
         min_nodes=topology.machines,
         max_nodes=topology.machines,
         nproc_per_node=topology.processes,
-        run_id=uuid.uuid4().hex if alone else "llmtune",
+        run_id=uuid.uuid4().hex if alone else MEETING,
         rdzv_backend="c10d",
         rdzv_endpoint=f"{place}/rendezvous" if alone else str(topology.address),
         rdzv_configs=meeting,
@@ -257,15 +273,15 @@ def _explain(
         for number, value in left.items():
             if "traceback" in value:
                 return WorkerBug(f"process {number} failed:\n{value['traceback']}")
-    for number, value in sorted(named.items(), key=lambda one: one[1]["kind"] != Stopped.__name__):
-        return rebuild(value) if value["kind"] == Stopped.__name__ else _named(value, [number])
+    for value in sorted(named.values(), key=lambda one: one["kind"] != Stopped.__name__):
+        return rebuild(value)
     if trouble is not None:
         fix = "Give the same command on each machine, with a --rank of its own."
         return EnvironmentProblem.of(f"the machines did not come together: {trouble}", "--address", fix)
     codes = {number: death.code for number, death in deaths.items()}
-    signals = {signal.SIGTERM, signal.SIGINT} & {abs(code) % 128 for code in codes.values()}
-    if stopped_by is not None or signals:
-        ended = stopped_by or signals.pop()
+    ends = {-code if code < 0 else code - 128 for code in codes.values()}
+    ended = stopped_by or next((one for one in (signal.SIGTERM, signal.SIGINT) if one in ends), None)
+    if ended is not None:
         what = f"stopped by {ended.name} before a checkpoint was saved"
         return Stopped(Problem(what, fix="The same command again goes on."), signal_number=int(ended))
     if said := [code for code in codes.values() if code in BY_EXIT_CODE]:

@@ -94,18 +94,25 @@ def start() -> None:
                 "accelerate started one process: for several on CPUs use torchrun --nproc-per-node N.", file=sys.stderr
             )
     left = os.environ.get(LEFT)
-    if left and (known := read_json(Path(left) / ERROR.format(rank()))) and "exit" in known:
-        sys.exit(known["exit"])  # started again after an error that would come again
+    if left:
+        _stop_if_tried(Path(left) / ERROR.format(rank()))
+        faulthandler.enable()
     if left or _started() > 1:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    if left:
-        faulthandler.enable()
     if rank():
         words = Path(left) / WORDS.format(rank()) if left else os.devnull
         log = os.open(words, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         _here.terminal = os.dup(1), os.dup(2)
         os.dup2(log, 1)
         os.dup2(log, 2)
+
+
+def _stop_if_tried(file: Path) -> None:
+    """Exit where this process was started again after an error that would come again: not a lost connection."""
+    known = read_json(file)
+    if known and known.get("kind", LostProcess.__name__) != LostProcess.__name__:
+        sys.exit(known["exit"])
+    file.unlink(missing_ok=True)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -238,11 +245,11 @@ def lost_process(error: BaseException) -> LlmtuneError | None:
     torch = sys.modules.get("torch")
     if torch is None or _started() == 1 or not isinstance(error, RuntimeError):
         return None
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
     if not isinstance(error, torch.distributed.DistError) and not any(word in str(error).lower() for word in _BROKEN):
         return None
     fix = "The same command again resumes from the last checkpoint."
-    return LostProcess.of(f"lost the connection to another process: {first}", f"process {rank()}", fix)
+    return LostProcess.of(f"process {rank()} lost the connection to another process: {first}", None, fix)
 
 
 def leave() -> None:

@@ -226,11 +226,10 @@ def _sum_step_statistics(
 ) -> list[float] | None:
     """Add up, over the micro-batches of all processes, what the loss needs to know of the whole; None if nothing.
 
-    The first `real` ones count; a sharded model runs them all. Raises MicroBatchTooLarge if memory ran out.
+    All are run, as a sharded model needs, and the first `real` count. Raises MicroBatchTooLarge if memory ran out.
     """
     if not training.task.has_step_statistics:
         return None
-    groups = groups if training.sharded else groups[:real]
     found: list[list[float]] = []
 
     def look(group: Indexes) -> None:

@@ -21,6 +21,7 @@ needs_slurm = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_a_dry_run_prints_a_script_that_bash_and_slurm_understand(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     lock = {"model": {"name": str(tiny_llama), "revision": None, "sha256": "0"}, "data": {"sha256": "0"}}
+    lock |= {"fingerprint": "0", "template": {}, "packages": {}, "seed": 7, "threads": 1, "hardware": {}}
     (here / "llmtune.lock").write_text(json.dumps(lock))
     options = ["--partition", "gpu", "--time", "2:00:00", "--gpus-per-node", "8", "--sbatch=--exclude=n3"]
     result = invoke(
