@@ -259,8 +259,7 @@ FLIPS = {
     **flips("evaluate", "evaluation", choices="[red, green, blue]", samples="1", slices="[group]"),
     **flips("evaluate.forgetting", "evaluation", "evaluate.forgetting.questions=[]", texts="[other.jinja]"),
     **flips("evaluate.forgetting", "evaluation", "evaluate.forgetting.texts=[other.jinja]", questions="[quiz.jsonl]"),
-    **flips("evaluate.fairness", "evaluation", "evaluate.fairness={swaps: []}", pairs="[sentences.jsonl]"),
-    **flips("evaluate.fairness", "evaluation", "evaluate.fairness={pairs: []}", swaps="[words.csv]", groups="[group]"),
+    **flips("evaluate.fairness", "evaluation", swaps="[words.csv]", groups="[group]"),
     **flips(BENCHMARK, "evaluation", task="quiz.yaml"),
     **flips(BENCHMARK, "evaluation", QUIZ, num_fewshot="2", limit="3", apply_chat_template="true"),
     **flips("completion", "model", recipe="masked.yaml", objective="causal"),
@@ -406,7 +405,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
     lines = ["prompt,completion", *(f"{question},é {answer}" for question, answer in questions)]
     (place / "latin.csv").write_text("\n".join(lines), encoding="cp1252")
-    (place / "sentences.jsonl").write_text('{"more": "The cat is red.", "less": "The dog is red."}\n')
     (place / "words.csv").write_text("cat,dog\n")
     (place / "quiz.yaml").write_text(LM_EVAL_TASK)
     build_llama(place / "model")
