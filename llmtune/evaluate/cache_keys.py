@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llmtune import __version__
+from llmtune.errors import DataError
 from llmtune.evaluate.lm_eval_tasks import list_task_files
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.evaluate.release_file import find_release
+from llmtune.recipe.eval_suites_section import is_task_file
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, ModelRef, Rows
@@ -51,5 +54,8 @@ def evaluation_files(recipe: Recipe) -> list[Path]:
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
     named += [str(find_release(Path(champion), recipe.name)), f"{champion}/evaluation/{MEASURES}"] if champion else []
     named += [*(fairness.swaps if fairness else ())]
-    read = [file for benchmark in recipe.evaluate.benchmarks for file in list_task_files(benchmark.task)]
-    return [path for path in (*map(Path, named), *read) if path.is_absolute() and path.is_file()]
+    read: set[Path] = set()
+    for benchmark in recipe.evaluate.benchmarks:
+        with suppress(DataError):
+            read |= list_task_files(Path(benchmark.task)) if is_task_file(benchmark.task) else set()
+    return [path for path in (*map(Path, named), *sorted(read)) if path.is_absolute() and path.is_file()]

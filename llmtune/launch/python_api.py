@@ -276,6 +276,4 @@ def names_remote(recipe: Recipe) -> bool:
 
 def studies_remote(recipe: Recipe) -> bool:
     """Whether a study of the evaluation reads what is on a hub."""
-    from llmtune.evaluate.lm_eval_tasks import needs_network  # it reads YAML, which `--help` does not need
-
-    return any(needs_network(benchmark.task) for benchmark in recipe.evaluate.benchmarks)
+    return any(benchmark.needs_network for benchmark in recipe.evaluate.benchmarks)

@@ -42,7 +42,12 @@ def absolute_file(name: str, folder: Path) -> str:
 
 def absolute_task(name: str, folder: Path) -> str:
     """Make a benchmark's task file absolute; the name of a task of lm-eval stays."""
-    return absolute(name, folder) if name.endswith(TASK_FILES) else name
+    return absolute(name, folder) if is_task_file(name) else name
+
+
+def is_task_file(task: str) -> bool:
+    """Whether a benchmark is a task file rather than the name of a task."""
+    return task.endswith(TASK_FILES)
 
 
 class ForgettingSection(Section):
@@ -123,7 +128,16 @@ class BenchmarkSection(Section):
     """Put each question as a chat message. Default false, as in lm-eval, so that numbers are those of its own command
     line."""
 
+    network: bool | None = None
+    """Whether its rows, or the tasks of a group, come over the network, unless they are in the cache. Default true for
+    the name of a task, false for a task file."""
+
     paths: ClassVar = {"task": absolute_task}
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether its rows, or its tasks, may come over the network."""
+        return not is_task_file(self.task) if self.network is None else self.network
 
 
 def check_benchmarks(diagnostics: Diagnostics, benchmarks: tuple[BenchmarkSection, ...], variant: TaskVariant) -> None:
@@ -182,7 +196,7 @@ def check_suite_gate(
 
 def suite_name(task: str) -> str:
     """Return what the scores of a benchmark are called by: the task's name, of a task file its stem, made plain."""
-    return plain_name(PurePath(task).stem if task.endswith(TASK_FILES) else task)
+    return plain_name(PurePath(task).stem if is_task_file(task) else task)
 
 
 def plain_name(name: str) -> str:
