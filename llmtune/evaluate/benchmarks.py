@@ -26,6 +26,7 @@ from llmtune.evaluate.lm_eval import (
     check_benchmarks,
     explained,
     load_benchmarks,
+    make_manager,
     quietly,
 )
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, ratio
@@ -38,6 +39,7 @@ from llmtune.records import Advance, Study
 from llmtune.store.atomic_files import write_text
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
     from lm_eval.result_schema import EvalResults
 
 MEANINGS = {
@@ -132,7 +134,6 @@ def run_benchmark(
 ) -> tuple[EvalResults, int]:
     """Run a benchmark; return lm-eval's results and how many requests lost their beginning to fit the context."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     from llmtune.evaluate.lm_eval_model import BatchedLM
 
@@ -147,7 +148,7 @@ def run_benchmark(
             apply_chat_template=section.apply_chat_template,
             fewshot_as_multiturn=section.apply_chat_template,  # as its command line does
             bootstrap_iters=0,  # paired intervals replace its standard errors
-            task_manager=TaskManager(include_defaults=False),
+            task_manager=make_manager(shipped=False),
         )
     return of_first_process(found), lm.truncated  # lm-eval gives the others none
 
@@ -166,7 +167,8 @@ def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> d
                 measure = measure_task(metric, value, samples)
             else:
                 keys = [(task.task_name, metric, filter_name) for task in benchmark.groups[name].get_all_tasks()]
-                measure = measure_group(metric, value, [measures[key] for key in keys if key in measures])
+                parts = [measures[key] for key in keys if key in measures]
+                measure = measure_group(benchmark.groups[name], metric, value, parts)
             measures[name, metric, filter_name] = measure
             higher = results["higher_is_better"].get(name, {}).get(metric)
             better = 0 if higher is None else 1 if higher else -1
@@ -178,13 +180,9 @@ def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> d
 
 
 def read_numbers(result: Mapping[str, object]) -> list[tuple[str, str, float]]:
-    """Return (metric, filter, score) of lm-eval's `metric,filter: score`; standard errors are left out."""
-    split = ((*key.rpartition(",")[::2], value) for key, value in result.items() if "," in key)
-    return [
-        (metric, filter_name, float(value))
-        for metric, filter_name, value in split
-        if not metric.endswith("_stderr") and is_number(value)
-    ]
+    """Return (metric, filter, score) of lm-eval's `metric,filter: score`."""
+    found = {key.rpartition(",")[::2]: value for key, value in result.items() if "," in key}
+    return [(*name, float(value)) for name, value in found.items() if is_number(value)]
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -209,18 +207,18 @@ def measure_task(metric: str, value: float, samples: Sequence[Mapping[str, objec
     return None
 
 
-def measure_group(metric: str, value: float, parts: Sequence[Measure | None]) -> Measure | None:
-    """Return a group's mean over all questions, or over its tasks, whichever gives lm-eval's own value."""
+def measure_group(group: Group, metric: str, value: float, parts: Sequence[Measure | None]) -> Measure | None:
+    """Return a group's mean over all questions or over its tasks; None where it is not lm-eval's own value."""
     means = [one for one in parts if one is not None and one.formula is ratio]
     if not means or len(means) < len(parts):
         return None
     at, right = tuple(row for one in means for row in one.at), all(one.right_wrong for one in means)
+    by_size = {one.weight_by_size for one in group.aggregate_metric_list or () if one.metric == metric}
+    if by_size == {True} or len(means) == 1:
+        return first_equal(value, Measure(metric, np.concatenate([one.sums_NK for one in means]), ratio, right, at=at))
     by_task = [np.pad(one.sums_NK, ((0, 0), (2 * g, 2 * (len(means) - g - 1)))) for g, one in enumerate(means)]
-    return first_equal(
-        value,
-        Measure(metric, np.concatenate([one.sums_NK for one in means]), ratio, right, at=at),
-        Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at, ends=mean_share_ends if right else None),
-    )
+    ends = mean_share_ends if right else None
+    return first_equal(value, Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at, ends=ends))
 
 
 def first_equal(value: float, *measures: Measure) -> Measure | None:
