@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
-from rich.progress import Progress
 
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite
@@ -27,23 +25,21 @@ from llmtune.evaluate.lm_eval import (
     check_benchmarks,
     explained,
     load_benchmarks,
+    make_manager,
     quietly,
-    replaced,
 )
-from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, ratio
-from llmtune.evaluate.paired_statistics import Floats, Formula, share_ends
+from llmtune.evaluate.metric import Measure, PairedMeasures, columns, ratio
+from llmtune.evaluate.paired_statistics import Floats, share_ends
 from llmtune.evaluate.range_ends import mean_share_ends
 from llmtune.evaluate.token_batches import of_first_process
-from llmtune.model.device import resolve_dtype
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Study
+from llmtune.records import Advance, Study
 from llmtune.report.render_terminal import counting_bars
 from llmtune.store.atomic_files import write_text
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
-    from lm_eval.api.task import Task
     from lm_eval.result_schema import EvalResults
 
 MEANINGS = {
@@ -104,7 +100,8 @@ class BenchmarkSuite(EvalSuite[dict[str, Score]]):
         scores: dict[str, Score] = {}
         with counting_bars(self.context.console) as bars:
             for benchmark in self.benchmarks:
-                results, truncated = run_benchmark(benchmark, name, model, self.context, bars)
+                bar = bars.add_task(f"{name}: {benchmark.name}", total=None)
+                results, truncated = run_benchmark(benchmark, model, self.context, partial(bars.advance, bar))
                 scores |= read_scores(benchmark, results, truncated)
                 if self.context.folder is not None:
                     save_results(self.context.folder / "benchmarks" / name / f"{benchmark.name}.json", results)
@@ -133,48 +130,27 @@ class BenchmarkSuite(EvalSuite[dict[str, Score]]):
 
 
 def run_benchmark(
-    benchmark: Benchmark, name: str, model: torch.nn.Module, context: EvalContext, bars: Progress
+    benchmark: Benchmark, model: torch.nn.Module, context: EvalContext, advance: Advance
 ) -> tuple[EvalResults, int]:
     """Run a benchmark; return lm-eval's results and how many requests lost their beginning to fit the context."""
-    from lm_eval import evaluator
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate
 
     from llmtune.evaluate.lm_eval_model import BatchedLM
 
-    section, recipe, device = benchmark.section, context.recipe, context.device
-    dtype = resolve_dtype(recipe.model.dtype, device)
-    with quietly(), explained(section.task, RUN_ERRORS), without_environment(evaluator):
-        lm = BatchedLM(model, context.processor, dtype, device, bars, f"{name}: {benchmark.name}")
-        found: EvalResults | None = evaluator.simple_evaluate(
+    section = benchmark.section
+    with quietly(), explained(section, RUN_ERRORS):
+        lm = BatchedLM(model, context, advance)
+        found: EvalResults | None = simple_evaluate(
             model=lm,
-            tasks=list(benchmark.run),
+            tasks=[*benchmark.run.values()],
             num_fewshot=section.num_fewshot,
             limit=section.limit,
             apply_chat_template=section.apply_chat_template,
             fewshot_as_multiturn=section.apply_chat_template,  # as its command line does
-            task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=0,  # paired intervals replace its standard errors
+            task_manager=make_manager(shipped=False),
         )
-    results = of_first_process(found)  # lm-eval gives the others none
-    results["config"] |= {"model": "hf", "model_args": model_args(recipe, name), "device": device}
-    return results, lm.truncated
-
-
-@contextmanager
-def without_environment(evaluator: ModuleType) -> Iterator[None]:
-    """Keep lm-eval from looking git and the machine up: it takes seconds, and the lock has it already."""
-
-    def note_versions(results: dict[str, object]) -> None:
-        results |= {"transformers_version": version("transformers"), "lm_eval_version": version("lm-eval")}
-
-    with replaced(evaluator, "get_git_commit_hash", lambda: None), replaced(evaluator, "add_env_info", note_versions):
-        yield
-
-
-def model_args(recipe: Recipe, name: str) -> dict[str, str | None]:
-    """Return where the command line of lm-eval would find a model, seen from the run folder."""
-    if name == "tuned" and recipe.adapter.method == "full":
-        return {"pretrained": "weights"}
-    return {"pretrained": recipe.model.name} | ({"peft": "adapter"} if name == "tuned" else {})
+    return of_first_process(found), lm.truncated  # lm-eval gives the others none
 
 
 # Reading the results
@@ -188,31 +164,25 @@ def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> d
         for metric, filter_name, value in read_numbers(results["results"].get(name, {})):
             if name in benchmark.tasks:
                 samples = [one for one in results["samples"][name] if one["filter"] == filter_name and metric in one]
-                measure = measure_task(benchmark.tasks[name], metric, samples)
+                measure = measure_task(metric, value, samples)
             else:
-                names = {one.task_name for one in benchmark.groups[name].get_all_tasks()}
-                keys = [(task, metric, filter_name) for task in benchmark.tasks if task in names]
+                keys = [(task.task_name, metric, filter_name) for task in benchmark.groups[name].get_all_tasks()]
                 parts = [measures[key] for key in keys if key in measures]
-                measure = measure_group(benchmark.groups[name], metric, parts)
-            agrees = measure is not None and math.isclose(measure.value, value, rel_tol=CLOSE, abs_tol=CLOSE)
-            measures[name, metric, filter_name] = measure if agrees else None
+                measure = measure_group(benchmark.groups[name], metric, value, parts)
+            measures[name, metric, filter_name] = measure
             higher = results["higher_is_better"].get(name, {}).get(metric)
             better = 0 if higher is None else 1 if higher else -1
-            signature = describe_score(benchmark, name, results, truncated, agrees)
+            signature = describe_score(benchmark, name, results, truncated, measure is not None)
             parts_of_name = [benchmark.plain(name), plain_name(metric)]
             parts_of_name += [] if filter_name == NO_FILTER else [plain_name(filter_name)]
-            scores[".".join(parts_of_name)] = Score(metric, value, better, measure if agrees else None, signature)
+            scores[".".join(parts_of_name)] = Score(metric, value, better, measure, signature)
     return scores
 
 
 def read_numbers(result: Mapping[str, object]) -> list[tuple[str, str, float]]:
-    """Return (metric, filter, score) of lm-eval's `metric,filter: score`; standard errors are left out."""
-    split = ((*key.rpartition(",")[::2], value) for key, value in result.items() if "," in key)
-    return [
-        (metric, filter_name, float(value))
-        for metric, filter_name, value in split
-        if not metric.endswith("_stderr") and is_number(value)
-    ]
+    """Return (metric, filter, score) of lm-eval's `metric,filter: score`."""
+    found = {key.rpartition(",")[::2]: value for key, value in result.items() if "," in key}
+    return [(*name, float(value)) for name, value in found.items() if is_number(value)]
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -220,51 +190,51 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, bool | int | float | np.number | np.bool_)
 
 
-def measure_task(task: Task, metric: str, samples: Sequence[Mapping[str, object]]) -> Measure | None:
-    """Return a metric from each question's part in it; None where it is more than a sum of parts."""
-    kind = getattr(task.aggregation().get(metric), "__name__", "mean")
-    values = [one[metric] for one in samples]
-    numbers = [float(value) for value in values if is_number(value)]
-    pairs = [value for value in values if isinstance(value, tuple | list) and len(value) == 2]
-    if not values:
-        return None
-    if kind in WEIGHTED and len(pairs) == len(values):
-        measure = Measure(metric, np.array(pairs, dtype=np.float64), WEIGHTED[kind])
-    elif kind not in ("mean", "perplexity") or len(numbers) < len(values):
-        return None
-    elif kind == "perplexity":
-        measure = Measure(metric, columns(np.array(numbers), np.ones(len(numbers))), exponent)
-    else:
+def measure_task(metric: str, value: float, samples: Sequence[Mapping[str, object]]) -> Measure | None:
+    """Return a metric from each question's part in it; None where no such sum gives lm-eval's own value."""
+    parts = [one[metric] for one in samples]
+    at = tuple(int(str(one["doc_id"])) for one in samples)
+    numbers = [float(part) for part in parts if is_number(part)]
+    pairs = [part for part in parts if isinstance(part, tuple | list) and len(part) == 2 and all(map(is_number, part))]
+    if parts and len(numbers) == len(parts):
         right = set(numbers) <= {0.0, 1.0}
-        measure = replace(measure_means(metric, numbers, kind), right_wrong=right, ends=share_ends if right else None)
-    return replace(measure, at=tuple(int(str(one["doc_id"])) for one in samples))
+        sums = columns(np.array(numbers), np.ones(len(numbers)))
+        mean = Measure(metric, sums, ratio, right, at=at, ends=share_ends if right else None)
+        return first_equal(value, mean, replace(mean, formula=exponent, right_wrong=False, ends=None))
+    if parts and len(pairs) == len(parts):
+        sums = np.array(pairs, dtype=np.float64)
+        return first_equal(value, *(Measure(metric, sums, formula, at=at) for formula in (exponent, bits)))
+    return None
+
+
+def measure_group(group: Group, metric: str, value: float, parts: Sequence[Measure | None]) -> Measure | None:
+    """Return a group's mean over all questions or over its tasks; None where it is not lm-eval's own value."""
+    means = [one for one in parts if one is not None and one.formula is ratio]
+    if not means or len(means) < len(parts):
+        return None
+    at, right = tuple(row for one in means for row in one.at), all(one.right_wrong for one in means)
+    by_size = {one.weight_by_size for one in group.aggregate_metric_list or () if one.metric == metric}
+    if by_size == {True} or len(means) == 1:
+        return first_equal(value, Measure(metric, np.concatenate([one.sums_NK for one in means]), ratio, right, at=at))
+    by_task = [np.pad(one.sums_NK, ((0, 0), (2 * g, 2 * (len(means) - g - 1)))) for g, one in enumerate(means)]
+    ends = mean_share_ends if right else None
+    return first_equal(value, Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at, ends=ends))
+
+
+def first_equal(value: float, *measures: Measure) -> Measure | None:
+    """Return the first measure whose value is lm-eval's, or None."""
+    return next((one for one in measures if math.isclose(one.value, value, rel_tol=CLOSE, abs_tol=CLOSE)), None)
 
 
 def exponent(sums: Floats) -> Floats:
     """[..., (nats, weight)] -> [...] perplexity."""
-    return np.asarray(np.exp(-ratio(sums)), dtype=np.float64)
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(-ratio(sums)), dtype=np.float64)
 
 
 def bits(sums: Floats) -> Floats:
     """[..., (nats, bytes)] -> [...] bits per byte."""
     return np.asarray(-ratio(sums) / math.log(2), dtype=np.float64)
-
-
-WEIGHTED: dict[str, Formula] = {"weighted_perplexity": exponent, "bits_per_byte": bits}
-"""Scores of a sum over a sum, by lm-eval's name of how they are put together."""
-
-
-def measure_group(group: Group, metric: str, parts: Sequence[Measure | None]) -> Measure | None:
-    """Return a group's mean over its tasks, weighed by their questions or all alike, from the questions' parts."""
-    kinds = [one for one in group.aggregate_metric_list if one.metric == metric]
-    means = [one for one in parts if one is not None and one.formula is ratio]
-    if len(kinds) != 1 or not means or len(means) < len(parts):
-        return None
-    at, right = tuple(row for one in means for row in one.at), all(one.right_wrong for one in means)
-    if kinds[0].weight_by_size or len(means) == 1:
-        return Measure(metric, np.concatenate([one.sums_NK for one in means]), ratio, right, at=at)
-    by_task = [np.pad(one.sums_NK, ((0, 0), (2 * g, 2 * (len(means) - g - 1)))) for g, one in enumerate(means)]
-    return Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at, ends=mean_share_ends if right else None)
 
 
 def mean_of_ratios(sums: Floats) -> Floats:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llmtune import __version__
+from llmtune.errors import DataError
 from llmtune.evaluate.lm_eval_tasks import list_task_files
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.evaluate.release_file import find_release
+from llmtune.recipe.eval_suites_section import is_task_file
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, ModelRef, Rows
@@ -18,8 +21,6 @@ from llmtune.store.run_lock import package_versions
 
 def evaluation_inputs(recipe: Recipe, trained: str, model: ModelRef, rows: Rows, examples: Examples) -> str:
     """Hash what scores depend on: what was trained (by its hash), the rows, and how answers are made and measured."""
-    from llmtune.evaluate.sentence_pairs import hub_commits  # it imports torch
-
     settings: list[Any] = [
         recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS}),
         recipe.generation.model_dump(mode="json"),
@@ -27,7 +28,6 @@ def evaluation_inputs(recipe: Recipe, trained: str, model: ModelRef, rows: Rows,
     settings.append(recipe.task_section() or {})
     settings += [recipe.data.split_by] if recipe.data.split_by is not None else []
     settings.append([hash_file(path) for path in evaluation_files(recipe)])
-    settings.append(hub_commits(recipe.evaluate.fairness.pairs if recipe.evaluate.fairness else ()))
     contents = [trained, model.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
     versions = package_versions(("torch", "transformers", "peft", *(["lm-eval"] if recipe.evaluate.benchmarks else [])))
     return hash_value([__version__, versions, contents, settings, recipe.seed])
@@ -53,6 +53,9 @@ def evaluation_files(recipe: Recipe) -> list[Path]:
     forgetting, fairness, champion = recipe.evaluate.forgetting, recipe.evaluate.fairness, recipe.evaluate.champion
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
     named += [str(find_release(Path(champion), recipe.name)), f"{champion}/evaluation/{MEASURES}"] if champion else []
-    named += [*(fairness.pairs + fairness.swaps if fairness else ())]
-    read = [file for benchmark in recipe.evaluate.benchmarks for file in list_task_files(benchmark.task)]
-    return [path for path in (*map(Path, named), *read) if path.is_absolute() and path.is_file()]
+    named += [*(fairness.swaps if fairness else ())]
+    read: set[Path] = set()
+    for benchmark in recipe.evaluate.benchmarks:
+        with suppress(DataError):
+            read |= list_task_files(Path(benchmark.task)) if is_task_file(benchmark.task) else set()
+    return [path for path in (*map(Path, named), *sorted(read)) if path.is_absolute() and path.is_file()]

@@ -8,9 +8,9 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError, nearest
-from llmtune.evaluate.lm_eval_tasks import check_task_files, is_file, read_task_file, shipped_names
-from llmtune.recipe.eval_suites_section import BenchmarkSection, plain_name, suite_name
+from llmtune.evaluate.lm_eval_tasks import PACKAGE, list_task_files, read_task_file, shipped_names
+from llmtune.recipe.eval_suites_section import BenchmarkSection, is_task_file, plain_name, suite_name
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.store.process_environment import offline_switches
 
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
 
     from llmtune.recipe.schema import Recipe
 
-KEY = "evaluate.benchmarks"
+KEY, EXTRA = "evaluate.benchmarks", "benchmarks"
 RUN_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError)
 """What a mistake in a task makes lm-eval raise while it runs."""
 READ_ERRORS = (*RUN_ERRORS, RuntimeError, StopIteration)
-"""What a mistake in a task makes lm-eval, and the libraries under it, raise while it is read with its rows."""
+"""What a mistake in a task makes lm-eval, and the libraries under it, raise while it reads the rows."""
 MOST_NAMED = 20
 
 
@@ -42,113 +43,118 @@ MOST_NAMED = 20
 class Benchmark:
     """One entry of `evaluate.benchmarks`, read by lm-eval."""
 
-    name: str
-    """What its scores are called by."""
     section: BenchmarkSection
-    run: tuple[Task | Group, ...]
-    """The tasks and groups of lm-eval to be run."""
+    run: dict[str, Task | Group]
+    """The tasks and groups to run, by lm-eval's name as below."""
     tasks: dict[str, Task]
-    """Every task by lm-eval's name for it, those of groups too."""
+    """Every task, those of groups too."""
     groups: dict[str, Group]
 
-    def plain(self, lm_eval_name: str) -> str:
-        """Return what the scores of a task or group are called by: what comes out of a file alone, by the file."""
-        if is_file(self.section.task) and [lm_eval_name] == list(map(name_of, self.run)):
-            return self.name
-        return plain_name(lm_eval_name)
+    @property
+    def name(self) -> str:
+        """The name of its scores."""
+        return suite_name(self.section.task)
+
+    def plain(self, name: str) -> str:
+        """Return the report's name of a task or group of lm-eval; the only one of a file is called by the file."""
+        return self.name if is_task_file(self.section.task) and [*self.run] == [name] else plain_name(name)
 
 
 def check_benchmarks(recipe: Recipe) -> None:
-    """Check what can be known at once, without the network and, if all is well, without lm-eval.
+    """Check the names and files of `evaluate.benchmarks`, without the network and, if all is well, without lm-eval.
 
-    Raises what `check_task_files` does, and RecipeError for tasks that lm-eval does not know.
+    Raises:
+        EnvironmentProblem: lm-eval is not installed.
+        DataError: a task file is missing or is none.
+        RecipeError: a task that lm-eval does not know.
     """
-    check_task_files(recipe)
-    named = {one.task for one in recipe.evaluate.benchmarks if not is_file(one.task)}
-    if named - shipped_names():  # the index has the last word; it takes seconds
+    names = [one.task for one in recipe.evaluate.benchmarks]
+    if names and find_spec(PACKAGE) is None:
+        fix = f"pip install 'llmtune-cli[{EXTRA}]', or remove the key."
+        raise EnvironmentProblem.of("benchmarks need lm-eval, which is not installed", KEY, fix)
+    for name in filter(is_task_file, names):
+        list_task_files(Path(name))
+    if {name for name in names if not is_task_file(name)} - shipped_names():  # the index has the last word
         with quietly():
-            check_names(recipe, make_manager(recipe))
+            manager = make_manager(True)
+        RecipeError.collect(
+            Problem(
+                f"lm-eval has no task '{name}'",
+                f"{KEY}.{i}",
+                f"{nearest(name, manager.all_tasks)} `lm_eval ls tasks` lists all of them.".strip(),
+            )
+            for i, name in enumerate(names)
+            if not is_task_file(name) and name not in manager.task_index
+        )
 
 
 def load_benchmarks(recipe: Recipe, console: Console) -> tuple[Benchmark, ...]:
-    """Read the tasks of `evaluate.benchmarks`, with their rows; of named tasks those may come over the network.
+    """Read the tasks of `evaluate.benchmarks`, with their rows; those of named tasks may come over the network.
 
     Raises:
-        RecipeError: a task that lm-eval does not know or that cannot be run here, a setting that it would not heed, a
-            gate about a score that there will not be.
+        RecipeError: a task that lm-eval does not know or that cannot be run here, a setting without effect, a gate on a
+            score that will not exist.
         DataError: a task file or its rows are missing or bad.
-        EnvironmentProblem: lm-eval, or a package of a task, is not installed; or the hub cannot be reached.
+        EnvironmentProblem: lm-eval, or a package of a task, is not installed; or rows cannot be reached.
     """
-    if not recipe.evaluate.benchmarks:
+    check_benchmarks(recipe)
+    sections = recipe.evaluate.benchmarks
+    if not sections:
         return ()
-    check_task_files(recipe)
     with console.status("benchmarks: reading the tasks"), quietly():
-        manager = make_manager(recipe)
-        check_names(recipe, manager)
-        benchmarks = tuple([load_benchmark(section, manager) for section in recipe.evaluate.benchmarks])
+        benchmarks = tuple([load_benchmark(section) for section in sections])
     problems = [problem for one in benchmarks for problem in find_problems(one)]
     RecipeError.collect([*problems, *find_twice(benchmarks), *find_lost_gates(recipe, benchmarks)])
     return benchmarks
 
 
-def make_manager(recipe: Recipe) -> TaskManager:
-    """Return what finds tasks; those that come with lm-eval, which take seconds, only where one is named."""
+@cache
+def make_manager(shipped: bool, folder: str | None = None) -> TaskManager:
+    """Return what finds tasks: those `shipped` with lm-eval, which takes seconds, and those below a folder."""
     from lm_eval.tasks import TaskManager
 
-    files = [read_task_file(Path(one.task)) for one in recipe.evaluate.benchmarks if is_file(one.task)]
-    named = len(files) < len(recipe.evaluate.benchmarks) or any(file.members for file in files)
-    groups = sorted({str(file.path.parent) for file in files if isinstance(file.config.get("task"), list)})
-    return TaskManager(include_defaults=named, include_path=groups or None)
+    return TaskManager(include_defaults=shipped, include_path=folder)
 
 
-def check_names(recipe: Recipe, manager: TaskManager) -> None:
-    """Raise RecipeError for tasks that lm-eval does not know, all of them at once."""
-    problems = []
-    for i, section in enumerate(recipe.evaluate.benchmarks):
-        file = is_file(section.task)
-        names = sorted(read_task_file(Path(section.task)).members) if file else [section.task]
-        for name in names:
-            if name not in manager.task_index:
-                fix = f"{nearest(name, manager.all_tasks)} All of them: `lm_eval ls tasks`.".strip()
-                problems.append(Problem(f"lm-eval has no task '{name}'", section.task if file else f"{KEY}.{i}", fix))
-    RecipeError.collect(problems)
-
-
-def load_benchmark(section: BenchmarkSection, manager: TaskManager) -> Benchmark:
+def load_benchmark(section: BenchmarkSection) -> Benchmark:
     """Read one task, group, or tag (several tasks by one name)."""
-    file = read_task_file(Path(section.task)) if is_file(section.task) else None
-    name = section.task  # a group's file is found by the name that it states
-    if file is not None and isinstance(file.config.get("task"), list) and "group" in file.config:
-        name = str(file.config["group"])
-    beside = contextlib.chdir(file.path.parent) if file is not None and file.rows_beside else contextlib.nullcontext()
-    with explained(section.task, READ_ERRORS), beside:
-        loaded = manager.load([name])
-    groups: dict[str, Group] = loaded.get("groups") or {}
-    tasks: dict[str, Task] = loaded["tasks"]
+    with explained(section, READ_ERRORS):
+        loaded = load_file(section) if is_task_file(section.task) else make_manager(True).load([section.task])
+    tasks, groups = loaded["tasks"], loaded.get("groups") or {}
     nested = {name for group in groups.values() for name in group.child_names}
     grouped = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
-    run: list[Task | Group] = [group for name, group in groups.items() if name not in nested]
-    run += [task for name, task in tasks.items() if name not in grouped]
-    return Benchmark(suite_name(section.task), section, tuple(run), tasks, groups)
+    run: dict[str, Task | Group] = {name: group for name, group in groups.items() if name not in nested}
+    run |= {name: task for name, task in tasks.items() if name not in grouped}
+    return Benchmark(section, run, tasks, groups)
 
 
-def name_of(loaded: Task | Group) -> str:
-    """Return lm-eval's name of a task or group."""
-    return str(getattr(loaded, "task_name", None) or getattr(loaded, "name", None))
+def load_file(section: BenchmarkSection) -> TaskDict:
+    """Read a task file; relative paths of rows are seen from its folder, or else from the working folder."""
+    path = Path(section.task)
+    group = read_task_file(path).get("group")
+    manager = make_manager(section.needs_network, str(path.parent) if group else None)
+    spec = str(group or path)  # lm-eval finds the tasks of a group by its name alone
+    try:
+        with contextlib.chdir(path.parent):
+            return manager.load([spec])
+    except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            return manager.load([spec])
+        raise
 
 
 def find_problems(benchmark: Benchmark) -> Iterator[Problem]:
-    """Yield what cannot be run, and settings that lm-eval would pass over."""
+    """Yield tasks that cannot be run, and settings that lm-eval would ignore."""
     where = f"{KEY}: {benchmark.section.task}"
     shots = benchmark.section.num_fewshot
     if not benchmark.tasks:
-        yield Problem("there is no task in it", where, "Remove it.")
+        yield Problem("it holds no task", where, "Remove it.")
     for name, task in benchmark.tasks.items():
         if getattr(task, "UNSAFE_CODE", False):
             what = f"{name} runs the code that a model writes, on this machine"
             yield Problem(what, where, "Remove it; run lm-eval itself in a place where nothing can be harmed.")
         if getattr(task, "MULTIMODAL", False):
-            yield Problem(f"{name} asks about pictures or sounds", where, "Remove it: only text is asked here.")
+            yield Problem(f"{name} asks about pictures or sounds", where, "Remove it: only text is supported.")
         if shots is not None and task.get_config("num_fewshot") == 0 != shots:
             what = f"num_fewshot: {shots} would have no effect: {name} sets it to 0, and lm-eval keeps to that"
             yield Problem(what, where, "Remove num_fewshot.")
@@ -191,26 +197,24 @@ def find_lost_gates(recipe: Recipe, benchmarks: Sequence[Benchmark]) -> Iterator
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Run lm-eval in the block: nothing of it reaches the terminal, and the seeds that it sets are taken back.
-
-    Standard errors that it would resample, in processes of its own, are left out: paired intervals stand for them.
-    """
+    """Run lm-eval in the block: it prints nothing, and the random states are as before afterwards."""
     import datasets
-    import lm_eval.api.metrics
     import lm_eval.api.task
+    import lm_eval.evaluator
+    import lm_eval.models.huggingface
     from tqdm import tqdm
 
-    log = logging.getLogger("lm_eval")
+    log, hidden = logging.getLogger("lm_eval"), partial(tqdm, disable=True)  # its bars have no switch
     level, bars = log.level, datasets.are_progress_bars_disabled()
     states = random.getstate(), np.random.get_state()
     log.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
-    seeded = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with (
-        torch.random.fork_rng(seeded),
+        torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []),
         contextlib.redirect_stdout(io.StringIO()),
-        replaced(lm_eval.api.task, "tqdm", partial(tqdm, disable=True)),  # the bar of building requests has no switch
-        replaced(lm_eval.api.metrics, "bootstrap_stderr", lambda *_, **__: "N/A"),
+        replaced(lm_eval.api.task, "tqdm", hidden),
+        replaced(lm_eval.models.huggingface, "tqdm", hidden),
+        replaced(lm_eval.evaluator, "add_env_info", lambda *_: None),  # it takes seconds, and the lock has it
     ):
         try:
             yield
@@ -223,19 +227,23 @@ def quietly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """Let a name of a module stand for something else within the block."""
-    before = getattr(module, name)
-    setattr(module, name, value)
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Replace an attribute of a module or an object in the block."""
+    attributes = vars(owner)
+    before = [attributes[name]] if name in attributes else []
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        if before:
+            setattr(owner, name, before[0])
+        else:
+            delattr(owner, name)
 
 
 @contextlib.contextmanager
-def explained(task: str, faults: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Turn what lm-eval and its tasks raise into an error that says whose fault it is; refuse code of a hub.
+def explained(section: BenchmarkSection, faults: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn errors of lm-eval and its tasks into llmtune's, and refuse code of a hub.
 
     `faults` are what a mistake in a task makes them raise.
     """
@@ -249,26 +257,32 @@ def explained(task: str, faults: tuple[type[Exception], ...]) -> Iterator[None]:
         raise ValueError(f"metric {name} is code of a hub")
 
     fetched: list[str] = []
-    where = f"{KEY}: {task}"
+    where = f"{KEY}: {section.task}"
     try:
         with replaced(evaluate, "load", refuse):
             yield
     except ImportError as error:
         missing = getattr(error.__cause__, "name", None) or error.name
-        what = f"the task needs the Python module {missing or error}, which is neither beside it nor installed"
+        what = f"the task needs the Python module {missing or error}, which is neither next to it nor installed"
         raise EnvironmentProblem.of(what, where, "Install its package, or remove the task.") from error
     except (HTTPError, ConnectionError) as error:
-        switched = bool(offline_switches())
-        what = "its rows are not in the cache" if switched else f"the hub cannot be reached ({error})"
-        fix = "Run once without --offline (HF_HUB_OFFLINE)" if switched else "Check the network and its proxy"
-        raise EnvironmentProblem.of(what, where, f"{fix}, or take a task file with rows of your own.") from error
+        raise unreachable(section, where, error) from error
     except (DatasetsError, TemplateError, *faults) as error:
         if not fetched:
             what = f"lm-eval cannot use the task: {one_line_of(error)}"
             raise DataError.of(what, where, "Fix it, or remove it.") from error
     if fetched:
         what = f"the metric {fetched[0]} is none of lm-eval's own: it would be fetched from a hub as code, and run"
-        raise RecipeError.of(what, where, "Take a metric of lm-eval, or a Python function beside the task file.")
+        raise RecipeError.of(what, where, "Take a metric of lm-eval, or a Python function next to the task file.")
+
+
+def unreachable(section: BenchmarkSection, where: str, error: Exception) -> EnvironmentProblem:
+    """Return the error for rows that cannot be fetched."""
+    what, fix = f"the hub cannot be reached ({error})", "Check the network and its proxy"
+    if offline_switches():
+        what, fix = "its rows are not in the cache", "Run once without --offline (HF_HUB_OFFLINE)"
+        fix = fix if section.needs_network else f"Set network: true for this entry of {KEY}"
+    return EnvironmentProblem(Problem(what, where, f"{fix}, or take a task file with rows of your own."))
 
 
 def one_line_of(error: BaseException) -> str:

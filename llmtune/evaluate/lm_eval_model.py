@@ -1,152 +1,94 @@
-"""A loaded model as lm-eval takes one: its own class for transformers, fed in batches of our token budgets.
-
-Shapes: B rows of a batch, T positions, V words of the vocabulary.
-"""
+"""A loaded model as lm-eval takes one: its own class for transformers, in batches of our token budgets."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from itertools import chain, groupby
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from rich.progress import Progress
-from transformers import PreTrainedTokenizerBase
+from lm_eval.models.utils import normalize_gen_kwargs
 
+from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.lm_eval import replaced
 from llmtune.evaluate.token_batches import (
     GENERATION_BUDGET,
     TOKEN_BUDGET,
+    batch_size,
     budget_for,
     over_processes,
     run_in_batches,
 )
-from llmtune.model.device import compute_context
-from llmtune.store.processes import world_size
+from llmtune.model.device import resolve_dtype
+from llmtune.records import Advance
 
-MOST_WINDOWS = 512
-"""Windows of a long text that lm-eval hands over at a time; they are cut into batches here."""
-NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the longest answer."""
-TokenRequest = tuple[object, list[int], list[int]]
-"""What it is called by, tokens of the context, tokens of what follows."""
-Answer = TypeVar("Answer")
-
-
-class InferenceModel:
-    """A model that runs as in evaluation: in the recipe's number format, and never changed.
-
-    It is no torch module, so that lm-eval does not tie the weights of an adapted model anew; and the number format is
-    set here, since lm-eval switches autocast off around each call.
-    """
-
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, device: str) -> None:
-        self.model, self.compute_dtype, self.compute_device = model.eval(), dtype, device
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        """Return the model's output, with logits [B, T, V]."""
-        with torch.inference_mode(), compute_context(self.compute_dtype, self.compute_device):
-            return self.model(*args, **kwargs)
-
-    def generate(self, **kwargs: object) -> object:
-        """Return token ids [B, T]."""
-        with torch.inference_mode(), compute_context(self.compute_dtype, self.compute_device):
-            return self.model.generate(**kwargs)  # type: ignore[operator]
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.model, name)
+Answers = list[Any]
+"""One for each request: (nats, whether each token is the likeliest), nats, or a text."""
+Ask = Callable[[Sequence[Instance]], Answers]
 
 
 class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
-    """lm-eval's transformers model around one that is loaded already."""
+    """lm-eval's transformers model around one that is loaded already; several processes divide the questions."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        processor: PreTrainedTokenizerBase,
-        dtype: torch.dtype,
-        device: str,
-        bars: Progress,
-        name: str,
-    ) -> None:
-        """Take a loaded model; a bar of this name says how many requests are answered."""
-        tokenizer = copy.deepcopy(processor)  # lm-eval sets its padding
-        inner = InferenceModel(model, dtype, device)
-        super().__init__(pretrained=inner, backend="causal", tokenizer=tokenizer, batch_size=MOST_WINDOWS)
-        self.where, self.bars, self.bar, self.asked = device, bars, bars.add_task(name, total=None), 0
+    def __init__(self, model: torch.nn.Module, context: EvalContext, advance: Advance) -> None:
+        dtype = resolve_dtype(context.recipe.model.dtype, context.device)
+        tokenizer = copy.deepcopy(context.processor)  # lm-eval sets its padding
+        autocast = None if dtype == torch.float32 else dtype
+        # lm-eval ties weights anew, which would undo or break an adapter on the embeddings or the head.
+        with replaced(model, "tie_weights", lambda *_, **__: None):
+            super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, mixed_precision_dtype=autocast)
+        self.where, self.advance = context.device, advance
         self.truncated = 0
-        """Requests whose beginning was left out, since they are longer than the model's context."""
+        """Requests that lost their beginning, since they are longer than the model's context."""
 
-    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Return the nats of whole texts."""
-        nats: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
-        return nats
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Answers:
+        """Return (nats, whether each token is the likeliest) of continuations."""
+        return self._answer(super().loglikelihood, requests, TOKEN_BUDGET)
 
-    def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: object) -> list[tuple[float, bool]]:
-        """Return (nats, whether each token is the likeliest) of what follows a context, in batches.
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Answers:
+        """Return the nats of texts."""
+        return self._answer(super().loglikelihood_rolling, requests, TOKEN_BUDGET)
 
-        Requests that differ in their last token alone stay together, since one pass does all.
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Answers:
+        """Return generated texts."""
+        return self._answer(super().generate_until, requests, GENERATION_BUDGET)
+
+    def _answer(self, ask: Ask, requests: Sequence[Instance], budgets: dict[str, int]) -> Answers:
+        """Answer requests in batches; those of one question stay together, since many differ in their end alone.
+
+        Every process answers all of them where any is sampled: a sample depends on the others in its batch.
         """
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for i, (_name, context, following) in enumerate(requests):
-            alike.setdefault((*context, *following[:-1]), []).append(i)
-        groups = list(alike.values())
+        budget, lengths = budget_for(self.where, budgets), {id(one): self._count_tokens(one) for one in requests}
+        sampled = any(isinstance(one.args[-1], dict) and one.args[-1].get("do_sample") for one in requests)
 
-        def answer(batch: list[int]) -> dict[int, tuple[float, bool]]:
-            rows = [i for group in batch for i in groups[group]]
-            answers = super(BatchedLM, self)._loglikelihood_tokens([requests[i] for i in rows], disable_tqdm=True)
-            return dict(zip(rows, answers, strict=True))
-
-        self.truncated += sum(len(group) for ids, group in alike.items() if len(ids) > self.max_length)
-        lengths = [min(len(ids), self.max_length) for ids in alike]
-        return self._answer(len(requests), lengths, budget_for(self.where, TOKEN_BUDGET), answer)
-
-    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Return generated texts, in batches."""
-
-        def answer(batch: list[int]) -> dict[int, str]:
-            self.batch_size_per_gpu = len(batch)
-            texts = super(BatchedLM, self).generate_until([requests[i] for i in batch], disable_tqdm=True)
-            return dict(zip(batch, texts, strict=True))
-
-        asked = [next((one.args[1][name] for name in NEW_TOKENS if one.args[1].get(name)), 0) for one in requests]
-        new = [int(tokens or self.max_gen_toks) for tokens in asked]
-        lengths = [len(self.tok_encode(one.args[0])) + tokens for one, tokens in zip(requests, new, strict=True)]
-        self.truncated += sum(length > self.max_length for length in lengths)
-        drawn = any(one.args[1].get("do_sample") for one in requests)
-        try:
-            return self._answer(len(requests), lengths, budget_for(self.where, GENERATION_BUDGET), answer, drawn)
-        finally:
-            self.batch_size_per_gpu = MOST_WINDOWS
-
-    def _answer(
-        self,
-        count: int,
-        lengths: Sequence[int],
-        budget: int,
-        answer: Callable[[list[int]], dict[int, Answer]],
-        drawn: bool = False,
-    ) -> list[Answer]:
-        """Answer requests in batches of a token budget; `answer` gives those of one batch by their numbers.
-
-        Several processes share them, but where answers are `drawn`: a draw depends on the answers beside it.
-        """
-        self.asked += count if drawn else -(-count // world_size())
-        self.bars.update(self.bar, total=self.asked)
-
-        def share(own: Sequence[int]) -> list[dict[int, Answer]]:
-            found: dict[int, dict[int, Answer]] = {}
+        def answer(questions: Sequence[list[Instance]]) -> list[Answers]:
+            own = list(chain.from_iterable(questions))
+            sizes = [min(lengths[id(one)], self.max_length) for one in own]
+            found: dict[int, Any] = {}
 
             def work(batch: list[int]) -> None:
-                found[batch[0]] = answer([own[i] for i in batch])
-                self.bars.advance(self.bar, len(found[batch[0]]))
+                self.batch_size_per_gpu = batch_size(sizes[batch[0]], budget)
+                found.update(zip(batch, ask([own[i] for i in batch]), strict=True))
+                self.advance(len(batch))
 
-            run_in_batches([lengths[i] for i in own], budget, work)
-            return [found.get(i, {}) for i in range(len(own))]
+            run_in_batches(sizes, budget, work)
+            answers = iter(found[i] for i in range(len(own)))
+            return [[next(answers) for _ in question] for question in questions]
 
-        every = range(len(lengths))
-        answers = {
-            key: one for part in (share(every) if drawn else over_processes(every, share)) for key, one in part.items()
-        }
-        return [answers[i] for i in range(count)]
+        questions = [list(group) for _, group in groupby(requests, key=lambda one: (one.task_name, one.doc_id))]
+        return list(chain.from_iterable(answer(questions) if sampled else over_processes(questions, answer)))
+
+    def _count_tokens(self, request: Instance) -> int:
+        """Return how many positions a request takes, and note a truncated one; lm-eval reads texts in windows."""
+        text, *rest = request.args
+        if not rest:
+            return len(self.tok_encode(text))
+        if isinstance(rest[0], str):
+            length = len(self.tok_encode(text + rest[0])) - 1
+        else:
+            length = len(self.tok_encode(text)) + normalize_gen_kwargs(rest[0], self.max_gen_toks)["max_gen_toks"]
+        self.truncated += length > self.max_length
+        return length

@@ -13,7 +13,6 @@ from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.forgetting import ForgettingSuite
 from llmtune.evaluate.group_gaps import GroupGapSuite
 from llmtune.evaluate.metric import PairedMeasures
-from llmtune.evaluate.stereotypes import StereotypeSuite
 from llmtune.evaluate.swapped_rows import SwapSuite
 from llmtune.recipe.eval_suites_section import SUITE_KEYS
 from llmtune.recipe.schema import Recipe
@@ -22,7 +21,7 @@ from llmtune.records import Study
 Suite = EvalSuite[Any]
 SUITES: dict[str, dict[str, type[Suite]]] = {
     "forgetting": {"": ForgettingSuite},
-    "fairness": {"pairs": StereotypeSuite, "swaps": SwapSuite, "groups": GroupGapSuite},
+    "fairness": {"swaps": SwapSuite, "groups": GroupGapSuite},
     "benchmarks": {"": BenchmarkSuite},
 }
 """By key of `evaluate`, a suite in parts by the key in its section that asks for them; one without is always run."""
@@ -65,7 +64,6 @@ def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
 
     Raises RecipeError.
     """
-    StereotypeSuite.check_variant(recipe, task, model)
     RecipeError.collect(
         Problem(
             f"{model} is no decoder language model, and this suite takes {suite.decoder_input}",

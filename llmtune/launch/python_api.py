@@ -262,8 +262,4 @@ def names_remote(recipe: Recipe) -> bool:
 
 def studies_remote(recipe: Recipe) -> bool:
     """Whether a study of the evaluation reads what is on a hub."""
-    from llmtune.evaluate.lm_eval_tasks import needs_network  # it reads YAML, which `--help` does not need
-
-    fairness = recipe.evaluate.fairness
-    hub_pairs = fairness is not None and any(name.startswith("hub:") for name in fairness.pairs)
-    return hub_pairs or any(needs_network(benchmark.task) for benchmark in recipe.evaluate.benchmarks)
+    return any(benchmark.needs_network for benchmark in recipe.evaluate.benchmarks)

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from llmtune.errors import nearest
 from llmtune.recipe.gate_grammar import Gate
+from llmtune.recipe.retired import RETIRED, retired_problem
 from llmtune.recipe.section import REMOTE, Count, Many, Section, Text, absolute
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import TaskVariant
@@ -28,15 +29,10 @@ SUITE_KEYS = {
     },
     "fairness": {
         "gap": "groups",
-        "stereotype": "pairs",
-        "stereotype_distance": "pairs",
         "swap_changes": "swaps",
-        "lm_score": "pairs",
-        "icat": "pairs",
     },
 }
 """What each suite measures, as gates call it behind the suite's name, and the key that it comes from."""
-OF_STEREOSET = ("lm_score", "icat")
 
 
 def absolute_file(name: str, folder: Path) -> str:
@@ -46,7 +42,12 @@ def absolute_file(name: str, folder: Path) -> str:
 
 def absolute_task(name: str, folder: Path) -> str:
     """Make a benchmark's task file absolute; the name of a task of lm-eval stays."""
-    return absolute(name, folder) if name.endswith(TASK_FILES) else name
+    return absolute(name, folder) if is_task_file(name) else name
+
+
+def is_task_file(task: str) -> bool:
+    """Whether a benchmark is a task file rather than the name of a task."""
+    return task.endswith(TASK_FILES)
 
 
 class ForgettingSection(Section):
@@ -81,10 +82,6 @@ class ForgettingSection(Section):
 class FairnessSection(Section):
     """Whether groups of people are spoken of, or served, differently; base against tuned."""
 
-    pairs: Many[Text] = (OWN,)
-    """Paired sentences that differ in a group alone: `own`, files in the form of CrowS-Pairs (CSV), StereoSet (JSON) or
-    JSON lines of `more` and `less`, or `hub:OWNER/NAME[/CONFIG]`; only for models of language. Default `own`: a small
-    set that comes with llmtune."""
     swaps: Many[Text] = (OWN,)
     """Pairs of words for groups, such as woman and man, that are swapped in the prompts of the test rows: `own`, or CSV
     files of two columns without a head. Default `own`: English words for women and men."""
@@ -92,14 +89,14 @@ class FairnessSection(Section):
     """Columns that say which group a test row is about: the gap of every metric between their values is measured.
     Default none: rows seldom say so."""
 
-    paths: ClassVar = {"pairs": absolute_file, "swaps": absolute_file}
+    paths: ClassVar = {"swaps": absolute_file}
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, has_test: bool) -> None:
         """Report keys of the section that would have no effect, and what is named twice."""
         key = "evaluate.fairness"
-        if not (self.pairs or self.swaps or self.groups):
-            diagnostics.add(key, f"'{key}' measures nothing", "Give it pairs, swaps or groups, or remove it.")
-        for name in ("pairs", "swaps", "groups"):
+        if not (self.swaps or self.groups):
+            diagnostics.add(key, f"'{key}' measures nothing", "Give it swaps or groups, or remove it.")
+        for name in ("swaps", "groups"):
             diagnostics.repeated(f"{key}.{name}", getattr(self, name), "something")
         for name, (why, fix) in fairness_without_effect(variant, has_test).items():
             if getattr(self, name):
@@ -107,24 +104,15 @@ class FairnessSection(Section):
         for file in self.swaps:
             if file.startswith(REMOTE):
                 diagnostics.add(f"{key}.swaps", f"'{file}' is not a file", "Give `own`, or a CSV file of two columns.")
-        for file in self.pairs:
-            if file.startswith("hub:") and file.count("/") > 2:
-                fix = "Write hub:OWNER/NAME[/CONFIG]."
-                diagnostics.add(f"{key}.pairs", f"'{file}' is not the name of a data set", fix)
 
 
 def fairness_without_effect(variant: TaskVariant, has_test: bool) -> dict[str, tuple[str, str]]:
     """Return the keys of `fairness` that this task and these rows do not read: why, and what to do."""
-    task, unswapped, unused = variant.task, variant.facts.unswapped, {}
-    if not variant.facts.decodes or variant.is_extractive or variant.is_reward:
-        fix = "Remove it; groups work here." if unswapped else "Remove it; swaps and groups work here."
-        unused["pairs"] = (f"with task: {task}: its model gives sentences no likelihood", fix)
     if not has_test:
         fix = "Give data.test a share of the rows or sources, or remove it."
-        unused |= dict.fromkeys(("swaps", "groups"), ("without test rows", fix))
-    elif unswapped:
-        unused["swaps"] = (f"with task: {task}: {unswapped}", "Remove it.")
-    return unused
+        return dict.fromkeys(("swaps", "groups"), ("without test rows", fix))
+    unswapped = variant.facts.unswapped
+    return {"swaps": (f"with task: {variant.task}: {unswapped}", "Remove it.")} if unswapped else {}
 
 
 class BenchmarkSection(Section):
@@ -140,7 +128,16 @@ class BenchmarkSection(Section):
     """Put each question as a chat message. Default false, as in lm-eval, so that numbers are those of its own command
     line."""
 
+    network: bool | None = None
+    """Whether its rows, or the tasks of a group, come over the network, unless they are in the cache. Default true for
+    the name of a task, false for a task file."""
+
     paths: ClassVar = {"task": absolute_task}
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether its rows, or its tasks, may come over the network."""
+        return not is_task_file(self.task) if self.network is None else self.network
 
 
 def check_benchmarks(diagnostics: Diagnostics, benchmarks: tuple[BenchmarkSection, ...], variant: TaskVariant) -> None:
@@ -171,7 +168,10 @@ def check_suite_gate(
     name, _, metric = gate.metric.partition(".")
     about = f"the gate {gate.text!r} is about"
     suite, known = suites.get(name), SUITE_KEYS.get(name, {})
-    if name not in suites:
+    if gate.metric in RETIRED:
+        problem = retired_problem(gate.metric, None)
+        diagnostics.add(key, problem.what, problem.fix or "")
+    elif name not in suites:
         fix = f"{nearest(name, [*suites])} Studies: {', '.join(suites)}.".strip()
         diagnostics.add(key, f"{about} an unknown study", fix)
     elif not suite:
@@ -192,14 +192,11 @@ def check_suite_gate(
         elif not files:
             fix = f"Give {source} something to measure, or remove the gate."
             diagnostics.add(key, f"{about} a metric that is not measured", fix, source)
-        elif metric in OF_STEREOSET and files == (OWN,):
-            fix = f"Name a file in the form of StereoSet in {source}, or remove the gate."
-            diagnostics.add(key, f"{about} a metric of StereoSet alone", fix, source)
 
 
 def suite_name(task: str) -> str:
     """Return what the scores of a benchmark are called by: the task's name, of a task file its stem, made plain."""
-    return plain_name(PurePath(task).stem if task.endswith(TASK_FILES) else task)
+    return plain_name(PurePath(task).stem if is_task_file(task) else task)
 
 
 def plain_name(name: str) -> str:

@@ -67,8 +67,8 @@ class EvaluateSection(Section):
     """General text and questions, before and after tuning; `{}` takes its keys' defaults. Default none: it costs about
     a minute for each model."""
     fairness: FairnessSection | None = None
-    """Paired sentences, swapped words and gaps between groups; `{}` takes its keys' defaults. Default none: what is
-    fair is a question to be asked on purpose."""
+    """Swapped words and gaps between groups; `{}` takes its keys' defaults. Default none: what is fair is a question to
+    be asked on purpose."""
     benchmarks: Benchmarks = ()
     """Public benchmarks by lm-evaluation-harness (extra `benchmarks`): names of its tasks or task files. Default none:
     most of them are large and come over the network."""

@@ -1,10 +1,11 @@
-"""Commands, options and values that earlier versions had, and what to use instead: the table of docs/retired.md."""
+"""What earlier versions had (commands, options, recipe keys, metrics), and what to use instead: docs/retired.md."""
 
 from __future__ import annotations
 
-from llmtune.errors import LlmtuneError, RecipeError
+from llmtune.errors import Problem, RecipeError
 
 FSDP = "Use --strategy fsdp: FSDP2 shards what ZeRO-3 shards."
+PAIRS = "Use lm-eval's task: `evaluate.benchmarks: [crows_pairs_english]`."
 RETIRED = {
     "--strategy zero2": FSDP,
     "--strategy zero3": FSDP,
@@ -14,10 +15,17 @@ RETIRED = {
     "launch kubernetes": "Run `kubectl create -f` with examples/launch/trainjob.yaml, which starts torchrun.",
     "doctor FOLDER": "Read trainer_state.json in the Trainer's folder. To train on from its adapter, set "
     "adapter.start_from to the folder.",
+    "evaluate.fairness.pairs": PAIRS,
+    **dict.fromkeys((f"fairness.{name}" for name in ("stereotype", "stereotype_distance", "lm_score", "icat")), PAIRS),
 }
-"""What was retired, as a user typed it, and a sentence that says what to use instead."""
+"""By what a user types (a command, an option, a recipe key, a metric of a gate): a sentence that says what to use."""
 
 
-def refuse_retired(name: str) -> LlmtuneError:
-    """Return the error for a key of `RETIRED`."""
-    return RecipeError.of(f"`{name}` was removed", "docs/retired.md", RETIRED[name])
+def retired_problem(name: str, where: str | None) -> Problem:
+    """Return the problem of something in `RETIRED` that is used at `where`."""
+    return Problem(f"`{name}` was removed", where, RETIRED[name])
+
+
+def refuse_retired(name: str) -> RecipeError:
+    """Return the error for a command or an option in `RETIRED`."""
+    return RecipeError(retired_problem(name, "docs/retired.md"))

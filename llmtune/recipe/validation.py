@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe.peft_options import options_of, readers_of
+from llmtune.recipe.retired import RETIRED, retired_problem
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import BRANCHES, Section, descriptions, find_section, is_section
 from llmtune.recipe.source_map import Diagnostics, Key, SourceMap, dotted
@@ -73,6 +74,8 @@ ALIASES = {
 
 def unknown_key(key: Key, source_map: SourceMap, others: Collection[str] = ()) -> Problem:
     """Return the problem of an unknown key: what is near it, and which keys are allowed beside it, `others` too."""
+    if dotted(key) in RETIRED:
+        return retired_problem(dotted(key), source_map.where(key))
     *parents, last = [step for step in key if step not in BRANCHES]
     name = str(last)
     section = section_at(parents)

@@ -7,8 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import numpy as np
 import pytest
+import torch
+from lm_eval.api.group import AggMetricConfig, Group
+from lm_eval.api.instance import Instance
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from support.benchmark_tasks import CHOOSE, GROUP, LIKELY, rows_to_learn, write_tasks
 from support.models import build_llama
@@ -16,7 +21,11 @@ from support.rows import write_jsonl
 from support.runs import llmtune, write_recipe
 
 from llmtune.errors import DataError
+from llmtune.evaluate.benchmarks import measure_group, measure_task
+from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.lm_eval import quietly
+from llmtune.evaluate.lm_eval_model import BatchedLM
+from llmtune.evaluate.metric import compare
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
@@ -71,7 +80,7 @@ def numbers(results: dict[str, Any]) -> dict[str, float]:
         f"{task}/{key}": value
         for task, scores in results["results"].items()
         for key, value in scores.items()
-        if isinstance(value, float) and not isinstance(value, bool)
+        if isinstance(value, float) and "_stderr" not in key
     }
 
 
@@ -144,6 +153,23 @@ def test_requests_that_are_cut_to_fit_the_context_are_counted(done: Path) -> Non
     assert "without their beginning" not in study(done)["signatures"]["choose.acc"]
 
 
+def test_trained_tokens_of_tied_embeddings_are_scored_as_they_are(bench: Any) -> None:
+    base = bench.load()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    settings = LoraConfig(init_lora_weights=False, target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    model = get_peft_model(base, settings)
+    model.eval()
+    context = EvalContext(bench.recipe, bench.task, bench.processor, None, "cpu", bench.console)
+    ids = [bench.processor.bos_token_id, *bench.processor("the red house").input_ids]
+    with torch.no_grad():
+        logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = sum(float(logs[at, token]) for at, token in enumerate(ids[1:]))
+    request = Instance("loglikelihood", {}, ("", "the red house"), 0, ("task", 0, 1))
+    ((nats, _),) = BatchedLM(model, context, lambda rows: None).loglikelihood([request])
+    assert nats == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_task_that_cannot_be_run_stops_a_run_before_training(done: Path) -> None:
     (done / "exam.yaml").write_text(CHOOSE.replace("test_split: test", "test_split: exam"))
     loaded = load_recipe(str(done / "recipe.yaml"), [f"evaluate.benchmarks={done / 'exam.yaml'}"])
@@ -175,6 +201,33 @@ def test_a_group_has_a_score_and_an_interval_beside_those_of_its_tasks(done: Pat
     assert change["n"] == 40
     assert change["interval"][0] > 0
     assert {"every_colour_inner.acc", "likely_colours.perplexity"} <= found["difference"].keys()
+
+
+def test_a_mean_over_tasks_is_compared_with_a_model_that_scores_zero_in_all_of_them() -> None:
+    group = Group("g", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=False)])
+    found = []
+    for first, second in ((0.0, 0.0), (1.0, 0.5)):
+        parts = [
+            measure_task("acc", value, [{"doc_id": i, "acc": float(i < value * size)} for i in range(size)])
+            for value, size in ((first, 10), (second, 30))
+        ]
+        measure = measure_group(group, "acc", (first + second) / 2, parts)
+        assert measure is not None
+        found.append(measure)
+    change = compare(*found, seed=1)
+    assert change.value == pytest.approx(0.75)
+    assert change.low > 0.3
+
+
+def test_the_task_that_replaces_stereotype_pairs_gives_their_share_with_a_paired_interval(done: Path) -> None:
+    shipped = Path(lm_eval.__file__).parent / "tasks" / "crows_pairs" / "crows_pairs_english.yaml"
+    pairs = [{"sent_more": f"The cat is {a}.", "sent_less": f"The dog is {a}."} for a in ("red", "blue", "old")]
+    write_jsonl(done / "pairs.jsonl", pairs)
+    rows = "dataset_path: json\ndataset_name: null\ndataset_kwargs: {data_files: {test: pairs.jsonl}}\n"
+    (done / "pairs.yaml").write_text(f"include: {shipped}\ntask: pairs\n{rows}")
+    found = again(done, f"evaluate.benchmarks={done / 'pairs.yaml'}")
+    assert 0 <= found["tuned"]["pairs.pct_stereotype"] <= 1
+    assert found["difference"]["pairs.pct_stereotype"]["n"] == 3
 
 
 @pytest.mark.slow

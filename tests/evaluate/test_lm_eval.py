@@ -44,7 +44,7 @@ def refusal(recipe: Recipe, kind: type[LlmtuneError]) -> str:
 @pytest.mark.parametrize(
     ("was", "now", "kind", "told"),
     [
-        ("questions.jsonl", "lost.jsonl", DataError, "rows are not there: lost.jsonl"),
+        ("questions.jsonl", "lost.jsonl", DataError, "Unable to find"),
         ("questions.jsonl", "empty.jsonl", DataError, "no rows"),
         ("test_split: test", "test_split: exam", DataError, "'exam'"),
         ("{{question}}", "{{question.first.word}}", DataError, "no attribute 'first'"),
@@ -53,7 +53,9 @@ def refusal(recipe: Recipe, kind: type[LlmtuneError]) -> str:
         ("task: chosen", "unsafe_code: true\ntask: chosen", RecipeError, "runs the code that a model writes"),
         ("doc_to_target: answer", "doc_to_target: !function lost.target", EnvironmentProblem, "module lost"),
         ("doc_to_target: answer", "doc_to_target: !function there.lost", DataError, "no function 'lost'"),
-        ("dataset_path: json", "dataset_path: someone/questions", EnvironmentProblem, "not in the cache"),
+        ("dataset_path: json", "dataset_path: someone/questions", EnvironmentProblem, "Set network: true"),
+        ("task: chosen", "include: changed.yaml\ntask: chosen", DataError, "nclude cycle"),
+        ("task: chosen", "include: lost.yaml\ntask: chosen", DataError, "lost.yaml"),
         ("output_type: multiple_choice", "output_type: guess", DataError, "guess"),
     ],
 )

@@ -4,18 +4,12 @@ import random
 import pytest
 from support import families
 from support.classifying import recipe_for, run
-from support.plain_likelihoods import crows_pairs
-from support.rows import write_jsonl
-from support.runs import write_recipe
-from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from llmtune.errors import DataError, GateFailed, RecipeError
+from llmtune.errors import DataError, GateFailed
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
-from llmtune.evaluate.suite_registry import check_inputs, check_variant
+from llmtune.evaluate.suite_registry import check_inputs
 from llmtune.recipe.eval_suites_section import FairnessSection
 from llmtune.recipe.loader import load_recipe
-from llmtune.tasks import classify, completion
-from llmtune.tasks.registry import get_task
 
 CHAT = """
 recipe_version: 1
@@ -46,22 +40,20 @@ def bench_with(make_bench, metrics="[loss, choice_accuracy]", choices="auto"):
     return bench
 
 
-def test_base_and_tuned_model_are_asked_all_three_and_it_comes_back_from_disk(make_bench, tmp_path):
+def test_gaps_and_swaps_of_base_and_tuned_model_come_back_from_disk(make_bench, tmp_path):
     bench = bench_with(make_bench)
-    found = bench.evaluate(gates=("fairness.gap <= 1", "fairness.stereotype.high < base - 1", "fairness.icat > 3"))
+    found = bench.evaluate(gates=("fairness.gap <= 1", "fairness.swap_changes.high < base - 1"))
     study = found.studies["fairness"]
-    metrics = ["gap", "stereotype", "stereotype_distance", "swap_changes"]
+    metrics = ["gap", "swap_changes"]
     assert list(study.base) == list(study.tuned) == list(study.difference) == list(study.meanings) == metrics
-    assert study.difference["stereotype"].n == 84
     assert study.difference["gap"].n == 3 * found.rows // 3
-    assert [gate.passed for gate in found.gates] == [True, False, False]
-    assert [gate.got for gate in found.gates][2] == "not measured"
+    assert [gate.passed for gate in found.gates] == [True, False]
     assert "choice_accuracy by sex" in study.signatures["gap"]
     assert "drawn by lot" in study.signatures["gap"]
     titles = [table.title for table in study.tables]
-    assert {"Stereotypical sentence likelier, by group", "Gaps between groups", "choice_accuracy by sex"} <= set(titles)
+    assert {"Gaps between groups", "choice_accuracy by sex"} <= set(titles)
     assert all(len(row) == len(table.heads) for table in study.tables for row in table.rows)
-    for word in ("Pairs", "Swaps", "by chance alone", "not why"):
+    for word in ("Swaps", "by chance alone", "not why"):
         assert word in study.limits
     save_evaluation(found, tmp_path / "saved")
     assert load_evaluation(tmp_path / "saved") == found
@@ -71,7 +63,7 @@ def test_base_and_tuned_model_are_asked_all_three_and_it_comes_back_from_disk(ma
 def test_swapped_rows_are_those_with_words_and_none_that_is_ambiguous(make_bench, metrics, choices):
     bench = bench_with(make_bench, metrics, choices)
     prompts = [row["messages"][0]["content"] for row in chat_about_people()]
-    found = bench.evaluate(fairness=FairnessSection(pairs=()), samples=1000)
+    found = bench.evaluate(fairness=FairnessSection(), samples=1000)
     study = found.studies["fairness"]
     test = [sample["prompt"] for sample in found.samples]
     assert set(test) <= set(prompts)
@@ -93,7 +85,7 @@ def test_answers_that_hang_on_the_group_are_seen_to_change_and_shown(make_bench)
         for i in range(24)
         for w, a in words.items()
     ]
-    text = CHAT.replace("METRICS", "[choice_accuracy]").replace("CHOICES", "auto").replace("groups: [sex]", "pairs: []")
+    text = CHAT.replace("METRICS", "[choice_accuracy]").replace("CHOICES", "auto").replace("{groups: [sex]}", "{}")
     study = make_bench(text, rows).evaluate().studies["fairness"]
     assert study.tuned["swap_changes"] > 0.9
     assert study.difference["swap_changes"].low > 0
@@ -134,52 +126,15 @@ def test_a_gate_on_the_gap_fails_with_exit_code_6_where_one_group_is_served_badl
     study = report["evaluation"]["studies"]["fairness"]
     assert study["tuned"]["gap"] > 0.3
     assert "accuracy by town" in study["signatures"]["gap"]
-    assert "not measured: a model of the class AutoModelForSequenceClassification" in study["signatures"]["stereotype"]
     assert study["base"].keys() == {"gap"}  # the base has no head: what stands in its place says nothing to a swap
     assert study["tuned"].keys() == {"gap", "swap_changes"}
     run(recipe_for(tmp_path / "fair.yaml", model, unfair_rows(fair=True), **about))
-
-
-def test_an_encoder_of_masked_words_is_asked_pairs_by_crows_pairs_definition(tmp_path):
-    folder = families.build_bert(tmp_path / "model")
-    pairs = [
-        {"more": f"the {a} cat has a house", "less": f"the {b} cat has a house"}
-        for a, b in [("red", "big old"), ("old", "new"), ("black", "white")]
-    ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    rows = [{"text": f"the house number {i} is {i % 7} metres high"} for i in range(40)]
-    evaluate = {"metrics": None, "fairness": {"pairs": ["pairs.jsonl"]}}
-    about = {"task": "completion", "completion": {"objective": "masked"}, "generation": {"max_new_tokens": None}}
-    held = write_jsonl(tmp_path / "rows.jsonl", rows)
-    report, _ = run(write_recipe(tmp_path / "masked.yaml", folder, held, **about, evaluate=evaluate))
-    study = report["evaluation"]["studies"]["fairness"]
-    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    likelier = [more > less for more, less in (crows_pairs(model, tokenizer, *pair.values()) for pair in pairs)]
-    assert study["base"]["stereotype"] == pytest.approx(sum(likelier) / 3)
-    assert "pseudo-log-likelihood" in study["signatures"]["stereotype"]
-    assert study["signatures"]["swap_changes"].startswith("not measured: no test row asks")
 
 
 # What is refused
 
 
 def test_files_are_read_before_anything_is_trained(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text('{"more": "a"}\n')
     path = recipe_for(tmp_path / "r.yaml", tmp_path, tmp_path / "x", evaluate={"fairness": {"swaps": ["none.csv"]}})
     with pytest.raises(DataError, match=r"none\.csv: there is no such file"):
         check_inputs(load_recipe(str(path)).recipe)
-    sets = [f"evaluate.fairness={{pairs: [{tmp_path}/pairs.jsonl]}}", "task=chat"]
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: not a pair"):
-        check_inputs(load_recipe(str(path), sets).recipe)
-
-
-def test_pairs_of_ones_own_are_refused_for_a_form_without_likelihoods(tmp_path):
-    path = recipe_for(tmp_path / "r.yaml", tmp_path, tmp_path / "x", evaluate={"fairness": {}})
-    recipe = load_recipe(str(path)).recipe
-    check_variant(recipe, classify.VARIANTS[0], "m")
-    named = recipe.evaluate.model_copy(update={"fairness": FairnessSection(pairs=("x.csv",))})
-    recipe = recipe.model_copy(update={"evaluate": named})
-    with pytest.raises(RecipeError, match="gives a sentence by itself no likelihood") as caught:
-        check_variant(recipe, get_task("translate"), "m")
-    assert caught.value.problems[0].where == "evaluate.fairness.pairs"
-    check_variant(recipe, completion.VARIANTS[1], "m")

@@ -259,8 +259,7 @@ FLIPS = {
     **flips("evaluate", "evaluation", choices="[red, green, blue]", samples="1", slices="[group]"),
     **flips("evaluate.forgetting", "evaluation", "evaluate.forgetting.questions=[]", texts="[other.jinja]"),
     **flips("evaluate.forgetting", "evaluation", "evaluate.forgetting.texts=[other.jinja]", questions="[quiz.jsonl]"),
-    **flips("evaluate.fairness", "evaluation", "evaluate.fairness={swaps: []}", pairs="[sentences.jsonl]"),
-    **flips("evaluate.fairness", "evaluation", "evaluate.fairness={pairs: []}", swaps="[words.csv]", groups="[group]"),
+    **flips("evaluate.fairness", "evaluation", swaps="[words.csv]", groups="[group]"),
     **flips(BENCHMARK, "evaluation", task="quiz.yaml"),
     **flips(BENCHMARK, "evaluation", QUIZ, num_fewshot="2", limit="3", apply_chat_template="true"),
     **flips("completion", "model", recipe="masked.yaml", objective="causal"),
@@ -297,6 +296,8 @@ ELSEWHERE = {
     "test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed",
     "evaluate.champion": "evaluate/test_champion.py::"
     "test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another",
+    "evaluate.benchmarks.network": "evaluate/test_lm_eval_tasks.py::"
+    "test_names_need_the_network_and_files_do_not_unless_the_recipe_says_otherwise",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_tells_worse_from_too_few_rows",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_are_at_the_level_of_one_look",
     "train.eval_metrics": "train/test_validation_metrics.py::"
@@ -406,7 +407,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
     lines = ["prompt,completion", *(f"{question},é {answer}" for question, answer in questions)]
     (place / "latin.csv").write_text("\n".join(lines), encoding="cp1252")
-    (place / "sentences.jsonl").write_text('{"more": "The cat is red.", "less": "The dog is red."}\n')
     (place / "words.csv").write_text("cat,dog\n")
     (place / "quiz.yaml").write_text(LM_EVAL_TASK)
     build_llama(place / "model")

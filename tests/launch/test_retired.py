@@ -1,4 +1,4 @@
-"""Each command, option and strategy that was retired is refused with what to use instead."""
+"""Each command, option, key and metric that was retired is refused with what to use instead."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from support.runs import invoke, write_recipe
 from llmtune.recipe.retired import RETIRED
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "retired.md"
+CHECK = ("recipes", "check", "tiny.yaml", "--set")
 COMMANDS = {
     "--strategy zero2": ["launch", "local", "tiny.yaml", "--processes", 2, "--strategy", "zero2"],
     "--strategy zero3": ["launch", "slurm", "tiny.yaml", "--dry-run", "--strategy", "zero3"],
@@ -16,6 +17,8 @@ COMMANDS = {
     "launch sky": ["launch", "sky", "tiny.yaml", "--gpus", "H100:8", "--use-spot", "--dry-run"],
     "launch kubernetes": ["launch", "kubernetes", "tiny.yaml", "--image", "llmtune:1"],
     "doctor FOLDER": ["doctor", "."],
+    "evaluate.fairness.pairs": [*CHECK, "evaluate.fairness.pairs=[own]"],
+    **{name: [*CHECK, f"evaluate.gates=['{name} > base']"] for name in RETIRED if name.startswith("fairness.")},
 }
 
 

@@ -12,7 +12,6 @@ from llmtune.recipe.loader import load_recipe
 FAIR = "evaluate.fairness={}"
 HARNESS = "evaluate.benchmarks=[arc_easy, own/colours.yaml]"
 ACCURACY_GATE = "evaluate.gates=['forgetting.accuracy >= base']"
-PAIRS = "evaluate.fairness.pairs=[own]"
 SWAPS = "evaluate.fairness.swaps=[own]"
 
 
@@ -35,10 +34,6 @@ def test_a_suite_for_decoders_is_refused_with_tasks_whose_models_are_none(refuse
 @pytest.mark.parametrize(
     ("sets", "key"),
     [
-        ([PAIRS, "task=classify"], "pairs"),
-        (["evaluate.fairness.pairs=[x.csv]", "task=token-classify"], "pairs"),
-        ([PAIRS, "task=preference", "preference.loss=reward"], "pairs"),
-        ([PAIRS, "task=qa", "qa.style=extractive"], "pairs"),
         ([SWAPS, "task=speech"], "swaps"),
         ([SWAPS, "task=translate"], "swaps"),
         ([SWAPS, "data.test=0"], "swaps"),
@@ -53,28 +48,26 @@ def test_a_part_that_this_task_or_these_rows_have_no_use_for_is_refused(refuse, 
 def test_what_is_not_stated_is_left_to_the_suite(write, task):
     for test in (0, 0.2):
         recipe = load_recipe(write(), [FAIR, f"task={task}", f"data.test={test}"]).recipe
-        assert recipe.evaluate.fairness.pairs == ("own",)
+        assert recipe.evaluate.fairness.swaps == ("own",)
 
 
 @pytest.mark.parametrize(
     ("sets", "what", "fix"),
     [
-        (["evaluate.fairness={pairs: [], swaps: []}"], "measures nothing", "groups"),
+        (["evaluate.fairness={swaps: []}"], "measures nothing", "groups"),
         (["evaluate.forgetting={texts: [], questions: []}"], "measures nothing", "texts or questions"),
         (["evaluate.fairness.groups=[a, a]"], "names something twice", "once"),
         (["evaluate.forgetting.texts=[own, own]"], "names something twice", "once"),
         (["evaluate.forgetting={questions: []}", ACCURACY_GATE], "not measured", "Give evaluate.forgetting.questions"),
         (["evaluate.forgetting.texts=['hub:x/y']"], "'hub:x/y' is not a file", "files"),
         (["evaluate.fairness.swaps=['hub:x/y']"], "'hub:x/y' is not a file", "CSV"),
-        (["evaluate.fairness.pairs=['hub:a/b/c/d']"], "not the name of a data set", "hub:OWNER/NAME[/CONFIG]"),
         (["evaluate.benchmarks=[own/a.yaml, other/a.yml]"], "would both be called a", "Name each once"),
         (["evaluate.gates=['fairness.gap > 1']"], "a study that is not made", "State evaluate.fairness"),
         (["evaluate.gates=['farness.gap > 1']"], "an unknown study", "Did you mean 'fairness'?"),
         ([FAIR, "evaluate.gates=['fairness.gap <= 0.05']"], "not measured", "evaluate.fairness.groups"),
-        ([FAIR, "evaluate.gates=['fairness.icat > 60']"], "of StereoSet alone", "StereoSet"),
         ([FAIR, "evaluate.gates=['fairness.swap_changes < base']", "data.test=0"], "not measured here", "Remove it"),
         ([FAIR, "evaluate.gates=['fairness.gpa < 1']"], "unknown metric", "Did you mean"),
-        ([FAIR, "evaluate.gates=['fairness.stereotype < 1']", "task=classify"], "not measured here", "Remove it"),
+        ([FAIR, "evaluate.gates=['fairness.swap_changes < 1']", "task=speech"], "not measured here", "Remove it"),
         ([HARNESS, "evaluate.gates=['benchmarks.arc_easy > 0.5']"], "names a task without a metric", "TASK.METRIC"),
     ],
 )
@@ -89,7 +82,6 @@ def test_what_cannot_be_measured_is_refused(refuse, sets, what, fix):
     [
         (HARNESS, "benchmarks.arc_easy.acc > base"),
         (HARNESS, "benchmarks.gsm8k.exact_match.strict-match.low > base"),
-        (FAIR, "fairness.stereotype_distance <= base + 0.05"),
         ("evaluate.forgetting={}", "forgetting.perplexity <= base * 1.05"),
     ],
 )
@@ -106,10 +98,9 @@ def test_whatever_lm_eval_calls_its_tasks_a_gate_can_name_them(name):
 
 
 def test_files_are_relative_to_the_recipe_and_names_stay(write, tmp_path):
-    write("evaluate: {fairness: {pairs: [own, x/p.csv, 'hub:a/b'], swaps: [w.csv]}}\n")
+    write("evaluate: {fairness: {swaps: [own, x/w.csv]}}\n")
     evaluate = load_recipe("recipe.yaml", [HARNESS]).recipe.evaluate
-    assert evaluate.fairness.pairs == ("own", str(tmp_path / "x" / "p.csv"), "hub:a/b")
-    assert evaluate.fairness.swaps == (str(tmp_path / "w.csv"),)
+    assert evaluate.fairness.swaps == ("own", str(tmp_path / "x" / "w.csv"))
     assert [one.task for one in evaluate.benchmarks] == ["arc_easy", str(tmp_path / "own" / "colours.yaml")]
     assert [suite_name(one.task) for one in evaluate.benchmarks] == ["arc_easy", "colours"]
 
