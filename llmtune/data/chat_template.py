@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import groupby
 from typing import cast
 
 import jinja2
@@ -128,29 +129,33 @@ class ChatTemplate:
         check_text(text, self.name)
         return cast(str, text)
 
-    def render_batch(self, conversations: Sequence[Conversation], answer_next: bool = False) -> list[Rendered]:
-        """Render conversations without tools, each as `render` does; in one call where none of them is refused."""
-        if not conversations:
-            return []
-        try:
-            if not all(conversations):
-                raise ValueError("an answer has nothing before it")
-            with limited(SECONDS + SECONDS_MORE * len(conversations), EXTRA_BYTES):
-                texts, _ = render_jinja_template(  # what `apply_chat_template` calls once it has copied all messages
-                    conversations=[list(messages) for messages in conversations],
-                    chat_template=self.text(),
-                    add_generation_prompt=answer_next,
-                    **{**self.processor.special_tokens_map, **self.kwargs},
-                )
-        except (*_RENDER_ERRORS, LimitExceeded):
-            return [self._render_or_refuse(messages, answer_next) for messages in conversations]
-        for text in texts:
-            check_text(text, self.name)
-        return list(cast(list[str], texts))
+    def render_batch(self, chats: Sequence[tuple[Conversation, Tools]], answer_next: bool = False) -> list[Rendered]:
+        """Render conversations, each as `render` does; neighbours with the same tools in one call if all can be."""
+        rendered: list[Rendered] = []
+        for _, group in groupby(chats, key=lambda chat: id(chat[1])):
+            tools = (neighbours := list(group))[0][1]
+            try:
+                if not all(messages for messages, _ in neighbours):
+                    raise ValueError("an answer has nothing before it")
+                with limited(SECONDS + SECONDS_MORE * len(neighbours), EXTRA_BYTES):
+                    texts, _ = render_jinja_template(  # `apply_chat_template` calls it after copying all messages
+                        conversations=[list(messages) for messages, _ in neighbours],
+                        tools=tools,
+                        chat_template=self.text(tools),
+                        add_generation_prompt=answer_next,
+                        **{**self.processor.special_tokens_map, **self.kwargs},
+                    )
+            except (*_RENDER_ERRORS, LimitExceeded):
+                rendered += [self._render_or_refuse(messages, tools, answer_next) for messages, _ in neighbours]
+                continue
+            for text in texts:
+                check_text(text, self.name)
+            rendered += texts
+        return rendered
 
-    def _render_or_refuse(self, messages: Conversation, answer_next: bool) -> Rendered:
+    def _render_or_refuse(self, messages: Conversation, tools: Tools, answer_next: bool) -> Rendered:
         try:
-            return self.render(messages, None, answer_next)
+            return self.render(messages, tools, answer_next)
         except TemplateRefusal as refusal:
             return refusal
 
