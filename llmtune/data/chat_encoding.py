@@ -205,7 +205,7 @@ def _check_marks(example: Example, draft: Draft, template: ChatTemplate) -> str 
     """
     processor = template.processor
     chat = draft.chat
-    marked = template.marked if chat.tools is None else marks_answers(template.text(chat.tools))
+    marked = marks_answers(template.text(chat.tools))
     if not processor.is_fast or not marked or chat.marked:
         return None
     rendered = processor.apply_chat_template(
@@ -231,7 +231,7 @@ def _check_marks(example: Example, draft: Draft, template: ChatTemplate) -> str 
 
 def _has_text(ids: Sequence[int], template: ChatTemplate) -> bool:
     text = decode(template.processor, ids)
-    for token in template.special:
+    for token in template.facts.special:
         text = text.replace(token, "")
     return bool(text.strip())
 
@@ -299,7 +299,7 @@ def _without(text: str, ranges: Sequence[tuple[int, int]], answer_bytes: int) ->
 def _write(template: ChatTemplate, messages: Sequence[Message], tools: Tools) -> str:
     """Render a conversation with the thoughts of its last answer."""
     last = len(messages) - 1
-    if messages[last].get("reasoning_content") and template.thoughts.written_by == "prompt":
+    if messages[last].get("reasoning_content") and template.facts.thoughts.written_by == "prompt":
         return cut_turn(template, Chat([*messages], tools), last).text
     return template.render(with_answer(template, messages, last), tools).rstrip()
 

@@ -134,7 +134,7 @@ def _cut_windows(template: ChatTemplate, chat: Chat, answers: Sequence[int]) -> 
     start = chat.messages[: steps[0]]
     windows = [[*start, *chat.messages[before : i + 1]] for before, i in pairwise([steps[0], *steps])]
     rendered = _render(template, [(chat, window) for window in windows])
-    opener = template.thoughts.opener
+    opener = template.facts.thoughts.opener
     prompts = [prompt for prompt, _ in rendered if isinstance(prompt, str)]
     before = prompts[0].removesuffix(opener) if len(prompts) == len(steps) else None
     if before is None or not all(prompt.startswith(before) for prompt in prompts):
@@ -203,9 +203,9 @@ def with_answer(template: ChatTemplate, messages: Sequence[Message], index: int)
     """Return the messages up to the answer `index`, its thoughts where the template takes them from."""
     answer = messages[index]
     reasoning = answer.get("reasoning_content")
-    if reasoning is None or template.thoughts.written_by != "content":
+    if reasoning is None or template.facts.thoughts.written_by != "content":
         return messages[: index + 1]
-    inline = {**answer, "content": template.thoughts.inline(reasoning, answer["content"])}
+    inline = {**answer, "content": template.facts.thoughts.inline(reasoning, answer["content"])}
     del inline["reasoning_content"]
     return [*messages[:index], cast(Message, inline)]
 
@@ -227,15 +227,15 @@ def split_turn(
     content = message["content"].strip()
     if not content and not message.get("tool_calls"):
         raise TemplateRefusal("an answer is empty")
-    if template.end in content and not is_marked(content):
-        raise TemplateRefusal(f"an answer contains the end-of-turn token {template.end}")
+    if template.facts.end in content and not is_marked(content):
+        raise TemplateRefusal(f"an answer contains the end-of-turn token {template.facts.end}")
     learned = content if content and content in body and not reasoning else body.strip()
     given = ""
     if reasoning and reasoning not in body:
         raise TemplateRefusal("the chat template leaves out the thoughts of this answer")
     if reasoning and keep_reasoning:
         thought_end = body.index(reasoning) + len(reasoning)
-        given = body[:thought_end] + shared_start(body[thought_end:], template.thoughts.after)
+        given = body[:thought_end] + shared_start(body[thought_end:], template.facts.thoughts.after)
         learned = body[len(given) :].strip()
     return given, Segment(body[len(given) :] + end, True, len(unmark(learned).encode()))
 
@@ -246,8 +246,8 @@ def _written(template: ChatTemplate, reasoning: str | None, prompt: str, whole: 
     It is the difference of the two renderings; thoughts that the template leaves out of what it renders are put in, and
     so is the end of those that the prompt begins.
     """
-    form = template.thoughts
-    if reasoning and template.closes_thoughts:
+    form = template.facts.thoughts
+    if reasoning and template.facts.closes_thoughts:
         raise TemplateRefusal(CLOSED)
     inserted = reasoning if form.written_by == "prompt" else None
     if whole.startswith(prompt):
@@ -256,7 +256,7 @@ def _written(template: ChatTemplate, reasoning: str | None, prompt: str, whole: 
     asked = prompt.removesuffix(form.opener)
     if form.opener and asked != prompt and whole.startswith(asked):
         rest = whole[len(asked) :]
-        if template.closes_thoughts:
+        if template.facts.closes_thoughts:
             return rest
         closed = rest.lstrip().startswith(form.after.strip())
         return (inserted or "") + ("" if closed else form.after) + rest
@@ -269,14 +269,14 @@ def _split_end(template: ChatTemplate, message: Message, difference: str) -> tup
     A turn that calls a tool may end in another token than an answer (Llama 3.1: `<|eom_id|>`), and in some formats the
     header of the next message is the end (GLM: `<|user|>`, `<|observation|>`).
     """
-    if template.ends_with_next:
-        end = template.calls.end if message.get("tool_calls") else template.end
-        return difference, end or template.end
-    if difference.endswith(template.tail):
-        body = difference[: len(difference) - len(template.tail)]
-        return body, template.tail[: template.tail.index(template.end) + len(template.end)]
+    if template.facts.ends_with_next:
+        end = template.facts.calls.end if message.get("tool_calls") else template.facts.end
+        return difference, end or template.facts.end
+    if difference.endswith(template.facts.tail):
+        body = difference[: len(difference) - len(template.facts.tail)]
+        return body, template.facts.tail[: template.facts.tail.index(template.facts.end) + len(template.facts.end)]
     difference = difference.rstrip()
-    for token in template.special:
+    for token in template.facts.special:
         if difference.endswith(token):
             return difference[: len(difference) - len(token)], token
     raise TemplateRefusal("the chat template does not end this answer in an end-of-turn token")
