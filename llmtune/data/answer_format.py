@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from llmtune.data.reasoning_text import THINK_CLOSE, THINK_OPEN
 
 Json = dict[str, object]
-Write = Callable[..., str | None]
-"""Render messages, with `tools` and `answer_next`; None where the template refuses them."""
 
 QUESTION: Json = {"role": "user", "content": "What is the probe?"}
 ANSWER = "The answer of the probe is 4217."
@@ -43,7 +41,6 @@ A_NAME = r"[\w.:/-]+"
 BEGINNING = r"\A\s*"
 """Where a call is that no mark stands before: at the start of an answer alone."""
 _NAMED: Json = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
-_THINKING = re.compile(r"think|reason|thought|analysis|channel", re.IGNORECASE)
 _JSON = json.JSONDecoder()
 
 
@@ -85,58 +82,6 @@ def shared_start(one: str, other: str) -> str:
     return one[: next(ends, min(len(one), len(other)))]
 
 
-def find_opener(prompt: str, whole: str) -> str:
-    """Return the end of a generation prompt that a rendered answer does not have, where it is about thoughts.
-
-    Empty where the rendered answer begins as the prompt asks for it, or differs in something else.
-    """
-    if whole.startswith(prompt):
-        return ""
-    shared = shared_start(prompt, whole).rstrip("<[|/")
-    opener = prompt[len(shared) :]
-    return opener if _THINKING.search(opener) and ANSWER in whole[len(shared) :] else ""
-
-
-def probe_thoughts(write: Write, prompt: str, plain: str) -> ThoughtFormat:
-    """Find out how thoughts are written, by a prompt and a rendered answer without them."""
-    opener = find_opener(prompt, plain)
-    field: Json = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
-    inline: Json = {"role": "assistant", "content": f"{THINK_OPEN}{THOUGHT}{THINK_CLOSE}{ANSWER}"}
-    whole = write([QUESTION, field])
-    if whole is not None and whole.count(THOUGHT) == 1 and THOUGHT in whole[: whole.find(ANSWER)]:
-        head, _, rest = whole.partition(THOUGHT)
-        after = rest[: rest.index(ANSWER)]
-        before = head.removeprefix(prompt) if head.startswith(prompt) else ""
-        mark = _opening_mark(after)
-        if not before.strip() and mark and mark in head:
-            before = head[head.rindex(mark) :]
-        return ThoughtFormat("template", before, after, opener)
-    whole = write([QUESTION, inline])
-    if whole is not None and str(inline["content"]) in whole:
-        return ThoughtFormat("content", opener=opener)
-    if opener and "<think>" not in opener and (closing := _closing_mark(opener)):
-        return ThoughtFormat("prompt", opener, closing, opener)
-    return ThoughtFormat("prompt", opener=opener)
-
-
-def _opening_mark(after: str) -> str | None:
-    """Return the mark that `</think>` and its like close."""
-    found = re.search(r"</(\w+)>|\[/(\w+)\]|<\|END_(\w+)\|>", after)
-    if found is None:
-        return None
-    tag, bracket, token = found.groups()
-    return f"<{tag}>" if tag else f"[{bracket}]" if bracket else f"<|START_{token}|>"
-
-
-def _closing_mark(opener: str) -> str | None:
-    """Return the mark that closes what `<think>` and its like open."""
-    found = re.search(r"<(\w+)>|\[(\w+)\]|<\|START_(\w+)\|>", opener)
-    if found is None:
-        return None
-    tag, bracket, token = found.groups()
-    return f"</{tag}>" if tag else f"[/{bracket}]" if bracket else f"<|END_{token}|>"
-
-
 # Calls
 
 
@@ -158,63 +103,8 @@ class CallFormat:
     """Whether ids of calls have to be nine letters and digits (Mistral)."""
 
 
-def probe_calls(
-    write: Write, opener: str, special: Sequence[str], thought_end: str, ends_with_next: bool
-) -> CallFormat:
-    """Find out how calls are written.
-
-    Args:
-        write: Renders messages.
-        opener: What the generation prompt has and a rendered answer has not.
-        special: Tokens that are no ordinary text, longest first.
-        thought_end: What closes thoughts, which may stand before a call even where there are none.
-        ends_with_next: Whether the header of the next message ends an answer.
-    """
-    tools = [TOOL]
-    asked = write([QUESTION], tools=tools, answer_next=True) or ""
-    found = {TOOLS} if all(text in asked for text in (NAME, *KEYS)) else set()
-    bodies = {texts: _calls_behind(write, asked, opener, texts, 1) for texts in (False, True)}
-    texts = _prefers_texts(bodies[False], bodies[True])
-    result: Json = {"role": "tool", "content": RESULT, "tool_call_id": CALL_ID, "name": NAME}
-    answered = write([QUESTION, call_message(texts=texts), result], tools=tools) or ""
-    found |= {RESULTS} if RESULT in answered else set()
-    body = bodies[texts]
-    if body is None or not all(text in body for text in (NAME, *KEYS, *VALUES)):
-        return CallFormat(frozenset(found))
-    written = body.rstrip()
-    if ends_with_next:
-        written = answered[answered.index(body) + len(body) :].lstrip() if body in answered else ""
-    ends = (token for token in special if (written.startswith if ends_with_next else written.endswith)(token))
-    end = next(ends, "")
-    one, two = (
-        _between(text, thought_end, end) for text in (body, _calls_behind(write, asked, opener, texts, 2) or "")
-    )
-    field, marks = read_calls(one, two if two.count(NAME) == 2 else None)
-    long = write([QUESTION, call_message(texts=texts, call_id=LONG_ID)], tools=tools)
-    return CallFormat(frozenset({*found, CALLS}), texts, end, field, marks, long is None)
-
-
-def _calls_behind(write: Write, asked: str, opener: str, texts: bool, calls: int) -> str | None:
-    """Return what the template writes of an answer with calls, behind its prompt."""
-    whole = write([QUESTION, call_message(calls, texts)], tools=[TOOL])
-    for prompt in (asked, asked.removesuffix(opener)):
-        if whole is not None and asked and whole.startswith(prompt):
-            return whole[len(prompt) :]
-    return None
-
-
-def _prefers_texts(objects: str | None, texts: str | None) -> bool:
-    """Whether arguments come out as JSON only where they are handed over as text."""
-    if objects is None or texts is None:
-        return objects is None and texts is not None
-    arguments = dict(zip(KEYS, VALUES, strict=True))
-    return str(arguments) in objects and json.dumps(arguments) in texts
-
-
-def _between(body: str, thought_end: str, end: str) -> str:
-    """Return the calls of an answer without thoughts before them and the end behind them."""
-    body = body.rpartition(thought_end)[2] if thought_end else body
-    return body.rstrip().removesuffix(end)
+NO_CALLS = CallFormat(frozenset())
+"""Nothing of tools is written, or known."""
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,10 @@ def response_parser(template: ChatTemplate, tools: Tools = None, prompt: str | N
     Its fields are `content`, `reasoning_content` and, if `tools` are offered, `tool_calls`; a tokenizer's own response
     template may name the thoughts `thinking`.
     """
-    supplied = template.supplied if prompt is None or prompt.endswith(template.supplied) else ""
+    supplied = template.facts.supplied if prompt is None or prompt.endswith(template.facts.supplied) else ""
     if not tools:
-        return ResponseParser(template.text_template, prefix=supplied)
-    return ResponseParser(template.response_template, prefix=supplied, tools=list(tools))
+        return ResponseParser(template.response_template(calls=False), prefix=supplied)
+    return ResponseParser(template.response_template(calls=True), prefix=supplied, tools=list(tools))
 
 
 def canonical_call(call: Mapping[str, object]) -> ToolCall:

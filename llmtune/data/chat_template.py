@@ -12,26 +12,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from itertools import groupby
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llmtune.data.answer_format import (
-    ANSWER,
-    INLINE_THOUGHTS,
-    QUESTION,
-    CallFormat,
-    ThoughtFormat,
-    probe_calls,
-    probe_thoughts,
-    response_template,
-    shared_start,
-)
+from llmtune.data.answer_format import NO_CALLS, QUESTION, TOOL
 from llmtune.data.chat_messages import clean, with_argument_texts, with_short_ids
 from llmtune.data.chat_rows import Message, Tool
 from llmtune.data.control_tokens import (
@@ -41,6 +32,7 @@ from llmtune.data.control_tokens import (
     find_control_token,
     mark,
 )
+from llmtune.data.template_facts import FIX, NEEDED, NO_FACTS, PROBES, PROMPTS, TOOL_PROBES, TemplateFacts, infer_facts
 from llmtune.data.template_kwargs import refuse_unread
 from llmtune.data.template_limits import (
     EXTRA_BYTES,
@@ -53,6 +45,7 @@ from llmtune.data.template_limits import (
 from llmtune.data.tokenization import tokenize
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.recipe.schema import Recipe
+from llmtune.store.atomic_files import hash_value
 from llmtune.store.resource_limits import LimitExceeded, limited
 
 Conversation = Sequence[Mapping[str, object]]
@@ -65,12 +58,10 @@ FIXED_DATE = datetime(2024, 7, 26)
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.{0,200}?)\1\s*\)")
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 SPELL_OUT = "data.special_tokens_in_text: text writes it as plain text."
-_PROBE: Conversation = (QUESTION, {"role": "assistant", "content": ANSWER})
 _RENDER_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RuntimeError, AssertionError, SyntaxError),
 )
-_FIX = "Set model.chat_template to a Jinja file that"
 
 
 class TemplateRefusal(Exception):
@@ -89,21 +80,7 @@ class ChatTemplate:
     kwargs: dict[str, object]
     name: str
     """What messages to people call it."""
-    tail: str = ""
-    """What follows the text of an answer, e.g. `<|im_end|>` and a line break."""
-    end: str = ""
-    """The end-of-turn token: the first token in `tail` that is not ordinary text."""
-    ends_with_next: bool = False
-    """Whether the header of the next message ends an answer, since nothing else does (GLM)."""
-    special: tuple[str, ...] = ()
-    """The tokens that are no ordinary text, longest first."""
-    marked: bool = False
-    """Whether it marks answers itself, where there are no tools."""
-    opening: str = ""
-    """What stands behind a question in its prompt: the header of an answer, and perhaps `<think>`."""
-    heading: str = ""
-    """What a rendered answer has between its prompt and its text."""
-    thoughts: ThoughtFormat = INLINE_THOUGHTS
+    facts: TemplateFacts = NO_FACTS
 
     def render(self, messages: Conversation, tools: Tools = None, answer_next: bool = False) -> str:
         """Render messages as text; `answer_next` adds what stands before an answer.
@@ -128,29 +105,34 @@ class ChatTemplate:
         check_text(text, self.name)
         return cast(str, text)
 
-    def render_batch(self, conversations: Sequence[Conversation], answer_next: bool = False) -> list[Rendered]:
-        """Render conversations without tools, each as `render` does; in one call where none of them is refused."""
-        if not conversations:
-            return []
-        try:
-            if not all(conversations):
-                raise ValueError("an answer has nothing before it")
-            with limited(SECONDS + SECONDS_MORE * len(conversations), EXTRA_BYTES):
-                texts, _ = render_jinja_template(  # what `apply_chat_template` calls once it has copied all messages
-                    conversations=[list(messages) for messages in conversations],
-                    chat_template=self.text(),
-                    add_generation_prompt=answer_next,
-                    **{**self.processor.special_tokens_map, **self.kwargs},
-                )
-        except (*_RENDER_ERRORS, LimitExceeded):
-            return [self._render_or_refuse(messages, answer_next) for messages in conversations]
-        for text in texts:
-            check_text(text, self.name)
-        return list(cast(list[str], texts))
+    def render_batch(self, chats: Sequence[tuple[Conversation, Tools]], answer_next: bool = False) -> list[Rendered]:
+        """Render conversations, each as `render` does; neighbours with the same tools in one call if all can be."""
+        rendered: list[Rendered] = []
+        for _, group in groupby(chats, key=lambda chat: id(chat[1])):
+            tools = (neighbours := list(group))[0][1]
+            try:
+                if not all(messages for messages, _ in neighbours):
+                    raise ValueError("an answer has nothing before it")
+                with limited(SECONDS + SECONDS_MORE * len(neighbours), EXTRA_BYTES):
+                    texts, _ = render_jinja_template(  # `apply_chat_template` calls it after copying all messages
+                        conversations=[list(messages) for messages, _ in neighbours],
+                        tools=tools,
+                        chat_template=self.text(tools),
+                        add_generation_prompt=answer_next,
+                        **{**self.processor.special_tokens_map, **self.kwargs},
+                    )
+            except (*_RENDER_ERRORS, LimitExceeded):
+                rendered += [self.render_or_refuse(messages, tools, answer_next) for messages, _ in neighbours]
+                continue
+            for text in texts:
+                check_text(text, self.name)
+            rendered += texts
+        return rendered
 
-    def _render_or_refuse(self, messages: Conversation, answer_next: bool) -> Rendered:
+    def render_or_refuse(self, messages: Conversation, tools: Tools, answer_next: bool) -> Rendered:
+        """Render messages, or return why the template does not take them."""
         try:
-            return self.render(messages, None, answer_next)
+            return self.render(messages, tools, answer_next)
         except TemplateRefusal as refusal:
             return refusal
 
@@ -161,68 +143,37 @@ class ChatTemplate:
     def prepare(self, messages: Conversation, drop_reasoning: bool = False) -> list[Message]:
         """Return messages as this template takes them."""
         cleaned = clean(messages, drop_reasoning)
-        if self.closes_thoughts:  # no thoughts are what the prompt says already
+        if self.facts.closes_thoughts:  # no thoughts are what the prompt says already
             for message in cleaned:
                 if message.get("reasoning_content") == "":
                     del message["reasoning_content"]
         if not any(message.get("tool_calls") or message.get("tool_call_id") for message in cleaned):
             return cleaned
-        if self.calls.short_ids:
+        if self.facts.calls.short_ids:
             cleaned = [with_short_ids(message) for message in cleaned]
-        return [with_argument_texts(message) for message in cleaned] if self.calls.argument_texts else cleaned
+        return [with_argument_texts(message) for message in cleaned] if self.facts.calls.argument_texts else cleaned
 
-    @cached_property
-    def calls(self) -> CallFormat:
-        """How it writes tools, and calls of them."""
-        form = self.thoughts
-        return probe_calls(self.write, form.opener, self.special, form.after.strip(), self.ends_with_next)
+    def response_template(self, calls: bool) -> dict[str, object]:
+        """Return how transformers' `parse_response` reads answers: the tokenizer's own way, or as probes showed.
 
-    def write(self, messages: Conversation, tools: Tools = None, answer_next: bool = False) -> str | None:
-        """Render messages as `render` does, or return None where the template refuses them."""
-        try:
-            return self.render(messages, tools, answer_next)
-        except TemplateRefusal:
-            return None
-
-    @cached_property
-    def response_template(self) -> dict[str, object]:
-        """How answers are read, for transformers' `parse_response`: the tokenizer's own way, or what probes showed."""
-        own = getattr(self.processor, "response_template", None)
-        return cast(dict[str, object], own) if own is not None else self._reading(self.calls)
-
-    @cached_property
-    def text_template(self) -> dict[str, object]:
-        """How answers are read where no tool is offered: as `response_template`, and what looks like a call is text."""
+        Without `calls`, what looks like a call of a tool is text.
+        """
         own = getattr(self.processor, "response_template", None)
         if own is None:
-            return self._reading(CallFormat(frozenset()))
-        return {**own, "fields": {name: field for name, field in own["fields"].items() if name != "tool_calls"}}
-
-    def _reading(self, calls: CallFormat) -> dict[str, object]:
-        return response_template(self.thoughts, calls, self.heading, self.tail.partition(self.end)[0])
-
-    @property
-    def closes_thoughts(self) -> bool:
-        """Whether the generation prompt ends the thoughts before an answer, so that it has none."""
-        return bool(self.thoughts.after.strip()) and self.opening.rstrip().endswith(self.thoughts.after.strip())
-
-    @property
-    def supplied(self) -> str:
-        """What the generation prompt writes of an answer: `<think>`, or empty thoughts."""
-        mark = self.thoughts.before.strip()
-        at = self.opening.find(mark) if mark else -1
-        return self.opening[at:] if at >= 0 else ""
+            return self.facts.response_template(self.facts.calls if calls else NO_CALLS)
+        fields = own["fields"].items()
+        return {**own, "fields": {name: field for name, field in fields if calls or name != "tool_calls"}}
 
     def cut_end(self, text: str) -> tuple[str, bool]:
         """Cut what was generated before the first token that ends an answer, and say whether there was one."""
-        ends = [self.end, self.calls.end, self.processor.eos_token]
+        ends = [self.facts.end, self.facts.calls.end, self.processor.eos_token]
         at = min((text.index(end) for end in ends if end and end in text), default=None)
         return (text, False) if at is None else (text[:at], True)
 
     @property
     def end_ids(self) -> list[int]:
         """Ids at which generation has to stop: the end-of-turn token, and the tokenizer's own end."""
-        ends = [self.end, *([self.calls.end] if self.calls.end else [])]
+        ends = [self.facts.end, *filter(None, [self.facts.calls.end])]
         ids = [*self.processor.convert_tokens_to_ids(ends), self.processor.eos_token_id]
         return list(dict.fromkeys(token for token in ids if token is not None))
 
@@ -239,39 +190,50 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
     refuse_unread(template.kwargs, processor.chat_template)
     if "strftime_now(" in template.text():
         what = "the template writes the day's date, so its prompts differ from day to day"
-        raise EnvironmentProblem.of(what, template.name, f"{_FIX} has a date in its place.")
-    try:
-        prompt = template.render(_PROBE[:1], answer_next=True)
-        bare = template.render(_PROBE[:1])
-        whole = template.render(_PROBE)
-    except TemplateRefusal as refusal:
-        raise EnvironmentProblem.of(str(refusal), template.name, f"{_FIX} takes a question and an answer.") from refusal
-    check_text(whole, template.name, PROBE_TEXT)
-    if (system := recipe.data.system_prompt) is not None and system.strip() not in prompt:
+        raise EnvironmentProblem.of(what, template.name, f"{FIX} has a date in its place.")
+    facts = _read_facts(template)
+    system = recipe.data.system_prompt
+    if system is not None and system.strip() not in template.render([QUESTION]):
         fix = "Omit it, and write what the model is to know into the questions."
         raise RecipeError.of("it has no effect: the chat template omits system messages", "data.system_prompt", fix)
-    thoughts = probe_thoughts(template.write, prompt, whole)
-    difference = _difference(template, prompt.removesuffix(thoughts.opener), whole)
-    header, _, tail = difference.partition(ANSWER)
-    if prompt == bare and header.strip():
-        what = f"the template ignores add_generation_prompt: a generated answer would have to begin with {header!r}"
-        raise EnvironmentProblem.of(what, template.name, f"{_FIX} ends with that where add_generation_prompt is set.")
+    return replace(template, facts=facts)
+
+
+def with_kwargs(template: ChatTemplate, kwargs: Mapping[str, object]) -> ChatTemplate:
+    """Return the template with other switches, and what it does then. Raises as `read_template` does."""
+    switched = replace(template, kwargs={**kwargs})
+    return replace(switched, facts=_read_facts(switched))
+
+
+_known_facts: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, TemplateFacts]] = WeakKeyDictionary()
+
+
+def _read_facts(template: ChatTemplate) -> TemplateFacts:
+    """Return what a template does, by its text, its switches and the tokens that it may write."""
+    processor = template.processor
     special = special_tokens(processor)
-    end, ends_with_next = _turn_end(template, tail, special)
+    about = [processor.chat_template, template.kwargs, processor.special_tokens_map, special]
+    known = _known_facts.setdefault(processor, {})
+    key = hash_value(about)
+    if key not in known:
+        known[key] = _probe(template, special)
+    return known[key]
+
+
+def _probe(template: ChatTemplate, special: tuple[str, ...]) -> TemplateFacts:
+    """Render the probes, and read the facts off them."""
+    texts: dict[str, str | None] = {}
+    for probe, messages in {**PROBES, **TOOL_PROBES}.items():
+        tools = [cast(Tool, TOOL)] if probe in TOOL_PROBES else None
+        rendered = template.render_or_refuse(messages, tools, probe in PROMPTS)
+        if isinstance(rendered, TemplateRefusal) and probe in NEEDED:
+            raise EnvironmentProblem.of(str(rendered), template.name, f"{FIX} takes a question and an answer.")
+        texts[probe] = rendered if isinstance(rendered, str) else None
+    whole = str(texts["answer"])
+    check_text(whole, template.name, PROBE_TEXT)
+    facts = infer_facts(texts, special, template.processor.eos_token, template.name)
     _refuse_doubled_start(template, whole)
-    return ChatTemplate(
-        processor,
-        template.kwargs,
-        template.name,
-        tail=tail,
-        end=end,
-        ends_with_next=ends_with_next,
-        special=special,
-        marked=marks_answers(template.text()),
-        opening=prompt[prompt.rindex(str(QUESTION["content"])) + len(str(QUESTION["content"])) :],
-        heading=header,
-        thoughts=thoughts,
-    )
+    return facts
 
 
 def render_prompt(
@@ -342,54 +304,13 @@ def _without_probe(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTe
     """Return the template without a look at how it ends turns."""
     where = recipe.model.chat_template or f"{processor.name_or_path or 'the tokenizer'} (chat_template)"
     if not processor.chat_template:
-        fix = f"{_FIX} suits the model, name a model that has one (often called Instruct), or use task: completion."
+        fix = f"{FIX} suits the model, name a model that has one (often called Instruct), or use task: completion."
         raise EnvironmentProblem.of("the tokenizer has no chat template", str(where), fix)
     return ChatTemplate(processor, recipe.model.chat_template_kwargs, str(where))
-
-
-def _difference(template: ChatTemplate, prompt: str, whole: str) -> str:
-    """Return what the probe's answer adds to its prompt."""
-    if not whole.startswith(prompt):
-        start = max(0, len(shared_start(prompt, whole)) - 20)
-        what = f"the template cannot be split into turns: it asks for an answer with {prompt[start:]!r}"
-        what += f" but writes one as {whole[start:]!r}"
-        raise EnvironmentProblem.of(what, template.name, f"{_FIX} begins an answer as it asks for one.")
-    difference = whole[len(prompt) :]
-    if difference.count(ANSWER) != 1:
-        what = f"the template cannot be split into turns: an answer is written as {difference!r}, not as given"
-        raise EnvironmentProblem.of(what, template.name, f"{_FIX} writes an answer once and unchanged.")
-    return difference
-
-
-def _turn_end(template: ChatTemplate, tail: str, special: Sequence[str]) -> tuple[str, bool]:
-    """Return the token that ends an answer, and whether it is the header of the next message.
-
-    Of tokens that follow one another directly, it is the tokenizer's own end, else the last: all of them are written.
-    """
-    end = min((token for token in special if token in tail), key=tail.index, default=None)
-    if end is not None:
-        last, at = end, tail.index(end) + len(end)
-        while last != template.processor.eos_token and (
-            following := next((token for token in special if tail.startswith(token, at)), None)
-        ):
-            last, at = following, at + len(following)
-        return last, False
-    try:
-        whole = template.render([*_PROBE, {"role": "user", "content": "And now?"}])
-    except TemplateRefusal:
-        whole = ""
-    behind = whole.partition(ANSWER)[2].lstrip()
-    end = next((token for token in special if not tail.strip() and behind.startswith(token)), None)
-    if end is not None:
-        return end, True
-    what = f"an assistant's turn does not end in a token of its own but in {tail!r}: answers could not end"
-    fix = f"{_FIX} writes {template.processor.eos_token!r} after each answer"
-    fix += ", or add the marker to model.add_tokens." if tail.strip() else "."
-    raise EnvironmentProblem.of(what, template.name, fix)
 
 
 def _refuse_doubled_start(template: ChatTemplate, whole: str) -> None:
     start = template.processor.bos_token_id
     if start is not None and tokenize(template.processor, [whole])[0][:2] == [start, start]:
         what = f"the template writes {template.processor.bos_token!r} twice at the start"
-        raise EnvironmentProblem.of(what, template.name, f"{_FIX} writes it once.")
+        raise EnvironmentProblem.of(what, template.name, f"{FIX} writes it once.")

@@ -12,10 +12,9 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.chat_template import ChatTemplate
+from llmtune.data.chat_template import read_template
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_texts
-from llmtune.data.system_message import added_system_message
 from llmtune.data.task_interface import TaskInterface
 from llmtune.data.unknown_tokens import find_vanishing
 from llmtune.recipe.schema import Recipe
@@ -106,7 +105,7 @@ def _name_system_message(
     """Say which system message the template adds of itself, where the example has it."""
     if not TASK_FACTS[task.name].templated or not processor.chat_template:
         return
-    added = added_system_message(ChatTemplate(processor, recipe.model.chat_template_kwargs, ""))
+    added = read_template(processor, recipe).facts.added_system
     if added is not None and added in example:
         console.print(
             f"The chat template adds a system message where a row has none: {added!r}. "

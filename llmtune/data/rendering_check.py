@@ -50,7 +50,7 @@ class RenderingCheck:
         plain = not tools and not any(
             "tool_calls" in message or message.get("reasoning_content") for message in messages
         )
-        if plain and all(message["content"].strip() in text for message in messages):
+        if plain and _shows_in_order((message["content"].strip() for message in messages), text):
             return None
         return self._changed(messages, tools, text, thoughts)
 
@@ -76,6 +76,18 @@ class RenderingCheck:
     def _first(self, pieces: Iterable[Piece], shows: Callable[[str], bool], what: str) -> str | None:
         lost = next((name for piece, name in pieces if not shows(piece)), None)
         return None if lost is None else f"the chat template {what} {lost}"
+
+
+def _shows_in_order(pieces: Iterable[str], text: str) -> bool:
+    """Whether all pieces are in a text; each is looked for after the one before it first, which is where most are."""
+    at = 0
+    for piece in pieces:
+        found = text.find(piece, at)
+        if found >= 0:
+            at = found + len(piece)
+        elif piece not in text:
+            return False
+    return True
 
 
 def _forms(line: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`model.chat_template_kwargs`: checked against what a chat template reads, and stored in it as defaults."""
+"""What a recipe writes into a chat template: `model.chat_template_kwargs` as defaults, `data.system_prompt`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ def with_defaults(template: str, kwargs: Mapping[str, object]) -> str:
         for name, value in without_secrets(kwargs).items()
     )
     return template if template.startswith(head) else head + template
+
+
+def with_system_prompt(template: str, prompt: str) -> str:
+    """Return a chat template that puts `prompt` in front of conversations without a system message.
+
+    It stands in the template itself, so that every program that reads it does the same.
+    """
+    message = f'[{{"role": "system", "content": {json.dumps(prompt, ensure_ascii=False)}}}]'
+    condition = "{%- if not messages or messages[0]['role'] != 'system' -%}"
+    return f"{condition}{{%- set messages = {message} + messages -%}}{{%- endif -%}}{template}"
 
 
 def without_secrets(kwargs: Mapping[str, object]) -> dict[str, object]:

@@ -12,9 +12,10 @@ import json
 import random
 import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import cast
+from itertools import accumulate, chain
+from typing import TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
@@ -40,6 +41,9 @@ PROBE_PARTS = (
     *("'s", "'RE", "'ll", "20", "!?", "  ", "\r\n", "Word", " the", " Of", " x", "a b", ". So", ", it"),
 )
 PROBES = 1000
+ID_BYTES = array("i").itemsize
+Bordered: TypeAlias = tuple[list[int], list[int | None]]
+"""The ids of a text, and how many of them are before each border; None where a token reaches across the border."""
 
 
 def encode_texts(processor: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = False) -> BatchEncoding:
@@ -75,29 +79,52 @@ def first_context(processor: PreTrainedTokenizerBase) -> list[int]:
     return start_ids(processor) or ends[:1]
 
 
-def tokenize_distinct(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
-    """Return the ids of each text as `tokenize` does, and spend little on what the texts share."""
-    distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return {}
-    ids = tokenize_by_pieces(processor, distinct) or tokenize(processor, distinct)
-    return dict(zip(distinct, ids, strict=True))
+def tokenize_with_borders(
+    processor: PreTrainedTokenizerBase, texts: Sequence[str], borders: Sequence[Sequence[int]]
+) -> list[Bordered]:
+    """Return the ids of each text as `tokenize` does, and how many of them are before each of its borders."""
+    by_pieces = tokenize_by_pieces(processor, texts, borders)
+    if by_pieces is not None:
+        return by_pieces
+    heads = (text[:border] for text, places in zip(texts, borders, strict=True) for border in places)
+    distinct = list(dict.fromkeys([*texts, *heads]))
+    ids = dict(zip(distinct, tokenize(processor, distinct), strict=True)) if distinct else {}
+    return [
+        (ids[text], [count_shared(ids[text], ids[text[:border]]) for border in places])
+        for text, places in zip(texts, borders, strict=True)
+    ]
 
 
-def tokenize_by_pieces(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]] | None:
-    """Return the ids of each text, joined from those of its pieces; None where this tokenizer needs whole texts.
+def count_shared(ids: Sequence[int], head: Sequence[int]) -> int | None:
+    """Return how many ids the beginning of a text has; None if they are not the first of the text's ids."""
+    return len(head) if ids[: len(head)] == head else None
+
+
+def tokenize_by_pieces(
+    processor: PreTrainedTokenizerBase, texts: Sequence[str], borders: Sequence[Sequence[int]]
+) -> list[Bordered] | None:
+    """Return what `tokenize_with_borders` does, joined from pieces; None where this tokenizer needs complete texts.
 
     A tokenizer whose parts may look beyond a piece is left alone, and some texts are tokenized whole as a check.
     """
-    if not processor.is_fast or len(texts) < FEWEST_TEXTS:
+    if not processor.is_fast or len(texts) + sum(map(len, borders)) < FEWEST_TEXTS:
         return None
     step = max(1, len(texts) // CHECKED_TEXTS)
-    expected = tokenize(processor, texts[::step])  # also resets what another caller may have set: truncation, padding
+    middles = [len(places) // 2 if places else None for places in borders[::step]]
+    heads = [
+        "" if middle is None else text[: places[middle]]
+        for text, places, middle in zip(texts[::step], borders[::step], middles, strict=True)
+    ]
+    expected = tokenize(processor, [*texts[::step], *heads])  # also resets truncation and padding of other callers
     pieces = _pieces_of(processor)
-    joined = pieces.join(texts) if pieces.usable else None
-    if joined is not None and joined[::step] != expected:
-        pieces.usable = False
+    if not pieces.usable:
         return None
+    joined = pieces.join(texts, borders)
+    whole, before = expected[: len(heads)], expected[len(heads) :]
+    for (ids, counts), wanted, head, middle in zip(joined[::step], whole, before, middles, strict=True):
+        if ids != wanted or (middle is not None and counts[middle] != count_shared(wanted, head)):
+            pieces.usable = False
+            return None
     return joined
 
 
@@ -120,15 +147,25 @@ class _Pieces:
         self._word: dict[str, bytes] = {}
         """Ids of a word with the space before it, by the word without."""
 
-    def join(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text."""
+    def join(self, texts: Sequence[str], borders: Sequence[Sequence[int]]) -> list[Bordered]:
+        """Return the ids of each text, and how many are before each of its borders."""
         cut = [self._cut_added(text) for text in texts]
+        placed = [_place(parts, ends) for parts, ends in zip(cut, borders, strict=True)]
         pieces = {piece: self._cut_words(piece) for parts in cut for piece in parts[::2]}
+        pieces |= {head: self._cut_words(head) for places in placed for _, head in places}
         self._learn(list(pieces.values()))
         first, word = self._first, self._word.__getitem__
         ids = {piece: first[words[0]] + b"".join(map(word, words[1:])) for piece, words in pieces.items()} | self._added
-        joined = (b"".join([ids[part] for part in parts]) for parts in cut)
-        return [memoryview(text_ids).cast("i").tolist() for text_ids in joined]
+        found = []
+        for parts, places in zip(cut, placed, strict=True):
+            part_ids = [ids[part] for part in parts]
+            before = list(accumulate(map(len, part_ids), initial=0))
+            counts = [
+                (before[k] + len(ids[head])) // ID_BYTES if not head or part_ids[k].startswith(ids[head]) else None
+                for k, head in places
+            ]
+            found.append((memoryview(b"".join(part_ids)).cast("i").tolist(), counts))
+        return found
 
     def _learn(self, pieces: list[list[str]]) -> None:
         """Tokenize the words that are new."""
@@ -152,6 +189,13 @@ class _Pieces:
                 return ids
         encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
         return [_to_bytes(encoding.ids) for encoding in encodings]
+
+
+def _place(parts: Sequence[str], borders: Sequence[int]) -> list[tuple[int, str]]:
+    """Return the part that each border is in, and the beginning of that part up to the border."""
+    starts = list(accumulate(map(len, parts), initial=0))
+    places = [(bisect_right(starts, border) - 1, border) for border in borders]
+    return [(k, parts[k][: border - starts[k]] if k < len(parts) else "") for k, border in places]
 
 
 def _split_ids(ids: Sequence[int], separator: int) -> list[bytes]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import replace
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.answer_format import TOOL, TOOL_PARTS
 from llmtune.data.chat_rows import Tool
-from llmtune.data.chat_template import ChatTemplate, read_template
+from llmtune.data.chat_template import ChatTemplate, read_template, with_kwargs
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.template_kwargs import template_variables
 from llmtune.errors import EnvironmentProblem
@@ -44,7 +43,7 @@ def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) 
     if used.total() <= recipe.data.max_dropped * rows.rows_in:
         return
     template = read_template(processor, recipe)
-    written = template.calls.writes
+    written = template.facts.calls.writes
     lost = {parts: count for parts, count in used.items() if not written.issuperset(parts)}
     count = sum(lost.values())
     if count <= recipe.data.max_dropped * rows.rows_in:
@@ -72,7 +71,7 @@ def _find_switch(template: ChatTemplate, used: Collection[str]) -> str | None:
     """Return the switch of a template with which it writes all that is used, as a recipe has it."""
     for name in sorted(template_variables(template.text([cast(Tool, TOOL)]))):
         for value in (True, False):
-            switched = replace(template, kwargs={**template.kwargs, name: value})
-            if switched.calls.writes.issuperset(used):
+            switched = with_kwargs(template, {**template.kwargs, name: value})
+            if switched.facts.calls.writes.issuperset(used):
                 return f"{{{name}: {str(value).lower()}}}"
     return None

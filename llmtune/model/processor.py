@@ -9,8 +9,7 @@ from typing import cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import fix_date
-from llmtune.data.system_message import with_system_prompt
-from llmtune.data.template_kwargs import refuse_unread, with_defaults
+from llmtune.data.template_kwargs import refuse_unread, with_defaults, with_system_prompt
 from llmtune.data.template_limits import check_template
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import read_model_config, readable

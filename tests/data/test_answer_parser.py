@@ -69,17 +69,17 @@ LOOKS_LIKE_CALLS = {
 @pytest.mark.parametrize(("name", "written"), LOOKS_LIKE_CALLS.items())
 def test_an_answer_that_looks_like_a_call_is_text_where_no_tool_is_offered(name, written):
     template = read_template(family_tokenizer(name), recipe_for())
-    assert parse_answer(f"{written}{template.end}", template) == ParsedAnswer(written)
-    assert parse_answer(f"{written}{template.end}", template, []) == ParsedAnswer(written)
+    assert parse_answer(f"{written}{template.facts.end}", template) == ParsedAnswer(written)
+    assert parse_answer(f"{written}{template.facts.end}", template, []) == ParsedAnswer(written)
 
 
 @pytest.mark.parametrize("name", FAMILY_FILES)
 def test_a_familys_own_call_is_a_call_where_tools_are_offered_and_text_elsewhere(name):
     template = read_template(family_tokenizer(name), recipe_for())
-    if template.calls.field is None:
+    if template.facts.calls.field is None:
         pytest.skip("it writes no calls")
     (message,) = template.prepare([call_message()])
-    prompt = template.render([QUESTION], [TOOL], answer_next=True).removesuffix(template.thoughts.opener)
+    prompt = template.render([QUESTION], [TOOL], answer_next=True).removesuffix(template.facts.thoughts.opener)
     written = template.render([QUESTION, message], [TOOL]).removeprefix(prompt)
     offered, alone = (parse_answer(written, template, tools, prompt) for tools in ([TOOL], None))
     assert [call["function"]["name"] for call in offered.tool_calls] == [NAME]
@@ -91,7 +91,7 @@ def test_a_familys_own_call_is_a_call_where_tools_are_offered_and_text_elsewhere
 def test_a_tokenizers_own_way_of_reading_calls_is_not_used_where_no_tool_is_offered():
     tokenizer = family_tokenizer("qwen-2.5")
     template = read_template(tokenizer, recipe_for())
-    own = {**template.response_template}
+    own = {**template.response_template(calls=True)}
     tokenizer.response_template = own
     try:
         written = f"{LOOKS_LIKE_CALLS['qwen-2.5']}<|im_end|>"

@@ -22,7 +22,7 @@ from support.templates import (
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_messages import clean
 from llmtune.data.chat_template import fix_date, read_template, render_prompt, special_tokens, stop_ids
-from llmtune.data.chat_turns import cut_turn
+from llmtune.data.chat_turns import Chat, cut_turn
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 
 CHAT = conversation("one two", "three", "four five", "six")
@@ -50,7 +50,7 @@ def test_generation_stops_at_the_tokenizers_end_without_a_template():
 def test_a_turn_ends_at_the_first_of_two_ends():
     tokenizer = tokenizer_with(ENDS_TWICE)
     template = read_template(tokenizer, recipe_for())
-    assert cut_turn(template, template.prepare(CHAT["messages"]), None, 3).target == "six<|im_end|>"
+    assert cut_turn(template, Chat(template.prepare(CHAT["messages"])), 3).answer.text == "six<|im_end|>"
 
 
 def test_a_turn_that_calls_a_tool_may_end_in_another_token():
@@ -58,9 +58,9 @@ def test_a_turn_that_calls_a_tool_may_end_in_another_token():
     row = conversation("add", "", "2", "two")
     row["messages"][1]["tool_calls"] = [call]
     template = read_template(tokenizer_with(TOOLS), recipe_for())
-    turn = cut_turn(template, template.prepare(row["messages"]), None, 1)
-    assert turn.target == '<call>sum{"a": 1}<|eom_id|>'
-    assert turn.target_bytes == len('<call>sum{"a": 1}')
+    turn = cut_turn(template, Chat(template.prepare(row["messages"])), 1)
+    assert turn.answer.text == '<call>sum{"a": 1}<|eom_id|>'
+    assert turn.answer.answer_bytes == len('<call>sum{"a": 1}')
 
 
 @pytest.mark.parametrize(

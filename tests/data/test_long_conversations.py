@@ -7,7 +7,9 @@ import pytest
 from support.encoding import encode
 from support.templates import CHATML, FAMILY_FILES, THINKING, family_tokenizer, recipe_for, tokenizer_with
 
+from llmtune.data import chat_encoding, chat_turns
 from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.overlong import ChatFit
 
 NUMBERED = CHATML.replace("message['role'] + '\\n'", "message['role'] + ' of turn ' ~ loop.index ~ '\\n'")
@@ -18,6 +20,9 @@ MERGED = (
     "{% set before.text = '' %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+COUNTING = CHATML.replace("message['content']", "message['content'] ~ (' So:' if messages|length == 6 else '')")
+LATE = CHATML.replace("message['content']", "(message['content'] ~ (' Well.' if messages|length > 29 else ''))")
+TRIMMING = CHATML.replace("message['content']", "(message['content'] if loop.last else message['content'] | trim)")
 QUICK = ("gemma-3", "llama-2", "qwen-3")
 OWN = {"numbered": NUMBERED, "merged": MERGED, "thinking": THINKING}
 WORDS = ["cat", "the quick brown fox", "Ä", "1234567", "jumps", "over\n\nthe", "lazy.", "dog's", "of", "it"]
@@ -159,3 +164,70 @@ def test_a_long_conversation_is_encoded_twice_for_each_part_and_no_oftener(famil
     assert parts > 4 or on_overlong == "truncate"
     assert len(asked) <= 2 * parts + 2
     assert sum(len(row["messages"]) for row in asked) <= 3 * len(messages)
+
+
+def long_row(draw, exchanges, tools=(), thoughts=False):
+    """Many exchanges; with tools, some call one (or three) and answer then."""
+    messages = [{"role": "system", "content": words(draw)}]
+    for number in range(exchanges):
+        messages.append({"role": "user", "content": words(draw)})
+        for call in range(draw.choice([0, 1, 3]) if tools else 0):
+            function = {"name": "look_up", "arguments": {"word": words(draw, 2)}}
+            made = {"id": f"call{number:04}{call}", "type": "function", "function": function}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [made]})
+            messages.append({"role": "tool", "content": words(draw), "tool_call_id": made["id"], "name": "look_up"})
+        answer = {"role": "assistant", "content": words(draw) + draw.choice(["", " \n"])}
+        thinks = {"reasoning_content": words(draw)} if thoughts and draw.random() < 0.5 else {}
+        messages.append({**answer, **thinks, "train": draw.random() < 0.8})
+    return {"messages": messages, **({"tools": list(tools)} if tools else {})}
+
+
+LOOK_UP = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+    },
+}
+ODD = {**OWN, "counting": COUNTING, "late": LATE, "trimming": TRIMMING}
+
+
+@pytest.mark.parametrize("family", [*ODD, *FAMILY_FILES])
+def test_a_long_conversation_has_the_spans_that_rendering_each_answer_after_all_before_it_gives(family, monkeypatch):
+    tokenizer = tokenizer_with(ODD[family]) if family in ODD else family_tokenizer(family)
+    draw = random.Random(family)
+    rows = [long_row(draw, 16, tools, thoughts) for tools in ((), (LOOK_UP,)) for thoughts in (False, True)]
+    rows.append({"messages": long_row(draw, 16)["messages"][1:]})  # not every template takes a system message
+    found = encode_chat(rows, tokenizer, recipe_for(max_length=100_000))
+    monkeypatch.setattr(chat_turns, "FEW_ANSWERS", 1000)
+    for result, wanted in zip(found, encode_chat(rows, tokenizer, recipe_for(max_length=100_000)), strict=True):
+        assert (result if isinstance(result, str) else shown(result)) == (
+            wanted if isinstance(wanted, str) else shown(wanted)
+        )
+    assert family == "counting" or not all(isinstance(result, str) for result in found)
+
+
+@pytest.mark.parametrize("tools", [(), (LOOK_UP,)])
+def test_the_work_for_a_message_is_the_same_in_a_conversation_of_ten_and_of_a_thousand(tools, monkeypatch):
+    tokenizer, draw = family_tokenizer("qwen-2.5"), random.Random(0)
+    written = []
+
+    def counted(function, texts_of):
+        def call(*given, **named):
+            result = function(*given, **named)
+            written.extend(len(text) for text in texts_of(given, result))
+            return result
+
+        return call
+
+    monkeypatch.setattr(ChatTemplate, "render_batch", counted(ChatTemplate.render_batch, lambda _, result: result))
+    borders = counted(chat_encoding.tokenize_with_borders, lambda given, _: given[1])
+    monkeypatch.setattr(chat_encoding, "tokenize_with_borders", borders)
+    work = {}
+    for exchanges in (20, 500):
+        row = long_row(draw, exchanges, tools)
+        written.clear()
+        assert len(encode(row, tokenizer, max_length=10**7)) == 1
+        work[exchanges] = sum(written) / len(row["messages"])
+    assert work[500] < 1.5 * work[20]

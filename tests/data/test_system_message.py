@@ -7,8 +7,8 @@ from support.runs import invoke, write_colours, write_recipe
 from support.templates import CHATML, DEFAULT_SYSTEM, LLAMA2, NO_SYSTEM, recipe_for, tokenizer_with
 
 from llmtune import load_run
-from llmtune.data.chat_template import ChatTemplate, read_template
-from llmtune.data.system_message import added_system_message, with_system_prompt
+from llmtune.data.chat_template import read_template
+from llmtune.data.template_kwargs import with_system_prompt
 from llmtune.errors import RecipeError
 
 FAMILIES = Path(__file__).parent.parent / "support" / "chat_families"
@@ -36,7 +36,7 @@ def test_the_recipes_system_prompt_renders_as_the_same_message_in_the_row_and_gi
     ],
 )
 def test_the_message_that_a_template_adds_of_itself_is_found(template: str, message: str | None) -> None:
-    assert added_system_message(ChatTemplate(tokenizer_with(template), {}, "")) == message
+    assert read_template(tokenizer_with(template), recipe_for()).facts.added_system == message
 
 
 def test_a_template_without_system_messages_refuses_the_key() -> None:

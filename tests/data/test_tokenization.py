@@ -8,7 +8,7 @@ from support.templates import OWN_TOKENS, tokenizer_with
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.data.tokenization import tokenize, tokenize_by_pieces
+from llmtune.data.tokenization import tokenize, tokenize_by_pieces, tokenize_with_borders
 
 TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *OWN_TOKENS]
 PARTS = st.one_of(
@@ -36,12 +36,33 @@ def tokenizer_of(kind):
     return tokenizer
 
 
+def ids_by_pieces(tokenizer, texts):
+    found = tokenize_by_pieces(tokenizer, texts, [()] * len(texts))
+    return None if found is None else [ids for ids, _ in found]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=40, deadline=None)
 @given(texts=BATCH)
 def test_pieces_have_the_ids_of_the_whole_text(kind, texts):
     tokenizer = tokenizer_of(kind)
-    assert tokenize_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert ids_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "complete texts"])
+@settings(max_examples=40, deadline=None)
+@given(texts=BATCH, data=st.data())
+def test_ids_are_counted_up_to_a_border_as_the_text_up_to_it_has_them(kind, texts, data):
+    tokenizer = tokenizer_of(kind if kind in KINDS else "words")
+    if kind not in KINDS:
+        tokenizer.add_tokens([AddedToken("<|own|>", rstrip=True)])
+    borders = [sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4))) for text in texts]
+    for text, places, (ids, counts) in zip(
+        texts, borders, tokenize_with_borders(tokenizer, texts, borders), strict=True
+    ):
+        assert ids == tokenize(tokenizer, [text])[0]
+        heads = tokenize(tokenizer, [text[:place] for place in places]) if places else []
+        assert counts == [len(head) if ids[: len(head)] == head else None for head in heads]
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Lowercase(), normalizers.Prepend("▁")])
@@ -49,17 +70,17 @@ def test_a_text_that_is_brought_into_a_form_first_has_the_same_ids(normalizer):
     tokenizer = tokenizer_with(CHATML)
     tokenizer.backend_tokenizer.normalizer = normalizer
     texts = [f"{text} e\u0301 É" for text in ASSORTED]
-    assert tokenize_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert ids_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
 
 
 def test_tokens_that_are_added_later_are_seen():
     tokenizer = tokenizer_with(CHATML)
-    before = tokenize_by_pieces(tokenizer, ASSORTED)
+    before = ids_by_pieces(tokenizer, ASSORTED)
     tokenizer.add_tokens(["<|new|>"], special_tokens=True)
     texts = [text.replace("question", "<|new|>") for text in ASSORTED]
-    assert tokenize_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
-    assert tokenize_by_pieces(tokenizer, ASSORTED) == before
-    assert any(tokenizer.convert_tokens_to_ids("<|new|>") in ids for ids in tokenize_by_pieces(tokenizer, texts))
+    assert ids_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert ids_by_pieces(tokenizer, ASSORTED) == before
+    assert any(tokenizer.convert_tokens_to_ids("<|new|>") in ids for ids in ids_by_pieces(tokenizer, texts))
 
 
 @pytest.mark.parametrize(
@@ -74,24 +95,24 @@ def test_tokens_that_are_added_later_are_seen():
 def test_a_tokenizer_whose_tokens_reach_beyond_themselves_reads_texts_whole(token):
     tokenizer = tokenizer_with(CHATML)
     tokenizer.add_tokens([token])
-    assert tokenize_by_pieces(tokenizer, ASSORTED) is None
+    assert ids_by_pieces(tokenizer, ASSORTED) is None
 
 
 def test_a_tokenizer_that_marks_the_first_word_of_a_text_reads_texts_whole():
     tokenizer = tokenizer_with(CHATML)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    assert tokenize_by_pieces(tokenizer, ASSORTED) is None
+    assert ids_by_pieces(tokenizer, ASSORTED) is None
 
 
 def test_settings_that_another_caller_left_do_not_matter():
     tokenizer = tokenizer_with(CHATML)
     wanted = tokenize(tokenizer, ASSORTED)
     tokenizer(ASSORTED, padding=True, truncation=True, max_length=4)
-    assert tokenize_by_pieces(tokenizer, ASSORTED) == wanted
+    assert ids_by_pieces(tokenizer, ASSORTED) == wanted
 
 
 def test_few_texts_are_left_to_the_tokenizer():
-    assert tokenize_by_pieces(tokenizer_with(CHATML), ASSORTED[:3]) is None
+    assert ids_by_pieces(tokenizer_with(CHATML), ASSORTED[:3]) is None
 
 
 def test_a_tokenizer_that_does_not_agree_with_its_pieces_has_whole_texts():
@@ -100,6 +121,6 @@ def test_a_tokenizer_that_does_not_agree_with_its_pieces_has_whole_texts():
             return super().__call__([text.replace("家", "?") for text in texts], **settings)
 
     tokenizer = Cleaning(tokenizer_object=tokenizer_with(CHATML).backend_tokenizer)
-    assert tokenize_by_pieces(tokenizer, ASSORTED) is None
+    assert ids_by_pieces(tokenizer, ASSORTED) is None
     tokenizer = Cleaning(tokenizer_object=tokenizer_with(CHATML).backend_tokenizer)
-    assert tokenize_by_pieces(tokenizer, [text.replace("家", "?") for text in ASSORTED]) is not None
+    assert ids_by_pieces(tokenizer, [text.replace("家", "?") for text in ASSORTED]) is not None

@@ -56,7 +56,7 @@ def test_what_a_row_says_is_in_what_the_model_reads(place, run, without, shows):
     )
     (place / "model/chat_template.jinja").write_text(forgetful)
     write_jsonl(place / "rows.jsonl", [conversation(f"q{i}", "yes", system="be kind") for i in range(9)])
-    with without("llmtune.data.chat_encoding._missing", lambda groups, chat, check: None):
+    with without("llmtune.data.rendering_check.RenderingCheck.missing", lambda *given: None):
         run("prepare")
     assert "be kind" not in decoded(place), "lost, and nobody was told"
     shows(run("prepare", "--fresh", code=3))

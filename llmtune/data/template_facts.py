@@ -1,0 +1,292 @@
+"""What a chat template does, read off a dozen conversations that every template is given to write.
+
+The conversations are rendered once for a tokenizer and the switches of a recipe. All else that must know how a template
+writes headers, ends, thoughts, calls or system messages reads the facts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llmtune.data.answer_format import (
+    ANSWER,
+    CALL_ID,
+    CALLS,
+    INLINE_THOUGHTS,
+    KEYS,
+    LONG_ID,
+    NAME,
+    NO_CALLS,
+    QUESTION,
+    RESULT,
+    RESULTS,
+    THOUGHT,
+    TOOLS,
+    VALUES,
+    CallFormat,
+    Json,
+    ThoughtFormat,
+    call_message,
+    read_calls,
+    response_template,
+    shared_start,
+)
+from llmtune.data.reasoning_text import THINK_CLOSE, THINK_OPEN
+from llmtune.errors import EnvironmentProblem
+
+FIX = "Set model.chat_template to a Jinja file that"
+SYSTEM = "Heed the probe's system message."
+Texts = Mapping[str, str | None]
+"""What a template writes for each probe; None where it refuses one."""
+_THINKING = re.compile(r"think|reason|thought|analysis|channel", re.IGNORECASE)
+_SAID: Json = {"role": "assistant", "content": ANSWER}
+_INLINE: Json = {**_SAID, "content": f"{THINK_OPEN}{THOUGHT}{THINK_CLOSE}{ANSWER}"}
+_RESULT: Json = {"role": "tool", "content": RESULT, "tool_call_id": CALL_ID, "name": NAME}
+
+
+def _with_tools(texts: bool) -> dict[str, list[Json]]:
+    """Return what is probed with calls whose arguments are objects, or JSON texts."""
+    call = call_message(texts=texts)
+    return {
+        f"call {texts}": [QUESTION, call],
+        f"two calls {texts}": [QUESTION, call_message(2, texts)],
+        f"result {texts}": [QUESTION, call, _RESULT],
+        f"long id {texts}": [QUESTION, call_message(texts=texts, call_id=LONG_ID)],
+    }
+
+
+PROBES: Mapping[str, list[Json]] = {
+    "question": [QUESTION],
+    "prompt": [QUESTION],
+    "answer": [QUESTION, _SAID],
+    "next": [QUESTION, _SAID, {"role": "user", "content": "And now?"}],
+    "system": [{"role": "system", "content": SYSTEM}, QUESTION],
+    "thought": [QUESTION, {**_SAID, "reasoning_content": THOUGHT}],
+    "inline": [QUESTION, _INLINE],
+}
+TOOL_PROBES: Mapping[str, list[Json]] = {"tools": [QUESTION], **_with_tools(False), **_with_tools(True)}
+"""Rendered with the declaration of a tool."""
+PROMPTS = ("prompt", "tools")
+"""Probes that are rendered ready for an answer."""
+
+
+NEEDED = ("question", "prompt", "answer")
+"""Probes that every template has to take."""
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """How a chat template writes conversations."""
+
+    opening: str = ""
+    """What follows a question in its prompt: the header of an answer, and perhaps `<think>`."""
+    heading: str = ""
+    """What a rendered answer has between its prompt and its text."""
+    tail: str = ""
+    """What follows the text of an answer, e.g. `<|im_end|>` and a line break."""
+    end: str = ""
+    """The end-of-turn token: the first token in `tail` that is not ordinary text."""
+    ends_with_next: bool = False
+    """Whether the header of the next message ends an answer, since nothing else does (GLM)."""
+    special: tuple[str, ...] = ()
+    """The tokens that are no ordinary text, longest first."""
+    thoughts: ThoughtFormat = INLINE_THOUGHTS
+    calls: CallFormat = NO_CALLS
+    """How it writes tools, calls of them and results."""
+    added_system: str | None = None
+    """The system message that it adds to a conversation without one."""
+
+    @property
+    def closes_thoughts(self) -> bool:
+        """Whether the generation prompt ends the thoughts before an answer, so that it has none."""
+        return bool(self.thoughts.after.strip()) and self.opening.rstrip().endswith(self.thoughts.after.strip())
+
+    @property
+    def supplied(self) -> str:
+        """What the generation prompt writes of an answer: `<think>`, or empty thoughts."""
+        mark = self.thoughts.before.strip()
+        at = self.opening.find(mark) if mark else -1
+        return self.opening[at:] if at >= 0 else ""
+
+    def response_template(self, calls: CallFormat) -> Json:
+        """Return how answers are read, for transformers' `parse_response`."""
+        return response_template(self.thoughts, calls, self.heading, self.tail.partition(self.end)[0])
+
+
+NO_FACTS = TemplateFacts()
+"""Those of a template that was not probed."""
+
+
+def infer_facts(texts: Texts, special: tuple[str, ...], eos_token: str, name: str) -> TemplateFacts:
+    """Return what the written probes show.
+
+    Args:
+        texts: Of `question`, `prompt` and `answer` none may be refused.
+        special: Tokens that are no ordinary text, longest first.
+        eos_token: The tokenizer's own end.
+        name: What messages to people call the template.
+
+    Raises:
+        EnvironmentProblem: it cannot be split into turns.
+    """
+    prompt, whole = texts["prompt"] or "", texts["answer"] or ""
+    thoughts = _infer_thoughts(texts, prompt, whole)
+    difference = _difference(prompt.removesuffix(thoughts.opener), whole, name)
+    heading, _, tail = difference.partition(ANSWER)
+    if prompt == texts["question"] and heading.strip():
+        what = f"the template ignores add_generation_prompt: a generated answer would have to begin with {heading!r}"
+        raise EnvironmentProblem.of(what, name, f"{FIX} ends with that where add_generation_prompt is set.")
+    end, ends_with_next = _turn_end(tail, special, eos_token, texts["next"] or "", name)
+    return TemplateFacts(
+        opening=prompt[prompt.rindex(str(QUESTION["content"])) + len(str(QUESTION["content"])) :],
+        heading=heading,
+        tail=tail,
+        end=end,
+        ends_with_next=ends_with_next,
+        special=special,
+        thoughts=thoughts,
+        calls=_infer_calls(texts, special, thoughts, ends_with_next),
+        added_system=_added_system(texts),
+    )
+
+
+def _difference(prompt: str, whole: str, name: str) -> str:
+    """Return what the probe's answer adds to its prompt."""
+    if not whole.startswith(prompt):
+        start = max(0, len(shared_start(prompt, whole)) - 20)
+        what = f"the template cannot be split into turns: it asks for an answer with {prompt[start:]!r}"
+        what += f" but writes one as {whole[start:]!r}"
+        raise EnvironmentProblem.of(what, name, f"{FIX} begins an answer as it asks for one.")
+    difference = whole[len(prompt) :]
+    if difference.count(ANSWER) != 1:
+        what = f"the template cannot be split into turns: an answer is written as {difference!r}, not as given"
+        raise EnvironmentProblem.of(what, name, f"{FIX} writes an answer once and unchanged.")
+    return difference
+
+
+def _turn_end(tail: str, special: Sequence[str], eos_token: str, following: str, name: str) -> tuple[str, bool]:
+    """Return the token that ends an answer, and whether it is the header of the next message.
+
+    Of tokens that follow one another directly, it is the tokenizer's own end, else the last: all of them are written.
+    """
+    end = min((token for token in special if token in tail), key=tail.index, default=None)
+    if end is not None:
+        last, at = end, tail.index(end) + len(end)
+        while last != eos_token and (more := next((token for token in special if tail.startswith(token, at)), None)):
+            last, at = more, at + len(more)
+        return last, False
+    header = following.partition(ANSWER)[2].lstrip()
+    end = next((token for token in special if not tail.strip() and header.startswith(token)), None)
+    if end is not None:
+        return end, True
+    what = f"an assistant's turn does not end in a token of its own but in {tail!r}: answers could not end"
+    fix = f"{FIX} writes {eos_token!r} after each answer"
+    fix += ", or add the marker to model.add_tokens." if tail.strip() else "."
+    raise EnvironmentProblem.of(what, name, fix)
+
+
+def _added_system(texts: Texts) -> str | None:
+    """Return the system message that a template adds to a question alone; None where it adds none."""
+    alone, framed, question = texts["question"], texts["system"], str(QUESTION["content"])
+    if alone is None or framed is None or SYSTEM not in framed:
+        return None
+    before, _, after = (part.partition(question)[0] for part in framed.partition(SYSTEM))
+    head = alone.partition(question)[0]
+    if not (head.startswith(before) and head.endswith(after) and len(head) >= len(before + after)):
+        return None
+    return head[len(before) : len(head) - len(after)].strip() or None
+
+
+def _infer_thoughts(texts: Texts, prompt: str, plain: str) -> ThoughtFormat:
+    """Find out how thoughts are written."""
+    opener = _find_opener(prompt, plain)
+    whole = texts["thought"]
+    if whole is not None and whole.count(THOUGHT) == 1 and THOUGHT in whole[: whole.find(ANSWER)]:
+        head, _, rest = whole.partition(THOUGHT)
+        after = rest[: rest.index(ANSWER)]
+        before = head.removeprefix(prompt) if head.startswith(prompt) else ""
+        mark = _opening_mark(after)
+        if not before.strip() and mark and mark in head:
+            before = head[head.rindex(mark) :]
+        return ThoughtFormat("template", before, after, opener)
+    if str(_INLINE["content"]) in (texts["inline"] or ""):
+        return ThoughtFormat("content", opener=opener)
+    if opener and "<think>" not in opener and (closing := _closing_mark(opener)):
+        return ThoughtFormat("prompt", opener, closing, opener)
+    return ThoughtFormat("prompt", opener=opener)
+
+
+def _find_opener(prompt: str, whole: str) -> str:
+    """Return the end of a generation prompt that a rendered answer does not have, where it is about thoughts.
+
+    Empty where the rendered answer begins as the prompt asks for it, or differs in something else.
+    """
+    if whole.startswith(prompt):
+        return ""
+    shared = shared_start(prompt, whole).rstrip("<[|/")
+    opener = prompt[len(shared) :]
+    return opener if _THINKING.search(opener) and ANSWER in whole[len(shared) :] else ""
+
+
+def _opening_mark(after: str) -> str | None:
+    """Return the mark that `</think>` and its like close."""
+    found = re.search(r"</(\w+)>|\[/(\w+)\]|<\|END_(\w+)\|>", after)
+    if found is None:
+        return None
+    tag, bracket, token = found.groups()
+    return f"<{tag}>" if tag else f"[{bracket}]" if bracket else f"<|START_{token}|>"
+
+
+def _closing_mark(opener: str) -> str | None:
+    """Return the mark that closes what `<think>` and its like open."""
+    found = re.search(r"<(\w+)>|\[(\w+)\]|<\|START_(\w+)\|>", opener)
+    if found is None:
+        return None
+    tag, bracket, token = found.groups()
+    return f"</{tag}>" if tag else f"[/{bracket}]" if bracket else f"<|END_{token}|>"
+
+
+def _infer_calls(texts: Texts, special: Sequence[str], thoughts: ThoughtFormat, ends_with_next: bool) -> CallFormat:
+    """Find out how tools, calls of them and results are written."""
+    asked = texts["tools"] or ""
+    found = {TOOLS} if all(text in asked for text in (NAME, *KEYS)) else set()
+
+    def calls_of(probe: str) -> str | None:
+        """Return what is written of an answer with calls, after its prompt."""
+        whole = texts[probe]
+        prompts = (asked, asked.removesuffix(thoughts.opener))
+        starts = (prompt for prompt in prompts if asked and whole is not None and whole.startswith(prompt))
+        return next((str(whole)[len(prompt) :] for prompt in starts), None)
+
+    as_text = _prefers_texts(calls_of("call False"), calls_of("call True"))
+    answered = texts[f"result {as_text}"] or ""
+    found |= {RESULTS} if RESULT in answered else set()
+    body = calls_of(f"call {as_text}")
+    if body is None or not all(text in body for text in (NAME, *KEYS, *VALUES)):
+        return CallFormat(frozenset(found))
+    written = body.rstrip()
+    if ends_with_next:
+        written = answered[answered.index(body) + len(body) :].lstrip() if body in answered else ""
+    ends = (token for token in special if (written.startswith if ends_with_next else written.endswith)(token))
+    end = next(ends, "")
+    one, two = (_between(text, thoughts.after.strip(), end) for text in (body, calls_of(f"two calls {as_text}") or ""))
+    field, marks = read_calls(one, two if two.count(NAME) == 2 else None)
+    refused = texts[f"long id {as_text}"] is None
+    return CallFormat(frozenset({*found, CALLS}), as_text, end, field, marks, refused)
+
+
+def _prefers_texts(objects: str | None, texts: str | None) -> bool:
+    """Whether arguments come out as JSON only where they are handed over as text."""
+    if objects is None or texts is None:
+        return objects is None and texts is not None
+    arguments = dict(zip(KEYS, VALUES, strict=True))
+    return str(arguments) in objects and json.dumps(arguments) in texts
+
+
+def _between(body: str, thought_end: str, end: str) -> str:
+    """Return the calls of an answer without thoughts before them and the end behind them."""
+    body = body.rpartition(thought_end)[2] if thought_end else body
+    return body.rstrip().removesuffix(end)
