@@ -36,7 +36,7 @@ POINTING, WRITING = ["task=qa", "qa.style=extractive"], ["task=qa", "qa.style=ge
         (["generation.top_k=5", "generation.do_sample=false"], "generation.top_k"),
         (["generation.top_p=0.5"], "generation.top_p"),
         (["generation.min_p=0.5"], "generation.min_p"),
-        (["data.split_by=author", "data.validation=0", "data.test=t.jsonl"], "data.split_by"),
+        (["data.split_by=author", "data.validation=0", "data.test=0"], "data.split_by"),
         (["data.train.config=x"], "data.train.0.config"),
         (["data.train.split=train"], "data.train.0.split"),
         (["data.train.revision=main"], "data.train.0.revision"),

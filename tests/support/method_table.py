@@ -239,7 +239,7 @@ class Bench:
         return {"saves": "yes", "plain PEFT": "yes" if same else "no"}
 
     def resumed(self, training: TrainContext, method: str) -> str:
-        save(training, TrainState(budget=512), self.folder / "checkpoints" / "step-1")
+        save(training, TrainState(step=1, budget=512), self.folder / "checkpoints" / "step-1")
         self.step(training, 2)
         self.update(training)
         straight = trainable_weights(training.adapted.model)
