@@ -19,15 +19,7 @@ import torch
 
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite
-from llmtune.evaluate.lm_eval import (
-    RUN_ERRORS,
-    Benchmark,
-    check_benchmarks,
-    explained,
-    load_benchmarks,
-    make_manager,
-    quietly,
-)
+from llmtune.evaluate.lm_eval import RUN_ERRORS, Benchmark, check_benchmarks, explained, load_benchmarks, quietly
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, ratio
 from llmtune.evaluate.paired_statistics import Floats, share_ends
 from llmtune.evaluate.range_ends import mean_share_ends
@@ -134,6 +126,7 @@ def run_benchmark(
 ) -> tuple[EvalResults, int]:
     """Run a benchmark; return lm-eval's results and how many requests lost their beginning to fit the context."""
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     from llmtune.evaluate.lm_eval_model import BatchedLM
 
@@ -148,7 +141,7 @@ def run_benchmark(
             apply_chat_template=section.apply_chat_template,
             fewshot_as_multiturn=section.apply_chat_template,  # as its command line does
             bootstrap_iters=0,  # paired intervals replace its standard errors
-            task_manager=make_manager(shipped=False),
+            task_manager=TaskManager(include_defaults=False),
         )
     return of_first_process(found), lm.truncated  # lm-eval gives the others none
 

@@ -76,16 +76,13 @@ def check_benchmarks(recipe: Recipe) -> None:
         list_task_files(Path(name))
     if {name for name in names if not is_task_file(name)} - shipped_names():  # the index has the last word
         with quietly():
-            manager = make_manager(True)
-        RecipeError.collect(
-            Problem(
-                f"lm-eval has no task '{name}'",
-                f"{KEY}.{i}",
-                f"{nearest(name, manager.all_tasks)} `lm_eval ls tasks` lists all of them.".strip(),
-            )
-            for i, name in enumerate(names)
-            if not is_task_file(name) and name not in manager.task_index
-        )
+            known = index_shipped().all_tasks
+        problems = []
+        for i, name in enumerate(names):
+            if not is_task_file(name) and name not in known:
+                fix = f"{nearest(name, known)} `lm_eval ls tasks` lists all of them.".strip()
+                problems.append(Problem(f"lm-eval has no task '{name}'", f"{KEY}.{i}", fix))
+        RecipeError.collect(problems)
 
 
 def load_benchmarks(recipe: Recipe, console: Console) -> tuple[Benchmark, ...]:
@@ -109,17 +106,17 @@ def load_benchmarks(recipe: Recipe, console: Console) -> tuple[Benchmark, ...]:
 
 
 @cache
-def make_manager(shipped: bool, folder: str | None = None) -> TaskManager:
-    """Return what finds tasks: those `shipped` with lm-eval, which takes seconds, and those below a folder."""
+def index_shipped() -> TaskManager:
+    """Return what finds the tasks that come with lm-eval; it takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=shipped, include_path=folder)
+    return TaskManager()
 
 
 def load_benchmark(section: BenchmarkSection) -> Benchmark:
     """Read one task, group, or tag (several tasks by one name)."""
     with explained(section, READ_ERRORS):
-        loaded = load_file(section) if is_task_file(section.task) else make_manager(True).load([section.task])
+        loaded = load_file(section) if is_task_file(section.task) else index_shipped().load([section.task])
     tasks, groups = loaded["tasks"], loaded.get("groups") or {}
     nested = {name for group in groups.values() for name in group.child_names}
     grouped = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
@@ -130,10 +127,12 @@ def load_benchmark(section: BenchmarkSection) -> Benchmark:
 
 def load_file(section: BenchmarkSection) -> TaskDict:
     """Read a task file; relative paths of rows are seen from its folder, or else from the working folder."""
+    from lm_eval.tasks import TaskManager
+
     path = Path(section.task)
-    group = read_task_file(path).get("group")
-    manager = make_manager(section.needs_network, str(path.parent) if group else None)
-    spec = str(group or path)  # lm-eval finds the tasks of a group by its name alone
+    manager, spec = TaskManager(include_defaults=False), str(path)
+    if group := read_task_file(path).get("group"):  # lm-eval finds its tasks in an index alone, by their names
+        manager, spec = TaskManager(include_defaults=section.needs_network, include_path=str(path.parent)), str(group)
     try:
         with contextlib.chdir(path.parent):
             return manager.load([spec])

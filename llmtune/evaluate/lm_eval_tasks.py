@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from glob import glob
 from importlib.util import find_spec
@@ -57,17 +57,16 @@ def list_task_files(path: Path) -> set[Path]:
 
     A group brings in all task files next to it. Raises DataError as `read_task_file` does.
     """
-    read_task_file(path)
     found: set[Path] = set()
     left = [path]
     while left:
         file = left.pop().resolve()
-        if file in found or not file.is_file():
+        if file in found or (found and not file.is_file()):
             continue
-        found.add(file)
         content: dict[str, object] = {}
-        with suppress(DataError):  # other YAML files may lie next to a group
+        with suppress(DataError) if found else nullcontext():  # any YAML file may lie next to a group
             content = read_task_file(file) if is_task_file(file.name) else {}
+        found.add(file)
         names = [os.path.expanduser(name) for name in texts_in(content)]
         left += [Path(at, one) for at in (file.parent, Path.cwd()) for name in names for one in glob(name, root_dir=at)]
         left += file.parent.glob("*.py") if content else ()
