@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from llmtune.data.answer_format import (
     ANSWER,
@@ -58,6 +59,9 @@ def _with_tools(texts: bool) -> dict[str, list[Json]]:
     }
 
 
+ROLES = ("system", "user", "assistant", "user")
+_MARKS = [f"Message {k} of the probe." for k in range(len(ROLES))]
+_TURNS: list[Json] = [{"role": role, "content": mark} for role, mark in zip(ROLES, _MARKS, strict=True)]
 PROBES: Mapping[str, list[Json]] = {
     "question": [QUESTION],
     "prompt": [QUESTION],
@@ -66,10 +70,12 @@ PROBES: Mapping[str, list[Json]] = {
     "system": [{"role": "system", "content": SYSTEM}, QUESTION],
     "thought": [QUESTION, {**_SAID, "reasoning_content": THOUGHT}],
     "inline": [QUESTION, _INLINE],
+    "turns": _TURNS[1:],
+    "system turns": _TURNS,
 }
 TOOL_PROBES: Mapping[str, list[Json]] = {"tools": [QUESTION], **_with_tools(False), **_with_tools(True)}
 """Rendered with the declaration of a tool."""
-PROMPTS = ("prompt", "tools")
+PROMPTS = ("prompt", "turns", "system turns", "tools")
 """Probes that are rendered ready for an answer."""
 
 
@@ -98,6 +104,11 @@ class TemplateFacts:
     """How it writes tools, calls of them and results."""
     added_system: str | None = None
     """The system message that it adds to a conversation without one."""
+    between: Mapping[tuple[str, str], str] | None = None
+    """What it writes between messages of two roles; None if it does not write every message once, as given.
+
+    The role before the first message is empty, as is the role of the answer to come. Without system messages if the
+    template refuses them."""
 
     @property
     def closes_thoughts(self) -> bool:
@@ -150,6 +161,7 @@ def infer_facts(texts: Texts, special: tuple[str, ...], eos_token: str, name: st
         thoughts=thoughts,
         calls=_infer_calls(texts, special, thoughts, ends_with_next),
         added_system=_added_system(texts),
+        between=_between_roles(texts),
     )
 
 
@@ -198,6 +210,21 @@ def _added_system(texts: Texts) -> str | None:
     if not (head.startswith(before) and head.endswith(after) and len(head) >= len(before + after)):
         return None
     return head[len(before) : len(head) - len(after)].strip() or None
+
+
+def _between_roles(texts: Texts) -> Mapping[tuple[str, str], str] | None:
+    """Return what is between messages of two roles; None where one is not written, or not once."""
+    parts: dict[tuple[str, str], str] = {}
+    for first, text in ((0, texts["system turns"]), (1, texts["turns"])):
+        if text is None and first == 0:  # it may refuse system messages
+            continue
+        rest = text or ""
+        for step, mark in zip(pairwise(["", *ROLES[first:]]), _MARKS[first:], strict=True):
+            parts[step], found, rest = rest.partition(mark)
+            if not found or mark in rest:
+                return None
+        parts[ROLES[-1], ""] = rest
+    return parts
 
 
 def _infer_thoughts(texts: Texts, prompt: str, plain: str) -> ThoughtFormat:
