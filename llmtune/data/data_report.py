@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
@@ -41,20 +43,19 @@ def describe_examples(
 
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a split; `supervised_share` (None where no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what rows lost that were cut:
-    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in);
-    `vanishing` (rows by character that the tokenizer drops); `histogram` (training
-    examples: `edges` in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
+    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in); `vanishing` (rows by
+    character that the tokenizer drops); `histogram` (training examples: `edges` in tokens, `counts`); `example`, the
+    first training example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train")
     edges, counts = _histogram(train.lengths)
     dropped = dict(rows.dropped)
     for reason, count in examples.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count
-    secrets = [*secret_values(recipe.model.chat_template_kwargs)]
-    pieces = redact_all(task.highlighted_text(train[0], processor, recipe), secrets)  # others read the console in CI
+    secrets = [*secret_values(recipe.model.chat_template_kwargs)]  # others read the console in CI
+    pieces = redact_all(task.highlighted_text(train[0], processor, recipe), secrets)
     classes = task.class_counts(rows, recipe)
-    tokens = sum(examples.tokens.values())
-    share = sum(examples.supervised.values()) / tokens if tokens else 0.0
+    share = sum(examples.supervised.values()) / max(1, sum(examples.tokens.values()))
     blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped)]
     if rows.filled:
         blocks.append(Note(filled_sentence(rows.filled), "note"))
@@ -67,9 +68,7 @@ def describe_examples(
         blocks.append(Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note"))
     blocks.append(_bars(edges, counts))
     print_blocks([*blocks, *([_classes(classes)] if classes else [])], console)
-    if unseen := [name for name, counts in classes.items() if not counts["train"]]:
-        what = f"{len(unseen)} of {len(classes)} classes have no training rows and cannot be learned"
-        console.print(f"{what}: {escape(', '.join(unseen[:SHOWN]))}", style="yellow", highlight=False)
+    _name_unseen(classes, console)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
     if recipe.data.system_prompt is None:
@@ -92,6 +91,13 @@ def describe_examples(
         "example": [list(piece) for piece in pieces],
         "classes": classes,
     }
+
+
+def _name_unseen(classes: Mapping[str, Mapping[str, int]], console: Console) -> None:
+    """Name the classes that no training row has."""
+    if unseen := [name for name, counts in classes.items() if not counts["train"]]:
+        what = f"{len(unseen)} of {len(classes)} classes have no training rows and cannot be learned"
+        console.print(f"{what}: {escape(', '.join(unseen[:SHOWN]))}", style="yellow", highlight=False)
 
 
 def _name_system_message(

@@ -42,6 +42,8 @@ FIX = "Set model.chat_template to a Jinja file that"
 SYSTEM = "Heed the probe's system message."
 Texts = Mapping[str, str | None]
 """What a template writes for each probe; None where it refuses one."""
+MARK_PAIRS = (("<NAME>", "</NAME>"), ("[NAME]", "[/NAME]"), ("<|START_NAME|>", "<|END_NAME|>"))
+"""How thoughts are marked, in the ways of known families."""
 _THINKING = re.compile(r"think|reason|thought|analysis|channel", re.IGNORECASE)
 _SAID: Json = {"role": "assistant", "content": ANSWER}
 _INLINE: Json = {**_SAID, "content": f"{THINK_OPEN}{THOUGHT}{THINK_CLOSE}{ANSWER}"}
@@ -235,13 +237,13 @@ def _infer_thoughts(texts: Texts, prompt: str, plain: str) -> ThoughtFormat:
         head, _, rest = whole.partition(THOUGHT)
         after = rest[: rest.index(ANSWER)]
         before = head.removeprefix(prompt) if head.startswith(prompt) else ""
-        mark = _opening_mark(after)
+        mark = _counterpart(after, closing=True)
         if not before.strip() and mark and mark in head:
             before = head[head.rindex(mark) :]
         return ThoughtFormat("template", before, after, opener)
     if str(_INLINE["content"]) in (texts["inline"] or ""):
         return ThoughtFormat("content", opener=opener)
-    if opener and "<think>" not in opener and (closing := _closing_mark(opener)):
+    if opener and "<think>" not in opener and (closing := _counterpart(opener, closing=False)):
         return ThoughtFormat("prompt", opener, closing, opener)
     return ThoughtFormat("prompt", opener=opener)
 
@@ -258,22 +260,13 @@ def _find_opener(prompt: str, whole: str) -> str:
     return opener if _THINKING.search(opener) and ANSWER in whole[len(shared) :] else ""
 
 
-def _opening_mark(after: str) -> str | None:
-    """Return the mark that `</think>` and its like close."""
-    found = re.search(r"</(\w+)>|\[/(\w+)\]|<\|END_(\w+)\|>", after)
-    if found is None:
-        return None
-    tag, bracket, token = found.groups()
-    return f"<{tag}>" if tag else f"[{bracket}]" if bracket else f"<|START_{token}|>"
-
-
-def _closing_mark(opener: str) -> str | None:
-    """Return the mark that closes what `<think>` and its like open."""
-    found = re.search(r"<(\w+)>|\[(\w+)\]|<\|START_(\w+)\|>", opener)
-    if found is None:
-        return None
-    tag, bracket, token = found.groups()
-    return f"</{tag}>" if tag else f"[/{bracket}]" if bracket else f"<|END_{token}|>"
+def _counterpart(text: str, closing: bool) -> str | None:
+    """Return the mark that a closing mark in a text closes, or that an opening one is closed by."""
+    for pair in MARK_PAIRS:
+        known, other = pair[::-1] if closing else pair
+        if found := re.search(re.escape(known).replace("NAME", r"(\w+)"), text):
+            return other.replace("NAME", found[1])
+    return None
 
 
 def _infer_calls(texts: Texts, special: Sequence[str], thoughts: ThoughtFormat, ends_with_next: bool) -> CallFormat:
