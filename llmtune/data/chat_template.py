@@ -35,11 +35,11 @@ from llmtune.data.control_tokens import (
 from llmtune.data.template_facts import FIX, NEEDED, NO_FACTS, PROBES, PROMPTS, TOOL_PROBES, TemplateFacts, infer_facts
 from llmtune.data.template_kwargs import refuse_unread
 from llmtune.data.template_limits import (
+    ENDLESS,
     EXTRA_BYTES,
     PROBE_TEXT,
     SECONDS,
     SECONDS_MORE,
-    bounded,
     check_text,
 )
 from llmtune.data.tokenization import tokenize
@@ -86,55 +86,47 @@ class ChatTemplate:
         """Render messages as text; `answer_next` adds what stands before an answer.
 
         Raises:
+            EnvironmentProblem: the template takes too long or too much memory.
             TemplateRefusal: the template does not take these messages.
         """
-        if not messages:
-            raise TemplateRefusal("an answer has nothing before it")
-        try:
-            with bounded(self.name):
-                text = self.processor.apply_chat_template(
-                    list(messages),
-                    tools=tools,
-                    chat_template=self.text(tools),
-                    add_generation_prompt=answer_next,
-                    tokenize=False,
-                    **self.kwargs,
-                )
-        except _RENDER_ERRORS as error:
-            raise TemplateRefusal(f"the chat template refuses it: {error}") from error
-        check_text(text, self.name)
-        return cast(str, text)
+        (rendered,) = self.render_batch([(messages, tools)], answer_next)
+        if isinstance(rendered, TemplateRefusal):
+            raise rendered
+        return rendered
 
     def render_batch(self, chats: Sequence[tuple[Conversation, Tools]], answer_next: bool = False) -> list[Rendered]:
         """Render conversations, each as `render` does; neighbours with the same tools in one call if all can be."""
         rendered: list[Rendered] = []
         for _, group in groupby(chats, key=lambda chat: id(chat[1])):
-            tools = (neighbours := list(group))[0][1]
+            neighbours = list(group)
             try:
-                if not all(messages for messages, _ in neighbours):
-                    raise ValueError("an answer has nothing before it")
-                with limited(SECONDS + SECONDS_MORE * len(neighbours), EXTRA_BYTES):
-                    texts, _ = render_jinja_template(  # `apply_chat_template` calls it after copying all messages
-                        conversations=[list(messages) for messages, _ in neighbours],
-                        tools=tools,
-                        chat_template=self.text(tools),
-                        add_generation_prompt=answer_next,
-                        **{**self.processor.special_tokens_map, **self.kwargs},
-                    )
-            except (*_RENDER_ERRORS, LimitExceeded):
-                rendered += [self.render_or_refuse(messages, tools, answer_next) for messages, _ in neighbours]
-                continue
-            for text in texts:
-                check_text(text, self.name)
-            rendered += texts
+                rendered += self._write([messages for messages, _ in neighbours], neighbours[0][1], answer_next)
+            except TemplateRefusal as refusal:
+                alone = len(neighbours) == 1
+                rendered += [refusal] if alone else [self.render_batch([chat], answer_next)[0] for chat in neighbours]
         return rendered
 
-    def render_or_refuse(self, messages: Conversation, tools: Tools, answer_next: bool) -> Rendered:
-        """Render messages, or return why the template does not take them."""
+    def _write(self, conversations: Sequence[Conversation], tools: Tools, answer_next: bool) -> list[str]:
+        if not all(conversations):
+            raise TemplateRefusal("an answer has nothing before it")
         try:
-            return self.render(messages, tools, answer_next)
-        except TemplateRefusal as refusal:
-            return refusal
+            with limited(SECONDS + SECONDS_MORE * (len(conversations) - 1), EXTRA_BYTES):
+                texts, _ = render_jinja_template(  # `apply_chat_template` calls it after copying all messages
+                    conversations=[list(messages) for messages in conversations],
+                    tools=tools,
+                    chat_template=self.text(tools),
+                    add_generation_prompt=answer_next,
+                    **{**self.processor.special_tokens_map, **self.kwargs},
+                )
+        except _RENDER_ERRORS as error:
+            raise TemplateRefusal(f"the chat template refuses it: {error}") from error
+        except LimitExceeded as error:
+            if len(conversations) > 1:
+                raise TemplateRefusal(str(error)) from error
+            raise EnvironmentProblem.of(f"the chat template does not end: {error}", self.name, ENDLESS) from error
+        for text in texts:
+            check_text(text, self.name)
+        return cast(list[str], texts)
 
     def text(self, tools: Tools = None) -> str:
         """Return the template itself; tokenizers may have another one for tools."""
@@ -225,7 +217,7 @@ def _probe(template: ChatTemplate, special: tuple[str, ...]) -> TemplateFacts:
     texts: dict[str, str | None] = {}
     for probe, messages in {**PROBES, **TOOL_PROBES}.items():
         tools = [cast(Tool, TOOL)] if probe in TOOL_PROBES else None
-        rendered = template.render_or_refuse(messages, tools, probe in PROMPTS)
+        (rendered,) = template.render_batch([(messages, tools)], probe in PROMPTS)
         if isinstance(rendered, TemplateRefusal) and probe in NEEDED:
             raise EnvironmentProblem.of(str(rendered), template.name, f"{FIX} takes a question and an answer.")
         texts[probe] = rendered if isinstance(rendered, str) else None

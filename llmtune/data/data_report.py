@@ -43,28 +43,25 @@ def describe_examples(
 
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a split; `supervised_share` (None where no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what rows lost that were cut:
-    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in);
-    `vanishing` (rows by character that the tokenizer drops); `histogram` (training
-    examples: `edges` in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
+    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in); `vanishing` (rows by
+    character that the tokenizer drops); `histogram` (training examples: `edges` in tokens, `counts`); `example`, the
+    first training example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train")
     edges, counts = _histogram(train.lengths)
     dropped = dict(rows.dropped)
     for reason, count in examples.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count
-    secrets = [*secret_values(recipe.model.chat_template_kwargs)]
-    pieces = redact_all(task.highlighted_text(train[0], processor, recipe), secrets)  # others read the console in CI
+    secrets = [*secret_values(recipe.model.chat_template_kwargs)]  # others read the console in CI
+    pieces = redact_all(task.highlighted_text(train[0], processor, recipe), secrets)
     classes = task.class_counts(rows, recipe)
-    tokens = sum(examples.tokens.values())
-    share = sum(examples.supervised.values()) / tokens if tokens else 0.0
+    share = sum(examples.supervised.values()) / max(1, sum(examples.tokens.values()))
     vanishing: dict[str, int] = {}
     if not TASK_FACTS[task.name].takes_audio:
         vanishing = find_vanishing((text for split in rows.files for _, text in iterate_texts(rows, split)), processor)
     blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped), *_notes(rows, examples, vanishing)]
     print_blocks([*blocks, _bars(edges, counts), *([_classes(classes)] if classes else [])], console)
-    if unseen := [name for name, counts in classes.items() if not counts["train"]]:
-        what = f"{len(unseen)} of {len(classes)} classes have no training rows and cannot be learned"
-        console.print(f"{what}: {escape(', '.join(unseen[:SHOWN]))}", style="yellow", highlight=False)
+    _name_unseen(classes, console)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
     if recipe.data.system_prompt is None:
@@ -97,6 +94,13 @@ def _notes(rows: Rows, examples: Examples, vanishing: Mapping[str, int]) -> Iter
         yield Note(vanishing_sentence(vanishing), "note")
     if examples.lost:
         yield Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note")
+
+
+def _name_unseen(classes: Mapping[str, Mapping[str, int]], console: Console) -> None:
+    """Name the classes that no training row has."""
+    if unseen := [name for name, counts in classes.items() if not counts["train"]]:
+        what = f"{len(unseen)} of {len(classes)} classes have no training rows and cannot be learned"
+        console.print(f"{what}: {escape(', '.join(unseen[:SHOWN]))}", style="yellow", highlight=False)
 
 
 def _name_system_message(

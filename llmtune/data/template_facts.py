@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from llmtune.data.answer_format import (
     ANSWER,
@@ -41,6 +42,8 @@ FIX = "Set model.chat_template to a Jinja file that"
 SYSTEM = "Heed the probe's system message."
 Texts = Mapping[str, str | None]
 """What a template writes for each probe; None where it refuses one."""
+MARK_PAIRS = (("<NAME>", "</NAME>"), ("[NAME]", "[/NAME]"), ("<|START_NAME|>", "<|END_NAME|>"))
+"""How thoughts are marked, in the ways of known families."""
 _THINKING = re.compile(r"think|reason|thought|analysis|channel", re.IGNORECASE)
 _SAID: Json = {"role": "assistant", "content": ANSWER}
 _INLINE: Json = {**_SAID, "content": f"{THINK_OPEN}{THOUGHT}{THINK_CLOSE}{ANSWER}"}
@@ -58,6 +61,9 @@ def _with_tools(texts: bool) -> dict[str, list[Json]]:
     }
 
 
+ROLES = ("system", "user", "assistant", "user")
+_MARKS = [f"Message {k} of the probe." for k in range(len(ROLES))]
+_TURNS: list[Json] = [{"role": role, "content": mark} for role, mark in zip(ROLES, _MARKS, strict=True)]
 PROBES: Mapping[str, list[Json]] = {
     "question": [QUESTION],
     "prompt": [QUESTION],
@@ -66,10 +72,12 @@ PROBES: Mapping[str, list[Json]] = {
     "system": [{"role": "system", "content": SYSTEM}, QUESTION],
     "thought": [QUESTION, {**_SAID, "reasoning_content": THOUGHT}],
     "inline": [QUESTION, _INLINE],
+    "turns": _TURNS[1:],
+    "system turns": _TURNS,
 }
 TOOL_PROBES: Mapping[str, list[Json]] = {"tools": [QUESTION], **_with_tools(False), **_with_tools(True)}
 """Rendered with the declaration of a tool."""
-PROMPTS = ("prompt", "tools")
+PROMPTS = ("prompt", "turns", "system turns", "tools")
 """Probes that are rendered ready for an answer."""
 
 
@@ -98,6 +106,11 @@ class TemplateFacts:
     """How it writes tools, calls of them and results."""
     added_system: str | None = None
     """The system message that it adds to a conversation without one."""
+    between: Mapping[tuple[str, str], str] | None = None
+    """What it writes between messages of two roles; None if it does not write every message once, as given.
+
+    The role before the first message is empty, as is the role of the answer to come. Without system messages if the
+    template refuses them."""
 
     @property
     def closes_thoughts(self) -> bool:
@@ -150,6 +163,7 @@ def infer_facts(texts: Texts, special: tuple[str, ...], eos_token: str, name: st
         thoughts=thoughts,
         calls=_infer_calls(texts, special, thoughts, ends_with_next),
         added_system=_added_system(texts),
+        between=_between_roles(texts),
     )
 
 
@@ -200,6 +214,21 @@ def _added_system(texts: Texts) -> str | None:
     return head[len(before) : len(head) - len(after)].strip() or None
 
 
+def _between_roles(texts: Texts) -> Mapping[tuple[str, str], str] | None:
+    """Return what is between messages of two roles; None where one is not written, or not once."""
+    parts: dict[tuple[str, str], str] = {}
+    for first, text in ((0, texts["system turns"]), (1, texts["turns"])):
+        if text is None and first == 0:  # it may refuse system messages
+            continue
+        rest = text or ""
+        for step, mark in zip(pairwise(["", *ROLES[first:]]), _MARKS[first:], strict=True):
+            parts[step], found, rest = rest.partition(mark)
+            if not found or mark in rest:
+                return None
+        parts[ROLES[-1], ""] = rest
+    return parts
+
+
 def _infer_thoughts(texts: Texts, prompt: str, plain: str) -> ThoughtFormat:
     """Find out how thoughts are written."""
     opener = _find_opener(prompt, plain)
@@ -208,13 +237,13 @@ def _infer_thoughts(texts: Texts, prompt: str, plain: str) -> ThoughtFormat:
         head, _, rest = whole.partition(THOUGHT)
         after = rest[: rest.index(ANSWER)]
         before = head.removeprefix(prompt) if head.startswith(prompt) else ""
-        mark = _opening_mark(after)
+        mark = _counterpart(after, closing=True)
         if not before.strip() and mark and mark in head:
             before = head[head.rindex(mark) :]
         return ThoughtFormat("template", before, after, opener)
     if str(_INLINE["content"]) in (texts["inline"] or ""):
         return ThoughtFormat("content", opener=opener)
-    if opener and "<think>" not in opener and (closing := _closing_mark(opener)):
+    if opener and "<think>" not in opener and (closing := _counterpart(opener, closing=False)):
         return ThoughtFormat("prompt", opener, closing, opener)
     return ThoughtFormat("prompt", opener=opener)
 
@@ -231,22 +260,13 @@ def _find_opener(prompt: str, whole: str) -> str:
     return opener if _THINKING.search(opener) and ANSWER in whole[len(shared) :] else ""
 
 
-def _opening_mark(after: str) -> str | None:
-    """Return the mark that `</think>` and its like close."""
-    found = re.search(r"</(\w+)>|\[/(\w+)\]|<\|END_(\w+)\|>", after)
-    if found is None:
-        return None
-    tag, bracket, token = found.groups()
-    return f"<{tag}>" if tag else f"[{bracket}]" if bracket else f"<|START_{token}|>"
-
-
-def _closing_mark(opener: str) -> str | None:
-    """Return the mark that closes what `<think>` and its like open."""
-    found = re.search(r"<(\w+)>|\[(\w+)\]|<\|START_(\w+)\|>", opener)
-    if found is None:
-        return None
-    tag, bracket, token = found.groups()
-    return f"</{tag}>" if tag else f"[/{bracket}]" if bracket else f"<|END_{token}|>"
+def _counterpart(text: str, closing: bool) -> str | None:
+    """Return the mark that a closing mark in a text closes, or that an opening one is closed by."""
+    for pair in MARK_PAIRS:
+        known, other = pair[::-1] if closing else pair
+        if found := re.search(re.escape(known).replace("NAME", r"(\w+)"), text):
+            return other.replace("NAME", found[1])
+    return None
 
 
 def _infer_calls(texts: Texts, special: Sequence[str], thoughts: ThoughtFormat, ends_with_next: bool) -> CallFormat:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from llmtune.errors import EnvironmentProblem
-from llmtune.store.resource_limits import LimitExceeded, limited
 
 TEMPLATE_BYTES = 2**17
 """The longest templates of models have a quarter of it."""
@@ -17,35 +13,23 @@ SECONDS_MORE = 0.05
 EXTRA_BYTES = 2**29
 MAX_TEXT = 2**25
 PROBE_TEXT = 2**17
-FIX = "Set model.chat_template to a Jinja file that renders a conversation in a moment."
-
-
-@contextmanager
-def bounded(name: str) -> Iterator[None]:
-    """Let a template render one conversation.
-
-    Raises EnvironmentProblem where it takes too long or too much memory.
-    """
-    try:
-        with limited(SECONDS, EXTRA_BYTES):
-            yield
-    except LimitExceeded as error:
-        raise EnvironmentProblem.of(f"the chat template does not end: {error}", name, FIX) from error
+ENDLESS = "Set model.chat_template to a Jinja file that renders a conversation in a moment."
+"""How to replace a template that takes too long."""
 
 
 def check_template(template: str, name: str) -> None:
     """Raise EnvironmentProblem for a template that takes long to read alone."""
     if len(template) > TEMPLATE_BYTES:
         what = f"the chat template has {len(template):,} characters, and may have {TEMPLATE_BYTES:,}"
-        raise EnvironmentProblem.of(what, name, FIX)
+        raise EnvironmentProblem.of(what, name, ENDLESS)
 
 
 def check_text(text: str, name: str, limit: int = MAX_TEXT) -> None:
     """Raise EnvironmentProblem for what no tokenizer should get: text without end, halves of characters."""
     if len(text) > limit:
         what = f"the chat template writes {len(text):,} characters, and may write {limit:,}"
-        raise EnvironmentProblem.of(what, name, FIX)
+        raise EnvironmentProblem.of(what, name, ENDLESS)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise EnvironmentProblem.of(f"the chat template writes what is no text: {error}", name, FIX) from error
+        raise EnvironmentProblem.of(f"the chat template writes what is no text: {error}", name, ENDLESS) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -71,7 +72,8 @@ def _find_switch(template: ChatTemplate, used: Collection[str]) -> str | None:
     """Return the switch of a template with which it writes all that is used, as a recipe has it."""
     for name in sorted(template_variables(template.text([cast(Tool, TOOL)]))):
         for value in (True, False):
-            switched = with_kwargs(template, {**template.kwargs, name: value})
-            if switched.facts.calls.writes.issuperset(used):
-                return f"{{{name}: {str(value).lower()}}}"
+            with suppress(EnvironmentProblem):
+                switched = with_kwargs(template, {**template.kwargs, name: value})
+                if switched.facts.calls.writes.issuperset(used):
+                    return f"{{{name}: {str(value).lower()}}}"
     return None

@@ -42,9 +42,10 @@ def check_convertible(config: PretrainedConfig) -> None:
 
     Raises EnvironmentProblem.
     """
+    _find_class(config)
+    EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in _find_misread(config))
     with converter_errors():
         TensorLayout(config).converter.set_gguf_parameters()
-    EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in _find_misread(config))
 
 
 def _find_class(config: PretrainedConfig) -> type[Converter]:

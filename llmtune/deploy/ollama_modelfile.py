@@ -8,15 +8,14 @@ the chat template writes for a set of conversations, the parts become a Go templ
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.chat_template import TemplateRefusal, read_template
+from llmtune.data.chat_template import read_template, with_kwargs
 from llmtune.data.template_kwargs import without_secrets
 from llmtune.recipe.schema import Recipe
 from llmtune.store.atomic_files import write_text
@@ -45,21 +44,14 @@ def split_template(processor: PreTrainedTokenizerBase, recipe: Recipe, add_bos: 
     With `add_bos` the start token is left out, since programs that read the file write it by themselves.
     """
     template = read_template(processor, recipe)
-    template = replace(template, kwargs=without_secrets(template.kwargs))
-    bos = cast(str, processor.bos_token) if add_bos else ""
-
-    def render(messages: Messages) -> str:
-        return template.render(messages, answer_next=True).removeprefix(bos)
-
-    try:
-        try:
-            parts = _probe(render, ("system", "user", "assistant", "user"))
-        except TemplateRefusal:
-            parts = {}
-        parts |= _probe(render, ("user", "assistant", "user"))
-        same = all(render(messages) == write_chat(parts, messages) for messages in sample_conversations(parts))
-    except (TemplateRefusal, ValueError):
+    template = with_kwargs(template, without_secrets(template.kwargs))
+    if template.facts.between is None:
         return None
+    bos = cast(str, processor.bos_token) if add_bos else ""
+    parts = {step: text if step[0] else text.removeprefix(bos) for step, text in template.facts.between.items()}
+    rendered = template.render_batch([(messages, None) for messages in sample_conversations(parts)], answer_next=True)
+    written = [write_chat(parts, messages) for messages in sample_conversations(parts)]
+    same = [isinstance(text, str) and text.removeprefix(bos) for text in rendered] == written
     return parts if same else None
 
 
@@ -70,19 +62,6 @@ def sample_conversations(parts: TemplateParts) -> list[Messages]:
         for roles in SAMPLES
         if ("", roles[0]) in parts
     ]
-
-
-def _probe(render: Callable[[Messages], str], roles: Sequence[str]) -> TemplateParts:
-    """Return what stands between messages of these roles; raises ValueError where one is not written, or not once."""
-    marks = [f"Message {k} of the probe." for k in range(len(roles))]
-    rest = render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
-    between = []
-    for mark in marks:
-        before, present, rest = rest.partition(mark)
-        if not present or mark in rest:
-            raise ValueError(mark)
-        between.append(before)
-    return dict(zip(pairwise(["", *roles, ""]), [*between, rest], strict=True))
 
 
 def write_chat(parts: TemplateParts, messages: Messages) -> str:
