@@ -41,8 +41,11 @@ WIDEST = 60
 TAGS = {
     *("role", "content", "user", "assistant", "system", "tool", "function"),
     *("from", "value", "human", "gpt", "observation", "function_call"),
+    *("sender", "author", "speaker", "text", "message", "body"),
 }
 """What LLaMA-Factory's tags may be, that llmtune reads by itself."""
+ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool"}
+"""Tags that hold a name of a role; ours on the right."""
 
 
 @dataclass(frozen=True)
@@ -357,7 +360,11 @@ def _listed(migration: Migration, key: str, value: Any, rule: Mapping[str, Any])
         number += 1
         found[f"{path}.path"] = address
         if isinstance(entry, dict):
-            found |= _entry_keys(migration, path, entry, local="file_name" in entry)
+            for ours, one in _entry_keys(migration, path, entry, local="file_name" in entry).items():
+                names = found.get(ours)
+                found[ours] = (
+                    [*dict.fromkeys([*names, *one])] if isinstance(names, list) and isinstance(one, list) else one
+                )
     return found or "no rows of it are known here"
 
 
@@ -385,8 +392,12 @@ def _entry_keys(migration: Migration, path: str, entry: Mapping[str, Any], *, lo
     if tags.get("role_tag") == "role":
         names["messages"] = "messages"
     for tag, word in tags.items():
-        if word not in TAGS:
-            why = "messages are role and content, or from and value, of the usual roles"
+        if word in TAGS:
+            continue
+        if tag in ROLE_TAGS:
+            found[f"data.roles.{ROLE_TAGS[tag]}"] = [word]
+        else:
+            why = "messages are role and content, or from and value: rename the key in the rows"
             migration.settle(f"{path}.{tag}", word, why, ok=False)
     for theirs, column in (entry.get("columns") or {}).items():
         ours = names.get(theirs, theirs)
