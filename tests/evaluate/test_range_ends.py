@@ -117,7 +117,7 @@ def test_a_baseline_that_predicts_one_number_has_no_correlation_in_its_pseudo_ro
     right = rng.normal(3, 1, 35)
     mean, tuned = (measure_numbers(metric, one, right) for one in (np.full(35, 3.0), right + rng.normal(0, 0.45, 35)))
     found = compare(mean, tuned, seed=0)
-    assert found.value > 0.8
+    assert found.value > 0.7
     assert 0.1 < found.low < found.value < found.high <= 1
 
 
