@@ -8,8 +8,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.data.file_survey import Reading, Survey
+    from llmtune.data.labelled_rows import Label
     from llmtune.recipe.first_recipe import FirstRecipe
 
 SCHEMA = "recipe.schema.json"
@@ -173,9 +175,21 @@ def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) 
         reading.rows,
         model=model,
         memory_bytes=memory,
+        metrics=_number_metrics(reading),
         unread=unread,
         copies=reading.copies,
     )
+
+
+def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
+    """Return the metrics of labels that are numbers on a scale; None for others, whose metrics the task decides on."""
+    from llmtune.tasks.class_labels import REGRESSION_METRICS, infer_kind
+
+    with suppress(DataError):  # labels of several kinds
+        labels = cast("list[Label]", [row["label"] for row in reading.rows if reading.task == "classify"])
+        if infer_kind(labels) == "regression":
+            return REGRESSION_METRICS
+    return None
 
 
 def _describe(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:

@@ -39,6 +39,12 @@ GUESSED_BYTES = 2**20
 """How much of a file is looked at to guess its encoding."""
 WESTERN_SIGNS = "€‚„…†‡‰‹‘’“”•–—™›\xa0¡¢£§©ª«®°±²³´µ·º»¼½¾¿×÷"
 WIDE = ("utf-16", "utf_16", "utf16", "utf-32", "utf_32", "utf32")
+WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before that of UTF-16, which begins the same
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 Advance = Callable[[int], object]
@@ -165,10 +171,15 @@ def refuse_other_files(stream: ByteStream, name: str) -> None:
 
 
 def guess_encoding(path: Path | RemoteFile) -> str | None:
-    """Return `cp1252` for a file that is not UTF-8 and reads as what Windows and Excel write in Western Europe."""
+    """Return the encoding that a file's mark names, or `cp1252` if it is not UTF-8 and reads as Western Europe's.
+
+    Excel writes "Unicode text" as UTF-16 with a mark, and CSV files as cp1252 without one.
+    """
     with open_bytes(path) as stream:
         skip_bom(stream)
         start = stream.read(GUESSED_BYTES)
+    if marked := next((name for mark, name in WIDE_MARKS.items() if start.startswith(mark)), None):
+        return marked
     try:
         start.decode()
     except UnicodeDecodeError as error:

@@ -131,11 +131,21 @@ def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
     if ends is not None and rows:
         ends_22K = pair_ends(ends(np.concatenate([base.sums_NK, tuned.sums_NK])))
         base_also, tuned_also = (
-            replace(one, sums_NK=np.concatenate([one.sums_NK, ends_22K[:, which]])).resampled
+            replace(one, sums_NK=with_rows(one.sums_NK, ends_22K[:, which])).resampled
             for which, one in enumerate((base, tuned))
         )
         with_ends = base_also, tuned_also
     return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed, with_ends=with_ends, clusters=clusters)
+
+
+def with_rows(sums_NK: Floats, ends_2K: Floats) -> Floats:
+    """Return the rows of a model with two pseudo-rows, in which constants stay.
+
+    A baseline without a model predicts the same number for every row. A pseudo-row with another number would be its
+    only one, and give it a correlation that it cannot have.
+    """
+    constant_K = np.ptp(sums_NK, axis=0) == 0
+    return np.concatenate([sums_NK, np.where(constant_K, sums_NK[:1], ends_2K)])
 
 
 def ratio(sums: Floats) -> Floats:

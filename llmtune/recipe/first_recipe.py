@@ -31,6 +31,8 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "speech": ("loss", "wer", "cer"),
     "preference": ("loss", "accuracy", "margin", "kl"),
 }
+ERRORS = ("bits_per_byte", "wer", "mse")
+"""Of these metrics, those that are better the lower they are and have a place in the example of a gate."""
 DEFAULT_DROPPED, MOST_DROPPED = 0.05, 0.3
 """Shares of rows that cannot be read: what a recipe allows by itself, and what is too much to go on with."""
 TEST_ROWS = 20
@@ -80,7 +82,8 @@ class FirstRecipe:
 
     def to_yaml(self) -> str:
         """Return the recipe with comments."""
-        gate = {"chat": self.metrics[-1], "completion": "bits_per_byte"}.get(self.task, self.metrics[1])
+        judged = self.metrics[-1 if self.task == "chat" else 1]
+        gate = f"{judged}.high < base" if judged in ERRORS else f"{judged}.low > base"
         lines = [
             "# yaml-language-server: $schema=recipe.schema.json",
             f"# Made by `llmtune init`. Next: llmtune run {self.name}.yaml",
@@ -107,7 +110,7 @@ class FirstRecipe:
         lines += [
             "evaluate:",
             f"  metrics: [{', '.join(self.metrics)}]",
-            f"  gates: []  # DECIDE: what is good enough, e.g. [{gate}.low > base]",
+            f"  gates: []  # DECIDE: what is good enough, e.g. [{gate}]",
         ]
         return "\n".join(lines) + "\n"
 
@@ -129,12 +132,14 @@ def propose(
     *,
     model: str | None,
     memory_bytes: float,
+    metrics: Sequence[str] | None = None,
     unread: int = 0,
     copies: int = 0,
 ) -> FirstRecipe:
     """Return the first recipe for canonical rows.
 
-    `model` is the user's own choice. `unread` counts other rows, `copies` those of the rows that will be left out.
+    `model` is the user's own choice, `metrics` are those of the labels, where the task alone does not decide on them.
+    `unread` counts other rows, `copies` those of the rows that will be left out.
     """
     longest = max(len(_text(row)) for row in rows)
     is_text = task == "completion" and not any(row["prompt"] for row in rows)
@@ -142,7 +147,7 @@ def propose(
     overlong = longest / CHARACTERS_A_TOKEN > lengths[1]
     long_way = "split" if is_text else "truncate" if "truncate" in TASK_FACTS[task].overlong else "drop"
     answers = [] if is_text else [answer for row in rows if (answer := _answer(task, row)) is not None]
-    metrics = METRICS[task]
+    metrics = metrics or METRICS[task]
     if task == "chat" and len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4):
         metrics = ("loss", "exact_match", "choice_accuracy")
     return FirstRecipe(
@@ -154,7 +159,7 @@ def propose(
         max_length=_tokens(longest, lengths, TEMPLATE_TOKENS),
         on_overlong=long_way if overlong else None,
         max_new_tokens=_tokens(max(map(len, answers), default=0), ANSWER_LENGTHS) if answers else None,
-        metrics=metrics,
+        metrics=tuple(metrics),
         test=min(MOST_TEST, max(LEAST_TEST, math.ceil(20 * TEST_ROWS / (len(rows) - copies)) / 20)),
         unread=unread,
         looked_at=len(rows) + unread,

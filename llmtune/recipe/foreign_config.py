@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -27,6 +28,8 @@ Facts = Mapping[str, object]
 """Our keys with values."""
 ENDS = ("|", "||", "&&", ";", ">", "2>&1")
 """Words that end a command."""
+LAUNCHED = ("num_processes", "nproc_per_node", "num_gpus", "nnodes")
+"""What accelerate, torchrun, DeepSpeed and LLaMA-Factory call the processes that each have a batch of their own."""
 READ_LETTERS = 4 << 20
 """How much of a file is read to find its first row."""
 
@@ -50,6 +53,7 @@ class Table:
     columns: Mapping[str, Facts] = field(default_factory=dict)
     guesses: Mapping[str, Facts] = field(default_factory=dict)
     decide: tuple[str, ...] = ()
+    unstated: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], below: Table | None = None) -> Table:
@@ -122,11 +126,11 @@ class ForeignConfig:
         text, name = read_text(file), label(file)
         command = None if file.suffix.lower() in (".yaml", ".yml", ".json") else _find_command(text)
         if command is not None:
-            table, words = command
+            table, words, before = command
             table = known[tool] if tool else table
             _refuse_retired(table, name)
             values, facts = _read_options(table, words, file)
-            return cls(name, file.absolute().parent, table, values, facts)
+            return cls(name, file.absolute().parent, table, values | _read_processes(before), facts)
         nested = parse_yaml(text, name, file.parent).plain()
         if not isinstance(nested, dict) or not nested:
             raise RecipeError.of(
@@ -164,8 +168,8 @@ def _score(table: Table, nested: Mapping[str, object]) -> tuple[int, float]:
     return marks, sum(table.find(key) is not None for key in keys) / len(keys)
 
 
-def _find_command(text: str) -> tuple[Table, list[str]] | None:
-    """Find the first line that calls a tool; return its table and the words behind the program.
+def _find_command(text: str) -> tuple[Table, list[str], list[str]] | None:
+    """Find the first line that calls a tool; return its table, the words after the program and those before it.
 
     Variables that lines above set stand for their values.
     """
@@ -184,10 +188,10 @@ def _find_command(text: str) -> tuple[Table, list[str]] | None:
                 continue  # a folder or package of that name
             for table in _known_tools().values():
                 if os.path.basename(word) in table.programs:
-                    return table, words[position + 1 :]
+                    return table, words[position + 1 :], words[:position]
                 for script in table.scripts:
                     if f"/{word}".endswith(f"/{script}"):
-                        return table, [table.scripts[script], *words[position + 1 :]]
+                        return table, [table.scripts[script], *words[position + 1 :]], words[:position]
     return None
 
 
@@ -232,6 +236,17 @@ def _read_options(table: Table, words: list[str], file: Path) -> tuple[dict[str,
     for name in [one for one in stated if one.startswith("no_") and stated[one] is True and table.find(one) is None]:
         stated[name.removeprefix("no_")] = not stated.pop(name)
     return below | stated, facts
+
+
+def _read_processes(words: list[str]) -> dict[str, object]:
+    """Return how many processes a launcher's options, or variables such as `NPROC_PER_NODE=4`, ask for."""
+    found: dict[str, object] = {}
+    for word, after in pairwise([*words, ""]):
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_").lower()
+        if name in LAUNCHED and (equals or option.startswith("--")):
+            found[name] = _value(value if equals else after)
+    return found
 
 
 def _value(word: str) -> object:

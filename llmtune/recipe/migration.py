@@ -56,8 +56,11 @@ def migrate(file: Path, out: Path, tool: str | None = None, task: str | None = N
     _look_at_rows(migration)
     _fill(migration)
     _count_tokens(migration)
-    migration.looks |= dict.fromkeys(table.decide)
     loaded = _check(migration, out)
+    chosen = {ours: one.keys for ours, one in migration.settings.items() if not {*one.keys} & {*config.values}}
+    migration.looks |= dict.fromkeys(
+        [*table.decide, *(line for ours, line in table.unstated.items() if ours in chosen)]
+    )
     return migration, loaded
 
 

@@ -41,8 +41,11 @@ WIDEST = 60
 TAGS = {
     *("role", "content", "user", "assistant", "system", "tool", "function"),
     *("from", "value", "human", "gpt", "observation", "function_call"),
+    *("sender", "author", "speaker", "text", "message", "body"),
 }
 """What LLaMA-Factory's tags may be, that llmtune reads by itself."""
+ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool"}
+"""Tags that hold a name of a role; ours on the right."""
 
 
 @dataclass(frozen=True)
@@ -342,7 +345,7 @@ def _listed(migration: Migration, key: str, value: Any, rule: Mapping[str, Any])
     places = [base / folder / "dataset_info.json" for base in (Path.cwd(), migration.config.folder)]
     listing = next((file for file in places if file.is_file()), None)
     known = mapping(listing) if listing else {}
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     parts = value if isinstance(value, list) else str(value).split(",")
     if not all(isinstance(one, str) for one in parts):
         return "name data sets, with commas between them"
@@ -357,7 +360,7 @@ def _listed(migration: Migration, key: str, value: Any, rule: Mapping[str, Any])
         number += 1
         found[f"{path}.path"] = address
         if isinstance(entry, dict):
-            found |= _entry_keys(migration, path, entry, local="file_name" in entry)
+            _entry_keys(migration, path, entry, found, local="file_name" in entry)
     return found or "no rows of it are known here"
 
 
@@ -372,9 +375,10 @@ def _address(name: str, entry: object, migration: Migration, listing: Path | Non
     return f"hub:{entry['hf_hub_url']}" if "hf_hub_url" in entry else None
 
 
-def _entry_keys(migration: Migration, path: str, entry: Mapping[str, Any], *, local: bool) -> dict[str, object]:
-    """Return what an entry of dataset_info.json says about the rows at `path`."""
-    found: dict[str, object] = {}
+def _entry_keys(
+    migration: Migration, path: str, entry: Mapping[str, Any], found: dict[str, Any], *, local: bool
+) -> None:
+    """Add to `found` what an entry of dataset_info.json says about the rows at `path`."""
     for theirs, ours in (("subset", "config"), ("split", "split"), ("num_samples", "limit")):
         if theirs in entry and not (local and ours == "split"):
             found[f"{path}.{ours}"] = entry[theirs]
@@ -385,11 +389,12 @@ def _entry_keys(migration: Migration, path: str, entry: Mapping[str, Any], *, lo
     if tags.get("role_tag") == "role":
         names["messages"] = "messages"
     for tag, word in tags.items():
-        if word not in TAGS:
-            why = "messages are role and content, or from and value, of the usual roles"
-            migration.settle(f"{path}.{tag}", word, why, ok=False)
+        if word not in TAGS and tag in ROLE_TAGS:
+            names = found.setdefault(f"data.roles.{ROLE_TAGS[tag]}", [])
+            names += [word] if word not in names else []
+        elif word not in TAGS:
+            migration.settle(f"{path}.{tag}", word, "rename the key of messages to role, or content", ok=False)
     for theirs, column in (entry.get("columns") or {}).items():
         ours = names.get(theirs, theirs)
         if column != ours:
             found[f"{path}.columns.{ours}"] = column
-    return found

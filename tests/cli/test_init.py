@@ -13,8 +13,10 @@ from typer.testing import Result
 
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.sources import local_input
+from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import SPLITS, Rows
+from llmtune.tasks.class_labels import REGRESSION_METRICS, choose_metrics
 
 TICKETS = [(str(i), f"Order {i} late", f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
 
@@ -303,6 +305,42 @@ def test_a_text_file_in_another_encoding_is_read() -> None:
     Path("book.txt").write_bytes(("Où est le café ? " * 200).encode("cp1252"))
     assert init("book.txt").exit_code == 0
     assert load_recipe("book.yaml").recipe.data.train[0].encoding == "cp1252"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("mark", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE], ids=["little", "big"])
+def test_excels_unicode_text_is_read_by_its_mark(encoding: str, mark: bytes) -> None:
+    order = "le" if mark == codecs.BOM_UTF16_LE else "be"
+    lines = ["Frage\tAntwort", *(f"Wo ist Päckchen {i}?\tEs ist für Sie da, {i}" for i in range(40))]
+    Path("umfrage.tsv").write_bytes("\r\n".join(["\ufeff" + lines[0], *lines[1:]]).encode(f"{encoding}-{order}"))
+    done = init("umfrage.tsv")
+    assert done.exit_code == 0, done.stderr
+    assert f"40 rows, {encoding}; columns Frage, Antwort" in done.stderr
+    assert load_recipe("umfrage.yaml").recipe.data.train[0].encoding == encoding
+    assert "Päckchen" in str(rows_of(prepare_all("umfrage.yaml"))[0])
+
+
+def test_labels_that_are_numbers_get_metrics_of_numbers() -> None:
+    write("scores.csv", "text,label", [(f"stay number {i}", f"{i % 40 / 10}") for i in range(1, 60)])
+    assert init("scores.csv").exit_code == 0
+    evaluate = load_recipe("scores.yaml").recipe.evaluate
+    assert choose_metrics(evaluate.metrics, "regression") == evaluate.metrics == REGRESSION_METRICS
+
+
+@pytest.mark.parametrize(
+    ("header", "answer", "gate"),
+    [
+        ("text,label", "{}.5", "mse.high < base"),
+        ("text,label", "word", "accuracy.low > base"),
+        ("content,number", "{}", "bits_per_byte.high < base"),
+        ("question,answer", "It is at {}.", "chrf.low > base"),
+    ],
+)
+def test_the_gate_that_is_proposed_passes_for_a_better_model(header: str, answer: str, gate: str) -> None:
+    write("rows.csv", header, [(f"Where is number {i}?", answer.format(i)) for i in range(24)])
+    assert init("rows.csv").exit_code == 0
+    assert f"e.g. [{gate}]" in Path("rows.yaml").read_text("utf-8")
+    assert parse_gate(gate).metric == gate.partition(".")[0]
 
 
 def test_columns_that_a_user_maps_are_taken() -> None:

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom
 
 from llmtune.evaluate import paired_statistics as statistics
-from llmtune.evaluate.classification_metrics import measure_classes, measure_entities
+from llmtune.evaluate.classification_metrics import measure_classes, measure_entities, measure_numbers
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.metric import Measure, compare, measure_shares, ratio
 from llmtune.evaluate.paired_statistics import difference, draw_counts, share_ends
@@ -108,6 +108,17 @@ def test_the_worst_row_of_an_error_rate_is_the_worst_that_was_seen():
 def test_an_interval_is_no_wider_than_the_range():
     found = compare(*(measure_shares("f1", [0.7, 0.7], ""),) * 2, seed=0)
     assert (found.low, found.high) == (-1, 1)
+
+
+@pytest.mark.parametrize("metric", ["pearson", "spearman"])
+def test_a_baseline_that_predicts_one_number_has_no_correlation_in_its_pseudo_rows(metric):
+    """With 35 rows and a correlation of 0.9, the interval was -0.33 to +1.57."""
+    rng = np.random.default_rng(0)
+    right = rng.normal(3, 1, 35)
+    mean, tuned = (measure_numbers(metric, one, right) for one in (np.full(35, 3.0), right + rng.normal(0, 0.45, 35)))
+    found = compare(mean, tuned, seed=0)
+    assert found.value > 0.7
+    assert 0.1 < found.low < found.value < found.high <= 1
 
 
 def test_a_metric_without_bounds_has_no_floor():

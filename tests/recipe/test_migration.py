@@ -242,7 +242,8 @@ def test_columns_of_a_listed_data_set_are_mapped_or_refused(tmp_path: Path):
     file = {"file_name": "a.json"}
     listed = {
         "text": file | {"columns": {"prompt": "body"}},
-        "thumbs": file | {"columns": {"kto_tag": "good", "images": "pictures"}, "tags": {"role_tag": "speaker"}},
+        "thumbs": file
+        | {"columns": {"kto_tag": "good", "images": "pictures"}, "tags": {"role_tag": "who", "content_tag": "body"}},
     }
     config(tmp_path, json.dumps(listed), "dataset_info.json")
     stated = {"stage": "pt", "model_name_or_path": "a/b", "dataset_dir": ".", "dataset": "text"}
@@ -253,6 +254,64 @@ def test_columns_of_a_listed_data_set_are_mapped_or_refused(tmp_path: Path):
     assert loaded.recipe.data.train[0].columns == {"label": "good"}
     refused = [one.key for one in migration.outcomes if one.state == "refused"]
     assert refused == ["data.train.0.role_tag", "dataset (data.train.0.columns.images)"]
+
+
+def test_roles_of_listed_data_sets_are_mapped(tmp_path: Path):
+    tags = {"role_tag": "speaker", "content_tag": "text", "user_tag": "customer"}
+    listed = {
+        "calls": {"file_name": "a.json", "formatting": "sharegpt", "tags": tags | {"assistant_tag": "agent"}},
+        "mails": {"file_name": "b.json", "formatting": "sharegpt", "tags": tags | {"assistant_tag": "desk"}},
+    }
+    config(tmp_path, json.dumps(listed), "dataset_info.json")
+    stated = {"stage": "sft", "model_name_or_path": "a/b", "dataset_dir": ".", "dataset": "calls,mails"}
+    migration, loaded = migrate(config(tmp_path, json.dumps(stated)), tmp_path / "out.yaml")
+    roles = {role: [*names] for role, names in loaded.recipe.data.roles.items()}
+    assert roles == {"user": ["customer"], "assistant": ["agent", "desk"]}
+    assert not [one.key for one in migration.outcomes if one.key.endswith("_tag")]
+
+
+def test_axolotls_target_linear_adapts_every_linear_module_whatever_else_is_named(tmp_path: Path):
+    stated = {"base_model": "a/b", "adapter": "lora", "lora_r": 8, "datasets": [{"path": "a.jsonl", "type": "alpaca"}]}
+    named = {"lora_target_modules": ["q_proj", "v_proj"]}
+    for targets in (named | {"lora_target_linear": True}, {"lora_target_linear": True} | named):
+        _, loaded = migrate(config(tmp_path, json.dumps(stated | targets)), tmp_path / "out.yaml")
+        assert loaded.recipe.adapter.target_modules == "all-linear"
+    _, loaded = migrate(
+        config(tmp_path, json.dumps(stated | named | {"lora_target_linear": False})), tmp_path / "out.yaml"
+    )
+    assert loaded.recipe.adapter.target_modules == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        ("trl", 1),
+        ("accelerate launch --config_file a.yaml --num_processes 4 --main_process_port 29501 trl", 4),
+        ("torchrun --nnodes 2 --nproc-per-node=4 trl", 8),
+        ("NPROC_PER_NODE=2 trl", 2),
+    ],
+)
+def test_a_step_has_the_rows_of_all_processes(tmp_path: Path, launcher: str, processes: int):
+    command = "sft --model_name_or_path a/b --dataset_name c/d --per_device_train_batch_size 4"
+    migration, loaded = migrate(config(tmp_path, f"{launcher} {command}", "train.sh"), tmp_path / "out.yaml")
+    assert loaded.recipe.train.batch_size == 4 * processes
+    assert not [one.key for one in migration.outcomes if one.state == "refused"]
+
+
+def test_lines_to_look_at_are_about_keys_that_the_recipe_has_and_nobody_stated(tmp_path: Path):
+    sft, lora = "trl sft --model_name_or_path a/b --dataset_name c/d", "--use_peft --lora_target_modules all-linear"
+    kto = f"trl kto --model_name_or_path a/b --dataset_name c/d {lora}"
+    cases = (
+        (sft, ["messages"]),
+        (f"{sft} --use_peft", ["messages", "PEFT"]),
+        (f"{sft} {lora}", ["messages"]),
+        (kto, []),
+    )
+    for command, words in cases:
+        migration, _ = migrate(config(tmp_path, command, "train.sh"), tmp_path / "out.yaml")
+        lines = [line for line in migration.looks if "keeps the start" not in line]
+        assert len(lines) == len(words), lines
+        assert all(word in line for word, line in zip(words, lines, strict=True))
 
 
 def test_each_file_of_a_source_is_a_source_with_its_format_and_an_address_stays_one(tmp_path: Path):
