@@ -26,7 +26,7 @@ FIX = "Make it again from its run: llmtune release RUN"
 def _with_text(key: str) -> AfterValidator:
     def check(value: Json) -> Json:
         if not isinstance(value.get(key), str):
-            raise ValueError(f"{key} is not text")  # noqa: TRY004 - what pydantic takes
+            raise ValueError(f"{key} is not text")
         return value
 
     return AfterValidator(check)
