@@ -93,7 +93,9 @@ def init(
 def _target(path: str, out: Path | None) -> Path:
     """Return the recipe to write; raises RecipeError if there are no rows, or the recipe would be among them."""
     rows = Path(path)
-    if not (rows.is_file() or rows.is_dir() or glob.has_magic(path)):
+    if rows.exists() and not (rows.is_file() or rows.is_dir()):
+        raise RecipeError.of("not a regular file", path, "Copy its rows into a file, and name that.")
+    if not (rows.exists() or glob.has_magic(path)):
         known = [entry.name for entry in rows.parent.iterdir()] if rows.parent.is_dir() else []
         raise RecipeError.of("there is no such file", path, f"Name a file with rows.{nearest(rows.name, known)}")
     named = rows if rows.exists() else Path(os.path.dirname(re.split(r"[*?[]", path)[0]))  # of a glob, its folder

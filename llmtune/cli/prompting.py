@@ -65,7 +65,7 @@ def generate(
     given = {"context": context, "pair": pair, "answer": answer, "system": system}
     given["audio"] = None if audio is None else str(audio)
     if rows is not None:
-        _check_file(rows, [text, prompt, *given.values()])
+        _check_files(rows, output, [text, prompt, *given.values()])
     elif output is not None:
         raise RecipeError.of("--output goes with --input", "--output", "Redirect standard output: > FILE.")
     else:
@@ -112,11 +112,14 @@ def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None
     return sys.stdin.read().rstrip("\n") or None
 
 
-def _check_file(rows: Path, stated: Sequence[str | None]) -> None:
+def _check_files(rows: Path, output: Path | None, stated: Sequence[str | None]) -> None:
     if any(stated):
         raise RecipeError.of("with --input the rows of the file are asked", "--input", "Omit the other texts.")
     if not rows.is_file():
-        raise RecipeError.of("there is no such file", str(rows), "Check the path of --input.")
+        raise RecipeError.of("not a file with rows", str(rows), "Check the path of --input.")
+    taken = output is not None and output.exists() and (output.is_dir() or output.samefile(rows))
+    if output is not None and (taken or not output.parent.is_dir()):
+        raise RecipeError.of("answers cannot be written there", str(output), "Name a new file with --output.")
 
 
 def _answer_file(run: FinishedRun, rows: Path, output: Path | None, *, base: bool, max_new_tokens: int | None) -> None:

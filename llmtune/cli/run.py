@@ -147,6 +147,9 @@ def refuse_both(resume: bool, fresh: bool, write_test: Path | None = None, dry_r
     ):
         if both:
             raise RecipeError.of(f"{first} and {second} exclude each other", fix="Omit one of them.")
+    if write_test is not None and write_test.suffix.lower() not in (".jsonl", ".ndjson"):
+        fix = "Give it a name that ends in .jsonl."
+        raise RecipeError.of("the test rows are written as JSON Lines", f"--write-test {write_test}", fix)
     if write_test is not None and write_test.exists():
         fix = "Name another file; to replace this one, delete it first."
         raise RecipeError.of(

@@ -67,10 +67,18 @@ def _distribution(key: str, node: Node) -> BaseDistribution:
     numbers = [one for one in (low, high) if isinstance(one, int | float) and not isinstance(one, bool)]
     if len(numbers) < 2 or not all(map(math.isfinite, numbers)) or numbers[0] >= numbers[1]:
         raise RecipeError.of(f"'{key}' goes from {scalar(low)} to {scalar(high)}", node.origin, EXAMPLE)
+    whole = all(isinstance(one, int) for one in numbers)
+    if step is not None and not (
+        isinstance(step, int if whole else int | float) and 0 < step <= numbers[1] - numbers[0]
+    ):
+        fix = "Write a number above 0 and at most `high` - `low`, whole if they are."
+        raise RecipeError.of(f"'{key}' has {scalar(step)} for its step", node.origin, fix)
+    if not isinstance(log, bool | None):
+        raise RecipeError.of(f"'{key}' has {scalar(log)} for log", node.origin, "Write `log: true` or omit it.")
     if log and (numbers[0] <= 0 or step is not None):
         raise RecipeError.of(f"'{key}' is logarithmic, which needs low above 0 and no step", node.origin, EXAMPLE)
-    if isinstance(low, int) and isinstance(high, int):
-        return IntDistribution(low, high, log=bool(log), step=int(step or 1))
+    if whole:
+        return IntDistribution(int(numbers[0]), int(numbers[1]), log=bool(log), step=step or 1)
     return FloatDistribution(float(numbers[0]), float(numbers[1]), log=bool(log), step=step)
 
 

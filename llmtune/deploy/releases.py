@@ -16,7 +16,7 @@ from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
 from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
 from llmtune.evaluate.per_row_scores import pack_measures
-from llmtune.evaluate.release_file import VERSION, Release, open_release
+from llmtune.evaluate.release_file import VERSION, Release, is_release, open_release
 from llmtune.recipe.user_files import read_bytes
 from llmtune.records import Difference, Json
 from llmtune.report.redaction import hide_paths
@@ -133,9 +133,13 @@ def make_release(run: Path, out: Path | None, signing: str | None = None) -> Pat
     """Write the release file of a run, by default `releases/<name of the run folder>.json`, and return its path.
 
     `signing` is as `sign` takes it. Raises as it does, and:
-        RecipeError: the run has no scores or no report.
+        RecipeError: the run has no scores or no report, or `out` is a file that is not a release.
         EnvironmentProblem: its scores are damaged, or the file cannot be written.
     """
+    target = out or FOLDER / f"{run.absolute().name}.json"
+    if target.exists() and not is_release(read_json(target)):
+        fix = "Name another file with --out, or delete this one first."
+        raise RecipeError.of("the file exists and is not a release", str(target), fix)
     opened = open_run_scores(run, run.name)
     report = require_report(run)
     evaluation, measures = opened.evaluation, replace(opened.measures, base={})
@@ -158,7 +162,6 @@ def make_release(run: Path, out: Path | None, signing: str | None = None) -> Pat
         rows=evaluation.rows,
         measures="",
     )
-    target = out or FOLDER / f"{content['run']}.json"
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         packed = base64.b64encode(pack_measures(measures)).decode()  # nothing in it is a path or a secret

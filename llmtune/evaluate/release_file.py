@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llmtune.errors import RecipeError
@@ -23,6 +23,15 @@ VERSION = 1
 FIX = "Make it again from its run: llmtune release RUN"
 
 
+def _with_text(key: str) -> AfterValidator:
+    def check(value: Json) -> Json:
+        if not isinstance(value.get(key), str):
+            raise ValueError(f"{key} is not text")
+        return value
+
+    return AfterValidator(check)
+
+
 class Release(TypedDict):
     """What the file holds."""
 
@@ -36,9 +45,9 @@ class Release(TypedDict):
     """sha256 of llmtune.lock."""
     trained: str
     """Hash of the adapter or the weights."""
-    recipe: Json
+    recipe: Annotated[Json, _with_text("task")]
     """Resolved; of paths the last part."""
-    verdict: Json
+    verdict: Annotated[Json, _with_text("word")]
     base: dict[str, float]
     tuned: dict[str, float]
     difference: dict[str, Difference]
@@ -68,6 +77,11 @@ def read_release(path: Path) -> Release:
     return found
 
 
+def is_release(content: object) -> bool:
+    """Whether the content of a JSON file is that of a release, of whatever version."""
+    return isinstance(content, dict) and "release_version" in content
+
+
 def _first_problem(error: ValidationError) -> str:
     first: Any = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
@@ -82,7 +96,7 @@ def list_releases(folder: Path) -> list[tuple[Path, Release]]:
     for path in folder.glob("*.json"):
         if (content := read_json(path)) is None:
             raise RecipeError.of("damaged: it holds no JSON", str(path), "Put it back as the repository has it.")
-        if isinstance(content, dict) and "release_version" in content:
+        if is_release(content):
             found.append((path, read_release(path)))
     return sorted(found, key=lambda one: one[1]["date"])
 

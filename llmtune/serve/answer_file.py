@@ -71,8 +71,9 @@ def answer_file(
             answers = _answer(served, [one for one in given if _is_inputs(one)], partial(progress.advance, bar))
             for (origin, row), one in zip(batch, given, strict=True):
                 line = {} if isinstance(row, RowError) else _own_columns(row)
-                line |= next(answers) if _is_inputs(one) else {"error": f"{origin}: {one}"}
-                answered += _is_inputs(one)
+                said = next(answers) if _is_inputs(one) else {"error": f"{origin}: {one}"}
+                answered += "error" not in said
+                line |= said
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             progress.update(bar, completed=first + len(batch))
     return answered, len(raw) - answered
@@ -129,6 +130,12 @@ def _answer(
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)
-    for output in generate(served.model, prompts, served.processor, recipe, device=served.device, advance=advance):
-        parsed = read(output.token_ids, None)
+    room = (served.context or 1 << 60) - (recipe.generation.max_new_tokens if task.free_prompt else 0)
+    fitting = [ids for ids in prompts if len(ids) <= room]
+    outputs = iter(generate(served.model, fitting, served.processor, recipe, device=served.device, advance=advance))
+    for ids in prompts:
+        if len(ids) > room:
+            yield {"error": f"the prompt has {len(ids)} tokens, and the model's context has room for {room}"}
+            continue
+        parsed = read(next(outputs).token_ids, None)
         yield {"answer": parsed.text, **({"reasoning": parsed.reasoning} if parsed.reasoning else {})}

@@ -29,6 +29,8 @@ NO_PLACE = {errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF}
 """What file systems without locks answer: some of networks."""
 MAX_JSON_BYTES = 2**30
+MAX_JSON_DEPTH = 100
+"""Far more than our files have, and far less than functions that call themselves can follow."""
 
 
 def find_cache() -> Path:
@@ -85,9 +87,25 @@ def read_json(path: Path) -> Any:
     from llmtune.recipe.user_files import NotAFileError, read_text  # not for --help: it brings the recipe's schema
 
     try:
-        return json.loads(read_text(path, MAX_JSON_BYTES))
+        content = json.loads(read_text(path, MAX_JSON_BYTES))
     except (FileNotFoundError, NotADirectoryError, NotAFileError, ValueError, RecursionError):
         return None
+    return None if _too_deep(content) else content
+
+
+def _too_deep(content: object) -> bool:
+    """Whether a JSON value nests more than MAX_JSON_DEPTH deep."""
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        if not level:
+            return False
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    return bool(level)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from llmtune.store.atomic_files import list_folder, read_json, read_json_lines
 from llmtune.store.run_folder import read_curve
 
@@ -126,7 +128,10 @@ def _differing_weights(was: Path, now: Path) -> Iterator[Difference]:
         if name not in before or name not in after:
             yield Difference("files", name, before.get(name), after.get(name))
         elif name.endswith(".safetensors"):
-            yield from _differing_tensor(was / name, now / name)
+            try:
+                yield from _differing_tensor(was / name, now / name)
+            except SafetensorError:  # one of them is damaged
+                yield Difference("files", name, before[name], after[name])
         elif not same_but_paths(was / name, now / name):
             yield Difference("files", name, before[name], after[name])
         else:

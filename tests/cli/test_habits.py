@@ -61,6 +61,25 @@ def test_a_file_of_rows_is_answered_row_by_row(folder: Path) -> None:
     assert "no column holds the prompt; found id, remark" in done.stderr
 
 
+def test_a_row_that_exceeds_the_models_context_gets_an_error_and_the_others_an_answer(folder: Path) -> None:
+    (folder / "long.csv").write_text(f"question\n{'x ' * 10_000}\n{QUESTION}\n")
+    done = invoke("generate", "latest", "--input", "long.csv", "--output", "long.jsonl")
+    assert "1 rows answered to long.jsonl; 1 could not be read" in done.stderr
+    first, second = map(json.loads, (folder / "long.jsonl").read_text().splitlines())
+    assert "tokens, and the model's context has room for" in first["error"]
+    assert second["answer"] == invoke("generate", "latest", QUESTION).stdout.strip("\n")
+    (folder / "only.csv").write_text(f"question\n{'x ' * 10_000}\n")
+    assert "0 rows answered; 1 could" in invoke("generate", "latest", "--input", "only.csv").stderr
+
+
+@pytest.mark.parametrize("output", ["asked_again.csv", "runs", "missing/answers.jsonl"])
+def test_answers_go_into_a_file_that_is_not_the_input(folder: Path, output: str) -> None:
+    (folder / "asked_again.csv").write_text(f"question\n{QUESTION}\n")
+    done = invoke("generate", "latest", "--input", "asked_again.csv", "--output", output)
+    assert (done.exit_code, f"{output}:" in done.stderr) == (2, True), done.stderr
+    assert (folder / "asked_again.csv").read_text() == f"question\n{QUESTION}\n"
+
+
 def test_an_answer_that_a_row_brings_is_kept_beside_the_models(folder: Path) -> None:
     (folder / "known.csv").write_text(f"question,answer\n{QUESTION},seven\n,eight\n")
     done = invoke("generate", "latest", "--input", "known.csv", "--output", "known.jsonl")

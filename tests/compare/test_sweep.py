@@ -130,6 +130,11 @@ def test_a_space_that_cannot_be_searched_is_refused_with_all_that_is_wrong(tiny_
         "train.learning_rat: [1.0, 2.0]",
         "adapter.r: [4, 0]",
         "train.max_grad_norm: {low: 2, high: 1}",
+        "train.learning_rate: {low: 0.1, high: 0.2, step: x}",
+        "train.warmup_steps: {low: 1, high: 8, step: 0}",
+        "adapter.lora_alpha: {low: 8, high: 16, step: [2.5]}",
+        "adapter.lora_dropout: {low: 0.1, high: 0.2, step: .nan}",
+        "train.weight_decay: {low: 0.1, high: 0.2, log: maybe}",
     ]
     Path("space.yaml").write_text("\n".join(bad))
     done = invoke("sweep", "recipe.yaml", "--space", "space.yaml")
@@ -139,6 +144,11 @@ def test_a_space_that_cannot_be_searched_is_refused_with_all_that_is_wrong(tiny_
         "Did you mean 'train.learning_rate'?",
         "'adapter.r' is 0",
         "goes from 2 to 1",
+        "'train.learning_rate' has x for its step",
+        "'train.warmup_steps' has 0 for its step",
+        "has [2.5] for its step",
+        "'adapter.lora_dropout' has .nan for its step",
+        "'train.weight_decay' has maybe for log",
     ):
         assert words in done.stderr
 

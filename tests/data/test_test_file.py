@@ -22,6 +22,14 @@ def add_rows(path: Path, count: int) -> None:
     path.write_text(path.read_text() + "".join(json.dumps({"messages": one}) + "\n" for one in turns))
 
 
+@pytest.mark.parametrize("name", ["test.csv", "test.parquet", "test", "test.jsonl.gz"])
+def test_a_name_that_is_not_of_json_lines_is_refused_before_anything_is_read(here: Path, name: str) -> None:
+    done = invoke("prepare", "none.yaml", "--write-test", name)
+    assert done.exit_code == 2
+    assert "written as JSON Lines" in done.stderr
+    assert list(here.iterdir()) == []
+
+
 def test_the_written_file_gives_the_same_test_rows_though_the_data_grew(tmp_path: Path, tiny_llama: Path) -> None:
     rows = write_colours(tmp_path / "rows.jsonl")
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, "rows.jsonl")

@@ -51,6 +51,33 @@ def test_a_release_holds_scores_by_row_and_no_text_and_no_path(run: Path, file: 
         assert opened.evaluation.tuned[metric] == measure.value
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "runs/tiny/run.json", "pipe"])
+def test_a_release_replaces_releases_only(run: Path, name: str) -> None:
+    target = run.parent.parent / name
+    if name == "pipe":
+        os.mkfifo(target)
+    before = target.read_bytes() if target.is_file() else None
+    with pytest.raises(RecipeError, match="the file exists and is not a release"):
+        make_release(run, target)
+    assert before == (target.read_bytes() if target.is_file() else None)
+
+
+NESTED = "[" * 700 + "]" * 700
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("recipe", "{}"), ("recipe", '{"task": []}'), ("verdict", "{}"), ("verdict", '{"word": 5}'), ("verdict", NESTED)],
+)
+def test_a_damaged_release_is_named(file: Path, here: Path, key: str, value: str) -> None:
+    content = {**json.loads(file.read_text()), key: "VALUE"}
+    (here / "damaged.json").write_text(json.dumps(content).replace('"VALUE"', value))
+    for command in (("show", "damaged.json"), ("list", ".")):
+        done = invoke("release", *command)
+        assert done.exit_code == 2
+        assert "damaged.json" in done.stderr
+
+
 def test_releases_are_listed_and_compared_row_by_row(run: Path, file: Path) -> None:
     other = make_release(run, file.with_name("two.json"))
     (file.parent / "package.json").write_text("{}")

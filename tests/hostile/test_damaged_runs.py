@@ -39,6 +39,7 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "train again": ("run", "tiny.yaml", "--out", str(RUN)),
     "reproduce": ("reproduce", str(RUN), "--out", "again", "--fresh"),
     "explain": ("explain", "adapter", str(RUN), "--out", "explained"),
+    "compare": ("compare", str(RUN), "runs/tiny", "--out", "compared"),
 }
 CONTENTS: dict[str, bytes | None] = {
     "missing": None,
@@ -49,6 +50,7 @@ CONTENTS: dict[str, bytes | None] = {
     "null": b"null",
     "number": b"1e400",
     "nested": b"[" * 20_000,
+    "nested and closed": b"[" * 700 + b"]" * 700,
     "digits": b"9" * 5000,
 }
 DAMAGES = (*CONTENTS, "cut", "folder", "pipe")
@@ -121,7 +123,7 @@ def traceback_of(words: tuple[str, ...], file: str) -> str | None:
         code = int(end.code or 0)
         if code in (0, 6, 7):
             return None
-        return None if code in (2, 3, 4) and str(RUN) in said.getvalue() else f"exit {code}: {said.getvalue()[:300]}"
+        return None if code in (2, 3, 4) and RUN.name in said.getvalue() else f"exit {code}: {said.getvalue()[:300]}"
     except Exception as error:  # noqa: BLE001 - any traceback is what is looked for
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/llmtune/" in frame.filename]
         return f"{type(error).__name__} {str(error)[:80]} at {own[-1].filename.rpartition('/')[2]}:{own[-1].lineno}"

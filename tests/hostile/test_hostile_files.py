@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -38,6 +39,13 @@ def test_a_recipe_that_is_a_pipe_or_a_device_is_refused(recipe: Path, name: str)
     assert name in attempt("recipes", "check", name, code=2)
     recipe.write_text(f"{recipe.read_text()}extends: {name}\n")
     attempt("recipes", "check", recipe, code=2)
+
+
+@pytest.mark.parametrize("name", ["fifo", "link", "/dev/zero", "socket"])
+def test_init_on_what_is_not_a_regular_file_is_refused(recipe: Path, name: str) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+        assert f"{name}: not a regular file -> Copy its rows into a file" in attempt("init", name, code=2)
 
 
 @pytest.mark.parametrize("name", SPECIAL)

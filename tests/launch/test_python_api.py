@@ -39,6 +39,9 @@ def test_a_run_from_python_is_that_of_the_command_line(recipe: Path, monkeypatch
     assert again.model().peft_config["default"].r == 4
     with pytest.raises(RecipeError, match="does not use it"):
         again.generate(question, context="a text")
+    with pytest.raises(RecipeError, match=r"run.generate\(prompt=...\)") as refused:
+        again.generate([question], max_new_tokens=0)  # type: ignore[arg-type]
+    assert "run.generate(max_new_tokens=...): 0 (int)" in str(refused.value)
 
 
 def test_no_process_at_all_is_refused(recipe: Path) -> None:

@@ -61,6 +61,13 @@ def test_a_weight_of_another_shape_or_that_is_missing_is_named(tmp_path: Path) -
     assert (found.where, found.now) == ("a.lora_B.weight", None)
 
 
+def test_weights_that_are_damaged_differ_as_a_file(tmp_path: Path) -> None:
+    was = make_run(tmp_path / "was")
+    (was / "adapter/adapter_model.safetensors").write_bytes(b"[]")
+    (found,) = find_differences(was, make_run(tmp_path / "now"), "adapter")
+    assert found.where == "adapter_model.safetensors"
+
+
 def test_the_first_loss_that_differs_is_named_with_the_steps_that_it_stands_for(tmp_path: Path) -> None:
     (found,) = differences(tmp_path, lines=[LINES[0], LINES[1] | {"loss": 1.25}])
     assert str(found) == "training: loss of steps 2 to 10: was 1.5, is 1.25"
