@@ -37,7 +37,7 @@ ALL_SWAPS = 12
 POWER = 0.8
 """Share of repetitions in which a difference that is there is shown."""
 MOST_STEPS = 20
-BEYOND = 0.75
+BEYOND = 1.0
 """How far an end of an interval moves, in rows: counts of lost rows are whole numbers, and quantiles fall between."""
 EQUAL = 1e-9
 """Share of a difference below which rows are apart by rounding alone."""
@@ -70,7 +70,7 @@ def difference(
     allows, either way. Right-or-wrong metrics (`right_wrong`, sums [right, 1]) get them after Bonett and Price,
     "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data", 2012: without
     them the interval of ten rows that all got better would be a single point. The ends of other bounded metrics also
-    move apart by a part of a row, so that a model that is worse by exactly the margin of a gate passes it in at most
+    move apart by one row, so that a model that is worse by exactly the margin of a gate passes it in at most
     4 of 100 runs, whatever the share of equal answers. The p of right-or-wrong metrics is McNemar's; that of all others
     comes from swapping the answers of the two models, row by row, and is never below that of `skewed_p`.
     Rows with equal numbers in `clusters` [N] belong together: they are added up, and these groups drawn and swapped.
@@ -160,7 +160,7 @@ def pair_ends(ends: tuple[Floats, Floats]) -> Floats:
 
 
 def move_apart(found: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
-    """Move the ends of an interval outwards by a part of what one more row could change.
+    """Move the ends of an interval outwards by what one more row could change.
 
     `values_2` are the differences with one pseudo-row of either kind, `widest` the largest that is possible. This
     corrects a discrete count for continuity: the bootstrap's quantile of a few lost rows is about a row too small.
