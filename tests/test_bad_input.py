@@ -31,14 +31,18 @@ def run_with(rows: Path, model_folder: Path, *arguments: str, command: str = "ru
     return invoke(command, "tiny.yaml", "--out", "run", *arguments)
 
 
-def test_a_model_whose_gguf_file_nothing_reads_back_is_refused_before_training(
-    here: Path, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_cannot_become_a_gguf_file_is_refused_before_training(
+    here: Path, tiny_gpt2: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_readers, "has_llama", lambda: False)
     rows = [json.dumps({"text": f"The quick brown fox number {k}."}) + "\n" for k in range(40)]
     (here / "text.jsonl").write_text("".join(rows))
     result = run_with(here / "text.jsonl", tiny_gpt2, task="completion", deploy=["gguf"])
-    expect(result, 4, "only llama.cpp reads GGUF files of type 'gpt2'", "pip install llama-cpp-python")
+    expect(result, 4, "llama.cpp's converter cannot write this model", "llmtune deploy merge RUN")
+    assert not (here / "run" / "checkpoints").exists()
+    monkeypatch.setattr(gguf_readers, "READ_BY_TRANSFORMERS", ())
+    result = run_with(here / "text.jsonl", tiny_llama, "--fresh", task="completion", deploy=["gguf"])
+    expect(result, 4, "only llama.cpp reads GGUF files of type 'llama'", "pip install llama-cpp-python")
     assert not (here / "run" / "checkpoints").exists()
 
 

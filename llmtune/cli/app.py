@@ -31,7 +31,6 @@ from llmtune.cli import (
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.recipe.retired import refuse_retired
 from llmtune.store.process_environment import offline_switches, prepare_environment
 from llmtune.store.processes import leave, reports, start
 
@@ -145,6 +144,8 @@ def doctor(
 ) -> None:
     """Check versions, devices, memory and disk, and show what to type where something is missing."""
     if folder is not None:
+        from llmtune.recipe.retired import refuse_retired
+
         raise refuse_retired("doctor FOLDER")
     switched_off = offline_switches()
     prepare_environment(network=False)

@@ -28,7 +28,6 @@ from llmtune.cli.output_streams import handled, print_json, print_text, stderr_c
 from llmtune.cli.run import print_dry_run, refuse_both, with_model
 from llmtune.errors import Problem, Stopped
 from llmtune.launch.python_api import run_recipe
-from llmtune.recipe.retired import refuse_retired
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
 Processes = Annotated[
@@ -197,6 +196,8 @@ def _retired(name: str) -> None:
     @app.command(name, hidden=True, context_settings={"ignore_unknown_options": True})
     @handled
     def refuse(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+        from llmtune.recipe.retired import refuse_retired
+
         raise refuse_retired(f"launch {name}")
 
 

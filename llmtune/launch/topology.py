@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.recipe.retired import RETIRED, refuse_retired
 from llmtune.records import Layout
 
 if TYPE_CHECKING:
@@ -91,6 +90,8 @@ class Topology:
 
 def unknown_strategy(strategy: str) -> Iterator[Problem]:
     """Yield what is wrong with the name of a strategy."""
+    from llmtune.recipe.retired import RETIRED, refuse_retired  # not for --help
+
     if (option := f"--strategy {strategy}") in RETIRED:
         yield from refuse_retired(option).problems
     elif strategy not in STRATEGIES:

@@ -74,10 +74,10 @@ def test_contradictions_and_what_stands_for_no_value_are_on_the_terminal() -> No
     assert "rows.csv:5 and rows.csv:32" in done.stderr or "rows.csv:32 and rows.csv:5" in done.stderr
 
 
-def test_a_class_without_training_rows_is_on_the_terminal() -> None:
+def test_a_class_without_training_rows_is_on_the_terminal(tiny_llama: Path) -> None:
     write_rows("rows.csv", "text,label", [(f"text number {i}", "ab"[i % 2]) for i in range(30)], "classify")
     Path("test.csv").write_text("text,label\n" + "\n".join(f"another text {i},{'abc'[i % 3]}" for i in range(9)))
-    sets = ("data.test=test.csv", "classify.labels=[a, b, c]", "data.validation=0")
+    sets = (f"model.name={tiny_llama}", "data.test=test.csv", "classify.labels=[a, b, c]", "data.validation=0")
     done = invoke("prepare", "mine.yaml", *(part for one in sets for part in ("--set", one)), "--out", "run")
     assert done.exit_code == 0, done.stderr
     assert "1 of 3 classes have no training rows and cannot be learned: c" in done.stderr

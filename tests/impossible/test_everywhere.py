@@ -76,9 +76,9 @@ def test_a_token_in_a_row_stands_in_no_report(place, run, without, shows):
     rows = (place / "rows.jsonl").read_text().replace("Which colour has", f"the token is {TOKEN} has")
     (place / "rows.jsonl").write_text(rows)
     with (
-        without("llmtune.report.write.redact_all", lambda value: value),
-        without("llmtune.evaluate.run_report.redact_all", lambda value: value),
-        without("llmtune.data.data_report.redact_all", lambda value: value),
+        without("llmtune.report.write.redact_all", lambda value, *known: value),
+        without("llmtune.evaluate.run_report.redact_all", lambda value, *known: value),
+        without("llmtune.data.data_report.redact_all", lambda value, *known: value),
     ):
         assert TOKEN in run("run")
     assert leaking() == {"report.html", "report.md", "report.json", "run.json"}

@@ -89,7 +89,7 @@ def test_what_fits_is_told_by_method_with_the_longest_row():
     assert found["meta-llama/Llama-3.1-70B-Instruct", "qlora"]["rows"] == 0
     shown = invoke("models", "fits", "--device", "h100", "--licence", "llama3.1").stdout
     assert "Llama-3.1-8B" in shown
-    assert "a million tokens" in shown
+    assert "million" in shown
 
 
 def test_the_catalogue_is_written_as_it_is_read():
