@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ def _find_class(config: PretrainedConfig) -> type[Converter]:
     _check_package()
     from conversion import get_model_class  # imports the converter's module of this model
 
+    for logger in ("hf-to-gguf", "gguf.gguf_writer"):  # they warn of plain rotary embeddings and of keys written twice
+        logging.getLogger(logger).setLevel(logging.ERROR)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
     try:
         return cast(type[Converter], get_model_class(architecture))
