@@ -1,4 +1,4 @@
-"""Rows out of Arrow (Parquet, data sets of the hub), without the keys that Arrow filled in.
+"""Rows from Arrow (Parquet, data sets on the hub), without the keys that Arrow filled in.
 
 A struct column has one set of keys for all rows: those of every row together. A call of `add` gets `city: null`
 because a call of `weather` has a city. Nothing marks those nulls, so every null key inside a column goes. Columns

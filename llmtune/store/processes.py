@@ -1,4 +1,4 @@
-"""The processes of one run, which all execute the same program: rank 0 alone does what happens `once`.
+"""The processes of one run, which all execute the same program. Rank 0 alone does the work inside `once`.
 
 torchrun, `accelerate launch` and `llmtune launch local` start them, and say through the environment which is which. A
 command that was started by itself is one process, for which all of this is free.
