@@ -110,7 +110,7 @@ def _target(path: str, out: Path | None) -> Path:
 
 
 def _mapped(columns: list[str]) -> dict[str, str]:
-    """Return what --columns maps; raises RecipeError for what is no pair of names."""
+    """Return the mapping that `--columns` states; raise RecipeError for an entry that is not NAME=COLUMN."""
     pairs = [pair.partition("=") for text in columns for pair in re.split(r",(?=\s*\w+=)", text)]
     for ours, sign, theirs in pairs:
         if not (ours.strip() and sign and theirs.strip()):

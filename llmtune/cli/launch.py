@@ -44,7 +44,9 @@ Strategy = Annotated[
 Machines = Annotated[
     int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
 ]
-Rank = Annotated[int, typer.Option("--rank", min=0, help="The number of this machine; machine 0 does the work that happens once.")]
+Rank = Annotated[
+    int, typer.Option("--rank", min=0, help="The number of this machine; machine 0 does the work that happens once.")
+]
 Address = Annotated[
     str | None, typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT")
 ]
@@ -188,7 +190,7 @@ def _follow(job: str, follow: Callable[[], None]) -> None:
         follow()
     except KeyboardInterrupt as stop:
         number = 15 if type(stop) is not KeyboardInterrupt else 2
-        problem = Problem(f"stopped following; job {job} goes on", fix=f"To cancel it: scancel {job}")
+        problem = Problem(f"stopped following; job {job} continues", fix=f"To cancel it: scancel {job}")
         raise Stopped(problem, signal_number=number) from None
 
 

@@ -164,7 +164,7 @@ def test_ctrl_c_ends_the_following_alone_and_says_how_to_cancel(here, tiny_llama
         job.send_signal(signal.SIGINT)
         _, err = job.communicate(timeout=20)
         assert job.returncode == 130, err
-        assert "stopped following; job 1 goes on" in err
+        assert "stopped following; job 1 continues" in err
         assert "To cancel it: scancel 1" in err
         left = subprocess.run(queue, env=environment, capture_output=True, text=True)
     assert left.stdout.split() == ["PENDING"]
