@@ -44,7 +44,7 @@ Strategy = Annotated[
 Machines = Annotated[
     int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
 ]
-Rank = Annotated[int, typer.Option("--rank", min=0, help="The number of this machine; machine 0 has the store.")]
+Rank = Annotated[int, typer.Option("--rank", min=0, help="The number of this machine, counted from 0.")]
 Address = Annotated[
     str | None, typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT")
 ]
