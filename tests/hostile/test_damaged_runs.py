@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import typer.main
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 
 from llmtune.cli.app import app
 from llmtune.compare.sweep_trial import validations

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.finished import finish_run
-from support.runs import llmtune
+from support.runs import finish_run, llmtune
 from support.serving import Process
 
 from llmtune.serve.server import HEAD_SECONDS
