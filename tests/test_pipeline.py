@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.finished import write_sums
-from support.renames import run_until
-from support.runs import invoke, llmtune, write_recipe
+from support.process import run_until
+from support.runs import invoke, llmtune, write_recipe, write_sums
 
 SECRET = "hf_" + "s3cret" * 6
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")

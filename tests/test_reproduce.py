@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.finished import write_sums
-from support.runs import invoke, write_recipe
+from support.runs import invoke, write_recipe, write_sums
 
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.pipeline import run_pipeline

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.finished import write_sums
-from support.renames import run_until
-from support.runs import llmtune, write_recipe
+from support.process import run_until
+from support.runs import llmtune, write_recipe, write_sums
 
 from llmtune.errors import GateFailed, Problem, Stopped
 from llmtune.pipeline import evaluate_run, run_pipeline

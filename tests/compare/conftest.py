@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from support.finished import write_sums
-from support.runs import write_recipe
+from support.runs import write_recipe, write_sums
 
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe

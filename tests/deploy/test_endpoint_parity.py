@@ -5,8 +5,8 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 from rich.console import Console
-from support.finished import finish_run
 from support.http_server import answering
+from support.runs import finish_run
 from support.templates import EMPTY_THOUGHTS
 from transformers import AutoTokenizer
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from support import families, pairs, served_tasks
+from support import families, pairs
 from support.classifying import colour_rows
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
@@ -21,7 +21,7 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import Options, open_finished
 
-ROWS = {task: rows for task, (_, rows) in served_tasks.TASKS.items()} | {"classify": colour_rows(40)}
+ROWS = {task: rows for task, (_, rows) in pairs.TASKS.items()} | {"classify": colour_rows(40)}
 NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for t in ("cat", "dog", "fox")]
 MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(ROWS["classify"])]
 TEXTS = [{"text": row["document"]} for row in pairs.DOCUMENTS]
@@ -33,7 +33,7 @@ JUDGED = [
 
 def spoken(folder):
     words = ("one", "two", "three", "four")
-    return [{**row, "text": f"it is {words[i % 4]}"} for i, row in enumerate(served_tasks.tones(folder))]
+    return [{**row, "text": f"it is {words[i % 4]}"} for i, row in enumerate(pairs.tones(folder))]
 
 
 SILENT = {"generation": {"max_new_tokens": None}}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from support.adapting import build_family
-from support.finished import finish_run
 from support.models import build_llama
+from support.runs import finish_run
 from support.templates import EMPTY_THOUGHTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

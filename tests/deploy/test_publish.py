@@ -11,10 +11,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from support import classifying
 from support.families import build_bert
-from support.finished import finish_run
-from support.hub import hub_at_work
+from support.http_server import hub_at_work
 from support.models import CHATML, build_llama
-from support.runs import llmtune
+from support.runs import finish_run, llmtune
 
 from llmtune.deploy.merged_model import merge
 from llmtune.deploy.model_card import PublishOptions

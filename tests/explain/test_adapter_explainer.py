@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from support.classifying import colour_rows, recipe_for
 from support.explaining import expect, explain, open_quietly, quiet
-from support.finished import finish_run
 from support.models import build_llama
+from support.runs import finish_run
 
 from llmtune.explain.adapter_explainer import MoveMap, arrange, explain_adapter, measure
 from llmtune.explain.trained_modules import Move, find_trained, read_adapter

@@ -14,8 +14,7 @@ import pytest
 from rich.console import Console
 from support.process import Watched
 from support.runs import invoke, write_recipe
-from support.together import launch_work
-from support.training import make_recipe, read_metrics, run_training, write_examples
+from support.training import launch_work, make_recipe, read_metrics, run_training, write_examples
 
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError, Stopped
 from llmtune.launch import local_processes

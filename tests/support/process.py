@@ -1,9 +1,11 @@
-"""A training in a process of its own: `python -m support.process FOLDER RUN [--kill EVENT:TEXT] [--memory MEGABYTES]`.
+"""Commands and trainings in processes of their own, which are killed or starved there.
 
-FOLDER holds `recipe.yaml` and `examples`. `--kill line:TEXT` ends the process by SIGKILL when TEXT is printed,
-`--kill os.rename:TEXT` (or another audit event) when that event happens to a path that ends with TEXT.
-`--memory` limits the address space to so much more than is in use before training. `--fill TEXT FILE` fills the disk
-of FILE when TEXT is printed.
+`python -m support.process FOLDER RUN` trains from `recipe.yaml` and `examples` in FOLDER. Options:
+
+--kill line:TEXT       kill the process when it prints TEXT
+--kill os.rename:TEXT  kill it when that audit event happens to a path that ends with TEXT
+--memory MEGABYTES     limit the address space to so much more than is in use before training
+--fill TEXT FILE       fill the disk of FILE when TEXT is printed
 """
 
 import argparse
@@ -130,3 +132,27 @@ def _redirect(paths: Sequence[Path], work: Callable[..., None], arguments: tuple
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+
+
+KILLED = """
+import os, signal, sys
+left = int(sys.argv.pop(1))
+def watch(event, arguments):
+    global left
+    if event == "os.rename":
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+from llmtune.cli import main
+try:
+    main()
+finally:
+    print("renames left:", left)
+"""
+
+
+def run_until(renames: int, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run llmtune and kill it just before so many files or folders were put in their place."""
+    command = [sys.executable, "-c", KILLED, str(renames), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -18,8 +18,7 @@ from support import families
 from support.models import build_gpt2, build_llama
 from support.pairs import DOCUMENTS, LIKED, PAIRS, THUMBS, gradient, learn_a_little, quiet, recipe_of, start_training
 from support.runs import llmtune
-from support.together import launch_work
-from support.training import read_metrics
+from support.training import launch_work, read_metrics
 from support.variants import predict
 from transformers import AutoModelForCTC
 

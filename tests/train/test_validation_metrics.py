@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 from support.training import make_recipe, read_metrics, run_training, trained_bytes
 
 from llmtune.data.examples import load_examples

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
-from llmtune.errors import STEERING
 from support import hostile
 from support.warm import BUG, Conditions, Warm
+
+from llmtune.errors import STEERING
 
 SECONDS, BYTES = 10, 2 * 10**9
 LATE_SECONDS = 120

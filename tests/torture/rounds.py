@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
 from support.models import build_llama
 from support.runs import write_colours, write_recipe
 from support.warm import Command, Conditions, Ended, Warm
@@ -121,7 +120,7 @@ class Torture:
             for fresh in (False, True):
                 self._start(scenario)
                 before = size(self.round)
-                given = self.conditions(fresh=fresh, before=None if fresh else "support.torture:count_events")
+                given = self.conditions(fresh=fresh, before=None if fresh else "torture.rounds:count_events")
                 ended = self.go(SCENARIOS[scenario], given)
                 assert ended.code == 0, ended.said
                 first = first or ended
@@ -372,7 +371,7 @@ def under(draw: Callable[[random.Random, Reference], dict[str, object]]) -> Dist
 
 def forbid(torture: Torture, scenario: str, chance: random.Random, reference: Reference, fresh: bool) -> Ended:
     """Take the permission to write in the folders of a run, at a random moment."""
-    command = torture.start(SCENARIOS[scenario], torture.conditions(before="support.torture:obey_permissions"))
+    command = torture.start(SCENARIOS[scenario], torture.conditions(before="torture.rounds:obey_permissions"))
     wait_for(command, moment(chance, reference, fresh))
     set_modes(torture, 0o555)
     return command.wait()
@@ -432,7 +431,7 @@ def meet(torture: Torture, scenario: str, chance: random.Random, reference: Refe
 
 def jump(torture: Torture, scenario: str, chance: random.Random, reference: Reference, fresh: bool) -> Ended:
     """Kill a command whose clock jumps; the times of its files come to lie anywhere."""
-    command = torture.start(SCENARIOS[scenario], torture.conditions(before="support.torture:jump_clock"))
+    command = torture.start(SCENARIOS[scenario], torture.conditions(before="torture.rounds:jump_clock"))
     wait_for(command, moment(chance, reference, fresh))
     command.send(signal.SIGKILL)
     ended = command.wait()
@@ -507,7 +506,7 @@ FAULTS = {
         20,
         under(
             lambda chance, reference: {
-                "before": "support.torture:die_at_event",
+                "before": "torture.rounds:die_at_event",
                 "environment": {"TORTURE_EVENT": str(chance.randint(1, reference.events))},
             }
         ),
