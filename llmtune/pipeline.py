@@ -54,7 +54,7 @@ from llmtune.report.render_terminal import print_blocks
 from llmtune.report.report_record import Report
 from llmtune.report.score_sections import seed_table
 from llmtune.report.write import report_json, write_report
-from llmtune.scoring import score
+from llmtune.scoring import score_models
 from llmtune.session import Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
 from llmtune.store.atomic_files import hash_value, plain, staged, write_text
 from llmtune.store.process_environment import refuse_network
@@ -391,6 +391,6 @@ def evaluate(
                 print_scores(replace(evaluation, gates=check_gates(recipe.evaluate, evaluation)), context.console)
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            score(context, model_ref, processor, rows, examples, folder)
+            score_models(context, model_ref, processor, rows, examples, folder)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=trained, recipe=judged)

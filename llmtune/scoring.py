@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def score(
+def score_models(
     context: RunContext,
     model_ref: ModelRef,
     processor: PreTrainedTokenizerBase,

@@ -19,7 +19,7 @@ from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options, RunContext
 from llmtune.store.run_folder import read_run, recipe_of_run
-from llmtune.store.verification import verify
+from llmtune.store.verification import verify_run
 
 SEEDS = "train.seeds=[8, 9]"
 Runner = Callable[..., tuple[dict[str, Any], str]]
@@ -94,7 +94,7 @@ def test_the_report_is_written_with_the_spread_and_the_base_is_asked_once(
     assert "## The same recipe with 3 seeds" in (path / "report.md").read_text()
     assert json.loads((path / "report.json").read_text())["evaluation"]["seeds"]["missing"] == []
     assert said.count("known from an evaluation before") == 2
-    assert verify(path).failed == verify(path / "seeds/8").failed == []
+    assert verify_run(path).failed == verify_run(path / "seeds/8").failed == []
 
 
 def test_a_second_run_skips_all_seeds_and_another_seed_trains_alone(
@@ -106,7 +106,7 @@ def test_a_second_run_skips_all_seeds_and_another_seed_trains_alone(
     report, said = run(place, "grown", "train.seeds=[8, 10]")
     assert said.count("train unchanged, skipped") == 2
     assert [one["seed"] for one in report["evaluation"]["seeds"]["runs"]] == [7, 8, 10]
-    assert verify(place / "grown").failed == [], "a further seed changes nothing of what the run rests on"
+    assert verify_run(place / "grown").failed == [], "a further seed changes nothing of what the run rests on"
 
 
 def test_a_run_that_is_evaluated_again_evaluates_its_seeds_too(

@@ -30,7 +30,7 @@ from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Batch, ModelRef, Row
-from llmtune.report.render_terminal import follow
+from llmtune.report.render_terminal import track_items
 from llmtune.session import Models, RunContext, trained_name
 from llmtune.store.atomic_files import hash_folder
 from llmtune.tasks.base import AnyTask
@@ -137,7 +137,7 @@ class Reference(ABC):
 
     def follow(self, items: Sequence[T], what: str) -> Iterator[T]:
         """Yield items with a bar on the terminal."""
-        return follow(self.tuned.console, items, what)
+        return track_items(self.tuned.console, items, what)
 
     @abstractmethod
     def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:

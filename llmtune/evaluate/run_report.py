@@ -12,7 +12,7 @@ from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.evaluate.paired_statistics import widen
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
-from llmtune.recipe.yaml_reader import read_text
+from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, Verdict, collect_facts
@@ -36,7 +36,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         task=recipe.task,
         verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve),
         recipe=settings,
-        recipe_yaml=redact_yaml(read_text(folder.path / "recipe.yaml")),
+        recipe_yaml=redact_yaml(read_recipe_text(folder.path / "recipe.yaml")),
         fingerprint=folder.manifest["fingerprint"],
         hardware={**hardware(), "device": device, "packages": package_versions()},
         steps=folder.timings(skipped),
