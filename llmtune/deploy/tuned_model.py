@@ -131,9 +131,10 @@ class Reference(ABC):
     def __init__(self, tuned: TunedModel) -> None:
         self.tuned = tuned
         self.logits = self.read_logits(tuned.model)
-        base = self.read_base_logits()
-        self.effect = None if base is None else self.compare(base).kl_mean
-        """Mean KL from the tuned model to its own base; None where no adapter can be switched off."""
+        self.base_logits = self.read_base_logits()
+        """Those of the base model; None where no adapter can be switched off."""
+        self.effect = None if self.base_logits is None else self.compare(self.base_logits).kl_mean
+        """Mean KL from the tuned model to its own base."""
 
     def follow(self, items: Sequence[T], what: str) -> Iterator[T]:
         """Yield items with a bar on the terminal."""
