@@ -10,7 +10,7 @@ from rich.console import Console
 
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from support.runs import write_recipe
 
 
@@ -31,5 +31,5 @@ def finish_run(folder: Path, model: Path, /, **sections: Any) -> Path:
     recipe = write_recipe(folder / "tiny.yaml", model, "rows.jsonl", **sections)
     run = folder / "runs" / "tiny"
     torch.set_num_threads(1)
-    run_pipeline(load_recipe(recipe), Options(out=run), Console(file=io.StringIO()))
+    run_pipeline(load_recipe(recipe), RunRequest(out=run), Console(file=io.StringIO()))
     return run

@@ -5,7 +5,7 @@ from typing import Any
 
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from support.adapting import quiet
 from support.audio import write_tone
 from support.families import build_bert, build_t5, build_whisper
@@ -66,5 +66,5 @@ def finish_with(folder: Path, model: Path, rows: Path, **sections: Any) -> Path:
     folder.mkdir(exist_ok=True)
     quick = {"train": {"num_train_epochs": 1}, "evaluate": {"metrics": ["loss"]}}
     recipe = write_recipe(folder / "tiny.yaml", model, rows, **quick, **sections)
-    run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
     return folder / "run"
