@@ -39,7 +39,8 @@ from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Example, Examples, ModelRef
-from llmtune.session import Options, RunContext
+from llmtune.session import RunContext
+from llmtune.store.run_request import RunRequest
 from llmtune.train.batch_plan import StepPlan
 from llmtune.train.loop import train
 
@@ -108,7 +109,7 @@ def train_packed(asked: Asked, folder: Path) -> tuple[list[float], list[list[Exa
 
     run = folder / "run"
     RunContext.train_here = trainer  # type: ignore[method-assign, assignment]
-    run_pipeline(load_recipe(recipe), Options(out=run, until="train", offline=True), Console(quiet=True))
+    run_pipeline(load_recipe(recipe), RunRequest(out=run, until="train", offline=True), Console(quiet=True))
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return losses, steps, start
 

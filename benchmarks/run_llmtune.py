@@ -20,7 +20,8 @@ from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Examples, Loss, ModelRef
-from llmtune.session import Options, RunContext
+from llmtune.session import RunContext
+from llmtune.store.run_request import RunRequest
 from llmtune.train.loop import train
 
 
@@ -35,7 +36,7 @@ def main() -> None:
         def trainer(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
             model["trained"] = train_counted(asked, clock, context, place, examples)
 
-        options = Options(out=Path(folder) / "run", until="train", offline=True)
+        options = RunRequest(out=Path(folder) / "run", until="train", offline=True)
         RunContext.train_here = trainer  # type: ignore[method-assign, assignment]
         run_pipeline(load_recipe(recipe), options, Console(quiet=True))
     found = clock.found()

@@ -55,12 +55,13 @@ from llmtune.report.report_record import Report
 from llmtune.report.score_sections import seed_table
 from llmtune.report.write import report_json, write_report
 from llmtune.scoring import score_models
-from llmtune.session import Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
+from llmtune.session import RunContext, locate_pinned, lock_run, open_finished, trained_name
 from llmtune.store.atomic_files import hash_value, plain, staged, write_text
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import layout, once, rank
 from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, peek_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
+from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
 from llmtune.train.metrics_log import log_results
@@ -70,7 +71,7 @@ KEPT = ("micro_batch_tokens", "gradient_checkpointing")
 """Findings of a run that its further seeds and its reproduction keep."""
 
 
-def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console) -> Json:
+def run_pipeline(loaded: LoadedRecipe, options: RunRequest, console: Console) -> Json:
     """Run the steps of a recipe up to `options.until`; returns what report.json holds, in rank 0.
 
     Of several processes all run this; rank 0 alone does what is done `once`.
@@ -117,7 +118,7 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console) -> Js
         return conclude_once(context, gated=options.until in {"run", "evaluate"})
 
 
-def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, options: Options, console: Console) -> Manifest:
+def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, options: RunRequest, console: Console) -> Manifest:
     folder = stack.enter_context(open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh))
     console.print(f"[bold]llmtune {__version__}[/] {escape(loaded.recipe.name)} -> {escape(str(path))}")
     write_text(path / "recipe.yaml", loaded.to_yaml())
@@ -155,7 +156,7 @@ def conclude(context: RunContext, *, gated: bool) -> Json:
     return report_json(report)
 
 
-def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options) -> None:
+def run_steps(context: RunContext, loaded: LoadedRecipe, options: RunRequest) -> None:
     """Run one step after the other, up to the last that is asked for."""
     rows = prepare(context)
     if options.until == "prepare" and not context.recipe.model.name:
@@ -188,7 +189,7 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options) -> No
         context.once(lambda: make_products(context, model_ref))
 
 
-def run_seeds(context: RunContext, loaded: LoadedRecipe, options: Options) -> None:
+def run_seeds(context: RunContext, loaded: LoadedRecipe, options: RunRequest) -> None:
     """Run the recipe once for each further seed, as far as the run itself went.
 
     Each is skipped where it is valid, and goes on where it was stopped. Rows, model and micro-batches are held to those
@@ -209,7 +210,7 @@ def run_seeds(context: RunContext, loaded: LoadedRecipe, options: Options) -> No
 def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: bool, base: Path | None = None) -> Json:
     """Score a finished run again, with the settings of `loaded`; nothing of it is read, encoded or trained anew.
 
-    `base` is as in `Options`. Further seeds that are trained are scored again too.
+    `base` is as in `RunRequest`. Further seeds that are trained are scored again too.
     """
     with ExitStack() as stack:
         manifest = once(lambda: stack.enter_context(open_run(run, loaded.fingerprint)).manifest)
@@ -273,7 +274,7 @@ def tune_candidate(context: RunContext, loaded: LoadedRecipe, candidate: Candida
     """Train a candidate for some steps in a run folder of its own; return bits per byte of the validation rows."""
     trial, out = with_candidate(loaded, candidate, steps), trial_folder(context.folder.path, candidate.name, steps)
     context.once(lambda: share_rows(context.folder, out, trial.fingerprint))
-    run_pipeline(trial, Options(out=out, offline=context.offline, until="train"), context.console)
+    run_pipeline(trial, RunRequest(out=out, offline=context.offline, until="train"), context.console)
     return validation_bits(out)
 
 

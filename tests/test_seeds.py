@@ -17,8 +17,9 @@ from support.runs import llmtune, write_recipe, write_sums
 from llmtune.errors import GateFailed, Problem, Stopped
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options, RunContext
+from llmtune.session import RunContext
 from llmtune.store.run_folder import read_run, recipe_of_run
+from llmtune.store.run_request import RunRequest
 from llmtune.store.verification import verify_run
 
 SEEDS = "train.seeds=[8, 9]"
@@ -38,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 def run(place: Path, out: str, *sets: str, **options: Any) -> tuple[dict[str, Any], str]:
     """Run the recipe; returns the report and what a person read."""
     console = Console(file=io.StringIO(), width=200)
-    report = run_pipeline(load_recipe(place / "tiny.yaml", sets), Options(out=place / out, **options), console)
+    report = run_pipeline(load_recipe(place / "tiny.yaml", sets), RunRequest(out=place / out, **options), console)
     assert isinstance(console.file, io.StringIO)
     return report, console.file.getvalue()
 
@@ -164,7 +165,7 @@ def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on
         train_here(context, *others)
 
     monkeypatch.setattr(RunContext, "train_here", train)
-    loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), Options(out=place / "stopped")
+    loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), RunRequest(out=place / "stopped")
     with pytest.raises(Stopped):
         run_pipeline(loaded, options, Console(quiet=True))
     monkeypatch.undo()

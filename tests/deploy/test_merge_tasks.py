@@ -19,7 +19,8 @@ from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import Options, open_finished
+from llmtune.session import open_finished
+from llmtune.store.run_request import RunRequest
 
 ROWS = {task: rows for task, (_, rows) in pairs.TASKS.items()} | {"classify": colour_rows(40)}
 NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for t in ("cat", "dog", "fox")]
@@ -64,7 +65,7 @@ def train(folder, tiny_llama, case):
     model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
     rows = rows(folder) if callable(rows) else rows
     recipe = pairs.recipe_of(folder, model, rows, task, **sections)
-    run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run", until="train"), pairs.quiet())
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run", until="train"), pairs.quiet())
     return folder / "run"
 
 

@@ -22,7 +22,7 @@ from llmtune.evaluate.suite_registry import check_variant
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.eval_suites_section import ForgettingSection
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import VARIANTS
 
 
@@ -125,7 +125,7 @@ def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tm
     settings = {"task": "summarize", "evaluate": {"metrics": None, "forgetting": {}}}
     recipe = write_recipe(tmp_path / "recipe.yaml", "./t5", "rows.jsonl", **settings)
     for dry_run in (True, False):
-        options = Options(out=tmp_path / "out", dry_run=dry_run)
+        options = RunRequest(out=tmp_path / "out", dry_run=dry_run)
         with pytest.raises(RecipeError, match="is no decoder language model") as found:
             run_pipeline(load_recipe(str(recipe)), options, console)
         assert "evaluate.forgetting" in str(found.value)

@@ -31,7 +31,8 @@ from llmtune.model.causal_lm_loss import decoder_inputs, read_inputs, unwrap
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Models, Options, open_finished
+from llmtune.session import Models, open_finished
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import VARIANTS
 
 COLOURS = ("red", "green", "blue", "black", "white")
@@ -185,7 +186,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recipe_file: Callable[...
         if name not in runs:
             folder = tmp_path_factory.mktemp(name)
             recipe = load_recipe(str(recipe_file(name, folder)))
-            runs[name] = folder / "run", run_pipeline(recipe, Options(out=folder / "run"), quiet())
+            runs[name] = folder / "run", run_pipeline(recipe, RunRequest(out=folder / "run"), quiet())
         return runs[name]
 
     return run
@@ -241,7 +242,7 @@ def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name
 @every_case
 def test_a_second_run_is_skipped(name, finished):
     run, report = finished(name)
-    again = run_pipeline(load_recipe(str(run.parent / "recipe.yaml")), Options(out=run), quiet())
+    again = run_pipeline(load_recipe(str(run.parent / "recipe.yaml")), RunRequest(out=run), quiet())
     assert all(step["skipped"] for step in again["steps"])
     assert again["evaluation"] == report["evaluation"]
 
@@ -323,7 +324,7 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(name, finished, tmp_p
     assert left
     shutil.rmtree(last)
     recipe = load_recipe(str(run.parent / "recipe.yaml"))
-    report = run_pipeline(recipe, Options(out=halved, until="train"), quiet())
+    report = run_pipeline(recipe, RunRequest(out=halved, until="train"), quiet())
     assert report["train"]["resumed_from"] == int(left[0].name.removeprefix("step-"))
     weights = [path.relative_to(run) for path in (run / result).glob("*.safetensors")]
     assert [(halved / path).read_bytes() for path in weights] == [(run / path).read_bytes() for path in weights] != []

@@ -22,7 +22,8 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_facts import LOSS_METRICS
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import Models, Options, open_finished
+from llmtune.session import Models, open_finished
+from llmtune.store.run_request import RunRequest
 
 LOSSES = tuple(LOSS_METRICS)
 QUIET_HEAD = {"generation": {"max_new_tokens": None}}
@@ -217,7 +218,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_reference_and_ends_with_
     train = {"max_steps": 6, "num_train_epochs": None, "save_steps": 4, "learning_rate": 1.0e-3}
     sections = sections_of("dpo", adapter=adapter.get(kind, {"init_lora_weights": "pissa"}), train=train)
     loaded = load_recipe(str(recipe_of(tmp_path, tiny_llama, LIKED, "preference", **sections)))
-    run_pipeline(loaded, Options(out=tmp_path / "run", until="prepare"), quiet())
+    run_pipeline(loaded, RunRequest(out=tmp_path / "run", until="prepare"), quiet())
     examples = load_examples(tmp_path / "run" / "data" / "examples")
     run_training(tmp_path / "whole", loaded.recipe, examples, budget=2048)
     lines = read_metrics(tmp_path / "whole")

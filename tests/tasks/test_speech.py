@@ -28,7 +28,8 @@ from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Models, Options, open_finished
+from llmtune.session import Models, open_finished
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.speech import VARIANTS
 from llmtune.train.accumulation import make_batch, seed_micro_batch
@@ -54,7 +55,7 @@ def recipe_file(folder, model, rows, speech, /, **sections):
 
 
 def run(folder, file, **options):
-    return run_pipeline(load_recipe(str(file)), Options(out=folder / "run", **options), quiet())
+    return run_pipeline(load_recipe(str(file)), RunRequest(out=folder / "run", **options), quiet())
 
 
 @pytest.fixture(scope="session")

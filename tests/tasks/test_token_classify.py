@@ -13,7 +13,8 @@ from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.session import Models, Options, open_finished
+from llmtune.session import Models, open_finished
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks import token_classify
 from llmtune.tasks.registry import get_task
 
@@ -89,7 +90,7 @@ def test_a_text_longer_than_the_model_reads_gets_a_tag_for_each_word(finished):
 def test_labels_are_those_of_the_rows_unless_the_recipe_names_them(built, tmp_path):
     recipe = load_recipe(str(recipe_of(tmp_path, built("bert"), ROWS))).recipe
     config = AutoConfig.from_pretrained(built("bert"))
-    run_pipeline(load_recipe(str(tmp_path / "recipe.yaml")), Options(out=tmp_path / "run", until="prepare"), quiet())
+    run_pipeline(load_recipe(str(tmp_path / "recipe.yaml")), RunRequest(out=tmp_path / "run", until="prepare"), quiet())
     rows = load_rows(tmp_path / "run" / "data" / "rows")
     assert token_classify.VARIANTS[0].infer_labels(recipe, rows, config).token_classify.labels == ("COLOUR", "THING")
     named = Recipe.model_validate({**recipe.model_dump(), "token_classify": {"labels": ["THING", "COLOUR", "PLACE"]}})
