@@ -68,7 +68,9 @@ def shown(pieces: list[tuple[float, bytes]]) -> list[tuple[float, str]]:
 
 def animate(svg: str, seconds: list[float]) -> str:
     """Let each line of rich's picture appear at its second."""
-    tops = sorted({float(top) for top in re.findall(r'<text class="[^"]*-matrix[^>]*|<text [^>]*y="([\d.]+)"', svg) if top})
+    tops = sorted(
+        {float(top) for top in re.findall(r'<text class="[^"]*-matrix[^>]*|<text [^>]*y="([\d.]+)"', svg) if top}
+    )
     rows = {top: seconds[min(number, len(seconds) - 1)] for number, top in enumerate(tops[-len(seconds) :])}
     style = "<style>.line{animation:appear 1ms both}@keyframes appear{from{opacity:0}}</style>"
 
