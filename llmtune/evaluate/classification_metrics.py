@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_right, ratio
-from llmtune.evaluate.paired_statistics import Floats, Ranking, Weighted, share_ends
+from llmtune.evaluate.paired_statistics import Floats, RankStatistic, Weighted, share_ends
 from llmtune.evaluate.range_ends import class_ends, correlation_ends, found_ends, rank_ends
 
-Kind = Literal["single", "multi", "regression"]
-Reference = str | float | Sequence[str]
+LabelKind = Literal["single", "multi", "regression"]
+TrueLabel = str | float | Sequence[str]
 """The right label, or the right number, or all right labels of one row."""
 F1_METRICS = ("f1_macro", "f1_micro", "f1_weighted")
-CLASS_METRICS: dict[Kind, tuple[str, ...]] = {
+CLASS_METRICS: dict[LabelKind, tuple[str, ...]] = {
     "single": ("accuracy", *F1_METRICS, "matthews", "auroc"),
     "multi": ("accuracy", *F1_METRICS, "auroc"),
     "regression": ("mse", "mae", "pearson", "spearman"),
@@ -40,7 +40,7 @@ NEARLY_CONSTANT = 1e-12
 
 
 def measure_classes(
-    metric: str, kind: Kind, scores_NK: Floats, references: Sequence[Reference], labels: Sequence[str]
+    metric: str, kind: LabelKind, scores_NK: Floats, references: Sequence[TrueLabel], labels: Sequence[str]
 ) -> Measure:
     """Build a metric of `CLASS_METRICS[kind]`; `references` hold names out of `labels` [K] (regression: numbers)."""
     assert metric in CLASS_METRICS[kind]
@@ -63,7 +63,7 @@ def measure_classes(
     return measure_f1(metric, predicted_NK, true_NK)
 
 
-def true_classes(kind: Kind, references: Sequence[Reference], labels: Sequence[str]) -> NDArray[np.bool_]:
+def true_classes(kind: LabelKind, references: Sequence[TrueLabel], labels: Sequence[str]) -> NDArray[np.bool_]:
     """Return which classes [N, K] are right; each reference must be a label, or labels, of `labels`."""
     index = {label: k for k, label in enumerate(labels)}
     true_NK = np.zeros((len(references), len(labels)), dtype=np.bool_)
@@ -74,7 +74,7 @@ def true_classes(kind: Kind, references: Sequence[Reference], labels: Sequence[s
     return true_NK
 
 
-def predicted_classes(kind: Kind, scores_NK: Floats) -> NDArray[np.bool_]:
+def predicted_classes(kind: LabelKind, scores_NK: Floats) -> NDArray[np.bool_]:
     """Return which classes [N, K] are predicted: the first of the likeliest, or of many all above the threshold."""
     if kind == "multi":
         return np.asarray(scores_NK > THRESHOLD)
@@ -150,7 +150,7 @@ def measure_numbers(metric: str, predicted_N: Floats, reference_N: Floats) -> Me
 
 
 def class_table(
-    kind: Kind, scores_NK: Floats, references: Sequence[Reference], labels: Sequence[str]
+    kind: LabelKind, scores_NK: Floats, references: Sequence[TrueLabel], labels: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return `label`, `precision`, `recall`, `f1` and `support` (rows) of each of `labels`; 0 where undefined."""
     sums = class_sums(predicted_classes(kind, scores_NK), true_classes(kind, references, labels)).sum(0)
@@ -164,14 +164,14 @@ def class_table(
     ]
 
 
-def confusion(scores_NK: Floats, references: Sequence[Reference], labels: Sequence[str]) -> list[list[int]]:
+def confusion(scores_NK: Floats, references: Sequence[TrueLabel], labels: Sequence[str]) -> list[list[int]]:
     """Count rows [K, K] with one label: by the right one down, by the predicted one across."""
     true_NK = true_classes("single", references, labels).astype(np.int64)
     counts_KK: list[list[int]] = (true_NK.T @ predicted_classes("single", scores_NK).astype(np.int64)).tolist()
     return counts_KK
 
 
-def majority_scores(references: Sequence[Reference], kind: Kind, labels: Sequence[str], count: int) -> Floats:
+def majority_scores(references: Sequence[TrueLabel], kind: LabelKind, labels: Sequence[str], count: int) -> Floats:
     """Return the scores [count, K] of one who looks at the training rows' references alone, the same for every row.
 
     They are the labels' shares: the most frequent label is predicted, and of many those of more than half of the rows.
@@ -258,7 +258,7 @@ def rank_correlation(seen_N2: Floats) -> Weighted:
     return lambda counts_RN: pearson(ranks(predicted, counts_RN), ranks(reference, counts_RN), counts_RN)
 
 
-RANKINGS: dict[str, Ranking] = {
+RANKINGS: dict[str, RankStatistic] = {
     "auroc": mean_area,
     BINARY: second_area,
     "pearson": correlation,

@@ -30,7 +30,7 @@ class _Layer:
     """[B, K, T, D], whose D may be another."""
 
 
-class Columns(Cache):  # type: ignore[misc]
+class KVCache(Cache):  # type: ignore[misc]
     """A cache whose rows end in the same column, so that each step writes one column of all of them.
 
     `DynamicCache` copies all that it holds for every token, and keeps rows that have ended. Windows are left to the
@@ -74,7 +74,7 @@ class Columns(Cache):  # type: ignore[misc]
         """Return how many keys `query_length` queries see at most, and the number of the first."""
         return self.get_seq_length() + query_length, 0
 
-    def copy_beginning(self, source: Columns, rows: slice, start: int, count: int) -> None:
+    def copy_beginning(self, source: KVCache, rows: slice, start: int, count: int) -> None:
         """Give `rows`, from column `start` on, the first `count` columns of `source`, which has one row."""
         for number, there in source.kept.items():
             if number not in self.kept:
@@ -106,7 +106,7 @@ WORTH_SHARING = 64
 """Tokens that have to be saved by reading a common beginning once: it takes a forward pass of its own."""
 
 
-class Writing:
+class DecodeBatch:
     """Prompts that are being answered: their keys and values, and which of them are still there.
 
     Rows are named by their index in `prompts`; `order` says which stands where.
@@ -117,7 +117,7 @@ class Writing:
         self.model, self.prompts, self.device = model, prompts, device
         self.order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.width = len(prompts[self.order[0]])
-        self.columns = Columns(len(prompts), self.width + max(0, new_tokens - 1))
+        self.columns = KVCache(len(prompts), self.width + max(0, new_tokens - 1))
         self.mask_BT = torch.ones((len(prompts), self.columns.width), dtype=torch.int64)
         for slot, i in enumerate(self.order):
             self.mask_BT[slot, : self.width - len(prompts[i])] = 0
@@ -128,10 +128,10 @@ class Writing:
 
         All prompts begin with the same `shared` tokens, each is longer than that, and those are read once.
         """
-        beginning = Columns(1, shared)
+        beginning = KVCache(1, shared)
         if shared:
             ids_1T = torch.tensor([self.prompts[self.order[0]][:shared]], device=self.device)
-            run(self.model, beginning, ids_1T, torch.arange(shared, device=self.device)[None], None)
+            next_logits(self.model, beginning, ids_1T, torch.arange(shared, device=self.device)[None], None)
         found = [self._read_rows(rows, shared, beginning) for rows in self._cut(shared, budget)]
         columns = self.columns
         columns.at_work, columns.first, columns.end = slice(0, len(self.order)), 0, self.width
@@ -146,7 +146,7 @@ class Writing:
             yield slice(start, stop)
             start = stop
 
-    def _read_rows(self, rows: slice, shared: int, beginning: Columns) -> torch.Tensor:
+    def _read_rows(self, rows: slice, shared: int, beginning: KVCache) -> torch.Tensor:
         """Read some rows behind what they begin with; return the logits [rows, V] of what follows them.
 
         In the columns that the longest of them has for its beginning, the others have nothing, or a part of theirs:
@@ -169,14 +169,14 @@ class Writing:
             ids_BT[row, read - len(part) :] = part
         positions_BT = torch.arange(-read, 0)[None] + torch.tensor([len(self.prompts[i]) for i in chosen])[:, None]
         mask_BT = self.mask_BT[rows, columns.first : self.width]
-        return run(self.model, columns, ids_BT.to(self.device), positions_BT.clamp_(0).to(self.device), mask_BT)
+        return next_logits(self.model, columns, ids_BT.to(self.device), positions_BT.clamp_(0).to(self.device), mask_BT)
 
     def step(self, tokens_B: torch.Tensor, written: int) -> torch.Tensor:
         """Write a token to each row, behind `written` others; return the logits [B, V] of what follows."""
         columns = self.columns
         mask_BT = self.mask_BT[columns.at_work, columns.first : columns.end + 1]
         positions = torch.tensor([len(self.prompts[i]) + written for i in self.order], device=self.device)
-        logits_BV = run(self.model, columns, tokens_B[:, None], positions[:, None], mask_BT)
+        logits_BV = next_logits(self.model, columns, tokens_B[:, None], positions[:, None], mask_BT)
         columns.end += 1
         return logits_BV
 
@@ -195,9 +195,9 @@ class Writing:
         return taken
 
 
-def run(
+def next_logits(
     model: torch.nn.Module,
-    columns: Columns,
+    columns: KVCache,
     ids_BT: torch.Tensor,
     positions_BT: torch.Tensor,
     mask_BT: torch.Tensor | None,
@@ -218,11 +218,11 @@ def run(
     return cast(torch.Tensor, model(**inputs).logits[:, -1])
 
 
-def write_greedily(
+def decode_greedily(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, stops: set[int], device: str
 ) -> list[list[int]]:
     """Return the likeliest tokens, one after the other, that follow each prompt: up to `new_tokens`, or a stop."""
-    writing = Writing(model, prompts, new_tokens, device)
+    writing = DecodeBatch(model, prompts, new_tokens, device)
     shared = common_beginning(prompts)
     if shared * (len(prompts) - 1) < WORTH_SHARING:
         shared = 0
@@ -263,7 +263,7 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
     prompts = [ids[:4] + ids[4:5], ids[:4] + ids[5:8], ids[:4] + ids[8:10]]
     added = ids[10:]
     try:
-        writing = Writing(model, prompts, 2, device)
+        writing = DecodeBatch(model, prompts, 2, device)
         first_BV = writing.read(4, 8)
         order = writing.order
         taken = writing.leave([0])

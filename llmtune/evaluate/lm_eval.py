@@ -60,7 +60,7 @@ class Benchmark:
         return self.name if is_task_file(self.section.task) and [*self.run] == [name] else plain_name(name)
 
 
-def check_benchmarks(recipe: Recipe) -> None:
+def check_task_names(recipe: Recipe) -> None:
     """Check the names and files of `evaluate.benchmarks`, without the network and, if all is well, without lm-eval.
 
     Raises:
@@ -94,7 +94,7 @@ def load_benchmarks(recipe: Recipe, console: Console) -> tuple[Benchmark, ...]:
         DataError: a task file or its rows are missing or bad.
         EnvironmentProblem: lm-eval, or a package of a task, is not installed; or rows cannot be reached.
     """
-    check_benchmarks(recipe)
+    check_task_names(recipe)
     sections = recipe.evaluate.benchmarks
     if not sections:
         return ()
@@ -115,7 +115,7 @@ def index_shipped() -> TaskManager:
 
 def load_benchmark(section: BenchmarkSection) -> Benchmark:
     """Read one task, group, or tag (several tasks by one name)."""
-    with explained(section, READ_ERRORS):
+    with explain_errors(section, READ_ERRORS):
         loaded = load_file(section) if is_task_file(section.task) else index_shipped().load([section.task])
     tasks, groups = loaded["tasks"], loaded.get("groups") or {}
     nested = {name for group in groups.values() for name in group.child_names}
@@ -241,7 +241,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(section: BenchmarkSection, faults: tuple[type[Exception], ...]) -> Iterator[None]:
+def explain_errors(section: BenchmarkSection, faults: tuple[type[Exception], ...]) -> Iterator[None]:
     """Turn errors of lm-eval and its tasks into llmtune's, and refuse code of a hub.
 
     `faults` are what a mistake in a task makes them raise.

@@ -17,7 +17,7 @@ from llmtune.evaluate.paired_statistics import (
     Ends,
     Floats,
     Formula,
-    Ranking,
+    RankStatistic,
     Weighted,
     difference,
     difference_weighted,
@@ -38,7 +38,7 @@ class Measure:
     formula: Formula | None
     right_wrong: bool = False
     signature: str = ""
-    ranking: Ranking | None = None
+    ranking: RankStatistic | None = None
     at: tuple[int, ...] = ()
     """[N] indexes of these rows into the evaluated rows."""
     ends: Ends | None = None
@@ -103,7 +103,7 @@ class PairedMeasures:
     def differences(self, seed: int, fewest: int = 0) -> dict[str, Difference]:
         """Return tuned minus base by metric; without an interval where there are fewer than `fewest` rows."""
         return {
-            metric: compare(self.base[metric], tuned, seed)
+            metric: paired_difference(self.base[metric], tuned, seed)
             if len(tuned.sums_NK) >= fewest
             else unknown(tuned.value - self.base[metric].value, len(tuned.sums_NK))
             for metric, tuned in self.tuned.items()
@@ -111,7 +111,7 @@ class PairedMeasures:
         }
 
 
-def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
+def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
     """Return tuned minus base with its 95 % interval; both must hold the same rows in the same order.
 
     What belongs together is drawn together, as `tuned` has it, or `base` where that alone knows.

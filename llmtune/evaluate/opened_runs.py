@@ -12,7 +12,7 @@ import numpy as np
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.evaluate.metric import Measure, compare, ratio
+from llmtune.evaluate.metric import Measure, paired_difference, ratio
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
@@ -115,7 +115,7 @@ def check_alike(runs: Sequence[ScoredRun]) -> None:
         RecipeError: other tasks, or other settings of measurement.
         DataError: other test rows.
     """
-    check_rows(runs)
+    check_same_rows(runs)
     first, *others = runs
     fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
     RecipeError.collect(
@@ -123,7 +123,7 @@ def check_alike(runs: Sequence[ScoredRun]) -> None:
     )
 
 
-def check_rows(runs: Sequence[ScoredRun]) -> None:
+def check_same_rows(runs: Sequence[ScoredRun]) -> None:
     """Refuse runs of other tasks (RecipeError) or with other test rows (DataError)."""
     first, *others = runs
     task = first.recipe.task
@@ -165,7 +165,7 @@ def find_other_measure(first: ScoredRun, second: ScoredRun, metric: str) -> tupl
     signatures = [run.measures.tuned[metric].signature for run in (first, second)]
     if signatures[0] != signatures[1]:
         return f"{metric} is '{signatures[1]}', and in {first.name} '{signatures[0]}'", ""
-    if find_choices(first, metric) != find_choices(second, metric):
+    if choices_of(first, metric) != choices_of(second, metric):
         return f"{metric} is among other choices than in {first.name}", " (evaluate.choices)"
     return None
 
@@ -182,7 +182,7 @@ def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str
             yield f"measured with {key}: {other}, and {first.name} with {one}"
 
 
-def find_choices(run: ScoredRun, metric: str) -> list[str]:
+def choices_of(run: ScoredRun, metric: str) -> list[str]:
     """Return the words that describe the answers which a metric chooses among, in any order."""
     return sorted(run.evaluation.signatures.get(f"{metric}.choices", "").replace(",", " ").split())
 
@@ -197,7 +197,9 @@ def find_differing(first: ScoredRun, second: ScoredRun) -> dict[str, tuple[objec
 def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Difference], dict[str, str]]:
     """Return paired differences by metric, second minus first; and by metric why another could not be compared."""
     pairs, left_out = pair_measures(first, second)
-    return {metric: compare(before, after, first.recipe.seed) for metric, (before, after) in pairs.items()}, left_out
+    return {
+        metric: paired_difference(before, after, first.recipe.seed) for metric, (before, after) in pairs.items()
+    }, left_out
 
 
 def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[Measure, Measure]], dict[str, str]]:

@@ -22,7 +22,7 @@ Formula = Callable[[Floats], Floats]
 """Maps summed statistics [..., K] to the metric's value [...]."""
 Weighted = Callable[[Floats], Floats]
 """Maps how often each row is drawn [R, N] to the metric's values [R]."""
-Ranking = Callable[[Floats], Weighted]
+RankStatistic = Callable[[Floats], Weighted]
 """Makes that of the numbers of each row [N, K], for a metric that no sums are enough for."""
 Ends = Callable[[Floats], tuple[Floats, Floats]]
 """Maps the rows of both models [M, K] to a row [K] at either end of the metric's range (`range_ends`)."""

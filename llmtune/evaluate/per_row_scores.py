@@ -122,7 +122,7 @@ def pack_measures(scores: PerRowScores) -> bytes:
     described: dict[str, dict[str, Description]] = {"base": {}, "tuned": {}}
     for name, one_model in (("base", scores.base), ("tuned", scores.tuned)):
         for metric, measure in one_model.items():
-            described[name][metric] = describe(measure)
+            described[name][metric] = describe_measure(measure)
             arrays[f"{name}/{metric}/sums"] = measure.sums_NK
             arrays[f"{name}/{metric}/at"] = np.asarray(measure.at, dtype=np.int64)
     arrays["record"] = np.asarray(json.dumps({"version": VERSION, **described}))
@@ -131,7 +131,7 @@ def pack_measures(scores: PerRowScores) -> bytes:
     return packed.getvalue()
 
 
-def describe(measure: Measure) -> Description:
+def describe_measure(measure: Measure) -> Description:
     """Describe how a metric is computed from its sums: by the name of its formula, or its own for one of ranks."""
     formula = next((name for name, known in FORMULAS.items() if known is measure.formula), measure.metric)
     ends = next((name for name, known in ENDS.items() if known is measure.ends), None)
@@ -164,7 +164,7 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
             clusters = tuple(arrays["clusters"].tolist()) if "clusters" in arrays else ()
             base, tuned = (
                 {
-                    metric: rebuild(
+                    metric: restore_measure(
                         metric,
                         arrays[f"{name}/{metric}/sums"],
                         tuple(arrays[f"{name}/{metric}/at"].tolist()),
@@ -179,7 +179,7 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
 
-def rebuild(metric: str, sums_NK: Floats, at: tuple[int, ...], described: Description) -> Measure:
+def restore_measure(metric: str, sums_NK: Floats, at: tuple[int, ...], described: Description) -> Measure:
     """Make one metric again from its sums and the name of its formula."""
     name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]
     ranking = RANKINGS.get(BINARY if signature == BINARY else name)

@@ -33,7 +33,7 @@ FIX = "Name a plain text file in UTF-8."
 
 
 @dataclass(frozen=True)
-class Text:
+class GeneralText:
     """One text in paragraphs; put together they are the text."""
 
     name: str
@@ -56,7 +56,7 @@ class Passages:
     """[U] which text each paragraph is from."""
 
 
-def read_texts(sources: Sequence[str]) -> tuple[Text, ...]:
+def read_texts(sources: Sequence[str]) -> tuple[GeneralText, ...]:
     """Read text files, and for `own` those that come with llmtune; paths are absolute.
 
     Raises DataError for files that are missing, empty or not UTF-8: all of them at once.
@@ -64,7 +64,7 @@ def read_texts(sources: Sequence[str]) -> tuple[Text, ...]:
     return tuple(read_sources(sources, read_source, "text", FIX))
 
 
-def read_source(source: str) -> list[Text]:
+def read_source(source: str) -> list[GeneralText]:
     """Read one text file, or for `own` those that come with llmtune, whose origin stands beside them."""
     if source != OWN:
         text = make_text(Path(source).name, read_utf8(Path(source), FIX))
@@ -74,12 +74,12 @@ def read_source(source: str) -> list[Text]:
     return [make_text(file.name.removesuffix(".txt"), file.read_text("utf-8")) for file in files]
 
 
-def make_text(name: str, text: str) -> Text:
+def make_text(name: str, text: str) -> GeneralText:
     """Cut a text into paragraphs, each with the blank lines behind it."""
     text = text.replace("\r\n", "\n").strip()
     cuts = [0, *(match.end() for match in BLANK_LINES.finditer(text)), len(text)]
     blocks = [text[left:right] for left, right in pairwise(cuts) if right > left]
-    return Text(name, tuple(part for block in blocks for part in cut_long(block)))
+    return GeneralText(name, tuple(part for block in blocks for part in cut_long(block)))
 
 
 def cut_long(block: str) -> list[str]:
@@ -93,7 +93,7 @@ def cut_long(block: str) -> list[str]:
     return [*parts, block]
 
 
-def make_passages(texts: Sequence[Text], processor: PreTrainedTokenizerBase, context: int | None) -> Passages:
+def make_passages(texts: Sequence[GeneralText], processor: PreTrainedTokenizerBase, context: int | None) -> Passages:
     """Read texts as tokens and lay windows over them, so that each token is scored once.
 
     As in the guide "Perplexity of fixed-length models" of transformers, a window is as long as the context, but no
@@ -123,7 +123,7 @@ def make_passages(texts: Sequence[Text], processor: PreTrainedTokenizerBase, con
     return Passages(tuple(windows), tuple(paragraphs), tokens, np.asarray(sizes, dtype=np.float64), tuple(text_of))
 
 
-def to_tokens(text: Text, processor: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def to_tokens(text: GeneralText, processor: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the ids of a text, and the number of the paragraph that each begins in.
 
     A tokenizer without offsets reads each paragraph by itself.

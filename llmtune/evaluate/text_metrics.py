@@ -253,8 +253,9 @@ def measure_error_rate(
     if texts:
         aligned = process([clean(text) for text in references], [clean(text) for text in texts])
         sums_N2 = errors_and_lengths(aligned.alignments, aligned.references)
+    cleaned = name_normaliser(normaliser, language, spellings)
     signature = (
-        f"errors by reference {unit}, normaliser {describe(normaliser, language, spellings)}, jiwer {version('jiwer')};"
+        f"errors by reference {unit}, normaliser {cleaned}, jiwer {version('jiwer')};"
         " what is written where the reference is empty counts as errors"
     )
     return Measure(metric, sums_N2, error_rate, signature=signature, ends=error_ends)
@@ -330,7 +331,7 @@ def without_punctuation(letter: str) -> str:
     return " " if category == "Pd" else "" if category.startswith("P") else letter
 
 
-def describe(name: str, language: str, spellings: Mapping[str, str] | None) -> str:
+def name_normaliser(name: str, language: str, spellings: Mapping[str, str] | None) -> str:
     """Name a normaliser as it stands in a report."""
     if name != "whisper":
         return name

@@ -17,7 +17,7 @@ import torch
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.generation import cache_budget
-from llmtune.evaluate.greedy_decoding import Columns, Writing, column_bytes_of, run
+from llmtune.evaluate.greedy_decoding import DecodeBatch, KVCache, column_bytes_of, next_logits
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
 from llmtune.model.device import is_out_of_memory, release_memory
 from llmtune.serve.request_queue import End, Event, Job, RequestQueue, Stopping
@@ -36,14 +36,14 @@ class LiveRows:
         self.model, self.device = model, device
         self.lengths: list[int] = []
         """Tokens that each row has keys and values of."""
-        self.columns = Columns(0, 0)
+        self.columns = KVCache(0, 0)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def join(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Read prompts, which take the slots behind those that are there; return the logits [N, V] that follow."""
-        reading = Writing(self.model, prompts, 1, self.device)
+        reading = DecodeBatch(self.model, prompts, 1, self.device)
         logits_NV = reading.read(0, budget_for(self.device, TOKEN_BUDGET))
         first, sizes = len(self), [len(prompt) for prompt in prompts]
         self.lengths += sizes
@@ -71,7 +71,7 @@ class LiveRows:
         lengths_B = torch.tensor(self.lengths, device=self.device)
         seen_T = torch.arange(columns.first, columns.end + 1, device=self.device)
         mask_BT = (seen_T[None] >= columns.end - lengths_B[:, None]).long()
-        logits_BV = run(self.model, columns, tokens_B[:, None], lengths_B[:, None], mask_BT)
+        logits_BV = next_logits(self.model, columns, tokens_B[:, None], lengths_B[:, None], mask_BT)
         columns.end += 1
         self.lengths = [length + 1 for length in self.lengths]
         return logits_BV
@@ -87,7 +87,7 @@ class LiveRows:
         taken = [moved.get(slot, slot) for slot in range(stays)]
         self.lengths = [self.lengths[slot] for slot in taken]
         if not taken:
-            self.columns = Columns(0, 0)  # what was reserved is given back
+            self.columns = KVCache(0, 0)  # what was reserved is given back
         return taken
 
     def _make_room(self, before: int) -> None:
@@ -99,7 +99,7 @@ class LiveRows:
     def _lay(self, before: int, rows: int) -> None:
         """Copy the keys and values of the first `before` rows into new columns, as far to the left as they can be."""
         old, end = self.columns, max(self.lengths)
-        new = Columns(rows, end + HEADROOM)
+        new = KVCache(rows, end + HEADROOM)
         new.end = end
         width = max(self.lengths[:before], default=0)
         for number, layer in old.kept.items():

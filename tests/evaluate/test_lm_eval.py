@@ -12,7 +12,7 @@ from rich.console import Console
 from support.benchmark_tasks import CHOOSE, GROUP, LIKELY, recipe_with
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, RecipeError
-from llmtune.evaluate.lm_eval import check_benchmarks, load_benchmarks, quietly
+from llmtune.evaluate.lm_eval import check_task_names, load_benchmarks, quietly
 from llmtune.recipe.schema import Recipe
 
 
@@ -100,6 +100,6 @@ def test_two_benchmarks_with_one_task_are_refused(tasks: Path) -> None:
 
 
 def test_an_unknown_task_is_told_with_the_nearest_that_there_is() -> None:
-    check_benchmarks(recipe_with("hellaswag", "arc_easy"))
+    check_task_names(recipe_with("hellaswag", "arc_easy"))
     with pytest.raises(RecipeError, match=r"evaluate\.benchmarks\.1: lm-eval has no task 'hellaswagg'\s+Did you mean"):
-        check_benchmarks(recipe_with("arc_easy", "hellaswagg"))
+        check_task_names(recipe_with("arc_easy", "hellaswagg"))

@@ -8,7 +8,7 @@ from support.benchmark_tasks import CHOOSE, recipe_with
 
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_files
-from llmtune.evaluate.lm_eval import check_benchmarks
+from llmtune.evaluate.lm_eval import check_task_names
 from llmtune.evaluate.lm_eval_tasks import list_task_files
 from llmtune.launch.python_api import names_remote
 
@@ -26,14 +26,14 @@ def test_a_bad_task_file_is_told_at_once_by_its_name(tasks: Path, text: str | No
     if text is not None:
         (tasks / "changed.yaml").write_text(text)
     with pytest.raises(DataError, match=re.escape(told)):
-        check_benchmarks(recipe_with(tasks / "changed.yaml"))
+        check_task_names(recipe_with(tasks / "changed.yaml"))
 
 
 def test_lm_eval_missing_is_told_by_the_extra_that_brings_it(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmtune.evaluate.lm_eval.PACKAGE", "lm_eval_that_is_not_there")
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[benchmarks\]'"):
-        check_benchmarks(recipe_with(tasks / "choose.yaml"))
-    check_benchmarks(recipe_with())
+        check_task_names(recipe_with(tasks / "choose.yaml"))
+    check_task_names(recipe_with())
 
 
 def test_names_need_the_network_and_files_do_not_unless_the_recipe_says_otherwise(tasks: Path) -> None:

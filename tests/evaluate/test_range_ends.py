@@ -9,7 +9,7 @@ from scipy.stats import binom
 from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.classification_metrics import measure_classes, measure_entities, measure_numbers
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.metric import Measure, compare, measure_shares, ratio
+from llmtune.evaluate.metric import Measure, measure_shares, paired_difference, ratio
 from llmtune.evaluate.paired_statistics import difference, draw_counts, share_ends
 from llmtune.evaluate.range_ends import chrf_ends, error_ends
 from llmtune.evaluate.text_metrics import (
@@ -67,7 +67,7 @@ SCALE = {"chrf": 100, "bleu": 100, "ter": 100}
 @pytest.mark.parametrize("rows", [2, 8, 40])
 def test_equal_answers_on_a_few_rows_pass_no_gate_with_a_margin(metric, rows):
     one = BOUNDED[metric](rows)
-    change = compare(one, one, seed=0)
+    change = paired_difference(one, one, seed=0)
     part, sign = ("high", "+") if metric in LOWER_IS_BETTER else ("low", "-")
     gate = f"{one.metric}.{part} {'<' if sign == '+' else '>'} base {sign} {0.01 * SCALE.get(metric, 1)}"
     scores = {one.metric: one.value}
@@ -79,7 +79,7 @@ def test_equal_answers_on_a_few_rows_pass_no_gate_with_a_margin(metric, rows):
 @pytest.mark.parametrize("metric", BOUNDED)
 def test_many_equal_answers_pass_a_gate_with_a_margin(metric):
     one = BOUNDED[metric](600)
-    change = compare(one, one, seed=0)
+    change = paired_difference(one, one, seed=0)
     assert change.value == 0
     assert max(-change.low, change.high) < (0.08 if metric == "pearson" else 0.03) * SCALE.get(metric, 1)
 
@@ -106,7 +106,7 @@ def test_the_worst_row_of_an_error_rate_is_the_worst_that_was_seen():
 
 
 def test_an_interval_is_no_wider_than_the_range():
-    found = compare(*(measure_shares("f1", [0.7, 0.7], ""),) * 2, seed=0)
+    found = paired_difference(*(measure_shares("f1", [0.7, 0.7], ""),) * 2, seed=0)
     assert (found.low, found.high) == (-1, 1)
 
 
@@ -116,7 +116,7 @@ def test_a_baseline_that_predicts_one_number_has_no_correlation_in_its_pseudo_ro
     rng = np.random.default_rng(0)
     right = rng.normal(3, 1, 35)
     mean, tuned = (measure_numbers(metric, one, right) for one in (np.full(35, 3.0), right + rng.normal(0, 0.45, 35)))
-    found = compare(mean, tuned, seed=0)
+    found = paired_difference(mean, tuned, seed=0)
     assert found.value > 0.7
     assert 0.1 < found.low < found.value < found.high <= 1
 
@@ -131,7 +131,7 @@ def test_at_many_rows_the_floor_widens_the_interval_by_little():
     for rows in (50, 200, 1000):
         base, change = generator.random(rows), generator.normal(0, 0.25, rows) * (generator.random(rows) > 0.3)
         models = [measure_shares("f1", np.clip(one, 0, 1).tolist(), "") for one in (base, base + change)]
-        found = compare(*models, seed=0)
+        found = paired_difference(*models, seed=0)
         plain = difference(models[0].sums_NK, models[1].sums_NK, ratio, right_wrong=False, seed=0)
         widths[rows] = (found.high - found.low) / (plain.high - plain.low)
     assert widths[50] < 2

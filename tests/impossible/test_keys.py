@@ -337,7 +337,7 @@ def test_no_key_of_the_schema_is_left_out() -> None:
 def test_a_flipped_key_changes_what_is_resolved(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")  # that there is work for a compiler counts
     if key == "model.check_memory":
-        monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: 1000)
+        monkeypatch.setattr("llmtune.model.memory_plan.device_memory", lambda device: 1000)
     flip = FLIPS[key]
     plain = look(place, flip, flip.also)
     flipped = look(place, flip, (*flip.also, f"{key.partition('@')[0]}={flip.value}"))
