@@ -20,9 +20,8 @@ import torch
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite
 from llmtune.evaluate.lm_eval import RUN_ERRORS, Benchmark, check_task_names, explain_errors, load_benchmarks, quietly
-from llmtune.evaluate.metric import Measure, PairedMeasures, columns, ratio
-from llmtune.evaluate.paired_statistics import Floats, share_ends
-from llmtune.evaluate.range_ends import mean_share_ends
+from llmtune.evaluate.metric import Measure, PairedMeasures, columns, mean_share_bounds, ratio
+from llmtune.evaluate.paired_statistics import Floats, share_bounds
 from llmtune.evaluate.token_batches import of_first_process
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
@@ -192,8 +191,8 @@ def measure_task(metric: str, value: float, samples: Sequence[Mapping[str, objec
     if parts and len(numbers) == len(parts):
         right = set(numbers) <= {0.0, 1.0}
         sums = columns(np.array(numbers), np.ones(len(numbers)))
-        mean = Measure(metric, sums, ratio, right, at=at, ends=share_ends if right else None)
-        return first_equal(value, mean, replace(mean, formula=exponent, right_wrong=False, ends=None))
+        mean = Measure(metric, sums, ratio, right, at=at, bounds=share_bounds if right else None)
+        return first_equal(value, mean, replace(mean, formula=exponent, right_wrong=False, bounds=None))
     if parts and len(pairs) == len(parts):
         sums = np.array(pairs, dtype=np.float64)
         return first_equal(value, *(Measure(metric, sums, formula, at=at) for formula in (exponent, bits)))
@@ -210,8 +209,8 @@ def measure_group(group: Group, metric: str, value: float, parts: Sequence[Measu
     if by_size == {True} or len(means) == 1:
         return first_equal(value, Measure(metric, np.concatenate([one.sums_NK for one in means]), ratio, right, at=at))
     by_task = [np.pad(one.sums_NK, ((0, 0), (2 * g, 2 * (len(means) - g - 1)))) for g, one in enumerate(means)]
-    ends = mean_share_ends if right else None
-    return first_equal(value, Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at, ends=ends))
+    bounds = mean_share_bounds if right else None
+    return first_equal(value, Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at, bounds=bounds))
 
 
 def first_equal(value: float, *measures: Measure) -> Measure | None:

@@ -22,12 +22,14 @@ from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
     find_other_measure,
+    find_release,
     keep_asked,
+    open_release,
     open_run_scores,
     pair_measures,
+    read_release,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
-from llmtune.evaluate.release_file import find_release, open_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Champion, Evaluation, Examples, Json, Rows

@@ -28,9 +28,8 @@ from llmtune.evaluate.classification_metrics import (
     f1_weighted_formula,
     matthews_formula,
 )
-from llmtune.evaluate.metric import Measure, PairedMeasures, difference_of_ratios, ratio
+from llmtune.evaluate.metric import BOUNDS, Measure, PairedMeasures, difference_of_ratios, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
-from llmtune.evaluate.range_ends import ENDS
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, error_rate, exponential_ratio, ter_formula
 from llmtune.records import Rows
 from llmtune.store.atomic_files import explained
@@ -134,8 +133,8 @@ def pack_measures(scores: PerRowScores) -> bytes:
 def describe_measure(measure: Measure) -> Description:
     """Describe how a metric is computed from its sums: by the name of its formula, or its own for one of ranks."""
     formula = next((name for name, known in FORMULAS.items() if known is measure.formula), measure.metric)
-    ends = next((name for name, known in ENDS.items() if known is measure.ends), None)
-    return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature, "ends": ends}
+    bounds = next((name for name, known in BOUNDS.items() if known is measure.bounds), None)
+    return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature, "ends": bounds}
 
 
 def load_measures(folder: Path) -> PerRowScores:
@@ -184,5 +183,5 @@ def restore_measure(metric: str, sums_NK: Floats, at: tuple[int, ...], described
     name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]
     ranking = RANKINGS.get(BINARY if signature == BINARY else name)
     formula = FORMULAS[name] if ranking is None else None
-    ends = ENDS.get(described.get("ends") or "")
-    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at, ends)
+    bounds = BOUNDS.get(described.get("ends") or "")
+    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at, bounds)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -49,15 +49,13 @@ class LiveRows:
         self.lengths += sizes
         self._make_room(first)
         end = self.columns.end
-        for number, read in reading.columns.kept.items():
-            if number not in self.columns.kept:
-                parts = [self._reserve(part) for part in (read.keys, read.values)]
-                self.columns.kept[number] = replace(read, keys=parts[0], values=parts[1])
-            here = self.columns.kept[number]
-            for row, i in enumerate(reading.order):
-                slot, size = first + i, sizes[i]
-                here.keys[slot, :, end - size : end] = read.keys[row, :, reading.width - size :]
-                here.values[slot, :, end - size : end] = read.values[row, :, reading.width - size :]
+        for number, read in reading.cache.states.items():
+            if number not in self.columns.states:
+                self.columns.states[number] = self._reserve(read[0]), self._reserve(read[1])
+            for target, part in zip(self.columns.states[number], read, strict=True):
+                for row, i in enumerate(reading.order):
+                    slot, size = first + i, sizes[i]
+                    target[slot, :, end - size : end] = part[row, :, reading.width - size :]
         slots = torch.tensor(reading.order, device=logits_NV.device).argsort()
         return logits_NV[slots]
 
@@ -67,7 +65,7 @@ class LiveRows:
         if columns.end == columns.width:
             self._lay(len(self), columns.rows)
         columns = self.columns
-        columns.at_work, columns.first = slice(0, len(self)), columns.end - max(self.lengths)
+        columns.active, columns.first = slice(0, len(self)), columns.end - max(self.lengths)
         lengths_B = torch.tensor(self.lengths, device=self.device)
         seen_T = torch.arange(columns.first, columns.end + 1, device=self.device)
         mask_BT = (seen_T[None] >= columns.end - lengths_B[:, None]).long()
@@ -102,14 +100,11 @@ class LiveRows:
         new = KVCache(rows, end + HEADROOM)
         new.end = end
         width = max(self.lengths[:before], default=0)
-        for number, layer in old.kept.items():
-            parts = []
-            for part in (layer.keys, layer.values):
-                moved = part.new_zeros(rows, part.shape[1], new.width, part.shape[3])
-                moved[:before, :, end - width : end] = part[:before, :, old.end - width : old.end]
-                parts.append(moved)
-            new.kept[number] = replace(layer, keys=parts[0], values=parts[1])
         self.columns = new
+        for number, layer in old.states.items():
+            new.states[number] = self._reserve(layer[0]), self._reserve(layer[1])
+            for target, part in zip(new.states[number], layer, strict=True):
+                target[:before, :, end - width : end] = part[:before, :, old.end - width : old.end]
 
     def _reserve(self, part: torch.Tensor) -> torch.Tensor:
         """Return room for all rows; zeros, because what is masked is multiplied all the same."""

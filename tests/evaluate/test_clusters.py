@@ -10,7 +10,7 @@ import pytest
 from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.metric import measure_right, paired_difference, ratio
-from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, row_deviation, share_ends
+from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, row_deviation, share_bounds
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Evaluation
@@ -41,7 +41,7 @@ def scores_that_move_together(generator, groups, size):
 DRAWS = {
     rows_that_flip_together: {"right_wrong": True},
     losses_that_move_together: {"right_wrong": False},
-    scores_that_move_together: {"right_wrong": False, "ends": share_ends},
+    scores_that_move_together: {"right_wrong": False, "bounds": share_bounds},
 }
 
 

@@ -296,7 +296,7 @@ ELSEWHERE = {
     "test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed",
     "evaluate.champion": "evaluate/test_champion.py::"
     "test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another",
-    "evaluate.benchmarks.network": "evaluate/test_lm_eval_tasks.py::"
+    "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
     "test_names_need_the_network_and_files_do_not_unless_the_recipe_says_otherwise",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_tells_worse_from_too_few_rows",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_are_at_the_level_of_one_look",

@@ -247,7 +247,7 @@ def test_when_all_have_left_nothing_is_kept(tmp_path):
     rows = LiveRows(model, "cpu")
     with torch.inference_mode():
         rows.join(prompts_of([5, 9], 0))
-    assert rows.columns.kept
+    assert rows.columns.states
     assert rows.leave([1, 0]) == []
     assert len(rows) == 0
-    assert not rows.columns.kept
+    assert not rows.columns.states

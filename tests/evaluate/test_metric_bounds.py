@@ -9,9 +9,8 @@ from scipy.stats import binom
 from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.classification_metrics import measure_classes, measure_entities, measure_numbers
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.metric import Measure, measure_shares, paired_difference, ratio
-from llmtune.evaluate.paired_statistics import difference, draw_counts, share_ends
-from llmtune.evaluate.range_ends import chrf_ends, error_ends
+from llmtune.evaluate.metric import Measure, chrf_bounds, error_bounds, measure_shares, paired_difference, ratio
+from llmtune.evaluate.paired_statistics import difference, draw_counts, share_bounds
 from llmtune.evaluate.text_metrics import (
     TEXT_MEASURES,
     chrf_formula,
@@ -87,8 +86,8 @@ def test_many_equal_answers_pass_a_gate_with_a_margin(metric):
 @pytest.mark.parametrize("metric", BOUNDED)
 def test_the_rows_at_the_ends_are_the_worst_and_the_best_that_the_metric_knows(metric):
     one = BOUNDED[metric](12)
-    assert one.ends is not None
-    worst, best = one.ends(one.sums_NK)
+    assert one.bounds is not None
+    worst, best = one.bounds(one.sums_NK)
     scores = [
         Measure(one.metric, np.concatenate([one.sums_NK, [end]]), one.formula, ranking=one.ranking).value
         for end in (worst, best)
@@ -101,8 +100,8 @@ def test_the_rows_at_the_ends_are_the_worst_and_the_best_that_the_metric_knows(m
 
 def test_the_worst_row_of_an_error_rate_is_the_worst_that_was_seen():
     """It has no upper end: an answer may go on for ever."""
-    assert [part.tolist() for part in error_ends(np.array([[0.0, 6.0], [40.0, 4.0]]))] == [[40, 5], [0, 5]]
-    assert [part.tolist() for part in error_ends(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[5, 5], [0, 5]]
+    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [40.0, 4.0]]))] == [[40, 5], [0, 5]]
+    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[5, 5], [0, 5]]
 
 
 def test_an_interval_is_no_wider_than_the_range():
@@ -179,15 +178,15 @@ def passes(metric, shape, rows, ties, trials):
         if metric == "chrf":
             counts = 6 * sizes[:, None] - np.arange(6)
             sums = [np.stack([counts, counts, counts * one[:, None]], 2).reshape(rows, 18) for one in models]
-            change = difference(*sums, chrf_formula, right_wrong=False, seed=0, resamples=RESAMPLES, ends=chrf_ends)
+            change = difference(*sums, chrf_formula, right_wrong=False, seed=0, resamples=RESAMPLES, bounds=chrf_bounds)
             passed += change.low > 100 * margin + 1e-9
         elif metric == "wer":
             sums = [np.stack([(1 - one) * sizes, sizes], 1) for one in models]
-            change = difference(*sums, error_rate, right_wrong=False, seed=0, resamples=RESAMPLES, ends=error_ends)
+            change = difference(*sums, error_rate, right_wrong=False, seed=0, resamples=RESAMPLES, bounds=error_bounds)
             passed += change.high < -margin - 1e-9
         else:
             sums = [np.stack([one * sizes, sizes], 1) for one in models]
-            change = difference(*sums, ratio, right_wrong=False, seed=0, resamples=RESAMPLES, ends=share_ends)
+            change = difference(*sums, ratio, right_wrong=False, seed=0, resamples=RESAMPLES, bounds=share_bounds)
             passed += change.low > margin + 1e-9
     return passed / trials
 
@@ -220,7 +219,7 @@ def test_a_model_that_loses_rows_altogether_passes_in_4_of_100_runs_at_most(rows
         base, tuned = np.ones((2, rows))
         tuned[:number] = 0
         sums = [np.stack([one, np.ones(rows)], 1) for one in (base, tuned)]
-        lows.append(difference(*sums, ratio, right_wrong=False, seed=0, ends=share_ends).low)
+        lows.append(difference(*sums, ratio, right_wrong=False, seed=0, bounds=share_bounds).low)
     margins = [margin for margin in np.linspace(0.05, 1, 96) if margin * rows <= 30]
     passed = [binom.pmf(lost[np.array(lows) > -margin], rows, margin).sum() for margin in margins]
     assert max(passed) <= 0.041, (max(passed), margins[int(np.argmax(passed))])
