@@ -21,7 +21,7 @@ from llmtune.evaluate.champion import check_champion
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.gates import print_plan
 from llmtune.model.memory_plan import check_memory, plan_training
-from llmtune.model.model_selection import describe_model, plan_candidates
+from llmtune.model.model_selection import peek_model, plan_candidates
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import SPLITS, Json, MemoryPlan, ModelRef
 from llmtune.session import RunContext, locate_pinned
@@ -86,7 +86,7 @@ def _plan_named(context: RunContext, name: str, valid: dict[str, bool], loaded: 
         try:
             model_ref = locate_pinned(replace(context, offline=True), name)
         except EnvironmentProblem:
-            described = describe_model(name, context.recipe, console, Path(shape), context.offline)
+            described = peek_model(name, context.recipe, console, Path(shape), context.offline)
             console.print(f"{escape(name)} would be downloaded first")
             if described is None:
                 return None

@@ -17,7 +17,7 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from llmtune import __version__
-from llmtune.adapter.injection import adapter_inputs, adapter_settings, describe
+from llmtune.adapter.injection import adapter_inputs, adapter_settings, describe_adapter
 from llmtune.adapter.load import find_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, examples_inputs, load_examples, row_lengths
@@ -39,12 +39,12 @@ from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
-from llmtune.model.model_selection import Candidate, read_ranking
+from llmtune.model.model_selection import RankedModel, read_ranking
 from llmtune.model.model_trials import (
+    candidate_folder,
     known_or_ranked,
     note_ranking,
     successive_halving,
-    trial_folder,
     validation_bits,
     with_candidate,
 )
@@ -270,9 +270,9 @@ def choose_candidate(context: RunContext, rows: Rows, loaded: LoadedRecipe) -> s
     return ranking.chosen.name
 
 
-def tune_candidate(context: RunContext, loaded: LoadedRecipe, candidate: Candidate, steps: int) -> float:
+def tune_candidate(context: RunContext, loaded: LoadedRecipe, candidate: RankedModel, steps: int) -> float:
     """Train a candidate for some steps in a run folder of its own; return bits per byte of the validation rows."""
-    trial, out = with_candidate(loaded, candidate, steps), trial_folder(context.folder.path, candidate.name, steps)
+    trial, out = with_candidate(loaded, candidate, steps), candidate_folder(context.folder.path, candidate.name, steps)
     context.once(lambda: share_rows(context.folder, out, trial.fingerprint))
     run_pipeline(trial, RunRequest(out=out, offline=context.offline, until="train"), context.console)
     return validation_bits(out)
@@ -333,7 +333,7 @@ def adapt(
     """Step 3 alone: put the adapter in, prove it and say what it is; training makes it again from the same seed."""
     with context.step("adapt", inputs) as step:
         if not step.skipped:
-            step.facts.update(describe(context.make_adapted(model_ref, processor, examples)))
+            step.facts.update(describe_adapter(context.make_adapted(model_ref, processor, examples)))
 
 
 def train(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, examples: Examples, tokens: int) -> None:

@@ -21,7 +21,7 @@ from llmtune.evaluate.champion import make_challenge
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, make_inputs, resolve_choices
 from llmtune.evaluate.evaluation_file import save_evaluation
 from llmtune.evaluate.evaluator import evaluate
-from llmtune.evaluate.inference import measure, predict
+from llmtune.evaluate.inference import compute_metrics, predict
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
 from llmtune.evaluate.results import load_base
@@ -120,4 +120,4 @@ def measure_champion(
         answered = predict(model, "champion", evaluation, models.packs)
     del model
     release_memory()
-    return measure(evaluation, answered, answered), inputs.rows
+    return compute_metrics(evaluation, answered, answered), inputs.rows

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.data_init import sample_rows
-from llmtune.adapter.injection import adapter_settings, describe, inject
+from llmtune.adapter.injection import adapter_settings, describe_adapter, inject
 from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import load_adapter
 from llmtune.data.preparation import rows_inputs
@@ -224,7 +224,7 @@ class RunContext:
         """Adapt and train, as two steps; all processes together."""
         with self.step("adapt", adapt_inputs, always=True) as step:
             adapted = self.make_adapted(model_ref, self.read_processor(model_ref), examples)
-            step.facts.update(describe(adapted))
+            step.facts.update(describe_adapter(adapted))
         with self.step("train", inputs, [trained_name(self.recipe)], always=True) as step:
             trained = train(
                 adapted,

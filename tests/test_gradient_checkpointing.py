@@ -30,7 +30,7 @@ def run(recipe, folder, limit, until="train", sets=()):
     console, enabled = Console(file=io.StringIO(), width=200), []
     enable = inject.__globals__["enable_checkpointing"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: limit)
+        patch.setattr("llmtune.model.memory_plan.device_memory", lambda device: limit)
         patch.setitem(inject.__globals__, "enable_checkpointing", lambda model: enabled.append(1) or enable(model))
         run_pipeline(load_recipe(recipe, sets), RunRequest(out=folder, until=until), console)
     return console.file.getvalue(), bool(enabled)

@@ -66,9 +66,9 @@ def show(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the catalogue.")], as_json: AsJson = False
 ) -> None:
     """Show what the catalogue has of one model."""
-    from llmtune.model.catalogue import find_model
+    from llmtune.model.catalogue import find_catalogue_model
 
-    found = find_model(model)
+    found = find_catalogue_model(model)
     if as_json:
         print_json({**asdict(found), "tasks": found.tasks})
         return
@@ -112,12 +112,12 @@ def fits(
         _fit_recipe(recipe, sets or (), price or (), as_json)
         return
     from llmtune.compare.model_fits import list_fits
-    from llmtune.model.device import DRIVER_BYTES, check_card, memory_limit
+    from llmtune.model.device import DRIVER_BYTES, check_card, device_memory
     from llmtune.report.number_format import size as format_bytes
 
     if device is not None:
         check_card(device)
-    usable = memory_limit(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
+    usable = device_memory(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
     with stderr_console().status("planning"):
         planned = list(list_fits(found, task, usable, length, device, "cpu" if device == "cpu" else "cuda"))
     if as_json:

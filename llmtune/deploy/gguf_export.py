@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.merging import check_mergeable
-from llmtune.adapter.merging import merge as merge_weights
+from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_adapter, compare_adapter, write_adapter
 from llmtune.deploy.gguf_converter import (
     FORMATS,

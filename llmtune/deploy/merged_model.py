@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
-from llmtune.adapter.merging import merge as merge_weights
+from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.adapter.saving import writing_weights
 from llmtune.deploy.parity import (
     LIMITS,

@@ -14,9 +14,17 @@ from llmtune.deploy.endpoint_parity import ENDPOINT_CERTIFICATE
 from llmtune.deploy.parity import CERTIFICATE
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
-from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
+from llmtune.evaluate.opened_runs import (
+    RELEASE_VERSION,
+    Release,
+    check_alike,
+    is_release,
+    name_runs,
+    open_release,
+    open_run_scores,
+    pair_metrics,
+)
 from llmtune.evaluate.per_row_scores import pack_measures
-from llmtune.evaluate.release_file import VERSION, Release, is_release, open_release
 from llmtune.recipe.user_files import read_bytes
 from llmtune.records import Difference, Json
 from llmtune.report.redaction import hide_paths
@@ -144,7 +152,7 @@ def make_release(run: Path, out: Path | None, signing: str | None = None) -> Pat
     report = require_report(run)
     evaluation, measures = opened.evaluation, replace(opened.measures, base={})
     content = Release(
-        release_version=VERSION,
+        release_version=RELEASE_VERSION,
         llmtune=__version__,
         name=opened.recipe.name,
         date=report["date"],

@@ -24,7 +24,7 @@ from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, compare_o
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
-from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, move_to, read_inputs, unwrap
+from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
 from llmtune.model.config import read_model_config
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.quantized_base import kept_quantization
@@ -334,7 +334,7 @@ def read_outputs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     if "samples_R" in moved:
         pieces = [model(**inputs).logits for inputs, _ in heard_at_once(model, moved)]
         return torch.cat([part.flatten(0, -2) for part in pieces]).float().cpu()
-    inputs = read_inputs(model, moved)
+    inputs = model_inputs(model, moved)
     if inner.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, moved["labels"])
     if "use_cache" in accepted_arguments(type(inner)):  # type: ignore[arg-type]

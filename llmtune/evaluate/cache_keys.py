@@ -8,9 +8,9 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.errors import DataError
-from llmtune.evaluate.lm_eval_tasks import list_task_files
+from llmtune.evaluate.lm_eval import list_task_files
+from llmtune.evaluate.opened_runs import find_release
 from llmtune.evaluate.per_row_scores import MEASURES
-from llmtune.evaluate.release_file import find_release
 from llmtune.recipe.eval_suites_section import is_task_file
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe

@@ -11,13 +11,13 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.generation import cache_budget
-from llmtune.evaluate.greedy_decoding import Columns, Writing, column_bytes_of, run
+from llmtune.evaluate.greedy_decoding import DecodeBatch, KVCache, column_bytes_of, next_logits
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
 from llmtune.model.device import is_out_of_memory, release_memory
 from llmtune.serve.request_queue import End, Event, Job, RequestQueue, Stopping
@@ -36,28 +36,26 @@ class LiveRows:
         self.model, self.device = model, device
         self.lengths: list[int] = []
         """Tokens that each row has keys and values of."""
-        self.columns = Columns(0, 0)
+        self.columns = KVCache(0, 0)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def join(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Read prompts, which take the slots behind those that are there; return the logits [N, V] that follow."""
-        reading = Writing(self.model, prompts, 1, self.device)
+        reading = DecodeBatch(self.model, prompts, 1, self.device)
         logits_NV = reading.read(0, budget_for(self.device, TOKEN_BUDGET))
         first, sizes = len(self), [len(prompt) for prompt in prompts]
         self.lengths += sizes
         self._make_room(first)
         end = self.columns.end
-        for number, read in reading.columns.kept.items():
-            if number not in self.columns.kept:
-                parts = [self._reserve(part) for part in (read.keys, read.values)]
-                self.columns.kept[number] = replace(read, keys=parts[0], values=parts[1])
-            here = self.columns.kept[number]
-            for row, i in enumerate(reading.order):
-                slot, size = first + i, sizes[i]
-                here.keys[slot, :, end - size : end] = read.keys[row, :, reading.width - size :]
-                here.values[slot, :, end - size : end] = read.values[row, :, reading.width - size :]
+        for number, read in reading.cache.states.items():
+            if number not in self.columns.states:
+                self.columns.states[number] = self._reserve(read[0]), self._reserve(read[1])
+            for target, part in zip(self.columns.states[number], read, strict=True):
+                for row, i in enumerate(reading.order):
+                    slot, size = first + i, sizes[i]
+                    target[slot, :, end - size : end] = part[row, :, reading.width - size :]
         slots = torch.tensor(reading.order, device=logits_NV.device).argsort()
         return logits_NV[slots]
 
@@ -67,11 +65,11 @@ class LiveRows:
         if columns.end == columns.width:
             self._lay(len(self), columns.rows)
         columns = self.columns
-        columns.at_work, columns.first = slice(0, len(self)), columns.end - max(self.lengths)
+        columns.active, columns.first = slice(0, len(self)), columns.end - max(self.lengths)
         lengths_B = torch.tensor(self.lengths, device=self.device)
         seen_T = torch.arange(columns.first, columns.end + 1, device=self.device)
         mask_BT = (seen_T[None] >= columns.end - lengths_B[:, None]).long()
-        logits_BV = run(self.model, columns, tokens_B[:, None], lengths_B[:, None], mask_BT)
+        logits_BV = next_logits(self.model, columns, tokens_B[:, None], lengths_B[:, None], mask_BT)
         columns.end += 1
         self.lengths = [length + 1 for length in self.lengths]
         return logits_BV
@@ -87,7 +85,7 @@ class LiveRows:
         taken = [moved.get(slot, slot) for slot in range(stays)]
         self.lengths = [self.lengths[slot] for slot in taken]
         if not taken:
-            self.columns = Columns(0, 0)  # what was reserved is given back
+            self.columns = KVCache(0, 0)  # what was reserved is given back
         return taken
 
     def _make_room(self, before: int) -> None:
@@ -99,17 +97,14 @@ class LiveRows:
     def _lay(self, before: int, rows: int) -> None:
         """Copy the keys and values of the first `before` rows into new columns, as far to the left as they can be."""
         old, end = self.columns, max(self.lengths)
-        new = Columns(rows, end + HEADROOM)
+        new = KVCache(rows, end + HEADROOM)
         new.end = end
         width = max(self.lengths[:before], default=0)
-        for number, layer in old.kept.items():
-            parts = []
-            for part in (layer.keys, layer.values):
-                moved = part.new_zeros(rows, part.shape[1], new.width, part.shape[3])
-                moved[:before, :, end - width : end] = part[:before, :, old.end - width : old.end]
-                parts.append(moved)
-            new.kept[number] = replace(layer, keys=parts[0], values=parts[1])
         self.columns = new
+        for number, layer in old.states.items():
+            new.states[number] = self._reserve(layer[0]), self._reserve(layer[1])
+            for target, part in zip(new.states[number], layer, strict=True):
+                target[:before, :, end - width : end] = part[:before, :, old.end - width : old.end]
 
     def _reserve(self, part: torch.Tensor) -> torch.Tensor:
         """Return room for all rows; zeros, because what is masked is multiplied all the same."""

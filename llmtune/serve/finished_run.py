@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.generation import generate
+from llmtune.evaluate.generation import generate_completions
 from llmtune.model.config import head_is_new
 from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
@@ -225,7 +225,7 @@ class FinishedRun:
             (prediction,) = served.predict([row])
         else:
             ids = task.prompt_ids(row, served.processor, served.recipe)
-            (output,) = generate(served.model, [ids], served.processor, served.recipe, device=served.device)
+            (output,) = generate_completions(served.model, [ids], served.processor, served.recipe, device=served.device)
             prediction = served.read(output.token_ids)
         return {"text": task.format_answer(prediction, row), "prediction": prediction}
 

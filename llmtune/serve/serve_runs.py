@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.adapter.load import add_adapter, find_adapter
-from llmtune.adapter.merging import merge
+from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.reference_model import switches_off
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.config import head_is_new
@@ -176,7 +176,7 @@ def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str,
     processor = load_processor(first.model_ref, recipe.model, recipe.data.system_prompt)
     adapted = Models(first.context, first.model_ref, processor).adapted
     if options.merged:
-        merged = merge(adapted, "dequantized" if adapted.selected.quantized else "original")
+        merged = merge_adapter(adapted, "dequantized" if adapted.selected.quantized else "original")
         return {first.name: ServedModel(first.name, merged.eval(), processor, recipe, task)}
     if first.method == "full":
         weights = cast("PreTrainedModel", adapted.model)

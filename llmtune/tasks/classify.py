@@ -32,7 +32,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.causal_lm_loss import read_inputs
+from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs, set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import ClassifySection
@@ -188,7 +188,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
         With `weights_R` each row counts so much in the sum, and once in the count.
         """
-        logits_RK = model(**read_inputs(model, batch)).logits.float()
+        logits_RK = model(**model_inputs(model, batch)).logits.float()
         if "classes_R" in batch:
             losses_R = functional.cross_entropy(logits_RK, batch["classes_R"], reduction="none")
             correct_R = logits_RK.argmax(-1) == batch["classes_R"]

@@ -25,7 +25,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, Predict
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.causal_lm_loss import read_inputs
+from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import is_encoder
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import QaSection
@@ -256,7 +256,7 @@ class ExtractiveQa(Qa[Span]):
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum, a window, the mean cross entropy of the first and the last token of the answer; padding is no choice."""
-        output = model(**read_inputs(model, batch))
+        output = model(**model_inputs(model, batch))
         starts_RT, ends_RT = (by_window(part.float(), batch) for part in (output.start_logits, output.end_logits))
         first_R, last_R = batch["first_R"], batch["last_R"]
         losses_R = (

@@ -22,7 +22,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
-from llmtune.model.causal_lm_loss import move_to, read_inputs, unwrap
+from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Collate, Example, Loss
@@ -346,7 +346,7 @@ def heard_at_once(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, 
 
     A first layer that is normed over time hears padding, and so do convolutions behind the mask (Data2Vec, Conformer).
     """
-    inputs, config = read_inputs(model, batch), unwrap(model).config
+    inputs, config = model_inputs(model, batch), unwrap(model).config
     masked = config.model_type in MASKING and not getattr(config, "add_adapter", False)
     if masked and config.feat_extract_norm != "group":
         return [(inputs, slice(0, batch["n_rows"]))]

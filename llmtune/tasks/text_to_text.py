@@ -27,7 +27,7 @@ from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
-from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, read_inputs, token_losses, unwrap
+from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, token_losses, unwrap
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Example, Loss, Row
@@ -220,7 +220,7 @@ def decoder_targets(examples: Sequence[Example]) -> Batch:
 
 def encoder_decoder_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
     """Sum the cross entropy of the supervised target tokens of an encoder-decoder that reads text or sound."""
-    inputs = read_inputs(model, batch)
+    inputs = model_inputs(model, batch)
     inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
     if "use_cache" in accepted_arguments(type(unwrap(model))):  # type: ignore[arg-type]
         inputs["use_cache"] = False

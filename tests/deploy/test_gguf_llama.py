@@ -12,7 +12,7 @@ from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_
 from transformers import GenerationConfig
 
 import llmtune.deploy.gguf_converter as gguf_converter
-from llmtune.adapter.merging import merge
+from llmtune.adapter.merging import merge_adapter
 from llmtune.deploy.gguf_converter import NAMES, describe_tokenizer, write_model
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_readers import LlamaReader, read_tokenizer
@@ -56,7 +56,7 @@ def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_floa
     assert certificate["measured"]["effect_kl"] > 1e-3
     assert certificate["measured"]["kl_mean"] < 1e-4
     tuned = smollm2()
-    model, processor, task = merge(tuned.adapted), tuned.processor, tuned.task
+    model, processor, task = merge_adapter(tuned.adapted), tuned.processor, tuned.task
     stops = answer_ends(model, processor)
     asked = [f"What is the capital of {country}?" for country in COUNTRIES.split()]
     asked += [f"What does the word {word} mean?" for word in WORDS.split()]

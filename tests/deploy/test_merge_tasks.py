@@ -12,7 +12,7 @@ from support.classifying import colour_rows
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 import llmtune.deploy.merged_model as merging
-from llmtune.adapter.merging import merge as really_merge
+from llmtune.adapter.merging import merge_adapter as really_merge
 from llmtune.deploy.merged_model import merge as merge_run
 from llmtune.deploy.parity import compare_outputs
 from llmtune.errors import GateFailed

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmtune.deploy.merged_model as merging
 import llmtune.model.processor as processor
-from llmtune.adapter.injection import trainable_parameters
-from llmtune.adapter.merging import merge as really_merge
+from llmtune.adapter.injection import trained_parameters
+from llmtune.adapter.merging import merge_adapter as really_merge
 from llmtune.deploy.merged_model import merge, merge_model
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
 from llmtune.deploy.tuned_model import make_reference
@@ -61,7 +61,7 @@ def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's, of SHiRA
 def test_an_adapter_of_a_method_that_knows_of_no_biases_is_certified(tune, tmp_path, console):
     tuned = tune(adapter={"method": "shira", "r": 2, "lora_alpha": None})
-    for parameter in trainable_parameters(tuned.model):
+    for parameter in trained_parameters(tuned.model):
         parameter.data.add_(0.1)
     certificate = merge_model(tuned, tmp_path / "merged", console)
     assert certificate["passed"]

@@ -25,7 +25,7 @@ from llmtune.evaluate.benchmarks import measure_group, measure_task
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.lm_eval import quietly
 from llmtune.evaluate.lm_eval_model import BatchedLM
-from llmtune.evaluate.metric import compare
+from llmtune.evaluate.metric import paired_difference
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.store.run_request import RunRequest
@@ -214,7 +214,7 @@ def test_a_mean_over_tasks_is_compared_with_a_model_that_scores_zero_in_all_of_t
         measure = measure_group(group, "acc", (first + second) / 2, parts)
         assert measure is not None
         found.append(measure)
-    change = compare(*found, seed=1)
+    change = paired_difference(*found, seed=1)
     assert change.value == pytest.approx(0.75)
     assert change.low > 0.3
 

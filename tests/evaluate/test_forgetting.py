@@ -14,10 +14,9 @@ from support.runs import write_recipe
 
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.eval_inputs import EvalContext
-from llmtune.evaluate.forgetting import ForgettingSuite, read_questions
+from llmtune.evaluate.forgetting import ForgettingSuite, read_questions, read_texts
 from llmtune.evaluate.lm_eval import quietly
 from llmtune.evaluate.metric import PairedMeasures
-from llmtune.evaluate.perplexity import read_texts
 from llmtune.evaluate.suite_registry import check_variant
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.eval_suites_section import ForgettingSection

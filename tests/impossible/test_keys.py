@@ -296,7 +296,7 @@ ELSEWHERE = {
     "test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed",
     "evaluate.champion": "evaluate/test_champion.py::"
     "test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another",
-    "evaluate.benchmarks.network": "evaluate/test_lm_eval_tasks.py::"
+    "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
     "test_names_need_the_network_and_files_do_not_unless_the_recipe_says_otherwise",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_tells_worse_from_too_few_rows",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_are_at_the_level_of_one_look",
@@ -337,7 +337,7 @@ def test_no_key_of_the_schema_is_left_out() -> None:
 def test_a_flipped_key_changes_what_is_resolved(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")  # that there is work for a compiler counts
     if key == "model.check_memory":
-        monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: 1000)
+        monkeypatch.setattr("llmtune.model.memory_plan.device_memory", lambda device: 1000)
     flip = FLIPS[key]
     plain = look(place, flip, flip.also)
     flipped = look(place, flip, (*flip.also, f"{key.partition('@')[0]}={flip.value}"))

@@ -6,7 +6,7 @@ import torch
 from support.adapting import build_family, open_model, recipe_with
 from support.serving import served_of, wait_until
 
-from llmtune.evaluate.greedy_decoding import write_greedily
+from llmtune.evaluate.greedy_decoding import decode_greedily
 from llmtune.serve.engine import HEADROOM, Engine, LiveRows, OutOfMemory
 from llmtune.serve.finished_run import ChatSession
 from llmtune.serve.request_queue import End, Job, Stopping
@@ -228,7 +228,7 @@ def test_rows_that_join_and_leave_at_any_step_say_what_each_says_alone(tmp_path,
     lengths = [12, 30, 7, 1, 25, 14]
     prompts, answers = write_together(model, ARRIVALS, lengths)
     with torch.inference_mode():
-        alone = [write_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, lengths, strict=True)]
+        alone = [decode_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, lengths, strict=True)]
     assert answers == alone
     assert len({tuple(answer) for answer in answers}) == len(answers)
 
@@ -238,8 +238,8 @@ def test_an_answer_longer_than_what_is_reserved_goes_on(tmp_path):
     lengths = [HEADROOM * 2 + 5, 3]
     prompts, answers = write_together(model.eval(), {0: [6], HEADROOM + 9: [30]}, lengths)
     with torch.inference_mode():
-        assert answers[0] == write_greedily(model, [prompts[0]], lengths[0], set(), "cpu")[0]
-        assert answers[1] == write_greedily(model, [prompts[1]], lengths[1], set(), "cpu")[0]
+        assert answers[0] == decode_greedily(model, [prompts[0]], lengths[0], set(), "cpu")[0]
+        assert answers[1] == decode_greedily(model, [prompts[1]], lengths[1], set(), "cpu")[0]
 
 
 def test_when_all_have_left_nothing_is_kept(tmp_path):
@@ -247,7 +247,7 @@ def test_when_all_have_left_nothing_is_kept(tmp_path):
     rows = LiveRows(model, "cpu")
     with torch.inference_mode():
         rows.join(prompts_of([5, 9], 0))
-    assert rows.columns.kept
+    assert rows.columns.states
     assert rows.leave([1, 0]) == []
     assert len(rows) == 0
-    assert not rows.columns.kept
+    assert not rows.columns.states

@@ -22,12 +22,12 @@ from support.training import launch_work, read_metrics
 from support.variants import predict
 from transformers import AutoModelForCTC
 
-from llmtune.adapter.merging import merge
+from llmtune.adapter.merging import merge_adapter
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
-from llmtune.evaluate.generation import answer_reader, generate
+from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.launch.topology import Topology
-from llmtune.model.causal_lm_loss import decoder_inputs, read_inputs, unwrap
+from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, unwrap
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -257,7 +257,7 @@ def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name,
         if context.task.predicts:
             return predict(context.task, model, asked, processor, context.recipe)
         prompts = [context.task.prompt_ids(row, processor, context.recipe) for row in asked]
-        outputs = generate(model, prompts, processor, context.recipe, device="cpu")
+        outputs = generate_completions(model, prompts, processor, context.recipe, device="cpu")
         read = answer_reader(processor, context.recipe)
         return [read(output.token_ids, None).text for output in outputs]
 
@@ -286,7 +286,7 @@ def compare(one: Any, other: Any) -> None:
 
 def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a model reads of a batch, and what its head gives."""
-    inputs = read_inputs(model, batch)
+    inputs = model_inputs(model, batch)
     if unwrap(model).config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, f
     _, tuned = outputs(adapted.model, batch)
     with adapted.model.disable_adapter():
         _, off = outputs(adapted.model, batch)
-    _, merged = outputs(merge(adapted, "dequantized"), batch)
+    _, merged = outputs(merge_adapter(adapted, "dequantized"), batch)
     assert not any(torch.equal(tuned[key], base[key]) for key in base)
     assert all(torch.equal(off[key], base[key]) for key in base), "nothing is computed otherwise: not a bit differs"
     # A sum of two products in float32 is one product by now: digits of the logits, which are below 50, change.

@@ -17,7 +17,7 @@ from support.training import make_recipe, read_metrics, run_training, trained_by
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
-from llmtune.evaluate.inference import measure, predict
+from llmtune.evaluate.inference import compute_metrics, predict
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.session import Models, open_finished
 from llmtune.train import loop
@@ -50,7 +50,7 @@ def test_metrics_of_validation_rows_are_those_that_evaluate_measures_of_that_che
     with models.tuned() as model:
         asked = EvalContext(recipe, context.task, processor, inputs, "cpu", context.console)
         answers = predict(model, "tuned", asked, models.packs)
-    found = {name: one.value for name, one in measure(asked, answers, answers).items() if name in METRICS}
+    found = {name: one.value for name, one in compute_metrics(asked, answers, answers).items() if name in METRICS}
     assert lines[-1]["validation_metrics"] == pytest.approx(found)
     assert found["answers_cut"] > 0
     report = (run / "report.html").read_text()
