@@ -122,9 +122,9 @@ def _check_engine(engine: str, stated: list[str]) -> None:
         RecipeError.collect(Problem("has no effect with --engine vllm", name, fix) for name in stated)
 
 
-@app.command()
+@app.command("merge")
 @handled
-def merge(
+def merge_command(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/merged).")] = None,
     onto: Annotated[
@@ -141,7 +141,7 @@ def merge(
     """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.merged_model import merge as merge_run
+        from llmtune.deploy.merged_model import merge_run
         from llmtune.session import open_finished
 
     certificate = merge_run(*open_finished(run, stderr_console(), offline), out, onto=onto, dtype=dtype)

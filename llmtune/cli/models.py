@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmtune.report.blocks import Cell
 
 app = typer.Typer(help="Models: list, show, fits.", no_args_is_help=True)
-Task = Annotated[str | None, typer.Option("--task", help="Only models that can do this task.")]
+OnlyTask = Annotated[str | None, typer.Option("--task", help="Only models that can do this task.")]
 Licence = Annotated[list[str] | None, typer.Option("--licence", help="Only this licence; may be given several times.")]
 Language = Annotated[str | None, typer.Option("--language", help="Only models that name this language: en, de ...")]
 Family = Annotated[list[str] | None, typer.Option("--family", help="Only this family; may be given several times.")]
@@ -32,7 +32,7 @@ GAP = "-"
 @app.command("list")
 @handled
 def list_(
-    task: Task = None,
+    task: OnlyTask = None,
     licence: Licence = None,
     language: Language = None,
     family: Family = None,

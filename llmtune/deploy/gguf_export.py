@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
-from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_adapter, compare_adapter, write_adapter
+from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_lora_only, compare_adapter, write_adapter
 from llmtune.deploy.gguf_converter import (
     FORMATS,
     K_QUANTS,
@@ -47,9 +47,9 @@ from llmtune.deploy.parity import (
     Onto,
     check_onto,
     check_output,
-    compare_outputs,
     describe_parity,
     find_breaches,
+    measure_distance,
     write_certificate,
 )
 from llmtune.deploy.tuned_model import (
@@ -165,7 +165,7 @@ def export_gguf(
         raise RecipeError.of("llama.cpp's classifiers read one text, and rows have a pair", "data.test", MERGE_INSTEAD)
     selected = tuned.adapted.selected
     if adapter_only:
-        check_adapter(tuned.model)
+        check_lora_only(tuned.model)
     else:
         check_mergeable(tuned.adapted)
     if not selected.quantized:
@@ -177,7 +177,7 @@ def export_gguf(
         certificate = export.write_adapter(folder) if adapter_only else export.write_model(folder, cast(Onto, onto))
         fix = "" if number_format in ADAPTER_FORMATS else "Round less: --type f16. "
         write_certificate(certificate, folder, out, "the GGUF file", fix)
-    _print_summary(certificate, out, console)
+    _print_export(certificate, out, console)
     return certificate
 
 
@@ -273,7 +273,7 @@ class _Export:
             texts = [reader.encode(row["text"]) for row in self.tuned.rows]
         same_ids = all(ids in texts for ids in asked if len(ids) < self.tuned.recipe.data.max_length)
         pairs = zip(reference.logits, logits, strict=True)
-        same = [compare_outputs([one], [other], reference.kind).top1_agreement == 1 for one, other in pairs]
+        same = [measure_distance([one], [other], reference.kind).top1_agreement == 1 for one, other in pairs]
         return self._judge(reader, logits, same, same_ids, limits)
 
     def _judge(
@@ -286,7 +286,7 @@ class _Export:
     ) -> Certificate:
         parity = self.reference.judge(logits, same_answers, same_ids)
         base = self.reference.base_logits
-        base_kl = None if base is None else compare_outputs(base, logits, self.reference.kind).kl_mean
+        base_kl = None if base is None else measure_distance(base, logits, self.reference.kind).kl_mean
         effect = self.reference.effect
         breaches = [*find_breaches(parity, limits), *find_lost_adapter(parity.kl_mean, base_kl, effect)]
         return {
@@ -331,7 +331,7 @@ def find_lost_adapter(trained_kl: float, base_kl: float | None, effect: float | 
     return [f"the file is nearer to the base model ({numbers}): the adapter is lost"]
 
 
-def _print_summary(certificate: Certificate, out: Path, console: Console) -> None:
+def _print_export(certificate: Certificate, out: Path, console: Console) -> None:
     size = f"{certificate['file_bytes'] / 1e6:,.1f} MB, {certificate['number_format'].upper()}"
     lines = [f"GGUF: {out / certificate['file']} ({size})"]
     if compared := certificate["adapter"]:

@@ -5,7 +5,7 @@ Shapes: T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from llmtune.deploy.gguf_converter import NAMES, PRE_TOKENIZERS, SENTENCEPIECE, SPECIAL, TokenizerFacts, has_llama
 from llmtune.deploy.parity import load_product
-from llmtune.deploy.tuned_model import ANSWER_TOKENS, Ids, TransformersReader
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader
 from llmtune.errors import EnvironmentProblem
 
 NOT_READ = (
@@ -64,13 +64,13 @@ class LlamaReader:
         """Return the ids of `text`, with the start token before it if the file adds one."""
         return list(self.llm.tokenize(text.encode(), add_bos=True, special=True))
 
-    def logits(self, ids: Ids) -> torch.Tensor:
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits [T, V] of every position, in float32."""
         self.llm.reset()
         self.llm.eval(list(ids))
         return torch.from_numpy(self.llm.scores[: len(ids)].copy()).float()
 
-    def answer(self, prompt: Ids, stops: Ids, tokens: int = ANSWER_TOKENS) -> list[int]:
+    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
         """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
         self.llm.reset()
         self.llm.eval(list(prompt))
@@ -89,7 +89,7 @@ class LlamaClassifier(LlamaReader):
         super().__init__(file, length, embedding=True)
         self.outputs = outputs
 
-    def logits(self, ids: Ids) -> torch.Tensor:
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits [1, K] of a text, in float32."""
         import llama_cpp
 

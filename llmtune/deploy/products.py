@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmtune import __version__
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT, make_gguf
-from llmtune.deploy.merged_model import merge
+from llmtune.deploy.merged_model import merge_run
 from llmtune.records import ModelRef
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import hash_value
@@ -19,7 +19,7 @@ def make_products(context: RunContext, model_ref: ModelRef) -> None:
     with context.step("deploy", inputs, [made[name] for name in products]) as step:
         if not step.skipped:
             if "merged" in products:
-                step.facts.update(merge(context, model_ref))
+                step.facts.update(merge_run(context, model_ref))
             if "gguf" in products:
                 written = make_gguf(context, model_ref)
                 step.facts.update(gguf=written, gguf_file=written["file"], gguf_read_by=written["reader"])

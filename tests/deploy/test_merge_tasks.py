@@ -13,8 +13,8 @@ from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 import llmtune.deploy.merged_model as merging
 from llmtune.adapter.merging import merge_adapter as really_merge
-from llmtune.deploy.merged_model import merge as merge_run
-from llmtune.deploy.parity import compare_outputs
+from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.parity import measure_distance
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -144,12 +144,12 @@ def test_a_merge_that_lost_the_adapter_or_was_disturbed_fails_in_other_tasks_too
 
 def test_numbers_and_several_labels_are_compared_by_what_they_are():
     ones = [torch.tensor([[1.0]]), torch.tensor([[3.0]])]
-    moved = compare_outputs(ones, [one + 1 for one in ones], "number")
+    moved = measure_distance(ones, [one + 1 for one in ones], "number")
     assert (moved.kl_mean, moved.top1_agreement) == (pytest.approx(0.5), 0)
-    assert compare_outputs(ones, ones, "number").top1_agreement == 1
+    assert measure_distance(ones, ones, "number").top1_agreement == 1
     scores, other = torch.tensor([[2.0, -2.0]]), torch.tensor([[1.0, -2.0]])
-    assert compare_outputs([scores], [scores], "yes-no").kl_mean == 0
-    assert compare_outputs([scores], [-scores], "yes-no").top1_agreement == 0
+    assert measure_distance([scores], [scores], "yes-no").kl_mean == 0
+    assert measure_distance([scores], [-scores], "yes-no").top1_agreement == 0
     p, q = scores.sigmoid(), other.sigmoid()
     wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    assert compare_outputs([scores], [other], "yes-no").kl_mean == pytest.approx(float(wanted), rel=1e-4)
+    assert measure_distance([scores], [other], "yes-no").kl_mean == pytest.approx(float(wanted), rel=1e-4)

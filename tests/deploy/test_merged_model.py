@@ -16,7 +16,7 @@ import llmtune.deploy.merged_model as merging
 import llmtune.model.processor as processor
 from llmtune.adapter.injection import trained_parameters
 from llmtune.adapter.merging import merge_adapter as really_merge
-from llmtune.deploy.merged_model import merge, merge_model
+from llmtune.deploy.merged_model import merge_model, merge_run
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
 from llmtune.deploy.tuned_model import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
@@ -133,7 +133,7 @@ def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path
     run = finish_run(tmp_path, base, adapter={"method": "qlora"}, train=brief)
     build_llama(base, seed=9)
     with pytest.raises(EnvironmentProblem, match="the model's content differs from the lock"):
-        merge(*open_finished(run, console, offline=True), onto="original")
+        merge_run(*open_finished(run, console, offline=True), onto="original")
     assert not (run / "merged").exists()
 
 
