@@ -100,10 +100,11 @@ class ChatSession:
         """Generate in a second thread and yield what becomes certain; closing the iterator ends the thread."""
         queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
         cancelled = threading.Event()
+        settings = self.served.request_settings({}, self.recipe.generation.max_new_tokens)
 
         def work() -> None:
             try:
-                self.served.generate(prompt, self.recipe, self.recipe.seed + turn, queue.put, cancelled.is_set)
+                self.served.generate(prompt, settings, self.recipe.seed + turn, queue.put, cancelled.is_set)
                 queue.put(None)
             except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for text
                 queue.put(error)
