@@ -1,17 +1,14 @@
-"""`train.seeds`: a whole run for each further seed, on the same rows, skipped where valid, gone on with when killed."""
+"""`train.seeds`: a whole run for each further seed, on the same rows, skipped where valid, resumed when stopped."""
 
 import io
 import json
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from support.process import run_until
 from support.runs import llmtune, write_recipe, write_sums
 
 from llmtune.errors import GateFailed, Problem, Stopped
@@ -23,7 +20,6 @@ from llmtune.store.run_request import RunRequest
 from llmtune.store.verification import verify_run
 
 SEEDS = "train.seeds=[8, 9]"
-Runner = Callable[..., tuple[dict[str, Any], str]]
 
 
 @pytest.fixture(scope="module")
@@ -176,24 +172,6 @@ def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on
     report, said = run(place, "stopped", SEEDS)
     assert said.count("train unchanged, skipped") == 2
     assert report["evaluation"]["seeds"]["missing"] == []
-
-
-@pytest.mark.slow
-def test_a_run_killed_within_a_further_seed_goes_on_to_the_same_bytes(
-    place: Path, finished: tuple[Path, dict[str, Any], str]
-) -> None:
-    command = ["run", "tiny.yaml", "--set", SEEDS, "--out"]
-    whole = run_until(10_000, place, *command, "whole")
-    assert whole.returncode == 0, whole.stderr
-    total = 10_000 - int(whole.stdout.rsplit(":", 1)[1])
-    for moment in (total * 2 // 5, total * 3 // 5, total - 3):
-        out = f"killed-{moment}"
-        assert run_until(moment, place, *command, out).returncode == -signal.SIGKILL
-        again = llmtune(*command, out, cwd=place)
-        assert again.returncode == 0, again.stderr
-        for part in ("", "seeds/8", "seeds/9"):
-            assert adapter(place / out / part) == adapter(finished[0] / part), (moment, part)
-            assert scores(place / out / part) == scores(finished[0] / part), (moment, part)
 
 
 @pytest.mark.slow

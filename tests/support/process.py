@@ -1,4 +1,4 @@
-"""Commands and trainings in processes of their own, which are killed or starved there.
+"""A training in a process of its own, which is killed or starved there.
 
 `python -m support.process FOLDER RUN` trains from `recipe.yaml` and `examples` in FOLDER. Options:
 
@@ -132,27 +132,3 @@ def _redirect(paths: Sequence[Path], work: Callable[..., None], arguments: tuple
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
-
-
-KILLED = """
-import os, signal, sys
-left = int(sys.argv.pop(1))
-def watch(event, arguments):
-    global left
-    if event == "os.rename":
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(watch)
-from llmtune.cli import main
-try:
-    main()
-finally:
-    print("renames left:", left)
-"""
-
-
-def run_until(renames: int, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run llmtune and kill it just before so many files or folders were put in their place."""
-    command = [sys.executable, "-c", KILLED, str(renames), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -174,10 +174,6 @@ def break_in_rank_one() -> None:
     time.sleep(60)
 
 
-if __name__ == "__main__":
-    main()
-
-
 def node_of(batch: list[int]) -> str:
     """The node that the batch is worked on; nothing in the process that gives it."""
     import ray
@@ -193,3 +189,7 @@ def die_once(marker: Path, here: int, batch: list[int]) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.05)
     return sum(batch)
+
+
+if __name__ == "__main__":
+    main()
