@@ -1,4 +1,4 @@
-"""Tables of docs/sizes.md and docs/scale-evidence.md: memory by llmtune's own plan, time by counted operations, efficiency by simulation.
+"""Tables of docs/sizes.md and docs/scale-evidence.md: planned memory, counted operations, simulated efficiency.
 
 python benchmarks/scale.py          write the tables
 python benchmarks/scale.py --link   measure the link between two processes of this machine; the page has LOOPBACK

@@ -72,7 +72,7 @@ def reproduce(
     refuse_changed(verification)
     lock = read_lock(run / LOCK)
     loaded = move_recipe(recipe_of_run(folder), lock, run)
-    options = RunRequest(
+    request = RunRequest(
         out=target,
         fresh=fresh,
         offline=offline,
@@ -81,7 +81,7 @@ def reproduce(
         findings={name: folder.findings[name] for name in KEPT if name in folder.findings},
     )
     loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
-    run_pipeline(loaded, options, console)  # without gates: what counts is whether the same comes out
+    run_pipeline(loaded, request, console)  # without gates: what counts is whether the same comes out
     if rank():
         return {}
     result = compare_with_original(folder, target, lock, verification, tolerances or Tolerances())

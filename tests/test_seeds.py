@@ -12,7 +12,8 @@ from rich.console import Console
 from support.runs import llmtune, write_recipe, write_sums
 
 from llmtune.errors import GateFailed, Problem, Stopped
-from llmtune.pipeline import evaluate_run, run_pipeline
+from llmtune.launch.dry_run import dry_run
+from llmtune.pipeline import adapt_and_train, evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import RunContext
 from llmtune.store.run_folder import read_run, recipe_of_run
@@ -128,8 +129,9 @@ def test_gates_are_judged_once_after_all_seeds_are_there(
 
 def test_steps_before_training_have_no_seeds_and_fresh_starts_all_of_them_over(place: Path) -> None:
     brief = "train.max_steps=1"
-    _, said = run(place, "steps", SEEDS, brief, dry_run=True)
-    assert f"seed 9 would follow in {place / 'steps/seeds/9'}" in said
+    console = Console(file=io.StringIO(), width=200)
+    dry_run(load_recipe(place / "tiny.yaml", [SEEDS, brief]), RunRequest(place / "steps"), console)
+    assert f"seed 9 would follow in {place / 'steps/seeds/9'}" in console.file.getvalue()
     run(place, "steps", SEEDS, brief, until="select")
     assert not (place / "steps" / "seeds").exists()
     run(place, "steps", "train.seeds=[8]", brief, until="train")
@@ -153,14 +155,12 @@ def test_further_seeds_keep_the_micro_batches_of_the_run(
 def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_here = RunContext.train_here
-
-    def train(context: RunContext, *others: Any) -> None:
-        if context.recipe.seed == 9:
+    def train(context: RunContext) -> None:
+        if context.plan.recipe.seed == 9:
             raise Stopped(Problem("stopped"))
-        train_here(context, *others)
+        adapt_and_train(context)
 
-    monkeypatch.setattr(RunContext, "train_here", train)
+    monkeypatch.setattr("llmtune.pipeline.adapt_and_train", train)
     loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), RunRequest(out=place / "stopped")
     with pytest.raises(Stopped):
         run_pipeline(loaded, options, Console(quiet=True))

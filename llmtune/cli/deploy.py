@@ -144,7 +144,7 @@ def merge_command(
         from llmtune.deploy.merged_model import merge_run
         from llmtune.session import open_finished
 
-    certificate = merge_run(*open_finished(run, stderr_console(), offline), out, onto=onto, dtype=dtype)
+    certificate = merge_run(open_finished(run, stderr_console(), offline), out, onto=onto, dtype=dtype)
     if as_json:
         print_json(certificate)
 
@@ -173,10 +173,8 @@ def gguf(
         from llmtune.deploy.gguf_export import make_gguf
         from llmtune.session import open_finished
 
-    context, model_ref = open_finished(run, stderr_console(), offline)
-    certificate = make_gguf(
-        context, model_ref, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto
-    )
+    context = open_finished(run, stderr_console(), offline)
+    certificate = make_gguf(context, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto)
     if as_json:
         print_json(certificate)
 

@@ -77,13 +77,13 @@ def certify_run(
         raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     client = connect(url, key, offline)
     url = str(client.base_url).rstrip("/")
-    context, model_ref = open_finished(run, console, offline)
-    if not context.task.free_prompt:
+    context = open_finished(run, console, offline)
+    if not context.plan.task.free_prompt:
         fix = "Its answers are those of `llmtune generate`; merge and GGUF files have certificates of their own."
-        raise RecipeError.of(f"an endpoint of task {context.task.name} has no prompts to compare", "--url", fix)
+        raise RecipeError.of(f"an endpoint of task {context.plan.task.name} has no prompts to compare", "--url", fix)
     with client:
-        name = choose_served_model(client, model, context.recipe.name)
-        tuned = load_tuned(context, model_ref, context.read_processor(model_ref))
+        name = choose_served_model(client, model, context.plan.recipe.name)
+        tuned = load_tuned(context)
         tuned = replace(tuned, rows=[row for row in tuned.rows if _is_plain_text(row)])
         with spinner(console, "asking the tuned model"):
             reference = TextReference(tuned)

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
@@ -67,9 +67,8 @@ from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.config import read_model_config
 from llmtune.model.device import explain_oom
-from llmtune.records import ModelRef
 from llmtune.report.render_terminal import spinner
-from llmtune.session import RunContext
+from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 
 DEFAULT_FORMAT = "f16"
@@ -90,7 +89,6 @@ NEGLIGIBLE = 100
 
 def make_gguf(
     context: RunContext,
-    model_ref: ModelRef,
     out: Path | None = None,
     *,
     number_format: str = DEFAULT_FORMAT,
@@ -111,35 +109,35 @@ def make_gguf(
         raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(known)}.")
     if number_format in K_QUANTS:
         check_quantizer()  # before anything is loaded
-    trained_on = training_base(context.recipe, model_ref)
+    plan = context.plan
+    trained_on = training_base(plan.recipe, plan.model_ref)
     if onto is not None and (adapter_only or trained_on == "original"):
         what = "an adapter alone has no base to go onto" if adapter_only else "the base was not quantised in training"
         raise RecipeError.of(what, "--onto", "Omit --onto.")
     onto = onto or trained_on
-    RecipeError.collect(check_onto(onto, True, trained_on == "original" or context.recipe.adapter.method == "qlora"))
-    tuned = load_tuned(context, model_ref, check_gguf(context, model_ref))
+    RecipeError.collect(check_onto(onto, True, trained_on == "original" or plan.recipe.adapter.method == "qlora"))
+    check_gguf(plan)
+    tuned = load_tuned(context)
     folder = out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format)
     options = {"number_format": number_format, "onto": onto}
     return export_gguf(tuned, folder, context.console, adapter_only=adapter_only, **options)
 
 
-def check_gguf(context: RunContext, model_ref: ModelRef) -> PreTrainedTokenizerBase:
-    """Check, without loading weights, that a model can be written; returns the tokenizer.
+def check_gguf(plan: Plan) -> None:
+    """Check, without loading weights, that a model can be written.
 
     Raises:
         RecipeError: the model neither continues a text nor classifies it.
         EnvironmentProblem: GGUF files cannot hold the model or its tokenizer.
     """
-    task = context.task
+    task = plan.task
     encoder = task.auto_class == "AutoModelForSequenceClassification" and task.required_inputs == ("prompt",)
     if not task.continues_text and not encoder:
         what = f"a model of task {task.name} that neither continues a text nor classifies it cannot be written as GGUF"
         raise RecipeError.of(what, "deploy", "Use the adapter as it is, or what `deploy merge` makes.")
-    processor = context.read_processor(model_ref)
-    config = read_model_config(model_ref, context.recipe.model)
+    config = read_model_config(plan.model_ref, plan.recipe.model)
     check_convertible(config, task.auto_class)
-    check_reader(config.model_type, find_pre_tokenizer(processor, encoder))
-    return processor
+    check_reader(config.model_type, find_pre_tokenizer(plan.processor, encoder))
 
 
 def export_gguf(

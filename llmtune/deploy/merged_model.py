@@ -33,7 +33,6 @@ from llmtune.evaluate.generation import generation_settings
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.device import explain_oom, is_out_of_memory, release_memory
 from llmtune.model.processor import load_processor, save_tokenizer
-from llmtune.records import ModelRef
 from llmtune.report.render_terminal import spinner
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
@@ -44,14 +43,17 @@ SHARD_SIZE = "5GB"
 
 
 def merge_run(
-    context: RunContext, model_ref: ModelRef, out: Path | None = None, *, onto: str | None = None, dtype: str = "auto"
+    context: RunContext, out: Path | None = None, *, onto: str | None = None, dtype: str = "auto"
 ) -> Certificate:
     """Merge the adapter of a finished run, by default into `merged` of the run, and onto what it was trained on."""
-    processor = context.read_processor(model_ref)
-    tuned = load_tuned(context, model_ref, processor, splits=("test", "validation", "train"))
+    tuned = load_tuned(context, splits=("test", "validation", "train"))
     folder = out or context.folder.path / "merged"
     return merge_model(
-        tuned, folder, context.console, onto=onto or training_base(context.recipe, model_ref), dtype=dtype
+        tuned,
+        folder,
+        context.console,
+        onto=onto or training_base(context.plan.recipe, context.plan.model_ref),
+        dtype=dtype,
     )
 
 

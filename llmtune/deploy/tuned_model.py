@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from llmtune.adapter.reference_model import switches_off
 from llmtune.data.chat_messages import clean
-from llmtune.data.row_store import load_rows, read_rows
+from llmtune.data.row_store import read_rows
 from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, measure_distance
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import LoadedModel
@@ -31,7 +31,7 @@ from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Batch, ModelRef, Row
 from llmtune.report.render_terminal import track_items
-from llmtune.session import Models, RunContext, trained_name
+from llmtune.session import Models, RunContext
 from llmtune.store.atomic_files import hash_folder
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.speech import heard_at_once
@@ -96,21 +96,16 @@ class TunedModel:
         }
 
 
-def load_tuned(
-    context: RunContext,
-    model_ref: ModelRef,
-    processor: PreTrainedTokenizerBase,
-    splits: Sequence[str] = ("test",),
-) -> TunedModel:
+def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedModel:
     """Load the model of a finished run, and a few rows of the first of `splits` that has any."""
-    rows = load_rows(context.folder.path / "data" / "rows")
+    rows = context.rows
     split = next((name for name in splits if rows.counts[name]), splits[0])
     return TunedModel(
-        Models(context, model_ref, processor).adapted,
-        context.recipe,
-        context.task,
+        Models(context).adapted,
+        context.plan.recipe,
+        context.plan.task,
         read_rows(rows, split, range(min(CERTIFIED_ROWS, rows.counts[split]))),
-        hash_folder(context.folder.path / trained_name(context.recipe)),
+        hash_folder(context.trained_folder),
         context.console,
     )
 

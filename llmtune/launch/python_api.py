@@ -131,11 +131,11 @@ def run_recipe(recipe: str | Path, sets: Sequence[str], request: RunRequest, con
         if once(lambda: bool(known.update(_look_first(loaded, path, request, console)) or known)):
             return known
         with spinner(console, "loading the libraries"), gc_paused():
-            from llmtune.model.device import check_card
+            from llmtune.launch.dry_run import dry_run
             from llmtune.pipeline import run_pipeline
 
-        if request.device is not None:
-            check_card(request.device)
+        if request.dry_run:
+            return {} if rank() else dry_run(loaded, request, console)
         with finish_noted(loaded, path, request.until) if notes else nullcontext():
             return run_pipeline(loaded, request, console)
 

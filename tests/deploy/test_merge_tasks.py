@@ -76,7 +76,7 @@ def trained(tmp_path_factory, tiny_llama):
 
 
 def merge(run, console):
-    return merge_run(*open_finished(run, console, offline=True))
+    return merge_run(open_finished(run, console, offline=True))
 
 
 @pytest.mark.parametrize(

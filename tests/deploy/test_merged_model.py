@@ -133,7 +133,7 @@ def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path
     run = finish_run(tmp_path, base, adapter={"method": "qlora"}, train=brief)
     build_llama(base, seed=9)
     with pytest.raises(EnvironmentProblem, match="the model's content differs from the lock"):
-        merge_run(*open_finished(run, console, offline=True), onto="original")
+        merge_run(open_finished(run, console, offline=True), onto="original")
     assert not (run / "merged").exists()
 
 

@@ -28,7 +28,6 @@ from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.launch.topology import Topology
 from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, unwrap
-from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import Models, open_finished
@@ -194,10 +193,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recipe_file: Callable[...
 
 def opened(run: Path) -> Any:
     """The context of a run, its models, and the test rows without their answers."""
-    context, model_ref = open_finished(run, quiet(), True)
-    processor = load_processor(model_ref, context.recipe.model)
-    rows = [context.task.split_answer(row)[0] for _, row in iterate_rows(load_rows(run / "data" / "rows"), "test")]
-    return context, Models(context, model_ref, processor), processor, rows
+    context = open_finished(run, quiet(), True)
+    processor = context.plan.processor
+    rows = [context.plan.task.split_answer(row)[0] for _, row in iterate_rows(load_rows(run / "data" / "rows"), "test")]
+    return context, Models(context), processor, rows
 
 
 @every_case
@@ -254,11 +253,11 @@ def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name,
     lines = [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
 
     def answer(asked: list[Any]) -> list[Any]:
-        if context.task.predicts:
-            return predict(context.task, model, asked, processor, context.recipe)
-        prompts = [context.task.prompt_ids(row, processor, context.recipe) for row in asked]
-        outputs = generate_completions(model, prompts, processor, context.recipe, device="cpu")
-        read = answer_reader(processor, context.recipe)
+        if context.plan.task.predicts:
+            return predict(context.plan.task, model, asked, processor, context.plan.recipe)
+        prompts = [context.plan.task.prompt_ids(row, processor, context.plan.recipe) for row in asked]
+        outputs = generate_completions(model, prompts, processor, context.plan.recipe, device="cpu")
+        read = answer_reader(processor, context.plan.recipe)
         return [read(output.token_ids, None).text for output in outputs]
 
     with models.tuned() as model, torch.inference_mode():
@@ -268,7 +267,7 @@ def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name,
     assert len(together) == len(rows) == len(lines) > 3
     for one, other in zip(alone, together, strict=False):
         compare(one, other)
-    texts = [context.task.format_prediction(one) for one in together]
+    texts = [context.plan.task.format_prediction(one) for one in together]
     assert [line.get("tuned", text) for line, text in zip(lines, texts, strict=True)] == texts
 
 
@@ -299,7 +298,7 @@ def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, f
     run, _ = finished(name)
     context, models, processor, _ = opened(run)
     reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
-    batch = context.task.collator(processor, context.recipe, False)([reader[0], reader[1]], 0)
+    batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
     with models.base() as model:
         _, base = outputs(model, batch)
     adapted = models.adapted
@@ -436,7 +435,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
         run, _ = finished(name)
         context, models, processor, _ = opened(run)
         reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
-        batch = context.task.collator(processor, context.recipe, False)([reader[0], reader[1]], 0)
+        batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
         with models.tuned() as model:
             inputs, output = outputs(model, batch)
             quantized = getattr(unwrap(model).config, "quantization_config", None)
@@ -445,7 +444,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
         folder = run / ("weights" if CELLS[name].method == "full" else "adapter")
         files = [str(place / f"{name}.{part}") for part in ("inputs", "plain")]
         skipped = quantized and quantized.llm_int8_skip_modules
-        asked.append([str(folder), context.task.auto_class, CELLS[name].method, skipped, *files])
+        asked.append([str(folder), context.plan.task.auto_class, CELLS[name].method, skipped, *files])
     (place / "asked.json").write_text(json.dumps(asked))
     command = [sys.executable, "-c", RELOAD, str(place / "asked.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.errors import DataError
-from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_facts import LOSS_METRICS
@@ -155,10 +154,10 @@ def test_metrics_of_pairs_are_those_of_plain_models(name, runs):
 
 def score(run, rows):
     """What the model of a run says to rows, read back as llmtune reads it."""
-    context, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, context.recipe.model)
-    with Models(context, place, processor).tuned() as model, torch.inference_mode():
-        return predict(context.task, model, rows, processor, context.recipe)
+    context = open_finished(run, quiet(), True)
+    processor = context.plan.processor
+    with Models(context).tuned() as model, torch.inference_mode():
+        return predict(context.plan.task, model, rows, processor, context.plan.recipe)
 
 
 def test_a_single_answer_is_scored_from_the_ids_of_training(runs):

@@ -135,11 +135,11 @@ def load(folder, clips, tmp_path, speech, /, training=True, **sections):
 @contextmanager
 def tuned(folder, speech=None):
     """The tuned model of a run, which has learned to write."""
-    context, place = open_finished(folder / "run", quiet(), True)
-    processor = load_processor(place, context.recipe.model)
-    section = context.recipe.speech.model_copy(update=speech or {})
-    with Models(context, place, processor).tuned() as model:
-        yield model, processor, context.recipe.model_copy(update={"speech": section})
+    context = open_finished(folder / "run", quiet(), True)
+    processor = context.plan.processor
+    section = context.plan.recipe.speech.model_copy(update=speech or {})
+    with Models(context).tuned() as model:
+        yield model, processor, context.plan.recipe.model_copy(update={"speech": section})
 
 
 def asked(path):

@@ -9,7 +9,6 @@ from transformers import AutoConfig
 
 from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
-from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
@@ -68,18 +67,18 @@ def test_a_tuned_model_is_a_base_with_a_trained_head_for_the_same_kinds(finished
 
 def test_a_text_longer_than_the_model_reads_gets_a_tag_for_each_word(finished):
     run, _ = finished
-    context, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, context.recipe.model)
+    context = open_finished(run, quiet(), True)
+    processor = context.plan.processor
     words = ROWS[0]["tokens"] * 64
-    with Models(context, place, processor).tuned() as model, torch.no_grad():
+    with Models(context).tuned() as model, torch.no_grad():
         (said, dropped) = predict(
             TOKEN_CLASSIFY,
             model,
             [{"tokens": words, "tags": []}, {"tokens": ["\N{ZERO WIDTH SPACE}"], "tags": []}],
             processor,
-            context.recipe,
+            context.plan.recipe,
         )
-        (huge,) = predict(TOKEN_CLASSIFY, model, [{"tokens": ["1" * 999], "tags": []}], processor, context.recipe)
+        (huge,) = predict(TOKEN_CLASSIFY, model, [{"tokens": ["1" * 999], "tags": []}], processor, context.plan.recipe)
     assert len(processor(" ".join(words))["input_ids"]) > families.LONGEST
     assert len(said) == len(words)
     assert {"B-THING", "B-COLOUR"} <= set(said[-64:])

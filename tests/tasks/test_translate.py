@@ -21,7 +21,6 @@ from llmtune.data.chat_template import stop_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_ends, only_these_settings
 from llmtune.model.causal_lm_loss import decoder_inputs
-from llmtune.model.processor import load_processor
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.session import Models, open_finished
@@ -182,9 +181,9 @@ def test_qlora_leaves_the_output_layer_and_its_tied_embedding_alone(tmp_path):
     names = load_file(run / "adapter" / "adapter_model.safetensors")
     assert names
     assert not [name for name in names if "lm_head" in name or "shared" in name or "embed_tokens" in name]
-    context, place = open_finished(run, quiet(), True)
-    plain = AutoModelForSeq2SeqLM.from_pretrained(place.path)
-    models = Models(context, place, load_processor(place, context.recipe.model))
+    context = open_finished(run, quiet(), True)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(context.plan.model_ref.path)
+    models = Models(context)
     with models.base() as base:
         weights = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
         weights += sum(
