@@ -83,12 +83,12 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters that training changes, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def describe(adapted: AdaptedModel) -> dict[str, object]:
+def describe_adapter(adapted: AdaptedModel) -> dict[str, object]:
     """Return what the report shows of the adapter, ready for JSON."""
     config = getattr(adapted.model, "peft_config", {}).get("default")
     shape = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_dora") if hasattr(config, name)}
@@ -149,7 +149,7 @@ def wrap_full(selected: SelectedModel) -> AdaptedModel:
     """Count and describe a model that is trained whole, but for what its class holds still, such as sine tables."""
     model = selected.model
     total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in trainable_parameters(model))
+    trained = sum(parameter.numel() for parameter in trained_parameters(model))
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return AdaptedModel(selected, model, "full", trained, total, (), size)
 
@@ -162,7 +162,7 @@ def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
         model = continue_adapter(selected, recipe, Path(recipe.adapter.start_from), console)
     else:
         model = _new_adapter(selected, recipe, console, sample)
-    for parameter in trainable_parameters(model):
+    for parameter in trained_parameters(model):
         parameter.data = parameter.data.float()
     with _explained_targets(recipe.adapter):
         note = prove_wiring(model, selected, recipe, before)
@@ -214,7 +214,7 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
         raise RecipeError.of(f"PEFT refuses this adapter: {first_line(error)}", "adapter", _OTHER) from error
     if str(adapter.init_lora_weights).startswith(MUTATING):
         keep_start(model)
-    if not trainable_parameters(model):
+    if not trained_parameters(model):
         raise RecipeError.of(f"{adapter.method} finds no module here that it can adapt", "adapter", _OTHER)
     _show_experts(model, targets, adapter, console)
     _show_untied(model, console)

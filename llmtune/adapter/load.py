@@ -95,7 +95,7 @@ def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, cons
         kind = config.peft_type.value.lower()
         what = f"the adapter in {source} is of {kind}, and only those of LoRA are trained further"
         raise RecipeError.of(what, "adapter.start_from", "Name a run that was trained with lora, or remove it.")
-    problems = [*_compare(config, adapter, source), *_compare_classes(selected, source)]
+    problems = [*_compare_shape(config, adapter, source), *_compare_classes(selected, source)]
     if not problems and "target_modules" in adapter.model_fields_set:
         problems = list(_compare_targets(config, selected, recipe, source))
     RecipeError.collect(problems)
@@ -115,7 +115,7 @@ def attach(selected: SelectedModel, config: PeftConfig, source: Path, *, trainab
     name = selected.model_ref.name
     config.task_type = selected.peft_task_type  # PEFT's class for extractive qa keeps token_type_ids from the model
     check_patterns(config, [module for module, _ in selected.model.named_modules()], source)
-    return _fill(lambda: put_adapter(selected.model, config, trainable=trainable), source, "default", name)
+    return _fill_adapter(lambda: put_adapter(selected.model, config, trainable=trainable), source, "default", name)
 
 
 def add_adapter(model: PeftModel, name: str, source: Path) -> None:
@@ -130,11 +130,11 @@ def add_adapter(model: PeftModel, name: str, source: Path) -> None:
             model.add_adapter(name, config)
         return model
 
-    _fill(add, source, name, model.peft_config["default"].base_model_name_or_path)
+    _fill_adapter(add, source, name, model.peft_config["default"].base_model_name_or_path)
     model.eval()
 
 
-def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: str | None) -> PeftModel:
+def _fill_adapter(build: Callable[[], PeftModel], source: Path, name: str, base_name: str | None) -> PeftModel:
     try:
         model = build()
         weights = load_peft_weights(str(source), device="cpu")
@@ -240,7 +240,7 @@ def _check_values(config: LoraConfig, where: str) -> Iterator[Problem]:
             yield Problem(f"{key} is {getattr(config, key)!r}, and must be an object", where, fix)
 
 
-def _compare(config: LoraConfig, adapter: AdapterSection, source: Path) -> Iterator[Problem]:
+def _compare_shape(config: LoraConfig, adapter: AdapterSection, source: Path) -> Iterator[Problem]:
     stated = adapter.model_fields_set
     for key in (*_SHAPE_KEYS, *adapter.options):
         expected, actual = getattr(adapter, key), getattr(config, key)

@@ -46,12 +46,12 @@ def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
     inner = cast(torch.nn.Module, getattr(model, "module", model))
     kept = getattr(inner, KEPT, None)
     if kept is not None:
-        return _put_back(inner, kept)
+        return _restored(inner, kept)
     return inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext()
 
 
 @contextmanager
-def _put_back(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
+def _restored(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
     """Let parameters be other tensors for a while; nothing that autograd holds changes, and only shards are copied."""
     parameters = dict(model.named_parameters())
     sharded = [name for name in kept if own_part(parameters[name]) is not parameters[name]]

@@ -111,7 +111,7 @@ def count_adapted(model: torch.nn.Module) -> int:
     return total
 
 
-def shorten(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
+def shorten_targets(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
     """Return name endings that match exactly `targets` in `model` if there are any, else the full names; sorted."""
     endings = sorted({name.rpartition(".")[2] for name in targets})
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
@@ -162,11 +162,11 @@ def _match(
     matched = {entry: ends_with(names, entry) for entry in patterns}
     hits = {name for found in matched.values() for name in found}
     return [name for name in names if name in hits], [
-        _no_match(e, key, known) for e, found in matched.items() if not found
+        _unmatched(e, key, known) for e, found in matched.items() if not found
     ]
 
 
-def _no_match(entry: str, key: str, known: Sequence[str]) -> Problem:
+def _unmatched(entry: str, key: str, known: Sequence[str]) -> Problem:
     endings = list(group_by_ending(known))
     what = f"{entry!r} matches no module of this model.{nearest(entry, endings) or nearest(entry, known)}"
     return Problem(what, key, _list_linears(known))
@@ -201,7 +201,7 @@ def _check_patterns(adapter: AdapterSection, targets: Sequence[str]) -> list[Pro
                 what = f"{pattern!r} cannot be matched as a regular expression: {error}"
                 return [Problem(what, f"adapter.{key}", "Write a simpler one.")]
             if not matches:
-                problems.append(_no_match(pattern, f"adapter.{key}.{pattern}", targets))
+                problems.append(_unmatched(pattern, f"adapter.{key}.{pattern}", targets))
     return problems
 
 

@@ -102,7 +102,7 @@ def sweep(
     remote = names_remote(load_recipe(recipe, sets or ()).recipe)
     prepare_environment(network=remote and not offline, threads=threads)
     with gc_paused():
-        from llmtune.compare.sweep import sweep as run_sweep
+        from llmtune.compare.sweep import run_sweep
         from llmtune.compare.sweep_trial import SweepOptions
 
     options = SweepOptions(space, trials, processes, tuple(sets or ()), out, threads, offline)

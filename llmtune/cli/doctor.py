@@ -23,7 +23,7 @@ from llmtune.errors import first_line
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.records import Json
 from llmtune.store.atomic_files import find_cache
-from llmtune.store.machine import has_bfloat16, likely_device, list_cards, memory_limit, torch_cuda
+from llmtune.store.machine import has_bfloat16, likely_device, list_cards, process_memory_limit, torch_cuda
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_lock import hardware, package_versions
 
@@ -152,7 +152,7 @@ def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def _check_memory() -> Check:
-    memory, limit = psutil.virtual_memory(), memory_limit()
+    memory, limit = psutil.virtual_memory(), process_memory_limit()
     found = f"{_size(memory.available)} free of {_size(memory.total)}"
     if limit < memory.total:
         found += f"; this process may use {_size(limit)}"
@@ -202,7 +202,7 @@ def _facts() -> Json:
         "device": device,
         "cuda_devices": len(list_cards()) if device == "cuda" else 0,
         "memory_bytes": psutil.virtual_memory().total,
-        "memory_limit_bytes": memory_limit(),
+        "memory_limit_bytes": process_memory_limit(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "cores": count_cores(),
     }

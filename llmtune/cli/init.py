@@ -156,10 +156,10 @@ def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) 
     from llmtune.recipe.data_section import Source
     from llmtune.recipe.first_recipe import propose
     from llmtune.recipe.yaml_writer import scalar
-    from llmtune.store.machine import likely_device, list_cards, memory_limit
+    from llmtune.store.machine import likely_device, list_cards, process_memory_limit
 
     cuda = likely_device() == "cuda"
-    memory = max(card.memory_bytes for card in list_cards()) if cuda else memory_limit() / 2
+    memory = max(card.memory_bytes for card in list_cards()) if cuda else process_memory_limit() / 2
     written = os.path.relpath(survey.path, target.parent)
     line = f"train: {scalar(written)}"
     if survey.encoding:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmtune.report.blocks import Cell
 
 app = typer.Typer(help="Models: list, show, fits.", no_args_is_help=True)
-Task = Annotated[str | None, typer.Option("--task", help="Only models that can do this task.")]
+OnlyTask = Annotated[str | None, typer.Option("--task", help="Only models that can do this task.")]
 Licence = Annotated[list[str] | None, typer.Option("--licence", help="Only this licence; may be given several times.")]
 Language = Annotated[str | None, typer.Option("--language", help="Only models that name this language: en, de ...")]
 Family = Annotated[list[str] | None, typer.Option("--family", help="Only this family; may be given several times.")]
@@ -32,7 +32,7 @@ GAP = "-"
 @app.command("list")
 @handled
 def list_(
-    task: Task = None,
+    task: OnlyTask = None,
     licence: Licence = None,
     language: Language = None,
     family: Family = None,
@@ -66,9 +66,9 @@ def show(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the catalogue.")], as_json: AsJson = False
 ) -> None:
     """Show what the catalogue has of one model."""
-    from llmtune.model.catalogue import find_model
+    from llmtune.model.catalogue import find_catalogue_model
 
-    found = find_model(model)
+    found = find_catalogue_model(model)
     if as_json:
         print_json({**asdict(found), "tasks": found.tasks})
         return
@@ -112,12 +112,12 @@ def fits(
         _fit_recipe(recipe, sets or (), price or (), as_json)
         return
     from llmtune.compare.model_fits import list_fits
-    from llmtune.model.device import DRIVER_BYTES, check_card, memory_limit
+    from llmtune.model.device import DRIVER_BYTES, check_card, device_memory
     from llmtune.report.number_format import size as format_bytes
 
     if device is not None:
         check_card(device)
-    usable = memory_limit(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
+    usable = device_memory(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
     with stderr_console().status("planning"):
         planned = list(list_fits(found, task, usable, length, device, "cpu" if device == "cpu" else "cuda"))
     if as_json:

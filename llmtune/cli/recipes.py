@@ -22,13 +22,13 @@ def migrate_file(
     file: Path, out: Path | None = None, tool: str | None = None, task: str | None = None, as_json: bool = False
 ) -> None:
     """Write the recipe beside the file, or to `out`, and print what became of each key."""
-    from llmtune.recipe.migration import migrate, write_migrated
+    from llmtune.recipe.migration import migrate_config, write_migrated
     from llmtune.recipe.secrets import redact, redact_all
 
     target = out or file.with_name(f"{file.stem}.llmtune.yaml")
     if target.exists():
         raise RecipeError.of("the file exists", str(target), "Choose another name with --out.")
-    migration, loaded = migrate(file, target, tool, task)
+    migration, loaded = migrate_config(file, target, tool, task)
     with explained(target):
         target.write_text(write_migrated(migration), encoding="utf-8")
     counts = Counter(one.state for one in migration.outcomes)

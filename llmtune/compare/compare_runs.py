@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune.compare.pareto_picture import draw_pareto
-from llmtune.compare.run_comparison import Comparison, Pair, RunSummary, make_comparison
+from llmtune.compare.run_comparison import Comparison, RunPair, RunSummary, make_comparison
 from llmtune.errors import RecipeError
 from llmtune.evaluate.opened_runs import check_alike, open_runs
 from llmtune.recipe.secrets import redact_all
@@ -23,9 +23,9 @@ from llmtune.report.blocks import (
     Column,
     Compared,
     Page,
-    Rows,
     Section,
     Table,
+    TableRows,
     Text,
     difference_table,
 )
@@ -35,7 +35,7 @@ from llmtune.report.number_format import DASH, count, duration, missing, score, 
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page, spinner
-from llmtune.report.score_sections import full_note, passed_cell, words
+from llmtune.report.score_sections import full_note, passed_cell, spell_metrics
 from llmtune.report.verdict import BETTER, MIXED, WORSE
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 
@@ -123,7 +123,7 @@ def finish(comparison: Comparison, out: Path, console: Console) -> Json:
     Of three methods and more there is `pareto.svg` and .png too.
     """
     comparison = redact_all(replace(comparison, folder=str(out)))
-    page = make_page(comparison)
+    page = make_comparison_page(comparison)
     content: Json = plain(comparison)
     for run in content["runs"]:  # only where methods are compared runs have rates and gates
         for key in [key for key in ("rate", "gates") if run[key] is None]:
@@ -143,7 +143,7 @@ def finish(comparison: Comparison, out: Path, console: Console) -> Json:
 # The page
 
 
-def make_page(made: Comparison) -> Page:
+def make_comparison_page(made: Comparison) -> Page:
     """Return the page of a comparison."""
     runs = made.runs
     metrics = rank_metrics(dict.fromkeys(name for run in runs for name in run.tuned))
@@ -151,10 +151,10 @@ def make_page(made: Comparison) -> Page:
     chips = [("task", made.task), ("model", models), ("test rows", count(made.rows))]
     sentences = [*describe_pairs(made.pairs), *describe_costs(runs)]
     names = [run.name for run in runs]
-    gates: Rows = [
+    gates: TableRows = [
         [run.name, Cell(gate.name, code=True), gate.got, passed_cell(gate)] for run in runs for gate in run.gates or ()
     ]
-    settings: Rows = [[Cell(one.key, code=True), *map(shorten, one.values)] for one in made.settings]
+    settings: TableRows = [[Cell(one.key, code=True), *map(shorten_value, one.values)] for one in made.settings]
     folders = [f"{run.name}: `{run.folder}`" for run in runs]
     few = len(made.pairs) <= FEW
     shown = [pair for pair in made.pairs if few or pair.first == made.pairs[0].first or pair.verdict.word in WORDS]
@@ -173,7 +173,7 @@ def make_page(made: Comparison) -> Page:
 
 def cost_table(runs: Sequence[RunSummary]) -> Table:
     """A row a cost, and a column a run with a bar beside that of the largest."""
-    rows: Rows = []
+    rows: TableRows = []
     for name, (title, written) in COSTS.items():
         values: list[float | None] = [getattr(run, name) for run in runs]
         if name == "forgotten" and all(value is None for value in values):
@@ -190,11 +190,11 @@ def score_table(metric: str, made: Comparison) -> Table:
         for run in made.runs
     ]
     note = full_note(metric, made.task)
-    title = f"{words([metric])}: {note}" if note else words([metric])
+    title = f"{spell_metrics([metric])}: {note}" if note else spell_metrics([metric])
     return difference_table(rows, title=title, heading="run", difference="gain over base")
 
 
-def pair_section(pair: Pair, metrics: Sequence[str], task: str) -> Section:
+def pair_section(pair: RunPair, metrics: Sequence[str], task: str) -> Section:
     """Two runs: the verdict, and a row a metric."""
     rows = [
         Compared(metric, None, None, pair.difference[metric], better_side(metric), full_note(metric, task))
@@ -207,7 +207,7 @@ def pair_section(pair: Pair, metrics: Sequence[str], task: str) -> Section:
     return Section(f"{pair.second} minus {pair.first}: {pair.verdict.word}", blocks)
 
 
-def describe_pairs(pairs: Sequence[Pair]) -> list[str]:
+def describe_pairs(pairs: Sequence[RunPair]) -> list[str]:
     """Say which run of each pair is better; of many pairs, those without a clear difference are counted in one line."""
     clear = [pair for pair in pairs if pair.verdict.word in WORDS or len(pairs) <= FEW]
     others = len(pairs) - len(clear)
@@ -217,7 +217,7 @@ def describe_pairs(pairs: Sequence[Pair]) -> list[str]:
     return [*map(describe_pair, clear), *([text] if others else [])]
 
 
-def describe_pair(pair: Pair) -> str:
+def describe_pair(pair: RunPair) -> str:
     """Say which of two runs is better, in one line."""
     text = WORDS.get(pair.verdict.word, UNKNOWN).format(first=pair.first, second=pair.second)
     return f"{text} {pair.verdict.reason}"
@@ -242,7 +242,7 @@ def ratio_text(ratio: float) -> str:
     return f"{100 * ratio:.{2 if ratio < 0.01 else 1 if ratio < 0.1 else 0}f} % of the"
 
 
-def shorten(value: object) -> str:
+def shorten_value(value: object) -> str:
     """A value of a recipe, short enough for a table."""
     text = "none" if value is None else str(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llmtune.compare.run_comparison import Pair, RunSummary
+from llmtune.compare.run_comparison import RunPair, RunSummary
 from llmtune.report.metric_info import better_side
 from llmtune.report.number_format import score
 
@@ -28,7 +28,7 @@ PLACES = ((5, 3, "left"), (-5, 3, "right"), (5, -10, "left"), (-5, -10, "right")
 """Where a name may stand beside its point: points to the right, points up, and which of its ends is there."""
 
 
-def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[Pair], metric: str, settings: Any) -> None:
+def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair], metric: str, settings: Any) -> None:
     """Draw `metric` of each run over each of its costs into `path` with .png and .svg; better is up and to the left."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[Pair], m
         names = [
             name
             for axes, cost in zip(figure.subplots(2, 2, sharey=True).flat, AXES, strict=True)
-            for name in _draw(axes, runs, cost, metric, best, intervals)
+            for name in _draw_cost(axes, runs, cost, metric, best, intervals)
         ]
         if side < 0:
             figure.axes[0].invert_yaxis()
@@ -51,12 +51,12 @@ def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[Pair], m
             f"blue: no clear difference from {best.name}; grey: clearly behind; orange: none is better and cheaper",
             fontsize=8.5,
         )
-        _place(figure, names)
+        _place_names(figure, names)
         figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
-def find_intervals(best: str, pairs: Sequence[Pair], metric: str) -> Iterator[tuple[str, tuple[float, float]]]:
+def find_intervals(best: str, pairs: Sequence[RunPair], metric: str) -> Iterator[tuple[str, tuple[float, float]]]:
     """Yield each run with the interval of its `metric` minus that of the run `best`, where there is one."""
     for pair in pairs:
         change = pair.difference.get(metric)
@@ -74,7 +74,7 @@ def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _draw(
+def _draw_cost(
     axes: Axes,
     runs: Sequence[RunSummary],
     cost: str,
@@ -108,7 +108,7 @@ def _draw(
     axes.spines["bottom"].set_visible(True)
 
 
-def _place(figure: Figure, names: Sequence[Annotation]) -> None:
+def _place_names(figure: Figure, names: Sequence[Annotation]) -> None:
     """Move each name to the first of its places where it covers no other name or dot and stays in its picture."""
     from matplotlib.transforms import Bbox
 

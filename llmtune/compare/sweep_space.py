@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.validation import key_paths
-from llmtune.recipe.yaml_reader import Node, label, parse_yaml, read_text
+from llmtune.recipe.yaml_reader import Node, file_label, parse_yaml, read_recipe_text
 from llmtune.recipe.yaml_writer import scalar
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ PARTS = ("low", "high", "log", "step")
 
 def read_space(file: Path, recipe: str, sets: Sequence[str]) -> dict[str, BaseDistribution]:
     """Read a space; raises RecipeError with all that is wrong with it, values that the recipe refuses among it."""
-    root = parse_yaml(read_text(file), label(file), file.parent)
+    root = parse_yaml(read_recipe_text(file), file_label(file), file.parent)
     if not isinstance(root.value, dict) or not root.value:
-        raise RecipeError.of("a search space is a mapping of a recipe's keys", label(file), EXAMPLE)
+        raise RecipeError.of("a search space is a mapping of a recipe's keys", file_label(file), EXAMPLE)
     space, problems = {}, []
     for key, node in root.value.items():
         try:
@@ -93,6 +93,6 @@ def suggest(trial: Trial, space: Mapping[str, BaseDistribution]) -> dict[str, An
     return {key: trial._suggest(key, distribution) for key, distribution in space.items()}
 
 
-def with_values(recipe: str, sets: Sequence[str], values: Mapping[str, Any]) -> LoadedRecipe:
+def load_with_values(recipe: str, sets: Sequence[str], values: Mapping[str, Any]) -> LoadedRecipe:
     """Load the recipe with the values of a trial. Raises RecipeError where they do not go together."""
     return load_recipe(recipe, [*sets, *(f"{key}={scalar(value)}" for key, value in values.items())])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from typing_extensions import TypedDict
 
-from llmtune.compare.sweep_space import read_space, suggest, with_values
+from llmtune.compare.sweep_space import load_with_values, read_space, suggest
 from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError, Stopped, first_line
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.store.atomic_files import explained, write_json
@@ -114,8 +114,8 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
     from optuna.trial import Trial
 
     from llmtune.pipeline import run_pipeline
-    from llmtune.session import Options
     from llmtune.store.process_environment import prepare_environment
+    from llmtune.store.run_request import RunRequest
     from llmtune.train.metrics_log import ON_VALIDATION
 
     prepare_environment(network=not options.offline, threads=options.threads)
@@ -135,15 +135,15 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
         if number and trial.should_prune():
             raise Pruned
 
-    run = trial_folder(folder, number)
+    run = sweep_trial_folder(folder, number)
     try:
-        loaded = alone(with_values(recipe, options.sets, values))
+        loaded = alone(load_with_values(recipe, options.sets, values))
         _share(folder, run, loaded)
         token = ON_VALIDATION.set(watch)
         try:
             for step, loss in validations(run).items():  # of a run that was stopped, maybe before it told them
                 watch(step, loss)
-            run_pipeline(loaded, Options(out=run, offline=options.offline, until="train"), Console(file=StringIO()))
+            run_pipeline(loaded, RunRequest(out=run, offline=options.offline, until="train"), Console(file=StringIO()))
         finally:
             ON_VALIDATION.reset(token)
     except Pruned:
@@ -156,7 +156,7 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
     return min(losses) if loaded.recipe.train.load_best_model_at_end else losses[-1], None
 
 
-def trial_folder(out: Path, number: int) -> Path:
+def sweep_trial_folder(out: Path, number: int) -> Path:
     """Return the run folder of a trial."""
     return out / "trials" / f"{number:03d}"
 
@@ -169,7 +169,7 @@ def alone(loaded: LoadedRecipe) -> LoadedRecipe:
 
 def _share(out: Path, run: Path, loaded: LoadedRecipe) -> None:
     """Let a trial begin with the rows and examples of the first."""
-    first = trial_folder(out, 0)
+    first = sweep_trial_folder(out, 0)
     manifest = read_manifest(first) if (first / MANIFEST).exists() else None
     if run != first and manifest is not None and not (run / MANIFEST).exists():
         with explained(run):

@@ -44,6 +44,7 @@ from llmtune.data.row_hash import (
 from llmtune.data.spool import Index
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS
+from llmtune.store.atomic_files import atomic_file
 
 JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]
 """Gives all rows, as JSON, in batches, each with the number of its first."""
@@ -279,10 +280,8 @@ def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
 
     def write() -> None:
         keys_LR = np.ascontiguousarray(np.concatenate(waiting, axis=1))  # a line is read without the others
-        path = folder / f"{int(keys_LR[0, 0]):012}.npy"
-        with path.with_suffix(".partial").open("wb") as file:
+        with atomic_file(folder / f"{int(keys_LR[0, 0]):012}.npy") as partial, partial.open("wb") as file:
             np.save(file, keys_LR)
-        path.with_suffix(".partial").replace(path)
         waiting.clear()
 
     for numbers, keys_RL in _Signer(common, keys=True).map(order[order >= done], rows):
@@ -330,10 +329,9 @@ def _write_minima(number_C: I64, rows: JsonRows, common: U32, folder: Path) -> P
     """Write the minima of the candidates [C, P] by their numbers, unless they are there; each has words."""
     path = folder / "minima"
     if not path.exists():
-        with path.with_suffix(".partial").open("wb") as file:
+        with atomic_file(path) as partial, partial.open("wb") as file:
             for _, minimum_RP in _Signer(common, keys=False).map(number_C, rows):
                 file.write(minimum_RP.tobytes())
-        path.with_suffix(".partial").replace(path)
     return path
 
 

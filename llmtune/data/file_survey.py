@@ -13,9 +13,8 @@ from pathlib import Path
 
 from llmtune.data.byte_streams import GUESSED_BYTES, guess_encoding, open_bytes
 from llmtune.data.column_mapping import ALIASES, find, flatten, rename
-from llmtune.data.file_readers import RawRow
 from llmtune.data.message_roles import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
-from llmtune.data.rejected_rows import RowError
+from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row
 from llmtune.data.row_hash import hash_content, to_json
 from llmtune.data.schema_inference import infer_columns, reads, words

@@ -17,9 +17,9 @@ from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.byte_streams import guess_encoding
 from llmtune.data.column_mapping import holds, rename
-from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, RawRow, read_lazily
+from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
-from llmtune.data.rejected_rows import RowError
+from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, unused_keys
 from llmtune.data.schema_inference import infer_columns, source_line, written_path
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible

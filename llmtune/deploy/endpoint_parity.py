@@ -77,20 +77,20 @@ def certify_run(
         raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     client = connect(url, key, offline)
     url = str(client.base_url).rstrip("/")
-    context, model_ref = open_finished(run, console, offline)
-    if not context.task.free_prompt:
+    context = open_finished(run, console, offline)
+    if not context.plan.task.free_prompt:
         fix = "Its answers are those of `llmtune generate`; merge and GGUF files have certificates of their own."
-        raise RecipeError.of(f"an endpoint of task {context.task.name} has no prompts to compare", "--url", fix)
+        raise RecipeError.of(f"an endpoint of task {context.plan.task.name} has no prompts to compare", "--url", fix)
     with client:
-        name = choose_model(client, model, context.recipe.name)
-        tuned = load_tuned(context, model_ref, context.read_processor(model_ref))
+        name = choose_served_model(client, model, context.plan.recipe.name)
+        tuned = load_tuned(context)
         tuned = replace(tuned, rows=[row for row in tuned.rows if _is_plain_text(row)])
         with spinner(console, "asking the tuned model"):
             reference = TextReference(tuned)
         with spinner(console, f"asking {url}"):
             chat = tuned.task.is_conversational and bool(tuned.processor.chat_template)
             replies = ask_all(client, name, tuned.questions, chat, _further_parameters(chat))
-    measured = _compare(reference, replies)
+    measured = _compare_replies(reference, replies)
     breaches = find_endpoint_breaches(measured)
     limits = {"answer_agreement": MIN_AGREEMENT, "logprob_mean_difference": MAX_LOGPROB_DIFFERENCE, "same_ids": 1.0}
     about = {"url": url, "model": name, "limits": limits, "measured": measured}
@@ -100,7 +100,7 @@ def certify_run(
     fix = f"The numbers are in {out}. Serve the run itself, its merged folder, or its template as it was saved."
     GateFailed.collect(Problem(f"the endpoint differs: {breach}", url, fix) for breach in breaches)
     console.print(f"endpoint {url}, model {name}", highlight=False, markup=False)
-    console.print(_describe(measured), highlight=False)
+    console.print(_describe_endpoint(measured), highlight=False)
     return certificate
 
 
@@ -151,13 +151,13 @@ def bound_answer(response: Any) -> None:
     # The client has an httpx of its own, which reads no stream but one of its own kind.
     methods = {
         "__init__": lambda own: None,
-        "__iter__": lambda own: _bounded(stream),
+        "__iter__": lambda own: _limit_bytes(stream),
         "close": lambda own: stream.close(),
     }
     response.stream = type(kind.__name__, (kind,), methods)()
 
 
-def _bounded(stream: Iterable[bytes]) -> Iterator[bytes]:
+def _limit_bytes(stream: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the bytes of an answer, up to MAX_ANSWER_BYTES within TIMEOUT_SECONDS."""
     size, end = 0, time.monotonic() + TIMEOUT_SECONDS
     for part in stream:
@@ -176,7 +176,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def choose_model(client: openai.OpenAI, requested: str | None, run_name: str) -> str:
+def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: str) -> str:
     """Return the model to ask: the one requested, the one called like the run, or the only one.
 
     Raises RecipeError where there is no such model, or several.
@@ -266,7 +266,7 @@ def _explained_errors(client: openai.OpenAI) -> Iterator[None]:
     try:
         yield
     except openai.OpenAIError as error:
-        raise _explain(error, str(client.base_url).rstrip("/")) from error
+        raise _explain_status(error, str(client.base_url).rstrip("/")) from error
     except AnswerRefusedError as error:
         raise EnvironmentProblem.of(str(error), str(client.base_url).rstrip("/"), "Check --url.") from None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -274,7 +274,7 @@ def _explained_errors(client: openai.OpenAI) -> Iterator[None]:
         raise EnvironmentProblem.of(what, fix="Check --url.") from error
 
 
-def _explain(error: openai.OpenAIError, url: str) -> LlmtuneError:
+def _explain_status(error: openai.OpenAIError, url: str) -> LlmtuneError:
     if not isinstance(error, openai.APIStatusError):
         fix = "Start it, for example: llmtune deploy serve RUN"
         return EnvironmentProblem.of(f"the endpoint does not answer: {error.__cause__ or error}", url, fix)
@@ -287,7 +287,7 @@ def _explain(error: openai.OpenAIError, url: str) -> LlmtuneError:
 # The comparison
 
 
-def _compare(reference: TextReference, replies: Sequence[Reply]) -> Certificate:
+def _compare_replies(reference: TextReference, replies: Sequence[Reply]) -> Certificate:
     """Return how far an endpoint is from the tuned model; an answer that parts at a tie counts as the same."""
     tuned = reference.tuned
     stops = set(answer_ends(tuned.model, tuned.processor, tuned.recipe))
@@ -351,7 +351,7 @@ def find_endpoint_breaches(measured: Certificate) -> list[str]:
     return breaches
 
 
-def _describe(measured: Certificate) -> str:
+def _describe_endpoint(measured: Certificate) -> str:
     ids = {"ids": "token ids of all prompts equal", "count": "as many tokens in all prompts (ids are not returned)"}
     parts = [ids[measured["ids_known_by"]], f"same greedy answers {measured['answer_agreement']:.0%}"]
     if measured["ties"]:

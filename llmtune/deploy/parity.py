@@ -87,7 +87,9 @@ LIMITS = {
 other base: a 4-bit adapter on the original weights."""
 
 
-def compare_outputs(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], kind: str = "choice") -> Distance:
+def measure_distance(
+    expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], kind: str = "choice"
+) -> Distance:
     """Compare logits [N, K] with others of the same inputs.
 
     `kind` is a task's `output_kind`. The KL of numbers is that of two normal distributions around them, as wide as the
@@ -143,7 +145,7 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     return breaches
 
 
-class Measured(TypedDict):
+class ParityNumbers(TypedDict):
     """The numbers of a parity check, as a certificate has them."""
 
     positions: int
@@ -166,7 +168,7 @@ class CertificateDocument(TypedDict, total=False):
     files_sha256: dict[str, str]
     number_format: str
     reader: str
-    measured: Measured | None
+    measured: ParityNumbers | None
 
 
 def read_certificate(folder: Path, name: str = CERTIFICATE) -> Certificate | None:

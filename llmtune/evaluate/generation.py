@@ -14,11 +14,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
 from llmtune.data.tokenization import decode
-from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, write_greedily
+from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, decode_greedily
 from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.device import is_out_of_memory, memory_limit
+from llmtune.model.device import device_memory, is_out_of_memory
 from llmtune.model.self_checks import positions_depend_on_neighbours
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -98,7 +98,7 @@ class CompletionOutput:
     """`length` where `generation.max_new_tokens` ended it."""
 
 
-def generate(
+def generate_completions(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
     processor: PreTrainedTokenizerBase,
@@ -139,7 +139,7 @@ def _generate_here(
         if column_bytes is None:
             answers = generate_batch(model, batch_prompts, settings, device)
         else:
-            answers = write_greedily(model, batch_prompts, new, stops, device)
+            answers = decode_greedily(model, batch_prompts, new, stops, device)
         for i, ids in zip(batch, answers, strict=True):
             outputs[i] = end_output(ids, stops)
         advance(len(batch))
@@ -169,7 +169,7 @@ def is_greedy(recipe: Recipe) -> bool:
 
 def cache_budget(device: str, column_bytes: int) -> int:
     """Return how many positions one batch may have. It depends on the memory there is, not on what is free."""
-    limit = memory_limit(device)
+    limit = device_memory(device)
     if limit is None:
         return budget_for(device, GENERATION_BUDGET)
     return max(1, int(limit * CACHE_SHARE) // max(1, column_bytes))

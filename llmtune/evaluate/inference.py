@@ -15,7 +15,7 @@ from rich.progress import Progress
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, LoadedModel
-from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate
+from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.shared_prefix import most_likely, score_trees
@@ -102,9 +102,9 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
         if prompts:
             flat = [ids for asked in prompts.values() for ids in asked]
             advance = add_bar(bars, f"{name}: answers", len(flat))
-            outputs = generate(model, flat, context.processor, recipe, device=device, advance=advance)
+            outputs = generate_completions(model, flat, context.processor, recipe, device=device, advance=advance)
     known = dict(zip(trees, scores, strict=True))
-    return read_outputs(Answers(sums, {}, known), prompts, outputs, context)
+    return parse_outputs(Answers(sums, {}, known), prompts, outputs, context)
 
 
 def predict_rows(
@@ -125,7 +125,7 @@ def predict_rows(
     return [value for value, _ in found], ends
 
 
-def read_outputs(
+def parse_outputs(
     answers: Answers,
     prompts: Mapping[int, Sequence[Sequence[int]]],
     outputs: Sequence[CompletionOutput],
@@ -190,7 +190,7 @@ def score_tokens(
     return TokenSums(*sums, nats[first], supervised[first])
 
 
-def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
+def compute_metrics(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
     """Turn answers into the metrics of the inputs; one without rows, or that means nothing here, is left out.
 
     Where answers were generated, the share of those that were cut is always among them.

@@ -94,11 +94,11 @@ def _score_here(
             scores[i] = values
         advance(len(batch))
 
-    run_in_batches([cost(tree, score) for tree in trees], budget or budget_for(device, TOKEN_BUDGET), work)
+    run_in_batches([tree_cost(tree, score) for tree in trees], budget or budget_for(device, TOKEN_BUDGET), work)
     return scores
 
 
-def cost(tree: Tree, score: Callable[..., object]) -> int:
+def tree_cost(tree: Tree, score: Callable[..., object]) -> int:
     """Positions that scoring a tree takes."""
     if score is score_as_trees:
         return tree.length
@@ -247,7 +247,7 @@ def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:
         )
 
 
-def with_answer(prompt: Row, answer: str) -> Row:
+def append_choice(prompt: Row, answer: str) -> Row:
     """Put an answer to a row that has none."""
     if "messages" in prompt:
         return {**prompt, "messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
@@ -270,7 +270,7 @@ def choice_trees(
     step = max(1, ENCODED_CHARACTERS // (width * longest))
     trees: list[Tree | None] = []
     for start in range(0, len(prompts), step):
-        rows = [with_answer(prompt, choice) for prompt in prompts[start : start + step] for choice in choices]
+        rows = [append_choice(prompt, choice) for prompt in prompts[start : start + step] for choice in choices]
         encoded = task.encode(rows, processor, last)
         assert len(encoded) == len(rows)
         trees += [join_choices(encoded[first : first + width]) for first in range(0, len(rows), width)]

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from llmtune.data.collators import pad, pad_texts
 from llmtune.errors import EnvironmentProblem
-from llmtune.model.causal_lm_loss import move_to, read_inputs
+from llmtune.model.causal_lm_loss import model_inputs, move_to
 from llmtune.model.device import fits_in_memory, release_memory
 from llmtune.records import Advance, Example
 from llmtune.store.processes import world_size
@@ -94,7 +94,7 @@ def run_encoder(
 
     def work(batch: list[int]) -> None:
         tensors = move_to(device, pad_texts([examples[i] for i in batch], pad_id))
-        output = model(**read_inputs(model, tensors))
+        output = model(**model_inputs(model, tensors))
         for row, i in enumerate(batch):
             take(i, output, row)
         advance(len(batch))

@@ -22,7 +22,7 @@ from referencing.jsonschema import DRAFT202012
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.chat_rows import Tool, ToolCall
 from llmtune.evaluate.metric import Measure, columns, ratio
-from llmtune.evaluate.paired_statistics import share_ends
+from llmtune.evaluate.paired_statistics import share_bounds
 from llmtune.records import Row
 
 
@@ -192,9 +192,9 @@ def score_silence(answer: ParsedAnswer, turn: ToolTurn) -> float:
     return float(not answer.tool_calls and not answer.error)
 
 
-Score = Callable[[ParsedAnswer, ToolTurn], float | None]
+CallScore = Callable[[ParsedAnswer, ToolTurn], float | None]
 CALLING = "answers of rows with tools whose reference calls one, each asked behind the recorded turns before it"
-TOOL_SCORES: Mapping[str, tuple[Score, bool, str]] = {
+TOOL_SCORES: Mapping[str, tuple[CallScore, bool, str]] = {
     "tool_call_valid": (score_valid, True, f"share with calls, all of them valid by JSON Schema; {CALLING}"),
     "tool_name": (score_names, True, f"share that call the same tools, in any order; {CALLING}"),
     "tool_arguments": (score_arguments, True, f"share whose calls equal the reference's by value; {CALLING}"),
@@ -219,4 +219,4 @@ def measure_tools(
     right, asked_N = np.asarray([*sums.values()], dtype=np.float64).reshape(-1, 2).T
     alone = metric != "tool_arguments_f1" and bool((asked_N == 1).all())
     sums_N2, at = columns(right, asked_N), tuple(sums)
-    return Measure(metric, sums_N2, ratio, right_wrong=alone, signature=signature, at=at, ends=share_ends)
+    return Measure(metric, sums_N2, ratio, right_wrong=alone, signature=signature, at=at, bounds=share_bounds)

@@ -24,7 +24,7 @@ from llmtune.tasks.completion import MaskedCompletion
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.recordings import extract_features, feature_extractor, is_multilingual, read_windows, set_speech
 from llmtune.tasks.speech import count_frames
-from llmtune.tasks.text_to_text import EncoderDecoder, Pair, first_token, source_ids, target_ids
+from llmtune.tasks.text_to_text import EncoderDecoder, TextPair, first_token, source_ids, target_ids
 
 LONGEST_PROMPT = 4096  # tokens: the attention of a longer one does not fit into common memory in full
 LARGEST_FIGURE = 2048  # tokens that --max-tokens allows
@@ -90,7 +90,7 @@ class ModelInputs:
     """The run's, or one of defaults."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     """What goes into the model beside the tokens."""
-    pair: Pair | None = None
+    pair: TextPair | None = None
     """What an encoder-decoder reads and writes; its target may be empty still."""
     frames: Line | None = None
     """The rows of a recording."""
@@ -124,7 +124,9 @@ def check_options(given: Mapping[str, object], useful: Mapping[str, bool]) -> li
     return problems
 
 
-def make_pair(target: Target, given: Mapping[str, str | None], written: str = "", language: str | None = None) -> Pair:
+def make_pair(
+    target: Target, given: Mapping[str, str | None], written: str = "", language: str | None = None
+) -> TextPair:
     """Return source and target of an encoder-decoder: of a run as its task words them, with prefix and languages."""
     task, recipe, processor = target.task, target.recipe, target.processor
     worded = isinstance(task, EncoderDecoder) and ("context" not in task.inputs or given.get("context") is not None)
@@ -133,7 +135,7 @@ def make_pair(target: Target, given: Mapping[str, str | None], written: str = ""
     languages = [getattr(processor, name, None) for name in ("src_lang", "tgt_lang")]
     if language:
         languages = [part.strip() for part in language.split(",")]
-    return Pair(str(given["prompt"]), written, languages[0], languages[-1])
+    return TextPair(str(given["prompt"]), written, languages[0], languages[-1])
 
 
 def read_recording(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Samples, float, bool]:
@@ -268,7 +270,7 @@ def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -
     section = section.model_copy(update={"language": "en" if guessed else language})
     with _language_errors(target):
         inputs = _whisper_inputs(target, samples, recipe.model_copy(update={"speech": section}))
-    pair = Pair("", (request.target or "").strip())
+    pair = TextPair("", (request.target or "").strip())
     if pair.target:
         fit_tokens(transcript_ids(pair, target), "--target", target, request)
     frames = int(target.config.max_source_positions)
@@ -278,7 +280,7 @@ def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -
     return replace(inputs, pair=pair, frames=line, note=note)
 
 
-def transcript_ids(pair: Pair, target: Target) -> list[int]:
+def transcript_ids(pair: TextPair, target: Target) -> list[int]:
     """Return what Whisper's decoder reads: the tokens of language and task, and the transcript."""
     processor = target.processor
     text = processor(f" {pair.target}", add_special_tokens=False)["input_ids"] if pair.target else []

@@ -135,25 +135,25 @@ def _open_run(path: Path, console: Console, offline: bool) -> Target:
     model = stated.model.model_copy(update={"attn_implementation": "eager", "dtype": "float32"})
     data = stated.data.model_copy(update={"packing": False})
     recipe = stated.model_copy(update={"model": model, "data": data})
-    context, model_ref = open_finished(path, console, offline, recipe=recipe)
-    models = Models(context, model_ref, context.read_processor(model_ref))
+    context = open_finished(path, console, offline, recipe=recipe)
+    plan, models = context.plan, Models(context)
 
     @contextmanager
     def open_model(name: str) -> Iterator[PreTrainedModel]:
         with {BASE: models.base, TUNED: models.tuned}[name]() as model:
             yield model
 
-    config = read_model_config(model_ref, context.recipe.model)
+    config = read_model_config(plan.model_ref, plan.recipe.model)
     return Target(
         name=str(path),
         family=family_of(config),
         config=config,
-        processor=models.processor,
+        processor=plan.processor,
         models=(BASE, TUNED),
         open_model=open_model,
         folder=path / "explain",
-        recipe=context.recipe,
-        task=context.task,
+        recipe=plan.recipe,
+        task=plan.task,
     )
 
 

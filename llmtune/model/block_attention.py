@@ -122,7 +122,7 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             scaled_HTD = query[0] * scale
             for block in blocks:
-                weights_KQN = _weights(scaled_HTD, key[0], block, window, causal)
+                weights_KQN = _attention_weights(scaled_HTD, key[0], block, window, causal)
                 if block.is_short:
                     short.append(weights_KQN)
                 found_KQE = torch.bmm(weights_KQN, block.take(value[0]))
@@ -144,7 +144,7 @@ class _Attention(torch.autograd.Function):
         dv_KTE = torch.zeros(value.shape[1:], dtype=summed, device=key.device)
         scaled_HTD = query[0] * ctx.scale
         for block in ctx.blocks:
-            weights_KQN = next(saved) if block.is_short else _weights(scaled_HTD, key[0], block, *ctx.options)
+            weights_KQN = next(saved) if block.is_short else _attention_weights(scaled_HTD, key[0], block, *ctx.options)
             out_HQE = gradient_1THE[0, block.start : block.end].transpose(0, 1)
             out_KQE = out_HQE.reshape(key.shape[1], -1, value.shape[3])
             block.add(dv_KTE, torch.bmm(weights_KQN.transpose(1, 2), out_KQE))
@@ -157,7 +157,7 @@ class _Attention(torch.autograd.Function):
         return dq_HTD[None], dk_KTD.to(key.dtype)[None], dv_KTE.to(value.dtype)[None], None, None, None, None
 
 
-def _weights(
+def _attention_weights(
     scaled_HTD: torch.Tensor, key_KTD: torch.Tensor, block: _Block, window: int | None, causal: bool
 ) -> torch.Tensor:
     """Return what each query of a block gives to the keys that it sees: [K, G * Q, N], rows add up to one."""

@@ -33,7 +33,7 @@ def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> L
     if takes_shared_prefixes(unwrap(model)):
         batch = share_prefixes(batch)
     targets = {"predict_S": batch["predict_S"], "targets_S": batch["targets_S"], "choices": by_row}
-    output = model(**_inputs(model, batch), **targets)
+    output = model(**_decoder_arguments(model, batch), **targets)
     losses_S = weigh_by_probability(output["losses_S"], model)
     return _sum_up(losses_S, output["correct_S"] if by_row else None, batch)
 
@@ -66,7 +66,7 @@ def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the logits [S, V] from which the supervised tokens of `batch` are predicted, as the model gives them."""
     accepted = accepted_arguments(type(unwrap(model)))  # type: ignore[arg-type]
     predict_S, width = batch["predict_S"], batch["input_ids"].shape[1]
-    inputs = _inputs(model, batch)
+    inputs = _decoder_arguments(model, batch)
     row_S, column_S = predict_S // width, predict_S % width + virtual_tokens(model)
     if "logits_to_keep" not in accepted:
         return cast(torch.Tensor, model(**inputs).logits[row_S, column_S])
@@ -76,7 +76,7 @@ def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return cast(torch.Tensor, model(**inputs, logits_to_keep=columns_C).logits[row_S, index_S])
 
 
-def _inputs(model: torch.nn.Module, batch: Batch) -> dict[str, object]:
+def _decoder_arguments(model: torch.nn.Module, batch: Batch) -> dict[str, object]:
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
@@ -129,7 +129,7 @@ def move_to(device: torch.device | str, batch: Batch) -> Batch:
     }
 
 
-def read_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
+def model_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     """Return what of a batch this model reads; features of sound in the number format of its weights."""
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import torch
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
 from llmtune.recipe.schema import Recipe
 from llmtune.report.number_format import size as format_bytes
-from llmtune.store.machine import memory_limit as process_memory_limit
+from llmtune.store.machine import process_memory_limit
 
 CARDS: Mapping[str, tuple[float, float]] = {
     "b200": (180e9, 2250e12),
@@ -92,7 +92,7 @@ def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[o
     return torch.autocast(device.split(":")[0], dtype=dtype)
 
 
-def memory_limit(device: str) -> int | None:
+def device_memory(device: str) -> int | None:
     """Return the bytes that `device` has in total, free or not; None where it cannot be known.
 
     Of a card by name, which need not be here, what its driver leaves. On a CPU: the least of RAM, the control group's
@@ -175,7 +175,7 @@ def explain_oom(doing: str, device: str) -> Iterator[None]:
             free, total = torch.cuda.mem_get_info()
             memory = f"{format_bytes(total)}, of which {format_bytes(free)} are free"
         else:
-            memory = format_bytes(limit) if (limit := memory_limit(device)) else "too little"
+            memory = format_bytes(limit) if (limit := device_memory(device)) else "too little"
         raise EnvironmentProblem.of(
             f"out of memory while {doing}: {device} has {memory}",
             "model.name",

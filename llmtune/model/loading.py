@@ -256,14 +256,14 @@ def _load_weights(
             str(model_ref.path),
             "The folder is not whole, or it holds another kind of model than config.json says.",
         )
-    _refuse_no_numbers(model, model_ref)
+    _check_finite(model, model_ref)
     if recipe.adapter.method == "qlora":
         quantize_experts(model, recipe.adapter)
     return model if "device_map" in options else model.to(device), tuple(sorted(new))
 
 
 @torch.no_grad()
-def _refuse_no_numbers(model: PreTrainedModel, model_ref: ModelRef) -> None:
+def _check_finite(model: PreTrainedModel, model_ref: ModelRef) -> None:
     """Raise EnvironmentProblem where weights are NaN or infinite: whatever is computed with them is, too."""
     packed = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
     whole = [(name, weight) for name, weight in model.named_parameters() if not name.startswith(packed)]

@@ -18,7 +18,7 @@ from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, linear_shapes
-from llmtune.model.device import memory_limit, resolve_dtype
+from llmtune.model.device import device_memory, resolve_dtype
 from llmtune.model.quantized_base import BaseQuantization, kept_quantization
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.peft_options import options_of
@@ -58,7 +58,7 @@ def plan_memory(
     """
     model_class, config = find_class(model_ref, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
-    plan = plan_skeleton(skeleton, recipe, task, tokens, device, memory_limit(device))
+    plan = plan_skeleton(skeleton, recipe, task, tokens, device, device_memory(device))
     return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout)
 
 
@@ -240,7 +240,7 @@ def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = Non
     `model.check_memory: false` turns the refusal into a warning.
     """
     console = console or Console(stderr=True)
-    console.print(_draw(plan))
+    console.print(_draw_plan(plan))
     if plan.limit is None or plan.total <= plan.limit:
         return
     if plan.lower_bound <= plan.limit:
@@ -368,7 +368,7 @@ def _kept_activations(
     return layers * hidden + layer if saves else layers * layer
 
 
-def _draw(plan: MemoryPlan) -> Table:
+def _draw_plan(plan: MemoryPlan) -> Table:
     each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
     table = Table(title=f"Memory plan ({plan.device}{each})", title_justify="left", show_footer=True)
     table.add_column("part", footer="total")

@@ -32,7 +32,7 @@ _BITS = {
 _PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "model*.ckpt")
 
 
-def check_folder(folder: Path, model: ModelSection) -> None:
+def check_model_folder(folder: Path, model: ModelSection) -> None:
     """Check that `folder` holds a whole model that may be loaded, reading headers only.
 
     Raises:
@@ -90,7 +90,7 @@ def _describe_missing_config(folder: Path) -> Problem:
 
 def read_json_object(path: Path) -> dict[str, object]:
     """Read a JSON file of a model or an adapter; raises EnvironmentProblem where it is damaged or no object."""
-    content = _parse_json(path)
+    content = _parse_json_file(path)
     if isinstance(content, Problem):
         raise EnvironmentProblem(content)
     if not isinstance(content, dict):
@@ -98,7 +98,7 @@ def read_json_object(path: Path) -> dict[str, object]:
     return content
 
 
-def _parse_json(path: Path) -> object:
+def _parse_json_file(path: Path) -> object:
     """Return what a JSON file holds, or what is wrong with the file."""
     try:
         content: object = json.loads(read_text(path, MAX_JSON_BYTES))
@@ -131,7 +131,11 @@ def _check_entries(folder: Path) -> Iterator[Problem]:
         except OSError as error:
             yield Problem(f"cannot be read: {error.strerror}", str(path), "Remove it, or get it again.")
             continue
-        if path.suffix == ".json" and 0 < size <= SMALL_JSON_BYTES and isinstance(wrong := _parse_json(path), Problem):
+        if (
+            path.suffix == ".json"
+            and 0 < size <= SMALL_JSON_BYTES
+            and isinstance(wrong := _parse_json_file(path), Problem)
+        ):
             yield wrong
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
 from llmtune.model.builtin_models import resolve_builtin
-from llmtune.model.model_files import check_folder, pickled_weights
+from llmtune.model.model_files import check_model_folder, pickled_weights
 from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
 from llmtune.store.atomic_files import list_model
@@ -58,7 +58,7 @@ def resolve_model(name: str, model: ModelSection, console: Console, offline: boo
         path = _download(name, model, offline or is_offline_mode())
         revision = path.name
         console.print(f"Model {name} at commit {revision}", highlight=False)
-    check_folder(path, model)
+    check_model_folder(path, model)
     total = hashlib.sha256()
     for file, content_hash in list_model(path).items():
         total.update(f"{file}\0{content_hash}\n".encode())
@@ -98,7 +98,7 @@ def _download(name: str, model: ModelSection, offline: bool) -> Path:
             local_files_only=offline,
         )
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError, NO_ANSWER) as error:
-        raise _explain(error, name, model.revision, offline) from error
+        raise _explain_hub_error(error, name, model.revision, offline) from error
     return Path(folder)
 
 
@@ -116,7 +116,7 @@ def _refuse_pickles(name: str, revision: str) -> None:
         raise pickled_weights(pickled, f"hub model {name}")
 
 
-def _explain(error: Exception, name: str, revision: str, offline: bool) -> LlmtuneError:
+def _explain_hub_error(error: Exception, name: str, revision: str, offline: bool) -> LlmtuneError:
     """Turn the hub library's error into ours; the order matters, as its errors inherit from one another."""
     where, nearest = "model.name", _nearest_folder(name)
     if isinstance(error, HFValidationError):

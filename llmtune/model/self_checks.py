@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llmtune.data.collators import pad
 from llmtune.errors import first_line
-from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, read_inputs, token_losses
+from llmtune.model.causal_lm_loss import causal_loss, model_inputs, predicted_logits, token_losses
 from llmtune.model.chunked_cross_entropy import install_head_loss, remove_head_loss
 from llmtune.model.device import compute_context, is_out_of_memory
 from llmtune.model.packed_attention import LENGTHS, PACKED
@@ -45,8 +45,10 @@ def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool
     try:
         with torch.inference_mode(), compute_context(dtype, model.device.type):
             with _own_attention(model):
-                alone = torch.cat([read(model, _pack([document], model.device)).float() for document in documents])
-            together = read(model, _pack(documents, model.device)).float()
+                alone = torch.cat(
+                    [read(model, _pack_documents([document], model.device)).float() for document in documents]
+                )
+            together = read(model, _pack_documents(documents, model.device)).float()
     except _UNREADABLE as error:
         if is_out_of_memory(error):
             raise
@@ -65,7 +67,7 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     if not install_head_loss(model):
         return False
     size = _vocabulary(model)
-    batch = _pack([[size * (7 * i % 10) // 10 for i in range(1, 9)]], model.device)
+    batch = _pack_documents([[size * (7 * i % 10) // 10 for i in range(1, 9)]], model.device)
     with torch.inference_mode(), compute_context(dtype, model.device.type):
         at_head = causal_loss(model, batch, by_row=True).row_sums
         of_logits = token_losses(predicted_logits(model, batch), batch, by_row=True).row_sums
@@ -85,7 +87,7 @@ def try_shared_prefixes(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     beginning = _documents(model, 2 * _TOKENS)[0]
     documents = [[*beginning, *own] for own in _documents(model, _TOKENS)]
-    batch = _pack(documents, model.device)
+    batch = _pack_documents(documents, model.device)
     losses = []
     try:
         with torch.inference_mode(), compute_context(dtype, model.device.type):
@@ -136,7 +138,7 @@ def _scores_of_first(
     """Return what the head gives for the first of some rows, which are padded; `written` tokens go to a decoder."""
     ids = [row[:length] for row, length in zip(_documents(model, max(lengths)), lengths, strict=False)]
     read = {"input_ids": pad(ids, padding), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
-    inputs = read_inputs(model, {name: part.to(model.device) for name, part in read.items()})
+    inputs = model_inputs(model, {name: part.to(model.device) for name, part in read.items()})
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :written]
     output = model(**inputs)
@@ -170,7 +172,7 @@ def _rotate(rotary: torch.nn.Module, layer_type: str | None, lengths: Sequence[i
 
 def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return what the head gives: [documents or tokens, V]."""
-    output = model(**read_inputs(model, batch))
+    output = model(**model_inputs(model, batch))
     logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
     return logits.flatten(0, -2)
 
@@ -198,7 +200,7 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
         model.config._attn_implementation = installed
 
 
-def _pack(documents: list[list[int]], device: torch.device) -> Batch:
+def _pack_documents(documents: list[list[int]], device: torch.device) -> Batch:
     """Pack as `llmtune.data.collators` does, one document without lengths; each next token is predicted by its own."""
     ids_T = torch.tensor([token for document in documents for token in document], device=device)
     predict_S = torch.arange(len(ids_T), device=device)

@@ -141,12 +141,12 @@ def propose(
     `model` is the user's own choice, `metrics` are those of the labels, where the task alone does not decide on them.
     `unread` counts other rows, `copies` those of the rows that will be left out.
     """
-    longest = max(len(_text(row)) for row in rows)
+    longest = max(len(_join_texts(row)) for row in rows)
     is_text = task == "completion" and not any(row["prompt"] for row in rows)
     lengths = (LENGTHS[0], TEXT_LENGTH) if is_text else LENGTHS
     overlong = longest / CHARACTERS_A_TOKEN > lengths[1]
     long_way = "split" if is_text else "truncate" if "truncate" in TASK_FACTS[task].overlong else "drop"
-    answers = [] if is_text else [answer for row in rows if (answer := _answer(task, row)) is not None]
+    answers = [] if is_text else [answer for row in rows if (answer := _generated_text(task, row)) is not None]
     metrics = metrics or METRICS[task]
     if task == "chat" and len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4):
         metrics = ("loss", "exact_match", "choice_accuracy")
@@ -155,10 +155,10 @@ def propose(
         task=task,
         source=source,
         mappings=tuple(mappings),
-        model=model or choose_model(task, memory_bytes),
-        max_length=_tokens(longest, lengths, TEMPLATE_TOKENS),
+        model=model or propose_model(task, memory_bytes),
+        max_length=_round_up_tokens(longest, lengths, TEMPLATE_TOKENS),
         on_overlong=long_way if overlong else None,
-        max_new_tokens=_tokens(max(map(len, answers), default=0), ANSWER_LENGTHS) if answers else None,
+        max_new_tokens=_round_up_tokens(max(map(len, answers), default=0), ANSWER_LENGTHS) if answers else None,
         metrics=tuple(metrics),
         test=min(MOST_TEST, max(LEAST_TEST, math.ceil(20 * TEST_ROWS / (len(rows) - copies)) / 20)),
         unread=unread,
@@ -166,7 +166,7 @@ def propose(
     )
 
 
-def choose_model(task: str, memory_bytes: float) -> str:
+def propose_model(task: str, memory_bytes: float) -> str:
     """Return the packaged model where it is installed, else one of the hub that is trained in so much memory."""
     kind = "speech" if TASK_FACTS[task].takes_audio else "encoder" if task in ENCODERS else "decoder"
     name, distribution = PACKAGED[kind]
@@ -177,13 +177,13 @@ def choose_model(task: str, memory_bytes: float) -> str:
     return name
 
 
-def _tokens(characters: int, bounds: tuple[int, int], more: int = 0) -> int:
+def _round_up_tokens(characters: int, bounds: tuple[int, int], more: int = 0) -> int:
     """Return tokens enough for a text: the next power of two, within bounds."""
     least, most = bounds
     return min(most, max(least, 1 << math.ceil(math.log2(characters / CHARACTERS_A_TOKEN + more + 1))))
 
 
-def _answer(task: str, row: Mapping[str, object]) -> str | None:
+def _generated_text(task: str, row: Mapping[str, object]) -> str | None:
     if task == "chat":
         messages = row["messages"]
         assert isinstance(messages, list)
@@ -191,10 +191,10 @@ def _answer(task: str, row: Mapping[str, object]) -> str | None:
     return str(row[ANSWERS[task]]) if task in ANSWERS else None
 
 
-def _text(value: object) -> str:
+def _join_texts(value: object) -> str:
     """Return all texts of a row, one after the other."""
     if isinstance(value, Mapping):
-        return " ".join(_text(item) for item in value.values())
+        return " ".join(_join_texts(item) for item in value.values())
     if isinstance(value, list):
-        return " ".join(_text(item) for item in value)
+        return " ".join(_join_texts(item) for item in value)
     return value if isinstance(value, str) else ""

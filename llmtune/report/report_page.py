@@ -28,7 +28,7 @@ from llmtune.report.verdict import (
     MIXED,
     WITHIN,
     WORSE,
-    Findings,
+    MetricChanges,
     find_changes,
     judged_differences,
 )
@@ -53,7 +53,7 @@ MEANINGS = {
 """By the first word of a page's name: its title, and what it shows."""
 
 
-def make_page(report: Report) -> Page:
+def make_report_page(report: Report) -> Page:
     """Return the page of a report; sections that the run has not reached are empty."""
     evaluation, task = report.evaluation, report.task
     sections = [
@@ -121,7 +121,7 @@ def headline(evaluation: Evaluation, word: str, gates: Sequence[GateResult] = ()
     return Compared(name, *scores, differences[metric], better_side(metric))
 
 
-def list_bearing(findings: Findings, word: str) -> Sequence[str]:
+def list_bearing(findings: MetricChanges, word: str) -> Sequence[str]:
     """Return the metrics that a verdict rests on."""
     if findings.failed:
         return findings.failed
@@ -143,11 +143,11 @@ def explain_section(names: Sequence[str], *, trained: bool) -> Section:
     """Links to the pages, or where there are none the command to type; nothing before training."""
     text = "Where do base and tuned model part, and what changed inside? `llmtune explain generation RUN --prompt "
     text += "TEXT` makes a page of it, with RUN this folder; `llmtune explain --help` lists what else there is to see."
-    shown = [Links([link(name) for name in names])] if names else [Text(text)] if trained else []
+    shown = [Links([explanation_link(name) for name in names])] if names else [Text(text)] if trained else []
     return Section("Look inside", shown, anchor="inside", brief=False)
 
 
-def link(name: str) -> tuple[str, str, str]:
+def explanation_link(name: str) -> tuple[str, str, str]:
     """Return address, title and meaning of a page."""
     kind = kind_of(name)
     title, meaning = MEANINGS.get(kind, (name, ""))

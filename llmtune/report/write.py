@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmtune.recipe.secrets import redact_all
 from llmtune.records import Json
 from llmtune.report.junit import to_junit
-from llmtune.report.render_html import render_section, to_html
+from llmtune.report.render_html import render_html_section, to_html
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.report_page import explain_section, find_explanations, make_page
+from llmtune.report.report_page import explain_section, find_explanations, make_report_page
 from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import plain, write_json, write_text
 
@@ -22,14 +21,13 @@ INSIDE = re.compile(r'<section class="card" id="inside">.*?</section>', re.DOTAL
 def write_report(report: Report, folder: Path) -> None:
     """Write report.html, report.md, report.json and junit.xml into `folder`, each in one step.
 
-    Secrets are taken out of all of it first, and numbers that JSON cannot hold become null.
+    Numbers that JSON cannot hold become null. `make_report` has redacted the report.
     """
-    safe = redact_all(report)
-    page = make_page(safe)
+    page = make_report_page(report)
     write_text(folder / "report.html", to_html(page))
     write_text(folder / "report.md", to_markdown(page))
-    write_json(folder / "report.json", report_json(safe))
-    write_text(folder / "junit.xml", to_junit(safe))
+    write_json(folder / "report.json", report_json(report))
+    write_text(folder / "junit.xml", to_junit(report))
 
 
 def report_json(report: Report) -> Json:
@@ -56,7 +54,7 @@ def link_explanations(run: Path) -> bool:
     if not isinstance(report, dict):
         return False
     report["explanations"] = find_explanations(run)
-    section = render_section(explain_section(report["explanations"], trained=bool(report.get("train"))))
+    section = render_html_section(explain_section(report["explanations"], trained=bool(report.get("train"))))
     write_text(run / "report.html", INSIDE.sub(lambda found: section, page, count=1))
     write_json(run / "report.json", report)
     return True

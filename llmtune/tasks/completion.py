@@ -27,7 +27,7 @@ from llmtune.recipe.task_sections import CompletionSection
 from llmtune.records import Batch, Example, Loss
 from llmtune.tasks.base import DecoderTask, Endpoint, Task
 
-Ids: TypeAlias = npt.NDArray[np.int64]
+IdArray: TypeAlias = npt.NDArray[np.int64]
 
 
 class Completion(DecoderTask[CompletionRow]):
@@ -166,7 +166,7 @@ def hidden_example(ids: list[int], special: list[int], share: float) -> Example 
     return Example(ids, borders, 0, counted=min(max(1, round(share * words)), words - 1))
 
 
-def hide_tokens(example: Example, processor: PreTrainedTokenizerBase, seed: tuple[int, int]) -> tuple[Ids, Ids]:
+def hide_tokens(example: Example, processor: PreTrainedTokenizerBase, seed: tuple[int, int]) -> tuple[IdArray, IdArray]:
     """Return the ids with some hidden, and where they are.
 
     80 % of them become the mask, 10 % any token, 10 % stay (Devlin et al., "BERT", 2019, section 3.1).

@@ -69,7 +69,7 @@ class Preference(Task[Row, Ratings]):
 
         Raises DataError where no training row is of the kind that the loss learns from; `encode` refuses single ones.
         """
-        section = section_of(recipe)
+        section = preference_section(recipe)
         columns = answer_columns(section.loss)
         first: str | None = None
         for origin, row in iterate_rows(rows, "train"):
@@ -83,7 +83,7 @@ class Preference(Task[Row, Ratings]):
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
         """Whether the loss compares with the model as it was."""
-        return section_of(recipe).loss in ("dpo", "ipo", "kto")
+        return preference_section(recipe).loss in ("dpo", "ipo", "kto")
 
     def make_row(self, given: Mapping[str, str | None]) -> Row:
         """Return the conversation of one question, after a system message if one was given."""
@@ -103,7 +103,7 @@ class Preference(Task[Row, Ratings]):
         For KTO: the prompt with its answer, and with the answer to another of these rows, which the estimate of the KL
         divergence is made of; that one is cut at `data.max_length`, so that no row is lost for what another says.
         """
-        loss = section_of(recipe).loss
+        loss = preference_section(recipe).loss
         columns = answer_columns(loss)
         usable = [row for row in rows if all(name in row for name in columns)]
         if loss == "kto":
@@ -123,7 +123,7 @@ class Preference(Task[Row, Ratings]):
 
         The thumbs are `desirable_R` bool [R]; settings of the loss stand in the batch as `settings`.
         """
-        section, pad_id = section_of(recipe), processor.pad_token_id
+        section, pad_id = preference_section(recipe), processor.pad_token_id
         seconds = [Example(example.target_ids, example.target_spans, 0) for example in examples]
         if section.loss == "kto":
             batch = collate_padded(examples, pad_id)
@@ -155,7 +155,7 @@ class Preference(Task[Row, Ratings]):
         """Return the token ids to write an answer from."""
         if processor.chat_template:
             return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"))
-        return prompt_ids(with_answer(row, "", processor)["prompt"], processor)
+        return prompt_ids(training_row(row, "", processor)["prompt"], processor)
 
     def predict(self, rows: Sequence[Row], loaded: LoadedModel) -> list[Ratings]:
         """Return a row's log-probabilities of its answers (`chosen`, `rejected` or `answer`), or their scores.
@@ -166,7 +166,7 @@ class Preference(Task[Row, Ratings]):
         """
         model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
         scoring = recipe.variant.is_reward
-        single = section_of(recipe).loss == "kto" or (scoring and all("answer" in row for row in rows))
+        single = preference_section(recipe).loss == "kto" or (scoring and all("answer" in row for row in rows))
         names = ("answer",) if single else ("chosen", "rejected")
         if single:
             encoded = encode_answers(rows, [row["answer"] for row in rows], processor, recipe)
@@ -213,7 +213,7 @@ class Preference(Task[Row, Ratings]):
 
     def compute_metric(self, metric: str, found: EvalPrediction[Ratings], recipe: Recipe) -> Measure | None:
         """Measure what is made of the answers, against the untuned model where the loss is."""
-        return measure_preferences(metric, found.predictions, found.references, section_of(recipe), found.base)
+        return measure_preferences(metric, found.predictions, found.references, preference_section(recipe), found.base)
 
 
 class RewardModel(Preference):
@@ -258,7 +258,7 @@ class RewardModel(Preference):
         return "number"
 
 
-def section_of(recipe: Recipe) -> PreferenceSection:
+def preference_section(recipe: Recipe) -> PreferenceSection:
     """Return the recipe's section, or its defaults."""
     return recipe.preference or PreferenceSection()
 
@@ -286,7 +286,7 @@ def encode_answers(
     """Return one example a row: its prompt with one answer, which alone is supervised; or the reason why not."""
     data = recipe.data.model_copy(update={"train_on": "last", "on_overlong": "drop"})
     alone = recipe.model_copy(update={"data": data})
-    written: list[Any] = [with_answer(row, answer, processor) for row, answer in zip(rows, answers, strict=True)]
+    written: list[Any] = [training_row(row, answer, processor) for row, answer in zip(rows, answers, strict=True)]
     return (encode_chat if processor.chat_template else encode_completion)(written, processor, alone)
 
 
@@ -310,7 +310,7 @@ def cut_example(example: Example, limit: int) -> Example:
     return Example(example.input_ids[:limit], spans, example.target_bytes)
 
 
-def with_answer(row: Row, answer: str, processor: PreTrainedTokenizerBase) -> Row:
+def training_row(row: Row, answer: str, processor: PreTrainedTokenizerBase) -> Row:
     """Return a row of chat (of completion, for a model without a template) out of a prompt and an answer."""
     if processor.chat_template:
         tools = {"tools": row["tools"]} if row.get("tools") else {}

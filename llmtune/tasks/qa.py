@@ -25,13 +25,13 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, Predict
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.causal_lm_loss import read_inputs
+from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import is_encoder
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import QaSection
 from llmtune.records import Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
-from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, fill_template
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, fill_template
 
 Characters = tuple[int, int]
 """The first character and the one behind the last."""
@@ -98,7 +98,7 @@ def answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | Non
 
     A letter of it that the tokenizer drops is missed at the edge of a window alone: there it may be in the next one.
     """
-    seen = _visible(window)
+    seen = _context_tokens(window)
     inside = [token for token, (left, right) in seen if left < end and right > start]
     if not inside:
         return None
@@ -110,12 +110,12 @@ def answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | Non
 
 def explain_missing(windows: Sequence[Window], start: int, end: int) -> str:
     """Return why an answer, by its characters, lies whole in no window."""
-    if any(left < end and right > start for window in windows for _, (left, right) in _visible(window)):
+    if any(left < end and right > start for window in windows for _, (left, right) in _context_tokens(window)):
         return "the answer lies whole in no window: raise qa.stride or data.max_length"
     return "the tokenizer makes nothing of the answer"
 
 
-def _visible(window: Window) -> list[tuple[int, Characters]]:
+def _context_tokens(window: Window) -> list[tuple[int, Characters]]:
     """Return the tokens of the context that have characters, and those."""
     return [(token, at) for token, at in enumerate(window.characters) if at is not None and at[1] > at[0]]
 
@@ -193,7 +193,7 @@ class Qa(Task[QaRow, PredictionT]):
         """Measure answers as the SQuAD 2 script counts; the words for `no answer` are the empty answer."""
         if metric not in METRICS:
             return None
-        empty = section_of(recipe).no_answer.strip().lower().rstrip(".")
+        empty = qa_section(recipe).no_answer.strip().lower().rstrip(".")
         texts = [str(answer["text"] if isinstance(answer, dict) else answer) for answer in found.predictions]
         texts = ["" if text.strip().lower().rstrip(".") == empty else text for text in texts]
         return measure_squad(metric, texts, found.references)
@@ -210,7 +210,7 @@ class ExtractiveQa(Qa[Span]):
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe lets the model point."""
-        return section_of(recipe).style in ("auto", "extractive")
+        return qa_section(recipe).style in ("auto", "extractive")
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model is an encoder."""
@@ -218,7 +218,7 @@ class ExtractiveQa(Qa[Span]):
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Set the threshold of `no answer`, unless the recipe does: never, where every training row has an answer."""
-        section = section_of(recipe)
+        section = qa_section(recipe)
         if section.null_score_diff_threshold is not None:
             return recipe
         always = all(row["answers"] for _, row in iterate_rows(rows, "train"))
@@ -256,7 +256,7 @@ class ExtractiveQa(Qa[Span]):
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum, a window, the mean cross entropy of the first and the last token of the answer; padding is no choice."""
-        output = model(**read_inputs(model, batch))
+        output = model(**model_inputs(model, batch))
         starts_RT, ends_RT = (by_window(part.float(), batch) for part in (output.start_logits, output.end_logits))
         first_R, last_R = batch["first_R"], batch["last_R"]
         losses_R = (
@@ -277,7 +277,7 @@ class ExtractiveQa(Qa[Span]):
         An empty text is `no answer`: where its score is above the best answer's by more than
         `qa.null_score_diff_threshold`. A question without room for windows gets no answer.
         """
-        processor, section = loaded.processor, section_of(loaded.recipe)
+        processor, section = loaded.processor, qa_section(loaded.recipe)
         windows: list[tuple[int, Window]] = []
         for i, row in enumerate(rows):
             cut = windows_of(row, processor, loaded.recipe)
@@ -324,7 +324,7 @@ class ExtractiveQa(Qa[Span]):
 
 def windows_of(row: QaRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Window] | str:
     """Return the windows of a row, or why there are none."""
-    return cut_context(row["question"], row["context"], processor, section_of(recipe).stride, recipe.data.max_length)
+    return cut_context(row["question"], row["context"], processor, qa_section(recipe).stride, recipe.data.max_length)
 
 
 def window_example(window: Window, ends: tuple[int, int] | None) -> Example:
@@ -348,14 +348,14 @@ class GenerativeQa(Qa[str]):
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe lets the model write."""
-        return section_of(recipe).style in ("auto", "generative")
+        return qa_section(recipe).style in ("auto", "generative")
 
-    def pair(self, row: QaRow, recipe: Recipe) -> Pair:
+    def pair(self, row: QaRow, recipe: Recipe) -> TextPair:
         """Return question and context in one text, and the first answer."""
-        section = section_of(recipe)
+        section = qa_section(recipe)
         template = section.prompt or self.default_prompt
         text = fill_template(template, question=row["question"], no_answer=section.no_answer, context=row["context"])
-        return Pair(text, answer_text(row, section.no_answer))
+        return TextPair(text, written_answer(row, section.no_answer))
 
 
 class QaEncoderDecoder(GenerativeQa, EncoderDecoder[QaRow]):
@@ -368,12 +368,12 @@ class QaDecoder(GenerativeQa, PromptedDecoder[QaRow]):
     default_prompt = PROMPT
 
 
-def section_of(recipe: Recipe) -> QaSection:
+def qa_section(recipe: Recipe) -> QaSection:
     """Return the recipe's section, or its defaults."""
     return recipe.qa or QaSection()
 
 
-def answer_text(row: QaRow, no_answer: str) -> str:
+def written_answer(row: QaRow, no_answer: str) -> str:
     """Return the first answer; `no_answer` where there is none; nothing for a row whose answers were taken away."""
     if row["answers"] is None:
         return ""

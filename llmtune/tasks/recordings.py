@@ -63,7 +63,7 @@ def extract_features(
         return dict(extract(floats, sampling_rate=extract.sampling_rate, return_tensors="pt", **options))
 
 
-def read_samples(row: SpeechRow, rate: int, longest: float) -> Samples | str:
+def load_samples(row: SpeechRow, rate: int, longest: float) -> Samples | str:
     """Return the samples of a row's recording at `rate` a second, or why it cannot be trained on."""
     try:
         samples = read_recording(Path(row["audio"]), rate)

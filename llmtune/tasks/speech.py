@@ -22,7 +22,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
-from llmtune.model.causal_lm_loss import move_to, read_inputs, unwrap
+from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Collate, Example, Loss
@@ -30,7 +30,7 @@ from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.recordings import (
     extract_features,
     feature_extractor,
-    read_samples,
+    load_samples,
     read_windows,
     set_speech,
     spell,
@@ -42,7 +42,7 @@ from llmtune.tasks.text_to_text import (
     decoder_settings,
     decoder_targets,
     encoder_decoder_loss,
-    generate,
+    run_generation,
 )
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
@@ -116,7 +116,7 @@ class Whisper(Speech):
         frames = extract.n_samples // extract.hop_length // 2
 
         def encode_one(row: SpeechRow) -> Encoded:
-            samples = read_samples(row, extract.sampling_rate, longest)
+            samples = load_samples(row, extract.sampling_rate, longest)
             if isinstance(samples, str):
                 return samples
             text = row["text"].strip()
@@ -163,7 +163,7 @@ class Whisper(Speech):
                 all_BT = torch.ones((len(batch), features.shape[-1]), dtype=torch.int64)  # silence behind it is heard
                 inputs = {"input_features": features, "attention_mask": all_BT, "decoder_input_ids": begun_BT}
                 begun = {key: part.to(loaded.device) for key, part in inputs.items()}
-                written = generate(model, begun, settings)[:, len(prefix) :].tolist()
+                written = run_generation(model, begun, settings)[:, len(prefix) :].tolist()
                 for at, ids in zip(batch, written, strict=True):
                     row = windows[at][0]
                     cut[row] = cut.get(row, False) or not {*settings.eos_token_id} & {*ids}
@@ -220,7 +220,7 @@ class Ctc(Speech):
             letters = spell(row["text"], processor)
             if isinstance(letters, str):
                 return letters
-            samples = read_samples(row, extract.sampling_rate, longest)
+            samples = load_samples(row, extract.sampling_rate, longest)
             if isinstance(samples, str):
                 return samples
             frames = count_frames(len(samples), config)
@@ -346,7 +346,7 @@ def heard_at_once(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, 
 
     A first layer that is normed over time hears padding, and so do convolutions behind the mask (Data2Vec, Conformer).
     """
-    inputs, config = read_inputs(model, batch), unwrap(model).config
+    inputs, config = model_inputs(model, batch), unwrap(model).config
     masked = config.model_type in MASKING and not getattr(config, "add_adapter", False)
     if masked and config.feat_extract_norm != "group":
         return [(inputs, slice(0, batch["n_rows"]))]

@@ -21,7 +21,7 @@ from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entities_of,
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.causal_lm_loss import read_inputs, token_losses, unwrap
+from llmtune.model.causal_lm_loss import model_inputs, token_losses, unwrap
 from llmtune.model.config import is_encoder, name_outputs
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
@@ -130,7 +130,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the cross entropy of the tags at the first token of each word."""
-        logits_BTK = model(**read_inputs(model, batch)).logits
+        logits_BTK = model(**model_inputs(model, batch)).logits
         return token_losses(logits_BTK.flatten(0, 1)[batch["predict_S"]], batch, by_row)
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:

@@ -13,8 +13,8 @@ from support.adapting import build_family, logits, open_model, quiet, recipe_wit
 from support.runs import invoke, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from llmtune.adapter.injection import describe, inject, trainable_parameters
-from llmtune.adapter.merging import merge
+from llmtune.adapter.injection import describe_adapter, inject, trained_parameters
+from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.saving import save_adapter
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.quantized_base import unpack
@@ -176,12 +176,12 @@ def test_an_adapter_trains_beside_a_quantised_base_and_comes_back(base, kind, tm
     recipe = recipe_with(base(kind), adapter={"r": 4})
     selected = open_model(recipe)
     adapted = inject(selected, recipe, quiet())
-    facts = describe(adapted)
+    facts = describe_adapter(adapted)
     assert selected.quantized == (kind in KEPT)
     assert facts.get("quantized_bits") == KEPT.get(kind)
     assert facts["share_under_adapter"] == pytest.approx(0.728, abs=0.001)
     assert facts.get("share_quantized", 0.728) == pytest.approx(0.728, abs=0.001)
-    optimizer = torch.optim.Adam(trainable_parameters(adapted.model), lr=5e-3)
+    optimizer = torch.optim.Adam(trained_parameters(adapted.model), lr=5e-3)
     adapted.model.train()
     losses = []
     for _ in range(6):
@@ -202,7 +202,7 @@ def test_an_adapter_trains_beside_a_quantised_base_and_comes_back(base, kind, tm
     plain = PeftModel.from_pretrained(alone, tmp_path / "adapter")
     torch.testing.assert_close(logits(plain.eval()), tuned, atol=0.05, rtol=0)  # kernels for inference round more
     close = {"atol": SLOPPY.get(kind, 1e-3), "rtol": 0}
-    merged = merge(adapted, "dequantized")
+    merged = merge_adapter(adapted, "dequantized")
     assert not getattr(merged, "is_quantized", False)
     merged.save_pretrained(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -222,7 +222,7 @@ def test_gradients_are_those_beside_the_unpacked_weights(base, kind):
         adapted = inject(selected, recipe, quiet())
         ids = torch.arange(5, 45)[None]
         with torch.no_grad():
-            for parameter in trainable_parameters(adapted.model):
+            for parameter in trained_parameters(adapted.model):
                 parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
         adapted.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         found.append([p.grad for _, p in sorted(adapted.model.named_parameters()) if p.requires_grad])
@@ -315,7 +315,7 @@ def test_experts_in_mxfp4_are_unpacked_and_adapted(tmp_path):
     assert not selected.quantized
     for name, weights in expected.items():
         torch.testing.assert_close(selected.model.get_parameter(name).detach(), weights)
-    assert describe(inject(selected, recipe, quiet()))["share_under_adapter"] > 0.5
+    assert describe_adapter(inject(selected, recipe, quiet()))["share_under_adapter"] > 0.5
 
 
 @pytest.mark.slow

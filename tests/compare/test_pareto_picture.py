@@ -8,7 +8,7 @@ import pytest
 
 from llmtune.compare.compare_runs import SETTINGS
 from llmtune.compare.pareto_picture import draw_pareto, find_front, find_intervals
-from llmtune.compare.run_comparison import Pair, RunSummary
+from llmtune.compare.run_comparison import RunPair, RunSummary
 from llmtune.records import Difference
 from llmtune.report.report_record import Verdict
 
@@ -26,7 +26,7 @@ def make_run(name: str, score: float, seconds: float) -> RunSummary:
 def make_pairs(runs):
     for first, second in combinations(runs, 2):
         value = second.tuned["accuracy"] - first.tuned["accuracy"]
-        yield Pair(
+        yield RunPair(
             first.name,
             second.name,
             {"accuracy": Difference(value, value - 0.05, value + 0.05, 0.5, 60)},

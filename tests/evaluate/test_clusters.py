@@ -9,8 +9,8 @@ import pytest
 
 from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.metric import compare, measure_right, ratio
-from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, row_deviation, share_ends
+from llmtune.evaluate.metric import measure_right, paired_difference, ratio
+from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, row_deviation, share_bounds
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Evaluation
@@ -41,7 +41,7 @@ def scores_that_move_together(generator, groups, size):
 DRAWS = {
     rows_that_flip_together: {"right_wrong": True},
     losses_that_move_together: {"right_wrong": False},
-    scores_that_move_together: {"right_wrong": False, "ends": share_ends},
+    scores_that_move_together: {"right_wrong": False, "bounds": share_bounds},
 }
 
 
@@ -85,7 +85,7 @@ def test_rows_that_are_each_alone_have_the_same_digits_with_groups_and_without(r
         replace(measure_right(list(generator.random(40) < 0.5), "exact_match"), right_wrong=right_wrong)
         for _ in range(2)
     )
-    assert compare(base, replace(tuned, clusters=tuple(range(40))), 0) == compare(base, tuned, 0)
+    assert paired_difference(base, replace(tuned, clusters=tuple(range(40))), 0) == paired_difference(base, tuned, 0)
 
 
 def test_five_copies_of_each_row_say_no_more_than_the_rows():
@@ -126,7 +126,7 @@ def test_a_gate_that_cannot_tell_says_how_many_rows_in_how_many_groups_would():
     base, tuned = rows_that_flip_together(generator, 12, 5)
     clusters = tuple(np.repeat(np.arange(12), 5).tolist())
     models = [replace(measure_right(one.tolist(), "exact_match"), clusters=clusters) for one in (base, tuned)]
-    change, scores = compare(*models, seed=0), [{"exact_match": one.value} for one in models]
+    change, scores = paired_difference(*models, seed=0), [{"exact_match": one.value} for one in models]
     gates = EvaluateSection(gates=("exact_match.low > base - 0.05",), when_unsure="report")
     (found,) = check_gates(gates, Evaluation(*scores, {"exact_match": change}, (), (), 60))
     assert found.passed is None

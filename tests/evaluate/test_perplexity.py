@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from llmtune.errors import DataError
-from llmtune.evaluate.perplexity import make_passages, make_text, read_texts
+from llmtune.evaluate.forgetting import make_passages, make_text, read_texts
 
 OFFSETS = "offset_mapping"
 

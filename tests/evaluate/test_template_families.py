@@ -6,7 +6,7 @@ from support.learning import learn_by_heart
 from support.templates import FAMILY_FILES, conversation, family_tokenizer, recipe_for
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmtune.evaluate.generation import answer_reader, generate
+from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.tasks.registry import get_task
 
@@ -29,7 +29,7 @@ def test_a_model_that_learned_its_rows_is_right_on_all_of_them(family):
     examples = [example for encoded in task.encode(ROWS, tokenizer, recipe) for example in encoded]
     learn_by_heart(model, examples, task, tokenizer.pad_token_id, steps=300)
     prompts = [task.prompt_ids(task.split_answer(row)[0], tokenizer, recipe) for row in ROWS]
-    outputs = generate(model.eval(), prompts, tokenizer, recipe, device="cpu")
+    outputs = generate_completions(model.eval(), prompts, tokenizer, recipe, device="cpu")
     read = answer_reader(tokenizer, recipe)
     parsed = [read(output.token_ids, None, prompt) for output, prompt in zip(outputs, prompts, strict=True)]
     references = [task.split_answer(row)[1] for row in ROWS]

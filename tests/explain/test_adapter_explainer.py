@@ -18,7 +18,7 @@ from llmtune.explain.adapter_explainer import MoveMap, arrange, explain_adapter,
 from llmtune.explain.trained_modules import Move, find_trained, read_adapter
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 
 invoke = partial(explain, "adapter")
 
@@ -43,7 +43,7 @@ def class_run(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("classes")
     sections = {"adapter": {"r": 4, "lora_alpha": 8, "bias": "lora_only"}, "train": {"num_train_epochs": 1}}
     recipe = recipe_for(folder / "classes.yaml", built("bert"), colour_rows(), **sections)
-    run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
     return folder / "run"
 
 

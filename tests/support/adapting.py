@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.data.collators import collate_packed, collate_padded
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import read_model_config
@@ -120,7 +120,7 @@ def train_a_little(folder: Path, **adapter: object) -> AdaptedModel:
     adapted = inject(open_model(recipe), recipe, quiet())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trainable_parameters(adapted.model):
+        for parameter in trained_parameters(adapted.model):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return adapted
 

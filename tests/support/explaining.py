@@ -15,7 +15,7 @@ from llmtune.cli.app import app
 from llmtune.explain.target import Target, open_target
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from support.rows import write_jsonl
 from support.runs import write_recipe
 
@@ -60,5 +60,5 @@ def page_data(path: Path) -> dict[str, Any]:
 def train(folder: Path, model: Path, rows: list[dict[str, Any]], **sections: Any) -> Path:
     """Run a recipe on rows; returns the run folder."""
     recipe = write_recipe(folder / "tiny.yaml", model, write_jsonl(folder / "rows.jsonl", rows), **sections)
-    run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
     return folder / "run"

@@ -19,6 +19,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -59,6 +61,7 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
         EXPERTS | {"num_experts": 4, "head_dim": 32, "norm_topk_prob": True},
     ),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, EXPERTS | {"num_experts": 4, "num_key_value_heads": 4}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"original_max_position_embeddings": 2048}),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"num_hidden_layers": 4}),
 }
 

@@ -17,7 +17,7 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients, validation_loss
@@ -72,13 +72,13 @@ def recipe_of(folder: Path, model: Path, rows: Iterable[object], task: str, /, *
 def run_recipe(folder: Path, *about: Any, **sections: Any) -> dict[str, Any]:
     """Run all steps of `recipe_of` in `folder / run`; returns the report."""
     recipe = recipe_of(folder, *about, **sections)
-    return run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
+    return run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
 
 
 def prepare_training(path: Path, folder: Path, sharded: bool = False) -> tuple[AdaptedModel, Examples, AnyTask, Recipe]:
     """Encode the rows of a recipe, and load its model with an adapter on the CPU, as the pipeline would."""
     loaded = load_recipe(str(path))
-    run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
+    run_pipeline(loaded, RunRequest(out=folder, until="prepare"), quiet())
     recipe = loaded.recipe
     place = resolve_model(str(recipe.model.name), recipe.model, quiet(), True)
     config = read_model_config(place, recipe.model)
@@ -182,5 +182,5 @@ def finish_with(folder: Path, model: Path, rows: Path, **sections: Any) -> Path:
     folder.mkdir(exist_ok=True)
     quick = {"train": {"num_train_epochs": 1}, "evaluate": {"metrics": ["loss"]}}
     recipe = write_recipe(folder / "tiny.yaml", model, rows, **quick, **sections)
-    run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
     return folder / "run"

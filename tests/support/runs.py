@@ -20,7 +20,7 @@ from llmtune.cli.app import app
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 
 FAST = {"max_steps": 2, "num_train_epochs": None}
 TINY: dict[str, Any] = {
@@ -126,7 +126,7 @@ def finish_run(folder: Path, model: Path, /, **sections: Any) -> Path:
     recipe = write_recipe(folder / "tiny.yaml", model, "rows.jsonl", **sections)
     run = folder / "runs" / "tiny"
     torch.set_num_threads(1)
-    run_pipeline(load_recipe(recipe), Options(out=run), Console(file=io.StringIO()))
+    run_pipeline(load_recipe(recipe), RunRequest(out=run), Console(file=io.StringIO()))
     return run
 
 

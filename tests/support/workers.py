@@ -139,9 +139,10 @@ def post_code(folder: str) -> None:
 def agree_on_a_recipe(recipe: str) -> None:
     """Run a recipe that is another one in rank 1."""
     from llmtune.launch.python_api import make_console, run_recipe
+    from llmtune.store.run_request import RunRequest
 
     sets = ["train.max_steps=3"] if rank() else []
-    run_recipe(recipe, sets, out=Path(recipe).with_name("run"), until="train", console=make_console())
+    run_recipe(recipe, sets, RunRequest(Path(recipe).with_name("run"), "train"), make_console())
 
 
 def fail_in_rank_one() -> None:

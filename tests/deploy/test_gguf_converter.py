@@ -6,14 +6,24 @@ from gguf import GGMLQuantizationType, GGUFReader
 from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_pieces
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import BioGptConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import BertConfig, BioGptConfig, DistilBertConfig, PreTrainedTokenizerFast, Qwen2Config
 
 import llmtune.deploy.gguf_converter as gguf_converter
-import llmtune.deploy.gguf_file as gguf_file
-from llmtune.deploy.gguf_converter import check_convertible
-from llmtune.deploy.gguf_file import check_quantizer, write_model
-from llmtune.deploy.gguf_readers import READ_BY_TRANSFORMERS, TransformersGgufReader
-from llmtune.deploy.gguf_vocabulary import NAMES, build_tokenizer, describe_vocabulary, read_vocabulary
+from llmtune.deploy.gguf_converter import (
+    NAMES,
+    check_convertible,
+    check_quantizer,
+    describe_tokenizer,
+    find_ignored_window,
+    find_pre_tokenizer,
+    write_model,
+)
+from llmtune.deploy.gguf_readers import (
+    READ_BY_TRANSFORMERS,
+    TransformersGgufReader,
+    build_tokenizer,
+    read_tokenizer,
+)
 from llmtune.errors import EnvironmentProblem
 
 PROMPT = [1, 100, 101]
@@ -22,8 +32,8 @@ READABLE = [name for name, (config, _, _) in FAMILIES.items() if config.model_ty
 
 def write(name: str, file: Path, number_format: str = "f32", **changes):
     tokenizer, model = make_family(name, **changes)
-    vocabulary = describe_vocabulary(tokenizer, model.config.vocab_size, [PROMPT], [tokenizer.eos_token_id])
-    write_model(model, tokenizer, vocabulary, file, number_format, name)
+    described = describe_tokenizer(tokenizer, [PROMPT], [tokenizer.eos_token_id])
+    write_model(model, tokenizer, described, file, number_format, name)
     return tokenizer, model
 
 
@@ -36,7 +46,7 @@ def logits_of(model, ids):
 def test_a_file_in_float32_gives_the_models_logits_in_transformers(name, tmp_path):
     tokenizer, model = write(name, tmp_path / "model.gguf")
     ids = tokenizer(TRICKY)["input_ids"]
-    reader = TransformersGgufReader(tmp_path / "model.gguf", read_vocabulary(tmp_path / "model.gguf"), model.config)
+    reader = TransformersGgufReader(tmp_path / "model.gguf", read_tokenizer(tmp_path / "model.gguf"), model.config)
     wanted = logits_of(model, ids)
     assert wanted.std() > 1
     torch.testing.assert_close(reader.logits(ids), wanted, atol=1e-5, rtol=0)
@@ -52,11 +62,21 @@ def test_each_format_stores_what_it_says_and_rounds_no_more(tmp_path):
         stored = tensors["blk.0.ffn_up.weight"]
         assert stored.tensor_type.name.lower() == number_format
         assert tensors["blk.0.attn_norm.weight"].tensor_type == GGMLQuantizationType.F32
-        reader = TransformersGgufReader(file, read_vocabulary(file), model.config)
+        reader = TransformersGgufReader(file, read_tokenizer(file), model.config)
         wanted = model.model.layers[0].mlp.up_proj.weight.detach()
         got = reader.model.model.layers[0].mlp.up_proj.weight.detach()
         difference = float((wanted - got).abs().max() / wanted.abs().max())
         assert 0 < difference < share
+
+
+@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_a_window_that_llama_cpp_ignores_is_the_whole_context_of_the_file(name, tmp_path):
+    for window, context in ((16, 16), (None, 2048)):
+        _, model = write(name, tmp_path / "model.gguf", sliding_window=window)
+        fields = GGUFReader(tmp_path / "model.gguf").fields
+        (key,) = [key for key in fields if key.endswith(".context_length")]
+        assert fields[key].contents() == context
+        assert find_ignored_window(model.config.to_dict()) == window
 
 
 def test_rows_that_do_not_divide_into_blocks_stay_in_f16(tmp_path):
@@ -73,38 +93,42 @@ def test_a_tied_head_is_written_once_and_another_one_too(tmp_path):
     assert names[1] - names[0] == {"output.weight"}
 
 
+def write_tokenizer(tokenizer, file: Path, extra_rows: int = 0, stops=(2,)):
+    """What a file says of a tokenizer that belongs to a model of the tokenizer's size or more."""
+    _, model = make_family("qwen2", vocab_size=len(tokenizer) + extra_rows)
+    write_model(model, tokenizer, describe_tokenizer(tokenizer, [PROMPT], stops), file, "f16", "tokens")
+    return read_tokenizer(file)
+
+
 @pytest.mark.parametrize("name", list(CUTS))
 def test_how_text_is_cut_has_llama_cpps_name_and_comes_back(name, tmp_path):
     tokenizer = train_cut(name)
-    _, model = make_family("qwen2", vocab_size=len(tokenizer) + 7)
-    vocabulary = describe_vocabulary(tokenizer, len(tokenizer) + 7, [PROMPT], [2])
-    write_model(model, tokenizer, vocabulary, tmp_path / "model.gguf", "f16", name)
-    assert vocabulary[NAMES.PRE] == name
-    assert read_vocabulary(tmp_path / "model.gguf") == vocabulary
-    assert build_tokenizer(vocabulary)(TRICKY)["input_ids"] == tokenizer(TRICKY)["input_ids"]
+    facts = write_tokenizer(tokenizer, tmp_path / "model.gguf", 7)
+    assert facts[NAMES.PRE] == name
+    assert build_tokenizer(facts)(TRICKY)["input_ids"] == tokenizer(TRICKY)["input_ids"]
     others = [train_cut(other)(TRICKY)["input_ids"] for other in ("gpt-2", "smollm", "qwen2") if other != name]
     assert tokenizer(TRICKY)["input_ids"] not in others  # else the name would not matter
 
 
 @pytest.mark.parametrize("prefix", [False, True])
-def test_sentencepiece_vocabularies_get_scores_that_make_the_same_tokens(prefix):
+def test_sentencepiece_vocabularies_get_scores_that_make_the_same_tokens(prefix, tmp_path):
     tokenizer = train_pieces(prefix)
-    vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [PROMPT], [1])
-    assert (vocabulary[NAMES.MODEL], vocabulary[NAMES.ADD_PREFIX]) == ("llama", prefix)
-    assert NAMES.MERGES not in vocabulary
-    assert build_tokenizer(vocabulary)(TRICKY)["input_ids"] == tokenizer(TRICKY)["input_ids"]
+    facts = write_tokenizer(tokenizer, tmp_path / "model.gguf", stops=[1])
+    assert (facts[NAMES.MODEL], facts[NAMES.ADD_PREFIX]) == ("llama", prefix)
+    assert NAMES.MERGES not in facts
+    assert build_tokenizer(facts)(TRICKY)["input_ids"] == tokenizer(TRICKY)["input_ids"]
 
 
-def test_special_tokens_are_marked_and_answers_end_where_the_template_ends_them():
+def test_special_tokens_are_marked_and_answers_end_where_the_template_ends_them(tmp_path):
     tokenizer = train_cut("qwen2")
     tokenizer.add_tokens(["[[field]]"])
     tokenizer.eos_token = "<|endoftext|>"
-    vocabulary = describe_vocabulary(tokenizer, len(tokenizer) + 2, [PROMPT], [0, 2])
-    types = dict(zip(vocabulary[NAMES.LIST], vocabulary[NAMES.TOKEN_TYPE], strict=True))
+    facts = write_tokenizer(tokenizer, tmp_path / "model.gguf", 2, stops=[0, 2])
+    types = dict(zip(facts[NAMES.LIST], facts[NAMES.TOKEN_TYPE], strict=True))
     assert (types["<|im_end|>"], types["[[field]]"], types["a"], [*types.values()][-1]) == (3, 4, 1, 5)
     ids = (NAMES.BOS_ID, NAMES.EOS_ID, NAMES.PAD_ID, NAMES.EOT_ID)
-    assert [vocabulary[key] for key in ids] == [0, 0, 3, 2]
-    assert NAMES.UNK_ID not in vocabulary
+    assert [facts[key] for key in ids] == [0, 0, 3, 2]
+    assert NAMES.UNK_ID not in facts
 
 
 def test_a_program_writes_the_start_token_only_where_training_had_it_from_the_tokenizer():
@@ -114,9 +138,9 @@ def test_a_program_writes_the_start_token_only_where_training_had_it_from_the_to
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     started, bare = [0, 100, 101], [1, 100, 101]
-    assert describe_vocabulary(writes, len(writes), [started], [2])[NAMES.ADD_BOS]
-    assert not describe_vocabulary(writes, len(writes), [bare], [2])[NAMES.ADD_BOS]
-    assert not describe_vocabulary(plain, len(plain), [started], [2])[NAMES.ADD_BOS]
+    assert describe_tokenizer(writes, [started], [2])[NAMES.ADD_BOS]
+    assert not describe_tokenizer(writes, [bare], [2])[NAMES.ADD_BOS]
+    assert not describe_tokenizer(plain, [started], [2])[NAMES.ADD_BOS]
 
 
 def test_a_tokenizer_that_no_file_can_hold_is_refused_by_how_it_cuts():
@@ -124,20 +148,19 @@ def test_a_tokenizer_that_no_file_can_hold_is_refused_by_how_it_cuts():
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
     with pytest.raises(EnvironmentProblem, match="how this tokenizer splits text: Whitespace"):
-        describe_vocabulary(fast, 10, [PROMPT], [0])
+        find_pre_tokenizer(fast)
     pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])), eos_token="</s>")
     with pytest.raises(EnvironmentProblem, match="type Unigram"):
-        describe_vocabulary(pieces, 10, [PROMPT], [0])
+        find_pre_tokenizer(pieces)
 
 
-def test_more_tokens_than_the_model_has_are_told():
-    tokenizer = train_cut("gpt-2")
+def test_more_tokens_than_the_model_has_are_told(tmp_path):
     with pytest.raises(EnvironmentProblem, match="and the model 9"):
-        describe_vocabulary(tokenizer, 9, [PROMPT], [2])
+        write_tokenizer(train_cut("gpt-2"), tmp_path / "model.gguf", 9 - len(train_cut("gpt-2")))
 
 
 def test_a_model_type_that_the_converter_does_not_know_is_refused():
-    with pytest.raises(EnvironmentProblem, match="does not know models of type 'biogpt'"):
+    with pytest.raises(EnvironmentProblem, match="does not know the model class BioGptForCausalLM"):
         check_convertible(BioGptConfig())
 
 
@@ -163,12 +186,18 @@ def test_a_gguf_package_that_replaced_the_converters_own_is_refused_with_the_cur
 def test_weights_beyond_f16_are_told_with_the_format_that_holds_them(tmp_path):
     tokenizer, model = make_family("qwen2")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
-    vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [PROMPT], [2])
+    described = describe_tokenizer(tokenizer, [PROMPT], [2])
     with pytest.raises(EnvironmentProblem, match=r"up_proj\.weight has a value of 1e\+06(?s:.*)--type bf16"):
-        write_model(model, tokenizer, vocabulary, tmp_path / "model.gguf", "f16", "large")
+        write_model(model, tokenizer, described, tmp_path / "model.gguf", "f16", "large")
 
 
 def test_without_llama_cpp_the_error_for_k_quants_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(gguf_file, "has_llama", lambda: False)
+    monkeypatch.setattr(gguf_converter, "has_llama", lambda: False)
     with pytest.raises(EnvironmentProblem, match="pip install llama-cpp-python"):
         check_quantizer()
+
+
+def test_distilberts_head_is_refused_as_llama_cpp_computes_another():
+    with pytest.raises(EnvironmentProblem, match="DistilBERT has a ReLU"):
+        check_convertible(DistilBertConfig(), "AutoModelForSequenceClassification")
+    check_convertible(BertConfig(), "AutoModelForSequenceClassification")

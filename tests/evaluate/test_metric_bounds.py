@@ -9,9 +9,8 @@ from scipy.stats import binom
 from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.classification_metrics import measure_classes, measure_entities, measure_numbers
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.metric import Measure, compare, measure_shares, ratio
-from llmtune.evaluate.paired_statistics import difference, draw_counts, share_ends
-from llmtune.evaluate.range_ends import chrf_ends, error_ends
+from llmtune.evaluate.metric import Measure, chrf_bounds, error_bounds, measure_shares, paired_difference, ratio
+from llmtune.evaluate.paired_statistics import difference, draw_counts, share_bounds
 from llmtune.evaluate.text_metrics import (
     TEXT_MEASURES,
     chrf_formula,
@@ -67,7 +66,7 @@ SCALE = {"chrf": 100, "bleu": 100, "ter": 100}
 @pytest.mark.parametrize("rows", [2, 8, 40])
 def test_equal_answers_on_a_few_rows_pass_no_gate_with_a_margin(metric, rows):
     one = BOUNDED[metric](rows)
-    change = compare(one, one, seed=0)
+    change = paired_difference(one, one, seed=0)
     part, sign = ("high", "+") if metric in LOWER_IS_BETTER else ("low", "-")
     gate = f"{one.metric}.{part} {'<' if sign == '+' else '>'} base {sign} {0.01 * SCALE.get(metric, 1)}"
     scores = {one.metric: one.value}
@@ -79,7 +78,7 @@ def test_equal_answers_on_a_few_rows_pass_no_gate_with_a_margin(metric, rows):
 @pytest.mark.parametrize("metric", BOUNDED)
 def test_many_equal_answers_pass_a_gate_with_a_margin(metric):
     one = BOUNDED[metric](600)
-    change = compare(one, one, seed=0)
+    change = paired_difference(one, one, seed=0)
     assert change.value == 0
     assert max(-change.low, change.high) < (0.08 if metric == "pearson" else 0.03) * SCALE.get(metric, 1)
 
@@ -87,8 +86,8 @@ def test_many_equal_answers_pass_a_gate_with_a_margin(metric):
 @pytest.mark.parametrize("metric", BOUNDED)
 def test_the_rows_at_the_ends_are_the_worst_and_the_best_that_the_metric_knows(metric):
     one = BOUNDED[metric](12)
-    assert one.ends is not None
-    worst, best = one.ends(one.sums_NK)
+    assert one.bounds is not None
+    worst, best = one.bounds(one.sums_NK)
     scores = [
         Measure(one.metric, np.concatenate([one.sums_NK, [end]]), one.formula, ranking=one.ranking).value
         for end in (worst, best)
@@ -101,12 +100,12 @@ def test_the_rows_at_the_ends_are_the_worst_and_the_best_that_the_metric_knows(m
 
 def test_the_worst_row_of_an_error_rate_is_the_worst_that_was_seen():
     """It has no upper end: an answer may go on for ever."""
-    assert [part.tolist() for part in error_ends(np.array([[0.0, 6.0], [40.0, 4.0]]))] == [[40, 5], [0, 5]]
-    assert [part.tolist() for part in error_ends(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[5, 5], [0, 5]]
+    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [40.0, 4.0]]))] == [[40, 5], [0, 5]]
+    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[5, 5], [0, 5]]
 
 
 def test_an_interval_is_no_wider_than_the_range():
-    found = compare(*(measure_shares("f1", [0.7, 0.7], ""),) * 2, seed=0)
+    found = paired_difference(*(measure_shares("f1", [0.7, 0.7], ""),) * 2, seed=0)
     assert (found.low, found.high) == (-1, 1)
 
 
@@ -116,7 +115,7 @@ def test_a_baseline_that_predicts_one_number_has_no_correlation_in_its_pseudo_ro
     rng = np.random.default_rng(0)
     right = rng.normal(3, 1, 35)
     mean, tuned = (measure_numbers(metric, one, right) for one in (np.full(35, 3.0), right + rng.normal(0, 0.45, 35)))
-    found = compare(mean, tuned, seed=0)
+    found = paired_difference(mean, tuned, seed=0)
     assert found.value > 0.7
     assert 0.1 < found.low < found.value < found.high <= 1
 
@@ -131,7 +130,7 @@ def test_at_many_rows_the_floor_widens_the_interval_by_little():
     for rows in (50, 200, 1000):
         base, change = generator.random(rows), generator.normal(0, 0.25, rows) * (generator.random(rows) > 0.3)
         models = [measure_shares("f1", np.clip(one, 0, 1).tolist(), "") for one in (base, base + change)]
-        found = compare(*models, seed=0)
+        found = paired_difference(*models, seed=0)
         plain = difference(models[0].sums_NK, models[1].sums_NK, ratio, right_wrong=False, seed=0)
         widths[rows] = (found.high - found.low) / (plain.high - plain.low)
     assert widths[50] < 2
@@ -179,15 +178,15 @@ def passes(metric, shape, rows, ties, trials):
         if metric == "chrf":
             counts = 6 * sizes[:, None] - np.arange(6)
             sums = [np.stack([counts, counts, counts * one[:, None]], 2).reshape(rows, 18) for one in models]
-            change = difference(*sums, chrf_formula, right_wrong=False, seed=0, resamples=RESAMPLES, ends=chrf_ends)
+            change = difference(*sums, chrf_formula, right_wrong=False, seed=0, resamples=RESAMPLES, bounds=chrf_bounds)
             passed += change.low > 100 * margin + 1e-9
         elif metric == "wer":
             sums = [np.stack([(1 - one) * sizes, sizes], 1) for one in models]
-            change = difference(*sums, error_rate, right_wrong=False, seed=0, resamples=RESAMPLES, ends=error_ends)
+            change = difference(*sums, error_rate, right_wrong=False, seed=0, resamples=RESAMPLES, bounds=error_bounds)
             passed += change.high < -margin - 1e-9
         else:
             sums = [np.stack([one * sizes, sizes], 1) for one in models]
-            change = difference(*sums, ratio, right_wrong=False, seed=0, resamples=RESAMPLES, ends=share_ends)
+            change = difference(*sums, ratio, right_wrong=False, seed=0, resamples=RESAMPLES, bounds=share_bounds)
             passed += change.low > margin + 1e-9
     return passed / trials
 
@@ -220,7 +219,7 @@ def test_a_model_that_loses_rows_altogether_passes_in_4_of_100_runs_at_most(rows
         base, tuned = np.ones((2, rows))
         tuned[:number] = 0
         sums = [np.stack([one, np.ones(rows)], 1) for one in (base, tuned)]
-        lows.append(difference(*sums, ratio, right_wrong=False, seed=0, ends=share_ends).low)
+        lows.append(difference(*sums, ratio, right_wrong=False, seed=0, bounds=share_bounds).low)
     margins = [margin for margin in np.linspace(0.05, 1, 96) if margin * rows <= 30]
     passed = [binom.pmf(lost[np.array(lows) > -margin], rows, margin).sum() for margin in margins]
     assert max(passed) <= 0.041, (max(passed), margins[int(np.argmax(passed))])
