@@ -88,7 +88,13 @@ def written_path(path: str) -> str:
     return path if path.startswith("builtin:") else json.dumps(path)
 
 
-@pytest.mark.parametrize("recipe", BUILDERS)
+TWINS = ("chat-tools-offline", "chat-reasoning-offline", "completion-offline", "preference-offline")
+"""Recipes that another one has with a larger model: on a tiny one they are the same run."""
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] if name in TWINS else []) for name in BUILDERS]
+)
 def test_recipe_runs_to_the_end_on_a_tiny_model_of_its_kind(recipe: str, tmp_path: Path) -> None:
     model = BUILDERS[recipe](tmp_path / "model")
     loaded = load_recipe(recipe, shorten(recipe, model))

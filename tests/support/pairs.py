@@ -12,8 +12,6 @@ from llmtune.adapter.injection import inject
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.model.config import read_model_config
-from llmtune.model.loading import load_model
-from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -26,7 +24,7 @@ from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.distributed import join_processes
 from llmtune.train.setup import TrainContext, set_up
 from llmtune.train.sharding import share_model
-from support.adapting import quiet
+from support.adapting import open_model, quiet
 from support.audio import write_tone
 from support.families import build_bert, build_t5, build_whisper
 from support.models import build_llama
@@ -88,8 +86,7 @@ def prepare_training(path: Path, folder: Path, sharded: bool = False) -> tuple[A
     recipe = task.infer_labels(recipe, load_rows(folder / "data" / "rows"), config)
 
     def make() -> AdaptedModel:
-        selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
-        return inject(selected, recipe, quiet())
+        return inject(open_model(recipe), recipe, quiet())
 
     apart = sharded and join_processes("cpu") > 1
     return share_model(make) if apart else make(), load_examples(folder / "data" / "examples"), task, recipe

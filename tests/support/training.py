@@ -19,18 +19,16 @@ from llmtune.adapter.injection import inject
 from llmtune.data.examples import SCHEMA, record_batch
 from llmtune.launch.local_processes import launch
 from llmtune.launch.topology import Topology
-from llmtune.model.loading import load_model
-from llmtune.model.processor import load_processor
-from llmtune.model.resolve import resolve_model
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, Example, Examples, SelectedModel, TrainedRun
+from llmtune.records import AdaptedModel, Example, Examples, TrainedRun
 from llmtune.store.atomic_files import hash_value
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import get_task
 from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
 from llmtune.train.sharding import share_model
+from support.adapting import open_model, quiet
 from support.runs import write_recipe
 
 
@@ -63,18 +61,9 @@ def make_recipe(folder: Path, model: Path, /, **sections: Any) -> Recipe:
     return load_recipe(str(write_recipe(folder / "recipe.yaml", model, rows, **sections))).recipe
 
 
-def select(recipe: Recipe, device: str = "cpu", *, training: bool = True) -> SelectedModel:
-    """Load the model of `recipe`."""
-    console = Console(file=io.StringIO())
-    assert recipe.model.name is not None
-    place = resolve_model(recipe.model.name, recipe.model, console, True)
-    processor = load_processor(place, recipe.model)
-    return load_model(place, recipe, get_task(recipe.task), processor, device=device, training=training)
-
-
 def adapt(recipe: Recipe, device: str = "cpu") -> AdaptedModel:
     """Load the model of `recipe` and put the adapter in."""
-    return inject(select(recipe, device), recipe, Console(file=io.StringIO()))
+    return inject(open_model(recipe, device=device), recipe, quiet())
 
 
 def run_training(

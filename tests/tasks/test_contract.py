@@ -138,8 +138,11 @@ VARIED = {
 }
 """The methods in which the default suite does not train a variant."""
 RELATED = {f"chat-{name}": replace(CASES["chat"], adapter=adapter) for name, adapter in RELATIVES.items()}
-SLOW = VARIED | RELATED
-CELLS = CASES | SLOW
+SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
+SECOND += ("whisper-full", "ctc-headless", "preference-orpo")
+"""Cases of a variant that the default suite has with another method, model or loss."""
+SLOW = {*VARIED, *RELATED, *SECOND}
+CELLS = CASES | VARIED | RELATED
 """All variants of tasks with LoRA, QLoRA and all weights, and a decoder with the relatives of LoRA."""
 BASELINES = {
     "qa-extractive": "no answer to every question",
@@ -420,7 +423,7 @@ def reloaded(finished: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
 
     def reload(name: str) -> Path:
         if name not in known:
-            together = list(SLOW if name in SLOW else CASES)
+            together = [cell for cell in CELLS if (cell in SLOW) == (name in SLOW)]
             read_in_plain_classes(together, finished, place)
             known.update(together)
         return place / name
