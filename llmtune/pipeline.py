@@ -51,9 +51,9 @@ from llmtune.model.model_trials import (
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows, read_model_ref
 from llmtune.report.render_terminal import print_blocks
+from llmtune.report.report_page import report_json, write_report
 from llmtune.report.report_record import Report
 from llmtune.report.score_sections import seed_table
-from llmtune.report.write import report_json, write_report
 from llmtune.scoring import score_models
 from llmtune.session import Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
 from llmtune.store.atomic_files import hash_value, plain, staged, write_text

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.browser import PHONE_WIDTH, asked_of_the_network, browse, browser, on_a_phone, with_script
 
-from llmtune.report.write import write_report
+from llmtune.report.report_page import write_report
 
 pytestmark = browser
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
