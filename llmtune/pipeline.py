@@ -58,9 +58,9 @@ from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, read_model_ref
 from llmtune.report.render_terminal import print_blocks
+from llmtune.report.report_page import report_json, write_report
 from llmtune.report.report_record import Report
 from llmtune.report.score_sections import seed_table
-from llmtune.report.write import report_json, write_report
 from llmtune.scoring import score_models
 from llmtune.session import (
     Plan,

@@ -215,7 +215,7 @@ def _show(explanation: Explanation, target: Target | None, as_json: bool) -> Non
     from rich.markup import escape
 
     from llmtune.report.render_terminal import VisibleConsole, print_page
-    from llmtune.report.write import link_explanations
+    from llmtune.report.report_page import link_explanations
 
     if as_json:
         print_json({**explanation.values, "files": explanation.files})

@@ -12,6 +12,7 @@ import typer
 from llmtune.cli.options import AsJson, Sets
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
+from llmtune.recipe.task_facts import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +89,7 @@ def fits(
     ] = None,
     sets: Sets = None,
     length: Annotated[int, typer.Option("--length", min=8, max=2**30, help="Tokens of a row.")] = 1024,
-    task: Annotated[str, typer.Option("--task", help="The task to be tuned for.")] = "chat",
+    task: Annotated[str, typer.Option("--task", help="The task to be tuned for.")] = DEFAULT_TASK,
     licence: Licence = None,
     language: Language = None,
     family: Family = None,

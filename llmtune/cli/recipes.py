@@ -12,6 +12,7 @@ import typer
 from llmtune.cli.options import AsJson, RecipeArgument, Sets
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
 from llmtune.errors import RecipeError
+from llmtune.recipe.task_facts import DEFAULT_TASK
 from llmtune.store.atomic_files import explained
 
 TOOLS = "axolotl, llamafactory or trl"
@@ -119,7 +120,7 @@ def new(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Write to this file (default: print).")] = None,
     task: Annotated[
         str, typer.Option("--task", help="What the model is to learn: chat, classify, speech ...")
-    ] = "chat",
+    ] = DEFAULT_TASK,
     out: Annotated[Path | None, typer.Option("--out", help="The same as FILE.")] = None,
 ) -> None:
     """Write a recipe to start from; comments mark what must be set."""

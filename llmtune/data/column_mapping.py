@@ -11,10 +11,10 @@ from llmtune.data.rejected_rows import RowError, describe
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column's name in a template."""
 _PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request", "problem")
-_ANSWERS = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
+ANSWERS = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
 _CONVERSATION = {
     "prompt": _PROMPTS,
-    "completion": _ANSWERS,
+    "completion": ANSWERS,
     "output": ("response", "answer", "completion"),
     "input": ("context",),
     "system": ("system_prompt", "system_message"),
@@ -53,13 +53,14 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "preference": {
         "prompt": ("question", "instruction", "query", "input"),
-        "completion": _ANSWERS,
+        "completion": ANSWERS,
         "chosen": ("chosen_response", "chosen_messages", "preferred"),
         "rejected": ("rejected_response", "rejected_messages", "dispreferred"),
     },
 }
 """By task, our name of a column and what others call it."""
-
+COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])
+"""Columns of answers of which one is the worse: no other task may learn from them."""
 
 NAMES_AT_ONCE = 200
 """Columns and keys within them that a row is searched for."""
@@ -143,7 +144,7 @@ def with_aliases(
     for ours in wanted:
         if ours in mapped or ours in names:
             continue
-        known = (ours, *ALIASES[task].get(ours, ()))
+        known = (ours, *ALIASES.get(task, {}).get(ours, ()))
         found = [name for name, spelled in plain.items() if spelled in known]
         if len(found) == 1:
             mapped[ours] = found[0]

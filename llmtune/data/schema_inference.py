@@ -7,28 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from llmtune.data.column_mapping import ALIASES, flatten, rename
+from llmtune.data.column_mapping import ALIASES, COMPARED, flatten, rename
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format, map_columns, parse_row
 from llmtune.errors import DataError
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.section import REMOTE
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import scalar
 
 RawRows = Sequence[Mapping[str, object]]
-READINGS: Mapping[str, tuple[str, ...]] = {
-    "chat": ("prompt", "completion"),
-    "completion": ("prompt", "completion"),
-    "translate": ("source", "target"),
-    "summarize": ("document", "summary"),
-    "qa": ("question", "context", "answer"),
-    "classify": ("text", "label"),
-    "speech": ("audio", "text"),
-    "preference": ("prompt", "chosen", "rejected"),
-}
-"""By task, the columns that are looked for: what is given first, what is learned last."""
-COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])
-"""Columns of answers of which one is the worse: no other task may learn from them."""
 SMALLEST_SHARE = 0.5
 """Share of the rows that must be readable: a file may have bad rows."""
 MANY_ROWS = 8
@@ -38,12 +26,13 @@ RECORDING = re.compile(r"\.(wav|flac|mp3|ogg|opus)$", re.IGNORECASE)
 
 def infer_columns(rows: RawRows, task: str, folder: Path | None = None) -> dict[str, str] | None:
     """Return a mapping of columns by which `task` reads these rows; None where none that was tried does."""
-    wanted = READINGS.get(task)
-    if wanted is None:
+    wanted = TASK_FACTS[task].columns
+    if not wanted:
         return None
     rows = [flatten(row) for row in rows]
-    known = {name for ours in wanted for name in (ours, *ALIASES[task].get(ours, ()))}
-    names = dict.fromkeys(name for row in rows for name in row if task == "preference" or name.lower() not in COMPARED)
+    known = {name for ours in wanted for name in (ours, *ALIASES.get(task, {}).get(ours, ()))}
+    refused = () if wanted[-1] in COMPARED else COMPARED
+    names = dict.fromkeys(name for row in rows for name in row if name.lower() not in refused)
     texts = [name for name in names if name.lower() in known or _is_text(rows, name)]
     if len(texts) < len(wanted):
         return None
@@ -72,7 +61,7 @@ def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str
     left, columns = list(texts), dict[str, str]()
     for ours in reversed(wanted[1:]):
         named = _named(task, ours, left)
-        if task == "preference" and not named:
+        if ours in COMPARED and not named:
             return None  # which of two answers is the better one cannot be seen
         columns[ours] = named[0] if named else _by_values(rows, ours, left)
         left.remove(columns[ours])
@@ -97,7 +86,7 @@ def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
 
 def _named(task: str, ours: str, names: Sequence[str]) -> list[str]:
     """Return the columns that are called so, or by a usual other name; else those with such a word in their names."""
-    known = {ours, *ALIASES[task].get(ours, ())}
+    known = {ours, *ALIASES.get(task, {}).get(ours, ())}
     return [name for name in names if name.lower() in known] or [name for name in names if words(name) & known]
 
 

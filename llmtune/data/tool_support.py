@@ -17,12 +17,11 @@ from llmtune.data.row_store import iterate_texts
 from llmtune.data.template_kwargs import template_variables
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row, Rows
 
 KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
 """As rows have them on disk. Within a text, quotes have backslashes before them."""
-CONVERSATIONS = ("chat", "preference")
-"""Tasks whose rows are conversations."""
 OTHER = "Set model.chat_template to a Jinja file that writes `tools`, `tool_calls` and messages of the role `tool`"
 CHATML = "<|im_start|>"
 """A model whose own template writes it can learn tools by the template that comes with llmtune."""
@@ -36,7 +35,7 @@ def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) 
     Raises:
         EnvironmentProblem: it leaves out declarations of tools, calls or results.
     """
-    if recipe.task not in CONVERSATIONS or not processor.chat_template:
+    if not TASK_FACTS[recipe.task].has_messages or not processor.chat_template:
         return
     texts = (text for split in rows.files for _, text in iterate_texts(rows, split))
     used = Counter(_parts(json.loads(text)) for text in texts if any(key in text for key in KEYS))
