@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch.utils._pytree import tree_map
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llmtune.explain.architecture import Architecture
 from llmtune.explain.fake_model import FakeModel, UntraceableError
 from llmtune.model.device import is_out_of_memory, pick_device
+from llmtune.report.render_terminal import follow
 
 COUNTED, CHECKED = (16, 23, 41), 1021
 """Lengths in tokens at which products are counted, and at which the formula is held against the count; odd
@@ -54,19 +55,19 @@ class Cost:
     def crossing(self) -> int | None:
         """Return the length from which attention's own products cost more than all else; None where there is none."""
         more = self.attention - self.others
-        if more[2] <= 0 or value(more, 1) >= 0:
+        if more[2] <= 0 or evaluate_cost(more, 1) >= 0:
             return None
         root = int(max(np.roots(more[::-1]).real))
-        return next(n for n in range(max(1, root - 1), root + 3) if value(more, n) >= 0)
+        return next(n for n in range(max(1, root - 1), root + 3) if evaluate_cost(more, n) >= 0)
 
     def at(self, tokens: int) -> dict[str, float]:
         """Return what a text of so many tokens costs."""
-        whole = value(self.total, tokens)
-        shared = value(self.attention, tokens) / whole
+        whole = evaluate_cost(self.total, tokens)
+        shared = evaluate_cost(self.attention, tokens) / whole
         return {"tokens": tokens, "flops": whole, "flops_per_token": whole / tokens, "attention_share": shared}
 
 
-def value(polynomial: Polynomial, tokens: int) -> int:
+def evaluate_cost(polynomial: Polynomial, tokens: int) -> int:
     """Return what a part costs over `tokens` tokens."""
     return int(polynomial @ (1, tokens, tokens * tokens))
 
@@ -83,7 +84,7 @@ def count_cost(fake: FakeModel, context: int | None) -> Cost:
     polynomials = []
     for name, found in zip(("a text", "attention"), zip(*counts, strict=True), strict=True):
         polynomials.append(np.rint(np.linalg.solve(np.vander(lengths, 3, True), found[:3])).astype(np.int64))
-        if value(polynomials[-1], longest) != found[3]:
+        if evaluate_cost(polynomials[-1], longest) != found[3]:
             raise UntraceableError(f"the cost of {name} is no polynomial of the length")
     return Cost(*polynomials)
 
@@ -110,7 +111,7 @@ def choose_lengths(context: int | None) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Point:
+class BlockTiming:
     """What one block took for a text of so many tokens."""
 
     tokens: int
@@ -119,7 +120,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredBlock:
     """A block's time by length, on this machine."""
 
     block: str
@@ -127,14 +128,14 @@ class Measured:
     """The module of its self-attention, below the block."""
     device: str
     threads: int
-    points: tuple[Point, ...]
+    points: tuple[BlockTiming, ...]
     """Up to the length at which the time for measuring was over."""
 
 
 def measure_block(
     fake: FakeModel, architecture: Architecture, console: Console, *, budget_seconds: float = BUDGET_SECONDS
-) -> Measured | str:
-    """Run one block with random weights over longer and longer texts, in float32 and with plain attention.
+) -> MeasuredBlock | str:
+    """Run one block over longer and longer texts, in float32 and with plain attention.
 
     Returns how long it took, or why it could not be run.
     """
@@ -147,22 +148,22 @@ def measure_block(
     block = fake.model.get_submodule(name)
     attention = next((name for name, part in block.named_modules() if type(part).__name__.endswith("Attention")), "")
     lengths = choose_lengths(min(architecture.context or LONGEST, LONGEST))
-    points: list[Point] = []
+    points: list[BlockTiming] = []
     ends, least = time.perf_counter() + budget_seconds, min(RUN_SECONDS, budget_seconds / 20)
     try:
         modules = [block, block.get_submodule(attention)]
         arguments = {tokens: capture_arguments(fake, modules, tokens) for tokens in lengths}
-        materialise(block, device)
-        for tokens in track(lengths, "measuring", console=console, transient=True, disable=not console.is_terminal):
+        block._apply(lambda fake: _constant(fake, 0.02, device))
+        for tokens in follow(console, lengths, "measuring"):
             if points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
                 break
-            seconds = [run(*pair, device, least) for pair in zip(modules, arguments[tokens], strict=True)]
-            points.append(Point(tokens, *seconds))
+            seconds = [time_module(*pair, device, least) for pair in zip(modules, arguments[tokens], strict=True)]
+            points.append(BlockTiming(tokens, *seconds))
     except (UntraceableError, RuntimeError, TypeError, ValueError, KeyError) as error:
         if is_out_of_memory(error):
             return "there is not enough memory for one block"
         return f"a block could not be run by itself: {error}"
-    return Measured(name, attention, device, torch.get_num_threads(), tuple(points))
+    return MeasuredBlock(name, attention, device, torch.get_num_threads(), tuple(points))
 
 
 def capture_arguments(fake: FakeModel, modules: Sequence[torch.nn.Module], tokens: int) -> list[Arguments]:
@@ -172,35 +173,18 @@ def capture_arguments(fake: FakeModel, modules: Sequence[torch.nn.Module], token
     def keep(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         found[module] = (args, kwargs)
 
-    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
         fake.run(tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [found[module] for module in modules]
 
 
-def materialise(block: torch.nn.Module, device: str) -> None:
-    """Give a block random weights of a usual size in place of fake ones."""
-    generator = torch.Generator().manual_seed(0)
-    for module in block.modules():
-        for name, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is not None:
-                drawn = (torch.randn(value.shape, generator=generator) * 0.02).to(device)
-                kept = torch.nn.Parameter(drawn) if name in module._parameters else drawn.to(value.dtype)
-                setattr(module, name, kept)
-
-
-def run(module: torch.nn.Module, arguments: Arguments, device: str, least_seconds: float) -> float:
-    """Return the seconds of the quickest run on random numbers; a GPU is waited for."""
+def time_module(module: torch.nn.Module, arguments: Arguments, device: str, least_seconds: float) -> float:
+    """Return the seconds of the quickest run; a GPU is waited for."""
 
     def fill(part: object) -> object:
-        if not isinstance(part, torch.Tensor):
-            return part
-        if part.is_floating_point():
-            return torch.randn(part.shape, device=device)
-        return torch.ones(part.shape, dtype=part.dtype, device=device)
+        return _constant(part, 1, device) if isinstance(part, torch.Tensor) else part
 
     args, kwargs = tree_map(fill, arguments)
     timer = Timer(
@@ -209,3 +193,7 @@ def run(module: torch.nn.Module, arguments: Arguments, device: str, least_second
         num_threads=torch.get_num_threads(),
     )
     return float(min(timer.blocked_autorange(min_run_time=least_seconds).times))
+
+
+def _constant(fake: torch.Tensor, value: float, device: str) -> torch.Tensor:
+    return torch.full(fake.shape, value, dtype=fake.dtype, device=device)

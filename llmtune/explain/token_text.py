@@ -146,7 +146,7 @@ def _write_bytes(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("llmtune.bytes", _write_bytes)
 
 
-def label(token: Token, longest: int = LONGEST) -> str:
+def token_label(token: Token, longest: int = LONGEST) -> str:
     """Return a row's label: one line, cut where it is long, `·` in front where a word continues.
 
     Signs stand for white space, and numbers for characters that would turn or hide the text around them.
@@ -154,10 +154,10 @@ def label(token: Token, longest: int = LONGEST) -> str:
     text = token.text
     if text.strip(" ") and not token.special:
         text = text.removeprefix(" ")
-    shown = "".join(_visible(character) for character in text)
+    shown = "".join(_show_letter(character) for character in text)
     if shown and unicodedata.category(shown[0])[0] == "M":
         shown = f"◌{shown}"
-    return ("·" if token.continues else "") + _cut(shown, longest)
+    return ("·" if token.continues else "") + _cut_label(shown, longest)
 
 
 def word_label(token: Token, longest: int = 14) -> str:
@@ -165,17 +165,17 @@ def word_label(token: Token, longest: int = 14) -> str:
     text = token.text
     if text.startswith(" ") and text.strip():
         text = SIGNS[" "] + text[1:]
-    return label(Token(token.id, text, token.special, continues=False), longest) or "∅"
+    return token_label(Token(token.id, text, token.special, continues=False), longest) or "∅"
 
 
-def _visible(character: str) -> str:
+def _show_letter(character: str) -> str:
     if character in SIGNS:
         return SIGNS[character]
     hidden = unicodedata.category(character)[0] in "CZ" and character not in JOINERS
     return f"<U+{ord(character):04X}>" if hidden else character
 
 
-def _cut(text: str, longest: int) -> str:
+def _cut_label(text: str, longest: int) -> str:
     """Cut the end of a long text, never between a letter and its marks."""
     if len(text) <= longest:
         return text
@@ -186,7 +186,7 @@ def _cut(text: str, longest: int) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
+class TokenLine:
     """The labels of an axis: a token of a text (or a stretch of a recording) for each row."""
 
     tokens: tuple[Token, ...]
@@ -194,14 +194,14 @@ class Line:
     """How many of the model's positions each stands for."""
 
     @classmethod
-    def of(cls, tokens: Sequence[Token]) -> Line:
+    def of(cls, tokens: Sequence[Token]) -> TokenLine:
         """Give each token a row of its own."""
         return cls(tuple(tokens), (1,) * len(tokens))
 
     @property
     def labels(self) -> list[str]:
         """What is written at each row."""
-        return [label(token) for token in self.tokens]
+        return [token_label(token) for token in self.tokens]
 
     @property
     def special(self) -> list[bool]:
@@ -212,7 +212,7 @@ class Line:
         return len(self.tokens)
 
 
-def time_line(seconds: float, filled: int, frames: int) -> Line:
+def time_line(seconds: float, filled: int, frames: int) -> TokenLine:
     """Name stretches of frames by when they begin; those behind the end of a recording are one, called silence."""
     size = max(FRAMES, math.ceil(filled / MOST_STRETCHES))
     starts = range(0, filled, size)
@@ -222,4 +222,4 @@ def time_line(seconds: float, filled: int, frames: int) -> Line:
     if frames > filled:
         tokens.append(Token(-1, "silence", special=True, continues=False))
         sizes.append(frames - filled)
-    return Line(tuple(tokens), tuple(sizes))
+    return TokenLine(tuple(tokens), tuple(sizes))

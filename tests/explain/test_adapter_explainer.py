@@ -14,7 +14,7 @@ from support.explaining import expect, explain, open_quietly, quiet
 from support.finished import finish_run
 from support.models import build_llama
 
-from llmtune.explain.adapter_explainer import MoveMap, arrange, explain_adapter, measure
+from llmtune.explain.adapter_explainer import AdapterExplainer, arrange
 from llmtune.explain.trained_modules import Move, find_trained, read_adapter
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -47,8 +47,11 @@ def class_run(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     return folder / "run"
 
 
-def look(run: Path) -> MoveMap:
-    return measure(open_quietly(run), quiet())
+def look(run: Path) -> AdapterExplainer:
+    explainer = AdapterExplainer(open_quietly(run), quiet())
+    explainer.read()
+    explainer.run()
+    return explainer
 
 
 def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
@@ -95,8 +98,8 @@ def test_a_full_training_is_held_against_the_base(full_run: Path, tmp_path: Path
 
 
 def test_a_head_and_biases_are_told_beside_the_adapter(class_run: Path, tmp_path: Path):
-    explain_adapter(open_quietly(class_run), tmp_path, quiet())
-    found = look(class_run)
+    found = AdapterExplainer(open_quietly(class_run), quiet())
+    found.explain(tmp_path)
     kinds = {kind: [move for move in found.moves if move.kind == kind] for kind in ("LoRA", "bias", "whole")}
     assert len(kinds["LoRA"]) == 12
     assert len(kinds["bias"]) == 12
@@ -129,10 +132,10 @@ def test_the_drawing_marks_what_was_trained(class_run: Path, tmp_path: Path):
     assert "LoRA on 12 modules" in result.stdout
 
 
-def test_moves_of_two_halves_have_rows_of_their_own(chat_run: Path):
+def test_moves_of_two_halves_have_rows_of_their_own():
     names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q", "lm_head"]
-    found = arrange(open_quietly(chat_run), [Move(name, "LoRA", 1.0, 2.0, 9) for name in names])
-    placed = [(move.layer, move.column, move.module.split(".")[0]) for move in found.moves]
+    moves = arrange([Move(name, "LoRA", 1.0, 2.0, 9) for name in names])
+    placed = [(move.layer, move.column, move.module.split(".")[0]) for move in moves]
     assert placed == [("encoder 0", "q", "encoder"), ("decoder 0", "q", "decoder"), (None, None, "lm_head")]
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from llmtune.errors import RecipeError
 from llmtune.explain import attention_maps
-from llmtune.explain.attention_explainer import explain_attention
+from llmtune.explain.attention_explainer import AttentionExplainer
 from llmtune.explain.inputs import AttentionRequest
 from llmtune.model.library_logging import hushed
 from llmtune.recipe.loader import load_recipe
@@ -217,8 +217,8 @@ def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_f
     monkeypatch.setattr(attention_maps, "MOST_NUMBERS", 1000)
     target = open_quietly(built("bert"))
     with pytest.raises(RecipeError, match="too many to keep"):
-        explain_attention(target, AttentionRequest(text=TEXT, head="1"), tmp_path, quiet())
-    explain_attention(target, AttentionRequest(text=TEXT, layer=1, head="2"), tmp_path, quiet())
+        AttentionExplainer(target, quiet(), AttentionRequest(text=TEXT, head="1")).explain(tmp_path)
+    AttentionExplainer(target, quiet(), AttentionRequest(text=TEXT, layer=1, head="2")).explain(tmp_path)
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
     assert {"model/1/mean", "model/1/rollout", "model/1/2"} <= set(kind["values"])
     assert "model/0/2" not in kind["values"]

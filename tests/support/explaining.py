@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
-from llmtune.explain.target import Target, open_target
+from llmtune.explain.explainer import Target, open_target
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
