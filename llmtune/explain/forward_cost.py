@@ -149,11 +149,11 @@ def measure_block(
     attention = next((name for name, part in block.named_modules() if type(part).__name__.endswith("Attention")), "")
     lengths = choose_lengths(min(architecture.context or LONGEST, LONGEST))
     points: list[BlockTiming] = []
-    ends, least = time.perf_counter() + budget_seconds, min(RUN_SECONDS, budget_seconds / 20)
     try:
         modules = [block, block.get_submodule(attention)]
         arguments = {tokens: capture_arguments(fake, modules, tokens) for tokens in lengths}
         block._apply(lambda fake: _constant(fake, 0.02, device))
+        ends, least = time.perf_counter() + budget_seconds, min(RUN_SECONDS, budget_seconds / 20)
         for tokens in follow(console, lengths, "measuring"):
             if points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
                 break
