@@ -127,11 +127,7 @@ class AttentionExplainer(Explainer):
                 "title": kind_title(kind, self.target.family),
                 "layers": len(layers),
                 "heads": maps.shape[kind][1],
-                "shown": {
-                    "layer": maps.drawn_layers[kind],
-                    "head": maps.head,
-                    "threshold": maps.threshold(kind),
-                },
+                "shown": {"layer": maps.drawn_layers[kind], "head": maps.head, "threshold": maps.threshold(kind)},
                 "by_layer": layers,
             }
             for kind, layers in self.layers.items()

@@ -151,17 +151,15 @@ def shape_of(config: PretrainedConfig, family: Family) -> dict[AttentionKind, tu
     def first(half: PretrainedConfig, *names: str) -> int:
         return next(int(value) for name in names if (value := getattr(half, name, None)) is not None)
 
-    encoder, decoder = (
-        (
-            first(half, f"{name}_layers", layers, "num_hidden_layers"),
-            first(half, f"{name}_attention_heads", "num_heads", "num_attention_heads"),
-        )
-        for name, half, layers in (
-            ("encoder", getattr(config, "encoder", config), "num_layers"),
-            ("decoder", getattr(config, "decoder", config), "num_decoder_layers"),
-        )
-    )
-    return {SELF: encoder, MASKED: decoder, CROSS: decoder}
+    reads, writes = getattr(config, "encoder", config), getattr(config, "decoder", config)
+    encoder = first(reads, "encoder_layers", "num_layers", "num_hidden_layers")
+    decoder = first(writes, "decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    written = decoder, first(writes, "decoder_attention_heads", "num_attention_heads")
+    return {
+        SELF: (encoder, first(reads, "encoder_attention_heads", "num_attention_heads")),
+        MASKED: written,
+        CROSS: written,
+    }
 
 
 # What is kept of it

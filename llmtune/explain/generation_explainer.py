@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -77,6 +78,8 @@ class GenerationExplainer(Explainer):
         self.title = f"Generation: {text if len(text) <= 70 else text[:69] + '…'}"
         self.stem = f"generation-{slug(self.request)}"
         self.prompt = read_prompt(self.target, self.request)
+        if self.prompt.masks:
+            self.lead = LEAD_MASKED
         self.sampling = resolve_sampling(self.request, self.prompt, self.target)
         recipe = self.target.recipe
         if recipe is not None and recipe.generation.num_beams > 1:
@@ -132,8 +135,7 @@ class GenerationExplainer(Explainer):
         """Return the page, with the model and the system message at its top."""
         system = [("system", self.request.system)] if self.request.system else []
         chips = [("model", self.target.short_name), ("family", self.target.family), *system]
-        page = super().page(figures)
-        return replace(page, chips=chips, lead=LEAD_MASKED if self.prompt.masks else page.lead)
+        return replace(super().page(figures), chips=chips)
 
     def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
         """Yield the stages, and of a run first where base and tuned model part."""
@@ -174,10 +176,9 @@ class GenerationExplainer(Explainer):
         count = len(next(iter(known.values()))[0])
         rows = []
         for layer in range(count):
-            row = ["0: input" if layer == 0 else str(layer)]
-            for found in (layers[at][layer] for layers in known.values()):
-                row += [*_word_and_probability(found.likeliest[0]), write_probability(found.chosen)]
-            rows.append(row)
+            cells = [layers[at][layer] for layers in known.values()]
+            row = [[*_word_and_probability(cell.likeliest[0]), write_probability(cell.chosen)] for cell in cells]
+            rows.append(["0: input" if layer == 0 else str(layer), *chain(*row)])
         every = -(-count // MOST_LAYERS)
         yield Table(columns, [row for i, row in enumerate(rows) if i % every == 0 or i == count - 1], scroll=True)
         yield Text(LENS, "soft")
@@ -193,10 +194,7 @@ class GenerationExplainer(Explainer):
                 down="layer",
                 across="the answer",
                 texts=[[word_label(cell.likeliest[0].token) for cell in row] for row in grid],
-                tips=[
-                    [", ".join(" ".join(_word_and_probability(one)) for one in cell.likeliest) for cell in row]
-                    for row in grid
-                ],
+                tips=[[", ".join(map(_spell, cell.likeliest)) for cell in row] for row in grid],
             )
 
     def _step_blocks(self) -> Iterator[Block]:
@@ -211,8 +209,7 @@ class GenerationExplainer(Explainer):
             for number, step in enumerate(trace.steps, 1):
                 others = [one for one in step.candidates if one.token.id != step.token.id][: max(0, self.top - 1)]
                 numbers = [write_probability(step.probability), f"{step.entropy_bits:.2f}", f"{step.kept_tokens:,}"]
-                words = ((" ".join(_word_and_probability(one)), one.kept) for one in others)
-                listed = ", ".join(word if kept else f"({word})" for word, kept in words)
+                listed = ", ".join(_spell(one) if one.kept else f"({_spell(one)})" for one in others)
                 rows.append([str(number), word_label(step.token), *numbers, listed])
             yield Table(columns, rows, name if several else "", scroll=True)
         yield Text(CANDIDATES, "soft")
@@ -248,19 +245,13 @@ class GenerationExplainer(Explainer):
         """Return what base and tuned model make of each word of the tuned model's answer."""
         rows: list[list[Cell | str]] = []
         for step, base, tuned in zip(self.traces[TUNED].steps, self.scores[BASE], self.scores[TUNED], strict=True):
-            meter, factor = (
-                Cell(picture=draw_meter(tuned.probability)),
-                write_factor(base.probability, tuned.probability),
-            )
             numbers = [write_probability(one.probability, exact=True) for one in (base, tuned)]
-            said = "the same" if base.rank == 1 else " ".join(_word_and_probability(base.likeliest))
-            rows.append([word_label(step.token), *numbers, meter, factor, f"{base.rank:,}", said])
+            meter = Cell(picture=draw_meter(tuned.probability))
+            factor = write_factor(base.probability, tuned.probability)
+            predicted = "the same" if base.rank == 1 else _spell(base.likeliest)
+            rows.append([word_label(step.token), *numbers, meter, factor, f"{base.rank:,}", predicted])
         heads = [Column("word"), Column("base", "number"), Column("tuned", "number"), Column("", "picture")]
-        heads += [
-            Column("times", "number"),
-            Column("its rank in the base", "number"),
-            Column("there the base predicts"),
-        ]
+        heads += [Column("times", "number"), Column("its rank in the base", "number"), Column("the base predicts")]
         note = "Each word, given the words before it in the tuned model’s answer."
         return Table(heads, rows, "How the tuning moved each word of the tuned model’s answer", note, scroll=True)
 
@@ -334,6 +325,10 @@ def describe_sampling(sampling: Sampling) -> str:
 
 def _word_and_probability(token: LikelyToken) -> list[str]:
     return [word_label(token.token), write_probability(token.probability)]
+
+
+def _spell(token: LikelyToken) -> str:
+    return " ".join(_word_and_probability(token))
 
 
 def write_probability(value: float, *, exact: bool = False) -> str:

@@ -241,13 +241,11 @@ def fit_tokens(ids: Sequence[int], where: str, target: Target, request: Attentio
     if request.cut:
         ends = target.family != "decoder" and ids[-1] in target.processor.all_special_ids
         return [*ids[: room - 1], ids[-1]] if ends else list(ids[:room])
-    cut = f"or add --cut to look at the first {room:,} alone"
-    if context and len(ids) > context:
-        what = f"it has {len(ids):,} tokens, and {target.name} has positions for {context:,}"
-        raise DataError.of(what, where, f"Shorten it, {cut}.")
-    what = f"it has {len(ids):,} tokens, and figures are drawn of {room:,} at most"
-    more = f"raise --max-tokens to {len(ids)}, " if len(ids) <= LARGEST_FIGURE else ""
-    raise DataError.of(what, where, f"Shorten it, {more}{cut}.")
+    beyond = bool(context and len(ids) > context)
+    limit = f"{target.name} has positions for {context:,}" if beyond else f"figures are drawn of {room:,} at most"
+    more = "" if beyond or len(ids) > LARGEST_FIGURE else f"raise --max-tokens to {len(ids)}, "
+    fix = f"Shorten it, {more}or add --cut to look at the first {room:,} alone."
+    raise DataError.of(f"it has {len(ids):,} tokens, and {limit}", where, fix)
 
 
 def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -> ModelInputs:

@@ -16,9 +16,17 @@ from llmtune.errors import EnvironmentProblem, first_line
 from llmtune.explain.architecture import Architecture, Blocks, describe_architecture
 from llmtune.explain.architecture_figure import brief_size, briefly, draw_architecture
 from llmtune.explain.explainer import Explainer, Target, figure_block
-from llmtune.explain.fake_model import UntraceableError, build_fake_model
+from llmtune.explain.fake_model import (
+    Cost,
+    MeasuredBlock,
+    UntraceableError,
+    build_fake_model,
+    choose_lengths,
+    count_cost,
+    evaluate_cost,
+    measure_block,
+)
 from llmtune.explain.figures import BLUE, LINE, MUTED, ORANGE, figure_settings, save_figure
-from llmtune.explain.forward_cost import Cost, MeasuredBlock, choose_lengths, count_cost, evaluate_cost, measure_block
 from llmtune.explain.trained_modules import find_trained, short_module_name
 from llmtune.model.config import UNREADABLE
 from llmtune.report.blocks import Block, Column, KeyValues, Section, Shares, Table, Text
@@ -77,9 +85,12 @@ class ModelExplainer(Explainer):
                 self.cost = count_cost(fake, self.architecture.context)
             except UntraceableError as error:
                 self.cost = str(error)
-        self.measured: MeasuredBlock | str = "--no-measure was given"
-        if self.measure:
-            self.measured = measure_block(fake, self.architecture, self.console)
+        stacks = self.architecture.stacks
+        self.measured: MeasuredBlock | str = "no blocks were found" if self.measure else "--no-measure was given"
+        if self.measure and stacks:
+            blocks = max(stacks[-1].blocks, key=lambda blocks: len(blocks.numbers))
+            name, context = blocks.names()[-1], self.architecture.context
+            self.measured = measure_block(fake, name, context, self.console)
 
     @property
     def base(self) -> str | None:
@@ -196,10 +207,8 @@ class ModelExplainer(Explainer):
         yield Text(f"One block ({measured.block}) by itself on this machine ({measured.device}{threads}), in float32.")
         if len(measured.points) > 1:
             before, after = measured.points[-2:]
-            block, attention = (
-                after.block_seconds / before.block_seconds,
-                after.attention_seconds / before.attention_seconds,
-            )
+            block = after.block_seconds / before.block_seconds
+            attention = after.attention_seconds / before.attention_seconds
             times = f"{block:.1f} times as long, its attention {attention:.1f} times"
             yield Text(f"From {before.tokens:,} to {after.tokens:,} tokens the block took {times}.")
         if "model-time" in figures:

@@ -119,6 +119,8 @@ def join_path(groups: Sequence[Group], *, parallel: bool) -> None:
             group.place = ("path" if on_path else "") if ending else "beside" if parallel else "branch"
         elif group.role == "norm":
             group.place = "branch"
+        elif before and "convolution" in (before.role, group.role):
+            group.place = ""  # a short convolution within the branch (Recurrent Gemma)
         elif before is None or before.role != "norm" or before.place in ("", "path"):
             group.place = "beside" if before and begins else "branch"
     for at, group in enumerate(groups):

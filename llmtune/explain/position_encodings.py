@@ -89,13 +89,6 @@ def sinusoidal_scheme(length: int, dimension: int, base: float) -> Scheme:
     return Scheme("sinusoidal", "", table, facts=facts)
 
 
-def similarity(table: Array) -> Array:
-    """Return the cosine of the angle between each two rows of a table, [L, L]; rows of zeros are like nothing."""
-    norms = np.linalg.norm(table, axis=1, keepdims=True)
-    unit = np.divide(table, norms, out=np.zeros_like(table), where=norms > 0)
-    return np.asarray(unit @ unit.T)
-
-
 def similarity_by_distance(scheme: Scheme, length: int) -> Array:
     """Return how alike positions are by how far they are apart, from 0 on, [L].
 
@@ -104,8 +97,11 @@ def similarity_by_distance(scheme: Scheme, length: int) -> Array:
     """
     if scheme.kind == "rotary":
         return np.asarray(scheme.table(length).mean(axis=1))
-    alike = similarity(scheme.table(length))
-    return np.array([np.diagonal(alike, offset).mean() for offset in range(len(alike))])
+    table = scheme.table(length)
+    norms = np.linalg.norm(table, axis=1, keepdims=True)
+    unit_LD = np.divide(table, norms, out=np.zeros_like(table), where=norms > 0)  # rows of zeros are like nothing
+    alike_LL = unit_LD @ unit_LD.T
+    return np.array([np.diagonal(alike_LL, offset).mean() for offset in range(len(alike_LL))])
 
 
 def find_schemes(model: nn.Module) -> list[Scheme]:

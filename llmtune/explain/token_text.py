@@ -48,6 +48,8 @@ MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\d*\]")
 """What added tokens look like that are no text, such as Whisper's `<|0.02|>`."""
 SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣", "\u00a0": "⍽"}
 """What stands for white space that a label would not show."""
+BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""The byte that each letter of a byte-level vocabulary (GPT-2) stands for."""
 JOINERS = ("\u200c", "\u200d")
 _LETTER = r"[[\p{L}\p{N}\p{M}\u200c\u200d]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}]]"
 WORD = regex.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*", regex.V1)
@@ -118,9 +120,8 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], _Piece]:
 
 
 def _read_byte_level(piece: str) -> _Piece:
-    table = byte_of_letter()
-    known = all(character in table for character in piece)
-    return _Piece(bytes(table[character] for character in piece) if known else piece.encode())
+    known = all(letter in BYTE_OF_LETTER for letter in piece)
+    return _Piece(bytes(BYTE_OF_LETTER[letter] for letter in piece) if known else piece.encode())
 
 
 def _read_word_piece(piece: str) -> _Piece:
@@ -130,12 +131,6 @@ def _read_word_piece(piece: str) -> _Piece:
 def _read_sentence_piece(piece: str) -> _Piece:
     byte = ONE_BYTE.fullmatch(piece)
     return _Piece(bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode())
-
-
-@cache
-def byte_of_letter() -> dict[str, int]:
-    """Return the byte behind each letter of a byte-level vocabulary (GPT-2)."""
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def _write_bytes(error: UnicodeError) -> tuple[str, int]:

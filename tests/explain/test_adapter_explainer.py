@@ -26,12 +26,6 @@ QUICK = {"train": {"num_train_epochs": 1}, "evaluate": {"metrics": ["loss"]}}
 
 
 @pytest.fixture(scope="module")
-def chat_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chat")
-    return finish_run(folder, build_llama(folder / "llama", layers=3), **QUICK)
-
-
-@pytest.fixture(scope="module")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("full")
     adapter = {"method": "full", "r": None, "lora_alpha": None}
@@ -57,10 +51,10 @@ def look(run: Path) -> AdapterExplainer:
 def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
     found = look(chat_run)
     weights = load_file(chat_run / "adapter" / "adapter_model.safetensors")
-    base = load_file(chat_run.parent.parent / "llama" / "model.safetensors")
-    assert list(found.by("layer")) == ["0", "1", "2"]
+    base = load_file(chat_run.parent / "model" / "model.safetensors")
+    assert list(found.by("layer")) == ["0", "1"]
     assert list(found.by("column")) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert len(found.in_layers) == len(found.moves) == 21
+    assert len(found.in_layers) == len(found.moves) == 14
     for move in found.moves:
         assert f".{move.layer}." in move.module
         assert move.module.endswith(move.column)
@@ -74,7 +68,7 @@ def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
 def test_the_terminal_shows_where_the_tuning_went(chat_run: Path, tmp_path: Path):
     result = invoke(chat_run, "--out", tmp_path)
     expect(result, 0, "adapter.html", "adapter.png", "adapter.svg")
-    for word in ("The 21 modules", "q_proj", "of 4", "By layer: most in", "What moved most"):
+    for word in ("The 14 modules", "q_proj", "of 4", "By layer: most in", "What moved most"):
         assert word in result.stdout, word
 
 
@@ -148,11 +142,11 @@ def test_a_run_whose_model_is_gone_is_an_error_of_the_machine(chat_run: Path, tm
     run = tmp_path / "run"
     shutil.copytree(chat_run, run)
     text = (run / "recipe.yaml").read_text()
-    gone = text.replace(str(chat_run.parent.parent / "llama"), str(tmp_path / "gone"))
+    gone = text.replace(str(chat_run.parent / "model"), str(tmp_path / "gone"))
     assert gone != text
     (run / "recipe.yaml").write_text(gone)
     lock = (run / "llmtune.lock").read_text()
-    (run / "llmtune.lock").write_text(lock.replace(str(chat_run.parent.parent / "llama"), str(tmp_path / "gone")))
+    (run / "llmtune.lock").write_text(lock.replace(str(chat_run.parent / "model"), str(tmp_path / "gone")))
     for command in ("adapter", "model"):
         expect(explain(command, run), 4, "gone")
 

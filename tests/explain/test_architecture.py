@@ -105,7 +105,7 @@ causal gpt_neox: [LayerNorm]attention | [LayerNorm]feed-forward+
 causal phi: [LayerNorm]attention | feed-forward+
 causal mixtral: [RMSNorm]attention+, [RMSNorm]experts+
 causal opt: [LayerNorm]attention+, [LayerNorm]feed-forward+
-causal afmoe: [RMSNorm]attention[RMSNorm]+, [RMSNorm]feed-forward[RMSNorm]+
+causal afmoe: [RMSNorm]attention[RMSNorm]+, [RMSNorm]experts[RMSNorm]+
 causal falcon: [LayerNorm]attention | feed-forward+
 masked albert: attention+ > [LayerNorm], feed-forward+ > [LayerNorm]
 seq2seq t5: [RMSNorm]attention+, [RMSNorm]cross-attention+, [RMSNorm]feed-forward+

@@ -19,6 +19,16 @@ from llmtune.session import Options
 from support.rows import write_jsonl
 from support.runs import write_recipe
 
+ANSWERED = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Which colour has number {i}?"},
+            {"role": "assistant", "content": "blue"},
+        ]
+    }
+    for i in range(40)
+]
+
 
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)

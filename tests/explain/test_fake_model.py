@@ -13,15 +13,17 @@ from support.explaining import explain, open_quietly, quiet
 from support.models import build_gpt2
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmtune.explain import forward_cost
+from llmtune.explain import fake_model
 from llmtune.explain.architecture import describe_architecture
-from llmtune.explain.fake_model import UntraceableError, build_fake_model, shape_inputs
-from llmtune.explain.forward_cost import (
+from llmtune.explain.fake_model import (
     Cost,
     MeasuredBlock,
+    UntraceableError,
+    build_fake_model,
     count_cost,
     evaluate_cost,
     measure_block,
+    shape_inputs,
 )
 from llmtune.model.memory_plan import context_length
 
@@ -37,7 +39,8 @@ def count(folder: Path) -> Cost:
 def measure(folder: Path, seconds: float = 1.0) -> MeasuredBlock | str:
     target = open_quietly(folder)
     fake = build_fake_model(target)
-    return measure_block(fake, describe_architecture(target, fake), quiet(), budget_seconds=seconds)
+    name = describe_architecture(target, fake).stacks[-1].blocks[-1].names()[-1]
+    return measure_block(fake, name, context_length(target.config), quiet(), budget_seconds=seconds)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,7 +88,7 @@ def test_attention_over_blocks_of_a_fixed_size_is_not_given_a_formula(tmp_path: 
 def test_a_block_and_its_attention_are_timed_by_length(tiny_gpt2: Path):
     found = measure(tiny_gpt2, 60.0)
     assert isinstance(found, MeasuredBlock), found
-    assert (found.block, found.attention) == ("transformer.h.1", "attn")
+    assert found.attention == "attn"
     assert [point.tokens for point in found.points] == [64, 128, 256, 512]
     assert 0 < found.points[-1].attention_seconds < found.points[-1].block_seconds
     assert found.points[-1].block_seconds > 2 * found.points[0].block_seconds
@@ -93,7 +96,7 @@ def test_a_block_and_its_attention_are_timed_by_length(tiny_gpt2: Path):
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "t5", "whisper", "wav2vec2"])
 def test_blocks_of_every_family_run_by_themselves(built, monkeypatch, family):
-    monkeypatch.setattr(forward_cost, "LONGEST", 64)
+    monkeypatch.setattr(fake_model, "LONGEST", 64)
     found = measure(built(family), 0.2)
     assert isinstance(found, MeasuredBlock), found
     assert [point.tokens for point in found.points] == [64]
@@ -102,7 +105,7 @@ def test_blocks_of_every_family_run_by_themselves(built, monkeypatch, family):
 def test_measuring_ends_with_its_time_and_a_large_block_is_not_tried(tiny_llama: Path, monkeypatch):
     found = measure(tiny_llama, 0.02)
     assert 1 <= len(found.points) < 6
-    monkeypatch.setattr(forward_cost, "MOST_BYTES", 4 * 30_000)
+    monkeypatch.setattr(fake_model, "MOST_BYTES", 4 * 30_000)
     assert "parameters" in measure(tiny_llama)
 
 
