@@ -71,7 +71,7 @@ def init(
     if not readings:
         raise _unread(survey, task, mapped)
     reading = _choose(readings, asks, console)
-    _describe(survey, reading, readings, console)
+    _print_survey(survey, reading, readings, console)
     text, model = _propose(survey, reading, target, model)
     with explained(target):
         target.write_text(text, encoding="utf-8")
@@ -189,7 +189,7 @@ def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
     return None
 
 
-def _describe(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
+def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print what was seen, so that a person can tell whether it is right."""
     from llmtune.data.suspect_rows import suspicions
 
