@@ -360,21 +360,18 @@ def to_tokens(text: GeneralText, processor: PreTrainedTokenizerBase) -> tuple[li
 
 def score_passages(model: torch.nn.Module, passages: Passages, device: str, advance: Advance) -> Floats:
     """Return the nats of each paragraph [U]; several processes share the windows."""
-    windows, nothing = passages.windows, np.zeros(len(passages.tokens))
+    windows, paragraphs = passages.windows, len(passages.tokens)
 
     def share(own: Sequence[int]) -> list[Floats]:
-        found: dict[int, Floats] = {}
-
-        def work(batch: list[int]) -> None:
+        def work(batch: list[int]) -> list[Floats]:
             chosen = [own[i] for i in batch]
             rows_S = torch.tensor([paragraph for i in chosen for paragraph in passages.paragraphs[i]])
-            collated = collate_padded([windows[i] for i in chosen], None) | {"rows_S": rows_S, "n_rows": len(nothing)}
+            collated = collate_padded([windows[i] for i in chosen], None) | {"rows_S": rows_S, "n_rows": paragraphs}
             loss = causal_loss(model, move_to(device, collated), True)
             assert loss.row_sums is not None
-            found[batch[0]] = loss.row_sums.double().cpu().numpy()
-            advance(len(batch))
+            return [loss.row_sums.double().cpu().numpy(), *[np.zeros(paragraphs)] * (len(batch) - 1)]
 
-        run_in_batches([len(windows[i].input_ids) for i in own], budget_for(device, TOKEN_BUDGET), work)
-        return [found.get(i, nothing) for i in range(len(own))]
+        lengths = [len(windows[i].input_ids) for i in own]
+        return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance)
 
-    return np.asarray(np.sum([nothing, *over_processes(range(len(windows)), share)], axis=0))
+    return np.asarray(np.sum([np.zeros(paragraphs), *over_processes(range(len(windows)), share)], axis=0))

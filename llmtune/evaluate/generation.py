@@ -18,7 +18,7 @@ from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, decode_
 from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.device import device_memory, is_out_of_memory
+from llmtune.model.device import SuppressRefusal, device_memory
 from llmtune.model.self_checks import positions_depend_on_neighbours
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -128,31 +128,27 @@ def _generate_here(
     settings = generation_settings(model, processor, recipe)
     stops = set(answer_ends(model, processor, recipe))
     new = recipe.generation.max_new_tokens
-    outputs = [CompletionOutput([], "length")] * len(prompts)
     lengths = [len(prompt) + new for prompt in prompts]
     alone = positions_depend_on_neighbours(model, max(lengths, default=0))
     ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and not alone
     column_bytes = column_bytes_of(model, device) if ours else None
 
-    def work(batch: list[int]) -> None:
+    def work(batch: list[int]) -> list[CompletionOutput]:
         batch_prompts = [prompts[i] for i in batch]
         if column_bytes is None:
             answers = generate_batch(model, batch_prompts, settings, device)
         else:
             answers = decode_greedily(model, batch_prompts, new, stops, device)
-        for i, ids in zip(batch, answers, strict=True):
-            outputs[i] = end_output(ids, stops)
-        advance(len(batch))
+        return [end_output(ids, stops) for ids in answers]
 
     if column_bytes is not None:
-        run_in_batches(lengths, cache_budget(device, column_bytes), work, budget_for(device, MOST_ROWS))
-        return outputs
+        most = budget_for(device, MOST_ROWS)
+        return run_in_batches(lengths, cache_budget(device, column_bytes), work, advance, most=most)
     budget = budget_for(device, GENERATION_BUDGET) // recipe.generation.num_beams
     with torch.random.fork_rng(), only_these_settings(model):
         alone = alone or not ignores_padding(model, settings, device)
         torch.manual_seed(recipe.seed)
-        run_in_batches(lengths, budget, work, 1 if alone else None)
-    return outputs
+        return run_in_batches(lengths, budget, work, advance, most=1 if alone else None)
 
 
 def end_output(ids: Sequence[int], stops: set[int]) -> CompletionOutput:
@@ -204,14 +200,11 @@ def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: 
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     greedy = GenerationConfig(**options, pad_token_id=settings.pad_token_id, use_cache=True)
     batches = [prompts, *([prompt] for prompt in prompts)]
-    try:
+    with SuppressRefusal():
         together, *alone = (torch.stack(_generate(model, batch, greedy, device).logits, 1).float() for batch in batches)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        if is_out_of_memory(error):
-            raise
-        return False
-    apart = (together - torch.cat(alone)).square().mean().sqrt()
-    return bool(apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * together.std())
+        apart = (together - torch.cat(alone)).square().mean().sqrt()
+        return bool(apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * together.std())
+    return False
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers import Cache
 from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
-from llmtune.model.device import is_out_of_memory
+from llmtune.model.device import SuppressRefusal
 
 
 class KVCache(Cache):  # type: ignore[misc]
@@ -246,22 +246,19 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
     ids = [size * (7 * (i % 6 + 1) + i % 5) // 50 for i in range(13)]
     prompts = [ids[:4] + ids[4:5], ids[:4] + ids[5:8], ids[:4] + ids[8:10]]
     added = ids[10:]
-    try:
+    with SuppressRefusal():
         batch = DecodeBatch(model, prompts, 2, device)
         first_BV = batch.read(4, 8)
         order = batch.order
         taken = batch.leave([0])
         second_BV = batch.step(torch.tensor([added[order[slot]] for slot in taken], device=device), 0)
         alone = [plain_logits(model, [*prompts[i], added[i]], device) for i in range(3)]
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    expected = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in batch.order)])
-    found = torch.cat([first_BV, second_BV]).float()
-    apart = (found - expected).square().mean().sqrt()
-    close = apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * expected.std()
-    return batch.cache.column_bytes if bool(close) else None
+        expected = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in batch.order)])
+        found = torch.cat([first_BV, second_BV]).float()
+        apart = (found - expected).square().mean().sqrt()
+        close = apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * expected.std()
+        return batch.cache.column_bytes if bool(close) else None
+    return None
 
 
 def plain_logits(model: torch.nn.Module, ids: Sequence[int], device: str) -> torch.Tensor:

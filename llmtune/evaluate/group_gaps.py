@@ -112,7 +112,7 @@ def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int)
             if len(groups) < 2:
                 continue
             rows = list(groups.values())
-            base_G, tuned_G = (np.array([part(one, group).value for group in rows]) for one in (base, tuned))
+            base_G, tuned_G = (np.array([one.take(group).value for group in rows]) for one in (base, tuned))
             base_R, tuned_R = (np.ptp(resample_groups(one, rows, seed), axis=1) for one in (base, tuned))
             chance_R = shuffle_groups(tuned, rows, seed)
             gaps.append(GroupGap(column, metric, groups, few, base_G, tuned_G, base_R, tuned_R, chance_R))
@@ -141,17 +141,12 @@ def score_gap(gaps: Sequence[GroupGap]) -> GapScore:
     return GapScore(base, tuned, interval(tuned - base, tuned_R - base_R, rows), mean, p)
 
 
-def part(measure: Measure, rows: Ints) -> Measure:
-    """Return the metric of some of its rows."""
-    return measure.subset({measure.at[row] for row in rows})
-
-
 def resample_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floats:
     """Return the metric [R, G] of groups whose rows are drawn anew; the same draws for every metric and model."""
     resamples = RESAMPLES if measure.ranking is None else OF_RANKS
     values = []
     for number, rows in enumerate(groups):
-        group = part(measure, rows)
+        group = measure.take(rows)
         counts = draw_counts(len(rows), seed + number, resamples)
         values.append(np.concatenate([group.resampled(counts_RM) for counts_RM in counts]))
     return np.stack(values, axis=1)

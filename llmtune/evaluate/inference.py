@@ -163,18 +163,15 @@ def score_tokens(
     reader = inputs.reader
 
     def score(own: Sequence[int]) -> list[list[float]]:
-        sums = np.zeros((len(own), 2))
-
-        def work(batch: list[int]) -> None:
+        def work(batch: list[int]) -> list[list[float]]:
             loss = task.loss(model, move_to(device, collate([reader[own[i]] for i in batch], 0)), True)
             assert loss.row_sums is not None
             assert loss.row_correct is not None
-            sums[batch] = torch.stack([loss.row_sums, loss.row_correct], 1).double().cpu().numpy()
-            advance(len(batch))
+            sums: list[list[float]] = torch.stack([loss.row_sums, loss.row_correct], 1).double().cpu().tolist()
+            return sums
 
         lengths = [int(reader.lengths[i]) for i in own]
-        run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, packed=packed)
-        return sums.tolist()
+        return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance, packed=packed)
 
     nats, correct = np.asarray(over_processes(range(len(reader)), score)).reshape(-1, 2).T
     row_of = np.searchsorted(np.asarray(inputs.rows), np.asarray(reader.rows))

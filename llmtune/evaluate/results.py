@@ -27,19 +27,6 @@ BY_ROW = ("texts", "scores", "predictions", "parts", "cut")
 """Fields of `Answers` by row, as `base.json` has them."""
 
 
-class SavedSums(TypedDict):
-    """`TokenSums` in base.json."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
-
-    nats: list[float | None]
-    correct: list[float | None]
-    tokens: list[float | None]
-    target_bytes: list[float | None]
-    first_nats: list[float | None]
-    first_tokens: list[float | None]
-
-
 class SavedPart(TypedDict):
     """A `ParsedAnswer` in base.json."""
 
@@ -56,7 +43,8 @@ class SavedAnswers(TypedDict):
     """What base.json holds; each row's part with its index."""
 
     inputs: str
-    sums: SavedSums | None
+    sums: dict[str, list[float | None]] | None
+    """Fields of `TokenSums`."""
     texts: list[tuple[int, str]]
     scores: list[tuple[int, list[float | None]]]
     predictions: list[tuple[int, object]]

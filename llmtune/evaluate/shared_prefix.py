@@ -16,7 +16,7 @@ from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, pad_right, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
-from llmtune.model.device import is_out_of_memory
+from llmtune.model.device import SuppressRefusal
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Example, Row
 
@@ -83,19 +83,13 @@ def score_trees(
 def _score_here(
     model: torch.nn.Module, trees: Sequence[Tree], device: str, advance: Callable[[int], None], budget: int | None
 ) -> list[list[float]]:
-    scores: list[list[float]] = [[] for _ in trees]
     if not trees:
-        return scores
+        return []
     longest = max(trees, key=lambda tree: tree.length)
     score = score_as_trees if takes_trees(model, longest, device) else score_as_rows
-
-    def work(batch: list[int]) -> None:
-        for i, values in zip(batch, score(model, [trees[i] for i in batch], device), strict=True):
-            scores[i] = values
-        advance(len(batch))
-
-    run_in_batches([tree_cost(tree, score) for tree in trees], budget or budget_for(device, TOKEN_BUDGET), work)
-    return scores
+    lengths = [tree_cost(tree, score) for tree in trees]
+    budget = budget or budget_for(device, TOKEN_BUDGET)
+    return run_in_batches(lengths, budget, lambda batch: score(model, [trees[i] for i in batch], device), advance)
 
 
 def tree_cost(tree: Tree, score: Callable[..., object]) -> int:
@@ -111,15 +105,12 @@ def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
     if window is not None and window < tree.length:
         return False
     separate = score_as_rows(model, [tree], device)[0]
-    try:
+    with SuppressRefusal():
         joint = score_as_trees(model, [tree], device)[0]
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        return False
-    share = TOLERANCE.get(computing_dtype(model, device), 0.02)
-    apart = math.hypot(*(a - b for a, b in zip(joint, separate, strict=True)))
-    return apart <= share * math.hypot(*separate) + share * FLOOR_NATS * len(separate)
+        share = TOLERANCE.get(computing_dtype(model, device), 0.02)
+        apart = math.hypot(*(a - b for a, b in zip(joint, separate, strict=True)))
+        return apart <= share * math.hypot(*separate) + share * FLOOR_NATS * len(separate)
+    return False
 
 
 def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:

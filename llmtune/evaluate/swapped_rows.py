@@ -30,7 +30,10 @@ from llmtune.records import Row, StudyTable
 from llmtune.report.verdict import FEWEST_ROWS
 
 FIX = "Write two different words a line: woman,man"
-TEXTS = ("prompt", "completion", "source", "document", "question", "context", "text", "pair", "chosen", "rejected")
+TEXTS = (
+    *("prompt", "completion", "source", "document", "question", "context"),
+    *("text", "pair", "tokens", "chosen", "rejected"),
+)
 """Keys of a row without its answer that hold text; of a conversation it is each message."""
 MOVED = 0.1
 """Of the standard deviation of the reference numbers: a prediction that moves by more has changed."""
@@ -57,10 +60,6 @@ class Swaps:
         """Finds the words, the longest first, where they stand alone."""
         words = sorted(self.partners, key=len, reverse=True)
         return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
-
-    def words(self, text: str) -> list[str]:
-        """Return the words of a text that have a partner, as they stand."""
-        return self.pattern.findall(text)
 
     def is_ambiguous(self, word: str) -> bool:
         """Whether a word has several partners."""
@@ -89,21 +88,17 @@ class Swaps:
 
         def swap(value: object) -> object:
             if isinstance(value, str):
-                words.extend(self.words(value))
+                words.extend(self.pattern.findall(value))
                 return self.swap(value)
             if isinstance(value, list):
-                texts = [isinstance(part, dict) and "text" in part for part in value]
-                return [
-                    {**part, "text": swap(part["text"])} if text else part
-                    for part, text in zip(value, texts, strict=True)
-                ]
+                return [swap(part) for part in value]
+            if isinstance(value, dict) and "text" in value:
+                return {**value, "text": swap(value["text"])}
             return value
 
         changed: Row = {key: swap(row[key]) for key in TEXTS if key in row}
         if "messages" in row:
             changed["messages"] = [{**one, "content": swap(one.get("content"))} for one in row["messages"]]
-        if "tokens" in row:
-            changed["tokens"] = [swap(token) for token in row["tokens"]]
         return {**row, **changed}, words
 
 
@@ -165,24 +160,24 @@ class SwapSuite(EvalSuite[SwapAnswers]):
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
         assert context.recipe.evaluate.fairness is not None
-        self.answers = AnswerKind(read_swaps(context.recipe.evaluate.fairness.swaps))
-        if context.inputs is None:
-            self.unmeasured = "not measured: there are no test rows"
-            return
-        self.inputs = context.inputs
-        if reason := TASK_FACTS[context.recipe.task].unswapped:
-            self.unmeasured = f"not measured: {reason}"
-            return
+        self.swaps = read_swaps(context.recipe.evaluate.fairness.swaps)
+        self.unmeasured = self.prepare()
+
+    def prepare(self) -> str:
+        """Choose and encode the rows to answer; return why nothing can be measured, or an empty text."""
+        if self.context.inputs is None:
+            return "not measured: there are no test rows"
+        self.inputs = self.context.inputs
+        if reason := TASK_FACTS[self.context.recipe.task].unswapped:
+            return f"not measured: {reason}"
         self.rows, counts = self.swap_rows()
         if not counts:
-            self.unmeasured = f"not measured: {NO_ANSWERS}"
-            return
+            return f"not measured: {NO_ANSWERS}"
         self.asked = self.make_inputs()
-        self.how = f"{len(self.rows)} test rows ({counts['without']} without any of the words"
-        self.how += f", {counts['ambiguous']} with an ambiguous one" if counts["ambiguous"] else ""
-        self.how += f"): {self.compared()}"
-        if not self.rows:
-            self.unmeasured = f"not measured on {self.how}"
+        self.answers, compared = self.find_kind()
+        ambiguous = f", {counts['ambiguous']} with an ambiguous one" if counts["ambiguous"] else ""
+        self.how = f"{len(self.rows)} test rows ({counts['without']} without any of the words{ambiguous}): {compared}"
+        return "" if self.rows else f"not measured on {self.how}"
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
@@ -198,8 +193,8 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         for i, question in enumerate(self.inputs.questions):
             if not is_answerable(question, context):
                 continue
-            row, words = self.answers.swaps.swap_row(question)
-            ambiguous = any(map(self.answers.swaps.is_ambiguous, words))
+            row, words = self.swaps.swap_row(question)
+            ambiguous = any(map(self.swaps.is_ambiguous, words))
             kind = "ambiguous" if ambiguous else "swapped" if words else "without"
             counts[kind] += 1
             if kind == "swapped":
@@ -238,19 +233,19 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         )
         return replace(self.context, inputs=both, recipe=greedy(recipe))
 
-    def compared(self) -> str:
-        """Describe what is compared, and note when two answers differ."""
+    def find_kind(self) -> tuple[AnswerKind, str]:
+        """Return what the answers are, which says when two of them differ, and a description of what is compared."""
         inputs, classify = self.inputs, self.context.recipe.classify
         if inputs.trees:
-            self.answers = replace(self.answers, labels=inputs.choices)
-            return f"the likeliest of {len(inputs.choices)} answers compared"
+            compared = f"the likeliest of {len(inputs.choices)} answers compared"
+            return AnswerKind(self.swaps, labels=inputs.choices), compared
         if not self.context.task.predicts:
-            return "answers compared, generated greedily"
+            return AnswerKind(self.swaps), "answers compared, generated greedily"
         numbers = [value for value in inputs.targets if isinstance(value, float)]
         tolerance = MOVED * statistics.pstdev(numbers) if len(numbers) == len(inputs.targets) and numbers else 0.0
         labels = tuple(classify.labels or ()) if classify else ()
-        self.answers = replace(self.answers, tolerance=tolerance, labels=labels)
-        return f"predictions compared, numbers by {tolerance:.3g}" if tolerance else "predictions compared"
+        compared = f"predictions compared, numbers by {tolerance:.3g}" if tolerance else "predictions compared"
+        return AnswerKind(self.swaps, tolerance, labels), compared
 
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Answer the rows with one model; those that its context does not hold in both forms are left out."""
@@ -258,12 +253,10 @@ class SwapSuite(EvalSuite[SwapAnswers]):
             return
         found = predict(model, f"{name}: fairness, swaps", self.asked)
         choices = {i: found.choice(i, self.inputs.choices) for i in found.scores}
-        answers: dict[int, object] = {**(found.predictions or choices or found.texts)}
-        pairs = {row: (at, at + len(self.rows)) for at, row in enumerate(self.rows)}
+        answers: Mapping[int, object] = found.predictions or choices or found.texts
+        pairs = ((row, at, at + len(self.rows)) for at, row in enumerate(self.rows))
         self.outputs[name] = {
-            row: (answers[at], answers[swapped])
-            for row, (at, swapped) in pairs.items()
-            if at in answers and swapped in answers
+            row: (answers[at], answers[swapped]) for row, at, swapped in pairs if at in answers and swapped in answers
         }
         if not self.outputs[name]:
             self.unmeasured = "not measured: prompts and answers exceed the model's context"
@@ -283,11 +276,10 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         rows = [i for i, pair in tuned.items() if self.answers.differ(*pair)]
         cells = []
         for i in (rows[at] for at in cut_evenly(len(rows), self.context.recipe.evaluate.samples)):
-            swaps = self.answers.swaps
-            words = dict.fromkeys(swaps.swap_row(self.inputs.questions[i])[1])
+            words = dict.fromkeys(self.swaps.swap_row(self.inputs.questions[i])[1])
             shown = [write_value(self.write_answer(one)) for one in tuned[i]]
             too = ["yes" if self.answers.differ(*base[i]) else "no"] if base else []
-            swapped = ", ".join(f"{word} → {swaps.swap(word)}" for word in words)
+            swapped = ", ".join(f"{word} → {self.swaps.swap(word)}" for word in words)
             cells.append((self.inputs.origins[i], swapped, *shown, *too))
         heads = ("row", "swapped", "tuned: as it stands", "tuned: swapped", *(("base changes too",) if base else ()))
         if cells:

@@ -152,6 +152,18 @@ def fits_in_memory(work: Callable[[], object]) -> bool:
     return True
 
 
+REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What models raise for inputs that they were not made for."""
+
+
+class SuppressRefusal(AbstractContextManager[None]):
+    """End the block early where a model refuses inputs that are tried on it; running out of memory passes."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """Return whether the error is suppressed."""
+        return isinstance(error, REFUSALS) and not is_out_of_memory(error)
+
+
 def release_memory() -> None:
     """Give back what is no longer used, so that a smaller attempt or another model finds the room."""
     gc.collect()  # a model's modules refer to one another

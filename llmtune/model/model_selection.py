@@ -25,7 +25,6 @@ from llmtune.model.catalogue import candidate_names, read_catalogue, refuse_lice
 from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.config import find_class
 from llmtune.model.device import compute_context, release_memory, resolve_dtype
-from llmtune.model.licenses import find_license
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import (
     context_length,
@@ -35,7 +34,7 @@ from llmtune.model.memory_plan import (
     resolve_checkpointing,
 )
 from llmtune.model.processor import load_processor
-from llmtune.model.resolve import resolve_model
+from llmtune.model.resolve import find_license, resolve_model
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Example, Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
 from llmtune.report.number_format import size as format_bytes
