@@ -59,7 +59,9 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
         targets, more = _keep_layers(targets, adapter.layers_to_transform)
         problems += more
     problems += [*_check_patterns(adapter, targets), *_check_bias(model, adapter, targets)]
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _writes(model):
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    output = getattr(model, "get_output_embeddings", None)
+    if tied and (output is None or output() is not None):  # a classifier's head is tied to nothing
         problems += [
             Problem(
                 f"{name!r} shares its weight with the embedding, which an adapter on it alone would pull apart",
@@ -221,9 +223,3 @@ def _ends_with_pattern(pattern: str, name: str) -> bool:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error:
         return False
-
-
-def _writes(model: torch.nn.Module) -> bool:
-    """Whether a model has an output layer over its vocabulary: a classifier's head is tied to nothing."""
-    output = getattr(model, "get_output_embeddings", None)
-    return output is None or output() is not None

@@ -252,16 +252,11 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
         order = batch.order
         taken = batch.leave([0])
         second_BV = batch.step(torch.tensor([added[order[slot]] for slot in taken], device=device), 0)
-        alone = [plain_logits(model, [*prompts[i], added[i]], device) for i in range(3)]
+        rows = [torch.tensor([[*prompts[i], added[i]]], device=device) for i in range(3)]
+        alone = [model(input_ids=row, use_cache=False).logits[0, -2:].float() for row in rows]
         expected = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in batch.order)])
         found = torch.cat([first_BV, second_BV]).float()
         apart = (found - expected).square().mean().sqrt()
         close = apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * expected.std()
         return batch.cache.column_bytes if bool(close) else None
     return None
-
-
-def plain_logits(model: torch.nn.Module, ids: Sequence[int], device: str) -> torch.Tensor:
-    """Return the logits [2, V] at the last two tokens of a row by itself, without a cache."""
-    logits_1TV = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits
-    return cast(torch.Tensor, logits_1TV[0, -2:].float())

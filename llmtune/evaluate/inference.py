@@ -18,7 +18,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, Loade
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.shared_prefix import most_likely, score_trees
+from llmtune.evaluate.shared_prefix import score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
@@ -65,8 +65,8 @@ class Answers:
         return self.parts[row][-1].text if row in self.parts else self.texts[row]
 
     def choice(self, row: int, choices: Sequence[str]) -> str:
-        """Return the likeliest choice of a row, or an empty text where none was scored."""
-        return most_likely(self.scores[row], choices) if row in self.scores else ""
+        """Return the likeliest choice of a row, the first of equals, or an empty text where none was scored."""
+        return choices[int(np.argmax(self.scores[row]))] if row in self.scores else ""
 
 
 def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool | None = None) -> Answers:

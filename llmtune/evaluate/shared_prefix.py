@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.collators import pad
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, pad_right, run_in_batches
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
 from llmtune.model.device import SuppressRefusal
 from llmtune.recipe.schema import Recipe
@@ -87,16 +88,10 @@ def _score_here(
         return []
     longest = max(trees, key=lambda tree: tree.length)
     score = score_as_trees if takes_trees(model, longest, device) else score_as_rows
-    lengths = [tree_cost(tree, score) for tree in trees]
+    joint = score is score_as_trees
+    lengths = [tree.length if joint else len(tree.branches) * tree.longest for tree in trees]
     budget = budget or budget_for(device, TOKEN_BUDGET)
     return run_in_batches(lengths, budget, lambda batch: score(model, [trees[i] for i in batch], device), advance)
-
-
-def tree_cost(tree: Tree, score: Callable[..., object]) -> int:
-    """Positions that scoring a tree takes."""
-    if score is score_as_trees:
-        return tree.length
-    return len(tree.branches) * tree.longest
 
 
 def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
@@ -164,7 +159,7 @@ def tree_mask(branch_BT: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
 def score_as_rows(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
     """Score every branch as a row of its own, padded on the right: what trees are held against."""
     texts = [tree.prefix + branch[:-1] for tree in trees for branch in tree.branches]
-    ids_BT, mask_BT = pad_right(texts)
+    ids_BT, mask_BT = pad(texts, 0), pad([[1] * len(ids) for ids in texts], 0)
     width = ids_BT.shape[1]
     predict = [
         row * width + column
@@ -280,8 +275,3 @@ def join_choices(encoded: Sequence[list[Example] | str]) -> Tree | None:
     if len({text[0] for text in texts}) > 1:
         return None
     return make_tree([[int(token) for token in text] for text in texts], starts)
-
-
-def most_likely(scores: Sequence[float], choices: Sequence[str]) -> str:
-    """Return the choice with the highest score, the first of equals."""
-    return choices[max(range(len(choices)), key=lambda i: scores[i])]

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 from transformers.utils import ModelOutput
 
-from llmtune.data.collators import pad, pad_texts
+from llmtune.data.collators import pad_texts
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import model_inputs, move_to
 from llmtune.model.device import fits_in_memory, release_memory
@@ -79,11 +79,6 @@ def count_packed(lengths: Sequence[int], left: Sequence[int], budget: int) -> in
 def budget_for(device: str, budgets: dict[str, int]) -> int:
     """Return the budget of the device's kind; an unknown kind gets the CPU's."""
     return budgets.get(device.split(":")[0], budgets["cpu"])
-
-
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids side by side with zeros behind them, and the attention mask, [B, T] each."""
-    return pad(rows, 0), pad([[1] * len(ids) for ids in rows], 0)
 
 
 def cut_evenly(count: int, limit: int | None) -> Iterator[int]:

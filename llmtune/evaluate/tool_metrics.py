@@ -133,13 +133,6 @@ def is_same_value(one: object, other: object) -> bool:
     return one == other
 
 
-def is_same_call(one: ToolCall, other: ToolCall) -> bool:
-    """Whether two calls have the same name and equal arguments."""
-    return one["function"]["name"] == other["function"]["name"] and is_same_value(
-        one["function"]["arguments"], other["function"]["arguments"]
-    )
-
-
 def score_valid(answer: ParsedAnswer, turn: ToolTurn) -> float | None:
     """1 for at least one call, all of them to be read and valid; None where the tool to call has no valid schema."""
     calls, schemas = answer.tool_calls, schemas_of(turn.tools)
@@ -156,12 +149,12 @@ def score_names(answer: ParsedAnswer, turn: ToolTurn) -> float:
 
 def score_arguments(answer: ParsedAnswer, turn: ToolTurn) -> float:
     """1 where each call has its equal, and there is none beside them."""
-    left = list(answer.tool_calls)
-    for expected in turn.calls:
-        found = next((i for i, call in enumerate(left) if is_same_call(call, expected)), None)
-        if found is None:
+    left = [[*read_call(call)] for call in answer.tool_calls]
+    for expected in ([*read_call(call)] for call in turn.calls):
+        equal = next((i for i, call in enumerate(left) if is_same_value(call, expected)), None)
+        if equal is None:
             return 0.0
-        del left[found]
+        del left[equal]
     return float(not left)
 
 
