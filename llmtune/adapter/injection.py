@@ -1,4 +1,4 @@
-"""Step 3: a model with a fresh adapter, or one to go on from; seeded before it is made, proven to be wired."""
+"""Step 3: a model with a new adapter, or one to continue from; seeded before it is made, proven to be wired."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel
 
 
 def wrap_full(selected: SelectedModel) -> AdaptedModel:
-    """Count and describe a model that is trained whole, but for what its class holds still, such as sine tables."""
+    """Count and describe a fully trained model; its class may freeze parts, such as sine tables."""
     model = selected.model
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in trained_parameters(model))

@@ -1,4 +1,4 @@
-"""The adapter on disk: a plain PEFT folder, tokenizer and template beside it; equal weights are equal bytes."""
+"""The adapter on disk: a plain PEFT folder with tokenizer and template; equal weights are equal bytes."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def find_unmatched_parameters(model: torch.nn.Module, patterns: Sequence[str]) -
 
 
 def count_adapted(model: torch.nn.Module) -> int:
-    """Return how many weights of the base have an adapter beside them."""
+    """Return how many weights of the base have an adapter."""
     total = 0
     for module in model.modules():
         if isinstance(module, ParamWrapper):
@@ -140,7 +140,7 @@ def are_transposed(model: torch.nn.Module) -> bool:
 
 
 def _is_adaptable(model: torch.nn.Module, name: str) -> bool:
-    """Whether PEFT puts a LoRA on this module: not where Mamba's kernels read its weights behind the module's back."""
+    """Whether PEFT puts a LoRA on this module: not where Mamba's kernels read its weights directly."""
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
     except ValueError:

@@ -50,7 +50,7 @@ class Answers:
 
     sums: TokenSums | None
     texts: dict[int, str]
-    """Answers as a person reads them."""
+    """Answers as shown to people."""
     scores: dict[int, list[float]]
     """Log-likelihood of each choice, nats."""
     predictions: dict[int, object] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Answers:
     """Of rows whose answers are generated, the share of them that `generation.max_new_tokens` ended."""
 
     def text(self, row: int) -> str:
-        """Return the text of an answer alone, without its thoughts and its calls."""
+        """Return the text of an answer, without reasoning and tool calls."""
         return self.parts[row][-1].text if row in self.parts else self.texts[row]
 
     def choice(self, row: int, choices: Sequence[str]) -> str:
@@ -72,7 +72,7 @@ class Answers:
 def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool | None = None) -> Answers:
     """Run one model on the inputs; sets it to evaluation mode.
 
-    `packs` says whether rows stand end to end while losses are taken, as `SelectedModel` does.
+    `packs` says whether rows are packed for the loss, as in `SelectedModel`.
     """
     inputs, task, recipe, device = context.inputs, context.task, context.recipe, context.device
     assert inputs is not None
@@ -112,7 +112,7 @@ def predict_rows(
 ) -> tuple[list[object], dict[int, float]]:
     """Return the prediction of each row, and 1 or 0 by the rows whose answer ends: whether it was cut.
 
-    Several processes share the rows, but where answers are drawn at random: a draw depends on the rows beside it.
+    Several processes share the rows unless answers are sampled: a sample depends on the other rows of its batch.
     """
 
     def work(own: Sequence[Mapping[str, Any]]) -> list[tuple[object, bool | None]]:
@@ -262,7 +262,7 @@ def context_limit(model: torch.nn.Module) -> int:
 @contextmanager
 def inference_on(model: torch.nn.Module, context: EvalContext) -> Iterator[Progress]:
     """Set a model to evaluation mode, compute in the recipe's number format, and show progress bars."""
-    trains = model.training  # and goes on after this: what it keeps from here must do for gradients too
+    trains = model.training  # and continues after this, so what it caches here must work with gradients
     model.eval()
     dtype = resolve_dtype(context.recipe.model.dtype, context.device)
     with (

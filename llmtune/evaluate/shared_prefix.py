@@ -30,7 +30,7 @@ FLOOR_NATS = 0.1
 
 @dataclass(frozen=True)
 class Tree:
-    """A common beginning and its continuations."""
+    """A shared prefix and its continuations."""
 
     prefix: tuple[int, ...]
     """At least one token."""
@@ -74,9 +74,9 @@ def score_trees(
 ) -> list[list[float]]:
     """Return the log-likelihood in nats of each branch's scored tokens, [C] a tree, in batches of a token budget.
 
-    Trees need a model that takes any attention mask. That is tried, not asked: the longest tree is scored both
-    ways, and if they disagree (recurrent layers, a sliding window, ALiBi) or the model refuses the mask, every branch
-    of every tree is scored as a row of its own. Several processes share the trees.
+    Trees need a model that takes any attention mask. The longest tree is scored both ways: if they disagree (recurrent
+    layers, a sliding window, ALiBi) or the model refuses the mask, every branch is scored as a row of its own. Several
+    processes share the trees.
     """
     return over_processes(trees, lambda own: _score_here(model, own, device, advance, budget))
 
@@ -115,7 +115,7 @@ def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:
 
 
 def score_as_trees(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
-    """Score trees side by side, padded on the left so that the branches stand in the same columns."""
+    """Score trees in one batch, padded on the left so that branches share columns."""
     width = max(tree.length for tree in trees)
     ids_BT = torch.zeros((len(trees), width), dtype=torch.int64)
     positions_BT = torch.zeros((len(trees), width), dtype=torch.int64)
@@ -157,7 +157,7 @@ def tree_mask(branch_BT: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
 
 
 def score_as_rows(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
-    """Score every branch as a row of its own, padded on the right: what trees are held against."""
+    """Score every branch as a row of its own, padded on the right: the reference for trees."""
     texts = [tree.prefix + branch[:-1] for tree in trees for branch in tree.branches]
     ids_BT, mask_BT = pad(texts, 0), pad([[1] * len(ids) for ids in texts], 0)
     width = ids_BT.shape[1]
@@ -234,7 +234,7 @@ def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:
 
 
 def append_choice(prompt: Row, answer: str) -> Row:
-    """Put an answer to a row that has none."""
+    """Append an answer to a row without one."""
     if "messages" in prompt:
         return {**prompt, "messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
     return {**prompt, "completion": answer}

@@ -45,7 +45,7 @@ LIMITS = (
     "hang by a thread change with any word, whatever it stands for."
 )
 SwapAnswers = dict[int, tuple[object, object]]
-"""By index of the evaluated row, the answer to it as it stands and with the words swapped."""
+"""By index of the evaluated row, the answers to the original and the swapped row."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Swaps:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Finds the words, the longest first, where they stand alone."""
+        """Matches the words, the longest first, as whole words."""
         words = sorted(self.partners, key=len, reverse=True)
         return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
 
@@ -66,7 +66,7 @@ class Swaps:
         return len(self.partners[word.lower()]) > 1
 
     def swap(self, text: str) -> str:
-        """Put each word's partner in its place; ambiguous ones stay."""
+        """Replace each word by its partner; ambiguous ones stay."""
 
         def partner(match: re.Match[str]) -> str:
             return match[0] if self.is_ambiguous(match[0]) else in_case_of(match[0], self.partners[match[0].lower()][0])
@@ -124,7 +124,7 @@ def read_swaps(sources: Sequence[str]) -> Swaps:
 
 
 def read_pairs_of_words(source: str) -> list[tuple[str, str] | Problem]:
-    """Read the pairs of one CSV file, and what is wrong with its other lines."""
+    """Read the pairs of one CSV file, with a Problem for each bad line."""
     path = Path(str(OWN_FILES.joinpath("groups/swaps.csv"))) if source == OWN else Path(source)
     reader = csv.reader(io.StringIO(read_utf8(path, "Correct evaluate.fairness.swaps.")))
     items: list[tuple[str, str] | Problem] = []
@@ -144,7 +144,7 @@ def read_pairs_of_words(source: str) -> list[tuple[str, str] | Problem]:
 
 
 class SwapSuite(EvalSuite[SwapAnswers]):
-    """Test rows that are answered as they stand and with words swapped, in one go: rounding then differs least."""
+    """Test rows answered as they are and with words swapped, in one batch run: rounding then differs least."""
 
     metrics: ClassVar = {METRIC: ("rows whose answer changes when only the group is swapped", -1)}
     fewest_rows = FEWEST_ROWS
@@ -153,9 +153,9 @@ class SwapSuite(EvalSuite[SwapAnswers]):
     rows: dict[int, Row]
     """By index among them, the rows that are asked, swapped."""
     asked: EvalContext
-    """Its rows are those as they stand, and behind them the same ones swapped."""
+    """Its rows are the original ones, followed by the same rows swapped."""
     how: str
-    """How many rows are asked, why others are not, and what is compared."""
+    """How many rows are answered, why others are not, and what is compared."""
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
@@ -286,7 +286,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
             yield StudyTable("Answers that change with the group alone: a few of them", heads, tuple(cells))
 
     def write_answer(self, answer: object) -> str:
-        """Write an answer as a person reads it."""
+        """Format an answer for display."""
         if isinstance(answer, Mapping) and "rejected" in answer:
             return "the chosen one" if prefers_chosen(answer) else "the rejected one"
         return answer if isinstance(answer, str) else self.context.task.format_prediction(answer)
@@ -326,7 +326,7 @@ class AnswerKind:
 
 
 def prefers_chosen(scores: Mapping[str, float]) -> bool:
-    """Whether the better answer of a pair is the one that a model rates higher."""
+    """Whether a model rates the chosen answer of a pair higher."""
     return scores["chosen"] > scores["rejected"]
 
 
@@ -340,6 +340,6 @@ def is_answerable(question: Row, context: EvalContext) -> bool:
 
 
 def greedy(recipe: Recipe) -> Recipe:
-    """Return the recipe with answers that are not drawn: else they change by chance."""
+    """Return the recipe without sampling, which changes answers by chance."""
     plain = {"do_sample": False, **dict.fromkeys(SAMPLING)}
     return recipe.model_copy(update={"generation": recipe.generation.model_copy(update=plain)})

@@ -1,4 +1,4 @@
-"""Work on rows of different length in batches of a token budget; out of memory shrinks the budget and nothing else."""
+"""Rows of different length in batches of a token budget; running out of memory only shrinks the budget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ P = TypeVar("P")
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 """Positions in one batch, padding included, for losses and likelihoods."""
 GENERATION_BUDGET = {"cpu": 8192, "cuda": 65536}
-"""Positions in one batch of generated answers, prompt and answer: only keys and values are kept of them."""
+"""Positions in one batch of generated answers, prompt and answer; only keys and values are kept."""
 
 
 def run_in_batches(
@@ -82,7 +82,7 @@ def budget_for(device: str, budgets: dict[str, int]) -> int:
 
 
 def cut_evenly(count: int, limit: int | None) -> Iterator[int]:
-    """Yield at most `limit` indexes out of `count`, spread evenly: rows of a file often stand in groups."""
+    """Yield at most `limit` indexes out of `count`, spread evenly: similar rows of a file are often neighbours."""
     taken = count if limit is None else min(limit, count)
     return (i * count // taken for i in range(taken))
 

@@ -1,4 +1,4 @@
-"""A model folder as it lies on disk: is everything there, whole, and safe to load."""
+"""A model folder on disk: complete, undamaged, and safe to load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "model*.ckpt")
 
 
 def check_model_folder(folder: Path, model: ModelSection) -> None:
-    """Check that `folder` holds a whole model that may be loaded, reading headers only.
+    """Check that `folder` holds a complete model that may be loaded, reading headers only.
 
     Raises:
         EnvironmentProblem: a file is missing, damaged or cut.
@@ -104,7 +104,7 @@ def _parse_json_file(path: Path) -> object:
 
 
 def _depth(content: object) -> int:
-    """Count how deep lists and objects lie within one another; stops counting behind MAX_JSON_DEPTH."""
+    """Count how deep lists and objects lie within one another; stops after MAX_JSON_DEPTH."""
     level, depth = [content], 0
     while level and depth <= MAX_JSON_DEPTH:
         inner = [one for one in level if isinstance(one, dict | list)]

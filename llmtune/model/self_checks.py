@@ -1,4 +1,4 @@
-"""What is proven of a loaded model on a few tokens: packed rows do not see one another, the loss is that of its logits.
+"""Checks of a loaded model on a few tokens: packed rows do not see one another, the loss is that of its logits.
 
 Shapes: T positions of all documents, V vocabulary or classes.
 """
@@ -73,7 +73,7 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
 def try_shared_prefixes(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let documents of a packed row share their beginning, in place, where that gives what each has with its own.
 
-    A state that layers carry from token to token beside attention, for one, does not go on from there. `model` takes
+    A recurrent state, for one, does not continue from a shared prefix. `model` takes
     its loss at its head, and is in eval mode.
     """
     beginning = _documents(model, 2 * _TOKENS)[0]
