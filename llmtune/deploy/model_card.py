@@ -16,8 +16,8 @@ from rich.console import Console
 
 from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.model.builtin_models import PACKAGED
-from llmtune.model.licenses import UNKNOWN, find_license
 from llmtune.model.model_files import read_json_object
+from llmtune.model.resolve import UNKNOWN, find_license
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact, redact_all
 from llmtune.recipe.task_facts import TASK_FACTS

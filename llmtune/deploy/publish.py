@@ -20,8 +20,7 @@ from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import CERTIFICATE, Certificate, read_certificate
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.model.licenses import LICENSES
-from llmtune.model.resolve import NO_ANSWER
+from llmtune.model.resolve import LICENSES, NO_ANSWER
 from llmtune.recipe.secrets import redact
 from llmtune.records import Evaluation
 from llmtune.report.redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths

@@ -1,4 +1,4 @@
-"""Candidates tuned for a few steps: those that do well go on with more, until one is left (successive halving).
+"""Candidates tuned for a few steps: the better half continues with more, until one is left (successive halving).
 
 Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016. Each round
 trains anew, with a schedule of its own length.

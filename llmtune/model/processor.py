@@ -92,7 +92,7 @@ def count_ids(processor: PreTrainedTokenizerBase) -> int:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer and its chat template so that transformers 4 and 5 read it alike.
+    """Write the tokenizer and its chat template so that transformers 4 and 5 read the same.
 
     Version 5 names classes that version 4 does not have, and keeps extra special tokens in another shape.
     """

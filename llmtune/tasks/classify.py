@@ -237,16 +237,15 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         """Return the label of each text, and probabilities by class or the number."""
         section = classify_section(loaded.recipe)
         examples = tokenize_texts(rows, loaded.processor, loaded.recipe.data.max_length)
-        predictions: dict[int, ClassPrediction] = {}
 
-        def take(i: int, output: SequenceClassifierOutput, row: int) -> None:
+        def read(i: int, output: SequenceClassifierOutput, row: int) -> ClassPrediction:
             scores_K = output.logits[row].float()
             if section.kind != "regression":
                 scores_K = scores_K.sigmoid() if section.kind == "multi" else scores_K.softmax(-1)
-            predictions[i] = {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
+            return {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
 
-        run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, take, loaded.advance)
-        return [predictions[i] for i in range(len(rows))]
+        pad_id = loaded.processor.pad_token_id
+        return run_encoder(loaded.model, examples, pad_id, loaded.device, read, loaded.advance)
 
     def format_prediction(self, prediction: ClassPrediction) -> str:
         """Write the label."""

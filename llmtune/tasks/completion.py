@@ -137,17 +137,17 @@ class MaskedCompletion(Task[CompletionRow, str]):
         texts = [row["prompt"] + row["completion"] for row in rows]
         masked = [i for i, text in enumerate(texts) if str(processor.mask_token) in text]
         cut = [_cut_text(texts[i], processor, loaded.recipe.data.max_length) for i in masked]
-        filled = list(texts)
 
-        def take(at: int, output: MaskedLMOutput, row: int) -> None:
+        def fill(at: int, output: MaskedLMOutput, row: int) -> str:
             (ids, rest), best = cut[at], output.logits[row].argmax(-1).tolist()
             tokens = [best[i] if token == processor.mask_token_id else token for i, token in enumerate(ids)]
-            filled[masked[at]] = str(processor.decode(tokens, skip_special_tokens=True)) + rest
+            return str(processor.decode(tokens, skip_special_tokens=True)) + rest
 
         examples = [Example(ids, [], 0) for ids, _ in cut]
-        run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, take)
+        filled = run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, fill)
         loaded.advance(len(rows))
-        return filled
+        by_row = dict(zip(masked, filled, strict=True))
+        return [by_row.get(i, text) for i, text in enumerate(texts)]
 
 
 def hidden_example(ids: list[int], special: list[int], share: float) -> Example | None:

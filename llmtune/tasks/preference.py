@@ -175,8 +175,6 @@ class Preference(Task[Row, Ratings]):
         refused = ((i, reason) for i, reason in enumerate(encoded, 1) if isinstance(reason, str))
         DataError.collect(Problem(reason, f"row {i} of those asked") for i, reason in refused)
         examples = [parts[0] for parts in encoded if not isinstance(parts, str)]
-        ratings: list[Ratings] = [{} for _ in rows]
-
         collate_pairs = self.collator(processor, recipe)
 
         def collate(batch: list[int], first_only: bool) -> Batch:
@@ -184,7 +182,7 @@ class Preference(Task[Row, Ratings]):
             padded = collate_padded(chosen, processor.pad_token_id) if first_only else collate_pairs(chosen, 0)
             return move_to(loaded.device, padded)
 
-        def work(batch: list[int]) -> None:
+        def work(batch: list[int]) -> list[Ratings]:
             tensors = collate(batch, single)
             if scoring:
                 values = {"": row_scores(model, tensors)}
@@ -198,13 +196,11 @@ class Preference(Task[Row, Ratings]):
             }
             if "kl" not in recipe.variant.unmeasured:
                 columns["kl"] = kl_per_token(model, tensors if single else collate(batch, True))
-            for row, i in enumerate(batch):
-                ratings[i] = {name: float(column[row]) for name, column in columns.items()}
-            loaded.advance(len(batch))
+            return [{name: float(column[row]) for name, column in columns.items()} for row in range(len(batch))]
 
         unwrap(model).eval()
-        run_in_batches([example.tokens for example in examples], budget_for(loaded.device, TOKEN_BUDGET), work)
-        return ratings
+        lengths = [example.tokens for example in examples]
+        return run_in_batches(lengths, budget_for(loaded.device, TOKEN_BUDGET), work, loaded.advance)
 
     def format_prediction(self, prediction: Ratings) -> str:
         """Write what a model makes of a row's answers."""

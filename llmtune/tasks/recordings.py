@@ -115,22 +115,20 @@ def transcribe(
 
     Out of memory makes batches smaller.
     """
-    texts = [""] * len(windows)
     left = [0] * count
     for i, _ in windows:
         left[i] += 1
     loaded.advance(left.count(0))
 
-    def work(batch: list[int]) -> None:
-        done = 0
-        for at, text in zip(batch, write(batch), strict=True):
-            texts[at] = text
+    def work(batch: list[int]) -> Sequence[str]:
+        written = write(batch)
+        for at in batch:
             row = windows[at][0]
             left[row] -= 1
-            done += left[row] == 0
-        loaded.advance(done)
+            loaded.advance(int(left[row] == 0))
+        return written
 
-    run_in_batches([1] * len(windows), budget_for(loaded.device, WINDOWS), work)
+    texts = run_in_batches([1] * len(windows), budget_for(loaded.device, WINDOWS), work)
     parts: list[list[str]] = [[] for _ in range(count)]
     for (i, _), text in zip(windows, texts, strict=True):
         if text.strip():

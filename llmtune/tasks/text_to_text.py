@@ -141,7 +141,7 @@ def write_targets(pairs: Sequence[TextPair], loaded: LoadedModel) -> list[str]:
             group = [i for i, token in enumerate(firsts) if token == first]
             settings = decoder_settings(own, model, processor, recipe, first)
 
-            def work(batch: list[int], group: list[int] = group, settings: GenerationConfig = settings) -> None:
+            def work(batch: list[int], group: list[int] = group, settings: GenerationConfig = settings) -> list[str]:
                 ids = [sources[group[i]] for i in batch]
                 read = {"input_ids": pad(ids, processor.pad_token_id or 0)}
                 read["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
@@ -149,14 +149,14 @@ def write_targets(pairs: Sequence[TextPair], loaded: LoadedModel) -> list[str]:
                     model, {key: part.to(loaded.device) for key, part in read.items()}, settings
                 )
                 decoded = processor.batch_decode(written_BT, skip_special_tokens=True)
-                for i, text, row in zip(batch, decoded, written_BT[:, 1:].tolist(), strict=True):
-                    texts[group[i]] = text.strip()
+                for i, row in zip(batch, written_BT[:, 1:].tolist(), strict=True):
                     loaded.note_end(group[i], not {*settings.eos_token_id} & {*row})
-                loaded.advance(len(batch))
+                return [text.strip() for text in decoded]
 
             lengths = [len(sources[i]) + recipe.generation.max_new_tokens for i in group]
             budget = budget_for(loaded.device, GENERATION_BUDGET) // recipe.generation.num_beams
-            run_in_batches(lengths, budget, work)
+            for i, text in zip(group, run_in_batches(lengths, budget, work, loaded.advance), strict=True):
+                texts[i] = text
     return texts
 
 

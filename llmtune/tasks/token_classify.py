@@ -152,15 +152,14 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         limit = context_length(unwrap(loaded.model).config)
         parts = [(i, words) for i, row in enumerate(rows) for words in cut_words(row["tokens"], processor, limit)]
         tokenized = tokenize_words([words for _, words in parts], processor)
-        tags: list[list[str]] = [[] for _ in parts]
 
-        def take(at: int, output: TokenClassifierOutput, row: int) -> None:
+        def read(at: int, output: TokenClassifierOutput, row: int) -> list[str]:
             best = output.logits[row].argmax(-1).tolist()
             seen = [first if first is not None and first < len(best) else None for first in tokenized[at][1]]
-            tags[at] = [OUTSIDE if first is None else names[best[first]] for first in seen]
+            return [OUTSIDE if first is None else names[best[first]] for first in seen]
 
         examples = [Example(ids[:limit], [], 0) for ids, _ in tokenized]
-        run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, take)
+        tags = run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, read)
         predictions: list[list[str]] = [[] for _ in rows]
         for (i, _), part in zip(parts, tags, strict=True):
             predictions[i] += part
