@@ -68,7 +68,7 @@ class PublishOptions:
 
 @dataclass(frozen=True)
 class Publication:
-    """A finished run as it is published: its model with certificates, what is known of it, what the publisher wants."""
+    """A finished run as published: its model with certificates, its records, and the options of the publisher."""
 
     kind: str
     """adapter, weights (a full tuning) or merged."""
@@ -211,7 +211,7 @@ def _hub_metric(metric: str) -> str:
 
 
 def _eval_results(scores: Evaluation, sources: list[str], hub_data: list[str], pipeline: str) -> Iterator[EvalResult]:
-    """Yield a result per metric of the tuned model; base and interval stand in its name, for want of fields."""
+    """Yield a result per metric of the tuned model; its name holds base and interval, which have no fields."""
     names = ", ".join(sources)
     for metric, value in _known_scores(scores).items():
         yield EvalResult(

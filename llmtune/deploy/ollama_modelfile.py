@@ -26,7 +26,7 @@ from llmtune.store.atomic_files import write_text
 Messages = Sequence[dict[str, str]]
 TemplateParts = dict[tuple[str, str], str]
 """What a chat template writes between a message of one role and the next. The role before the first message is empty,
-as is the one that begins the answer; system messages are left out where the template takes none."""
+as is the one of the answer to come; system messages are left out where the template takes none."""
 
 MODELFILE = "Modelfile"
 SAMPLES: tuple[tuple[str, ...], ...] = (
@@ -88,7 +88,7 @@ def go_template(parts: TemplateParts) -> str:
 
 
 def _quote(text: str) -> str:
-    """Return a Go string that stands within a Modelfile's triple quotes."""
+    """Return a Go string for use within a Modelfile's triple quotes."""
     return json.dumps(text, ensure_ascii=False).replace('"""', '"\\""')
 
 

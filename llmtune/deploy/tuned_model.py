@@ -1,4 +1,4 @@
-"""What products are held against: the tuned model of a run, the questions it is asked, and what it makes of them.
+"""The tuned model that products are compared with, the questions it is asked, and its outputs.
 
 Shapes: T positions of a prompt and its answer, V vocabulary; N distributions over K outputs: one per row for classes,
 one per token for tags and words, two for an answer's ends.
@@ -51,12 +51,12 @@ CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'
 """What the fixed prompts are asked about, where a task finds answers in a text."""
 ANSWER_TOKENS = 16
 CERTIFIED_ROWS = 8
-"""Rows of the run that a product is asked beside the fixed prompts."""
+"""Rows of the run that a product is asked, after the fixed prompts."""
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """The model that products are made from and held against, with the run's rows that it is asked."""
+    """The model that products are made from and compared with, and the run's rows that it is asked."""
 
     adapted: AdaptedModel
     recipe: Recipe

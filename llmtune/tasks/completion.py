@@ -1,4 +1,4 @@
-"""Task completion: go on from a prompt, or from nothing, without a chat template; or fill in what is masked."""
+"""Task completion: continue a prompt, or start from nothing, without a chat template; or fill in masks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IdArray: TypeAlias = npt.NDArray[np.int64]
 
 
 class Completion(DecoderTask[CompletionRow]):
-    """A decoder that goes on from a text."""
+    """A decoder that continues a text."""
 
     name = "completion"
     free_prompt = True
@@ -41,7 +41,7 @@ class Completion(DecoderTask[CompletionRow]):
         return not recipe.variant.is_masked
 
     def make_row(self, given: Mapping[str, str | None]) -> CompletionRow:
-        """Return the row of a text to go on from."""
+        """Return the row of a text to continue."""
         return {"prompt": given["prompt"] or "", "completion": ""}
 
     def split_answer(self, row: CompletionRow) -> tuple[CompletionRow, str]:
@@ -184,7 +184,7 @@ def hide_tokens(example: Example, processor: PreTrainedTokenizerBase, seed: tupl
 
 
 def _cut_text(text: str, processor: PreTrainedTokenizerBase, room: int) -> tuple[list[int], str]:
-    """Return the ids of the first `room` tokens of a text, and the text behind them."""
+    """Return the ids of the first `room` tokens of a text, and the text after them."""
     ids: list[int] = processor(text)["input_ids"]
     if len(ids) <= room:
         return ids, ""

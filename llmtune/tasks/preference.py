@@ -121,7 +121,7 @@ class Preference(Task[Row, Ratings]):
     ) -> Batch:
         """Pad answers: the chosen ones and then the rejected, or (KTO) single ones with the answers of others, `kl_*`.
 
-        The thumbs are `desirable_R` bool [R]; settings of the loss stand in the batch as `settings`.
+        The thumbs are `desirable_R` bool [R]; `settings` are those of the loss.
         """
         section, pad_id = preference_section(recipe), processor.pad_token_id
         seconds = [Example(example.target_ids, example.target_spans, 0) for example in examples]
@@ -260,7 +260,7 @@ def preference_section(recipe: Recipe) -> PreferenceSection:
 
 
 def answer_columns(loss: str) -> tuple[str, ...]:
-    """Return what a row must hold beside its prompt for this loss."""
+    """Return the columns that a row needs for this loss, besides its prompt."""
     return ("answer",) if loss == "kto" else ("chosen", "rejected")
 
 
@@ -289,7 +289,7 @@ def encode_answers(
 def encode_mismatched(
     rows: Sequence[Row], answers: Sequence[str], processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[Encoded]:
-    """Encode each prompt with the next answer that is another, from the start again behind the end; its own if none is.
+    """Encode each prompt with the next answer that is another, starting over at the end; its own if none is.
 
     What is longer than `data.max_length` is cut.
     """

@@ -40,7 +40,7 @@ PROMPT_CUTS = 6
 
 @dataclass(frozen=True)
 class TextPair:
-    """What is read and what is written, with their languages where the tokenizer wants to know them."""
+    """Source and target, with their languages where the tokenizer needs them."""
 
     source: str
     target: str
@@ -52,7 +52,7 @@ class TextToText(Task[RowT, str]):
     """A task whose answer is a text made of a text."""
 
     def pair(self, row: RowT, recipe: Recipe) -> TextPair:
-        """Return what is read, as the model's kind wants it, and what is written."""
+        """Return the source, as this kind of model reads it, and the target."""
         raise NotImplementedError
 
     def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
@@ -76,7 +76,7 @@ class EncoderDecoder(TextToText[RowT]):
     peft_task_type = "SEQ_2_SEQ_LM"
 
     def supports(self, config: PretrainedConfig) -> bool:
-        """Whether the model has both parts: some of the class write behind what they heard, as a decoder."""
+        """Whether the model has both parts: some models of this class are decoder-only."""
         return bool(getattr(config, "is_encoder_decoder", False))
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -116,7 +116,7 @@ class EncoderDecoder(TextToText[RowT]):
         return encoder_decoder_loss(model, batch, by_row)
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-        """Show what is read, and what of the written text is learned."""
+        """Show the source, and the learned part of the target."""
         read = decode_shortened(example.input_ids, processor)
         return [(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
 
@@ -183,7 +183,7 @@ def source_ids(pair: TextPair, processor: PreTrainedTokenizerBase, recipe: Recip
 def target_ids(pair: TextPair, processor: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:
     """Return what the decoder writes, and the range of it that is learned.
 
-    A language code at its start is given at generation, so it is not learned; what stands behind the end is no text.
+    A language code at its start is given at generation, so it is not learned; tokens after the end are no text.
     """
     set_languages(pair.source_language, pair.target_language, processor)
     ids = list(processor(text_target=pair.target, verbose=False)["input_ids"])
