@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from llmtune.data.chat_messages import clean
+from llmtune.data.chat_messages import clean_messages
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
@@ -225,7 +225,7 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
     if chat:
         completion = client.chat.completions.create(
             model=model,
-            messages=cast(list[ChatCompletionMessageParam], clean(prompt["messages"])),
+            messages=cast(list[ChatCompletionMessageParam], clean_messages(prompt["messages"])),
             temperature=0,
             max_tokens=ANSWER_TOKENS,
             extra_body=extra,

@@ -17,7 +17,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import read_template, with_kwargs
-from llmtune.data.template_kwargs import without_secrets
+from llmtune.data.template_text import without_secrets
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS

@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.reference_model import switches_off
-from llmtune.data.chat_messages import clean
+from llmtune.data.chat_messages import clean_messages
 from llmtune.data.row_store import read_rows
 from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, measure_distance
 from llmtune.errors import DataError
@@ -251,7 +251,7 @@ def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[
         return None
     options = {"add_generation_prompt": True, "tokenize": False}
     return [
-        cast(str, tokenizer.apply_chat_template(clean(row["messages"]), tools=row.get("tools"), **options))
+        cast(str, tokenizer.apply_chat_template(clean_messages(row["messages"]), tools=row.get("tools"), **options))
         for row in tuned.questions
     ]
 

@@ -18,7 +18,8 @@ from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded, Piece, highlight
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, highlight
 from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
@@ -143,11 +144,11 @@ class Preference(Task[Row, Ratings]):
         """Return what the loss of KTO and ORPO has to know of a whole step."""
         return step_statistics(model, batch, batch["settings"], partial(reference_of, model))
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a prompt with both answers."""
         return [
             *highlight(example.input_ids, example.spans, processor),
-            ("\n--- against ---\n", False),
+            Segment("\n--- against ---\n", False),
             *highlight(example.target_ids, example.target_spans, processor),
         ]
 

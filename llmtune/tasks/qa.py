@@ -20,7 +20,8 @@ from llmtune.data.collators import encoder_batch, require_offsets
 from llmtune.data.labelled_rows import QaRow
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded, Piece, highlight
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, highlight
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, PredictionT
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import measure_squad
@@ -266,7 +267,7 @@ class ExtractiveQa(Qa[Span]):
         correct_R = (starts_RT.argmax(-1) == first_R) & (ends_RT.argmax(-1) == last_R)
         return loss_of_rows(losses_R, correct_R, by_row)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a window with its answer; where it has none, the token for `no answer`."""
         first, last = example.target_ids
         return highlight(example.input_ids, [first, last + 1], processor)

@@ -16,7 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmtune.data.audio import Samples, SpeechRow
 from llmtune.data.collators import IGNORED, pad
 from llmtune.data.overlong import too_long
-from llmtune.data.task_interface import Encoded, Piece, highlight
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, highlight
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
@@ -66,10 +67,11 @@ class Speech(Task[SpeechRow, str]):
         """Return the row without its transcript, and the transcript."""
         return {**row, "text": ""}, row["text"]
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show how long a recording is, and what of its transcript is learned."""
         spans = example.target_spans or [0, len(example.target_ids)]
-        return [(f"[{len(example.audio):,} samples]\n", False), *highlight(example.target_ids, spans, processor)]
+        heard = Segment(f"[{len(example.audio):,} samples]\n", False)
+        return [heard, *highlight(example.target_ids, spans, processor)]
 
     def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
         """Measure transcripts after the recipe's normaliser."""

@@ -19,8 +19,8 @@ from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import IGNORED, pad, pad_texts
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.overlong import Lost, too_long
-from llmtune.data.task_interface import Encoded, Piece, decode_shortened, highlight
-from llmtune.data.tokenization import cut_start
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, cut_start, decode_shortened, highlight
 from llmtune.errors import EnvironmentProblem, Problem
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import generation_settings, only_these_settings
@@ -115,10 +115,10 @@ class EncoderDecoder(TextToText[RowT]):
         """Sum the cross entropy of the target tokens that are learned."""
         return encoder_decoder_loss(model, batch, by_row)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show the source, and the learned part of the target."""
         read = decode_shortened(example.input_ids, processor)
-        return [(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
+        return [Segment(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
 
     def predict(self, rows: Sequence[RowT], loaded: LoadedModel) -> list[str]:
         """Return what the decoder writes for each source."""
