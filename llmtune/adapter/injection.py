@@ -1,4 +1,4 @@
-"""Step 3: a model with a fresh adapter, or one to go on from; seeded before it is made, proven to be wired."""
+"""Step 3: a model with a new adapter, or one to continue from; seeded before it is made, proven to be wired."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel
 
 
 def wrap_full(selected: SelectedModel) -> AdaptedModel:
-    """Count and describe a model that is trained whole, but for what its class holds still, such as sine tables."""
+    """Count and describe a fully trained model; its class may freeze parts, such as sine tables."""
     model = selected.model
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in trained_parameters(model))
@@ -213,7 +213,11 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
             raise
         raise RecipeError.of(f"PEFT refuses this adapter: {first_line(error)}", "adapter", _OTHER) from error
     if str(adapter.init_lora_weights).startswith(MUTATING):
-        keep_start(model)
+        model.start_weights = {  # what PiSSA and OLoRA took out of the base
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in model.named_parameters()
+            if ".lora_A." in name or ".lora_B." in name
+        }
     if not trained_parameters(model):
         raise RecipeError.of(f"{adapter.method} finds no module here that it can adapt", "adapter", _OTHER)
     _show_experts(model, targets, adapter, console)
@@ -279,15 +283,6 @@ def _find_heads(adapter: AdapterSection, whole: list[str], selected: SelectedMod
             what = f"{entry!r} is a head: it is trained whole, and never given a LoRA"
             problems.append(Problem(what, "adapter.target_modules", "Omit it."))
     return problems
-
-
-def keep_start(model: PeftModel) -> None:
-    """Keep a copy of the adapter's first weights on the model: what PiSSA and OLoRA took out of the base."""
-    model.start_weights = {
-        name: parameter.detach().to("cpu", torch.float32, copy=True)
-        for name, parameter in model.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
-    }
 
 
 def _find_conflicts(selected: SelectedModel, adapter: AdapterSection, targets: list[str]) -> list[Problem]:

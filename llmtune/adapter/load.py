@@ -1,4 +1,4 @@
-"""An adapter that is there already: loaded to go on training from it, or to evaluate and generate with it."""
+"""An existing adapter, loaded to continue training, or to evaluate and generate with it."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def attach(selected: SelectedModel, config: PeftConfig, source: Path, *, trainab
 
 
 def add_adapter(model: PeftModel, name: str, source: Path) -> None:
-    """Put the adapter in `source` beside those of a model, in place; raises EnvironmentProblem as `attach` does."""
+    """Add the adapter in `source` to those of a model, in place; raises EnvironmentProblem as `attach` does."""
     config = read_config(source)
     config.inference_mode = True
     _set_transposed(config, model.get_base_model())
@@ -151,7 +151,7 @@ def _fill_adapter(build: Callable[[], PeftModel], source: Path, name: str, base_
             "It is damaged, or it was made for another model.",
         ) from error
     own = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
-    missing = [key for key in result.missing_keys if key in own]  # the second name of a tied weight is none of them
+    missing = [key for key in result.missing_keys if key in own]  # without the second name of a tied weight
     left = list(result.unexpected_keys)
     if not isinstance(model.peft_config[name], LoraConfig):
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -181,7 +181,7 @@ def check_patterns(config: PeftConfig, names: Sequence[str], source: Path) -> No
 
 
 def _refuse_no_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Raise EnvironmentProblem where weights are whole numbers, NaN or infinite: no LoRA is that.
+    """Raise EnvironmentProblem where weights are integers, NaN or infinite, which no LoRA has.
 
     Methods that change single weights (SHiRA) hold where those are.
     """
@@ -210,7 +210,7 @@ def wrap_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     if config.is_prompt_learning:
         remove_head_loss(model)
     with hushed(), warnings.catch_warnings():
-        # PEFT sets patterns for fused experts by itself, and looks for them among modules alone.
+        # PEFT sets patterns for fused experts automatically, and looks for them only among modules.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         warnings.filterwarnings("ignore", "lora with eva initialization", UserWarning)
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # we say what follows
@@ -261,7 +261,7 @@ def _compare_shape(config: LoraConfig, adapter: AdapterSection, source: Path) ->
 
 
 def _compare_classes(selected: SelectedModel, source: Path) -> Iterator[Problem]:
-    """Hold the names of the head's outputs, which lie beside a headed adapter, against those of now, in their order."""
+    """Compare the names of the head's outputs, saved with the adapter, with the current ones, in order."""
     path = source / "config.json"
     if not selected.trains_head or not path.is_file():
         return

@@ -1,4 +1,4 @@
-"""The recipe's adapter as PEFT's configuration: its options by their names, and the modules that it goes on."""
+"""The recipe's adapter as PEFT's configuration: its options by their names, and the modules it adapts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model as it was before training, beside the one that is trained: what preferences are learned against."""
+"""The model before training, kept with the one that is trained: the reference of preference losses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _restored(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator
 
 
 def _exchange(parameters: dict[str, torch.nn.Parameter], kept: dict[str, torch.Tensor], names: list[str]) -> None:
-    """Exchange the numbers of sharded parameters with those kept: others read from memory that they have set apart."""
+    """Exchange the values of sharded parameters with those kept, in place: other code reads from their memory."""
     with torch.no_grad():
         for name in names:
             own = own_part(parameters[name])

@@ -28,7 +28,7 @@ _PROBE_SAMPLES = 8000
 SWITCHES_OFF = "switches_off"
 """Attribute of a model whose method was tried: whether it is its base when the adapter is switched off."""
 _SAME = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far scores may be apart by rounding alone, of themselves and beside."""
+"""How far scores may differ by rounding, relative and absolute."""
 
 
 class NotWiredError(RuntimeError):
@@ -121,7 +121,7 @@ def _find_reached(selected: SelectedModel, recipe: Recipe, names: Sequence[str])
     """Return those of the modules `names` that take part in an answer to a text: a gradient arrives at what they give.
 
     It does not at the image tower of a model that reads images too, at a pooling layer that a head leaves out, or where
-    a layer reads a module's weights by itself. Experts count as reached: a few tokens are not sent to all of them.
+    a layer reads a module's weights directly. Experts count as reached: a few tokens are not sent to all of them.
     """
     given: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
@@ -155,7 +155,7 @@ def _send_gradient(scores: torch.Tensor) -> None:
 
 @contextmanager
 def _moved(model: PeftModel) -> Iterator[list[str]]:
-    """Let the matrix of every adapter that starts at zero stand away from it; afterwards put it back to the bit.
+    """Move the matrix of every adapter that starts at zero away from it; afterwards restore it to the bit.
 
     That is B, and A at an embedding.
     """
@@ -206,7 +206,7 @@ def _probe_ids(selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
     """Tokens spread over the vocabulary, and those that the recipe adds: [1, T]."""
     size = min(len(selected.processor), selected.model.config.get_text_config().vocab_size)
     ids = [size * (i + 1) // (_PROBE_TOKENS + 1) for i in range(_PROBE_TOKENS)]
-    own = recipe.adapter.options  # activated LoRA is at work behind its tokens, others at theirs
+    own = recipe.adapter.options  # activated LoRA works after its tokens, others at theirs
     ids = [*own.get("alora_invocation_tokens", ()), *own.get("token_indices", ())[:8], *ids]
     ids += selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens))
     return torch.tensor([ids])

@@ -157,7 +157,7 @@ def gguf(
         str, typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_k_m (needs llama.cpp); an adapter: f32, f16.")
     ] = "f16",
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="The LoRA alone, to go beside the GGUF file of its base.")
+        bool, typer.Option("--adapter-only", help="The LoRA alone, for use with the GGUF file of its base.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/gguf/TYPE).")] = None,
     onto: Annotated[
@@ -187,7 +187,7 @@ def publish(
     repo: Annotated[str | None, typer.Option("--repo", metavar="OWNER/NAME", help="A model on the hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the hub's repository private.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of the adapter.")] = False,
-    gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file to put beside it.")] = None,
+    gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file to publish with it.")] = None,
     base_model: Annotated[
         str | None, typer.Option("--base-model", metavar="OWNER/NAME", help="Which model of the hub a local base is.")
     ] = None,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.compare.pareto_picture import draw_pareto
+from llmtune.compare.comparison_pictures import COSTS, RATIOS, draw_comparison, draw_pareto, shown_metrics
 from llmtune.compare.run_comparison import Comparison, RunPair, RunSummary, make_comparison
 from llmtune.errors import RecipeError
 from llmtune.evaluate.opened_runs import check_alike, open_runs
 from llmtune.recipe.secrets import redact_all
-from llmtune.records import Difference, Json
+from llmtune.records import Json
 from llmtune.report.blocks import (
     Block,
     Bullets,
@@ -31,7 +30,7 @@ from llmtune.report.blocks import (
 )
 from llmtune.report.charts import draw_meter
 from llmtune.report.metric_info import better_side, rank_metrics
-from llmtune.report.number_format import DASH, count, duration, missing, score, size
+from llmtune.report.number_format import count, missing
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page, spinner
@@ -39,26 +38,6 @@ from llmtune.report.score_sections import full_note, passed_cell, spell_metrics
 from llmtune.report.verdict import BETTER, MIXED, WORSE
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
-    "train_seconds": ("training", duration),
-    "run_seconds": ("whole run", duration),
-    "peak_bytes": ("peak memory in training", size),
-    "trainable": ("trained parameters", count),
-    "share": ("of all parameters", lambda part: DASH if part is None else f"{100 * part:.2f} %"),
-    "disk_bytes": ("weights on disk", size),
-    "forgotten": ("forgotten of general text, bits a byte", score),
-}
-"""What a run costs, by its name in `compare.json`: its name for people, and how it is written."""
-RATIOS = {
-    "train_seconds": "training time",
-    "peak_bytes": "peak memory",
-    "trainable": "trained parameters",
-    "disk_bytes": "size on disk",
-}
-"""Costs that are told in parts of those of the first run."""
 WORDS = {
     BETTER: "{second} is better than {first}.",
     WORSE: "{second} is worse than {first}.",
@@ -76,26 +55,6 @@ METHOD = (
 FEW = 6
 """Pairs, those of four runs, that are all shown and told."""
 LONGEST = 60
-COLOURS = ("#2563c9", "#0f9d8a", "#8e5bd0", "#d9822b", "#c2417c", "#64748b")
-PANEL_IN, ROW_IN, DPI = 1.9, 0.32, 130
-"""Width of a panel and height of a run in inches."""
-MOST_SCORES = 2
-"""Panels of scores: the metrics that say most."""
-ROOM = 1.75
-"""Of the longest bar: the width of a panel, for the number behind the bar."""
-SETTINGS: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.bottom": False,
-    "ytick.left": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "comparison",
-    "text.parse_math": False,
-}
 
 
 def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> Json:
@@ -135,7 +94,7 @@ def finish(comparison: Comparison, out: Path, console: Console) -> Json:
         write_json(out / "compare.json", content)
         draw_comparison(out / "compare", comparison.runs)
         if comparison.kind == "methods" and len(comparison.runs) > 2 and (metrics := shown_metrics(comparison.runs)):
-            draw_pareto(out / "pareto", comparison.runs, comparison.pairs, metrics[0], SETTINGS)
+            draw_pareto(out / "pareto", comparison.runs, comparison.pairs, metrics[0])
     console.print(f"comparison: {escape(str(out / 'compare.html'))}")
     return content
 
@@ -246,60 +205,3 @@ def shorten_value(value: object) -> str:
     """A value of a recipe, short enough for a table."""
     text = "none" if value is None else str(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
-
-
-# The picture
-
-
-def draw_comparison(path: Path, runs: Sequence[RunSummary]) -> None:
-    """Draw the comparison into `path` with .png and .svg."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    metrics = shown_metrics(runs)
-    panels = len(RATIOS) + len(metrics)
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(1.2 + PANEL_IN * panels, 0.9 + ROW_IN * len(runs)), layout="constrained")
-        first, *others = figure.subplots(1, panels, sharey=True)
-        for axes, name in zip([first, *others], [*RATIOS, *metrics], strict=True):
-            (draw_gains if name in metrics else draw_bars)(axes, runs, name)
-        first.set_yticks(range(len(runs)), [run.name for run in runs])
-        first.set_ylim(len(runs) - 0.45, -0.65)
-        figure.savefig(path.with_suffix(".png"), dpi=DPI, metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-
-
-def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
-    """Return the metrics that say most and have a better side, of those that every run has with an interval."""
-    metrics = [metric for metric in rank_metrics(runs[0].difference) if better_side(metric)]
-    changes = {metric: [run.difference.get(metric) for run in runs] for metric in metrics}
-
-    def is_known(change: Difference | None) -> bool:
-        return change is not None and not any(map(missing, (change.value, change.low, change.high)))
-
-    return [metric for metric in metrics if all(map(is_known, changes[metric]))][:MOST_SCORES]
-
-
-def draw_bars(axes: Axes, runs: Sequence[RunSummary], name: str) -> None:
-    """Draw one cost as a bar a run, with its number behind it."""
-    title, written = COSTS[name]
-    known = [getattr(run, name) for run in runs]
-    bars = axes.barh(range(len(runs)), [value or 0 for value in known], height=0.56, color=COLOURS)
-    axes.bar_label(bars, [written(value) for value in known], padding=3, fontsize=7.5)
-    axes.set(title=title.capitalize(), xticks=[], xlim=(0, ROOM * (max(value or 0 for value in known) or 1)))
-
-
-def draw_gains(axes: Axes, runs: Sequence[RunSummary], metric: str) -> None:
-    """Draw what each run gained over its base by one metric, with its 95 % interval; better is on the right."""
-    axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
-    for at, run in enumerate(runs):
-        change, colour = run.difference[metric], COLOURS[at % len(COLOURS)]
-        axes.plot([change.low, change.high], [at, at], color=colour, linewidth=4, alpha=0.4, solid_capstyle="round")
-        axes.plot([change.value], [at], marker="o", markersize=5, color=colour)
-        scores = f"{score(run.base.get(metric))} → {score(run.tuned.get(metric))}"
-        axes.annotate(scores, (change.value, at), (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
-    axes.margins(x=0.22)
-    axes.locator_params(axis="x", nbins=3)
-    axes.set(title=metric.replace("_", " "), xlabel="gain over the base, 95 % interval")
-    if better_side(metric) < 0:
-        axes.invert_xaxis()

@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.compare.sweep_space import load_with_values, read_space
 from llmtune.compare.sweep_trial import (
     SweepOptions,
     alone,
+    load_with_values,
     open_study,
+    read_space,
     require_optuna,
     run_trial,
     sweep_trial_folder,

@@ -39,7 +39,7 @@ from llmtune.data.row_hash import (
     hash_triples,
     spoken_text,
     take_minima,
-    without,
+    without_common,
 )
 from llmtune.data.spool import Index
 from llmtune.data.worker_pool import WorkerPool
@@ -225,7 +225,7 @@ class _File:
 def _common_triples(order: I64, rows: JsonRows) -> U32:
     """Return, sorted, the word triples that stand in many rows, seen in a sample that depends on the rows alone."""
     seen: list[U32] = []
-    for _, batch in _select(order[_spread(len(order))], rows):
+    for _, batch in _select(order[_sample_places(len(order))], rows):
         triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in batch])
         pairs = np.unique((row_W.astype(np.uint64) << np.uint64(32)) | triple_W)
         seen.append(pairs.astype(np.uint32))
@@ -246,7 +246,7 @@ def _select(order: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
             yield first + places, batch.take(pa.array(places)).to_pylist()
 
 
-def _spread(count: int) -> I64:
+def _sample_places(count: int) -> I64:
     """Places of the sample in an order that is by split and hash: evenly over it."""
     return np.unique(np.linspace(0, max(count - 1, 0), min(count, SAMPLE_ROWS)).astype(np.int64))
 
@@ -262,7 +262,7 @@ class _Signer:
         """Return the numbers of the rows that have words, and [R, P] their minima or [R, L] keys."""
         numbers, rows = batch
         triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in rows])
-        triple_W, row_W = without(self._common, triple_W, row_W)
+        triple_W, row_W = without_common(self._common, triple_W, row_W)
         begins = np.flatnonzero(np.diff(row_W, prepend=-1))
         minimum_RP = take_minima(triple_W, begins)
         return numbers[row_W[begins]], band_keys(minimum_RP) if self._keys else minimum_RP

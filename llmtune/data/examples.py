@@ -22,12 +22,12 @@ from typing_extensions import TypedDict
 
 from llmtune import __version__
 from llmtune.data.ingest import show_progress
-from llmtune.data.overlong import TOO_LONG, Encoded, Lost
+from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed
+from llmtune.data.rendering_check import check_tools
 from llmtune.data.row_store import AGAIN, iterate_texts, open_arrow
-from llmtune.data.task_interface import TaskInterface
-from llmtune.data.tool_support import check_tools
-from llmtune.data.unknown_tokens import UNKNOWN, find_unknown, refused_token
+from llmtune.data.task_interface import Encoded, TaskInterface
+from llmtune.data.tokenization import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS

@@ -28,7 +28,7 @@ from llmtune.data.byte_streams import (
     open_bytes,
     refuse_other_files,
 )
-from llmtune.data.message_roles import is_message
+from llmtune.data.message_fields import is_message
 from llmtune.data.object_store import RemoteFile, is_damage, reached
 from llmtune.data.rejected_rows import RawRow, RowError, describe
 from llmtune.errors import DataError, first_line

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,10 @@ import openai
 import torch
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
-from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from llmtune.data.chat_messages import clean
+from llmtune.data.chat_messages import clean_messages
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
@@ -58,9 +58,6 @@ class Reply:
     """Text and log-probability of the chosen tokens."""
 
 
-_REPLY = TypeAdapter(Reply)
-
-
 def certify_run(
     run: Path, *, url: str, model: str | None, key_file: Path | None, offline: bool, console: Console
 ) -> Certificate:
@@ -89,7 +86,9 @@ def certify_run(
             reference = TextReference(tuned)
         with spinner(console, f"asking {url}"):
             chat = tuned.task.is_conversational and bool(tuned.processor.chat_template)
-            replies = ask_all(client, name, tuned.questions, chat, _further_parameters(chat))
+            ids: Parameters = {"return_token_ids": True, "repetition_penalty": 1.0}
+            logprobs: Parameters = {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
+            replies = ask_all(client, name, tuned.questions, chat, [ids | logprobs, ids, logprobs, {}])
     measured = _compare_replies(reference, replies)
     breaches = find_endpoint_breaches(measured)
     limits = {"answer_agreement": MIN_AGREEMENT, "logprob_mean_difference": MAX_LOGPROB_DIFFERENCE, "same_ids": 1.0}
@@ -202,7 +201,7 @@ def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: 
 def ask_all(
     client: openai.OpenAI, model: str, questions: Sequence[Row], chat: bool, extras: Sequence[Parameters]
 ) -> list[Reply]:
-    """Ask greedily; `extras` are parameters that not every server knows: the first that it takes are given.
+    """Ask greedily; `extras` are parameters that not every server knows: the first that it takes are sent.
 
     Raises EnvironmentProblem where no answer comes.
     """
@@ -221,19 +220,12 @@ def ask_all(
     return replies
 
 
-def _further_parameters(chat: bool) -> list[Parameters]:
-    """Return parameters that not every server knows, those that tell most first."""
-    ids: Parameters = {"return_token_ids": True, "repetition_penalty": 1.0}
-    logprobs: Parameters = {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
-    return [ids | logprobs, ids, logprobs, {}]
-
-
 def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra: Parameters) -> Reply:
     completion: ChatCompletion | Completion
     if chat:
         completion = client.chat.completions.create(
             model=model,
-            messages=cast(list[ChatCompletionMessageParam], clean(prompt["messages"])),
+            messages=cast(list[ChatCompletionMessageParam], clean_messages(prompt["messages"])),
             temperature=0,
             max_tokens=ANSWER_TOKENS,
             extra_body=extra,
@@ -248,16 +240,13 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
         pairs = zip(listed.tokens or (), listed.token_logprobs or (), strict=True) if listed else ()
         logprobs = [(token, value) for token, value in pairs if value is not None]
     own, of_choice = completion.model_extra or {}, completion.choices[0].model_extra or {}
-    reply: Reply = _REPLY.validate_python(  # the client checks no types
-        {
-            "text": text,
-            "prompt_ids": own.get("prompt_token_ids") or of_choice.get("prompt_token_ids"),
-            "prompt_tokens": completion.usage.prompt_tokens if completion.usage else None,
-            "answer_ids": of_choice.get("token_ids") or [],
-            "logprobs": list(logprobs),
-        }
+    return Reply(  # which checks types, as the client does not
+        text=text,
+        prompt_ids=own.get("prompt_token_ids") or of_choice.get("prompt_token_ids"),
+        prompt_tokens=completion.usage.prompt_tokens if completion.usage else None,
+        answer_ids=of_choice.get("token_ids") or [],
+        logprobs=list(logprobs),
     )
-    return reply
 
 
 @contextmanager

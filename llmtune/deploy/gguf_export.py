@@ -215,7 +215,7 @@ class _Export:
         with spinner(self.console, "writing the adapter"):
             write_adapter(model, file, self.number_format, self.name)
             compared = compare_adapter(model, file, self.number_format)
-        note = f"An adapter. Put its base beside it as base.gguf: {selected.model_ref.name}"
+        note = f"An adapter. Put its base next to it as base.gguf: {selected.model_ref.name}"
         facts = {**self._file_facts(file, "none", note), "adapter": compared}
         if not has_llama() or selected.quantized:
             return facts
@@ -321,7 +321,7 @@ def find_lost_adapter(trained_kl: float, base_kl: float | None, effect: float | 
     """Return a breach if a file is nearer to the base than to what was trained, by mean KL, however coarse it is.
 
     With its adapter a file is nearer to what was trained by the `effect` of tuning, and without it farther by as much;
-    an effect that is far below the rounding cannot be told from it.
+    an effect far below the rounding cannot be distinguished from it.
     """
     if base_kl is None or effect is None or effect < trained_kl / NEGLIGIBLE or trained_kl - base_kl <= effect / 2:
         return []

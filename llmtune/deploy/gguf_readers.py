@@ -5,6 +5,7 @@ Shapes: T positions, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,8 +94,10 @@ class LlamaClassifier(LlamaReader):
         """Return the logits [1, K] of a text, in float32."""
         import llama_cpp
 
-        tokens = (llama_cpp.llama_token * len(ids))(*ids)
-        llama_cpp.llama_encode(self.llm.ctx, llama_cpp.llama_batch_get_one(tokens, len(ids)))
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # kept here, as the batch only points to them
+        batch = llama_cpp.llama_batch_get_one(tokens, len(ids))
+        batch.logits = (ctypes.c_int8 * len(ids))(*[1] * len(ids))  # an encoder has outputs for every token
+        llama_cpp.llama_encode(self.llm.ctx, batch)
         return torch.tensor([llama_cpp.llama_get_embeddings_seq(self.llm.ctx, 0)[: self.outputs]])
 
 

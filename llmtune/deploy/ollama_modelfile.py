@@ -17,7 +17,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import read_template, with_kwargs
-from llmtune.data.template_kwargs import without_secrets
+from llmtune.data.template_text import without_secrets
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -26,7 +26,7 @@ from llmtune.store.atomic_files import write_text
 Messages = Sequence[dict[str, str]]
 TemplateParts = dict[tuple[str, str], str]
 """What a chat template writes between a message of one role and the next. The role before the first message is empty,
-as is the one that begins the answer; system messages are left out where the template takes none."""
+as is the one of the answer to come; system messages are left out where the template takes none."""
 
 MODELFILE = "Modelfile"
 SAMPLES: tuple[tuple[str, ...], ...] = (
@@ -88,7 +88,7 @@ def go_template(parts: TemplateParts) -> str:
 
 
 def _quote(text: str) -> str:
-    """Return a Go string that stands within a Modelfile's triple quotes."""
+    """Return a Go string for use within a Modelfile's triple quotes."""
     return json.dumps(text, ensure_ascii=False).replace('"""', '"\\""')
 
 

@@ -20,8 +20,7 @@ from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import CERTIFICATE, Certificate, read_certificate
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.model.licenses import LICENSES
-from llmtune.model.resolve import NO_ANSWER
+from llmtune.model.resolve import LICENSES, NO_ANSWER
 from llmtune.recipe.secrets import redact
 from llmtune.records import Evaluation
 from llmtune.report.redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
@@ -223,7 +222,7 @@ def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
 
 
 def _read_gguf(file: Path, report: Document, trained: str) -> Certificate:
-    """Return the certificate beside a GGUF file."""
+    """Return the certificate of a GGUF file, which is in its folder."""
     certificate: Certificate = read_certificate(file.parent) or {}
     checks = {
         "a GGUF file without a certificate that passed is not published": certificate.get("passed"),
@@ -241,7 +240,7 @@ def _read_gguf(file: Path, report: Document, trained: str) -> Certificate:
 
 @contextmanager
 def _target_folder(options: PublishOptions) -> Iterator[Path]:
-    """Give a folder to fill: the one that is asked for, or one that goes away again."""
+    """Yield the folder to fill: the requested one, or a temporary one."""
     if options.to is not None and not options.dry_run:
         with explained(options.to), staged(options.to) as folder:
             yield folder

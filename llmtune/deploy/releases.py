@@ -47,7 +47,7 @@ class Signature:
     by: str
     """Whose it is, where that was checked; else the fingerprint of the key, or how to check it."""
     checked: bool
-    """Whether it was held against the keys of those who may sign."""
+    """Whether it was checked against the keys of those who may sign."""
 
 
 def sign(path: Path, how: str) -> Path:
@@ -129,7 +129,7 @@ def _run_program(words: list[str], given: bytes = b"") -> subprocess.CompletedPr
 
 
 def _call_program(words: list[str]) -> None:
-    """Run a program that asks a person what it has to know; raises EnvironmentProblem with its last line."""
+    """Run a program that may ask the user for input; raises EnvironmentProblem with its last line."""
     done = _run_program(words)
     if done.returncode:
         said = re.sub(r"\s+", " ", done.stderr.decode(errors="replace")).strip()[-300:]
@@ -188,7 +188,7 @@ def _without_paths(content: Release) -> Json:
 
 
 def find_certificates(run: Path) -> dict[str, Json]:
-    """Return the certificates of what was made of a run, by where they stand in its folder."""
+    """Return the certificates of a run's products, by path in its folder."""
     files = [*run.glob(f"*/{CERTIFICATE}"), *run.glob(f"*/*/{CERTIFICATE}"), run / ENDPOINT_CERTIFICATE]
     found = {str(file.relative_to(run)): read_json(file) for file in files}
     return {name: content for name, content in found.items() if isinstance(content, dict)}

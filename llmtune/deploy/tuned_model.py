@@ -1,4 +1,4 @@
-"""What products are held against: the tuned model of a run, the questions it is asked, and what it makes of them.
+"""The tuned model that products are compared with, the questions it is asked, and its outputs.
 
 Shapes: T positions of a prompt and its answer, V vocabulary; N distributions over K outputs: one per row for classes,
 one per token for tags and words, two for an answer's ends.
@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.reference_model import switches_off
-from llmtune.data.chat_messages import clean
+from llmtune.data.chat_messages import clean_messages
 from llmtune.data.row_store import read_rows
 from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, measure_distance
 from llmtune.errors import DataError
@@ -51,12 +51,12 @@ CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'
 """What the fixed prompts are asked about, where a task finds answers in a text."""
 ANSWER_TOKENS = 16
 CERTIFIED_ROWS = 8
-"""Rows of the run that a product is asked beside the fixed prompts."""
+"""Rows of the run that a product is asked, after the fixed prompts."""
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """The model that products are made from and held against, with the run's rows that it is asked."""
+    """The model that products are made from and compared with, and the run's rows that it is asked."""
 
     adapted: AdaptedModel
     recipe: Recipe
@@ -251,7 +251,7 @@ def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[
         return None
     options = {"add_generation_prompt": True, "tokenize": False}
     return [
-        cast(str, tokenizer.apply_chat_template(clean(row["messages"]), tools=row.get("tools"), **options))
+        cast(str, tokenizer.apply_chat_template(clean_messages(row["messages"]), tools=row.get("tools"), **options))
         for row in tuned.questions
     ]
 

@@ -181,7 +181,7 @@ def confusion(scores_NK: Floats, references: Sequence[TrueLabel], labels: Sequen
 
 
 def majority_scores(references: Sequence[TrueLabel], kind: LabelKind, labels: Sequence[str], count: int) -> Floats:
-    """Return the scores [count, K] of one who looks at the training rows' references alone, the same for every row.
+    """Return the scores [count, K] of a baseline that knows only the training references; each row gets the same.
 
     They are the labels' shares: the most frequent label is predicted, and of many those of more than half of the rows.
     Regression: the mean number, [count, 1].
@@ -207,7 +207,7 @@ def measure_auroc(scores_NK: Floats, true_NK: NDArray[np.bool_], *, binary: bool
 
 
 def second_area(seen_NK: Floats) -> Weighted:
-    """Return the area of the second class, of scores [N, K] and, beside them, which class is right."""
+    """Return the area of the second class, of [N, 2 K]: scores, then which class is right."""
     return area(seen_NK[:, 1], seen_NK[:, seen_NK.shape[1] // 2 + 1] > 0)
 
 
@@ -257,12 +257,12 @@ def measure_correlation(metric: str, predicted_N: Floats, reference_N: Floats) -
 
 
 def correlation(seen_N2: Floats) -> Weighted:
-    """Return Pearson's correlation of numbers side by side."""
+    """Return Pearson's correlation of two columns."""
     return partial(pearson, seen_N2[:, 0], seen_N2[:, 1])
 
 
 def rank_correlation(seen_N2: Floats) -> Weighted:
-    """Return Spearman's correlation of numbers side by side."""
+    """Return Spearman's correlation of two columns."""
     predicted, reference = map(group, seen_N2.T)
     return lambda counts_RN: pearson(ranks(predicted, counts_RN), ranks(reference, counts_RN), counts_RN)
 

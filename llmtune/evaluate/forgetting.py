@@ -1,4 +1,4 @@
-"""Forgetting: whether what the base model knew of general text and common knowledge is still there after tuning.
+"""Forgetting: whether tuning made the model worse at general text and common knowledge.
 
 Shapes: S scored tokens of a batch, U paragraphs of all texts, Q questions.
 """
@@ -53,7 +53,7 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """What one model makes of the texts and questions."""
+    """One model's likelihoods of the texts and choices."""
 
     nats: Floats
     """[U]"""
@@ -62,7 +62,7 @@ class Likelihoods:
 
 
 class ForgettingSuite(EvalSuite[Likelihoods]):
-    """General texts and questions, as one model's tokens once the first model shows how far it can read."""
+    """General texts and questions; the first model's context decides how they are cut into windows."""
 
     metrics: ClassVar = {
         "perplexity": ("of general text", -1),
@@ -81,7 +81,7 @@ class ForgettingSuite(EvalSuite[Likelihoods]):
         self.passages: Passages
         self.trees = [question_tree(question, context.processor) for question in self.questions]
         self.too_long = 0
-        """Questions that the model's context does not hold; they are left out."""
+        """Questions that exceed the model's context; they are left out."""
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
@@ -217,7 +217,7 @@ def read_questions(sources: Sequence[str]) -> list[Question]:
 
 
 def read_lines(source: str) -> list[Question | Problem]:
-    """Read the questions of one file, and what is wrong with its other lines."""
+    """Read the questions of one file, with a Problem for each bad line."""
     name = "general/questions.jsonl"
     text = OWN_FILES.joinpath(name).read_text("utf-8") if source == OWN else read_utf8(Path(source), FIX)
     items: list[Question | Problem] = []
@@ -234,7 +234,7 @@ def read_lines(source: str) -> list[Question | Problem]:
 
 
 def question_tree(question: Question, processor: PreTrainedTokenizerBase) -> Tree:
-    """Join a question, without a chat template, with each of its choices behind a space."""
+    """Join a question, without a chat template, with each of its choices after a space."""
     prompt = PROMPT.format(question=question.question)
     start = max(1, len(prompt_ids(prompt, processor)))
     texts = [prompt_ids(f"{prompt} {choice}", processor) for choice in question.choices]
@@ -265,13 +265,13 @@ class Passages:
     """Texts as one model's tokens."""
 
     windows: tuple[Example, ...]
-    """Tokens that are read together, of which those in the span are scored."""
+    """Tokens of one forward pass; those in the span are scored."""
     paragraphs: tuple[tuple[int, ...], ...]
     """By window, the number of the paragraph of each scored token, over all texts."""
     tokens: Floats
     """[U] scored tokens."""
     sizes: Floats
-    """[U] UTF-8 bytes of what is scored."""
+    """[U] UTF-8 bytes of the scored text."""
     text_of: tuple[int, ...]
     """[U] which text each paragraph is from."""
 
@@ -285,7 +285,7 @@ def read_texts(sources: Sequence[str]) -> tuple[GeneralText, ...]:
 
 
 def read_source(source: str) -> list[GeneralText]:
-    """Read one text file, or for `own` those that come with llmtune, whose origin stands beside them."""
+    """Read one text file, or for `own` those that ship with llmtune."""
     if source != OWN:
         text = make_text(Path(source).name, read_utf8(Path(source), TEXT_FIX))
         return [text] if text.paragraphs else []
@@ -295,7 +295,7 @@ def read_source(source: str) -> list[GeneralText]:
 
 
 def make_text(name: str, text: str) -> GeneralText:
-    """Cut a text into paragraphs, each with the blank lines behind it."""
+    """Cut a text into paragraphs, each with the blank lines after it."""
     text = text.replace("\r\n", "\n").strip()
     cuts = [0, *(match.end() for match in BLANK_LINES.finditer(text)), len(text)]
     blocks = [text[left:right] for left, right in pairwise(cuts) if right > left]
@@ -303,7 +303,7 @@ def make_text(name: str, text: str) -> GeneralText:
 
 
 def cut_long(block: str) -> list[str]:
-    """Cut what is too long for a paragraph at white space, or anywhere if there is none."""
+    """Cut an overlong paragraph at white space, or anywhere if it has none."""
     parts = []
     while len(block) > LONGEST_PARAGRAPH:
         at = block.rfind(" ", 1, LONGEST_PARAGRAPH)
@@ -346,7 +346,7 @@ def make_passages(texts: Sequence[GeneralText], processor: PreTrainedTokenizerBa
 def to_tokens(text: GeneralText, processor: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the ids of a text, and the number of the paragraph that each begins in.
 
-    A tokenizer without offsets reads each paragraph by itself.
+    A tokenizer without offsets encodes each paragraph on its own.
     """
     if not processor.is_fast:
         apart = encode_texts(processor, text.paragraphs)["input_ids"]
@@ -360,21 +360,18 @@ def to_tokens(text: GeneralText, processor: PreTrainedTokenizerBase) -> tuple[li
 
 def score_passages(model: torch.nn.Module, passages: Passages, device: str, advance: Advance) -> Floats:
     """Return the nats of each paragraph [U]; several processes share the windows."""
-    windows, nothing = passages.windows, np.zeros(len(passages.tokens))
+    windows, paragraphs = passages.windows, len(passages.tokens)
 
     def share(own: Sequence[int]) -> list[Floats]:
-        found: dict[int, Floats] = {}
-
-        def work(batch: list[int]) -> None:
+        def work(batch: list[int]) -> list[Floats]:
             chosen = [own[i] for i in batch]
             rows_S = torch.tensor([paragraph for i in chosen for paragraph in passages.paragraphs[i]])
-            collated = collate_padded([windows[i] for i in chosen], None) | {"rows_S": rows_S, "n_rows": len(nothing)}
+            collated = collate_padded([windows[i] for i in chosen], None) | {"rows_S": rows_S, "n_rows": paragraphs}
             loss = causal_loss(model, move_to(device, collated), True)
             assert loss.row_sums is not None
-            found[batch[0]] = loss.row_sums.double().cpu().numpy()
-            advance(len(batch))
+            return [loss.row_sums.double().cpu().numpy(), *[np.zeros(paragraphs)] * (len(batch) - 1)]
 
-        run_in_batches([len(windows[i].input_ids) for i in own], budget_for(device, TOKEN_BUDGET), work)
-        return [found.get(i, nothing) for i in range(len(own))]
+        lengths = [len(windows[i].input_ids) for i in own]
+        return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance)
 
-    return np.asarray(np.sum([nothing, *over_processes(range(len(windows)), share)], axis=0))
+    return np.asarray(np.sum([np.zeros(paragraphs), *over_processes(range(len(windows)), share)], axis=0))

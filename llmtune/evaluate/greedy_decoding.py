@@ -1,7 +1,7 @@
-"""Greedy answers to many prompts: what all begin with is read once, and a row leaves the batch when its answer ends.
+"""Greedy answers to many prompts: their shared prefix is read once, and a row leaves the batch when its answer ends.
 
-Shapes: B rows of a batch, T columns, V vocabulary, K key/value heads, D head width, N rows at work. Rows stand aligned
-at their right.
+Shapes: B rows of a batch, T columns, V vocabulary, K key/value heads, D head width, N active rows. Rows are
+right-aligned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import Cache
 from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
-from llmtune.model.device import is_out_of_memory
+from llmtune.model.device import SuppressRefusal
 
 
 class KVCache(Cache):  # type: ignore[misc]
@@ -88,7 +88,7 @@ class KVCache(Cache):  # type: ignore[misc]
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far logits may lie from those of a plain forward pass, of their standard deviation (root mean square)."""
 WORTH_SHARING = 64
-"""Tokens that have to be saved by reading a common beginning once: it takes a forward pass of its own."""
+"""Tokens that a shared prefix must save: it takes a forward pass of its own."""
 
 
 class DecodeBatch:
@@ -111,7 +111,7 @@ class DecodeBatch:
     def read(self, shared: int, budget: int) -> torch.Tensor:
         """Read the prompts, at most `budget` tokens at a time; return the logits [B, V] of what follows them.
 
-        All prompts begin with the same `shared` tokens, each is longer than that, and those are read once.
+        All prompts begin with the same `shared` tokens, which are read once, and each is longer than that.
         """
         prefix = KVCache(1, shared)
         if shared:
@@ -122,7 +122,7 @@ class DecodeBatch:
         return torch.cat(logits)
 
     def _cut(self, shared: int, budget: int) -> Iterator[slice]:
-        """Cut the rows, the longest of which come first, into groups that are read at once."""
+        """Yield groups of rows to read at once; the longest rows come first."""
         start = 0
         while start < len(self.order):
             longest = len(self.prompts[self.order[start]]) - shared
@@ -226,45 +226,36 @@ def decode_greedily(
 
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with; a prompt keeps one at least for itself."""
+    """Return the length of the prefix that all prompts share; each keeps at least one token of its own."""
     first, last = (list(prompt) for prompt in (min(prompts, key=list), max(prompts, key=list)))
     same = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
     return min(same, min(map(len, prompts)) - 1)
 
 
 def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
-    """Return the bytes that a token of a row takes up while answers are written; None where `model` cannot be used so.
+    """Return the bytes of cache that a token takes; None if `model` cannot use this cache.
 
-    That is tried, not asked, on a dozen tokens: rows of different length with a common beginning are read, one
-    leaves, and what follows is held against plain forward passes. It differs in models that keep a state from token
-    to token, or keys and values of their own kind.
+    A dozen tokens decide it: rows of different length with a shared prefix are read, one leaves, and the logits are
+    compared with plain forward passes. They differ in models with a recurrent state or a cache format of their own.
     """
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and (adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None)):
-        return None  # what PEFT puts before a text, or begins in it, it knows in its own `generate` alone
+        return None  # only PEFT's own `generate` handles virtual tokens and activation
     size = unwrap(model).get_input_embeddings().weight.shape[0]
     ids = [size * (7 * (i % 6 + 1) + i % 5) // 50 for i in range(13)]
     prompts = [ids[:4] + ids[4:5], ids[:4] + ids[5:8], ids[:4] + ids[8:10]]
     added = ids[10:]
-    try:
+    with SuppressRefusal():
         batch = DecodeBatch(model, prompts, 2, device)
         first_BV = batch.read(4, 8)
         order = batch.order
         taken = batch.leave([0])
         second_BV = batch.step(torch.tensor([added[order[slot]] for slot in taken], device=device), 0)
-        alone = [plain_logits(model, [*prompts[i], added[i]], device) for i in range(3)]
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    expected = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in batch.order)])
-    found = torch.cat([first_BV, second_BV]).float()
-    apart = (found - expected).square().mean().sqrt()
-    close = apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * expected.std()
-    return batch.cache.column_bytes if bool(close) else None
-
-
-def plain_logits(model: torch.nn.Module, ids: Sequence[int], device: str) -> torch.Tensor:
-    """Return the logits [2, V] at the last two tokens of a row by itself, without a cache."""
-    logits_1TV = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits
-    return cast(torch.Tensor, logits_1TV[0, -2:].float())
+        rows = [torch.tensor([[*prompts[i], added[i]]], device=device) for i in range(3)]
+        alone = [model(input_ids=row, use_cache=False).logits[0, -2:].float() for row in rows]
+        expected = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in batch.order)])
+        found = torch.cat([first_BV, second_BV]).float()
+        apart = (found - expected).square().mean().sqrt()
+        close = apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * expected.std()
+        return batch.cache.column_bytes if bool(close) else None
+    return None

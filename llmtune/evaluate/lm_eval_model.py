@@ -67,15 +67,12 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         def answer(questions: Sequence[list[Instance]]) -> list[Responses]:
             own = list(chain.from_iterable(questions))
             sizes = [min(lengths[id(one)], self.max_length) for one in own]
-            found: dict[int, Any] = {}
 
-            def work(batch: list[int]) -> None:
+            def work(batch: list[int]) -> Responses:
                 self.batch_size_per_gpu = batch_size(sizes[batch[0]], budget)
-                found.update(zip(batch, ask([own[i] for i in batch]), strict=True))
-                self.advance(len(batch))
+                return ask([own[i] for i in batch])
 
-            run_in_batches(sizes, budget, work)
-            answers = iter(found[i] for i in range(len(own)))
+            answers = iter(run_in_batches(sizes, budget, work, self.advance))
             return [[next(answers) for _ in question] for question in questions]
 
         questions = [list(group) for _, group in groupby(requests, key=lambda one: (one.task_name, one.doc_id))]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmtune.evaluate.paired_statistics import (
     BOOTSTRAP,
@@ -68,7 +69,7 @@ class Measure:
         """Return the metric of those rows alone whose index is in `rows`."""
         return self.take([n for n, row in enumerate(self.at) if row in rows])
 
-    def take(self, numbers: Sequence[int]) -> Measure:
+    def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> Measure:
         """Return the metric of its rows of these numbers, in that order."""
         at, clusters = (tuple(part[n] for n in numbers) if part else () for part in (self.at, self.clusters))
         return replace(self, sums_NK=self.sums_NK[list(numbers)], at=at, clusters=clusters)

@@ -1,4 +1,4 @@
-"""Runs and releases opened to be compared: recipe, scores, every row's part in them; measured alike or not; pairs."""
+"""Runs and releases opened for comparison: their scores by row, whether they were measured the same way, and pairs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS_FIX = "Run both on the same data, with the same data.test and data.split_by
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """What one run was asked and what it scored."""
+    """A run's recipe and scores."""
 
     name: str
     recipe: Recipe
@@ -47,7 +47,7 @@ class ScoredRun:
         return {key: value for key, value in walk(self.recipe) if key not in DECIDES_NOTHING}
 
     def row_names(self, metric: str) -> list[str]:
-        """Return what the rows of a metric are known by."""
+        """Return the names of a metric's rows."""
         return [self.measures.rows[at] for at in self.measures.tuned[metric].at]
 
 
@@ -354,5 +354,5 @@ def open_release(path: Path, name: str) -> ScoredRun:
     except ValueError as error:
         raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
     scores = found["base"], found["tuned"], found["difference"]
-    evaluation = Evaluation(*scores, (), (), found["rows"], found["signatures"])
+    evaluation = Evaluation(*scores, (), found["rows"], found["signatures"])
     return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))

@@ -1,7 +1,7 @@
 """Paired statistics on the rows that both models answered: an interval and a p-value for tuned minus base.
 
 Nearly every metric is a formula over sums that add up row by row (nats and tokens, right answers and answers, n-gram
-counts), so one resampling serves means, ratios and corpus scores alike. What no sums are enough for (ranks) is a
+counts), so one resampling serves means, ratios and corpus scores. Rank metrics have no such sums; they are a
 function of how often each row was drawn. Shapes: R resamples, N rows, K sums.
 """
 
@@ -128,7 +128,7 @@ def difference_weighted(
 
     def values(counts_RU: Floats) -> Floats:
         drawn_RN = counts_RU[:, unit_N]
-        if bounded is not None:  # a pseudo-row stands for a group of average size
+        if bounded is not None:  # a pseudo-row counts as a group of average size
             drawn_RN = np.concatenate([drawn_RN, counts_RU[:, units:] * size], axis=1)
         return tuned(drawn_RN) - base(drawn_RN)
 

@@ -72,7 +72,7 @@ class PerRowScores(PairedMeasures):
     """What was measured of one run; `at` of a measure are indexes into `rows`."""
 
     rows: tuple[str, ...] = ()
-    """[P] what each test row is known by, wherever it stands: a hash of its content, and which of its equals it is."""
+    """[P] names of the test rows: a hash of the content and a number among equal rows, wherever a row is."""
     clusters: tuple[int, ...] = ()
     """[P] equal for rows that belong together; empty where each row is alone."""
 

@@ -248,8 +248,8 @@ def measure_error_rate(
 ) -> Measure:
     """Build the word error rate (`wer`) or character error rate (`cer`, spaces between words included).
 
-    It is what is substituted, deleted and inserted in all rows by the length of all references: 0 is without an error,
-    it may pass 1, and it is NaN where no reference has a word. See `make_normaliser` for the rest.
+    It is the number of substitutions, deletions and insertions in all rows divided by the length of all references: 0
+    is without errors, it may exceed 1, and it is NaN if no reference has a word. See `make_normaliser` for the rest.
     """
     import jiwer
 
@@ -334,13 +334,13 @@ def lower_without_punctuation(text: str) -> str:
 
 
 def without_punctuation(letter: str) -> str:
-    """Keep what is no punctuation; a dash parts words."""
+    """Drop punctuation; a dash becomes a space."""
     category = unicodedata.category(letter)
     return " " if category == "Pd" else "" if category.startswith("P") else letter
 
 
 def name_normaliser(name: str, language: str, spellings: Mapping[str, str] | None) -> str:
-    """Name a normaliser as it stands in a report."""
+    """Name a normaliser for the report."""
     if name != "whisper":
         return name
     if language.lower() not in ENGLISH:

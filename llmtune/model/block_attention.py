@@ -1,4 +1,4 @@
-"""Attention within each of several documents that stand in one row, by plain products; no mask over the whole row.
+"""Attention within each of several documents packed in one row, by plain products, without a mask over the row.
 
 Torch's own attention on a CPU is slow backward in bfloat16: on documents of a hundred tokens these products take less
 than half of its time. Shapes: H heads, K key/value heads, G = H / K, T positions, D and E head widths of keys and
@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 256
-"""Queries at a time, so that the scores of a long document never stand in memory whole."""
+"""Queries at a time, so that the scores of a long document are never in memory at once."""
 
 _KEPT = 192
 """Keys up to which the weights of a block are kept for the backward pass, and not computed again."""
@@ -30,11 +30,11 @@ class _Block(NamedTuple):
     first: int
     last: int
     prefix: slice
-    """Keys that stand before these, elsewhere in the row."""
+    """Keys of a shared prefix, elsewhere in the row."""
 
     @property
     def before(self) -> int:
-        """Keys that stand elsewhere."""
+        """Keys of the prefix."""
         return int(self.prefix.stop - self.prefix.start)
 
     @property

@@ -88,7 +88,7 @@ def _decoder_arguments(model: torch.nn.Module, batch: Batch) -> dict[str, object
 
 
 def virtual_tokens(model: torch.nn.Module) -> int:
-    """Return how many logits stand before those of the text: one for each vector that prompt tuning puts there."""
+    """Return how many logits precede those of the text: one for each virtual token of prompt tuning."""
     config = _prompt_config(model)
     decodes = config is not None and config.task_type == "CAUSAL_LM"
     before = decodes and config.peft_type in ("PROMPT_TUNING", "P_TUNING")
@@ -118,11 +118,11 @@ def accepted_arguments(model_class: type[torch.nn.Module]) -> frozenset[str]:
 READ = ("input_ids", "attention_mask", "token_type_ids", "input_features", "input_values")
 """What models read, by its name in a batch."""
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", LENGTHS)
-"""What they read beside that of a packed row; positions follow from it."""
+"""Further inputs of a packed row; positions follow from them."""
 
 
 def move_to(device: torch.device | str, batch: Batch) -> Batch:
-    """Return a batch whose tensors are on the device; numbers and settings beside them stay as they are."""
+    """Return a batch whose tensors are on the device; other values stay as they are."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()

@@ -1,4 +1,4 @@
-"""Faster kernels that a recipe asks for: what is missing for them, Liger's put into a model, and fused norms."""
+"""Faster kernels that a recipe asks for: missing requirements, Liger's kernels, and fused norms."""
 
 from __future__ import annotations
 

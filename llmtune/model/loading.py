@@ -124,7 +124,7 @@ def _check_readable(
 
 
 def _check_positions(model: PreTrainedModel, model_ref: ModelRef, recipe: Recipe) -> None:
-    """Raise RecipeError where rows as long as the recipe allows change the positions of those beside them."""
+    """Raise RecipeError where rows as long as the recipe allows change the positions of other rows in the batch."""
     longest = recipe.data.max_length
     if positions_depend_on_neighbours(model, longest):
         first = bisect_left(range(longest), True, key=lambda length: positions_depend_on_neighbours(model, length))
@@ -153,7 +153,7 @@ def _check_packing(
     packs, decodes = task.packs and recipe.data.packing, task.auto_class == CAUSAL
     if packs and (apart := recipe.needs_rows_apart):
         packs, reason = False, apart
-    if decodes and recipe.adapter.is_prompt:  # what it puts before a text is not what the short way to the loss counts
+    if decodes and recipe.adapter.is_prompt:  # the loss at the head does not count virtual tokens
         console.print(f"Rows are padded, those of like length together, because {reason}.", highlight=False)
         return packs
     if decodes:

@@ -1,4 +1,4 @@
-"""How much memory training will take, part by part, found on the meta device before anything heavy."""
+"""How much memory training will take, part by part, computed on the meta device before weights are loaded."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def plan_skeleton(
     causal, text = task.auto_class == "AutoModelForCausalLM", config.get_text_config()
     # Preferences are of likelihoods; the few logits of a classifier do not count.
     vocabulary = int(getattr(text, "vocab_size", 0)) if causal or task.predicts_tokens else 0
-    # Of a decoder those of one chunk of its loss stand in memory together.
+    # A decoder's loss keeps the logits of one chunk in memory.
     logits_at_once = min(tokens, max(1, CHUNK_ELEMENTS // vocabulary)) if causal and vocabulary else tokens
     logit_bytes = 3 * vocabulary * weight_bytes  # the logits, the gradient kept for them and the one handed on
     full, kept = recipe.adapter.method == "full", kept_quantization(config)
@@ -195,7 +195,7 @@ def check_context(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, long
 def context_length(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a model's positions reach; None where they have no end, or it is not stated.
 
-    RoBERTa and its relatives count positions from behind the padding token's number.
+    RoBERTa and its relatives number positions from the padding token's id plus one.
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
@@ -208,7 +208,7 @@ FROM_PADDING = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod"),
     *("mpnet", "longformer", "ibert", "luke", "esm"),
 )
-"""Model types whose first position stands behind the padding token's number."""
+"""Model types whose first position follows the padding token's id."""
 
 
 def _trained_sizes(
@@ -328,7 +328,7 @@ def _quantized(skeleton: PreTrainedModel, inner: dict[str, tuple[int, int]]) -> 
 
 
 _FEW_WEIGHTS = ("ia3", "ln_tuning", "beft", "trainable_tokens", "adaption_prompt")
-"""Methods that train next to nothing beside the base."""
+"""Methods that train next to nothing."""
 
 
 def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -> list[int]:

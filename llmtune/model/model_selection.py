@@ -1,4 +1,4 @@
-"""Which of several models knows the user's rows best already: bits per byte of the answers, on a sample of them."""
+"""Which of several models predicts the user's rows best: bits per byte of the answers, on a sample."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from llmtune.model.catalogue import candidate_names, read_catalogue, refuse_lice
 from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.config import find_class
 from llmtune.model.device import compute_context, release_memory, resolve_dtype
-from llmtune.model.licenses import find_license
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import (
     context_length,
@@ -35,7 +34,7 @@ from llmtune.model.memory_plan import (
     resolve_checkpointing,
 )
 from llmtune.model.processor import load_processor
-from llmtune.model.resolve import resolve_model
+from llmtune.model.resolve import find_license, resolve_model
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Example, Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
 from llmtune.report.number_format import size as format_bytes
@@ -44,9 +43,9 @@ from llmtune.store.process_environment import is_remote_model
 ChooseTask = Callable[[ModelRef], TaskInterface]
 """Gives the form of the task that a model can do; raises RecipeError where there is none."""
 _SAMPLE_ROWS = 64
-"""Enough to tell models apart by more than a few per cent, few enough to take seconds."""
+"""Enough to distinguish models by more than a few per cent, few enough to take seconds."""
 _MEASURED_ROWS = 1000
-"""Training rows whose lengths are held against a model's context."""
+"""Training rows whose lengths are compared with a model's context."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ def _too_large(plan: MemoryPlan, recipe: Recipe) -> str | None:
 def plan_candidates(
     recipe: Recipe, choose: ChooseTask, longest: int, device: str, console: Console, offline: bool
 ) -> dict[str, MemoryPlan]:
-    """Say what would be ranked and what would be left out, and bring nothing here; return the plans of what is known.
+    """Show which candidates would be ranked or left out, without downloads; return the plans of those that are known.
 
     Raises RecipeError where a query finds nothing, EnvironmentProblem where none would be left.
     """
@@ -275,9 +274,9 @@ def plan_candidates(
 
 
 def peek_model(name: str, recipe: Recipe, console: Console, folder: Path, offline: bool) -> ModelRef | None:
-    """Return a model that is here; of one that would be downloaded its shape by the catalogue, without a hash, or None.
+    """Return a local model, or the catalogue's shape of one that would be downloaded (without a hash), or None.
 
-    Raises EnvironmentProblem where it cannot be had.
+    Raises EnvironmentProblem if it is unavailable.
     """
     try:
         return resolve_model(name, recipe.model, console, offline=True)

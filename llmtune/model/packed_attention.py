@@ -36,7 +36,7 @@ PACKED = "llmtune_packed"
 LENGTHS = "document_lengths"
 """The name under which a model's body hands the lengths of the documents in a packed row to its layers."""
 PREFIXES = "document_prefixes"
-"""The name of where in the row the beginning of each document stands, if it shares that with others; CPU alone."""
+"""The name of the span in the row that holds each document's shared prefix, if it has one; CPU only."""
 documents_inside: ContextVar[list[int] | None] = ContextVar("documents_inside", default=None)
 """The same lengths, while the body runs on a packed row."""
 _TOLERANCE = 0.05
@@ -56,7 +56,7 @@ varlen_attn = _import("torch.nn.attention.varlen", "varlen_attn")
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a model hands to its attention beside the tensors; None where it has no such thing."""
+    """What a model passes to its attention besides the tensors; None if it has no such setting."""
 
     dropout: float = 0.0
     scaling: float | None = None
@@ -194,7 +194,7 @@ def attend_prefixed(
     prefixes: Sequence[tuple[int, int]],
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Attend a document at a time, each behind its prefix: [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; causal alone."""
+    """Attend a document at a time, each after its prefix: [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; causal alone."""
     outputs, begin = [], 0
     for length, (first, last) in zip(lengths, prefixes, strict=True):
         own, ahead = slice(begin, begin + length), last - first
@@ -269,7 +269,7 @@ def choose_attention(
     """Return the attention to install (None: the model's own choice), and why it is not the packed one.
 
     Packed attention needs a model that hands window, scale and the like to transformers' attention interface, which
-    those that support flash attention through it do. Without it rows of a decoder stand in one line with a mask over
+    those that support flash attention through it do. Without it rows of a decoder are packed with a mask over
     them, and those of other models are padded.
     """
     decodes = task.auto_class == "AutoModelForCausalLM"

@@ -207,8 +207,7 @@ class AdapterSection(RecipeSection):
             why = f"with {key}: {self.method}, which goes on modules of its own choice"
             names = ("exclude_modules", "layers_to_transform")
             diagnostics.none_has_effect(self, "adapter", names, why, "Name modules as adapter.target_modules.", key)
-        tasks = ("chat", "completion", "translate", "summarize", "qa")
-        if self.is_prompt and (variant.is_masked or variant.is_extractive or variant.task not in tasks):
+        if self.is_prompt and (variant.without_decoder or variant.loss):
             what = (
                 f"'{key}' is {self.method}, which trains no model of task: {variant.task}: it puts its vectors before"
             )

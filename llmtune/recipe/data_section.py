@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, Tag
@@ -24,7 +24,7 @@ from llmtune.recipe.section import (
     sections_by,
 )
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, TaskVariant
+from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, WITH_ROLES, TaskVariant
 
 SPLITS = ("train", "validation", "test")
 ENCODING_KEYS = (
@@ -33,12 +33,6 @@ ENCODING_KEYS = (
 )
 """Keys that encoded examples depend on, and rows do not."""
 Container = Literal["jsonl", "json", "csv", "parquet"]
-ChatFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion"]
-PairFormat = Literal["source-target", "translation", "document-summary", "squad", "question-answer"]
-LabelFormat = Literal["text-label", "tokens-tags", "text-spans", "audio-text", "audio-folder"]
-PreferenceFormat = Literal["chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"]
-WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
-"""Formats whose rows may hold messages."""
 MessageRole = Literal["system", "user", "assistant", "tool"]
 DATA_ENDINGS: Mapping[str, str] = {
     ".jsonl": "jsonl",
@@ -53,7 +47,10 @@ DATA_ENDINGS: Mapping[str, str] = {
 }
 """How a file is read, by the ending of its name."""
 PACKED = (".gz", ".zst", ".zstd")
-Format = Literal[Container, "text", ChatFormat, PairFormat, LabelFormat, PreferenceFormat]
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[tuple(dict.fromkeys((*get_args(Container), "text", *ROW_FORMATS)))]
 
 
 def absolute_source(path: str, folder: Path) -> str:

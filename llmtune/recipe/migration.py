@@ -14,6 +14,7 @@ from llmtune.recipe.loader import LoadedRecipe, resolve
 from llmtune.recipe.migration_rules import Migration, Setting, apply_rule, move
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact
+from llmtune.recipe.task_facts import DEFAULT_TASK, TASK_FACTS
 from llmtune.recipe.yaml_reader import Node
 from llmtune.recipe.yaml_writer import scalar
 
@@ -24,7 +25,7 @@ HELD_OUT: dict[str, tuple[object, str]] = {
 }
 """What a recipe does by itself, and other tools do not: what they do, and a word on it."""
 REQUIRED = {
-    "task": ("chat", "SET: the task"),
+    "task": (DEFAULT_TASK, "SET: the task"),
     "data.train": ("rows.jsonl", "SET: the rows"),
     "model.name": ("owner/model", "SET: the model"),
 }
@@ -136,7 +137,7 @@ def _count_tokens(migration: Migration) -> None:
     """Where a step there counts packed sequences, state the tokens that they hold."""
     rows, length = (migration.settings.get(ours) for ours in ("train.batch_size", "data.max_length"))
     packing, task = migration.settings.get("data.packing"), migration.settings["task"].value
-    if not migration.packed or packing is None or packing.value is not True or task not in ("chat", "completion"):
+    if not migration.packed or packing is None or packing.value is not True or not TASK_FACTS[str(task)].splits_text:
         return
     if rows is None or length is None or type(rows.value) is not int or type(length.value) is not int:
         return

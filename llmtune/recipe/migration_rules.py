@@ -28,6 +28,7 @@ from llmtune.errors import nearest
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.foreign_config import ForeignConfig, MigrationTable, mapping
 from llmtune.recipe.secrets import REMOVED, holds_secret, redact
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import scalar
 
 OutcomeState = Literal["carried", "renamed", "not needed", "refused"]
@@ -383,7 +384,8 @@ def _entry_keys(
         if theirs in entry and not (local and ours == "split"):
             found[f"{path}.{ours}"] = entry[theirs]
     task = migration.settings.get("task")
-    names = {"prompt": "text" if task and task.value == "completion" else "instruction", "kto_tag": "label"}
+    is_text = task is not None and "text" in TASK_FACTS[str(task.value)].formats
+    names = {"prompt": "text" if is_text else "instruction", "kto_tag": "label"}
     names |= {"query": "input", "response": "output", "messages": "conversations"}
     tags = entry.get("tags") or {}
     if tags.get("role_tag") == "role":

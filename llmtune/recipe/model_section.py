@@ -114,7 +114,7 @@ class ModelSection(RecipeSection):
         names = {"model.name": self.name} if self.name is not None else {}
         listed = self.candidates if isinstance(self.candidates, tuple) else ()
         names |= {f"model.candidates.{i}": name for i, name in enumerate(listed)}
-        locals_ = [_check_name(diagnostics, key, name) for key, name in names.items()]
+        locals_ = [_check_model_name(diagnostics, key, name) for key, name in names.items()]
         diagnostics.repeated("model.candidates", listed, "a model")
         if self.name is not None:
             fix = "Remove it, or name model.candidates."
@@ -133,7 +133,7 @@ class ModelSection(RecipeSection):
             diagnostics.add("model.trials", what, "Set data.validation, such as 0.1.", "data.validation")
 
 
-def _check_name(diagnostics: Diagnostics, key: str, name: str) -> bool:
+def _check_model_name(diagnostics: Diagnostics, key: str, name: str) -> bool:
     """Whether a model's name is a packaged model or a folder; one that can be no model's is reported."""
     what, folder = f"'{key}' is {name!r}", diagnostics.source_map.folder(key)
     if name.startswith(BUILTIN):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -26,9 +26,10 @@ from llmtune.recipe.task_sections import (
 )
 from llmtune.recipe.train_section import TrainSection
 
-TaskName = Literal[
-    "chat", "completion", "translate", "summarize", "qa", "classify", "token-classify", "speech", "preference"
-]
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASK_FACTS)]
 EXTENDS = "A recipe file to start from, relative to this one: its values hold where this one states none."
 Product = Literal["merged", "gguf"]
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]

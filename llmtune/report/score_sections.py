@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llmtune.recipe.task_facts import answer_kind
@@ -60,6 +61,14 @@ def compare_metric(metric: str, scored: Evaluation | Slice, name: str = "", note
     """Return the row of one metric, under a name of its own."""
     base, tuned, change = scored.base.get(metric), scored.tuned.get(metric), scored.difference.get(metric)
     return Compared(name or metric, base, tuned, change, better_side(metric), note)
+
+
+def against_champion(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation with the champion in place of the base, if there is one."""
+    champion = evaluation.champion
+    if champion is None:
+        return evaluation
+    return replace(evaluation, base=champion.scores, tuned=champion.tuned, difference=champion.difference)
 
 
 def gate_section(gates: Sequence[GateResult], look: str | None = None) -> Section:
@@ -128,12 +137,8 @@ def champion_section(evaluation: Evaluation, task: str | None) -> Section:
     champion = evaluation.champion
     if champion is None:
         return Section("Against the champion", [])
-    rows = [
-        Compared(
-            name, champion.scores[name], champion.tuned.get(name), change, better_side(name), full_note(name, task)
-        )
-        for name, change in champion.difference.items()
-    ]
+    scored = against_champion(evaluation)
+    rows = [compare_metric(name, scored, note=full_note(name, task)) for name in champion.difference]
     text = f"The champion is `{Path(champion.folder).name}`. Both models answered {count(champion.rows)} rows that "
     text += "neither was trained on"
     text += "." if champion.rows == evaluation.rows else f", of {count(evaluation.rows)} test rows."

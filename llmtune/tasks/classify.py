@@ -18,7 +18,8 @@ from llmtune.data.collators import encoder_batch
 from llmtune.data.labelled_rows import ClassifyRow, Label
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded, Piece, decode_shortened
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
@@ -220,7 +221,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             return super().guessing_loss(config, examples, recipe)
         return float(np.var([example.values[0] for example in examples]))
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a text with its class, classes or number."""
         section = classify_section(recipe)
         labels = section.labels or ()
@@ -231,22 +232,21 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             target = ", ".join(named) or "(none)"
         else:
             target = f"{example.values[0]:g}"
-        return [(f"{decode_shortened(example.input_ids, processor)}\n", False), (target, True)]
+        return [Segment(f"{decode_shortened(example.input_ids, processor)}\n", False), Segment(target, True)]
 
     def predict(self, rows: Sequence[ClassifyRow], loaded: LoadedModel) -> list[ClassPrediction]:
         """Return the label of each text, and probabilities by class or the number."""
         section = classify_section(loaded.recipe)
         examples = tokenize_texts(rows, loaded.processor, loaded.recipe.data.max_length)
-        predictions: dict[int, ClassPrediction] = {}
 
-        def take(i: int, output: SequenceClassifierOutput, row: int) -> None:
+        def read(i: int, output: SequenceClassifierOutput, row: int) -> ClassPrediction:
             scores_K = output.logits[row].float()
             if section.kind != "regression":
                 scores_K = scores_K.sigmoid() if section.kind == "multi" else scores_K.softmax(-1)
-            predictions[i] = {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
+            return {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
 
-        run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, take, loaded.advance)
-        return [predictions[i] for i in range(len(rows))]
+        pad_id = loaded.processor.pad_token_id
+        return run_encoder(loaded.model, examples, pad_id, loaded.device, read, loaded.advance)
 
     def format_prediction(self, prediction: ClassPrediction) -> str:
         """Write the label."""

@@ -18,7 +18,8 @@ from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded, Piece, highlight
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, highlight
 from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
@@ -121,7 +122,7 @@ class Preference(Task[Row, Ratings]):
     ) -> Batch:
         """Pad answers: the chosen ones and then the rejected, or (KTO) single ones with the answers of others, `kl_*`.
 
-        The thumbs are `desirable_R` bool [R]; settings of the loss stand in the batch as `settings`.
+        The thumbs are `desirable_R` bool [R]; `settings` are those of the loss.
         """
         section, pad_id = preference_section(recipe), processor.pad_token_id
         seconds = [Example(example.target_ids, example.target_spans, 0) for example in examples]
@@ -143,11 +144,11 @@ class Preference(Task[Row, Ratings]):
         """Return what the loss of KTO and ORPO has to know of a whole step."""
         return step_statistics(model, batch, batch["settings"], partial(reference_of, model))
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a prompt with both answers."""
         return [
             *highlight(example.input_ids, example.spans, processor),
-            ("\n--- against ---\n", False),
+            Segment("\n--- against ---\n", False),
             *highlight(example.target_ids, example.target_spans, processor),
         ]
 
@@ -175,8 +176,6 @@ class Preference(Task[Row, Ratings]):
         refused = ((i, reason) for i, reason in enumerate(encoded, 1) if isinstance(reason, str))
         DataError.collect(Problem(reason, f"row {i} of those asked") for i, reason in refused)
         examples = [parts[0] for parts in encoded if not isinstance(parts, str)]
-        ratings: list[Ratings] = [{} for _ in rows]
-
         collate_pairs = self.collator(processor, recipe)
 
         def collate(batch: list[int], first_only: bool) -> Batch:
@@ -184,7 +183,7 @@ class Preference(Task[Row, Ratings]):
             padded = collate_padded(chosen, processor.pad_token_id) if first_only else collate_pairs(chosen, 0)
             return move_to(loaded.device, padded)
 
-        def work(batch: list[int]) -> None:
+        def work(batch: list[int]) -> list[Ratings]:
             tensors = collate(batch, single)
             if scoring:
                 values = {"": row_scores(model, tensors)}
@@ -198,13 +197,11 @@ class Preference(Task[Row, Ratings]):
             }
             if "kl" not in recipe.variant.unmeasured:
                 columns["kl"] = kl_per_token(model, tensors if single else collate(batch, True))
-            for row, i in enumerate(batch):
-                ratings[i] = {name: float(column[row]) for name, column in columns.items()}
-            loaded.advance(len(batch))
+            return [{name: float(column[row]) for name, column in columns.items()} for row in range(len(batch))]
 
         unwrap(model).eval()
-        run_in_batches([example.tokens for example in examples], budget_for(loaded.device, TOKEN_BUDGET), work)
-        return ratings
+        lengths = [example.tokens for example in examples]
+        return run_in_batches(lengths, budget_for(loaded.device, TOKEN_BUDGET), work, loaded.advance)
 
     def format_prediction(self, prediction: Ratings) -> str:
         """Write what a model makes of a row's answers."""
@@ -264,7 +261,7 @@ def preference_section(recipe: Recipe) -> PreferenceSection:
 
 
 def answer_columns(loss: str) -> tuple[str, ...]:
-    """Return what a row must hold beside its prompt for this loss."""
+    """Return the columns that a row needs for this loss, besides its prompt."""
     return ("answer",) if loss == "kto" else ("chosen", "rejected")
 
 
@@ -293,7 +290,7 @@ def encode_answers(
 def encode_mismatched(
     rows: Sequence[Row], answers: Sequence[str], processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[Encoded]:
-    """Encode each prompt with the next answer that is another, from the start again behind the end; its own if none is.
+    """Encode each prompt with the next answer that is another, starting over at the end; its own if none is.
 
     What is longer than `data.max_length` is cut.
     """

@@ -43,7 +43,7 @@ from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Loss
 
 ReferenceModel = Callable[[], AbstractContextManager[object]]
-"""Under what it returns, the model behaves as the reference: PEFT's `disable_adapter`, for instance."""
+"""Makes a context in which the model behaves as the reference, such as PEFT's `disable_adapter`."""
 
 _CHUNK_ELEMENTS = 1 << 22
 _SURE = -1e-30
@@ -180,7 +180,7 @@ _LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSection, Refer
 def _log_ratios(
     model: torch.nn.Module, batch: Batch, reference: ReferenceModel | None, policy_gradient: bool = True
 ) -> torch.Tensor:
-    """Return log p - log p_ref [R]; the reference goes first, while nothing of the policy's graph stands in memory."""
+    """Return log p - log p_ref [R]; the reference goes first, while none of the policy's graph is in memory."""
     assert reference is not None, "this loss has a reference"
     with _measure(model), reference():
         reference_R, _ = sequence_logps(model, batch)

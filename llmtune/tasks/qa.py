@@ -20,7 +20,8 @@ from llmtune.data.collators import encoder_batch, require_offsets
 from llmtune.data.labelled_rows import QaRow
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded, Piece, highlight
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, highlight
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, PredictionT
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import measure_squad
@@ -34,19 +35,19 @@ from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, fill_template
 
 Characters = tuple[int, int]
-"""The first character and the one behind the last."""
+"""The first character and the one after the last."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a context behind its question, as the model reads it."""
+    """A stretch of a context after its question, as the model reads it."""
 
     ids: list[int]
     kinds: list[int]
     characters: list[Characters | None]
     """By token, its characters in the context without spaces around them; None for the question and special tokens."""
     null: int
-    """The token that stands for `no answer`: the one of the whole sequence, which comes first."""
+    """The token for `no answer`: the one of the whole sequence, which comes first."""
     opens: bool
     """Whether the context begins in it."""
     closes: bool
@@ -94,7 +95,7 @@ def trim(text: str, start: int, end: int) -> Characters:
 
 
 def answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | None:
-    """Return the first and last token of an answer, by its characters, that lies whole in a window.
+    """Return the first and last token of an answer, by its characters, that is completely in a window.
 
     A letter of it that the tokenizer drops is missed at the edge of a window alone: there it may be in the next one.
     """
@@ -109,9 +110,9 @@ def answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | Non
 
 
 def explain_missing(windows: Sequence[Window], start: int, end: int) -> str:
-    """Return why an answer, by its characters, lies whole in no window."""
+    """Return why an answer, by its characters, is completely in no window."""
     if any(left < end and right > start for window in windows for _, (left, right) in _context_tokens(window)):
-        return "the answer lies whole in no window: raise qa.stride or data.max_length"
+        return "no window holds the whole answer: raise qa.stride or data.max_length"
     return "the tokenizer makes nothing of the answer"
 
 
@@ -123,7 +124,7 @@ def _context_tokens(window: Window) -> list[tuple[int, Characters]]:
 def find_span(
     starts_T: torch.Tensor, ends_T: torch.Tensor, window: Window, longest: int
 ) -> tuple[float, int, int] | None:
-    """Return the best answer of one window: its score, its first character in the context and the one behind it.
+    """Return the best answer of one window: its score, its first character in the context and the one after its last.
 
     Of all pairs of tokens in the context that are in order and no more than `longest` tokens apart, the one whose
     logits have the highest sum; the SQuAD scripts look at the 20 likeliest of either end alone.
@@ -266,8 +267,8 @@ class ExtractiveQa(Qa[Span]):
         correct_R = (starts_RT.argmax(-1) == first_R) & (ends_RT.argmax(-1) == last_R)
         return loss_of_rows(losses_R, correct_R, by_row)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-        """Show a window with its answer; where it has none, the token that stands for that."""
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+        """Show a window with its answer; where it has none, the token for `no answer`."""
         first, last = example.target_ids
         return highlight(example.input_ids, [first, last + 1], processor)
 

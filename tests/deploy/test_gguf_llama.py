@@ -1,6 +1,7 @@
 """What llama.cpp itself makes of our files; `make test-slow` installs llama-cpp-python, which compiles it."""
 
 import importlib.metadata
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from support import families
 from support.classifying import colour_rows, recipe_for
 from support.classifying import run as run_classifier
-from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_pieces
+from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_phi3, train_pieces
 from transformers import GenerationConfig
 
 import llmtune.deploy.gguf_converter as gguf_converter
@@ -111,16 +112,21 @@ def test_logits_of_every_family_are_those_of_the_model(name, tmp_path):
     assert wanted.std() > 1
 
 
-@pytest.mark.parametrize("name", [*CUTS, "pieces", "pieces behind a space"])
+TRAINED = {"pieces": lambda: train_pieces(False), "pieces behind a space": lambda: train_pieces(True)}
+TRAINED |= {"phi": train_phi3} | {name: partial(train_cut, name) for name in CUTS}
+
+
+@pytest.mark.parametrize("name", list(TRAINED))
 def test_text_becomes_the_same_tokens(name, tmp_path):
-    tokenizer = train_cut(name) if name in CUTS else train_pieces("space" in name)
+    tokenizer = TRAINED[name]()
     _, model = make_family("qwen2", vocab_size=len(tokenizer))
     described = describe_tokenizer(tokenizer, [[5, 100]], [tokenizer.eos_token_id])
     write_model(model, tokenizer, described, tmp_path / "model.gguf", "f16", name)
     reader = LlamaReader(tmp_path / "model.gguf", 64)
-    got = [reader.encode(text) for text in (TRICKY, "cat", " 12 cats\n")]
+    texts = (TRICKY, "cat", " 12 cats\n", "<|user|>\n cats<|end|>\n")
+    got = [reader.encode(text) for text in texts]
     reader.llm.close()
-    assert got == [tokenizer(text)["input_ids"] for text in (TRICKY, "cat", " 12 cats\n")]
+    assert got == [tokenizer(text)["input_ids"] for text in texts]
 
 
 def test_an_adapter_beside_its_base_says_what_was_trained(tune, tmp_path, console):

@@ -222,6 +222,6 @@ def test_all_mistakes_of_a_call_are_told_at_once(tune, tmp_path, console):
     with pytest.raises(RecipeError) as raised:
         merge_model(tune(), tmp_path / "mine", console, onto="dequantized", dtype="int3")
     assert len(raised.value.problems) == 3
-    with pytest.raises(RecipeError, match="a file stands where a folder is needed"):
+    with pytest.raises(RecipeError, match="expected a folder, found a file"):
         merge_model(tune(), tmp_path / "mine/thesis.txt/merged", console)
     assert (tmp_path / "mine/thesis.txt").exists()

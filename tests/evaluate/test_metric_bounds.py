@@ -1,16 +1,13 @@
 """Intervals of bounded metrics: equal answers on a few rows prove nothing, and a gate with a margin keeps its error."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 from scipy.stats import binom
 
-from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.classification_metrics import measure_classes, measure_entities, measure_numbers
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.metric import Measure, chrf_bounds, error_bounds, measure_shares, paired_difference, ratio
-from llmtune.evaluate.paired_statistics import difference, draw_counts, share_bounds
+from llmtune.evaluate.paired_statistics import difference, share_bounds
 from llmtune.evaluate.text_metrics import (
     TEXT_MEASURES,
     chrf_formula,
@@ -70,7 +67,7 @@ def test_equal_answers_on_a_few_rows_pass_no_gate_with_a_margin(metric, rows):
     part, sign = ("high", "+") if metric in LOWER_IS_BETTER else ("low", "-")
     gate = f"{one.metric}.{part} {'<' if sign == '+' else '>'} base {sign} {0.01 * SCALE.get(metric, 1)}"
     scores = {one.metric: one.value}
-    evaluation = Evaluation(scores, scores, {one.metric: change}, (), (), rows)
+    evaluation = Evaluation(scores, scores, {one.metric: change}, (), rows)
     (found,) = check_gates(EvaluateSection(gates=(gate,), when_unsure="report"), evaluation)
     assert found.passed is None, (change, found)
 
@@ -151,15 +148,6 @@ SHAPES = {
 RESAMPLES = 600
 
 
-@pytest.fixture
-def drawn_once(monkeypatch):
-    """The same resamples in each trial: they cost most of the time. No gate looks at p."""
-    monkeypatch.setattr(
-        statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw_counts(rows, 0, resamples)))
-    )
-    monkeypatch.setattr(statistics, "permutation_p", lambda *arguments: 1.0)
-
-
 def scores_of_rows(generator, shape, rows, ties):
     """Scores of two models in [0, 1], of which a share is equal, and their true difference."""
     draw, mean = SHAPES[shape]
@@ -191,7 +179,7 @@ def passes(metric, shape, rows, ties, trials):
     return passed / trials
 
 
-@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.usefixtures("drawn_once", "without_p")
 @pytest.mark.parametrize(("rows", "ties"), [(8, 0.85), (20, 0.85), (60, 0.95), (200, 0.3)])
 @pytest.mark.parametrize("shape", ["either way", "few large"])
 def test_a_model_that_is_worse_by_exactly_the_margin_seldom_passes(shape, rows, ties):
@@ -199,7 +187,7 @@ def test_a_model_that_is_worse_by_exactly_the_margin_seldom_passes(shape, rows, 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.usefixtures("drawn_once", "without_p")
 @pytest.mark.parametrize("ties", [0, 0.3, 0.6, 0.85, 0.95])
 @pytest.mark.parametrize("metric", ["mean", "ratio", "chrf", "wer"])
 def test_a_model_that_is_worse_by_exactly_the_margin_passes_in_4_of_100_runs_at_most(metric, ties):
@@ -210,10 +198,10 @@ def test_a_model_that_is_worse_by_exactly_the_margin_passes_in_4_of_100_runs_at_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_p")
 @pytest.mark.parametrize("rows", [8, 12, 20, 30, 60, 100, 200, 500])
-def test_a_model_that_loses_rows_altogether_passes_in_4_of_100_runs_at_most(rows, monkeypatch):
+def test_a_model_that_loses_rows_altogether_passes_in_4_of_100_runs_at_most(rows):
     """Computed: the outcome depends on the number of lost rows alone. Worst of all shares of equal rows to 95 %."""
-    monkeypatch.setattr(statistics, "permutation_p", lambda *arguments: 1.0)
     lost, lows = np.arange(min(rows, 45) + 1), []
     for number in lost:
         base, tuned = np.ones((2, rows))

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.templates import conversation
 
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
 from llmtune.evaluate.classification_metrics import measure_correlation
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
-from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right, paired_difference
+from llmtune.evaluate.metric import PairedMeasures, measure_right, paired_difference
 from llmtune.evaluate.slices import read_slices, score_slices, split_by_value
 from llmtune.recipe.loader import load_recipe
 
@@ -19,14 +20,13 @@ COLOURS = ("red", "green")
 
 
 def right(values, at=None):
-    found = measure_right(list(values), "exact_match")
-    return Measure(found.metric, found.sums_NK, found.formula, True, at=tuple(at or range(len(values))))
+    return replace(measure_right(list(values), "exact_match"), at=tuple(at or range(len(values))))
 
 
 def rows_of_two_kinds(extra=()):
     return [
         {
-            "messages": [{"role": "user", "content": f"{i} colour?"}, {"role": "assistant", "content": COLOURS[i % 2]}],
+            **conversation(f"{i} colour?", COLOURS[i % 2]),
             "topic": ["sea", "sky", "wood"][i % 3],
             "size": i * 10,
             **dict(extra),

@@ -11,13 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.foreign_configs import write_configs
+from ruamel.yaml import YAML
 from support.runs import invoke
 
 from llmtune.errors import RecipeError
 from llmtune.recipe.foreign_config import read_first_row, tables
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.migration import migrate_config, write_migrated
+from llmtune.recipe.source_map import walk
+
+
+def write_configs(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Write the configurations of `foreign_configs.yaml`; yields the tool and file of each."""
+    tools = YAML(typ="safe").load(Path(__file__).with_name("foreign_configs.yaml"))
+    commands = tools.pop("commands")
+    for tool, configs in tools.items():
+        for name, change in configs["changes"].items():
+            yield tool, config(folder, json.dumps({**configs["base"], **change}), f"{tool}-{name}.yaml")
+    for name, command in commands.items():
+        yield name.split("-")[0], config(folder, f"#!/bin/bash\n# how we train\n{command}", f"{name}.sh")
 
 
 def test_configurations_of_three_tools_become_recipes_that_pass_the_check_and_no_key_is_silent(tmp_path: Path):
@@ -178,21 +190,105 @@ def test_validation_rows_that_are_named_win_over_a_share(tmp_path: Path, tool: s
     assert "names its rows" in str(moved.why)
 
 
-@pytest.mark.parametrize(
-    ("tool", "stated", "steps"),
-    [
-        ("trl", "warmup_steps: 0\nwarmup_ratio: 0.1", 0.1),
-        ("trl", "warmup_ratio: 0.1\nwarmup_steps: 0", 0.1),
-        ("llamafactory", "warmup_ratio: 0.1\nwarmup_steps: 20", 20),
-        ("llamafactory", "warmup_steps: 20\nwarmup_ratio: 0.1", 20),
-        ("axolotl", "warmup_ratio: 0", 0),
-        ("axolotl", "warmup_steps: 0", 0),
-        ("axolotl", "", 0.03),
+MEANINGS: dict[str, list[tuple[str, dict[str, object]]]] = {
+    "axolotl": [
+        ("warmup_ratio: 0", {"train.warmup_steps": 0}),
+        ("warmup_steps: 0", {"train.warmup_steps": 0}),
+        ("", {"train.warmup_steps": 0.03}),
+        ("noisy_embedding_alpha: 5", {"train.neftune_noise_alpha": 5}),
+        ("sample_packing: true", {"train.batch_tokens": 512}),
+        ("sample_packing: true\nrl: dpo", {"train.batch_tokens": None}),
+        ("sample_packing: false\nmicro_batch_size: 2", {"train.batch_tokens": None, "train.batch_size": 2}),
+        (
+            "sample_packing: true\nmicro_batch_size: 2\ngradient_accumulation_steps: 4\nsequence_len: 2048",
+            {"train.batch_tokens": 2 * 4 * 2048},
+        ),
+        *(
+            (f"adapter: lora\n{targets}", {"adapter.target_modules": found})
+            for targets, found in (
+                ("lora_target_modules: [q_proj]\nlora_target_linear: true", "all-linear"),
+                ("lora_target_linear: true\nlora_target_modules: [q_proj]", "all-linear"),
+                ("lora_target_linear: false\nlora_target_modules: [q_proj]", ("q_proj",)),
+            )
+        ),
     ],
+    "llamafactory": [
+        ("warmup_ratio: 0.1\nwarmup_steps: 20", {"train.warmup_steps": 20}),
+        ("warmup_steps: 20\nwarmup_ratio: 0.1", {"train.warmup_steps": 20}),
+        ("use_dft_loss: true", {"train.loss_type": "dft"}),
+        ("packing: true", {"train.batch_tokens": 8 * 2048}),
+        ("stage: pt", {"train.batch_tokens": 8 * 2048, "data.on_overlong": "split", "data.packing": True}),
+        ("stage: dpo\npacking: true", {"train.batch_tokens": None}),
+        ("stage: pt\npacking: false", {"train.batch_tokens": None}),
+        (
+            "stage: sft\nneat_packing: true\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 4",
+            {"train.batch_tokens": 2 * 4 * 2048},
+        ),
+        *(
+            (f"stage: sft\n{stated}", {"adapter.lora_alpha": alpha})
+            for stated, alpha in (
+                ("", 16),
+                ("lora_rank: 64", 128),
+                ("lora_rank: 64\nlora_alpha: null", 128),
+                ("lora_rank: 64\nlora_alpha: 16", 16),
+                ("lora_rank: null", 16),
+            )
+        ),
+    ],
+    "trl": [
+        ("warmup_steps: 0\nwarmup_ratio: 0.1", {"train.warmup_steps": 0.1}),
+        ("warmup_ratio: 0.1\nwarmup_steps: 0", {"train.warmup_steps": 0.1}),
+        ("truncation_mode: keep_end", {"data.on_overlong": "truncate"}),
+        ("packing_strategy: bfd_split", {"data.on_overlong": "split"}),
+        ("loss_type: dft", {"train.loss_type": "dft"}),
+        ("eval_strategy: steps\ndataset_name: c/d", {"data.validation.0.split": "test"}),
+        (
+            "eval_strategy: steps\ndataset_test_split: dev\ndataset_name: c/d",
+            {"data.validation.0.split": "dev"},
+        ),
+        ("packing: true", {"train.batch_tokens": 8 * 1024}),
+        ("padding_free: true", {"train.batch_tokens": None}),
+        (
+            "packing: true\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 4\nmax_length: 2048",
+            {"train.batch_tokens": 2 * 4 * 2048},
+        ),
+        *(
+            (f"use_peft: true\n{stated}", {"train.learning_rate": rate, "adapter.lora_dropout": dropout})
+            for stated, rate, dropout in (
+                ("", 2e-5, 0.05),
+                ("beta: 0.1", 1e-6, 0.0),
+                ("beta: 0.1\nlora_dropout: 0.2", 1e-6, 0.0),
+                ("beta: 0.1\nlora_dropout: 0.2\ndisable_dropout: false", 1e-6, 0.2),
+                ("center_rewards_coefficient: 0.1", 1e-4, 0.0),
+            )
+        ),
+    ],
+}
+"""By tool: what a configuration states, and what the recipe means by it; defaults are the tool's own."""
+
+
+@pytest.mark.parametrize(
+    ("tool", "stated", "ours"), [(tool, *case) for tool, cases in MEANINGS.items() for case in cases]
 )
-def test_a_warm_up_is_as_long_as_it_is_there(tmp_path: Path, tool: str, stated: str, steps: float):
-    _, loaded = migrate_config(config(tmp_path, f"learning_rate: 1.0e-4\n{stated}"), tmp_path / "out.yaml", tool)
-    assert loaded.recipe.train.warmup_steps == steps
+def test_a_recipe_means_what_the_configuration_means_there(
+    tmp_path: Path, tool: str, stated: str, ours: dict[str, object]
+):
+    migration, loaded = migrate_config(config(tmp_path, f"output_dir: x\n{stated}"), tmp_path / "out.yaml", tool)
+    values = dict(walk(loaded.recipe))
+    assert {key: values[key] for key in ours} == ours
+    refused = {one.key for one in migration.outcomes if one.state == "refused"}
+    assert refused <= {"lora_target_modules", "warmup_ratio"}  # each where another key wins
+    if ours.get("train.batch_tokens") and "gradient_accumulation_steps" in stated:
+        assert migration.moved["gradient_accumulation_steps"].to == ("train.batch_tokens",)
+    if "lora_dropout" in stated and not ours["adapter.lora_dropout"]:
+        assert migration.moved["lora_dropout"].state == "not needed"
+
+
+def test_an_unreadable_length_of_packed_rows_is_refused(tmp_path: Path):
+    file = config(tmp_path, "packing: true\nmax_length: words")
+    migration, loaded = migrate_config(file, tmp_path / "out.yaml", "trl")
+    assert loaded.recipe.train.batch_tokens is None
+    assert migration.moved["max_length"].state == "refused"
 
 
 def test_a_command_may_have_numbers_below_zero_windows_line_ends_and_variables_that_the_script_sets(tmp_path: Path):
@@ -274,18 +370,6 @@ def test_roles_of_listed_data_sets_are_mapped(tmp_path: Path):
     assert not [one.key for one in migration.outcomes if one.key.endswith("_tag")]
 
 
-def test_axolotls_target_linear_adapts_every_linear_module_whatever_else_is_named(tmp_path: Path):
-    stated = {"base_model": "a/b", "adapter": "lora", "lora_r": 8, "datasets": [{"path": "a.jsonl", "type": "alpaca"}]}
-    named = {"lora_target_modules": ["q_proj", "v_proj"]}
-    for targets in (named | {"lora_target_linear": True}, {"lora_target_linear": True} | named):
-        _, loaded = migrate_config(config(tmp_path, json.dumps(stated | targets)), tmp_path / "out.yaml")
-        assert loaded.recipe.adapter.target_modules == "all-linear"
-    _, loaded = migrate_config(
-        config(tmp_path, json.dumps(stated | named | {"lora_target_linear": False})), tmp_path / "out.yaml"
-    )
-    assert loaded.recipe.adapter.target_modules == ("q_proj", "v_proj")
-
-
 @pytest.mark.parametrize(
     ("launcher", "processes"),
     [
@@ -357,11 +441,8 @@ def test_files_and_commands_of_a_retired_tool_are_refused_with_what_to_do_instea
         with pytest.raises(RecipeError, match=f"Configurations of {name} are no longer migrated") as caught:
             migrate_config(file, tmp_path / "out.yaml")
         assert "Run `llmtune init ROWS`" in str(caught.value.problems[0].fix)
-
-
-def test_a_retired_tool_is_refused_by_its_name_too(tmp_path: Path):
-    with pytest.raises(RecipeError, match="Configurations of ms-swift are no longer migrated"):
-        migrate_config(config(tmp_path, "base_model: a/b"), tmp_path / "out.yaml", "swift")
+    with pytest.raises(RecipeError, match=f"Configurations of {name} are no longer migrated"):
+        migrate_config(config(tmp_path, "base_model: a/b"), tmp_path / "out.yaml", name.lower().removeprefix("ms-"))
 
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
@@ -418,62 +499,6 @@ def test_secrets_in_a_mapping_are_not_written_and_a_guessed_task_is_said(tmp_pat
     assert migration.unset == ["task"]
 
 
-PACKED = {
-    "axolotl": "base_model: a/b\nsample_packing: true\nmicro_batch_size: 2\nsequence_len: 2048",
-    "llamafactory": "stage: sft\nneat_packing: true\nper_device_train_batch_size: 2\ncutoff_len: 2048",
-    "trl": "model_name_or_path: a/b\npacking: true\nper_device_train_batch_size: 2\nmax_length: 2048",
-}
-
-
-@pytest.mark.parametrize("tool", PACKED)
-def test_a_step_of_packed_sequences_becomes_a_step_of_as_many_tokens(tmp_path: Path, tool: str):
-    text = f"{PACKED[tool]}\ngradient_accumulation_steps: 4\nlearning_rate: 1.0e-4"
-    migration, loaded = migrate_config(config(tmp_path, text), tmp_path / "out.yaml", tool)
-    assert loaded.recipe.train.batch_tokens == 2 * 4 * 2048
-    assert "train.batch_size" not in migration.settings
-    assert migration.moved["gradient_accumulation_steps"].to == ("train.batch_tokens",)
-    unpacked = text.replace("packing: true", "packing: false")
-    _, loaded = migrate_config(config(tmp_path, unpacked), tmp_path / "out.yaml", tool)
-    assert (loaded.recipe.train.batch_tokens, loaded.recipe.train.batch_size) == (None, 8)
-
-
-@pytest.mark.parametrize(
-    ("tool", "stated", "tokens"),
-    [
-        ("axolotl", "sample_packing: true", 512),
-        ("llamafactory", "packing: true", 8 * 2048),
-        ("llamafactory", "stage: pt", 8 * 2048),
-        ("trl", "packing: true", 8 * 1024),
-        ("axolotl", "sample_packing: true\nrl: dpo", None),
-        ("llamafactory", "stage: dpo\npacking: true", None),
-        ("llamafactory", "stage: pt\npacking: false", None),
-        ("trl", "padding_free: true", None),
-        ("trl", "packing: true\nmax_length: words", None),
-    ],
-)
-def test_sizes_that_are_not_stated_count_with_the_tools_defaults(
-    tmp_path: Path, tool: str, stated: str, tokens: int | None
-):
-    _, loaded = migrate_config(config(tmp_path, f"learning_rate: 1.0e-4\n{stated}"), tmp_path / "out.yaml", tool)
-    assert loaded.recipe.train.batch_tokens == tokens
-
-
-@pytest.mark.parametrize(
-    ("stated", "alpha"),
-    [
-        ("", 16),
-        ("lora_rank: 64", 128),
-        ("lora_rank: 64\nlora_alpha: null", 128),
-        ("lora_rank: 64\nlora_alpha: 16", 16),
-        ("lora_rank: null", 16),
-    ],
-)
-def test_llamafactorys_alpha_is_twice_its_rank_where_it_is_not_stated(tmp_path: Path, stated: str, alpha: int):
-    text = f"stage: sft\nfinetuning_type: lora\n{stated}"
-    _, loaded = migrate_config(config(tmp_path, text), tmp_path / "out.yaml", "llamafactory")
-    assert loaded.recipe.adapter.lora_alpha == alpha
-
-
 @pytest.mark.parametrize(
     ("rows", "stated", "train_on"),
     [
@@ -494,30 +519,6 @@ def test_what_trl_learns_of_a_conversation(tmp_path: Path, rows: object, stated:
     assert loaded.recipe.data.train_on == train_on
 
 
-@pytest.mark.parametrize(
-    ("stated", "rate", "dropout"),
-    [
-        ("", 2e-5, 0.05),
-        ("beta: 0.1", 1e-6, 0.0),
-        ("beta: 0.1\nlora_dropout: 0.2", 1e-6, 0.0),
-        ("beta: 0.1\nlora_dropout: 0.2\ndisable_dropout: false", 1e-6, 0.2),
-        ("center_rewards_coefficient: 0.1", 1e-4, 0.0),
-    ],
-)
-def test_trls_defaults_are_those_of_its_trainer(tmp_path: Path, stated: str, rate: float, dropout: float):
-    text = f"model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: true\n{stated}"
-    migration, loaded = migrate_config(config(tmp_path, text), tmp_path / "out.yaml", "trl")
-    assert (loaded.recipe.train.learning_rate, loaded.recipe.adapter.lora_dropout) == (rate, dropout)
-    if dropout == 0 and "lora_dropout" in stated:
-        assert migration.moved["lora_dropout"].state == "not needed"
-
-
-def test_texts_are_split_where_llamafactory_packs_them(tmp_path: Path):
-    text = "stage: pt\nmodel_name_or_path: a/b\ndataset: c/d"
-    _, loaded = migrate_config(config(tmp_path, text), tmp_path / "out.yaml")
-    assert (loaded.recipe.data.on_overlong, loaded.recipe.data.packing) == ("split", True)
-
-
 def test_a_limit_on_samples_reaches_every_source_and_the_lower_limit_wins(tmp_path: Path):
     listed = {
         "one": {"file_name": "a.json"},
@@ -529,25 +530,6 @@ def test_a_limit_on_samples_reaches_every_source_and_the_lower_limit_wins(tmp_pa
     _, loaded = migrate_config(config(tmp_path, json.dumps(stated | {"eval_dataset": "three"})), tmp_path / "out.yaml")
     assert [source.limit for source in loaded.recipe.data.train] == [10, 5]
     assert loaded.recipe.data.validation[0].limit == 10
-
-
-@pytest.mark.parametrize(
-    ("tool", "stated", "found"),
-    [
-        ("trl", "truncation_mode: keep_end", "data.on_overlong=truncate"),
-        ("trl", "packing_strategy: bfd_split", "data.on_overlong=split"),
-        ("trl", "loss_type: dft", "train.loss_type=dft"),
-        ("llamafactory", "use_dft_loss: true", "train.loss_type=dft"),
-        ("axolotl", "noisy_embedding_alpha: 5", "train.neftune_noise_alpha=5"),
-        ("trl", "eval_strategy: steps\ndataset_name: c/d", "data.validation.0.split=test"),
-        ("trl", "eval_strategy: steps\ndataset_test_split: dev\ndataset_name: c/d", "data.validation.0.split=dev"),
-    ],
-)
-def test_what_llmtune_has_under_another_name_is_not_refused(tmp_path: Path, tool: str, stated: str, found: str):
-    migration, _ = migrate_config(config(tmp_path, f"learning_rate: 1.0e-4\n{stated}"), tmp_path / "out.yaml", tool)
-    ours, _, value = found.partition("=")
-    assert str(migration.settings[ours].value) == value
-    assert not [one.key for one in migration.outcomes if one.state == "refused"]
 
 
 def test_alpaca_rows_of_axolotl_have_no_chat_template_there_and_the_user_hears_it(tmp_path: Path):

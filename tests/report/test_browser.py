@@ -9,7 +9,7 @@ import pytest
 from support.browser import Page, browser, open_browser
 from support.http_server import answering
 
-from llmtune.report.write import write_report
+from llmtune.report.report_page import write_report
 
 pytestmark = browser
 PHONE_WIDTH = 390

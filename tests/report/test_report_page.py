@@ -3,8 +3,13 @@ import re
 
 import pytest
 
-from llmtune.report.report_page import explain_section, explanation_link, find_explanations
-from llmtune.report.write import link_explanations, write_report
+from llmtune.report.report_page import (
+    explain_section,
+    explanation_link,
+    find_explanations,
+    link_explanations,
+    write_report,
+)
 
 LINKS = re.compile(r'<a href="(explain/[^"]*)">([^<]*)</a>')
 

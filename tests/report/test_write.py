@@ -9,8 +9,8 @@ import pytest
 from support.browser import ParsedPage
 
 from llmtune.records import Difference
+from llmtune.report.report_page import write_report
 from llmtune.report.verdict import verdict
-from llmtune.report.write import write_report
 
 SECTIONS = ("data", "model", "adapter", "train", "evaluation", "deploy")
 
@@ -109,6 +109,6 @@ def test_nothing_but_the_four_files_is_left(report, tmp_path):
 
 def test_the_report_needs_neither_torch_nor_transformers_nor_numpy():
     heavy = {"torch", "transformers", "numpy", "matplotlib"}
-    script = f"import sys, llmtune.report.write; print({heavy} & {{*sys.modules}})"
+    script = f"import sys, llmtune.report.report_page; print({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

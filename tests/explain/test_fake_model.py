@@ -13,15 +13,17 @@ from support.explaining import explain, open_quietly, quiet
 from support.models import build_gpt2
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmtune.explain import forward_cost
-from llmtune.explain.architecture import describe_model
-from llmtune.explain.fake_model import UntraceableError, build_fake_model, make_inputs
-from llmtune.explain.forward_cost import (
+from llmtune.explain import fake_model
+from llmtune.explain.architecture import describe_architecture
+from llmtune.explain.fake_model import (
     Cost,
-    Measured,
+    MeasuredBlock,
+    UntraceableError,
+    build_fake_model,
     count_cost,
+    evaluate_cost,
     measure_block,
-    value,
+    shape_inputs,
 )
 from llmtune.model.memory_plan import context_length
 
@@ -34,10 +36,11 @@ def count(folder: Path) -> Cost:
     return count_cost(build_fake_model(target), context_length(target.config))
 
 
-def measure(folder: Path, seconds: float = 1.0) -> Measured | str:
+def measure(folder: Path, seconds: float = 1.0) -> MeasuredBlock | str:
     target = open_quietly(folder)
     fake = build_fake_model(target)
-    return measure_block(fake, describe_model(target, fake), quiet(), budget_seconds=seconds)
+    name = describe_architecture(target, fake).stacks[-1].blocks[-1].names()[-1]
+    return measure_block(fake, name, context_length(target.config), quiet(), budget_seconds=seconds)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,8 +49,8 @@ def test_the_formula_is_what_torch_counts_at_other_lengths(built: Callable[[str]
     with open_quietly(built(family)).open_model("model") as model:
         for tokens in (1, 77):
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                model(**make_inputs(model, tokens))
-            assert value(cost.total, tokens) == counter.get_total_flops()
+                model(**shape_inputs(model, tokens))
+            assert evaluate_cost(cost.total, tokens) == counter.get_total_flops()
 
 
 def test_a_decoder_costs_two_a_weight_and_four_a_pair_and_width(tiny_llama: Path):
@@ -55,7 +58,7 @@ def test_a_decoder_costs_two_a_weight_and_four_a_pair_and_width(tiny_llama: Path
     cost = count(tiny_llama)
     weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128) + 64 * 425
     assert (list(cost.attention), list(cost.others)) == ([0, 0, 2 * 4 * 64], [0, 2 * weights, 0])
-    assert cost.at(128)["attention_share"] == pytest.approx(512 * 128 * 128 / value(cost.total, 128))
+    assert cost.at(128)["attention_share"] == pytest.approx(512 * 128 * 128 / evaluate_cost(cost.total, 128))
 
 
 def test_what_is_said_into_a_window_of_one_size_costs_the_same(built: Callable[[str], Path]):
@@ -67,8 +70,8 @@ def test_the_crossing_is_the_first_length_at_which_attention_costs_more(tiny_lla
     cost = count(tiny_llama)
     crossing = cost.crossing()
     assert crossing is not None
-    assert value(cost.attention, crossing) >= value(cost.others, crossing)
-    assert value(cost.attention, crossing - 1) < value(cost.others, crossing - 1)
+    assert evaluate_cost(cost.attention, crossing) >= evaluate_cost(cost.others, crossing)
+    assert evaluate_cost(cost.attention, crossing - 1) < evaluate_cost(cost.others, crossing - 1)
     assert Cost(np.array([0, 2, 0]), np.array([0, 0, 0])).crossing() is None
 
 
@@ -83,9 +86,9 @@ def test_attention_over_blocks_of_a_fixed_size_is_not_given_a_formula(tmp_path: 
 
 
 def test_a_block_and_its_attention_are_timed_by_length(tiny_gpt2: Path):
-    found = measure(tiny_gpt2, 4.0)
-    assert isinstance(found, Measured), found
-    assert (found.block, found.attention) == ("transformer.h.1", "attn")
+    found = measure(tiny_gpt2, 60.0)
+    assert isinstance(found, MeasuredBlock), found
+    assert found.attention == "attn"
     assert [point.tokens for point in found.points] == [64, 128, 256, 512]
     assert 0 < found.points[-1].attention_seconds < found.points[-1].block_seconds
     assert found.points[-1].block_seconds > 2 * found.points[0].block_seconds
@@ -93,16 +96,16 @@ def test_a_block_and_its_attention_are_timed_by_length(tiny_gpt2: Path):
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "t5", "whisper", "wav2vec2"])
 def test_blocks_of_every_family_run_by_themselves(built, monkeypatch, family):
-    monkeypatch.setattr(forward_cost, "LONGEST", 64)
+    monkeypatch.setattr(fake_model, "LONGEST", 64)
     found = measure(built(family), 0.2)
-    assert isinstance(found, Measured), found
+    assert isinstance(found, MeasuredBlock), found
     assert [point.tokens for point in found.points] == [64]
 
 
 def test_measuring_ends_with_its_time_and_a_large_block_is_not_tried(tiny_llama: Path, monkeypatch):
     found = measure(tiny_llama, 0.02)
     assert 1 <= len(found.points) < 6
-    monkeypatch.setattr(forward_cost, "MOST_BYTES", 4 * 30_000)
+    monkeypatch.setattr(fake_model, "MOST_BYTES", 4 * 30_000)
     assert "parameters" in measure(tiny_llama)
 
 

@@ -15,11 +15,22 @@ from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Attended, attend, shape_of
-from llmtune.explain.attention_maps import AttentionMaps, Lines, merge, most_telling_layer, roll
+from llmtune.explain.attention_maps import (
+    CROSS,
+    MASKED,
+    SELF,
+    Attended,
+    AttentionMaps,
+    TextLines,
+    attend,
+    merge_stretches,
+    most_telling_layer,
+    roll,
+    shape_of,
+)
+from llmtune.explain.explainer import family_of
 from llmtune.explain.inputs import AttentionRequest
-from llmtune.explain.target import family_of
-from llmtune.explain.token_text import Line, Token
+from llmtune.explain.token_text import Token, TokenLine
 from llmtune.model.loading import load_plain
 from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
@@ -118,13 +129,13 @@ def test_a_model_that_shows_no_attention_is_an_error(load):
 # What is kept of it
 
 
-def line(*sizes: int) -> Line:
-    return Line(tuple(Token(i, f"w{i}", special=False, continues=False) for i in range(len(sizes))), sizes)
+def line(*sizes: int) -> TokenLine:
+    return TokenLine(tuple(Token(i, f"w{i}", special=False, continues=False) for i in range(len(sizes))), sizes)
 
 
 def test_grouped_rows_are_means_and_grouped_columns_sums_so_that_rows_sum_to_one():
     weights_TT = np.random.default_rng(0).dirichlet(np.ones(6), size=6).astype(np.float32)
-    merged = merge(weights_TT, line(1, 2, 3), line(2, 4))
+    merged = merge_stretches(weights_TT, line(1, 2, 3), line(2, 4))
     assert merged.shape == (3, 2)
     assert np.allclose(merged.sum(-1), 1)
     assert merged[1, 1] == pytest.approx((weights_TT[1, 2:].sum() + weights_TT[2, 2:].sum()) / 2, rel=1e-5)
@@ -139,7 +150,7 @@ def test_rollout_is_the_product_of_halved_attention_and_halved_identity():
 
 
 def test_what_is_kept_of_a_decoder_are_its_heads_their_mean_and_the_rollout_of_the_means(load):
-    maps = AttentionMaps(("model",), Lines(line(*[1] * 7)), {MASKED: (2, 4)}, AttentionRequest(layer=1))
+    maps = AttentionMaps(("model",), TextLines(line(*[1] * 7)), {MASKED: (2, 4)}, AttentionRequest(layer=1))
     model, seen = load("llama"), see(load("llama"), "llama")
     attend(model, inputs_for("llama"), "decoder", partial(maps.add, "model"))
     first, second = maps.kept["model"][MASKED].values()
@@ -150,7 +161,7 @@ def test_what_is_kept_of_a_decoder_are_its_heads_their_mean_and_the_rollout_of_t
 
 
 def test_a_layer_where_all_look_at_one_word_does_not_count_as_words_looking_at_words():
-    telling = Lines(line(1, 1, 1, 1)).among_words(SELF)
+    telling = TextLines(line(1, 1, 1, 1)).among_words(SELF)
     sink = np.full((4, 4), [0.3, 0.1, 0.5, 0.1], dtype=np.float32)
     pairs = np.array([[0.7, 0.1, 0.1, 0.1], [0.6, 0, 0.4, 0], [0.6, 0, 0, 0.4], [0.6, 0.4, 0, 0]], dtype=np.float32)
     means = {0: sink, 1: pairs, 2: sink}

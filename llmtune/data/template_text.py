@@ -1,16 +1,17 @@
-"""What a recipe writes into a chat template: `model.chat_template_kwargs` as defaults, `data.system_prompt`."""
+"""The text of a chat template: what it reads, and what a recipe writes into it."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Collection, Mapping
+from datetime import datetime
 
 import jinja2
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError, nearest
 from llmtune.recipe.secrets import REMOVED, hide
 
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
@@ -18,6 +19,22 @@ GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "r
 REMOVE = "Remove it; null takes back what an extended or shipped recipe sets: `model.chat_template_kwargs: null`."
 _GENERATION_TAGS = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
 """Tags of transformers' own, which other readers of Jinja do not know."""
+
+
+TEMPLATE_BYTES = 2**17
+"""The longest templates of models have a quarter of it."""
+ENDLESS = "Set model.chat_template to a Jinja file that renders a conversation in a moment."
+"""How to replace a template that takes too long."""
+FIXED_DATE = datetime(2024, 7, 26)
+"""Replaces today's date in templates, so that a run can be repeated: as in Llama 3.1's template."""
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.{0,200}?)\1\s*\)")
+
+
+def check_length(template: str, name: str) -> None:
+    """Raise EnvironmentProblem for a template that takes long to parse."""
+    if len(template) > TEMPLATE_BYTES:
+        what = f"the chat template has {len(template):,} characters, and may have {TEMPLATE_BYTES:,}"
+        raise EnvironmentProblem.of(what, name, ENDLESS)
 
 
 def template_variables(template: str) -> set[str]:
@@ -88,3 +105,11 @@ def refuse_unread(kwargs: Mapping[str, object], template: str | Mapping[str, str
         for name in kwargs
         if name not in read
     )
+
+
+def fix_date(template: str) -> str:
+    """Replace calls for today's date in a template by `FIXED_DATE`.
+
+    So it is part of the template, wherever that is saved, and the same on every day and in every program.
+    """
+    return _DATE_CALL.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)

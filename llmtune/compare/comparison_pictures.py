@@ -1,20 +1,59 @@
-"""Quality against cost, a point a run: what is on the Pareto front, and what cannot be told from the best."""
+"""The pictures of a comparison: costs and gains of each run, and quality against cost with the Pareto front."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.compare.run_comparison import RunPair, RunSummary
-from llmtune.report.metric_info import better_side
-from llmtune.report.number_format import score
+from llmtune.records import Difference
+from llmtune.report.metric_info import better_side, rank_metrics
+from llmtune.report.number_format import DASH, count, duration, missing, score, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
+
+COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "train_seconds": ("training", duration),
+    "run_seconds": ("whole run", duration),
+    "peak_bytes": ("peak memory in training", size),
+    "trainable": ("trained parameters", count),
+    "share": ("of all parameters", lambda part: DASH if part is None else f"{100 * part:.2f} %"),
+    "disk_bytes": ("weights on disk", size),
+    "forgotten": ("forgotten of general text, bits a byte", score),
+}
+"""What a run costs, by its name in `compare.json`: its name for people, and how it is written."""
+RATIOS = {
+    "train_seconds": "training time",
+    "peak_bytes": "peak memory",
+    "trainable": "trained parameters",
+    "disk_bytes": "size on disk",
+}
+"""Costs that are told in parts of those of the first run."""
+COLOURS = ("#2563c9", "#0f9d8a", "#8e5bd0", "#d9822b", "#c2417c", "#64748b")
+PANEL_IN, ROW_IN, DPI = 1.9, 0.32, 130
+"""Width of a panel and height of a run in inches."""
+MOST_SCORES = 2
+"""Panels of scores: the metrics that say most."""
+ROOM = 1.75
+"""Of the longest bar: the width of a panel, for the number behind the bar."""
+SETTINGS: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.bottom": False,
+    "ytick.left": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "comparison",
+    "text.parse_math": False,
+}
 
 AXES = {
     "train_seconds": ("training", "s"),
@@ -28,7 +67,7 @@ PLACES = ((5, 3, "left"), (-5, 3, "right"), (5, -10, "left"), (-5, -10, "right")
 """Where a name may stand beside its point: points to the right, points up, and which of its ends is there."""
 
 
-def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair], metric: str, settings: Any) -> None:
+def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair], metric: str) -> None:
     """Draw `metric` of each run over each of its costs into `path` with .png and .svg; better is up and to the left."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -36,7 +75,7 @@ def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair]
     side = better_side(metric)
     best = max(runs, key=lambda run: side * run.tuned[metric])
     intervals = dict(find_intervals(best.name, pairs, metric))
-    with mpl.rc_context(settings):
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(9.6, 7.6), layout="constrained")
         names = [
             name
@@ -52,8 +91,7 @@ def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair]
             fontsize=8.5,
         )
         _place_names(figure, names)
-        figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+        _save(figure, path)
 
 
 def find_intervals(best: str, pairs: Sequence[RunPair], metric: str) -> Iterator[tuple[str, tuple[float, float]]]:
@@ -125,3 +163,62 @@ def _place_names(figure: Figure, names: Sequence[Annotation]) -> None:
             if box.count_overlaps(taken + covered) == 0 and axes[index].bbox.count_contains(box.corners()) == 4:
                 break
         taken.append(box)
+
+
+def draw_comparison(path: Path, runs: Sequence[RunSummary]) -> None:
+    """Draw the comparison into `path` with .png and .svg."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    metrics = shown_metrics(runs)
+    panels = len(RATIOS) + len(metrics)
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(1.2 + PANEL_IN * panels, 0.9 + ROW_IN * len(runs)), layout="constrained")
+        first, *others = figure.subplots(1, panels, sharey=True)
+        for axes, name in zip([first, *others], [*RATIOS, *metrics], strict=True):
+            (draw_gains if name in metrics else draw_bars)(axes, runs, name)
+        first.set_yticks(range(len(runs)), [run.name for run in runs])
+        first.set_ylim(len(runs) - 0.45, -0.65)
+        _save(figure, path)
+
+
+def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
+    """Return the metrics that say most and have a better side, of those that every run has with an interval."""
+    metrics = [metric for metric in rank_metrics(runs[0].difference) if better_side(metric)]
+    changes = {metric: [run.difference.get(metric) for run in runs] for metric in metrics}
+
+    def is_known(change: Difference | None) -> bool:
+        return change is not None and not any(map(missing, (change.value, change.low, change.high)))
+
+    return [metric for metric in metrics if all(map(is_known, changes[metric]))][:MOST_SCORES]
+
+
+def draw_bars(axes: Axes, runs: Sequence[RunSummary], name: str) -> None:
+    """Draw one cost as a bar a run, with its number behind it."""
+    title, written = COSTS[name]
+    known = [getattr(run, name) for run in runs]
+    bars = axes.barh(range(len(runs)), [value or 0 for value in known], height=0.56, color=COLOURS)
+    axes.bar_label(bars, [written(value) for value in known], padding=3, fontsize=7.5)
+    axes.set(title=title.capitalize(), xticks=[], xlim=(0, ROOM * (max(value or 0 for value in known) or 1)))
+
+
+def draw_gains(axes: Axes, runs: Sequence[RunSummary], metric: str) -> None:
+    """Draw what each run gained over its base by one metric, with its 95 % interval; better is on the right."""
+    axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
+    for at, run in enumerate(runs):
+        change, colour = run.difference[metric], COLOURS[at % len(COLOURS)]
+        axes.plot([change.low, change.high], [at, at], color=colour, linewidth=4, alpha=0.4, solid_capstyle="round")
+        axes.plot([change.value], [at], marker="o", markersize=5, color=colour)
+        scores = f"{score(run.base.get(metric))} → {score(run.tuned.get(metric))}"
+        axes.annotate(scores, (change.value, at), (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
+    axes.margins(x=0.22)
+    axes.locator_params(axis="x", nbins=3)
+    axes.set(title=metric.replace("_", " "), xlabel="gain over the base, 95 % interval")
+    if better_side(metric) < 0:
+        axes.invert_xaxis()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a picture as .png and .svg, the same bytes each time."""
+    figure.savefig(path.with_suffix(".png"), dpi=DPI, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})

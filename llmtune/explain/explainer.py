@@ -1,15 +1,18 @@
-"""What `llmtune explain` looks at: the base and the tuned model of a run, or one model by its name."""
+"""The frame of all `llmtune explain` commands: the run or model that is looked at, and from its inputs to a page."""
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from markupsafe import Markup
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +24,10 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
+from llmtune.report.blocks import Html, Page, Section
+from llmtune.report.render_html import write_page
 from llmtune.session import Models, open_finished
+from llmtune.store.atomic_files import explained
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.chat import Chat
@@ -162,3 +168,93 @@ def family_of(config: PretrainedConfig) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
     return "encoder" if is_encoder(config) or config.model_type in {"wav2vec2", "hubert"} else "decoder"
+
+
+# From inputs to a page
+
+PAGE_STYLE = """
+p { overflow-wrap: anywhere; } th.number { white-space: normal; }
+.heatmap td, .heatmap th { white-space: nowrap; overflow-wrap: normal; vertical-align: middle; }
+.figure { background: #fff; border-radius: 8px; overflow-x: auto; }
+.figure img { display: block; max-width: max(100%, 620px); }
+.many table:not(.stacked) { min-width: 620px; }
+"""
+"""CSS for pages: figures have the colours of paper also in the dark; on a phone they and wide tables scroll."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The result of a command."""
+
+    values: dict[str, object]
+    """What `--json` prints."""
+    page: Page
+    """Its brief sections are what the terminal shows."""
+    files: list[Path]
+    """What was written."""
+
+
+class Explainer(ABC):
+    """One command: it reads its inputs, runs the models, and shows the result as figures, a page and JSON."""
+
+    stem: str
+    """The name of the page's file, without .html; set by `read` at the latest."""
+    title: str
+    lead: str
+    """The paragraph at the top of the page."""
+
+    @abstractmethod
+    def read(self) -> None:
+        """Check the options and make the inputs; no weights are read yet."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Open the models and look at them."""
+
+    def draw(self, folder: Path) -> list[Path]:
+        """Draw the figures into `folder`; returns their files."""
+        return []
+
+    @abstractmethod
+    def sections(self, figures: Mapping[str, Path]) -> Iterable[Section]:
+        """Return what the page says; `figures` has the drawings by name."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, object]:
+        """Return the result as JSON values."""
+
+    def page(self, figures: Mapping[str, Path]) -> Page:
+        """Return the page."""
+        return Page(self.title, list(self.sections(figures)), lead=self.lead, navigation=False, style=PAGE_STYLE)
+
+    def explain(self, folder: Path) -> Explanation:
+        """Do all of it, and write page and figures into `folder`.
+
+        Raises:
+            RecipeError: an option is missing, out of range or of no use.
+            DataError: a text or a recording cannot be read, or is too long.
+            EnvironmentProblem: the model is gone, damaged or not of a kind that can be looked into; or the files cannot
+                be written.
+        """
+        self.read()
+        self.run()
+        with explained(folder):
+            files = self.draw(folder)
+            page = self.page({path.stem: path for path in files})
+            if (folder.parent / MANIFEST).is_file():  # the folder is `explain` of a run
+                back = Html(Markup('<p><a href="../report.html">Report of the run</a></p>'))
+                first, *others = page.sections
+                page = replace(page, sections=[replace(first, blocks=[back, *first.blocks]), *others])
+            return Explanation(self.to_json(), page, [write_page(folder / f"{self.stem}.html", page), *files])
+
+
+def figure_block(svg: Path, description: str) -> Html:
+    """Return an SVG file as a figure of a page, which holds all of it."""
+    data = base64.b64encode(svg.read_bytes()).decode("ascii")
+    image = Markup('<div class="figure"><img alt="{}" src="data:image/svg+xml;base64,{}"></div>')
+    return Html(image.format(description, data))
+
+
+def in_percent(value: float | None) -> str:
+    """Write a share in percent, in three digits."""
+    return "–" if value is None else f"{100 * value:.3g} %"

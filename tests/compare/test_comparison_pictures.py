@@ -6,8 +6,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from llmtune.compare.compare_runs import SETTINGS
-from llmtune.compare.pareto_picture import draw_pareto, find_front, find_intervals
+from llmtune.compare.comparison_pictures import draw_pareto, find_front, find_intervals
 from llmtune.compare.run_comparison import RunPair, RunSummary
 from llmtune.records import Difference
 from llmtune.report.report_record import Verdict
@@ -52,7 +51,7 @@ def test_intervals_are_of_the_difference_from_the_best_whichever_stands_first():
 
 
 def test_what_is_clearly_behind_is_grey_and_no_name_covers_another(tmp_path):
-    draw_pareto(tmp_path / "pareto", RUNS, list(make_pairs(RUNS)), "accuracy", SETTINGS)
+    draw_pareto(tmp_path / "pareto", RUNS, list(make_pairs(RUNS)), "accuracy")
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     texts = [
         (one.text, one.get("style", ""), one.get("transform", ""))
