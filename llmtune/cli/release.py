@@ -59,7 +59,7 @@ def make(
 
 @app.command("list")
 @handled
-def list_(
+def list_release_files(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files are.")] = Path("releases"),
     as_json: AsJson = False,
 ) -> None:
@@ -79,9 +79,9 @@ def list_(
         typer.echo(f"{path}  {release['date']}  {release['verdict']['word']}  {scores}")
 
 
-@app.command()
+@app.command("show")
 @handled
-def show(file: File, signers: Signers = None, as_json: AsJson = False) -> None:
+def show_release(file: File, signers: Signers = None, as_json: AsJson = False) -> None:
     """Show the scores and gates of a release, and check its signature if it has one."""
     from llmtune.deploy.releases import check_signature, summarize_release
     from llmtune.evaluate.opened_runs import read_release

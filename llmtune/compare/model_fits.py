@@ -161,7 +161,7 @@ def _fit(
         plan_skeleton(skeleton, _saving(recipe, one), variant, length, device, int(memory))
         for one in ((False, True) if stated == "auto" else (stated, stated))
     ]
-    tokens = [_tokens(plan, length, room) for plan in plans]
+    tokens = [_largest_batch(plan, length, room) for plan in plans]
     saving = tokens[0] < length
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     speed, method = CARDS[card][1] if card and card in CARDS else None, recipe.adapter.method
@@ -194,7 +194,7 @@ def _recipe(task: str, method: str) -> Recipe:
     )
 
 
-def _tokens(plan: MemoryPlan, length: int, room: int) -> int:
+def _largest_batch(plan: MemoryPlan, length: int, room: int) -> int:
     """Return the tokens of the largest micro-batch that leaves room for all that does not grow with it."""
     growing = plan.parts["activations"] / length
     fixed = plan.total - plan.parts["activations"]

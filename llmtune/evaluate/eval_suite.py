@@ -11,7 +11,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 
 from llmtune.data.byte_streams import open_bytes
-from llmtune.data.file_readers import explained
+from llmtune.data.file_readers import data_errors
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import add_bar, context_limit, inference_on
@@ -157,7 +157,7 @@ def read_utf8(path: Path, fix: str) -> str:
     """Read a text file, which may be compressed. Raises DataError where it is missing or not UTF-8."""
     if not path.is_file():
         raise DataError.of("there is no such file", str(path), fix)
-    with explained(str(path)), open_bytes(path) as stream:
+    with data_errors(str(path)), open_bytes(path) as stream:
         content = stream.read()
     try:
         return content.decode("utf-8-sig")

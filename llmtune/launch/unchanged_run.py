@@ -23,7 +23,7 @@ from llmtune.store.atomic_files import hash_file, hash_value, write_json
 from llmtune.store.machine import likely_device
 from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run
 from llmtune.store.run_lock import LOCK, package_versions
-from llmtune.store.verification import verify
+from llmtune.store.verification import verify_run
 
 CONCLUDING = ("evaluate", "run")
 """The last steps after which a run has its verdict."""
@@ -60,7 +60,7 @@ def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
     folder = read_run(path)
     if folder.manifest.get("finished") != _hash_command(loaded, folder, until):
         return None
-    findings = verify(path, strict=True).findings
+    findings = verify_run(path, strict=True).findings
     if any(finding.state != "same" for finding in findings if finding.kind not in LOOSE):
         return None
     steps = [step | {"skipped": True} for step in report["steps"]]

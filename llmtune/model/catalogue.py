@@ -19,19 +19,6 @@ from llmtune.records import ModelRef
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
 
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "chat": ("decoder",),
-    "completion": ("decoder",),
-    "preference": ("decoder",),
-    "translate": ("decoder", "encoder-decoder"),
-    "summarize": ("decoder", "encoder-decoder"),
-    "qa": ("encoder", "decoder", "encoder-decoder"),
-    "classify": ("encoder", "decoder"),
-    "token-classify": ("encoder",),
-    "speech": ("speech",),
-}
-"""By task, the kinds of models that do it."""
-
 
 @dataclass(frozen=True)
 class CatalogueModel:
@@ -52,7 +39,7 @@ class CatalogueModel:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that it can be tuned for."""
-        return tuple(task for task, kinds in KINDS.items() if self.kind in kinds)
+        return tuple(task for task, facts in TASK_FACTS.items() if self.kind in facts.models)
 
     def write_config(self, folder: Path) -> ModelRef:
         """Write its configuration as transformers reads it; returns a reference that has no weights."""

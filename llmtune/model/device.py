@@ -14,7 +14,7 @@ import torch
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
 from llmtune.recipe.schema import Recipe
 from llmtune.report.number_format import size as format_bytes
-from llmtune.store.machine import memory_limit as process_memory_limit
+from llmtune.store.machine import process_memory_limit
 
 CARDS: Mapping[str, tuple[float, float]] = {
     "b200": (180e9, 2250e12),

@@ -12,7 +12,7 @@ from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 from llmtune.recipe.layers import read_layers
 from llmtune.recipe.source_map import SourceMap
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.recipe.yaml_reader import label
+from llmtune.recipe.yaml_reader import file_label
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     if os.path.exists(path) and not os.path.isdir(path):
         if data_ending(path) in DATA_ENDINGS and not (path.suffix == ".json" and _looks_like_recipe(path)):
             raise RecipeError.of(
-                "this is data, not a recipe", label(path), f"Write a recipe for it: llmtune init {name}"
+                "this is data, not a recipe", file_label(path), f"Write a recipe for it: llmtune init {name}"
             )
         return path
     if os.path.isdir(path) and name not in shipped:
         has_recipe = any(path.glob("*.y*ml"))
         fix = "Name the YAML file in it." if has_recipe else f"Write a recipe for its rows: llmtune init {name}"
-        raise RecipeError.of("a folder, not a recipe file", label(path), fix)
+        raise RecipeError.of("a folder, not a recipe file", file_label(path), fix)
     bare = name.removesuffix(".yaml")
     if bare in shipped:
         return shipped[bare]

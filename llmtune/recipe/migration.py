@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import RecipeError
-from llmtune.recipe.foreign_config import ForeignConfig, first_row
+from llmtune.recipe.foreign_config import ForeignConfig, read_first_row
 from llmtune.recipe.loader import LoadedRecipe, resolve
 from llmtune.recipe.migration_rules import Migration, Setting, apply_rule, move
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact
+from llmtune.recipe.task_facts import DEFAULT_TASK, TASK_FACTS
 from llmtune.recipe.yaml_reader import Node
 from llmtune.recipe.yaml_writer import scalar
 
@@ -24,14 +25,16 @@ HELD_OUT: dict[str, tuple[object, str]] = {
 }
 """What a recipe does by itself, and other tools do not: what they do, and a word on it."""
 REQUIRED = {
-    "task": ("chat", "SET: the task"),
+    "task": (DEFAULT_TASK, "SET: the task"),
     "data.train": ("rows.jsonl", "SET: the rows"),
     "model.name": ("owner/model", "SET: the model"),
 }
 """What a recipe needs, and what stands for it where the configuration does not say it."""
 
 
-def migrate(file: Path, out: Path, tool: str | None = None, task: str | None = None) -> tuple[Migration, LoadedRecipe]:
+def migrate_config(
+    file: Path, out: Path, tool: str | None = None, task: str | None = None
+) -> tuple[Migration, LoadedRecipe]:
     """Make a recipe that will stand at `out`; return it, with what became of each key.
 
     Raises RecipeError where the file cannot be read, is of no known tool, or asks for what cannot be done at all.
@@ -54,7 +57,7 @@ def migrate(file: Path, out: Path, tool: str | None = None, task: str | None = N
         if key not in migration.moved:
             move(migration, key, value)
     _look_at_rows(migration)
-    _fill(migration)
+    _state_defaults(migration)
     _count_tokens(migration)
     loaded = _check(migration, out)
     chosen = {ours: one.keys for ours, one in migration.settings.items() if not {*one.keys} & {*config.values}}
@@ -67,7 +70,7 @@ def migrate(file: Path, out: Path, tool: str | None = None, task: str | None = N
 def _look_at_rows(migration: Migration) -> None:
     """Let the first row of a local file decide what the table leaves to it, where nothing else has."""
     path = migration.settings.get("data.train.0.path")
-    row = first_row(migration.folder / str(path.value)) if path else {}
+    row = read_first_row(migration.folder / str(path.value)) if path else {}
     for name, facts in migration.config.table.columns.items():
         column, _, messages = name.partition(" ")
         if column in row and (not messages or isinstance(row[column], list)):
@@ -76,7 +79,7 @@ def _look_at_rows(migration: Migration) -> None:
             return
 
 
-def _fill(migration: Migration) -> None:
+def _state_defaults(migration: Migration) -> None:
     """State what the other tool does where its configuration is silent, and that it holds no rows out."""
     table, config = migration.config.table, migration.config
     guess, mark = REQUIRED["task"]
@@ -134,7 +137,7 @@ def _count_tokens(migration: Migration) -> None:
     """Where a step there counts packed sequences, state the tokens that they hold."""
     rows, length = (migration.settings.get(ours) for ours in ("train.batch_size", "data.max_length"))
     packing, task = migration.settings.get("data.packing"), migration.settings["task"].value
-    if not migration.packed or packing is None or packing.value is not True or task not in ("chat", "completion"):
+    if not migration.packed or packing is None or packing.value is not True or not TASK_FACTS[str(task)].splits_text:
         return
     if rows is None or length is None or type(rows.value) is not int or type(length.value) is not int:
         return

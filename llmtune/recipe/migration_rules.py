@@ -26,11 +26,12 @@ from typing import Any, Literal
 
 from llmtune.errors import nearest
 from llmtune.recipe.data_section import Source
-from llmtune.recipe.foreign_config import ForeignConfig, Table, mapping
+from llmtune.recipe.foreign_config import ForeignConfig, MigrationTable, mapping
 from llmtune.recipe.secrets import REMOVED, holds_secret, redact
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import scalar
 
-State = Literal["carried", "renamed", "not needed", "refused"]
+OutcomeState = Literal["carried", "renamed", "not needed", "refused"]
 SOURCE_PATH = re.compile(r"data\.(?:train|validation)\.\d+\.path")
 VARIABLE = re.compile(r"\S*\$[A-Za-z_{(]")
 NO_SECRETS = "a recipe holds no secrets: log in, or set an environment variable"
@@ -54,7 +55,7 @@ class Moved:
 
     key: str
     value: object
-    state: State
+    state: OutcomeState
     to: tuple[str, ...] = ()
     why: str | None = None
 
@@ -139,7 +140,7 @@ class Migration:
             for key in setting.keys:
                 if key in self.moved:
                     kept = tuple(name for name in self.moved[key].to if name != ours)
-                    state: State = "not needed" if NO_EFFECT in why else "refused"
+                    state: OutcomeState = "not needed" if NO_EFFECT in why else "refused"
                     if kept:  # a part of what the key says
                         self.moved[key] = replace(self.moved[key], to=kept)
                         part = f"{key} ({ours})"
@@ -170,11 +171,11 @@ def apply_rule(migration: Migration, key: str, value: object, rule: Mapping[str,
         migration.settle(key, value, rule.get("refuse", NO_SECRETS), ok=False)
         return
     if isinstance(value, list) and len(value) == 1 and not rule.keys() & {"list", "sources", "listing"}:
-        value = value[0] if _named(rule.get("values", {}), value) is None else value
+        value = value[0] if _rule_of_value(rule.get("values", {}), value) is None else value
     if "unneeded" in rule:
         migration.pass_over(key, value, rule["unneeded"])
         return
-    named = _named(rule.get("values", {}), value)
+    named = _rule_of_value(rule.get("values", {}), value)
     if isinstance(named, Mapping) and "look" in named:
         migration.looks[named["look"]] = None
         named = {name: one for name, one in named.items() if name != "look"}
@@ -224,9 +225,9 @@ def _targets(
         items = [renamed for item in items if (renamed := rule.get("rename", {}).get(item, item)) is not None]
         return {rule["list"]: "all-linear" if items in (["all-linear"], ["all"]) else items} if items else {}
     if "sources" in rule:
-        return _sources(migration, key, value, rule)
+        return _move_sources(migration, key, value, rule)
     if "listing" in rule:
-        return _listed(migration, key, value, rule)
+        return _look_up_names(migration, key, value, rule)
     if "split_of" in rule:
         path = migration.settings.get("data.train.0.path")
         if path is None or not str(path.value).startswith("hub:"):
@@ -245,7 +246,7 @@ def _targets(
     return {rule["to"]: value}
 
 
-def _named(values: Mapping[str, Any], value: object) -> Any:
+def _rule_of_value(values: Mapping[str, Any], value: object) -> Any:
     """Return what a rule's `values` say about a value, by its text; None: nothing."""
     text = scalar(value).strip('"').lower() if not isinstance(value, str) else value.lower()
     if text in values:
@@ -271,9 +272,9 @@ def _put_all(
         migration.settle(key, value, rule.get("why") if named else "as here", to=list(named))
 
 
-def _sources(migration: Migration, parent: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
+def _move_sources(migration: Migration, parent: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
     """Move each source of a list by the rule's own table; what became of its keys is noted one by one."""
-    inner, number = Table.from_mapping(rule), -1
+    inner, number = MigrationTable.from_mapping(rule), -1
     for index, entry in enumerate(value if isinstance(value, list) else [value]):
         keys = entry if isinstance(entry, dict) else {"path": entry}
         files = next((name for name, one in keys.items() if isinstance(one, list) and _is_path(inner, name)), None)
@@ -289,7 +290,7 @@ def _sources(migration: Migration, parent: str, value: Any, rule: Mapping[str, A
     return {}
 
 
-def _is_path(table: Table, name: str) -> bool:
+def _is_path(table: MigrationTable, name: str) -> bool:
     return (table.find(name) or {}).get("source") == "path"
 
 
@@ -339,7 +340,7 @@ def _local(migration: Migration, path: str) -> str | None:
     return None
 
 
-def _listed(migration: Migration, key: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
+def _look_up_names(migration: Migration, key: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
     """Look names up in the dataset_info.json of LLaMA-Factory."""
     folder = str(migration.config.values.get(rule["folder"], "data"))
     places = [base / folder / "dataset_info.json" for base in (Path.cwd(), migration.config.folder)]
@@ -383,7 +384,8 @@ def _entry_keys(
         if theirs in entry and not (local and ours == "split"):
             found[f"{path}.{ours}"] = entry[theirs]
     task = migration.settings.get("task")
-    names = {"prompt": "text" if task and task.value == "completion" else "instruction", "kto_tag": "label"}
+    is_text = task is not None and "text" in TASK_FACTS[str(task.value)].formats
+    names = {"prompt": "text" if is_text else "instruction", "kto_tag": "label"}
     names |= {"query": "input", "response": "output", "messages": "conversations"}
     tags = entry.get("tags") or {}
     if tags.get("role_tag") == "role":

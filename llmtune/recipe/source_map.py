@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.errors import Problem
-from llmtune.recipe.section import BRANCHES, Section
+from llmtune.recipe.section import BRANCHES, RecipeSection
 from llmtune.recipe.yaml_reader import Node, parse_yaml
 
 Key = Sequence[str | int]
@@ -71,17 +71,17 @@ def dotted(key: Key) -> str:
 
 def walk(value: object, key: str = "") -> Iterator[tuple[str, object]]:
     """Yield every dotted key that holds a value of its own: of sections and sources the keys in them."""
-    if isinstance(value, Section):
+    if isinstance(value, RecipeSection):
         for name, inner in value:
             yield from walk(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, tuple) and any(isinstance(item, Section) for item in value):
+    elif isinstance(value, tuple) and any(isinstance(item, RecipeSection) for item in value):
         for i, item in enumerate(value):
             yield from walk(item, f"{key}.{i}")
     else:
         yield key, value
 
 
-def list_origins(recipe: Section, source_map: SourceMap) -> dict[str, str]:
+def list_origins(recipe: RecipeSection, source_map: SourceMap) -> dict[str, str]:
     """Return the origin of every value by its dotted key; the keys of a mapping have their own."""
     origins: dict[str, str] = {}
     for key, value in walk(recipe):
@@ -92,7 +92,7 @@ def list_origins(recipe: Section, source_map: SourceMap) -> dict[str, str]:
     return origins
 
 
-def restore_origins(origins: Mapping[str, str], recipe: Section, text: str) -> dict[str, str]:
+def restore_origins(origins: Mapping[str, str], recipe: RecipeSection, text: str) -> dict[str, str]:
     """Return origins with those that stand as comments in `text`, a resolved recipe, but for what was set anew.
 
     Raises RecipeError if `text` is not YAML.
@@ -145,7 +145,7 @@ class Diagnostics:
             self.add(key, f"'{key}' has no effect {why}", fix, *because)
 
     def none_has_effect(
-        self, section: Section, prefix: str, names: Iterable[str], why: str, fix: str, *because: str
+        self, section: RecipeSection, prefix: str, names: Iterable[str], why: str, fix: str, *because: str
     ) -> None:
         """Report those keys of a section without effect that have a value."""
         for name in names:

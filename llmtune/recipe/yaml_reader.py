@@ -28,7 +28,7 @@ MAX_DIGITS = 300
 MAX_INT = 2**63 - 1
 
 TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
-Scalar = str | int | float | bool | None
+YamlScalar = str | int | float | bool | None
 
 NULL = re.compile(r"(?:null|Null|NULL|~|)")
 BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
@@ -41,7 +41,7 @@ NOT_FINITE = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))")
 class Node:
     """A value and where it stands: mappings hold nodes by key, lists hold nodes, everything else is a scalar."""
 
-    value: dict[str, Node] | list[Node] | Scalar
+    value: dict[str, Node] | list[Node] | YamlScalar
     origin: str
     """`file:line` of its key or list item, or `--set`."""
     folder: Path
@@ -58,7 +58,7 @@ class Node:
         return self.value
 
 
-def resolve_scalar(text: str) -> Scalar:
+def resolve_scalar(text: str) -> YamlScalar:
     """Give a plain (unquoted) scalar its value by the core schema of YAML 1.2."""
     if NULL.fullmatch(text):
         return None
@@ -140,7 +140,7 @@ class NodeReader:
                 items[name] = item
         return items
 
-    def scalar(self, node: nodes.ScalarNode) -> Scalar:
+    def scalar(self, node: nodes.ScalarNode) -> YamlScalar:
         """Give a scalar its value; a quoted one is text."""
         text: str = node.value
         if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
@@ -197,15 +197,15 @@ def check_size(size_bytes: int, label: str) -> None:
         raise RecipeError.of(f"more than {MAX_BYTES // 1024} KiB", label, fix)
 
 
-def label(path: Path) -> str:
+def file_label(path: Path) -> str:
     """Return how a file is called in messages: relative to the working folder where it lies in it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
-def read_text(path: Path) -> str:
+def read_recipe_text(path: Path) -> str:
     """Read a recipe file as UTF-8. Raises RecipeError if it is missing, unreadable, too large or not UTF-8."""
-    name = label(path)
+    name = file_label(path)
     try:
         raw = read_bytes(path, MAX_BYTES)
     except FileNotFoundError:

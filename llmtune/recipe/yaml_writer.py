@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from llmtune.recipe.data_section import Source
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import Section
+from llmtune.recipe.section import REMOTE, RecipeSection
 from llmtune.recipe.source_map import DEFAULT
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_reader import resolve_scalar
@@ -25,7 +27,7 @@ def scalar(value: object) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     if isinstance(value, str):
-        return text(value)
+        return plain_or_quoted(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(scalar(item) for item in value)}]"
     if isinstance(value, dict):
@@ -33,7 +35,27 @@ def scalar(value: object) -> str:
     return json.dumps(value)
 
 
-def text(value: str) -> str:
+def source_line(split: str, source: Source, **changes: object) -> str:
+    """Return the line of a recipe for a source with some keys changed."""
+    stated = source.model_dump(mode="json", exclude_defaults=True) | {"path": written_path(source.path)} | changes
+    return f"{split}: {flow(stated)}"
+
+
+def written_path(path: str) -> str:
+    """Return how a source's path is written: relative where it lies below the working folder."""
+    working = Path.cwd()
+    below = not path.startswith(REMOTE) and Path(path).is_relative_to(working)
+    return str(Path(path).relative_to(working)) if below else path
+
+
+def flow(value: object) -> str:
+    """Write a value on one line, with plain keys."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {flow(item)}' for key, item in value.items())}}}"
+    return scalar(value)
+
+
+def plain_or_quoted(value: str) -> str:
     """Write text plain where it stays text, else quoted."""
     plain = PLAIN.fullmatch(value) and isinstance(resolve_scalar(value), str) and value.lower() not in SWITCHES
     return value if plain else quoted(value)
@@ -63,7 +85,7 @@ class Writer:
             else f"  # {''.join(c if c.isprintable() else '?' for c in origin)}"
         )
 
-    def section(self, section: Section, key: str, indent: str) -> Iterator[str]:
+    def section(self, section: RecipeSection, key: str, indent: str) -> Iterator[str]:
         """Yield the lines of one section; those of tasks still to come are left out."""
         for name in (*type(section).model_fields, *(section.model_extra or ())):
             value = getattr(section, name)
@@ -74,10 +96,10 @@ class Writer:
 
     def value(self, name: str, value: object, path: str, indent: str) -> Iterator[str]:
         """Yield the lines of one key."""
-        if isinstance(value, Section):
+        if isinstance(value, RecipeSection):
             yield f"{indent}{name}:"
             yield from self.section(value, path, f"{indent}  ")
-        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+        elif isinstance(value, tuple) and value and isinstance(value[0], RecipeSection):
             yield f"{indent}{name}:"
             for i, item in enumerate(value):
                 first, *others = self.section(item, f"{path}.{i}", f"{indent}    ")
@@ -89,7 +111,7 @@ class Writer:
         elif isinstance(value, dict) and value:
             yield f"{indent}{name}:"
             for inner, item in value.items():
-                yield f"{indent}  {text(str(inner))}: {scalar(item)}{self.note(f'{path}.{inner}', path)}"
+                yield f"{indent}  {plain_or_quoted(str(inner))}: {scalar(item)}{self.note(f'{path}.{inner}', path)}"
         else:
             yield f"{indent}{name}: {scalar(value)}{self.note(path)}"
 

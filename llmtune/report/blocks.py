@@ -44,15 +44,15 @@ class Column:
     kind: Literal["text", "number", "picture"] = "text"
 
 
-Columns = Sequence[Column | str]
-Rows = list[list[Cell | str]]
+TableColumns = Sequence[Column | str]
+TableRows = list[list[Cell | str]]
 
 
 @dataclass(frozen=True)
 class Table(Block):
     """A table; plain texts stand for columns and cells that have nothing beside their text."""
 
-    columns: Columns
+    columns: TableColumns
     rows: Sequence[Sequence[Cell | str]]
     title: str = ""
     note: str = ""
@@ -134,7 +134,7 @@ def difference_table(
     names = [*([] if base is None else [base, "tuned"]), difference]
     columns = [Column(heading), *(Column(name, "number") for name in names), Column("worse ← 0 → better", "picture")]
     columns += [Column(name, "number") for name in ("95 % interval", "p", unit)]
-    cells: Rows = []
+    cells: TableRows = []
     for row in rows:
         scores = [] if base is None else [score(row.base), score(row.tuned)]
         value, n = (row.difference.value, write_rows(row.difference)) if row.difference else (None, DASH)
@@ -207,7 +207,7 @@ class Links(Block):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """What one model said to a sample."""
 
     name: str
@@ -223,14 +223,14 @@ class Sample:
     prompt: str
     reference_name: str
     reference: str
-    answers: Sequence[Answer]
-    chosen: Sequence[Answer] = ()
+    answers: Sequence[ModelAnswer]
+    chosen: Sequence[ModelAnswer] = ()
     """The likeliest of the possible answers."""
     origin: str = ""
 
 
 @dataclass(frozen=True)
-class Samples(Block):
+class SampleList(Block):
     """Rows side by side."""
 
     samples: Sequence[Sample]

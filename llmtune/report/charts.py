@@ -14,7 +14,7 @@ WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34
 SMALL_WIDTH, SMALL_HEIGHT = 160, 26
 """Size of a picture in a cell of a table."""
 MOST_POINTS, MOST_DOTS = 300, 12
-Point = tuple[float, float]
+ChartPoint = tuple[float, float]
 TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
 
 
@@ -23,7 +23,7 @@ class Curve:
     """One line of a chart; its style says which colour it has, the same on all pages."""
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[ChartPoint]
     style: str = "train"
     """train, validation, other, or s0 to s5 for one of several alike."""
 
@@ -159,7 +159,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def thin(points: Sequence[Point]) -> list[Point]:
+def thin(points: Sequence[ChartPoint]) -> list[ChartPoint]:
     """Average neighbours until at most `MOST_POINTS` are left."""
     group = math.ceil(len(points) / MOST_POINTS) if points else 1
     if group == 1:

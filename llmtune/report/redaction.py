@@ -24,14 +24,14 @@ PATH_KEYS = ("folder",)
 
 def hide_paths(value: object) -> object:
     """Return a JSON-able value with absolute paths cut to their last part, and secrets removed."""
-    return redact_all(_cut(value))
+    return redact_all(_cut_paths(value))
 
 
-def _cut(value: object) -> object:
+def _cut_paths(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _cut(item) for key, item in value.items() if key not in PATH_KEYS}
+        return {key: _cut_paths(item) for key, item in value.items() if key not in PATH_KEYS}
     if isinstance(value, list | tuple):
-        return [_cut(item) for item in value]
+        return [_cut_paths(item) for item in value]
     return Path(value).name if isinstance(value, str) and is_local_path(value) else value
 
 

@@ -30,7 +30,7 @@ def to_html(page: Page) -> str:
     return template.render(page=page, sections=shown, data=data, style=style, script=script)
 
 
-def render_section(section: Section) -> str:
+def render_html_section(section: Section) -> str:
     """Return one section as it stands on a page."""
     macros = open_templates().get_template("blocks.html.jinja").make_module()
     return str(macros.card(section)).strip()  # type: ignore[attr-defined]

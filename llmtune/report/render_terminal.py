@@ -57,7 +57,7 @@ def spinner(console: Console, text: str) -> Iterator[None]:
         yield
 
 
-def follow(console: Console, items: Sequence[T], text: str) -> Iterator[T]:
+def track_items(console: Console, items: Sequence[T], text: str) -> Iterator[T]:
     """Yield items one by one, and show on a terminal how many are done and how long the rest will take."""
     with counting_bars(console) as bars:
         yield from bars.track(items, description=text)
@@ -78,17 +78,17 @@ def print_page(page: Page, console: Console) -> None:
 def print_sections(sections: Sequence[Section], console: Console) -> None:
     """Print sections, each under its title."""
     for section in sections:
-        if section.brief and (shown := list(render_blocks(section.blocks, console.width))):
+        if section.brief and (shown := list(make_renderables(section.blocks, console.width))):
             console.print(RichText(section.title, style="bold"), *shown, sep="\n")
 
 
 def print_blocks(blocks: Sequence[Block], console: Console) -> None:
     """Print tables and texts, one below the other."""
-    for shown in render_blocks(blocks, console.width):
+    for shown in make_renderables(blocks, console.width):
         console.print(shown)
 
 
-def render_blocks(blocks: Sequence[Block], width: int) -> Iterator[RenderableType]:
+def make_renderables(blocks: Sequence[Block], width: int) -> Iterator[RenderableType]:
     """Yield what a terminal has to show of blocks."""
     for block in blocks:
         match block:
@@ -101,7 +101,7 @@ def render_blocks(blocks: Sequence[Block], width: int) -> Iterator[RenderableTyp
             case KeyValues():
                 yield from (RichText.assemble((name, "dim"), " ", value) for name, value in block.pairs)
             case Beside():
-                yield from render_blocks([*block.left, *block.right], width)
+                yield from make_renderables([*block.left, *block.right], width)
 
 
 def make_table(block: Table, width: int) -> RenderableType:

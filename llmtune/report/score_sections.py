@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llmtune.recipe.task_facts import answer_kind
@@ -12,14 +13,14 @@ from llmtune.report.blocks import (
     Block,
     Cell,
     Column,
-    Columns,
     Compared,
     Details,
     Heatmap,
-    Rows,
-    Samples,
+    SampleList,
     Section,
     Table,
+    TableColumns,
+    TableRows,
     Text,
     difference_table,
 )
@@ -27,7 +28,7 @@ from llmtune.report.charts import draw_meter
 from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.report_record import Power, Seeds
-from llmtune.report.sample_view import read_samples
+from llmtune.report.sample_view import present_samples
 from llmtune.report.verdict import INCONCLUSIVE
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
@@ -62,9 +63,17 @@ def compare_metric(metric: str, scored: Evaluation | Slice, name: str = "", note
     return Compared(name or metric, base, tuned, change, better_side(metric), note)
 
 
+def against_champion(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation with the champion in place of the base, if there is one."""
+    champion = evaluation.champion
+    if champion is None:
+        return evaluation
+    return replace(evaluation, base=champion.scores, tuned=champion.tuned, difference=champion.difference)
+
+
 def gate_section(gates: Sequence[GateResult], look: str | None = None) -> Section:
     """What became of each gate, and which look at the test rows it was."""
-    rows: Rows = [[Cell(gate.name, code=True), gate.wanted, gate.got, passed_cell(gate)] for gate in gates]
+    rows: TableRows = [[Cell(gate.name, code=True), gate.wanted, gate.got, passed_cell(gate)] for gate in gates]
     table = Table(["gate", "wanted", Column("got", "number"), "result"], rows)
     return Section("Gates", [table, *([Text(f"This is {look}.", "soft")] if look else [])] if rows else [])
 
@@ -86,13 +95,13 @@ def passed_cell(gate: GateResult) -> Cell:
 
 def power_section(power: Sequence[Power]) -> Section:
     """The smallest difference that the test rows show of each metric, and the rows that each gate needs."""
-    rows: Rows = []
+    rows: TableRows = []
     for one in power:
         planned = [signed(one.assumed), count(one.rows_needed)] if one.gate else ["", ""]
         name = Cell(one.gate or one.metric, code=True)
         rows.append([name, one.against, count(one.rows), score(one.smallest), *planned])
     numbers = ("test rows", "smallest difference", "planned with", "rows needed")
-    columns: Columns = ["gate or metric", "against", *(Column(name, "number") for name in numbers)]
+    columns: TableColumns = ["gate or metric", "against", *(Column(name, "number") for name in numbers)]
     text = "With 80 % power: four of five such evaluations show a true difference of that size, or pass or fail "
     text += (
         "the gate with that many rows. A gate with a margin is planned with a difference of zero, any other with the "
@@ -110,7 +119,7 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     text += "paired interval leaves zero out. The verdict asks for more: that the change holds among all the metrics "
     text += "that were looked at (Holm’s correction of p)."
     if exact := [name for name, change in changes.items() if change.test == "McNemar mid-p"]:
-        text += f" p of {words(exact)}: McNemar’s test (mid-p); of all else: swaps of the two models’ answers."
+        text += f" p of {spell_metrics(exact)}: McNemar’s test (mid-p); of all else: swaps of the two models’ answers."
     if any(change.groups for change in changes.values()):
         text += " Rows with one value of `data.split_by` are a group; groups, not rows, were drawn and swapped."
     if evaluation.tuned.keys() - changes.keys():
@@ -128,12 +137,8 @@ def champion_section(evaluation: Evaluation, task: str | None) -> Section:
     champion = evaluation.champion
     if champion is None:
         return Section("Against the champion", [])
-    rows = [
-        Compared(
-            name, champion.scores[name], champion.tuned.get(name), change, better_side(name), full_note(name, task)
-        )
-        for name, change in champion.difference.items()
-    ]
+    scored = against_champion(evaluation)
+    rows = [compare_metric(name, scored, note=full_note(name, task)) for name in champion.difference]
     text = f"The champion is `{Path(champion.folder).name}`. Both models answered {count(champion.rows)} rows that "
     text += "neither was trained on"
     text += "." if champion.rows == evaluation.rows else f", of {count(evaluation.rows)} test rows."
@@ -155,7 +160,7 @@ def lower_note(metric: str) -> str:
     return "lower is better" if metric in LOWER_IS_BETTER else ""
 
 
-def words(metrics: Iterable[str]) -> str:
+def spell_metrics(metrics: Iterable[str]) -> str:
     """Join names of metrics as a person writes them."""
     return ", ".join(metrics).replace("_", " ")
 
@@ -176,7 +181,7 @@ def seed_table(seeds: Seeds, base: str = "base") -> Table:
     """A row a metric: the base, each seed's score, mean, deviation, ends, and the gain of the mean."""
     names = [base, *(f"seed {run.seed}" for run in seeds.runs)]
     names += ["mean", "deviation", "lowest to highest", "gain of the mean"]
-    rows: Rows = []
+    rows: TableRows = []
     for metric, spread in seeds.metrics.items():
         scores = [score(one) for one in (spread.base, *spread.scores, spread.mean, spread.deviation)]
         tone = TONES[(1 if spread.better else -1) if spread.larger else 0]
@@ -193,13 +198,13 @@ def class_section(details: Json, base: str, *, entities: bool) -> Section:
         return Section(title, [])
     base_f1 = {row["label"]: row["f1"] for row in details.get("base", {}).get("classes", [])}
     names = [unit, "precision", "recall", *([f"F1 of {base}"] if base_f1 else []), "F1"]
-    rows: Rows = []
+    rows: TableRows = []
     for row in sorted(tuned["classes"], key=lambda row: -row["support"]):
         before = [base_f1.get(row["label"])] if base_f1 else []
         numbers = map(score, (row["precision"], row["recall"], *before, row["f1"]))
         meter = Cell(picture=draw_meter(0.0 if missing(row["f1"]) else row["f1"]))
         rows.append([Cell(str(row["label"]), code=True), count(row["support"]), *numbers, meter])
-    columns: Columns = [kind, *(Column(name, "number") for name in names), Column("", "picture")]
+    columns: TableColumns = [kind, *(Column(name, "number") for name in names), Column("", "picture")]
     table = Table(columns, rows, "By class, the most frequent first", scroll=True)
     confusion = tuned.get("confusion")
     blocks = confusion_blocks(confusion["labels"], confusion["counts"]) if confusion else []
@@ -213,8 +218,10 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
     text = f"{count(right)} of {count(rows)} rows right"
     errors = [(i, k) for i in size for k in size if i != k and counts[i][k]]
     errors.sort(key=lambda at: -counts[at[0]][at[1]])
-    pairs: Rows = [[labels[i], labels[k], count(counts[i][k]), share(counts[i][k], sum(counts[i]))] for i, k in errors]
-    columns: Columns = ["right class", "taken for", Column("rows", "number"), Column("of its rows", "number")]
+    pairs: TableRows = [
+        [labels[i], labels[k], count(counts[i][k]), share(counts[i][k], sum(counts[i]))] for i, k in errors
+    ]
+    columns: TableColumns = ["right class", "taken for", Column("rows", "number"), Column("of its rows", "number")]
     listed = [Table(columns, pairs[:MOST_PAIRS], f"Confused most often: {text}", scroll=True)] if pairs else []
     if not labels or len(labels) > MOST_CLASSES:
         return [*listed]
@@ -252,9 +259,9 @@ def slice_tables(column: str, parts: Sequence[Slice], base: str) -> list[Block]:
     metrics = rank_metrics(dict.fromkeys(metric for part in parts for metric in part.difference))
     for metric in metrics:
         rows = [compare_metric(metric, part, part.value) for part in parts if metric in part.difference]
-        title = ", ".join(part for part in (f"{words([metric])} by {column}", lower_note(metric)) if part)
+        title = ", ".join(part for part in (f"{spell_metrics([metric])} by {column}", lower_note(metric)) if part)
         tables.append(difference_table(rows, title=title, heading=column, base=base, code=True))
-    return [*tables[:1], *([Details(f"{column}: {words(metrics[1:])}", tables[1:])] if tables[1:] else [])]
+    return [*tables[:1], *([Details(f"{column}: {spell_metrics(metrics[1:])}", tables[1:])] if tables[1:] else [])]
 
 
 def suite_sections(evaluation: Evaluation) -> list[Section]:
@@ -285,7 +292,7 @@ def overlap_section(evaluation: Evaluation) -> Section:
     if overlap.overlapping:
         whole = Slice("all rows", evaluation.rows, evaluation.base, evaluation.tuned, evaluation.difference)
         tables = slice_tables("overlap", [whole, *overlap.scores], base_name(evaluation)) if overlap.scores else []
-        examples: Rows = [
+        examples: TableRows = [
             [one["kind"], Path(one["test"]).name, Path(one["train"]).name, one["words"]] for one in overlap.examples
         ]
         heads = ["how", "test row", "training row", "what they share"]
@@ -309,7 +316,7 @@ def overlap_table(overlap: Contamination) -> Table:
         ("13 words in a row in common, of rows that are so long", overlap.shared, overlap.rows - overlap.short),
         ("the same words in the same order, of shorter rows", overlap.worded, overlap.short),
     ]
-    columns: Columns = [
+    columns: TableColumns = [
         "test rows that are like a training row",
         *(Column(name, "number") for name in ("rows", "of", "share")),
     ]
@@ -344,7 +351,7 @@ def overlap_sentence(overlap: Contamination) -> str:
 def flip_section(evaluation: Evaluation, task: str | None) -> Section:
     """How many rows changed sides each way, by right-or-wrong metric, and some of them folded away."""
     gained, lost = "wrong before, right now", "right before, wrong now"
-    rows: Rows = []
+    rows: TableRows = []
     folded: list[Block] = []
     for metric in rank_metrics(evaluation.flips):
         flips = evaluation.flips[metric]
@@ -354,8 +361,8 @@ def flip_section(evaluation: Evaluation, task: str | None) -> Section:
         for title, some, number in ((gained, flips.gained_rows, flips.gained), (lost, flips.lost_rows, flips.lost)):
             if some:
                 part = f"{len(some)} of " if len(some) != number else ""
-                samples = Samples(read_samples(some, evaluation, task))
-                folded.append(Details(f"{words([metric])}, {title}: {part}{count(number)}", [samples]))
+                samples = SampleList(present_samples(some, evaluation, task))
+                folded.append(Details(f"{spell_metrics([metric])}, {title}: {part}{count(number)}", [samples]))
     columns = [Column("metric"), *(Column(name, "number") for name in (gained, lost, "rows"))]
     who = "the baseline" if evaluation.baseline else "the base model"
     text = f"Rows that {who} and the tuned model do not both get right or wrong; those shown are spread evenly over "
@@ -365,14 +372,14 @@ def flip_section(evaluation: Evaluation, task: str | None) -> Section:
 
 def sample_section(evaluation: Evaluation, task: str | None) -> Section:
     """Rows with their reference and what either model said."""
-    samples = read_samples(evaluation.samples, evaluation, task)
+    samples = present_samples(evaluation.samples, evaluation, task)
     judged = "The numbers are log-likelihoods of the answers, or scores where the model gives scores. "
     told = "Spread evenly over the test rows, not chosen by how they look. All of them: `evaluation/predictions.jsonl`."
     text = judged + told if answer_kind(task) == "rating" else told
-    return Section("Samples", [Samples(samples), Text(text, "soft")] if samples else [])
+    return Section("Samples", [SampleList(samples), Text(text, "soft")] if samples else [])
 
 
-def signatures(evaluation: Evaluation) -> dict[str, str]:
+def list_signatures(evaluation: Evaluation) -> dict[str, str]:
     """Return how each number came about, those of the suites by the names that gates use."""
     texts = dict(evaluation.signatures)
     for name, suite in evaluation.studies.items():

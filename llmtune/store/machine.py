@@ -67,7 +67,7 @@ def has_bfloat16(device: str) -> bool:
     return bool(flags and BFLOAT16_FLAGS & set(flags[1].split()))
 
 
-def memory_limit() -> int:
+def process_memory_limit() -> int:
     """Return the bytes that this process may use: the least of RAM, control group and address space (`ulimit -v`)."""
     limits = [psutil.virtual_memory().total]
     for file in _CGROUP_LIMITS:

@@ -92,7 +92,7 @@ class Verification:
         return [finding.to_problem() for finding in self.failed]
 
 
-def verify(run: Path, *, strict: bool = False) -> Verification:
+def verify_run(run: Path, *, strict: bool = False) -> Verification:
     """Hold every claim of a run's lock and manifest against what is there now; with `strict`, versions count as well.
 
     Raises:
@@ -105,7 +105,9 @@ def verify(run: Path, *, strict: bool = False) -> Verification:
     lock = read_lock(run / LOCK)
     packages = package_versions(tuple(lock["packages"]))
     findings = [
-        compare("lock", str(run / LOCK), folder.manifest.get("lock"), hash_file(run / LOCK), unknown_if_new=True),
+        compare_hashes(
+            "lock", str(run / LOCK), folder.manifest.get("lock"), hash_file(run / LOCK), unknown_if_new=True
+        ),
         *_check_recipe(folder, lock),
         *_check_data(folder, lock),
         *_check_model(lock, run),
@@ -118,7 +120,7 @@ def verify(run: Path, *, strict: bool = False) -> Verification:
     return Verification(run, tuple(findings))
 
 
-def compare(kind: str, name: str, was: str | None, now: str | None, unknown_if_new: bool = False) -> Finding:
+def compare_hashes(kind: str, name: str, was: str | None, now: str | None, unknown_if_new: bool = False) -> Finding:
     """Hold one hash against another; None is a thing that is not there, or (`unknown_if_new`) was not recorded."""
     if was == now:
         state = "same"
@@ -133,7 +135,7 @@ def compare(kind: str, name: str, was: str | None, now: str | None, unknown_if_n
 
 def _compare_all(kind: str, prefix: str, was: Hashes, now: Hashes) -> Iterator[Finding]:
     for name in sorted(was.keys() | now.keys()):
-        yield compare(kind, f"{prefix}{name}", was.get(name), now.get(name))
+        yield compare_hashes(kind, f"{prefix}{name}", was.get(name), now.get(name))
 
 
 def _compare_settings(
@@ -200,7 +202,7 @@ def _check_data(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
         known.setdefault(record["source"], set()).add(path)
         is_recording = "xxh3_128" in record
         now = (hash_recording if is_recording else hash_file)(path) if path.is_file() else None
-        yield compare("data", str(path), record["xxh3_128"] if is_recording else record["sha256"], now)
+        yield compare_hashes("data", str(path), record["xxh3_128"] if is_recording else record["sha256"], now)
     for source, paths in known.items():
         for path in _added(source, paths, old_run, folder.path):
             yield Finding("data", str(path), "added")
@@ -265,7 +267,7 @@ def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
     for name in TRAINED if known != hash_value(None) else ():
         path = folder.path / name / "chat_template.jinja"
         if path.is_file():
-            yield compare("template", str(path), known, hash_value(path.read_text("utf-8", errors="replace")))
+            yield compare_hashes("template", str(path), known, hash_value(path.read_text("utf-8", errors="replace")))
 
 
 def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
@@ -277,7 +279,9 @@ def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
             if files:
                 yield from _compare_all(kind, f"{path}{os.sep}", files, list_folder(path))
             else:
-                yield compare(kind, str(path), known, hash_path(path) or None)
+                yield compare_hashes(kind, str(path), known, hash_path(path) or None)
     evaluated = folder.facts("evaluate").get("trained")
     for path in [folder.path / name for name in TRAINED if evaluated and (folder.path / name).is_dir()]:
-        yield compare("evaluated", str(path), evaluated, hash_path(path))  # what was trained is what was evaluated
+        yield compare_hashes(
+            "evaluated", str(path), evaluated, hash_path(path)
+        )  # what was trained is what was evaluated

@@ -63,7 +63,7 @@ def extract_features(
         return dict(extract(floats, sampling_rate=extract.sampling_rate, return_tensors="pt", **options))
 
 
-def read_samples(row: SpeechRow, rate: int, longest: float) -> Samples | str:
+def load_samples(row: SpeechRow, rate: int, longest: float) -> Samples | str:
     """Return the samples of a row's recording at `rate` a second, or why it cannot be trained on."""
     try:
         samples = read_recording(Path(row["audio"]), rate)
@@ -149,7 +149,7 @@ def set_speech(processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     processor.language = processor.task = None  # what the tokenizer's files say is not what this recipe says
     if not is_multilingual(processor):
         if (language or "en").lower() not in ("en", "english") or section.task != "transcribe":
-            what = "this model knows English alone, and writes down what is said"
+            what = "this model only transcribes English"
             raise RecipeError.of(what, "speech.language", "Remove language and task, or name a multilingual model.")
         processor.set_prefix_tokens(predict_timestamps=False)
         return
@@ -214,5 +214,5 @@ def spell(text: str, processor: PreTrainedTokenizerBase) -> list[int] | str:
 
 
 def is_heard(character: str) -> bool:
-    """Whether a character stands for a sound: it is neither white space nor punctuation."""
+    """Whether a character is pronounced: it is neither white space nor punctuation."""
     return character in SPOKEN or unicodedata.category(character)[0] not in "PZC"

@@ -15,7 +15,8 @@ from llmtune.data.collators import IGNORED, encoder_batch, require_offsets
 from llmtune.data.labelled_rows import OUTSIDE, TokenClassifyRow, find_words
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded, Piece, decode_shortened
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
 from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
@@ -133,14 +134,14 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         logits_BTK = model(**model_inputs(model, batch)).logits
         return token_losses(logits_BTK.flatten(0, 1)[batch["predict_S"]], batch, by_row)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a text with the tags of its words; those outside any entity are learned too, and left out here."""
         names = tag_names(labels_of(recipe))
-        pieces: list[Piece] = []
+        pieces: list[Segment] = []
         for token, tag in zip(example.input_ids, example.target_ids, strict=True):
-            pieces.append((f"{decode_shortened([token], processor)} ", False))
+            pieces.append(Segment(f"{decode_shortened([token], processor)} ", False))
             if tag > 0:
-                pieces.append((f"[{names[tag]}] ", True))
+                pieces.append(Segment(f"[{names[tag]}] ", True))
         return pieces
 
     def predict(self, rows: Sequence[TokenClassifyRow], loaded: LoadedModel) -> list[list[str]]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import PeftModel
-from support.adapting import logits, quiet
-from support.training import make_recipe, select, write_examples
+from support.adapting import logits, open_model, quiet
+from support.training import make_recipe, write_examples
 from transformers import AutoModelForCausalLM
 
 from llmtune.adapter.data_init import sample_rows
@@ -18,7 +18,7 @@ STARTS = ("eva", "corda", "lora_ga")
 
 def adapt(folder, model, start, seed=0):
     recipe = make_recipe(folder, model, adapter={"init_lora_weights": start, "r": 4})
-    selected, examples = select(recipe), write_examples(folder / "examples", seed=seed, train=24)
+    selected, examples = open_model(recipe), write_examples(folder / "examples", seed=seed, train=24)
     before = logits(selected.model)
     return inject(selected, recipe, quiet(), sample_rows(examples, get_task("chat"), selected, recipe)), before
 

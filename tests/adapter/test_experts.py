@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from llmtune.adapter.injection import describe_adapter, inject
 from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.saving import save_adapter
-from llmtune.deploy.gguf_adapter import check_adapter
+from llmtune.deploy.gguf_adapter import check_lora_only
 from llmtune.errors import RecipeError
 from llmtune.model.config import expert_parameters
 from llmtune.model.experts import count_quantized, unpacked_experts
@@ -133,4 +133,4 @@ def test_a_target_that_no_parameter_is_called_by_is_refused(moe):
 
 def test_llama_cpp_s_adapters_cannot_hold_experts(moe):
     with pytest.raises(RecipeError, match="fused experts"):
-        check_adapter(train_a_little(moe("qwen3_moe"), target_parameters=EXPERTS).model)
+        check_lora_only(train_a_little(moe("qwen3_moe"), target_parameters=EXPERTS).model)

@@ -17,7 +17,7 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.report.number_format import size
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 
 QUESTIONS = [
     {"question": f"Which colour has the {thing}?", "context": f"The {thing} is {colour}.", "answer": colour}
@@ -217,7 +217,7 @@ def test_a_part_of_a_classifier_s_body_is_trained_whole_and_its_embedding_is_tie
     adapter = {"modules_to_save": ["pooler"], "target_modules": ["query", "word_embeddings"]}
     sections = {"adapter": adapter, "generation": {"max_new_tokens": None}, "data": {"deduplicate": "none"}}
     recipe = recipe_of(tmp_path, build_bert(tmp_path / "model"), rows, "classify", **sections)
-    run_pipeline(load_recipe(str(recipe)), Options(out=tmp_path / "run", until="adapt"), console)
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=tmp_path / "run", until="adapt"), console)
     said = console.file.getvalue()
     assert "query × 2" in said
     assert "share one weight" not in said

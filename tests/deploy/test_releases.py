@@ -10,8 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 
 from llmtune.deploy.releases import check_signature, diff_releases, make_release
 from llmtune.errors import EnvironmentProblem, RecipeError

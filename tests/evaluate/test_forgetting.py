@@ -22,10 +22,11 @@ from llmtune.evaluate.forgetting import ForgettingSuite, make_passages, make_tex
 from llmtune.evaluate.lm_eval import quietly
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.suite_registry import check_variant
+from llmtune.launch.dry_run import dry_run
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.eval_suites_section import ForgettingSection
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import VARIANTS
 
 
@@ -127,10 +128,9 @@ def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tm
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"task": "summarize", "evaluate": {"metrics": None, "forgetting": {}}}
     recipe = write_recipe(tmp_path / "recipe.yaml", "./t5", "rows.jsonl", **settings)
-    for dry_run in (True, False):
-        options = Options(out=tmp_path / "out", dry_run=dry_run)
+    for start in (dry_run, run_pipeline):
         with pytest.raises(RecipeError, match="is no decoder language model") as found:
-            run_pipeline(load_recipe(str(recipe)), options, console)
+            start(load_recipe(str(recipe)), RunRequest(tmp_path / "out"), console)
         assert "evaluate.forgetting" in str(found.value)
     assert "encode" not in console.file.getvalue()
     forms = {form.auto_class: form for form in VARIANTS["summarize"]}

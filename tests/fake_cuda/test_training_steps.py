@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.fake_device import HiddenRead, fake_cuda, move, set_up_there
+from fake_cuda.device import HiddenRead, fake_cuda, move, set_up_there
 from support.pairs import prepare_training, recipe_of
 from support.training import with_methods
 from tasks.test_contract import CASES, Case

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from support.adapting import open_model, quiet, recipe_with
-from support.scripts import load_script
+from support.runs import load_script
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,

@@ -3,8 +3,13 @@ import re
 
 import pytest
 
-from llmtune.report.report_page import explain_section, find_explanations, link
-from llmtune.report.write import link_explanations, write_report
+from llmtune.report.report_page import (
+    explain_section,
+    explanation_link,
+    find_explanations,
+    link_explanations,
+    write_report,
+)
 
 LINKS = re.compile(r'<a href="(explain/[^"]*)">([^<]*)</a>')
 
@@ -66,5 +71,5 @@ def test_without_a_report_that_can_be_read_nothing_is_written(tmp_path, content)
 
 
 def test_the_name_of_a_page_cannot_lead_elsewhere():
-    assert link('x" onclick="alert(1)')[0] == "explain/x%22%20onclick%3D%22alert%281%29.html"
-    assert link("javascript:alert(1)")[0] == "explain/javascript%3Aalert%281%29.html"
+    assert explanation_link('x" onclick="alert(1)')[0] == "explain/x%22%20onclick%3D%22alert%281%29.html"
+    assert explanation_link("javascript:alert(1)")[0] == "explain/javascript%3Aalert%281%29.html"

@@ -10,7 +10,6 @@ from llmtune.evaluate.greedy_decoding import decode_greedily
 from llmtune.serve.engine import HEADROOM, Engine, LiveRows, OutOfMemory
 from llmtune.serve.finished_run import ChatSession
 from llmtune.serve.request_queue import End, Job, Stopping
-from llmtune.serve.sampling import sampling_params
 
 QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumerate(["cat", "dog", "fox", "fish", "x"])]
 
@@ -23,9 +22,9 @@ class Client:
         row = {"messages": [{"role": "user", "content": question}]}
         ids = served.task.prompt_ids(row, served.processor, served.recipe)
         new = stated.pop("new_tokens", served.recipe.generation.max_new_tokens)
-        sampling = sampling_params(served.recipe, stated, new, stated.pop("seed", served.recipe.seed + 1))
+        settings = served.request_settings(stated, new)
         self.engine, self.served = engine, served
-        self.job = Job(served, ids=ids, sampling=sampling, deliver=self.events.put)
+        self.job = Job(served, ids=ids, settings=settings, seed=served.recipe.seed + 1, deliver=self.events.put)
         self.ids = []
         engine.submit(self.job)
 

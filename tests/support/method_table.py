@@ -27,7 +27,7 @@ from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.peft_options import peft_methods
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.checkpoint import Checkpoint, TrainState, read_checkpoint, trainable_weights
@@ -153,7 +153,7 @@ class Bench:
 
     def __init__(self, recipe: Path, folder: Path) -> None:
         self.file, self.folder = recipe, folder
-        run_pipeline(load_recipe(recipe), Options(out=folder, until="prepare"), quiet())
+        run_pipeline(load_recipe(recipe), RunRequest(out=folder, until="prepare"), quiet())
         self.examples, self.rows = load_examples(folder / "data" / "examples"), load_rows(folder / "data" / "rows")
 
     def start(self, method: str) -> TrainContext:
