@@ -428,7 +428,6 @@ class Evaluation:
     base: dict[str, float]
     tuned: dict[str, float]
     difference: dict[str, Difference]
-    gates: tuple[GateResult, ...]
     samples: tuple[dict[str, str], ...]
     """A few rows side by side: prompt, reference, base, tuned."""
     rows: int

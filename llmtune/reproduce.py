@@ -15,7 +15,7 @@ from rich.markup import escape
 from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.device import describe_device, pick_device
-from llmtune.pipeline import KEPT, run_pipeline
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe.data_section import DataSection, Source
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
@@ -32,7 +32,7 @@ from llmtune.store.processes import rank
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
 from llmtune.store.run_request import RunRequest
-from llmtune.store.seed_runs import without_gates, without_seeds
+from llmtune.store.seed_runs import kept_findings, without_gates, without_seeds
 from llmtune.store.verification import Verification, relocated, split_pattern, verify_run
 
 RESULT = "reproduction.json"
@@ -78,7 +78,7 @@ def reproduce(
         offline=offline,
         until="evaluate" if folder.is_done("evaluate") else "train",
         pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
-        findings={name: folder.findings[name] for name in KEPT if name in folder.findings},
+        findings=kept_findings(folder),
     )
     loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
     run_pipeline(loaded, request, console)  # without gates: what counts is whether the same comes out

@@ -22,9 +22,14 @@ from llmtune.data.preparation import rows_inputs
 from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.cache_keys import evaluation_inputs
+from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
+from llmtune.evaluate.champion import make_challenge
+from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.results import load_base
+from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
-from llmtune.model.config import find_class, read_model_config
+from llmtune.model.config import find_class, head_is_new, read_model_config
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
@@ -286,6 +291,11 @@ class Models:
             return load_adapter(selected, trained)
         return load_adapter(self._selected, trained)
 
+    @property
+    def loaders(self) -> ModelLoaders:
+        """What the evaluation loads them by."""
+        return ModelLoaders(self.before, self.tuned, lambda: self.packs)
+
     @cached_property
     def _selected(self) -> SelectedModel:
         return self._load(self.context.plan.model_ref)
@@ -315,6 +325,13 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
     return context
 
 
+def load_champion(context: RunContext, run: Path) -> ChampionModel:
+    """Open the run of a champion, so that its model can answer rows of this run."""
+    champion = open_finished(run, context.console, context.request.offline)
+    plan = champion.plan
+    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
+
+
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:
     """Find a model, at the commit that a lock holds: the one of the request, else the run's own.
 
@@ -331,6 +348,28 @@ def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelR
     if required is not None:
         check_pin("the model's content", pins.model_hash, model_ref.content_hash)
     return model_ref
+
+
+def score(context: RunContext, folder: Path | None, base_folder: Path | None) -> None:
+    """Evaluate base and tuned model, all processes together; rank 0 has a `folder`, for the evaluation.
+
+    `base_folder` is an evaluation with answers of the base that may be known.
+    """
+    plan, rows, examples = context.plan, context.rows, context.examples
+    recipe, task, processor, models = plan.recipe, plan.task, plan.processor, Models(context)
+    join_processes(plan.device)
+    inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
+    eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder)
+    base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
+    ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
+    score_run(
+        models.loaders,
+        eval_context,
+        rows,
+        headless=head_is_new(plan.model_ref, recipe, task),
+        known=load_base(base_folder, base),
+        challenge=make_challenge(context.folder, ask),
+    )
 
 
 def lock_run(context: RunContext) -> None:

@@ -106,7 +106,7 @@ def sweep_command(
         from llmtune.compare.sweep_trial import SweepOptions
 
     options = SweepOptions(space, trials, processes, tuple(sets or ()), out, threads, offline)
-    result = sweep(recipe, options, stderr_console(), make_console(stderr=False, quiet=as_json))
+    result = run_sweep(recipe, options, stderr_console(), make_console(stderr=False, quiet=as_json))
     if as_json:
         print_json(result)
 

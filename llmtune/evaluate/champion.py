@@ -153,7 +153,7 @@ def count_look(recipe: Recipe, champion: ScoredRun, fingerprint: str, trained: s
 
 KEY = "evaluate.champion"
 NAME, OWN = "the champion", "this run"
-NOTHING = Evaluation({}, {}, {}, (), (), 0)
+NOTHING = Evaluation({}, {}, {}, (), 0)
 NONE_ASKED = PerRowScores()
 ROWS_FIX = (
     "Keep the test rows in a file, the same for both: write it with llmtune prepare RECIPE --write-test FILE, and set "

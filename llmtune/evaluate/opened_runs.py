@@ -347,5 +347,5 @@ def open_release(path: Path, name: str) -> ScoredRun:
     except ValueError as error:
         raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
     scores = found["base"], found["tuned"], found["difference"]
-    evaluation = Evaluation(*scores, (), (), found["rows"], found["signatures"])
+    evaluation = Evaluation(*scores, (), found["rows"], found["signatures"])
     return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))

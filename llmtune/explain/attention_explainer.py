@@ -44,7 +44,7 @@ from llmtune.explain.token_text import TokenLine, name_tokens, token_label
 from llmtune.model.causal_lm_loss import decoder_inputs
 from llmtune.model.memory_plan import context_length
 from llmtune.report.blocks import Block, Bullets, Column, Html, Page, Section, Table, Text
-from llmtune.report.render_terminal import follow, spinner
+from llmtune.report.render_terminal import spinner, track_items
 from llmtune.tasks.text_to_text import target_ids
 
 LONGEST_ANSWER = 64
@@ -97,7 +97,7 @@ class AttentionExplainer(Explainer):
         target, inputs, tensors = self.target, self.inputs, self.inputs.text_tensors
         source = inputs.frames or TokenLine.of(name_tokens(target.processor, inputs.ids))
         self.answer: str | None = None
-        for number, name in enumerate(follow(self.console, target.models, "attention")):
+        for number, name in enumerate(track_items(self.console, target.models, "attention")):
             with target.open_model(name) as model:
                 if number == 0:
                     line = None

@@ -36,7 +36,7 @@ from llmtune.model.config import architecture_class, find_class
 from llmtune.model.device import is_out_of_memory, pick_device
 from llmtune.model.processor import count_ids
 from llmtune.records import ModelRef
-from llmtune.report.render_terminal import follow
+from llmtune.report.render_terminal import track_items
 
 UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError)
 """What models raise that look at numbers as they run."""
@@ -278,7 +278,7 @@ def measure_block(
         arguments = {tokens: capture_arguments(fake, modules, tokens) for tokens in lengths}
         block._apply(lambda fake: _constant(fake, 0.02, device))
         ends, least = time.perf_counter() + budget_seconds, min(RUN_SECONDS, budget_seconds / 20)
-        for tokens in follow(console, lengths, "measuring"):
+        for tokens in track_items(console, lengths, "measuring"):
             if points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
                 break
             seconds = [time_module(*pair, device, least) for pair in zip(modules, arguments[tokens], strict=True)]

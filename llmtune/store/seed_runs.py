@@ -61,6 +61,12 @@ def share_rows(folder: RunFolder, out: Path, fingerprint: str) -> None:
             write_json(target / MANIFEST, {"fingerprint": fingerprint, "steps": steps, "findings": findings})
 
 
+def kept_findings(folder: RunFolder) -> dict[str, object]:
+    """Return the findings of a run that its further seeds and its reproduction keep."""
+    names = ("micro_batch_tokens", "gradient_checkpointing")
+    return {name: folder.findings[name] for name in names if name in folder.findings}
+
+
 def link(source: str, target: str) -> None:
     """Give a file a second name where the file system can, else copy it: a step never changes a file in place."""
     try:
