@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from llmtune.errors import DataError
 from llmtune.recipe.eval_suites_section import is_task_file
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 
 PACKAGE = "lm_eval"
 
@@ -36,7 +36,7 @@ def read_task_file(path: Path) -> dict[str, object]:
     reader = YAML(typ="rt", pure=True)
     reader.allow_duplicate_keys = True
     try:
-        content = reader.load(read_text(path))
+        content = reader.load(read_text_file(path))
     except FileNotFoundError:
         raise DataError.of("task file not found", str(path), "Correct evaluate.benchmarks.") from None
     except OSError as error:

@@ -22,7 +22,7 @@ import numpy as np
 from llmtune.evaluate.metric import Measure, columns, measure_right, measure_shares, ratio
 from llmtune.evaluate.paired_statistics import Ends, Floats, Formula, share_ends
 from llmtune.evaluate.range_ends import bleu_ends, chrf_ends, error_ends
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 
 if TYPE_CHECKING:
     from jiwer import AlignmentChunk
@@ -314,7 +314,7 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
         found = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
-    content = json.loads(read_text(Path(found)))
+    content = json.loads(read_text_file(Path(found)))
     return {str(british): str(american) for british, american in content.items()} if isinstance(content, dict) else None
 
 

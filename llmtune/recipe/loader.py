@@ -72,10 +72,10 @@ def resolve(root: Node, file: Path) -> LoadedRecipe:
 
 
 def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[str] = ()) -> LoadedRecipe:
-    """Load the resolved recipe of a run: values have the origins that stand as comments behind them.
+    """Load the resolved recipe of a run: the comment after a value is its origin.
 
-    What `--set` changes has `--set`, a value without a comment its line. What was a default in one of the `changeable`
-    sections counts as not stated beside `sets`, so that it does not stand in the way of what is set.
+    What `--set` changes has `--set`, a value without a comment its line. Defaults in the
+    `changeable` sections count as not stated, so they never conflict with `sets`.
 
     Raises RecipeError.
     """

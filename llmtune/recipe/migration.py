@@ -23,19 +23,19 @@ HELD_OUT: dict[str, tuple[object, str]] = {
     "data.test": (0, "none are held out there; 0.1 measures what the tuning did"),
     "data.deduplicate": ("none", "copies are learned there; near keeps one of them"),
 }
-"""What a recipe does by itself, and other tools do not: what they do, and a word on it."""
+"""Defaults of a recipe that other tools do not share: what they do instead, and a note."""
 REQUIRED = {
     "task": (DEFAULT_TASK, "SET: the task"),
     "data.train": ("rows.jsonl", "SET: the rows"),
     "model.name": ("owner/model", "SET: the model"),
 }
-"""What a recipe needs, and what stands for it where the configuration does not say it."""
+"""Required keys, each with a placeholder and a note for the user."""
 
 
 def migrate_config(
     file: Path, out: Path, tool: str | None = None, task: str | None = None
 ) -> tuple[Migration, LoadedRecipe]:
-    """Make a recipe that will stand at `out`; return it, with what became of each key.
+    """Make a recipe to be written to `out`; return it, with what became of each key.
 
     Raises RecipeError where the file cannot be read, is of no known tool, or asks for what cannot be done at all.
     """
@@ -100,7 +100,8 @@ def _state_defaults(migration: Migration) -> None:
         if rule is None or _is_stated(config, key, rule) or ("times" in rule and whole):
             continue
         if isinstance(value, Mapping):
-            value = _doubled(migration, value["twice"])
+            once = migration.settings.get(value["twice"])
+            value = 2 * once.value if once is not None and isinstance(once.value, int) else None
         before = dict(migration.settings)
         apply_rule(migration, key, value, rule, "data.train.0")
         for ours, setting in list(migration.settings.items()):
@@ -126,11 +127,6 @@ def _state_defaults(migration: Migration) -> None:
 def _is_stated(config: ForeignConfig, key: str, rule: Mapping[str, Any]) -> bool:
     """Whether a configuration states a key; null states nothing, unless the rule says what it means."""
     return key in config.values and (config.values[key] is not None or "null" in rule.get("values", {}))
-
-
-def _doubled(migration: Migration, ours: str) -> object:
-    setting = migration.settings.get(ours)
-    return 2 * setting.value if setting is not None and isinstance(setting.value, int) else None
 
 
 def _count_tokens(migration: Migration) -> None:
@@ -167,7 +163,7 @@ def _check(migration: Migration, out: Path) -> LoadedRecipe:
 
 
 def nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Nest dotted keys; the items of a list stand by number."""
+    """Nest dotted keys; items of a list are keyed by number."""
     root: dict[str, Any] = {}
     for ours, setting in settings.items():
         here = root

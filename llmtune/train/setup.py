@@ -29,7 +29,7 @@ from llmtune.model.causal_lm_loss import DFT
 from llmtune.model.device import compute_context, pick_device, resolve_dtype
 from llmtune.records import AdaptedModel, Collate, Examples
 from llmtune.store.atomic_files import hash_value
-from llmtune.store.profile import resident_peak_bytes
+from llmtune.store.machine import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
 from llmtune.train.distributed import SILENCE_SECONDS
 from llmtune.train.metrics_log import start_trackers, tracker_folder
