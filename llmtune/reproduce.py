@@ -20,7 +20,6 @@ from llmtune.recipe.data_section import DataSection, Source
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json
-from llmtune.session import Options
 from llmtune.store.atomic_files import hash_file, list_folder, write_json
 from llmtune.store.diff_runs import (
     compare_losses,
@@ -32,6 +31,7 @@ from llmtune.store.diff_runs import (
 from llmtune.store.processes import rank
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
+from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import without_gates, without_seeds
 from llmtune.store.verification import Verification, relocated, split_pattern, verify_run
 
@@ -72,7 +72,7 @@ def reproduce(
     refuse_changed(verification)
     lock = read_lock(run / LOCK)
     loaded = move_recipe(recipe_of_run(folder), lock, run)
-    options = Options(
+    request = RunRequest(
         out=target,
         fresh=fresh,
         offline=offline,
@@ -81,7 +81,7 @@ def reproduce(
         findings={name: folder.findings[name] for name in KEPT if name in folder.findings},
     )
     loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
-    run_pipeline(loaded, options, console)  # without gates: what counts is whether the same comes out
+    run_pipeline(loaded, request, console)  # without gates: what counts is whether the same comes out
     if rank():
         return {}
     result = compare_with_original(folder, target, lock, verification, tolerances or Tolerances())

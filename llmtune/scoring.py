@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -21,47 +20,41 @@ from llmtune.evaluate.champion import make_challenge
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, make_inputs, resolve_choices
 from llmtune.evaluate.evaluation_file import save_evaluation
 from llmtune.evaluate.evaluator import evaluate
-from llmtune.evaluate.inference import measure, predict
+from llmtune.evaluate.inference import compute_metrics, predict
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
 from llmtune.evaluate.results import load_base
 from llmtune.model.config import head_is_new
 from llmtune.model.device import release_memory
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.records import Examples, ModelRef, Rows
+from llmtune.records import Examples, Rows
 from llmtune.session import Models, RunContext, open_finished
 from llmtune.train.distributed import join_processes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
+def score_models(context: RunContext, folder: Path | None, base_folder: Path | None) -> None:
+    """Evaluate both models, all processes together; rank 0 has a `folder`, and leaves the evaluation there.
 
-def score_models(
-    context: RunContext,
-    model_ref: ModelRef,
-    processor: PreTrainedTokenizerBase,
-    rows: Rows,
-    examples: Examples,
-    folder: Path | None,
-) -> None:
-    """Evaluate both models, all processes together; rank 0 has a `folder`, and leaves the evaluation there."""
-    recipe = context.recipe
-    join_processes(context.device)
-    models = Models(context, model_ref, processor)
-    base = base_inputs(recipe, adapter_settings(recipe), model_ref, rows, examples, context.device)
+    `base_folder` may hold what the base answered before.
+    """
+    plan, rows, examples = context.plan, context.rows, context.examples
+    recipe, model_ref = plan.recipe, plan.model_ref
+    join_processes(plan.device)
+    models = Models(context)
+    base = base_inputs(recipe, adapter_settings(recipe), model_ref, rows, examples, plan.device)
     evaluation = evaluate(
         {"base": models.before, "tuned": models.tuned},
-        processor,
+        plan.processor,
         rows,
         examples,
-        context.task,
+        plan.task,
         recipe,
         context.console,
-        device=context.device,
+        device=plan.device,
         folder=folder,
-        headless=head_is_new(model_ref, recipe, context.task),
+        headless=head_is_new(model_ref, recipe, plan.task),
         packs=lambda: models.packs,
-        known=load_base(context.base, base),
+        known=load_base(base_folder, base),
         challenge=make_challenge(context.folder, partial(ask_champion, context, rows, examples)),
     )
     if folder is not None:
@@ -104,20 +97,20 @@ def measure_champion(
 
     Raises DataError where none can be.
     """
-    other, model_ref = open_finished(run, context.console, context.offline)
-    processor, task = other.read_processor(model_ref), other.task
+    other = open_finished(run, context.console, context.request.offline)
+    plan, processor, task = other.plan, other.plan.processor, other.plan.task
     references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
-    choices = resolve_choices(known, task, other.recipe, references, SPLIT)
+    choices = resolve_choices(known, task, plan.recipe, references, SPLIT)
     answers = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
-    asked = EvaluateSection(metrics=other.recipe.evaluate.metrics, choices=choices if answers & {*choices} else None)
-    data = other.recipe.data.model_copy(update={"max_dropped": 1.0})
-    recipe = other.recipe.model_copy(update={"evaluate": asked, "data": data})
+    asked = EvaluateSection(metrics=plan.recipe.evaluate.metrics, choices=choices if answers & {*choices} else None)
+    data = plan.recipe.data.model_copy(update={"max_dropped": 1.0})
+    recipe = plan.recipe.model_copy(update={"evaluate": asked, "data": data})
     encoded = encode_rows(picked, task, processor, recipe, folder, Console(quiet=True))
     inputs = make_inputs(picked, encoded, task, processor, recipe)
-    evaluation = EvalContext(recipe, task, processor, inputs, context.device, context.console)
-    models = Models(other, model_ref, processor)
+    evaluation = EvalContext(recipe, task, processor, inputs, context.plan.device, context.console)
+    models = Models(other)
     with models.tuned() as model:
         answered = predict(model, "champion", evaluation, models.packs)
     del model
     release_memory()
-    return measure(evaluation, answered, answered), inputs.rows
+    return compute_metrics(evaluation, answered, answered), inputs.rows

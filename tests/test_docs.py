@@ -81,6 +81,12 @@ def test_modules_that_a_page_names_exist() -> None:
     assert not [file for file in sorted(named) if not (ROOT / file).is_file()]
 
 
+def test_the_map_of_the_support_code_names_every_file() -> None:
+    folder = ROOT / "tests" / "support"
+    named = re.findall(r"^\| `(\w+\.py)`", (folder / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in folder.glob("*.py") if path.name != "__init__.py")
+
+
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path, tiny_llama: Path) -> None:
     """From an empty folder with a CSV, as it is typed there; only the model is a tiny one."""

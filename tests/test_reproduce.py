@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.finished import write_sums
-from support.runs import invoke, write_recipe
+from support.runs import invoke, write_recipe, write_sums
 
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.reproduce import Tolerances, explain_difference, reproduce
-from llmtune.session import Options
 from llmtune.store.run_folder import read_run
 from llmtune.store.run_lock import LOCK
+from llmtune.store.run_request import RunRequest
 
 ADAPTER = "adapter/adapter_model.safetensors"
 BUDGET = 128
@@ -35,7 +34,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     write_sums(made / "rows.jsonl")
     sections: dict[str, Any] = {"train": {"num_train_epochs": 1}, "evaluate": {"gates": ["accuracy >= 0"]}}
     recipe = write_recipe(made / "tiny.yaml", "./model", "rows.jsonl", **sections)
-    options = Options(out=made / "runs/tiny", findings={"micro_batch_tokens": BUDGET})
+    options = RunRequest(out=made / "runs/tiny", findings={"micro_batch_tokens": BUDGET})
     run_pipeline(load_recipe(recipe), options, Console(file=io.StringIO()))
     return made.rename(tmp_path_factory.mktemp("moved") / "project")
 

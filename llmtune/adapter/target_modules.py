@@ -59,7 +59,9 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
         targets, more = _keep_layers(targets, adapter.layers_to_transform)
         problems += more
     problems += [*_check_patterns(adapter, targets), *_check_bias(model, adapter, targets)]
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _writes(model):
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    output = getattr(model, "get_output_embeddings", None)
+    if tied and (output is None or output() is not None):  # a classifier's head is tied to nothing
         problems += [
             Problem(
                 f"{name!r} shares its weight with the embedding, which an adapter on it alone would pull apart",
@@ -96,7 +98,7 @@ def find_unmatched_parameters(model: torch.nn.Module, patterns: Sequence[str]) -
 
 
 def count_adapted(model: torch.nn.Module) -> int:
-    """Return how many weights of the base have an adapter beside them."""
+    """Return how many weights of the base have an adapter."""
     total = 0
     for module in model.modules():
         if isinstance(module, ParamWrapper):
@@ -111,7 +113,7 @@ def count_adapted(model: torch.nn.Module) -> int:
     return total
 
 
-def shorten(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
+def shorten_targets(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
     """Return name endings that match exactly `targets` in `model` if there are any, else the full names; sorted."""
     endings = sorted({name.rpartition(".")[2] for name in targets})
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
@@ -138,7 +140,7 @@ def are_transposed(model: torch.nn.Module) -> bool:
 
 
 def _is_adaptable(model: torch.nn.Module, name: str) -> bool:
-    """Whether PEFT puts a LoRA on this module: not where Mamba's kernels read its weights behind the module's back."""
+    """Whether PEFT puts a LoRA on this module: not where Mamba's kernels read its weights directly."""
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
     except ValueError:
@@ -162,11 +164,11 @@ def _match(
     matched = {entry: ends_with(names, entry) for entry in patterns}
     hits = {name for found in matched.values() for name in found}
     return [name for name in names if name in hits], [
-        _no_match(e, key, known) for e, found in matched.items() if not found
+        _unmatched(e, key, known) for e, found in matched.items() if not found
     ]
 
 
-def _no_match(entry: str, key: str, known: Sequence[str]) -> Problem:
+def _unmatched(entry: str, key: str, known: Sequence[str]) -> Problem:
     endings = list(group_by_ending(known))
     what = f"{entry!r} matches no module of this model.{nearest(entry, endings) or nearest(entry, known)}"
     return Problem(what, key, _list_linears(known))
@@ -201,7 +203,7 @@ def _check_patterns(adapter: AdapterSection, targets: Sequence[str]) -> list[Pro
                 what = f"{pattern!r} cannot be matched as a regular expression: {error}"
                 return [Problem(what, f"adapter.{key}", "Write a simpler one.")]
             if not matches:
-                problems.append(_no_match(pattern, f"adapter.{key}.{pattern}", targets))
+                problems.append(_unmatched(pattern, f"adapter.{key}.{pattern}", targets))
     return problems
 
 
@@ -221,9 +223,3 @@ def _ends_with_pattern(pattern: str, name: str) -> bool:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error:
         return False
-
-
-def _writes(model: torch.nn.Module) -> bool:
-    """Whether a model has an output layer over its vocabulary: a classifier's head is tied to nothing."""
-    output = getattr(model, "get_output_embeddings", None)
-    return output is None or output() is not None

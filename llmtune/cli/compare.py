@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @handled
-def compare(
+def compare_command(
     what: Annotated[
         list[str], typer.Argument(metavar="RUN RUN... | RECIPE", help="Run folders; or one recipe, with --methods.")
     ],
@@ -83,7 +83,7 @@ def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str], 
 
 
 @handled
-def sweep(
+def sweep_command(
     recipe: RecipeArgument,
     space: Annotated[Path, typer.Option("--space", metavar="FILE", help="The keys to search, with their values.")],
     trials: Annotated[int, typer.Option("--trials", min=2, help="So many, the recipe as it is among them.")] = 20,
@@ -111,4 +111,4 @@ def sweep(
         print_json(result)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"compare": compare, "sweep": sweep}
+COMMANDS: dict[str, Callable[..., None]] = {"compare": compare_command, "sweep": sweep_command}

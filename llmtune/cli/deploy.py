@@ -122,9 +122,9 @@ def _check_engine(engine: str, stated: list[str]) -> None:
         RecipeError.collect(Problem("has no effect with --engine vllm", name, fix) for name in stated)
 
 
-@app.command()
+@app.command("merge")
 @handled
-def merge(
+def merge_command(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/merged).")] = None,
     onto: Annotated[
@@ -141,10 +141,10 @@ def merge(
     """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.merged_model import merge as merge_run
+        from llmtune.deploy.merged_model import merge_run
         from llmtune.session import open_finished
 
-    certificate = merge_run(*open_finished(run, stderr_console(), offline), out, onto=onto, dtype=dtype)
+    certificate = merge_run(open_finished(run, stderr_console(), offline), out, onto=onto, dtype=dtype)
     if as_json:
         print_json(certificate)
 
@@ -157,7 +157,7 @@ def gguf(
         str, typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_k_m (needs llama.cpp); an adapter: f32, f16.")
     ] = "f16",
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="The LoRA alone, to go beside the GGUF file of its base.")
+        bool, typer.Option("--adapter-only", help="The LoRA alone, for use with the GGUF file of its base.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/gguf/TYPE).")] = None,
     onto: Annotated[
@@ -173,10 +173,8 @@ def gguf(
         from llmtune.deploy.gguf_export import make_gguf
         from llmtune.session import open_finished
 
-    context, model_ref = open_finished(run, stderr_console(), offline)
-    certificate = make_gguf(
-        context, model_ref, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto
-    )
+    context = open_finished(run, stderr_console(), offline)
+    certificate = make_gguf(context, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto)
     if as_json:
         print_json(certificate)
 
@@ -189,7 +187,7 @@ def publish(
     repo: Annotated[str | None, typer.Option("--repo", metavar="OWNER/NAME", help="A model on the hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the hub's repository private.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of the adapter.")] = False,
-    gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file to put beside it.")] = None,
+    gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file to publish with it.")] = None,
     base_model: Annotated[
         str | None, typer.Option("--base-model", metavar="OWNER/NAME", help="Which model of the hub a local base is.")
     ] = None,

@@ -71,7 +71,7 @@ def init(
     if not readings:
         raise _unread(survey, task, mapped)
     reading = _choose(readings, asks, console)
-    _describe(survey, reading, readings, console)
+    _print_survey(survey, reading, readings, console)
     text, model = _propose(survey, reading, target, model)
     with explained(target):
         target.write_text(text, encoding="utf-8")
@@ -152,9 +152,9 @@ def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
 
 def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> tuple[str, str]:
     """Return the text of the recipe, and the model that it names."""
-    from llmtune.data.schema_inference import flow, source_line
     from llmtune.recipe.data_section import Source
     from llmtune.recipe.first_recipe import propose_model, write_first_recipe
+    from llmtune.recipe.yaml_writer import flow, source_line
     from llmtune.store.machine import likely_device, list_cards, process_memory_limit
 
     cuda = likely_device() == "cuda"
@@ -189,9 +189,9 @@ def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
     return None
 
 
-def _describe(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
+def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print what was seen, so that a person can tell whether it is right."""
-    from llmtune.data.suspect_rows import suspicions
+    from llmtune.data.preparation import suspicions
 
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""

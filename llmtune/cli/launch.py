@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -25,9 +24,10 @@ from llmtune.cli.options import (
     Threads,
 )
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
-from llmtune.cli.run import print_dry_run, refuse_both, with_model
+from llmtune.cli.run import print_result, refuse_both, with_model
 from llmtune.errors import Problem, Stopped
 from llmtune.launch.python_api import run_recipe
+from llmtune.store.run_request import RunRequest
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
 Processes = Annotated[
@@ -101,22 +101,19 @@ def local(
     """Run here: all steps, by N processes of this machine or of several that train and evaluate together."""
     from llmtune.launch.topology import Topology
 
+    request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run)
     refuse_both(resume, fresh)
-    sets = with_model(sets, model)
-    topology, console = (
-        Topology(processes, strategy, machines, rank, address, max_restarts),
-        stderr_console(quiet=quiet),
-    )
+    sets, console = with_model(sets, model), stderr_console(quiet=quiet)
+    topology = Topology(processes, strategy, machines, rank, address, max_restarts)
     if dry_run:
-        plan = partial(run_recipe, recipe, sets, out=out, until="run", layout=topology.layout, dry_run=True)
-        result = plan(resume=resume, fresh=fresh, lock=lock, threads=threads, offline=offline, console=console)
-        print_json(result) if as_json else print_dry_run(result)
+        result = run_recipe(recipe, sets, replace(request, layout=topology.layout), console)
+        print_result(result, as_json=as_json, dry_run=True)
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its sockets warn of each attempt
-    from llmtune.launch.local_processes import launch_run, words_of
+    from llmtune.launch.local_processes import launch_run
 
-    words = words_of(out=out, resume=resume, fresh=fresh, lock=lock, offline=offline, quiet=quiet, as_json=as_json)
-    launch_run(recipe, sets, words, topology, console, threads=threads)
+    words = [word for word, given in (("--quiet", quiet), ("--json", as_json)) if given]
+    launch_run(recipe, sets, request, topology, console, words)
 
 
 @app.command()
@@ -154,10 +151,10 @@ def slurm(
     from llmtune.launch.topology import Topology
 
     console = stderr_console(quiet=quiet)
-    sets = with_model(sets, model)
     address = "HOST:1" if machines > 1 else None  # the job knows the real one
     topology = Topology(processes, strategy, machines, 0, address, max_restarts)
-    job = cluster.plan_job(recipe, sets, out, topology, _forwarded(sets, lock, threads, offline))
+    request = RunRequest(out, lock=lock, threads=threads, offline=offline)
+    job = cluster.plan_job(recipe, with_model(sets, model), request, topology)
     own = {"partition": partition, "account": account, "qos": qos, "time": time, "gres": gres, "mem": mem}
     own |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task, "constraint": constraint}
     stated = {name: value for name, value in own.items() if value}
@@ -172,15 +169,6 @@ def slurm(
         print_json(sent)
     elif dry_run:
         print_text(script)
-
-
-def _forwarded(sets: list[str], lock: Path | None, threads: int | None, offline: bool) -> tuple[str, ...]:
-    """Return the options of `run` that the job gets."""
-    options = [word for one in sets for word in ("--set", one)]
-    options += ["--lock", os.path.relpath(lock)] if lock else []
-    options += ["--threads", str(threads)] if threads else []
-    options += ["--offline"] if offline else []
-    return tuple(options)
 
 
 def _follow(job: str, follow: Callable[[], None]) -> None:

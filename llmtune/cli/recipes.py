@@ -15,9 +15,6 @@ from llmtune.errors import RecipeError
 from llmtune.recipe.task_facts import DEFAULT_TASK
 from llmtune.store.atomic_files import explained
 
-TOOLS = "axolotl, llamafactory or trl"
-Tool = Annotated[str | None, typer.Option("--tool", help=f"Whose file it is: {TOOLS} (default: by its keys).")]
-
 
 def migrate_file(
     file: Path, out: Path | None = None, tool: str | None = None, task: str | None = None, as_json: bool = False
@@ -56,14 +53,17 @@ def migrate_file(
 
 
 @handled
-def migrate(
+def migrate_to_recipe(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="YAML, JSON, or a file with the command line of the other tool.")
     ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Write to this file (default: FILE.llmtune.yaml beside it).")
     ] = None,
-    tool: Tool = None,
+    tool: Annotated[
+        str | None,
+        typer.Option("--tool", help="Whose file it is: axolotl, llamafactory or trl (default: by its keys)."),
+    ] = None,
     task: Annotated[str | None, typer.Option("--task", help="The task, where the file does not say it.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -76,7 +76,7 @@ app = typer.Typer(help="Recipes: list, show, new, check, schema, migrate.", no_a
 
 @app.command("list")
 @handled
-def list_(as_json: AsJson = False) -> None:
+def list_shipped(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
     from rich.console import Console
     from rich.table import Table
@@ -95,9 +95,9 @@ def list_(as_json: AsJson = False) -> None:
     Console().print(table)
 
 
-@app.command()
+@app.command("show")
 @handled
-def show(
+def show_recipe(
     recipe: RecipeArgument,
     sets: Sets = None,
     origin: Annotated[bool, typer.Option("--origin", help="Say where each value comes from.")] = False,
@@ -172,4 +172,4 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
-app.command("migrate")(migrate)
+app.command("migrate")(migrate_to_recipe)

@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
 SHOWN = 16
 """Characters of a hash or value that the table shows."""
-STYLES = {"same": "green", "changed": "red", "missing": "red", "added": "red", "differs": "yellow", "unknown": "yellow"}
+FINDING_STYLES = {
+    "same": "green",
+    "changed": "red",
+    "missing": "red",
+    "added": "red",
+    "differs": "yellow",
+    "unknown": "yellow",
+}
 
 
 @handled
-def verify(
+def verify_command(
     run: RunArgument,
     strict: Annotated[bool, typer.Option("--strict", help="Versions of packages must be the same as well.")] = False,
     as_json: AsJson = False,
@@ -65,13 +72,13 @@ def _print_findings(findings: Sequence[Finding]) -> None:
         for finding in those:
             if finding.state != "same":
                 values = [escape((value or "")[:SHOWN]) for value in (finding.was, finding.now)]
-                state = f"[{STYLES[finding.state]}]{finding.state}[/]"
+                state = f"[{FINDING_STYLES[finding.state]}]{finding.state}[/]"
                 table.add_row(kind, escape(finding.name), state, *values)
     VisibleConsole(highlight=False).print(table)
 
 
 @handled_by_all
-def reproduce(
+def reproduce_command(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="The new run folder (default: RUN-reproduced).")] = None,
     loss_tolerance: Annotated[
@@ -93,8 +100,7 @@ def reproduce(
     threads = threads or read_lock(run / LOCK).get("threads")
     prepare_environment(network=names_remote(recipe_of_run(folder).recipe) and not offline, threads=threads)
     with gc_paused():
-        from llmtune.reproduce import Tolerances, explain_difference, processes_of
-        from llmtune.reproduce import reproduce as train_again
+        from llmtune.reproduce import Tolerances, explain_difference, processes_of, reproduce
 
     if (count := processes_of(folder)) > 1 == world_size():
         from llmtune.launch.local_processes import launch
@@ -104,7 +110,7 @@ def reproduce(
         launch(["-m", "llmtune", *sys.argv[1:]], topology, stderr_console(), threads=threads)
         return
     tolerances = Tolerances(loss_tolerance, score_tolerance)
-    result = train_again(run, stderr_console(), out=out, fresh=fresh, offline=offline, tolerances=tolerances)
+    result = reproduce(run, stderr_console(), out=out, fresh=fresh, offline=offline, tolerances=tolerances)
     if not result:
         return
     if as_json:
@@ -138,4 +144,4 @@ def _print_reproduction(result: Json) -> None:
     VisibleConsole(highlight=False).print(table)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"verify": verify, "reproduce": reproduce}
+COMMANDS: dict[str, Callable[..., None]] = {"verify": verify_command, "reproduce": reproduce_command}

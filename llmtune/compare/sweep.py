@@ -96,12 +96,12 @@ def conclude_sweep(
 
 def _evaluate(trial: FrozenTrial, recipe: str, options: SweepOptions, out: Path, console: Console) -> None:
     from llmtune.pipeline import run_pipeline
-    from llmtune.session import Options
+    from llmtune.store.run_request import RunRequest
 
     loaded = alone(load_with_values(recipe, options.sets, trial.params))
     first, run = sweep_trial_folder(out, 0), sweep_trial_folder(out, trial.number)
     base = first / "evaluation" if trial.number else None
-    run_pipeline(loaded, Options(out=run, offline=options.offline, until="evaluate", base=base), console)
+    run_pipeline(loaded, RunRequest(out=run, offline=options.offline, until="evaluate", base=base), console)
 
 
 def _judge(study: Study, winner: FrozenTrial, out: Path) -> SweepResult:

@@ -200,8 +200,8 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
     from optuna.trial import Trial
 
     from llmtune.pipeline import run_pipeline
-    from llmtune.session import Options
     from llmtune.store.process_environment import prepare_environment
+    from llmtune.store.run_request import RunRequest
     from llmtune.train.metrics_log import ON_VALIDATION
 
     prepare_environment(network=not options.offline, threads=options.threads)
@@ -229,7 +229,7 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
         try:
             for step, loss in validations(run).items():  # of a run that was stopped, maybe before it told them
                 watch(step, loss)
-            run_pipeline(loaded, Options(out=run, offline=options.offline, until="train"), Console(file=StringIO()))
+            run_pipeline(loaded, RunRequest(out=run, offline=options.offline, until="train"), Console(file=StringIO()))
         finally:
             ON_VALIDATION.reset(token)
     except Pruned:

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from llmtune.data.reasoning_text import THINK_CLOSE, THINK_OPEN
-
-Json = dict[str, object]
+from llmtune.data.message_fields import THINK_CLOSE, THINK_OPEN
+from llmtune.records import Json
 
 QUESTION: Json = {"role": "user", "content": "What is the probe?"}
 ANSWER = "The answer of the probe is 4217."

@@ -9,9 +9,11 @@ from typing import cast
 
 from transformers.utils.chat_parsing import ResponseParser
 
+from llmtune.data.answer_format import NO_CALLS
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.chat_template import ChatTemplate, Tools
 from llmtune.data.tokenization import decode
+from llmtune.records import Json
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ def parse_answer(
     """
     stray: Collection[str] = ()
     if isinstance(generated, str):
-        text, complete = template.cut_end(generated)
+        ends = [template.facts.end, template.facts.calls.end, template.processor.eos_token]
+        at = min((generated.index(end) for end in ends if end and end in generated), default=None)
+        text, complete = generated[:at], at is not None
     else:
-        ends = template.end_ids
-        ids = list(takewhile(lambda token: token not in ends, generated))
+        end_ids = template.end_ids
+        ids = list(takewhile(lambda token: token not in end_ids, generated))
         text, complete = decode(template.processor, ids), len(ids) < len(generated)
         added = template.processor.added_tokens_decoder
         stray = {added[token].content for token in ids if token in added and added[token].special}
@@ -54,12 +58,12 @@ def parse_answer(
         message, _ = parser.finalize()
         calls = tuple(canonical_call(call) for call in message.get("tool_calls") or ())
     except (ValueError, KeyError, TypeError) as error:
-        return ParsedAnswer(_without(stray, text), complete=complete, error=str(error).splitlines()[0])
+        return ParsedAnswer(_remove_tokens(stray, text), complete=complete, error=str(error).splitlines()[0])
     reasoning = message.get("reasoning_content") or message.get("thinking")
-    return ParsedAnswer(_without(stray, str(message.get("content") or "")), reasoning or None, calls, complete)
+    return ParsedAnswer(_remove_tokens(stray, str(message.get("content") or "")), reasoning or None, calls, complete)
 
 
-def _without(stray: Collection[str], text: str) -> str:
+def _remove_tokens(stray: Collection[str], text: str) -> str:
     """Take out special tokens that mark no part of an answer, as a model that has not learned the template writes."""
     for token in stray:
         text = text.replace(token, "")
@@ -73,9 +77,20 @@ def response_parser(template: ChatTemplate, tools: Tools = None, prompt: str | N
     template may name the thoughts `thinking`.
     """
     supplied = template.facts.supplied if prompt is None or prompt.endswith(template.facts.supplied) else ""
-    if not tools:
-        return ResponseParser(template.response_template(calls=False), prefix=supplied)
-    return ResponseParser(template.response_template(calls=True), prefix=supplied, tools=list(tools))
+    form = response_template(template, calls=bool(tools))
+    return ResponseParser(form, prefix=supplied, tools=list(tools) if tools else None)
+
+
+def response_template(template: ChatTemplate, calls: bool) -> Json:
+    """Return how transformers' `ResponseParser` reads answers: the tokenizer's own way, or as the facts show.
+
+    Without `calls`, what looks like a call of a tool is text.
+    """
+    own = getattr(template.processor, "response_template", None)
+    if own is None:
+        return template.facts.response_template(template.facts.calls if calls else NO_CALLS)
+    fields = own["fields"].items()
+    return {**own, "fields": {name: field for name, field in fields if calls or name != "tool_calls"}}
 
 
 def canonical_call(call: Mapping[str, object]) -> ToolCall:

@@ -1,4 +1,4 @@
-"""Rows from Arrow (Parquet, data sets on the hub), without the keys that Arrow filled in.
+"""Rows from Arrow: Parquet files, and what data sets on the hub share with them.
 
 A struct column has one set of keys for all rows: those of every row together. A call of `add` gets `city: null`
 because a call of `weather` has a city. Nothing marks those nulls, so every null key inside a column goes. Columns
@@ -7,8 +7,26 @@ themselves stay, and so do nulls in lists.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmtune.data.byte_streams import GROWN_BYTES, MAX_GROWTH, Advance, GrowthError
+from llmtune.data.object_store import RemoteFile
+from llmtune.data.rejected_rows import RawRow, RowError
+from llmtune.errors import DataError, first_line
+from llmtune.recipe.user_files import check_regular
+
+MAX_COLUMNS = 2000
+PARQUET_ROWS = 512
+PARQUET_BYTES = 2**27
+"""A batch of more is turned into rows one by one."""
+UNREADABLE_VALUES = (ValueError, OverflowError, LookupError, ImportError, pa.ArrowException)
 
 
 class ArrowRow(dict[str, object]):
@@ -41,3 +59,77 @@ def _drop(value: object, feature: Any) -> tuple[object, int]:
     kept = {key: _drop(one, of_key.get(key)) for key, one in value.items() if one is not None}
     filled = len(value) - len(kept) + sum(inner for _, inner in kept.values())
     return {key: one for key, (one, _) in kept.items()}, filled
+
+
+def read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Iterator[RawRow]:
+    """Yield the rows of a Parquet file, each with its origin; raises GrowthError for a bomb."""
+    size = path.size if isinstance(path, RemoteFile) else check_regular(path).st_size
+    with pq.ParquetFile(path.open() if isinstance(path, RemoteFile) else path) as file:
+        check_column_names(file.schema_arrow.names, name)
+        classes = _class_names(file.schema_arrow.metadata or {})
+        total, number, grown = file.metadata.num_rows, 0, 0
+        for batch in file.iter_batches(batch_size=_batch_rows(file.metadata)):
+            advance(size * batch.num_rows // total)
+            grown += batch.nbytes
+            if grown > GROWN_BYTES and grown > MAX_GROWTH * size:
+                raise GrowthError
+            whole = None if batch.nbytes > PARQUET_BYTES else _values(batch)
+            for index in range(batch.num_rows):
+                number += 1
+                value = whole[index] if isinstance(whole, list) else _values(batch.slice(index, 1))
+                value = value[0] if isinstance(value, list) else value
+                if isinstance(value, dict):
+                    value |= {
+                        name: name_classes(names, value[name]) for name, names in classes.items() if name in value
+                    }
+                    value = drop_filled(value)
+                yield f"{name}:row {number}", value
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Return the names of the classes that a column has as numbers, as the datasets library notes them in a file."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"].items()
+        whole = {column: feature for column, feature in features if isinstance(feature, dict)}
+        inner = {column: feature.get("feature", feature) for column, feature in whole.items()}
+        labels = {column: one for column, one in inner.items() if isinstance(one, dict) and one.get("names")}
+        return {column: list(one["names"]) for column, one in labels.items() if one.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError):  # another program's, or none
+        return {}
+
+
+def name_classes(names: Sequence[str], value: object) -> object:
+    """Return the name of a class, or of each in a list; what is no class, such as -1, is none."""
+    if isinstance(value, list):
+        return [name_classes(names, one) for one in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """Return how many rows to read at a time: a text that stands in a column once may be the value of all its rows."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size for group in groups), default=1)
+    return max(4, min(PARQUET_ROWS, 2 * PARQUET_BYTES // max(largest, 1)))
+
+
+def _values(batch: pa.RecordBatch) -> list[dict[str, object]] | RowError:
+    """Return rows as Python has them, or why it cannot: times out of range, unknown zones, text that is not UTF-8."""
+    try:
+        rows: list[dict[str, object]] = batch.to_pylist()
+    except UNREADABLE_VALUES as error:
+        if batch.num_columns > 1:
+            each = (_values(batch.select([name])) for name in batch.schema.names)
+            return next(one for one in each if isinstance(one, RowError))
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
+        return RowError(reason, f"column {batch.schema.names[0]!r}: {first_line(error)}")
+    return rows
+
+
+def check_column_names(names: Sequence[str], where: str) -> None:
+    """Raise DataError for more columns than a row has, or two of one name."""
+    if len(names) > MAX_COLUMNS:
+        what = f"{len(names):,} columns: rows have up to {MAX_COLUMNS:,}"
+        raise DataError.of(what, where, "Keep the columns that the task reads.")
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise DataError.of(f"two columns with the name {twice[0]!r}", where, "Rename one of them.")

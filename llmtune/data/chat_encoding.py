@@ -5,7 +5,7 @@ A training text is a list of segments, each learned or not; its ids are counted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -13,40 +13,80 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.chat_messages import UnwritableTextError, encode_marked, is_marked, unmark
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import (
     ChatTemplate,
+    PreparedChat,
     Rendered,
-    TemplateRefusal,
-    Tools,
-    marks_answers,
+    prepare_chats,
     read_template,
+    split_answer,
+    with_answer,
 )
-from llmtune.data.chat_turns import Chat, Segment, Turn, cut_turn, cut_turns, prepare_chats, with_answer
-from llmtune.data.control_tokens import UnwritableTextError, encode_marked, is_marked, unmark
-from llmtune.data.overlong import NOTHING, ChatFit, Encoded
-from llmtune.data.rendering_check import RenderingCheck
+from llmtune.data.overlong import NOTHING, ChatFit, only_last
+from llmtune.data.rendering_check import check_marks, find_missing
+from llmtune.data.task_interface import Encoded
+from llmtune.data.template_facts import TemplateRefusal
 from llmtune.data.tokenization import (
     Bordered,
+    Segment,
     continue_ids,
     count_shared,
-    cut_start,
-    decode,
     tokenize,
     tokenize_with_borders,
 )
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Example
 
+FEW_ANSWERS = 12
+"""Up to so many answers, each is rendered after all that is before it: windows would save nothing."""
+FIRST_TURNS = 4
+"""So many turns that windows gave are compared with the conversation's own, next to those further on."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An answer, and its place after all that is before it."""
+
+    index: int
+    answer: str
+    """It ends with an end-of-turn token."""
+    answer_bytes: int
+    """Bytes of the message in it, without what the template writes around the message."""
+    history: str
+    """A text that begins with what is before the answer; the turns of a long conversation share it."""
+    upto: int
+    """How many characters of it are before the answer."""
+    lead: str
+    """What the prompt has after them: `<think>`, or thoughts that are not learned."""
+
+    @property
+    def prompt(self) -> str:
+        """All that is before the answer."""
+        return self.history[: self.upto] + self.lead
+
+    @property
+    def start(self) -> int:
+        """Characters before the answer."""
+        return self.upto + len(self.lead)
+
+    def is_in(self, text: str, last: Turn) -> bool:
+        """Whether the text of the turn `last` begins with this turn's."""
+        same = text.startswith(self.lead + self.answer, self.upto)
+        return same and (self.history is last.history or text.startswith(self.history[: self.upto]))
+
 
 @dataclass(frozen=True)
 class Draft:
     """A training text, before it is tokenized."""
 
-    chat: Chat
+    chat: PreparedChat
     messages: int
     """How many messages of the conversation it renders."""
     segments: Sequence[Segment]
+    answer_bytes: Sequence[int]
+    """Bytes of messages in each learned segment; one number for all where everything is learned."""
 
     @cached_property
     def text(self) -> str:
@@ -79,46 +119,56 @@ def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, rec
     def encode(rows: Sequence[ChatRow]) -> list[Encoded]:
         chats = prepare_chats(rows, template, recipe)
         if data.train_on == "all":
-            return _encode(_draft_whole(rows, chats, template), template, _assemble_whole)
-        return _encode(_draft_turns(rows, chats, template, data.train_on), template, _assemble_turns)
+            return _encode_drafts(_draft_whole(rows, chats, template), template, _assemble_whole)
+        return _encode_drafts(_draft_turns(rows, chats, template, data.train_on), template, _assemble_turns)
 
-    fit = ChatFit(
-        encode=encode,
-        count_tokens=lambda texts: [len(ids) for ids in tokenize(processor, texts)],
-        shorten=lambda text, tokens: cut_start(processor, text, tokens),
-        on_overlong=data.on_overlong,
-        max_length=data.max_length,
-    )
+    fit = ChatFit(encode, processor, data.on_overlong, data.max_length)
     encoded = encode(rows)
-    return fit.fit([_only_last(row) for row in rows] if data.train_on == "last" else rows, encoded)
+    return fit.fit([only_last(row) for row in rows] if data.train_on == "last" else rows, encoded)
 
 
-def _only_last(row: ChatRow) -> ChatRow:
-    """Mark all answers but the last as not learned, so that this holds in each part of a split row."""
-    messages = row["messages"]
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    return {**row, "messages": [m if i == last else {**m, "train": False} for i, m in enumerate(messages)]}
+def _encode_drafts(rows: Sequence[Drafts], template: ChatTemplate, assemble: Assemble) -> list[Encoded]:
+    """Return what `assemble` makes of the texts of each row with their ids, or the reason why there is nothing."""
+    plain = [draft for row in rows if not isinstance(row, str) for draft in row if not is_marked(draft.text)]
+    borders = [draft.borders for draft in plain]
+    found = tokenize_with_borders(template.processor, [draft.text for draft in plain], borders)
+    bordered = {id(draft): ids for draft, ids in zip(plain, found, strict=True)}
+    encoded: list[Encoded] = []
+    for row in rows:
+        result: Encoded = row if isinstance(row, str) else []
+        for draft in () if isinstance(row, str) else row:
+            try:
+                parts = assemble(draft, template, bordered.get(id(draft)) or _encode_marked(draft, template))
+            except UnwritableTextError as error:
+                parts = str(error)
+            if isinstance(parts, str):
+                result = parts
+                break
+            result = [*result, *parts]
+        encoded.append(result)
+    return encoded
+
+
+def _encode_marked(draft: Draft, template: ChatTemplate) -> Bordered:
+    """Return the ids of a text with marked tokens, and how many are before each border."""
+    ids = encode_marked(template.processor, draft.text)
+    heads = [encode_marked(template.processor, draft.text[:border]) for border in draft.borders]
+    return ids, [count_shared(ids, head) for head in heads]
 
 
 # What is learned of a conversation: its answers
 
 
 def _draft_turns(
-    rows: Sequence[ChatRow], chats: Sequence[Chat | str], template: ChatTemplate, train_on: str
+    rows: Sequence[ChatRow], chats: Sequence[PreparedChat | str], template: ChatTemplate, train_on: str
 ) -> list[Drafts]:
     """Supervise the answers that are to be learned."""
-    asked = [_trained_answers(row, train_on) for row in rows]
-    asked = [
-        chat if isinstance(chat, str) and not isinstance(answers, str) else answers
-        for chat, answers in zip(chats, asked, strict=True)
-    ]
-    usable = [(chat, answers) for chat, answers in zip(chats, asked, strict=True) if not isinstance(answers, str)]
-    cut = iter(cut_turns(template, cast(list[tuple[Chat, list[int]]], usable)))
-    check = RenderingCheck(template)
-    return [
-        answers if isinstance(answers, str) else _draft_answers(cast(Chat, chat), next(cut), check)
-        for chat, answers in zip(chats, asked, strict=True)
-    ]
+    asked: list[tuple[PreparedChat, list[int]] | str] = []
+    for row, chat in zip(rows, chats, strict=True):
+        answers = _trained_answers(row, train_on)
+        asked.append(answers if isinstance(answers, str) else chat if isinstance(chat, str) else (chat, answers))
+    cut = iter(cut_turns(template, [one for one in asked if not isinstance(one, str)]))
+    return [one if isinstance(one, str) else _join_turns(one[0], next(cut), template) for one in asked]
 
 
 def _trained_answers(row: ChatRow, train_on: str) -> list[int] | str:
@@ -126,45 +176,112 @@ def _trained_answers(row: ChatRow, train_on: str) -> list[int] | str:
     answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant" and i > 0]
     if train_on == "last":
         answers = answers[-1:]
-    trained = [i for i in answers if row["messages"][i].get("train", True)]
-    if trained:
-        return trained
-    return f"{NOTHING}: no answer after a question" if not answers else f"{NOTHING}: every answer says train: false"
+    if not answers:
+        return f"{NOTHING}: no answer after a question"
+    return [i for i in answers if row["messages"][i].get("train", True)] or f"{NOTHING}: every answer says train: false"
 
 
-def _draft_answers(chat: Chat, turns: list[Turn] | str, check: RenderingCheck) -> Drafts:
-    """Join turns to texts, and look that each text has all that the conversation says."""
+def cut_turns(template: ChatTemplate, chats: Sequence[tuple[PreparedChat, Sequence[int]]]) -> list[list[Turn] | str]:
+    """Cut the answers with these numbers out of each conversation, or say why the template refuses one.
+
+    An answer is what the template writes for the conversation up to it, after the prompt for it. Rendering all of that
+    for every answer would take the square of the time, so a long conversation is rendered in windows first.
+    """
+    windows = [len(answers) > FEW_ANSWERS and _cut_windows(template, chat, answers) for chat, answers in chats]
+    rest = [one for one, turns in zip(chats, windows, strict=True) if not turns]
+    cut = _cut_last(template, [(chat, chat.messages[: i + 1], i) for chat, answers in rest for i in answers])
+    found: list[list[Turn] | str] = []
+    for (_, answers), turns in zip(chats, windows, strict=True):
+        parts: Sequence[Turn | TemplateRefusal] = turns or [next(cut) for _ in answers]
+        refusal = next((str(part) for part in parts if isinstance(part, TemplateRefusal)), None)
+        found.append([part for part in parts if isinstance(part, Turn)] if refusal is None else refusal)
+    return found
+
+
+def _cut_windows(template: ChatTemplate, chat: PreparedChat, answers: Sequence[int]) -> list[Turn] | None:
+    """Cut answers out of windows of a conversation; None where the template looks further than a window shows.
+
+    A window is the start of the conversation up to its first answer, then an answer and all up to the next. What the
+    windows add is put together. Some turns of the result, the last one included, have to be what the template writes
+    for the conversation itself.
+    """
+    steps = [i for i in range(1, answers[-1] + 1) if chat.messages[i]["role"] == "assistant"]
+    start = chat.messages[: steps[0]]
+    windows = [(chat, [*start, *chat.messages[before : i + 1]], i) for before, i in pairwise([steps[0], *steps])]
+    turns = [turn for turn in _cut_last(template, windows) if isinstance(turn, Turn)]
+    opener = template.facts.thoughts.opener
+    before = turns[0].history.removesuffix(opener) if len(turns) == len(steps) else None
+    if before is None or not all(turn.history.startswith(before) for turn in turns):
+        return None
+    leads = [opener if turn.history.endswith(opener) else "" for turn in turns]
+    added = [turn.history[len(before) :].removesuffix(lead) for turn, lead in zip(turns, leads, strict=True)]
+    history = before + "".join(added)
+    ends = accumulate(map(len, added[1:]), initial=len(before) + len(added[0]))
+    learned = {*answers}
+    turns = [
+        replace(turn, history=history, upto=end, lead=lead + turn.lead)
+        for turn, end, lead in zip(turns, ends, leads, strict=True)
+        if turn.index in learned
+    ]
+    checked = list(_checked(turns))
+    exact = _cut_last(template, [(chat, chat.messages[: turn.index + 1], turn.index) for turn in checked])
+    for turn, other in zip(checked, exact, strict=True):
+        if isinstance(other, TemplateRefusal) or (other.prompt, other.answer) != (turn.prompt, turn.answer):
+            return None
+    return turns
+
+
+def _checked(turns: Sequence[Turn]) -> Iterator[Turn]:
+    """Yield the last turn, the one in the middle before it and so on, and all of the first few."""
+    k = len(turns) - 1
+    while k >= FIRST_TURNS:
+        yield turns[k]
+        k //= 2
+    yield from turns[:FIRST_TURNS]
+
+
+def _cut_last(
+    template: ChatTemplate, asked: Sequence[tuple[PreparedChat, Sequence[Message], int]]
+) -> Iterator[Turn | TemplateRefusal]:
+    """Yield the answer that is the last of some messages, by its number in the conversation; or why there is none."""
+    prompts = template.render_batch([(messages[:-1], chat.tools) for chat, messages, _ in asked], answer_next=True)
+    answered = template.render_batch([(with_answer(template, messages), chat.tools) for chat, messages, _ in asked])
+    for (chat, messages, index), prompt, whole in zip(asked, prompts, answered, strict=True):
+        if isinstance(prompt, TemplateRefusal) or isinstance(whole, TemplateRefusal):
+            yield prompt if isinstance(prompt, TemplateRefusal) else cast(TemplateRefusal, whole)
+            continue
+        try:
+            lead, answer, count = split_answer(template.facts, messages[-1], prompt, whole, chat.keeps_reasoning)
+            yield Turn(index, answer, count, prompt, len(prompt), lead)
+        except TemplateRefusal as refusal:
+            yield refusal
+
+
+def _join_turns(chat: PreparedChat, turns: list[Turn] | str, template: ChatTemplate) -> Drafts:
+    """Make one text of the turns that are in the text of a later one; all that the conversation says must be in it."""
     if isinstance(turns, str):
         return turns
-
-    def write(messages: Sequence[Message], tools: Tools) -> str:
-        return cut_turn(check.template, Chat([*messages], tools), len(messages) - 1).text
-
-    drafts = _join(chat, turns)
-    for draft in drafts:
-        last = draft.messages - 1
-        if reason := check.missing(chat.messages[: last + 1], chat.tools, draft.text, [last], write):
-            return reason
-    return drafts
-
-
-def _join(chat: Chat, turns: Sequence[Turn]) -> list[Draft]:
-    """Make one text of the turns that are in the text of a later one."""
     drafts: list[Draft] = []
     while turns:
         last = turns[-1]
-        text = last.text
+        text = last.prompt + last.answer
         segments: list[Segment] = []
+        counts: list[int] = []
         apart: list[Turn] = []
         at = 0
         for turn in turns:
             if turn.start < at or not (turn is last or turn.is_in(text, last)):
                 apart.append(turn)
                 continue
-            segments += [Segment(text[at : turn.start]), turn.answer]
-            at = turn.start + len(turn.answer.text)
-        drafts.append(Draft(chat, last.index + 1, segments))
+            segments += [Segment(text[at : turn.start], False), Segment(turn.answer, True)]
+            counts.append(turn.answer_bytes)
+            at = turn.start + len(turn.answer)
+        drafts.append(Draft(chat, last.index + 1, segments, counts))
         turns = apart
+    for draft in reversed(drafts):
+        messages, last_answer = chat.messages[: draft.messages], draft.messages - 1
+        if reason := find_missing(template.facts, messages, chat.tools, draft.text, [last_answer]):
+            return reason
     return drafts[::-1]
 
 
@@ -175,12 +292,14 @@ def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
     examples: list[Example] = []
     spans: list[int] = []
     target_bytes = 0
+    said = iter(draft.answer_bytes)
     for segment, (start, end), at in zip(draft.segments, pairwise(counts), draft.borders, strict=False):
         if not segment.learned:
             continue
+        answer_bytes = next(said)
         if start is not None and end is not None:
             spans += [start, end]
-            target_bytes += segment.answer_bytes
+            target_bytes += answer_bytes
             continue
         if start is not None:
             return "the tokenizer joins the end of an answer and the text after it in one token"
@@ -189,131 +308,71 @@ def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
         target = None if draft.chat.marked else continue_ids(processor, before, prompt, segment.text)
         if target is None:
             return "the tokenizer joins the end of the prompt and the start of the answer in one token"
-        examples.append(Example([*before, *target], [len(before), len(before) + len(target)], segment.answer_bytes))
+        examples.append(Example([*before, *target], [len(before), len(before) + len(target)], answer_bytes))
     if spans:
         example = Example(ids[: spans[-1]], spans, target_bytes)
-        if reason := _check_marks(example, draft, template):
+        if reason := check_marks(example, draft.chat, draft.messages, template):
             return reason
         examples.append(example)
     return examples
 
 
-def _check_marks(example: Example, draft: Draft, template: ChatTemplate) -> str | None:
-    """Compare the spans with the template's own `{% generation %}` marks, if it has them.
-
-    Marks may leave out what is no text of the answer: a header, line breaks, the end-of-turn token.
-    """
-    processor = template.processor
-    chat = draft.chat
-    marked = marks_answers(template.text(chat.tools))
-    if not processor.is_fast or not marked or chat.marked:
-        return None
-    rendered = processor.apply_chat_template(
-        list(with_answer(template, chat.messages, draft.messages - 1)),
-        tools=chat.tools,
-        chat_template=template.text(chat.tools),
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **template.kwargs,
-    )
-    marks = rendered["assistant_masks"]
-    for start, end in zip(example.spans[::2], example.spans[1::2], strict=True):
-        inside = [i for i in range(start, end) if marks[i]]
-        left = [*example.input_ids[start : inside[0]], *example.input_ids[inside[-1] + 1 : end]] if inside else []
-        before = start
-        while before and marks[before - 1]:
-            before -= 1
-        gaps = not inside or len(inside) != inside[-1] + 1 - inside[0]
-        if gaps or _has_text([*left, *example.input_ids[before:start]], template):
-            return "the chat template's {% generation %} marks are not where its answers are"
-    return None
-
-
-def _has_text(ids: Sequence[int], template: ChatTemplate) -> bool:
-    text = decode(template.processor, ids)
-    for token in template.facts.special:
-        text = text.replace(token, "")
-    return bool(text.strip())
-
-
 # What is learned of a conversation: everything
 
 
-def _draft_whole(rows: Sequence[ChatRow], chats: Sequence[Chat | str], template: ChatTemplate) -> list[Drafts]:
+def _draft_whole(rows: Sequence[ChatRow], chats: Sequence[PreparedChat | str], template: ChatTemplate) -> list[Drafts]:
     """Supervise every message but those with `train: false`."""
-    plain = [chat for chat in chats if isinstance(chat, Chat) and not _has_thoughts(chat)]
-    rendered = template.render_batch([(chat.messages, chat.tools) for chat in plain])
-    texts = {id(chat): text for chat, text in zip(plain, rendered, strict=True)}
-    check = RenderingCheck(template)
+    asked = [(with_answer(template, chat.messages), chat.tools) for chat in chats if isinstance(chat, PreparedChat)]
+    rendered = iter(template.render_batch(asked))
     return [
-        chat if isinstance(chat, str) else _draft_messages(row, chat, check, texts.get(id(chat)))
+        chat if isinstance(chat, str) else _draft_messages(row, chat, template, next(rendered))
         for row, chat in zip(rows, chats, strict=True)
     ]
 
 
-def _has_thoughts(chat: Chat) -> bool:
-    return any("reasoning_content" in message for message in chat.messages)
-
-
-def _draft_messages(row: ChatRow, chat: Chat, check: RenderingCheck, rendered: Rendered | None) -> Drafts:
-    """Render a conversation, unless that is at hand, and find the parts that are not learned."""
-    messages, tools = chat.messages, chat.tools
+def _draft_messages(row: ChatRow, chat: PreparedChat, template: ChatTemplate, rendered: Rendered) -> Drafts:
+    """Find the parts of a rendered conversation that are not learned."""
+    messages = chat.messages
     skipped = [i for i, message in enumerate(row["messages"]) if not message.get("train", True)]
     if len(skipped) == len(messages):
         return f"{NOTHING}: every message says train: false"
     if isinstance(rendered, TemplateRefusal):
         return str(rendered)
-
-    def write(messages: Sequence[Message], tools: Tools) -> str:
-        return _write(check.template, messages, tools)
-
-    learned = [i for i in range(len(messages)) if i not in skipped]
+    text = rendered.rstrip()
+    if messages[-1].get("reasoning_content") and template.facts.thoughts.written_by == "prompt":
+        (turns,) = cut_turns(template, [(replace(chat, keeps_reasoning=False), [len(messages) - 1])])
+        if isinstance(turns, str):
+            return turns
+        text = turns[0].prompt + turns[0].answer
     try:
-        text = write(messages, tools) if rendered is None else rendered.rstrip()
-        ranges = [_range_of(i, text, messages, tools, check.template) for i in skipped]
+        ranges = [_range_of(i, text, chat, template) for i in skipped]
     except TemplateRefusal as refusal:
         return str(refusal)
-    thoughts = [] if chat.keeps_reasoning else learned
-    if reason := check.missing(messages, tools, text, thoughts, write):
+    learned = [message for i, message in enumerate(messages) if i not in skipped]
+    thoughts = [] if chat.keeps_reasoning else [i for i in range(len(messages)) if i not in skipped]
+    if reason := find_missing(template.facts, messages, chat.tools, text, thoughts):
         fix = "; data.train_on: assistant makes an example of each answer" if "the thoughts" in reason else ""
         return reason + fix
-    if chat.keeps_reasoning:
-        ranges += _thought_ranges(messages, text)
-    said = [messages[i]["content"].strip() for i in learned]
-    said += [messages[i].get("reasoning_content", "") for i in thoughts]
-    return [Draft(chat, len(messages), _without(text, ranges, sum(len(unmark(part).encode()) for part in said)))]
+    at = 0
+    for reasoning in [message.get("reasoning_content") for message in messages if chat.keeps_reasoning]:
+        start = text.find(reasoning, at) if reasoning else -1  # the template leaves out some
+        if reasoning and start >= 0:
+            at = start + len(reasoning)
+            ranges.append((start, at))
+    said = [message["content"].strip() for message in learned]
+    said += [message.get("reasoning_content", "") for message in learned if not chat.keeps_reasoning]
+    return [Draft(chat, len(messages), _without(text, ranges), [sum(len(unmark(part).encode()) for part in said)])]
 
 
-def _without(text: str, ranges: Sequence[tuple[int, int]], answer_bytes: int) -> list[Segment]:
-    """Cut a text into what is learned and the ranges that are not; the first segment counts all bytes."""
+def _without(text: str, ranges: Sequence[tuple[int, int]]) -> list[Segment]:
+    """Cut a text into what is learned and the ranges that are not."""
     segments: list[Segment] = []
     at = 0
     for start, end in sorted(ranges):
         if end > at:
-            segments += [Segment(text[at : max(at, start)], True), Segment(text[max(at, start) : end])]
+            segments += [Segment(text[at : max(at, start)], True), Segment(text[max(at, start) : end], False)]
             at = end
-    first, *rest = [*segments, Segment(text[at:], True)]
-    return [replace(first, answer_bytes=answer_bytes), *rest]
-
-
-def _write(template: ChatTemplate, messages: Sequence[Message], tools: Tools) -> str:
-    """Render a conversation with the thoughts of its last answer."""
-    last = len(messages) - 1
-    if messages[last].get("reasoning_content") and template.facts.thoughts.written_by == "prompt":
-        return cut_turn(template, Chat([*messages], tools), last).text
-    return template.render(with_answer(template, messages, last), tools).rstrip()
-
-
-def _thought_ranges(messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-    """Return where thoughts stand in a rendered conversation; those that the template left out stand nowhere."""
-    ranges = []
-    at = 0
-    for reasoning in filter(None, (message.get("reasoning_content") for message in messages)):
-        start = text.find(reasoning, at)
-        if start >= 0:
-            at = start + len(reasoning)
-            ranges.append((start, at))
-    return ranges
+    return [*segments, Segment(text[at:], True)]
 
 
 def _assemble_whole(draft: Draft, template: ChatTemplate, bordered: Bordered) -> Encoded:
@@ -327,52 +386,13 @@ def _assemble_whole(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
     spans = [i for i in range(len(ids) + 1) if (i < len(ids) and learned[i]) != (i > 0 and learned[i - 1])]
     if not spans:
         return f"{NOTHING}: what does not say train: false stands inside what does"
-    return [Example(ids[: spans[-1]], spans, draft.segments[0].answer_bytes)]
+    return [Example(ids[: spans[-1]], spans, draft.answer_bytes[0])]
 
 
-def _range_of(
-    index: int, text: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate
-) -> tuple[int, int]:
+def _range_of(index: int, text: str, chat: PreparedChat, template: ChatTemplate) -> tuple[int, int]:
     """Return where a message stands in the rendered conversation, by difference."""
-    before = template.render(messages[:index], tools) if index else ""
-    after = template.render(messages[: index + 1], tools)[: len(text)]
+    before = template.render(chat.messages[:index], chat.tools) if index else ""
+    after = template.render(chat.messages[: index + 1], chat.tools)[: len(text)]
     if not (text.startswith(before) and text.startswith(after)):
         raise TemplateRefusal("the chat template does not say where the message with train: false stands")
     return len(before), len(after)
-
-
-# Token ids
-
-
-def _encode(rows: Sequence[Drafts], template: ChatTemplate, assemble: Assemble) -> list[Encoded]:
-    """Return what `assemble` makes of the texts of each row with their ids, or the reason why there is nothing."""
-    drafts = [draft for row in rows if not isinstance(row, str) for draft in row]
-    plain = [draft for draft in drafts if not is_marked(draft.text)]
-    borders = [draft.borders for draft in plain]
-    found = tokenize_with_borders(template.processor, [draft.text for draft in plain], borders)
-    bordered = {id(draft): ids for draft, ids in zip(plain, found, strict=True)}
-    encoded: list[Encoded] = []
-    for row in rows:
-        if isinstance(row, str):
-            encoded.append(row)
-            continue
-        examples: list[Example] = []
-        for draft in row:
-            try:
-                parts = assemble(draft, template, bordered.get(id(draft)) or _encode_marked(draft, template))
-            except UnwritableTextError as error:
-                parts = str(error)
-            if isinstance(parts, str):
-                encoded.append(parts)
-                break
-            examples += parts
-        else:
-            encoded.append(examples)
-    return encoded
-
-
-def _encode_marked(draft: Draft, template: ChatTemplate) -> Bordered:
-    """Return the ids of a text with marked tokens, and how many are before each border."""
-    ids = encode_marked(template.processor, draft.text)
-    heads = [encode_marked(template.processor, draft.text[:border]) for border in draft.borders]
-    return ids, [count_shared(ids, head) for head in heads]

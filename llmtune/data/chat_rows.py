@@ -6,8 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
-from llmtune.data.message_roles import CONTENT_KEYS, ROLE_KEYS, ROLES, first_key
-from llmtune.data.reasoning_text import REASONING_KEYS, THINK_CLOSE, THINK_OPEN, split_reasoning
+from llmtune.data.message_fields import (
+    CONTENT_KEYS,
+    REASONING_KEYS,
+    ROLE_KEYS,
+    ROLES,
+    THINK_CLOSE,
+    THINK_OPEN,
+    first_key,
+    split_reasoning,
+)
 from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
 from llmtune.errors import nearest
 
@@ -53,7 +61,7 @@ class Message(TypedDict):
     reasoning: NotRequired[str]
     """The thoughts before an answer, without the marks around them; empty for thoughts that are stated to be none."""
     reasoning_content: NotRequired[str]
-    """The same where templates look for it (`llmtune.data.chat_messages.clean`); no row has it."""
+    """The same where templates look for it (`llmtune.data.chat_messages.clean_messages`); no row has it."""
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]

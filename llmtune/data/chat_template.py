@@ -6,6 +6,7 @@ message more adds to that, up to and including the token that ends a turn. So a 
 will see, whatever the template does to earlier turns. A template that writes something else is refused.
 
 Ids are those of `apply_chat_template(tokenize=True)`: the tokenizer adds no special token to what the template wrote.
+A template is a program of strangers: its time, its memory and its text are limited.
 """
 
 from __future__ import annotations
@@ -13,63 +14,56 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from itertools import groupby
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llmtune.data.answer_format import NO_CALLS, QUESTION, TOOL
-from llmtune.data.chat_messages import clean, with_argument_texts, with_short_ids
-from llmtune.data.chat_rows import Message, Tool
-from llmtune.data.control_tokens import (
+from llmtune.data.answer_format import shared_start
+from llmtune.data.chat_messages import (
     UnwritableTextError,
+    clean_messages,
     control_pattern,
     encode_marked,
     find_control_token,
+    is_marked,
+    joined_text,
     mark,
+    unmark,
+    with_argument_texts,
+    with_short_ids,
 )
-from llmtune.data.template_facts import FIX, NEEDED, NO_FACTS, PROBES, PROMPTS, TOOL_PROBES, TemplateFacts, infer_facts
-from llmtune.data.template_kwargs import refuse_unread
-from llmtune.data.template_limits import (
-    ENDLESS,
-    EXTRA_BYTES,
-    PROBE_TEXT,
-    SECONDS,
-    SECONDS_MORE,
-    check_text,
-)
+from llmtune.data.chat_rows import ChatRow, Message, Tool
+from llmtune.data.template_facts import FIX, NO_FACTS, TemplateFacts, TemplateRefusal, read_facts
+from llmtune.data.template_text import ENDLESS, refuse_unread
 from llmtune.data.tokenization import tokenize
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.recipe.schema import Recipe
-from llmtune.store.atomic_files import hash_value
 from llmtune.store.resource_limits import LimitExceeded, limited
 
 Conversation = Sequence[Mapping[str, object]]
-"""Messages of whatever origin; `clean` makes those that templates take."""
+"""Messages of whatever origin; `clean_messages` makes those that templates take."""
 Tools = Sequence[Tool] | None
+Rendered = str | TemplateRefusal
+"""A rendered conversation, or why there is none."""
 
-FIXED_DATE = datetime(2024, 7, 26)
-"""What stands for today where a template writes the date, so that a run can be repeated: as in Llama 3.1's template."""
-
-_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.{0,200}?)\1\s*\)")
-_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+SECONDS = 2.0
+"""For one conversation; a thousand messages take a tenth of it."""
+SECONDS_MORE = 0.05
+"""For each further one in a batch."""
+EXTRA_BYTES = 2**29
+MAX_TEXT = 2**25
 SPELL_OUT = "data.special_tokens_in_text: text writes it as plain text."
+CLOSED = (
+    "the prompt closes the thoughts before the answer begins, and this answer has some: "
+    "set data.reasoning: drop, or model.chat_template_kwargs so that the template lets the model think"
+)
 _RENDER_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RuntimeError, AssertionError, SyntaxError),
 )
-
-
-class TemplateRefusal(Exception):
-    """The template does not take these messages; the text says why."""
-
-
-Rendered = str | TemplateRefusal
-"""A rendered conversation, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +119,19 @@ class ChatTemplate:
                 raise TemplateRefusal(str(error)) from error
             raise EnvironmentProblem.of(f"the chat template does not end: {error}", self.name, ENDLESS) from error
         for text in texts:
-            check_text(text, self.name)
+            self._check_text(text)
         return cast(list[str], texts)
+
+    def _check_text(self, text: str) -> None:
+        """Refuse what no tokenizer should get: text without end, halves of characters."""
+        if len(text) > MAX_TEXT:
+            what = f"the chat template writes {len(text):,} characters, and may write {MAX_TEXT:,}"
+            raise EnvironmentProblem.of(what, self.name, ENDLESS)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"the chat template writes what is no text: {error}"
+            raise EnvironmentProblem.of(what, self.name, ENDLESS) from error
 
     def text(self, tools: Tools = None) -> str:
         """Return the template itself; tokenizers may have another one for tools."""
@@ -134,7 +139,7 @@ class ChatTemplate:
 
     def prepare(self, messages: Conversation, drop_reasoning: bool = False) -> list[Message]:
         """Return messages as this template takes them."""
-        cleaned = clean(messages, drop_reasoning)
+        cleaned = clean_messages(messages, drop_reasoning)
         if self.facts.closes_thoughts:  # no thoughts are what the prompt says already
             for message in cleaned:
                 if message.get("reasoning_content") == "":
@@ -145,23 +150,6 @@ class ChatTemplate:
             cleaned = [with_short_ids(message) for message in cleaned]
         return [with_argument_texts(message) for message in cleaned] if self.facts.calls.argument_texts else cleaned
 
-    def response_template(self, calls: bool) -> dict[str, object]:
-        """Return how transformers' `parse_response` reads answers: the tokenizer's own way, or as probes showed.
-
-        Without `calls`, what looks like a call of a tool is text.
-        """
-        own = getattr(self.processor, "response_template", None)
-        if own is None:
-            return self.facts.response_template(self.facts.calls if calls else NO_CALLS)
-        fields = own["fields"].items()
-        return {**own, "fields": {name: field for name, field in fields if calls or name != "tool_calls"}}
-
-    def cut_end(self, text: str) -> tuple[str, bool]:
-        """Cut what was generated before the first token that ends an answer, and say whether there was one."""
-        ends = [self.facts.end, self.facts.calls.end, self.processor.eos_token]
-        at = min((text.index(end) for end in ends if end and end in text), default=None)
-        return (text, False) if at is None else (text[:at], True)
-
     @property
     def end_ids(self) -> list[int]:
         """Ids at which generation has to stop: the end-of-turn token, and the tokenizer's own end."""
@@ -171,61 +159,91 @@ class ChatTemplate:
 
 
 def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate:
-    """Return the template with how it ends turns and writes thoughts, which probe conversations show.
+    """Return the template with what it does.
 
     Raises:
         EnvironmentProblem: there is no template, or it cannot be split into turns.
         RecipeError: `model.chat_template_kwargs` has a name that the template never reads, or it omits
             `data.system_prompt`.
     """
-    template = _without_probe(processor, recipe)
+    template = _without_facts(processor, recipe)
     refuse_unread(template.kwargs, processor.chat_template)
     if "strftime_now(" in template.text():
         what = "the template writes the day's date, so its prompts differ from day to day"
         raise EnvironmentProblem.of(what, template.name, f"{FIX} has a date in its place.")
-    facts = _read_facts(template)
+    template = with_kwargs(template, template.kwargs)
     system = recipe.data.system_prompt
-    if system is not None and system.strip() not in template.render([QUESTION]):
+    if system is not None and system.strip() not in template.facts.preamble:
         fix = "Omit it, and write what the model is to know into the questions."
         raise RecipeError.of("it has no effect: the chat template omits system messages", "data.system_prompt", fix)
-    return replace(template, facts=facts)
+    return template
 
 
 def with_kwargs(template: ChatTemplate, kwargs: Mapping[str, object]) -> ChatTemplate:
-    """Return the template with other switches, and what it does then. Raises as `read_template` does."""
+    """Return the template with these switches, and what it does then. Raises as `read_template` does."""
     switched = replace(template, kwargs={**kwargs})
-    return replace(switched, facts=_read_facts(switched))
+
+    def render(messages: Conversation, tools: Sequence[Mapping[str, object]] | None, answer_next: bool) -> str:
+        return switched.render(messages, cast(Tools, tools), answer_next)
+
+    return replace(switched, facts=read_facts(template.processor, kwargs, template.name, render))
 
 
-_known_facts: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, TemplateFacts]] = WeakKeyDictionary()
+def _without_facts(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate:
+    where = recipe.model.chat_template or f"{processor.name_or_path or 'the tokenizer'} (chat_template)"
+    if not processor.chat_template:
+        fix = f"{FIX} suits the model, name a model that has one (often called Instruct), or use task: completion."
+        raise EnvironmentProblem.of("the tokenizer has no chat template", str(where), fix)
+    return ChatTemplate(processor, recipe.model.chat_template_kwargs, str(where))
 
 
-def _read_facts(template: ChatTemplate) -> TemplateFacts:
-    """Return what a template does, by its text, its switches and the tokens that it may write."""
-    processor = template.processor
-    special = special_tokens(processor)
-    about = [processor.chat_template, template.kwargs, processor.special_tokens_map, special]
-    known = _known_facts.setdefault(processor, {})
-    key = hash_value(about)
-    if key not in known:
-        known[key] = _probe(template, special)
-    return known[key]
+def stop_ids(processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+    """Return the ids that end an answer in this template, and the tokenizer's own end.
+
+    A base model's tokenizer often ends at `<|endoftext|>` where the template ends a turn with `<|im_end|>`: generation
+    has to stop at both. Without a template it is the tokenizer's own end alone.
+    """
+    if not processor.chat_template:
+        return [processor.eos_token_id]
+    return read_template(processor, recipe).end_ids
 
 
-def _probe(template: ChatTemplate, special: tuple[str, ...]) -> TemplateFacts:
-    """Render the probes, and read the facts off them."""
-    texts: dict[str, str | None] = {}
-    for probe, messages in {**PROBES, **TOOL_PROBES}.items():
-        tools = [cast(Tool, TOOL)] if probe in TOOL_PROBES else None
-        (rendered,) = template.render_batch([(messages, tools)], probe in PROMPTS)
-        if isinstance(rendered, TemplateRefusal) and probe in NEEDED:
-            raise EnvironmentProblem.of(str(rendered), template.name, f"{FIX} takes a question and an answer.")
-        texts[probe] = rendered if isinstance(rendered, str) else None
-    whole = str(texts["answer"])
-    check_text(whole, template.name, PROBE_TEXT)
-    facts = infer_facts(texts, special, template.processor.eos_token, template.name)
-    _refuse_doubled_start(template, whole)
-    return facts
+# Conversations as the template takes them
+
+
+@dataclass(frozen=True)
+class PreparedChat:
+    """A conversation as its template takes it."""
+
+    messages: list[Message]
+    tools: Tools = None
+    keeps_reasoning: bool = False
+    """Whether thoughts are read and not learned."""
+    marked: bool = False
+    """Whether special tokens in it are marked, which are to be plain text."""
+
+
+def prepare_chats(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recipe) -> list[PreparedChat | str]:
+    """Return each row's conversation, or the reason why it cannot be used."""
+    in_text = recipe.data.special_tokens_in_text
+    pattern = control_pattern(template.processor, template.text() + template.text([]))
+    texts = "\0".join(joined_text(row["messages"], row.get("tools")) for row in rows)
+    present = pattern if in_text != "allow" and pattern.search(texts) else None
+    return [_prepare_chat(row, template, recipe, present) for row in rows]
+
+
+def _prepare_chat(
+    row: ChatRow, template: ChatTemplate, recipe: Recipe, pattern: re.Pattern[str] | None
+) -> PreparedChat | str:
+    reasoning = row.get("train_reasoning", recipe.data.reasoning)
+    messages = template.prepare(row["messages"], reasoning == "drop")
+    tools = row.get("tools") or None
+    token = find_control_token(pattern, messages, tools) if pattern is not None else None
+    if pattern is None or token is None:
+        return PreparedChat(messages, tools, reasoning == "keep")
+    if recipe.data.special_tokens_in_text == "refuse":
+        return f"the conversation holds the special token {token}. {SPELL_OUT}"
+    return PreparedChat(mark(messages, pattern), mark(tools, pattern), reasoning == "keep", marked=True)
 
 
 def render_prompt(
@@ -244,65 +262,100 @@ def render_prompt(
         EnvironmentProblem: there is no template.
     """
     calls = any(message.get("tool_calls") or message.get("tool_call_id") for message in messages)
-    template = read_template(processor, recipe) if calls else _without_probe(processor, recipe)
-    cleaned = template.prepare(messages, (reasoning or recipe.data.reasoning) == "drop")
-    in_text = recipe.data.special_tokens_in_text
-    pattern = control_pattern(processor, template.text(tools))
-    token = None if in_text == "allow" else find_control_token(pattern, cleaned, tools)
-    if token is not None and in_text == "refuse":
-        raise DataError.of(f"the conversation holds the special token {token}", template.name, SPELL_OUT)
+    template = read_template(processor, recipe) if calls else _without_facts(processor, recipe)
+    row = {"messages": messages, "tools": tools, "train_reasoning": reasoning or recipe.data.reasoning}
+    (chat,) = prepare_chats([cast(ChatRow, row)], template, recipe)
+    if isinstance(chat, str):
+        raise DataError.of(chat.removesuffix(f". {SPELL_OUT}"), template.name, SPELL_OUT)
     try:
-        if token is None:
-            return tokenize(processor, [template.render(cleaned, tools, answer_next=True)])[0]
-        text = template.render(mark(cleaned, pattern), mark(tools, pattern), answer_next=True)
-        return encode_marked(processor, text)
+        text = template.render(chat.messages, chat.tools, answer_next=True)
+        return encode_marked(processor, text) if chat.marked else tokenize(processor, [text])[0]
     except UnwritableTextError as error:
         raise DataError.of(str(error), template.name, "Remove it from the conversation.") from error
     except TemplateRefusal as refusal:
         raise DataError.of(str(refusal), template.name, "Look at the order and the roles of the messages.") from refusal
 
 
-def stop_ids(processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-    """Return the ids that end an answer in this template, and the tokenizer's own end.
+# Answers: the difference of two renderings
 
-    A base model's tokenizer often ends at `<|endoftext|>` where the template ends a turn with `<|im_end|>`: generation
-    has to stop at both. Without a template it is the tokenizer's own end alone.
+
+def with_answer(template: ChatTemplate, messages: Sequence[Message]) -> Sequence[Message]:
+    """Return messages with the thoughts of the last one where the template takes them from."""
+    *before, answer = messages
+    reasoning = answer.get("reasoning_content")
+    if reasoning is None or template.facts.thoughts.written_by != "content":
+        return messages
+    inline = {**answer, "content": template.facts.thoughts.inline(reasoning, answer["content"])}
+    del inline["reasoning_content"]
+    return [*before, cast(Message, inline)]
+
+
+def split_answer(
+    facts: TemplateFacts, message: Message, prompt: str, whole: str, keep_reasoning: bool
+) -> tuple[str, str, int]:
+    """Return what of an answer is read, what is learned, and how many bytes of the message that is.
+
+    `prompt` is the rendering up to the answer, `whole` with it. With `keep_reasoning` its thoughts are read; else all
+    of it is learned. What the template writes around the message is learned, and is no byte of it.
+
+    Raises:
+        TemplateRefusal: this turn cannot be told from what is before it.
     """
-    if not processor.chat_template:
-        return [processor.eos_token_id]
-    return read_template(processor, recipe).end_ids
+    if not prompt:
+        raise TemplateRefusal("an answer has nothing before it")
+    reasoning = message.get("reasoning_content")
+    body, end = _split_end(facts, message, _added(facts, reasoning, prompt, whole))
+    content = message["content"].strip()
+    if not content and not message.get("tool_calls"):
+        raise TemplateRefusal("an answer is empty")
+    if facts.end in content and not is_marked(content):
+        raise TemplateRefusal(f"an answer contains the end-of-turn token {facts.end}")
+    if reasoning and reasoning not in body:
+        raise TemplateRefusal("the chat template leaves out the thoughts of this answer")
+    read, said = "", content if content and content in body and not reasoning else body.strip()
+    if reasoning and keep_reasoning:
+        thought_end = body.index(reasoning) + len(reasoning)
+        read = body[:thought_end] + shared_start(body[thought_end:], facts.thoughts.after)
+        said = body[len(read) :].strip()
+    return read, body[len(read) :] + end, len(unmark(said).encode())
 
 
-def marks_answers(template: str) -> bool:
-    """Whether a template has `{% generation %}` marks around what is an answer."""
-    return bool(_GENERATION.search(template))
+def _added(facts: TemplateFacts, reasoning: str | None, prompt: str, whole: str) -> str:
+    """Return what the model has to write after the prompt.
 
-
-def fix_date(template: str) -> str:
-    """Replace calls for today's date in a template by `FIXED_DATE`.
-
-    So it is part of the template, wherever that is saved, and the same on every day and in every program.
+    It is the difference of the two renderings; thoughts that the template leaves out of what it renders are put in, and
+    so is the end of those that the prompt begins.
     """
-    return _DATE_CALL.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)
+    form = facts.thoughts
+    if reasoning and facts.closes_thoughts:
+        raise TemplateRefusal(CLOSED)
+    inserted = reasoning if form.written_by == "prompt" else None
+    if whole.startswith(prompt):
+        rest = whole[len(prompt) :]
+        return rest if inserted is None else form.inline(inserted, rest)
+    asked = prompt.removesuffix(form.opener)
+    if form.opener and asked != prompt and whole.startswith(asked):
+        rest = whole[len(asked) :]
+        if facts.closes_thoughts:
+            return rest
+        closed = rest.lstrip().startswith(form.after.strip())
+        return (inserted or "") + ("" if closed else form.after) + rest
+    raise TemplateRefusal("the chat template does not begin this answer as it asks for one")
 
 
-def special_tokens(processor: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the tokens that are no ordinary text, longest first."""
-    known = {*processor.all_special_tokens, *processor.get_added_vocab()}
-    return tuple(sorted((token for token in known if token.strip()), key=lambda token: (-len(token), token)))
+def _split_end(facts: TemplateFacts, message: Message, difference: str) -> tuple[str, str]:
+    """Split a turn into its text and its end, which is cut after the end-of-turn token.
 
-
-def _without_probe(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate:
-    """Return the template without a look at how it ends turns."""
-    where = recipe.model.chat_template or f"{processor.name_or_path or 'the tokenizer'} (chat_template)"
-    if not processor.chat_template:
-        fix = f"{FIX} suits the model, name a model that has one (often called Instruct), or use task: completion."
-        raise EnvironmentProblem.of("the tokenizer has no chat template", str(where), fix)
-    return ChatTemplate(processor, recipe.model.chat_template_kwargs, str(where))
-
-
-def _refuse_doubled_start(template: ChatTemplate, whole: str) -> None:
-    start = template.processor.bos_token_id
-    if start is not None and tokenize(template.processor, [whole])[0][:2] == [start, start]:
-        what = f"the template writes {template.processor.bos_token!r} twice at the start"
-        raise EnvironmentProblem.of(what, template.name, f"{FIX} writes it once.")
+    A turn that calls a tool may end in another token than an answer (Llama 3.1: `<|eom_id|>`), and in some formats the
+    header of the next message is the end (GLM: `<|user|>`, `<|observation|>`).
+    """
+    if facts.ends_with_next:
+        end = facts.calls.end if message.get("tool_calls") else facts.end
+        return difference, end or facts.end
+    if difference.endswith(facts.tail):
+        return difference[: len(difference) - len(facts.tail)], facts.tail.partition(facts.end)[0] + facts.end
+    difference = difference.rstrip()
+    for token in facts.special:
+        if difference.endswith(token):
+            return difference[: len(difference) - len(token)], token
+    raise TemplateRefusal("the chat template does not end this answer in an end-of-turn token")

@@ -1,12 +1,14 @@
-"""Columns of a file under the names that rows are made of: as the recipe maps them, or by their usual other names."""
+"""Columns of a file under our names: as the recipe maps them, by their usual other names, or guessed from values."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from statistics import mean
 
-from llmtune.data.message_roles import with_roles
+from llmtune.data.message_fields import with_roles
 from llmtune.data.rejected_rows import RowError, describe
+from llmtune.recipe.task_facts import TASK_FACTS
 
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column's name in a template."""
@@ -77,7 +79,7 @@ def rename(
     RowError where a template meets something that is no text.
     """
     if columns:
-        row = {**row, **{ours: _cell(row, theirs) for ours, theirs in columns.items() if holds(row, theirs)}}
+        row = {**row, **{ours: _cell(row, theirs) for ours, theirs in columns.items() if has_columns(row, theirs)}}
     return with_roles(row, roles) if roles else row
 
 
@@ -93,7 +95,7 @@ def find(row: Mapping[str, object], name: str) -> object:
     return value
 
 
-def holds(row: Mapping[str, object], theirs: str) -> bool:
+def has_columns(row: Mapping[str, object], theirs: str) -> bool:
     """Whether a row has all that a mapping names."""
     return all(find(row, field) is not MISSING for field in fields(theirs, row))
 
@@ -114,10 +116,10 @@ def _cell(row: Mapping[str, object], theirs: str) -> object:
     value = find(row, theirs)
     if value is not MISSING:
         return value
-    return FIELD.sub(lambda found: _text(find(row, found[1]), found[1]), theirs).strip()
+    return FIELD.sub(lambda found: _template_text(find(row, found[1]), found[1]), theirs).strip()
 
 
-def _text(value: object, name: str) -> str:
+def _template_text(value: object, name: str) -> str:
     if isinstance(value, dict | list):
         raise RowError("wrong type", f"{name!r} is {describe(value)}; a template takes texts and numbers")
     return "" if value is None else str(value)
@@ -149,3 +151,81 @@ def with_aliases(
         if len(found) == 1:
             mapped[ours] = found[0]
     return mapped
+
+
+# Guessed: what a task could read in a file whose columns have names of their own
+
+
+RawRows = Sequence[Mapping[str, object]]
+TEXT_SHARE = 0.5
+MANY_ROWS = 8
+"""Fewer say nothing about what repeats."""
+RECORDING = re.compile(r"\.(wav|flac|mp3|ogg|opus)$", re.IGNORECASE)
+
+
+def infer_columns(rows: RawRows, task: str) -> dict[str, str] | None:
+    """Guess a mapping of columns by which `task` could read these rows; None where no column would do."""
+    wanted = TASK_FACTS[task].columns
+    if not wanted:
+        return None
+    rows = [flatten(row) for row in rows]
+    known = {name for ours in wanted for name in (ours, *ALIASES.get(task, {}).get(ours, ()))}
+    refused = () if wanted[-1] in COMPARED else COMPARED
+    names = dict.fromkeys(name for row in rows for name in row if name.lower() not in refused)
+    texts = [name for name in names if name.lower() in known or _is_text(rows, name)]
+    if len(texts) < len(wanted):
+        return None
+    return _assign(rows, task, wanted, texts)
+
+
+def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str]) -> dict[str, str] | None:
+    """Give each wanted column the one that its name or its values speak for; what is left over joins the first."""
+    left, columns = list(texts), dict[str, str]()
+    for ours in reversed(wanted[1:]):
+        named = _columns_called(task, ours, left)
+        if ours in COMPARED and not named:
+            return None  # which of two answers is the better one cannot be seen
+        columns[ours] = named[0] if named else _by_values(rows, ours, left)
+        left.remove(columns[ours])
+    if wanted[0] == "audio":
+        left = [name for name in left if all(RECORDING.search(str(row.get(name))) for row in rows)]
+    left = _columns_called(task, wanted[0], left) or [name for name in left if not _repeats(rows, name)] or left
+    if not left:
+        return None
+    joined = left if wanted[0] in ("prompt", "text", "document") else left[:1]
+    given = joined[0] if len(joined) == 1 else "\n\n".join(f"{{{name}}}" for name in joined)
+    return {wanted[0]: given, **{ours: columns[ours] for ours in wanted[1:]}}
+
+
+def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
+    """Return the column whose values look like `ours`: classes repeat, a context is long, an answer stands last."""
+    if ours == "label":
+        return min(names, key=lambda name: len({str(row.get(name)) for row in rows}))
+    if ours in ("context", "text"):
+        return max(names, key=lambda name: mean(len(str(row.get(name) or "")) for row in rows))
+    return next((name for name in reversed(names) if not _repeats(rows, name)), names[-1])
+
+
+def _columns_called(task: str, ours: str, names: Sequence[str]) -> list[str]:
+    """Return the columns that are called so, or by a usual other name; else those with such a word in their names."""
+    known = {ours, *ALIASES.get(task, {}).get(ours, ())}
+    return [name for name in names if name.lower() in known] or [name for name in names if name_words(name) & known]
+
+
+def name_words(name: str) -> set[str]:
+    """Return the words of a column's name."""
+    return set(re.findall(r"[a-z]+", name.lower()))
+
+
+def _repeats(rows: RawRows, name: str) -> bool:
+    """Whether a column has few values again and again, as a category does."""
+    return len(rows) >= MANY_ROWS and len({str(row.get(name)) for row in rows}) <= len(rows) / 4
+
+
+def _is_text(rows: RawRows, name: str) -> bool:
+    """Whether a column holds words that differ from row to row; numbers, dates and identifiers are none."""
+    values = [value for row in rows if isinstance(value := row.get(name), str) and value.strip()]
+    if len(values) > 2 and len(set(values)) == 1:
+        return False
+    letters = [sum(sign.isalpha() or sign.isspace() for sign in value) / len(value) for value in values]
+    return len(values) >= TEXT_SHARE * len(rows) and mean(letters) > TEXT_SHARE

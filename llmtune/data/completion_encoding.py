@@ -8,7 +8,8 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_rows import CompletionRow
-from llmtune.data.overlong import NOTHING, Encoded, fit_completion
+from llmtune.data.overlong import NOTHING, Lost, too_long
+from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import continue_ids, decode, encode_texts, first_context, start_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
@@ -74,7 +75,7 @@ def _encode_row(
         return f"{NOTHING}: the text is a single token or character"
     example = Example([*ids, processor.eos_token_id], [first, len(ids) + 1], learned)
     data = recipe.data
-    return fit_completion(
+    return _fit_completion(
         example, len(prompt), byte_at, on_overlong=data.on_overlong, max_length=data.max_length, start=starts
     )
 
@@ -104,3 +105,53 @@ def _byte_counter(
         return len(text[: span[1]].encode()) if span else 0
 
     return by_offset
+
+
+def _fit_completion(
+    example: Example,
+    prompt_tokens: int,
+    byte_at: Callable[[int], int],
+    *,
+    on_overlong: str,
+    max_length: int,
+    start: int,
+) -> Encoded:
+    """Bring a completion below `max_length` tokens, or say why not.
+
+    `start` counts the first tokens that the tokenizer puts before every text; `byte_at(k)` is how many bytes of the
+    text the first k tokens hold.
+    """
+    tokens = len(example.input_ids)
+    if tokens <= max_length:
+        return [example]
+    if on_overlong == "truncate":
+        if not prompt_tokens:
+            return too_long(
+                tokens, max_length, ", and plain text has no prompt to cut: data.on_overlong: split keeps all"
+            )
+        excess = tokens - max_length
+        if prompt_tokens - start <= excess:
+            return too_long(tokens, max_length, ", and the completion does not fit with any of its prompt")
+        ids = [*example.input_ids[:start], *example.input_ids[start + excess :]]
+        spans = [border - excess for border in example.spans]
+        return [Example(ids, spans, example.target_bytes, lost=Lost(excess))]
+    if on_overlong == "split":
+        if max(prompt_tokens, start + 1) >= max_length:
+            return too_long(tokens, max_length, ", and its prompt alone does not fit")
+        return _windows(example, byte_at, max_length, start)
+    return too_long(tokens, max_length)
+
+
+def _windows(example: Example, byte_at: Callable[[int], int], max_length: int, start: int) -> list[Example]:
+    """Cut into windows; each begins with the `start` tokens and the last token of the one before, as context."""
+    ids, first = example.input_ids, example.spans[0]
+    head: Sequence[int] = ()
+    windows: list[Example] = []
+    begin = 0
+    while begin < len(ids) - 1:
+        end = min(begin + max_length - len(head), len(ids))
+        learned, shift = max(first, begin + 1), len(head) - begin
+        spans = [learned + shift, end + shift]
+        windows.append(Example([*head, *ids[begin:end]], spans, byte_at(end) - byte_at(learned)))
+        begin, head = end - 1, ids[:start]
+    return windows

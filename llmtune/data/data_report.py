@@ -16,7 +16,7 @@ from llmtune.data.chat_template import read_template
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.task_interface import TaskInterface
-from llmtune.data.unknown_tokens import find_vanishing
+from llmtune.data.tokenization import find_vanishing
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all, secret_values
 from llmtune.recipe.task_facts import TASK_FACTS

@@ -39,11 +39,12 @@ from llmtune.data.row_hash import (
     hash_triples,
     spoken_text,
     take_minima,
-    without,
+    without_common,
 )
 from llmtune.data.spool import Index
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS
+from llmtune.store.atomic_files import atomic_file
 
 JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]
 """Gives all rows, as JSON, in batches, each with the number of its first."""
@@ -224,7 +225,7 @@ class _File:
 def _common_triples(order: I64, rows: JsonRows) -> U32:
     """Return, sorted, the word triples that stand in many rows, seen in a sample that depends on the rows alone."""
     seen: list[U32] = []
-    for _, batch in _select(order[_spread(len(order))], rows):
+    for _, batch in _select(order[_sample_places(len(order))], rows):
         triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in batch])
         pairs = np.unique((row_W.astype(np.uint64) << np.uint64(32)) | triple_W)
         seen.append(pairs.astype(np.uint32))
@@ -245,7 +246,7 @@ def _select(order: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
             yield first + places, batch.take(pa.array(places)).to_pylist()
 
 
-def _spread(count: int) -> I64:
+def _sample_places(count: int) -> I64:
     """Places of the sample in an order that is by split and hash: evenly over it."""
     return np.unique(np.linspace(0, max(count - 1, 0), min(count, SAMPLE_ROWS)).astype(np.int64))
 
@@ -261,7 +262,7 @@ class _Signer:
         """Return the numbers of the rows that have words, and [R, P] their minima or [R, L] keys."""
         numbers, rows = batch
         triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in rows])
-        triple_W, row_W = without(self._common, triple_W, row_W)
+        triple_W, row_W = without_common(self._common, triple_W, row_W)
         begins = np.flatnonzero(np.diff(row_W, prepend=-1))
         minimum_RP = take_minima(triple_W, begins)
         return numbers[row_W[begins]], band_keys(minimum_RP) if self._keys else minimum_RP
@@ -279,10 +280,8 @@ def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
 
     def write() -> None:
         keys_LR = np.ascontiguousarray(np.concatenate(waiting, axis=1))  # a line is read without the others
-        path = folder / f"{int(keys_LR[0, 0]):012}.npy"
-        with path.with_suffix(".partial").open("wb") as file:
+        with atomic_file(folder / f"{int(keys_LR[0, 0]):012}.npy") as partial, partial.open("wb") as file:
             np.save(file, keys_LR)
-        path.with_suffix(".partial").replace(path)
         waiting.clear()
 
     for numbers, keys_RL in _Signer(common, keys=True).map(order[order >= done], rows):
@@ -330,10 +329,9 @@ def _write_minima(number_C: I64, rows: JsonRows, common: U32, folder: Path) -> P
     """Write the minima of the candidates [C, P] by their numbers, unless they are there; each has words."""
     path = folder / "minima"
     if not path.exists():
-        with path.with_suffix(".partial").open("wb") as file:
+        with atomic_file(path) as partial, partial.open("wb") as file:
             for _, minimum_RP in _Signer(common, keys=False).map(number_C, rows):
                 file.write(minimum_RP.tobytes())
-        path.with_suffix(".partial").replace(path)
     return path
 
 

@@ -7,7 +7,6 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby
 from pathlib import Path
@@ -23,12 +22,12 @@ from typing_extensions import TypedDict
 
 from llmtune import __version__
 from llmtune.data.ingest import show_progress
-from llmtune.data.overlong import TOO_LONG, Encoded, Lost
+from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed
+from llmtune.data.rendering_check import check_tools
 from llmtune.data.row_store import AGAIN, iterate_texts, open_arrow
-from llmtune.data.task_interface import TaskInterface
-from llmtune.data.tool_support import check_tools
-from llmtune.data.unknown_tokens import UNKNOWN, find_unknown, refused_token
+from llmtune.data.task_interface import Encoded, TaskInterface
+from llmtune.data.tokenization import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS
@@ -196,7 +195,8 @@ def encode_rows(
             encoded = pool(_BatchEncoder(task.encode, processor, recipe)).map(batches, lambda b: len(b.rows), total)
             for split, results in groupby(encoded, key=lambda result: result.split):
                 tally.begin(split)
-                with _written(folder / f"{split}.arrow") as write:
+                sink = pa.OSFile(str(folder / f"{split}.arrow"), "wb")
+                with sink, pa.ipc.new_file(sink, SCHEMA) as file:
                     for result in results:
                         for origin, reason in result.refused:
                             left_out({"where": origin, "reason": reason})
@@ -204,7 +204,7 @@ def encode_rows(
                         tally.lost.update(result.lost)
                         if result.examples is not None:
                             tally.add(split, result.examples)
-                            write(result.examples)
+                            file.write_batch(result.examples)
                         progress.advance(bar, result.rows)
         _refuse(tally, rows, recipe, folder.parent / LEFT_OUT)
         counted = {name: dict(getattr(tally, name)) for name in COUNTED}
@@ -323,18 +323,6 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
             first, batch, characters, rendered = first + len(kept), batch[len(kept) :], 0, 0
     if batch:
         yield _RowBatch(split, first, batch)
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[Callable[[pa.RecordBatch], None]]:
-    """Give a function that appends record batches to an Arrow file, which has its name only once it is whole."""
-    partial = path.with_suffix(".partial")
-    try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
-            yield file.write_batch
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def record_batch(examples: Sequence[tuple[int, Example]]) -> pa.RecordBatch:

@@ -10,18 +10,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from llmtune.data.arrow_rows import drop_filled
+from llmtune.data.arrow_rows import check_column_names, read_parquet
 from llmtune.data.byte_streams import (
-    GROWN_BYTES,
     MAX_GROWTH,
     Advance,
     ByteStream,
@@ -30,25 +28,27 @@ from llmtune.data.byte_streams import (
     open_bytes,
     refuse_other_files,
 )
-from llmtune.data.json_stream import JsonSyntaxError, read_json_items
+from llmtune.data.message_fields import is_message
 from llmtune.data.object_store import RemoteFile, is_damage, reached
-from llmtune.data.rejected_rows import RowError, describe
+from llmtune.data.rejected_rows import RawRow, RowError, describe
 from llmtune.errors import DataError, first_line
-from llmtune.recipe.user_files import check_regular
 
 MAX_ROW_BYTES = 8 * 2**20
 """A line or field above this is a mistake in the file (no line ends, a quote that is never closed), not a row."""
-MAX_COLUMNS = 2000
 TEXT_PIECE = 2**16
 """Characters above which a text file is cut into several rows, at the next blank line."""
 
-PARQUET_ROWS = 512
-PARQUET_BYTES = 2**27
-"""A batch of more is turned into rows one by one."""
-UNREADABLE_VALUES = (ValueError, OverflowError, LookupError, ImportError, pa.ArrowException)
+MAX_JSON_BYTES = 2**30
+ROW_COLUMNS = frozenset(
+    {"messages", "conversations", "conversation", "tools", "functions", "history", "prompt", "completion"}
+)
+"""Columns of a row that may hold a list of objects: an object with one of these is a row, not a holder of rows."""
+CONVERSATION_COLUMNS = frozenset({"messages", "conversations", "conversation"})
+"""Of these, the ones whose items are messages; a list of other objects holds rows."""
 NOT_UTF8 = "not UTF-8"
 OTHER_ENCODING = "State its encoding in the source, such as `encoding: cp1252`, or save the file as UTF-8."
-RawRow = tuple[str, dict[str, object] | RowError]
+_JSON = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonLine(NamedTuple):
@@ -98,9 +98,9 @@ def read_lazily(
     encoding: str | None = None,
 ) -> Iterator[LazyRow]:
     """Yield the rows as `read_file` does, lines of JSON as they stand."""
-    with explained(name), reached(path.url) if isinstance(path, RemoteFile) else nullcontext():
+    with data_errors(name), reached(path.url) if isinstance(path, RemoteFile) else nullcontext():
         if container == "parquet":
-            yield from _read_parquet(path, name, advance)
+            yield from read_parquet(path, name, advance)
             return
         with open_bytes(path, advance) as stream:
             if encoding is not None:
@@ -110,7 +110,7 @@ def read_lazily(
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
+def data_errors(name: str) -> Iterator[None]:
     """Turn what the libraries raise on a damaged or unreadable file into a DataError that names it."""
     try:
         yield
@@ -125,9 +125,6 @@ def explained(name: str) -> Iterator[None]:
         raise DataError.of(what, name, "Unpack it by hand, if that is meant.") from error
     except pa.ArrowException as error:
         raise DataError.of(f"not a readable Parquet file: {first_line(error)}", name) from error
-    except JsonSyntaxError as error:
-        fix = "Fix the file; a JSON file cannot be read on behind a mistake, JSON lines can."
-        raise DataError.of(f"not valid JSON: {error}", f"{name}:{error.line}", fix) from error
     except UnicodeError as error:  # of an encoding that the recipe states; else bad bytes are errors of their rows
         raise DataError.of(
             f"the file is not in the encoding that is stated: {error}", name, "Correct `encoding:`."
@@ -163,11 +160,60 @@ def _read_json(stream: ByteStream, name: str) -> Iterator[LazyRow]:
     if _looks_like_lines(stream.peek(1)):
         yield from _read_lines(stream, name)
         return
-    for number, value in enumerate(read_json_items(stream, MAX_ROW_BYTES), 1):
-        if isinstance(value, dict):
-            yield f"{name}:row {number}", value
-        else:
-            yield f"{name}:row {number}", RowError("not a JSON object", f"the row is {describe(value)}")
+    data = stream.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        what = f"a JSON document of more than {MAX_JSON_BYTES >> 20} MiB, which is read as a whole"
+        raise DataError.of(what, name, "Write it as JSON Lines, one row a line: these are read one by one.")
+    for number, row in enumerate(_json_rows(data, name), 1):
+        is_row = isinstance(row, dict)
+        yield f"{name}:row {number}", row if is_row else RowError("not a JSON object", f"the row is {describe(row)}")
+
+
+def _json_rows(data: bytes, name: str) -> list[Any]:
+    """Return the rows of a JSON document; raises DataError at its first mistake, with the line."""
+    try:
+        values = _json_values(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line, what = data.count(b"\n", 0, error.start) + 1, str(not_utf8(data[error.start], error.start))
+    except json.JSONDecodeError as error:
+        line, what = error.lineno, error.msg
+    except RecursionError:
+        line, what = 1, "nested too deeply"
+    except ValueError as error:  # integers of more than 4,300 digits
+        line, what = 1, str(error)
+    else:
+        if len(values) == 1 and isinstance(values[0], list):
+            return values[0]
+        held = _lists_of_rows(values[0]) if values and isinstance(values[0], dict) else {}
+        if len(held) > 1:
+            names = " and ".join(map(repr, held))
+            raise DataError.of(f"two lists of rows, {names}", name, "Keep one of them in the file.")
+        return [*next(iter(held.values())), *values[1:]] if held else values
+    fix = "Fix the file; in JSON Lines a mistake costs one row and not the file."
+    raise DataError.of(f"not valid JSON: {what}", f"{name}:{line}", fix)
+
+
+def _json_values(text: str) -> list[Any]:
+    """Return the values that follow one another in a text; raises ValueError, also for more than one list."""
+    values: list[Any] = []
+    at = 0
+    while (at := _SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # matches everywhere
+        if values and isinstance(values[0], list):
+            raise json.JSONDecodeError("text after the end of the list", text, at)
+        value, at = _JSON.raw_decode(text, at)
+        values.append(value)
+    return values
+
+
+def _lists_of_rows(document: Mapping[str, object]) -> dict[str, list[object]]:
+    """Return the lists of rows by key that an object holds; none of one that is a row itself."""
+    held = {
+        key: value
+        for key, value in document.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+        if key not in ROW_COLUMNS or (key in CONVERSATION_COLUMNS and not is_message(value[0]))
+    }
+    return {} if ROW_COLUMNS & (document.keys() - held.keys()) else held
 
 
 def _looks_like_lines(start: bytes) -> bool:
@@ -211,17 +257,8 @@ def _check_header(header: list[str], name: str) -> list[str]:
     header = [cell.strip() for cell in header]
     if any(_escaped_byte(cell) is not None for cell in header):
         raise DataError.of("the header is not UTF-8", f"{name}:1", OTHER_ENCODING)
-    _check_columns(header, f"{name}:1")
+    check_column_names(header, f"{name}:1")
     return header
-
-
-def _check_columns(names: list[str], where: str) -> None:
-    if len(names) > MAX_COLUMNS:
-        what = f"{len(names):,} columns: rows have up to {MAX_COLUMNS:,}"
-        raise DataError.of(what, where, "Keep the columns that the task reads.")
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
-        raise DataError.of(f"two columns with the name {twice[0]!r}", where, "Rename one of them.")
 
 
 def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowError:
@@ -231,69 +268,6 @@ def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowE
         if (bad := _escaped_byte(cell)) is not None:
             return RowError(NOT_UTF8, f"byte 0x{ord(cell[bad]) - 0xDC00:02x} in a cell")
     return dict(zip(header, cells, strict=True))
-
-
-def _read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Iterator[RawRow]:
-    size = path.size if isinstance(path, RemoteFile) else check_regular(path).st_size
-    with pq.ParquetFile(path.open() if isinstance(path, RemoteFile) else path) as file:
-        _check_columns(file.schema_arrow.names, name)
-        classes = _class_names(file.schema_arrow.metadata or {})
-        total, number, grown = file.metadata.num_rows, 0, 0
-        for batch in file.iter_batches(batch_size=_batch_rows(file.metadata)):
-            advance(size * batch.num_rows // total)
-            grown += batch.nbytes
-            if grown > GROWN_BYTES and grown > MAX_GROWTH * size:
-                raise GrowthError
-            whole = None if batch.nbytes > PARQUET_BYTES else _values(batch)
-            for index in range(batch.num_rows):
-                number += 1
-                value = whole[index] if isinstance(whole, list) else _values(batch.slice(index, 1))
-                value = value[0] if isinstance(value, list) else value
-                if isinstance(value, dict):
-                    value |= {
-                        name: name_classes(names, value[name]) for name, names in classes.items() if name in value
-                    }
-                    value = drop_filled(value)
-                yield f"{name}:row {number}", value
-
-
-def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """Return the names of the classes that a column has as numbers, as the datasets library notes them in a file."""
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"].items()
-        whole = {column: feature for column, feature in features if isinstance(feature, dict)}
-        inner = {column: feature.get("feature", feature) for column, feature in whole.items()}
-        labels = {column: one for column, one in inner.items() if isinstance(one, dict) and one.get("names")}
-        return {column: list(one["names"]) for column, one in labels.items() if one.get("_type") == "ClassLabel"}
-    except (ValueError, KeyError, TypeError, AttributeError):  # another program's, or none
-        return {}
-
-
-def name_classes(names: Sequence[str], value: object) -> object:
-    """Return the name of a class, or of each in a list; what is no class, such as -1, is none."""
-    if isinstance(value, list):
-        return [name_classes(names, one) for one in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
-
-
-def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """Return how many rows to read at a time: a text that stands in a column once may be the value of all its rows."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    largest = max((group.total_byte_size for group in groups), default=1)
-    return max(4, min(PARQUET_ROWS, 2 * PARQUET_BYTES // max(largest, 1)))
-
-
-def _values(batch: pa.RecordBatch) -> list[dict[str, object]] | RowError:
-    """Return rows as Python has them, or why it cannot: times out of range, unknown zones, text that is not UTF-8."""
-    try:
-        rows: list[dict[str, object]] = batch.to_pylist()
-    except UNREADABLE_VALUES as error:
-        if batch.num_columns > 1:
-            each = (_values(batch.select([name])) for name in batch.schema.names)
-            return next(one for one in each if isinstance(one, RowError))
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
-        return RowError(reason, f"column {batch.schema.names[0]!r}: {first_line(error)}")
-    return rows
 
 
 def _read_text(stream: ByteStream, name: str) -> Iterator[RawRow]:

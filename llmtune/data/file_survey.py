@@ -12,13 +12,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 from llmtune.data.byte_streams import GUESSED_BYTES, guess_encoding, open_bytes
-from llmtune.data.column_mapping import ANSWERS, find, flatten, rename
-from llmtune.data.file_readers import RawRow
-from llmtune.data.message_roles import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
-from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row
+from llmtune.data.column_mapping import ANSWERS, find, flatten, infer_columns, name_words, rename
+from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
+from llmtune.data.rejected_rows import RawRow, RowError
+from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, to_json
-from llmtune.data.schema_inference import infer_columns, reads, words
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
 from llmtune.errors import DataError
 from llmtune.recipe.data_section import Source
@@ -137,7 +135,9 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
     columns = columns or {}
     check_mapped(columns, survey.first, survey.path)
     named = [one for one in BY_NAME if task in (None, one)]
-    readings = [_reading(survey, one, columns) for one in named if reads(survey.first, one, columns, survey.folders[0])]
+    readings = [
+        _reading(survey, one, columns) for one in named if reads_rows(survey.first, one, columns, survey.folders[0])
+    ]
     if not readings and task in (None, "chat"):
         readings = list(_conversations(survey, columns))
     if not readings and not columns and not refusals(survey, task):  # known names count, even where values are bad
@@ -180,8 +180,9 @@ def _has_content(turn: object) -> bool:
 
 def _inferred(survey: Survey, task: str | None) -> Iterator[tuple[str, dict[str, str]]]:
     for one in BY_VALUES if task is None else (task,):
-        columns = infer_columns(survey.first, one, survey.folders[0])
-        if columns and (task is not None or _likely(columns, survey)):
+        columns = infer_columns(survey.first, one)
+        reads = columns and reads_rows(survey.first, one, columns, survey.folders[0])
+        if columns and reads and (task is not None or _likely(columns, survey)):
             yield one, columns
 
 
@@ -191,7 +192,7 @@ def _likely(columns: Mapping[str, str], survey: Survey) -> bool:
         return all(LANGUAGES.fullmatch(name.lower()) for name in columns.values())
     if "label" in columns:
         labels = [str(find(row, columns["label"])) for row in survey.rows]
-        has_answers = any(words(name) & {*ANSWERS} for name in survey.columns)
+        has_answers = any(name_words(name) & {*ANSWERS} for name in survey.columns)
         return not has_answers and len(set(labels)) <= min(MOST_CLASSES, len(labels) // 4)
     return True
 

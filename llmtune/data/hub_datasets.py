@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 import xxhash
 
-from llmtune.data.arrow_rows import drop_filled
-from llmtune.data.file_readers import RawRow, name_classes
+from llmtune.data.arrow_rows import drop_filled, name_classes
+from llmtune.data.rejected_rows import RawRow
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.recipe.data_section import Source
-from llmtune.store.atomic_files import explained, write_text
+from llmtune.store.atomic_files import atomic_file, explained, write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -148,9 +147,8 @@ def store_recording(value: Recording | None) -> str | None:
     if not path.is_file():
         with explained(path):
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(content)
     return str(path)
 
 

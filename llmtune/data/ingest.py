@@ -32,6 +32,7 @@ from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe.data_section import DataSection
 from llmtune.records import SPLITS, Json
+from llmtune.store.atomic_files import atomic_file
 
 SHOWN = 20
 TRIED_ROWS = 5000
@@ -105,9 +106,8 @@ class Account:
     def publish(self) -> None:
         """Put the list of all bad rows in its place; an old one goes if there are none."""
         if self.bad:
-            partial = self.list_file.with_name(f".{self.list_file.name}.partial")
-            shutil.copyfile(self.spooled_list, partial)
-            partial.replace(self.list_file)
+            with atomic_file(self.list_file) as partial:
+                shutil.copyfile(self.spooled_list, partial)
         else:
             self.list_file.unlink(missing_ok=True)
 

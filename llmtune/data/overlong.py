@@ -18,7 +18,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, TypeAlias, cast
 
+from transformers import PreTrainedTokenizerBase
+
 from llmtune.data.chat_rows import ChatRow, Message
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import cut_start, tokenize
 from llmtune.records import Example, span_sizes
 
 TOO_LONG = "too long"
@@ -27,7 +31,6 @@ TOO_LONG = "too long"
 NOTHING = "nothing to learn"
 """How the reason begins for a row without a supervised token."""
 
-Encoded = list[Example] | str
 Encode = Callable[[Sequence[ChatRow]], list[Encoded]]
 """Encode conversations whatever their lengths: the examples of each, or the reason why not."""
 Cut: TypeAlias = Generator[ChatRow, Encoded, Encoded]
@@ -48,6 +51,13 @@ class Lost(NamedTuple):
     """Tokens that are learned no more."""
 
 
+def only_last(row: ChatRow) -> ChatRow:
+    """Mark all answers but the last as not learned, so that this holds in each part of a split row."""
+    messages = row["messages"]
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    return {**row, "messages": [m if i == last else {**m, "train": False} for i, m in enumerate(messages)]}
+
+
 def longest(examples: Sequence[Example]) -> int:
     """Return the length in tokens of the longest example."""
     return max(len(example.input_ids) for example in examples)
@@ -63,9 +73,7 @@ class ChatFit:
     """How conversations are brought below `max_length` tokens."""
 
     encode: Encode
-    count_tokens: Callable[[Sequence[str]], list[int]]
-    shorten: Callable[[str, int], str]
-    """`shorten(text, tokens)` cuts at least so many tokens from the start of a text."""
+    processor: PreTrainedTokenizerBase
     on_overlong: str
     max_length: int
 
@@ -103,7 +111,7 @@ class _Conversation:
         self.row, self.examples, self.tokens = row, examples, longest(examples)
         self.system, self.exchanges = _exchanges(row["messages"])
         parts = [self.system, *self.exchanges]
-        counts = fit.count_tokens(["\n".join(map(_said, part)) for part in parts])
+        counts = list(map(len, tokenize(fit.processor, ["\n".join(map(_spoken, part)) for part in parts])))
         around = (self.tokens - sum(counts)) / len(row["messages"])
         sizes = [count + around * len(part) for count, part in zip(counts, parts, strict=True)]
         self.base, self.sizes = sizes[0], sizes[1:]
@@ -141,7 +149,7 @@ class _Conversation:
         return fits, kept
 
 
-def _said(message: Message) -> str:
+def _spoken(message: Message) -> str:
     """Return the text of a message; its calls are text too."""
     calls = message.get("tool_calls")
     return message["content"] + (json.dumps(calls) if calls else "")
@@ -188,7 +196,10 @@ def _truncate_chat(chat: _Conversation, fit: ChatFit) -> Cut:
             return _with_loss(examples, chat.examples)
         if question["role"] != "user":
             break
-        question = {**question, "content": fit.shorten(question["content"], longest(examples) - max_length)}
+        question = {
+            **question,
+            "content": cut_start(fit.processor, question["content"], longest(examples) - max_length),
+        }
         if not question["content"]:
             break
     return too_long(chat.tokens, max_length, ", and its last answer does not fit with any of its question")
@@ -213,53 +224,3 @@ def _split_chat(chat: _Conversation, fit: ChatFit) -> Cut:
             return too_long(chat.tokens, fit.max_length, f", and split at a turn: {examples}")
         first += taken
     return parts or too_long(chat.tokens, fit.max_length, ", and what is left of it has nothing to learn")
-
-
-def fit_completion(
-    example: Example,
-    prompt_tokens: int,
-    byte_at: Callable[[int], int],
-    *,
-    on_overlong: str,
-    max_length: int,
-    start: int,
-) -> Encoded:
-    """Bring a completion below `max_length` tokens, or say why not.
-
-    `start` counts the first tokens that the tokenizer puts before every text; `byte_at(k)` is how many bytes of the
-    text the first k tokens hold.
-    """
-    tokens = len(example.input_ids)
-    if tokens <= max_length:
-        return [example]
-    if on_overlong == "truncate":
-        if not prompt_tokens:
-            return too_long(
-                tokens, max_length, ", and plain text has no prompt to cut: data.on_overlong: split keeps all"
-            )
-        excess = tokens - max_length
-        if prompt_tokens - start <= excess:
-            return too_long(tokens, max_length, ", and the completion does not fit with any of its prompt")
-        ids = [*example.input_ids[:start], *example.input_ids[start + excess :]]
-        spans = [border - excess for border in example.spans]
-        return [Example(ids, spans, example.target_bytes, lost=Lost(excess))]
-    if on_overlong == "split":
-        if max(prompt_tokens, start + 1) >= max_length:
-            return too_long(tokens, max_length, ", and its prompt alone does not fit")
-        return _windows(example, byte_at, max_length, start)
-    return too_long(tokens, max_length)
-
-
-def _windows(example: Example, byte_at: Callable[[int], int], max_length: int, start: int) -> list[Example]:
-    """Cut into windows; each begins with the `start` tokens and the last token of the one before, as context."""
-    ids, first = example.input_ids, example.spans[0]
-    head: Sequence[int] = ()
-    windows: list[Example] = []
-    begin = 0
-    while begin < len(ids) - 1:
-        end = min(begin + max_length - len(head), len(ids))
-        learned, shift = max(first, begin + 1), len(head) - begin
-        spans = [learned + shift, end + shift]
-        windows.append(Example([*head, *ids[begin:end]], spans, byte_at(end) - byte_at(learned)))
-        begin, head = end - 1, ids[:start]
-    return windows

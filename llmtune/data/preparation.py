@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,19 +20,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
+from llmtune.data.contamination import ANSWERS
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near
 from llmtune.data.ingest import Account, read_inputs, show_progress
+from llmtune.data.row_hash import fraction, hash_content
 from llmtune.data.row_store import RECORD, RowWriter, iterate_rows, save_rows
 from llmtune.data.sources import hash_sources, resolve_inputs
-from llmtune.data.splits import TRAIN, assign_splits, count_copies, drop_shared_groups
 from llmtune.data.spool import Index, Spool
-from llmtune.data.suspect_rows import suspicions
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS, DataSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import SPLITS, Rows
 from llmtune.store.atomic_files import explained, hash_value
 
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
 BAD_ROWS = "bad_rows.jsonl"
 SPOOL = ".spool"
 
@@ -80,12 +83,12 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
                 copies_N[reason_N != KEPT] = 0
                 _check_splits(data, split_N, copies_N, reason_N)
                 grouped = data.split_by is not None
-                rows = _write(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns), grouped)
+                rows = _write_rows(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns), grouped)
         except DataError:
             spool.remove()
             raise
         spool.remove()
-    _print_summary(rows, account, notes, console)
+    _print_rows(rows, account, notes, console)
     read = (pair for split in rows.files for pair in iterate_rows(rows, split))
     for suspicion in suspicions(read) if not console.quiet else ():
         console.print(f"  {escape(suspicion)}", style="yellow", highlight=False, soft_wrap=True)
@@ -141,7 +144,7 @@ def _check_splits(
     DataError.collect(problems)
 
 
-def _write(
+def _write_rows(
     folder: Path,
     spool: Spool,
     index: Index,
@@ -177,7 +180,7 @@ def _write(
     return rows
 
 
-def _print_summary(rows: Rows, account: Account, notes: Sequence[str], console: Console) -> None:
+def _print_rows(rows: Rows, account: Account, notes: Sequence[str], console: Console) -> None:
     kept = ", ".join(f"{name} {count:,}" for name, count in rows.counts.items() if count)
     console.print(f"{rows.rows_in:,} rows read; {kept}")
     for reason, count in rows.dropped.items():
@@ -196,3 +199,138 @@ def rows_inputs(recipe: Recipe) -> str:
     if recipe.data.split_by is not None:
         settings["groups"] = "kept"  # rows that were prepared without their groups are prepared again
     return hash_value([__version__, recipe.task, settings, hash_sources(recipe.data, recipe.task)])
+
+
+# Splits: a row goes to train, validation or test by a hash, so that it stays where it is when the data grows
+
+
+def assign_splits(index: Index, validation: float, test: float) -> tuple[npt.NDArray[np.int8], list[str]]:
+    """Give every row its split.
+
+    A group's position in [0, 1) is a hash; test takes the positions below `test`, validation the next. Where test has
+    sources of its own, validation takes the highest. A share that would get nothing, which happens with few rows, gets
+    the next group instead.
+
+    Args:
+        index: The rows.
+        validation: Share of the groups, 0 if there is to be none or it has sources of its own.
+        test: The same for test.
+
+    Returns:
+        [N] index into SPLITS, and notes for a person.
+
+    Raises:
+        DataError: There are not enough groups for one on each split.
+    """
+    split_N = index.split.copy()
+    open_N = split_N < 0
+    position_N = fraction(index.group[open_N], salt=1)
+    if (split_N == TEST).any():  # they may be what a share took before, the lowest: validation would lose all its rows
+        position_N = 1 - position_N
+    positions = np.unique(position_N)
+    requested = [(split, share) for split, share in ((TEST, test), (VALIDATION, validation)) if share > 0]
+    if requested and len(positions) < len(requested) + 1:
+        raise _too_few(len(positions), requested)
+    notes: list[str] = []
+    ends: list[int] = []
+    first, upto = 0, 0.0
+    for split, share in requested:
+        upto += share
+        last = max(int(np.searchsorted(positions, upto)), first)
+        if last == first:
+            last = first + 1
+            notes.append(f"a share of {share:g} of {len(positions)} rows gave {SPLITS[split]} none; it got one")
+        ends.append(last)
+        first = last
+    if requested and first >= len(positions):
+        raise _too_few(len(positions), requested)
+    open_split_N = np.full(len(position_N), TRAIN, dtype=np.int8)
+    for (split, _), end in reversed([*zip(requested, ends, strict=True)]):
+        open_split_N[position_N < positions[end]] = split
+    split_N[open_N] = open_split_N
+    return split_N, notes
+
+
+def _too_few(groups: int, requested: list[tuple[int, float]]) -> DataError:
+    names = " and ".join(f"{SPLITS[split]} ({share:g})" for split, share in requested)
+    what = f"{groups} different rows (or `split_by` values) are too few to leave some for {names} besides train"
+    fix = "Give more rows, or sources of their own, or set the share to 0. A short text file is one row."
+    return DataError(*DataError.of(what, "data.train", fix).problems)
+
+
+def count_copies(index: Index, split_N: npt.NDArray[np.int8], weights: list[float]) -> npt.NDArray[np.int64]:
+    """Say how often each row stands in its split: a train row as often as its source's weight says, others once.
+
+    A weight of 2.3 is two copies of each row and a third of three tenths of them, chosen by hash.
+    """
+    weight_N = np.asarray(weights, dtype=np.float64)[index.source]
+    whole_N = np.floor(weight_N)
+    more_N = fraction(index.content[:, 1], salt=2) < weight_N - whole_N
+    return np.where(split_N == TRAIN, whole_N + more_N, 1).astype(np.int64)
+
+
+def drop_shared_groups(
+    index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], split_by: str
+) -> None:
+    """Drop rows whose `split_by` value stands in a source that was given for test or validation, in place."""
+    for split, below in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
+        given = index.group[index.split == split]
+        shared = np.isin(index.group, given) & np.isin(split_N, below) & (reason_N == "")
+        reason_N[shared] = f"same {split_by} as a {SPLITS[split]} row"
+
+
+# Rows that can be read and look wrong: one question with several answers, and what spreadsheets write for no value
+
+
+MOST_ROWS = 100_000
+"""Rows that are looked at: the memory of all their questions is bounded."""
+LEARNED = (*ANSWERS, "label", "tags")
+"""Keys of rows that hold what is learned."""
+NO_VALUES = frozenset(
+    ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!", "N/A", "n/a", "nan", "NaN", "null", "NULL")
+)
+"""What Excel, pandas and databases write where there is no value."""
+
+
+def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Return a sentence for each kind of suspicious rows; `rows` are canonical, each with its origin, or an empty one.
+
+    Looks at the first MOST_ROWS. Preferences and recordings repeat their prompts, so only empty values are looked for.
+    """
+    answered: dict[bytes, tuple[bytes, str]] = {}
+    several: set[bytes] = set()
+    pair = ("", "")
+    empty: Counter[str] = Counter()
+    for origin, row in islice(rows, MOST_ROWS):
+        asked, answer = _split_answer(row)
+        for text in {text for text in _texts_in([asked, answer]) if text in NO_VALUES}:
+            empty[text] += 1
+        if "rejected" in row or "audio" in row or not any(_texts_in(asked)):
+            continue
+        key, said = hash_content({"asked": asked}), hash_content({"answer": answer})
+        first, where = answered.setdefault(key, (said, origin))
+        if first != said:
+            pair = pair if several else (where, origin)
+            several.add(key)
+    found = [f"rows that hold {text!r}, which stands for no value: {count:,}" for text, count in empty.most_common()]
+    if several:
+        where = f", first in {pair[0]} and {pair[1]}" if all(pair) else ""
+        found.append(f"questions with different answers in different rows: {len(several):,}{where}")
+    return found
+
+
+def _split_answer(row: Mapping[str, Any]) -> tuple[object, object]:
+    """Return what a row gives, and what is learned from it."""
+    if "messages" in row:
+        *before, last = row["messages"]
+        return [one["content"] for one in before], {**last, "rest": [row.get(key) for key in LEARNED]}
+    return {k: v for k, v in row.items() if k not in LEARNED}, {k: v for k, v in row.items() if k in LEARNED}
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    """Yield every text in a value, without outer white space."""
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(item)

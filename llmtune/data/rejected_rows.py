@@ -6,9 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-Add = Callable[[dict[str, str]], None]
+from llmtune.store.atomic_files import atomic_file
 
 ANSWER_COLUMNS = ("completion", "output", "target", "summary", "chosen", "rejected")
 
@@ -48,29 +47,14 @@ def nonempty_text(row: Mapping[str, object], column: str) -> str:
     return text
 
 
+RawRow = tuple[str, dict[str, object] | RowError]
+"""Where a row is from, and its columns or why they cannot be read."""
+
+
 @contextmanager
-def listed(path: Path) -> Iterator[Add]:
-    """Give a function that adds a line; the list takes its name at the end, and an old one goes if there is nothing.
-
-    A list that was not ended, because an error passed through, is thrown away, and the old one stays.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    file: IO[str] | None = None
-
-    def add(entry: dict[str, str]) -> None:
-        nonlocal file
-        if file is None:
-            file = partial.open("w", encoding="utf-8", errors="backslashreplace")
-        file.write(json.dumps(entry) + "\n")
-
-    try:
-        yield add
-        if file is None:
-            path.unlink(missing_ok=True)
-        else:
-            file.close()
-            partial.replace(path)
-    finally:
-        if file is not None:
-            file.close()
-        partial.unlink(missing_ok=True)
+def listed(path: Path) -> Iterator[Callable[[dict[str, str]], object]]:
+    """Give a function that adds a line to a list, which replaces `path` at the end; without a line an old list goes."""
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        yield lambda entry: file.write(json.dumps(entry) + "\n")
+    if not path.stat().st_size:
+        path.unlink()

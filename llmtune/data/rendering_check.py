@@ -1,93 +1,69 @@
-"""Every message of a conversation shows in its rendering: nothing that a row says is lost on the way to the model.
+"""All that rows say shows in their renderings: nothing is lost on the way to the model, and answers are where marked.
 
-Two looks, both cheap. A conversation of the same shape whose every text is a word of its own shows what a template
-leaves out whatever is said: a system message, calls, results, declarations of tools. The texts themselves, looked for
-in the rendering, show what it cuts or changes because of what is said.
+What a template leaves out whatever is said (a system message, calls, results, declarations of tools) is known from
+`TemplateFacts`. The texts themselves, looked for in the rendering, show what it cuts or changes because of what is
+said.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import cast
 
-from llmtune.data.answer_format import TOOL
+from transformers import PreTrainedTokenizerBase
+
+from llmtune.data.answer_format import CALLS, RESULTS, TOOL, TOOL_PARTS, TOOLS
+from llmtune.data.chat_messages import unmark
 from llmtune.data.chat_rows import Message, Tool
-from llmtune.data.chat_template import ChatTemplate, TemplateRefusal, Tools
-from llmtune.data.control_tokens import unmark
+from llmtune.data.chat_template import ChatTemplate, PreparedChat, Tools, read_template, with_answer, with_kwargs
+from llmtune.data.row_store import iterate_texts
+from llmtune.data.template_facts import TemplateFacts
+from llmtune.data.template_text import template_variables
+from llmtune.data.tokenization import decode
+from llmtune.errors import EnvironmentProblem
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import Example, Row, Rows
 
-Write = Callable[[Sequence[Message], Tools], str]
-"""Renders a conversation in the way that is checked."""
-Piece = tuple[str, str]
-"""A text that has to show, and what it is."""
-
-
-class RenderingCheck:
-    """Checks renderings of one template; remembers which shapes of conversations it writes whole."""
-
-    def __init__(self, template: ChatTemplate) -> None:
-        self.template = template
-        self._shapes: dict[object, str | None] = {}
-
-    def missing(
-        self, messages: Sequence[Message], tools: Tools, text: str, thoughts: Collection[int], write: Write
-    ) -> str | None:
-        """Return why a rendering is not the whole conversation; None where it is.
-
-        Args:
-            messages: Those that are rendered, as templates take them.
-            tools: The declarations of tools, if there are any.
-            text: The rendering.
-            thoughts: Which answers' thoughts have to show: others' are left out where the template does so.
-            write: What made the rendering.
-        """
-        shape = (bool(tools), *[_shape(message, i in thoughts) for i, message in enumerate(messages)])
-        if shape not in self._shapes:
-            self._shapes[shape] = self._probe(messages, tools, thoughts, write)
-        if self._shapes[shape] is not None:
-            return self._shapes[shape]
-        text = unmark(text)
-        plain = not tools and not any(
-            "tool_calls" in message or message.get("reasoning_content") for message in messages
-        )
-        if plain and _shows_in_order((message["content"].strip() for message in messages), text):
-            return None
-        return self._changed(messages, tools, text, thoughts)
-
-    def _probe(self, messages: Sequence[Message], tools: Tools, thoughts: Collection[int], write: Write) -> str | None:
-        """Look what is left out of a conversation of this shape, whatever is said in it."""
-        probes = [_probe_message(message, i) for i, message in enumerate(messages)]
-        declared = [cast(Tool, TOOL)] if tools else None
-        try:
-            text = write(probes, declared)
-        except TemplateRefusal:
-            return None
-        return self._first(_pieces(probes, declared, thoughts, named=False), lambda piece: piece in text, "leaves out")
-
-    def _changed(self, messages: Sequence[Message], tools: Tools, text: str, thoughts: Collection[int]) -> str | None:
-        """Look for each text in the rendering, as it is or as JSON writes it."""
-
-        def shows(piece: str) -> bool:
-            piece = unmark(piece)
-            return piece in text or all(any(form in text for form in _forms(line)) for line in piece.splitlines())
-
-        return self._first(_pieces(messages, tools, thoughts), shows, "leaves out or changes")
-
-    def _first(self, pieces: Iterable[Piece], shows: Callable[[str], bool], what: str) -> str | None:
-        lost = next((name for piece, name in pieces if not shows(piece)), None)
-        return None if lost is None else f"the chat template {what} {lost}"
+KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
+"""As rows have them on disk. Within a text, quotes have backslashes before them."""
+OTHER = "Set model.chat_template to a Jinja file that writes `tools`, `tool_calls` and messages of the role `tool`"
+CHATML = "<|im_start|>"
+"""A model whose own template writes it can learn tools by the template that comes with llmtune."""
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+Part = tuple[str, str, bool]
+"""A text that has to show, what it is, and whether the template writes such texts at all."""
 
 
-def _shows_in_order(pieces: Iterable[str], text: str) -> bool:
-    """Whether all pieces are in a text; each is looked for after the one before it first, which is where most are."""
+def find_missing(
+    facts: TemplateFacts, messages: Sequence[Message], tools: Tools, text: str, thoughts: Collection[int]
+) -> str | None:
+    """Return why a rendering is not the whole conversation; None where it is.
+
+    Args:
+        facts: What the template does.
+        messages: Those that are rendered, as templates take them.
+        tools: The declarations of tools, if there are any.
+        text: The rendering.
+        thoughts: Which answers' thoughts have to show: others' are left out where the template does so.
+    """
+    text = unmark(text)
+    parts = [*_message_parts(facts, messages, thoughts), *_tool_parts(facts, tools)]
+    if (lost := next((name for _, name, written in parts if not written), None)) is not None:
+        return f"the chat template leaves out {lost}"
     at = 0
-    for piece in pieces:
-        found = text.find(piece, at)
+    for part, name, _ in parts:
+        part = unmark(part)
+        found = text.find(part, at)  # most are after the one before
         if found >= 0:
-            at = found + len(piece)
-        elif piece not in text:
-            return False
-    return True
+            at = found + len(part)
+        elif not (part in text or all(any(form in text for form in _forms(line)) for line in part.splitlines())):
+            return f"the chat template leaves out or changes {name}"
+    return None
 
 
 def _forms(line: str) -> Iterator[str]:
@@ -97,31 +73,23 @@ def _forms(line: str) -> Iterator[str]:
     yield json.dumps(line.strip())[1:-1]
 
 
-def _shape(message: Message, thinks: bool) -> object:
-    calls = len(message.get("tool_calls") or ())
-    return (message["role"], *message, message["content"].isspace(), not message["content"], calls, thinks)
-
-
-def _pieces(
-    messages: Sequence[Message], tools: Tools, thoughts: Collection[int], named: bool = True
-) -> Iterator[Piece]:
-    """Yield each text that has to show, with what it is; `named` says which tool it is of."""
+def _message_parts(facts: TemplateFacts, messages: Sequence[Message], thoughts: Collection[int]) -> Iterator[Part]:
+    writes = facts.calls.writes
     for i, message in enumerate(messages):
         where = f"message {i + 1} ({message['role']})"
         if text := message["content"].strip():
-            yield text, "the system message" if message["role"] == "system" else f"the text of {where}"
+            is_system = message["role"] == "system"
+            written = facts.writes_system if is_system else message["role"] != "tool" or RESULTS in writes
+            yield text, "the system message" if is_system else f"the text of {where}", written
         if i in thoughts and (reasoning := message.get("reasoning_content")):
-            yield reasoning.strip(), f"the thoughts of {where}"
+            yield reasoning.strip(), f"the thoughts of {where}", True
         for call in message.get("tool_calls") or ():
             function = call["function"]
-            what = f"the call of {function['name']!r}" if named else "the tool call"
-            yield function["name"], f"{what} in {where}"
+            what = f"the call of {function['name']!r}" if CALLS in writes else "the tool call"
+            yield function["name"], f"{what} in {where}", CALLS in writes
             arguments: object = function["arguments"]  # some templates are handed JSON text
             for text in _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments):
-                yield text, f"the arguments of {what} in {where}"
-    for tool in tools or ():
-        for text in _declared(tool):
-            yield text, f"the tool {tool['function'].get('name')!r}" if named else "the tools that may be called"
+                yield text, f"the arguments of {what} in {where}", True
 
 
 def _leaves(value: object) -> Iterator[str]:
@@ -139,32 +107,99 @@ def _leaves(value: object) -> Iterator[str]:
         yield json.dumps(value)
 
 
-def _declared(tool: Tool) -> Iterator[str]:
-    """Yield name, description and parameters of a tool."""
-    function = tool["function"]
-    for key in ("name", "description"):
-        if text := str(function.get(key) or "").strip():
-            yield text
-    parameters = function.get("parameters")
-    properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    yield from properties if isinstance(properties, dict) else ()
+def _tool_parts(facts: TemplateFacts, tools: Tools) -> Iterator[Part]:
+    """Yield name, description and parameters of each tool."""
+    for tool in tools or ():
+        function = tool["function"]
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        texts = [str(function.get(key) or "").strip() for key in ("name", "description")]
+        written = TOOLS in facts.calls.writes
+        name = f"the tool {function.get('name')!r}" if written else "the tools that may be called"
+        for text in [*filter(None, texts), *(properties if isinstance(properties, dict) else ())]:
+            yield text, name, written
 
 
-def _probe_message(message: Message, number: int) -> Message:
-    """Return a message of the same shape whose texts are words of their own."""
-    probe = {**message}
-    if message["content"].strip():
-        probe["content"] = f"zqcontent{number}"
-    if message.get("reasoning_content"):
-        probe["reasoning_content"] = f"zqthought{number}"
-    if calls := message.get("tool_calls"):
-        texts = isinstance(calls[0]["function"]["arguments"], str)
-        probe["tool_calls"] = [
-            {**call, "function": _probe_function(f"{number}x{k}", texts)} for k, call in enumerate(calls)
-        ]
-    return cast(Message, probe)
+def check_marks(example: Example, chat: PreparedChat, messages: int, template: ChatTemplate) -> str | None:
+    """Compare the spans of the first `messages` of a conversation with the template's own `{% generation %}` marks.
+
+    Marks may leave out what is no text of the answer: a header, line breaks, the end-of-turn token.
+    """
+    processor = template.processor
+    if not processor.is_fast or not _GENERATION.search(template.text(chat.tools)) or chat.marked:
+        return None
+    rendered = processor.apply_chat_template(
+        list(with_answer(template, chat.messages[:messages])),
+        tools=chat.tools,
+        chat_template=template.text(chat.tools),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **template.kwargs,
+    )
+    marks = rendered["assistant_masks"]
+    for start, end in zip(example.spans[::2], example.spans[1::2], strict=True):
+        inside = [i for i in range(start, end) if marks[i]]
+        left = [*example.input_ids[start : inside[0]], *example.input_ids[inside[-1] + 1 : end]] if inside else []
+        before = start
+        while before and marks[before - 1]:
+            before -= 1
+        text = decode(processor, [*left, *example.input_ids[before:start]])
+        for token in template.facts.special:
+            text = text.replace(token, "")
+        if text.strip() or not inside or len(inside) != inside[-1] + 1 - inside[0]:
+            return "the chat template's {% generation %} marks are not where its answers are"
+    return None
 
 
-def _probe_function(number: str, texts: bool) -> dict[str, object]:
-    arguments = {f"zqkey{number}": f"zqvalue{number}"}
-    return {"name": f"zqname{number}", "arguments": json.dumps(arguments) if texts else arguments}
+# Before any row is encoded
+
+
+def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Refuse a chat template that leaves out what rows have of tools, with what would fix it.
+
+    Rows that it cannot write, no more than `data.max_dropped` allows, are left out one by one instead.
+
+    Raises:
+        EnvironmentProblem: it leaves out declarations of tools, calls or results.
+    """
+    if not TASK_FACTS[recipe.task].has_messages or not processor.chat_template:
+        return
+    texts = (text for split in rows.files for _, text in iterate_texts(rows, split))
+    used = Counter(_used_parts(json.loads(text)) for text in texts if any(key in text for key in KEYS))
+    del used[()]
+    if used.total() <= recipe.data.max_dropped * rows.rows_in:
+        return
+    template = read_template(processor, recipe)
+    written = template.facts.calls.writes
+    lost = {parts: count for parts, count in used.items() if not written.issuperset(parts)}
+    count = sum(lost.values())
+    if count <= recipe.data.max_dropped * rows.rows_in:
+        return
+    left_out = [part for part in dict.fromkeys(part for parts in lost for part in parts) if part not in written]
+    what = f"the chat template leaves out {', '.join(left_out)}, which {count:,} of {rows.rows_in:,} rows have"
+    switch = _find_switch(template, {part for parts in used for part in parts})
+    other = " (`builtin:chatml` is one)" if CHATML in template.text() else ""
+    fix = f"Set model.chat_template_kwargs: {switch}." if switch else f"{OTHER}{other}, or a model whose template does."
+    raise EnvironmentProblem.of(what, template.name, fix)
+
+
+def _used_parts(row: Row) -> tuple[str, ...]:
+    """Return what a row has of tools."""
+    messages = row.get("messages", ())
+    has = (
+        row.get("tools"),
+        any(message.get("tool_calls") for message in messages),
+        any(message["role"] == "tool" for message in messages),
+    )
+    return tuple(part for part, there in zip(TOOL_PARTS, has, strict=True) if there)
+
+
+def _find_switch(template: ChatTemplate, used: Collection[str]) -> str | None:
+    """Return the switch of a template with which it writes all that is used, as a recipe has it."""
+    for name in sorted(template_variables(template.text([cast(Tool, TOOL)]))):
+        for value in (True, False):
+            with suppress(EnvironmentProblem):
+                switched = with_kwargs(template, {**template.kwargs, name: value})
+                if switched.facts.calls.writes.issuperset(used):
+                    return f"{{{name}: {str(value).lower()}}}"
+    return None

@@ -17,7 +17,7 @@ from llmtune.data.chat_rows import (
     completion_from_pair,
     completion_from_text,
 )
-from llmtune.data.column_mapping import fields, find, flatten, holds, used_columns, with_aliases
+from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
 from llmtune.data.labelled_rows import classified, question_answer, question_squad, tagged_spans, tagged_tokens
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.text_pair_rows import (
@@ -31,6 +31,18 @@ from llmtune.data.text_pair_rows import (
 )
 from llmtune.errors import DataError, LlmtuneError, nearest
 
+TEXT_EXAMPLE = '"..."'
+EXAMPLES = {
+    "messages": '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+    "conversations": '[{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]',
+    "translation": '{"en": "...", "de": "..."}',
+    "answers": '{"text": ["..."], "answer_start": [17]}',
+    "tokens": '["Ada", "Lovelace", "wrote"]',
+    "tags": '["B-PERSON", "I-PERSON", "O"]',
+    "spans": '[{"start": 0, "end": 3, "label": "PERSON"}]',
+    "audio": '"recordings/1.wav"',
+}
+"""Cells of columns, for examples in error messages; others hold text."""
 RowParser = Callable[[Mapping[str, object]], Mapping[str, object]]
 
 
@@ -43,8 +55,8 @@ class RowFormat:
     optional: tuple[str, ...]
     parsers: Mapping[str, RowParser]
     """By task, what makes a canonical row."""
-    example: str
-    """An example for error messages."""
+    stated: str = ""
+    """An example for error messages, where one made of the required columns would not do."""
     files: tuple[str, ...] = ()
     """Columns that name files, relative to the one that the row stands in."""
 
@@ -53,146 +65,90 @@ class RowFormat:
         """All columns that it reads."""
         return (*self.required, *self.optional)
 
+    @property
+    def example(self) -> str:
+        """An example for error messages."""
+        cells = (f'"{name}": {EXAMPLES.get(name, TEXT_EXAMPLE)}' for name in self.required)
+        return self.stated or f"{{{', '.join(cells)}}}"
+
     def parser(self, task: str) -> RowParser | None:
         """Return what makes a canonical row for `task`, or None."""
         return self.parsers.get(task)
 
 
-FORMATS = {
-    one.name: one
-    for one in (
-        RowFormat(
-            "messages",
-            ("messages",),
-            ("tools", "functions", "system", "train_reasoning"),
-            {"chat": chat_from_messages},
-            '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
-        ),
-        RowFormat(
-            "sharegpt",
-            ("conversations",),
-            ("tools", "system", "train_reasoning"),
-            {"chat": chat_from_sharegpt},
-            '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
-        ),
-        RowFormat(
-            "alpaca",
-            ("instruction", "output"),
-            ("input", "system", "history", "tools"),
-            {"chat": chat_from_alpaca, "completion": completion_from_alpaca},
-            '{"instruction": "...", "input": "...", "output": "..."}',
-        ),
-        RowFormat(
-            "prompt-completion",
-            ("prompt", "completion"),
-            ("system", "tools", "train_reasoning"),
-            {"chat": chat_from_pair, "completion": completion_from_pair},
-            '{"prompt": "...", "completion": "..."}',
-        ),
-        RowFormat("text", ("text",), (), {"completion": completion_from_text}, '{"text": "..."}, or a text file'),
-        RowFormat(
-            "source-target",
-            ("source", "target"),
-            ("source_language", "target_language"),
-            {"translate": translation_from_pair},
-            '{"source": "...", "target": "..."}',
-        ),
-        RowFormat(
-            "translation",
-            ("translation",),
-            (),
-            {"translate": translation_from_map},
-            '{"translation": {"en": "...", "de": "..."}}',
-        ),
-        RowFormat(
-            "document-summary",
-            ("document", "summary"),
-            (),
-            {"summarize": summary_from_pair},
-            '{"document": "...", "summary": "..."}',
-        ),
-        RowFormat(
-            "squad",
-            ("question", "context", "answers"),
-            (),
-            {"qa": question_squad},
-            '{"question": "...", "context": "...", "answers": {"text": ["..."], "answer_start": [17]}}',
-        ),
-        RowFormat(
-            "question-answer",
-            ("question", "context", "answer"),
-            (),
-            {"qa": question_answer},
-            '{"question": "...", "context": "...", "answer": "..."}',
-        ),
-        RowFormat(
-            "text-label",
-            ("text", "label"),
-            ("pair",),
-            {"classify": classified},
-            '{"text": "...", "label": "..."}',
-        ),
-        RowFormat(
-            "tokens-tags",
-            ("tokens", "tags"),
-            (),
-            {"token-classify": tagged_tokens},
-            '{"tokens": ["Ada", "Lovelace", "wrote"], "tags": ["B-PERSON", "I-PERSON", "O"]}',
-        ),
-        RowFormat(
-            "text-spans",
-            ("text", "spans"),
-            (),
-            {"token-classify": tagged_spans},
-            '{"text": "Ada wrote", "spans": [{"start": 0, "end": 3, "label": "PERSON"}]}',
-        ),
-        RowFormat(
-            "audio-text",
-            ("audio", "text"),
-            (),
-            {"speech": speech_from_columns},
-            '{"audio": "recordings/1.wav", "text": "..."}',
-            files=("audio",),
-        ),
-        RowFormat(
-            "audio-folder",
-            ("file_name", "text"),
-            (),
-            {"speech": speech_from_folder},
-            "file_name,text in a metadata.csv beside the recordings",
-            files=("file_name",),
-        ),
-        RowFormat(
-            "conversation-pair",
-            ("conversations", "chosen", "rejected"),
-            ("tools", "system"),
-            {"preference": preference_from_conversation},
-            '{"conversations": [...], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}',
-        ),
-        RowFormat(
-            "chosen-rejected",
-            ("chosen", "rejected"),
-            ("prompt", "tools", "system"),
-            {"preference": preference_from_pair},
-            '{"prompt": "...", "chosen": "...", "rejected": "..."}',
-        ),
-        RowFormat(
-            "answer-thumb",
-            ("prompt", "completion", "label"),
-            ("tools", "system"),
-            {"preference": thumb_from_pair},
-            '{"prompt": "...", "completion": "...", "label": true}',
-        ),
-        RowFormat(
-            "conversation-thumb",
-            ("messages", "label"),
-            ("tools", "system"),
-            {"preference": thumb_from_conversation},
-            '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "label": true}',
-        ),
-    )
-}
+_ROLES = ("system", "tools", "train_reasoning")
+_KNOWN = (
+    RowFormat("messages", ("messages",), ("functions", *_ROLES), {"chat": chat_from_messages}),
+    RowFormat("sharegpt", ("conversations",), _ROLES, {"chat": chat_from_sharegpt}),
+    RowFormat(
+        "alpaca",
+        ("instruction", "output"),
+        ("input", "system", "history", "tools"),
+        {"chat": chat_from_alpaca, "completion": completion_from_alpaca},
+        '{"instruction": "...", "input": "...", "output": "..."}',
+    ),
+    RowFormat(
+        "prompt-completion",
+        ("prompt", "completion"),
+        _ROLES,
+        {"chat": chat_from_pair, "completion": completion_from_pair},
+    ),
+    RowFormat("text", ("text",), (), {"completion": completion_from_text}, '{"text": "..."}, or a text file'),
+    RowFormat(
+        "source-target",
+        ("source", "target"),
+        ("source_language", "target_language"),
+        {"translate": translation_from_pair},
+    ),
+    RowFormat("translation", ("translation",), (), {"translate": translation_from_map}),
+    RowFormat("document-summary", ("document", "summary"), (), {"summarize": summary_from_pair}),
+    RowFormat("squad", ("question", "context", "answers"), (), {"qa": question_squad}),
+    RowFormat("question-answer", ("question", "context", "answer"), (), {"qa": question_answer}),
+    RowFormat("text-label", ("text", "label"), ("pair",), {"classify": classified}),
+    RowFormat("tokens-tags", ("tokens", "tags"), (), {"token-classify": tagged_tokens}),
+    RowFormat("text-spans", ("text", "spans"), (), {"token-classify": tagged_spans}),
+    RowFormat("audio-text", ("audio", "text"), (), {"speech": speech_from_columns}, files=("audio",)),
+    RowFormat(
+        "audio-folder",
+        ("file_name", "text"),
+        (),
+        {"speech": speech_from_folder},
+        "file_name,text in a metadata.csv next to the recordings",
+        files=("file_name",),
+    ),
+    RowFormat(
+        "conversation-pair",
+        ("conversations", "chosen", "rejected"),
+        ("tools", "system"),
+        {"preference": preference_from_conversation},
+        '{"conversations": [...], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}',
+    ),
+    RowFormat(
+        "chosen-rejected",
+        ("chosen", "rejected"),
+        ("prompt", "tools", "system"),
+        {"preference": preference_from_pair},
+        '{"prompt": "...", "chosen": "...", "rejected": "..."}',
+    ),
+    RowFormat(
+        "answer-thumb",
+        ("prompt", "completion", "label"),
+        ("tools", "system"),
+        {"preference": thumb_from_pair},
+        '{"prompt": "...", "completion": "...", "label": true}',
+    ),
+    RowFormat(
+        "conversation-thumb",
+        ("messages", "label"),
+        ("tools", "system"),
+        {"preference": thumb_from_conversation},
+        '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "label": true}',
+    ),
+)
+FORMATS = {one.name: one for one in _KNOWN}
 CONVERSATIONS = ("messages", "conversations")
+READABLE_SHARE = 0.5
+"""Share of the first rows that a reading must take: a file may have bad rows."""
 MEDIA = {f"{kind}{s}": f"<{kind}>" for kind in ("image", "video", "audio") for s in ("", "s")}
 """Columns of what is not text, and the mark that stands for it in a text."""
 COLUMNS = tuple(sorted({name for one in FORMATS.values() for name in one.columns}))
@@ -263,7 +219,7 @@ def check_mapped(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]
             known = f"({', '.join(COLUMNS)}).{nearest(ours, COLUMNS)}"
             raise DataError.of(f"columns: {ours!r} is not a column that llmtune knows {known}", where)
         names = fields(theirs, {name for row in rows for name in row})
-        missing = [name for name in names if not any(holds(row, name) for row in rows)]
+        missing = [name for name in names if not any(has_columns(row, name) for row in rows)]
         if missing:
             present = list(dict.fromkeys(name for row in rows for name in flatten(row)))
             known = f"found {_listed(present)}.{nearest(missing[0], present)}"
@@ -277,7 +233,7 @@ def _matches(row_format: RowFormat, rows: Sequence[Mapping[str, object]], column
     mapped = set(columns)
     if mapped.isdisjoint(row_format.required) and any(mapped & set(other.required) for other in FORMATS.values()):
         return False
-    return all(holds(row, columns.get(name, name)) for row in rows for name in row_format.required)
+    return all(has_columns(row, columns.get(name, name)) for row in rows for name in row_format.required)
 
 
 def _check_forced(
@@ -360,6 +316,24 @@ def _refuse_media(row: Mapping[str, object], row_format: RowFormat) -> None:
             continue
         if any(mark in str(row[column]) for column in row_format.columns if column in row):
             raise RowError("content that is not text", f"{mark} stands for what is in {name!r}; only text is learned")
+
+
+def reads_rows(
+    rows: Sequence[Mapping[str, object]], task: str, columns: Mapping[str, str], folder: Path | None = None
+) -> bool:
+    """Whether `task` reads at least half of these rows with `columns`."""
+    try:
+        row_format = detect_format(rows, task, columns, None, "")
+    except DataError:
+        return False
+    mapping, good = map_columns(row_format, rows, task, columns), 0
+    for row in rows:
+        try:
+            parse_row(rename(row, mapping), row_format, task, folder)
+            good += 1
+        except RowError:
+            pass
+    return good >= READABLE_SHARE * len(rows)
 
 
 def unused_keys(row: Mapping[str, object], row_format: RowFormat, columns: Mapping[str, str]) -> list[str]:

@@ -12,10 +12,9 @@ import xxhash
 
 from llmtune.data.chat_rows import Message
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.splits import mix
 from llmtune.records import Row
 
-_write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
 
 
@@ -25,7 +24,7 @@ def to_json(row: Mapping[str, object]) -> str:
     Raises:
         RowError: The text holds half of a surrogate pair, which is no character and cannot be encoded.
     """
-    text = _write(row)
+    text = _dump(row)
     if not text.isascii():
         try:
             text.encode()
@@ -114,6 +113,25 @@ POWERS = np.multiply.accumulate(np.full(2**12, 0x9E3779B97F4A7C15, dtype=np.uint
 LETTERS = np.isin(np.arange(256), [*b"0123456789abcdefghijklmnopqrstuvwxyz", *range(0x80, 0x100)])
 
 
+def mix(values: U64, salt: int) -> U64:
+    """Scatter 64-bit numbers so that results with different salts are independent.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    mixed = values + np.uint64((salt * 0x9E3779B97F4A7C15) % 2**64)
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def fraction(values: U64, salt: int) -> npt.NDArray[np.float64]:
+    """Map 64-bit hashes to numbers in [0, 1)."""
+    return (mix(values, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def hash_triples(texts: list[str]) -> tuple[U32, I64]:
     """Hash every run of three words; the last two words of a text begin shorter runs, so that short texts have some.
 
@@ -168,7 +186,7 @@ def _classify(byte_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt
     return inside_B, alone_B
 
 
-def without(common: U32, triple_W: U32, row_W: I64) -> tuple[U32, I64]:
+def without_common(common: U32, triple_W: U32, row_W: I64) -> tuple[U32, I64]:
     """Leave out the triples of a template, but for rows that have no more than one word of their own."""
     if not len(common) or not len(triple_W):
         return triple_W, row_W

@@ -44,13 +44,11 @@ class RowsRecord(TypedDict):
 
 
 class RowWriter:
-    """Writes the file of one split under another name, and gives it its own at the end."""
+    """Writes the file of one split; the record of all of them is written last."""
 
     def __init__(self, path: Path, grouped: bool = False) -> None:
         self._schema = SCHEMA.append(GROUP) if grouped else SCHEMA
-        self._path = path
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._file = pa.OSFile(str(self._partial), "wb")
+        self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, self._schema)
         self._batches: list[pa.RecordBatch] = []
         self._digest = hashlib.sha256()
@@ -87,7 +85,6 @@ class RowWriter:
         self._flush()
         self._writer.close()
         self._file.close()
-        self._partial.replace(self._path)
         return self._digest.hexdigest()
 
 

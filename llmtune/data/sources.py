@@ -16,17 +16,17 @@ from typing import Literal, TypeVar
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.byte_streams import guess_encoding
-from llmtune.data.column_mapping import holds, rename
-from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, RawRow, read_lazily
+from llmtune.data.column_mapping import has_columns, infer_columns, rename
+from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
-from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, unused_keys
-from llmtune.data.schema_inference import infer_columns, source_line, written_path
+from llmtune.data.rejected_rows import RawRow, RowError
+from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, reads_rows, unused_keys
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.data_section import DATA_ENDINGS, DataSection, Source, data_ending
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.user_files import match_files, walk_files
+from llmtune.recipe.yaml_writer import source_line, written_path
 from llmtune.records import SPLITS
 from llmtune.store.atomic_files import hash_file, hash_recording
 
@@ -187,13 +187,14 @@ def _detect(one: Input, data: DataSection, task: str, problems: list[Problem]) -
 
 def shared_columns(data: DataSection, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
     """Return `data.columns` for a file that has one of them; another file is read by its own names."""
-    return data.columns if any(holds(row, theirs) for theirs in data.columns.values() for row in rows) else {}
+    return data.columns if any(has_columns(row, theirs) for theirs in data.columns.values() for row in rows) else {}
 
 
 def _suggest(one: Input, rows: Sequence[Mapping[str, object]], task: str) -> str | None:
     """Return a line of the recipe by which the file can be read, tried on its first rows."""
-    columns = infer_columns(rows, task, one.folder)
-    return source_line(one.split or "train", one.source, columns=columns) if columns else None
+    columns = infer_columns(rows, task)
+    reads = columns and reads_rows(rows, task, columns, one.folder)
+    return source_line(one.split or "train", one.source, columns=columns) if reads else None
 
 
 def encoding_hint(one: Input) -> Problem | None:

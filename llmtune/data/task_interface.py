@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from llmtune.data.tokenization import Segment, highlight
 from llmtune.records import AdaptedModel, Batch, Collate, Example, Loss, Rows
 
 if TYPE_CHECKING:
@@ -14,36 +14,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtune.recipe.schema import Recipe
-
-SHOWN_CHARACTERS = 2000
-
-Piece = tuple[str, bool]
-"""A text, and whether it is learned."""
-
-
-def highlight(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTokenizerBase) -> list[Piece]:
-    """Cut token ids into stretches of text, and say of each whether it lies in `spans`."""
-    learned = [False] * len(ids)
-    for start, end in zip(spans[::2], spans[1::2], strict=True):
-        learned[start:end] = [True] * (end - start)
-    pieces = []
-    for flag, pairs in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
-        pieces.append((decode_shortened([token for token, _ in pairs], processor), flag))
-    return pieces
-
-
-def decode_shortened(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> str:
-    """Return the text of token ids, special ones too, without the middle of a long one."""
-    return _cut(processor.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _cut(text: str) -> str:
-    """Leave the middle of a long text out, and say how much that is."""
-    if len(text) <= SHOWN_CHARACTERS:
-        return text
-    half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-
 
 Encoded: TypeAlias = list[Example] | str
 """The examples of a row, or the reason why it has none."""
@@ -106,7 +76,7 @@ class TaskInterface:
         """Whether training compares with the model as it was, which is kept beside what is trained."""
         return False
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Return stretches of text, and whether they are learned, for a person to see."""
         return highlight(example.input_ids, example.spans, processor)
 

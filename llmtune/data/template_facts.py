@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.answer_format import (
     ANSWER,
@@ -25,23 +28,25 @@ from llmtune.data.answer_format import (
     RESULT,
     RESULTS,
     THOUGHT,
+    TOOL,
     TOOLS,
     VALUES,
     CallFormat,
-    Json,
     ThoughtFormat,
     call_message,
     read_calls,
     response_template,
     shared_start,
 )
-from llmtune.data.reasoning_text import THINK_CLOSE, THINK_OPEN
+from llmtune.data.message_fields import THINK_CLOSE, THINK_OPEN
+from llmtune.data.template_text import ENDLESS
+from llmtune.data.tokenization import tokenize
 from llmtune.errors import EnvironmentProblem
+from llmtune.records import Json
+from llmtune.store.atomic_files import hash_value
 
 FIX = "Set model.chat_template to a Jinja file that"
 SYSTEM = "Heed the probe's system message."
-Texts = Mapping[str, str | None]
-"""What a template writes for each probe; None where it refuses one."""
 MARK_PAIRS = (("<NAME>", "</NAME>"), ("[NAME]", "[/NAME]"), ("<|START_NAME|>", "<|END_NAME|>"))
 """How thoughts are marked, in the ways of known families."""
 _THINKING = re.compile(r"think|reason|thought|analysis|channel", re.IGNORECASE)
@@ -83,6 +88,17 @@ PROMPTS = ("prompt", "turns", "system turns", "tools")
 
 NEEDED = ("question", "prompt", "answer")
 """Probes that every template has to take."""
+MAX_PROBE_TEXT = 2**17
+Written = Mapping[str, str | None]
+"""What a template writes for each probe; None where it refuses one."""
+
+
+class TemplateRefusal(Exception):
+    """The template does not take these messages; the text says why."""
+
+
+Render = Callable[[Sequence[Json], Sequence[Json] | None, bool], str]
+"""Renders messages with tools, ready for an answer or not; raises TemplateRefusal."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,10 @@ class TemplateFacts:
     thoughts: ThoughtFormat = INLINE_THOUGHTS
     calls: CallFormat = NO_CALLS
     """How it writes tools, calls of them and results."""
+    preamble: str = ""
+    """What it writes before a question without a system message."""
+    writes_system: bool = True
+    """Whether it writes a system message, if it takes one."""
     added_system: str | None = None
     """The system message that it adds to a conversation without one."""
     between: Mapping[tuple[str, str], str] | None = None
@@ -131,30 +151,69 @@ class TemplateFacts:
 
 NO_FACTS = TemplateFacts()
 """Those of a template that was not probed."""
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, TemplateFacts]] = WeakKeyDictionary()
 
 
-def infer_facts(texts: Texts, special: tuple[str, ...], eos_token: str, name: str) -> TemplateFacts:
-    """Return what the written probes show.
+def read_facts(
+    processor: PreTrainedTokenizerBase, kwargs: Mapping[str, object], name: str, render: Render
+) -> TemplateFacts:
+    """Return what a tokenizer's template does: rendered once for its text, its switches and the tokens it may write.
 
     Args:
-        texts: Of `question`, `prompt` and `answer` none may be refused.
-        special: Tokens that are no ordinary text, longest first.
-        eos_token: The tokenizer's own end.
+        processor: The tokenizer.
+        kwargs: The switches, by which `render` renders.
         name: What messages to people call the template.
+        render: Renders a probe.
 
     Raises:
-        EnvironmentProblem: it cannot be split into turns.
+        EnvironmentProblem: the template cannot be split into turns.
     """
-    prompt, whole = texts["prompt"] or "", texts["answer"] or ""
+    special = special_tokens(processor)
+    known = _known.setdefault(processor, {})
+    key = hash_value([processor.chat_template, kwargs, processor.special_tokens_map, special])
+    if key not in known:
+        known[key] = _infer_facts(_write_probes(render, name), special, processor, name)
+    return known[key]
+
+
+def special_tokens(processor: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the tokens that are no ordinary text, longest first."""
+    known = {*processor.all_special_tokens, *processor.get_added_vocab()}
+    return tuple(sorted((token for token in known if token.strip()), key=lambda token: (-len(token), token)))
+
+
+def _write_probes(render: Render, name: str) -> Written:
+    texts: dict[str, str | None] = {}
+    for probe, messages in {**PROBES, **TOOL_PROBES}.items():
+        try:
+            texts[probe] = render(messages, [TOOL] if probe in TOOL_PROBES else None, probe in PROMPTS)
+        except TemplateRefusal as refusal:
+            if probe in NEEDED:
+                raise EnvironmentProblem.of(str(refusal), name, f"{FIX} takes a question and an answer.") from refusal
+            texts[probe] = None
+    return texts
+
+
+def _infer_facts(
+    texts: Written, special: tuple[str, ...], processor: PreTrainedTokenizerBase, name: str
+) -> TemplateFacts:
+    prompt, whole, question = texts["prompt"] or "", texts["answer"] or "", str(QUESTION["content"])
+    if len(whole) > MAX_PROBE_TEXT:
+        what = f"the chat template writes {len(whole):,} characters, and may write {MAX_PROBE_TEXT:,}"
+        raise EnvironmentProblem.of(what, name, ENDLESS)
     thoughts = _infer_thoughts(texts, prompt, whole)
     difference = _difference(prompt.removesuffix(thoughts.opener), whole, name)
     heading, _, tail = difference.partition(ANSWER)
     if prompt == texts["question"] and heading.strip():
         what = f"the template ignores add_generation_prompt: a generated answer would have to begin with {heading!r}"
         raise EnvironmentProblem.of(what, name, f"{FIX} ends with that where add_generation_prompt is set.")
-    end, ends_with_next = _turn_end(tail, special, eos_token, texts["next"] or "", name)
+    end, ends_with_next = _turn_end(tail, special, processor.eos_token, texts["next"] or "", name)
+    start = processor.bos_token_id
+    if start is not None and tokenize(processor, [whole])[0][:2] == [start, start]:
+        what = f"the template writes {processor.bos_token!r} twice at the start"
+        raise EnvironmentProblem.of(what, name, f"{FIX} writes it once.")
     return TemplateFacts(
-        opening=prompt[prompt.rindex(str(QUESTION["content"])) + len(str(QUESTION["content"])) :],
+        opening=prompt[prompt.rindex(question) + len(question) :],
         heading=heading,
         tail=tail,
         end=end,
@@ -162,6 +221,8 @@ def infer_facts(texts: Texts, special: tuple[str, ...], eos_token: str, name: st
         special=special,
         thoughts=thoughts,
         calls=_infer_calls(texts, special, thoughts, ends_with_next),
+        preamble=(texts["question"] or "").partition(question)[0],
+        writes_system=texts["system"] is None or SYSTEM in texts["system"],
         added_system=_added_system(texts),
         between=_between_roles(texts),
     )
@@ -202,7 +263,7 @@ def _turn_end(tail: str, special: Sequence[str], eos_token: str, following: str,
     raise EnvironmentProblem.of(what, name, fix)
 
 
-def _added_system(texts: Texts) -> str | None:
+def _added_system(texts: Written) -> str | None:
     """Return the system message that a template adds to a question alone; None where it adds none."""
     alone, framed, question = texts["question"], texts["system"], str(QUESTION["content"])
     if alone is None or framed is None or SYSTEM not in framed:
@@ -214,7 +275,7 @@ def _added_system(texts: Texts) -> str | None:
     return head[len(before) : len(head) - len(after)].strip() or None
 
 
-def _between_roles(texts: Texts) -> Mapping[tuple[str, str], str] | None:
+def _between_roles(texts: Written) -> Mapping[tuple[str, str], str] | None:
     """Return what is between messages of two roles; None where one is not written, or not once."""
     parts: dict[tuple[str, str], str] = {}
     for first, text in ((0, texts["system turns"]), (1, texts["turns"])):
@@ -229,7 +290,7 @@ def _between_roles(texts: Texts) -> Mapping[tuple[str, str], str] | None:
     return parts
 
 
-def _infer_thoughts(texts: Texts, prompt: str, plain: str) -> ThoughtFormat:
+def _infer_thoughts(texts: Written, prompt: str, plain: str) -> ThoughtFormat:
     """Find out how thoughts are written."""
     opener = _find_opener(prompt, plain)
     whole = texts["thought"]
@@ -269,7 +330,7 @@ def _counterpart(text: str, closing: bool) -> str | None:
     return None
 
 
-def _infer_calls(texts: Texts, special: Sequence[str], thoughts: ThoughtFormat, ends_with_next: bool) -> CallFormat:
+def _infer_calls(texts: Written, special: Sequence[str], thoughts: ThoughtFormat, ends_with_next: bool) -> CallFormat:
     """Find out how tools, calls of them and results are written."""
     asked = texts["tools"] or ""
     found = {TOOLS} if all(text in asked for text in (NAME, *KEYS)) else set()

@@ -10,11 +10,11 @@ from pathlib import Path
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_store import iterate_texts
-from llmtune.data.schema_inference import source_line
 from llmtune.data.sources import Detected, resolve_inputs
 from llmtune.errors import DataError
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.yaml_writer import source_line
 from llmtune.records import Rows
 from llmtune.store.atomic_files import explained, write_text
 

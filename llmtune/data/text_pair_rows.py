@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 from llmtune.data.chat_rows import answer_text, canonical_messages
-from llmtune.data.message_roles import ROLES
+from llmtune.data.message_fields import ROLES
 from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
 from llmtune.records import Row
 

@@ -11,15 +11,21 @@ from __future__ import annotations
 import json
 import random
 import re
+import string
+import unicodedata
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain
-from typing import TypeAlias, cast
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain, groupby
+from typing import NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from llmtune.recipe.schema import Recipe
+from llmtune.records import Example
 
 LOCAL_PRE_TOKENIZERS = re.compile(
     "BertPreTokenizer|ByteLevel|CharDelimiterSplit|Digits|Metaspace|Punctuation|Sequence|Split|UnicodeScripts"
@@ -42,8 +48,16 @@ PROBE_PARTS = (
 )
 PROBES = 1000
 ID_BYTES = array("i").itemsize
+SHOWN_CHARACTERS = 2000
 Bordered: TypeAlias = tuple[list[int], list[int | None]]
 """The ids of a text, and how many of them are before each border; None where a token reaches across the border."""
+
+
+class Segment(NamedTuple):
+    """A part of a text, and whether it is learned."""
+
+    text: str
+    learned: bool
 
 
 def encode_texts(processor: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = False) -> BatchEncoding:
@@ -150,7 +164,7 @@ class _Pieces:
     def join(self, texts: Sequence[str], borders: Sequence[Sequence[int]]) -> list[Bordered]:
         """Return the ids of each text, and how many are before each of its borders."""
         cut = [self._cut_added(text) for text in texts]
-        placed = [_place(parts, ends) for parts, ends in zip(cut, borders, strict=True)]
+        placed = [_find_places(parts, ends) for parts, ends in zip(cut, borders, strict=True)]
         pieces = {piece: self._cut_words(piece) for parts in cut for piece in parts[::2]}
         pieces |= {head: self._cut_words(head) for places in placed for _, head in places}
         self._learn(list(pieces.values()))
@@ -191,7 +205,7 @@ class _Pieces:
         return [_to_bytes(encoding.ids) for encoding in encodings]
 
 
-def _place(parts: Sequence[str], borders: Sequence[int]) -> list[tuple[int, str]]:
+def _find_places(parts: Sequence[str], borders: Sequence[int]) -> list[tuple[int, str]]:
     """Return the part that each border is in, and the beginning of that part up to the border."""
     starts = list(accumulate(map(len, parts), initial=0))
     places = [(bisect_right(starts, border) - 1, border) for border in borders]
@@ -241,7 +255,7 @@ def _tokenizes_pieces_alone(backend: Tokenizer) -> bool:
     ):
         return False
     state = _state_of(backend.pre_tokenizer)
-    return state is None or _is_local(json.loads(state))
+    return state is None or _sees_one_piece(json.loads(state))
 
 
 def _cuts_before_words(backend: Tokenizer) -> bool:
@@ -258,17 +272,37 @@ def _cuts_before_words(backend: Tokenizer) -> bool:
     return True
 
 
-def _is_local(pre_tokenizer: Mapping[str, object]) -> bool:
+def _sees_one_piece(pre_tokenizer: Mapping[str, object]) -> bool:
     """Whether a pre-tokenizer (as `tokenizer.json` has it) looks at nothing beyond the piece that it cuts."""
     if not LOCAL_PRE_TOKENIZERS.fullmatch(str(pre_tokenizer["type"])) or pre_tokenizer.get("prepend_scheme") == "first":
         return False
     steps = cast(list[Mapping[str, object]], pre_tokenizer.get("pretokenizers", []))
-    return all(_is_local(step) for step in steps)
+    return all(_sees_one_piece(step) for step in steps)
 
 
 def decode(processor: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return the text of ids, special tokens included."""
     return str(processor.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def highlight(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTokenizerBase) -> list[Segment]:
+    """Cut token ids into stretches of text, and say of each whether it lies in `spans`."""
+    learned = [False] * len(ids)
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        learned[start:end] = [True] * (end - start)
+    pieces = []
+    for flag, pairs in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
+        pieces.append(Segment(decode_shortened([token for token, _ in pairs], processor), flag))
+    return pieces
+
+
+def decode_shortened(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> str:
+    """Return the text of token ids, special ones too, without the middle of a long one."""
+    text = decode(processor, list(ids))
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    half = SHOWN_CHARACTERS // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
 def cut_start(processor: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
@@ -301,3 +335,66 @@ def _added_text(processor: PreTrainedTokenizerBase, before: list[int], both: lis
     """Return the text of ids beyond the text of those before."""
     start, whole = decode(processor, before), decode(processor, both)
     return whole[len(start) :] if whole.startswith(start) else None
+
+
+# Text that a tokenizer does not know: a model that learns `<unk>` writes it; without `<unk>`, characters vanish
+
+
+UNKNOWN = "text that the tokenizer does not know (<unk>) in what is learned"
+"""How the reason begins for a row with such a target."""
+SHOWN_WORDS, LONGEST_SHOWN = 5, 24
+PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
+
+
+def refused_token(processor: PreTrainedTokenizerBase, recipe: Recipe) -> int | None:
+    """Return the id that no target may hold; None where the recipe allows it, or the tokenizer knows every character.
+
+    Some tokenizers that know every byte name their end token as the unknown one.
+    """
+    if recipe.data.unknown_tokens == "allow" or not recipe.variant.generates or recipe.variant.facts.takes_audio:
+        return None
+    unknown = getattr(processor, "unk_token_id", None)
+    return None if unknown in (processor.eos_token_id, processor.bos_token_id) else unknown
+
+
+def find_unknown(examples: Sequence[Example], token: int, row: str, processor: PreTrainedTokenizerBase) -> str | None:
+    """Return why the examples of a row (given as JSON) cannot be learned; None where their targets are all known."""
+    if not any(_learns(example, token) for example in examples):
+        return None
+    words = dict.fromkeys(word for text in _all_texts(json.loads(row)) for word in text.split())
+    unknown = [word for word in words if token in processor(word, add_special_tokens=False)["input_ids"]]
+    listed = ", ".join(repr(word[:LONGEST_SHOWN]) for word in unknown[:SHOWN_WORDS]) or processor.unk_token
+    return f"{UNKNOWN}: {listed}" + (" and others" if len(unknown) > SHOWN_WORDS else "")
+
+
+def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the characters that make no token, each with the number of rows (given as JSON) that hold it.
+
+    Tokenizers without `<unk>` drop what they do not know, and some drop control characters whatever they know.
+    """
+    vanishes: dict[str, bool] = {}
+    counts: Counter[str] = Counter()
+    for text in texts:
+        spelled = "".join(_all_texts(json.loads(text))) if "\\" in text else text
+        letters = {*spelled} - PRINTABLE
+        for letter in letters - vanishes.keys():
+            with_it, without = processor([f"a{letter}b", "ab"], add_special_tokens=False)["input_ids"]
+            vanishes[letter] = list(with_it) == list(without) and unicodedata.category(letter) != "Mn"
+        counts.update(letter for letter in letters if vanishes[letter])
+    return dict(sorted(counts.items()))
+
+
+def _learns(example: Example, token: int) -> bool:
+    for ids, spans in ((example.input_ids, example.spans), (example.target_ids, example.target_spans)):
+        if token in ids and any(token in ids[a:b] for a, b in zip(spans[::2], spans[1::2], strict=True)):
+            return True
+    return False
+
+
+def _all_texts(value: object) -> Iterator[str]:
+    """Yield all texts of a row."""
+    if isinstance(value, str):
+        yield value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        yield from _all_texts(part)

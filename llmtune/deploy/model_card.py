@@ -16,8 +16,8 @@ from rich.console import Console
 
 from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.model.builtin_models import PACKAGED
-from llmtune.model.licenses import UNKNOWN, find_license
 from llmtune.model.model_files import read_json_object
+from llmtune.model.resolve import UNKNOWN, find_license
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact, redact_all
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -68,7 +68,7 @@ class PublishOptions:
 
 @dataclass(frozen=True)
 class Publication:
-    """A finished run as it is published: its model with certificates, what is known of it, what the publisher wants."""
+    """A finished run as published: its model with certificates, its records, and the options of the publisher."""
 
     kind: str
     """adapter, weights (a full tuning) or merged."""
@@ -211,7 +211,7 @@ def _hub_metric(metric: str) -> str:
 
 
 def _eval_results(scores: Evaluation, sources: list[str], hub_data: list[str], pipeline: str) -> Iterator[EvalResult]:
-    """Yield a result per metric of the tuned model; base and interval stand in its name, for want of fields."""
+    """Yield a result per metric of the tuned model; its name holds base and interval, which have no fields."""
     names = ", ".join(sources)
     for metric, value in _known_scores(scores).items():
         yield EvalResult(

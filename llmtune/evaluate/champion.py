@@ -17,17 +17,19 @@ from typing_extensions import TypedDict
 
 from llmtune.data.row_store import RECORD, iterate_ids, load_rows
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.metric import compare
+from llmtune.evaluate.metric import paired_difference
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
     find_other_measure,
+    find_release,
     keep_asked,
+    open_release,
     open_run_scores,
     pair_measures,
+    read_release,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
-from llmtune.evaluate.release_file import find_release, open_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Champion, Evaluation, Examples, Json, Rows
@@ -313,7 +315,9 @@ def compare_with_champion(
     return Champion(
         folder=str(find_release(Path(recipe.evaluate.champion or ""), recipe.name)),
         scores={metric: before.value for metric, (before, _) in pairs.items()},
-        difference={metric: compare(before, after, champion.recipe.seed) for metric, (before, after) in pairs.items()},
+        difference={
+            metric: paired_difference(before, after, champion.recipe.seed) for metric, (before, after) in pairs.items()
+        },
         left_out=left_out,
         tuned={metric: after.value for metric, (_, after) in pairs.items()},
         rows=len(both),

@@ -1,4 +1,4 @@
-"""An evaluation suite: what base and tuned model are asked beside the test rows, and what their answers amount to."""
+"""An evaluation suite: further questions to base and tuned model, and the study of their answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 
 from llmtune.data.byte_streams import open_bytes
-from llmtune.data.file_readers import explained
+from llmtune.data.file_readers import data_errors
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import add_bar, context_limit, inference_on
@@ -20,26 +20,26 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Advance, Difference, Study, StudyTable
 
 OWN_FILES = resources.files("llmtune.evaluate")
-"""What comes with llmtune: `general` and `groups`."""
+"""Inputs that ship with llmtune: `general` and `groups`."""
 MOST_SHOWN = 20
-"""Problems that are named; more are counted."""
+"""Problems that are named; further ones are counted."""
 Item = TypeVar("Item")
 Output = TypeVar("Output")
 Bar = Callable[[str, int], Advance]
-"""Adds a progress bar by what it counts and how many there are, and returns what moves it."""
+"""Adds a progress bar with a label and a total; returns the function that advances it."""
 
 
 class EvalSuite(Generic[Output]):
     """A suite, or one part of it: it runs on one model after the other, then compares their outputs.
 
-    Making one reads and checks its own inputs, before a model is loaded. It does not run on the base model where that
-    has no trained head and a trivial baseline stands in its place.
+    The constructor reads and checks the inputs, before a model is loaded. A base model without a trained head is
+    skipped: a trivial baseline replaces it.
     """
 
     metrics: ClassVar[Mapping[str, tuple[str, int]]] = {}
-    """By metric, its meaning in a few words, and 1 where more of it is better, -1 where less is, 0 where neither is."""
+    """By metric, a short meaning, and 1 if more is better, -1 if less is, 0 if neither."""
     decoder_input: ClassVar[str] = ""
-    """What it takes of a model that only a decoder language model gives; empty where other models can run it."""
+    """What the suite needs and only a decoder language model provides; empty if other models can run it."""
     fewest_rows: ClassVar[int] = 0
     """Rows that a difference needs for an interval."""
 
@@ -52,10 +52,10 @@ class EvalSuite(Generic[Output]):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        """Read its inputs at the beginning of a run: a missing file shows before training. Raises DataError."""
+        """Read the inputs when a run starts, so that a missing file shows before training. Raises DataError."""
 
     def run(self, name: str, model: torch.nn.Module) -> None:
-        """Run on the "base" or "tuned" model, which is loaded and on its device, and keep what comes out."""
+        """Run on the "base" or "tuned" model, which is loaded and on its device, and keep the output."""
         if not self.outputs:
             self.fit(context_limit(model))
         if not self.unmeasured:
@@ -63,14 +63,14 @@ class EvalSuite(Generic[Output]):
                 self.outputs[name] = self.ask(model, lambda what, total: add_bar(bars, f"{name}: {what}", total))
 
     def fit(self, limit: int) -> None:
-        """Leave out, before the first model runs, what is longer than the context of both."""
+        """Drop inputs that exceed the model's context; called before the first model runs."""
 
     def ask(self, model: torch.nn.Module, bar: Bar) -> Output:
-        """Return what one model makes of the inputs; for `run`."""
+        """Return one model's output for the inputs."""
         raise NotImplementedError
 
     def measure(self, output: Output) -> Iterable[Measure]:
-        """Return the metrics of one model's output, whose rows are the suite's own; for `compare`."""
+        """Return the metrics of one model's output; their rows are the suite's own."""
         raise NotImplementedError
 
     def compare(self, rows: PairedMeasures) -> Study:
@@ -96,23 +96,23 @@ class EvalSuite(Generic[Output]):
         limits: str = "",
         tables: Iterable[StudyTable] = (),
     ) -> Study:
-        """Return scores with what the suite's metrics mean, or why the first of them was not measured."""
+        """Return a study with the meaning of each metric, or the reason why the first was not measured."""
         meanings = {metric: self.metrics[metric][0] for metric in tuned}
         better = {metric: self.metrics[metric][1] for metric in tuned}
         signatures = {next(iter(self.metrics)): self.unmeasured} if self.unmeasured else signatures
         return Study("", base, tuned, difference, meanings, better, signatures, limits, tuple(tables))
 
     def limits(self) -> str:
-        """Write, in plain words, what the numbers can show and what they cannot."""
+        """Return, in plain words, what the numbers can show and what they cannot."""
         return ""
 
     def tables(self, measured: PairedMeasures) -> Iterable[StudyTable]:
-        """Return what is shown beside the scores."""
+        """Return tables to show with the scores."""
         return ()
 
 
 def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> Study:
-    """Join the parts of a suite to one study with its metrics in order; those that are not in `order` come last."""
+    """Join the parts of a suite to one study; metrics follow `order`, further ones come last."""
 
     def join(field: str) -> dict[str, object]:
         values = {metric: value for part in parts for metric, value in getattr(part, field).items()}
@@ -156,7 +156,7 @@ def read_utf8(path: Path, fix: str) -> str:
     """Read a text file, which may be compressed. Raises DataError where it is missing or not UTF-8."""
     if not path.is_file():
         raise DataError.of("there is no such file", str(path), fix)
-    with explained(str(path)), open_bytes(path) as stream:
+    with data_errors(str(path)), open_bytes(path) as stream:
         content = stream.read()
     try:
         return content.decode("utf-8-sig")

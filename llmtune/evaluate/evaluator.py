@@ -20,13 +20,13 @@ from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, EvalI
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
 from llmtune.evaluate.evaluation_file import print_scores
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.inference import Answers, TokenSums, measure, predict
+from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import METHOD
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import BaseAnswers, find_flips, pick_samples, save_base, save_predictions
 from llmtune.evaluate.slices import one_line, score_slice, score_slices
-from llmtune.evaluate.suite_registry import Suite, compare_outputs, make_suites
+from llmtune.evaluate.suite_registry import Suite, compare_suites, make_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -173,7 +173,7 @@ def evaluate(
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
         if challenge is not None:
             evaluation = replace(evaluation, champion=challenge(evaluation, scores))
-    evaluation = replace(evaluation, baseline=stand_in, studies=compare_outputs(suites, measures))
+    evaluation = replace(evaluation, baseline=stand_in, studies=compare_suites(suites, measures))
     evaluation = replace(evaluation, gates=check_gates(recipe.evaluate, evaluation))
     print_scores(evaluation, console)
     print_cautions(evaluation, answers, recipe, console)
@@ -189,7 +189,9 @@ def score_rows(
     """
     base, tuned = answers["base"], answers["tuned"]
     names = name_test_rows(rows, inputs.rows)
-    scores = PerRowScores(measure(context, base, base), measure(context, tuned, base), names, inputs.clusters)
+    scores = PerRowScores(
+        compute_metrics(context, base, base), compute_metrics(context, tuned, base), names, inputs.clusters
+    )
     if context.folder is not None:
         save_predictions(context.folder, inputs, base, tuned)
         save_measures(context.folder, scores)

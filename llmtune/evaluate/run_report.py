@@ -22,7 +22,7 @@ from llmtune.store.run_lock import hardware, package_versions
 from llmtune.store.seed_runs import is_done, seed_folder
 
 
-def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping[str, bool]) -> Report:
+def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
     """Put together everything that a run found out, without its secrets."""
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
@@ -39,7 +39,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         recipe_yaml=redact_yaml(read_recipe_text(folder.path / "recipe.yaml")),
         fingerprint=folder.manifest["fingerprint"],
         hardware={**hardware(), "device": device, "packages": package_versions()},
-        steps=folder.timings(skipped),
+        steps=folder.timings(),
         evaluation=evaluation,
         seeds=seeds,
         gates=gates,

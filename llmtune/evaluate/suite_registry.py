@@ -75,7 +75,7 @@ def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
     )
 
 
-def compare_outputs(suites: list[tuple[str, Suite]], rows: PairedMeasures) -> dict[str, Study]:
+def compare_suites(suites: list[tuple[str, Suite]], rows: PairedMeasures) -> dict[str, Study]:
     """Return what each suite found of both models; `rows` are the measures of the test rows."""
     return {
         name: join_studies(

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, FuncNorm, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
+from llmtune.store.atomic_files import atomic_file
+
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
@@ -108,10 +110,9 @@ def save_figure(figure: Figure, stem: Path, endings: Sequence[str] = ("png", "sv
     written = []
     for ending in endings:
         path = stem.with_name(f"{stem.name}.{ending}")
-        temporary = path.with_name(f".{path.name}.tmp")
         omitted = ("Date", "Creator", "Format", "Type") if ending == "svg" else ("Software",)
-        figure.savefig(temporary, format=ending, dpi=DPI, metadata=dict.fromkeys(omitted))
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, format=ending, dpi=DPI, metadata=dict.fromkeys(omitted))
         written.append(path)
     return written
 

@@ -48,6 +48,8 @@ MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\d*\]")
 """What added tokens look like that are no text, such as Whisper's `<|0.02|>`."""
 SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣", "\u00a0": "⍽"}
 """What stands for white space that a label would not show."""
+BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""The byte that each letter of a byte-level vocabulary (GPT-2) stands for."""
 JOINERS = ("\u200c", "\u200d")
 _LETTER = r"[[\p{L}\p{N}\p{M}\u200c\u200d]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}]]"
 WORD = regex.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*", regex.V1)
@@ -118,9 +120,8 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], _Piece]:
 
 
 def _read_byte_level(piece: str) -> _Piece:
-    table = byte_of_letter()
-    known = all(character in table for character in piece)
-    return _Piece(bytes(table[character] for character in piece) if known else piece.encode())
+    known = all(letter in BYTE_OF_LETTER for letter in piece)
+    return _Piece(bytes(BYTE_OF_LETTER[letter] for letter in piece) if known else piece.encode())
 
 
 def _read_word_piece(piece: str) -> _Piece:
@@ -132,12 +133,6 @@ def _read_sentence_piece(piece: str) -> _Piece:
     return _Piece(bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode())
 
 
-@cache
-def byte_of_letter() -> dict[str, int]:
-    """Return the byte behind each letter of a byte-level vocabulary (GPT-2)."""
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
-
-
 def _write_bytes(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeDecodeError)
     return "".join(f"<0x{byte:02X}>" for byte in error.object[error.start : error.end]), error.end
@@ -146,7 +141,7 @@ def _write_bytes(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("llmtune.bytes", _write_bytes)
 
 
-def label(token: Token, longest: int = LONGEST) -> str:
+def token_label(token: Token, longest: int = LONGEST) -> str:
     """Return a row's label: one line, cut where it is long, `·` in front where a word continues.
 
     Signs stand for white space, and numbers for characters that would turn or hide the text around them.
@@ -154,10 +149,10 @@ def label(token: Token, longest: int = LONGEST) -> str:
     text = token.text
     if text.strip(" ") and not token.special:
         text = text.removeprefix(" ")
-    shown = "".join(_visible(character) for character in text)
+    shown = "".join(_show_letter(character) for character in text)
     if shown and unicodedata.category(shown[0])[0] == "M":
         shown = f"◌{shown}"
-    return ("·" if token.continues else "") + _cut(shown, longest)
+    return ("·" if token.continues else "") + _cut_label(shown, longest)
 
 
 def word_label(token: Token, longest: int = 14) -> str:
@@ -165,17 +160,17 @@ def word_label(token: Token, longest: int = 14) -> str:
     text = token.text
     if text.startswith(" ") and text.strip():
         text = SIGNS[" "] + text[1:]
-    return label(Token(token.id, text, token.special, continues=False), longest) or "∅"
+    return token_label(Token(token.id, text, token.special, continues=False), longest) or "∅"
 
 
-def _visible(character: str) -> str:
+def _show_letter(character: str) -> str:
     if character in SIGNS:
         return SIGNS[character]
     hidden = unicodedata.category(character)[0] in "CZ" and character not in JOINERS
     return f"<U+{ord(character):04X}>" if hidden else character
 
 
-def _cut(text: str, longest: int) -> str:
+def _cut_label(text: str, longest: int) -> str:
     """Cut the end of a long text, never between a letter and its marks."""
     if len(text) <= longest:
         return text
@@ -186,7 +181,7 @@ def _cut(text: str, longest: int) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
+class TokenLine:
     """The labels of an axis: a token of a text (or a stretch of a recording) for each row."""
 
     tokens: tuple[Token, ...]
@@ -194,14 +189,14 @@ class Line:
     """How many of the model's positions each stands for."""
 
     @classmethod
-    def of(cls, tokens: Sequence[Token]) -> Line:
+    def of(cls, tokens: Sequence[Token]) -> TokenLine:
         """Give each token a row of its own."""
         return cls(tuple(tokens), (1,) * len(tokens))
 
     @property
     def labels(self) -> list[str]:
         """What is written at each row."""
-        return [label(token) for token in self.tokens]
+        return [token_label(token) for token in self.tokens]
 
     @property
     def special(self) -> list[bool]:
@@ -212,7 +207,7 @@ class Line:
         return len(self.tokens)
 
 
-def time_line(seconds: float, filled: int, frames: int) -> Line:
+def time_line(seconds: float, filled: int, frames: int) -> TokenLine:
     """Name stretches of frames by when they begin; those behind the end of a recording are one, called silence."""
     size = max(FRAMES, math.ceil(filled / MOST_STRETCHES))
     starts = range(0, filled, size)
@@ -222,4 +217,4 @@ def time_line(seconds: float, filled: int, frames: int) -> Line:
     if frames > filled:
         tokens.append(Token(-1, "silence", special=True, continues=False))
         sizes.append(frames - filled)
-    return Line(tuple(tokens), tuple(sizes))
+    return TokenLine(tuple(tokens), tuple(sizes))

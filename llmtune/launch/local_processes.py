@@ -34,6 +34,7 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.records import Json
 from llmtune.store.atomic_files import read_json
 from llmtune.store.processes import ERROR, LEFT, STRATEGY, WORDS, rebuild
+from llmtune.store.run_request import RunRequest
 
 SAVE_SECONDS = 300
 """How long workers may take to finish their step and save after a signal, before they are killed."""
@@ -61,28 +62,24 @@ class Death:
     words: list[str]
 
 
-def words_of(
-    *, out: Path | None, resume: bool, fresh: bool, lock: Path | None, offline: bool, quiet: bool, as_json: bool
-) -> list[str]:
-    """Return options of `llmtune run` as its words."""
-    flags = {"--resume": resume, "--fresh": fresh, "--offline": offline, "--quiet": quiet, "--json": as_json}
-    named = {"--out": out, "--lock": lock}
-    words = [word for name, value in named.items() if value is not None for word in (name, str(value))]
-    return [*words, *(name for name, on in flags.items() if on)]
-
-
 def launch_run(
-    recipe: str | Path, sets: Sequence[str], options: Sequence[str], topology: Topology, console: Console, **how: Any
+    recipe: str | Path,
+    sets: Sequence[str],
+    request: RunRequest,
+    topology: Topology,
+    console: Console,
+    words: Sequence[str] = (),
 ) -> None:
-    """Run `llmtune run RECIPE` in the processes of this machine; `options` are more of its words, `how` as in `launch`.
+    """Run a recipe as `llmtune` does in the processes of this machine; `words` are more options of that command.
 
     Raises what `launch` raises, and RecipeError for a recipe that the strategy cannot do.
     """
     loaded = load_recipe(recipe, sets)
     RecipeError.collect(why_not(topology.strategy, loaded.recipe))
     chosen = [word for one in sets for word in ("--set", one)]
-    until = how.pop("until", "run")
-    launch(["-m", "llmtune", until, str(recipe), *chosen, *options], topology, console, **how)
+    stated = replace(request, threads=None).words()  # each process gets its share of the threads
+    words = ["-m", "llmtune", request.until, str(recipe), *chosen, *stated, *words]
+    launch(words, topology, console, threads=request.threads)
 
 
 def launch(words: Sequence[str], topology: Topology, console: Console, *, threads: int | None = None) -> None:

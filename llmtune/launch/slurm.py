@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.records import Json
 from llmtune.store.run_folder import REPORTS, default_path, peek_run
 from llmtune.store.run_lock import read_pins
+from llmtune.store.run_request import RunRequest
 
 INSTALL = "Submit on a machine of the cluster, such as its login node; --dry-run prints the script anywhere."
 SAVE_SECONDS = 120
@@ -90,16 +92,19 @@ class Job:
         return f'{line} --machines {where.machines} --rank "{rank}" --address "{address}"'
 
 
-def plan_job(recipe: str, sets: Sequence[str], out: Path | None, topology: Topology, options: tuple[str, ...]) -> Job:
+def plan_job(recipe: str, sets: Sequence[str], request: RunRequest, topology: Topology) -> Job:
     """Check a recipe as `launch local` will and say where it runs; raises LlmtuneError for all that it would refuse."""
     loaded = load_recipe(recipe, sets)
     RecipeError.collect(why_not(topology.strategy, loaded.recipe))
-    job = Job(loaded, out or default_path(loaded.recipe.name, loaded.fingerprint), topology, options)
-    peek_run(job.folder, loaded.fingerprint)
-    if "--lock" in options:
-        read_pins(Path(options[options.index("--lock") + 1]))
+    folder = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
+    peek_run(folder, loaded.fingerprint)
+    lock = None
+    if request.lock is not None:
+        read_pins(request.lock)
+        lock = Path(os.path.relpath(request.lock))  # from the folder that the job is submitted from
     check_recipe(loaded)
-    return job
+    stated = [word for one in sets for word in ("--set", one)]
+    return Job(loaded, folder, topology, (*stated, *replace(request, out=None, lock=lock).words()))
 
 
 def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (), *, requeue: bool = True) -> str:

@@ -92,7 +92,7 @@ def read_catalogue() -> dict[str, CatalogueModel]:
     }
 
 
-def find_model(name: str) -> CatalogueModel:
+def find_catalogue_model(name: str) -> CatalogueModel:
     """Return a model by its name, or the end of it. Raises RecipeError where there is none, or more than one."""
     known = read_catalogue()
     found = [one for one in known if one.lower() == name.lower()] or [

@@ -1,4 +1,4 @@
-"""The output head and the cross-entropy in one, a chunk of tokens at a time: logits never stand in memory whole.
+"""The output head and the cross-entropy in one, a chunk of tokens at a time, so that logits never fill the memory.
 
 It is taken inside the model's own `forward`, so that PEFT, DDP and FSDP wrap it with the rest. Where the head is frozen
 the gradient of what it reads is made in the forward pass, while a chunk's logits are at hand; where it is trained, its
@@ -21,11 +21,11 @@ from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 
 CHUNK_ELEMENTS = 1 << 24
-"""Logits that stand in the compute format at a time: 32 MiB in 16 bits."""
+"""Logits in the compute format at a time: 32 MiB in 16 bits."""
 _FLOAT32_ELEMENTS = 1 << 22
-"""Whole logits of which a copy stands in float32 at a time: 16 MiB."""
+"""Complete logits that are copied to float32 at a time: 16 MiB."""
 _PIECE_ELEMENTS = 1 << 19
-"""Logits that stand in float32 at a time on a CPU: they stay in its cache."""
+"""Logits in float32 at a time on a CPU: they fit its cache."""
 _MARK = "_llmtune_head_loss"
 
 
@@ -76,7 +76,7 @@ def remove_head_loss(model: PreTrainedModel) -> None:
 
 
 def takes_head_loss(model: PreTrainedModel) -> bool:
-    """Whether the model inside all wrappers takes its loss at the head, as things stand.
+    """Whether the model inside all wrappers currently takes its loss at the head.
 
     A head with an adapter of its own, or one with a hook, is called as any other module.
     """

@@ -84,7 +84,7 @@ NEEDS = {
     "AutoModelForSpeechSeq2Seq": "Name a Whisper model.",
     "AutoModelForCTC": "Name a wav2vec2 model or one of its relatives.",
 }
-"""By Auto class, what to do where a model is none of it."""
+"""By Auto class, the fix for a model of another kind."""
 
 
 def describe_config(config: PreTrainedConfig) -> str:
@@ -158,7 +158,7 @@ def values_of_layers(text: PreTrainedConfig, name: str) -> list[Any]:
 
 
 def as_list(value: object) -> list[object]:
-    """Return the values of a setting that some models have once and some once a layer; none where it is not set."""
+    """Return the values of a setting that some models have once and some per layer; none if it is not set."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
@@ -177,7 +177,7 @@ def readable(what: str, where: str, fix: str) -> Iterator[None]:
 def head_names(model: torch.nn.Module) -> list[str]:
     """Return the names of the modules that turn hidden states into scores: never quantised, never given a LoRA.
 
-    They are what a model has beside its body; a model without a body of its own (T5) has its output layer.
+    They are the children of a model other than its body; a model without a separate body (T5) has its output layer.
     """
     if not isinstance(model, PreTrainedModel):
         return ["lm_head"]
@@ -265,7 +265,7 @@ def set_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> N
 def head_is_new(model_ref: ModelRef, recipe: Recipe, task: TaskInterface) -> bool:
     """Whether the model's files hold no trained head for what the recipe wants; headers are read, no weights.
 
-    Of pickled weights it cannot be told without loading them: there the configuration decides.
+    Pickled weights cannot be read without loading them: there the configuration decides.
     """
     if not task.trains_head:
         return False

@@ -8,9 +8,7 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llmtune.data.chat_template import fix_date
-from llmtune.data.template_kwargs import refuse_unread, with_defaults, with_system_prompt
-from llmtune.data.template_limits import check_template
+from llmtune.data.template_text import check_length, fix_date, refuse_unread, with_defaults, with_system_prompt
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import read_model_config, readable
 from llmtune.recipe.model_section import ModelSection
@@ -63,7 +61,7 @@ def load_processor(
             raise RecipeError.of(what, "model.chat_template", "Name a Jinja file in UTF-8.") from None
     template = tokenizer.chat_template
     for text in template.values() if isinstance(template, dict) else [template or ""]:
-        check_template(str(text), str(model.chat_template or model_ref.path))
+        check_length(str(text), str(model.chat_template or model_ref.path))
     if template:
         refuse_unread(model.chat_template_kwargs, template, tokenizer.special_tokens_map)
     if isinstance(template, dict):  # several that go by name
@@ -92,7 +90,7 @@ def count_ids(processor: PreTrainedTokenizerBase) -> int:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer and its chat template so that transformers 4 and 5 read it alike.
+    """Write the tokenizer and its chat template so that transformers 4 and 5 read the same.
 
     Version 5 names classes that version 4 does not have, and keeps extra special tokens in another shape.
     """

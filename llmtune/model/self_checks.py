@@ -1,4 +1,4 @@
-"""What is proven of a loaded model on a few tokens: packed rows do not see one another, the loss is that of its logits.
+"""Checks of a loaded model on a few tokens: packed rows do not see one another, the loss is that of its logits.
 
 Shapes: T positions of all documents, V vocabulary or classes.
 """
@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from llmtune.data.collators import pad
 from llmtune.errors import first_line
-from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, read_inputs, token_losses
+from llmtune.model.causal_lm_loss import causal_loss, model_inputs, predicted_logits, token_losses
 from llmtune.model.chunked_cross_entropy import install_head_loss, remove_head_loss
-from llmtune.model.device import compute_context, is_out_of_memory
+from llmtune.model.device import REFUSALS, SuppressRefusal, compute_context, is_out_of_memory
 from llmtune.model.packed_attention import LENGTHS, PACKED
 from llmtune.model.prefix_packing import allow_shared_prefixes
 from llmtune.records import Batch
@@ -26,8 +26,6 @@ _LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of the logits' standard deviation; a leak or wrong positions move them by about as much as they are."""
 _LOSS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of a token's nats; the formats round logits of a few units about so much."""
-_UNREADABLE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-"""What models raise for inputs that they were not made for."""
 _TOKENS = 6
 _WIDEST = 256
 """The widest window of an encoder over whose edge its proof looks; more tokens would take a slow machine too long."""
@@ -42,19 +40,14 @@ def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool
     window = 0 if decodes else getattr(model.config, "sliding_window", None) or 0
     documents = _documents(model, _TOKENS + (window if window <= _WIDEST else 0))
     read = predicted_logits if decodes else _class_logits
-    try:
-        with torch.inference_mode(), compute_context(dtype, model.device.type):
-            with _own_attention(model):
-                alone = torch.cat([read(model, _pack([document], model.device)).float() for document in documents])
-            together = read(model, _pack(documents, model.device)).float()
-    except _UNREADABLE as error:
-        if is_out_of_memory(error):
-            raise
-        return False
-    if together.shape != alone.shape:
-        return False
-    spread = alone.std() if decodes else alone.std(0).mean()
-    return bool((together - alone).square().mean().sqrt() <= _LEAK[dtype] * spread)
+    with SuppressRefusal(), torch.inference_mode(), compute_context(dtype, model.device.type):
+        with _own_attention(model):
+            packed = [_pack_documents([document], model.device) for document in documents]
+            alone = torch.cat([read(model, one).float() for one in packed])
+        together = read(model, _pack_documents(documents, model.device)).float()
+        spread = alone.std() if decodes else alone.std(0).mean()
+        return together.shape == alone.shape and _root_mean_square(together - alone) <= _LEAK[dtype] * float(spread)
+    return False
 
 
 def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
@@ -65,7 +58,7 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     if not install_head_loss(model):
         return False
     size = _vocabulary(model)
-    batch = _pack([[size * (7 * i % 10) // 10 for i in range(1, 9)]], model.device)
+    batch = _pack_documents([[size * (7 * i % 10) // 10 for i in range(1, 9)]], model.device)
     with torch.inference_mode(), compute_context(dtype, model.device.type):
         at_head = causal_loss(model, batch, by_row=True).row_sums
         of_logits = token_losses(predicted_logits(model, batch), batch, by_row=True).row_sums
@@ -80,27 +73,23 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
 def try_shared_prefixes(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let documents of a packed row share their beginning, in place, where that gives what each has with its own.
 
-    A state that layers carry from token to token beside attention, for one, does not go on from there. `model` takes
+    A recurrent state, for one, does not continue from a shared prefix. `model` takes
     its loss at its head, and is in eval mode.
     """
     beginning = _documents(model, 2 * _TOKENS)[0]
     documents = [[*beginning, *own] for own in _documents(model, _TOKENS)]
-    batch = _pack(documents, model.device)
-    losses = []
-    try:
-        with torch.inference_mode(), compute_context(dtype, model.device.type):
-            for allowed in (False, True):
-                allow_shared_prefixes(model, allowed)
-                losses.append(causal_loss(model, batch, by_row=True).row_sums)
-    except _UNREADABLE as error:
-        if is_out_of_memory(error):
-            raise
-        allow_shared_prefixes(model, False)
-        return
-    apart, shared = losses
-    assert apart is not None
-    assert shared is not None
-    allow_shared_prefixes(model, bool((shared - apart).square().mean().sqrt() <= _LEAK[dtype] * apart.std()))
+    batch = _pack_documents(documents, model.device)
+    agree = False
+    with SuppressRefusal(), torch.inference_mode(), compute_context(dtype, model.device.type):
+        losses = []
+        for allowed in (False, True):
+            allow_shared_prefixes(model, allowed)
+            losses.append(causal_loss(model, batch, by_row=True).row_sums)
+        apart, shared = losses
+        assert apart is not None
+        assert shared is not None
+        agree = _root_mean_square(shared - apart) <= _LEAK[dtype] * float(apart.std())
+    allow_shared_prefixes(model, agree)
 
 
 def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int, writes: bool) -> str | None:
@@ -117,17 +106,21 @@ def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int,
                 ahead = _scores_of_first(model, [_TOKENS], padding, _TOKENS // 2)
             elif writes:
                 ahead = _scores_of_first(model, [2 * _TOKENS], padding)
-    except _UNREADABLE as error:
+    except REFUSALS as error:
         if is_out_of_memory(error):
             raise
         return f"cannot read text by itself: {first_line(error)}"
-    allowed = _LEAK[dtype] * alone.square().mean().sqrt()
-    if (beside - alone).square().mean().sqrt() > allowed:
+    allowed = _LEAK[dtype] * _root_mean_square(alone)
+    if _root_mean_square(beside - alone) > allowed:
         return "reads a row otherwise beside a longer one than alone: it does not leave the padding out"
     same = min(len(ahead), len(alone))
-    if (ahead[:same] - alone[:same]).square().mean().sqrt() > allowed:
+    if _root_mean_square(ahead[:same] - alone[:same]) > allowed:
         return "sees the tokens that it is to predict: it is no decoder, or not set up as one"
     return None
+
+
+def _root_mean_square(numbers: torch.Tensor) -> float:
+    return float(numbers.square().mean().sqrt())
 
 
 def _scores_of_first(
@@ -136,7 +129,7 @@ def _scores_of_first(
     """Return what the head gives for the first of some rows, which are padded; `written` tokens go to a decoder."""
     ids = [row[:length] for row, length in zip(_documents(model, max(lengths)), lengths, strict=False)]
     read = {"input_ids": pad(ids, padding), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
-    inputs = read_inputs(model, {name: part.to(model.device) for name, part in read.items()})
+    inputs = model_inputs(model, {name: part.to(model.device) for name, part in read.items()})
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :written]
     output = model(**inputs)
@@ -170,7 +163,7 @@ def _rotate(rotary: torch.nn.Module, layer_type: str | None, lengths: Sequence[i
 
 def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return what the head gives: [documents or tokens, V]."""
-    output = model(**read_inputs(model, batch))
+    output = model(**model_inputs(model, batch))
     logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
     return logits.flatten(0, -2)
 
@@ -198,7 +191,7 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
         model.config._attn_implementation = installed
 
 
-def _pack(documents: list[list[int]], device: torch.device) -> Batch:
+def _pack_documents(documents: list[list[int]], device: torch.device) -> Batch:
     """Pack as `llmtune.data.collators` does, one document without lengths; each next token is predicted by its own."""
     ids_T = torch.tensor([token for document in documents for token in document], device=device)
     predict_S = torch.arange(len(ids_T), device=device)

@@ -175,8 +175,9 @@ class Recipe(RecipeSection):
         for product in self.deploy if reason else ():
             what = f"'deploy: {product}' cannot be made with adapter.method: {self.adapter.method}: {reason}"
             diagnostics.add("deploy", what, "Remove it; the adapter is the result.", "adapter.method")
-        if "gguf" in self.deploy and (not variant.facts.decodes or variant.is_masked):
-            what = f"'deploy: gguf' has no effect with task: {self.task}: its model does not go on from a text"
+        readable = (variant.facts.decodes and not variant.is_masked) or variant.facts.answer_kind == "labels"
+        if "gguf" in self.deploy and not readable:
+            what = f"'deploy: gguf' has no effect with task: {self.task}: llama.cpp has no such model"
             diagnostics.add("deploy", what, "Remove it.", "task")
         diagnostics.repeated("deploy", self.deploy, "the same thing")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from llmtune.recipe.data_section import Source
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import RecipeSection
+from llmtune.recipe.section import REMOTE, RecipeSection
 from llmtune.recipe.source_map import DEFAULT
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_reader import resolve_scalar
@@ -31,6 +33,26 @@ def scalar(value: object) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{quoted(str(key))}: {scalar(item)}' for key, item in value.items())}}}"
     return json.dumps(value)
+
+
+def source_line(split: str, source: Source, **changes: object) -> str:
+    """Return the line of a recipe for a source with some keys changed."""
+    stated = source.model_dump(mode="json", exclude_defaults=True) | {"path": written_path(source.path)} | changes
+    return f"{split}: {flow(stated)}"
+
+
+def written_path(path: str) -> str:
+    """Return how a source's path is written: relative where it lies below the working folder."""
+    working = Path.cwd()
+    below = not path.startswith(REMOTE) and Path(path).is_relative_to(working)
+    return str(Path(path).relative_to(working)) if below else path
+
+
+def flow(value: object) -> str:
+    """Write a value on one line, with plain keys."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {flow(item)}' for key, item in value.items())}}}"
+    return scalar(value)
 
 
 def plain_or_quoted(value: str) -> str:

@@ -18,7 +18,7 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
-from llmtune.evaluate.generation import answer_reader, generate
+from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.serve.served_model import ServedModel, label_scores
 
@@ -132,7 +132,9 @@ def _answer(
     read = answer_reader(served.processor, recipe)
     room = (served.context or 1 << 60) - (recipe.generation.max_new_tokens if task.free_prompt else 0)
     fitting = [ids for ids in prompts if len(ids) <= room]
-    outputs = iter(generate(served.model, fitting, served.processor, recipe, device=served.device, advance=advance))
+    outputs = iter(
+        generate_completions(served.model, fitting, served.processor, recipe, device=served.device, advance=advance)
+    )
     for ids in prompts:
         if len(ids) > room:
             yield {"error": f"the prompt has {len(ids)} tokens, and the model's context has room for {room}"}

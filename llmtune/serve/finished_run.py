@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.generation import generate
+from llmtune.evaluate.generation import generate_completions
 from llmtune.model.config import head_is_new
 from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Evaluation, GateResult, ModelRef, Row
+from llmtune.records import Evaluation, GateResult, Row
 from llmtune.report.report_record import require_report
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
@@ -100,10 +100,11 @@ class ChatSession:
         """Generate in a second thread and yield what becomes certain; closing the iterator ends the thread."""
         queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
         cancelled = threading.Event()
+        settings = self.served.request_settings({}, self.recipe.generation.max_new_tokens)
 
         def work() -> None:
             try:
-                self.served.generate(prompt, self.recipe, self.recipe.seed + turn, queue.put, cancelled.is_set)
+                self.served.generate(prompt, settings, self.recipe.seed + turn, queue.put, cancelled.is_set)
                 queue.put(None)
             except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for text
                 queue.put(error)
@@ -225,7 +226,7 @@ class FinishedRun:
             (prediction,) = served.predict([row])
         else:
             ids = task.prompt_ids(row, served.processor, served.recipe)
-            (output,) = generate(served.model, [ids], served.processor, served.recipe, device=served.device)
+            (output,) = generate_completions(served.model, [ids], served.processor, served.recipe, device=served.device)
             prediction = served.read(output.token_ids)
         return {"text": task.format_answer(prediction, row), "prediction": prediction}
 
@@ -255,11 +256,11 @@ class FinishedRun:
 
     def load(self, inputs: Inputs, *, base: bool, max_new_tokens: int | None) -> ServedModel:
         """Load a model once it is known that it can be asked `inputs`; raises RecipeError where it cannot."""
-        context, model_ref = self._opened
-        _check_inputs(context.task, inputs)
-        if max_new_tokens is not None and not TASK_FACTS[context.recipe.task].generates:
+        plan = self._opened.plan
+        _check_inputs(plan.task, inputs)
+        if max_new_tokens is not None and not TASK_FACTS[plan.recipe.task].generates:
             raise RecipeError.of("this run's model generates no text", "--max-new-tokens", "Omit it.")
-        if base and head_is_new(model_ref, context.recipe, context.task):
+        if base and head_is_new(plan.model_ref, plan.recipe, plan.task):
             fix = "Omit --base: the head was made and trained by this run."
             raise RecipeError.of("the base model has no trained head for this task", "--base", fix)
         served = self._load(base)
@@ -271,19 +272,18 @@ class FinishedRun:
     @property
     def task(self) -> AnyTask:
         """The task, in the variant that the run's model supports."""
-        return self._opened[0].task
+        return self._opened.plan.task
 
     @cached_property
-    def _opened(self) -> tuple[RunContext, ModelRef]:
+    def _opened(self) -> RunContext:
         return open_finished(self.folder, self.console, self.offline)
 
     def _load(self, base: bool) -> ServedModel:
         if base not in self._loaded:
-            context, model_ref = self._opened
-            models = Models(context, model_ref, context.read_processor(model_ref))
+            plan, models = self._opened.plan, Models(self._opened)
             with models.base() if base else models.tuned() as model:
                 name = "base" if base else "tuned"
-                self._loaded[base] = ServedModel(name, model, models.processor, context.recipe, context.task)
+                self._loaded[base] = ServedModel(name, model, plan.processor, plan.recipe, plan.task)
         return self._loaded[base]
 
 

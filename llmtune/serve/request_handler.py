@@ -18,9 +18,8 @@ from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
 from llmtune.records import Row
 from llmtune.serve.engine import Engine
 from llmtune.serve.request_queue import End, Event, Job
-from llmtune.serve.sampling import SETTINGS, sampling_params
 from llmtune.serve.schemas import ApiError, ChatRequest, CompletionRequest, GenerationRequest, NamedToolChoice
-from llmtune.serve.served_model import ServedModel
+from llmtune.serve.served_model import DRAWS, ServedModel
 
 _TEXT_THREAD = ThreadPoolExecutor(1, "text")
 """One: tokenizers are not made to be used by several threads at a time."""
@@ -154,13 +153,13 @@ class RequestHandler:
     def _job(
         self, served: ServedModel, ids: list[int], request: GenerationRequest, max_tokens: int | None, turn: int
     ) -> Job:
-        stated = {name: getattr(request, name) for name in SETTINGS}
+        stated = request.model_dump(include={*DRAWS, "repetition_penalty"}, exclude_none=True)
         seed = served.recipe.seed + turn if request.seed is None else request.seed
         return _make_job(served, ids, stated, max_tokens, seed)
 
 
 def _make_job(
-    served: ServedModel, ids: list[int], stated: Mapping[str, float | None], max_tokens: int | None, seed: int
+    served: ServedModel, ids: list[int], stated: Mapping[str, float], max_tokens: int | None, seed: int
 ) -> Job:
     room = (served.context or MAX_POSITIONS) - len(ids)
     if room < (max_tokens or 1):
@@ -168,7 +167,7 @@ def _make_job(
         message = f"The prompt has {len(ids)} tokens{answer}, but the model's context holds {room + len(ids)}."
         raise ApiError(400, message, param="max_tokens" if room > 0 else None, code="context_length_exceeded")
     new_tokens = max_tokens or min(room, served.recipe.generation.max_new_tokens)
-    return Job(served, ids=ids, sampling=sampling_params(served.recipe, stated, new_tokens, seed))
+    return Job(served, ids=ids, settings=served.request_settings(stated, new_tokens), seed=seed)
 
 
 def read_messages(request: ChatRequest) -> tuple[Row, int]:

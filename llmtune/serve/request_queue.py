@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
+from transformers import GenerationConfig
+
 from llmtune.records import Row
-from llmtune.serve.sampling import SamplingParams
 from llmtune.serve.schemas import ApiError
 from llmtune.serve.served_model import ServedModel
 
@@ -47,11 +48,13 @@ Event = list[int] | End | BaseException
 
 @dataclass(eq=False)
 class Job:
-    """One request: a prompt to continue (`ids`, `sampling`), or a row to predict from."""
+    """One request: a prompt to continue (`ids`, `settings`, `seed`), or a row to predict from."""
 
     served: ServedModel
     ids: Sequence[int] = ()
-    sampling: SamplingParams | None = None
+    settings: GenerationConfig | None = None
+    seed: int = 0
+    """Where random draws start from."""
     row: Row | None = None
     deliver: Callable[[Event], None] = lambda event: None
     """Called in the model's thread."""
@@ -63,7 +66,7 @@ class Job:
     @property
     def new_tokens(self) -> int:
         """The longest answer."""
-        return self.sampling.new_tokens if self.sampling else 0
+        return int(self.settings.max_new_tokens) if self.settings else 0
 
     @property
     def positions(self) -> int:

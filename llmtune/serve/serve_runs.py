@@ -13,11 +13,10 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.adapter.load import add_adapter, find_adapter
-from llmtune.adapter.merging import merge
+from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.reference_model import switches_off
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.config import head_is_new
-from llmtune.model.processor import load_processor
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
@@ -25,7 +24,7 @@ from llmtune.serve.http_app import build_app
 from llmtune.serve.middleware import LOOPBACK, AccessRules, digest
 from llmtune.serve.served_model import ServedModel
 from llmtune.serve.server import bind_socket, run_server
-from llmtune.session import Models, RunContext, open_finished
+from llmtune.session import Models, Plan, RunContext, open_finished
 
 KEY_VARIABLE = "LLMTUNE_API_KEY"
 MIN_KEY_LENGTH = 16
@@ -61,12 +60,16 @@ class OpenedRun:
     name: str
     path: Path
     context: RunContext
-    model_ref: ModelRef
+
+    @property
+    def plan(self) -> Plan:
+        """The recipe, the task and the model of the run."""
+        return self.context.plan
 
     @property
     def method(self) -> str:
         """How it was trained: lora, qlora or full."""
-        return self.context.recipe.adapter.method
+        return self.plan.recipe.adapter.method
 
 
 def serve_runs(
@@ -94,7 +97,7 @@ def serve_runs(
     except BaseException:
         bound.close()
         raise
-    task = opened[0].context.task
+    task = opened[0].plan.task
     body_bytes = options.max_body or (RECORDING_BYTES if task.takes_audio else BODY_BYTES)
     hosts = LOOPBACK if key is None else None
     app = build_app(engine, AccessRules(body_bytes, digest(key) if key else None, hosts))
@@ -137,7 +140,7 @@ def open_runs(runs: Mapping[str, Path], options: ServeOptions, console: Console)
 
     Raises RecipeError where they do not go together.
     """
-    opened = [OpenedRun(name, path, *open_finished(path, console, options.offline)) for name, path in runs.items()]
+    opened = [OpenedRun(name, path, open_finished(path, console, options.offline)) for name, path in runs.items()]
     problems = [problem for other in opened[1:] for problem in _differences(opened[0], other)]
     full = [run for run in opened if run.method == "full"]
     if options.merged and full:
@@ -153,18 +156,18 @@ def open_runs(runs: Mapping[str, Path], options: ServeOptions, console: Console)
 
 def _differences(first: OpenedRun, other: OpenedRun) -> Iterator[Problem]:
     """Yield what keeps two runs from sharing a base."""
-    if first.model_ref.content_hash != other.model_ref.content_hash:
-        what = f"its base is {other.model_ref.name}, and that of {first.name} is {first.model_ref.name}"
+    if first.plan.model_ref.content_hash != other.plan.model_ref.content_hash:
+        what = f"its base is {other.plan.model_ref.name}, and that of {first.name} is {first.plan.model_ref.name}"
         yield Problem(what, str(other.path), "Serve runs of one base together, others on another port.")
         return
-    one, two = first.context.task, other.context.task
+    one, two = first.plan.task, other.plan.task
     if (one.name, one.auto_class) != (two.name, two.auto_class):
         yield Problem(f"its task is {two.name}, and that of {first.name} is {one.name}", str(other.path))
     if first.method != other.method:
         what = f"its method is {other.method}, and that of {first.name} is {first.method}"
         yield Problem(what, str(other.path), "Serve runs of one method together, others on another port.")
-    for key, value in first.context.recipe.model:
-        its = getattr(other.context.recipe.model, key)
+    for key, value in first.plan.recipe.model:
+        its = getattr(other.plan.recipe.model, key)
         if key not in MAY_DIFFER and value != its:
             yield Problem(f"model.{key} is {its!r} there, and {value!r} in {first.name}", str(other.path))
 
@@ -172,11 +175,10 @@ def _differences(first: OpenedRun, other: OpenedRun) -> Iterator[Problem]:
 def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str, ServedModel]:
     """Load the base once, put all adapters on it, and return the models by name; the base comes last."""
     first, *others = opened
-    recipe, task = first.context.recipe, first.context.task
-    processor = load_processor(first.model_ref, recipe.model, recipe.data.system_prompt)
-    adapted = Models(first.context, first.model_ref, processor).adapted
+    recipe, task = first.plan.recipe, first.plan.task
+    processor, adapted = first.plan.processor, Models(first.context).adapted
     if options.merged:
-        merged = merge(adapted, "dequantized" if adapted.selected.quantized else "original")
+        merged = merge_adapter(adapted, "dequantized" if adapted.selected.quantized else "original")
         return {first.name: ServedModel(first.name, merged.eval(), processor, recipe, task)}
     if first.method == "full":
         weights = cast("PreTrainedModel", adapted.model)
@@ -185,11 +187,11 @@ def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str,
     served = {first.name: ServedModel(first.name, model, processor, recipe, task, "default")}
     for number, run in enumerate(others, 2):
         add_adapter(model, f"run{number}", find_adapter(run.path))
-        own = load_processor(run.model_ref, run.context.recipe.model, run.context.recipe.data.system_prompt)
-        served[run.name] = ServedModel(run.name, model, own, run.context.recipe, run.context.task, f"run{number}")
+        own = run.plan
+        served[run.name] = ServedModel(run.name, model, own.processor, own.recipe, own.task, f"run{number}")
     model.set_adapter("default", inference_mode=True)
-    name = public_name(first.model_ref)
-    if name not in served and switches_off(model) and not head_is_new(first.model_ref, recipe, task):
+    name = public_name(first.plan.model_ref)
+    if name not in served and switches_off(model) and not head_is_new(first.plan.model_ref, recipe, task):
         served[name] = ServedModel(name, model, processor, recipe, task, None)
     return served
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from llmtune.data.chat_template import Tools
@@ -30,6 +36,9 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Row
 from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
+
+DRAWS = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}
+"""Settings of random draws, and the values at which they turn no draws on."""
 
 
 @dataclass(eq=False)
@@ -93,19 +102,31 @@ class ServedModel:
         """Return what takes the ids of an answer as they come; `chat` says that the template's parts are told apart."""
         return AnswerStream(self.processor, self.stops, self.template if chat else None, tools, stops, prompt)
 
+    def request_settings(self, stated: Mapping[str, float], new_tokens: int) -> GenerationConfig:
+        """Return the recipe's generation settings with what a request states in their place.
+
+        A temperature of 0 takes the likeliest token each time. Any other setting of random draws turns them on.
+        """
+        section = self.recipe.generation
+        settings = {name: getattr(section, name) for name in DRAWS} | dict(stated)
+        asked = section.do_sample or any(stated.get(name, off) != off for name, off in DRAWS.items())
+        do_sample = asked and settings["temperature"] != 0
+        changes = settings if do_sample else settings | dict.fromkeys(DRAWS)
+        section = section.model_copy(update={**changes, "do_sample": do_sample, "max_new_tokens": new_tokens})
+        return generation_settings(self.model, self.processor, self.recipe.model_copy(update={"generation": section}))
+
     def generate(
         self,
         prompt: Sequence[int],
-        recipe: Recipe,
+        settings: GenerationConfig,
         seed: int,
         deliver: Callable[[list[int]], None],
         is_cancelled: Callable[[], bool],
     ) -> list[int]:
-        """Generate one answer by transformers' own loop, as the recipe's `generation` says, and return its ids.
+        """Generate one answer by transformers' own loop and return its ids.
 
         `deliver` gets the tokens as they come, those of beams at the end.
         """
-        settings = generation_settings(self.model, self.processor, recipe)
         beams = settings.num_beams > 1
         ids_BT = torch.tensor([list(prompt)], device=self.model.device)
         with torch.random.fork_rng(), only_these_settings(self.model):

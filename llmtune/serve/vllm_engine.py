@@ -72,7 +72,7 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
         raise EnvironmentProblem.of("vLLM is not installed: there is no command vllm", "--engine", fix)
     key = read_key(options)
     opened = open_runs(runs, options, console)
-    task = opened[0].context.task
+    task = opened[0].plan.task
     if not task.free_prompt:
         fix = "Omit --engine: llmtune's own server has an endpoint for it."
         raise RecipeError.of(f"vLLM serves no model of task {task.name} that llmtune tunes", "--engine", fix)
@@ -86,7 +86,7 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
 def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str]:
     """Return the command that serves the runs; the first run's folder has the tokenizer and chat template."""
     first = opened[0]
-    recipe = first.context.recipe
+    recipe = first.plan.recipe
     whole = first.path / ("merged" if options.merged else trained_name(recipe))
     if options.merged and not (whole / "config.json").is_file():
         raise RecipeError.of("there is no merged model yet", str(whole), f"Make it: llmtune deploy merge {first.path}")
@@ -95,8 +95,8 @@ def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str
     if not options.merged and first.method != "full":
         folders = {run.name: find_adapter(run.path) for run in opened}
         whole = folders[first.name]
-        base = [str(first.model_ref.path), "--tokenizer", str(whole)]
-        served = [*base, "--served-model-name", public_name(first.model_ref)]
+        base = [str(first.plan.model_ref.path), "--tokenizer", str(whole)]
+        served = [*base, "--served-model-name", public_name(first.plan.model_ref)]
         configs = [read_config(folder) for folder in folders.values()]
         for folder, config in zip(folders.values(), configs, strict=True):
             check_adapter(config, str(folder))

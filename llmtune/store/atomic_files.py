@@ -40,21 +40,27 @@ def find_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtune"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step, so that a reader sees the old or the new text and nothing between.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to; it replaces `path` at the end, and is removed on an error.
 
-    What UTF-8 cannot hold is replaced.
+    A reader sees the old or the new file and nothing between.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step, and on disk before it returns; what UTF-8 cannot hold is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,6 +96,8 @@ class RunFolder:
 
     path: Path
     manifest: Manifest
+    ran: set[str] = field(default_factory=set)
+    """Steps that this process ran; the others were valid from before."""
 
     @property
     def findings(self) -> Facts:
@@ -167,6 +169,7 @@ class RunFolder:
         if step.skipped:
             yield step
             return
+        self.ran.add(name)
         record = StepRecord(state="running", inputs=inputs, started=time.time(), outputs={}, facts=step.facts)
         self.manifest["steps"][name] = record
         self.write()
@@ -211,15 +214,12 @@ class RunFolder:
             fix = "finish it first: run the same recipe again"
             raise RecipeError.of("this run has no trained model yet", str(self.path), fix)
 
-    def timings(self, skipped: Mapping[str, bool]) -> list[StepTiming]:
-        """How each step went, in order; `skipped` tells which were not run this time."""
-        records = self.manifest["steps"]
+    def timings(self) -> list[StepTiming]:
+        """How each step went, in order."""
+        records = {name: self.manifest["steps"][name] for name in STEPS if self.is_done(name)}
         return [
-            StepTiming(
-                name, records[name].get("seconds", 0.0), records[name].get("peak_bytes", 0), skipped.get(name, True)
-            )
-            for name in STEPS
-            if self.is_done(name)
+            StepTiming(name, record.get("seconds", 0.0), record.get("peak_bytes", 0), name not in self.ran)
+            for name, record in records.items()
         ]
 
 

@@ -18,7 +18,8 @@ from llmtune.data.collators import encoder_batch
 from llmtune.data.labelled_rows import ClassifyRow, Label
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded, Piece, decode_shortened
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
@@ -32,7 +33,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.causal_lm_loss import read_inputs
+from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs, set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import ClassifySection
@@ -40,7 +41,7 @@ from llmtune.records import SPLITS, AdaptedModel, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.class_labels import (
     UNKNOWN_LABEL,
-    choose_metrics,
+    choose_label_metrics,
     idle_keys,
     infer_kind,
     names_of,
@@ -98,7 +99,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             RecipeError: a metric that this kind of label does not have, weights for classes that there are none of, or
                 a key of the section that has no effect on this kind.
         """
-        section = section_of(recipe)
+        section = classify_section(recipe)
         labels = {split: [row["label"] for _, row in iterate_rows(rows, split)] for split in SPLITS}
         every = [label for split in SPLITS for label in labels[split]]
         kind = infer_kind(every) if section.kind == "auto" else section.kind
@@ -113,12 +114,12 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             update["labels"] = tuple(names)
             if section.class_weights is not None:
                 update["class_weights"] = weigh_classes(section, names, counts)
-        evaluate = recipe.evaluate.model_copy(update={"metrics": choose_metrics(recipe.evaluate.metrics, kind)})
+        evaluate = recipe.evaluate.model_copy(update={"metrics": choose_label_metrics(recipe.evaluate.metrics, kind)})
         return recipe.model_copy(update={"classify": section.model_copy(update=update), "evaluate": evaluate})
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
         """Give the model the number of classes and their names."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         names = ("value",) if section.kind == "regression" else section.labels or ()
         name_outputs(config, names, PROBLEM_TYPES.get(section.kind))
 
@@ -155,7 +156,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         limit = recipe.data.max_length
         encoded: list[Encoded] = []
         for row, text in zip(rows, tokenize_texts(rows, processor), strict=True):
-            target = class_target(row["label"], section_of(recipe))
+            target = class_target(row["label"], classify_section(recipe))
             size = len(text.input_ids)
             if isinstance(target, str):
                 encoded.append(target)
@@ -174,7 +175,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
     ) -> Batch:
         """Add `classes_R` [R] and maybe `weights_R` [R]; or `values_RK` [R, K] of `many` classes, or of a number."""
         batch, _ = encoder_batch(examples, processor.pad_token_id, packs)
-        kind = section_of(recipe).kind
+        kind = classify_section(recipe).kind
         if kind in ("multi", "regression"):
             values_RK = torch.tensor([list(example.values) for example in examples], dtype=torch.float32)
             return batch | {"values_RK": values_RK, "many": kind == "multi"}
@@ -188,7 +189,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
         With `weights_R` each row counts so much in the sum, and once in the count.
         """
-        logits_RK = model(**read_inputs(model, batch)).logits.float()
+        logits_RK = model(**model_inputs(model, batch)).logits.float()
         if "classes_R" in batch:
             losses_R = functional.cross_entropy(logits_RK, batch["classes_R"], reduction="none")
             correct_R = logits_RK.argmax(-1) == batch["classes_R"]
@@ -205,7 +206,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
         """Let a new head for a number begin with the mean of the labels: far from it, training only moves the bias."""
-        if section_of(recipe).kind != "regression":
+        if classify_section(recipe).kind != "regression":
             return
         heads = head_names(adapted.selected.model)
         mean = float(np.mean([example.values[0] for example in examples]))
@@ -216,13 +217,13 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
         """Return the variance of the labels where they are numbers."""
-        if section_of(recipe).kind != "regression":
+        if classify_section(recipe).kind != "regression":
             return super().guessing_loss(config, examples, recipe)
         return float(np.var([example.values[0] for example in examples]))
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a text with its class, classes or number."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         labels = section.labels or ()
         if example.target_ids:
             target = labels[example.target_ids[0]]
@@ -231,22 +232,21 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             target = ", ".join(named) or "(none)"
         else:
             target = f"{example.values[0]:g}"
-        return [(f"{decode_shortened(example.input_ids, processor)}\n", False), (target, True)]
+        return [Segment(f"{decode_shortened(example.input_ids, processor)}\n", False), Segment(target, True)]
 
     def predict(self, rows: Sequence[ClassifyRow], loaded: LoadedModel) -> list[ClassPrediction]:
         """Return the label of each text, and probabilities by class or the number."""
-        section = section_of(loaded.recipe)
+        section = classify_section(loaded.recipe)
         examples = tokenize_texts(rows, loaded.processor, loaded.recipe.data.max_length)
-        predictions: dict[int, ClassPrediction] = {}
 
-        def take(i: int, output: SequenceClassifierOutput, row: int) -> None:
+        def read(i: int, output: SequenceClassifierOutput, row: int) -> ClassPrediction:
             scores_K = output.logits[row].float()
             if section.kind != "regression":
                 scores_K = scores_K.sigmoid() if section.kind == "multi" else scores_K.softmax(-1)
-            predictions[i] = {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
+            return {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
 
-        run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, take, loaded.advance)
-        return [predictions[i] for i in range(len(rows))]
+        pad_id = loaded.processor.pad_token_id
+        return run_encoder(loaded.model, examples, pad_id, loaded.device, read, loaded.advance)
 
     def format_prediction(self, prediction: ClassPrediction) -> str:
         """Write the label."""
@@ -254,7 +254,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def compute_metric(self, metric: str, found: EvalPrediction[ClassPrediction], recipe: Recipe) -> Measure | None:
         """Measure predicted classes, or numbers."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         if section.kind == "auto" or metric not in CLASS_METRICS[section.kind]:
             return None
         targets = [as_target(label, section.kind) for label in found.references]
@@ -264,7 +264,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         self, references: Sequence[Label], prompts: Sequence[ClassifyRow], recipe: Recipe
     ) -> tuple[str, list[ClassPrediction]]:
         """Predict the most frequent class of the training rows every time, or their mean."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         assert section.kind != "auto"
         labels = section.labels or ()
         usable = [label for label in references if not isinstance(class_target(label, section), str)]
@@ -277,7 +277,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def as_prediction(self, reference: Label, recipe: Recipe) -> ClassPrediction | None:
         """Return the prediction that is sure of the right class or classes; None for a number."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         if section.kind == "regression" or section.kind == "auto" or isinstance(class_target(reference, section), str):
             return None
         scores_1K = true_classes(section.kind, [as_target(reference, section.kind)], section.labels or ())
@@ -285,7 +285,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def class_table(self, found: EvalPrediction[ClassPrediction], recipe: Recipe) -> dict[str, Any]:
         """Return the table of classes, and for one label a row the confusion matrix."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         if section.kind == "regression" or section.kind == "auto":
             return {}
         labels, scores = section.labels or (), scores_of(found.predictions)
@@ -297,7 +297,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def output_kind(self, recipe: Recipe) -> str:
         """Return what the head's outputs are."""
-        return OUTPUT_KINDS.get(section_of(recipe).kind, "choice")
+        return OUTPUT_KINDS.get(classify_section(recipe).kind, "choice")
 
 
 def tokenize_texts(
@@ -349,7 +349,7 @@ def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label
     return labels[int(scores_K.argmax())]
 
 
-def section_of(recipe: Recipe) -> ClassifySection:
+def classify_section(recipe: Recipe) -> ClassifySection:
     """Return the recipe's section, or its defaults."""
     return recipe.classify or ClassifySection()
 

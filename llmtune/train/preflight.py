@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
-from llmtune.model.device import memory_limit, release_memory
+from llmtune.model.device import device_memory, release_memory
 from llmtune.model.prefix_packing import whole_documents
 from llmtune.report.render_terminal import spinner
 from llmtune.train.accumulation import MicroBatchTooLarge, make_whole_batch, seed_micro_batch, try_memory
@@ -266,7 +266,7 @@ def resume(training: TrainContext, state: TrainState, divergence: Divergence, co
 
 def _does_not_fit(training: TrainContext) -> LlmtuneError:
     reader, device = training.examples, training.device
-    limit = memory_limit(str(device))
+    limit = device_memory(str(device))
     has = f": {limit / 1e9:.2f} GB" if limit else " is full"
     ways = ["Lower data.max_length"]
     if training.recipe.train.gradient_checkpointing is not True:

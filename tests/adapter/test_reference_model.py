@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.adapting import logits, open_model, quiet, recipe_with, train_a_little
 
-from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.reference_model import KEPT, keep_reference, reference_of, switches_off
 from llmtune.adapter.saving import save_adapter
 from llmtune.recipe.schema import Recipe
@@ -34,7 +34,7 @@ def adapt(model, loss="dpo", **adapter):
 def move(model):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trainable_parameters(model):
+        for parameter in trained_parameters(model):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -47,7 +47,7 @@ def test_the_reference_is_the_model_before_training_and_leaves_what_was_trained_
     move(model)
     after = logits(model)
     assert not torch.allclose(after, before, atol=1e-2)
-    weights = [parameter.detach().clone() for parameter in trainable_parameters(model)]
+    weights = [parameter.detach().clone() for parameter in trained_parameters(model)]
 
     def fail_inside():
         with reference_of(model):
@@ -57,7 +57,7 @@ def test_the_reference_is_the_model_before_training_and_leaves_what_was_trained_
     with pytest.raises(ValueError, match="inside"):  # an error puts the weights back too
         fail_inside()
     assert torch.equal(logits(model), after)
-    for parameter, weight in zip(trainable_parameters(model), weights, strict=True):
+    for parameter, weight in zip(trained_parameters(model), weights, strict=True):
         assert torch.equal(parameter, weight)
 
 
@@ -89,7 +89,7 @@ def test_a_gradient_is_that_of_the_policy_though_the_reference_stood_in_between(
             with torch.no_grad(), reference_of(model):
                 model(input_ids=ids)
         loss.backward()
-        found.append([parameter.grad for parameter in trainable_parameters(model)])
+        found.append([parameter.grad for parameter in trained_parameters(model)])
     for plain, disturbed in zip(*found, strict=True):
         assert torch.equal(plain, disturbed)
 

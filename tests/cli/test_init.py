@@ -16,7 +16,7 @@ from llmtune.data.sources import local_input
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import SPLITS, Rows
-from llmtune.tasks.class_labels import REGRESSION_METRICS, choose_metrics
+from llmtune.tasks.class_labels import REGRESSION_METRICS, choose_label_metrics
 
 TICKETS = [(str(i), f"Order {i} late", f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
 
@@ -324,7 +324,7 @@ def test_labels_that_are_numbers_get_metrics_of_numbers() -> None:
     write("scores.csv", "text,label", [(f"stay number {i}", f"{i % 40 / 10}") for i in range(1, 60)])
     assert init("scores.csv").exit_code == 0
     evaluate = load_recipe("scores.yaml").recipe.evaluate
-    assert choose_metrics(evaluate.metrics, "regression") == evaluate.metrics == REGRESSION_METRICS
+    assert choose_label_metrics(evaluate.metrics, "regression") == evaluate.metrics == REGRESSION_METRICS
 
 
 @pytest.mark.parametrize(

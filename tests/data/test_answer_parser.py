@@ -4,7 +4,7 @@ import pytest
 from support.templates import EMPTY_THOUGHTS, FAMILY_FILES, family_tokenizer, recipe_for, tokenizer_with
 
 from llmtune.data.answer_format import NAME, QUESTION, TOOL, call_message
-from llmtune.data.answer_parser import ParsedAnswer, parse_answer
+from llmtune.data.answer_parser import ParsedAnswer, parse_answer, response_template
 from llmtune.data.chat_template import read_template
 
 CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}
@@ -91,7 +91,7 @@ def test_a_familys_own_call_is_a_call_where_tools_are_offered_and_text_elsewhere
 def test_a_tokenizers_own_way_of_reading_calls_is_not_used_where_no_tool_is_offered():
     tokenizer = family_tokenizer("qwen-2.5")
     template = read_template(tokenizer, recipe_for())
-    own = {**template.response_template(calls=True)}
+    own = {**response_template(template, calls=True)}
     tokenizer.response_template = own
     try:
         written = f"{LOOKS_LIKE_CALLS['qwen-2.5']}<|im_end|>"

@@ -19,10 +19,11 @@ from support.templates import (
     tokenizer_with,
 )
 
-from llmtune.data.chat_encoding import encode_chat
-from llmtune.data.chat_messages import clean
-from llmtune.data.chat_template import fix_date, read_template, render_prompt, special_tokens, stop_ids
-from llmtune.data.chat_turns import Chat, cut_turn
+from llmtune.data.chat_encoding import cut_turns, encode_chat
+from llmtune.data.chat_messages import clean_messages
+from llmtune.data.chat_template import PreparedChat, read_template, render_prompt, stop_ids
+from llmtune.data.template_facts import special_tokens
+from llmtune.data.template_text import fix_date
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 
 CHAT = conversation("one two", "three", "four five", "six")
@@ -50,7 +51,8 @@ def test_generation_stops_at_the_tokenizers_end_without_a_template():
 def test_a_turn_ends_at_the_first_of_two_ends():
     tokenizer = tokenizer_with(ENDS_TWICE)
     template = read_template(tokenizer, recipe_for())
-    assert cut_turn(template, Chat(template.prepare(CHAT["messages"])), 3).answer.text == "six<|im_end|>"
+    [[turn]] = cut_turns(template, [(PreparedChat(template.prepare(CHAT["messages"])), [3])])
+    assert turn.answer == "six<|im_end|>"
 
 
 def test_a_turn_that_calls_a_tool_may_end_in_another_token():
@@ -58,9 +60,9 @@ def test_a_turn_that_calls_a_tool_may_end_in_another_token():
     row = conversation("add", "", "2", "two")
     row["messages"][1]["tool_calls"] = [call]
     template = read_template(tokenizer_with(TOOLS), recipe_for())
-    turn = cut_turn(template, Chat(template.prepare(row["messages"])), 1)
-    assert turn.answer.text == '<call>sum{"a": 1}<|eom_id|>'
-    assert turn.answer.answer_bytes == len('<call>sum{"a": 1}')
+    [[turn]] = cut_turns(template, [(PreparedChat(template.prepare(row["messages"])), [1])])
+    assert turn.answer == '<call>sum{"a": 1}<|eom_id|>'
+    assert turn.answer_bytes == len('<call>sum{"a": 1}')
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_what_the_template_is_told_comes_from_the_recipe():
 
 def test_messages_are_cleaned_without_a_change_to_the_row():
     row = {"role": "assistant", "content": None, "train": False, "tool_calls": [{"function": {"arguments": "{"}}]}
-    assert clean([row]) == [{"role": "assistant", "content": "", "tool_calls": row["tool_calls"]}]
+    assert clean_messages([row]) == [{"role": "assistant", "content": "", "tool_calls": row["tool_calls"]}]
     assert row["train"] is False
 
 

@@ -12,7 +12,7 @@ from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import iterate_texts
-from llmtune.data.unknown_tokens import find_vanishing
+from llmtune.data.tokenization import find_vanishing
 from llmtune.tasks.registry import get_task
 
 

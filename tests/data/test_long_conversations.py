@@ -7,7 +7,7 @@ import pytest
 from support.encoding import encode
 from support.templates import CHATML, FAMILY_FILES, THINKING, family_tokenizer, recipe_for, tokenizer_with
 
-from llmtune.data import chat_encoding, chat_turns
+from llmtune.data import chat_encoding
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.overlong import ChatFit
@@ -200,7 +200,7 @@ def test_a_long_conversation_has_the_spans_that_rendering_each_answer_after_all_
     rows = [long_row(draw, 16, tools, thoughts) for tools in ((), (LOOK_UP,)) for thoughts in (False, True)]
     rows.append({"messages": long_row(draw, 16)["messages"][1:]})  # not every template takes a system message
     found = encode_chat(rows, tokenizer, recipe_for(max_length=100_000))
-    monkeypatch.setattr(chat_turns, "FEW_ANSWERS", 1000)
+    monkeypatch.setattr(chat_encoding, "FEW_ANSWERS", 1000)
     for result, wanted in zip(found, encode_chat(rows, tokenizer, recipe_for(max_length=100_000)), strict=True):
         assert (result if isinstance(result, str) else shown(result)) == (
             wanted if isinstance(wanted, str) else shown(wanted)

@@ -8,7 +8,7 @@ from support.templates import CHATML, DEFAULT_SYSTEM, LLAMA2, NO_SYSTEM, recipe_
 
 from llmtune import load_run
 from llmtune.data.chat_template import read_template
-from llmtune.data.template_kwargs import with_system_prompt
+from llmtune.data.template_text import with_system_prompt
 from llmtune.errors import RecipeError
 
 FAMILIES = Path(__file__).parent.parent / "support" / "chat_families"

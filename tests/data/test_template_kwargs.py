@@ -4,7 +4,7 @@ import pytest
 from support.templates import EMPTY_THOUGHTS, FAMILY_FILES, family_tokenizer, tokenizer_with
 
 from llmtune.data.chat_template import _RENDER_ERRORS
-from llmtune.data.template_kwargs import template_variables, with_defaults
+from llmtune.data.template_text import template_variables, with_defaults
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "two?"}]
 CHAT += [{"role": "assistant", "content": "four"}, {"role": "user", "content": "three?"}]

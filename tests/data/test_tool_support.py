@@ -9,7 +9,7 @@ from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import canonical_messages
 from llmtune.data.examples import encode_rows
 from llmtune.data.preparation import prepare_rows
-from llmtune.data.tool_support import check_tools
+from llmtune.data.rendering_check import check_tools
 from llmtune.errors import EnvironmentProblem
 from llmtune.tasks.registry import get_task
 

@@ -5,15 +5,14 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 from rich.console import Console
-from support.finished import finish_run
 from support.http_server import answering
+from support.runs import finish_run
 from support.templates import EMPTY_THOUGHTS
 from transformers import AutoTokenizer
 
 from llmtune.deploy.endpoint_parity import ask_all, certify_run, connect, find_endpoint_breaches
 from llmtune.deploy.tuned_model import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.model.processor import load_processor
 from llmtune.session import Models, open_finished
 
 
@@ -30,9 +29,9 @@ def run(finished, tmp_path):
 @pytest.fixture(scope="module")
 def served(finished):
     """The tuned model and its tokenizer, as a server would hold them."""
-    context, place = open_finished(finished, Console(file=io.StringIO()), offline=True)
-    processor = load_processor(place, context.recipe.model)
-    return Models(context, place, processor).adapted.model, processor
+    context = open_finished(finished, Console(file=io.StringIO()), offline=True)
+    processor = context.plan.processor
+    return Models(context).adapted.model, processor
 
 
 @contextmanager
@@ -117,8 +116,8 @@ def test_an_endpoint_is_sent_no_values_for_its_template_which_has_to_hold_them(t
     (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
     model = {"chat_template": "mine.jinja", "chat_template_kwargs": {"enable_thinking": False}}
     run = finish_run(tmp_path, tiny_llama, train={"num_train_epochs": 1}, model=model)
-    context, place = open_finished(run, console, offline=True)
-    tuned = Models(context, place, load_processor(place, context.recipe.model)).adapted.model
+    context = open_finished(run, console, offline=True)
+    tuned = Models(context).adapted.model
     saved, plain = AutoTokenizer.from_pretrained(run / "adapter"), AutoTokenizer.from_pretrained(run / "adapter")
     plain.chat_template = EMPTY_THOUGHTS
     knows = (*ALL, "chat_template_kwargs")

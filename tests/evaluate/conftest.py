@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from support.runs import write_colours
 
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.data.preparation import prepare_rows
+from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.evaluator import evaluate
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.model.loading import load_model
@@ -152,3 +154,16 @@ def measured(colours, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     bench = replace(colours, entered=[])
     return bench, bench.evaluate(folder, metrics=METRICS, gates=("loss < base",)), folder
+
+
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """The same resamples in each trial, as they cost most of the time: rows are new in each, so trials do not agree."""
+    draw = statistics.draw_counts
+    monkeypatch.setattr(statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw(rows, 0, resamples))))
+
+
+@pytest.fixture
+def without_p(monkeypatch):
+    """No permutations: gates look at intervals only."""
+    monkeypatch.setattr(statistics, "permutation_p", lambda *arguments: 1.0)

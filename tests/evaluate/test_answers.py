@@ -3,14 +3,27 @@
 import json
 
 import pytest
-from support.learning import LOOKS_LIKE_A_CALL, WEATHER, weather_row
+import torch
+from support.learning import LOOKS_LIKE_A_CALL, WEATHER, learn_by_heart, weather_row
 from support.models import build_llama
-from support.templates import EMPTY_THOUGHTS, HERMES, conversation, recipe_for, tokenizer_with
+from support.rows import write_jsonl
+from support.templates import (
+    EMPTY_THOUGHTS,
+    FAMILY_FILES,
+    HERMES,
+    conversation,
+    family_tokenizer,
+    recipe_for,
+    tokenizer_with,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtune.data.row_store import iterate_rows
 from llmtune.evaluate.eval_inputs import choose_metrics, warn_of_cuts
-from llmtune.evaluate.generation import answer_reader
+from llmtune.evaluate.generation import answer_reader, generate_completions
+from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.recipe.task_facts import TASK_FACTS, TOOL_METRICS
+from llmtune.tasks.registry import get_task
 
 LONG = """
 recipe_version: 1
@@ -24,10 +37,8 @@ generation: {{max_new_tokens: 90}}
 
 def write_rows(folder, rows):
     """Write test rows, and beside them one to train on."""
-    path = folder / "rows.jsonl"
-    path.write_text(json.dumps(conversation("What is a fox?", "An animal.")) + "\n")
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    write_jsonl(folder / "test.jsonl", rows)
+    return write_jsonl(folder / "rows.jsonl", [conversation("What is a fox?", "An animal.")])
 
 
 def test_empty_thoughts_of_the_template_are_no_part_of_an_answer(tmp_path, build):
@@ -144,3 +155,31 @@ def test_references_longer_than_answers_may_be_are_told_before_training(make_ben
     assert 0 < longer < len(lengths)
     assert f"{longer} of {len(lengths)} reference answers of the test rows have more than 6 tokens" in told
     assert f"generation.max_new_tokens: {max(lengths)} has room for all" in told
+
+
+QUICK = ("qwen-3", "gpt-oss")
+LEARNED = [
+    conversation(question, answer)
+    for question, answer in (("cat?", "It is red."), ("dog?", "Green."), ("fox?", "Blue!"))
+]
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY_FILES]
+)
+def test_a_model_that_learned_its_rows_is_right_on_all_of_them(family):
+    tokenizer, task = family_tokenizer(family), get_task("chat")
+    recipe = recipe_for(max_length=2048)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape))
+    examples = [example for encoded in task.encode(LEARNED, tokenizer, recipe) for example in encoded]
+    learn_by_heart(model, examples, task, tokenizer.pad_token_id, steps=300)
+    prompts = [task.prompt_ids(task.split_answer(row)[0], tokenizer, recipe) for row in LEARNED]
+    outputs = generate_completions(model.eval(), prompts, tokenizer, recipe, device="cpu")
+    read = answer_reader(tokenizer, recipe)
+    parsed = [read(output.token_ids, None, prompt) for output, prompt in zip(outputs, prompts, strict=True)]
+    references = [task.split_answer(row)[1] for row in LEARNED]
+    score = TEXT_MEASURES["exact_match"]([answer.text for answer in parsed], references).value
+    assert score == 1.0, [tokenizer.decode(output.token_ids) for output in outputs]
+    assert [output.finish_reason for output in outputs] == ["stop"] * 3

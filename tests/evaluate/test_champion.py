@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.finished import finish_run, write_sums
-from support.runs import invoke, write_recipe
+from support.runs import finish_run, invoke, write_recipe, write_sums
 
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.deploy.releases import make_release

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import looks as simulated
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 
 from llmtune.deploy.releases import make_release
 from llmtune.errors import EnvironmentProblem, RecipeError

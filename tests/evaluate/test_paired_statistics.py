@@ -1,5 +1,5 @@
 import math
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import pytest
@@ -54,14 +54,6 @@ def a_few_long_tails(generator, rows):
 def scores_that_seldom_move(generator, rows):
     base = generator.beta(0.5, 1, rows)
     return ones(base), ones(base + (generator.random(rows) < 0.2) * generator.beta(1, 2, rows)), 0.2 / 3
-
-
-@pytest.fixture
-def drawn_once(monkeypatch):
-    """The same resamples in each trial, as they cost most of the time: rows are new in each, so trials do not agree."""
-    monkeypatch.setattr(
-        statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw_counts(rows, 0, resamples)))
-    )
 
 
 def coverage(draw, rows, right_wrong):

@@ -27,7 +27,7 @@ from support.training import read_metrics
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from llmtune.data import chat_turns
+from llmtune.data import chat_template
 from llmtune.data.chat_template import render_prompt, stop_ids
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import load_rows
@@ -56,7 +56,7 @@ def test_what_a_row_says_is_in_what_the_model_reads(place, run, without, shows):
     )
     (place / "model/chat_template.jinja").write_text(forgetful)
     write_jsonl(place / "rows.jsonl", [conversation(f"q{i}", "yes", system="be kind") for i in range(9)])
-    with without("llmtune.data.rendering_check.RenderingCheck.missing", lambda *given: None):
+    with without("llmtune.data.chat_encoding.find_missing", lambda *given: None):
         run("prepare")
     assert "be kind" not in decoded(place), "lost, and nobody was told"
     shows(run("prepare", "--fresh", code=3))
@@ -165,9 +165,9 @@ def test_answers_are_learned_with_their_end_and_so_they_end(place, run, without,
         """The share of answers that only the limit of tokens has ended."""
         return json.loads((place / "run/report.json").read_text())["evaluation"]["tuned"]["answers_cut"]
 
-    really_split = chat_turns._split_end
+    really_split = chat_template._split_end
     learn = {"train": {"num_train_epochs": 6}}
-    with without("llmtune.data.chat_turns._split_end", lambda *turn: (really_split(*turn)[0], "")):
+    with without("llmtune.data.chat_template._split_end", lambda *turn: (really_split(*turn)[0], "")):
         run("run", **learn)
     assert cut() == 1, "no answer ever ends"
     run("run", "--fresh", **learn)

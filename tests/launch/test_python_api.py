@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.finished import write_sums
-from support.runs import invoke, write_recipe
+from support.runs import invoke, write_recipe, write_sums
 
 import llmtune
 from llmtune.errors import GateFailed, RecipeError

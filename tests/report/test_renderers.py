@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from support.page import Page as ParsedPage
+from support.browser import ParsedPage
 
 from llmtune.records import Difference
 from llmtune.report.blocks import (

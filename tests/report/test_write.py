@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from support.page import Page
+from support.browser import ParsedPage
 
 from llmtune.records import Difference
 from llmtune.report.report_page import write_report
@@ -21,7 +21,7 @@ def write(report, folder):
 
 
 def test_the_page_says_the_verdict_first_and_has_every_section(report, tmp_path):
-    page = Page(write(report, tmp_path)["report.html"])
+    page = ParsedPage(write(report, tmp_path)["report.html"])
     sections = "verdict gates scores samples inside training data model adapter steps method recipe"
     assert page.ids == sections.split()
     words = ("Better than the base model", "1 of 2 gates failed", "Scores on held-out")
@@ -88,7 +88,7 @@ def test_numbers_that_json_cannot_hold_become_null_and_a_dash(report, tmp_path):
 def test_a_run_that_stopped_on_the_way_has_a_report_of_what_it_reached(report, tmp_path, reached):
     report = replace(report, **dict.fromkeys(SECTIONS[reached:]), gates=report.gates if reached > 4 else ())
     texts = write(replace(report, verdict=verdict(report.evaluation)), tmp_path)
-    page = Page(texts["report.html"])
+    page = ParsedPage(texts["report.html"])
     assert ("data" in page.ids, "training" in page.ids, "scores" in page.ids) == (reached > 0, reached > 3, reached > 4)
     if reached <= 4:
         assert "Nothing was measured" in texts["report.md"]

@@ -6,11 +6,10 @@ import torch
 from support.adapting import build_family, open_model, recipe_with
 from support.serving import served_of, wait_until
 
-from llmtune.evaluate.greedy_decoding import write_greedily
+from llmtune.evaluate.greedy_decoding import decode_greedily
 from llmtune.serve.engine import HEADROOM, Engine, LiveRows, OutOfMemory
 from llmtune.serve.finished_run import ChatSession
 from llmtune.serve.request_queue import End, Job, Stopping
-from llmtune.serve.sampling import sampling_params
 
 QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumerate(["cat", "dog", "fox", "fish", "x"])]
 
@@ -23,9 +22,9 @@ class Client:
         row = {"messages": [{"role": "user", "content": question}]}
         ids = served.task.prompt_ids(row, served.processor, served.recipe)
         new = stated.pop("new_tokens", served.recipe.generation.max_new_tokens)
-        sampling = sampling_params(served.recipe, stated, new, stated.pop("seed", served.recipe.seed + 1))
+        settings = served.request_settings(stated, new)
         self.engine, self.served = engine, served
-        self.job = Job(served, ids=ids, sampling=sampling, deliver=self.events.put)
+        self.job = Job(served, ids=ids, settings=settings, seed=served.recipe.seed + 1, deliver=self.events.put)
         self.ids = []
         engine.submit(self.job)
 
@@ -228,7 +227,7 @@ def test_rows_that_join_and_leave_at_any_step_say_what_each_says_alone(tmp_path,
     lengths = [12, 30, 7, 1, 25, 14]
     prompts, answers = write_together(model, ARRIVALS, lengths)
     with torch.inference_mode():
-        alone = [write_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, lengths, strict=True)]
+        alone = [decode_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, lengths, strict=True)]
     assert answers == alone
     assert len({tuple(answer) for answer in answers}) == len(answers)
 
@@ -238,8 +237,8 @@ def test_an_answer_longer_than_what_is_reserved_goes_on(tmp_path):
     lengths = [HEADROOM * 2 + 5, 3]
     prompts, answers = write_together(model.eval(), {0: [6], HEADROOM + 9: [30]}, lengths)
     with torch.inference_mode():
-        assert answers[0] == write_greedily(model, [prompts[0]], lengths[0], set(), "cpu")[0]
-        assert answers[1] == write_greedily(model, [prompts[1]], lengths[1], set(), "cpu")[0]
+        assert answers[0] == decode_greedily(model, [prompts[0]], lengths[0], set(), "cpu")[0]
+        assert answers[1] == decode_greedily(model, [prompts[1]], lengths[1], set(), "cpu")[0]
 
 
 def test_when_all_have_left_nothing_is_kept(tmp_path):
@@ -247,7 +246,7 @@ def test_when_all_have_left_nothing_is_kept(tmp_path):
     rows = LiveRows(model, "cpu")
     with torch.inference_mode():
         rows.join(prompts_of([5, 9], 0))
-    assert rows.columns.kept
+    assert rows.columns.states
     assert rows.leave([1, 0]) == []
     assert len(rows) == 0
-    assert not rows.columns.kept
+    assert not rows.columns.states

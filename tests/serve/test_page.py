@@ -2,8 +2,7 @@ import json
 import time
 from pathlib import Path
 
-from support.browser import browser
-from support.driving import open_browser
+from support.browser import browser, open_browser
 from support.learning import WEATHER
 from support.serving import served_of, serving
 

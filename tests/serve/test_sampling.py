@@ -1,10 +1,10 @@
 import pytest
 import torch
+from support.serving import served_of
 from transformers import GenerationConfig
 
 from llmtune.evaluate.generation import only_these_settings
-from llmtune.serve.engine import LiveRows
-from llmtune.serve.sampling import TokenSampler, sample_tokens, sampling_params
+from llmtune.serve.engine import LiveRows, TokenSampler, sample_tokens
 
 SETTINGS = [
     {"temperature": 1.0},
@@ -28,11 +28,13 @@ def by_transformers(model, ids, stated, seed, new_tokens):
 
 
 def test_rows_of_one_batch_draw_what_each_draws_alone_by_transformers(tune):
-    adapted, recipe = tune()
-    model, new = adapted.model.eval(), 12
+    served, new = served_of(tune()), 12
+    model = served.model
     prompts = [[5, 9, 30 + i, 7][: 2 + i % 3] for i in range(len(SETTINGS))]
-    params = [sampling_params(recipe, stated, new, 100 + i) for i, stated in enumerate(SETTINGS)]
-    samplers = [TokenSampler(params, ids, "cpu") for params, ids in zip(params, prompts, strict=True)]
+    samplers = [
+        TokenSampler(model, served.request_settings(stated, new), ids, 100 + i)
+        for i, (stated, ids) in enumerate(zip(SETTINGS, prompts, strict=True))
+    ]
     with torch.inference_mode():
         rows = LiveRows(model, "cpu")
         tokens = sample_tokens(rows.join(prompts), samplers)
@@ -55,7 +57,6 @@ def test_rows_of_one_batch_draw_what_each_draws_alone_by_transformers(tune):
     ],
 )
 def test_a_request_overrules_the_recipe_and_nothing_else(tune, section, stated, drawn, temperature):
-    _, recipe = tune(generation=section)
-    params = sampling_params(recipe, stated, 5, 1)
-    assert (params.do_sample, params.temperature) == (drawn, temperature)
-    assert params.top_p == (stated.get("top_p", section.get("top_p")) if drawn else None)
+    settings = served_of(tune(generation=section)).request_settings(stated, 5)
+    assert (settings.do_sample, settings.temperature, settings.max_new_tokens) == (drawn, temperature, 5)
+    assert settings.top_p == (stated.get("top_p", section.get("top_p")) if drawn else None)

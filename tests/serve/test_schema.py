@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.served_tasks import finish, quiet
+from support.pairs import finish, quiet
 from support.serving import served_of, serving
 
 from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from support.finished import finish_run
 from support.models import build_llama
-from support.served_tasks import quiet
+from support.pairs import quiet
+from support.runs import finish_run
 from support.serving import serving
 from typer.testing import CliRunner, Result
 

@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 from support.audio import write_tone
+from support.classifying import COLOURS
 from support.families import build_bert
+from support.pairs import finish, finish_with, quiet
 from support.rows import write_jsonl
-from support.served_tasks import COLOURS, finish, finish_with, quiet
 from support.serving import serving
 
 from llmtune.serve.finished_run import FinishedRun

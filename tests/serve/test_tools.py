@@ -10,7 +10,7 @@ from support.serving import serving
 from support.templates import EMPTY_THOUGHTS, HERMES, recipe_for, tokenizer_with
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmtune.data.template_kwargs import with_defaults
+from llmtune.data.template_text import with_defaults
 from llmtune.serve.served_model import ServedModel
 from llmtune.tasks.registry import get_task
 

@@ -114,7 +114,7 @@ def test_a_run_folder_of_version_0_1_0_is_read(tmp_path: Path) -> None:
     folder = read_run(run)
     assert folder.manifest["llmtune"] == "0.1.0"
     assert folder.is_valid("evaluate", folder.manifest["steps"]["evaluate"]["inputs"])
-    assert [timing.name for timing in folder.timings({})] == [
+    assert [timing.name for timing in folder.timings()] == [
         "prepare",
         "encode",
         "select",

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 
 from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import hash_file

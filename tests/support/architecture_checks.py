@@ -17,12 +17,12 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.saving import save_adapter
 from llmtune.data.collators import IGNORED
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.generation import end_output, generate, generation_settings
+from llmtune.evaluate.generation import end_output, generate_completions, generation_settings
 from llmtune.model.config import read_model_config
 from llmtune.model.library_logging import hushed
 from llmtune.model.loading import load_model
@@ -98,7 +98,7 @@ def _adapt(recipe: Recipe) -> tuple[AdaptedModel, AnyTask]:
     adapted = inject(selected, recipe, quiet())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trainable_parameters(adapted.model):
+        for parameter in trained_parameters(adapted.model):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return adapted, task
 
@@ -194,7 +194,7 @@ def _answers(kind: str, adapted: AdaptedModel, plain: PeftModel, task: AnyTask, 
         if failed:
             return _tell(failed[0]).replace("traceback", "plain transformers fails")
         if kind == "causal":
-            written = generate(model, prompts, processor, recipe, device="cpu")
+            written = generate_completions(model, prompts, processor, recipe, device="cpu")
             ours = [processor.decode(output.token_ids, skip_special_tokens=True) for output in written]
         else:
             predicted = task.predict(rows, LoadedModel(model, processor, recipe, "cpu"))

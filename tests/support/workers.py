@@ -139,9 +139,10 @@ def post_code(folder: str) -> None:
 def agree_on_a_recipe(recipe: str) -> None:
     """Run a recipe that is another one in rank 1."""
     from llmtune.launch.python_api import make_console, run_recipe
+    from llmtune.store.run_request import RunRequest
 
     sets = ["train.max_steps=3"] if rank() else []
-    run_recipe(recipe, sets, out=Path(recipe).with_name("run"), until="train", console=make_console())
+    run_recipe(recipe, sets, RunRequest(Path(recipe).with_name("run"), "train"), make_console())
 
 
 def fail_in_rank_one() -> None:
@@ -171,6 +172,23 @@ def break_in_rank_one() -> None:
         print("the disk is on fire", file=sys.stderr)
         os.abort()
     time.sleep(60)
+
+
+def node_of(batch: list[int]) -> str:
+    """The node that the batch is worked on; nothing in the process that gives it."""
+    import ray
+
+    time.sleep(0.1)
+    return ray.get_runtime_context().get_node_id() if ray.get_runtime_context().worker.mode == ray.WORKER_MODE else ""
+
+
+def die_once(marker: Path, here: int, batch: list[int]) -> int:
+    """The sum of the batch; the first worker that is not the process `here` is killed over it."""
+    if os.getpid() != here and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return sum(batch)
 
 
 if __name__ == "__main__":

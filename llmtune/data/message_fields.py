@@ -1,0 +1,161 @@
+"""Roles, contents and thoughts of messages, under all names and in all forms that rows have for them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from llmtune.data.rejected_rows import RowError, describe
+
+ROLES = {
+    "system": "system",
+    "developer": "system",  # OpenAI's newer name; templates know only `system`
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+ROLE_KEYS = ("role", "from", "sender", "author", "speaker")
+CONTENT_KEYS = ("content", "value", "text", "message", "body")
+"""Keys of a message, the most usual first."""
+CONVERSATIONS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+"""Columns that may hold messages."""
+USERS = (
+    *("customer", "client", "user", "visitor", "guest", "caller", "patient", "student", "requester", "buyer", "member"),
+)
+ASSISTANTS = ("agent", "support", "operator", "advisor", "staff", "teacher", "doctor", "expert", "seller", "ai", "llm")
+"""Usual names of the two who speak."""
+
+
+def first_key(turn: Mapping[str, object], keys: Sequence[str]) -> str | None:
+    """Return the first of `keys` that a message has."""
+    return next((key for key in keys if key in turn), None)
+
+
+def with_roles(row: Mapping[str, object], roles: Mapping[str, Sequence[str]]) -> Mapping[str, object]:
+    """Return a row whose messages have our roles; `roles` maps each of ours to the names that the rows use."""
+    ours = {name.strip().lower(): role for role, names in roles.items() for name in names}
+    turns = {name: read_turns(row[name]) for name in CONVERSATIONS if ours and name in row}
+    return {**row, **{name: [_with_role(turn, ours) for turn in found] for name, found in turns.items() if found}}
+
+
+def _with_role(turn: object, ours: Mapping[str, str]) -> object:
+    key = first_key(turn, ROLE_KEYS) if isinstance(turn, dict) else None
+    if key is None or not isinstance(turn, dict):
+        return turn
+    return {**turn, key: ours.get(str(turn[key]).strip().lower(), turn[key])}
+
+
+def read_turns(value: object) -> list[object]:
+    """Return the items of a list, or of a list written as JSON text; none of anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    return value if isinstance(value, list) else []
+
+
+def is_message(value: object) -> bool:
+    """Whether a value looks like a message: it says who speaks."""
+    return isinstance(value, dict) and first_key(value, ROLE_KEYS) is not None
+
+
+def propose_roles(conversations: Sequence[Sequence[object]]) -> dict[str, list[str]]:
+    """Return a mapping of the roles that are not known, by their names; else the one who speaks first is the user."""
+    speakers = [list(_speakers(turns)) for turns in conversations]
+    unknown = list(dict.fromkeys(name for names in speakers for name in names if name.strip().lower() not in ROLES))
+    found: dict[str, list[str]] = {}
+    left = []
+    for name in unknown:
+        role = "user" if name.lower() in USERS else "assistant" if name.lower() in ASSISTANTS else None
+        if role is None:
+            left.append(name)
+        else:
+            found.setdefault(role, []).append(name)
+    if left and len(left) + len(found) == 2:
+        first = Counter(names[0] for names in speakers if names).most_common(1)[0][0]
+        for name in left:
+            free = [role for role in ("user", "assistant") if role not in found]
+            role = free[0] if len(free) == 1 else "user" if name == first else "assistant"
+            found[role] = [name]
+    return {role: found[role] for role in ("user", "assistant") if role in found}
+
+
+def _speakers(turns: Sequence[object]) -> Iterator[str]:
+    for turn in turns:
+        key = first_key(turn, ROLE_KEYS) if isinstance(turn, dict) else None
+        if key is not None and isinstance(turn, dict) and isinstance(name := turn[key], str):
+            yield name
+
+
+# Thoughts: a field, a part, `<think>`, Harmony's channels
+
+
+REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
+"""What a message calls its thoughts, in data sets and programming interfaces."""
+THINK_OPEN, THINK_CLOSE = "<think>\n", "\n</think>\n\n"
+"""How thoughts are written where a template does not show another way: as DeepSeek and Qwen do."""
+
+_THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_CHANNEL = re.compile(
+    r"\s*(?:<\|start\|>assistant)?<\|channel\|>(analysis|commentary|final)<\|message\|>(.*?)"
+    r"(?:<\|end\|>|<\|return\|>|(?=<\|start\|>|<\|channel\|>)|\s*\Z)",
+    re.DOTALL,
+)
+
+
+def split_reasoning(turn: Mapping[str, object], content: str, parts: str, where: str) -> tuple[str | None, str]:
+    """Return the thoughts of an answer and its text without them.
+
+    Args:
+        turn: The message as the row has it.
+        content: Its text.
+        parts: The thoughts that stood as parts of its content.
+        where: Which message it is, for the problem.
+
+    Raises:
+        RowError: Thoughts are no text, or stand there twice and differ.
+    """
+    stated = [text.strip() for key in REASONING_KEYS if (text := _thought_text(turn.get(key), f"{where}: {key!r}"))]
+    stated += [parts.strip()] if parts.strip() else []
+    inline, rest = _split_content(content)
+    found = list(dict.fromkeys([*stated, *([inline] if inline else [])]))
+    if len(found) > 1:
+        raise RowError("thoughts twice", f"{where} has two that differ: {found[0][:40]!r} and {found[1][:40]!r}")
+    return (found[0] if found else inline), rest
+
+
+def _thought_text(value: object, what: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError("wrong type", f"{what} is {describe(value)}; it must be text")
+    return value
+
+
+def _split_content(content: str) -> tuple[str | None, str]:
+    """Take thoughts off the start of a text; an empty block of them is an empty text."""
+    if block := _THINK_BLOCK.match(content):
+        return block[1].strip(), block[2].lstrip()
+    if "<|channel|>" not in content:
+        return None, content
+    texts: dict[str, list[str]] = {"analysis": [], "commentary": [], "final": []}
+    at = 0
+    while channel := _CHANNEL.match(content, at):
+        texts[channel[1]].append(channel[2].strip())
+        at = channel.end()
+    if not at or content[at:].strip():
+        return None, content
+    said = "\n\n".join([*texts["commentary"], *texts["final"]])
+    return "\n\n".join(texts["analysis"]) or None, said

@@ -1,0 +1,115 @@
+"""The text of a chat template: what it reads, and what a recipe writes into it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from datetime import datetime
+
+import jinja2
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError, nearest
+from llmtune.recipe.secrets import REMOVED, hide
+
+GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
+"""What every template is given, whatever the recipe says."""
+REMOVE = "Remove it; null takes back what an extended or shipped recipe sets: `model.chat_template_kwargs: null`."
+_GENERATION_TAGS = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+"""Tags of transformers' own, which other readers of Jinja do not know."""
+
+
+TEMPLATE_BYTES = 2**17
+"""The longest templates of models have a quarter of it."""
+ENDLESS = "Set model.chat_template to a Jinja file that renders a conversation in a moment."
+"""How to replace a template that takes too long."""
+FIXED_DATE = datetime(2024, 7, 26)
+"""Replaces today's date in templates, so that a run can be repeated: as in Llama 3.1's template."""
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.{0,200}?)\1\s*\)")
+
+
+def check_length(template: str, name: str) -> None:
+    """Raise EnvironmentProblem for a template that takes long to parse."""
+    if len(template) > TEMPLATE_BYTES:
+        what = f"the chat template has {len(template):,} characters, and may have {TEMPLATE_BYTES:,}"
+        raise EnvironmentProblem.of(what, name, ENDLESS)
+
+
+def template_variables(template: str) -> set[str]:
+    """Return the names that a chat template reads of what it is given beside messages and tools."""
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        parsed = environment.parse(_GENERATION_TAGS.sub("", template))
+    except jinja2.TemplateSyntaxError:
+        return set()
+    return meta.find_undeclared_variables(parsed) - GIVEN
+
+
+def with_defaults(template: str, kwargs: Mapping[str, object]) -> str:
+    """Return the template with `kwargs` as the defaults of its variables.
+
+    Every program that reads the template renders as in training, without being sent anything. A value that a client
+    sends overrides the default.
+    """
+    head = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
+        for name, value in without_secrets(kwargs).items()
+    )
+    return template if template.startswith(head) else head + template
+
+
+def with_system_prompt(template: str, prompt: str) -> str:
+    """Return a chat template that puts `prompt` in front of conversations without a system message.
+
+    It stands in the template itself, so that every program that reads it does the same.
+    """
+    message = f'[{{"role": "system", "content": {json.dumps(prompt, ensure_ascii=False)}}}]'
+    condition = "{%- if not messages or messages[0]['role'] != 'system' -%}"
+    return f"{condition}{{%- set messages = {message} + messages -%}}{{%- endif -%}}{template}"
+
+
+def without_secrets(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Return what may be stored in a template: others read it once it is published."""
+    return {name: value for name, value in kwargs.items() if REMOVED not in str(hide(name, value))}
+
+
+def _literal(value: object) -> str:
+    """Write a value as Jinja has it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value if isinstance(value, str | int | float) else str(value), ensure_ascii=False)
+
+
+def refuse_unread(kwargs: Mapping[str, object], template: str | Mapping[str, str], taken: Collection[str] = ()) -> None:
+    """Raise RecipeError for names that the template (one of them, where there are several) never reads.
+
+    A misspelt switch would do nothing, and nobody would know. Names that are `taken` have a value already, so a default
+    would do nothing either.
+    """
+    if not kwargs:
+        return
+    texts = [template] if isinstance(template, str) else template.values()
+    read = sorted(set().union(*map(template_variables, texts)) - {*taken})
+    RecipeError.collect(
+        Problem(
+            f"the chat template never reads {name!r}",
+            f"model.chat_template_kwargs.{name}",
+            f"{nearest(name, read)} It reads: {', '.join(read) or 'nothing of the kind'}. {REMOVE}".strip(),
+        )
+        for name in kwargs
+        if name not in read
+    )
+
+
+def fix_date(template: str) -> str:
+    """Replace calls for today's date in a template by `FIXED_DATE`.
+
+    So it is part of the template, wherever that is saved, and the same on every day and in every program.
+    """
+    return _DATE_CALL.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)
