@@ -52,10 +52,10 @@ def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) 
     Raises RecipeError with every problem that was found, each with its place and what to do.
     """
     file = find_recipe(name_or_path)
-    return resolve(apply_sets(read_layers(file, Recipe.model_fields), sets), file)
+    return resolve_recipe(apply_sets(read_layers(file, Recipe.model_fields), sets), file)
 
 
-def resolve(root: Node, file: Path) -> LoadedRecipe:
+def resolve_recipe(root: Node, file: Path) -> LoadedRecipe:
     """Check what a recipe states and fill in the rest. Raises RecipeError with every problem."""
     source_map = SourceMap(root)
     written = validate(root, default_name(file))
@@ -80,13 +80,13 @@ def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[s
     Raises RecipeError.
     """
     text, root = read_recipe_text(file), read_layers(file, Recipe.model_fields)
-    loaded = resolve(root, file)
+    loaded = resolve_recipe(root, file)
     loaded = replace(loaded, origins=restore_origins(loaded.origins, loaded.recipe, text))
     if sets:
         for key, origin in loaded.origins.items():
             if origin == DEFAULT and key.split(".")[0] in changeable:
                 root = drop_key(root, key.split("."))
-        changed = resolve(apply_sets(root, sets), file)
+        changed = resolve_recipe(apply_sets(root, sets), file)
         loaded = replace(changed, origins=restore_origins(changed.origins, changed.recipe, text))
     return loaded
 

@@ -82,6 +82,8 @@ class Migration:
     """Lines for the user to look at, in order."""
     packed: bool = False
     """Whether a step of the other tool counts packed sequences."""
+    stated: frozenset[str] = frozenset()
+    """Our keys that the configuration sets: the tool's defaults, which come later, give way to them."""
 
     @property
     def outcomes(self) -> list[Moved]:
@@ -110,6 +112,8 @@ class Migration:
         for parent in [one for one in self.settings if ours.startswith(f"{one}.")]:
             self.take_out(parent, f"{parent} names its rows, by {key}")
         old, replaces = self.settings.get(ours), rule.get("replaces", ())
+        if ours in self.stated and replaces != "any":
+            return None
         wins = old is not None and (old.replaced or replaces == "any" or old.value in replaces)
         if old is not None and not wins and old.value != value:
             if rule.get("replaced"):

@@ -204,7 +204,7 @@ def _check_data(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
         now = (hash_recording if is_recording else hash_file)(path) if path.is_file() else None
         yield compare_hashes("data", str(path), record["xxh3_128"] if is_recording else record["sha256"], now)
     for source, paths in known.items():
-        for path in _added(source, paths, old_run, folder.path):
+        for path in _added_files(source, paths, old_run, folder.path):
             yield Finding("data", str(path), "added")
 
 
@@ -218,7 +218,7 @@ def _data_file(record: SourceRecord, old_run: str | None, run: Path) -> Path:
     return relocated(record["path"], old_run, run)
 
 
-def _added(source: str, known: set[Path], old_run: str | None, run: Path) -> Iterator[Path]:
+def _added_files(source: str, known: set[Path], old_run: str | None, run: Path) -> Iterator[Path]:
     """Yield files that a folder or a pattern has now and had not then, of the kinds that were read."""
     if source.startswith(BUILTIN) or any(path.name.startswith("metadata.") for path in known):
         return  # such a file names all of its folder

@@ -63,7 +63,7 @@ class TrainContext:
     inputs: str
     """Hash of all that training depends on: a checkpoint of other inputs is not resumed from."""
     row_losses: npt.NDArray[np.float32]
-    """What each training example's loss was so far (`llmtune.train.row_losses.Table`)."""
+    """What each training example's loss was so far (`llmtune.train.row_losses.LossTable`)."""
     sharded: bool
     """Whether the model is sharded over the processes (FSDP2): each pass then needs all of them."""
 
