@@ -42,7 +42,7 @@ class CommandGroup(TyperGroup):
     """The command tree; an unknown option that is a recipe key, or another command's, is pointed to its place."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the options that stand before a command."""
+        """Read the options before a command."""
         with self._hints():
             return super().parse_args(ctx, args)
 
