@@ -102,7 +102,8 @@ def group_units(model: nn.Module, block: str, units: Sequence[Unit], config: Pre
             groups.append(Group(role, [unit]))
     if [group.role == "norm" for group in groups] == [True, True, False, False]:  # Falcon computes both norms first
         groups.insert(2, groups.pop(1))
-    join_path(groups, parallel=any(getattr(config, key, False) for key in PARALLEL))
+    if groups:
+        join_path(groups, parallel=any(getattr(config, key, False) for key in PARALLEL))
     return groups
 
 
