@@ -161,9 +161,6 @@ def test_how_a_model_knows_the_order_of_words(built: Built, family: str, expecte
 def test_a_tied_head_has_no_parameters_of_its_own(built: Built):
     head = describe(built("llama"))[0].stacks[-1].behind[-1]
     assert (head.title, head.parameters, head.tied) == ("Head", 0, True)
-    untied = describe(built("mt5"))[0].stacks[-1].behind[-1]
-    assert untied.parameters > 0
-    assert not untied.tied
 
 
 def test_weights_that_the_files_hold_twice_are_not_tied(tmp_path: Path):
