@@ -152,17 +152,16 @@ class ModelExplainer(Explainer):
         """Yield a table for each stack, from what comes in down to what goes out."""
         architecture = self.architecture
         if architecture.untraced:
-            reason = (
-                f"The model could not be run on shapes alone ({architecture.untraced}), so the order of its parts is"
-            )
-            yield Text(f"{reason} not known; shapes and sizes are.", "note")
+            reason = f"The model could not be run on shapes alone ({architecture.untraced})."
+            yield Text(f"{reason} The order of its parts is unknown; shapes and sizes are exact.", "note")
         columns = [Column("part"), Column("shape"), Column("parameters", "number")]
+        columns += [Column("trained")] if self.trained else []
         for stack in architecture.stacks:
             rows = [self._row(part.title, part.about, part.parameters, part.names) for part in stack.before]
             for blocks in stack.blocks:
                 rows += self._block_rows(blocks)
             rows += [self._row(part.title, part.about, part.parameters, part.names) for part in stack.behind]
-            yield Table([*columns, *([Column("trained")] if self.trained else [])], rows, stack.name, scroll=True)
+            yield Table(columns, rows, stack.name, scroll=True)
 
     def _row(self, title: str, about: str, size: int, names: Sequence[str]) -> list[str]:
         return [title, about, brief_size(size), *([self.trained.mark(names)] if self.trained else [])]
