@@ -40,7 +40,7 @@ STATE_WIDTH = max(map(len, STATE_STYLES))
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: how it stands, what was found, and what to type where it is not good."""
+    """One check: its state, what was found, and what to type if it is not good."""
 
     name: str
     state: CheckState
@@ -70,7 +70,7 @@ def examine(console: Console, switched_off: Sequence[str] | None = None, *, impo
     checks += [_check_number_formats(), _check_memory(), _check_disk(), *_check_cache(), _check_network(switched_off)]
     print_checks(checks, console)
     ready = all(check.state != "missing" for check in checks)
-    console.print("ready" if ready else "[bold red]something is missing[/]: type what stands behind the arrows")
+    console.print("ready" if ready else "[bold red]something is missing[/]: type the commands after the arrows")
     return {
         "llmtune": __version__,
         "ready": ready,

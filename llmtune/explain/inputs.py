@@ -89,7 +89,7 @@ class ModelInputs:
     recipe: Recipe
     """The run's, or one of defaults."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What goes into the model beside the tokens."""
+    """Inputs of the model other than the tokens."""
     pair: TextPair | None = None
     """What an encoder-decoder reads and writes; its target may be empty still."""
     frames: TokenLine | None = None
@@ -156,7 +156,7 @@ def _whisper_inputs(target: Target, samples: Samples, recipe: Recipe) -> ModelIn
     """Return what Whisper reads, and the tokens of language and task that its answer begins with."""
     set_speech(target.processor, recipe)
     features = extract_features(feature_extractor(target.processor), [samples])["input_features"]
-    all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence behind a sound counts
+    all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence after a sound counts
     tensors = {"input_features": features, "attention_mask": all_1T}
     return ModelInputs([], recipe, tensors, decoder_ids=list(target.processor.prefix_tokens))
 
