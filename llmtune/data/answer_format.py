@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -116,11 +116,52 @@ class _Call:
     """How it is read, as a field of a response template without its marks."""
 
 
+def _tagged(opening: str, close: str, argument: str) -> Json:
+    """Return the field for calls whose arguments stand one by one between tags, each as `argument` finds it."""
+    return {
+        "open_pattern": opening.replace("NAME", f"(?P<name>{A_NAME})"),
+        "close": close,
+        "repeats": True,
+        "content": "xml-inline",
+        "content_args": {"tag_pattern": argument},
+        "transform": _NAMED,
+    }
+
+
+KNOWN_CALLS: Sequence[Json] = (
+    _tagged(  # Qwen 3 Coder, Qwen 3.5
+        "<function=NAME>", "</function>", r"<parameter=(?P<key>[^>]+)>\n?(?P<value>.*?)\n?</parameter>"
+    ),
+    _tagged(  # MiniMax M2
+        '<invoke name="NAME">', "</invoke>", r'<parameter name="(?P<key>[^"]+)">(?P<value>.*?)</parameter>'
+    ),
+    _tagged(  # GLM 4.5
+        r"<tool_call>\s*NAME\s*(?=<arg_key>|</tool_call>)",
+        "</tool_call>",
+        r"<arg_key>(?P<key>.+?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
+    ),
+    {  # Hermes, Qwen 2.5 and 3, SmolLM 3
+        "open_pattern": "<tool_call>",
+        "close": "</tool_call>",
+        "repeats": True,
+        "content": "json",
+        "transform": {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.arguments}"}},
+    },
+)
+"""How calls of known families are read: fields of a response template."""
+
+
 def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]:
     """Return the field of a response template for calls, and what stands around all of them.
 
-    `one` is an answer with one call, `two` one with two, if the template writes that.
+    Known families first; other formats are inferred. `one` is an answer with one call, `two` one with two, if the
+    template writes that.
     """
+    for field in KNOWN_CALLS:
+        opened = re.search(field["open_pattern"], one)
+        if opened and (field["content"] != "json" or one[opened.end() :].lstrip().startswith("{")):
+            around = one[: opened.start()].strip(), one.partition(field["close"])[2].strip()
+            return field, tuple(filter(None, around))
     call = _find_call(one, 0)
     if call is None:
         return None, ()
@@ -154,7 +195,7 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
 def _find_call(text: str, start: int) -> _Call | None:
     """Find the call of the probe's tool from `start` on, in one of the ways in which templates write calls."""
     name = text.index(NAME, start)
-    return _as_object(text, name) or _with_object(text, name) or _as_python(text) or _with_tags(text, name)
+    return _as_object(text, name) or _with_object(text, name) or _as_python(text)
 
 
 def _as_object(text: str, name: int) -> _Call | None:
@@ -215,26 +256,6 @@ def _as_python(text: str) -> _Call | None:
     return _Call(found.start(), text.rindex("]") + 1, {**field, "head": "", "first": rf"(?=\[{A_NAME}\()"})
 
 
-def _with_tags(text: str, name: int) -> _Call | None:
-    """Read a call whose arguments stand one by one between marks: `<parameter=key>value</parameter>`."""
-    places = [name]
-    for part in (KEYS[0], VALUES[0], KEYS[1], VALUES[1]):
-        if part not in text[places[-1] :]:
-            return None
-        places.append(text.index(part, places[-1]))
-    _, key, value, next_key, last = places
-    before, inside = text[name + len(NAME) : key], text[key + len(KEYS[0]) : value]
-    between, behind = text[value + len(VALUES[0]) : next_key], text[last + len(VALUES[1]) :]
-    opens = _from_mark(_shared_end(before, between), before)
-    closes = shared_start(between.removesuffix(opens), behind)
-    pair = f"{re.escape(opens)}(?P<key>.+?){re.escape(inside)}(?P<value>.*?){re.escape(closes)}"
-    head = rf"(?P<name>{A_NAME}){re.escape(before.removesuffix(opens).rstrip())}"
-    if not opens.strip() or not closes.strip():
-        return None
-    field: Json = {"content": "xml-inline", "content_args": {"tag_pattern": pair}, "repeats": True}
-    return _Call(name, last + len(VALUES[1]) + len(closes), {**field, "transform": _NAMED, "head": head})
-
-
 def _decoded(text: str, start: int) -> tuple[object, int]:
     """Read JSON that begins at `start`, and return it with where it ends; None where there is none."""
     try:
@@ -269,7 +290,7 @@ def _from_mark(shared: str, whole: str) -> str:
 # Reading
 
 
-def response_template(thoughts: ThoughtFormat, calls: CallFormat, heading: str, ending: str) -> Json:
+def make_response_template(thoughts: ThoughtFormat, calls: CallFormat, heading: str, ending: str) -> Json:
     """Return what transformers' `ResponseParser` needs to read answers with: where thoughts, calls and text stand.
 
     `heading` and `ending` are what a rendered answer has around its text; marks that are no part of a text get a field

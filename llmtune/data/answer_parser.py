@@ -9,7 +9,7 @@ from typing import cast
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from llmtune.data.answer_format import NO_CALLS
+from llmtune.data.answer_format import NO_CALLS, make_response_template
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.chat_template import ChatTemplate, Tools
 from llmtune.data.tokenization import decode
@@ -86,9 +86,11 @@ def response_template(template: ChatTemplate, calls: bool) -> Json:
 
     Without `calls`, what looks like a call of a tool is text.
     """
-    own = getattr(template.processor, "response_template", None)
+    own: Json | None = getattr(template.processor, "response_template", None)
     if own is None:
-        return template.facts.response_template(template.facts.calls if calls else NO_CALLS)
+        facts = template.facts
+        ending = facts.tail.partition(facts.end)[0]
+        return make_response_template(facts.thoughts, facts.calls if calls else NO_CALLS, facts.heading, ending)
     fields = own["fields"].items()
     return {**own, "fields": {name: field for name, field in fields if calls or name != "tool_calls"}}
 

@@ -16,11 +16,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmtune.data.byte_streams import GROWN_BYTES, MAX_GROWTH, Advance, GrowthError
+from llmtune.data.byte_streams import GROWN_BYTES, MAX_GROWTH, GrowthError
 from llmtune.data.object_store import RemoteFile
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.errors import DataError, first_line
 from llmtune.recipe.user_files import check_regular
+from llmtune.records import Advance
 
 MAX_COLUMNS = 2000
 PARQUET_ROWS = 512

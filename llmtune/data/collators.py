@@ -101,14 +101,14 @@ def _predictions(examples: Sequence[Example], documents: Sequence[Int64], starts
             targets.append(document[first:end])
             rows.append(np.full(len(positions), row, dtype=np.int64))
     return {
-        "predict_S": _join(predict),
-        "targets_S": _join(targets),
-        "rows_S": _join(rows),
+        "predict_S": _concatenate(predict),
+        "targets_S": _concatenate(targets),
+        "rows_S": _concatenate(rows),
         "n_rows": len(examples),
     }
 
 
-def _join(parts: Sequence[Int64]) -> torch.Tensor:
+def _concatenate(parts: Sequence[Int64]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
 
 

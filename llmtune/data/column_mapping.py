@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 
 from llmtune.data.message_fields import with_roles
-from llmtune.data.rejected_rows import RowError, describe
+from llmtune.data.rejected_rows import RowError, json_kind
 
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column's name in a template."""
@@ -77,7 +77,10 @@ def rename(
     RowError where a template meets something that is no text.
     """
     if columns:
-        row = {**row, **{ours: _cell(row, theirs) for ours, theirs in columns.items() if has_columns(row, theirs)}}
+        row = {
+            **row,
+            **{ours: _mapped_cell(row, theirs) for ours, theirs in columns.items() if has_columns(row, theirs)},
+        }
     return with_roles(row, roles) if roles else row
 
 
@@ -110,7 +113,7 @@ def flatten(row: Mapping[str, object]) -> dict[str, object]:
     return flat
 
 
-def _cell(row: Mapping[str, object], theirs: str) -> object:
+def _mapped_cell(row: Mapping[str, object], theirs: str) -> object:
     value = find(row, theirs)
     if value is not MISSING:
         return value
@@ -119,7 +122,7 @@ def _cell(row: Mapping[str, object], theirs: str) -> object:
 
 def _template_text(value: object, name: str) -> str:
     if isinstance(value, dict | list):
-        raise RowError("wrong type", f"{name!r} is {describe(value)}; a template takes texts and numbers")
+        raise RowError("wrong type", f"{name!r} is {json_kind(value)}; a template takes texts and numbers")
     return "" if value is None else str(value)
 
 

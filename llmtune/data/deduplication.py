@@ -41,7 +41,7 @@ from llmtune.data.row_hash import (
     take_minima,
     without_common,
 )
-from llmtune.data.spool import Index
+from llmtune.data.row_store import Index
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS
 from llmtune.store.atomic_files import atomic_file

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from llmtune import __version__
-from llmtune.data.ingest import show_progress
+from llmtune.data.ingest import progress_bars
 from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed
 from llmtune.data.rendering_check import check_tools
@@ -189,7 +189,7 @@ def encode_rows(
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
-        with show_progress(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
+        with progress_bars(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
             bar = progress.add_task("encode", total=total)
             batches = (batch for split in rows.files for batch in _batches(split, iterate_texts(rows, split)))
             encoded = pool(_BatchEncoder(task.encode, processor, recipe)).map(batches, lambda b: len(b.rows), total)
@@ -206,7 +206,7 @@ def encode_rows(
                             tally.add(split, result.examples)
                             file.write_batch(result.examples)
                         progress.advance(bar, result.rows)
-        _refuse(tally, rows, recipe, folder.parent / LEFT_OUT)
+        _check_left_out(tally, rows, recipe, folder.parent / LEFT_OUT)
         counted = {name: dict(getattr(tally, name)) for name in COUNTED}
         record = {
             "files": {split: f"{split}.arrow" for split in rows.files},
@@ -345,7 +345,7 @@ def _lists(parts: Sequence[Sequence[float] | Numbers], kind: type[np.generic]) -
     return pa.ListArray.from_arrays(pa.array(borders), pa.array(values))
 
 
-def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
+def _check_left_out(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
     """Raise if what was left out is more than the recipe allows."""
     too_long = tally.dropped[TOO_LONG]
     _refuse_long(tally, too_long, recipe, list_file)

@@ -35,7 +35,6 @@ from llmtune.data.answer_format import (
     ThoughtFormat,
     call_message,
     read_calls,
-    response_template,
     shared_start,
 )
 from llmtune.data.message_fields import THINK_CLOSE, THINK_OPEN
@@ -143,10 +142,6 @@ class TemplateFacts:
         mark = self.thoughts.before.strip()
         at = self.opening.find(mark) if mark else -1
         return self.opening[at:] if at >= 0 else ""
-
-    def response_template(self, calls: CallFormat) -> Json:
-        """Return how answers are read, for transformers' `parse_response`."""
-        return response_template(self.thoughts, calls, self.heading, self.tail.partition(self.end)[0])
 
 
 NO_FACTS = TemplateFacts()

@@ -227,17 +227,17 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from rich.console import Console
-from llmtune.data import deduplication, ingest, preparation, spool
+from llmtune.data import deduplication, ingest, preparation, row_store
 from llmtune.recipe.loader import load_recipe
-spool.SHARD_BATCHES, deduplication.FILE_ROWS = 2, 3000
-save, write, left = spool.Spool._save, deduplication.np.save, int(sys.argv[3])
+row_store.SHARD_BATCHES, deduplication.FILE_ROWS = 2, 3000
+save, write, left = row_store.Spool._save, deduplication.np.save, int(sys.argv[3])
 def count(function, *given):
     global left
     function(*given)
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-spool.Spool._save = lambda *given: count(save, *given)
+row_store.Spool._save = lambda *given: count(save, *given)
 deduplication.np.save = lambda *given: count(write, *given)
 preparation.prepare_rows(load_recipe(sys.argv[1]).recipe, Path(sys.argv[2]), Console(width=200))
 """
