@@ -38,7 +38,7 @@ TOOLS, CALLS, RESULTS = TOOL_PARTS = ("tools", "calls of tools", "results of cal
 A_NAME = r"[\w.:/-]+"
 """Names of tools, as a pattern."""
 BEGINNING = r"\A\s*"
-"""Where a call is that no mark stands before: at the start of an answer alone."""
+"""An unmarked call may occur only at the start of an answer."""
 _NAMED: Json = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 _JSON = json.JSONDecoder()
 
@@ -56,7 +56,7 @@ def call_message(calls: int = 1, texts: bool = False, call_id: str = CALL_ID) ->
 
 @dataclass(frozen=True)
 class ThoughtFormat:
-    """How thoughts stand in an answer."""
+    """How an answer holds thoughts."""
 
     written_by: Literal["template", "content", "prompt"] = "content"
     """What puts them there: the template, out of the field for them; the text of the answer, which the template takes
@@ -76,7 +76,7 @@ INLINE_THOUGHTS = ThoughtFormat()
 
 
 def shared_start(one: str, other: str) -> str:
-    """Return what two texts begin with alike."""
+    """Return the longest common prefix of two texts."""
     ends = (i for i, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
     return one[: next(ends, min(len(one), len(other)))]
 
@@ -86,7 +86,7 @@ def shared_start(one: str, other: str) -> str:
 
 @dataclass(frozen=True)
 class CallFormat:
-    """How calls of tools stand in an answer."""
+    """How an answer holds calls of tools."""
 
     writes: frozenset[str]
     """What of tools is written: of `TOOL_PARTS`."""
@@ -97,7 +97,7 @@ class CallFormat:
     field: Mapping[str, object] | None = None
     """The field `tool_calls` of a response template; None where the way of writing calls is not known."""
     marks: tuple[str, ...] = ()
-    """What stands around all calls of an answer."""
+    """Text around all calls of an answer."""
     short_ids: bool = False
     """Whether ids of calls have to be nine letters and digits (Mistral)."""
 
@@ -117,7 +117,7 @@ class _Call:
 
 
 def _tagged(opening: str, close: str, argument: str) -> Json:
-    """Return the field for calls whose arguments stand one by one between tags, each as `argument` finds it."""
+    """Return the field for calls whose arguments are each between tags; `argument` finds one."""
     return {
         "open_pattern": opening.replace("NAME", f"(?P<name>{A_NAME})"),
         "close": close,
@@ -152,7 +152,7 @@ KNOWN_CALLS: Sequence[Json] = (
 
 
 def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]:
-    """Return the field of a response template for calls, and what stands around all of them.
+    """Return the field of a response template for calls, and the text around all of them.
 
     Known families first; other formats are inferred. `one` is an answer with one call, `two` one with two, if the
     template writes that.
@@ -220,7 +220,7 @@ def _as_object(text: str, name: int) -> _Call | None:
 
 
 def _with_object(text: str, name: int) -> _Call | None:
-    """Read a call whose name stands before its arguments, which are a JSON object."""
+    """Read a call whose name is before its arguments, which are a JSON object."""
     for found in re.finditer(r"\{", text[name:]):
         start = name + found.start()
         value, end = _decoded(text, start)
@@ -291,7 +291,7 @@ def _from_mark(shared: str, whole: str) -> str:
 
 
 def make_response_template(thoughts: ThoughtFormat, calls: CallFormat, heading: str, ending: str) -> Json:
-    """Return what transformers' `ResponseParser` needs to read answers with: where thoughts, calls and text stand.
+    """Return what transformers' `ResponseParser` needs to find thoughts, calls and text in answers.
 
     `heading` and `ending` are what a rendered answer has around its text; marks that are no part of a text get a field
     of their own, which stays empty.

@@ -1,4 +1,4 @@
-"""What a model wrote behind its prompt, read into thoughts, calls of tools and text."""
+"""Parses what a model wrote after its prompt into thoughts, calls of tools and text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ParsedAnswer:
 def parse_answer(
     generated: Sequence[int] | str, template: ChatTemplate, tools: Tools = None, prompt: str | None = None
 ) -> ParsedAnswer:
-    """Read what was generated behind the generation prompt, special tokens kept.
+    """Parse what was generated after the generation prompt, special tokens included.
 
     What the generation prompt supplies, such as `<think>`, is taken into account and is no part of the result. It is
     looked for in `prompt`, where that is given: after a result of a tool some templates supply nothing. Calls are read

@@ -30,7 +30,7 @@ OGG_PAGE_BYTES = 27 + 255 + 255 * 255
 MP3_SLACK = 2 * 1152
 """Samples that an MP3 file may lack at its end: two frames, as encoders count differently."""
 MP3_TAGS_BYTES = 4096
-"""What may stand behind the sound of an MP3 file and need not be read."""
+"""Bytes after the sound of an MP3 file that need not be read: tags."""
 AUDIO_COLUMNS = ("audio", "file_name")
 
 

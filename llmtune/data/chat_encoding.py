@@ -390,7 +390,7 @@ def _assemble_whole(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
 
 
 def _range_of(index: int, text: str, chat: PreparedChat, template: ChatTemplate) -> tuple[int, int]:
-    """Return where a message stands in the rendered conversation, by difference."""
+    """Return the range of a message in the rendered conversation, by difference."""
     before = template.render(chat.messages[:index], chat.tools) if index else ""
     after = template.render(chat.messages[: index + 1], chat.tools)[: len(text)]
     if not (text.startswith(before) and text.startswith(after)):

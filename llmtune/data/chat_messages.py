@@ -84,7 +84,7 @@ def _with_arguments(call: ToolCall) -> ToolCall:
 
 T = TypeVar("T")
 MARKS = tuple(mark_control_tokens("x", re.compile("x")).split("x"))
-"""What stands before and behind a token that is to be plain text."""
+"""Text before and after a token that is to be plain text."""
 TEXTS = ("content", "reasoning", "reasoning_content")
 
 

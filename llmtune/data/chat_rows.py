@@ -77,7 +77,7 @@ class ChatRow(TypedDict):
 
 
 class CompletionRow(TypedDict):
-    """A prompt, which may be empty, and the text that goes on from it."""
+    """A prompt, which may be empty, and the text that continues it."""
 
     prompt: str
     completion: str
@@ -164,7 +164,7 @@ def canonical_messages(value: object, tools: object = None, system: object = Non
     Args:
         value: A list of messages, `role`/`content` (OpenAI) or `from`/`value` (ShareGPT), or the same as JSON text.
         tools: A list of function descriptions, bare or wrapped in OpenAI's `{"type": "function", ...}`, or JSON text.
-        system: A system message that stands outside the list.
+        system: A system message outside the list.
 
     Raises:
         RowError: The row cannot be trained on.

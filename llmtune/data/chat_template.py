@@ -77,7 +77,7 @@ class ChatTemplate:
     facts: TemplateFacts = NO_FACTS
 
     def render(self, messages: Conversation, tools: Tools = None, answer_next: bool = False) -> str:
-        """Render messages as text; `answer_next` adds what stands before an answer.
+        """Render messages as text; `answer_next` adds the header of an answer.
 
         Raises:
             EnvironmentProblem: the template takes too long or too much memory.
@@ -299,7 +299,7 @@ def split_answer(
     of it is learned. What the template writes around the message is learned, and is no byte of it.
 
     Raises:
-        TemplateRefusal: this turn cannot be told from what is before it.
+        TemplateRefusal: the two renderings do not show where this turn begins.
     """
     if not prompt:
         raise TemplateRefusal("an answer has nothing before it")

@@ -95,7 +95,7 @@ def _predictions(examples: Sequence[Example], documents: Sequence[Int64], starts
     rows: list[Int64] = []
     for row, (example, document, start) in enumerate(zip(examples, documents, starts, strict=True)):
         for first, end in zip(example.spans[::2], example.spans[1::2], strict=True):
-            first = max(first, 1)  # nothing stands before token 0 of a document, so nothing predicts it
+            first = max(first, 1)  # nothing is before token 0 of a document, so nothing predicts it
             positions = np.arange(first - 1, end - 1, dtype=np.int64)
             predict.append(positions + start)
             targets.append(document[first:end])
@@ -143,7 +143,7 @@ def pad_texts(examples: Sequence[Example], pad_id: int | None) -> Batch:
 def encoder_batch(examples: Sequence[Example], pad_id: int | None, packs: bool) -> tuple[Batch, list[int]]:
     """Return what an encoder reads, and the flat index in B * T of each text's first token.
 
-    Packed texts stand in one row, with positions from 0 in each.
+    Packed texts are in one row, with positions from 0 in each.
     """
     if not packs:
         batch = pad_texts(examples, pad_id)

@@ -170,7 +170,7 @@ READINGS: Mapping[str, tuple[str, ...]] = {
 }
 """By task, the columns that are looked for: what is given first, what is learned last."""
 COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])
-"""Columns of answers of which one is the worse: no other task may learn from them."""
+"""Columns of pairs of answers, one worse than the other: no other task may learn from them."""
 TEXT_SHARE = 0.5
 MANY_ROWS = 8
 """Fewer say nothing about what repeats."""
@@ -211,7 +211,7 @@ def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str
 
 
 def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
-    """Return the column whose values look like `ours`: classes repeat, a context is long, an answer stands last."""
+    """Return the column whose values look like `ours`: classes repeat, a context is long, an answer is last."""
     if ours == "label":
         return min(names, key=lambda name: len({str(row.get(name)) for row in rows}))
     if ours in ("context", "text"):

@@ -172,10 +172,10 @@ def encode_rows(
     console: Console,
     pool: Callable[..., WorkerPool[_RowBatch, _EncodedBatch]] = WorkerPool,
 ) -> Examples:
-    """Encode all rows into one Arrow file a split in `folder`; `examples.json` beside them is written last.
+    """Encode all rows into one Arrow file a split in `folder`; `examples.json` next to them is written last.
 
     Rows that cannot be encoded are left out, counted by reason in `Examples.dropped` and listed one by one, with file
-    and line, in `left_out.jsonl` beside `folder`. A row that `data.on_overlong` splits makes several examples with the
+    and line, in `left_out.jsonl` next to `folder`. A row that `data.on_overlong` splits makes several examples with the
     same `row`. All cores are used where that pays; what is written does not depend on their number.
 
     Raises:
@@ -234,7 +234,7 @@ class ExamplesRecord(TypedDict):
 
 
 def load_examples(folder: Path) -> Examples:
-    """Read what `encode_rows` left in `folder`, wherever the folder stands now.
+    """Read what `encode_rows` left in `folder`, wherever the folder is now.
 
     Raises:
         DataError: there are no examples.
@@ -326,7 +326,7 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
 
 
 def record_batch(examples: Sequence[tuple[int, Example]]) -> pa.RecordBatch:
-    """Return examples, each with the number of its row, as they stand in the file."""
+    """Return examples, each with the number of its row, as the file holds them."""
     lists = [_lists([getattr(example, name) for _, example in examples], kind) for name, kind in LISTS.items()]
     numbers = [[getattr(example, name) for _, example in examples] for name in NUMBERS]
     numbers.append([row for row, _ in examples])

@@ -1,6 +1,6 @@
 """Bytes in, raw rows out: JSON lines, JSON, CSV, Parquet and text, plain or compressed, a piece at a time.
 
-A raw row is a pair: its origin (`file:line`, `file:row N (line M)` behind cells with line breaks, or `file:row N` where
+A raw row is a pair: its origin (`file:line`, `file:row N (line M)` after cells with line breaks, or `file:row N` where
 lines mean nothing) and either the columns as a dict
 or a `RowError` with the reason why there are none. What makes the rest of a file unreadable is raised as a DataError.
 """
@@ -148,7 +148,7 @@ def _read_lines(stream: ByteStream, name: str) -> Iterator[LazyRow]:
 
 
 def not_utf8(byte: int, offset: int) -> RowError:
-    """Say which byte is not UTF-8, and where it stands in the (unpacked) file."""
+    """Say which byte is not UTF-8, and its offset in the (unpacked) file."""
     return RowError(NOT_UTF8, f"byte 0x{byte:02x} at offset {offset}")
 
 

@@ -62,7 +62,7 @@ class IngestState:
     position: tuple[int, int] = (0, 0)
     """The input that is read, and how many of its rows were."""
     hints: list[Problem] = field(default_factory=list)
-    """What may be behind many bad rows at once."""
+    """Likely causes of many bad rows at once."""
 
     @classmethod
     def restore(cls, list_file: Path, spool: Spool) -> IngestState:
@@ -111,7 +111,7 @@ class IngestState:
             self.list_file.unlink(missing_ok=True)
 
     def problems(self) -> list[Problem]:
-        """Return what may be behind the bad rows, the first of them, and where to find the others."""
+        """Return likely causes of the bad rows, the first of them, and where to find the others."""
         more = self.bad.total() - len(self.first)
         tail = [Problem(f"and {more:,} more bad rows", str(self.list_file))] if more else []
         return [*self.hints, *self.first, *tail]
@@ -143,7 +143,7 @@ def ingest_rows(
         spool: Takes the good rows; what is in it already is not read again.
         list_file: Gets all bad rows; removed if there are none.
         console: Shows the progress.
-        columns: Columns to keep beside each row, each with the key that names it.
+        columns: Columns to keep with each row, each with the key that names it.
 
     Raises:
         DataError: A file cannot be read to its end, the share of bad rows is above `max_dropped`, or no row that may
@@ -208,11 +208,11 @@ def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:
 
 
 class _InputBatch(NamedTuple):
-    """Rows of one input as they stand in it."""
+    """Rows of one input, in its order."""
 
     input: int
     first: int
-    """How many rows of the input stand before them."""
+    """How many rows of the input are before them."""
     rows: list[LazyRow]
     bytes: int
 
@@ -242,7 +242,7 @@ def _read_rows(parser: _RowParser, account: IngestState, spool: Spool, advance: 
 def _read_batches(
     inputs: Sequence[Detected], account: IngestState, advance: Callable[[int], object]
 ) -> Iterator[_InputBatch]:
-    """Yield the rows behind the account's position; what is wrong with a file ends it and goes into the account."""
+    """Yield the rows after the account's position; what is wrong with a file ends it and goes into the account."""
     read = 0
 
     def count(size: int) -> None:

@@ -120,7 +120,7 @@ def split_reasoning(turn: Mapping[str, object], content: str, parts: str, where:
         where: Which message it is, for the problem.
 
     Raises:
-        RowError: Thoughts are no text, or stand there twice and differ.
+        RowError: Thoughts are no text, or are given twice and differ.
     """
     stated = [text.strip() for key in REASONING_KEYS if (text := _thought_text(turn.get(key), f"{where}: {key!r}"))]
     stated += [parts.strip()] if parts.strip() else []

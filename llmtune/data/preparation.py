@@ -45,12 +45,12 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
 
     What is kept depends on the rows, not on the order of files. Memory grows by less than 100 bytes a row, whatever the
     rows' length and however many are near one another. Splits keep the order of the sources. What was read and compared
-    stands in `.spool` beside the folder until all is done, so that the same preparation goes on there if it is killed;
+    is in `.spool` next to the folder until all is done. The same preparation resumes there if it was killed;
     all cores are used where that pays.
 
     Args:
         recipe: Its `data`, `task` and the columns that `evaluate` names are used; paths are absolute.
-        folder: Gets `SIDE.rows.arrow` and `rows.json`. If rows are bad, `bad_rows.jsonl` beside it lists all of them.
+        folder: Gets `SIDE.rows.arrow` and `rows.json`. If rows are bad, `bad_rows.jsonl` next to it lists all of them.
         console: Shows progress, bad rows and what was left out.
         inputs: What `rows_inputs` returns for the recipe, if it is known.
 
@@ -73,7 +73,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
         names = [one.input.name for one in detected]  # as seen from the folder that the run is started in
         spool = Spool(folder.parent / SPOOL, hash_value([inputs or rows_inputs(recipe), names]))
         if len(spool):
-            console.print(f"goes on behind {len(spool):,} rows that were read before", highlight=False)
+            console.print(f"resuming after {len(spool):,} rows that were already read", highlight=False)
         try:
             with spool:
                 columns = recipe.evaluate.columns
@@ -194,9 +194,9 @@ def _print_rows(rows: Rows, account: IngestState, notes: Sequence[str], console:
 
 
 def rows_inputs(recipe: Recipe) -> str:
-    """Hash what rows depend on: the data section, the files behind it, and the task."""
+    """Hash what rows depend on: the data section, its files, and the task."""
     settings = recipe.data.model_dump(mode="json", exclude={"packing", *ENCODING_KEYS})
-    if recipe.evaluate.columns:  # kept beside the rows
+    if recipe.evaluate.columns:  # kept with the rows
         settings["slices"] = tuple(recipe.evaluate.columns)
     if recipe.data.split_by is not None:
         settings["groups"] = "kept"  # rows that were prepared without their groups are prepared again
@@ -261,7 +261,7 @@ def _too_few(groups: int, requested: list[tuple[int, float]]) -> DataError:
 
 
 def count_copies(index: Index, split_N: npt.NDArray[np.int8], weights: list[float]) -> npt.NDArray[np.int64]:
-    """Say how often each row stands in its split: a train row as often as its source's weight says, others once.
+    """Say how often each row is in its split: a train row as often as its source's weight says, others once.
 
     A weight of 2.3 is two copies of each row and a third of three tenths of them, chosen by hash.
     """
@@ -274,7 +274,7 @@ def count_copies(index: Index, split_N: npt.NDArray[np.int8], weights: list[floa
 def drop_shared_groups(
     index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], split_by: str
 ) -> None:
-    """Drop rows whose `split_by` value stands in a source that was given for test or validation, in place."""
+    """Drop rows whose `split_by` value is in a source that was given for test or validation, in place."""
     for split, below in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
         given = index.group[index.split == split]
         shared = np.isin(index.group, given) & np.isin(split_N, below) & (reason_N == "")

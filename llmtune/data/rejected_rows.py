@@ -1,4 +1,4 @@
-"""Rows that cannot be used: the reason of each, and the list of them beside the folder that a step replaces."""
+"""Rows that cannot be used: the reason of each, and the list of them next to the folder that a step replaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row formats: told apart by the columns of the first rows, and brought into one canonical form a task."""
+"""Row formats: detected by the columns of the first rows, and converted to one canonical form per task."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RowFormat:
     stated: str = ""
     """An example for error messages, where one made of the required columns would not do."""
     files: tuple[str, ...] = ()
-    """Columns that name files, relative to the one that the row stands in."""
+    """Columns that name files, relative to the file of the row."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -154,7 +154,7 @@ CONVERSATIONS = ("messages", "conversations")
 READABLE_SHARE = 0.5
 """Share of the first rows that a reading must take: a file may have bad rows."""
 MEDIA = {f"{kind}{s}": f"<{kind}>" for kind in ("image", "video", "audio") for s in ("", "s")}
-"""Columns of what is not text, and the mark that stands for it in a text."""
+"""Columns of what is not text, and its mark in a text."""
 COLUMNS = tuple(sorted({name for one in FORMATS.values() for name in one.columns}))
 """Canonical column names: what the keys of `columns:` may be."""
 
@@ -191,7 +191,7 @@ def detect_format(
     if not fitting and aliased:  # the reading that leaves the fewest columns unused
         read = [len(used_columns(map_columns(one, rows, task, columns), present)) for one in aliased]
         fitting = [one for one, count in zip(aliased, read, strict=True) if count == max(read)]
-    if len(fitting) > 1:  # the longer list of columns wins: conversations beside chosen and rejected
+    if len(fitting) > 1:  # the longer list of columns wins: conversations next to chosen and rejected
         fitting = [one for one in fitting if not any(set(one.required) < set(other.required) for other in fitting)]
     if len(fitting) == 1:
         return fitting[0]
@@ -316,7 +316,7 @@ def parse_row(
 
 
 def _refuse_media(row: Mapping[str, object], row_format: RowFormat) -> None:
-    """Refuse a text that stands around a picture, a film or a recording in another column; raises RowError."""
+    """Refuse a text around a picture, a film or a recording in another column; raises RowError."""
     for name, mark in MEDIA.items():
         if name in row_format.columns or not row.get(name):
             continue

@@ -19,7 +19,7 @@ _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort
 
 
 def row_json(row: Mapping[str, object]) -> str:
-    """Write a canonical row as it stands in the Arrow file.
+    """Write a canonical row as the Arrow file holds it.
 
     Raises:
         RowError: The text holds half of a surrogate pair, which is no character and cannot be encoded.

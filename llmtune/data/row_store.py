@@ -64,7 +64,7 @@ class RowWriter:
         groups = [pa.array(group_R)] if GROUP in self._schema else []
         self._batches.append(pa.record_batch([ids, *batch.columns, *groups], schema=self._schema))
         for row in batch.column("row").to_pylist():
-            self._digest.update(row.encode() + b"\n")  # no line end stands in JSON text
+            self._digest.update(row.encode() + b"\n")  # JSON text has no line end
         for kept in batch.column("columns").to_pylist():
             if kept is not None:
                 self._columns.update(kept.encode() + b"\n")
@@ -98,7 +98,7 @@ def save_rows(rows: Rows) -> None:
 
 
 def load_rows(folder: Path) -> Rows:
-    """Read what `prepare_rows` left in `folder`, wherever the folder stands now.
+    """Read what `prepare_rows` left in `folder`, wherever the folder is now.
 
     Raises:
         DataError: Rows were never prepared there, or files are missing.
@@ -138,7 +138,7 @@ def pick_rows(rows: Rows, split: str, indexes: Sequence[int], folder: Path) -> R
 
 
 def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield the rows of a split as they stand in its file, each batch with the number of its first row."""
+    """Yield the rows of a split as its file holds them, each batch with the number of its first row."""
     if split not in rows.files:
         return
     first = 0
@@ -156,7 +156,7 @@ def iterate_rows(rows: Rows, split: str) -> Iterator[tuple[str, Row]]:
 
 
 def iterate_ids(rows: Rows, split: str) -> Iterator[str]:
-    """Yield what each row of a split is known by: 32 hex digits of its content, wherever it stands."""
+    """Yield what each row of a split is known by: 32 hex digits of its content, wherever it is."""
     for _, batch in iterate_batches(rows, split):
         yield from batch.column("id").to_pylist()
 
@@ -199,7 +199,7 @@ def read_rows(rows: Rows, split: str, indexes: Sequence[int]) -> list[Row]:
     return [json.loads(text) for text in texts]
 
 
-# Good rows: whole shards, so that a preparation that was killed goes on
+# Good rows: whole shards, so that a preparation that was killed resumes
 
 
 SHARD_BATCHES = 64
@@ -281,7 +281,7 @@ class Spool(AbstractContextManager["Spool"]):
         return noted
 
     def add(self, row: HashedRow, note: Callable[[], Json]) -> None:
-        """Put one row behind the others; if that makes a shard whole, `note` gives what is noted with it."""
+        """Append a row; if that makes a shard whole, `note` gives what is noted with it."""
         self._rows.append(row)
         self._bytes += len(row.row)
         if len(self._rows) >= BATCH_ROWS or self._bytes >= BATCH_BYTES:

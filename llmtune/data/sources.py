@@ -63,7 +63,7 @@ class Input:
         return parse_lines(self.lazy_rows(lambda count: None))
 
     def lazy_rows(self, advance: Advance) -> Iterator[LazyRow]:
-        """Read it from its start, lines of JSON as they stand; `advance` is told how many bytes were read."""
+        """Read it from its start, lines of JSON unparsed; `advance` gets how many bytes were read."""
         if self.path is None:
             return iter(hub.read_hub(self.name.removeprefix(hub.HUB), self.source))
         return read_lazily(self.path, self.name, self.container, advance, self.source.encoding)

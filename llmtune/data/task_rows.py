@@ -133,7 +133,7 @@ def tagged_spans(row: Mapping[str, object]) -> TokenClassifyRow:
 
 
 def find_words(text: str) -> list[tuple[int, int]]:
-    """Return where the words of a text stand: letters and digits with their accents in a row, or one other sign."""
+    """Return the ranges of the words of a text: letters and digits with their accents in a row, or one other sign."""
     words: list[tuple[int, int]] = []
     for at, sign in enumerate(text):
         if sign.isspace():
@@ -144,7 +144,7 @@ def find_words(text: str) -> list[tuple[int, int]]:
 
 
 def _in_word(sign: str) -> bool:
-    """Whether a character goes on with a word; vowel signs and accents of their own (category M) are letters here."""
+    """Whether a character continues a word; vowel signs and accents of their own (category M) are letters here."""
     return sign in JOINERS or unicodedata.category(sign)[0] in "LNM"
 
 
@@ -173,7 +173,7 @@ def question_squad(row: Mapping[str, object]) -> QaRow:
 
 
 def question_answer(row: Mapping[str, object]) -> QaRow:
-    """Read `question`, `context` and `answer`, a text that stands in the context; empty or null is no answer."""
+    """Read `question`, `context` and `answer`, a text in the context; empty or null is no answer."""
     answer = row["answer"]
     return _question(row, [] if answer is None or answer == "" else [(answer, None)])
 
@@ -201,7 +201,7 @@ def _question(row: Mapping[str, object], pairs: Sequence[tuple[object, object]])
     return {"question": nonempty_text(row, "question"), "context": context, "answers": answers}
 
 
-# Translations and summaries, and answers of which one is preferred
+# Translations and summaries, and answers with preferences
 
 
 THUMBS = {
@@ -303,7 +303,7 @@ def thumb_from_conversation(row: Mapping[str, object]) -> Row:
 
 
 def _turns(value: object) -> object:
-    """Read messages that stand in one text, as JSON or as a transcript; any other text is left as it is."""
+    """Read messages in one text, as JSON or as a transcript; any other text is left as it is."""
     if not isinstance(value, str):
         return value
     before, *turns = TRANSCRIPT.split(value.lstrip())

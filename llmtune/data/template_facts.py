@@ -363,6 +363,6 @@ def _prefers_texts(objects: str | None, texts: str | None) -> bool:
 
 
 def _between(body: str, thought_end: str, end: str) -> str:
-    """Return the calls of an answer without thoughts before them and the end behind them."""
+    """Return the calls of an answer without the thoughts before them and the end after them."""
     body = body.rpartition(thought_end)[2] if thought_end else body
     return body.rstrip().removesuffix(end)

@@ -42,7 +42,7 @@ MOST_PIECES = 2**17
 JOINED_PIECES = 256
 """New pieces that are tokenized as one text."""
 WORD_START = r" (?<=[A-Za-z,.;:!?] )(?=[A-Za-z])"
-"""A space where byte-level tokenizers cut: it belongs to the word behind it."""
+"""A space where byte-level tokenizers cut: it belongs to the word after it."""
 PROBE_PARTS = (
     *"aBéß家'1½.,;:_-(“’–…$ \t\n\xa0\u0301",
     *("'s", "'RE", "'ll", "20", "!?", "  ", "\r\n", "Word", " the", " Of", " x", "a b", ". So", ", it"),
@@ -239,7 +239,7 @@ def _pieces_of(processor: PreTrainedTokenizerBase) -> _Pieces:
 
 
 def _state_of(part: object) -> str | None:
-    """Return a part of a tokenizer as it stands in `tokenizer.json`; None for none."""
+    """Return a part of a tokenizer as `tokenizer.json` has it; None for none."""
     return None if part is None else cast(bytes, part.__getstate__()).decode()
 
 

@@ -28,7 +28,7 @@ BatchT = TypeVar("BatchT")
 ResultT = TypeVar("ResultT")
 
 FIRST_SECONDS = 0.3
-"""How long the work goes on in this process before what is left is estimated: the first batches load things."""
+"""How long this process works alone before what is left is estimated: the first batches load things."""
 WORTH_SECONDS = 8.0
 """Work that a worker saves us must be more than its start (imports, its copy of the tokenizer) costs."""
 AHEAD = 2
@@ -46,7 +46,7 @@ def usable_cores() -> int:
 
 
 class Workers(NamedTuple):
-    """What takes batches beside this process."""
+    """Processes that take batches in addition to this one."""
 
     cores: int
     submit: Callable[[Any], Future[Any]]
@@ -230,7 +230,7 @@ def _workers(address: str, function: bytes) -> Iterator[Workers]:
         raise error.cause from error  # what the function raised there
     except ray.exceptions.RayError as error:
         what = f"the Ray cluster lost rows that it worked on ({type(error).__name__})"
-        raise EnvironmentProblem.of(what, "--ray", "See its log. The same command goes on.") from error
+        raise EnvironmentProblem.of(what, "--ray", "See its log. The same command resumes.") from error
 
 
 _functions: dict[str, Callable[[object], object]] = {}

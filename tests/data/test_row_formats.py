@@ -59,6 +59,8 @@ def test_rows_of_another_task_are_refused_by_name():
     assert "text rows, which task: chat cannot use" in detected([{"text": "t"}])
     assert "messages rows, which task: completion cannot use" in detected([chat("q")], "completion")
     assert "format: text cannot be used by task: chat" in detected([{"text": "t"}], forced="text")
+    summary = {"document": "d", "summary": "s"}
+    assert "document-summary rows, which task: translate cannot use" in detected([summary], "translate")
 
 
 def test_columns_map_any_names_and_mistakes_in_them_are_named():
