@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llmtune.data.audio import Samples, SpeechRow
+from llmtune.data.audio import SpeechRow, Waveform
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import DataError, Problem, RecipeError
@@ -138,7 +138,7 @@ def make_pair(
     return TextPair(str(given["prompt"]), written, languages[0], languages[-1])
 
 
-def read_first_window(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Samples, float, bool]:
+def read_first_window(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Waveform, float, bool]:
     """Return the first window of a recording, its seconds, and whether it is all of the recording.
 
     Raises DataError where it cannot be read, and RecipeError where there is no sound in it.
@@ -152,7 +152,7 @@ def read_first_window(target: Target, audio: Path | None, recipe: Recipe) -> tup
     return samples, len(samples) / extract.sampling_rate, len(windows) == 1
 
 
-def _whisper_inputs(target: Target, samples: Samples, recipe: Recipe) -> ModelInputs:
+def _whisper_inputs(target: Target, samples: Waveform, recipe: Recipe) -> ModelInputs:
     """Return what Whisper reads, and the tokens of language and task that its answer begins with."""
     set_speech(target.processor, recipe)
     features = extract_features(feature_extractor(target.processor), [samples])["input_features"]
