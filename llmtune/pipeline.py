@@ -276,7 +276,7 @@ def adapt_and_train(context: RunContext) -> None:
             folder.path,
             context.console,
             budget=folder.findings["micro_batch_tokens"],
-            on_budget=folder.note_budget,
+            on_budget=folder.note_budget if rank() == 0 or is_sharded(plan) else lambda tokens: None,
             inputs=plan.inputs["train"],
             sharded=is_sharded(plan),
         )

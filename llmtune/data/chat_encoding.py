@@ -24,6 +24,7 @@ from llmtune.data.chat_template import (
 )
 from llmtune.data.chat_turns import Chat, Segment, Turn, cut_turn, cut_turns, prepare_chats, with_answer
 from llmtune.data.control_tokens import UnwritableTextError, encode_marked, is_marked, unmark
+from llmtune.data.example import Example
 from llmtune.data.overlong import NOTHING, ChatFit, Encoded
 from llmtune.data.rendering_check import RenderingCheck
 from llmtune.data.tokenization import (
@@ -36,7 +37,6 @@ from llmtune.data.tokenization import (
     tokenize_with_borders,
 )
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from itertools import accumulate, chain
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from llmtune.data.chat_rows import ChatRow, Message
-from llmtune.records import Example, span_sizes
+from llmtune.data.example import Example, span_sizes
 
 TOO_LONG = "too long"
 """How the reason begins for a row that is left out because of its length."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llmtune.records import AdaptedModel, Batch, Collate, Example, Loss, Rows
+from llmtune.data.example import Collate, Example
+from llmtune.records import AdaptedModel, Batch, Loss, Rows
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.example import Example
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example
 
 UNKNOWN = "text that the tokenizer does not know (<unk>) in what is learned"
 """How the reason begins for a row with such a target."""
@@ -58,7 +58,8 @@ def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> 
 
 
 def _holds(example: Example, token: int) -> bool:
-    for ids, spans in ((example.input_ids, example.spans), (example.target_ids, example.target_spans)):
+    written = (example.target_ids, example.target_spans), (example.other_ids, example.other_spans)
+    for ids, spans in ((example.input_ids, example.spans), *written):
         if token in ids and any(token in ids[a:b] for a, b in zip(spans[::2], spans[1::2], strict=True)):
             return True
     return False

@@ -16,13 +16,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.collators import collate_padded
+from llmtune.data.example import Example
 from llmtune.data.tokenization import encode_texts, start_ids
 from llmtune.evaluate.eval_suite import OWN_FILES, read_sources, read_utf8
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import causal_loss, move_to
 from llmtune.recipe.eval_suites_section import OWN
-from llmtune.records import Advance, Example
+from llmtune.records import Advance
 
 WINDOW = 512
 """Tokens that are read together, where the model's context holds as many."""

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.example import Example
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, pad_right, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
 from llmtune.model.device import is_out_of_memory
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Example, Row
+from llmtune.records import Batch, Row
 
 PREFIX, PADDING = 0, -1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}

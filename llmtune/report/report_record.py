@@ -170,7 +170,7 @@ class HardRow(TypedDict):
 
 
 class TrainFacts(TypedDict, total=False):
-    """The fields of `records.TrainedRun`, and the lines of metrics.jsonl."""
+    """The fields of `train.metrics_log.TrainedRun`, and the lines of metrics.jsonl."""
 
     first_loss: Number
     train_loss: Number

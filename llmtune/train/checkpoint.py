@@ -105,15 +105,10 @@ class Checkpoint:
     folder: Path
     state: TrainState
     weights: dict[str, torch.Tensor]
-    """Empty where they are in `shards`."""
+    """Empty for a sharded model, whose weights and optimiser state are in `shards/`."""
     optimizer: OptimizerState
     inputs: str
     """Hash of what training depended on."""
-
-    @property
-    def shards(self) -> Path | None:
-        """The folder of weights and optimiser state, of a sharded model."""
-        return self.folder / SHARDS if (self.folder / SHARDS).is_dir() else None
 
 
 @dataclass(frozen=True)
@@ -233,7 +228,7 @@ def _read(folder: Path) -> Checkpoint | Damage:
     if (named := _NAME.fullmatch(folder.name)) and int(named[1]) != state.step:
         return Damage(folder, f"{STATE} is of step {state.step}")
     optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    weights = {} if (folder / SHARDS).is_dir() else load_file(folder / WEIGHTS)
+    weights = load_file(folder / WEIGHTS) if WEIGHTS in content["files"] else {}
     return Checkpoint(folder, state, weights, optimizer, content["fingerprint"])
 
 

@@ -26,7 +26,7 @@ def non_finite_error(training: TrainContext, step: int, loss: StepLoss, learning
     if math.isfinite(loss.mean):
         what = f"the gradient is {loss.grad_norm} in step {step}, though the loss is {loss.mean:.4f}"
         return _explain(training, step, figures, what, training.plan.rows(step).tolist())
-    guilty = gather_lists(training.accelerator, find_guilty_rows(training, loss.suspects) if len(loss.suspects) else [])
+    guilty = find_guilty_rows(training, gather_lists(training.accelerator, loss.suspects.tolist()))
     return _explain(training, step, figures, f"the loss is {loss.mean} in step {step}", guilty)
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -16,6 +16,7 @@ from accelerate.utils import ProjectConfiguration
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from llmtune.records import Json
 from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import explained, plain, read_json, read_json_lines, write_json, write_text
 from llmtune.store.process_environment import LOCAL_TRACKERS
@@ -38,6 +39,38 @@ class Line(TypedDict):
     peak_bytes: int
     validation_loss: NotRequired[float | None]
     validation_metrics: NotRequired[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What training left behind: the final adapter (or weights) and its numbers."""
+
+    adapter: Path
+    """A plain PEFT folder; with `method: full` a plain model folder."""
+    steps: int
+    epochs: float
+    train_loss: float
+    """Mean over the last logged steps, nats per supervised token."""
+    first_loss: float
+    validation_loss: float | None
+    best_step: int | None
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    wall_seconds: float
+    peak_bytes: int
+    micro_batch_tokens: int
+    stopped_early: str | None = None
+    resumed_from: int | None = None
+    padding_share: float | None = None
+    """Of the positions that were computed, those that hold no token; 0 where rows were packed."""
+    rehearsal_seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    """From the start of the process to the end of its first optimiser step, without the rehearsal; None without one."""
+
+    def as_facts(self) -> Json:
+        """Return what the manifest keeps: JSON values, the adapter by the name of its folder in the run."""
+        return {**asdict(self), "adapter": self.adapter.name}
 
 
 @dataclass

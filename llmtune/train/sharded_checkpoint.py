@@ -51,12 +51,12 @@ def write_shards(training: TrainContext, checkpoint: Path) -> Path:
     return folder
 
 
-def read_shards(training: TrainContext, folder: Path, *, optimizer: bool = True) -> dict[int, dict[str, torch.Tensor]]:
+def read_shards(training: TrainContext, folder: Path) -> dict[int, dict[str, torch.Tensor]]:
     """Read weights in place; return the optimiser state, by the number of the parameter in its groups."""
     parameters = trainable_parameters(training.adapted.model)
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, torch.Tensor] = {WEIGHTS + name: parameter for name, parameter in parameters.items()}
-    for stored, known in reader.read_metadata().state_dict_metadata.items() if optimizer else ():
+    for stored, known in reader.read_metadata().state_dict_metadata.items():
         if stored.startswith(OPTIMIZER) and isinstance(known, TensorStorageMetadata):
             like = parameters[stored.removeprefix(OPTIMIZER).split(".", 1)[1]]
             tensors[stored] = (

@@ -107,11 +107,13 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
+def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor] | None:
     """Return the state of a sharded model put together again, on the CPU of the first process; all have to call it.
 
-    With `trained_only` the weights that are held still are left out. A weight of two names is one tensor.
+    With `trained_only` frozen weights are left out. A weight of two names is one tensor. None for any other model.
     """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
     state: dict[str, torch.Tensor] = {}
     known: dict[int, torch.Tensor] = {}
     first = torch.distributed.get_rank() == 0
