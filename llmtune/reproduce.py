@@ -84,7 +84,7 @@ def reproduce(
     run_pipeline(loaded, request, console)  # without gates: what counts is whether the same comes out
     if rank():
         return {}
-    result = compare(folder, target, lock, verification, tolerances or Tolerances())
+    result = judge_reproduction(folder, target, lock, verification, tolerances or Tolerances())
     write_json(target / RESULT, result)
     console.print(f"written: {escape(str(target / RESULT))}")
     return result
@@ -153,7 +153,9 @@ def hold(pins: Pins, recipe: Recipe, lock: Lock, run: Path) -> Pins:
     return pins
 
 
-def compare(folder: RunFolder, now: Path, lock: Lock, verification: Verification, tolerances: Tolerances) -> Json:
+def judge_reproduction(
+    folder: RunFolder, now: Path, lock: Lock, verification: Verification, tolerances: Tolerances
+) -> Json:
     """Hold the reproduction against the run: by bytes where they can be the same, else by losses and scores."""
     was = folder.path
     trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])

@@ -108,12 +108,12 @@ def test_elsewhere_losses_and_scores_are_held_against_the_tolerances(
 
 def hold_against(run: Path, out: Path, scores: str, tolerances: Tolerances | None = None) -> dict[str, Any]:
     """Compare without training: what comes after `run_pipeline`."""
-    from llmtune.reproduce import compare
+    from llmtune.reproduce import judge_reproduction
     from llmtune.store.run_lock import read_lock
     from llmtune.store.verification import verify
 
     (out / "evaluation/evaluation.json").write_text(scores)
-    return compare(read_run(run), out, read_lock(run / LOCK), verify(run), tolerances or Tolerances())
+    return judge_reproduction(read_run(run), out, read_lock(run / LOCK), verify(run), tolerances or Tolerances())
 
 
 def test_changed_data_model_and_recipe_are_refused_before_anything_is_trained(project: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class DataFacts(TypedDict, total=False):
     classes: dict[str, dict[str, int]]
 
 
-class Plan(TypedDict, total=False):
+class PlannedMemory(TypedDict, total=False):
     """Bytes that training needs, part by part; the fields are those of `records.MemoryPlan`."""
 
     parts: dict[str, int]
@@ -138,7 +138,7 @@ class ModelFacts(TypedDict, total=False):
     revision: str | None
     sha256: Required[str]
     ranking: Ranking | None
-    plan: Plan
+    plan: PlannedMemory
 
 
 class AdapterFacts(TypedDict, total=False):

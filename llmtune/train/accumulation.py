@@ -77,7 +77,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
         weight = scale if index < real else 0.0
-        work = partial(_backward, training, groups[index], weight, step, totals)
+        work = partial(_backward_pass, training, groups[index], weight, step, totals)
         return try_memory(training, lambda: losses.append(work()))
 
     fits = True
@@ -144,7 +144,7 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
         for turn in range(turns):
             fits = True
             if turn < len(groups):
-                work = partial(_forward, training, groups[turn], turn < len(own), sums, totals)
+                work = partial(_validate_batch, training, groups[turn], turn < len(own), sums, totals)
                 fits = try_memory(training, work)
             stopped, failed = sum_over_processes(accelerator, [float(stop()), float(not fits)])
             if failed:
@@ -258,7 +258,7 @@ def _sum_step_statistics(
     return sum_over_processes(training.accelerator, sums)
 
 
-def _backward(training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
+def _backward_pass(training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
     batch = make_batch(training, training.examples, rows, step) | ({} if totals is None else {"totals": totals})
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
@@ -266,7 +266,7 @@ def _backward(training: TrainContext, rows: Indexes, weight: float, step: int, t
     return Loss(loss.sum.detach(), loss.count, row_sums=loss.row_sums)
 
 
-def _forward(
+def _validate_batch(
     training: TrainContext, rows: Indexes, real: bool, sums: list[tuple[float, int]], totals: list[float] | None
 ) -> None:
     """Add the loss's sum and count to `sums`, if it is a `real` one."""

@@ -119,14 +119,14 @@ class Damage:
     reason: str
 
 
-def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def named_trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return the trainable parameters by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def trainable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the trainable parameters by name, on the CPU (there itself, not copied); tied ones once."""
-    return {name: one.detach().to("cpu").contiguous() for name, one in trainable_parameters(model).items()}
+    return {name: one.detach().to("cpu").contiguous() for name, one in named_trainable(model).items()}
 
 
 def write_checkpoint(
@@ -188,7 +188,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what an interrupted write or removal left behind in `folder`."""
     for left in folder.glob(".*"):
         if left.name.startswith(_UNFINISHED):

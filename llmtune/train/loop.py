@@ -43,11 +43,11 @@ from llmtune.train.metrics_log import (
     METRICS,
     ON_VALIDATION,
     Display,
-    Line,
+    MetricsLine,
     TrainedRun,
     append_line,
     end_trackers,
-    show_progress,
+    show_training,
 )
 from llmtune.train.optimizer import averaged_weights, set_mode
 from llmtune.train.preflight import restore_checkpoint, restore_weights, resume, run_preflight, save, shrink_budget
@@ -125,7 +125,7 @@ def train(
                 on_budget(state.budget)
             if training.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(training.device)
-            with show_progress(console, state.step, training.plan.total_steps) as display:
+            with show_training(console, state.step, training.plan.total_steps) as display:
                 run = Run(
                     *(training, state, divergence, request, display, console, on_budget, rehearsed), measure=measure
                 )
@@ -276,7 +276,7 @@ def _record_validation(run: Run, loss: float, scores: Scores) -> bool:
 def _log(run: Run, validated: bool) -> None:
     """Add a line to metrics.jsonl, to the trackers and to the display; figures are those since the line before."""
     training, state = run.training, run.state
-    line: Line = {
+    line: MetricsLine = {
         "step": state.step,
         "epoch": round(state.step / training.plan.steps_per_epoch, 6),
         "loss": state.log_sum / max(1, state.log_count),

@@ -27,7 +27,7 @@ METRICS = "metrics.jsonl"
 """In the run folder: a line a log step."""
 
 
-class Line(TypedDict):
+class MetricsLine(TypedDict):
     """A line of metrics.jsonl: figures since the line before."""
 
     step: int
@@ -87,7 +87,7 @@ class Display:
         figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {peak_bytes / 1e9:.2f} GB"
         self.bar.update(self.task, completed=step, figures=figures)
 
-    def line(self, line: Line) -> None:
+    def line(self, line: MetricsLine) -> None:
         """Show a line of metrics where there is no bar, and a validation in any case."""
         validation = line.get("validation_loss")
         scores = "".join(f"  {name} {value:.4f}" for name, value in line.get("validation_metrics", {}).items())
@@ -104,7 +104,7 @@ class Display:
 
 
 @contextmanager
-def show_progress(console: Console, done: int, total: int) -> Iterator[Display]:
+def show_training(console: Console, done: int, total: int) -> Iterator[Display]:
     """Show progress from step `done` on inside the block."""
     columns = (
         TextColumn("train"),
@@ -117,7 +117,7 @@ def show_progress(console: Console, done: int, total: int) -> Iterator[Display]:
         yield Display(console, bar, bar.add_task("train", completed=done, total=total, figures=""), total)
 
 
-def append_line(path: Path, line: Line) -> None:
+def append_line(path: Path, line: MetricsLine) -> None:
     """Add a line to metrics.jsonl and flush it to disk; numbers that JSON cannot hold become null.
 
     Raises EnvironmentProblem if the disk is full or does not let us write.
@@ -149,11 +149,11 @@ NAMED = {
 }
 """What a tracker calls the name of a run; the project has the name of the recipe. Others name runs themselves."""
 FOLDER, IDS = "trackers", "ids.json"
-Scalar = str | int | float | bool
+Setting = str | int | float | bool
 
 
 def start_trackers(
-    accelerator: Accelerator, names: Sequence[str], project: str, run: Path, settings: Mapping[str, Scalar] | None
+    accelerator: Accelerator, names: Sequence[str], project: str, run: Path, settings: Mapping[str, Setting] | None
 ) -> None:
     """Start the trackers of a run, or go on with what they have of it already; `settings` are shown with it."""
     ids = read_json(run / FOLDER / IDS) or {}

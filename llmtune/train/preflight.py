@@ -27,10 +27,10 @@ from llmtune.train.checkpoint import (
     Checkpoint,
     Damage,
     TrainState,
+    named_trainable,
     newest_checkpoint,
     read_checkpoint,
-    sweep,
-    trainable_parameters,
+    remove_unfinished,
     trainable_weights,
     write_checkpoint,
 )
@@ -102,8 +102,8 @@ def _rehearse(training: TrainContext, state: TrainState, before: Path, after: Pa
     pace = _fits(training, state.budget)
     if pace is not None:
         save(training, state, after)
-        pace = pace if _put_back(training, after) else None
-    return pace if _put_back(training, before) else None
+        pace = pace if _read_back(training, after) else None
+    return pace if _read_back(training, before) else None
 
 
 def shrink_budget(
@@ -199,7 +199,7 @@ def save(training: TrainContext, state: TrainState, folder: Path) -> None:
     )
 
 
-def _put_back(training: TrainContext, folder: Path) -> bool:
+def _read_back(training: TrainContext, folder: Path) -> bool:
     """Return False if memory ran out in one of the processes."""
 
     def work() -> None:
@@ -231,7 +231,7 @@ def restore_weights(training: TrainContext, found: Checkpoint) -> dict[int, dict
     """Make the weights what they were when `found` was written, in place; return the optimiser's state of then."""
     if not found.weights:  # of a sharded model
         return read_shards(training, found.folder / SHARDS)
-    load_whole(trainable_parameters(training.adapted.model), found.weights)
+    load_whole(named_trainable(training.adapted.model), found.weights)
     return cut_state(training, cast(Any, found.optimizer["optimizer"]["state"]))
 
 
@@ -244,8 +244,8 @@ def resume(training: TrainContext, state: TrainState, divergence: Divergence, co
 
     def prepare() -> str | None:
         nonlocal found
-        sweep(training.checkpoints)
-        sweep(training.folder)
+        remove_unfinished(training.checkpoints)
+        remove_unfinished(training.folder)
         found = newest = newest_checkpoint(training.checkpoints, training.inputs, console)
         # A stop saves a step before its line is written: what goes on writes it, for the second time after a kill.
         cut_back(training.folder / METRICS, newest.state.closed if newest else 0)

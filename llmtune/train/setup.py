@@ -64,7 +64,7 @@ class TrainContext:
     inputs: str
     """Hash of all that training depends on: a checkpoint of other inputs is not resumed from."""
     row_losses: npt.NDArray[np.float32]
-    """What each training example's loss was so far (`llmtune.train.row_losses.Table`)."""
+    """What each training example's loss was so far (`llmtune.train.row_losses.LossTable`)."""
     sharded: bool
     """Whether the model is sharded over the processes (FSDP2): each pass then needs all of them."""
 
@@ -151,16 +151,10 @@ def set_up(
 
     Raises RecipeError or EnvironmentProblem for an optimiser, schedule, tracker or `batch_tokens` that cannot be.
     """
-    train = recipe.train
-    reader = ExampleReader(examples, "train")
+    train, reader = recipe.train, ExampleReader(examples, "train")
     held_out = ExampleReader(examples, "validation") if examples.counts.get("validation") else None
     plan = StepPlan(
-        lengths=reader.lengths,
-        seed=recipe.seed,
-        batch_size=train.batch_size,
-        batch_tokens=train.batch_tokens,
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
+        reader.lengths, recipe.seed, train.batch_size, train.batch_tokens, train.num_train_epochs, train.max_steps
     )
     if train.torch_compile:
         from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
@@ -175,13 +169,11 @@ def set_up(
     if sharded:
         shard_model(adapted.model, torch.device(pick_device()))  # by torch: Accelerate shards on GPUs alone
     accelerator = build_accelerator(recipe, folder, next(adapted.model.parameters()).device)
-    device = torch.device(accelerator.device)
-    optimizer = accelerator.prepare_optimizer(build_optimizer(adapted.model, recipe, device))
+    optimizer = accelerator.prepare_optimizer(build_optimizer(adapted.model, recipe, accelerator.device))
     with warnings.catch_warnings():
         # torch 2.13 wants another name for it, which Accelerate does not have yet.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model = accelerator.prepare_model(adapted.model, device_placement=not sharded, evaluation_mode=sharded)
-    processor = adapted.selected.processor
     return TrainContext(
         adapted=adapted,
         accelerator=accelerator,
@@ -194,8 +186,8 @@ def set_up(
         plan=plan,
         examples=reader,
         validation=held_out,
-        dtype=resolve_dtype(recipe.model.dtype, device.type),
-        collate=task.collator(processor, recipe, adapted.selected.packs),
+        dtype=resolve_dtype(recipe.model.dtype, accelerator.device.type),
+        collate=task.collator(adapted.selected.processor, recipe, adapted.selected.packs),
         folder=folder,
         inputs=inputs,
         row_losses=np.zeros((len(reader), 3), dtype=np.float32),
