@@ -161,8 +161,8 @@ def judge_reproduction(
     trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])
     settings = differing_settings(folder, lock, now)
     files = list(compare_trained(folder, now, lock, trained))
-    losses = [judge(found, tolerances.loss) for found in compare_losses(was, now)]
-    scores = [judge(found, tolerances.score) for found in compare_scores(was, now)]
+    losses = [judge_numbers(found, tolerances.loss) for found in compare_losses(was, now)]
+    scores = [judge_numbers(found, tolerances.score) for found in compare_scores(was, now)]
     if folder.is_done("evaluate") and not scores:
         scores = [{"name": "evaluation", "was": None, "now": None, "equal": False, "within": False}]
     by_bytes = not settings and device_of(folder, lock) == "cpu"
@@ -187,7 +187,7 @@ def judge_reproduction(
     }
 
 
-def judge(found: tuple[str, Any, Any], tolerance: float) -> Json:
+def judge_numbers(found: tuple[str, Any, Any], tolerance: float) -> Json:
     """Say of two numbers whether they are equal, and near enough."""
     name, was, now = found
     return {"name": name, "was": was, "now": now, "equal": was == now, "within": not far_apart(was, now, tolerance)}
@@ -231,7 +231,7 @@ def processes_of(folder: RunFolder) -> int:
     return int(folder.facts("train").get("processes", 1))
 
 
-def explain(result: Json) -> Problem:
+def explain_difference(result: Json) -> Problem:
     """Say what differs first, and why it may."""
     settings = [f"{setting['name']} was {setting['was']}, is {setting['now']}" for setting in result["settings"]]
     first = result["first_difference"]

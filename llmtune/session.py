@@ -44,7 +44,7 @@ from llmtune.records import ALONE, AdaptedModel, Examples, Json, Layout, ModelRe
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
-from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
+from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
@@ -120,7 +120,7 @@ class RunContext:
         return self.folder.path / trained_name(self.plan.recipe)
 
     @contextmanager
-    def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[Step]:
+    def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[StepRun]:
         """Announce a step, and run it unless nothing changed; see `RunFolder.step`."""
         begin = partial(self.begin, name)
         with self.folder.step(name, inputs, outputs, always=always, on_begin=begin) as step:

@@ -15,7 +15,7 @@ from support.runs import invoke, write_recipe
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.reproduce import Tolerances, explain, reproduce
+from llmtune.reproduce import Tolerances, explain_difference, reproduce
 from llmtune.store.run_folder import read_run
 from llmtune.store.run_lock import LOCK
 from llmtune.store.run_request import RunRequest
@@ -82,7 +82,7 @@ def test_what_differs_is_named_and_judged_by_bytes(
     changed = json.dumps(scores)
     result = hold_against(project / "runs/tiny", out, changed)
     assert not result["equal"]
-    problem = explain(result)
+    problem = explain_difference(result)
     assert "training: loss of step 2: was" in problem.what
     assert "something outside of it" in str(problem.fix)
 
@@ -103,7 +103,7 @@ def test_elsewhere_losses_and_scores_are_held_against_the_tolerances(
     assert [setting["name"] for setting in near["settings"]] == ["torch"]
     far = hold_against(run, out, json.dumps(scores), Tolerances(score=0.001))
     assert not far["equal"]
-    assert "torch was 1.0" in str(explain(far).fix)
+    assert "torch was 1.0" in str(explain_difference(far).fix)
 
 
 def hold_against(run: Path, out: Path, scores: str, tolerances: Tolerances | None = None) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def slurm(
     else:
         sent = cluster.submit(job, script, console)
         if follow:
-            _follow(sent["job"], lambda: cluster.follow(job, sent, console))
+            _follow(sent["job"], lambda: cluster.follow_job(job, sent, console))
     if as_json:
         print_json(sent)
     elif dry_run:

@@ -93,7 +93,7 @@ def reproduce(
     threads = threads or read_lock(run / LOCK).get("threads")
     prepare_environment(network=names_remote(recipe_of_run(folder).recipe) and not offline, threads=threads)
     with gc_paused():
-        from llmtune.reproduce import Tolerances, explain, processes_of
+        from llmtune.reproduce import Tolerances, explain_difference, processes_of
         from llmtune.reproduce import reproduce as train_again
 
     if (count := processes_of(folder)) > 1 == world_size():
@@ -108,13 +108,13 @@ def reproduce(
     if not result:
         return
     if as_json:
-        print_json(result | ({} if result["equal"] else {"problems": [vars(explain(result))]}))
+        print_json(result | ({} if result["equal"] else {"problems": [vars(explain_difference(result))]}))
         if not result["equal"]:
             raise typer.Exit(GateFailed.exit_code)
     else:
         _print_reproduction(result)
         if not result["equal"]:
-            raise GateFailed(explain(result))
+            raise GateFailed(explain_difference(result))
         typer.echo("reproduced: equal, byte for byte" if result["same_bytes"] else "reproduced: within the tolerances")
 
 

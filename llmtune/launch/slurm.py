@@ -154,7 +154,7 @@ def submit(job: SlurmJob, script: str, console: Console) -> Json:
     return {"job": number, "log": log, "folder": str(job.folder.absolute())}
 
 
-def follow(job: SlurmJob, sent: Json, console: Console) -> None:
+def follow_job(job: SlurmJob, sent: Json, console: Console) -> None:
     """Show the job's log and states until it has ended; bring the report here where the run folder is not shared.
 
     Raises LlmtuneError, with the exit code of the job, where it failed.

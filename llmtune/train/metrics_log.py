@@ -149,11 +149,11 @@ NAMED = {
 }
 """What a tracker calls the name of a run; the project has the name of the recipe. Others name runs themselves."""
 FOLDER, IDS = "trackers", "ids.json"
-Setting = str | int | float | bool
+TrackedValue = str | int | float | bool
 
 
 def start_trackers(
-    accelerator: Accelerator, names: Sequence[str], project: str, run: Path, settings: Mapping[str, Setting] | None
+    accelerator: Accelerator, names: Sequence[str], project: str, run: Path, settings: Mapping[str, TrackedValue] | None
 ) -> None:
     """Start the trackers of a run, or go on with what they have of it already; `settings` are shown with it."""
     ids = read_json(run / FOLDER / IDS) or {}
