@@ -5,11 +5,13 @@ import pytest
 import torch
 from support.adapting import build_family, open_model, recipe_with
 from support.serving import served_of, wait_until
+from transformers import GenerationConfig
 
+from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.greedy_decoding import write_greedily
-from llmtune.serve.engine import HEADROOM, Engine, LiveRows, OutOfMemory
+from llmtune.serve.engine import HEADROOM, Engine, LiveRows, OutOfMemory, TokenSampler, sample_tokens
 from llmtune.serve.finished_run import ChatSession
-from llmtune.serve.request_queue import End, Job, Stopping
+from llmtune.serve.request_queue import AnswerJob, End, Stopping
 
 QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumerate(["cat", "dog", "fox", "fish", "x"])]
 
@@ -24,7 +26,7 @@ class Client:
         new = stated.pop("new_tokens", served.recipe.generation.max_new_tokens)
         settings = served.request_settings(stated, new)
         self.engine, self.served = engine, served
-        self.job = Job(served, ids=ids, settings=settings, seed=served.recipe.seed + 1, deliver=self.events.put)
+        self.job = AnswerJob(served, ids=ids, settings=settings, seed=served.recipe.seed + 1, deliver=self.events.put)
         self.ids = []
         engine.submit(self.job)
 
@@ -133,7 +135,7 @@ def test_who_gives_up_leaves_batch_and_queue_and_the_others_get_their_answers(tu
 def test_stopping_turns_away_what_waits_and_ends_the_rest_in_time(tune, start, beams):
     served = served_of(tune(generation={"num_beams": beams}))
     engine = start(served, max_batch=1)
-    short, endless, queued = (Client(engine, served, "one", new_tokens=n) for n in (40, 1900, 5))
+    short, endless, queued = (Client(engine, served, "one", new_tokens=n) for n in (12, 1900, 5))
     if beams == 1:
         short.first()
     wait_until(lambda: engine.queue.running)
@@ -250,3 +252,59 @@ def test_when_all_have_left_nothing_is_kept(tmp_path):
     assert rows.leave([1, 0]) == []
     assert len(rows) == 0
     assert not rows.columns.kept
+
+
+SETTINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"top_k": 12},
+    {"temperature": 1.4, "min_p": 0.05, "repetition_penalty": 1.2},
+    {"temperature": 0, "repetition_penalty": 1.5},
+    {"temperature": 0},
+]
+
+
+def by_transformers(model, ids, stated, seed, new_tokens):
+    drawn = stated.get("temperature") != 0
+    own = {name: value for name, value in stated.items() if drawn or name == "repetition_penalty"}
+    own |= {"top_k": own.get("top_k", 0)} if drawn else {}
+    settings = GenerationConfig(do_sample=drawn, max_new_tokens=new_tokens, pad_token_id=3, **own)
+    with torch.random.fork_rng(), only_these_settings(model):
+        torch.manual_seed(seed)
+        out = model.generate(input_ids=torch.tensor([ids]), generation_config=settings)
+    return out[0, len(ids) :].tolist()
+
+
+def test_rows_of_one_batch_draw_what_each_draws_alone_by_transformers(tune):
+    served, new = served_of(tune()), 12
+    model = served.model
+    prompts = [[5, 9, 30 + i, 7][: 2 + i % 3] for i in range(len(SETTINGS))]
+    samplers = [
+        TokenSampler(model, served.request_settings(stated, new), ids, 100 + i)
+        for i, (stated, ids) in enumerate(zip(SETTINGS, prompts, strict=True))
+    ]
+    with torch.inference_mode():
+        rows = LiveRows(model, "cpu")
+        sample_tokens(rows.join(prompts), samplers)
+        for _ in range(new - 1):
+            sample_tokens(rows.step(torch.tensor([sampler.ids[-1] for sampler in samplers])), samplers)
+    for i, (sampler, ids) in enumerate(zip(samplers, prompts, strict=True)):
+        assert sampler.ids[len(ids) :] == by_transformers(model, ids, SETTINGS[i], 100 + i, new), SETTINGS[i]
+
+
+@pytest.mark.parametrize(
+    ("section", "stated", "drawn", "temperature"),
+    [
+        ({}, {}, False, None),
+        ({}, {"temperature": 0.5}, True, 0.5),
+        ({}, {"top_p": 0.5}, True, None),
+        ({}, {"top_p": 1.0}, False, None),
+        ({"do_sample": True, "temperature": 0.3}, {}, True, 0.3),
+        ({"do_sample": True, "temperature": 0.3}, {"temperature": 0}, False, None),
+        ({"do_sample": True, "temperature": 0.3, "top_p": 0.9}, {"temperature": 0.6}, True, 0.6),
+    ],
+)
+def test_a_request_overrules_the_recipe_and_nothing_else(tune, section, stated, drawn, temperature):
+    settings = served_of(tune(generation=section)).request_settings(stated, 5)
+    assert (settings.do_sample, settings.temperature, settings.max_new_tokens) == (drawn, temperature, 5)
+    assert settings.top_p == (stated.get("top_p", section.get("top_p")) if drawn else None)
