@@ -1,4 +1,4 @@
-"""What every request passes first: host and origin, API key, size of its body; and what is counted of its answer."""
+"""The gateway that every request passes first: host, origin, API key, size of its body; and the metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """What one server counts."""
+    """Prometheus metrics of one server."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
@@ -42,7 +42,7 @@ class Metrics:
         self.prompt_tokens = Counter("llmtune_prompt_tokens", "Tokens of prompts.", ["model"], registry=registry)
         self.answer_tokens = Counter("llmtune_generated_tokens", "Tokens of answers.", ["model"], registry=registry)
         self.disconnects = Counter(
-            "llmtune_disconnects", "Answers given up because the client was gone.", registry=registry
+            "llmtune_disconnects", "Answers given up because the client hung up.", registry=registry
         )
         waiting = Gauge("llmtune_queue_length", "Requests that wait in the queue.", registry=registry)
         waiting.set_function(lambda: len(engine.queue))
@@ -56,12 +56,12 @@ class Metrics:
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 PUBLIC_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")
-"""Paths that need no key: what they return is public anyway."""
+"""Paths that need no key: they return nothing secret."""
 HOST = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 BODY_SECONDS = 30
 """How long a body may take to arrive."""
 DRAIN_FACTOR = 8
-"""This many times the limit is read, and thrown away, before a body is refused: many clients read no answer sooner."""
+"""A refused body is read, and discarded, up to this many times the limit: many clients send all before they read."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class AccessRules:
 
 
 def digest(key: str) -> bytes:
-    """Return what keys are compared by: of equal length, whatever the key's."""
+    """Return the hash by which keys are compared, of equal length whatever the key's."""
     return hashlib.sha256(key.encode()).digest()
 
 
@@ -131,9 +131,9 @@ class Gateway:
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """Read the whole body, up to the limit; what is beyond is read too, up to a point, and thrown away.
+        """Read the body; beyond the limit, read on up to a point and discard it.
 
-        None where the client hung up before its request was whole.
+        None if the client hung up before its request was complete.
         """
         limit, parts, size = self.rules.body_bytes, [], 0
         try:
@@ -155,12 +155,12 @@ class Gateway:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """Return the response that says what is wrong."""
+    """Return an error in OpenAI's shape."""
     return JSONResponse(error.content(), error.status, headers=error.headers)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the application the body that was read, and then what follows."""
+    """Give the application the body that was read, and then further messages."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

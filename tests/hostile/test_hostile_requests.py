@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from llmtune.serve.generation_endpoints import in_text_thread
 from llmtune.serve.http_app import Gateway
 from llmtune.serve.middleware import LOOPBACK, AccessRules
-from llmtune.serve.request_handler import beside_the_loop
 from llmtune.serve.server import TimedProtocol
 
 
@@ -41,7 +41,7 @@ class Metrics:
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
     request = Request(scope, receive)
     if request.url.path == "/slow":
-        await beside_the_loop(time.sleep, 1.5)
+        await in_text_thread(time.sleep, 1.5)
     await JSONResponse({"path": request.url.path})(scope, receive, send)
 
 
