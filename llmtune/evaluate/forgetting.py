@@ -74,21 +74,18 @@ class ForgettingSuite(EvalSuite[Likelihoods]):
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
-        section = context.recipe.evaluate.forgetting
-        assert section is not None
-        self.texts = read_texts(section.texts)
-        self.questions = read_questions(section.questions)
+        self.texts, self.questions = self.read(context.recipe)
         self.passages: Passages
         self.trees = [question_tree(question, context.processor) for question in self.questions]
         self.too_long = 0
         """Questions that exceed the model's context; they are left out."""
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
+    def read(cls, recipe: Recipe) -> tuple[tuple[GeneralText, ...], list[Question]]:
         """Read texts and questions. Raises DataError where that cannot be done."""
-        if section := recipe.evaluate.forgetting:
-            read_texts(section.texts)
-            read_questions(section.questions)
+        section = recipe.evaluate.forgetting
+        assert section is not None
+        return read_texts(section.texts), read_questions(section.questions)
 
     def fit(self, limit: int) -> None:
         """Lay windows over the texts, and leave out questions that are longer than the context."""

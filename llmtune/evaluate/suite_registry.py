@@ -56,7 +56,7 @@ def check_inputs(recipe: Recipe) -> None:
         EnvironmentProblem: the hub cannot be reached.
     """
     for _, suite in stated_suites(recipe):
-        suite.check(recipe)
+        suite.read(recipe)
 
 
 def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:

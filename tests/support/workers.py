@@ -91,7 +91,7 @@ def measure_training(folder: str, run: str, strategy: str) -> list[int]:
     from accelerate.utils import gather_object
 
     import support.training  # noqa: F401
-    from llmtune.store.profile import Meter
+    from llmtune.store.machine import Meter
     from llmtune.train.distributed import join_processes
 
     join_processes("cpu")
