@@ -156,7 +156,7 @@ def hold(pins: Pins, recipe: Recipe, lock: Lock, run: Path) -> Pins:
 def compare_with_original(
     folder: RunFolder, now: Path, lock: Lock, verification: Verification, tolerances: Tolerances
 ) -> Json:
-    """Hold the reproduction against the run: by bytes where they can be the same, else by losses and scores."""
+    """Compare the reproduction with the run: by bytes where they can be the same, else by losses and scores."""
     was = folder.path
     trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])
     settings = differing_settings(folder, lock, now)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.data.file_survey import Reading, Survey
-    from llmtune.data.labelled_rows import Label
+    from llmtune.data.task_rows import Label
 
 SCHEMA = "recipe.schema.json"
 
@@ -191,7 +191,7 @@ def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
 
 def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print what was seen, so that a person can tell whether it is right."""
-    from llmtune.data.preparation import suspicions
+    from llmtune.data.file_survey import suspicions
 
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""

@@ -19,7 +19,7 @@ from llmtune.store.atomic_files import explained
 def migrate_file(
     file: Path, out: Path | None = None, tool: str | None = None, task: str | None = None, as_json: bool = False
 ) -> None:
-    """Write the recipe beside the file, or to `out`, and print what became of each key."""
+    """Write the recipe next to the file, or to `out`, and print what became of each key."""
     from llmtune.recipe.migration import migrate_config, write_migrated
     from llmtune.recipe.secrets import redact, redact_all
 
@@ -58,7 +58,7 @@ def migrate_to_recipe(
         Path, typer.Argument(metavar="FILE", help="YAML, JSON, or a file with the command line of the other tool.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write to this file (default: FILE.llmtune.yaml beside it).")
+        Path | None, typer.Option("--out", help="Write to this file (default: FILE.llmtune.yaml next to it).")
     ] = None,
     tool: Annotated[
         str | None,

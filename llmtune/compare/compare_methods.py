@@ -174,7 +174,7 @@ def compare_methods(recipe: str, options: MethodOptions, console: Console, shown
 
     Progress goes to `console`, the comparison to `shown`.
 
-    The runs lie in `OUT/<method>/`; each is skipped where it is valid, and goes on where it was stopped.
+    The runs are in `OUT/<method>/`; valid ones are skipped, stopped ones are resumed.
 
     Raises:
         LlmtuneError: what the recipe, or the run of a method, ends with. Gates that fail end nothing here.
@@ -254,7 +254,7 @@ def compare_trials(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, con
 
 
 class TrialBug(RuntimeError):
-    """A trial failed in a way that no user can fix; its traceback stands above."""
+    """A trial failed in a way that no user can fix; its traceback was printed."""
 
 
 def train_method(method: str, arguments: Sequence[str]) -> None:
@@ -313,7 +313,7 @@ def trial_error(method: str, code: int, output: IO[str]) -> Exception:
 
 
 def stop_with_parent() -> None:
-    """Ask this process to stop as soon as its parent is another one: what goes on alone would keep the run folder."""
+    """Ask this process to stop once its parent is gone: an orphan would keep the run folder locked."""
     while os.getppid() == int(os.environ[PARENT]):
         time.sleep(SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -53,7 +53,7 @@ METHOD = (
     "Seconds and memory are of one training on one machine.",
 )
 FEW = 6
-"""Pairs, those of four runs, that are all shown and told."""
+"""Up to so many pairs (four runs) are all shown and described."""
 LONGEST = 60
 
 
@@ -131,7 +131,7 @@ def make_comparison_page(made: Comparison) -> Page:
 
 
 def cost_table(runs: Sequence[RunSummary]) -> Table:
-    """A row a cost, and a column a run with a bar beside that of the largest."""
+    """A row a cost, and a column a run, with a bar relative to the largest."""
     rows: TableRows = []
     for name, (title, written) in COSTS.items():
         values: list[float | None] = [getattr(run, name) for run in runs]
@@ -183,7 +183,7 @@ def describe_pair(pair: RunPair) -> str:
 
 
 def describe_costs(runs: Sequence[RunSummary]) -> list[str]:
-    """Say what each run of another method than the first costs beside it, in parts of it."""
+    """Say what each run of another method costs, relative to the first."""
     first, *others = runs
     sentences = []
     for run in (one for one in others if one.method != first.method):

@@ -33,14 +33,14 @@ RATIOS = {
     "trainable": "trained parameters",
     "disk_bytes": "size on disk",
 }
-"""Costs that are told in parts of those of the first run."""
+"""Costs that are given relative to the first run."""
 COLOURS = ("#2563c9", "#0f9d8a", "#8e5bd0", "#d9822b", "#c2417c", "#64748b")
 PANEL_IN, ROW_IN, DPI = 1.9, 0.32, 130
 """Width of a panel and height of a run in inches."""
 MOST_SCORES = 2
 """Panels of scores: the metrics that say most."""
 ROOM = 1.75
-"""Of the longest bar: the width of a panel, for the number behind the bar."""
+"""Width of a panel in longest bars, with room for the number after the bar."""
 SETTINGS: Any = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -64,7 +64,7 @@ AXES = {
 """Title and unit of each cost."""
 BEHIND, ALIKE, FRONT = "#64748b", "#2563c9", "#d9822b"
 PLACES = ((5, 3, "left"), (-5, 3, "right"), (5, -10, "left"), (-5, -10, "right"), (5, 14, "left"), (5, -21, "left"))
-"""Where a name may stand beside its point: points to the right, points up, and which of its ends is there."""
+"""Positions of a name relative to its point: points to the right, points up, and the aligned end."""
 
 
 def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair], metric: str) -> None:
@@ -91,7 +91,7 @@ def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair]
             fontsize=8.5,
         )
         _place_names(figure, names)
-        _save(figure, path)
+        _save_picture(figure, path)
 
 
 def find_intervals(best: str, pairs: Sequence[RunPair], metric: str) -> Iterator[tuple[str, tuple[float, float]]]:
@@ -120,7 +120,7 @@ def _draw_cost(
     best: RunSummary,
     intervals: Mapping[str, tuple[float, float]],
 ) -> Iterator[Annotation]:
-    """Draw the runs over one of their costs; yields their names, which stand anywhere as yet."""
+    """Draw the runs over one of their costs; yields their names, not yet placed."""
     from matplotlib.ticker import EngFormatter
 
     title, unit = AXES[cost]
@@ -179,7 +179,7 @@ def draw_comparison(path: Path, runs: Sequence[RunSummary]) -> None:
             (draw_gains if name in metrics else draw_bars)(axes, runs, name)
         first.set_yticks(range(len(runs)), [run.name for run in runs])
         first.set_ylim(len(runs) - 0.45, -0.65)
-        _save(figure, path)
+        _save_picture(figure, path)
 
 
 def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
@@ -194,7 +194,7 @@ def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def draw_bars(axes: Axes, runs: Sequence[RunSummary], name: str) -> None:
-    """Draw one cost as a bar a run, with its number behind it."""
+    """Draw one cost as a bar a run, with its number after it."""
     title, written = COSTS[name]
     known = [getattr(run, name) for run in runs]
     bars = axes.barh(range(len(runs)), [value or 0 for value in known], height=0.56, color=COLOURS)
@@ -218,7 +218,7 @@ def draw_gains(axes: Axes, runs: Sequence[RunSummary], metric: str) -> None:
         axes.invert_xaxis()
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save_picture(figure: Figure, path: Path) -> None:
     """Write a picture as .png and .svg, the same bytes each time."""
     figure.savefig(path.with_suffix(".png"), dpi=DPI, metadata={"Software": None})
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})

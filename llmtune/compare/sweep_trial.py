@@ -124,7 +124,7 @@ def _distribution(key: str, node: Node) -> BaseDistribution:
 
 
 def _ends(distribution: BaseDistribution) -> Sequence[Any]:
-    """Return the values that stand for all: every choice, or both ends of a range."""
+    """Return the values to check: every choice, or both ends of a range."""
     choices = getattr(distribution, "choices", None)
     return choices if choices is not None else (distribution.low, distribution.high)  # type: ignore[attr-defined]
 

@@ -95,20 +95,20 @@ def _predictions(examples: Sequence[Example], documents: Sequence[Int64], starts
     rows: list[Int64] = []
     for row, (example, document, start) in enumerate(zip(examples, documents, starts, strict=True)):
         for first, end in zip(example.spans[::2], example.spans[1::2], strict=True):
-            first = max(first, 1)  # nothing stands before token 0 of a document, so nothing predicts it
+            first = max(first, 1)  # nothing is before token 0 of a document, so nothing predicts it
             positions = np.arange(first - 1, end - 1, dtype=np.int64)
             predict.append(positions + start)
             targets.append(document[first:end])
             rows.append(np.full(len(positions), row, dtype=np.int64))
     return {
-        "predict_S": _join(predict),
-        "targets_S": _join(targets),
-        "rows_S": _join(rows),
+        "predict_S": _concatenate(predict),
+        "targets_S": _concatenate(targets),
+        "rows_S": _concatenate(rows),
         "n_rows": len(examples),
     }
 
 
-def _join(parts: Sequence[Int64]) -> torch.Tensor:
+def _concatenate(parts: Sequence[Int64]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
 
 
@@ -143,7 +143,7 @@ def pad_texts(examples: Sequence[Example], pad_id: int | None) -> Batch:
 def encoder_batch(examples: Sequence[Example], pad_id: int | None, packs: bool) -> tuple[Batch, list[int]]:
     """Return what an encoder reads, and the flat index in B * T of each text's first token.
 
-    Packed texts stand in one row, with positions from 0 in each.
+    Packed texts are in one row, with positions from 0 in each.
     """
     if not packs:
         batch = pad_texts(examples, pad_id)

@@ -81,7 +81,7 @@ def _encode_row(
 
 
 def _plain_ends(ids: list[int], processor: PreTrainedTokenizerBase) -> list[int]:
-    """Take away the end token that some tokenizers add, and a start token that stands there twice."""
+    """Take away the end token that some tokenizers add, and a doubled start token."""
     end, start = processor.eos_token_id, processor.bos_token_id
     while ids and ids[-1] == end and len(ids) > 1:
         ids = ids[:-1]
@@ -91,7 +91,7 @@ def _plain_ends(ids: list[int], processor: PreTrainedTokenizerBase) -> list[int]
 def _byte_counter(
     text: str, ids: list[int], encoding: Encoding | None, processor: PreTrainedTokenizerBase, start: int
 ) -> Callable[[int], int]:
-    """Return a function that counts the bytes of `text` in the first k tokens, of which `start` are no text."""
+    """Return a function that counts the bytes of `text` in the first k tokens; the first `start` tokens are no text."""
 
     def by_text(tokens: int) -> int:
         return len(decode(processor, ids[start : min(tokens, len(ids))]).encode())

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from llmtune import __version__
-from llmtune.data.ingest import show_progress
+from llmtune.data.ingest import progress_bars
 from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed
 from llmtune.data.rendering_check import check_tools
@@ -172,10 +172,10 @@ def encode_rows(
     console: Console,
     pool: Callable[..., WorkerPool[_RowBatch, _EncodedBatch]] = WorkerPool,
 ) -> Examples:
-    """Encode all rows into one Arrow file a split in `folder`; `examples.json` beside them is written last.
+    """Encode all rows into one Arrow file a split in `folder`; `examples.json` next to them is written last.
 
     Rows that cannot be encoded are left out, counted by reason in `Examples.dropped` and listed one by one, with file
-    and line, in `left_out.jsonl` beside `folder`. A row that `data.on_overlong` splits makes several examples with the
+    and line, in `left_out.jsonl` next to `folder`. A row that `data.on_overlong` splits makes several examples with the
     same `row`. All cores are used where that pays; what is written does not depend on their number.
 
     Raises:
@@ -189,7 +189,7 @@ def encode_rows(
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
-        with show_progress(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
+        with progress_bars(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
             bar = progress.add_task("encode", total=total)
             batches = (batch for split in rows.files for batch in _batches(split, iterate_texts(rows, split)))
             encoded = pool(_BatchEncoder(task.encode, processor, recipe)).map(batches, lambda b: len(b.rows), total)
@@ -206,7 +206,7 @@ def encode_rows(
                             tally.add(split, result.examples)
                             file.write_batch(result.examples)
                         progress.advance(bar, result.rows)
-        _refuse(tally, rows, recipe, folder.parent / LEFT_OUT)
+        _check_left_out(tally, rows, recipe, folder.parent / LEFT_OUT)
         counted = {name: dict(getattr(tally, name)) for name in COUNTED}
         record = {
             "files": {split: f"{split}.arrow" for split in rows.files},
@@ -234,7 +234,7 @@ class ExamplesRecord(TypedDict):
 
 
 def load_examples(folder: Path) -> Examples:
-    """Read what `encode_rows` left in `folder`, wherever the folder stands now.
+    """Read what `encode_rows` left in `folder`, wherever the folder is now.
 
     Raises:
         DataError: there are no examples.
@@ -326,7 +326,7 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
 
 
 def record_batch(examples: Sequence[tuple[int, Example]]) -> pa.RecordBatch:
-    """Return examples, each with the number of its row, as they stand in the file."""
+    """Return examples, each with the number of its row, as the file holds them."""
     lists = [_lists([getattr(example, name) for _, example in examples], kind) for name, kind in LISTS.items()]
     numbers = [[getattr(example, name) for _, example in examples] for name in NUMBERS]
     numbers.append([row for row, _ in examples])
@@ -345,7 +345,7 @@ def _lists(parts: Sequence[Sequence[float] | Numbers], kind: type[np.generic]) -
     return pa.ListArray.from_arrays(pa.array(borders), pa.array(values))
 
 
-def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
+def _check_left_out(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
     """Raise if what was left out is more than the recipe allows."""
     too_long = tally.dropped[TOO_LONG]
     _refuse_long(tally, too_long, recipe, list_file)

@@ -23,7 +23,7 @@ from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Row
 from llmtune.report.render_terminal import spinner
 from llmtune.session import open_finished
@@ -69,7 +69,7 @@ def certify_run(
         EnvironmentProblem: it does not answer.
     """
     try:
-        key = read_text(key_file).strip() if key_file else None
+        key = read_text_file(key_file).strip() if key_file else None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     client = connect(url, key, offline)

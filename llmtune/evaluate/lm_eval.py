@@ -24,7 +24,7 @@ from ruamel.yaml.error import YAMLError
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError, nearest
 from llmtune.recipe.eval_suites_section import BenchmarkSection, is_task_file, plain_name, suite_name
 from llmtune.recipe.gate_grammar import parse_gate
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 from llmtune.store.process_environment import offline_switches
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def read_task_file(path: Path) -> dict[str, object]:
     reader = YAML(typ="rt", pure=True)
     reader.allow_duplicate_keys = True
     try:
-        content = reader.load(read_text(path))
+        content = reader.load(read_text_file(path))
     except FileNotFoundError:
         raise DataError.of("task file not found", str(path), "Correct evaluate.benchmarks.") from None
     except OSError as error:

@@ -30,7 +30,7 @@ from llmtune.evaluate.metric import (
     ratio,
 )
 from llmtune.evaluate.paired_statistics import Bounds, Floats, Formula, share_bounds
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 
 if TYPE_CHECKING:
     from jiwer import AlignmentChunk
@@ -318,7 +318,7 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
         found = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
-    content = json.loads(read_text(Path(found)))
+    content = json.loads(read_text_file(Path(found)))
     return {str(british): str(american) for british, american in content.items()} if isinstance(content, dict) else None
 
 

@@ -188,8 +188,8 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
 
 def write_test_file(recipe: str, sets: Sequence[str], out: Path | None, file: Path, console: Console) -> None:
     """Write the test rows of a recipe that was prepared into a file, and print the line for the recipe."""
+    from llmtune.data.preparation import write_test_rows
     from llmtune.data.row_store import load_rows
-    from llmtune.data.test_file import write_test_rows
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 

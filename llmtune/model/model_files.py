@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError, first_line
 from llmtune.model.quantized_base import check_readable
 from llmtune.recipe.model_section import ModelSection
-from llmtune.recipe.user_files import check_regular, open_regular, read_text
+from llmtune.recipe.user_files import check_regular, open_regular, read_text_file
 from llmtune.store.atomic_files import MODEL_ENDINGS
 
 MAX_JSON_BYTES = 2**28
@@ -91,7 +91,7 @@ def read_json_object(path: Path) -> dict[str, object]:
 def _parse_json_file(path: Path) -> object:
     """Return what a JSON file holds, or what is wrong with the file."""
     try:
-        content: object = json.loads(read_text(path, MAX_JSON_BYTES))
+        content: object = json.loads(read_text_file(path, MAX_JSON_BYTES))
     except OSError as error:
         return Problem(f"cannot be read: {error.strerror}", str(path), "Get it again from where the model comes from.")
     except (ValueError, RecursionError) as error:

@@ -124,7 +124,7 @@ class AdapterSection(RecipeSection):
         return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, add_tokens: bool = False) -> None:
-        """Report settings that the method, or the adapter to go on from, does not read, and what PEFT does not do."""
+        """Report settings that the method or the adapter in `start_from` ignores, and what PEFT cannot do."""
         why, method = f"with adapter.method: {self.method}", "adapter.method"
         if self.method == "full":
             diagnostics.none_has_effect(self, "adapter", LORA_KEYS, why, "Remove it, or use lora or qlora.", method)
@@ -162,7 +162,7 @@ class AdapterSection(RecipeSection):
 
     @property
     def needs_rows_apart(self) -> str | None:
-        """Why rows cannot stand in one line with this adapter; None where they can."""
+        """Return why rows cannot be packed with this adapter, or None."""
         if self.is_prompt:
             return f"{self.method} puts its vectors before each row"
         return (
@@ -275,11 +275,11 @@ LORA_KEYS = tuple(
 
 
 RESOLVED_KEYS = ("target_modules", "exclude_modules", "layers_to_transform")
-"""Keys that llmtune turns into names of modules by itself, for every method that has targets."""
+"""Keys that llmtune resolves to module names, for every method with targets."""
 
 
 def _is_kept(name: str, diagnostics: Diagnostics) -> bool:
-    """Whether a setting is the adapter's own when training goes on from one, and is not compared with it either."""
+    """Return whether a setting comes from the adapter in `start_from` and is not compared with it."""
     if diagnostics.assume_stated:
         return name != "lora_dropout"  # a default that is not stated gives way to the adapter's own
     if name in ("exclude_modules", "layers_to_transform"):

@@ -27,7 +27,7 @@ class Shipped:
 
 
 def recipes_folder() -> Path:
-    """Return the folder of shipped recipes: in the package when installed, beside it in a checkout."""
+    """Return the folder of shipped recipes: in the package when installed, next to it in a checkout."""
     package = Path(str(resources.files("llmtune")))
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
@@ -79,8 +79,8 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
         return shipped[bare]
     known = ", ".join(shipped) or "none"
     if os.sep in name or name.endswith((".yaml", ".yml")):
-        beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        hint = nearest(path.name, beside) or nearest(bare, list(shipped))
+        siblings = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) or nearest(bare, list(shipped))
         raise RecipeError.of(f"no such recipe file: {name}", None, f"Check the path.{hint} Shipped recipes: {known}.")
     fix = f"{nearest(name, list(shipped))} Shipped: {known}.".strip()
     raise RecipeError.of(f"no recipe file and no shipped recipe is called {name!r}", None, fix)

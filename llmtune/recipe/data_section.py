@@ -254,7 +254,7 @@ class DataSection(RecipeSection):
             diagnostics.add("data.test", what, "Leave some for training.", "data.validation")
 
     def _check_mappings(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        """Report names of columns and roles that nothing reads, and a name that stands for two roles."""
+        """Report columns and roles that nothing reads, and a name mapped to two roles."""
         check_names(self.columns, "data.columns", diagnostics)
         if self.columns and all(source.columns for split in SPLITS for source in self.sources(split)):
             fix = "Remove it, or the `columns` of the sources."

@@ -32,7 +32,7 @@ SUITE_KEYS = {
         "swap_changes": "swaps",
     },
 }
-"""What each suite measures, as gates call it behind the suite's name, and the key that it comes from."""
+"""By suite: its metrics as gates name them after the suite, and the key of each."""
 
 
 def absolute_file(name: str, folder: Path) -> str:
@@ -143,7 +143,7 @@ class BenchmarkSection(RecipeSection):
 def check_benchmark_keys(
     diagnostics: Diagnostics, benchmarks: tuple[BenchmarkSection, ...], variant: TaskVariant
 ) -> None:
-    """Report benchmarks that this task's models cannot answer, and two whose scores could not be told apart."""
+    """Report benchmarks that this task's models cannot answer, and two with the same name in the report."""
     key = "evaluate.benchmarks"
     if benchmarks and variant.without_decoder:
         why, because = variant.without_decoder

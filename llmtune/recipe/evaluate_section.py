@@ -90,7 +90,7 @@ class EvaluateSection(RecipeSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Columns that are kept beside the test rows, each with the key that names it."""
+        """Columns that are kept with the test rows, each with the key that names it."""
         groups = self.fairness.groups if self.fairness else ()
         return dict.fromkeys(groups, "evaluate.fairness.groups") | dict.fromkeys(self.slices, "evaluate.slices")
 

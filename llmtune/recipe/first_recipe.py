@@ -20,7 +20,7 @@ TEXT_LENGTH = 1024
 ERRORS = ("bits_per_byte", "wer", "mse")
 """Of these metrics, those that are better the lower they are and have a place in the example of a gate."""
 DEFAULT_DROPPED, MOST_DROPPED = 0.05, 0.3
-"""Shares of rows that cannot be read: what a recipe allows by itself, and what is too much to go on with."""
+"""Shares of rows that cannot be read: what a recipe allows by default, and what is too much to continue."""
 TEST_ROWS = 20
 """So many are worth an interval; below ten the verdict cannot tell."""
 LEAST_TEST, MOST_TEST = 0.1, 0.3

@@ -114,7 +114,7 @@ class ForeignConfig:
     table: MigrationTable
     values: dict[str, object]
     facts: RecipeValues
-    """What the command says beside its options: our keys."""
+    """Values of our keys that follow from the command itself, not from its options."""
 
     @classmethod
     def read(cls, file: Path, tool: str | None = None) -> ForeignConfig:
@@ -123,30 +123,17 @@ class ForeignConfig:
         if tool is not None and tool not in known:
             fix = f"{nearest(tool, list(tables()))} Tools: {', '.join(tables())}.".strip()
             raise RecipeError.of(f"Tool {tool!r} is not known", "--tool", fix)
-        if tool is not None:
-            _refuse_retired(known[tool], "--tool")
-        text, name = read_recipe_text(file), file_label(file)
+        text, name, folder = read_recipe_text(file), file_label(file), file.absolute().parent
         command = None if file.suffix.lower() in (".yaml", ".yml", ".json") else _find_command(text)
-        if command is not None:
-            table, words, before = command
-            table = known[tool] if tool else table
-            _refuse_retired(table, name)
-            values, facts = _read_options(table, words, file)
-            return cls(name, file.absolute().parent, table, values | _read_processes(before), facts)
-        nested = parse_yaml(text, name, file.parent).plain()
-        if not isinstance(nested, dict) or not nested:
-            raise RecipeError.of(
-                "no configuration: it is neither a mapping of keys nor a command of a tool", name, _TOOL
-            )
-        scores = {one: _score(known[one], nested) for one in known}
-        best = tool or max(scores, key=lambda one: scores[one])
-        if tool is None and scores[best][0] == 0:
-            fix = f"Name the tool: --tool {' | '.join(tables())}."
-            raise RecipeError.of(
-                f"No known tool has these keys: {', '.join(redact(str(key)) for key in [*nested][:8])}", name, fix
-            )
-        _refuse_retired(known[best], name)
-        return cls(name, file.absolute().parent, known[best], dict(known[best].flatten(nested)), {})
+        nested = {} if command else _read_nested(text, name, file)
+        table = known[tool] if tool else command[0] if command else _recognize(nested, name)
+        if table.retired:
+            raise RecipeError.of(f"Configurations of {table.tool} are no longer migrated", name, _INSTEAD)
+        if command is None:
+            return cls(name, folder, table, dict(table.flatten(nested)), {})
+        _, words, before = command
+        values, facts = _read_options(table, words, file)
+        return cls(name, folder, table, values | _read_processes(before), facts)
 
 
 _TOOL = "Give a YAML or JSON file of the tool, or a file with its command line."
@@ -155,25 +142,38 @@ _INSTEAD = (
 )
 
 
-def _refuse_retired(table: MigrationTable, where: str) -> None:
-    if table.retired:
-        raise RecipeError.of(f"Configurations of {table.tool} are no longer migrated", where, _INSTEAD)
+def _read_nested(text: str, name: str, file: Path) -> dict[str, object]:
+    nested = parse_yaml(text, name, file.parent).plain()
+    if not isinstance(nested, dict) or not nested:
+        what = "no configuration: it is neither a mapping of keys nor a command of a tool"
+        raise RecipeError.of(what, name, _TOOL)
+    return nested
 
 
-def _score(table: MigrationTable, nested: Mapping[str, object]) -> tuple[int, float]:
-    """Return how many keys mark this tool, and which share of the keys it knows.
+def _recognize(nested: Mapping[str, object], name: str) -> MigrationTable:
+    """Return the table of the tool that most keys mark, and of several the one that knows most of the keys.
 
-    Marks of a retired tool count three times: no other tool has them.
+    Marks of a retired tool count three times: no other tool has them. Raises RecipeError where no key marks a tool.
     """
-    keys = dict(table.flatten(nested))
-    marks = sum(key in table.marks for key in keys) * (3 if table.retired else 1)
-    return marks, sum(table.find(key) is not None for key in keys) / len(keys)
+
+    def score(table: MigrationTable) -> tuple[int, float]:
+        keys = dict(table.flatten(nested))
+        marks = sum(key in table.marks for key in keys) * (3 if table.retired else 1)
+        return marks, sum(table.find(key) is not None for key in keys) / len(keys)
+
+    best = max(_known_tools().values(), key=score)
+    if score(best)[0] == 0:
+        keys = ", ".join(redact(str(key)) for key in [*nested][:8])
+        raise RecipeError.of(
+            f"No known tool has these keys: {keys}", name, f"Name the tool: --tool {' | '.join(tables())}."
+        )
+    return best
 
 
 def _find_command(text: str) -> tuple[MigrationTable, list[str], list[str]] | None:
     """Find the first line that calls a tool; return its table, the words after the program and those before it.
 
-    Variables that lines above set stand for their values.
+    Variables set on earlier lines are replaced by their values.
     """
     assigned: dict[str, str] = {}
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():

@@ -1,4 +1,4 @@
-"""The layers of a recipe: the file, the files that it extends, and `--set`; what stands nearer wins."""
+"""The layers of a recipe: the file, the files that it extends, and `--set`. The nearest layer wins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INSTEAD = {
     "model.name": "model.candidates",
     "model.candidates": "model.name",
 }
-"""A key that is set from outside -> the key of the file in whose place it then stands."""
+"""A key set on the command line -> the key of the file that it replaces."""
 SOURCE_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"))
 
 
@@ -113,9 +113,9 @@ def relabel(node: Node) -> Node:
 
 
 def assign(below: Node | None, parts: Sequence[str], above: Node, key: tuple[str, ...] = ()) -> Node:
-    """Lay a value over the one that stands at a dotted key; `key` is the way gone, `parts` the way to go.
+    """Lay a value over the one at a dotted key; `key` is the path so far, `parts` the rest of it.
 
-    Raises RecipeError if the way is blocked.
+    Raises RecipeError if a value on the path has no keys.
     """
     if not parts:
         return above if below is None else overlay(below, above, key)
@@ -142,7 +142,7 @@ def assign(below: Node | None, parts: Sequence[str], above: Node, key: tuple[str
 
 
 def drop_key(node: Node, key: Sequence[str]) -> Node:
-    """Return a value without what stands at a key path in it."""
+    """Return a value without the entry at a key path."""
     if not isinstance(node.value, dict) or key[0] not in node.value:
         return node
     items = {name: item for name, item in node.value.items() if name != key[0]}

@@ -52,10 +52,10 @@ def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) 
     Raises RecipeError with every problem that was found, each with its place and what to do.
     """
     file = find_recipe(name_or_path)
-    return resolve(apply_sets(read_layers(file, Recipe.model_fields), sets), file)
+    return resolve_recipe(apply_sets(read_layers(file, Recipe.model_fields), sets), file)
 
 
-def resolve(root: Node, file: Path) -> LoadedRecipe:
+def resolve_recipe(root: Node, file: Path) -> LoadedRecipe:
     """Check what a recipe states and fill in the rest. Raises RecipeError with every problem."""
     source_map = SourceMap(root)
     written = validate(root, default_name(file))
@@ -72,21 +72,21 @@ def resolve(root: Node, file: Path) -> LoadedRecipe:
 
 
 def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[str] = ()) -> LoadedRecipe:
-    """Load the resolved recipe of a run: values have the origins that stand as comments behind them.
+    """Load the resolved recipe of a run: the comment after a value is its origin.
 
-    What `--set` changes has `--set`, a value without a comment its line. What was a default in one of the `changeable`
-    sections counts as not stated beside `sets`, so that it does not stand in the way of what is set.
+    What `--set` changes has `--set`, a value without a comment its line. Defaults in the
+    `changeable` sections count as not stated, so they never conflict with `sets`.
 
     Raises RecipeError.
     """
     text, root = read_recipe_text(file), read_layers(file, Recipe.model_fields)
-    loaded = resolve(root, file)
+    loaded = resolve_recipe(root, file)
     loaded = replace(loaded, origins=restore_origins(loaded.origins, loaded.recipe, text))
     if sets:
         for key, origin in loaded.origins.items():
             if origin == DEFAULT and key.split(".")[0] in changeable:
                 root = drop_key(root, key.split("."))
-        changed = resolve(apply_sets(root, sets), file)
+        changed = resolve_recipe(apply_sets(root, sets), file)
         loaded = replace(changed, origins=restore_origins(changed.origins, changed.recipe, text))
     return loaded
 

@@ -111,7 +111,7 @@ class Recipe(RecipeSection):
 
     @property
     def needs_rows_apart(self) -> str | None:
-        """Why rows cannot stand in one line; None where they can."""
+        """Return why rows cannot be packed, or None."""
         noise = "the noise of train.neftune_noise_alpha depends on a row's length"
         return self.adapter.needs_rows_apart or (noise if self.train.neftune_noise_alpha is not None else None)
 
@@ -185,7 +185,7 @@ class Recipe(RecipeSection):
 def json_schema() -> dict[str, object]:
     """Return the JSON Schema (2020-12). It is looser than `llmtune recipes check`, which knows what rests on what.
 
-    Keys that a recipe needs may stand in one that it extends, so they are asked for only where it extends none.
+    Required keys may come from an extended recipe, so the schema requires them only without `extends`.
     """
     describe_keys(RecipeSection)
     schema = Recipe.model_json_schema()

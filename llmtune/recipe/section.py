@@ -24,8 +24,8 @@ STORES = ("s3://", "gs://", "https://", "http://")
 class RecipeSection(BaseModel):
     """A part of the recipe: its keys are a closed list, its values are never converted and never change.
 
-    The text below a key describes it: meaning, unit, and the reason of its default. What a key's type cannot say, such
-    as that another key leaves it without effect, stands in the section's method `check`.
+    The text below a key describes it: meaning, unit, and the reason of its default. The section's
+    method `check` reports what a type cannot express, such as a key that another one makes ineffective.
     """
 
     model_config = ConfigDict(
@@ -89,7 +89,7 @@ def by_type(tags: Mapping[type, str], otherwise: str) -> Discriminator:
 
 
 BRANCHES = ("share", "sources", "text", "items", "switch", "number", "query")
-"""Names of union branches: they stand in pydantic's locations, but not in a recipe."""
+"""Names of union branches: part of pydantic's locations, but not of a recipe."""
 
 
 def is_section(annotation: object) -> TypeGuard[type[RecipeSection]]:

@@ -22,9 +22,9 @@ class SourceMap:
     root: Node
 
     def find(self, key: Key) -> tuple[Node, bool]:
-        """Return the deepest node on the way to `key`, and whether it stands at the end of the way.
+        """Return the deepest node on the path `key`, and whether it is the end of that path.
 
-        A source stands for a list of one, and a text for a source's `path`, so `data.train.0.path` finds both.
+        A single source counts as a list of one, and a text as a source's `path`, so `data.train.0.path` finds both.
         """
         node = self.root
         for step in key:
@@ -40,7 +40,7 @@ class SourceMap:
         return node, True
 
     def stated(self, key: str) -> bool:
-        """Whether a value other than null stands at a dotted key."""
+        """Whether a dotted key has a value other than null."""
         node, exists = self.find(split(key))
         return exists and node.value is not None
 
@@ -93,7 +93,7 @@ def list_origins(recipe: RecipeSection, source_map: SourceMap) -> dict[str, str]
 
 
 def restore_origins(origins: Mapping[str, str], recipe: RecipeSection, text: str) -> dict[str, str]:
-    """Return origins with those that stand as comments in `text`, a resolved recipe, but for what was set anew.
+    """Return origins, replaced by the comments in `text`, a resolved recipe, except for what was set anew.
 
     Raises RecipeError if `text` is not YAML.
     """
@@ -108,7 +108,7 @@ def restore_origins(origins: Mapping[str, str], recipe: RecipeSection, text: str
             comments[key] = comment
     for key, value in walk(recipe):
         if isinstance(value, dict) and value and f"{key}.{[*value][-1]}" in comments:
-            comments[key] = comments[f"{key}.{[*value][-1]}"]  # a mapping has it behind its items
+            comments[key] = comments[f"{key}.{[*value][-1]}"]  # a mapping's comments follow its items
     return {key: origin if origin == SET else comments.get(key, origin) for key, origin in origins.items()}
 
 
@@ -119,7 +119,7 @@ class Diagnostics:
         """Collect problems of one recipe.
 
         Args:
-            source_map: where its values stand.
+            source_map: where its values come from.
             broken: keys that are wrong by themselves: a problem that rests on one of them is left out.
             assume_stated: take every key for stated, to learn which defaults have no effect.
         """

@@ -279,7 +279,7 @@ LOSS_METRICS = {
     "orpo": ("accuracy", "margin", "likelihood_accuracy", "kl"),
     "reward": ("loss", "accuracy", "margin"),
 }
-"""Metrics of task preference that each loss has: those of KTO and ORPO depend on the rows that stand in one step."""
+"""Metrics of task preference that each loss has: the loss of KTO and ORPO depends on which rows share a step."""
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ class TaskVariant:
 
     @property
     def eval_metrics(self) -> tuple[str, ...]:
-        """Those that a model has by itself, without its base: what is measured while training, beside the loss."""
+        """Metrics that need no base model: measured while training, in addition to the loss."""
         of_two = {"accuracy", "margin"} if self.loss in ("dpo", "ipo", "kto") else set[str]()
         return tuple(name for name in self.metrics if name not in {"loss", *of_two})
 
@@ -360,7 +360,7 @@ class TaskVariant:
 
     @property
     def without_decoder(self) -> tuple[str, str] | None:
-        """Why no model of this recipe goes on with a text, and by which key; None where one may, or does."""
+        """Return why no model of this recipe continues a text, and the key that decides it, or None."""
         if not self.facts.decodes:
             return f"models of task: {self.task} give text none", "task"
         if self.is_masked:

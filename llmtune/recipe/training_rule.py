@@ -45,7 +45,7 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
     """Return what the rule says for those keys of `train` that the recipe does not state.
 
     Args:
-        recipe: As loaded: what it states is told from defaults.
+        recipe: As loaded: stated values are distinguished from defaults.
         rows: Training rows.
         width: Hidden size of the model, if its configuration names one.
         new_head: Whether a head is trained from nothing.

@@ -70,7 +70,7 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
         return b"".join(parts)
 
 
-def read_text(path: Path, limit: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
+def read_text_file(path: Path, limit: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
     """Read a regular file of at most `limit` bytes as UTF-8; raises OSError and UnicodeDecodeError."""
     return read_bytes(path, limit).decode("utf-8", errors)
 
@@ -118,7 +118,7 @@ def match_files(pattern: str) -> list[Path]:
 
 
 def _match_parts(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern; a star stands for no dot at the start."""
+    """Whether the parts of a path match those of a pattern; a star matches no leading dot."""
     if not pattern or not names:
         return not names and all(part == "**" for part in pattern)
     hidden = names[0].startswith(".")

@@ -73,7 +73,7 @@ ALIASES = {
 
 
 def unknown_key(key: Key, source_map: SourceMap, others: Collection[str] = ()) -> Problem:
-    """Return the problem of an unknown key: what is near it, and which keys are allowed beside it, `others` too."""
+    """Return the problem of an unknown key, with the nearest key and all allowed ones, `others` included."""
     if dotted(key) in RETIRED:
         return retired_problem(dotted(key), source_map.where(key))
     *parents, last = [step for step in key if step not in BRANCHES]
@@ -91,7 +91,7 @@ def unknown_key(key: Key, source_map: SourceMap, others: Collection[str] = ()) -
 
 
 def section_at(key: Key) -> type[RecipeSection] | None:
-    """Return the section whose keys stand at a key path, or None where it is no section."""
+    """Return the section at a key path, or None where there is none."""
     section: type[RecipeSection] | None = Recipe
     for step in key:
         if step not in BRANCHES and not isinstance(step, int):
@@ -173,7 +173,7 @@ def validate(root: Node, name: str) -> Recipe:
 
 
 def plain_values(node: Node, section: type[RecipeSection]) -> dict[str, object]:
-    """Return plain values in which a null that is no value of its key stands for the default.
+    """Return plain values, without nulls that mean the default.
 
     That is so for a section without lines, and for a null that takes back what the extended recipe states.
     """

@@ -1,4 +1,4 @@
-"""Reads YAML text into values that know where they stand; safe, bounded, YAML 1.2.
+"""Reads YAML text into values that know their file and line; safe, bounded, YAML 1.2.
 
 Values follow the core schema of YAML 1.2.2 (section 10.3): `1e-4` is a number, `no` and dates are text. Tags, merge
 keys and duplicate keys are refused; size, depth and the number of values (aliases expanded) are bounded.
@@ -39,7 +39,7 @@ NOT_FINITE = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))")
 
 @dataclass(frozen=True)
 class Node:
-    """A value and where it stands: mappings hold nodes by key, lists hold nodes, everything else is a scalar."""
+    """A value and its origin: mappings hold nodes by key, lists hold nodes, everything else is a scalar."""
 
     value: dict[str, Node] | list[Node] | YamlScalar
     origin: str
@@ -101,7 +101,7 @@ class NodeReader:
         self.problems.append(Problem(what, self.where(node.start_mark), fix))
 
     def read(self, node: nodes.Node, origin: str, depth: int = 0) -> Node:
-        """Read a node and all in it, those behind an alias every time it is used."""
+        """Read a node and all in it; an aliased node is read at every use."""
         self.values += 1
         if depth > MAX_DEPTH:
             self.report(node, f"nested more than {MAX_DEPTH} deep", "No recipe key lies that deep.")
@@ -121,7 +121,7 @@ class NodeReader:
         return Node(self.scalar(node), origin, self.folder)
 
     def mapping(self, node: nodes.MappingNode, depth: int) -> dict[str, Node]:
-        """Read a mapping whose keys are text and stand once."""
+        """Read a mapping whose keys are text and unique."""
         items: dict[str, Node] = {}
         for key, value in node.value:
             origin = self.where(key.start_mark)

@@ -77,7 +77,7 @@ class Writer:
     with_notes: bool
 
     def note(self, *keys: str) -> str:
-        """Return the comment behind a value: the origin of the first key that has one."""
+        """Return the comment after a value: the origin of the first key that has one."""
         origin = next((self.origins[key] for key in keys if key in self.origins), None)
         return (
             ""
@@ -117,5 +117,5 @@ class Writer:
 
 
 def write_yaml(recipe: Recipe, origins: dict[str, str], without_effect: frozenset[str], with_notes: bool) -> str:
-    """Return YAML that loads to the same recipe; defaults without effect in it stand as comments, if anywhere."""
+    """Return YAML that loads to the same recipe; with notes, ineffective defaults become comments."""
     return "\n".join(Writer(origins, without_effect, with_notes).section(recipe, "", "")) + "\n"

@@ -132,7 +132,7 @@ def text(x: float, y: float, label: str, anchor: str = "middle") -> Markup:
 
 
 def element(name: str, content: str = "", /, **attributes: str | float) -> Markup:
-    """Write an element; text is escaped, numbers have one decimal, and `_` in a name stands for `-`."""
+    """Write an element; text is escaped, numbers have one decimal, and `_` in a name becomes `-`."""
     written = [
         Markup(' {}="{}"').format(
             key.rstrip("_").replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value

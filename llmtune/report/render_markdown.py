@@ -1,6 +1,6 @@
 """Blocks as Markdown, for a README, a CI summary or a comment on a merge request.
 
-Free text stands in code spans or is escaped, so that it stays text; pictures and what is folded away stay on the pages.
+Free text is escaped or put into code spans. Pictures and folded parts are for pages only.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def sentence(text: str) -> str:
-    """Return a text of our own, what stands between backticks as code."""
+    """Return a text of our own; text between backticks becomes code."""
     parts = re.sub(r"\s+", " ", text).split("`")
     return "".join(code(part) if number % 2 else escape(part) for number, part in enumerate(parts)).strip()
 

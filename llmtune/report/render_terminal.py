@@ -129,7 +129,7 @@ def make_table(block: Table, width: int) -> RenderableType:
 
 
 def _folded(text: str, width: int) -> str:
-    """Break a text that is too wide between words, or behind hyphens and slashes; rich breaks at spaces only."""
+    """Break a text that is too wide between words, or after hyphens and slashes; rich breaks at spaces only."""
     lines = [""]
     for part in re.findall(r"[^\s/-]*[\s/-]*", text) if cell_len(text) > width else [text]:
         if lines[-1] and cell_len(lines[-1] + part.rstrip()) > width:
@@ -153,7 +153,7 @@ def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], widt
         *((2, words, words), (2, words, folded)),
     ):
         fixed = [size if number else low for size, number, low in zip(own, numbers, least, strict=True)]
-        spare = width - gap * (len(heads) - 1) - 2 - sum(fixed)  # the rest is between the columns and beside them
+        spare = width - gap * (len(heads) - 1) - 2 - sum(fixed)  # the rest is padding
         if spare >= 0:
             break
     else:
@@ -171,7 +171,7 @@ def _unbroken(text: str) -> list[str]:
 def _as_lines(
     title: str, heads: Sequence[Column], cells: Sequence[Sequence[str]], styles: Sequence[str], width: int
 ) -> RichText:
-    """Write each row as its name, and headings with values behind it; a value stays beside its heading."""
+    """Write each row as its name, then headings with their values; a line never breaks between the two."""
     text = RichText(f"{title}\n" if title else "", style="italic")
     for texts, style in zip(cells, styles, strict=True):
         pairs = [f"{column.heading} {value}".strip() for column, value in zip(heads, texts, strict=True) if value]

@@ -188,7 +188,7 @@ def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:
 
 
 def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:
-    """How often each class stands in each split, the most frequent first; those never seen in training are marked."""
+    """How often each class occurs in each split, the most frequent first; classes absent from training are marked."""
     trained = {label: splits.get("train") or 0 for label, splits in classes.items()}
     total, most = sum(trained.values()), max(trained.values()) or 1
     heads = [Column(name, "number") for name in (*SPLITS, "of train")]

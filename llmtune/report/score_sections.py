@@ -37,7 +37,7 @@ BETTER_NOTES = {1: "", -1: "lower is better", 0: "neither more nor less is bette
 
 
 def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None = None) -> list[Section]:
-    """Return all that an evaluation found, that which says most first; a section without blocks has nothing to say."""
+    """Return the sections of an evaluation, the most telling first; those without blocks are not shown."""
     base = base_name(evaluation)
     return [
         score_section(evaluation, task),
@@ -53,7 +53,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
 
 
 def base_name(evaluation: Evaluation) -> str:
-    """Return what the column beside the tuned model is called: nobody is to take a trivial baseline for a model."""
+    """Return the heading of the base's column: a trivial baseline must not pass for a model."""
     return "baseline" if evaluation.baseline else "base"
 
 
@@ -112,7 +112,7 @@ def power_section(power: Sequence[Power]) -> Section:
 
 
 def score_section(evaluation: Evaluation, task: str | None) -> Section:
-    """A row a metric; one that only the tuned model has stands there without a difference."""
+    """A row a metric; one that only the tuned model has gets no difference."""
     changes, baseline = evaluation.difference, evaluation.baseline
     rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in evaluation.tuned]
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
@@ -246,7 +246,7 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
 
 
 def slice_section(slices: Mapping[str, Sequence[Slice]], base: str) -> Section:
-    """By column a table a metric: that which says most, and the others folded away."""
+    """By column a table a metric: the most telling one, and the others folded away."""
     blocks = [block for column, parts in slices.items() for block in slice_tables(column, parts, base)]
     text = "Each slice has an interval of its own, of its own rows. Of twenty slices without any change, about one "
     text += "looks changed: a slice is a question to look into, and the verdict does not count it."
@@ -284,7 +284,7 @@ def suite_sections(evaluation: Evaluation) -> list[Section]:
 
 
 def overlap_section(evaluation: Evaluation) -> Section:
-    """Test rows that stand in the training rows, and the scores without them; nothing without test rows."""
+    """Test rows that are also training rows, and the scores without them; nothing without test rows."""
     overlap = evaluation.contamination
     if not overlap or not overlap.rows:
         return Section("Overlap", [])

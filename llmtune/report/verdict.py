@@ -58,7 +58,7 @@ def spread(metric: str, scores: Sequence[float], base: float | None) -> Spread:
 def describe_gain(metrics: Mapping[str, Spread], count: int, missing: Sequence[int]) -> str:
     """Say in one sentence whether the gain over the base is larger than the spread between seeds; costs do not count.
 
-    Seeds that have no scores yet are told in a second one.
+    A second sentence names seeds without scores.
     """
     judged = {name: one for name, one in metrics.items() if one.larger is not None and name not in COSTS}
     larger = [name for name, one in judged.items() if one.larger and one.better]
@@ -123,7 +123,7 @@ LITTLE = {
 SMALL_GAIN = 0.02
 """A gain of less than this share of the base's score is called small."""
 MUCH_OVERLAP = 0.1
-"""From this share of test rows on that stand in training, a gain may be memory."""
+"""If this share of the test rows is also in training, a gain may be memory."""
 GONE = 0.01
 """Share of the first loss below which there is nothing left to learn."""
 FALLING = {"validation_loss": 0.02, "loss": 0.05}

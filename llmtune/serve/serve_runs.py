@@ -17,7 +17,7 @@ from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.reference_model import switches_off
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.config import head_is_new
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
@@ -120,7 +120,7 @@ def read_key(options: ServeOptions) -> str | None:
     if options.key_file is not None:
         source = str(options.key_file)
         try:
-            key = read_text(options.key_file, MAX_KEY_BYTES)
+            key = read_text_file(options.key_file, MAX_KEY_BYTES)
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     key = key.strip() if key is not None else None

@@ -28,8 +28,8 @@ from llmtune.store.atomic_files import (
     write_text,
 )
 from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
+from llmtune.store.machine import Meter
 from llmtune.store.processes import rank
-from llmtune.store.profile import Meter
 
 MANIFEST, METRICS = "run.json", "metrics.jsonl"
 BUDGET = ".micro_batch_tokens"

@@ -15,10 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmtune.data.collators import encoder_batch
-from llmtune.data.labelled_rows import ClassifyRow, Label
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
+from llmtune.data.task_rows import ClassifyRow, Label
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.classification_metrics import (

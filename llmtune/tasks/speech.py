@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.audio import Samples, SpeechRow
+from llmtune.data.audio import SpeechRow, Waveform
 from llmtune.data.collators import IGNORED, pad
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
@@ -312,7 +312,7 @@ class Ctc(Speech):
 
 
 def spoken_example(
-    samples: Samples, text: str, target: list[int], learned: list[int], counted: int, cost: int
+    samples: Waveform, text: str, target: list[int], learned: list[int], counted: int, cost: int
 ) -> Example:
     """Return the example of a recording with its transcript."""
     return Example(

@@ -29,7 +29,7 @@ from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, system_errno
 from llmtune.model.device import MEMORY_ERRORS, is_out_of_memory
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.train.divergence import LossHistory
 from llmtune.train.metrics_log import METRICS
@@ -222,7 +222,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | Damage:
 
 
 def _read(folder: Path) -> Checkpoint | Damage:
-    content = json.loads(read_text(folder / STATE))
+    content = json.loads(read_text_file(folder / STATE))
     known = content.pop("sha256", None)  # earlier versions wrote none
     if known is not None and known != hash_value(content):
         return Damage(folder, f"{STATE} is not what was written")

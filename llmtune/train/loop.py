@@ -19,7 +19,7 @@ from llmtune.model.device import fits_in_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples, TrainedRun
 from llmtune.report.metric_info import better_side
-from llmtune.store.profile import seconds_of_process
+from llmtune.store.machine import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
 from llmtune.train.batch_plan import padding_share
 from llmtune.train.checkpoint import (

@@ -6,8 +6,8 @@ from support.rows import prepare, rows_of
 from support.variants import CLASSIFY
 from transformers import AutoTokenizer
 
-from llmtune.data.labelled_rows import classified
 from llmtune.data.rejected_rows import RowError
+from llmtune.data.task_rows import classified
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.classify import tokenize_texts
 

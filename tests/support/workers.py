@@ -91,7 +91,7 @@ def measure_training(folder: str, run: str, strategy: str) -> list[int]:
     from accelerate.utils import gather_object
 
     import support.training  # noqa: F401
-    from llmtune.store.profile import Meter
+    from llmtune.store.machine import Meter
     from llmtune.train.distributed import join_processes
 
     join_processes("cpu")
@@ -145,32 +145,17 @@ def agree_on_a_recipe(recipe: str) -> None:
     run_recipe(recipe, sets, RunRequest(Path(recipe).with_name("run"), "train"), make_console())
 
 
-def fail_in_rank_one() -> None:
-    """Meet a user's mistake in one process, while the other would go on for a long time."""
+def end_rank_one(how: str) -> None:
+    """End one process by a user's mistake, a bug, an abort in C or a signal; the other would run for a long time."""
     if os.environ["RANK"] == "1":
-        raise DataError.of("row 7 has no answer", "rows.jsonl:7", "Give it one.")
-    time.sleep(60)
-
-
-def crash_in_rank_one() -> None:
-    """Meet a bug in one process."""
-    if os.environ["RANK"] == "1":
-        raise ZeroDivisionError("a bug")
-    time.sleep(60)
-
-
-def die_in_rank_one(name: str = "SIGKILL") -> None:
-    """Be killed by the system in one process."""
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.Signals[name])
-    time.sleep(60)
-
-
-def break_in_rank_one() -> None:
-    """Break in C, after saying why, in one process."""
-    if os.environ["RANK"] == "1":
-        print("the disk is on fire", file=sys.stderr)
-        os.abort()
+        if how == "mistake":
+            raise DataError.of("row 7 has no answer", "rows.jsonl:7", "Give it one.")
+        if how == "bug":
+            raise ZeroDivisionError("a bug")
+        if how == "abort":
+            print("the disk is on fire", file=sys.stderr)
+            os.abort()
+        os.kill(os.getpid(), signal.Signals[how])
     time.sleep(60)
 
 
