@@ -17,7 +17,7 @@ from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
-from llmtune.model.device import SuppressRefusal
+from llmtune.model.device import SuppressRefusal, computing_dtype
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Example, Row
 
@@ -106,12 +106,6 @@ def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
         apart = math.hypot(*(a - b for a, b in zip(joint, separate, strict=True)))
         return apart <= share * math.hypot(*separate) + share * FLOOR_NATS * len(separate)
     return False
-
-
-def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:
-    """Return the number format of the forward pass: autocast's where it is on, the weights' elsewhere."""
-    kind = device.split(":")[0]
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
 
 
 def score_as_trees(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
