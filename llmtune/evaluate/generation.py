@@ -52,9 +52,9 @@ def answer_ends(model: torch.nn.Module, processor: PreTrainedTokenizerBase, reci
     the chat template, what that ends a turn with.
     """
     named = getattr(unwrap(model), "generation_config", None)
-    own = getattr(named, "eos_token_id", None)
+    stated = getattr(named, "eos_token_id", None)
     turn = stop_ids(processor, recipe) if recipe is not None and TASK_FACTS[recipe.task].templated else []
-    ids = [processor.eos_token_id, *(own if isinstance(own, list) else [own]), *turn]
+    ids = [processor.eos_token_id, *(stated if isinstance(stated, list) else [stated]), *turn]
     return sorted({int(i) for i in ids if i is not None})
 
 

@@ -204,14 +204,14 @@ SIGNATURE = "the likeliest of {count} answers: sum of log-probabilities, end-of-
 
 def find_choices(answers: Iterable[str]) -> tuple[str, ...]:
     """Return the distinct answers, sorted, if they are few, short and repeated; none (and stop reading) if not."""
-    found: set[str] = set()
+    distinct: set[str] = set()
     rows = 0
     for answer in answers:
         rows += 1
-        found.add(answer)
-        if len(found) > MOST_CHOICES or not answer.strip() or len(answer) > LONGEST_CHOICE:
+        distinct.add(answer)
+        if len(distinct) > MOST_CHOICES or not answer.strip() or len(answer) > LONGEST_CHOICE:
             return ()
-    return tuple(sorted(found)) if 2 <= len(found) <= rows / ROWS_A_CHOICE else ()
+    return tuple(sorted(distinct)) if 2 <= len(distinct) <= rows / ROWS_A_CHOICE else ()
 
 
 def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:

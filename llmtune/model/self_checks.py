@@ -91,7 +91,7 @@ def try_shared_prefixes(model: PreTrainedModel, dtype: torch.dtype) -> None:
     its loss at its head, and is in eval mode.
     """
     beginning = _documents(model, 2 * _TOKENS)[0]
-    documents = [[*beginning, *own] for own in _documents(model, _TOKENS)]
+    documents = [[*beginning, *rest] for rest in _documents(model, _TOKENS)]
     batch = _pack_documents(documents, model.device)
     allowed = False
     with SuppressRefusal(), torch.inference_mode(), compute_context(dtype, model.device.type):
@@ -170,8 +170,8 @@ def _rotate(rotary: torch.nn.Module, layer_type: str | None, lengths: Sequence[i
     """Return the sines and cosines of the first of some rows, by a copy: a module keeps the scale that it used last."""
     positions_1T = torch.cat([torch.arange(length) for length in lengths])[None]
     named = {} if layer_type is None else {"layer_type": layer_type}
-    found = copy.deepcopy(rotary).to("cpu")(torch.zeros(1), positions_1T, **named)
-    return [part[:, : lengths[0]] for part in (found if isinstance(found, tuple) else (found,))]
+    rotated = copy.deepcopy(rotary).to("cpu")(torch.zeros(1), positions_1T, **named)
+    return [part[:, : lengths[0]] for part in (rotated if isinstance(rotated, tuple) else (rotated,))]
 
 
 def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
