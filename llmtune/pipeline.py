@@ -6,10 +6,9 @@
     train      train the adapter, with checkpoints
     evaluate   score base and tuned model on the same held-out rows
 
-Then come the products that the recipe names (`deploy`), further seeds, and the report. A step is skipped if nothing
-that it depends on changed. What it finds out is kept as facts in the manifest (run.json), so that the report is written
-from the run folder alone. `resolve` makes the plan of a run; nothing changes it afterwards. All processes of a run
-execute this file, and rank 0 alone does the work inside `once`.
+Then come the products that the recipe names, further seeds, and the report. A step is skipped if nothing that it
+depends on changed. What it finds out is kept as facts in run.json: the report is written from the run folder alone.
+`resolve_run` makes the plan, which nothing changes. All processes run this file; rank 0 alone does the work in `once`.
 """
 
 from __future__ import annotations
@@ -56,17 +55,17 @@ from llmtune.report.score_sections import seed_table
 from llmtune.session import (
     Plan,
     RunContext,
+    decide_rest,
     draft_plan,
     evaluation_hash,
     find_variant,
     finish_plan,
-    is_sharded,
     locate_pinned,
     lock_run,
     make_adapted,
     open_finished,
     rows_hash,
-    score,
+    score_models,
     trained_name,
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged, write_text
@@ -77,7 +76,7 @@ from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
-from llmtune.train.loop import train as train_model
+from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
 from llmtune.train.row_losses import list_hardest
 
@@ -105,7 +104,7 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
         if loaded.recipe.train.seeds and request.until in UNTIL:
             context.once(lambda: write_report(_report(context, loaded), path))  # a further seed may be stopped
             run_seeds(context, loaded)
-        return conclude(context, loaded)
+        return conclude_run(context, loaded)
 
 
 def check_first(recipe: Recipe, request: RunRequest) -> None:
@@ -125,11 +124,11 @@ def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunReque
     return folder.manifest
 
 
-def prepare(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_prepare(context: RunContext, loaded: LoadedRecipe) -> None:
     """Step 1: read, check, deduplicate and split the rows; encode them if the model is known by now."""
     context.once(lambda: _prepare_rows(context, loaded))
     if loaded.recipe.model.name:
-        resolve(context, loaded, loaded.recipe.model.name)
+        resolve_run(context, loaded, loaded.recipe.model.name)
 
 
 def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
@@ -141,7 +140,7 @@ def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
             step.facts.update(rows_in=made.rows_in, kept=made.counts, dropped=made.dropped)
 
 
-def resolve(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
+def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
     """Find the model, decide what the recipe leaves open, encode the rows for it: from here on there is a plan."""
     rows = context.rows
     model_ref = read_model_ref(context.once(lambda: plain(locate_pinned(context, loaded.recipe.model, name))))
@@ -149,12 +148,14 @@ def resolve(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
     context.once(lambda: write_text(context.folder.path / "recipe.yaml", stated.to_yaml()))
     if context.request.until == "run" and "gguf" in draft.recipe.deploy:
         check_gguf(draft)  # before training, not after it
-    context.once(lambda: _encode(context, draft))
-    ends = context.request.until == "prepare"  # nothing is left to decide for
-    context.resolved = draft if ends else finish_plan(context, draft, rows, context.examples)
+    context.once(lambda: _encode_rows(context, draft))
+    context.resolved = draft
+    if context.request.until != "prepare":  # else no step is left that depends on more
+        decided = context.once(lambda: decide_rest(context, draft, rows, context.examples))
+        context.resolved = finish_plan(draft, decided)
 
 
-def _encode(context: RunContext, draft: Plan) -> None:
+def _encode_rows(context: RunContext, draft: Plan) -> None:
     rows, processor, recipe, task = context.rows, draft.processor, draft.recipe, draft.task
     inputs = examples_inputs(recipe, rows, draft.model_ref, processor)
     with context.step("encode", inputs, ["data/examples"]) as step:
@@ -166,7 +167,7 @@ def _encode(context: RunContext, draft: Plan) -> None:
     warn_of_cuts(rows, context.examples, task, processor, recipe, context.console)
 
 
-def select(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_select(context: RunContext, loaded: LoadedRecipe) -> None:
     """Step 2: choose the model if the recipe names none; check its context and the memory of the device.
 
     Raises:
@@ -174,7 +175,7 @@ def select(context: RunContext, loaded: LoadedRecipe) -> None:
         EnvironmentProblem: the model cannot be trained in this memory.
     """
     if context.resolved is None:
-        resolve(context, loaded, choose_model(context, loaded))
+        resolve_run(context, loaded, best_candidate(context, loaded))
     context.once(lambda: _plan_memory(context))
 
 
@@ -197,7 +198,7 @@ def _plan_memory(context: RunContext) -> None:
             )
 
 
-def choose_model(context: RunContext, loaded: LoadedRecipe) -> str:
+def best_candidate(context: RunContext, loaded: LoadedRecipe) -> str:
     """Return the name of the best candidate: that of the lock or an earlier ranking, else by ranking and trials."""
     recipe, request, console = loaded.recipe, context.request, context.console
     if request.pins is not None and request.pins.model in candidate_names(recipe):
@@ -212,19 +213,19 @@ def choose_model(context: RunContext, loaded: LoadedRecipe) -> str:
     return known["chosen"] or choose_candidate(loaded, known, context.folder, console, run_trial, context.once)
 
 
-def adapt(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_adapt(context: RunContext, loaded: LoadedRecipe) -> None:
     """Step 3, if the run ends here: put the adapter in and prove it. Training makes it again from the same seed."""
+
+    def adapt_alone() -> None:
+        with context.step("adapt", context.plan.inputs["adapt"]) as step:
+            if not step.skipped:
+                step.facts.update(describe_adapter(make_adapted(context)))
+
     if context.request.until == "adapt":
-        context.once(lambda: _adapt_alone(context))
+        context.once(adapt_alone)
 
 
-def _adapt_alone(context: RunContext) -> None:
-    with context.step("adapt", context.plan.inputs["adapt"]) as step:
-        if not step.skipped:
-            step.facts.update(describe_adapter(make_adapted(context)))
-
-
-def train(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
     """Steps 3 and 4 in all processes: adapt and train, from the last checkpoint if the inputs are the same."""
     if context.request.until != "train" and not context.folder.is_done("train"):  # before hours of training
         context.once(lambda: _check_evaluation(context))
@@ -268,7 +269,7 @@ def adapt_and_train(context: RunContext) -> None:
         adapted = make_adapted(context)
         step.facts.update(describe_adapter(adapted))
     with context.step("train", plan.inputs["train"], [trained_name(plan.recipe)], always=True) as step:
-        trained = train_model(
+        trained = train(
             adapted,
             context.examples,
             plan.task,
@@ -276,13 +277,13 @@ def adapt_and_train(context: RunContext) -> None:
             folder.path,
             context.console,
             budget=folder.findings["micro_batch_tokens"],
-            on_budget=folder.note_budget,
+            on_budget=folder.note_budget if rank() == 0 or context.shards else lambda tokens: None,
             inputs=plan.inputs["train"],
-            sharded=is_sharded(plan),
+            sharded=context.shards,
         )
         hardest = context.once(lambda: list_hardest(folder.path, context.rows, context.examples, plan.task))
         step.facts.update(trained.as_facts(), hardest_rows=hardest)
-        step.facts.update(processes=world_size(), strategy="fsdp" if is_sharded(plan) else "ddp")
+        step.facts.update(processes=world_size(), strategy="fsdp" if context.shards else "ddp")
     del adapted
     release_memory()  # evaluation loads its own model
 
@@ -294,7 +295,7 @@ def _lock_trained(context: RunContext) -> None:
         context.folder.write()
 
 
-def evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
     """Step 5 in all processes: base and tuned model on the same held-out rows; gates are read anew each time."""
     target = context.folder.path / "evaluation"
     inputs = context.once(lambda: evaluation_hash(context))
@@ -307,24 +308,24 @@ def evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
                 print_scores(evaluation, context.console)
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            score(context, folder, context.request.base or known)
+            score_models(context, folder, context.request.base or known)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=context.once(lambda: hash_folder(context.trained_folder)), recipe=judged)
 
 
-def deploy(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each certified against what was trained."""
     if context.plan.recipe.deploy:
         context.once(lambda: make_products(context))
 
 
 STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {
-    "prepare": prepare,
-    "select": select,
-    "adapt": adapt,
-    "train": train,
-    "evaluate": evaluate,
-    "run": deploy,
+    "prepare": run_prepare,
+    "select": run_select,
+    "adapt": run_adapt,
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "run": run_deploy,
 }
 """The steps of a run, by the value of `until` that ends it there."""
 
@@ -332,17 +333,15 @@ STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {
 def run_seeds(context: RunContext, loaded: LoadedRecipe) -> None:
     """Run the recipe once for each further seed, as far as the run itself went.
 
-    Each is skipped where it is valid, and resumes where it was stopped. Rows, model and micro-batches are those of the
-    run.
+    Each is skipped if valid, and resumes where it was stopped. Rows, model and micro-batches are those of the run.
     """
-    path, request = context.folder.path, context.request
-    same = RunRequest(until=UNTIL[request.until], offline=request.offline, pins=own_pins(path))
-    same = replace(same, findings=kept_findings(context.folder), base=path / "evaluation")
+    path, until, offline = context.folder.path, UNTIL[context.request.until], context.request.offline
+    same = RunRequest(None, until, offline=offline, pins=own_pins(path), findings=kept_findings(context.folder))
     for seed in loaded.recipe.train.seeds:
         further, out = with_seed(loaded, seed), seed_folder(path, seed)
         context.console.rule(f"seed {seed}", align="left")
         context.once(partial(share_rows, context.folder, out, further.fingerprint))
-        run_pipeline(further, replace(same, out=out), context.console)
+        run_pipeline(further, replace(same, out=out, base=path / "evaluation"), context.console)
 
 
 def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: bool, base: Path | None = None) -> Json:
@@ -363,19 +362,19 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         inputs = evaluation_inputs(plan.recipe, plan.model_ref, rows, examples)
         context.resolved = replace(plan, inputs={"evaluate": inputs})
         context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, console))
-        evaluate(context, loaded)
+        run_evaluate(context, loaded)
         for seed in loaded.recipe.train.seeds:
             further = seed_folder(run, seed)
             if is_done(further, "train"):
                 evaluate_run(with_seed(loaded, seed), further, console, offline=offline, base=run / "evaluation")
-        return conclude(context, loaded)
+        return conclude_run(context, loaded)
 
 
 def _report(context: RunContext, loaded: LoadedRecipe) -> Report:
     return make_report(context.folder, context.resolved.recipe if context.resolved else loaded.recipe, context.device)
 
 
-def conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
+def conclude_run(context: RunContext, loaded: LoadedRecipe) -> Json:
     """Write the report and return it, in rank 0; print the verdict, send it to trackers, raise a gate that failed."""
     report: Json = {}
     context.once(lambda: report.update(_conclude(context, loaded)))
@@ -390,11 +389,11 @@ def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
         print_blocks([seed_table(report.seeds)], console)
         console.print(report.seeds.told, highlight=False)
     if context.request.until in {"run", "evaluate"}:
-        plan = context.plan
         if "evaluate" in context.folder.ran:
-            log_results(report, plan.recipe.train.report_to, path, plan.device, offline=context.request.offline)
+            trackers = context.plan.recipe.train.report_to
+            log_results(report, trackers, path, context.device, offline=context.request.offline)
         print_verdict(report.verdict, report.gates, console)
-        context.folder.note(next_steps=next_steps(path, plan.task))
+        context.folder.note(next_steps=next_steps(path, context.plan.task))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
         require_gates(report.gates, report_json(report))
     return report_json(report)

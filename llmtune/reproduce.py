@@ -161,8 +161,8 @@ def compare_with_original(
     trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])
     settings = differing_settings(folder, lock, now)
     files = list(compare_trained(folder, now, lock, trained))
-    losses = [judge_reproduction(found, tolerances.loss) for found in compare_losses(was, now)]
-    scores = [judge_reproduction(found, tolerances.score) for found in compare_scores(was, now)]
+    losses = [judge_numbers(found, tolerances.loss) for found in compare_losses(was, now)]
+    scores = [judge_numbers(found, tolerances.score) for found in compare_scores(was, now)]
     if folder.is_done("evaluate") and not scores:
         scores = [{"name": "evaluation", "was": None, "now": None, "equal": False, "within": False}]
     by_bytes = not settings and device_of(folder, lock) == "cpu"
@@ -187,7 +187,7 @@ def compare_with_original(
     }
 
 
-def judge_reproduction(found: tuple[str, Any, Any], tolerance: float) -> Json:
+def judge_numbers(found: tuple[str, Any, Any], tolerance: float) -> Json:
     """Say of two numbers whether they are equal, and near enough."""
     name, was, now = found
     return {"name": name, "was": was, "now": now, "equal": was == now, "within": not far_apart(was, now, tolerance)}

@@ -40,11 +40,11 @@ from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
-from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Rows, SelectedModel
+from llmtune.records import ALONE, AdaptedModel, Examples, Json, Layout, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
-from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
+from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
@@ -90,7 +90,7 @@ class RunContext:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the run."""
+        """The plan of the run, once it is resolved."""
         assert self.resolved is not None, "rows and model are known by now"
         return self.resolved
 
@@ -110,12 +110,17 @@ class RunContext:
         return self.request.device or pick_device()
 
     @property
+    def shards(self) -> bool:
+        """Whether each process has a part of the model while it trains."""
+        return world_size() > 1 and self.plan.layout.sharded
+
+    @property
     def trained_folder(self) -> Path:
         """The subfolder with what was trained."""
         return self.folder.path / trained_name(self.plan.recipe)
 
     @contextmanager
-    def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[Step]:
+    def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[StepRun]:
         """Announce a step, and run it unless nothing changed; see `RunFolder.step`."""
         begin = partial(self.begin, name)
         with self.folder.step(name, inputs, outputs, always=always, on_begin=begin) as step:
@@ -166,28 +171,32 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
     return Plan(recipe, task, model_ref, context.device, context.request.layout or layout()), loaded
 
 
-def finish_plan(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Plan:
-    """Return the plan: the draft with `gradient_checkpointing` decided, and with the hash of what each step needs."""
-    recipe, model_ref = draft.recipe, draft.model_ref
-    adapted = adapter_inputs(recipe, model_ref, examples)
+def decide_rest(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Json:
+    """Decide what the encoded rows decide: checkpointing, and by step the hash of what it depends on."""
+    adapted = adapter_inputs(draft.recipe, draft.model_ref, examples)
     inputs = {
         "adapt": adapted,
-        "train": train_inputs(recipe, adapted),
-        "evaluate": evaluation_inputs(recipe, model_ref, rows, examples),
+        "train": train_inputs(draft.recipe, adapted),
+        "evaluate": evaluation_inputs(draft.recipe, draft.model_ref, rows, examples),
     }
-    decided = decide_checkpointing(context, draft, max(examples.longest.values()))
-    return replace(draft, recipe=decided, inputs=inputs)
+    return {"checkpointing": decide_checkpointing(context, draft, max(examples.longest.values())), "inputs": inputs}
 
 
-def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> Recipe:
-    """Return the recipe with `gradient_checkpointing: auto` decided; `longest` is the longest row in tokens.
+def finish_plan(draft: Plan, decided: Json) -> Plan:
+    """Return the plan that a draft and the decisions of `decide_rest` make."""
+    train = draft.recipe.train.model_copy(update={"gradient_checkpointing": decided["checkpointing"]})
+    return replace(draft, recipe=draft.recipe.model_copy(update={"train": train}), inputs=decided["inputs"])
+
+
+def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> bool:
+    """Decide `gradient_checkpointing: auto`; `longest` is the longest row in tokens.
 
     The findings of the run keep the decision for as long as the question is the same. A run that resumes where there is
     more memory, or less, continues as it began.
     """
     recipe, findings = draft.recipe, context.folder.findings
     if recipe.train.gradient_checkpointing != "auto":
-        return recipe
+        return recipe.train.gradient_checkpointing
     inputs = hash_value([draft.model_ref.content_hash, longest, adapter_settings(recipe), recipe.train.optim])
     known = findings.get("gradient_checkpointing")
     if known is None or known["inputs"] != inputs:
@@ -199,8 +208,7 @@ def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> Reci
             f"({longest:,} tokens) does not fit into the memory of {draft.device} otherwise.",
             highlight=False,
         )
-    train = recipe.train.model_copy(update={"gradient_checkpointing": known["on"]})
-    return recipe.model_copy(update={"train": train})
+    return bool(known["on"])
 
 
 def rows_hash(context: RunContext, recipe: Recipe) -> str:
@@ -221,17 +229,12 @@ def make_adapted(context: RunContext) -> AdaptedModel:
     Where each process is to have a part of the model, the first one alone makes it, in main memory.
     """
     plan = context.plan
-    if not is_sharded(plan):
+    if not context.shards:
         return _make_adapted(context, plan.recipe, plan.device)
     join_processes(plan.device)
     find_class(plan.model_ref, plan.recipe, plan.task)  # code of its own has to be there before a model of it comes
     device, recipe = loading_device(plan.recipe, plan.device)
     return share_model(partial(_make_adapted, context, recipe, device))
-
-
-def is_sharded(plan: Plan) -> bool:
-    """Whether each process has a part of the model while it trains."""
-    return world_size() > 1 and plan.layout.sharded
 
 
 def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedModel:
@@ -350,11 +353,8 @@ def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelR
     return model_ref
 
 
-def score(context: RunContext, folder: Path | None, base_folder: Path | None) -> None:
-    """Evaluate base and tuned model, all processes together; rank 0 has a `folder`, for the evaluation.
-
-    `base_folder` is an evaluation with answers of the base that may be known.
-    """
+def score_models(context: RunContext, folder: Path | None, base_folder: Path | None) -> None:
+    """Evaluate both models, all processes together; rank 0 writes to `folder`. `base_folder` may have base answers."""
     plan, rows, examples = context.plan, context.rows, context.examples
     recipe, task, processor, models = plan.recipe, plan.task, plan.processor, Models(context)
     join_processes(plan.device)
@@ -374,8 +374,7 @@ def score(context: RunContext, folder: Path | None, base_folder: Path | None) ->
 
 def lock_run(context: RunContext) -> None:
     """Write llmtune.lock: all that training starts from, file by file."""
-    plan = context.plan
-    recipe, model_ref = plan.recipe, plan.model_ref
+    plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     data_hash, files = list_sources(recipe.data, recipe.task)
     start = recipe.adapter.start_from
     sources = [SourceRecord(source=file.source, path=str(file.path) if file.path else None) for file in files]

@@ -143,7 +143,7 @@ def new(
 @handled
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check a recipe: every problem at once, with file and line; and the files, columns and trackers that it names."""
-    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
+    from llmtune.launch.recipe_check import check_recipe, marks_left, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
@@ -151,7 +151,7 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
     for line in marks:
         stderr_console().print(f"still as the starter has it: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
-    check_rows(loaded, detected)
+    try_recipe_rows(loaded, detected)
     if as_json:
         read = [{"file": one.input.name, "format": one.row_format.name, "columns": one.columns} for one in detected]
         about = {"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []}

@@ -27,6 +27,7 @@ from llmtune.data.chat_template import (
     read_template,
     with_kwargs,
 )
+from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.template_facts import TemplateFacts
 from llmtune.data.template_text import template_variables
@@ -34,7 +35,7 @@ from llmtune.data.tokenization import decode
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Example, Row, Rows
+from llmtune.records import Row, Rows
 
 KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
 """As rows have them on disk. Within a text, quotes have backslashes before them."""

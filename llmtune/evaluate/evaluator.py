@@ -182,7 +182,7 @@ def compare_answers(
         difference=measures.differences(seed),
         samples=pick_samples(inputs, base, tuned, samples),
         rows=len(inputs.rows),
-        signatures=signatures(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
+        signatures=describe_metrics(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
         details=details,
         guessable=find_guessable(task, recipe, references, prompts, measures.tuned) if headless else (),
         flips=find_flips(measures, inputs, base, tuned, samples),
@@ -190,7 +190,9 @@ def compare_answers(
     )
 
 
-def signatures(measures: Mapping[str, Measure], inputs: EvalInputs, answers: Answers, recipe: Recipe) -> dict[str, str]:
+def describe_metrics(
+    measures: Mapping[str, Measure], inputs: EvalInputs, answers: Answers, recipe: Recipe
+) -> dict[str, str]:
     """Describe how each metric was computed, and what was left out."""
     by_metric = dict.fromkeys(inputs.metrics, "not measured: these rows do not have what it is made of")
     by_metric |= {metric: one.signature for metric, one in measures.items()} | {"intervals": METHOD} | inputs.notes

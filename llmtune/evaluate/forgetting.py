@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import prompt_ids
+from llmtune.data.example import Example
 from llmtune.data.tokenization import encode_texts, start_ids
 from llmtune.errors import Problem
 from llmtune.evaluate.eval_inputs import EvalContext
@@ -34,7 +35,7 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_proces
 from llmtune.model.causal_lm_loss import causal_loss, move_to
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Advance, Example, StudyTable
+from llmtune.records import Advance, StudyTable
 from llmtune.report.number_format import DASH, count, score
 
 PROMPT = "Question: {question}\nAnswer:"

@@ -57,7 +57,7 @@ def share_rows(folder: RunFolder, out: Path, fingerprint: str) -> None:
     with explained(out):
         out.parent.mkdir(exist_ok=True)
         with staged(out) as target:
-            shutil.copytree(folder.path / "data", target / "data", copy_function=link)
+            shutil.copytree(folder.path / "data", target / "data", copy_function=hard_link)
             write_json(target / MANIFEST, {"fingerprint": fingerprint, "steps": steps, "findings": findings})
 
 
@@ -67,7 +67,7 @@ def kept_findings(folder: RunFolder) -> dict[str, object]:
     return {name: folder.findings[name] for name in names if name in folder.findings}
 
 
-def link(source: str, target: str) -> None:
+def hard_link(source: str, target: str) -> None:
     """Give a file a second name where the file system can, else copy it: a step never changes a file in place."""
     try:
         os.link(source, target)

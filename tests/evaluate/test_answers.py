@@ -19,7 +19,7 @@ from support.templates import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtune.data.row_store import iterate_rows
-from llmtune.evaluate.eval_inputs import choose_metrics, warn_of_cuts
+from llmtune.evaluate.eval_inputs import measured_metrics, warn_of_cuts
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.evaluate.text_metrics import TEXT_MEASURES
@@ -129,8 +129,8 @@ def test_tools_without_a_valid_schema_are_reported_and_not_scored_as_valid(tmp_p
 
 
 def test_metrics_of_tools_are_left_out_where_no_row_has_tools(bench):
-    assert {*TOOL_METRICS} <= {*choose_metrics(bench.recipe, has_tools=True)}
-    assert not {*TOOL_METRICS} & {*choose_metrics(bench.recipe, has_tools=False)}
+    assert {*TOOL_METRICS} <= {*measured_metrics(bench.recipe, has_tools=True)}
+    assert not {*TOOL_METRICS} & {*measured_metrics(bench.recipe, has_tools=False)}
 
 
 def test_answers_that_were_cut_are_counted_and_told(bench, console):

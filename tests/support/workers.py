@@ -46,7 +46,9 @@ def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]
     recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
     console = Console(file=sys.stderr, width=200)
     examples = read_examples(Path(folder) / "examples")
-    trained = run_training(Path(run), recipe, examples, console=console, sharded=strategy == "fsdp")
+    trained = run_training(
+        Path(run), recipe, examples, console=console, sharded=strategy == "fsdp" and world_size() > 1
+    )
     return {"steps": trained.steps, "train_loss": trained.train_loss}
 
 
