@@ -35,9 +35,9 @@ from transformers import (
 from watch import describe_training, watch
 
 from llmtune import pipeline
+from llmtune.data.example import Example
 from llmtune.data.examples import ExampleReader
 from llmtune.recipe.loader import load_recipe
-from llmtune.records import Example
 from llmtune.session import RunContext, make_adapted
 from llmtune.store.run_request import RunRequest
 from llmtune.train.batch_plan import StepPlan

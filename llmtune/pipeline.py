@@ -6,10 +6,9 @@
     train      train the adapter, with checkpoints
     evaluate   score base and tuned model on the same held-out rows
 
-Then the products that the recipe names are made (`deploy`), further seeds are run, and the report is written. Each step
-is skipped if nothing that it depends on changed. What a step finds out is kept as facts in the manifest (run.json), so
-that the report can be written from the run folder alone. `resolve` makes the plan of a run, once: steps read it, and
-nothing changes it. All processes of a run execute this file; work inside `once` is done by rank 0 alone.
+Then come the products that the recipe names, further seeds, and the report. A step is skipped if nothing that it
+depends on changed. What it finds out is kept as facts in run.json: the report is written from the run folder alone.
+`resolve_run` makes the plan, which nothing changes. All processes run this file; rank 0 alone does the work in `once`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
-from llmtune.evaluate.gates import check_gates, require_gates
+from llmtune.evaluate.gates import require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.run_report import make_report
 from llmtune.evaluate.suite_registry import check_inputs
@@ -45,15 +44,7 @@ from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device, release_memory
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
-from llmtune.model.model_selection import RankedModel, read_ranking
-from llmtune.model.model_trials import (
-    candidate_folder,
-    known_or_ranked,
-    note_ranking,
-    successive_halving,
-    validation_bits,
-    with_candidate,
-)
+from llmtune.model.model_trials import choose_candidate, known_or_ranked
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, read_model_ref
@@ -61,20 +52,20 @@ from llmtune.report.render_terminal import print_blocks
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.report_record import Report
 from llmtune.report.score_sections import seed_table
-from llmtune.scoring import score_models
 from llmtune.session import (
     Plan,
     RunContext,
+    decide_rest,
     draft_plan,
     evaluation_hash,
     find_variant,
     finish_plan,
-    is_sharded,
     locate_pinned,
     lock_run,
     make_adapted,
     open_finished,
     rows_hash,
+    score_models,
     trained_name,
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged, write_text
@@ -83,14 +74,11 @@ from llmtune.store.processes import once, rank, world_size
 from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, recipe_of_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.run_request import RunRequest
-from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
+from llmtune.store.seed_runs import UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
-from llmtune.train.loop import train as train_model
+from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
 from llmtune.train.row_losses import list_hardest
-
-KEPT = ("micro_batch_tokens", "gradient_checkpointing")
-"""Findings of a run that its further seeds and its reproduction keep."""
 
 
 def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json:
@@ -102,8 +90,7 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
     assert not request.dry_run, "`launch.dry_run` is for those"
     path = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
     check_first(loaded.recipe, request)
-    if request.lock is not None and request.pins is None:
-        request = replace(request, pins=read_pins(request.lock))
+    request = replace(request, pins=request.pins or (read_pins(request.lock) if request.lock else None))
     with ExitStack() as stack:
         manifest = once(lambda: _begin(stack, path, loaded, request, console))
         if not path.is_dir():
@@ -115,9 +102,9 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
             if name == request.until:
                 break
         if loaded.recipe.train.seeds and request.until in UNTIL:
-            context.once(lambda: write_report(current_report(context, loaded), path))  # a further seed may be stopped
+            context.once(lambda: write_report(_report(context, loaded), path))  # a further seed may be stopped
             run_seeds(context, loaded)
-        return conclude_once(context, loaded)
+        return conclude_run(context, loaded)
 
 
 def check_first(recipe: Recipe, request: RunRequest) -> None:
@@ -137,11 +124,11 @@ def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunReque
     return folder.manifest
 
 
-def prepare(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_prepare(context: RunContext, loaded: LoadedRecipe) -> None:
     """Step 1: read, check, deduplicate and split the rows; encode them if the model is known by now."""
     context.once(lambda: _prepare_rows(context, loaded))
     if loaded.recipe.model.name:
-        resolve(context, loaded, loaded.recipe.model.name)
+        resolve_run(context, loaded, loaded.recipe.model.name)
 
 
 def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
@@ -153,7 +140,7 @@ def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
             step.facts.update(rows_in=made.rows_in, kept=made.counts, dropped=made.dropped)
 
 
-def resolve(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
+def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
     """Find the model, decide what the recipe leaves open, encode the rows for it: from here on there is a plan."""
     rows = context.rows
     model_ref = read_model_ref(context.once(lambda: plain(locate_pinned(context, loaded.recipe.model, name))))
@@ -161,12 +148,14 @@ def resolve(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
     context.once(lambda: write_text(context.folder.path / "recipe.yaml", stated.to_yaml()))
     if context.request.until == "run" and "gguf" in draft.recipe.deploy:
         check_gguf(draft)  # before training, not after it
-    context.once(lambda: _encode(context, draft))
-    ends = context.request.until == "prepare"  # nothing is left to decide for
-    context.resolved = draft if ends else finish_plan(context, draft, rows, context.examples)
+    context.once(lambda: _encode_rows(context, draft))
+    context.resolved = draft
+    if context.request.until != "prepare":  # else no step is left that depends on more
+        decided = context.once(lambda: decide_rest(context, draft, rows, context.examples))
+        context.resolved = finish_plan(draft, decided)
 
 
-def _encode(context: RunContext, draft: Plan) -> None:
+def _encode_rows(context: RunContext, draft: Plan) -> None:
     rows, processor, recipe, task = context.rows, draft.processor, draft.recipe, draft.task
     inputs = examples_inputs(recipe, rows, draft.model_ref, processor)
     with context.step("encode", inputs, ["data/examples"]) as step:
@@ -178,7 +167,7 @@ def _encode(context: RunContext, draft: Plan) -> None:
     warn_of_cuts(rows, context.examples, task, processor, recipe, context.console)
 
 
-def select(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_select(context: RunContext, loaded: LoadedRecipe) -> None:
     """Step 2: choose the model if the recipe names none; check its context and the memory of the device.
 
     Raises:
@@ -186,7 +175,7 @@ def select(context: RunContext, loaded: LoadedRecipe) -> None:
         EnvironmentProblem: the model cannot be trained in this memory.
     """
     if context.resolved is None:
-        resolve(context, loaded, choose_candidate(context, loaded))
+        resolve_run(context, loaded, best_candidate(context, loaded))
     context.once(lambda: _plan_memory(context))
 
 
@@ -209,54 +198,43 @@ def _plan_memory(context: RunContext) -> None:
             )
 
 
-def choose_candidate(context: RunContext, loaded: LoadedRecipe) -> str:
+def best_candidate(context: RunContext, loaded: LoadedRecipe) -> str:
     """Return the name of the best candidate: that of the lock or an earlier ranking, else by ranking and trials."""
-    recipe, run, console, pins = loaded.recipe, context.folder, context.console, context.request.pins
-    if pins is not None and pins.model in candidate_names(recipe):
-        return pins.model
-    rank_all = partial(known_or_ranked, recipe, partial(find_variant, recipe), context.rows, console, run)
-    known = context.once(lambda: rank_all(context.device, context.request.offline))
-    if known["chosen"]:
-        return str(known["chosen"])
-    ranking = read_ranking(known["ranking"])
-    if recipe.model.trials:
-        tune = partial(tune_candidate, context, loaded)
-        ranking = successive_halving(ranking, recipe.model.trials, tune, console)
-    context.once(lambda: note_ranking(ranking, known["inputs"], run, console))
-    return ranking.chosen.name
+    recipe, request, console = loaded.recipe, context.request, context.console
+    if request.pins is not None and request.pins.model in candidate_names(recipe):
+        return request.pins.model
+
+    def run_trial(trial: LoadedRecipe, out: Path) -> None:
+        context.once(lambda: share_rows(context.folder, out, trial.fingerprint))
+        run_pipeline(trial, RunRequest(out, "train", offline=request.offline), console)
+
+    about = recipe, partial(find_variant, recipe), context.rows, console, context.folder, context.device
+    known = context.once(lambda: known_or_ranked(*about, request.offline))
+    return known["chosen"] or choose_candidate(loaded, known, context.folder, console, run_trial, context.once)
 
 
-def tune_candidate(context: RunContext, loaded: LoadedRecipe, candidate: RankedModel, steps: int) -> float:
-    """Train a candidate for some steps in a run folder of its own; return bits per byte of the validation rows."""
-    trial, out = with_candidate(loaded, candidate, steps), candidate_folder(context.folder.path, candidate.name, steps)
-    context.once(lambda: share_rows(context.folder, out, trial.fingerprint))
-    run_pipeline(trial, RunRequest(out, "train", offline=context.request.offline), context.console)
-    return validation_bits(out)
+def run_adapt(context: RunContext, loaded: LoadedRecipe) -> None:
+    """Step 3, if the run ends here: put the adapter in and prove it. Training makes it again from the same seed."""
 
+    def adapt_alone() -> None:
+        with context.step("adapt", context.plan.inputs["adapt"]) as step:
+            if not step.skipped:
+                step.facts.update(describe_adapter(make_adapted(context)))
 
-def adapt(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 3: put the adapter in and prove it, where the run ends here. Training makes it again from the same seed."""
     if context.request.until == "adapt":
-        context.once(lambda: _adapt_alone(context))
+        context.once(adapt_alone)
 
 
-def _adapt_alone(context: RunContext) -> None:
-    with context.step("adapt", context.plan.inputs["adapt"]) as step:
-        if not step.skipped:
-            step.facts.update(describe_adapter(make_adapted(context)))
-
-
-def train(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
     """Steps 3 and 4 in all processes: adapt and train, from the last checkpoint if the inputs are the same."""
     if context.request.until != "train" and not context.folder.is_done("train"):  # before hours of training
-        context.once(lambda: refuse_before_training(context))
+        context.once(lambda: _check_evaluation(context))
     if context.once(lambda: _begin_training(context)):
         adapt_and_train(context)
     context.once(lambda: _lock_trained(context))
 
 
-def refuse_before_training(context: RunContext) -> None:
-    """Raise what the evaluation would raise for its champion or its benchmarks."""
+def _check_evaluation(context: RunContext) -> None:
     recipe = recipe_of_run(context.folder).recipe
     check_champion(recipe, context.folder, context.rows, context.examples, context.console)
     load_benchmarks(recipe, context.console)
@@ -291,7 +269,7 @@ def adapt_and_train(context: RunContext) -> None:
         adapted = make_adapted(context)
         step.facts.update(describe_adapter(adapted))
     with context.step("train", plan.inputs["train"], [trained_name(plan.recipe)], always=True) as step:
-        trained = train_model(
+        trained = train(
             adapted,
             context.examples,
             plan.task,
@@ -299,13 +277,13 @@ def adapt_and_train(context: RunContext) -> None:
             folder.path,
             context.console,
             budget=folder.findings["micro_batch_tokens"],
-            on_budget=folder.note_budget,
+            on_budget=folder.note_budget if rank() == 0 or context.shards else lambda tokens: None,
             inputs=plan.inputs["train"],
-            sharded=is_sharded(plan),
+            sharded=context.shards,
         )
         hardest = context.once(lambda: list_hardest(folder.path, context.rows, context.examples, plan.task))
         step.facts.update(trained.as_facts(), hardest_rows=hardest)
-        step.facts.update(processes=world_size(), strategy="fsdp" if is_sharded(plan) else "ddp")
+        step.facts.update(processes=world_size(), strategy="fsdp" if context.shards else "ddp")
     del adapted
     release_memory()  # evaluation loads its own model
 
@@ -317,39 +295,37 @@ def _lock_trained(context: RunContext) -> None:
         context.folder.write()
 
 
-def evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
     """Step 5 in all processes: base and tuned model on the same held-out rows; gates are read anew each time."""
-    recipe, target = context.plan.recipe, context.folder.path / "evaluation"
+    target = context.folder.path / "evaluation"
     inputs = context.once(lambda: evaluation_hash(context))
     context.once(lambda: note_look(context.folder, context.console))
-    base = context.request.base
-    if base is None and context.folder.is_whole("evaluate"):
-        base = target  # what the base answered before
+    known = target if context.folder.is_whole("evaluate") else None  # what the base answered before
     unchanged = context.once(lambda: context.folder.is_valid("evaluate", inputs))
     with context.step("evaluate", inputs, ["evaluation"], always=not unchanged) as step:
         if step.skipped:
             if evaluation := load_evaluation(target):
-                print_scores(replace(evaluation, gates=check_gates(recipe.evaluate, evaluation)), context.console)
+                print_scores(evaluation, context.console)
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            score_models(context, folder, base)
+            score_models(context, folder, context.request.base or known)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=context.once(lambda: hash_folder(context.trained_folder)), recipe=judged)
 
 
-def deploy(context: RunContext, loaded: LoadedRecipe) -> None:
+def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each certified against what was trained."""
     if context.plan.recipe.deploy:
         context.once(lambda: make_products(context))
 
 
 STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {
-    "prepare": prepare,
-    "select": select,
-    "adapt": adapt,
-    "train": train,
-    "evaluate": evaluate,
-    "run": deploy,
+    "prepare": run_prepare,
+    "select": run_select,
+    "adapt": run_adapt,
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "run": run_deploy,
 }
 """The steps of a run, by the value of `until` that ends it there."""
 
@@ -357,12 +333,10 @@ STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {
 def run_seeds(context: RunContext, loaded: LoadedRecipe) -> None:
     """Run the recipe once for each further seed, as far as the run itself went.
 
-    Each is skipped where it is valid, and resumes where it was stopped. Rows, model and micro-batches are those of the
-    run.
+    Each is skipped if valid, and resumes where it was stopped. Rows, model and micro-batches are those of the run.
     """
-    path, findings, request = context.folder.path, context.folder.findings, context.request
-    kept = {name: findings[name] for name in KEPT if name in findings}
-    same = RunRequest(until=UNTIL[request.until], offline=request.offline, pins=own_pins(path), findings=kept)
+    path, until, offline = context.folder.path, UNTIL[context.request.until], context.request.offline
+    same = RunRequest(None, until, offline=offline, pins=own_pins(path), findings=kept_findings(context.folder))
     for seed in loaded.recipe.train.seeds:
         further, out = with_seed(loaded, seed), seed_folder(path, seed)
         context.console.rule(f"seed {seed}", align="left")
@@ -377,11 +351,9 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
     """
     with ExitStack() as stack:
         manifest = once(lambda: stack.enter_context(open_run(run, loaded.fingerprint)).manifest)
-        context = open_finished(run, console, offline, loaded.recipe)
-        context.folder, context.request = (
-            RunFolder(run, manifest),
-            RunRequest(run, "evaluate", offline=offline, base=base),
-        )
+        request = RunRequest(run, "evaluate", offline=offline, base=base)
+        finished = open_finished(run, console, offline, loaded.recipe)
+        context = replace(finished, folder=RunFolder(run, manifest), request=request)
         context.once(lambda: write_text(run / "recipe.yaml", loaded.to_yaml()))
         console.print(f"These settings stay with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
@@ -390,41 +362,38 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         inputs = evaluation_inputs(plan.recipe, plan.model_ref, rows, examples)
         context.resolved = replace(plan, inputs={"evaluate": inputs})
         context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, console))
-        evaluate(context, loaded)
-        for seed in (one for one in loaded.recipe.train.seeds if is_done(seed_folder(run, one), "train")):
-            evaluate_run(
-                with_seed(loaded, seed), seed_folder(run, seed), console, offline=offline, base=run / "evaluation"
-            )
-        return conclude_once(context, loaded)
+        run_evaluate(context, loaded)
+        for seed in loaded.recipe.train.seeds:
+            further = seed_folder(run, seed)
+            if is_done(further, "train"):
+                evaluate_run(with_seed(loaded, seed), further, console, offline=offline, base=run / "evaluation")
+        return conclude_run(context, loaded)
 
 
-def current_report(context: RunContext, loaded: LoadedRecipe) -> Report:
-    """Make the report of what the run folder holds."""
-    recipe = context.plan.recipe if context.resolved else loaded.recipe
-    return make_report(context.folder, recipe, context.device)
+def _report(context: RunContext, loaded: LoadedRecipe) -> Report:
+    return make_report(context.folder, context.resolved.recipe if context.resolved else loaded.recipe, context.device)
 
 
-def conclude_once(context: RunContext, loaded: LoadedRecipe) -> Json:
-    """Conclude in rank 0, which has the report; the other processes have a part of it at most."""
+def conclude_run(context: RunContext, loaded: LoadedRecipe) -> Json:
+    """Write the report and return it, in rank 0; print the verdict, send it to trackers, raise a gate that failed."""
     report: Json = {}
-    context.once(lambda: report.update(conclude(context, loaded)))
+    context.once(lambda: report.update(_conclude(context, loaded)))
     return report
 
 
-def conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
-    """Write the report and return it; print the verdict, send it to trackers, and raise a gate that failed."""
+def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
     path, console = context.folder.path, context.console
-    report = current_report(context, loaded)
+    report = _report(context, loaded)
     write_report(report, path)
     if report.seeds:
         print_blocks([seed_table(report.seeds)], console)
         console.print(report.seeds.told, highlight=False)
     if context.request.until in {"run", "evaluate"}:
-        plan = context.plan
         if "evaluate" in context.folder.ran:
-            log_results(report, plan.recipe.train.report_to, path, plan.device, offline=context.request.offline)
+            trackers = context.plan.recipe.train.report_to
+            log_results(report, trackers, path, context.device, offline=context.request.offline)
         print_verdict(report.verdict, report.gates, console)
-        context.folder.note(next_steps=next_steps(path, plan.task))
+        context.folder.note(next_steps=next_steps(path, context.plan.task))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
         require_gates(report.gates, report_json(report))
     return report_json(report)

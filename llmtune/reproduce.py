@@ -15,7 +15,7 @@ from rich.markup import escape
 from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.device import describe_device, pick_device
-from llmtune.pipeline import KEPT, run_pipeline
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe.data_section import DataSection, Source
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
@@ -32,7 +32,7 @@ from llmtune.store.processes import rank
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
 from llmtune.store.run_request import RunRequest
-from llmtune.store.seed_runs import without_gates, without_seeds
+from llmtune.store.seed_runs import kept_findings, without_gates, without_seeds
 from llmtune.store.verification import Verification, relocated, split_pattern, verify_run
 
 RESULT = "reproduction.json"
@@ -78,7 +78,7 @@ def reproduce(
         offline=offline,
         until="evaluate" if folder.is_done("evaluate") else "train",
         pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
-        findings={name: folder.findings[name] for name in KEPT if name in folder.findings},
+        findings=kept_findings(folder),
     )
     loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
     run_pipeline(loaded, request, console)  # without gates: what counts is whether the same comes out
@@ -161,8 +161,8 @@ def compare_with_original(
     trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])
     settings = differing_settings(folder, lock, now)
     files = list(compare_trained(folder, now, lock, trained))
-    losses = [judge_reproduction(found, tolerances.loss) for found in compare_losses(was, now)]
-    scores = [judge_reproduction(found, tolerances.score) for found in compare_scores(was, now)]
+    losses = [judge_numbers(found, tolerances.loss) for found in compare_losses(was, now)]
+    scores = [judge_numbers(found, tolerances.score) for found in compare_scores(was, now)]
     if folder.is_done("evaluate") and not scores:
         scores = [{"name": "evaluation", "was": None, "now": None, "equal": False, "within": False}]
     by_bytes = not settings and device_of(folder, lock) == "cpu"
@@ -187,7 +187,7 @@ def compare_with_original(
     }
 
 
-def judge_reproduction(found: tuple[str, Any, Any], tolerance: float) -> Json:
+def judge_numbers(found: tuple[str, Any, Any], tolerance: float) -> Json:
     """Say of two numbers whether they are equal, and near enough."""
     name, was, now = found
     return {"name": name, "was": was, "now": now, "equal": was == now, "within": not far_apart(was, now, tolerance)}

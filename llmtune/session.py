@@ -22,9 +22,14 @@ from llmtune.data.preparation import rows_inputs
 from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.cache_keys import evaluation_inputs
+from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
+from llmtune.evaluate.champion import make_challenge
+from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.results import load_base
+from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
-from llmtune.model.config import find_class, read_model_config
+from llmtune.model.config import find_class, head_is_new, read_model_config
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
@@ -35,11 +40,11 @@ from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
-from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Rows, SelectedModel
+from llmtune.records import ALONE, AdaptedModel, Examples, Json, Layout, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
-from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
+from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
@@ -85,7 +90,7 @@ class RunContext:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the run."""
+        """The plan of the run, once it is resolved."""
         assert self.resolved is not None, "rows and model are known by now"
         return self.resolved
 
@@ -105,12 +110,17 @@ class RunContext:
         return self.request.device or pick_device()
 
     @property
+    def shards(self) -> bool:
+        """Whether each process has a part of the model while it trains."""
+        return world_size() > 1 and self.plan.layout.sharded
+
+    @property
     def trained_folder(self) -> Path:
         """The subfolder with what was trained."""
         return self.folder.path / trained_name(self.plan.recipe)
 
     @contextmanager
-    def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[Step]:
+    def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[StepRun]:
         """Announce a step, and run it unless nothing changed; see `RunFolder.step`."""
         begin = partial(self.begin, name)
         with self.folder.step(name, inputs, outputs, always=always, on_begin=begin) as step:
@@ -161,28 +171,32 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
     return Plan(recipe, task, model_ref, context.device, context.request.layout or layout()), loaded
 
 
-def finish_plan(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Plan:
-    """Return the plan: the draft with `gradient_checkpointing` decided, and with the hash of what each step needs."""
-    recipe, model_ref = draft.recipe, draft.model_ref
-    adapted = adapter_inputs(recipe, model_ref, examples)
+def decide_rest(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Json:
+    """Decide what the encoded rows decide: checkpointing, and by step the hash of what it depends on."""
+    adapted = adapter_inputs(draft.recipe, draft.model_ref, examples)
     inputs = {
         "adapt": adapted,
-        "train": train_inputs(recipe, adapted),
-        "evaluate": evaluation_inputs(recipe, model_ref, rows, examples),
+        "train": train_inputs(draft.recipe, adapted),
+        "evaluate": evaluation_inputs(draft.recipe, draft.model_ref, rows, examples),
     }
-    decided = decide_checkpointing(context, draft, max(examples.longest.values()))
-    return replace(draft, recipe=decided, inputs=inputs)
+    return {"checkpointing": decide_checkpointing(context, draft, max(examples.longest.values())), "inputs": inputs}
 
 
-def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> Recipe:
-    """Return the recipe with `gradient_checkpointing: auto` decided; `longest` is the longest row in tokens.
+def finish_plan(draft: Plan, decided: Json) -> Plan:
+    """Return the plan that a draft and the decisions of `decide_rest` make."""
+    train = draft.recipe.train.model_copy(update={"gradient_checkpointing": decided["checkpointing"]})
+    return replace(draft, recipe=draft.recipe.model_copy(update={"train": train}), inputs=decided["inputs"])
+
+
+def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> bool:
+    """Decide `gradient_checkpointing: auto`; `longest` is the longest row in tokens.
 
     The findings of the run keep the decision for as long as the question is the same. A run that resumes where there is
     more memory, or less, continues as it began.
     """
     recipe, findings = draft.recipe, context.folder.findings
     if recipe.train.gradient_checkpointing != "auto":
-        return recipe
+        return recipe.train.gradient_checkpointing
     inputs = hash_value([draft.model_ref.content_hash, longest, adapter_settings(recipe), recipe.train.optim])
     known = findings.get("gradient_checkpointing")
     if known is None or known["inputs"] != inputs:
@@ -194,8 +208,7 @@ def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> Reci
             f"({longest:,} tokens) does not fit into the memory of {draft.device} otherwise.",
             highlight=False,
         )
-    train = recipe.train.model_copy(update={"gradient_checkpointing": known["on"]})
-    return recipe.model_copy(update={"train": train})
+    return bool(known["on"])
 
 
 def rows_hash(context: RunContext, recipe: Recipe) -> str:
@@ -216,17 +229,12 @@ def make_adapted(context: RunContext) -> AdaptedModel:
     Where each process is to have a part of the model, the first one alone makes it, in main memory.
     """
     plan = context.plan
-    if not is_sharded(plan):
+    if not context.shards:
         return _make_adapted(context, plan.recipe, plan.device)
     join_processes(plan.device)
     find_class(plan.model_ref, plan.recipe, plan.task)  # code of its own has to be there before a model of it comes
     device, recipe = loading_device(plan.recipe, plan.device)
     return share_model(partial(_make_adapted, context, recipe, device))
-
-
-def is_sharded(plan: Plan) -> bool:
-    """Whether each process has a part of the model while it trains."""
-    return world_size() > 1 and plan.layout.sharded
 
 
 def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedModel:
@@ -286,6 +294,11 @@ class Models:
             return load_adapter(selected, trained)
         return load_adapter(self._selected, trained)
 
+    @property
+    def loaders(self) -> ModelLoaders:
+        """What the evaluation loads them by."""
+        return ModelLoaders(self.before, self.tuned, lambda: self.packs)
+
     @cached_property
     def _selected(self) -> SelectedModel:
         return self._load(self.context.plan.model_ref)
@@ -315,6 +328,13 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
     return context
 
 
+def load_champion(context: RunContext, run: Path) -> ChampionModel:
+    """Open the run of a champion, so that its model can answer rows of this run."""
+    champion = open_finished(run, context.console, context.request.offline)
+    plan = champion.plan
+    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
+
+
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:
     """Find a model, at the commit that a lock holds: the one of the request, else the run's own.
 
@@ -333,10 +353,28 @@ def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelR
     return model_ref
 
 
+def score_models(context: RunContext, folder: Path | None, base_folder: Path | None) -> None:
+    """Evaluate both models, all processes together; rank 0 writes to `folder`. `base_folder` may have base answers."""
+    plan, rows, examples = context.plan, context.rows, context.examples
+    recipe, task, processor, models = plan.recipe, plan.task, plan.processor, Models(context)
+    join_processes(plan.device)
+    inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
+    eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder)
+    base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
+    ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
+    score_run(
+        models.loaders,
+        eval_context,
+        rows,
+        headless=head_is_new(plan.model_ref, recipe, task),
+        known=load_base(base_folder, base),
+        challenge=make_challenge(context.folder, ask),
+    )
+
+
 def lock_run(context: RunContext) -> None:
     """Write llmtune.lock: all that training starts from, file by file."""
-    plan = context.plan
-    recipe, model_ref = plan.recipe, plan.model_ref
+    plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     data_hash, files = list_sources(recipe.data, recipe.task)
     start = recipe.adapter.start_from
     sources = [SourceRecord(source=file.source, path=str(file.path) if file.path else None) for file in files]

@@ -72,13 +72,14 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_modules_that_a_page_names_exist() -> None:
+def test_modules_and_functions_that_a_page_names_exist() -> None:
     pages = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
-    named = {
-        file for page in pages for file in re.findall(r"`(llmtune/[a-z_/]+\.py)`", page.read_text(encoding="utf-8"))
-    }
-    assert named
-    assert not [file for file in sorted(named) if not (ROOT / file).is_file()]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    named = sorted(set(re.findall(r"`(llmtune/[a-z_/]+\.py)(?:::(\w+))?`", text)))
+    assert len([name for _, name in named if name]) > 30, "those of the tour"
+    assert not [file for file, _ in named if not (ROOT / file).is_file()]
+    for file, name in named:
+        assert re.search(rf"^(def|class) {name}\b" if name else "", (ROOT / file).read_text(), re.M), f"{file}::{name}"
 
 
 def test_the_map_of_the_support_code_names_every_file() -> None:

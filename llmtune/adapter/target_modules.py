@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -39,7 +40,8 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     known = set(linears)
     names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE) or name in known]
     if adapter.method == "ln_tuning":
-        names = linears = _find_norms(model)
+        norms = [(name, one) for name, one in model.named_modules() if "norm" in type(one).__name__.lower()]
+        names = linears = [name for name, one in norms if [*one.parameters()]]
     patterns = adapter.target_modules
     problems: list[Problem] = []
     if patterns == "all-linear":
@@ -80,11 +82,6 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     return kept
 
 
-def _find_norms(model: torch.nn.Module) -> list[str]:
-    norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
-    return [name for name in norms if [*model.get_submodule(name).parameters()]]
-
-
 def find_unmatched_parameters(model: torch.nn.Module, patterns: Sequence[str]) -> list[Problem]:
     """Find entries of `target_parameters` that no parameter is called by; PEFT passes over them with a warning."""
     names = [name for name, _ in model.named_parameters()]
@@ -122,11 +119,7 @@ def shorten_targets(targets: Sequence[str], model: torch.nn.Module) -> list[str]
 
 def group_by_ending(names: Iterable[str]) -> dict[str, int]:
     """Count names by their last part, in order of appearance."""
-    counts: dict[str, int] = {}
-    for name in names:
-        ending = name.rpartition(".")[2]
-        counts[ending] = counts.get(ending, 0) + 1
-    return counts
+    return dict(Counter(name.rpartition(".")[2] for name in names))
 
 
 def ends_with(names: Iterable[str], ending: str) -> list[str]:

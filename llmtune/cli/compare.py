@@ -96,7 +96,7 @@ def sweep_command(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search for better values by validation loss; the same command goes on with a sweep that was stopped."""
+    """Search for better values by validation loss; the same command resumes a sweep that was stopped."""
     from llmtune.recipe.loader import load_recipe
 
     remote = names_remote(load_recipe(recipe, sets or ()).recipe)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.data.worker_pool import count_cores
+from llmtune.data.worker_pool import usable_cores
 from llmtune.errors import first_line
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.records import Json
@@ -40,7 +40,7 @@ STATE_WIDTH = max(map(len, STATE_STYLES))
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: how it stands, what was found, and what to type where it is not good."""
+    """One check: its state, what was found, and what to type if it is not good."""
 
     name: str
     state: CheckState
@@ -65,12 +65,12 @@ def examine(console: Console, switched_off: Sequence[str] | None = None, *, impo
         ]
     checks += [_check_device()]
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or psutil.cpu_count(logical=False) or 1
-    cores = count_cores()
+    cores = usable_cores()
     checks += [check_threads(threads if "OMP_NUM_THREADS" in os.environ else min(threads, cores), cores)]
     checks += [_check_number_formats(), _check_memory(), _check_disk(), *_check_cache(), _check_network(switched_off)]
     print_checks(checks, console)
     ready = all(check.state != "missing" for check in checks)
-    console.print("ready" if ready else "[bold red]something is missing[/]: type what stands behind the arrows")
+    console.print("ready" if ready else "[bold red]something is missing[/]: type the commands after the arrows")
     return {
         "llmtune": __version__,
         "ready": ready,
@@ -195,7 +195,7 @@ def _machine_numbers() -> Json:
         "memory_bytes": psutil.virtual_memory().total,
         "memory_limit_bytes": process_memory_limit(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "cores": count_cores(),
+        "cores": usable_cores(),
     }
 
 

@@ -37,14 +37,14 @@ def attention(
         str | None,
         typer.Option("--target", help="What an encoder-decoder writes (default: what it answers; of a run, the base)."),
     ] = None,
-    pair: Annotated[str | None, typer.Option("--pair", help="A second text behind the first (encoders).")] = None,
+    pair: Annotated[str | None, typer.Option("--pair", help="A second text after the first (encoders).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording, instead of a text (speech).")] = None,
     language: Annotated[
         str | None,
         typer.Option("--language", help="Spoken language, or SOURCE,TARGET of a translator (never of a run)."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the text into the chat template; else it is read as it stands.")
+        bool, typer.Option("--chat", help="Put the text into the chat template; else it is read as it is.")
     ] = False,
     kind: Annotated[
         str | None, typer.Option("--kind", help="self, masked-self or cross (default: all that the model has).")
@@ -113,7 +113,7 @@ def generation(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show how an answer comes about, word by word: tokens, layers, likely words; and where base and tuned part."""
+    """Show how an answer comes about, word by word: tokens, layers, likely words; and where base and tuned diverge."""
     target = _open(run, threads, offline, trust_remote_code)
     from llmtune.explain.generation_explainer import GenerationExplainer
     from llmtune.explain.inputs import PromptRequest
@@ -131,7 +131,7 @@ def positions(
         str | None,
         typer.Argument(metavar="[RUN]", help="A run or a model; without one the sinusoidal encoding is computed."),
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="A text, whose words stand at the positions.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="A text whose words are at the positions.")] = None,
     length: Annotated[
         int | None, typer.Option("--length", min=1, help="So many positions, where there is no text.")
     ] = None,

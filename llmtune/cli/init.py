@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.data.file_survey import Reading, Survey
-    from llmtune.data.labelled_rows import Label
+    from llmtune.data.task_rows import Label
 
 SCHEMA = "recipe.schema.json"
 
@@ -52,7 +52,7 @@ def init(
 ) -> None:
     """Write a recipe for your rows: task, columns, lengths and a model that fits this machine."""
     from llmtune.data.file_survey import list_readings, survey_files
-    from llmtune.launch.recipe_check import check_recipe, check_rows
+    from llmtune.launch.recipe_check import check_recipe, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
     from llmtune.recipe.schema import json_schema
     from llmtune.recipe.task_facts import TASK_FACTS
@@ -78,7 +78,7 @@ def init(
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
     loaded = load_recipe(target)
     try:
-        check_rows(loaded, check_recipe(loaded))
+        try_recipe_rows(loaded, check_recipe(loaded))
     except DataError as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
     if as_json:
@@ -191,7 +191,7 @@ def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
 
 def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print what was seen, so that a person can tell whether it is right."""
-    from llmtune.data.preparation import suspicions
+    from llmtune.data.file_survey import suspicions
 
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""

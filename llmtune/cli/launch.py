@@ -13,13 +13,13 @@ from llmtune.cli.options import (
     AsJson,
     DryRun,
     Fresh,
-    Lock,
+    LockFile,
     ModelName,
     Offline,
-    Out,
     Quiet,
     RecipeArgument,
     Resume,
+    RunFolderOption,
     Sets,
     Threads,
 )
@@ -56,7 +56,7 @@ NodeCount = Annotated[int, typer.Option("--machines", min=1, help="How many, wit
 PrintScript = Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Show the log to the end, end as the job does.")]
 Partition = Annotated[str | None, typer.Option("--partition", help="Partition.")]
-Account = Annotated[str | None, typer.Option("--account", help="Account that pays.")]
+PayingAccount = Annotated[str | None, typer.Option("--account", help="Account that pays.")]
 Qos = Annotated[str | None, typer.Option("--qos", help="Quality of service.")]
 TimeLimit = Annotated[
     str | None,
@@ -86,12 +86,12 @@ def local(
     rank: Rank = 0,
     address: Address = None,
     max_restarts: MaxRestarts = 0,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
     resume: Resume = False,
     fresh: Fresh = False,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     offline: Offline = False,
@@ -124,10 +124,10 @@ def slurm(
     strategy: Strategy = "ddp",
     machines: NodeCount = 1,
     max_restarts: MaxRestarts = 0,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     offline: Offline = False,
     dry_run: PrintScript = False,
@@ -135,7 +135,7 @@ def slurm(
     quiet: Quiet = False,
     as_json: AsJson = False,
     partition: Partition = None,
-    account: Account = None,
+    account: PayingAccount = None,
     qos: Qos = None,
     time: TimeLimit = None,
     gres: Gres = None,
@@ -164,7 +164,7 @@ def slurm(
     else:
         sent = cluster.submit(job, script, console)
         if follow:
-            _follow(sent["job"], lambda: cluster.follow(job, sent, console))
+            _follow(sent["job"], lambda: cluster.follow_job(job, sent, console))
     if as_json:
         print_json(sent)
     elif dry_run:

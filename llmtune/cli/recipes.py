@@ -19,7 +19,7 @@ from llmtune.store.atomic_files import explained
 def migrate_file(
     file: Path, out: Path | None = None, tool: str | None = None, task: str | None = None, as_json: bool = False
 ) -> None:
-    """Write the recipe beside the file, or to `out`, and print what became of each key."""
+    """Write the recipe next to the file, or to `out`, and print what became of each key."""
     from llmtune.recipe.migration import migrate_config, write_migrated
     from llmtune.recipe.secrets import redact, redact_all
 
@@ -58,7 +58,7 @@ def migrate_to_recipe(
         Path, typer.Argument(metavar="FILE", help="YAML, JSON, or a file with the command line of the other tool.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write to this file (default: FILE.llmtune.yaml beside it).")
+        Path | None, typer.Option("--out", help="Write to this file (default: FILE.llmtune.yaml next to it).")
     ] = None,
     tool: Annotated[
         str | None,
@@ -143,7 +143,7 @@ def new(
 @handled
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check a recipe: every problem at once, with file and line; and the files, columns and trackers that it names."""
-    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
+    from llmtune.launch.recipe_check import check_recipe, marks_left, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
@@ -151,7 +151,7 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
     for line in marks:
         stderr_console().print(f"still as the starter has it: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
-    check_rows(loaded, detected)
+    try_recipe_rows(loaded, detected)
     if as_json:
         read = [{"file": one.input.name, "format": one.row_format.name, "columns": one.columns} for one in detected]
         about = {"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []}

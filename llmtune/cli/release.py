@@ -94,7 +94,7 @@ def show_release(file: File, signers: Signers = None, as_json: AsJson = False) -
         print_json(summarize_release(file, release) | {"signature": asdict(signature) if signature else None})
         return
     scores = release["base"], release["tuned"], release["difference"]
-    evaluation = Evaluation(*scores, (), (), release["rows"], release["signatures"])
+    evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
     sections = [score_section(evaluation, release["recipe"]["task"]), gate_section(release["gates"])]
     print_sections(sections, make_console(stderr=False))
     if signature:

@@ -15,13 +15,13 @@ from llmtune.cli.options import (
     Device,
     DryRun,
     Fresh,
-    Lock,
+    LockFile,
     ModelName,
     Offline,
-    Out,
     Quiet,
     RecipeArgument,
     Resume,
+    RunFolderOption,
     Sets,
     Threads,
 )
@@ -34,14 +34,14 @@ from llmtune.store.run_request import RunRequest
 
 
 @handled_by_all
-def run(
+def run_command(
     recipe: RecipeArgument,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
     resume: Resume = False,
     fresh: Fresh = False,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     device: Device = None,
@@ -57,7 +57,7 @@ def run(
 
 
 @handled_by_all
-def prepare(
+def prepare_command(
     recipe: RecipeArgument,
     ray: Annotated[
         str | None,
@@ -69,12 +69,12 @@ def prepare(
         Path | None,
         typer.Option("--write-test", metavar="FILE", help="Also write the test rows to FILE, for data.test: FILE."),
     ] = None,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
     resume: Resume = False,
     fresh: Fresh = False,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     offline: Offline = False,
@@ -97,14 +97,14 @@ def prepare(
 
 
 @handled_by_all
-def select(
+def select_command(
     recipe: RecipeArgument,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
     resume: Resume = False,
     fresh: Fresh = False,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     device: Device = None,
@@ -119,14 +119,14 @@ def select(
 
 
 @handled_by_all
-def adapt(
+def adapt_command(
     recipe: RecipeArgument,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
     resume: Resume = False,
     fresh: Fresh = False,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     offline: Offline = False,
@@ -139,14 +139,14 @@ def adapt(
 
 
 @handled_by_all
-def train(
+def train_command(
     recipe: RecipeArgument,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
     resume: Resume = False,
     fresh: Fresh = False,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     offline: Offline = False,
@@ -159,14 +159,14 @@ def train(
 
 
 @handled_by_all
-def evaluate(
+def evaluate_command(
     recipe: RecipeArgument,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
     resume: Resume = False,
     fresh: Fresh = False,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     offline: Offline = False,
@@ -224,10 +224,10 @@ def _check_test_file(file: Path, dry_run: bool) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "run": run,
-    "prepare": prepare,
-    "select": select,
-    "adapt": adapt,
-    "train": train,
-    "evaluate": evaluate,
+    "run": run_command,
+    "prepare": prepare_command,
+    "select": select_command,
+    "adapt": adapt_command,
+    "train": train_command,
+    "evaluate": evaluate_command,
 }

@@ -178,7 +178,7 @@ def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]
     if alike and trained and trained == other:
         return Verdict(INCONCLUSIVE, "Both are one and the same model, byte for byte.")
     alone = {} if difference else second.evaluation.tuned  # how low scores are by themselves is not about the pair
-    found = verdict(Evaluation({}, alone, difference, (), (), 0))
+    found = verdict(Evaluation({}, alone, difference, (), 0))
     alike = alike and all(key.startswith(UNTRAINED) for key in find_differing(first, second))
     if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -38,7 +38,7 @@ TOOLS, CALLS, RESULTS = TOOL_PARTS = ("tools", "calls of tools", "results of cal
 A_NAME = r"[\w.:/-]+"
 """Names of tools, as a pattern."""
 BEGINNING = r"\A\s*"
-"""Where a call is that no mark stands before: at the start of an answer alone."""
+"""An unmarked call may occur only at the start of an answer."""
 _NAMED: Json = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 _JSON = json.JSONDecoder()
 
@@ -56,7 +56,7 @@ def call_message(calls: int = 1, texts: bool = False, call_id: str = CALL_ID) ->
 
 @dataclass(frozen=True)
 class ThoughtFormat:
-    """How thoughts stand in an answer."""
+    """How an answer holds thoughts."""
 
     written_by: Literal["template", "content", "prompt"] = "content"
     """What puts them there: the template, out of the field for them; the text of the answer, which the template takes
@@ -76,7 +76,7 @@ INLINE_THOUGHTS = ThoughtFormat()
 
 
 def shared_start(one: str, other: str) -> str:
-    """Return what two texts begin with alike."""
+    """Return the longest common prefix of two texts."""
     ends = (i for i, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
     return one[: next(ends, min(len(one), len(other)))]
 
@@ -86,7 +86,7 @@ def shared_start(one: str, other: str) -> str:
 
 @dataclass(frozen=True)
 class CallFormat:
-    """How calls of tools stand in an answer."""
+    """How an answer holds calls of tools."""
 
     writes: frozenset[str]
     """What of tools is written: of `TOOL_PARTS`."""
@@ -97,7 +97,7 @@ class CallFormat:
     field: Mapping[str, object] | None = None
     """The field `tool_calls` of a response template; None where the way of writing calls is not known."""
     marks: tuple[str, ...] = ()
-    """What stands around all calls of an answer."""
+    """Text around all calls of an answer."""
     short_ids: bool = False
     """Whether ids of calls have to be nine letters and digits (Mistral)."""
 
@@ -116,11 +116,52 @@ class _Call:
     """How it is read, as a field of a response template without its marks."""
 
 
-def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]:
-    """Return the field of a response template for calls, and what stands around all of them.
+def _tagged(opening: str, close: str, argument: str) -> Json:
+    """Return the field for calls whose arguments are each between tags; `argument` finds one."""
+    return {
+        "open_pattern": opening.replace("NAME", f"(?P<name>{A_NAME})"),
+        "close": close,
+        "repeats": True,
+        "content": "xml-inline",
+        "content_args": {"tag_pattern": argument},
+        "transform": _NAMED,
+    }
 
-    `one` is an answer with one call, `two` one with two, if the template writes that.
+
+KNOWN_CALLS: Sequence[Json] = (
+    _tagged(  # Qwen 3 Coder, Qwen 3.5
+        "<function=NAME>", "</function>", r"<parameter=(?P<key>[^>]+)>\n?(?P<value>.*?)\n?</parameter>"
+    ),
+    _tagged(  # MiniMax M2
+        '<invoke name="NAME">', "</invoke>", r'<parameter name="(?P<key>[^"]+)">(?P<value>.*?)</parameter>'
+    ),
+    _tagged(  # GLM 4.5
+        r"<tool_call>\s*NAME\s*(?=<arg_key>|</tool_call>)",
+        "</tool_call>",
+        r"<arg_key>(?P<key>.+?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
+    ),
+    {  # Hermes, Qwen 2.5 and 3, SmolLM 3
+        "open_pattern": "<tool_call>",
+        "close": "</tool_call>",
+        "repeats": True,
+        "content": "json",
+        "transform": {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.arguments}"}},
+    },
+)
+"""How calls of known families are read: fields of a response template."""
+
+
+def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]:
+    """Return the field of a response template for calls, and the text around all of them.
+
+    Known families first; other formats are inferred. `one` is an answer with one call, `two` one with two, if the
+    template writes that.
     """
+    for field in KNOWN_CALLS:
+        opened = re.search(field["open_pattern"], one)
+        if opened and (field["content"] != "json" or one[opened.end() :].lstrip().startswith("{")):
+            around = one[: opened.start()].strip(), one.partition(field["close"])[2].strip()
+            return field, tuple(filter(None, around))
     call = _find_call(one, 0)
     if call is None:
         return None, ()
@@ -129,8 +170,8 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
     if two and not call.field.get("transform_each"):
         first, second = _find_call(two, 0), _find_call(two, two.rindex(NAME))
         between = two[first.end : second.start] if first and second else None
-        if between == "" and (field := _adjacent_objects(one)):
-            return field, ()
+        if between == "" and (objects := _adjacent_objects(one)):
+            return objects, ()
     if between:
         opens = _from_mark(_shared_end(before, between), before)
         closes = shared_start(behind, between.removesuffix(opens))
@@ -154,7 +195,7 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
 def _find_call(text: str, start: int) -> _Call | None:
     """Find the call of the probe's tool from `start` on, in one of the ways in which templates write calls."""
     name = text.index(NAME, start)
-    return _as_object(text, name) or _with_object(text, name) or _as_python(text) or _with_tags(text, name)
+    return _as_object(text, name) or _with_object(text, name) or _as_python(text)
 
 
 def _as_object(text: str, name: int) -> _Call | None:
@@ -179,7 +220,7 @@ def _as_object(text: str, name: int) -> _Call | None:
 
 
 def _with_object(text: str, name: int) -> _Call | None:
-    """Read a call whose name stands before its arguments, which are a JSON object."""
+    """Read a call whose name is before its arguments, which are a JSON object."""
     for found in re.finditer(r"\{", text[name:]):
         start = name + found.start()
         value, end = _decoded(text, start)
@@ -213,26 +254,6 @@ def _as_python(text: str) -> _Call | None:
     field: Json = {"content": "python-call-list", "transform_each": True}
     field["transform"] = {"type": "function", "function": function}
     return _Call(found.start(), text.rindex("]") + 1, {**field, "head": "", "first": rf"(?=\[{A_NAME}\()"})
-
-
-def _with_tags(text: str, name: int) -> _Call | None:
-    """Read a call whose arguments stand one by one between marks: `<parameter=key>value</parameter>`."""
-    places = [name]
-    for part in (KEYS[0], VALUES[0], KEYS[1], VALUES[1]):
-        if part not in text[places[-1] :]:
-            return None
-        places.append(text.index(part, places[-1]))
-    _, key, value, next_key, last = places
-    before, inside = text[name + len(NAME) : key], text[key + len(KEYS[0]) : value]
-    between, behind = text[value + len(VALUES[0]) : next_key], text[last + len(VALUES[1]) :]
-    opens = _from_mark(_shared_end(before, between), before)
-    closes = shared_start(between.removesuffix(opens), behind)
-    pair = f"{re.escape(opens)}(?P<key>.+?){re.escape(inside)}(?P<value>.*?){re.escape(closes)}"
-    head = rf"(?P<name>{A_NAME}){re.escape(before.removesuffix(opens).rstrip())}"
-    if not opens.strip() or not closes.strip():
-        return None
-    field: Json = {"content": "xml-inline", "content_args": {"tag_pattern": pair}, "repeats": True}
-    return _Call(name, last + len(VALUES[1]) + len(closes), {**field, "transform": _NAMED, "head": head})
 
 
 def _decoded(text: str, start: int) -> tuple[object, int]:
@@ -269,8 +290,8 @@ def _from_mark(shared: str, whole: str) -> str:
 # Reading
 
 
-def response_template(thoughts: ThoughtFormat, calls: CallFormat, heading: str, ending: str) -> Json:
-    """Return what transformers' `ResponseParser` needs to read answers with: where thoughts, calls and text stand.
+def make_response_template(thoughts: ThoughtFormat, calls: CallFormat, heading: str, ending: str) -> Json:
+    """Return what transformers' `ResponseParser` needs to find thoughts, calls and text in answers.
 
     `heading` and `ending` are what a rendered answer has around its text; marks that are no part of a text get a field
     of their own, which stays empty.

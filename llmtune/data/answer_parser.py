@@ -1,4 +1,4 @@
-"""What a model wrote behind its prompt, read into thoughts, calls of tools and text."""
+"""Parses what a model wrote after its prompt into thoughts, calls of tools and text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import cast
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from llmtune.data.answer_format import NO_CALLS
+from llmtune.data.answer_format import NO_CALLS, make_response_template
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.chat_template import ChatTemplate, Tools
 from llmtune.data.tokenization import decode
@@ -34,7 +34,7 @@ class ParsedAnswer:
 def parse_answer(
     generated: Sequence[int] | str, template: ChatTemplate, tools: Tools = None, prompt: str | None = None
 ) -> ParsedAnswer:
-    """Read what was generated behind the generation prompt, special tokens kept.
+    """Parse what was generated after the generation prompt, special tokens included.
 
     What the generation prompt supplies, such as `<think>`, is taken into account and is no part of the result. It is
     looked for in `prompt`, where that is given: after a result of a tool some templates supply nothing. Calls are read
@@ -86,9 +86,11 @@ def response_template(template: ChatTemplate, calls: bool) -> Json:
 
     Without `calls`, what looks like a call of a tool is text.
     """
-    own = getattr(template.processor, "response_template", None)
+    own: Json | None = getattr(template.processor, "response_template", None)
     if own is None:
-        return template.facts.response_template(template.facts.calls if calls else NO_CALLS)
+        facts = template.facts
+        ending = facts.tail.partition(facts.end)[0]
+        return make_response_template(facts.thoughts, facts.calls if calls else NO_CALLS, facts.heading, ending)
     fields = own["fields"].items()
     return {**own, "fields": {name: field for name, field in fields if calls or name != "tool_calls"}}
 

@@ -16,11 +16,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmtune.data.byte_streams import GROWN_BYTES, MAX_GROWTH, Advance, GrowthError
+from llmtune.data.byte_streams import GROWN_BYTES, MAX_GROWTH, GrowthError
 from llmtune.data.object_store import RemoteFile
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.errors import DataError, first_line
 from llmtune.recipe.user_files import check_regular
+from llmtune.records import Advance
 
 MAX_COLUMNS = 2000
 PARQUET_ROWS = 512
@@ -106,7 +107,7 @@ def name_classes(names: Sequence[str], value: object) -> object:
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """Return how many rows to read at a time: a text that stands in a column once may be the value of all its rows."""
+    """Return how many rows to read at a time: a text stored once in a column may be the value of all its rows."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     largest = max((group.total_byte_size for group in groups), default=1)
     return max(4, min(PARQUET_ROWS, 2 * PARQUET_BYTES // max(largest, 1)))

@@ -1,6 +1,6 @@
 """Recordings: where they lie, whether they can be heard, and their samples at a model's rate.
 
-Decoded by libsndfile (wav, flac, mp3, ogg), mixed to one channel, resampled by soxr. Samples are kept as 16-bit
+Decoded by libsndfile (wav, flac, mp3, ogg), mixed to one channel, resampled by soxr. Waveform are kept as 16-bit
 numbers: what nearly all recordings are made in, and half the space of anything else. Shape: N samples.
 """
 
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.rejected_rows import RowError, describe, nonempty_text
+from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text
 from llmtune.store.atomic_files import hash_recording
 
 if TYPE_CHECKING:
     import soundfile
 
-Samples = npt.NDArray[np.int16]
+Waveform = npt.NDArray[np.int16]
 FULL_SCALE = 32768
 RATES = (1_000, 768_000)
 """Samples a second that a recording may have: below is no speech, above no sound card."""
@@ -30,7 +30,7 @@ OGG_PAGE_BYTES = 27 + 255 + 255 * 255
 MP3_SLACK = 2 * 1152
 """Samples that an MP3 file may lack at its end: two frames, as encoders count differently."""
 MP3_TAGS_BYTES = 4096
-"""What may stand behind the sound of an MP3 file and need not be read."""
+"""Bytes after the sound of an MP3 file that need not be read: tags."""
 AUDIO_COLUMNS = ("audio", "file_name")
 
 
@@ -64,7 +64,7 @@ def find_recording(value: object) -> str | None:
 def _speech(row: Mapping[str, object], column: str) -> SpeechRow:
     name = find_recording(row[column])
     if name is None:
-        raise RowError("wrong type", f"'{column}' is {describe(row[column])}; it must be the name of a file")
+        raise RowError("wrong type", f"'{column}' is {json_kind(row[column])}; it must be the name of a file")
     path = Path(name)
     check_recording(path)
     return {"audio": str(path), "content": hash_recording(path), "text": nonempty_text(row, "text")}
@@ -81,7 +81,7 @@ def check_recording(path: Path) -> None:
     try:
         info = soundfile.info(str(path), verbose=True)
     except soundfile.LibsndfileError as error:
-        raise RowError("audio unreadable", f"{path}: {_explain(error)}") from None
+        raise RowError("audio unreadable", f"{path}: {_decoder_message(error)}") from None
     low, high = RATES
     if not low <= info.samplerate <= high:
         raise RowError("audio with a wrong rate", f"{path}: {info.samplerate:,} samples a second")
@@ -93,7 +93,7 @@ def check_recording(path: Path) -> None:
         raise RowError("audio empty", f"{path} has no samples")
 
 
-def _explain(error: soundfile.LibsndfileError) -> str:
+def _decoder_message(error: soundfile.LibsndfileError) -> str:
     """Return what libsndfile says; of a file that is there and no MP3 it says that it is not there."""
     message = str(error.error_string)
     return "Format not recognised." if "does not exist" in message else message
@@ -118,7 +118,7 @@ def _counts_its_frames(path: Path) -> bool:
     return b"Xing" in head or b"Info" in head
 
 
-def read_recording(path: Path, rate: int) -> Samples:
+def decode_recording(path: Path, rate: int) -> Waveform:
     """Return the samples [N] of a recording, one channel at `rate` samples a second.
 
     Raises RowError where it cannot be decoded.
@@ -133,7 +133,7 @@ def read_recording(path: Path, rate: int) -> Samples:
             sound_NC = file.read(dtype="float32", always_2d=True)
             unread = path.stat().st_size - stream.tell()
     except soundfile.LibsndfileError as error:
-        raise RowError("audio unreadable", f"{path}: {_explain(error)}") from None
+        raise RowError("audio unreadable", f"{path}: {_decoder_message(error)}") from None
     if kind == "MP3" and not _counts_its_frames(path):
         if unread > MP3_TAGS_BYTES:
             what = f"{path} does not say how long it is, and is heard for {len(sound_NC) / own_rate:.1f} s alone"
@@ -147,7 +147,7 @@ def read_recording(path: Path, rate: int) -> Samples:
         sound_N = soxr.resample(sound_N, own_rate, rate)
     if not len(sound_N):
         raise RowError("audio empty", f"{path} is shorter than one sample at {rate:,} a second")
-    rounded: Samples = np.clip(np.rint(sound_N * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+    rounded: Waveform = np.clip(np.rint(sound_N * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
     return rounded
 
 
@@ -156,7 +156,7 @@ def to_float(samples: npt.ArrayLike) -> npt.NDArray[np.float32]:
     return np.asarray(samples, dtype=np.float32) / np.float32(FULL_SCALE)
 
 
-def cut_windows(samples: Samples, rate: int, seconds: float) -> Iterator[Samples]:
+def cut_windows(samples: Waveform, rate: int, seconds: float) -> Iterator[Waveform]:
     """Cut a recording into stretches of at most `seconds`, at the quietest place in the last fifth of each."""
     size = int(seconds * rate)
     while len(samples) > size:
@@ -167,7 +167,7 @@ def cut_windows(samples: Samples, rate: int, seconds: float) -> Iterator[Samples
         yield samples
 
 
-def _quietest(samples: Samples, rate: int) -> int:
+def _quietest(samples: Waveform, rate: int) -> int:
     """Return the middle of the quietest twentieth of a second."""
     width = max(1, rate // 20)
     if len(samples) <= width:

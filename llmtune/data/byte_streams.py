@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -15,6 +15,7 @@ from typing_extensions import Buffer
 from llmtune.data.object_store import RemoteFile
 from llmtune.errors import DataError
 from llmtune.recipe.user_files import open_regular
+from llmtune.records import Advance
 
 MAX_GROWTH = 200
 """So many times its size a packed file may unpack to: text packs to a tenth, and a bomb to a thousandth."""
@@ -46,10 +47,6 @@ WIDE_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-
-Advance = Callable[[int], object]
-"""Told how many bytes of the file were read, for the progress bar."""
-
 
 ByteStream: TypeAlias = "io.BufferedReader[io.RawIOBase]"
 

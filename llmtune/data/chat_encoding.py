@@ -19,11 +19,12 @@ from llmtune.data.chat_template import (
     ChatTemplate,
     PreparedChat,
     Rendered,
+    inline_thoughts,
     prepare_chats,
     read_template,
     split_answer,
-    with_answer,
 )
+from llmtune.data.example import Example
 from llmtune.data.overlong import NOTHING, ChatFit, only_last
 from llmtune.data.rendering_check import check_marks, find_missing
 from llmtune.data.task_interface import Encoded
@@ -37,7 +38,6 @@ from llmtune.data.tokenization import (
     tokenize_with_borders,
 )
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example
 
 FEW_ANSWERS = 12
 """Up to so many answers, each is rendered after all that is before it: windows would save nothing."""
@@ -245,7 +245,7 @@ def _cut_last(
 ) -> Iterator[Turn | TemplateRefusal]:
     """Yield the answer that is the last of some messages, by its number in the conversation; or why there is none."""
     prompts = template.render_batch([(messages[:-1], chat.tools) for chat, messages, _ in asked], answer_next=True)
-    answered = template.render_batch([(with_answer(template, messages), chat.tools) for chat, messages, _ in asked])
+    answered = template.render_batch([(inline_thoughts(template, messages), chat.tools) for chat, messages, _ in asked])
     for (chat, messages, index), prompt, whole in zip(asked, prompts, answered, strict=True):
         if isinstance(prompt, TemplateRefusal) or isinstance(whole, TemplateRefusal):
             yield prompt if isinstance(prompt, TemplateRefusal) else cast(TemplateRefusal, whole)
@@ -322,7 +322,7 @@ def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
 
 def _draft_whole(rows: Sequence[ChatRow], chats: Sequence[PreparedChat | str], template: ChatTemplate) -> list[Drafts]:
     """Supervise every message but those with `train: false`."""
-    asked = [(with_answer(template, chat.messages), chat.tools) for chat in chats if isinstance(chat, PreparedChat)]
+    asked = [(inline_thoughts(template, chat.messages), chat.tools) for chat in chats if isinstance(chat, PreparedChat)]
     rendered = iter(template.render_batch(asked))
     return [
         chat if isinstance(chat, str) else _draft_messages(row, chat, template, next(rendered))
@@ -390,7 +390,7 @@ def _assemble_whole(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
 
 
 def _range_of(index: int, text: str, chat: PreparedChat, template: ChatTemplate) -> tuple[int, int]:
-    """Return where a message stands in the rendered conversation, by difference."""
+    """Return the range of a message in the rendered conversation, by difference."""
     before = template.render(chat.messages[:index], chat.tools) if index else ""
     after = template.render(chat.messages[: index + 1], chat.tools)[: len(text)]
     if not (text.startswith(before) and text.startswith(after)):

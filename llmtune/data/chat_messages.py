@@ -56,13 +56,13 @@ def with_short_ids(message: Message) -> Message:
     """Make the ids of calls, here or answered here, nine letters and digits long, as Mistral's templates ask for."""
     copy = cast(Message, {**message})
     if "tool_call_id" in message:
-        copy["tool_call_id"] = _shorten(message["tool_call_id"])
+        copy["tool_call_id"] = _short_id(message["tool_call_id"])
     if calls := message.get("tool_calls"):
-        copy["tool_calls"] = [{**call, "id": _shorten(call["id"])} if "id" in call else call for call in calls]
+        copy["tool_calls"] = [{**call, "id": _short_id(call["id"])} if "id" in call else call for call in calls]
     return copy
 
 
-def _shorten(call_id: str) -> str:
+def _short_id(call_id: str) -> str:
     fits = len(call_id) == SHORT_ID and call_id.isalnum()
     return call_id if fits else sha256(call_id.encode()).hexdigest()[:SHORT_ID]
 
@@ -84,7 +84,7 @@ def _with_arguments(call: ToolCall) -> ToolCall:
 
 T = TypeVar("T")
 MARKS = tuple(mark_control_tokens("x", re.compile("x")).split("x"))
-"""What stands before and behind a token that is to be plain text."""
+"""Text before and after a token that is to be plain text."""
 TEXTS = ("content", "reasoning", "reasoning_content")
 
 

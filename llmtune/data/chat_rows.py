@@ -16,7 +16,7 @@ from llmtune.data.message_fields import (
     first_key,
     split_reasoning,
 )
-from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
+from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, text_of
 from llmtune.errors import nearest
 
 MAX_MESSAGES = 1000
@@ -77,7 +77,7 @@ class ChatRow(TypedDict):
 
 
 class CompletionRow(TypedDict):
-    """A prompt, which may be empty, and the text that goes on from it."""
+    """A prompt, which may be empty, and the text that continues it."""
 
     prompt: str
     completion: str
@@ -164,14 +164,14 @@ def canonical_messages(value: object, tools: object = None, system: object = Non
     Args:
         value: A list of messages, `role`/`content` (OpenAI) or `from`/`value` (ShareGPT), or the same as JSON text.
         tools: A list of function descriptions, bare or wrapped in OpenAI's `{"type": "function", ...}`, or JSON text.
-        system: A system message that stands outside the list.
+        system: A system message outside the list.
 
     Raises:
         RowError: The row cannot be trained on.
     """
-    turns = _parse_json(value, "messages")
+    turns = _json_cell(value, "messages")
     if not isinstance(turns, list):
-        raise RowError("wrong type", f"'messages' is {describe(turns)}; it must be a list of messages")
+        raise RowError("wrong type", f"'messages' is {json_kind(turns)}; it must be a list of messages")
     if not turns:
         raise RowError("no messages", "the list of messages is empty")
     if len(turns) > MAX_MESSAGES:
@@ -192,7 +192,7 @@ def canonical_messages(value: object, tools: object = None, system: object = Non
 def _message(turn: object, number: int) -> Message:
     where = f"message {number}"
     if not isinstance(turn, dict):
-        raise RowError("wrong type", f"{where} is {describe(turn)}; it must be an object with 'role' and 'content'")
+        raise RowError("wrong type", f"{where} is {json_kind(turn)}; it must be an object with 'role' and 'content'")
     stated = turn.get(first_key(turn, ROLE_KEYS))
     role = ROLES.get(stated.strip().lower()) if isinstance(stated, str) else None
     if role is None:
@@ -200,7 +200,7 @@ def _message(turn: object, number: int) -> Message:
     content = turn.get(first_key(turn, CONTENT_KEYS))
     calls = _tool_calls(turn, where)
     if stated == "function_call":
-        calls, content = [_call(_parse_json(content, f"{where}: the function call"), where)], ""
+        calls, content = [_call(_json_cell(content, f"{where}: the function call"), where)], ""
     message = _said(turn, content, where, role, bool(calls))
     train = turn.get("train", turn.get("weight", turn.get("loss_weight")))  # OpenAI's and LLaMA-Factory's: 0 or 1
     if train is not None:
@@ -220,7 +220,7 @@ def _role_error(stated: object, where: str) -> RowError:
     if stated is None:
         return RowError("unknown role", f"{where} has no 'role'")
     if not isinstance(stated, str):
-        return RowError("wrong type", f"{where}: 'role' is {describe(stated)}; it must be text")
+        return RowError("wrong type", f"{where}: 'role' is {json_kind(stated)}; it must be text")
     known = ("system", "developer", "user", "assistant", "tool")
     hint = nearest(stated, known) or f" Map it in the section `data`, such as `roles: {{user: {stated}}}`."
     return RowError("unknown role", f"{where}: {stated!r} is none of {', '.join(known)}.{hint}")
@@ -231,11 +231,11 @@ def _said(turn: Mapping[str, object], content: object, where: str, role: str, ca
     thoughts = ""
     if isinstance(content, list):
         thoughts = "\n\n".join(_thought(part, where) for part in content if _is_thought(part))
-        content = "".join(_part(part, where) for part in content if not (_is_thought(part) or _is_call(part)))
+        content = "".join(_part_text(part, where) for part in content if not (_is_thought(part) or _is_call(part)))
     if content is None:
         content = ""
     if not isinstance(content, str):
-        raise RowError("wrong type", f"{where}: 'content' is {describe(content)}; it must be text")
+        raise RowError("wrong type", f"{where}: 'content' is {json_kind(content)}; it must be text")
     message: Message = {"role": role, "content": content}
     if role == "assistant":
         reasoning, message["content"] = split_reasoning(turn, content, thoughts, where)
@@ -248,7 +248,7 @@ def _said(turn: Mapping[str, object], content: object, where: str, role: str, ca
     return message
 
 
-def answer_text(answer: Message) -> str:
+def answer_as_text(answer: Message) -> str:
     """Return an answer as one text, its thoughts within."""
     return (
         f"{THINK_OPEN}{answer['reasoning']}{THINK_CLOSE}{answer['content']}"
@@ -276,15 +276,15 @@ def _thought(part: Mapping[str, object], where: str) -> str:
     """Read a part of content that holds thoughts, as Anthropic and Mistral write it."""
     value = part.get("thinking", part.get("reasoning", part.get("text", part.get("value"))))
     if isinstance(value, list):
-        return "".join(_part(inner, where) for inner in value)
+        return "".join(_part_text(inner, where) for inner in value)
     return text_of(value, f"{where}: the thoughts in a part")
 
 
-def _part(part: object, where: str) -> str:
+def _part_text(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise RowError("wrong type", f"{where}: a part of 'content' is {describe(part)}")
+        raise RowError("wrong type", f"{where}: a part of 'content' is {json_kind(part)}")
     kind = part.get("type", "text")
     if kind not in ("text", "input_text", "output_text"):
         raise RowError(
@@ -294,15 +294,15 @@ def _part(part: object, where: str) -> str:
 
 
 def _tool_calls(turn: Mapping[str, object], where: str) -> list[ToolCall]:
-    calls = _parse_json(turn.get("tool_calls"), f"{where}: 'tool_calls'")
+    calls = _json_cell(turn.get("tool_calls"), f"{where}: 'tool_calls'")
     if not calls and turn.get("function_call"):
-        calls = [_parse_json(turn["function_call"], f"{where}: 'function_call'")]
+        calls = [_json_cell(turn["function_call"], f"{where}: 'function_call'")]
     if not calls and isinstance(parts := turn.get("content"), list):
-        calls = [_parse_json(part.get("value"), f"{where}: a call in a part") for part in parts if _is_call(part)]
+        calls = [_json_cell(part.get("value"), f"{where}: a call in a part") for part in parts if _is_call(part)]
     if not calls:
         return []
     if not isinstance(calls, list):
-        raise RowError("wrong type", f"{where}: 'tool_calls' is {describe(calls)}; it must be a list")
+        raise RowError("wrong type", f"{where}: 'tool_calls' is {json_kind(calls)}; it must be a list")
     return [_call(call, where) for call in calls]
 
 
@@ -311,10 +311,10 @@ def _call(call: object, where: str) -> ToolCall:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("malformed tool call", f"{where}: a tool call needs a function with a 'name' and 'arguments'")
-    arguments = _parse_json(function.get("arguments") or {}, f"{where}: the arguments of {function['name']!r}")
+    arguments = _json_cell(function.get("arguments") or {}, f"{where}: the arguments of {function['name']!r}")
     if not isinstance(arguments, dict):
         raise RowError(
-            "malformed tool call", f"{where}: the arguments of {function['name']!r} are {describe(arguments)}"
+            "malformed tool call", f"{where}: the arguments of {function['name']!r} are {json_kind(arguments)}"
         )
     named: Function = {"name": function["name"], "arguments": arguments}
     if isinstance(call, dict) and isinstance(call.get("id"), str):
@@ -323,11 +323,11 @@ def _call(call: object, where: str) -> ToolCall:
 
 
 def _tools(tools: object) -> list[Tool]:
-    described = _parse_json(tools, "'tools'")
+    described = _json_cell(tools, "'tools'")
     if not described:
         return []
     if not isinstance(described, list):
-        raise RowError("wrong type", f"'tools' is {describe(described)}; it must be a list of function descriptions")
+        raise RowError("wrong type", f"'tools' is {json_kind(described)}; it must be a list of function descriptions")
     return [_tool(tool, number) for number, tool in enumerate(described, 1)]
 
 
@@ -353,7 +353,7 @@ def _check_order(messages: Sequence[Message]) -> None:
         raise RowError("no assistant answer", "every assistant message says train: false")
 
 
-def _parse_json(value: object, what: str) -> object:
+def _json_cell(value: object, what: str) -> object:
     """Read JSON text where tables have it in place of a list or object."""
     if not isinstance(value, str):
         return value

@@ -77,7 +77,7 @@ class ChatTemplate:
     facts: TemplateFacts = NO_FACTS
 
     def render(self, messages: Conversation, tools: Tools = None, answer_next: bool = False) -> str:
-        """Render messages as text; `answer_next` adds what stands before an answer.
+        """Render messages as text; `answer_next` adds the header of an answer.
 
         Raises:
             EnvironmentProblem: the template takes too long or too much memory.
@@ -279,7 +279,7 @@ def render_prompt(
 # Answers: the difference of two renderings
 
 
-def with_answer(template: ChatTemplate, messages: Sequence[Message]) -> Sequence[Message]:
+def inline_thoughts(template: ChatTemplate, messages: Sequence[Message]) -> Sequence[Message]:
     """Return messages with the thoughts of the last one where the template takes them from."""
     *before, answer = messages
     reasoning = answer.get("reasoning_content")
@@ -299,12 +299,12 @@ def split_answer(
     of it is learned. What the template writes around the message is learned, and is no byte of it.
 
     Raises:
-        TemplateRefusal: this turn cannot be told from what is before it.
+        TemplateRefusal: the two renderings do not show where this turn begins.
     """
     if not prompt:
         raise TemplateRefusal("an answer has nothing before it")
     reasoning = message.get("reasoning_content")
-    body, end = _split_end(facts, message, _added(facts, reasoning, prompt, whole))
+    body, end = _split_end(facts, message, _written_after(facts, reasoning, prompt, whole))
     content = message["content"].strip()
     if not content and not message.get("tool_calls"):
         raise TemplateRefusal("an answer is empty")
@@ -320,7 +320,7 @@ def split_answer(
     return read, body[len(read) :] + end, len(unmark(said).encode())
 
 
-def _added(facts: TemplateFacts, reasoning: str | None, prompt: str, whole: str) -> str:
+def _written_after(facts: TemplateFacts, reasoning: str | None, prompt: str, whole: str) -> str:
     """Return what the model has to write after the prompt.
 
     It is the difference of the two renderings; thoughts that the template leaves out of what it renders are put in, and

@@ -28,9 +28,10 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.example import Collate, Example
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Collate, Example
+from llmtune.records import Batch
 
 Int64 = npt.NDArray[np.int64]
 
@@ -95,20 +96,20 @@ def _predictions(examples: Sequence[Example], documents: Sequence[Int64], starts
     rows: list[Int64] = []
     for row, (example, document, start) in enumerate(zip(examples, documents, starts, strict=True)):
         for first, end in zip(example.spans[::2], example.spans[1::2], strict=True):
-            first = max(first, 1)  # nothing stands before token 0 of a document, so nothing predicts it
+            first = max(first, 1)  # nothing is before token 0 of a document, so nothing predicts it
             positions = np.arange(first - 1, end - 1, dtype=np.int64)
             predict.append(positions + start)
             targets.append(document[first:end])
             rows.append(np.full(len(positions), row, dtype=np.int64))
     return {
-        "predict_S": _join(predict),
-        "targets_S": _join(targets),
-        "rows_S": _join(rows),
+        "predict_S": _concatenate(predict),
+        "targets_S": _concatenate(targets),
+        "rows_S": _concatenate(rows),
         "n_rows": len(examples),
     }
 
 
-def _join(parts: Sequence[Int64]) -> torch.Tensor:
+def _concatenate(parts: Sequence[Int64]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
 
 
@@ -143,7 +144,7 @@ def pad_texts(examples: Sequence[Example], pad_id: int | None) -> Batch:
 def encoder_batch(examples: Sequence[Example], pad_id: int | None, packs: bool) -> tuple[Batch, list[int]]:
     """Return what an encoder reads, and the flat index in B * T of each text's first token.
 
-    Packed texts stand in one row, with positions from 0 in each.
+    Packed texts are in one row, with positions from 0 in each.
     """
     if not packs:
         batch = pad_texts(examples, pad_id)
@@ -158,9 +159,9 @@ def encoder_batch(examples: Sequence[Example], pad_id: int | None, packs: bool) 
 
 def _token_kinds(examples: Sequence[Example]) -> list[list[int]]:
     """Return which of two texts each token belongs to; nothing where no example says."""
-    if not any(len(example.third_ids) for example in examples):
+    if not any(len(example.token_type_ids) for example in examples):
         return []
-    return [list(example.third_ids) or [0] * len(example.input_ids) for example in examples]
+    return [list(example.token_type_ids) or [0] * len(example.input_ids) for example in examples]
 
 
 def require_offsets(processor: PreTrainedTokenizerBase) -> None:

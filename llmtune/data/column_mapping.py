@@ -7,16 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 
 from llmtune.data.message_fields import with_roles
-from llmtune.data.rejected_rows import RowError, describe
+from llmtune.data.rejected_rows import RowError, json_kind
 from llmtune.recipe.task_facts import TASK_FACTS
 
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column's name in a template."""
 _PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request", "problem")
-ANSWERS = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
+ANSWER_NAMES = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
 _CONVERSATION = {
     "prompt": _PROMPTS,
-    "completion": ANSWERS,
+    "completion": ANSWER_NAMES,
     "output": ("response", "answer", "completion"),
     "input": ("context",),
     "system": ("system_prompt", "system_message"),
@@ -55,7 +55,7 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "preference": {
         "prompt": ("question", "instruction", "query", "input"),
-        "completion": ANSWERS,
+        "completion": ANSWER_NAMES,
         "chosen": ("chosen_response", "chosen_messages", "preferred"),
         "rejected": ("rejected_response", "rejected_messages", "dispreferred"),
     },
@@ -79,7 +79,10 @@ def rename(
     RowError where a template meets something that is no text.
     """
     if columns:
-        row = {**row, **{ours: _cell(row, theirs) for ours, theirs in columns.items() if has_columns(row, theirs)}}
+        row = {
+            **row,
+            **{ours: _mapped_cell(row, theirs) for ours, theirs in columns.items() if has_columns(row, theirs)},
+        }
     return with_roles(row, roles) if roles else row
 
 
@@ -112,7 +115,7 @@ def flatten(row: Mapping[str, object]) -> dict[str, object]:
     return flat
 
 
-def _cell(row: Mapping[str, object], theirs: str) -> object:
+def _mapped_cell(row: Mapping[str, object], theirs: str) -> object:
     value = find(row, theirs)
     if value is not MISSING:
         return value
@@ -121,7 +124,7 @@ def _cell(row: Mapping[str, object], theirs: str) -> object:
 
 def _template_text(value: object, name: str) -> str:
     if isinstance(value, dict | list):
-        raise RowError("wrong type", f"{name!r} is {describe(value)}; a template takes texts and numbers")
+        raise RowError("wrong type", f"{name!r} is {json_kind(value)}; a template takes texts and numbers")
     return "" if value is None else str(value)
 
 
@@ -198,7 +201,7 @@ def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str
 
 
 def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
-    """Return the column whose values look like `ours`: classes repeat, a context is long, an answer stands last."""
+    """Return the column whose values look like `ours`: classes repeat, a context is long, an answer is last."""
     if ours == "label":
         return min(names, key=lambda name: len({str(row.get(name)) for row in rows}))
     if ours in ("context", "text"):

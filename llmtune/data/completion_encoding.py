@@ -8,12 +8,12 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_rows import CompletionRow
+from llmtune.data.example import Example
 from llmtune.data.overlong import NOTHING, Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import continue_ids, decode, encode_texts, first_context, start_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example
 
 
 def encode_completion(
@@ -81,7 +81,7 @@ def _encode_row(
 
 
 def _plain_ends(ids: list[int], processor: PreTrainedTokenizerBase) -> list[int]:
-    """Take away the end token that some tokenizers add, and a start token that stands there twice."""
+    """Take away the end token that some tokenizers add, and a doubled start token."""
     end, start = processor.eos_token_id, processor.bos_token_id
     while ids and ids[-1] == end and len(ids) > 1:
         ids = ids[:-1]
@@ -91,7 +91,7 @@ def _plain_ends(ids: list[int], processor: PreTrainedTokenizerBase) -> list[int]
 def _byte_counter(
     text: str, ids: list[int], encoding: Encoding | None, processor: PreTrainedTokenizerBase, start: int
 ) -> Callable[[int], int]:
-    """Return a function that counts the bytes of `text` in the first k tokens, of which `start` are no text."""
+    """Return a function that counts the bytes of `text` in the first k tokens; the first `start` tokens are no text."""
 
     def by_text(tokens: int) -> int:
         return len(decode(processor, ids[start : min(tokens, len(ids))]).encode())

@@ -1,7 +1,7 @@
-"""Test rows that stand in the training rows: equal, nearly so, of the same prompt, or with thirteen words in common.
+"""Test rows that are in the training rows: equal, nearly so, of the same prompt, or with thirteen words in common.
 
 Runs of 13 words are the measure of Brown et al., "Language Models are Few-Shot Learners" (2020), appendix C; runs that
-stand in more than ten training rows are left out there and here: they are boilerplate, or the template of all rows.
+are in more than ten training rows are left out there and here: they are boilerplate, or the template of all rows.
 Words are those of the search for near duplicates: letters and digits, Han and the like one by one. Texts are compared
 without regard to case, width and the kind of spaces (NFKC, case folding).
 
@@ -73,7 +73,7 @@ class _Runs:
     runs: U64
     """[V] hash of each run."""
     texts: I64
-    """[V] which text each run is from, ascending; the runs of a text stand in its order, none is missing."""
+    """[V] which text each run is from, ascending; the runs of a text are in its order, none is missing."""
     short: dict[int, bytes]
     """Text -> the hashes of its words."""
 
@@ -129,7 +129,7 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
 
 
 def _first_copies(rows: Rows) -> npt.NDArray[np.bool_]:
-    """Return which training rows stand there for the first time."""
+    """Return which training rows are no copy of an earlier one."""
     batches = (batch.column("id").to_pylist() for _, batch in iterate_batches(rows, "train"))
     id_N = np.frombuffer(b"".join(bytes.fromhex("".join(ids)) for ids in batches), dtype="S16")
     first_N = np.zeros(len(id_N), dtype=bool)
@@ -217,7 +217,7 @@ class _PromptSearch:
 
 
 class _RunSearch:
-    """Counts the training rows that each run of the test rows stands in."""
+    """Counts the training rows that hold each run of the test rows."""
 
     def __init__(self, runs: U64) -> None:
         self.run_G = np.unique(runs)

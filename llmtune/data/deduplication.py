@@ -6,11 +6,11 @@ the resemblance and containment of documents" (1997); candidates come from 20 ba
 Ullman, "Mining of Massive Datasets", section 3.4. Pairs at 0.8 become candidates with 99.8 %, at 0.9 nearly always; the
 estimate's standard deviation at 0.8 is 0.037.
 
-Rows of one template (a long instruction, a short question) overlap by more than that and are not alike, so triples that
+Rows of one template (a long instruction, a short question) overlap by more than that and differ, so triples that
 a tenth of the rows share do not count, unless a row has no more than a word besides them.
 
 Minima are kept of candidates alone: rows that share a band with another row. Which those are is found out by the bands'
-keys; then the minima of these rows are computed again. Keys, minima and buckets stand on disk, so that memory grows by
+keys; then the minima of these rows are computed again. Keys, minima and buckets are on disk: memory grows by
 some bytes a row, however many are near.
 
 Legend: W words (and word triples, as many), R rows of a batch, N rows, C candidates, P minima, L bands, G buckets.
@@ -41,7 +41,7 @@ from llmtune.data.row_hash import (
     take_minima,
     without_common,
 )
-from llmtune.data.spool import Index
+from llmtune.data.row_store import Index
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS
 from llmtune.store.atomic_files import atomic_file
@@ -65,7 +65,7 @@ SHARES = 16
 RELEASE_ROWS = 2**10
 """Candidates after which the pages of files that were looked at are given back."""
 PRIORITY = np.array([2, 1, 0], dtype=np.int8)
-"""By split: what stands in test is kept first, then validation, then train."""
+"""By split: test rows are kept first, then validation, then train."""
 KEPT = ""
 
 
@@ -223,7 +223,7 @@ class _File:
 
 
 def _common_triples(order: I64, rows: JsonRows) -> U32:
-    """Return, sorted, the word triples that stand in many rows, seen in a sample that depends on the rows alone."""
+    """Return, sorted, the word triples of many rows, seen in a sample that depends on the rows alone."""
     seen: list[U32] = []
     for _, batch in _select(order[_sample_places(len(order))], rows):
         triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in batch])
@@ -235,7 +235,7 @@ def _common_triples(order: I64, rows: JsonRows) -> U32:
 
 
 def _select(order: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
-    """Yield the rows that are in `order`, as they stand, in batches, with their numbers."""
+    """Yield the rows that are in `order`, as JSON, in batches, with their numbers."""
     if not len(order):
         return
     taken = np.zeros(int(order.max()) + 1, dtype=bool)
@@ -273,7 +273,7 @@ class _Signer:
 
 
 def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
-    """Write the band keys of rows into files of [1 + L, R], with the rows' numbers; go on behind those that exist."""
+    """Write the band keys of rows into files of [1 + L, R], with the rows' numbers; resume after those that exist."""
     files = sorted(folder.glob("*.npy"))
     done = int(_read_line(files[-1], 0)[-1]) + 1 if files else 0
     waiting: list[U64] = []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby
 from pathlib import Path
-from typing import NotRequired, cast
+from typing import Any, NotRequired, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from llmtune import __version__
-from llmtune.data.ingest import show_progress
+from llmtune.data.example import Example
+from llmtune.data.ingest import progress_bars
 from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed
 from llmtune.data.rendering_check import check_tools
@@ -29,11 +30,11 @@ from llmtune.data.row_store import AGAIN, iterate_texts, open_arrow
 from llmtune.data.task_interface import Encoded, TaskInterface
 from llmtune.data.tokenization import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
-from llmtune.errors import DataError, Problem
+from llmtune.errors import DataError, EnvironmentProblem, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Example, Examples, ModelRef, Rows
+from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import explained, hash_value, write_json
 from llmtune.store.json_shapes import Counts, read_record
 from llmtune.store.run_lock import package_versions
@@ -49,12 +50,10 @@ RECORD = "examples.json"
 COUNTED = ("counts", "tokens", "supervised", "longest", "reach")
 LEFT_OUT = "left_out.jsonl"
 LISTS: dict[str, type[np.generic]] = {
-    "input_ids": np.int32,
-    "spans": np.int32,
-    "target_ids": np.int32,
-    "target_spans": np.int32,
-    "third_ids": np.int32,
-    "values": np.float32,
+    **dict.fromkeys(("input_ids", "spans", "target_ids", "target_spans", "other_ids", "other_spans"), np.int32),
+    **dict.fromkeys(("token_type_ids", "class_ids", "tag_ids", "answer"), np.int32),
+    **dict.fromkeys(("values", "weights"), np.float32),
+    "desirable": np.int32,
     "audio": np.int16,
 }
 """Columns of lists, by the names of `Example`."""
@@ -172,10 +171,10 @@ def encode_rows(
     console: Console,
     pool: Callable[..., WorkerPool[_RowBatch, _EncodedBatch]] = WorkerPool,
 ) -> Examples:
-    """Encode all rows into one Arrow file a split in `folder`; `examples.json` beside them is written last.
+    """Encode all rows into one Arrow file a split in `folder`; `examples.json` next to them is written last.
 
     Rows that cannot be encoded are left out, counted by reason in `Examples.dropped` and listed one by one, with file
-    and line, in `left_out.jsonl` beside `folder`. A row that `data.on_overlong` splits makes several examples with the
+    and line, in `left_out.jsonl` next to `folder`. A row that `data.on_overlong` splits makes several examples with the
     same `row`. All cores are used where that pays; what is written does not depend on their number.
 
     Raises:
@@ -189,7 +188,7 @@ def encode_rows(
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
-        with show_progress(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
+        with progress_bars(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
             bar = progress.add_task("encode", total=total)
             batches = (batch for split in rows.files for batch in _batches(split, iterate_texts(rows, split)))
             encoded = pool(_BatchEncoder(task.encode, processor, recipe)).map(batches, lambda b: len(b.rows), total)
@@ -206,7 +205,7 @@ def encode_rows(
                             tally.add(split, result.examples)
                             file.write_batch(result.examples)
                         progress.advance(bar, result.rows)
-        _refuse(tally, rows, recipe, folder.parent / LEFT_OUT)
+        _check_left_out(tally, rows, recipe, folder.parent / LEFT_OUT)
         counted = {name: dict(getattr(tally, name)) for name in COUNTED}
         record = {
             "files": {split: f"{split}.arrow" for split in rows.files},
@@ -234,7 +233,7 @@ class ExamplesRecord(TypedDict):
 
 
 def load_examples(folder: Path) -> Examples:
-    """Read what `encode_rows` left in `folder`, wherever the folder stands now.
+    """Read what `encode_rows` left in `folder`, wherever the folder is now.
 
     Raises:
         DataError: there are no examples.
@@ -261,6 +260,11 @@ class ExampleReader:
     def __init__(self, examples: Examples, split: str) -> None:
         with open_arrow(examples.files[split]) as reader:
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            if reader.schema.names != SCHEMA.names:
+                raise EnvironmentProblem.of("written by another version of llmtune", str(examples.files[split]), AGAIN)
+        parts = [(name, batch.column(name)) for batch in self._batches for name in LISTS]
+        self._filled = dict.fromkeys(name for name, column in parts if len(column.flatten()))
+        """Columns of lists that any example fills."""
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
         self.lengths = self._column("tokens")
         """int32 [n]: what each example costs, in tokens."""
@@ -278,20 +282,12 @@ class ExampleReader:
         index %= len(self)
         number = bisect_right(self._starts, index) - 1
         batch, offset = self._batches[number], index - self._starts[number]
-        lists = {name: np.from_dlpack(batch.column(name)[offset].values) for name in LISTS}
+        lists = {name: np.from_dlpack(batch.column(name)[offset].values) for name in self._filled}
         numbers = {name: batch.column(name)[offset].as_py() for name in NUMBERS}
-        return Example(
-            input_ids=lists["input_ids"].tolist(),
-            spans=lists["spans"].tolist(),
-            target_bytes=numbers["target_bytes"],
-            target_ids=lists["target_ids"].tolist() or (),
-            target_spans=lists["target_spans"].tolist() or (),
-            third_ids=lists["third_ids"].tolist() or (),
-            values=lists["values"].tolist() or (),
-            audio=cast(Sequence[int], lists["audio"]) if len(lists["audio"]) else (),
-            counted=numbers["supervised"],
-            cost=numbers["tokens"],
-        )
+        columns: dict[str, Any] = {"input_ids": [], "spans": []}
+        columns |= {name: part if name == "audio" else part.tolist() for name, part in lists.items() if len(part)}
+        about = {"target_bytes": numbers["target_bytes"], "counted": numbers["supervised"], "cost": numbers["tokens"]}
+        return Example(**columns, **about)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -326,7 +322,7 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
 
 
 def record_batch(examples: Sequence[tuple[int, Example]]) -> pa.RecordBatch:
-    """Return examples, each with the number of its row, as they stand in the file."""
+    """Return examples, each with the number of its row, as the file holds them."""
     lists = [_lists([getattr(example, name) for _, example in examples], kind) for name, kind in LISTS.items()]
     numbers = [[getattr(example, name) for _, example in examples] for name in NUMBERS]
     numbers.append([row for row, _ in examples])
@@ -345,7 +341,7 @@ def _lists(parts: Sequence[Sequence[float] | Numbers], kind: type[np.generic]) -
     return pa.ListArray.from_arrays(pa.array(borders), pa.array(values))
 
 
-def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
+def _check_left_out(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
     """Raise if what was left out is more than the recipe allows."""
     too_long = tally.dropped[TOO_LONG]
     _refuse_long(tally, too_long, recipe, list_file)
@@ -385,4 +381,4 @@ def examples_inputs(recipe: Recipe, rows: Rows, model: ModelRef, processor: PreT
     settings |= {"section": recipe.task_section()}
     versions = package_versions(("transformers", "tokenizers"))
     contents = [rows.content_hash, model.content_hash, hash_value(processor.chat_template)]
-    return hash_value([__version__, versions, contents, about, settings, recipe.task])
+    return hash_value([__version__, SCHEMA.names, versions, contents, about, settings, recipe.task])

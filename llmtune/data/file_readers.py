@@ -1,6 +1,6 @@
 """Bytes in, raw rows out: JSON lines, JSON, CSV, Parquet and text, plain or compressed, a piece at a time.
 
-A raw row is a pair: its origin (`file:line`, `file:row N (line M)` behind cells with line breaks, or `file:row N` where
+A raw row is a pair: its origin (`file:line`, `file:row N (line M)` after cells with line breaks, or `file:row N` where
 lines mean nothing) and either the columns as a dict
 or a `RowError` with the reason why there are none. What makes the rest of a file unreadable is raised as a DataError.
 """
@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ import pyarrow as pa
 from llmtune.data.arrow_rows import check_column_names, read_parquet
 from llmtune.data.byte_streams import (
     MAX_GROWTH,
-    Advance,
     ByteStream,
     GrowthError,
     Transcoded,
@@ -30,8 +29,9 @@ from llmtune.data.byte_streams import (
 )
 from llmtune.data.message_fields import is_message
 from llmtune.data.object_store import RemoteFile, is_damage, reached
-from llmtune.data.rejected_rows import RawRow, RowError, describe
+from llmtune.data.rejected_rows import RawRow, RowError, json_kind
 from llmtune.errors import DataError, first_line
+from llmtune.records import Advance
 
 MAX_ROW_BYTES = 8 * 2**20
 """A line or field above this is a mistake in the file (no line ends, a quote that is never closed), not a row."""
@@ -72,21 +72,15 @@ class JsonLine(NamedTuple):
         if isinstance(value, dict):
             return value
         hint = "; if the file is one JSON list, set `format: json`" if isinstance(value, list) else ""
-        return RowError("not a JSON object", f"the line is {describe(value)}{hint}")
+        return RowError("not a JSON object", f"the line is {json_kind(value)}{hint}")
 
 
 LazyRow = tuple[str, dict[str, object] | RowError | JsonLine]
 
 
-def read_file(
-    path: Path, name: str, container: str, advance: Advance = lambda count: None, encoding: str | None = None
-) -> Iterator[RawRow]:
-    """Yield the raw rows of a file, whose origins begin with `name`; `encoding` is that of its text, if not UTF-8.
-
-    Raises:
-        DataError: The file cannot be opened, or cannot be read on from some place.
-    """
-    for origin, value in read_lazily(path, name, container, advance, encoding):
+def parse_lines(rows: Iterable[LazyRow]) -> Iterator[RawRow]:
+    """Yield rows whose lines of JSON are parsed."""
+    for origin, value in rows:
         yield origin, value.parse() if isinstance(value, JsonLine) else value
 
 
@@ -97,7 +91,10 @@ def read_lazily(
     advance: Advance = lambda count: None,
     encoding: str | None = None,
 ) -> Iterator[LazyRow]:
-    """Yield the rows as `read_file` does, lines of JSON as they stand."""
+    """Yield the rows of a file, whose origins begin with `name`; lines of JSON are not parsed.
+
+    `encoding` is that of its text, if not UTF-8. Raises DataError where the file cannot be read from some place on.
+    """
     with data_errors(name), reached(path.url) if isinstance(path, RemoteFile) else nullcontext():
         if container == "parquet":
             yield from read_parquet(path, name, advance)
@@ -151,11 +148,11 @@ def _read_lines(stream: ByteStream, name: str) -> Iterator[LazyRow]:
 
 
 def not_utf8(byte: int, offset: int) -> RowError:
-    """Say which byte is not UTF-8, and where it stands in the (unpacked) file."""
+    """Say which byte is not UTF-8, and its offset in the (unpacked) file."""
     return RowError(NOT_UTF8, f"byte 0x{byte:02x} at offset {offset}")
 
 
-def _read_json(stream: ByteStream, name: str) -> Iterator[LazyRow]:
+def _read_json_document(stream: ByteStream, name: str) -> Iterator[LazyRow]:
     """Read a JSON file: a list of rows, an object that holds one, or objects one after the other."""
     if _looks_like_lines(stream.peek(1)):
         yield from _read_lines(stream, name)
@@ -166,7 +163,7 @@ def _read_json(stream: ByteStream, name: str) -> Iterator[LazyRow]:
         raise DataError.of(what, name, "Write it as JSON Lines, one row a line: these are read one by one.")
     for number, row in enumerate(_json_rows(data, name), 1):
         is_row = isinstance(row, dict)
-        yield f"{name}:row {number}", row if is_row else RowError("not a JSON object", f"the row is {describe(row)}")
+        yield f"{name}:row {number}", row if is_row else RowError("not a JSON object", f"the row is {json_kind(row)}")
 
 
 def _json_rows(data: bytes, name: str) -> list[Any]:
@@ -304,7 +301,7 @@ def _escaped_byte(text: str) -> int | None:
 
 READERS: Mapping[str, Callable[[ByteStream, str], Iterator[LazyRow]]] = {
     "jsonl": _read_lines,
-    "json": _read_json,
+    "json": _read_json_document,
     "csv": _read_csv,
     "text": _read_text,
 }

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from llmtune.data.byte_streams import GUESSED_BYTES, guess_encoding, open_bytes
-from llmtune.data.column_mapping import ANSWERS, find, flatten, infer_columns, name_words, rename
+from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_words, rename
+from llmtune.data.contamination import ANSWERS
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
-from llmtune.data.row_hash import hash_content, to_json
+from llmtune.data.row_hash import hash_content, iterate_strings, row_json
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
 from llmtune.errors import DataError
 from llmtune.recipe.data_section import Source
@@ -192,7 +194,7 @@ def _likely(columns: Mapping[str, str], survey: Survey) -> bool:
         return all(LANGUAGES.fullmatch(name.lower()) for name in columns.values())
     if "label" in columns:
         labels = [str(find(row, columns["label"])) for row in survey.rows]
-        has_answers = any(name_words(name) & {*ANSWERS} for name in survey.columns)
+        has_answers = any(name_words(name) & {*ANSWER_NAMES} for name in survey.columns)
         return not has_answers and len(set(labels)) <= min(MOST_CLASSES, len(labels) // 4)
     return True
 
@@ -204,8 +206,56 @@ def _reading(survey: Survey, task: str, columns: Mapping[str, str], roles: Roles
     for row, folder in zip(survey.rows, survey.folders, strict=True):
         try:
             parsed = parse_row(rename(row, mapping, roles), row_format, task, folder)
-            to_json(parsed)  # what cannot be kept is bad
+            row_json(parsed)  # what cannot be kept is bad
             rows.append(parsed)
         except RowError as error:
             bad[error.reason] += 1
     return Reading(task, columns, roles or {}, rows, dict(bad.most_common()))
+
+
+# Rows that can be read and look wrong: one question with several answers, and what spreadsheets write for no value
+
+
+MOST_QUESTIONS = 100_000
+"""Rows that are looked at: the memory of all their questions is bounded."""
+LEARNED = (*ANSWERS, "label", "tags")
+"""Keys of rows that hold what is learned."""
+NO_VALUES = frozenset(
+    ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!", "N/A", "n/a", "nan", "NaN", "null", "NULL")
+)
+"""What Excel, pandas and databases write where there is no value."""
+
+
+def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Return a sentence for each kind of suspicious rows; `rows` are canonical, each with its origin, or an empty one.
+
+    Looks at the first MOST_QUESTIONS. Preferences and recordings repeat their prompts: there, only empty values count.
+    """
+    answered: dict[bytes, tuple[bytes, str]] = {}
+    several: set[bytes] = set()
+    pair = ("", "")
+    empty: Counter[str] = Counter()
+    for origin, row in islice(rows, MOST_QUESTIONS):
+        asked, answer = _split_answer(row)
+        for text in {text for text in map(str.strip, iterate_strings([asked, answer])) if text in NO_VALUES}:
+            empty[text] += 1
+        if "rejected" in row or "audio" in row or not any(map(str.strip, iterate_strings(asked))):
+            continue
+        key, said = hash_content({"asked": asked}), hash_content({"answer": answer})
+        first, where = answered.setdefault(key, (said, origin))
+        if first != said:
+            pair = pair if several else (where, origin)
+            several.add(key)
+    found = [f"rows that hold {text!r}, which stands for no value: {count:,}" for text, count in empty.most_common()]
+    if several:
+        where = f", first in {pair[0]} and {pair[1]}" if all(pair) else ""
+        found.append(f"questions with different answers in different rows: {len(several):,}{where}")
+    return found
+
+
+def _split_answer(row: Mapping[str, Any]) -> tuple[object, object]:
+    """Return what a row gives, and what is learned from it."""
+    if "messages" in row:
+        *before, last = row["messages"]
+        return [one["content"] for one in before], {**last, "rest": [row.get(key) for key in LEARNED]}
+    return {k: v for k, v in row.items() if k not in LEARNED}, {k: v for k, v in row.items() if k in LEARNED}

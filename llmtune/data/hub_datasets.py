@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: the commit behind a name, and their rows."""
+"""Data sets of the Hugging Face hub: the commit of a revision, and their rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dataset_name(source: Source) -> str | None:
 
 @cache
 def resolve_commit(name: str, revision: str | None) -> str:
-    """Return the commit that `revision` (the newest, if None) stands for; offline, the one that is in the cache.
+    """Return the commit of `revision` (the newest, if None); offline, the one that is in the cache.
 
     It is looked up once in a process, so that what is read is what was hashed.
 
@@ -132,7 +132,7 @@ def as_files_hold_it(
 
 
 def store_recording(value: Recording | None) -> str | None:
-    """Write a recording's bytes beside the cache of data sets, named for them, and return the file.
+    """Write a recording's bytes next to the cache of data sets, named for them, and return the file.
 
     A recording that lies in a file is left there.
     """

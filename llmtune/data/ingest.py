@@ -24,14 +24,13 @@ from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import parse_row
-from llmtune.data.row_hash import hash_content, to_json
-from llmtune.data.row_store import BATCH_BYTES, BATCH_ROWS
+from llmtune.data.row_hash import hash_content, row_json
+from llmtune.data.row_store import BATCH_BYTES, BATCH_ROWS, HashedRow, Spool
 from llmtune.data.sources import Detected, encoding_hint
-from llmtune.data.spool import HashedRow, Spool
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe.data_section import DataSection
-from llmtune.records import SPLITS, Json
+from llmtune.records import SPLITS, Advance, Json
 from llmtune.store.atomic_files import atomic_file
 
 SHOWN = 20
@@ -42,7 +41,7 @@ _Parsed = tuple[int, tuple[str, HashedRow | RowError, tuple[str, ...]]]
 
 
 @dataclass
-class Account:
+class IngestState:
     """How far was read, how many rows were bad by reason, and the first of those."""
 
     list_file: Path
@@ -63,10 +62,10 @@ class Account:
     position: tuple[int, int] = (0, 0)
     """The input that is read, and how many of its rows were."""
     hints: list[Problem] = field(default_factory=list)
-    """What may be behind many bad rows at once."""
+    """Likely causes of many bad rows at once."""
 
     @classmethod
-    def restore(cls, list_file: Path, spool: Spool) -> Account:
+    def restore(cls, list_file: Path, spool: Spool) -> IngestState:
         """Go on from what `note` returned when the spool's last shard became whole."""
         account, noted = cls(list_file, spool.folder / list_file.name), spool.noted
         account.spooled_list.touch()
@@ -112,21 +111,21 @@ class Account:
             self.list_file.unlink(missing_ok=True)
 
     def problems(self) -> list[Problem]:
-        """Return what may be behind the bad rows, the first of them, and where to find the others."""
+        """Return likely causes of the bad rows, the first of them, and where to find the others."""
         more = self.bad.total() - len(self.first)
         tail = [Problem(f"and {more:,} more bad rows", str(self.list_file))] if more else []
         return [*self.hints, *self.first, *tail]
 
 
 @contextmanager
-def show_progress(console: Console, amount: ProgressColumn | None = None) -> Iterator[Progress]:
+def progress_bars(console: Console, amount: ProgressColumn | None = None) -> Iterator[Progress]:
     """Draw bars, of bytes if nothing else is given, where a person looks on."""
     columns = (TextColumn("{task.description}"), BarColumn(), amount or DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
 
 
-def read_inputs(
+def ingest_rows(
     inputs: Sequence[Detected],
     data: DataSection,
     task: str,
@@ -134,7 +133,7 @@ def read_inputs(
     list_file: Path,
     console: Console,
     columns: Mapping[str, str] | None = None,
-) -> Account:
+) -> IngestState:
     """Read, check and parse every row into `spool`.
 
     Args:
@@ -144,15 +143,15 @@ def read_inputs(
         spool: Takes the good rows; what is in it already is not read again.
         list_file: Gets all bad rows; removed if there are none.
         console: Shows the progress.
-        columns: Columns to keep beside each row, each with the key that names it.
+        columns: Columns to keep with each row, each with the key that names it.
 
     Raises:
         DataError: A file cannot be read to its end, the share of bad rows is above `max_dropped`, or no row that may
             be tested has one of `columns`.
     """
-    account = Account.restore(list_file, spool)
+    account = IngestState.restore(list_file, spool)
     if not spool.ended:
-        with account.spooled(), show_progress(console) as progress:
+        with account.spooled(), progress_bars(console) as progress:
             bar = progress.add_task("read rows", total=sum(one.input.size for one in inputs))
             parser = _RowParser(tuple(inputs), task, data.split_by, isinstance(data.test, tuple), tuple(columns or ()))
             _read_rows(parser, account, spool, lambda count: progress.advance(bar, count))
@@ -168,7 +167,7 @@ def read_inputs(
 
 
 def try_rows(inputs: Sequence[Detected], data: DataSection, task: str) -> int | None:
-    """Refuse rows that `read_inputs` would refuse, by the first of each input.
+    """Refuse rows that `ingest_rows` would refuse, by the first of each input.
 
     Returns how many different rows there are; None if there are more than were read.
 
@@ -181,7 +180,7 @@ def try_rows(inputs: Sequence[Detected], data: DataSection, task: str) -> int | 
         most = min(one.input.source.limit or TRIED_ROWS, TRIED_ROWS)
         rows = list(islice(one.input.lazy_rows(lambda count: None), most + 1))
         whole &= len(rows) <= most
-        parsed = [row for _, row in parser(_Batch(number, 0, rows[:most], 0))[1]]
+        parsed = [row for _, row in parser(_InputBatch(number, 0, rows[:most], 0))[1]]
         rows_in += len(parsed)
         contents |= {row.content for _, row, _ in parsed if isinstance(row, HashedRow)}
         bad += [(origin, row) for origin, row, _ in parsed if isinstance(row, RowError)]
@@ -208,17 +207,17 @@ def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:
     )
 
 
-class _Batch(NamedTuple):
-    """Rows of one input as they stand in it."""
+class _InputBatch(NamedTuple):
+    """Rows of one input, in its order."""
 
     input: int
     first: int
-    """How many rows of the input stand before them."""
+    """How many rows of the input are before them."""
     rows: list[LazyRow]
     bytes: int
 
 
-def _read_rows(parser: _RowParser, account: Account, spool: Spool, advance: Callable[[int], object]) -> None:
+def _read_rows(parser: _RowParser, account: IngestState, spool: Spool, advance: Advance) -> None:
     """Read on from where the account is."""
     limits = [one.input.source.limit for one in parser.inputs]
     # The hub does not say how many bytes it will be.
@@ -240,8 +239,10 @@ def _read_rows(parser: _RowParser, account: Account, spool: Spool, advance: Call
                 spool.add(row, account.note)
 
 
-def _read_batches(inputs: Sequence[Detected], account: Account, advance: Callable[[int], object]) -> Iterator[_Batch]:
-    """Yield the rows behind the account's position; what is wrong with a file ends it and goes into the account."""
+def _read_batches(
+    inputs: Sequence[Detected], account: IngestState, advance: Callable[[int], object]
+) -> Iterator[_InputBatch]:
+    """Yield the rows after the account's position; what is wrong with a file ends it and goes into the account."""
     read = 0
 
     def count(size: int) -> None:
@@ -258,14 +259,14 @@ def _read_batches(inputs: Sequence[Detected], account: Account, advance: Callabl
                 rows.append(row)
                 room = BATCH_ROWS if limit is None else min(BATCH_ROWS, limit - account.taken[source])
                 if len(rows) >= room or read >= BATCH_BYTES:
-                    yield _Batch(number, first, rows, read)
+                    yield _InputBatch(number, first, rows, read)
                     first, rows, read = first + len(rows), [], 0
                     if limit is not None and account.taken[source] >= limit:
                         break
         except DataError as error:
             account.unreadable += error.problems
         if rows:
-            yield _Batch(number, first, rows, read)
+            yield _InputBatch(number, first, rows, read)
             read = 0
 
 
@@ -280,7 +281,7 @@ class _RowParser:
     """Whether test has sources of its own."""
     kept_columns: tuple[str, ...]
 
-    def __call__(self, batch: _Batch) -> tuple[int, list[_Parsed]]:
+    def __call__(self, batch: _InputBatch) -> tuple[int, list[_Parsed]]:
         """Return the number of the input, and each row or what is wrong with it."""
         detected = self.inputs[batch.input]
         split = detected.input.split
@@ -301,11 +302,11 @@ class _RowParser:
         try:
             raw = rename(value, detected.columns, detected.roles)
             row = parse_row(raw, detected.row_format, self.task, one.folder)
-            text = to_json(row)
+            text = row_json(row)
             if len(text) > MAX_ROW_BYTES:
                 raise RowError("too large", f"the row has {len(text) / 2**20:.0f} MiB of text")
             content = hash_content(row)
-            group = _group(raw, self.split_by, required=split < 0) or int.from_bytes(content[8:], "big")
+            group = _split_group(raw, self.split_by, required=split < 0) or int.from_bytes(content[8:], "big")
         except RowError as error:
             return origin, error, ()
         except RecursionError:
@@ -319,7 +320,7 @@ class _RowParser:
         return origin, HashedRow(origin, text, kept, content, text_hash, group, one.number, split, filled), names
 
 
-def _group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:
+def _split_group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:
     """Hash the value that decides the split; None where that is the row's own content."""
     if split_by is None:
         return None
@@ -332,7 +333,7 @@ def _group(raw: Mapping[str, object], split_by: str | None, required: bool) -> i
     return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
 
 
-def _check_share(account: Account, allowed: float) -> None:
+def _check_share(account: IngestState, allowed: float) -> None:
     bad = account.bad.total()
     if account.rows_in and bad / account.rows_in <= allowed and bad < account.rows_in:
         return

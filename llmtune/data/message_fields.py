@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from llmtune.data.rejected_rows import RowError, describe
+from llmtune.data.rejected_rows import RowError, json_kind, parse_cell
 
 ROLES = {
     "system": "system",
@@ -58,11 +57,7 @@ def _with_role(turn: object, ours: Mapping[str, str]) -> object:
 
 def read_turns(value: object) -> list[object]:
     """Return the items of a list, or of a list written as JSON text; none of anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return []
+    value = parse_cell(value)
     return value if isinstance(value, list) else []
 
 
@@ -125,7 +120,7 @@ def split_reasoning(turn: Mapping[str, object], content: str, parts: str, where:
         where: Which message it is, for the problem.
 
     Raises:
-        RowError: Thoughts are no text, or stand there twice and differ.
+        RowError: Thoughts are no text, or are given twice and differ.
     """
     stated = [text.strip() for key in REASONING_KEYS if (text := _thought_text(turn.get(key), f"{where}: {key!r}"))]
     stated += [parts.strip()] if parts.strip() else []
@@ -140,7 +135,7 @@ def _thought_text(value: object, what: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise RowError("wrong type", f"{what} is {describe(value)}; it must be text")
+        raise RowError("wrong type", f"{what} is {json_kind(value)}; it must be text")
     return value
 
 

@@ -131,7 +131,7 @@ def reached(url: str, *more: type[Exception]) -> Iterator[None]:
 
 
 def _insecure(error: BaseException | None, variable: str) -> tuple[str, str] | None:
-    """Return what is wrong with a certificate, and what to do about it, where that is behind an error."""
+    """Return what is wrong with a certificate, and what to do about it, where that caused an error."""
     fault = None
     while error is not None:
         fault = error if isinstance(error, ssl.SSLError | FileNotFoundError) else fault  # the last one has the reason

@@ -7,11 +7,11 @@ across splits are dropped whatever it says.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +20,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.data.contamination import ANSWERS
+from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near
-from llmtune.data.ingest import Account, read_inputs, show_progress
-from llmtune.data.row_hash import fraction, hash_content
-from llmtune.data.row_store import RECORD, RowWriter, iterate_rows, save_rows
-from llmtune.data.sources import hash_sources, resolve_inputs
-from llmtune.data.spool import Index, Spool
+from llmtune.data.file_survey import suspicions
+from llmtune.data.ingest import IngestState, ingest_rows, progress_bars
+from llmtune.data.rejected_rows import RowError
+from llmtune.data.row_hash import fraction
+from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, iterate_rows, iterate_texts, save_rows
+from llmtune.data.sources import Detected, hash_sources, resolve_inputs
 from llmtune.errors import DataError, Problem
-from llmtune.recipe.data_section import ENCODING_KEYS, DataSection
+from llmtune.recipe.data_section import ENCODING_KEYS, DataSection, Source
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.yaml_writer import source_line
 from llmtune.records import SPLITS, Rows
-from llmtune.store.atomic_files import explained, hash_value
+from llmtune.store.atomic_files import explained, hash_value, write_text
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 BAD_ROWS = "bad_rows.jsonl"
@@ -43,12 +45,12 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
 
     What is kept depends on the rows, not on the order of files. Memory grows by less than 100 bytes a row, whatever the
     rows' length and however many are near one another. Splits keep the order of the sources. What was read and compared
-    stands in `.spool` beside the folder until all is done, so that the same preparation goes on there if it is killed;
+    is in `.spool` next to the folder until all is done. The same preparation resumes there if it was killed;
     all cores are used where that pays.
 
     Args:
         recipe: Its `data`, `task` and the columns that `evaluate` names are used; paths are absolute.
-        folder: Gets `SIDE.rows.arrow` and `rows.json`. If rows are bad, `bad_rows.jsonl` beside it lists all of them.
+        folder: Gets `SIDE.rows.arrow` and `rows.json`. If rows are bad, `bad_rows.jsonl` next to it lists all of them.
         console: Shows progress, bad rows and what was left out.
         inputs: What `rows_inputs` returns for the recipe, if it is known.
 
@@ -71,14 +73,14 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
         names = [one.input.name for one in detected]  # as seen from the folder that the run is started in
         spool = Spool(folder.parent / SPOOL, hash_value([inputs or rows_inputs(recipe), names]))
         if len(spool):
-            console.print(f"goes on behind {len(spool):,} rows that were read before", highlight=False)
+            console.print(f"resuming after {len(spool):,} rows that were already read", highlight=False)
         try:
             with spool:
                 columns = recipe.evaluate.columns
-                account = read_inputs(detected, data, task, spool, folder.parent / BAD_ROWS, console, columns)
+                account = ingest_rows(detected, data, task, spool, folder.parent / BAD_ROWS, console, columns)
                 index = spool.index()
                 split_N, reason_N, notes = _decide(index, data, spool, console)
-                copies_N = count_copies(index, split_N, _weights(data))
+                copies_N = count_copies(index, split_N, _source_weights(data))
                 reason_N[(reason_N == KEPT) & (copies_N == 0)] = "left out by weight"
                 copies_N[reason_N != KEPT] = 0
                 _check_splits(data, split_N, copies_N, reason_N)
@@ -105,7 +107,7 @@ def _decide(
     if data.split_by is not None:
         drop_shared_groups(index, split_N, reason_N, data.split_by)
     if data.deduplicate == "near":
-        with show_progress(console) as progress:
+        with progress_bars(console) as progress:
             bar = progress.add_task("look for near duplicates", total=3 * spool.size)
 
             def rows() -> Iterator[tuple[int, pa.Array]]:
@@ -118,7 +120,7 @@ def _decide(
     return split_N, reason_N, notes
 
 
-def _weights(data: DataSection) -> list[float]:
+def _source_weights(data: DataSection) -> list[float]:
     return [
         source.weight
         for split in SPLITS
@@ -150,7 +152,7 @@ def _write_rows(
     index: Index,
     split_N: npt.NDArray[np.int8],
     copies_N: npt.NDArray[np.int64],
-    account: Account,
+    account: IngestState,
     reason_N: npt.NDArray[np.object_],
     columns: tuple[str, ...],
     grouped: bool,
@@ -180,7 +182,7 @@ def _write_rows(
     return rows
 
 
-def _print_rows(rows: Rows, account: Account, notes: Sequence[str], console: Console) -> None:
+def _print_rows(rows: Rows, account: IngestState, notes: Sequence[str], console: Console) -> None:
     kept = ", ".join(f"{name} {count:,}" for name, count in rows.counts.items() if count)
     console.print(f"{rows.rows_in:,} rows read; {kept}")
     for reason, count in rows.dropped.items():
@@ -192,9 +194,9 @@ def _print_rows(rows: Rows, account: Account, notes: Sequence[str], console: Con
 
 
 def rows_inputs(recipe: Recipe) -> str:
-    """Hash what rows depend on: the data section, the files behind it, and the task."""
+    """Hash what rows depend on: the data section, its files, and the task."""
     settings = recipe.data.model_dump(mode="json", exclude={"packing", *ENCODING_KEYS})
-    if recipe.evaluate.columns:  # kept beside the rows
+    if recipe.evaluate.columns:  # kept with the rows
         settings["slices"] = tuple(recipe.evaluate.columns)
     if recipe.data.split_by is not None:
         settings["groups"] = "kept"  # rows that were prepared without their groups are prepared again
@@ -259,7 +261,7 @@ def _too_few(groups: int, requested: list[tuple[int, float]]) -> DataError:
 
 
 def count_copies(index: Index, split_N: npt.NDArray[np.int8], weights: list[float]) -> npt.NDArray[np.int64]:
-    """Say how often each row stands in its split: a train row as often as its source's weight says, others once.
+    """Say how often each row is in its split: a train row as often as its source's weight says, others once.
 
     A weight of 2.3 is two copies of each row and a third of three tenths of them, chosen by hash.
     """
@@ -272,65 +274,64 @@ def count_copies(index: Index, split_N: npt.NDArray[np.int8], weights: list[floa
 def drop_shared_groups(
     index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], split_by: str
 ) -> None:
-    """Drop rows whose `split_by` value stands in a source that was given for test or validation, in place."""
+    """Drop rows whose `split_by` value is in a source that was given for test or validation, in place."""
     for split, below in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
         given = index.group[index.split == split]
         shared = np.isin(index.group, given) & np.isin(split_N, below) & (reason_N == "")
         reason_N[shared] = f"same {split_by} as a {SPLITS[split]} row"
 
 
-# Rows that can be read and look wrong: one question with several answers, and what spreadsheets write for no value
+# `prepare --write-test`: the test rows as a JSON Lines file, which stay the same when the data grows
 
 
-MOST_ROWS = 100_000
-"""Rows that are looked at: the memory of all their questions is bounded."""
-LEARNED = (*ANSWERS, "label", "tags")
-"""Keys of rows that hold what is learned."""
-NO_VALUES = frozenset(
-    ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!", "N/A", "n/a", "nan", "NaN", "null", "NULL")
-)
-"""What Excel, pandas and databases write where there is no value."""
+KEPT_KEYS = {"path", "config", "split", "revision", "encoding", "weight", "limit"}
+"""Keys of a source that say where its rows come from; all others say what the rows are, and hold for the file too."""
+OPTION = "--write-test"
 
 
-def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Return a sentence for each kind of suspicious rows; `rows` are canonical, each with its origin, or an empty one.
+def write_test_rows(recipe: Recipe, rows: Rows, file: Path, beside: Path) -> str:
+    """Write the test rows as their sources have them, and return the line by which a recipe in `beside` names them.
 
-    Looks at the first MOST_ROWS. Preferences and recordings repeat their prompts, so only empty values are looked for.
+    Raises:
+        DataError: there are no test rows, or they come from sources that are read in different ways.
+        EnvironmentProblem: the file cannot be written.
     """
-    answered: dict[bytes, tuple[bytes, str]] = {}
-    several: set[bytes] = set()
-    pair = ("", "")
-    empty: Counter[str] = Counter()
-    for origin, row in islice(rows, MOST_ROWS):
-        asked, answer = _split_answer(row)
-        for text in {text for text in _texts_in([asked, answer]) if text in NO_VALUES}:
-            empty[text] += 1
-        if "rejected" in row or "audio" in row or not any(_texts_in(asked)):
-            continue
-        key, said = hash_content({"asked": asked}), hash_content({"answer": answer})
-        first, where = answered.setdefault(key, (said, origin))
-        if first != said:
-            pair = pair if several else (where, origin)
-            several.add(key)
-    found = [f"rows that hold {text!r}, which stands for no value: {count:,}" for text, count in empty.most_common()]
-    if several:
-        where = f", first in {pair[0]} and {pair[1]}" if all(pair) else ""
-        found.append(f"questions with different answers in different rows: {len(several):,}{where}")
-    return found
+    origins = {origin for origin, _ in iterate_texts(rows, "test")}
+    lines: list[str] = []
+    settings: dict[str, Source] = {}
+    for detected in resolve_inputs(recipe.data, recipe.task):
+        found = [
+            json.dumps(locate_recording(value, detected, file), ensure_ascii=False, default=str)
+            for origin, value in detected.input.raw_rows()
+            if origin in origins and not isinstance(value, RowError)
+        ]
+        if found:
+            source = Source(
+                path=str(file), **detected.input.source.model_dump(exclude=KEPT_KEYS, exclude_defaults=True)
+            )
+            source = source if source.format == detected.row_format.name else source.model_copy(update={"format": None})
+            settings.setdefault(source_line("test", source), source)
+            lines += found
+    if not lines:
+        raise DataError.of("there are no test rows to write", "data.test", "Give it a share, such as data.test: 0.2.")
+    if len(settings) > 1:
+        what = f"the test rows come from sources that are read in {len(settings)} ways: {'; '.join(settings)}"
+        raise DataError.of(what, OPTION, "Write a test file for each of these sources by hand, and list them.")
+    with explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, "".join(f"{line}\n" for line in lines))
+    (source,) = settings.values()
+    stated = source.model_dump(exclude_defaults=True).keys() - {"path"}
+    path = os.path.relpath(file, beside)
+    return source_line("test", source, path=path) if stated else f"test: {path}"
 
 
-def _split_answer(row: Mapping[str, Any]) -> tuple[object, object]:
-    """Return what a row gives, and what is learned from it."""
-    if "messages" in row:
-        *before, last = row["messages"]
-        return [one["content"] for one in before], {**last, "rest": [row.get(key) for key in LEARNED]}
-    return {k: v for k, v in row.items() if k not in LEARNED}, {k: v for k, v in row.items() if k in LEARNED}
-
-
-def _texts_in(value: object) -> Iterator[str]:
-    """Yield every text in a value, without outer white space."""
-    if isinstance(value, str):
-        yield value.strip()
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts_in(item)
+def locate_recording(value: Mapping[str, object], detected: Detected, file: Path) -> Mapping[str, object]:
+    """Return a row whose recording, if it names one, is found from the folder of `file`."""
+    folder = detected.input.folder
+    for column in AUDIO_COLUMNS:
+        ours = detected.columns.get(column, column)
+        name = find_recording(value.get(ours))
+        if folder is not None and name is not None and (folder / name).is_file():
+            return {**value, ours: os.path.relpath(folder / name, file.absolute().parent)}
+    return value

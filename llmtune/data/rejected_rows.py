@@ -1,10 +1,10 @@
-"""Rows that cannot be used: the reason of each, and the list of them beside the folder that a step replaces."""
+"""Rows that cannot be used: the reason of each, and the list of them next to the folder that a step replaces."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmtune.store.atomic_files import atomic_file
@@ -21,10 +21,18 @@ class RowError(Exception):
         self.detail = detail
 
 
-def describe(value: object) -> str:
+def json_kind(value: object) -> str:
     """Name the kind of a JSON value, as a person would."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def parse_cell(value: object) -> object:
+    """Return the list or object that a table has as JSON text; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def text_of(value: object, what: str) -> str:
@@ -34,7 +42,7 @@ def text_of(value: object, what: str) -> str:
         RowError: It is something else.
     """
     if not isinstance(value, str):
-        raise RowError("wrong type", f"{what} is {describe(value)}; it must be text")
+        raise RowError("wrong type", f"{what} is {json_kind(value)}; it must be text")
     return value
 
 

@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data.answer_format import CALLS, RESULTS, TOOL, TOOL_PARTS, TOOLS
 from llmtune.data.chat_messages import unmark
 from llmtune.data.chat_rows import Message, Tool
-from llmtune.data.chat_template import ChatTemplate, PreparedChat, Tools, read_template, with_answer, with_kwargs
+from llmtune.data.chat_template import (
+    ChatTemplate,
+    PreparedChat,
+    Tools,
+    inline_thoughts,
+    read_template,
+    with_kwargs,
+)
+from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.template_facts import TemplateFacts
 from llmtune.data.template_text import template_variables
@@ -27,7 +35,7 @@ from llmtune.data.tokenization import decode
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Example, Row, Rows
+from llmtune.records import Row, Rows
 
 KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
 """As rows have them on disk. Within a text, quotes have backslashes before them."""
@@ -35,7 +43,7 @@ OTHER = "Set model.chat_template to a Jinja file that writes `tools`, `tool_call
 CHATML = "<|im_start|>"
 """A model whose own template writes it can learn tools by the template that comes with llmtune."""
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
-Part = tuple[str, str, bool]
+Expected = tuple[str, str, bool]
 """A text that has to show, what it is, and whether the template writes such texts at all."""
 
 
@@ -73,7 +81,7 @@ def _forms(line: str) -> Iterator[str]:
     yield json.dumps(line.strip())[1:-1]
 
 
-def _message_parts(facts: TemplateFacts, messages: Sequence[Message], thoughts: Collection[int]) -> Iterator[Part]:
+def _message_parts(facts: TemplateFacts, messages: Sequence[Message], thoughts: Collection[int]) -> Iterator[Expected]:
     writes = facts.calls.writes
     for i, message in enumerate(messages):
         where = f"message {i + 1} ({message['role']})"
@@ -107,7 +115,7 @@ def _leaves(value: object) -> Iterator[str]:
         yield json.dumps(value)
 
 
-def _tool_parts(facts: TemplateFacts, tools: Tools) -> Iterator[Part]:
+def _tool_parts(facts: TemplateFacts, tools: Tools) -> Iterator[Expected]:
     """Yield name, description and parameters of each tool."""
     for tool in tools or ():
         function = tool["function"]
@@ -129,7 +137,7 @@ def check_marks(example: Example, chat: PreparedChat, messages: int, template: C
     if not processor.is_fast or not _GENERATION.search(template.text(chat.tools)) or chat.marked:
         return None
     rendered = processor.apply_chat_template(
-        list(with_answer(template, chat.messages[:messages])),
+        list(inline_thoughts(template, chat.messages[:messages])),
         tools=chat.tools,
         chat_template=template.text(chat.tools),
         return_dict=True,

@@ -1,4 +1,4 @@
-"""Row formats: told apart by the columns of the first rows, and brought into one canonical form a task."""
+"""Row formats: detected by the columns of the first rows, and converted to one canonical form per task."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from llmtune.data.chat_rows import (
     completion_from_text,
 )
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
-from llmtune.data.labelled_rows import classified, question_answer, question_squad, tagged_spans, tagged_tokens
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.text_pair_rows import (
+from llmtune.data.task_rows import (
+    classified,
     preference_from_conversation,
     preference_from_pair,
+    question_answer,
+    question_squad,
     summary_from_pair,
+    tagged_spans,
+    tagged_tokens,
     thumb_from_conversation,
     thumb_from_pair,
     translation_from_map,
@@ -58,7 +62,7 @@ class RowFormat:
     stated: str = ""
     """An example for error messages, where one made of the required columns would not do."""
     files: tuple[str, ...] = ()
-    """Columns that name files, relative to the one that the row stands in."""
+    """Columns that name files, relative to the file of the row."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -150,7 +154,7 @@ CONVERSATIONS = ("messages", "conversations")
 READABLE_SHARE = 0.5
 """Share of the first rows that a reading must take: a file may have bad rows."""
 MEDIA = {f"{kind}{s}": f"<{kind}>" for kind in ("image", "video", "audio") for s in ("", "s")}
-"""Columns of what is not text, and the mark that stands for it in a text."""
+"""Columns of what is not text, and its mark in a text."""
 COLUMNS = tuple(sorted({name for one in FORMATS.values() for name in one.columns}))
 """Canonical column names: what the keys of `columns:` may be."""
 
@@ -179,29 +183,29 @@ def detect_format(
     present = list(dict.fromkeys(name for row in rows for name in row))
     check_mapped(columns, rows, where)
     usable = [one for one in FORMATS.values() if one.parser(task)]
-    matching = [one for one in FORMATS.values() if _matches(one, rows, columns)]
-    aliased = [one for one in usable if _matches(one, rows, map_columns(one, rows, task, columns))]
+    matching = [one for one in FORMATS.values() if _has_required(one, rows, columns)]
+    aliased = [one for one in usable if _has_required(one, rows, map_columns(one, rows, task, columns))]
     if forced:
         return _check_forced(FORMATS[forced], [*matching, *aliased], usable, task, present, where)
     fitting = [one for one in matching if one in usable]
     if not fitting and aliased:  # the reading that leaves the fewest columns unused
         read = [len(used_columns(map_columns(one, rows, task, columns), present)) for one in aliased]
         fitting = [one for one, count in zip(aliased, read, strict=True) if count == max(read)]
-    if len(fitting) > 1:  # the longer list of columns wins: conversations beside chosen and rejected
+    if len(fitting) > 1:  # the longer list of columns wins: conversations next to chosen and rejected
         fitting = [one for one in fitting if not any(set(one.required) < set(other.required) for other in fitting)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = " and ".join(one.name for one in fitting)
         fix = f"Say which with `format: {fitting[0].name}` or `format: {fitting[1].name}`."
-        raise DataError.of(f"the columns {_listed(present)} fit {names}", where, fix)
+        raise DataError.of(f"the columns {_name_list(present)} fit {names}", where, fix)
     suggestion = suggest()
     if matching:
         others = " or ".join(f"`task: {name}`" for name in matching[0].parsers)
         what = f"{matching[0].name} rows, which task: {task} cannot use"
         instead = f"map the columns:\n    {suggestion}" if suggestion else "give other rows."
         raise DataError.of(what, where, f"Set {others}, or {instead}")
-    raise _no_match(rows, columns, usable, present, where, suggestion)
+    raise _unknown_format(rows, columns, usable, present, where, suggestion)
 
 
 def map_columns(
@@ -222,11 +226,11 @@ def check_mapped(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]
         missing = [name for name in names if not any(has_columns(row, name) for row in rows)]
         if missing:
             present = list(dict.fromkeys(name for row in rows for name in flatten(row)))
-            known = f"found {_listed(present)}.{nearest(missing[0], present)}"
+            known = f"found {_name_list(present)}.{nearest(missing[0], present)}"
             raise DataError.of(f"columns: there is no column {missing[0]!r}; {known}", where)
 
 
-def _matches(row_format: RowFormat, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> bool:
+def _has_required(row_format: RowFormat, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> bool:
     """Whether all rows have what the format needs; with `columns`, it must use what they map."""
     if any(name not in row_format.columns for name in columns):
         return False
@@ -248,12 +252,14 @@ def _check_forced(
         what = f"format: {row_format.name} cannot be used by task: {task}"
         raise DataError.of(what, where, f"Use one of {', '.join(one.name for one in usable)}.")
     if row_format not in matching:
-        what = f"format: {row_format.name} needs {_listed(row_format.required)}; the columns are {_listed(present)}"
+        what = (
+            f"format: {row_format.name} needs {_name_list(row_format.required)}; the columns are {_name_list(present)}"
+        )
         raise DataError.of(what, where, f"Map them with `columns: {{{row_format.required[0]}: YOUR_COLUMN}}`.")
     return row_format
 
 
-def _no_match(
+def _unknown_format(
     rows: Sequence[Mapping[str, object]],
     columns: Mapping[str, str],
     usable: Sequence[RowFormat],
@@ -261,13 +267,13 @@ def _no_match(
     where: str,
     suggestion: str | None,
 ) -> LlmtuneError:
-    kinds = [next((one.name for one in FORMATS.values() if _matches(one, [row], columns)), None) for row in rows]
+    kinds = [next((one.name for one in FORMATS.values() if _has_required(one, [row], columns)), None) for row in rows]
     if len(set(kinds)) > 1:
         other = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
         names = f"row 1 is {kinds[0] or 'of no known format'}, row {other + 1} {kinds[other] or 'of no known format'}"
         return DataError.of(f"mixed formats: {names}", where, "Put each format into a file and a source of its own.")
     known = "\n    ".join(f"{one.name}: {one.example}" for one in usable)
-    what = f"the format is not known by the columns {_listed(present)}"
+    what = f"the format is not known by the columns {_name_list(present)}"
     if suggestion:
         return DataError.of(what, where, f"Map them; this line of the section `data` reads the file:\n    {suggestion}")
     texts = max(reversed(usable), key=lambda one: min(len(one.required), len(present)))  # not messages, for two texts
@@ -276,7 +282,7 @@ def _no_match(
     return DataError.of(what, where, f"Formats:\n    {known}\n    or map columns in the section `data`: {source}.")
 
 
-def _listed(names: Sequence[str]) -> str:
+def _name_list(names: Sequence[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:12])
     return f"{shown} and {len(names) - 12} more" if len(names) > 12 else shown or "(none)"
 
@@ -310,7 +316,7 @@ def parse_row(
 
 
 def _refuse_media(row: Mapping[str, object], row_format: RowFormat) -> None:
-    """Refuse a text that stands around a picture, a film or a recording in another column; raises RowError."""
+    """Refuse a text around a picture, a film or a recording in another column; raises RowError."""
     for name, mark in MEDIA.items():
         if name in row_format.columns or not row.get(name):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,8 @@ _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
 
 
-def to_json(row: Mapping[str, object]) -> str:
-    """Write a canonical row as it stands in the Arrow file.
+def row_json(row: Mapping[str, object]) -> str:
+    """Write a canonical row as the Arrow file holds it.
 
     Raises:
         RowError: The text holds half of a surrogate pair, which is no character and cannot be encoded.
@@ -51,6 +51,14 @@ def _stripped(value: object) -> object:
     if isinstance(value, dict):
         return {key: _stripped(item) for key, item in value.items() if not (key == "audio" and "content" in value)}
     return value
+
+
+def iterate_strings(value: object) -> Iterator[str]:
+    """Yield every text within a value, however deep."""
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from iterate_strings(part)
 
 
 def spoken_text(row: Row) -> str:

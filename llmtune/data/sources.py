@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.byte_streams import guess_encoding
 from llmtune.data.column_mapping import has_columns, infer_columns, rename
-from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, read_lazily
+from llmtune.data.file_readers import NOT_UTF8, LazyRow, parse_lines, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, reads_rows, unused_keys
@@ -27,7 +27,7 @@ from llmtune.recipe.data_section import DATA_ENDINGS, DataSection, Source, data_
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.user_files import match_files, walk_files
 from llmtune.recipe.yaml_writer import source_line, written_path
-from llmtune.records import SPLITS
+from llmtune.records import SPLITS, Advance
 from llmtune.store.atomic_files import hash_file, hash_recording
 
 IN_FOLDERS = tuple(ending for ending in DATA_ENDINGS if ending != ".md")
@@ -35,7 +35,7 @@ IN_FOLDERS = tuple(ending for ending in DATA_ENDINGS if ending != ".md")
 CONTAINERS = ("jsonl", "json", "csv", "parquet", "text")
 METADATA = "metadata"
 """Name (without ending) of the file that says all of a folder of recordings; others there are no rows."""
-Found = TypeVar("Found", Path, RemoteFile)
+FileT = TypeVar("FileT", Path, RemoteFile)
 MAX_FILES = 20_000
 LOOKED_AT = 20
 """Good rows by which a file's format is told."""
@@ -60,11 +60,10 @@ class Input:
 
     def raw_rows(self) -> Iterator[RawRow]:
         """Read it from its start."""
-        for origin, value in self.lazy_rows(lambda count: None):
-            yield origin, value.parse() if isinstance(value, JsonLine) else value
+        return parse_lines(self.lazy_rows(lambda count: None))
 
-    def lazy_rows(self, advance: Callable[[int], object]) -> Iterator[LazyRow]:
-        """Read it from its start, lines of JSON as they stand; `advance` is told how many bytes were read."""
+    def lazy_rows(self, advance: Advance) -> Iterator[LazyRow]:
+        """Read it from its start, lines of JSON unparsed; `advance` gets how many bytes were read."""
         if self.path is None:
             return iter(hub.read_hub(self.name.removeprefix(hub.HUB), self.source))
         return read_lazily(self.path, self.name, self.container, advance, self.source.encoding)
@@ -110,11 +109,11 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
     """
     detected: list[Detected] = []
     problems: list[Problem] = []
-    for number, (key, split, source) in enumerate(_sources(data)):
+    for number, (key, split, source) in enumerate(_each_source(data)):
         if local_only and (hub.dataset_name(source) is not None or is_remote(source.path)):
             continue
         try:
-            of_source = [_detect(one, data, task, problems) for one in _inputs(source, number, split, key)]
+            of_source = [_detect(one, data, task, problems) for one in _inputs_of(source, number, split, key)]
         except DataError as error:
             problems += error.problems
             continue
@@ -130,7 +129,7 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
     return detected
 
 
-def _sources(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
+def _each_source(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
     """Yield every source with its key and the split it is for."""
     for split in SPLITS:
         sources = getattr(data, split)
@@ -140,7 +139,7 @@ def _sources(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
                 yield key, None if split == "train" else split, source
 
 
-def _inputs(source: Source, number: int, split: str | None, key: str) -> list[Input]:
+def _inputs_of(source: Source, number: int, split: str | None, key: str) -> list[Input]:
     if hub.dataset_name(source) is not None:
         return [Input(source, number, split, source.path, None, "hub")]
     if is_remote(source.path):
@@ -274,7 +273,7 @@ def _walked(key: str, source: str) -> Iterator[None]:
         raise DataError.of(error.strerror or str(error), f"{key}: {source}", fix) from error
 
 
-def _check_count(files: list[Found], key: str, source: str) -> list[Found]:
+def _check_count(files: list[FileT], key: str, source: str) -> list[FileT]:
     """Refuse more files than a data set has, and names that no row could carry; raises DataError."""
     if len(files) > MAX_FILES:
         fix = "Name the folder, or the files, that hold the rows."
@@ -343,7 +342,7 @@ def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
         digest.update(json.dumps(shared, sort_keys=True).encode())
     problems: list[Problem] = []
     listed: list[SourceFile] = []
-    for key, split, source in _sources(data):
+    for key, split, source in _each_source(data):
         settings = source.model_dump(mode="json", exclude={"path"})
         digest.update(json.dumps([split, settings], sort_keys=True).encode())
         try:
@@ -366,12 +365,11 @@ def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iter
     for file in _find_remote(source, key) if is_remote(source.path) else ():
         tagged = f"{file.etag}-{file.size}" if file.etag else file.hash()
         yield SourceFile(source.path, file.url, None, "etag" if file.etag else "sha256", tagged)
-    for path in () if is_remote(source.path) else find_files(source, key):
-        yield SourceFile(source.path, path.name, path, "sha256", hash_file(path))
-        if TASK_FACTS[task].takes_audio:
-            one = Input(source, 0, None, written_path(str(path)), path, _container(path, source, key))
-            if detected := _detect(one, data, task, []):
-                yield from _hash_recordings(detected, path)
+    for one in () if is_remote(source.path) else _inputs_of(source, 0, None, key):
+        assert isinstance(one.path, Path)
+        yield SourceFile(source.path, one.path.name, one.path, "sha256", hash_file(one.path))
+        if TASK_FACTS[task].takes_audio and (detected := _detect(one, data, task, [])):
+            yield from _hash_recordings(detected, one.path)
 
 
 def _hash_recordings(detected: Detected, path: Path) -> Iterator[SourceFile]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from llmtune.data.example import Collate, Example
 from llmtune.data.tokenization import Segment, highlight
-from llmtune.records import AdaptedModel, Batch, Collate, Example, Loss, Rows
+from llmtune.records import AdaptedModel, Batch, Loss, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ class TaskInterface:
     peft_task_type: str | None = None
     """PEFT's name for the task, which says how its plain classes load the adapter; None: `AutoPeftModel`."""
     packs: bool = False
-    """Whether rows may stand end to end in one micro-batch, where the model keeps them apart."""
+    """Whether rows may be packed end to end in one micro-batch, where the model keeps them apart."""
     predicts_tokens: bool = True
     """Whether the loss is that of predicting tokens of the vocabulary."""
     trains_head: bool = False
@@ -73,7 +74,7 @@ class TaskInterface:
         """Refuse what would go wrong later; called once the model is loaded."""
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
-        """Whether training compares with the model as it was, which is kept beside what is trained."""
+        """Whether training compares with the model as it was, which is kept next to what is trained."""
         return False
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:

@@ -35,7 +35,6 @@ from llmtune.data.answer_format import (
     ThoughtFormat,
     call_message,
     read_calls,
-    response_template,
     shared_start,
 )
 from llmtune.data.message_fields import THINK_CLOSE, THINK_OPEN
@@ -143,10 +142,6 @@ class TemplateFacts:
         mark = self.thoughts.before.strip()
         at = self.opening.find(mark) if mark else -1
         return self.opening[at:] if at >= 0 else ""
-
-    def response_template(self, calls: CallFormat) -> Json:
-        """Return how answers are read, for transformers' `parse_response`."""
-        return response_template(self.thoughts, calls, self.heading, self.tail.partition(self.end)[0])
 
 
 NO_FACTS = TemplateFacts()
@@ -368,6 +363,6 @@ def _prefers_texts(objects: str | None, texts: str | None) -> bool:
 
 
 def _between(body: str, thought_end: str, end: str) -> str:
-    """Return the calls of an answer without thoughts before them and the end behind them."""
+    """Return the calls of an answer without the thoughts before them and the end after them."""
     body = body.rpartition(thought_end)[2] if thought_end else body
     return body.rstrip().removesuffix(end)

@@ -38,7 +38,7 @@ def check_length(template: str, name: str) -> None:
 
 
 def template_variables(template: str) -> set[str]:
-    """Return the names that a chat template reads of what it is given beside messages and tools."""
+    """Return the names that a chat template reads, other than messages and tools."""
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         parsed = environment.parse(_GENERATION_TAGS.sub("", template))
@@ -63,7 +63,7 @@ def with_defaults(template: str, kwargs: Mapping[str, object]) -> str:
 def with_system_prompt(template: str, prompt: str) -> str:
     """Return a chat template that puts `prompt` in front of conversations without a system message.
 
-    It stands in the template itself, so that every program that reads it does the same.
+    It is in the template itself, so that every program that reads it does the same.
     """
     message = f'[{{"role": "system", "content": {json.dumps(prompt, ensure_ascii=False)}}}]'
     condition = "{%- if not messages or messages[0]['role'] != 'system' -%}"

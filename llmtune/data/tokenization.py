@@ -16,7 +16,7 @@ import unicodedata
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain, groupby
 from typing import NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary
@@ -24,8 +24,9 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from llmtune.data.example import Example
+from llmtune.data.row_hash import iterate_strings
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example
 
 LOCAL_PRE_TOKENIZERS = re.compile(
     "BertPreTokenizer|ByteLevel|CharDelimiterSplit|Digits|Metaspace|Punctuation|Sequence|Split|UnicodeScripts"
@@ -41,7 +42,7 @@ MOST_PIECES = 2**17
 JOINED_PIECES = 256
 """New pieces that are tokenized as one text."""
 WORD_START = r" (?<=[A-Za-z,.;:!?] )(?=[A-Za-z])"
-"""A space where byte-level tokenizers cut: it belongs to the word behind it."""
+"""A space where byte-level tokenizers cut: it belongs to the word after it."""
 PROBE_PARTS = (
     *"aBéß家'1½.,;:_-(“’–…$ \t\n\xa0\u0301",
     *("'s", "'RE", "'ll", "20", "!?", "  ", "\r\n", "Word", " the", " Of", " x", "a b", ". So", ", it"),
@@ -238,7 +239,7 @@ def _pieces_of(processor: PreTrainedTokenizerBase) -> _Pieces:
 
 
 def _state_of(part: object) -> str | None:
-    """Return a part of a tokenizer as it stands in `tokenizer.json`; None for none."""
+    """Return a part of a tokenizer as `tokenizer.json` has it; None for none."""
     return None if part is None else cast(bytes, part.__getstate__()).decode()
 
 
@@ -361,7 +362,7 @@ def find_unknown(examples: Sequence[Example], token: int, row: str, processor: P
     """Return why the examples of a row (given as JSON) cannot be learned; None where their targets are all known."""
     if not any(_learns(example, token) for example in examples):
         return None
-    words = dict.fromkeys(word for text in _all_texts(json.loads(row)) for word in text.split())
+    words = dict.fromkeys(word for text in iterate_strings(json.loads(row)) for word in text.split())
     unknown = [word for word in words if token in processor(word, add_special_tokens=False)["input_ids"]]
     listed = ", ".join(repr(word[:LONGEST_SHOWN]) for word in unknown[:SHOWN_WORDS]) or processor.unk_token
     return f"{UNKNOWN}: {listed}" + (" and others" if len(unknown) > SHOWN_WORDS else "")
@@ -375,7 +376,7 @@ def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> 
     vanishes: dict[str, bool] = {}
     counts: Counter[str] = Counter()
     for text in texts:
-        spelled = "".join(_all_texts(json.loads(text))) if "\\" in text else text
+        spelled = "".join(iterate_strings(json.loads(text))) if "\\" in text else text
         letters = {*spelled} - PRINTABLE
         for letter in letters - vanishes.keys():
             with_it, without = processor([f"a{letter}b", "ab"], add_special_tokens=False)["input_ids"]
@@ -385,16 +386,8 @@ def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> 
 
 
 def _learns(example: Example, token: int) -> bool:
-    for ids, spans in ((example.input_ids, example.spans), (example.target_ids, example.target_spans)):
+    written = (example.target_ids, example.target_spans), (example.other_ids, example.other_spans)
+    for ids, spans in ((example.input_ids, example.spans), *written):
         if token in ids and any(token in ids[a:b] for a, b in zip(spans[::2], spans[1::2], strict=True)):
             return True
     return False
-
-
-def _all_texts(value: object) -> Iterator[str]:
-    """Yield all texts of a row."""
-    if isinstance(value, str):
-        yield value
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in parts:
-        yield from _all_texts(part)

@@ -24,11 +24,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from llmtune import __version__
 from llmtune.errors import EnvironmentProblem
 
-In = TypeVar("In")
-Out = TypeVar("Out")
+BatchT = TypeVar("BatchT")
+ResultT = TypeVar("ResultT")
 
 FIRST_SECONDS = 0.3
-"""How long the work goes on in this process before what is left is estimated: the first batches load things."""
+"""How long this process works alone before what is left is estimated: the first batches load things."""
 WORTH_SECONDS = 8.0
 """Work that a worker saves us must be more than its start (imports, its copy of the tokenizer) costs."""
 AHEAD = 2
@@ -38,7 +38,7 @@ HELD = 64
 """Results that wait for one before them, at most: they are in memory."""
 
 
-def count_cores() -> int:
+def usable_cores() -> int:
     """Return the cores that this process may use: by affinity and control group, and no more than `--threads`."""
     from joblib import cpu_count
 
@@ -46,7 +46,7 @@ def count_cores() -> int:
 
 
 class Workers(NamedTuple):
-    """What takes batches beside this process."""
+    """Processes that take batches in addition to this one."""
 
     cores: int
     submit: Callable[[Any], Future[Any]]
@@ -57,21 +57,21 @@ elsewhere: ContextVar[Callable[[bytes], AbstractContextManager[Workers]] | None]
 """Starts workers that are not processes of this machine, with a pickled function."""
 
 
-class WorkerPool(Generic[In, Out]):
+class WorkerPool(Generic[BatchT, ResultT]):
     """Maps a function over batches: in this process first, on the other cores as well once that is worth it.
 
     Workers are fresh processes, here or `elsewhere`, that are given a pickled copy of the function. This process works
     with them.
     """
 
-    def __init__(self, function: Callable[[In], Out], *, cores: int | None = None, eager: bool = False) -> None:
+    def __init__(self, function: Callable[[BatchT], ResultT], *, cores: int | None = None, eager: bool = False) -> None:
         """Take a function that can be pickled; `eager` starts the workers at once."""
         self._function = function
-        self._workers = (count_cores() if cores is None else cores) - 1
+        self._workers = (usable_cores() if cores is None else cores) - 1
         self._start = elsewhere.get() or (partial(_start_processes, self._workers) if self._workers else None)
         self._eager = eager
 
-    def map(self, batches: Iterable[In], size: Callable[[In], int], total: int) -> Iterator[Out]:
+    def map(self, batches: Iterable[BatchT], size: Callable[[BatchT], int], total: int) -> Iterator[ResultT]:
         """Yield the result of each batch in order; sizes add up to `total`, by which the work left is estimated."""
         began, done = time.monotonic(), 0
         batches = iter(batches)
@@ -88,8 +88,8 @@ class WorkerPool(Generic[In, Out]):
             with self._start(pickle.dumps(self._function)) as workers:
                 yield from self._spread(chain([first], batches), workers)
 
-    def _spread(self, batches: Iterator[In], workers: Workers) -> Iterator[Out]:
-        waiting: deque[Future[Out]] = deque()
+    def _spread(self, batches: Iterator[BatchT], workers: Workers) -> Iterator[ResultT]:
+        waiting: deque[Future[ResultT]] = deque()
         for batch in batches:
             if sum(not future.done() for future in waiting) < AHEAD * workers.cores:
                 waiting.append(workers.submit(batch))
@@ -120,7 +120,7 @@ def _start_processes(count: int, function: bytes) -> Iterator[Workers]:
 
 
 _function: Callable[[object], object]
-"""In a worker: what it was started with."""
+"""BatchT a worker: what it was started with."""
 
 
 def _start_worker(parent: int, pickled: bytes) -> None:
@@ -187,7 +187,7 @@ def _connect(address: str) -> None:
 
     if ray.is_initialized():
         return
-    _reach(address)
+    _check_reachable(address)
     kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environment = {"env_vars": {**kept, "TOKENIZERS_PARALLELISM": "false"}}  # a worker is a core
     more = {"include_dashboard": False} if address == LOCAL else {}
@@ -201,7 +201,7 @@ def _connect(address: str) -> None:
         signal.signal(number, handler)
 
 
-def _reach(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Raise EnvironmentProblem where nothing answers at HOST:PORT: Ray would try for a minute and a half."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdecimal()):
@@ -230,11 +230,11 @@ def _workers(address: str, function: bytes) -> Iterator[Workers]:
         raise error.cause from error  # what the function raised there
     except ray.exceptions.RayError as error:
         what = f"the Ray cluster lost rows that it worked on ({type(error).__name__})"
-        raise EnvironmentProblem.of(what, "--ray", "See its log. The same command goes on.") from error
+        raise EnvironmentProblem.of(what, "--ray", "See its log. The same command resumes.") from error
 
 
 _functions: dict[str, Callable[[object], object]] = {}
-"""In a worker: the function that it was given last, by name."""
+"""BatchT a worker: the function that it was given last, by name."""
 
 
 def _work_remotely(name: str, version: str, function: bytes, batch: object) -> object:

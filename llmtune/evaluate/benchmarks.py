@@ -82,7 +82,7 @@ class BenchmarkSuite(EvalSuite[dict[str, BenchmarkScore]]):
         self.benchmarks = load_benchmarks(context.recipe, context.console)
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
+    def read(cls, recipe: Recipe) -> None:
         """Check task files and the names of tasks. Raises as `check_task_names` does."""
         check_task_names(recipe)
 

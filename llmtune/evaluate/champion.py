@@ -41,7 +41,7 @@ LOOKS = "evaluate.looks"
 ROUNDING = 1e-12
 
 
-class Look(TypedDict):
+class LedgerLine(TypedDict):
     """A line of the ledger."""
 
     tests: str
@@ -62,7 +62,7 @@ class Ledger:
     """Hash of the test rows, whatever their order."""
     champion: str
     """Hash of what the champion's run trained."""
-    lines: tuple[Look, ...]
+    lines: tuple[LedgerLine, ...]
 
     def spent(self, trained: str = "") -> float:
         """Return the error that models have spent; without that of `trained` against this champion."""
@@ -105,7 +105,7 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
     with explained(path):
         texts = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     try:
-        lines = [TypeAdapter(Look).validate_json(text) for text in texts if text.strip()]
+        lines = [TypeAdapter(LedgerLine).validate_json(text) for text in texts if text.strip()]
     except ValidationError:
         fix = "Put it back as the repository has it; of a merge, keep the lines of both sides."
         raise EnvironmentProblem.of("damaged: a line is not what llmtune wrote", str(path), fix) from None
@@ -153,7 +153,7 @@ def count_look(recipe: Recipe, champion: ScoredRun, fingerprint: str, trained: s
 
 KEY = "evaluate.champion"
 NAME, OWN = "the champion", "this run"
-NOTHING = Evaluation({}, {}, {}, (), (), 0)
+NOTHING = Evaluation({}, {}, {}, (), 0)
 NONE_ASKED = PerRowScores()
 ROWS_FIX = (
     "Keep the test rows in a file, the same for both: write it with llmtune prepare RECIPE --write-test FILE, and set "

@@ -23,16 +23,16 @@ OWN_FILES = resources.files("llmtune.evaluate")
 """Inputs that ship with llmtune: `general` and `groups`."""
 MOST_SHOWN = 20
 """Problems that are named; further ones are counted."""
-Item = TypeVar("Item")
-Output = TypeVar("Output")
+T = TypeVar("T")
+SuiteOutput = TypeVar("SuiteOutput")
 Bar = Callable[[str, int], Advance]
 """Adds a progress bar with a label and a total; returns the function that advances it."""
 
 
-class EvalSuite(Generic[Output]):
+class EvalSuite(Generic[SuiteOutput]):
     """A suite, or one part of it: it runs on one model after the other, then compares their outputs.
 
-    The constructor reads and checks the inputs, before a model is loaded. A base model without a trained head is
+    The constructor reads its inputs, before a model is loaded. A base model without a trained head is
     skipped: a trivial baseline replaces it.
     """
 
@@ -45,14 +45,17 @@ class EvalSuite(Generic[Output]):
 
     def __init__(self, context: EvalContext) -> None:
         self.context = context
-        self.outputs: dict[str, Output] = {}
+        self.outputs: dict[str, SuiteOutput] = {}
         """By "base" and "tuned"."""
         self.unmeasured = ""
         """Why its first metric cannot be measured, as the report says it."""
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
-        """Read the inputs when a run starts, so that a missing file shows before training. Raises DataError."""
+    def read(cls, recipe: Recipe) -> object:
+        """Read and check the inputs; also called when a run starts, so that a missing file shows before training.
+
+        Raises DataError.
+        """
 
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Run on the "base" or "tuned" model, which is loaded and on its device, and keep the output."""
@@ -65,11 +68,11 @@ class EvalSuite(Generic[Output]):
     def fit(self, limit: int) -> None:
         """Drop inputs that exceed the model's context; called before the first model runs."""
 
-    def ask(self, model: torch.nn.Module, bar: Bar) -> Output:
+    def ask(self, model: torch.nn.Module, bar: Bar) -> SuiteOutput:
         """Return one model's output for the inputs."""
         raise NotImplementedError
 
-    def measure(self, output: Output) -> Iterable[Measure]:
+    def measure(self, output: SuiteOutput) -> Iterable[Measure]:
         """Return the metrics of one model's output; their rows are the suite's own."""
         raise NotImplementedError
 
@@ -128,14 +131,12 @@ def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> St
     )
 
 
-def read_sources(
-    sources: Sequence[str], read: Callable[[str], Sequence[Item | Problem]], kind: str, fix: str
-) -> list[Item]:
+def read_sources(sources: Sequence[str], read: Callable[[str], Sequence[T | Problem]], kind: str, fix: str) -> list[T]:
     """Read items of a `kind` from all sources; `read` gives the items of one, and a Problem for each bad one.
 
     Raises DataError for sources that cannot be read, hold a bad item, or hold none.
     """
-    items: list[Item] = []
+    items: list[T] = []
     problems: list[Problem] = []
     for source in sources:
         try:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import prompt_ids
+from llmtune.data.example import Example
 from llmtune.data.tokenization import encode_texts, start_ids
 from llmtune.errors import Problem
 from llmtune.evaluate.eval_inputs import EvalContext
@@ -34,7 +35,7 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_proces
 from llmtune.model.causal_lm_loss import causal_loss, move_to
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Advance, Example, StudyTable
+from llmtune.records import Advance, StudyTable
 from llmtune.report.number_format import DASH, count, score
 
 PROMPT = "Question: {question}\nAnswer:"
@@ -74,21 +75,18 @@ class ForgettingSuite(EvalSuite[Likelihoods]):
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
-        section = context.recipe.evaluate.forgetting
-        assert section is not None
-        self.texts = read_texts(section.texts)
-        self.questions = read_questions(section.questions)
+        self.texts, self.questions = self.read(context.recipe)
         self.passages: Passages
         self.trees = [question_tree(question, context.processor) for question in self.questions]
         self.too_long = 0
         """Questions that exceed the model's context; they are left out."""
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
+    def read(cls, recipe: Recipe) -> tuple[tuple[GeneralText, ...], list[Question]]:
         """Read texts and questions. Raises DataError where that cannot be done."""
-        if section := recipe.evaluate.forgetting:
-            read_texts(section.texts)
-            read_questions(section.questions)
+        section = recipe.evaluate.forgetting
+        assert section is not None
+        return read_texts(section.texts), read_questions(section.questions)
 
     def fit(self, limit: int) -> None:
         """Lay windows over the texts, and leave out questions that are longer than the context."""

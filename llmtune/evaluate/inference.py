@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 
 from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.example import Collate
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
@@ -26,7 +27,7 @@ from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.task_facts import CUT_METRIC
-from llmtune.records import Advance, Collate
+from llmtune.records import Advance
 from llmtune.report.render_terminal import counting_bars
 from llmtune.store.processes import world_size
 

@@ -121,31 +121,24 @@ def check_alike(runs: Sequence[ScoredRun]) -> None:
         RecipeError: other tasks, or other settings of measurement.
         DataError: other test rows.
     """
-    check_same_rows(runs)
     first, *others = runs
-    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
-    RecipeError.collect(
-        Problem(what, one.name, fix + keys) for one in others for what, keys in find_other_settings(first, one)
-    )
-
-
-def check_same_rows(runs: Sequence[ScoredRun]) -> None:
-    """Refuse runs of other tasks (RecipeError) or with other test rows (DataError)."""
-    first, *others = runs
-    task = first.recipe.task
+    task, rows = first.recipe.task, set(first.measures.rows)
     RecipeError.collect(
         Problem(f"task {one.recipe.task}, and {first.name} has task {task}", one.name, "Compare like with like.")
         for one in others
         if one.recipe.task != task
     )
-    rows = set(first.measures.rows)
     problems = []
     for one in others:
-        if (own := set(one.measures.rows)) != rows:
-            what = f"not measured on the same rows: of {len(rows | own)} test rows {len(rows & own)} are in both, "
-            what += f"{len(rows - own)} are in {first.name} alone, {len(own - rows)} in {one.name} alone"
+        if (other := set(one.measures.rows)) != rows:
+            what = f"not measured on the same rows: of {len(rows | other)} test rows {len(rows & other)} are in both, "
+            what += f"{len(rows - other)} are in {first.name} alone, {len(other - rows)} in {one.name} alone"
             problems.append(Problem(what, one.name, ROWS_FIX))
     DataError.collect(problems)
+    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
+    RecipeError.collect(
+        Problem(what, one.name, fix + keys) for one in others for what, keys in find_other_settings(first, one)
+    )
 
 
 def find_other_settings(first: ScoredRun, second: ScoredRun) -> Iterator[tuple[str, str]]:
@@ -354,5 +347,5 @@ def open_release(path: Path, name: str) -> ScoredRun:
     except ValueError as error:
         raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
     scores = found["base"], found["tuned"], found["difference"]
-    evaluation = Evaluation(*scores, (), (), found["rows"], found["signatures"])
+    evaluation = Evaluation(*scores, (), found["rows"], found["signatures"])
     return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))

@@ -13,13 +13,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.collators import pad
+from llmtune.data.example import Example
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
 from llmtune.model.device import SuppressRefusal
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Example, Row
+from llmtune.records import Batch, Row
 
 PREFIX, PADDING = 0, -1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}

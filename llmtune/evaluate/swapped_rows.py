@@ -159,8 +159,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
-        assert context.recipe.evaluate.fairness is not None
-        self.swaps = read_swaps(context.recipe.evaluate.fairness.swaps)
+        self.swaps = self.read(context.recipe)
         self.unmeasured = self.prepare()
 
     def prepare(self) -> str:
@@ -180,10 +179,10 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         return "" if self.rows else f"not measured on {self.how}"
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
+    def read(cls, recipe: Recipe) -> Swaps:
         """Read the words. Raises DataError where that cannot be done."""
-        if recipe.evaluate.fairness:
-            read_swaps(recipe.evaluate.fairness.swaps)
+        assert recipe.evaluate.fairness is not None
+        return read_swaps(recipe.evaluate.fairness.swaps)
 
     def swap_rows(self) -> tuple[dict[int, Row], Counter[str]]:
         """Return the test rows that are asked, swapped, and how many there are of each kind."""

@@ -196,16 +196,16 @@ def measure_squad(metric: str, texts: Sequence[str], answers: Sequence[Sequence[
     No right answer means that the question has none, and an empty text says so. Values are the script's by 100.
     Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", 2018, official evaluation script.
     """
-    compared = same_answer if metric == "exact_match" else shared_words
     known = ([answer for answer in right if bare(answer)] or [""] for right in answers)
-    values = [max(compared(text, answer) for answer in right) for text, right in zip(texts, known, strict=True)]
+    rows = zip(texts, known, strict=True)
     signature = (
         "SQuAD 2.0, share of 1: lower case, without punctuation and articles; the best of several answers; "
         "an empty text is right where there is no answer"
     )
     if metric == "exact_match":
-        return measure_right([value == 1 for value in values], metric, signature)
+        return measure_right([bare(text) in map(bare, right) for text, right in rows], metric, signature)
     assert metric == "f1"
+    values = [max(shared_words(text, answer) for answer in right) for text, right in rows]
     return measure_shares(metric, values, signature)
 
 
@@ -213,11 +213,6 @@ def bare(text: str) -> str:
     """Lower the case; take out punctuation, English articles and superfluous white space."""
     letters = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", letters).split())
-
-
-def same_answer(text: str, answer: str) -> float:
-    """1 if nothing but case, punctuation, articles and white space differs, or else 0."""
-    return float(bare(text) == bare(answer))
 
 
 def shared_words(text: str, answer: str) -> float:
@@ -330,13 +325,9 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
 def lower_without_punctuation(text: str) -> str:
     """Lower the case, make dashes spaces, take out other punctuation, join white space; composed letters (NFC)."""
     lowered = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
-    return " ".join("".join(map(without_punctuation, lowered)).split())
-
-
-def without_punctuation(letter: str) -> str:
-    """Drop punctuation; a dash becomes a space."""
-    category = unicodedata.category(letter)
-    return " " if category == "Pd" else "" if category.startswith("P") else letter
+    kinds = ((letter, unicodedata.category(letter)) for letter in lowered)
+    kept = (" " if kind == "Pd" else letter for letter, kind in kinds if kind == "Pd" or not kind.startswith("P"))
+    return " ".join("".join(kept).split())
 
 
 def name_normaliser(name: str, language: str, spellings: Mapping[str, str] | None) -> str:

@@ -12,10 +12,11 @@ from torch import distributed
 from transformers.utils import ModelOutput
 
 from llmtune.data.collators import pad_texts
+from llmtune.data.example import Example
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import model_inputs, move_to
 from llmtune.model.device import fits_in_memory, release_memory
-from llmtune.records import Advance, Example
+from llmtune.records import Advance
 from llmtune.store.processes import world_size
 
 T = TypeVar("T")

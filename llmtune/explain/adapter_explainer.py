@@ -90,7 +90,7 @@ class AdapterExplainer(Explainer):
 
     @property
     def in_layers(self) -> list[Move]:
-        """Those in layers; heads and embeddings stand beside them."""
+        """The moves in layers; heads and embeddings are in none."""
         return [move for move in self.moves if move.layer is not None]
 
     def by(self, axis: Axis) -> dict[str, list[Move]]:
@@ -124,7 +124,7 @@ class AdapterExplainer(Explainer):
         }
 
     def draw(self, folder: Path) -> list[Path]:
-        """Draw movement beside effective rank; nothing where there are no layers."""
+        """Draw movement next to effective rank; nothing without layers."""
         if not self.in_layers:
             return []
         rows, columns = Ticks("layer", list(self.by("layer"))), Ticks("", list(self.by("column")))
@@ -181,12 +181,12 @@ def together(moves: Sequence[Move]) -> float | None:
 
 
 def _refuse_other_methods(target: Target) -> None:
-    """Raise RecipeError for an adapter that is no product of two matrices beside each module."""
+    """Raise RecipeError for an adapter that is not a product of two matrices next to each module."""
     assert target.recipe is not None
     adapter = target.recipe.adapter
     kind = "experts (target_parameters)" if adapter.options.get("target_parameters") else adapter.method
     if kind not in ("lora", "qlora", "full"):
-        what = f"how far modules moved is told of LoRA and of whole weights, and this run has an adapter of {kind}"
+        what = f"only LoRA and full training show how far modules moved; this run has an adapter of {kind}"
         raise RecipeError.of(what, target.name, "`llmtune explain model` and `generation` read this run.")
 
 
@@ -230,7 +230,7 @@ def full_moves(target: Target) -> Iterator[Move]:
 
 
 def arrange(moves: Sequence[Move]) -> list[Move]:
-    """Give each move its layer and its kind of module; what is in no layer stands behind the others, without them."""
+    """Give each move its layer and its kind of module; modules outside layers follow, without both."""
     parts = {move.module: match.groups() for move in moves if (match := LAYER.fullmatch(move.module))}
     below = list(dict.fromkeys(rest for _, _, rest in parts.values()))
     lists = list(dict.fromkeys(prefix for prefix, _, _ in parts.values()))

@@ -101,7 +101,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks with what stands before and behind them."""
+    """Blocks, and the parts before and after them."""
 
     name: str
     """encoder or decoder; of other models the name of the module."""
@@ -132,7 +132,7 @@ class Architecture:
     other: int
     """Parameters of what is part of no stack, or is not used for a text."""
     untraced: str | None
-    """Why the model could not be run on shapes: then its parts stand as they are declared, and no path is drawn."""
+    """Why the model could not be run on shapes: then its parts are in declared order, and no path is drawn."""
 
 
 def describe_architecture(target: Target, fake: FakeModel) -> Architecture:
@@ -276,10 +276,10 @@ class _Reader:
             self.counted |= {id(value) for value in parameters}
             yield Weights(name.removeprefix(f"{block}."), write_shape(module, parameters), size)
 
-    # Beside the blocks
+    # Outside the blocks
 
     def _describe_pieces(self, units: Sequence[Unit], before: int = 0) -> tuple[ModelPart, ...]:
-        """Describe what stands before or behind the blocks; a list of convolutions is drawn as one."""
+        """Describe the parts before or after the blocks; a list of convolutions is drawn as one."""
         pieces: dict[str, ModelPart] = {}
         for unit in units:
             listed = re.match(r"(.+?)\.\d+\.", unit.name)
@@ -294,7 +294,7 @@ class _Reader:
         return tuple(pieces.values())
 
     def _describe_piece(self, unit: Unit, *, first: bool) -> ModelPart:
-        """Describe a part beside the blocks; positions and types of tokens are added to what comes before them."""
+        """Describe a part outside the blocks; positions and types of tokens are added to what comes before them."""
         module, last = unit.module, unit.name.rpartition(".")[2]
         known = any(id(value) in self.counted for value in module.parameters())
         weights = tuple(self._read_weights(unit))

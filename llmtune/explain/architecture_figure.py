@@ -142,7 +142,7 @@ class _Column:
         self.y += tall
 
     def piece(self, part: ModelPart) -> None:
-        """Draw a part beside the blocks; what is added to what comes from below stands at the right of a sum."""
+        """Draw a part outside the blocks; a part that is added to the path is at the right of a sum."""
         if not part.added:
             self.arrow()
             self.box(part, lambda name: [name])
@@ -169,7 +169,7 @@ class _Column:
                 self.line((self.middle, self.y), (self.middle, self.y + 14))
                 self.y += 14
             if part.place == "beside":
-                words = "and beside it, from the same place"
+                words = "in parallel, from the same place"
                 self.text(self.middle, self.y + GAP / 2, words, anchor="center", color=MUTED)
                 self.y += GAP
             else:

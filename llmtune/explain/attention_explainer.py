@@ -54,11 +54,11 @@ FULL = 65535
 STRONGEST = 2
 """Pairs of words that are listed of each layer."""
 ISOLATE, POP = "\u2068", "\u2069"
-"""Around words that may be written from right to left, so that they leave what is beside them in its place."""
+"""Around words that may be written from right to left, so that their neighbours keep their places."""
 READING = (
     "Special tokens, such as the start and the end of a text, are slanted. Models park attention that they have no use "
     "for on them, or on the first token: it says little about the text.",
-    "A dot in front (·ing) says that a piece goes on with the word before it. ␣ is a space, ⏎ the end of a line.",
+    "A dot in front (·ing) marks a piece that continues the word before it. ␣ is a space, ⏎ the end of a line.",
     "Heads are the several ways in which one layer looks; each has its own queries and keys. The mean is over all "
     "heads of a layer.",
     "Rollout follows attention through all layers up to the one chosen, half of each step being the token itself: "

@@ -59,7 +59,7 @@ AXES: dict[AttentionKind, tuple[str, str]] = {
 LARGEST_IN, SMALLEST_IN = 0.3, 0.012
 """Edge of a cell in inches."""
 MAP_IN, BESIDE_IN = 7.0, 5.6
-"""Edge of a whole map, alone and beside others, where its cells are not the largest already."""
+"""Edge of a whole map, alone and next to others, unless its cells reach the largest size."""
 MOST_EDGES = 600
 """Of one graph; those that are left out are the weakest."""
 ROW_IN, GAP_IN = 0.21, 2.2

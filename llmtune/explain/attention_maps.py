@@ -39,7 +39,7 @@ Head = int | str
 Shape = Mapping[AttentionKind, tuple[int, int]]
 """Layers and heads of each kind of attention."""
 DIFFERENCE = "difference"
-"""What is shown beside the models of a run: tuned minus base."""
+"""Shown next to the models of a run: tuned minus base."""
 MOST_NUMBERS = 12_000_000
 """Weights that are kept and in the page, 2.7 bytes each: 32 MB. Where there are more, heads are those of one layer."""
 EDGES_PER_WORD = 1.5
@@ -258,7 +258,7 @@ class AttentionMaps:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """What stands side by side: the model; or base, tuned and their difference."""
+        """The maps shown side by side: the model; or base, tuned and their difference."""
         return (*self.models, DIFFERENCE) if self.models == (BASE, TUNED) else self.models
 
     def layers(self, kind: AttentionKind) -> list[int]:
@@ -331,7 +331,7 @@ def most_telling_layer(means: Mapping[int, Matrix], base: Mapping[int, Matrix] |
     Much of what a model attends to is the first token, special ones, the word itself, or some token that all others
     look at, which says little about the text (Clark et al., 2019, section 3.2; Xiao et al., "Efficient Streaming
     Language Models with Attention Sinks", 2024): only weights `among_words` count, as far as they are above what
-    others look at the same word with. `base` has the means of the base model, beside those of the tuned one.
+    others look at the same word with. `base` has the means of the base model, `means` then those of the tuned one.
     """
     if not words_QT.any():
         return max(means)

@@ -43,7 +43,7 @@ UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexErr
 SHORTEST = 8
 """Tokens of the text; a model of speech reads its whole window."""
 COUNTED, CHECKED = (16, 23, 41), 1021
-"""Lengths in tokens at which products are counted, and at which the formula is held against the count; odd
+"""Lengths in tokens at which products are counted, and at which the formula is compared with the count; odd
 ones, which blocks of a fixed size do not divide."""
 BATCHED = ("aten.bmm", "aten.baddbmm")
 """Products of activations with one another."""
@@ -286,7 +286,7 @@ def measure_block(
     except (UntraceableError, RuntimeError, TypeError, ValueError, KeyError) as error:
         if is_out_of_memory(error):
             return "there is not enough memory for one block"
-        return f"a block could not be run by itself: {error}"
+        return f"a block could not be run alone: {error}"
     return MeasuredBlock(name, attention, device, torch.get_num_threads(), tuple(points))
 
 

@@ -1,4 +1,4 @@
-"""`llmtune explain generation`: how an answer comes about in four stages, and where base and tuned model part.
+"""`llmtune explain generation`: how an answer comes about in four stages, and where base and tuned model diverge.
 
 Prompt to tokens, what each layer would predict, which words could come next, the answer so far.
 """
@@ -138,14 +138,14 @@ class GenerationExplainer(Explainer):
         return replace(super().page(figures), chips=chips)
 
     def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
-        """Yield the stages, and of a run first where base and tuned model part."""
+        """Yield the stages, and of a run first where base and tuned model diverge."""
         parting, last = self.parting, "4 The masks, filled in" if self.prompt.masks else "4 Output so far"
-        # layers are looked at where the models part, else at the first step
+        # layers are looked at where the models diverge, else at the first step
         parts = parting is not None and all(parting < len(trace.steps) for trace in self.traces.values())
         at = parting if parting is not None and parts else 0
-        where = f"At step {at + 1}" + (", where they part:" if parting is not None else ":")
+        where = f"At step {at + 1}" + (", where they diverge:" if parting is not None else ":")
         if len(self.traces) > 1:
-            yield Section("Where base and tuned part", list(self._describe_parting()))
+            yield Section("Where base and tuned diverge", list(self._describe_parting()))
         yield Section("1 Prompt to tokens", list(self._describe_prompt()))
         yield Section("2 Model processing", [Text(where), *self._lens_blocks(at)], anchor="lens")
         yield Section("3 Word prediction", list(self._step_blocks()), anchor="prediction")
@@ -164,7 +164,7 @@ class GenerationExplainer(Explainer):
             yield Text(note, "note")
 
     def _lens_blocks(self, at: int) -> Iterator[Block]:
-        """Yield what each layer would predict: at one step of all models beside one another, and at all steps."""
+        """Yield what each layer would predict: at one step of all models side by side, and at all steps."""
         known = {name: [step.layers for step in trace.steps if step.layers] for name, trace in self.traces.items()}
         if any(not layers for layers in known.values()):
             yield Text("The layers of this model cannot be read by themselves.", "note")
@@ -222,14 +222,18 @@ class GenerationExplainer(Explainer):
             yield Text(f"{model}{join_tokens([step.token for step in trace.steps])}{end}")
 
     def _describe_parting(self) -> Iterator[Block]:
-        """Yield what base and tuned model could write at the step where their answers part, and how far they agree."""
+        """Yield what both models could write where their answers diverge, and how far they agree."""
         at, traces = self.parting, self.traces
         if at is None:
-            yield Text("They do not part: both write the same, word for word.")
+            yield Text("They do not diverge: both write the same, word for word.")
         else:
             common = join_tokens([step.token for step in traces[TUNED].steps[:at]])
-            where = f"Both begin alike; they part at word {at + 1}, after: {common}" if at else "At the first word."
-            chance = " Words were drawn at random, so they may part by chance." if self.sampling.sample else ""
+            where = (
+                f"Both begin with the same words and diverge at word {at + 1}, after: {common}"
+                if at
+                else "At the first word."
+            )
+            chance = " Words were drawn at random, so they may diverge by chance." if self.sampling.sample else ""
             columns, cells = [], []
             for name in (BASE, TUNED):
                 columns += [Column(name), Column("p", "number")]
@@ -257,7 +261,7 @@ class GenerationExplainer(Explainer):
 
 
 def slug(request: PromptRequest) -> str:
-    """Return a name for a prompt that can stand in a file name: its letters, and a hash where those are not all."""
+    """Return a name for a prompt for use in a file name: its letters, and a hash if those are not all of it."""
     text = request.prompt or (request.audio.stem if request.audio else "")
     letters = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if letters and len(letters) <= SLUG_LETTERS and text.isascii():

@@ -113,7 +113,7 @@ class Trace:
     steps: list[AnswerStep]
     text: str
     ended: bool
-    """Whether an end token stands at its end; otherwise there was no room for more."""
+    """Whether it ends with an end token; otherwise it reached max_new_tokens."""
 
     @property
     def ids(self) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llmtune.data.audio import Samples, SpeechRow
+from llmtune.data.audio import SpeechRow, Waveform
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import DataError, Problem, RecipeError
@@ -89,7 +89,7 @@ class ModelInputs:
     recipe: Recipe
     """The run's, or one of defaults."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What goes into the model beside the tokens."""
+    """Inputs of the model other than the tokens."""
     pair: TextPair | None = None
     """What an encoder-decoder reads and writes; its target may be empty still."""
     frames: TokenLine | None = None
@@ -138,7 +138,7 @@ def make_pair(
     return TextPair(str(given["prompt"]), written, languages[0], languages[-1])
 
 
-def read_first_window(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Samples, float, bool]:
+def read_first_window(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Waveform, float, bool]:
     """Return the first window of a recording, its seconds, and whether it is all of the recording.
 
     Raises DataError where it cannot be read, and RecipeError where there is no sound in it.
@@ -152,11 +152,11 @@ def read_first_window(target: Target, audio: Path | None, recipe: Recipe) -> tup
     return samples, len(samples) / extract.sampling_rate, len(windows) == 1
 
 
-def _whisper_inputs(target: Target, samples: Samples, recipe: Recipe) -> ModelInputs:
+def _whisper_inputs(target: Target, samples: Waveform, recipe: Recipe) -> ModelInputs:
     """Return what Whisper reads, and the tokens of language and task that its answer begins with."""
     set_speech(target.processor, recipe)
     features = extract_features(feature_extractor(target.processor), [samples])["input_features"]
-    all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence behind a sound counts
+    all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence after a sound counts
     tensors = {"input_features": features, "attention_mask": all_1T}
     return ModelInputs([], recipe, tensors, decoder_ids=list(target.processor.prefix_tokens))
 

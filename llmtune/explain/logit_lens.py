@@ -46,7 +46,7 @@ class ForwardPass:
     logits: torch.Tensor
     """[P, V], on the CPU."""
     hidden: list[torch.Tensor]
-    """Before and behind every layer [P, D], on the CPU."""
+    """Before and after every layer [P, D], on the CPU."""
     output_sizes: Mapping[torch.nn.Module, int]
     """By layer the length of the tuple that it returns; 0 where it returns the hidden state alone."""
 
@@ -79,7 +79,7 @@ def run_forward(model: torch.nn.Module, inputs: Mapping[str, object], positions:
 def read_lens(seen: ForwardPass) -> Iterator[torch.Tensor] | None:
     """Return logits [L, V] for each position; None where this model's layers cannot be read so.
 
-    Nothing is assumed of what stands behind the layers (norm, scale, soft cap, bias): the model itself is run with
+    Nothing is assumed about what follows the layers (norm, scale, soft cap, bias): the model itself is run with
     layers that do nothing but return the hidden state. The last layer's logits have to be the model's own: that is
     checked before anything is returned.
     """

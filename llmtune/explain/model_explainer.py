@@ -59,7 +59,7 @@ class ModelExplainer(Explainer):
     lead = (
         "Words come in below and go up. A block reads the residual path (the grey line at its left), works out "
         "something to add, and adds it at ⊕: what a block does not change passes by it untouched. Equal blocks are "
-        "drawn once. At the right of a box stand its parameters; where there is an arrow, the inputs and outputs "
+        "drawn once. At the right of a box are its parameters; with an arrow, the inputs and outputs "
         "of a matrix."
     )
 
@@ -152,17 +152,16 @@ class ModelExplainer(Explainer):
         """Yield a table for each stack, from what comes in down to what goes out."""
         architecture = self.architecture
         if architecture.untraced:
-            reason = (
-                f"The model could not be run on shapes alone ({architecture.untraced}), so the order of its parts is"
-            )
-            yield Text(f"{reason} not known; shapes and sizes are.", "note")
+            reason = f"The model could not be run on shapes alone ({architecture.untraced})."
+            yield Text(f"{reason} The order of its parts is unknown; shapes and sizes are exact.", "note")
         columns = [Column("part"), Column("shape"), Column("parameters", "number")]
+        columns += [Column("trained")] if self.trained else []
         for stack in architecture.stacks:
             rows = [self._row(part.title, part.about, part.parameters, part.names) for part in stack.before]
             for blocks in stack.blocks:
                 rows += self._block_rows(blocks)
             rows += [self._row(part.title, part.about, part.parameters, part.names) for part in stack.behind]
-            yield Table([*columns, *([Column("trained")] if self.trained else [])], rows, stack.name, scroll=True)
+            yield Table(columns, rows, stack.name, scroll=True)
 
     def _row(self, title: str, about: str, size: int, names: Sequence[str]) -> list[str]:
         return [title, about, brief_size(size), *([self.trained.mark(names)] if self.trained else [])]
@@ -176,7 +175,7 @@ class ModelExplainer(Explainer):
                 about = "on the residual path" if part.place == "path" else ""
                 yield self._row(f"{STEP}{part.title}", about, part.parameters, [])
                 continue
-            joined = "and beside it " if part.place == "beside" else "+ "
+            joined = "in parallel " if part.place == "beside" else "+ "
             yield self._row(f"{STEP}{joined}{part.title}", part.about, 0, [])
             for weights in part.weights:
                 name, modules = STEP * 2 + short_module_name(weights.name, part.names), blocks.names(weights.name)
@@ -204,7 +203,7 @@ class ModelExplainer(Explainer):
             return
         several = "s" if measured.threads > 1 else ""
         threads = f" with {measured.threads} thread{several}" if measured.device == "cpu" else ""
-        yield Text(f"One block ({measured.block}) by itself on this machine ({measured.device}{threads}), in float32.")
+        yield Text(f"One block ({measured.block}) alone on this machine ({measured.device}{threads}), in float32.")
         if len(measured.points) > 1:
             before, after = measured.points[-2:]
             block = after.block_seconds / before.block_seconds
@@ -263,7 +262,7 @@ def describe_growth(cost: Cost, architecture: Architecture) -> Iterator[str]:
     halves = " (in each half)" if architecture.family == "encoder-decoder" and fixed <= weights else ""
     yield (
         f"A token{halves} costs {operations(weights)} in products with weights, however long the text is, and "
-        f"{operations(pairs)} more for each token that attention sets it beside."
+        f"{operations(pairs)} more for each token that attention compares it with."
     )
     crossing, context = cost.crossing(), architecture.context
     if crossing and context and crossing > context:

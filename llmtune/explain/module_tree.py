@@ -2,7 +2,7 @@
 
 A block's residual path follows from that order. A norm leads the branch after it; of two norms between branches the
 first ends the branch before it (Gemma 2). A block that only ends with norms has them after each branch: a LayerNorm
-stands on the path, after the sum (BERT), an RMSNorm within the branch (OLMo 2). A branch without a norm in a block that
+normalises the path, after the sum (BERT); an RMSNorm ends the branch (OLMo 2). A branch without a norm in a block that
 begins with one runs parallel to the branch before it (GPT-J).
 """
 
@@ -29,7 +29,7 @@ ROLES: Sequence[tuple[ModuleRole, str]] = (
 """By the first pattern that is found in the names and classes of a module and those around it; else feed-forward."""
 Place = Literal["", "branch", "beside", "path"]
 """How a part is reached: from the one before it; from the residual path; from there too, parallel to the branch before
-it; or it stands on the path itself."""
+it; or it is on the path itself."""
 PLAIN = (nn.Linear, nn.Embedding, _ConvNd, Conv1D)
 PARALLEL = ("use_parallel_residual", "parallel_attn")
 """Keys of a configuration whose branches all read the start of the block, each with a norm of its own."""
@@ -102,7 +102,8 @@ def group_units(model: nn.Module, block: str, units: Sequence[Unit], config: Pre
             groups.append(Group(role, [unit]))
     if [group.role == "norm" for group in groups] == [True, True, False, False]:  # Falcon computes both norms first
         groups.insert(2, groups.pop(1))
-    join_path(groups, parallel=any(getattr(config, key, False) for key in PARALLEL))
+    if groups:
+        join_path(groups, parallel=any(getattr(config, key, False) for key in PARALLEL))
     return groups
 
 

@@ -127,7 +127,7 @@ def _tables(name: str, module: nn.Module) -> Iterator[Scheme]:
     table = weight.detach()[first:].float().cpu().numpy().astype(np.float64)
     facts = {"positions": f"{len(table):,}", "dimensions": f"{table.shape[1]:,}"}
     if first:
-        facts["first row"] = f"{first} (the rows before it stand for padding or nothing)"
+        facts["first row"] = f"{first} (the rows before it are for padding or unused)"
     if last == "rel_embeddings":
         facts["rows"] = "buckets of distances, not positions"
     norms = (table**2).sum(axis=1) / (table.shape[1] / 2)
@@ -144,7 +144,7 @@ def effective_weight(module: nn.Module) -> torch.Tensor | None:
 
 
 def first_position_row(module: nn.Module) -> int:
-    """Return the row of the first position: BART's tables begin at 2, RoBERTa's behind the padding token's number."""
+    """Return the row of the first position: BART's tables begin at 2, RoBERTa's after the padding token's number."""
     offset = getattr(module, "offset", None)
     if isinstance(offset, int):
         return offset

@@ -31,7 +31,7 @@ DEFAULT_LENGTH, DEFAULT_DIMENSION, DEFAULT_BASE = 64, 64, 10_000.0
 ROWS, COLUMNS, HEADS = 40, 8, 8
 """Of a table: what a longer or a wider one has first."""
 LABELLED = 40
-"""Words beside the rows of a heatmap; there is no room for more."""
+"""Words next to the rows of a heatmap; there is no room for more."""
 WIDTH_IN, HEIGHT_IN = 11.0, 4.2
 NONE_FOUND = (
     "No table, rotation or bias of positions was found in this model: it knows the order of words in another way "
@@ -41,9 +41,9 @@ MEANINGS = {
     "sinusoidal": "Each row is a position; each wavelength has a column of sines and one of cosines. Short waves tell "
     "neighbours apart, long ones tell near from far. The row is added to the word’s embedding.",
     "learned": "Each row is a position, learned in training like a word’s embedding and added to it. There is no row, "
-    "and so no position, behind the last one.",
+    "and so no position, after the last one.",
     "rotary": "Each pair of dimensions of a query and of a key is turned by an angle that grows with the position. "
-    "What two words make of one another then depends on how far apart they are, not on where they stand.",
+    "What two words make of one another then depends on how far apart they are, not on where they are.",
     "bias": "Each head adds a number to its scores, which depends only on how far the word that is looked at lies "
     "behind or ahead. Distances share a number in buckets that grow wider with the distance.",
     "slopes": "Each head takes off its scores what it takes for one position of distance, times the distance: steep "
@@ -56,7 +56,7 @@ class PositionsExplainer(Explainer):
     """Computes the sinusoidal encoding, or without one of its own finds how the target's model knows positions."""
 
     target: Target | None
-    """None: the sinusoidal encoding by itself."""
+    """None: the sinusoidal encoding alone."""
     console: Console
     text: str | None = None
     length: int | None = None
@@ -65,12 +65,12 @@ class PositionsExplainer(Explainer):
 
     stem = "positions"
     lead = (
-        "Attention by itself does not know the order of words: every word looks at all the others at once. Something "
-        "has to tell it which word stands where, and how far apart two of them are."
+        "Attention alone does not know the order of words: every word looks at all the others at once. Something "
+        "has to tell it which word is where, and how far apart two of them are."
     )
 
     def read(self) -> None:
-        """Find out how many positions are shown, and which words stand at them."""
+        """Find out how many positions are shown, and which words are at them."""
         self.title = f"Positions: {self.target.short_name if self.target else 'sinusoidal encoding'}"
         self.tuned = ""
         if self.target is None:
@@ -141,7 +141,7 @@ class PositionsExplainer(Explainer):
         self.shown = self.shown or min(max(tables, default=self.most), FIRST)
 
     def to_json(self) -> dict[str, object]:
-        """Return it as JSON values; a model's own tables are too large, of those it is how alike positions are."""
+        """Return it as JSON values; a model's own tables are too large and only give how alike positions are."""
         schemes = []
         for scheme in self.schemes:
             values: dict[str, object] = {"kind": scheme.kind, "title": scheme.title, "module": scheme.name or None}

@@ -1,4 +1,4 @@
-"""Tokens as text to read: what each stands for, where a word continues, which tokens are special."""
+"""Tokens as text to read: the text of each, where a word continues, which tokens are special."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Token:
 
     id: int
     text: str
-    """What it stands for. Bytes that are no whole character are shown as `<0xE2>`; leading spaces stay."""
+    """Its text. Bytes that are no complete character are shown as `<0xE2>`; leading spaces stay."""
     special: bool
     """[CLS], </s>, <|im_start|>: not of the text itself."""
     continues: bool
@@ -47,9 +47,9 @@ BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\d*\]")
 """What added tokens look like that are no text, such as Whisper's `<|0.02|>`."""
 SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣", "\u00a0": "⍽"}
-"""What stands for white space that a label would not show."""
+"""Signs for white space that a label would not show."""
 BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}
-"""The byte that each letter of a byte-level vocabulary (GPT-2) stands for."""
+"""The byte of each letter of a byte-level vocabulary (GPT-2)."""
 JOINERS = ("\u200c", "\u200d")
 _LETTER = r"[[\p{L}\p{N}\p{M}\u200c\u200d]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}]]"
 WORD = regex.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*", regex.V1)
@@ -73,7 +73,7 @@ def name_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def token_namer(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Token]:
-    """Return what gives a token by itself, and remembers it."""
+    """Return a cached function from an id to its token."""
     return cache(lambda token: name_tokens(tokenizer, [token])[0])
 
 
@@ -92,7 +92,7 @@ def _read_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[_Pi
     added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
     special = {int(i) for i in tokenizer.all_special_ids} | {i for i, token in added.items() if token.special}
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    unknown = {tokenizer.unk_token_id} - ends  # it stands for a word of the text
+    unknown = {tokenizer.unk_token_id} - ends  # a word of the text
     read, delimiter = _reader(tokenizer), getattr(tokenizer, "word_delimiter_token", None)
     pieces = []
     for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
@@ -156,7 +156,7 @@ def token_label(token: Token, longest: int = LONGEST) -> str:
 
 
 def word_label(token: Token, longest: int = 14) -> str:
-    """Return a token as a word by itself: on one line, with a sign for a leading space, cut where it is long."""
+    """Return a token as a separate word: on one line, with a sign for a leading space, cut where it is long."""
     text = token.text
     if text.startswith(" ") and text.strip():
         text = SIGNS[" "] + text[1:]
@@ -186,7 +186,7 @@ class TokenLine:
 
     tokens: tuple[Token, ...]
     sizes: tuple[int, ...]
-    """How many of the model's positions each stands for."""
+    """How many of the model's positions each covers."""
 
     @classmethod
     def of(cls, tokens: Sequence[Token]) -> TokenLine:
@@ -208,7 +208,7 @@ class TokenLine:
 
 
 def time_line(seconds: float, filled: int, frames: int) -> TokenLine:
-    """Name stretches of frames by when they begin; those behind the end of a recording are one, called silence."""
+    """Name stretches of frames by when they begin; those after its end are one, called silence."""
     size = max(FRAMES, math.ceil(filled / MOST_STRETCHES))
     starts = range(0, filled, size)
     digits = 1 if size * seconds / filled >= 0.1 else 2

@@ -26,7 +26,7 @@ from llmtune.explain.explainer import Target
 from llmtune.report.number_format import share
 
 TrainingKind = Literal["LoRA", "DoRA", "whole", "tokens", "bias", "weights"]
-"""How a module was trained: `whole`, beside an adapter; `tokens`, some rows; `weights`, in a full training."""
+"""How a module was trained: `whole`, next to an adapter; `tokens`, some rows; `weights`, in a full training."""
 WORDS: dict[TrainingKind, str] = {
     "whole": "trained whole",
     "tokens": "new rows",
@@ -74,7 +74,7 @@ class TrainedModules:
         return f"{what}: {self.parameters:,} parameters, {share(self.parameters, parameters, 2)} of the base's{base}"
 
     def mark(self, names: Sequence[str]) -> str:
-        """Return what was trained at modules that stand for one another in equal blocks; empty where nothing was."""
+        """Return what was trained at the same module of equal blocks; empty where nothing was."""
         found = [self.modules[name] for name in names if name in self.modules]
         if not found:
             return ""
@@ -168,7 +168,7 @@ class Move:
     """exp of the entropy of its singular values as shares (Roy and Vetterli, 2007): how many directions it really uses.
     Of DoRA that of BA alone. None where it is no matrix, or too large a one."""
     layer: str | None = None
-    """The layer that it is in; None beside the layers."""
+    """The layer that it is in; None outside the layers."""
     column: str | None = None
     """Which module of the layer it is."""
 

@@ -27,6 +27,7 @@ from llmtune.session import (
     Plan,
     RunContext,
     decide_checkpointing,
+    decide_rest,
     draft_plan,
     evaluation_hash,
     find_variant,
@@ -91,10 +92,11 @@ def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dic
             examples = _find_examples(context, draft, rows, valid, Path(scratch))
         if rows is None or examples is None:
             longest, lengths = _longest_row(context, recipe), None
-            plan = replace(draft, recipe=decide_checkpointing(context, draft, longest))
+            checkpointing = decide_checkpointing(context, draft, longest)
+            plan = finish_plan(draft, {"checkpointing": checkpointing, "inputs": {}})
         else:
             longest, lengths = max(examples.longest.values()), row_lengths(examples)
-            plan = finish_plan(context, draft, rows, examples)
+            plan = finish_plan(draft, decide_rest(context, draft, rows, examples))
         memory = plan_training(model_ref, plan.recipe, plan.task, longest, plan.device, lengths, plan.layout)
     check_memory(memory, plan.recipe, console)
     if valid.get("encode") and rows is not None and examples is not None:

@@ -33,7 +33,7 @@ from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Json
 from llmtune.store.atomic_files import read_json
-from llmtune.store.processes import ERROR, LEFT, STRATEGY, WORDS, rebuild
+from llmtune.store.processes import ERROR, LEFT, STRATEGY, WORDS, rebuild_error
 from llmtune.store.run_request import RunRequest
 
 SAVE_SECONDS = 300
@@ -121,7 +121,9 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
             except (RendezvousError, DistError) as error:
                 trouble = str(error)
         left = {number: read_json(Path(place) / ERROR.format(number)) for number in _ranks(Path(place))}
-        raise _explain(left, {r: _describe_death(Path(place), r, f) for r, f in failures.items()}, stopped_by, trouble)
+        raise _first_error(
+            left, {r: _describe_death(Path(place), r, f) for r, f in failures.items()}, stopped_by, trouble
+        )
 
 
 def _close_rendezvous(topology: Topology) -> None:
@@ -251,7 +253,7 @@ def _describe_death(place: Path, number: int, failure: ProcessFailure) -> Death:
     return Death(failure.exitcode, float(failure.timestamp), words)
 
 
-def _explain(
+def _first_error(
     left: Mapping[int, Json], deaths: Mapping[int, Death], stopped_by: signal.Signals | None, trouble: str | None
 ) -> BaseException:
     """Turn what the processes left behind into the error of the one that failed first.
@@ -262,7 +264,7 @@ def _explain(
     named = {number: value for number, value in left.items() if "kind" in value}
     for value in named.values():
         if value["kind"] not in (Stopped.__name__, LostProcess.__name__):
-            return _named(value, [number for number in named if named[number]["problems"] == value["problems"]])
+            return _with_rank(value, [number for number in named if named[number]["problems"] == value["problems"]])
     if stopped_by is None:
         for number, death in sorted(deaths.items(), key=lambda one: one[1].time):
             if -death.code > 0 and -death.code not in (signal.SIGTERM, signal.SIGINT):
@@ -271,7 +273,7 @@ def _explain(
             if "traceback" in value:
                 return WorkerBug(f"process {number} failed:\n{value['traceback']}")
     for value in sorted(named.values(), key=lambda one: one["kind"] != Stopped.__name__):
-        return rebuild(value)
+        return rebuild_error(value)
     if trouble is not None:
         fix = "Give the same command on each machine, with a --rank of its own."
         return EnvironmentProblem.of(f"the machines did not come together: {trouble}", "--address", fix)
@@ -286,9 +288,9 @@ def _explain(
     return WorkerBug(f"processes ended with the exit codes {codes} and said nothing")
 
 
-def _named(left: Json, ranks: Sequence[int]) -> LlmtuneError:
+def _with_rank(left: Json, ranks: Sequence[int]) -> LlmtuneError:
     """Return the error that processes left, with the rank of one that had it alone."""
-    error = rebuild(left)
+    error = rebuild_error(left)
     first = error.problems[0]
     alone = f"process {ranks[0]}" if len(ranks) == 1 and ranks[0] else None
     place = first.where if alone is None else ", ".join(filter(None, (alone, first.where)))

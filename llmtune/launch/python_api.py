@@ -67,7 +67,7 @@ def run(
         LlmtuneError: one of its kinds, with all that is wrong in one message. After a `GateFailed` the run folder is
             complete, and `load_run` opens it.
     """
-    _check_arguments("llmtune.run", locals())
+    _check_types("llmtune.run", locals())
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
@@ -96,7 +96,7 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     Raises:
         RecipeError: not a run folder, or not trained yet.
     """
-    _check_arguments("llmtune.load_run", locals())
+    _check_types("llmtune.load_run", locals())
     prepare_environment(network=False)
     with gc_paused():
         from llmtune.serve.finished_run import FinishedRun
@@ -104,7 +104,7 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     return FinishedRun(Path(folder), offline)
 
 
-def _check_arguments(function: str, given: Mapping[str, object]) -> None:
+def _check_types(function: str, given: Mapping[str, object]) -> None:
     from llmtune.recipe.arguments import check_arguments  # not for --help: it brings pydantic
 
     check_arguments(function, given)
@@ -166,7 +166,7 @@ def _peek(loaded: LoadedRecipe, path: Path, request: RunRequest) -> None:
 
 def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: Console) -> Json:
     """Check what needs no torch; return the report of a run that has nothing left to do."""
-    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
+    from llmtune.launch.recipe_check import check_recipe, marks_left, try_recipe_rows
     from llmtune.launch.unchanged_run import find_unchanged, print_unchanged
 
     if again := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
@@ -177,7 +177,7 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
     if request.dry_run:
         from llmtune.data.ingest import TRIED_ROWS
 
-        check_rows(loaded, detected, split_up_to=TRIED_ROWS)
+        try_recipe_rows(loaded, detected, split_up_to=TRIED_ROWS)
     if request.fresh or request.dry_run or request.lock:
         return {}
     report = find_unchanged(loaded, path, request.until)
@@ -188,8 +188,8 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
 
 def write_test_file(recipe: str, sets: Sequence[str], out: Path | None, file: Path, console: Console) -> None:
     """Write the test rows of a recipe that was prepared into a file, and print the line for the recipe."""
+    from llmtune.data.preparation import write_test_rows
     from llmtune.data.row_store import load_rows
-    from llmtune.data.test_file import write_test_rows
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -84,7 +83,7 @@ def print_unchanged(report: Json, path: Path, console: Console) -> None:
         console.print(f"[bold cyan]{step['name']}[/] [dim]unchanged, skipped[/]")
     gates = tuple(TypeAdapter(list[GateResult]).validate_python(report["gates"]))
     if evaluation := load_evaluation(path / "evaluation"):
-        print_scores(replace(evaluation, gates=gates), console)
+        print_scores(evaluation, console)
     print_verdict(Verdict(**report["verdict"]), gates, console)
     console.print(read_run(path).findings.get("next_steps", ""), highlight=False, markup=False, soft_wrap=True)
     require_gates(gates, report)

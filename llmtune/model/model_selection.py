@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.example import Example
 from llmtune.data.row_store import read_rows
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
@@ -36,7 +37,7 @@ from llmtune.model.memory_plan import (
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import find_license, resolve_model
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example, Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
+from llmtune.records import Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.process_environment import is_remote_model
 

@@ -22,6 +22,7 @@ from llmtune.model.model_selection import (
     RankedModel,
     none_left,
     rank_candidates,
+    read_ranking,
     resolve_candidates,
     show_ranking,
 )
@@ -79,6 +80,31 @@ def known_or_ranked(
         return {"inputs": inputs, "chosen": known["chosen"]}
     ranking = rank_candidates(recipe, choose, rows, console, run.path / "model", device, offline)
     return {"inputs": inputs, "chosen": None, "ranking": plain(ranking)}
+
+
+def choose_candidate(
+    loaded: LoadedRecipe,
+    known: Json,
+    run: RunFolder,
+    console: Console,
+    run_trial: Callable[[LoadedRecipe, Path], None],
+    once: Callable[[Callable[[], None]], None],
+) -> str:
+    """Return the name of the best candidate of a ranking, after trials if the recipe wants them.
+
+    `known` is what `known_or_ranked` returned, `run_trial` trains a recipe in a folder, and rank 0 does what is `once`.
+    """
+    ranking, steps = read_ranking(known["ranking"]), loaded.recipe.model.trials
+
+    def tune(candidate: RankedModel, steps: int) -> float:
+        out = candidate_folder(run.path, candidate.name, steps)
+        run_trial(with_candidate(loaded, candidate, steps), out)
+        return validation_bits(out)
+
+    if steps:
+        ranking = successive_halving(ranking, steps, tune, console)
+    once(lambda: note_ranking(ranking, known["inputs"], run, console))
+    return ranking.chosen.name
 
 
 def note_ranking(ranking: ModelRanking, inputs: str, run: RunFolder, console: Console) -> None:

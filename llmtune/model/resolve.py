@@ -104,7 +104,7 @@ def _download(name: str, model: ModelSection, offline: bool) -> Path:
             local_files_only=offline,
         )
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError, NO_ANSWER) as error:
-        raise _explain_hub_error(error, name, model.revision, offline) from error
+        raise _explain_no_download(error, name, model.revision, offline) from error
     return Path(folder)
 
 
@@ -122,7 +122,7 @@ def _refuse_pickles(name: str, revision: str) -> None:
         raise pickled_weights(pickled, f"hub model {name}")
 
 
-def _explain_hub_error(error: Exception, name: str, revision: str, offline: bool) -> LlmtuneError:
+def _explain_no_download(error: Exception, name: str, revision: str, offline: bool) -> LlmtuneError:
     """Turn the hub library's error into ours; the order matters, as its errors inherit from one another."""
     where, nearest = "model.name", _nearest_folder(name)
     if isinstance(error, HFValidationError):

@@ -8,17 +8,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from llmtune.data.collators import pad
+from llmtune.data.collators import documents_of, pad
 from llmtune.errors import first_line
-from llmtune.model.causal_lm_loss import causal_loss, model_inputs, predicted_logits, token_losses
+from llmtune.model.causal_lm_loss import causal_loss, model_inputs, move_to, predicted_logits, token_losses
 from llmtune.model.chunked_cross_entropy import install_head_loss, remove_head_loss
 from llmtune.model.device import REFUSALS, SuppressRefusal, compute_context, is_out_of_memory
-from llmtune.model.packed_attention import LENGTHS, PACKED
+from llmtune.model.packed_attention import PACKED
 from llmtune.model.prefix_packing import allow_shared_prefixes
 from llmtune.records import Batch
 
@@ -132,8 +133,7 @@ def _scores_of_first(
     inputs = model_inputs(model, {name: part.to(model.device) for name, part in read.items()})
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :written]
-    output = model(**inputs)
-    logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
+    logits = _head_logits(model, inputs)
     return logits[0, : lengths[0]].float() if logits.dim() > 2 else logits[0].float()
 
 
@@ -163,9 +163,14 @@ def _rotate(rotary: torch.nn.Module, layer_type: str | None, lengths: Sequence[i
 
 def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return what the head gives: [documents or tokens, V]."""
-    output = model(**model_inputs(model, batch))
-    logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
-    return logits.flatten(0, -2)
+    return _head_logits(model, model_inputs(model, batch)).flatten(0, -2)
+
+
+def _head_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+    output = model(**inputs)
+    if "logits" in output:
+        return cast(torch.Tensor, output.logits)
+    return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
 
 def _documents(model: PreTrainedModel, length: int) -> list[list[int]]:
@@ -192,20 +197,10 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _pack_documents(documents: list[list[int]], device: torch.device) -> Batch:
-    """Pack as `llmtune.data.collators` does, one document without lengths; each next token is predicted by its own."""
-    ids_T = torch.tensor([token for document in documents for token in document], device=device)
-    predict_S = torch.arange(len(ids_T), device=device)
-    batch = {
-        "input_ids": ids_T[None],
-        "predict_S": predict_S,
-        "targets_S": ids_T,
-        "rows_S": predict_S,
-        "n_rows": len(ids_T),
-    }
-    if len(documents) > 1:
-        starts = torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32, device=device)
-        longest = max(map(len, documents))
-        batch["position_ids"] = torch.cat([torch.arange(len(document), device=device) for document in documents])[None]
-        batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-        batch[LENGTHS] = [*map(len, documents)]
-    return batch
+    """Pack documents, a single one without lengths; what is read at each position are the logits of its own token."""
+    several = len(documents) > 1
+    batch = documents_of([np.asarray(ids) for ids in documents]) if several else {"input_ids": torch.tensor(documents)}
+    ids_T = batch["input_ids"][0]
+    positions_S = torch.arange(len(ids_T))
+    read = {"predict_S": positions_S, "targets_S": ids_T, "rows_S": positions_S, "n_rows": len(ids_T)}
+    return move_to(device, batch | read)

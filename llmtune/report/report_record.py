@@ -123,7 +123,7 @@ class AdapterFacts(AdapterShape, total=False):
 
 
 class TrainFacts(TrainedFacts):
-    """The fields of `records.TrainedRun`, and the lines of metrics.jsonl."""
+    """The fields of `train.metrics_log.TrainedRun`, and the lines of metrics.jsonl."""
 
     curve: NotRequired[Sequence[Mapping[str, object]]]
 

@@ -13,7 +13,7 @@ from typing import TypeGuard
 from rich.progress import MofNCompleteColumn
 
 from llmtune.data.column_mapping import rename, used_columns, with_aliases
-from llmtune.data.ingest import show_progress
+from llmtune.data.ingest import progress_bars
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
@@ -61,7 +61,7 @@ def answer_file(
     answered = 0
     with ExitStack() as stack:
         file = stack.enter_context(output.open("w", encoding="utf-8")) if output else sys.stdout
-        progress = stack.enter_context(show_progress(run.console, MofNCompleteColumn()))
+        progress = stack.enter_context(progress_bars(run.console, MofNCompleteColumn()))
         bar = progress.add_task("rows", total=len(raw))
         for first in range(0, len(raw), AT_ONCE):
             batch = raw[first : first + AT_ONCE]

@@ -12,11 +12,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
+from llmtune.data.example import Collate, Example
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Collate, Example, Loss, Rows
+from llmtune.records import Batch, Loss, Rows
 
 RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PretrainedConfig
 
-from llmtune.data.labelled_rows import Label
+from llmtune.data.task_rows import Label
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import CLASS_METRICS
 from llmtune.recipe.task_facts import TASK_FACTS

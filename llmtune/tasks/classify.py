@@ -15,10 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmtune.data.collators import encoder_batch
-from llmtune.data.labelled_rows import ClassifyRow, Label
+from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
+from llmtune.data.task_rows import ClassifyRow, Label
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.classification_metrics import (
@@ -37,7 +38,7 @@ from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs, set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import ClassifySection
-from llmtune.records import SPLITS, AdaptedModel, Batch, Example, Loss, Rows
+from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.class_labels import (
     UNKNOWN_LABEL,
@@ -167,7 +168,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             else:
                 kept = text if size <= limit else tokenize_texts([row], processor, limit)[0]
                 lost = Lost(size - len(kept.input_ids)) if size > limit else None
-                encoded.append([replace(kept, target_ids=target[0], values=target[1], counted=1, lost=lost)])
+                encoded.append([replace(kept, **target, counted=1, lost=lost)])
         return encoded
 
     def collate(
@@ -179,9 +180,9 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         if kind in ("multi", "regression"):
             values_RK = torch.tensor([list(example.values) for example in examples], dtype=torch.float32)
             return batch | {"values_RK": values_RK, "many": kind == "multi"}
-        batch["classes_R"] = torch.tensor([example.target_ids[0] for example in examples])
-        if any(len(example.values) for example in examples):
-            batch["weights_R"] = torch.tensor([example.values[0] for example in examples])
+        batch["classes_R"] = torch.tensor([example.class_ids[0] for example in examples])
+        if any(len(example.weights) for example in examples):
+            batch["weights_R"] = torch.tensor([example.weights[0] for example in examples])
         return batch
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
@@ -225,8 +226,8 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         """Show a text with its class, classes or number."""
         section = classify_section(recipe)
         labels = section.labels or ()
-        if example.target_ids:
-            target = labels[example.target_ids[0]]
+        if example.class_ids:
+            target = labels[example.class_ids[0]]
         elif section.kind == "multi":
             named = [name for name, value in zip(labels, example.values, strict=True) if value]
             target = ", ".join(named) or "(none)"
@@ -312,31 +313,31 @@ def tokenize_texts(
             texts = [[rows[i]["text"] for i in numbers], *([[rows[i]["pair"] for i in numbers]] if paired else [])]
             tokenized = processor(*texts, return_attention_mask=False, **cut)
             kinds = tokenized.get("token_type_ids") or [()] * len(numbers)
-            for i, ids, third in zip(numbers, tokenized["input_ids"], kinds, strict=True):
-                examples[i] = Example(ids, [], 0, third_ids=third if any(third) else ())
+            for i, ids, types in zip(numbers, tokenized["input_ids"], kinds, strict=True):
+                examples[i] = Example(ids, [], 0, token_type_ids=types if any(types) else ())
     return [examples[i] for i in range(len(rows))]
 
 
-def class_target(label: Label | None, section: ClassifySection) -> tuple[list[int], list[float]] | str:
-    """Return the number of a class with its weight, or the values to predict; or why there is none."""
+def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:
+    """Return the columns of an example that hold what to predict; or why there is nothing."""
     if section.kind == "regression":
         try:
             value = float(label)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             value = math.nan
-        return ([], [value]) if math.isfinite(value) else f"no number: the label is {label!r}"
+        return {"values": [value]} if math.isfinite(value) else f"no number: the label is {label!r}"
     labels = section.labels or ()
     named = label if isinstance(label, list) else [str(label)]
     wrong = next((name for name in named if name not in labels), None)
     if wrong is not None:
         return f"{UNKNOWN_LABEL}: {wrong!r} is none of {', '.join(labels[:20])}"
     if section.kind == "multi":
-        return [], [float(name in named) for name in labels]
+        return {"values": [float(name in named) for name in labels]}
     if len(named) != 1:
         return f"{len(named)} labels where classify.kind: single wants one"
     weights = section.class_weights
-    weight = [float(weights.get(named[0], 1.0))] if isinstance(weights, dict) else []
-    return [labels.index(named[0])], weight
+    weight = {"weights": [float(weights.get(named[0], 1.0))]} if isinstance(weights, dict) else {}
+    return {"class_ids": [labels.index(named[0])], **weight}
 
 
 def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label:

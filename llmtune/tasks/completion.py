@@ -16,6 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from llmtune.data.chat_rows import CompletionRow
 from llmtune.data.collators import encoder_batch, require_offsets
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
+from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem
@@ -24,7 +25,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import CompletionSection
-from llmtune.records import Batch, Example, Loss
+from llmtune.records import Batch, Loss
 from llmtune.tasks.base import DecoderTask, Endpoint, Task
 
 IdArray: TypeAlias = npt.NDArray[np.int64]

@@ -17,6 +17,7 @@ from llmtune.data.chat_rows import answer_message
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
+from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, highlight
@@ -28,7 +29,7 @@ from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.config import name_outputs, set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import PreferenceSection
-from llmtune.records import Batch, Example, Loss, Row, Rows
+from llmtune.records import Batch, Loss, Row, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.chat import question_messages
 from llmtune.tasks.preference_losses import (
@@ -125,11 +126,11 @@ class Preference(Task[Row, Ratings]):
         The thumbs are `desirable_R` bool [R]; `settings` are those of the loss.
         """
         section, pad_id = preference_section(recipe), processor.pad_token_id
-        seconds = [Example(example.target_ids, example.target_spans, 0) for example in examples]
+        seconds = [Example(example.other_ids, example.other_spans, 0) for example in examples]
         if section.loss == "kto":
             batch = collate_padded(examples, pad_id)
             batch |= {f"kl_{name}": part for name, part in collate_padded(seconds, pad_id).items()}
-            batch["desirable_R"] = torch.tensor([example.values[0] > 0 for example in examples])
+            batch["desirable_R"] = torch.tensor([example.desirable[0] > 0 for example in examples])
         else:
             batch = collate_padded([*examples, *seconds], pad_id)
         if section.loss == "orpo":
@@ -149,7 +150,7 @@ class Preference(Task[Row, Ratings]):
         return [
             *highlight(example.input_ids, example.spans, processor),
             Segment("\n--- against ---\n", False),
-            *highlight(example.target_ids, example.target_spans, processor),
+            *highlight(example.other_ids, example.other_spans, processor),
         ]
 
     def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
@@ -325,9 +326,9 @@ def join_answers(row: Row, left: Encoded, right: Encoded) -> Encoded:
         return "chosen equals rejected: both answers are the same tokens"
     example = replace(
         one,
-        target_ids=other.input_ids,
-        target_spans=other.spans,
-        values=[1.0 if row["good"] else -1.0] if "good" in row else [],
+        other_ids=other.input_ids,
+        other_spans=other.spans,
+        desirable=[int(row["good"])] if "good" in row else [],
         counted=1,
         cost=len(one.input_ids) + len(other.input_ids),
     )

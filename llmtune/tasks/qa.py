@@ -17,10 +17,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from llmtune.data.collators import encoder_batch, require_offsets
-from llmtune.data.labelled_rows import QaRow
+from llmtune.data.example import Example
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
+from llmtune.data.task_rows import QaRow
 from llmtune.data.tokenization import Segment, highlight
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, PredictionT
 from llmtune.evaluate.metric import Measure
@@ -30,7 +31,7 @@ from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import is_encoder
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import QaSection
-from llmtune.records import Batch, Example, Loss, Rows
+from llmtune.records import Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, fill_template
 
@@ -252,7 +253,7 @@ class ExtractiveQa(Qa[Span]):
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
         """Add the first and last token of the answers, `first_R` and `last_R` [R], counted within the window."""
-        first_R, last_R = torch.tensor([list(example.target_ids) for example in examples], dtype=torch.int64).T
+        first_R, last_R = torch.tensor([list(example.answer) for example in examples], dtype=torch.int64).T
         return encoder_batch(examples, processor.pad_token_id, packs)[0] | {"first_R": first_R, "last_R": last_R}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
@@ -269,7 +270,7 @@ class ExtractiveQa(Qa[Span]):
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a window with its answer; where it has none, the token for `no answer`."""
-        first, last = example.target_ids
+        first, last = example.answer
         return highlight(example.input_ids, [first, last + 1], processor)
 
     def predict(self, rows: Sequence[QaRow], loaded: LoadedModel) -> list[Span]:
@@ -330,8 +331,8 @@ def windows_of(row: QaRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -
 
 def window_example(window: Window, ends: tuple[int, int] | None) -> Example:
     """Return the example of a window with the tokens of its answer, or with those of `no answer`."""
-    third = window.kinds if any(window.kinds) else []
-    return Example(window.ids, [], 0, target_ids=list(ends or (window.null, window.null)), third_ids=third, counted=1)
+    types = window.kinds if any(window.kinds) else []
+    return Example(window.ids, [], 0, answer=list(ends or (window.null, window.null)), token_type_ids=types, counted=1)
 
 
 def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.audio import Samples, SpeechRow, cut_windows, read_recording, to_float
+from llmtune.data.audio import SpeechRow, Waveform, cut_windows, decode_recording, to_float
 from llmtune.data.overlong import TOO_LONG
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError, first_line, nearest
@@ -55,7 +55,7 @@ def feature_extractor(processor: PreTrainedTokenizerBase) -> FeatureExtractor:
 
 
 def extract_features(
-    extract: FeatureExtractor, sounds: Sequence[Sequence[int] | Samples], **options: object
+    extract: FeatureExtractor, sounds: Sequence[Sequence[int] | Waveform], **options: object
 ) -> dict[str, torch.Tensor]:
     """Make samples into what a model reads, in float32 whatever number format the model is computed in."""
     floats = [to_float(sound) for sound in sounds]
@@ -63,10 +63,10 @@ def extract_features(
         return dict(extract(floats, sampling_rate=extract.sampling_rate, return_tensors="pt", **options))
 
 
-def load_samples(row: SpeechRow, rate: int, longest: float) -> Samples | str:
+def load_samples(row: SpeechRow, rate: int, longest: float) -> Waveform | str:
     """Return the samples of a row's recording at `rate` a second, or why it cannot be trained on."""
     try:
-        samples = read_recording(Path(row["audio"]), rate)
+        samples = decode_recording(Path(row["audio"]), rate)
     except RowError as error:
         return str(error)
     seconds = len(samples) / rate
@@ -89,7 +89,7 @@ def window_seconds(extract: FeatureExtractor, recipe: Recipe) -> float:
     return min(stated, own)
 
 
-def read_windows(rows: Sequence[SpeechRow], extract: FeatureExtractor, recipe: Recipe) -> list[tuple[int, Samples]]:
+def read_windows(rows: Sequence[SpeechRow], extract: FeatureExtractor, recipe: Recipe) -> list[tuple[int, Waveform]]:
     """Return the windows of all recordings, each with the number of its row.
 
     Raises DataError for a recording that cannot be read.
@@ -98,7 +98,7 @@ def read_windows(rows: Sequence[SpeechRow], extract: FeatureExtractor, recipe: R
     windows = []
     for i, row in enumerate(rows):
         try:
-            samples = read_recording(Path(row["audio"]), rate)
+            samples = decode_recording(Path(row["audio"]), rate)
         except RowError as error:
             raise DataError.of(str(error), str(row["audio"]), "Give a wav, flac, mp3 or ogg file.") from None
         windows += [(i, window) for window in cut_windows(samples, rate, seconds)]
@@ -107,7 +107,7 @@ def read_windows(rows: Sequence[SpeechRow], extract: FeatureExtractor, recipe: R
 
 def transcribe(
     count: int,
-    windows: Sequence[tuple[int, Samples]],
+    windows: Sequence[tuple[int, Waveform]],
     loaded: LoadedModel,
     write: Callable[[list[int]], list[str]],
 ) -> list[str]:

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.audio import Samples, SpeechRow
+from llmtune.data.audio import SpeechRow, Waveform
 from llmtune.data.collators import IGNORED, pad
+from llmtune.data.example import Collate, Example
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, highlight
@@ -26,7 +27,7 @@ from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_w
 from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
-from llmtune.records import Batch, Collate, Example, Loss
+from llmtune.records import Batch, Loss
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.recordings import (
     extract_features,
@@ -312,7 +313,7 @@ class Ctc(Speech):
 
 
 def spoken_example(
-    samples: Samples, text: str, target: list[int], learned: list[int], counted: int, cost: int
+    samples: Waveform, text: str, target: list[int], learned: list[int], counted: int, cost: int
 ) -> Example:
     """Return the example of a recording with its transcript."""
     return Example(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llmtune.data.text_pair_rows import SummarizeRow
+from llmtune.data.task_rows import SummarizeRow
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.base import Endpoint
 from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, TextToText, fill_template

@@ -18,6 +18,7 @@ from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import IGNORED, pad, pad_texts
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
+from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, cut_start, decode_shortened, highlight
@@ -30,7 +31,7 @@ from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, token_losses, unwrap
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Example, Loss, Row
+from llmtune.records import Batch, Loss, Row
 from llmtune.tasks.base import DecoderTask, RowT, Task
 from llmtune.tasks.language_codes import has_languages, language_tokens, set_languages, starts_with_language
 

@@ -12,10 +12,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from llmtune.data.collators import IGNORED, encoder_batch, require_offsets
-from llmtune.data.labelled_rows import OUTSIDE, TokenClassifyRow, find_words
+from llmtune.data.example import Example
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
+from llmtune.data.task_rows import OUTSIDE, TokenClassifyRow, find_words
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
 from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
@@ -27,7 +28,7 @@ from llmtune.model.config import is_encoder, name_outputs
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TokenClassifySection
-from llmtune.records import SPLITS, Batch, Example, Loss, Rows
+from llmtune.records import SPLITS, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.class_labels import UNKNOWN_LABEL
 
@@ -112,7 +113,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
                 targets = [IGNORED] * len(ids)
                 for first, tag in zip(firsts, row["tags"], strict=True):
                     targets[first or 0] = numbers[tag]
-                encoded.append([Example(ids, [], 0, target_ids=targets, counted=len(firsts))])
+                encoded.append([Example(ids, [], 0, tag_ids=targets, counted=len(firsts))])
         return encoded
 
     def collate(
@@ -123,7 +124,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         marked = [
             (start + at, tag, row)
             for row, (start, example) in enumerate(zip(starts, examples, strict=True))
-            for at, tag in enumerate(example.target_ids)
+            for at, tag in enumerate(example.tag_ids)
             if tag != IGNORED
         ]
         predict_S, targets_S, rows_S = torch.tensor(marked, dtype=torch.int64).reshape(-1, 3).T
@@ -138,7 +139,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         """Show a text with the tags of its words; those outside any entity are learned too, and left out here."""
         names = tag_names(labels_of(recipe))
         pieces: list[Segment] = []
-        for token, tag in zip(example.input_ids, example.target_ids, strict=True):
+        for token, tag in zip(example.input_ids, example.tag_ids, strict=True):
             pieces.append(Segment(f"{decode_shortened([token], processor)} ", False))
             if tag > 0:
                 pieces.append(Segment(f"[{names[tag]}] ", True))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.text_pair_rows import TranslateRow
+from llmtune.data.task_rows import TranslateRow
 from llmtune.errors import Problem, RecipeError
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TranslateSection

@@ -105,15 +105,10 @@ class Checkpoint:
     folder: Path
     state: TrainState
     weights: dict[str, torch.Tensor]
-    """Empty where they are in `shards`."""
+    """Empty for a sharded model, whose weights and optimiser state are in `shards/`."""
     optimizer: OptimizerState
     inputs: str
     """Hash of what training depended on."""
-
-    @property
-    def shards(self) -> Path | None:
-        """The folder of weights and optimiser state, of a sharded model."""
-        return self.folder / SHARDS if (self.folder / SHARDS).is_dir() else None
 
 
 @dataclass(frozen=True)
@@ -124,14 +119,14 @@ class Damage:
     reason: str
 
 
-def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def named_trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return the trainable parameters by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def trainable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the trainable parameters by name, on the CPU (there itself, not copied); tied ones once."""
-    return {name: one.detach().to("cpu").contiguous() for name, one in trainable_parameters(model).items()}
+    return {name: one.detach().to("cpu").contiguous() for name, one in named_trainable(model).items()}
 
 
 def write_checkpoint(
@@ -193,7 +188,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what an interrupted write or removal left behind in `folder`."""
     for left in folder.glob(".*"):
         if left.name.startswith(_UNFINISHED):
@@ -233,7 +228,7 @@ def _read(folder: Path) -> Checkpoint | Damage:
     if (named := _NAME.fullmatch(folder.name)) and int(named[1]) != state.step:
         return Damage(folder, f"{STATE} is of step {state.step}")
     optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    weights = {} if (folder / SHARDS).is_dir() else load_file(folder / WEIGHTS)
+    weights = load_file(folder / WEIGHTS) if WEIGHTS in content["files"] else {}
     return Checkpoint(folder, state, weights, optimizer, content["fingerprint"])
 
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.saving import save_adapter
+from llmtune.data.example import Example
 from llmtune.errors import RecipeError
 from llmtune.model.causal_lm_loss import causal_loss
-from llmtune.records import Example
 
 CALL = [41, 42]
 BEFORE, BEHIND = list(range(5, 20)), list(range(60, 75))

@@ -121,11 +121,14 @@ def test_half_a_character_makes_a_row_bad_and_the_others_count(here: Path) -> No
     assert init("rows.jsonl", "--out", "other.yaml").exit_code == 3
 
 
-def test_a_book_is_split_into_rows(here: Path) -> None:
-    (here / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 200)
+def test_a_book_is_split_into_rows_and_read_in_its_encoding() -> None:
+    Path("book.txt").write_bytes(
+        ("Où est le café de la meilleure des époques, et de la pire ?\n" * 200).encode("cp1252")
+    )
     assert init("book.txt").exit_code == 0
     recipe = load_recipe("book.yaml").recipe
     assert (recipe.task, recipe.data.max_length, recipe.data.on_overlong) == ("completion", 1024, "split")
+    assert recipe.data.train[0].encoding == "cp1252"
 
 
 @pytest.mark.parametrize(
@@ -225,10 +228,7 @@ ASKED = [(f"Where is parcel number {i}?", f"It comes in {i} days.") for i in ran
         ({"conversations": [{"question": q, "answer": a} for q, a in ASKED]}, {}, {}),
         ({"conversations": [{"messages": talk("user", q, "assistant", a)} for q, a in ASKED]}, {}, {}),
         (
-            {
-                "by": "desk",
-                "conversations": [{"thread": {"messages": talk("customer", q, "agent", a)}} for q, a in ASKED],
-            },
+            {"by": "", "conversations": [{"thread": {"messages": talk("customer", q, "agent", a)}} for q, a in ASKED]},
             {"messages": "thread.messages"},
             {"user": ("customer",), "assistant": ("agent",)},
         ),
@@ -299,12 +299,6 @@ def test_a_mark_of_utf8_before_another_encoding_is_no_part_of_the_first_column()
     rows = prepare_all("bom.yaml")
     assert (sum(rows.counts.values()), rows.dropped) == (40, {})
     assert "Päckchen" in str(rows_of(rows)[0])
-
-
-def test_a_text_file_in_another_encoding_is_read() -> None:
-    Path("book.txt").write_bytes(("Où est le café ? " * 200).encode("cp1252"))
-    assert init("book.txt").exit_code == 0
-    assert load_recipe("book.yaml").recipe.data.train[0].encoding == "cp1252"
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])

@@ -6,13 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset
-from support.rows import chat, make_recipe, prepare, rows_of, write_jsonl
+from support.rows import chat, make_recipe, prepare, read_file, rows_of, write_jsonl
 from support.templates import HERMES, tokenizer_with
 
 from llmtune.data.arrow_rows import drop_filled
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows
-from llmtune.data.file_readers import read_file
 from llmtune.data.hub_datasets import as_files_hold_it
 from llmtune.tasks.registry import get_task
 

@@ -8,7 +8,7 @@ import soundfile
 from support.audio import FORMATS, make_tone, write_cut, write_empty, write_no_audio, write_no_samples, write_tone
 from support.rows import make_recipe, prepare, rows_of, write_jsonl
 
-from llmtune.data.audio import check_recording, cut_windows, read_recording, to_float
+from llmtune.data.audio import check_recording, cut_windows, decode_recording, to_float
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError
@@ -52,7 +52,7 @@ DAMAGED = {
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_recording_of_any_format_rate_and_channels_is_heard_alike(kind, rate, channels, tmp_path):
     path = write_tone(tmp_path / f"tone.{kind}", seconds=0.5, rate=rate, channels=channels)
-    samples = read_recording(path, RATE)
+    samples = decode_recording(path, RATE)
     assert samples.dtype == np.int16
     assert len(samples) == RATE // 2
     mixed = make_tone(0.5) * (1 if channels == 1 else 0.75)  # the second channel is half as loud
@@ -65,14 +65,14 @@ def test_a_recording_of_any_format_rate_and_channels_is_heard_alike(kind, rate, 
 def test_samples_at_the_models_rate_are_those_of_the_file(tmp_path):
     given = np.array([0, 1, -1, 32767, -32768, 123], np.int16)
     soundfile.write(tmp_path / "a.wav", given, RATE)
-    assert read_recording(tmp_path / "a.wav", RATE).tolist() == given.tolist()
+    assert decode_recording(tmp_path / "a.wav", RATE).tolist() == given.tolist()
 
 
 def test_a_wav_file_whose_header_was_never_finished_is_no_cut_one(tmp_path):
     content = bytearray(write_tone(tmp_path / "a.wav").read_bytes())
     content[4:8] = content[40:44] = b"\xff" * 4  # as recorders that write into a pipe leave it
     (tmp_path / "a.wav").write_bytes(content)
-    assert len(read_recording(tmp_path / "a.wav", RATE)) == RATE // 2
+    assert len(decode_recording(tmp_path / "a.wav", RATE)) == RATE // 2
 
 
 def test_an_mp3_file_of_which_libsndfile_would_hear_the_beginning_alone_is_refused(tmp_path):
@@ -82,7 +82,7 @@ def test_an_mp3_file_of_which_libsndfile_would_hear_the_beginning_alone_is_refus
     (tmp_path / "a.mp3").write_bytes(content[:at] + b"None" + content[at + 4 :])
     assert len(soundfile.read(tmp_path / "a.mp3")[0]) < 3 * RATE
     with pytest.raises(RowError, match=r"does not say how long it is, and is heard for \d\.\d s alone"):
-        read_recording(tmp_path / "a.mp3", RATE)
+        decode_recording(tmp_path / "a.mp3", RATE)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -106,7 +106,7 @@ def test_what_only_decoding_tells_is_told_then(name, tmp_path):
     make(tmp_path / name)
     check_recording(tmp_path / name)
     with pytest.raises(RowError, match=reason) as error:
-        read_recording(tmp_path / name, RATE)
+        decode_recording(tmp_path / name, RATE)
     assert name in str(error.value)
 
 

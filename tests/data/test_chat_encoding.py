@@ -13,7 +13,6 @@ from support.templates import (
     NO_SYSTEM,
     STABLE,
     THINKING,
-    TOOLS,
     WRONGLY_MARKED,
     conversation,
     family_tokenizer,
@@ -160,19 +159,6 @@ def test_an_answer_whose_first_token_would_join_the_prompts_last_is_encoded_apar
     ]
 
 
-def test_tools_are_rendered_and_calls_are_learned():
-    tokenizer = tokenizer_with(TOOLS)
-    row = conversation("add", "", "2", "two")
-    row["messages"][1]["tool_calls"] = [{"function": {"name": "sum", "arguments": '{"a": 1}'}}]
-    row["messages"][2]["role"] = "tool"
-    row["tools"] = [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
-    (example,) = encode(row, tokenizer)
-    assert learned(example, tokenizer) == ['<call>sum{"a": 1}<|eom_id|>', "two<|im_end|>"]
-    prompt = render_prompt(row["messages"][:1], tokenizer, recipe_for(), tools=row["tools"])
-    assert example.input_ids[: len(prompt)] == prompt
-    assert "sum" in tokenizer.decode(prompt)
-
-
 def test_thoughts_are_learned_kept_or_dropped_and_a_row_may_say_so():
     tokenizer = family_tokenizer("qwen-3.5")
     row = canonical_messages(conversation("one", "<think>hm</think>two")["messages"])
@@ -188,7 +174,6 @@ def test_thoughts_are_learned_kept_or_dropped_and_a_row_may_say_so():
 @pytest.mark.parametrize(
     ("family", "row", "lost"),
     [
-        ("phi-3-first", conversation("one", "two", system="be kind"), "leaves out the system message"),
         ("deepseek-v3", conversation("one", "so </think> two"), "leaves out or changes the text of message 2"),
     ],
 )

@@ -12,7 +12,6 @@ from support.templates import (
     NO_END,
     NO_PROMPT,
     NO_SYSTEM,
-    STABLE,
     TOOLS,
     conversation,
     recipe_for,
@@ -27,14 +26,6 @@ from llmtune.data.template_text import fix_date
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 
 CHAT = conversation("one two", "three", "four five", "six")
-
-
-@pytest.mark.parametrize("name", STABLE)
-def test_a_prompt_has_the_ids_of_apply_chat_template(name):
-    tokenizer = tokenizer_with(STABLE[name])
-    messages = CHAT["messages"][:3]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert render_prompt(messages, tokenizer, recipe_for()) == expected
 
 
 def test_generation_stops_at_the_templates_end_where_the_tokenizer_has_another():

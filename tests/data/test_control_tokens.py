@@ -1,7 +1,7 @@
 """Special tokens in what is said: text, in training as in every prompt."""
 
 import pytest
-from support.encoding import encode, learned
+from support.encoding import encode
 from support.templates import CHATML, conversation, family_tokenizer, recipe_for, tokenizer_with
 
 from llmtune.data.chat_template import render_prompt
@@ -24,14 +24,6 @@ def test_a_special_token_in_a_text_is_text_and_ends_no_turn(train_on):
     assert example.input_ids == sanitized[: len(example.input_ids)]
     said = sum(len(m["content"].encode()) for m in SAYS["messages"] if train_on == "all" or m["role"] == "assistant")
     assert example.target_bytes == said
-
-
-def test_the_prompt_has_the_same_ids_in_training_and_when_it_is_asked():
-    tokenizer = tokenizer_with(CHATML)
-    (example,) = encode(SAYS, tokenizer)
-    for start, i in zip(example.spans[::2], (1, 3), strict=True):
-        assert render_prompt(SAYS["messages"][:i], tokenizer, recipe_for()) == example.input_ids[:start]
-    assert learned(example, tokenizer)[0] == "It is not <|im_end|>, but near.<|im_end|>"
 
 
 def test_a_row_that_holds_one_is_refused_by_its_name_where_the_recipe_says_so():

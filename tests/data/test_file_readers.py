@@ -16,9 +16,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rows import read_file
 
 from llmtune.data import file_readers as read
-from llmtune.data.file_readers import read_file
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError
 
@@ -29,7 +29,7 @@ PACKERS = [gzip.compress, zstandard.ZstdCompressor().compress]
 def read_bytes(folder: Path, data: bytes, container: str):
     path = folder / "file"
     path.write_bytes(data)
-    return list(read_file(path, "file", container))
+    return read_file(path, "file", container)
 
 
 def test_a_json_line_carries_its_line_number_and_blank_lines_count(tmp_path):
@@ -282,9 +282,9 @@ def test_a_file_that_may_not_be_read_is_an_error_and_no_traceback():
         folder.chmod(0o755)
         script = (
             "import os, sys; from pathlib import Path\n"
-            "from llmtune.data.file_readers import read_file; os.setuid(65534)\n"
+            "from llmtune.data.file_readers import read_lazily; os.setuid(65534)\n"
             "from llmtune.errors import DataError\n"
-            "try: list(read_file(Path(sys.argv[1]), 'secret.jsonl', 'jsonl'))\n"
+            "try: list(read_lazily(Path(sys.argv[1]), 'secret.jsonl', 'jsonl'))\n"
             "except DataError as error: print(error)"
         )
         done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)

@@ -17,9 +17,8 @@ from datasets import Audio, ClassLabel, Dataset, Features, List, Value
 from rich.console import Console
 from support.audio import write_tone
 from support.http_server import Headers, answering, read_repository
-from support.rows import make_recipe
+from support.rows import make_recipe, read_file
 
-from llmtune.data.file_readers import read_file
 from llmtune.data.hub_datasets import as_files_hold_it
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.sources import hash_sources

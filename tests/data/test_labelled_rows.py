@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import refusal
 
-from llmtune.data.labelled_rows import find_words
 from llmtune.data.row_formats import FORMATS, detect_format, parse_row
+from llmtune.data.task_rows import find_words
 
 CONTEXT = "The sky is blue. A cat has four legs."
 QA = {"question": "How many legs has a cat?", "context": CONTEXT}

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.encoding import complete, encode, learned, with_start_token
 from support.models import CHATML, train_tokenizer
-from support.templates import THINKING, conversation, recipe_for, tokenizer_with
+from support.templates import conversation, recipe_for, tokenizer_with
 
 from llmtune.data.overlong import Lost
 from llmtune.tasks.registry import get_task
@@ -58,32 +58,6 @@ def test_truncate_cuts_the_start_of_a_single_question():
     assert 45 <= len(example.input_ids) <= 50
     assert learned(example, tokenizer) == ["answer 0<|im_end|>"]
     assert "question" not in tokenizer.decode(example.input_ids)
-
-
-@pytest.mark.parametrize("template", [CHATML, THINKING])
-def test_split_learns_every_answer_once(template):
-    tokenizer = tokenizer_with(template)
-    row = {"messages": [{"role": "system", "content": "be kind"}, *long_chat(7)["messages"]]}
-    examples = encode(row, tokenizer, max_length=120, on_overlong="split")
-    assert len(examples) > 1
-    assert all(len(example.input_ids) <= 120 for example in examples)
-    assert all("be kind" in tokenizer.decode(example.input_ids) for example in examples)
-    texts = [text for example in examples for text in learned(example, tokenizer)]
-    assert texts == [f"answer {i}<|im_end|>" for i in range(7)]
-
-
-def test_split_learns_the_last_answer_alone_if_the_recipe_says_so():
-    tokenizer = tokenizer_with(CHATML)
-    examples = encode(long_chat(7), tokenizer, max_length=120, on_overlong="split", train_on="last")
-    assert [text for example in examples for text in learned(example, tokenizer)] == ["answer 6<|im_end|>"]
-
-
-def test_split_passes_over_an_exchange_without_anything_to_learn():
-    tokenizer = tokenizer_with(CHATML)
-    row = long_chat(2, words=30)
-    row["messages"][1]["train"] = False
-    examples = encode(row, tokenizer, max_length=80, on_overlong="split")
-    assert [text for example in examples for text in learned(example, tokenizer)] == ["answer 1<|im_end|>"]
 
 
 def test_an_exchange_that_does_not_fit_alone_cannot_be_split():

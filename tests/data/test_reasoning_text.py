@@ -5,7 +5,7 @@ import pytest
 from llmtune.data.chat_rows import canonical_messages, chat_from_messages
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_hash import spoken_text
-from llmtune.data.text_pair_rows import preference_from_pair
+from llmtune.data.task_rows import preference_from_pair
 
 QUESTION = {"role": "user", "content": "two and two?"}
 HARMONY = "<|channel|>analysis<|message|>Add.<|end|><|start|>assistant<|channel|>final<|message|>Four."

@@ -9,7 +9,7 @@ from support.rows import chat, read_row, refusal
 from llmtune.data.column_mapping import rename
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, detect_format, parse_row, unused_keys
-from llmtune.data.row_hash import hash_content, spoken_text, to_json
+from llmtune.data.row_hash import hash_content, row_json, spoken_text
 from llmtune.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -59,6 +59,8 @@ def test_rows_of_another_task_are_refused_by_name():
     assert "text rows, which task: chat cannot use" in detected([{"text": "t"}])
     assert "messages rows, which task: completion cannot use" in detected([chat("q")], "completion")
     assert "format: text cannot be used by task: chat" in detected([{"text": "t"}], forced="text")
+    summary = {"document": "d", "summary": "s"}
+    assert "document-summary rows, which task: translate cannot use" in detected([summary], "translate")
 
 
 def test_columns_map_any_names_and_mistakes_in_them_are_named():
@@ -229,7 +231,7 @@ def calls(stated):
 )  # fmt: skip
 def test_a_bad_row_says_what_is_wrong_with_it(row, reason):
     with pytest.raises(RowError, match=reason):
-        to_json(read_row(row))
+        row_json(read_row(row))
 
 
 def test_a_row_of_another_format_further_down_is_named():
@@ -241,8 +243,8 @@ def test_a_row_of_another_format_further_down_is_named():
 @given(FILLED, FILLED)
 def test_any_text_survives_and_reads_back(question, answer):
     row = read_row(chat(question, answer))
-    assert json.loads(to_json(row)) == chat(question, answer)
-    assert "\n" not in to_json(row)
+    assert json.loads(row_json(row)) == chat(question, answer)
+    assert "\n" not in row_json(row)
 
 
 KEYS = [
@@ -277,7 +279,7 @@ def test_any_json_gives_a_canonical_row_or_a_reason(value, name):
                 got = parse_row(row, form, task)
             except RowError:
                 continue
-            assert json.loads(to_json(got)) == got
+            assert json.loads(row_json(got)) == got
 
 
 @given(FILLED, FILLED)

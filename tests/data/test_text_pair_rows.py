@@ -3,17 +3,9 @@
 import pytest
 from support.rows import prepare, read_row, refusal, write_jsonl
 
-from llmtune.data.row_formats import detect_format
 from llmtune.errors import DataError
 
 PAIR = {"source": "one", "target": "un"}
-
-
-def told(row, task):
-    try:
-        return detect_format([row] * 3, task, {}, None, "file").name
-    except DataError as error:
-        return str(error)
 
 
 def test_a_translation_is_read_with_and_without_its_languages():
@@ -47,13 +39,6 @@ def test_a_map_of_two_languages_goes_from_the_first_to_the_second():
 )
 def test_a_row_that_cannot_be_learned_from_is_bad_with_its_reason(row, task, reason):
     assert reason in refusal(row, task)
-
-
-def test_rows_of_one_task_are_refused_by_the_other():
-    assert "document-summary rows, which task: translate cannot use" in told(
-        {"document": "d", "summary": "s"}, "translate"
-    )
-    assert "source-target rows, which task: summarize cannot use" in told(PAIR, "summarize")
 
 
 def test_bad_rows_are_named_with_file_and_line(tmp_path):

@@ -17,7 +17,7 @@ from support.templates import conversation, recipe_for, tokenizer_with
 from llmtune.data import deduplication, ingest
 from llmtune.data.examples import encode_rows
 from llmtune.data.preparation import prepare_rows
-from llmtune.data.worker_pool import WorkerPool, count_cores
+from llmtune.data.worker_pool import WorkerPool, usable_cores
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.tasks.registry import VARIANTS, get_task
 
@@ -60,7 +60,7 @@ def test_small_work_stays_in_this_process():
 
 def test_no_more_cores_are_used_than_threads_were_given(monkeypatch):
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
-    assert count_cores() == 1
+    assert usable_cores() == 1
 
 
 def encode_file(folder, rows, console, tokenizer, **pool):

@@ -18,7 +18,9 @@ from support.runs import write_colours
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.data.preparation import prepare_rows
 from llmtune.evaluate import paired_statistics as statistics
-from llmtune.evaluate.evaluator import evaluate
+from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.scoring import score_run
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
@@ -86,18 +88,10 @@ class Bench:
         recipe = self.recipe.model_copy(
             update={"evaluate": self.recipe.evaluate.model_copy(update=settings)} if settings else {}
         )
-        models = {"tuned": self.model("tuned"), "base": self.model("base")}
-        return evaluate(
-            models,
-            self.processor,
-            self.rows,
-            self.examples,
-            self.task,
-            recipe,
-            self.console,
-            device="cpu",
-            folder=folder,
-        )
+        has_rows = self.examples.counts.get("test")
+        inputs = make_inputs(self.rows, self.examples, self.task, self.processor, recipe) if has_rows else None
+        context = EvalContext(recipe, self.task, self.processor, inputs, "cpu", self.console, folder)
+        return score_run(ModelLoaders(self.model("base"), self.model("tuned")), context, self.rows)
 
 
 def build_bench(folder: Path, rows: Path, model: Path, text: str = RECIPE, **data) -> Bench:

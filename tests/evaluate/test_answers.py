@@ -19,9 +19,11 @@ from support.templates import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtune.data.row_store import iterate_rows
-from llmtune.evaluate.eval_inputs import choose_metrics, warn_of_cuts
+from llmtune.evaluate.eval_inputs import measured_metrics, warn_of_cuts
+from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.evaluate.text_metrics import TEXT_MEASURES
+from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import TASK_FACTS, TOOL_METRICS
 from llmtune.tasks.registry import get_task
 
@@ -45,9 +47,9 @@ def test_empty_thoughts_of_the_template_are_no_part_of_an_answer(tmp_path, build
     model = build_llama(tmp_path / "model", EMPTY_THOUGHTS)
     rows = [conversation(f"Which colour is number {i}?", colour) for i, colour in enumerate(("red", "green", "blue"))]
     bench = build(tmp_path, write_rows(tmp_path, rows), model, text=LONG)
-    found = bench.evaluate(tmp_path, metrics=("exact_match", "chrf"), gates=("answers_cut <= 0.02",))
+    found = bench.evaluate(tmp_path, metrics=("exact_match", "chrf"))
     assert found.tuned == {"exact_match": 1.0, "chrf": 100.0, "answers_cut": 0.0}
-    assert found.gates[0].passed
+    assert check_gates(EvaluateSection(gates=("answers_cut <= 0.02",)), found)[0].passed
     for line in map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines()):
         assert line["tuned"] == line["reference"]
         assert line["tuned_right"]
@@ -127,17 +129,17 @@ def test_tools_without_a_valid_schema_are_reported_and_not_scored_as_valid(tmp_p
 
 
 def test_metrics_of_tools_are_left_out_where_no_row_has_tools(bench):
-    assert {*TOOL_METRICS} <= {*choose_metrics(bench.recipe, has_tools=True)}
-    assert not {*TOOL_METRICS} & {*choose_metrics(bench.recipe, has_tools=False)}
+    assert {*TOOL_METRICS} <= {*measured_metrics(bench.recipe, has_tools=True)}
+    assert not {*TOOL_METRICS} & {*measured_metrics(bench.recipe, has_tools=False)}
 
 
 def test_answers_that_were_cut_are_counted_and_told(bench, console):
     longer = bench.recipe.generation.model_copy(update={"max_new_tokens": 1})
     bench.recipe, bench.steps = bench.recipe.model_copy(update={"generation": longer}), 0
-    found = bench.evaluate(metrics=("exact_match",), gates=("answers_cut <= 0.02",))
+    found = bench.evaluate(metrics=("exact_match",))
     rows = bench.examples.counts["test"]
     assert found.tuned["answers_cut"] == 1
-    assert not found.gates[0].passed
+    assert not check_gates(EvaluateSection(gates=("answers_cut <= 0.02",)), found)[0].passed
     assert f"answers cut at generation.max_new_tokens (1): base {rows} of {rows}, tuned {rows} of {rows}" in " ".join(
         console.file.getvalue().split()
     )

@@ -35,7 +35,7 @@ def champion(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
 def scored(right: list[bool], names: list[str]) -> tuple[Evaluation, PerRowScores]:
     measure = replace(measure_right(right, "accuracy"), at=tuple(range(len(right))))
     measures = PerRowScores({}, {"accuracy": measure}, tuple(names))
-    return Evaluation({}, {"accuracy": measure.value}, {}, (), (), len(right)), measures
+    return Evaluation({}, {"accuracy": measure.value}, {}, (), len(right)), measures
 
 
 def recipe_with(champion: Path, *sets: str) -> Any:

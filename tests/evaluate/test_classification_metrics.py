@@ -198,7 +198,7 @@ def test_the_table_of_types_is_that_of_seqeval():
         for ours, theirs in {
             "precision": "precision",
             "recall": "recall",
-            "f1": "f1-entity_score",
+            "f1": "f1-score",
             "support": "support",
         }.items():
             assert row[ours] == pytest.approx(wanted[theirs], abs=1e-12)

@@ -120,7 +120,7 @@ def test_a_gate_that_cannot_tell_says_how_many_rows_in_how_many_groups_would():
     models = [replace(measure_right(one.tolist(), "exact_match"), clusters=clusters) for one in (base, tuned)]
     change, scores = paired_difference(*models, seed=0), [{"exact_match": one.value} for one in models]
     gates = EvaluateSection(gates=("exact_match.low > base - 0.05",), when_unsure="report")
-    (found,) = check_gates(gates, Evaluation(*scores, {"exact_match": change}, (), (), 60))
+    (found,) = check_gates(gates, Evaluation(*scores, {"exact_match": change}, (), 60))
     assert found.passed is None
     assert "60 rows in 12 groups are too few" in found.note
     assert " groups would tell" in found.note

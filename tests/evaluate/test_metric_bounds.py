@@ -67,7 +67,7 @@ def test_equal_answers_on_a_few_rows_pass_no_gate_with_a_margin(metric, rows):
     part, sign = ("high", "+") if metric in LOWER_IS_BETTER else ("low", "-")
     gate = f"{one.metric}.{part} {'<' if sign == '+' else '>'} base {sign} {0.01 * SCALE.get(metric, 1)}"
     scores = {one.metric: one.value}
-    evaluation = Evaluation(scores, scores, {one.metric: change}, (), (), rows)
+    evaluation = Evaluation(scores, scores, {one.metric: change}, (), rows)
     (found,) = check_gates(EvaluateSection(gates=(gate,), when_unsure="report"), evaluation)
     assert found.passed is None, (change, found)
 

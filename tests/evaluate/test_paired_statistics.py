@@ -96,7 +96,7 @@ def test_without_any_difference_one_verdict_in_twenty_is_wrong_at_most():
     for _ in range(TRIALS):
         base, tuned, _ = flips(generator, 100, 0.08, 0.08)
         change = difference(base, tuned, ratio, right_wrong=True, seed=0, resamples=1000)
-        evaluation = Evaluation({}, {}, {"exact_match": change}, (), (), 100)
+        evaluation = Evaluation({}, {}, {"exact_match": change}, (), 100)
         wrong += verdict(evaluation).word != "inconclusive"
     assert wrong / TRIALS <= 0.06
 

@@ -116,7 +116,6 @@ EVALUATION = Evaluation(
     {"accuracy": 0.5, "loss": 2.0},
     {"accuracy": Difference(0.1, 0.05, 0.15, 0.01, 100), "loss": Difference(0.0, 0.0, 0.0, 1.0, 100)},
     (),
-    (),
     100,
     champion=Champion("runs/best", {"accuracy": 0.49}, {"accuracy": CHANGE}, {}),
 )

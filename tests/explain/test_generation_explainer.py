@@ -94,7 +94,7 @@ def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
 
 def test_the_terminal_shows_the_four_stages_and_where_they_part(chat_run, tmp_path):
     shown = invoke(chat_run, "--prompt", QUESTION, "--out", tmp_path / "out", columns=80).stdout
-    stages = ["Where base and tuned part", "1 Prompt to tokens", "2 Model processing", "3 Word prediction"]
+    stages = ["Where base and tuned diverge", "1 Prompt to tokens", "2 Model processing", "3 Word prediction"]
     stages.append("4 Output so far")
     at = [shown.index(stage) for stage in stages]
     assert at == sorted(at)

@@ -36,7 +36,8 @@ def recipe(here: Path, chat_rows: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_a_recipe_that_is_a_pipe_or_a_device_is_refused(recipe: Path, name: str) -> None:
+def test_a_recipe_or_lock_that_is_a_pipe_or_a_device_is_refused(recipe: Path, name: str) -> None:
+    assert "not a readable llmtune.lock" in attempt("prepare", recipe, "--lock", name, "--out", "run", code=2)
     assert name in attempt("recipes", "check", name, code=2)
     recipe.write_text(f"{recipe.read_text()}extends: {name}\n")
     attempt("recipes", "check", recipe, code=2)
@@ -47,11 +48,6 @@ def test_init_on_what_is_not_a_regular_file_is_refused(recipe: Path, name: str) 
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind("socket")
         assert f"{name}: not a regular file -> Copy its rows into a file" in attempt("init", name, code=2)
-
-
-@pytest.mark.parametrize("name", SPECIAL)
-def test_a_lock_that_is_a_pipe_or_a_device_is_refused(recipe: Path, name: str) -> None:
-    assert "not a readable llmtune.lock" in attempt("prepare", recipe, "--lock", name, "--out", "run", code=2)
 
 
 @pytest.mark.parametrize("content", ["{}", "5", '{"model": 5, "data": {}}', '{"model": {}, "data": {}}', "[" * 9000])

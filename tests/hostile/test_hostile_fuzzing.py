@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.models import train_tokenizer
 
 from llmtune.data.chat_template import ChatTemplate, TemplateRefusal
-from llmtune.data.file_readers import read_file
+from llmtune.data.file_readers import parse_lines, read_lazily
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.recipe.gate_grammar import parse_gate
@@ -67,7 +67,7 @@ def test_any_file_gives_rows_or_an_error_of_data(data, container, pack):
         path = Path(folder, "file")
         path.write_bytes(pack(data))
         with suppress(DataError):
-            for origin, row in read_file(path, "file", container):
+            for origin, row in parse_lines(read_lazily(path, "file", container)):
                 assert origin.startswith("file")
                 assert isinstance(row, dict | RowError)
 

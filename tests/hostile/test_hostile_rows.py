@@ -199,9 +199,9 @@ def test_a_text_that_stands_in_a_parquet_file_once_and_in_all_its_rows_is_refuse
     table = pa.table({"prompt": text, "completion": ["a"] * 512})
     pq.write_table(table, "rows.parquet", dictionary_pagesize_limit=2**30, compression="zstd", store_schema=False)
     script = (
-        "import re; from pathlib import Path; from llmtune.data.file_readers import read_file\n"
+        "import re; from pathlib import Path; from llmtune.data.file_readers import read_lazily\n"
         "from llmtune.errors import DataError\n"
-        "try: list(read_file(Path('rows.parquet'), 'rows', 'parquet'))\n"
+        "try: list(read_lazily(Path('rows.parquet'), 'rows', 'parquet'))\n"
         "except DataError as error: print(error)\n"
         "print(re.search('VmHWM:(.*) kB', Path('/proc/self/status').read_text())[1])"
     )

@@ -131,7 +131,7 @@ def test_rows_are_dropped_with_a_count_and_a_reason(place, run, without, shows):
 
     with (place / "rows.jsonl").open("a") as file:
         file.write(json.dumps(chat("")) + "\n" + json.dumps(chat("x", "")) + "\n")
-    with without("llmtune.data.ingest.Account.add_bad", lambda account, origin, error: None):
+    with without("llmtune.data.ingest.IngestState.add_bad", lambda account, origin, error: None):
         assert "empty content" not in run("prepare")
     assert lost() == 2, "dropped, and nobody was told"
     shows(run("prepare", "--fresh"))

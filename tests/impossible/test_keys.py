@@ -31,7 +31,9 @@ from llmtune.adapter.injection import inject
 from llmtune.data.examples import encode_rows
 from llmtune.data.preparation import prepare_rows
 from llmtune.errors import LlmtuneError
-from llmtune.evaluate.evaluator import evaluate
+from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.scoring import score_run
 from llmtune.model.config import read_model_config
 from llmtune.model.kernels import check_kernels
 from llmtune.model.loading import load_model
@@ -154,11 +156,10 @@ class Resolved:
 
     def evaluation(self) -> object:
         """The untrained model stands for base and tuned model."""
-        plan, processor = self.plan, self.selected.processor
-        models = {name: partial(nullcontext, self.selected.model.eval()) for name in ("base", "tuned")}
-        found = evaluate(
-            models, processor, self.made_rows, self.made_examples, plan.task, plan.recipe, QUIET, device="cpu"
-        )
+        plan, load = self.plan, partial(nullcontext, self.selected.model.eval())
+        inputs = make_inputs(self.made_rows, self.made_examples, plan.task, self.selected.processor, plan.recipe)
+        context = EvalContext(plan.recipe, plan.task, self.selected.processor, inputs, "cpu", QUIET)
+        found = score_run(ModelLoaders(load, load), context, self.made_rows)
         return asdict(found)
 
 

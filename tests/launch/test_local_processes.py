@@ -90,7 +90,9 @@ def test_threads_are_divided_and_the_environment_is_as_before(console):
 
 def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
     with pytest.raises(DataError) as caught:
-        launch_work("fail_in_rank_one", [], Topology(2, max_restarts=1), console)  # it comes again, and is not retried
+        launch_work(
+            "end_rank_one", ["mistake"], Topology(2, max_restarts=1), console
+        )  # it comes again, and is not retried
     assert caught.value.exit_code == 3
     assert caught.value.problems[0].what == "row 7 has no answer"
     assert caught.value.problems[0].where == "process 1, rows.jsonl:7"
@@ -99,20 +101,20 @@ def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
 
 def test_a_bug_in_one_process_comes_with_its_traceback(console):
     with pytest.raises(WorkerBug, match=r"process 1 failed:\n(.|\n)*ZeroDivisionError: a bug"):
-        launch_work("crash_in_rank_one", [], Topology(2), console)
+        launch_work("end_rank_one", ["bug"], Topology(2), console)
 
 
 @pytest.mark.slow
 def test_a_process_that_the_system_kills_is_named(console):
     with pytest.raises(EnvironmentProblem, match="process 1 was killed by SIGKILL") as caught:
-        launch_work("die_in_rank_one", [], Topology(2), console)
+        launch_work("end_rank_one", ["SIGKILL"], Topology(2), console)
     assert "too little memory" in caught.value.problems[0].fix
 
 
 @pytest.mark.slow
 def test_a_process_that_is_told_to_stop_before_it_trains_is_no_bug(console):
     with pytest.raises(Stopped, match="stopped by SIGTERM before a checkpoint was saved"):
-        launch_work("die_in_rank_one", ["SIGTERM"], Topology(2), console)
+        launch_work("end_rank_one", ["SIGTERM"], Topology(2), console)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_after_a_death_all_start_again_from_the_last_checkpoint(strategy, tmp_pa
 
 def test_the_last_words_of_a_process_are_shown(console):
     with pytest.raises(EnvironmentProblem, match="process 1 was killed by SIGABRT; its last words:") as caught:
-        launch_work("break_in_rank_one", [], Topology(2), console)
+        launch_work("end_rank_one", ["abort"], Topology(2), console)
     assert "the disk is on fire" in str(caught.value)
     assert "Fatal Python error: Aborted" in str(caught.value)
 

@@ -104,14 +104,14 @@ def test_an_error_of_all_is_said_once(words, environment, code, said, recipe):
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "said"),
+    ("how", "code", "said"),
     [
-        ("fail_in_rank_one", 3, "row 7 has no answer"),
-        pytest.param("crash_in_rank_one", 1, "ZeroDivisionError: a bug", marks=pytest.mark.slow),
+        ("mistake", 3, "row 7 has no answer"),
+        pytest.param("bug", 1, "ZeroDivisionError: a bug", marks=pytest.mark.slow),
     ],
 )
-def test_an_error_of_one_process_ends_all_and_is_said_once(name, code, said, tmp_path):
-    done = started(TORCHRUN, "-m", "support.workers", tmp_path / "result", name)
+def test_an_error_of_one_process_ends_all_and_is_said_once(how, code, said, tmp_path):
+    done = started(TORCHRUN, "-m", "support.workers", tmp_path / "result", "end_rank_one", how)
     assert done.stderr.count(said) == 1, done.stderr
     assert f"exitcode  : {code} " in done.stderr
     assert "terminated" not in done.stderr

@@ -5,7 +5,7 @@ from llmtune.report.sample_view import LONGEST_SHOWN, cut, present_samples, read
 
 
 def shown(task, baseline=None, **sample):
-    evaluation = Evaluation({}, {}, {}, (), (), 1, baseline=baseline)
+    evaluation = Evaluation({}, {}, {}, (), 1, baseline=baseline)
     return present_samples([{"origin": "rows.jsonl:1", **sample}], evaluation, task)[0]
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.data.collators import collate_packed, collate_padded
+from llmtune.data.example import Example
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
@@ -21,7 +22,7 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, Example, SelectedModel
+from llmtune.records import AdaptedModel, SelectedModel
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from support.models import train_tokenizer

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.saving import save_adapter
 from llmtune.data.collators import IGNORED
+from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import end_output, generate_completions, generation_settings
@@ -29,7 +30,7 @@ from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, Example
+from llmtune.records import AdaptedModel
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.text_to_text import decoder_settings, source_ids
@@ -141,7 +142,7 @@ def _example(kind: str, length: int) -> Example:
         return Example(ids[0], [length // 3 + 1, length], length)
     if kind == "encoder":
         tags = [token % 3 if i % 2 else IGNORED for i, token in enumerate(ids[0])]
-        return Example(ids[0], [], 0, target_ids=tags, counted=length // 2)
+        return Example(ids[0], [], 0, tag_ids=tags, counted=length // 2)
     return Example(ids[0], [], 0, target_ids=ids[1][: length // 2], target_spans=[0, length // 2], counted=length // 2)
 
 

@@ -17,6 +17,7 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
+from llmtune.store.processes import world_size
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
@@ -88,8 +89,9 @@ def prepare_training(path: Path, folder: Path, sharded: bool = False) -> tuple[A
     def make() -> AdaptedModel:
         return inject(open_model(recipe), recipe, quiet())
 
-    apart = sharded and join_processes("cpu") > 1
-    return share_model(make) if apart else make(), load_examples(folder / "data" / "examples"), task, recipe
+    if sharded:
+        join_processes("cpu")
+    return share_model(make) if sharded else make(), load_examples(folder / "data" / "examples"), task, recipe
 
 
 def start_training(path: Path, folder: Path) -> TrainContext:
@@ -105,6 +107,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def learn_a_little(path: Path, sharded: bool = False) -> list[list[float]]:
     """Take three steps without dropout and validate: losses and gradient norms, and how far the weights moved."""
     folder = path.parent / f"prepared-{os.getpid()}"
+    sharded = sharded and world_size() > 1
     training = set_up(*prepare_training(path, folder, sharded), folder, quiet(), "inputs", sharded)
     before = [whole(weight) for weight in training.parameters]
     numbers = []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from llmtune.data.file_readers import parse_lines, read_lazily
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, detect_format, parse_row
@@ -32,6 +33,11 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
 def read_row(row: dict[str, Any], task: str = "chat", name: str | None = None) -> dict[str, Any]:
     """The canonical row, in a format that is told by its columns unless it is named."""
     return parse_row(row, FORMATS[name] if name else detect_format([row], task, {}, None, "file"), task)
+
+
+def read_file(path: Path, name: str, container: str) -> list[Any]:
+    """The rows of a file, each with where it is from."""
+    return list(parse_lines(read_lazily(path, name, container)))
 
 
 def refusal(row: dict[str, Any], task: str = "chat", name: str | None = None) -> str:

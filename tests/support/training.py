@@ -16,17 +16,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from llmtune.adapter.injection import inject
+from llmtune.data.example import Example
 from llmtune.data.examples import SCHEMA, record_batch
 from llmtune.launch.local_processes import launch
 from llmtune.launch.topology import Topology
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, Example, Examples, TrainedRun
+from llmtune.records import AdaptedModel, Examples
 from llmtune.store.atomic_files import hash_value
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import get_task
 from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
+from llmtune.train.metrics_log import TrainedRun
 from llmtune.train.sharding import share_model
 from support.adapting import open_model, quiet
 from support.runs import write_recipe
@@ -80,9 +82,9 @@ def run_training(
     sharded: bool = False,
 ) -> TrainedRun:
     """Train as the pipeline does; `folder` is the run folder."""
+    sharded = sharded and join_processes("cpu") > 1
     if adapted is None:
-        apart = sharded and join_processes("cpu") > 1
-        adapted = share_model(partial(adapt, recipe)) if apart else adapt(recipe)
+        adapted = share_model(partial(adapt, recipe)) if sharded else adapt(recipe)
     return train(
         adapted,
         examples,

@@ -46,7 +46,9 @@ def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]
     recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
     console = Console(file=sys.stderr, width=200)
     examples = read_examples(Path(folder) / "examples")
-    trained = run_training(Path(run), recipe, examples, console=console, sharded=strategy == "fsdp")
+    trained = run_training(
+        Path(run), recipe, examples, console=console, sharded=strategy == "fsdp" and world_size() > 1
+    )
     return {"steps": trained.steps, "train_loss": trained.train_loss}
 
 
@@ -145,32 +147,17 @@ def agree_on_a_recipe(recipe: str) -> None:
     run_recipe(recipe, sets, RunRequest(Path(recipe).with_name("run"), "train"), make_console())
 
 
-def fail_in_rank_one() -> None:
-    """Meet a user's mistake in one process, while the other would go on for a long time."""
+def end_rank_one(how: str) -> None:
+    """End one process by a user's mistake, a bug, an abort in C or a signal; the other would run for a long time."""
     if os.environ["RANK"] == "1":
-        raise DataError.of("row 7 has no answer", "rows.jsonl:7", "Give it one.")
-    time.sleep(60)
-
-
-def crash_in_rank_one() -> None:
-    """Meet a bug in one process."""
-    if os.environ["RANK"] == "1":
-        raise ZeroDivisionError("a bug")
-    time.sleep(60)
-
-
-def die_in_rank_one(name: str = "SIGKILL") -> None:
-    """Be killed by the system in one process."""
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.Signals[name])
-    time.sleep(60)
-
-
-def break_in_rank_one() -> None:
-    """Break in C, after saying why, in one process."""
-    if os.environ["RANK"] == "1":
-        print("the disk is on fire", file=sys.stderr)
-        os.abort()
+        if how == "mistake":
+            raise DataError.of("row 7 has no answer", "rows.jsonl:7", "Give it one.")
+        if how == "bug":
+            raise ZeroDivisionError("a bug")
+        if how == "abort":
+            print("the disk is on fire", file=sys.stderr)
+            os.abort()
+        os.kill(os.getpid(), signal.Signals[how])
     time.sleep(60)
 
 

@@ -239,7 +239,7 @@ def test_balanced_weights_are_those_of_scikit_learn(models, tmp_path):
     path = recipe_for(tmp_path / "r.yaml", models("bert"), rows, classify={"class_weights": "balanced"})
     recipe, examples = prepared(path)
     reader = ExampleReader(examples, "train")
-    labels = [recipe.classify.labels[reader[i].target_ids[0]] for i in range(len(reader))]
+    labels = [recipe.classify.labels[reader[i].class_ids[0]] for i in range(len(reader))]
     wanted = compute_class_weight("balanced", classes=np.array(recipe.classify.labels), y=labels)
     assert recipe.classify.class_weights == pytest.approx(dict(zip(recipe.classify.labels, wanted, strict=True)))
     stored = [reader[i].values[0] for i in range(len(reader))]

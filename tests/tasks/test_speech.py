@@ -18,7 +18,7 @@ from support.runs import write_recipe
 from support.variants import CTC, WHISPER, predict
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForSpeechSeq2Seq
 
-from llmtune.data.audio import cut_windows, read_recording, to_float
+from llmtune.data.audio import cut_windows, decode_recording, to_float
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.model.causal_lm_loss import unwrap
@@ -174,7 +174,7 @@ def test_a_long_recording_is_heard_in_windows_whose_texts_are_joined(
     variant = WHISPER if form == "whisper" else CTC
     sound = np.concatenate([make_tone(1.6 + i / 10, pitch_hz=200 * (i + 1)) for i in range(3)])
     soundfile.write(tmp_path / "long.wav", sound, 16_000)
-    samples = read_recording(tmp_path / "long.wav", 16_000)
+    samples = decode_recording(tmp_path / "long.wav", 16_000)
     parts = []
     for i, window in enumerate(cut_windows(samples, 16_000, 2)):
         soundfile.write(tmp_path / f"part{i}.wav", window, 16_000)
@@ -221,7 +221,7 @@ def test_letters_are_the_likeliest_of_each_frame_without_repeats_blanks_and_spec
     model, processor, recipe = load(models["letters"], clips, tmp_path, SPEECH["letters"], training=False)
     path = clips / "20.wav"
     sound = AutoFeatureExtractor.from_pretrained(models["letters"])(
-        to_float(read_recording(path, 16_000)), sampling_rate=16_000, return_tensors="pt"
+        to_float(decode_recording(path, 16_000)), sampling_rate=16_000, return_tensors="pt"
     )
     with torch.no_grad():
         best = model(**sound).logits.argmax(-1)[0].tolist()
