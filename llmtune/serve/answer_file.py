@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TypeGuard
 
 from rich.progress import MofNCompleteColumn
 
@@ -67,12 +66,13 @@ def answer_file(
             given = [
                 row if isinstance(row, RowError) else _read_inputs(row, columns, asked, rows.parent) for _, row in batch
             ]
-            answers = _answer_rows(served, [one for one in given if _is_inputs(one)], partial(progress.advance, bar))
+            usable = [one for one in given if not isinstance(one, RowError)]
+            answers = _answer_rows(served, usable, partial(progress.advance, bar))
             for (origin, row), one in zip(batch, given, strict=True):
                 line = {} if isinstance(row, RowError) else _own_columns(row)
-                said = next(answers) if _is_inputs(one) else {"error": f"{origin}: {one}"}
-                answered += "error" not in said
-                line |= said
+                answer = {"error": f"{origin}: {one}"} if isinstance(one, RowError) else next(answers)
+                answered += "error" not in answer
+                line |= answer
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             progress.update(bar, completed=first + len(batch))
     return answered, len(raw) - answered
@@ -81,10 +81,6 @@ def answer_file(
 def _own_columns(row: Mapping[str, object]) -> dict[str, object]:
     """Return the columns of a row; its own answer becomes `reference`."""
     return {"reference" if name == "answer" and "reference" not in row else name: value for name, value in row.items()}
-
-
-def _is_inputs(one: Inputs | RowError) -> TypeGuard[Inputs]:
-    return not isinstance(one, RowError)
 
 
 def _columns_of(inputs: Mapping[str, bool], names: Sequence[str], where: str) -> dict[str, str]:

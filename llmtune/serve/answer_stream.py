@@ -72,7 +72,7 @@ class Detokenizer:
 
 @dataclass(frozen=True)
 class Delta:
-    """An addition to an answer."""
+    """An addition to an answer; deltas add up to the answer."""
 
     content: str = ""
     reasoning: str = ""

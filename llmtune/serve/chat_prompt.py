@@ -22,18 +22,18 @@ ANY_LENGTH = 1 << 30
 
 
 @dataclass(frozen=True)
-class ChatPrompt:
-    """What the model reads of a chat request."""
+class ServedPrompt:
+    """The prompt of a request, and how its answer is read."""
 
     ids: list[int]
-    begun: list[int]
-    """Ids after the prompt that begin the answer with a call; empty if the model may choose."""
-    tools: Tools
-    turn: int
+    begun: Sequence[int] = ()
+    """Ids after the prompt that begin the answer with a call; none if the model may choose."""
+    tools: Tools = None
+    turn: int = 0
     """How many messages it has, the system's not counted."""
 
 
-def make_prompt(request: ChatRequest, served: ServedModel) -> ChatPrompt:
+def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
     """Return the prompt of a conversation, made by the function that made those of training.
 
     Raises ApiError naming the parameter that cannot be used.
@@ -49,7 +49,7 @@ def make_prompt(request: ChatRequest, served: ServedModel) -> ChatPrompt:
     except LlmtuneError as error:
         raise ApiError.of(error, param="messages") from error
     turn = sum(message["role"] != "system" for message in row["messages"])
-    return ChatPrompt(ids, begun, row.get("tools"), turn)
+    return ServedPrompt(ids, begun, row.get("tools"), turn)
 
 
 def read_messages(request: ChatRequest) -> Row:

@@ -70,14 +70,13 @@ class ChatSession:
         messages = [*(self.history if keep else []), {"role": "user", "content": prompt}]
         questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
         ids = self._fit([{"messages": [*head, *messages[at:]]} for at in questions])
-        pieces = []
+        answer = Delta()
         for piece in self._generate(ids, len(messages)):
-            pieces.append(piece)
+            answer += piece
             yield piece
         if keep:
-            answer = {"role": "assistant", "content": "".join(piece.content for piece in pieces)}
-            thoughts = "".join(piece.reasoning for piece in pieces)
-            self.history = [*messages, answer | ({"reasoning": thoughts} if thoughts else {})]
+            thoughts = {"reasoning": answer.reasoning} if answer.reasoning else {}
+            self.history = [*messages, {"role": "assistant", "content": answer.content, **thoughts}]
 
     def _fit(self, rows: list[Row]) -> list[int]:
         """Return the ids of the first row that leaves room for an answer; each next row remembers one question less."""
@@ -217,9 +216,9 @@ class FinishedRun:
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
         task = served.task
         if task.free_prompt:
-            pieces = list(_ask(served, inputs))
-            text, thoughts = "".join(piece.content for piece in pieces), "".join(piece.reasoning for piece in pieces)
-            return {"text": text, "prediction": text, **({"reasoning": thoughts} if thoughts else {})}
+            whole = sum(_ask(served, inputs), Delta())
+            thoughts = {"reasoning": whole.reasoning} if whole.reasoning else {}
+            return {"text": whole.content, "prediction": whole.content, **thoughts}
         row = task.make_row(inputs)
         prediction: object
         if task.predicts:

@@ -22,7 +22,7 @@ from llmtune.data.chat_rows import ToolCall
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import nearest
 from llmtune.serve.answer_stream import Delta
-from llmtune.serve.chat_prompt import ChatPrompt, make_prompt
+from llmtune.serve.chat_prompt import ServedPrompt, chat_prompt
 from llmtune.serve.engine import Engine
 from llmtune.serve.middleware import Metrics
 from llmtune.serve.request_queue import AnswerJob, End, Event
@@ -51,18 +51,17 @@ def mount_generation(app: FastAPI, engine: Engine, metrics: Metrics, *, chat: bo
         async def answer_a_conversation(body: ChatRequest, request: Request) -> Response:
             """The messages become token ids by the function that made those of training."""
             served = served_by_name(engine, body.model)
-            prompt = await in_text_thread(make_prompt, body, served)
-            limit = body.max_completion_tokens or body.max_tokens
-            job = make_job(served, [*prompt.ids, *prompt.begun], body, limit, prompt.turn)
-            return await send_answer(GeneratedAnswer(engine, job, body, metrics, prompt), request)
+            prompt = await in_text_thread(chat_prompt, body, served)
+            job = make_job(served, prompt, body, body.max_completion_tokens or body.max_tokens)
+            return await send_answer(GeneratedAnswer(engine, job, prompt, body, metrics, chat=True), request)
 
     @app.post("/v1/completions", response_model=Completion, responses=RESPONSES)
     async def continue_a_text(body: CompletionRequest, request: Request) -> Response:
         """No chat template is used. The tokenizer's start token is put first, unless the text begins with it."""
         served = served_by_name(engine, body.model)
-        ids = await in_text_thread(completion_ids, body, served)
-        job = make_job(served, ids, body, body.max_tokens)
-        return await send_answer(GeneratedAnswer(engine, job, body, metrics), request)
+        prompt = ServedPrompt(await in_text_thread(completion_ids, body, served))
+        job = make_job(served, prompt, body, body.max_tokens)
+        return await send_answer(GeneratedAnswer(engine, job, prompt, body, metrics, chat=False), request)
 
 
 def served_by_name(engine: Engine, name: str | None) -> ServedModel:
@@ -99,9 +98,10 @@ def completion_ids(request: CompletionRequest, served: ServedModel) -> list[int]
 
 
 def make_job(
-    served: ServedModel, ids: list[int], request: GenerationRequest, max_tokens: int | None, turn: int = 0
+    served: ServedModel, prompt: ServedPrompt, request: GenerationRequest, max_tokens: int | None
 ) -> AnswerJob:
     """Return the job of a prompt; raises ApiError if prompt and answer do not fit the model's context."""
+    ids = [*prompt.ids, *prompt.begun]
     room = (served.context or MAX_POSITIONS) - len(ids)
     if room < (max_tokens or 1):
         answer = f" and the answer may have {max_tokens}" if max_tokens else ""
@@ -109,7 +109,7 @@ def make_job(
         raise ApiError(400, message, param="max_tokens" if room > 0 else None, code="context_length_exceeded")
     stated = request.model_dump(include={*DRAWS, "repetition_penalty"}, exclude_none=True)
     settings = served.request_settings(stated, max_tokens or min(room, served.recipe.generation.max_new_tokens))
-    seed = served.recipe.seed + turn if request.seed is None else request.seed
+    seed = served.recipe.seed + prompt.turn if request.seed is None else request.seed
     return AnswerJob(served, ids=ids, settings=settings, seed=seed)
 
 
@@ -154,16 +154,16 @@ class GeneratedAnswer:
         self,
         engine: Engine,
         job: AnswerJob,
+        prompt: ServedPrompt,
         request: GenerationRequest,
         metrics: Metrics,
-        chat: ChatPrompt | None = None,
+        *,
+        chat: bool,
     ) -> None:
-        self.engine, self.job, self.request, self.metrics, self.chat = engine, job, request, metrics, chat
-        self.served, self.begun = job.served, list(chat.begun) if chat else []
-        self.prompt = list(chat.ids if chat else job.ids)
+        self.engine, self.job, self.prompt, self.request = engine, job, prompt, request
+        self.metrics, self.chat, self.served = metrics, chat, job.served
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        tools = chat.tools if chat else None
-        self.stream = self.served.stream(self.prompt, chat=chat is not None, tools=tools, stops=stops)
+        self.stream = self.served.stream(prompt.ids, chat=chat, tools=prompt.tools, stops=stops)
         self.started = time.monotonic()
         self.envelope: Body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -186,7 +186,7 @@ class GeneratedAnswer:
         Raises ApiError for what went wrong.
         """
         sent, stream = 0, self.stream
-        self.metrics.prompt_tokens.labels(self.served.name).inc(len(self.prompt))
+        self.metrics.prompt_tokens.labels(self.served.name).inc(len(self.prompt.ids))
         try:
             async with aclosing(run_job(self.engine, self.job)) as events:
                 async for event in events:
@@ -195,7 +195,7 @@ class GeneratedAnswer:
                         break
                     if not sent:
                         self.metrics.first_token.observe(time.monotonic() - self.started)
-                    delta = stream.add([*([] if sent else self.begun), *event])
+                    delta = stream.add([*(() if sent else self.prompt.begun), *event])
                     yield delta, self.ids[sent:]
                     sent = len(self.ids)
                     if stream.detokenizer.stopped:
@@ -210,7 +210,7 @@ class GeneratedAnswer:
     @property
     def usage(self) -> dict[str, int]:
         """How many tokens it took, counting the one that ended the answer."""
-        prompt, answer = len(self.prompt), len(self.ids)
+        prompt, answer = len(self.prompt.ids), len(self.ids)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
     def body(self) -> Body:
@@ -263,7 +263,7 @@ class GeneratedAnswer:
         return choice | ({"token_ids": ids} if self.request.return_token_ids else {})
 
     def _prompt_ids(self) -> Body:
-        return {"prompt_token_ids": self.prompt} if self.request.return_token_ids else {}
+        return {"prompt_token_ids": self.prompt.ids} if self.request.return_token_ids else {}
 
 
 def server_sent_event(content: Body) -> str:

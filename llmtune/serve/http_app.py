@@ -19,7 +19,7 @@ import llmtune
 from llmtune.errors import nearest
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import ClientDisconnected, mount_generation, served_by_name
-from llmtune.serve.middleware import CONTENT_TYPE, AccessRules, Gateway, Metrics, error_response
+from llmtune.serve.middleware import CONTENT_TYPE, Gateway, Metrics, error_response
 from llmtune.serve.schemas import ERROR_RESPONSES, NEUTRAL, ApiError, Health, ModelCard, ModelList
 from llmtune.serve.task_endpoints import mount_task
 
@@ -29,7 +29,7 @@ Parameters that are not documented here are refused by name, never ignored. Wher
 key, every path under `/v1` and `/metrics` needs it: `Authorization: Bearer KEY`."""
 
 
-def build_app(engine: Engine, rules: AccessRules) -> ASGIApp:
+def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASGIApp:
     """Build the application: the endpoints that fit the task of the models, behind the gateway."""
     metrics, task = Metrics(engine), served_by_name(engine, None).task
     app = FastAPI(
@@ -49,9 +49,10 @@ def build_app(engine: Engine, rules: AccessRules) -> ASGIApp:
         mount_task(app, task, engine, metrics)
     _mount_models(app, engine)
     _mount_state(app, engine, metrics)
-    _mount_pages(app, page_kind, needs_key=rules.key_digest is not None)
+    _mount_pages(app, page_kind, needs_key=key is not None)
     _mount_error_handlers(app, metrics)
-    return Gateway(app, rules=rules, metrics=metrics, paths={*app.openapi()["paths"], "/", "/docs"})
+    paths = {*app.openapi()["paths"], "/", "/docs"}
+    return Gateway(app, body_bytes=body_bytes, key=key, metrics=metrics, paths=paths)
 
 
 def _mount_models(app: FastAPI, engine: Engine) -> None:

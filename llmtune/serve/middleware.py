@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import re
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from hashlib import sha256
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
@@ -64,28 +63,19 @@ DRAIN_FACTOR = 8
 """A refused body is read, and discarded, up to this many times the limit: many clients send all before they read."""
 
 
-@dataclass(frozen=True)
-class AccessRules:
-    """Who may ask, and how much."""
-
-    body_bytes: int
-    key_digest: bytes | None = None
-    """sha256 of the API key; None: no key is needed."""
-    hosts: tuple[str, ...] | None = None
-    """Host names that the server answers to; None: any. A page on the web can give a name of its own the address of
-    this machine, and would then be of the same origin."""
-
-
-def digest(key: str) -> bytes:
-    """Return the hash by which keys are compared, of equal length whatever the key's."""
-    return hashlib.sha256(key.encode()).digest()
-
-
 class Gateway:
-    """ASGI middleware around the application; `paths` are those that are counted by name."""
+    """ASGI middleware around the application; `paths` are those that are counted by name.
 
-    def __init__(self, app: ASGIApp, *, rules: AccessRules, metrics: Metrics, paths: Collection[str]) -> None:
-        self.app, self.rules, self.metrics, self.paths = app, rules, metrics, paths
+    Without a key it answers under loopback names only: a page on the web can point a name of its own at this machine,
+    and would then be of the same origin.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, body_bytes: int, key: str | None, metrics: Metrics, paths: Collection[str]
+    ) -> None:
+        self.app, self.body_bytes, self.metrics, self.paths = app, body_bytes, metrics, paths
+        self.key_hash = sha256(key.encode()).digest() if key else None
+        """Keys are compared by their hashes, which are of equal length."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -118,15 +108,15 @@ class Gateway:
         if not HOST.fullmatch(host):
             raise ApiError(400, "The Host header names no host.", code="invalid_host")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self.rules.hosts is not None and name.lower() not in self.rules.hosts:
+        if self.key_hash is None and name.lower() not in LOOPBACK:
             raise ApiError(403, f"This server does not answer to the name {host!r}.", code="foreign_host")
         if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "Pages of other origins may not ask this server.", code="foreign_origin")
-        if self.rules.key_digest is None or scope["path"] in PUBLIC_PATHS:
+        if self.key_hash is None or scope["path"] in PUBLIC_PATHS:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = digest(key.strip()) if scheme.lower() == "bearer" else b""
-        if not hmac.compare_digest(given, self.rules.key_digest):
+        given = sha256(key.strip().encode()).digest() if scheme.lower() == "bearer" else b""
+        if not hmac.compare_digest(given, self.key_hash):
             message = "The API key is wrong." if given else "An API key is needed: Authorization: Bearer KEY."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
@@ -135,7 +125,7 @@ class Gateway:
 
         None if the client hung up before its request was complete.
         """
-        limit, parts, size = self.rules.body_bytes, [], 0
+        limit, parts, size = self.body_bytes, [], 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while True:

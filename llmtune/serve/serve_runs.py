@@ -21,7 +21,7 @@ from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
-from llmtune.serve.middleware import LOOPBACK, AccessRules, digest
+from llmtune.serve.middleware import LOOPBACK
 from llmtune.serve.served_model import ServedModel
 from llmtune.serve.server import bind_socket, run_server
 from llmtune.session import Models, Plan, RunContext, open_finished
@@ -99,8 +99,7 @@ def serve_runs(
         raise
     task = opened[0].plan.task
     body_bytes = options.max_body or (RECORDING_BYTES if task.takes_audio else BODY_BYTES)
-    hosts = LOOPBACK if key is None else None
-    app = build_app(engine, AccessRules(body_bytes, digest(key) if key else None, hosts))
+    app = build_app(engine, body_bytes=body_bytes, key=key)
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from llmtune.errors import LlmtuneError
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.serve.chat_prompt import ServedPrompt
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import in_text_thread, make_job, run_job, served_by_name, unless_disconnected
 from llmtune.serve.middleware import Metrics
@@ -144,7 +145,7 @@ async def answer_row(
             prompt = await in_text_thread(task.prompt_ids, row, served.processor, served.recipe)
         except LlmtuneError as error:
             raise ApiError.of(error) from error
-        job = make_job(served, prompt, GenerationRequest(), None)
+        job = make_job(served, ServedPrompt(prompt), GenerationRequest(), None)
     ids: list[int] = []
     prediction: object = None
     async for event in run_job(engine, job):

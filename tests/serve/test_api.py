@@ -13,7 +13,6 @@ from tokenizers.processors import TemplateProcessing
 
 from llmtune.evaluate.generation import generate
 from llmtune.serve.finished_run import ChatSession
-from llmtune.serve.middleware import LOOPBACK, digest
 
 QUESTION = [{"role": "user", "content": "Which colour has the cat?"}]
 KEY = "correct-horse-battery"
@@ -221,7 +220,7 @@ def test_bodies_that_are_no_json_too_large_or_of_another_type_are_refused(talk):
 
 
 def test_pages_of_other_origins_and_names_are_kept_out(served):
-    with serving(served, hosts=LOOPBACK) as url:
+    with serving(served) as url:
         assert httpx.get(f"{url}/v1/models").status_code == 200
         assert httpx.get(f"{url}/v1/models", headers={"Origin": url}).status_code == 200
         assert httpx.get(f"{url}/v1/models", headers={"Origin": "https://example.org"}).status_code == 403
@@ -231,7 +230,7 @@ def test_pages_of_other_origins_and_names_are_kept_out(served):
 
 
 def test_a_key_is_asked_for_where_there_is_one(served):
-    with serving(served, key_digest=digest(KEY)) as url:
+    with serving(served, key=KEY) as url:
         for headers in (
             {},
             {"Authorization": "Bearer wrong"},

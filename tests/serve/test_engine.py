@@ -183,13 +183,15 @@ def test_an_error_in_the_model_is_told_to_those_it_costs_and_the_next_is_served(
     assert engine.batches[served].max_rows == (1 if told is OutOfMemory else 4)
 
 
-ARRIVALS = {0: [9, 40], 3: [5], 4: [60, 2], 11: [17]}
+ARRIVALS = {0: [9, 40], 3: [5], 4: [60, 2], 11: [17], HEADROOM + 9: [30]}
 """By step, the lengths of the prompts that join."""
+LENGTHS = [12, HEADROOM * 2 + 5, 7, 1, 25, 14, 3]
+"""Of the answers; one is longer than what is reserved ahead."""
 FAMILIES = {
-    "llama": {},
+    "llama": {"max_position_embeddings": 512},
     "mistral": {"sliding_window": 16},
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "max_position_embeddings": 512},
 }
 
 
@@ -198,60 +200,30 @@ def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
     return [torch.randint(4, 400, (length,), generator=generator).tolist() for length in lengths]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def write_together(model, arrivals, answer_lengths):
-    """Greedy answers by LiveRows; row i leaves after `answer_lengths[i]` tokens."""
-    rows, names, tokens = LiveRows(model, "cpu"), [], []
-    prompts, answers = [], []
-    for step in range(400):
+def test_rows_that_join_and_leave_at_any_step_say_what_each_says_alone(tmp_path, family):
+    model = open_model(recipe_with(build_family(tmp_path / family, family, **FAMILIES[family])), training=False).model
+    rows, prompts, answers = LiveRows(model, "cpu"), [], []
+    names, tokens = [], []  # by slot
+    for step in range(2 * sum(LENGTHS)):
         if names:
             tokens = rows.step(torch.tensor(tokens)).argmax(-1).tolist()
-        if step in arrivals:
-            joining = prompts_of(arrivals[step], step)
+        if joining := prompts_of(ARRIVALS.get(step, []), step):
             names += range(len(prompts), len(prompts) + len(joining))
             prompts += joining
             answers += [[] for _ in joining]
             tokens += rows.join(joining).argmax(-1).tolist()
         for name, token in zip(names, tokens, strict=True):
             answers[name].append(token)
-        ended = [place for place, name in enumerate(names) if len(answers[name]) == answer_lengths[name]]
-        if ended:
+        if ended := [slot for slot, name in enumerate(names) if len(answers[name]) == LENGTHS[name]]:
             taken = rows.leave(ended)
-            names, tokens = [names[place] for place in taken], [tokens[place] for place in taken]
-        if not names and step > max(arrivals):
+            names, tokens = [names[slot] for slot in taken], [tokens[slot] for slot in taken]
+        if not names and step > max(ARRIVALS):
             break
-    return prompts, answers
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_join_and_leave_at_any_step_say_what_each_says_alone(tmp_path, family):
-    model = open_model(recipe_with(build_family(tmp_path / family, family, **FAMILIES[family])), training=False).model
-    lengths = [12, 30, 7, 1, 25, 14]
-    prompts, answers = write_together(model, ARRIVALS, lengths)
-    with torch.inference_mode():
-        alone = [write_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, lengths, strict=True)]
-    assert answers == alone
+    assert answers == [write_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, LENGTHS, strict=True)]
     assert len({tuple(answer) for answer in answers}) == len(answers)
-
-
-def test_an_answer_longer_than_what_is_reserved_goes_on(tmp_path):
-    model = open_model(recipe_with(build_family(tmp_path / "llama", "llama", max_position_embeddings=512))).model
-    lengths = [HEADROOM * 2 + 5, 3]
-    prompts, answers = write_together(model.eval(), {0: [6], HEADROOM + 9: [30]}, lengths)
-    with torch.inference_mode():
-        assert answers[0] == write_greedily(model, [prompts[0]], lengths[0], set(), "cpu")[0]
-        assert answers[1] == write_greedily(model, [prompts[1]], lengths[1], set(), "cpu")[0]
-
-
-def test_when_all_have_left_nothing_is_kept(tmp_path):
-    model = open_model(recipe_with(build_family(tmp_path / "llama", "llama")), training=False).model
-    rows = LiveRows(model, "cpu")
-    with torch.inference_mode():
-        rows.join(prompts_of([5, 9], 0))
-    assert rows.columns.kept
-    assert rows.leave([1, 0]) == []
-    assert len(rows) == 0
-    assert not rows.columns.kept
+    assert (len(rows), rows.columns.kept) == (0, {}), "memory is kept after all have left"
 
 
 SETTINGS = [

@@ -17,7 +17,6 @@ import uvicorn
 
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
-from llmtune.serve.middleware import AccessRules
 from llmtune.serve.serve_runs import ServeOptions, load_models, open_servable_runs
 from llmtune.serve.served_model import ServedModel
 from llmtune.tasks.registry import get_task
@@ -66,11 +65,11 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving(*models: ServedModel, max_batch: int = 8, max_queue: int = 64, **rules: Any) -> Iterator[str]:
+def serving(*models: ServedModel, max_batch: int = 8, max_queue: int = 64, key: str | None = None) -> Iterator[str]:
     """Serve in this process; gives the address."""
     engine = Engine({served.name: served for served in models}, max_batch=max_batch, max_queue=max_queue)
     engine.start()
-    with running(build_app(engine, AccessRules(**{"body_bytes": 2**20, **rules}))) as url:
+    with running(build_app(engine, body_bytes=2**20, key=key)) as url:
         yield url
     engine.queue.stop(0)
     engine.thread.join(10)
