@@ -74,9 +74,9 @@ def find_missing(
         elif not (part in text or all(any(form in text for form in _forms(line)) for line in part.splitlines())):
             return f"the chat template leaves out or changes {name}"
     said = Counter(unmark(message["content"].strip()) for message in messages)
-    repeated = (part for part, count in said.items() if part and 0 < text.count(part) < count)
-    if (part := next(repeated, None)) is not None:
-        return f"the chat template leaves out one of {said[part]} messages that say {part[:SHOWN]!r}"
+    for part, count in said.items():
+        if part and 0 < text.count(part) < count:
+            return f"the chat template leaves out one of {count} messages that say {part[:SHOWN]!r}"
     return None
 
 
