@@ -23,7 +23,7 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
-from llmtune.evaluate.champion import make_challenge
+from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.results import load_base
@@ -370,7 +370,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         rows,
         headless=head_is_new(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
-        challenge=make_challenge(context.folder, ask),
+        challenge=partial(face_champion, context.folder, ask),
     )
 
 
