@@ -127,10 +127,10 @@ architectures: $(READY)  ## Train every architecture of transformers small, and 
 	PYTHONPATH=tests $(BIN)/python -m support.architecture_checks
 
 torture: $(READY)  ## Disturb commands in 240 rounds, and write docs/torture.md (as root: with disks that are full)
-	PYTHONPATH=tests $(BIN)/python -m support.torture --rounds 240 >docs/torture.md
+	PYTHONPATH=tests $(BIN)/python -m torture.rounds --rounds 240 >docs/torture.md
 
 hostile: $(READY)  ## Run commands on hostile files, models, templates, each measured; print the table
-	PYTHONPATH=tests $(BIN)/python -m support.hostile_corpus
+	PYTHONPATH=tests $(BIN)/python -m hostile.measure
 
 $(SITE): $(READY)
 	$(PIP) --editable '.[docs]'

@@ -1,4 +1,4 @@
-"""Check llmtune/ against budget.toml: lines of code by package, sizes of files and functions, file names, cycles.
+"""Check llmtune/ against budget.toml: lines of code by package, files and their sizes, functions, names, cycles.
 
 A line of code is not blank, not a docstring, not an import, and not only a comment. Files and functions count all
 their lines.
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmtune"
 BUDGET = ROOT / "budget.toml"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+NO_NAMES = {"__all__", "app"}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -37,13 +38,14 @@ def main() -> int:
     code = {name: count_code(text) for name, text in texts.items()}
     lines = {name: len(text.splitlines()) for name, text in texts.items()}
     if "--lower" in sys.argv[1:]:
-        lower(package_lines(code))
+        lower({**package_lines(code), "max_files": len(files), "max_duplicates": len(shared_names(files))})
         return 0
     problems = [
         *check_packages(package_lines(code), budget["packages"]),
         *check_files(lines, budget["files"]),
         *check_functions(files, budget["functions"]),
         *check_basenames(lines, budget["basenames"]),
+        *check_names(files, budget["names"]),
         *check_cycles(budget["cycles"]),
     ]
     for problem in problems:
@@ -89,7 +91,9 @@ def check_packages(packages: dict[str, int], limits: dict[str, int]) -> Iterator
 
 
 def check_files(lines: dict[str, int], rules: dict) -> Iterator[str]:
-    """Yield files that are too long."""
+    """Yield files that are too long, and their number if there are too many."""
+    if len(lines) > rules["max_files"]:
+        yield f"llmtune/ has {len(lines)} files, more than {rules['max_files']}: merge small ones"
     large = {name: f"llmtune/{name} has {count} lines" for name, count in lines.items() if count > rules["max_lines"]}
     yield from but_for(large, rules["exceptions"], f"more than {rules['max_lines']}", "files")
 
@@ -104,8 +108,37 @@ def check_functions(files: dict[str, Path], rules: dict) -> Iterator[str]:
     yield from but_for(large, rules["exceptions"], f"more than {rules['max_lines']}", "functions")
 
 
+def check_names(files: dict[str, Path], rules: dict) -> Iterator[str]:
+    """Yield the names that several modules define, if there are too many of them."""
+    twice = shared_names(files)
+    if len(twice) > rules["max_duplicates"]:
+        yield f"{len(twice)} names are defined in several modules, more than {rules['max_duplicates']}: rename or merge"
+        yield from (f"  {name}: {', '.join(paths)}" for name, paths in sorted(twice.items()))
+
+
+def shared_names(files: dict[str, Path]) -> dict[str, list[str]]:
+    """Return the names that several modules define, with the modules.
+
+    Names are top-level functions, classes, and variables that are not constants; private ones count too.
+    """
+    where = defaultdict(set)
+    for file, path in files.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for name in defined_names(node):
+                where[name].add(file)
+    return {name: sorted(paths) for name, paths in where.items() if len(paths) > 1 and name not in NO_NAMES}
+
+
+def defined_names(node: ast.stmt) -> list[str]:
+    """Return the names that a statement at the top of a module defines, constants left out."""
+    if isinstance(node, Function | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name) and not target.id.isupper()]
+
+
 def check_basenames(lines: dict[str, int], rules: dict) -> Iterator[str]:
-    """Yield file names that stand in more than one package."""
+    """Yield file names that several packages use."""
     where = defaultdict(list)
     for name in lines:
         if not name.endswith(("__init__.py", "__main__.py")):
@@ -134,10 +167,10 @@ def but_for(broken: dict[str, str], exceptions: dict[str, str], rule: str, table
         yield f"{name!r} is no exception any more: remove it from [{table}.exceptions] in budget.toml"
 
 
-def lower(packages: dict[str, int]) -> None:
-    """Write the lines of packages that have shrunk into budget.toml."""
+def lower(counts: dict[str, int]) -> None:
+    """Write the counts that have shrunk into budget.toml."""
     text = BUDGET.read_text(encoding="utf-8")
-    for name, count in packages.items():
+    for name, count in counts.items():
         text = re.sub(
             rf"^{name} = (\d+)",
             lambda found, n=name, c=count: f"{n} = {min(int(found[1]), c)}",

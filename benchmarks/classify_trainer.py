@@ -37,7 +37,7 @@ from transformers import (
     set_seed,
 )
 
-from llmtune.evaluate.metric import compare, measure_right
+from llmtune.evaluate.metric import measure_right, paired_difference
 from llmtune.model.device import resolve_dtype
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.loader import load_recipe
@@ -181,7 +181,7 @@ def hold_against(run: Path, right: list[bool], seed: int) -> dict[str, Any]:
         return {}
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     own = [line["tuned"] == line["reference"] for line in lines]
-    difference = compare(measure_right(right, "accuracy"), measure_right(own, "accuracy"), seed)
+    difference = paired_difference(measure_right(right, "accuracy"), measure_right(own, "accuracy"), seed)
     shown = {"value": difference.value, "interval": [difference.low, difference.high], "p": difference.p}
     return {"llmtune_accuracy": float(np.mean(own)), "llmtune_minus_trainer": shown}
 

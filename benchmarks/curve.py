@@ -34,12 +34,12 @@ from transformers import (
 )
 from watch import describe_training, watch
 
+from llmtune import pipeline
+from llmtune.data.example import Example
 from llmtune.data.examples import ExampleReader
-from llmtune.model.processor import load_processor
-from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.records import Example, Examples, ModelRef
-from llmtune.session import Options, RunContext
+from llmtune.session import RunContext, make_adapted
+from llmtune.store.run_request import RunRequest
 from llmtune.train.batch_plan import StepPlan
 from llmtune.train.loop import train
 
@@ -80,26 +80,26 @@ def train_packed(asked: Asked, folder: Path) -> tuple[list[float], list[list[Exa
     steps: list[list[Example]] = []
     start: Weights = {}
 
-    def trainer(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
-        settings = context.recipe.train
-        reader = ExampleReader(examples, "train")
+    def trainer(context: RunContext) -> None:
+        settings = context.plan.recipe.train
+        reader = ExampleReader(context.examples, "train")
         plan = StepPlan(
             lengths=reader.lengths,
-            seed=context.recipe.seed,
+            seed=context.plan.recipe.seed,
             batch_size=settings.batch_size,
             batch_tokens=None,
             num_train_epochs=settings.num_train_epochs,
             max_steps=settings.max_steps,
         )
         steps.extend([reader[int(row)] for row in plan.rows(step + 1)] for step in range(plan.total_steps))
-        adapted = context.make_adapted(place, load_processor(place, context.recipe.model), examples)
+        adapted = make_adapted(context)
         named = adapted.model.named_parameters()
         start.update({name: weight.detach().clone() for name, weight in named if weight.requires_grad})
         train(
             adapted,
-            examples,
-            context.task,
-            context.recipe,
+            context.examples,
+            context.plan.task,
+            context.plan.recipe,
             context.folder.path,
             context.console,
             budget=4 * asked.pack,
@@ -107,8 +107,8 @@ def train_packed(asked: Asked, folder: Path) -> tuple[list[float], list[list[Exa
         )
 
     run = folder / "run"
-    RunContext.train_here = trainer  # type: ignore[method-assign, assignment]
-    run_pipeline(load_recipe(recipe), Options(out=run, until="train", offline=True), Console(quiet=True))
+    pipeline.adapt_and_train = trainer
+    pipeline.run_pipeline(load_recipe(recipe), RunRequest(out=run, until="train", offline=True), Console(quiet=True))
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return losses, steps, start
 

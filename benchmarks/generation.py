@@ -33,7 +33,7 @@ from llmtune.adapter.injection import inject
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import read_rows
 from llmtune.evaluate.generation import answer_ends, column_bytes_of, generate_batch, only_these_settings
-from llmtune.evaluate.greedy_decoding import write_greedily
+from llmtune.evaluate.greedy_decoding import decode_greedily
 from llmtune.evaluate.token_batches import cut_evenly, release_memory
 from llmtune.model.device import compute_context, pick_device, resolve_dtype
 from llmtune.model.loading import load_model
@@ -120,7 +120,7 @@ def build_tools(
     def ours(prompts: Prompts) -> Answers:
         with compute_context(dtype, device):  # as in an evaluation
             assert column_bytes_of(model, device), "the loop that is measured is not the one that would be used"
-            return write_greedily(model, prompts, new, stops, device)
+            return decode_greedily(model, prompts, new, stops, device)
 
     def by_row(prompts: Prompts) -> Answers:
         return [generate_batch(model, [prompt], settings, device)[0] for prompt in prompts]

@@ -1,10 +1,10 @@
-"""Is the model that knows the rows best before tuning the best one after it? `docs/model.md` shows the answer.
+"""Is the model that knows the rows best before tuning the best one after it? `docs/model-evidence.md` shows the answer.
 
     python benchmarks/ranking.py OUT NAME=FOLDER NAME=FOLDER NAME=FOLDER
 
 Each model is tuned alone; base and tuned model are measured on the same test rows in bits per byte, as `llmtune select`
 measures candidates. Writes ranking.json beside this file. A quarter of an hour of one core for models of 135 to 630
-million parameters. What the measured models are stands in docs/model.md.
+million parameters. The measured models are described in docs/model-evidence.md.
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ import torch
 from clock import Asked, Clock, answer, read_asked
 from rich.console import Console
 
-from llmtune.model.processor import load_processor
-from llmtune.pipeline import run_pipeline
+from llmtune import pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.records import Examples, Loss, ModelRef
-from llmtune.session import Options, RunContext
+from llmtune.records import Loss
+from llmtune.session import RunContext, make_adapted
+from llmtune.store.run_request import RunRequest
 from llmtune.train.loop import train
 
 
@@ -32,12 +32,12 @@ def main() -> None:
         recipe.write_text(json.dumps(describe_recipe(asked)))  # JSON is YAML
         model: dict[str, Any] = {}
 
-        def trainer(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
-            model["trained"] = train_counted(asked, clock, context, place, examples)
+        def trainer(context: RunContext) -> None:
+            model["trained"] = train_counted(asked, clock, context)
 
-        options = Options(out=Path(folder) / "run", until="train", offline=True)
-        RunContext.train_here = trainer  # type: ignore[method-assign, assignment]
-        run_pipeline(load_recipe(recipe), options, Console(quiet=True))
+        options = RunRequest(out=Path(folder) / "run", until="train", offline=True)
+        pipeline.adapt_and_train = trainer
+        pipeline.run_pipeline(load_recipe(recipe), options, Console(quiet=True))
     found = clock.found()
     if asked.measure_limit:
         from limit import measure_limit
@@ -77,26 +77,24 @@ def describe_recipe(asked: Asked) -> dict[str, Any]:
     }
 
 
-def train_counted(
-    asked: Asked, clock: Clock, context: RunContext, place: ModelRef, examples: Examples
-) -> torch.nn.Module:
-    """Do what `pipeline.train_here` does, with micro-batches of one pack as others have, or as it settles them."""
-    plain = context.task.loss
+def train_counted(asked: Asked, clock: Clock, context: RunContext) -> torch.nn.Module:
+    """Do what `pipeline.adapt_and_train` does, with micro-batches of one pack as others have, or as it settles them."""
+    plain = context.plan.task.loss
 
     def counted(model: torch.nn.Module, batch: dict[str, Any], by_row: bool) -> Loss:
         loss = plain(model, batch, by_row)
         clock.count(batch["input_ids"].numel(), loss.count, loss.sum.detach())
         return loss
 
-    task = copy(context.task)
+    task = copy(context.plan.task)
     vars(task)["loss"] = counted
-    adapted = context.make_adapted(place, load_processor(place, context.recipe.model), examples)
+    adapted = make_adapted(context)
     clock.loaded(adapted.model)
     train(
         adapted,
-        examples,
+        context.examples,
         task,
-        context.recipe,
+        context.plan.recipe,
         context.folder.path,
         context.console,
         budget=asked.pack if asked.tool == "llmtune" else context.folder.findings["micro_batch_tokens"],

@@ -2,7 +2,8 @@
 
 Each commit runs in a work tree of its own, on one thread; what it gave is kept in `build/same/COMMIT.json`, so that a
 base is measured once. `.` stands for the tree as it is. What is compared: sha256 of each file of the adapter or the
-weights, every score to its last digit, the keys of `report.json`, exit codes, and the text of every `--help`.
+weights, every score to its last digit, the keys of `report.json`, exit codes, and the text of every `--help`. The CPU
+seconds of both commits are printed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,19 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "quickstart-full": ("quickstart", [*FEW, "adapter.method=full", "adapter.r=null", "adapter.lora_alpha=null"]),
     **{
         f"{task}-offline": (f"{task}-offline", SHORT)
-        for task in ("classify", "token-classify", "qa", "translate", "summarize", "speech", "preference", "completion")
+        for task in (
+            *("chat-tools", "chat-reasoning", "classify", "token-classify", "qa", "translate", "summarize", "speech"),
+            *("preference", "completion"),
+        )
     },
 }
 """By name: a shipped recipe and what is set in it."""
+TIMED = (
+    "import atexit, os, runpy, sys\n"
+    "atexit.register(lambda: print('CPU', sum(os.times()[:4]), file=sys.stderr))\n"
+    "runpy.run_module('llmtune', run_name='__main__', alter_sys=True)"
+)
+"""`python -m llmtune` that writes the CPU seconds of it and its children last."""
 GROUPS = ("recipes", "deploy", "explain", "launch", "compare", "models")
 
 
@@ -48,9 +58,11 @@ def main() -> int:
     before, after = (measured(commit, names, wanted.jobs, wanted.out) for commit in (wanted.base, wanted.commit))
     differing = 0
     for name in [*names, "help"]:
+        seconds = [side[name].pop("cpu", 0.0) for side in (before, after)]
         lines = list(differences(before[name], after[name], name))
         differing += bool(lines)
-        print(f"{name}: {'equal' if not lines else f'{len(lines)} differ'}")
+        took = f", CPU seconds {seconds[0]:.0f} -> {seconds[1]:.0f}" if name != "help" else ""
+        print(f"{name}: {'equal' if not lines else f'{len(lines)} differ'}{took}")
         print("\n".join(f"  {line}" for line in lines[:40]) + "\n" * bool(lines), end="")
     return 1 if differing else 0
 
@@ -78,7 +90,7 @@ def revision(commit: str) -> str:
 def llmtune(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a commit's own command line with the packages of this environment."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "llmtune", *arguments]
+    command = [sys.executable, "-c", TIMED, *arguments]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
@@ -88,8 +100,9 @@ def run(tree: Path, name: str, scratch: Path) -> dict[str, Any]:
     folder = scratch / name
     settings = [word for value in values for word in ("--set", value)]
     done = llmtune(tree, "run", recipe, "--out", str(folder), "--threads", "1", "--fresh", *settings)
-    print(f"{tree.name} {name}: exit {done.returncode}", file=sys.stderr)
-    found: dict[str, Any] = {"exit": done.returncode, "keys": [], "scores": {}, "sha256": {}}
+    seconds = cpu_seconds(done.stderr)
+    print(f"{tree.name} {name}: exit {done.returncode}, {seconds:.0f} CPU seconds", file=sys.stderr)
+    found: dict[str, Any] = {"exit": done.returncode, "keys": [], "scores": {}, "sha256": {}, "cpu": seconds}
     if not (folder / "report.json").is_file():
         return found | {"error": done.stderr[-2000:]}
     report = json.loads((folder / "report.json").read_text())
@@ -103,6 +116,11 @@ def run(tree: Path, name: str, scratch: Path) -> dict[str, Any]:
     found["losses"] = [report["train"].get(key) for key in ("first_loss", "train_loss", "validation_loss")]
     found["keys"] = sorted(set(key_paths(report)))
     return found
+
+
+def cpu_seconds(stderr: str) -> float:
+    """Read what `TIMED` wrote last."""
+    return float(stderr.rpartition("CPU ")[2].split()[0])
 
 
 def key_paths(value: Any, path: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables of docs/scale.md: memory by llmtune's own plan, time by counted operations, efficiency by simulation.
+"""Tables of docs/sizes.md and docs/scale-evidence.md: planned memory, counted operations, simulated efficiency.
 
 python benchmarks/scale.py          write the tables
 python benchmarks/scale.py --link   measure the link between two processes of this machine; the page has LOOPBACK
@@ -33,7 +33,9 @@ from llmtune.records import Layout, MemoryPlan, ModelRef
 from llmtune.tasks.registry import get_task
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/scale.md"
+SIZES, EVIDENCE = ROOT / "docs/sizes.md", ROOT / "docs/scale-evidence.md"
+PAGES = {"memory": SIZES, "time": SIZES, "efficiency": EVIDENCE}
+"""Where a table is kept, by its name."""
 GIB = 2**30
 CARDS = (24, 48, 80, 141)
 """GiB of the cards that are common."""
@@ -310,12 +312,12 @@ def main() -> None:
         if given:
             return works[name]()
     tables = {"memory": memory_table(), "time": time_table(), "efficiency": efficiency_table()}
-    text = PAGE.read_text(encoding="utf-8")
     for name, rows in tables.items():
+        text = PAGES[name].read_text(encoding="utf-8")
         begin, end = f"<!-- {name}: made by `python benchmarks/scale.py` -->\n", f"<!-- end of {name} -->"
         before, rest = text.split(begin)
         text = "\n".join([f"{before}{begin}", *lines_of(rows), "", end]) + rest.split(end, 1)[1]
-    PAGE.write_text(text, encoding="utf-8")
+        PAGES[name].write_text(text, encoding="utf-8")
     return None
 
 

@@ -52,7 +52,7 @@ def main() -> int:
         ROOT / "docs/code.md": code_map(),
         ROOT / "docs/guarantees.md": between(ROOT / "docs/guarantees.md", GUARANTEES, f"\n{guarantee_blocks()}"),
         ROOT / "docs/memory.md": between(ROOT / "docs/memory.md", MEMORY, f"\n{memory_table()}\n"),
-        ROOT / "docs/model.md": between(ROOT / "docs/model.md", RANKING, f"\n{ranking_table()}\n"),
+        ROOT / "docs/model-evidence.md": between(ROOT / "docs/model-evidence.md", RANKING, f"\n{ranking_table()}\n"),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", PACKAGES, package_lines()),
         ROOT / "llmtune/recipe/peft_methods.json": peft_methods(),
         ROOT / "recipes/recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",

@@ -12,7 +12,7 @@ from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection
 from llmtune.recipe.gate_grammar import FORMS
 from llmtune.recipe.model_section import CatalogueQuery
 from llmtune.recipe.schema import EXTENDS, Recipe, json_schema
-from llmtune.recipe.section import Section, find_section
+from llmtune.recipe.section import RecipeSection, find_section
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.train_section import SCHEDULE_OPTIONS
 from llmtune.recipe.yaml_writer import scalar
@@ -33,7 +33,7 @@ default holds. `--set` wins over all files. `llmtune recipes show NAME --origin`
 
 
 NAMED = {"Source": "source", "BenchmarkSection": "benchmark"}
-STUDIES: dict[str, type[Section]] = {
+STUDIES: dict[str, type[RecipeSection]] = {
     "`evaluate.forgetting`": ForgettingSection,
     "`evaluate.fairness`": FairnessSection,
     "Benchmark, in `evaluate.benchmarks`": BenchmarkSection,
@@ -63,7 +63,7 @@ def recipe_reference() -> str:
 
 
 def section_lines(
-    title: str, section: type[Section], schema: Mapping[str, Any], definitions: Mapping[str, Any]
+    title: str, section: type[RecipeSection], schema: Mapping[str, Any], definitions: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield the table of one section's keys."""
     yield f"\n## {title}\n"
@@ -78,7 +78,7 @@ def section_lines(
 
 def show_default(default: Any) -> str:
     """Show a default as YAML; a section's stands in its own table."""
-    return "see below" if isinstance(default, Section) else f"`{scalar(default)}`"
+    return "see below" if isinstance(default, RecipeSection) else f"`{scalar(default)}`"
 
 
 def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:

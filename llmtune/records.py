@@ -6,8 +6,8 @@ stands only in `SelectedModel` and `AdaptedModel`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,56 +48,8 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One encoded row: what the model reads and what it has to predict."""
-
-    input_ids: Sequence[int]
-    """Tokens that the model (of two parts: its encoder) reads; empty for speech."""
-    spans: Sequence[int]
-    """Supervised half-open ranges, flat: start, end, start, end. Token `start` is predicted from `start - 1`."""
-    target_bytes: int
-    """UTF-8 bytes of the supervised text, end markers not counted: the denominator of bits per byte."""
-    target_ids: Sequence[int] = ()
-    """What is predicted and no part of `input_ids`: a decoder's tokens, a class, tags, the ends of an answer."""
-    target_spans: Sequence[int] = ()
-    """Supervised ranges of `target_ids`, as in `spans`."""
-    third_ids: Sequence[int] = ()
-    """A third sequence beside those two: kinds of tokens, or the answer that does not belong to a prompt (KTO)."""
-    values: Sequence[float] = ()
-    """Numbers to predict, one a class or one alone; or the weight of the example."""
-    audio: Sequence[int] = ()
-    """Samples at the model's rate, 16 bits."""
-    counted: int | None = None
-    """How many predictions it stands for, where that is not the number of tokens in `spans`."""
-    cost: int | None = None
-    """Tokens that it takes up in a micro-batch, where those are not `input_ids` alone."""
-    lost: tuple[int, int, int] | None = None
-    """What its row lost that was cut (`llmtune.data.overlong.Lost`); counted when it is encoded, and not kept."""
-
-    @property
-    def supervised(self) -> int:
-        """How many predictions are learned from."""
-        return span_sizes(self.spans) if self.counted is None else self.counted
-
-    @property
-    def tokens(self) -> int:
-        """What it costs in a micro-batch, in tokens."""
-        return len(self.input_ids) if self.cost is None else self.cost
-
-    @property
-    def reach(self) -> int:
-        """The longest sequence in it, in tokens: what the model's context must hold."""
-        return max(len(self.input_ids), len(self.target_ids), len(self.third_ids))
-
-
-def span_sizes(spans: Sequence[int]) -> int:
-    """Add up the lengths of flat half-open ranges."""
-    return int(sum(spans[1::2]) - sum(spans[::2]))
-
-
-@dataclass(frozen=True)
 class Examples:
-    """Encoded rows on disk, one Arrow file a split, in the order of `Rows`; the columns are those of `Example`.
+    """Encoded rows on disk, one Arrow file a split, in the order of `Rows`; with the columns of `Example`.
 
     `row` beside them is an index into the split's rows.
     """
@@ -218,38 +170,6 @@ class AdaptedModel:
 
 
 @dataclass(frozen=True)
-class TrainedRun:
-    """What training left behind: the final adapter (or weights) and its numbers."""
-
-    adapter: Path
-    """A plain PEFT folder; with `method: full` a plain model folder."""
-    steps: int
-    epochs: float
-    train_loss: float
-    """Mean over the last logged steps, nats per supervised token."""
-    first_loss: float
-    validation_loss: float | None
-    best_step: int | None
-    tokens: int
-    supervised_tokens: int
-    tokens_per_second: float
-    wall_seconds: float
-    peak_bytes: int
-    micro_batch_tokens: int
-    stopped_early: str | None = None
-    resumed_from: int | None = None
-    padding_share: float | None = None
-    """Of the positions that were computed, those that hold no token; 0 where rows were packed."""
-    rehearsal_seconds: float = 0.0
-    seconds_to_first_step: float | None = None
-    """From the start of the process to the end of its first optimiser step, without the rehearsal; None without one."""
-
-    def as_facts(self) -> Json:
-        """Return what the manifest keeps: JSON values, the adapter by the name of its folder in the run."""
-        return {**asdict(self), "adapter": self.adapter.name}
-
-
-@dataclass(frozen=True)
 class Loss:
     """A loss as a sum and a count, so that it can be divided once over all micro-batches and processes."""
 
@@ -267,8 +187,6 @@ class Loss:
 
 Batch = dict[str, Any]
 """The tensors of one micro-batch by name, and numbers and settings."""
-Collate = Callable[[Sequence[Example], int], Batch]
-"""Makes a batch of examples; the number (0 in evaluation) is the draw of what is random in it, such as masks."""
 Advance = Callable[[int], None]
 
 
@@ -428,7 +346,6 @@ class Evaluation:
     base: dict[str, float]
     tuned: dict[str, float]
     difference: dict[str, Difference]
-    gates: tuple[GateResult, ...]
     samples: tuple[dict[str, str], ...]
     """A few rows side by side: prompt, reference, base, tuned."""
     rows: int

@@ -15,12 +15,11 @@ from rich.markup import escape
 from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.device import describe_device, pick_device
-from llmtune.pipeline import KEPT, run_pipeline
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe.data_section import DataSection, Source
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json
-from llmtune.session import Options
 from llmtune.store.atomic_files import hash_file, list_folder, write_json
 from llmtune.store.diff_runs import (
     compare_losses,
@@ -32,8 +31,9 @@ from llmtune.store.diff_runs import (
 from llmtune.store.processes import rank
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
-from llmtune.store.seed_runs import without_gates, without_seeds
-from llmtune.store.verification import Verification, relocated, split_pattern, verify
+from llmtune.store.run_request import RunRequest
+from llmtune.store.seed_runs import kept_findings, without_gates, without_seeds
+from llmtune.store.verification import Verification, relocated, split_pattern, verify_run
 
 RESULT = "reproduction.json"
 DECISIVE = ("machine", "processor", "python", "device", "card", "vector_units")
@@ -68,23 +68,23 @@ def reproduce(
     target = out or run.absolute().with_name(f"{run.absolute().name}-reproduced")
     if target.resolve() == run.resolve():
         raise RecipeError.of("this is the run that is to be reproduced", "--out", "name another folder")
-    verification = verify(run)
+    verification = verify_run(run)
     refuse_changed(verification)
     lock = read_lock(run / LOCK)
     loaded = move_recipe(recipe_of_run(folder), lock, run)
-    options = Options(
+    request = RunRequest(
         out=target,
         fresh=fresh,
         offline=offline,
         until="evaluate" if folder.is_done("evaluate") else "train",
         pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
-        findings={name: folder.findings[name] for name in KEPT if name in folder.findings},
+        findings=kept_findings(folder),
     )
     loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
-    run_pipeline(loaded, options, console)  # without gates: what counts is whether the same comes out
+    run_pipeline(loaded, request, console)  # without gates: what counts is whether the same comes out
     if rank():
         return {}
-    result = compare(folder, target, lock, verification, tolerances or Tolerances())
+    result = compare_with_original(folder, target, lock, verification, tolerances or Tolerances())
     write_json(target / RESULT, result)
     console.print(f"written: {escape(str(target / RESULT))}")
     return result
@@ -153,14 +153,16 @@ def hold(pins: Pins, recipe: Recipe, lock: Lock, run: Path) -> Pins:
     return pins
 
 
-def compare(folder: RunFolder, now: Path, lock: Lock, verification: Verification, tolerances: Tolerances) -> Json:
-    """Hold the reproduction against the run: by bytes where they can be the same, else by losses and scores."""
+def compare_with_original(
+    folder: RunFolder, now: Path, lock: Lock, verification: Verification, tolerances: Tolerances
+) -> Json:
+    """Compare the reproduction with the run: by bytes where they can be the same, else by losses and scores."""
     was = folder.path
     trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])
     settings = differing_settings(folder, lock, now)
     files = list(compare_trained(folder, now, lock, trained))
-    losses = [judge(found, tolerances.loss) for found in compare_losses(was, now)]
-    scores = [judge(found, tolerances.score) for found in compare_scores(was, now)]
+    losses = [judge_numbers(found, tolerances.loss) for found in compare_losses(was, now)]
+    scores = [judge_numbers(found, tolerances.score) for found in compare_scores(was, now)]
     if folder.is_done("evaluate") and not scores:
         scores = [{"name": "evaluation", "was": None, "now": None, "equal": False, "within": False}]
     by_bytes = not settings and device_of(folder, lock) == "cpu"
@@ -185,7 +187,7 @@ def compare(folder: RunFolder, now: Path, lock: Lock, verification: Verification
     }
 
 
-def judge(found: tuple[str, Any, Any], tolerance: float) -> Json:
+def judge_numbers(found: tuple[str, Any, Any], tolerance: float) -> Json:
     """Say of two numbers whether they are equal, and near enough."""
     name, was, now = found
     return {"name": name, "was": was, "now": now, "equal": was == now, "within": not far_apart(was, now, tolerance)}
@@ -229,7 +231,7 @@ def processes_of(folder: RunFolder) -> int:
     return int(folder.facts("train").get("processes", 1))
 
 
-def explain(result: Json) -> Problem:
+def explain_difference(result: Json) -> Problem:
     """Say what differs first, and why it may."""
     settings = [f"{setting['name']} was {setting['was']}, is {setting['now']}" for setting in result["settings"]]
     first = result["first_difference"]

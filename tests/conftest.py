@@ -1,11 +1,12 @@
 """Fixtures of all tests: tiny real models, chat rows, a quiet console. No network, one thread."""
 
+import functools
 import gc
 import io
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
@@ -17,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a 
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,6 +26,19 @@ def imports_are_no_garbage() -> None:
     """Freeze what is there, as the command line does: every run looks for garbage thrice, in all that was imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def waits_are_left_out() -> Iterator[None]:
+    """Skip what takes time and proves nothing here.
+
+    A run calls os.fsync 70 times; a killed process loses nothing without it, and no test cuts the power. Typer's test
+    runner builds the tree of commands for each call, in 50 ms; a process of a user builds it once.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr("typer.testing._get_command", functools.cache(get_command))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -106,14 +106,6 @@ def test_the_page_says_what_unknown_benchmarks_measured(load: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["workload.py", "training.py", "memory.py", "curve.py", "startup.py", "results.py"])
-def test_every_script_tells_its_options(script: str, tmp_path: Path) -> None:
-    done = run(script, "--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
-
-
-@pytest.mark.slow
 def test_tools_train_side_by_side_and_a_page_comes_of_it(tiny_llama: Path, tmp_path: Path) -> None:
     tools = ["llmtune", "trl-packed", "trl-padded", "trainer"]
     measured, picture = tmp_path / "found" / "training.json", tmp_path / "losses.svg"

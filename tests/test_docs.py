@@ -22,6 +22,7 @@ PAGES = [
     ROOT / "examples/ci/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+COMMAND = get_command(app)
 STAND_INS = {"RUN": "run", "RECIPE": "quickstart", "NAME": "quickstart", "FOLDER": "folder", "TEXT": "text", "N": "2"}
 
 
@@ -41,7 +42,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_a_command_in_the_docs_is_one(line: str) -> None:
     words = [STAND_INS.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", "", line))[1:]]
-    command, context = get_command(app), None
+    command, context = COMMAND, None
     while hasattr(command, "commands") and words:
         if words[0].startswith("-"):
             return
@@ -72,13 +73,20 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_modules_that_a_page_names_exist() -> None:
+def test_modules_and_functions_that_a_page_names_exist() -> None:
     pages = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
-    named = {
-        file for page in pages for file in re.findall(r"`(llmtune/[a-z_/]+\.py)`", page.read_text(encoding="utf-8"))
-    }
-    assert named
-    assert not [file for file in sorted(named) if not (ROOT / file).is_file()]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    named = sorted(set(re.findall(r"`(llmtune/[a-z_/]+\.py)(?:::(\w+))?`", text)))
+    assert len([name for _, name in named if name]) > 30, "those of the tour"
+    assert not [file for file, _ in named if not (ROOT / file).is_file()]
+    for file, name in named:
+        assert re.search(rf"^(def|class) {name}\b" if name else "", (ROOT / file).read_text(), re.M), f"{file}::{name}"
+
+
+def test_the_map_of_the_support_code_names_every_file() -> None:
+    folder = ROOT / "tests" / "support"
+    named = re.findall(r"^\| `(\w+\.py)`", (folder / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in folder.glob("*.py") if path.name != "__init__.py")
 
 
 @pytest.mark.slow

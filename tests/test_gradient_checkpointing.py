@@ -11,7 +11,7 @@ from support.runs import write_recipe
 from llmtune.adapter.injection import inject
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 
 SAID = "train.gradient_checkpointing: auto computes activations again"
 WIDE, NARROW = 1 << 40, 1000
@@ -30,9 +30,9 @@ def run(recipe, folder, limit, until="train", sets=()):
     console, enabled = Console(file=io.StringIO(), width=200), []
     enable = inject.__globals__["enable_checkpointing"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: limit)
+        patch.setattr("llmtune.model.memory_plan.device_memory", lambda device: limit)
         patch.setitem(inject.__globals__, "enable_checkpointing", lambda model: enabled.append(1) or enable(model))
-        run_pipeline(load_recipe(recipe, sets), Options(out=folder, until=until), console)
+        run_pipeline(load_recipe(recipe, sets), RunRequest(out=folder, until=until), console)
     return console.file.getvalue(), bool(enabled)
 
 

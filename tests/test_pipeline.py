@@ -1,18 +1,13 @@
-"""The whole pipeline on a tiny model: equal bytes, no network, no secret, kill and go on."""
+"""The whole pipeline on a tiny model: equal bytes, no network, no secret."""
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from support.finished import write_sums
-from support.renames import run_until
-from support.runs import invoke, llmtune, write_recipe
+from support.runs import invoke, write_recipe, write_sums
 
 SECRET = "hf_" + "s3cret" * 6
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -70,11 +65,6 @@ def test_the_same_recipe_twice_gives_equal_bytes(here: Path) -> None:
     assert adapter_bytes(here / "twin") == adapter_bytes(here / "run")
 
 
-def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
-
-
 def test_no_file_of_a_run_holds_a_secret_of_the_environment(finished: Path) -> None:
     files = [path for path in (finished / "run").rglob("*") if path.is_file()]
     assert files
@@ -91,40 +81,3 @@ def test_generate_and_chat_answer_as_in_the_evaluation(here: Path) -> None:
     talk = invoke("chat", "run", stdin=f"{prompt}\n/reset\n{prompt}\n/quit\n")
     assert talk.exit_code == 0, talk.stderr
     assert talk.stdout.split() == row["tuned"].split() * 2
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_ten_moments_ends_with_the_same_bytes(finished: Path) -> None:
-    run = ["run", "tiny.yaml", "--set", "train.save_steps=5", "--out"]
-    whole = run_until(10_000, finished, *run, "whole")
-    assert whole.returncode == 0, whole.stderr
-    total = 10_000 - int(whole.stdout.rsplit(":", 1)[1])
-    moments = sorted(random.Random(1).sample(range(1, total), 10))
-    for moment in moments:
-        out = f"killed-{moment}"
-        assert run_until(moment, finished, *run, out).returncode == -signal.SIGKILL
-        again = llmtune(*run, out, cwd=finished)
-        assert again.returncode == 0, (moment, again.stderr)
-        assert adapter_bytes(finished / out) == adapter_bytes(finished / "whole"), moment
-        assert losses(finished / out) == losses(finished / "whole"), moment
-        answers = [(finished / name / "evaluation/predictions.jsonl").read_bytes() for name in (out, "whole")]
-        assert answers[0] == answers[1], moment
-
-
-@pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(finished: Path) -> None:
-    run = ["run", "tiny.yaml", "--set", "train.save_steps=5", "--out", "stubborn"]
-    seconds = random.Random(2)
-    for _ in range(10):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llmtune", *run], cwd=finished, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(seconds.uniform(3.0, 9.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    last = llmtune(*run, cwd=finished)
-    assert last.returncode == 0, last.stderr
-    once = llmtune(*run[:-1], "once", cwd=finished)
-    assert once.returncode == 0, once.stderr
-    assert adapter_bytes(finished / "stubborn") == adapter_bytes(finished / "once")
-    assert losses(finished / "stubborn") == losses(finished / "once")

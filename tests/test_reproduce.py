@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.finished import write_sums
-from support.runs import invoke, write_recipe
+from support.runs import invoke, write_recipe, write_sums
 
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.reproduce import Tolerances, explain, reproduce
-from llmtune.session import Options
+from llmtune.reproduce import Tolerances, explain_difference, reproduce
 from llmtune.store.run_folder import read_run
 from llmtune.store.run_lock import LOCK
+from llmtune.store.run_request import RunRequest
 
 ADAPTER = "adapter/adapter_model.safetensors"
 BUDGET = 128
@@ -35,7 +34,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     write_sums(made / "rows.jsonl")
     sections: dict[str, Any] = {"train": {"num_train_epochs": 1}, "evaluate": {"gates": ["accuracy >= 0"]}}
     recipe = write_recipe(made / "tiny.yaml", "./model", "rows.jsonl", **sections)
-    options = Options(out=made / "runs/tiny", findings={"micro_batch_tokens": BUDGET})
+    options = RunRequest(out=made / "runs/tiny", findings={"micro_batch_tokens": BUDGET})
     run_pipeline(load_recipe(recipe), options, Console(file=io.StringIO()))
     return made.rename(tmp_path_factory.mktemp("moved") / "project")
 
@@ -82,7 +81,7 @@ def test_what_differs_is_named_and_judged_by_bytes(
     changed = json.dumps(scores)
     result = hold_against(project / "runs/tiny", out, changed)
     assert not result["equal"]
-    problem = explain(result)
+    problem = explain_difference(result)
     assert "training: loss of step 2: was" in problem.what
     assert "something outside of it" in str(problem.fix)
 
@@ -103,17 +102,17 @@ def test_elsewhere_losses_and_scores_are_held_against_the_tolerances(
     assert [setting["name"] for setting in near["settings"]] == ["torch"]
     far = hold_against(run, out, json.dumps(scores), Tolerances(score=0.001))
     assert not far["equal"]
-    assert "torch was 1.0" in str(explain(far).fix)
+    assert "torch was 1.0" in str(explain_difference(far).fix)
 
 
 def hold_against(run: Path, out: Path, scores: str, tolerances: Tolerances | None = None) -> dict[str, Any]:
     """Compare without training: what comes after `run_pipeline`."""
-    from llmtune.reproduce import compare
+    from llmtune.reproduce import compare_with_original
     from llmtune.store.run_lock import read_lock
-    from llmtune.store.verification import verify
+    from llmtune.store.verification import verify_run
 
     (out / "evaluation/evaluation.json").write_text(scores)
-    return compare(read_run(run), out, read_lock(run / LOCK), verify(run), tolerances or Tolerances())
+    return compare_with_original(read_run(run), out, read_lock(run / LOCK), verify_run(run), tolerances or Tolerances())
 
 
 def test_changed_data_model_and_recipe_are_refused_before_anything_is_trained(project: Path, tmp_path: Path) -> None:

@@ -1,29 +1,26 @@
-"""`train.seeds`: a whole run for each further seed, on the same rows, skipped where valid, gone on with when killed."""
+"""`train.seeds`: a whole run for each further seed, on the same rows, skipped where valid, resumed when stopped."""
 
 import io
 import json
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from support.finished import write_sums
-from support.renames import run_until
-from support.runs import llmtune, write_recipe
+from support.runs import llmtune, write_recipe, write_sums
 
 from llmtune.errors import GateFailed, Problem, Stopped
-from llmtune.pipeline import evaluate_run, run_pipeline
+from llmtune.launch.dry_run import dry_run
+from llmtune.pipeline import adapt_and_train, evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options, RunContext
+from llmtune.session import RunContext
 from llmtune.store.run_folder import read_run, recipe_of_run
-from llmtune.store.verification import verify
+from llmtune.store.run_request import RunRequest
+from llmtune.store.verification import verify_run
 
 SEEDS = "train.seeds=[8, 9]"
-Runner = Callable[..., tuple[dict[str, Any], str]]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 def run(place: Path, out: str, *sets: str, **options: Any) -> tuple[dict[str, Any], str]:
     """Run the recipe; returns the report and what a person read."""
     console = Console(file=io.StringIO(), width=200)
-    report = run_pipeline(load_recipe(place / "tiny.yaml", sets), Options(out=place / out, **options), console)
+    report = run_pipeline(load_recipe(place / "tiny.yaml", sets), RunRequest(out=place / out, **options), console)
     assert isinstance(console.file, io.StringIO)
     return report, console.file.getvalue()
 
@@ -95,7 +92,7 @@ def test_the_report_is_written_with_the_spread_and_the_base_is_asked_once(
     assert "## The same recipe with 3 seeds" in (path / "report.md").read_text()
     assert json.loads((path / "report.json").read_text())["evaluation"]["seeds"]["missing"] == []
     assert said.count("known from an evaluation before") == 2
-    assert verify(path).failed == verify(path / "seeds/8").failed == []
+    assert verify_run(path).failed == verify_run(path / "seeds/8").failed == []
 
 
 def test_a_second_run_skips_all_seeds_and_another_seed_trains_alone(
@@ -107,7 +104,7 @@ def test_a_second_run_skips_all_seeds_and_another_seed_trains_alone(
     report, said = run(place, "grown", "train.seeds=[8, 10]")
     assert said.count("train unchanged, skipped") == 2
     assert [one["seed"] for one in report["evaluation"]["seeds"]["runs"]] == [7, 8, 10]
-    assert verify(place / "grown").failed == [], "a further seed changes nothing of what the run rests on"
+    assert verify_run(place / "grown").failed == [], "a further seed changes nothing of what the run rests on"
 
 
 def test_a_run_that_is_evaluated_again_evaluates_its_seeds_too(
@@ -132,8 +129,9 @@ def test_gates_are_judged_once_after_all_seeds_are_there(
 
 def test_steps_before_training_have_no_seeds_and_fresh_starts_all_of_them_over(place: Path) -> None:
     brief = "train.max_steps=1"
-    _, said = run(place, "steps", SEEDS, brief, dry_run=True)
-    assert f"seed 9 would follow in {place / 'steps/seeds/9'}" in said
+    console = Console(file=io.StringIO(), width=200)
+    dry_run(load_recipe(place / "tiny.yaml", [SEEDS, brief]), RunRequest(place / "steps"), console)
+    assert f"seed 9 would follow in {place / 'steps/seeds/9'}" in console.file.getvalue()
     run(place, "steps", SEEDS, brief, until="select")
     assert not (place / "steps" / "seeds").exists()
     run(place, "steps", "train.seeds=[8]", brief, until="train")
@@ -157,15 +155,13 @@ def test_further_seeds_keep_the_micro_batches_of_the_run(
 def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_here = RunContext.train_here
-
-    def train(context: RunContext, *others: Any) -> None:
-        if context.recipe.seed == 9:
+    def train(context: RunContext) -> None:
+        if context.plan.recipe.seed == 9:
             raise Stopped(Problem("stopped"))
-        train_here(context, *others)
+        adapt_and_train(context)
 
-    monkeypatch.setattr(RunContext, "train_here", train)
-    loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), Options(out=place / "stopped")
+    monkeypatch.setattr("llmtune.pipeline.adapt_and_train", train)
+    loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), RunRequest(out=place / "stopped")
     with pytest.raises(Stopped):
         run_pipeline(loaded, options, Console(quiet=True))
     monkeypatch.undo()
@@ -176,24 +172,6 @@ def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on
     report, said = run(place, "stopped", SEEDS)
     assert said.count("train unchanged, skipped") == 2
     assert report["evaluation"]["seeds"]["missing"] == []
-
-
-@pytest.mark.slow
-def test_a_run_killed_within_a_further_seed_goes_on_to_the_same_bytes(
-    place: Path, finished: tuple[Path, dict[str, Any], str]
-) -> None:
-    command = ["run", "tiny.yaml", "--set", SEEDS, "--out"]
-    whole = run_until(10_000, place, *command, "whole")
-    assert whole.returncode == 0, whole.stderr
-    total = 10_000 - int(whole.stdout.rsplit(":", 1)[1])
-    for moment in (total * 2 // 5, total * 3 // 5, total - 3):
-        out = f"killed-{moment}"
-        assert run_until(moment, place, *command, out).returncode == -signal.SIGKILL
-        again = llmtune(*command, out, cwd=place)
-        assert again.returncode == 0, again.stderr
-        for part in ("", "seeds/8", "seeds/9"):
-            assert adapter(place / out / part) == adapter(finished[0] / part), (moment, part)
-            assert scores(place / out / part) == scores(finished[0] / part), (moment, part)
 
 
 @pytest.mark.slow

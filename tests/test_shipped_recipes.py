@@ -18,9 +18,10 @@ from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import chat_from_messages
 from llmtune.data.chat_template import read_template
 from llmtune.errors import EnvironmentProblem
-from llmtune.pipeline import Options, run_pipeline
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe.builtin import find_recipe, list_recipes
 from llmtune.recipe.loader import load_recipe
+from llmtune.store.run_request import RunRequest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BUILDERS: dict[str, Callable[[Path], Path]] = {
@@ -87,11 +88,17 @@ def written_path(path: str) -> str:
     return path if path.startswith("builtin:") else json.dumps(path)
 
 
-@pytest.mark.parametrize("recipe", BUILDERS)
+TWINS = ("chat-tools-offline", "chat-reasoning-offline", "completion-offline", "preference-offline")
+"""Recipes that another one has with a larger model: on a tiny one they are the same run."""
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] if name in TWINS else []) for name in BUILDERS]
+)
 def test_recipe_runs_to_the_end_on_a_tiny_model_of_its_kind(recipe: str, tmp_path: Path) -> None:
     model = BUILDERS[recipe](tmp_path / "model")
     loaded = load_recipe(recipe, shorten(recipe, model))
-    report = run_pipeline(loaded, Options(out=tmp_path / "run"), Console(quiet=True))
+    report = run_pipeline(loaded, RunRequest(out=tmp_path / "run"), Console(quiet=True))
     assert report["data"]["rows_in"] == 48
     assert report["adapter"]["method"] == ("qlora" if recipe == "chat-qlora" else "lora")
     evaluation = report["evaluation"]
@@ -110,7 +117,7 @@ BESIDE: dict[str, set[str]] = {"chat-tools": {"no_call"}, "chat-tools-offline": 
 @pytest.mark.parametrize("recipe", [name for name in BUILDERS if name.endswith("-offline")])
 def test_rows_of_an_offline_recipe_fit_its_packaged_model(recipe: str, tmp_path: Path) -> None:
     try:
-        report = run_pipeline(load_recipe(recipe), Options(out=tmp_path, until="prepare"), Console(quiet=True))
+        report = run_pipeline(load_recipe(recipe), RunRequest(out=tmp_path, until="prepare"), Console(quiet=True))
     except EnvironmentProblem as problem:
         pytest.skip(str(problem))  # the package is not installed
     assert report["data"]["examples"]["test"] > 40

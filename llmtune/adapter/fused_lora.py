@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 def fuse_products(model: torch.nn.Module) -> int:
     """Let the plain LoRA layers of `model` compute by `FusedLinear`, in place; return how many there are.
 
-    Layers that are more than two matrices beside a linear layer (DoRA, a bias of their own, transposed weights) stay
+    Layers with more than two matrices and a linear layer (DoRA, a bias of their own, transposed weights) stay
     PEFT's. A quantised base layer keeps its own product.
     """
     layers = [module for module in model.modules() if type(module) is Linear and not module.fan_in_fan_out]

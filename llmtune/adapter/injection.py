@@ -1,4 +1,4 @@
-"""Step 3: a model with a fresh adapter, or one to go on from; seeded before it is made, proven to be wired."""
+"""Step 3: a model with a new adapter, or one to continue from; seeded before it is made, proven to be wired."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters that training changes, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def describe(adapted: AdaptedModel) -> dict[str, object]:
+def describe_adapter(adapted: AdaptedModel) -> dict[str, object]:
     """Return what the report shows of the adapter, ready for JSON."""
     config = getattr(adapted.model, "peft_config", {}).get("default")
     shape = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_dora") if hasattr(config, name)}
@@ -146,10 +146,10 @@ def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel
 
 
 def wrap_full(selected: SelectedModel) -> AdaptedModel:
-    """Count and describe a model that is trained whole, but for what its class holds still, such as sine tables."""
+    """Count and describe a fully trained model; its class may freeze parts, such as sine tables."""
     model = selected.model
     total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in trainable_parameters(model))
+    trained = sum(parameter.numel() for parameter in trained_parameters(model))
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return AdaptedModel(selected, model, "full", trained, total, (), size)
 
@@ -162,7 +162,7 @@ def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
         model = continue_adapter(selected, recipe, Path(recipe.adapter.start_from), console)
     else:
         model = _new_adapter(selected, recipe, console, sample)
-    for parameter in trainable_parameters(model):
+    for parameter in trained_parameters(model):
         parameter.data = parameter.data.float()
     with _explained_targets(recipe.adapter):
         note = prove_wiring(model, selected, recipe, before)
@@ -189,8 +189,8 @@ def _explained_targets(adapter: AdapterSection) -> Iterator[None]:
 def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, sample: RowSample | None) -> PeftModel:
     adapter = recipe.adapter
     whole = _find_whole(selected, adapter)
-    found, left_out = find_targets(selected, recipe)
-    targets = [name for name in found if not in_heads(name, whole)]
+    reached, left_out = find_targets(selected, recipe)
+    targets = [name for name in reached if not in_heads(name, whole)]
     if left_out:
         groups = ", ".join(f"{ending} × {count}" for ending, count in group_by_ending(left_out).items())
         console.print(
@@ -213,8 +213,12 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
             raise
         raise RecipeError.of(f"PEFT refuses this adapter: {first_line(error)}", "adapter", _OTHER) from error
     if str(adapter.init_lora_weights).startswith(MUTATING):
-        keep_start(model)
-    if not trainable_parameters(model):
+        model.start_weights = {  # what PiSSA and OLoRA took out of the base
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in model.named_parameters()
+            if ".lora_A." in name or ".lora_B." in name
+        }
+    if not trained_parameters(model):
         raise RecipeError.of(f"{adapter.method} finds no module here that it can adapt", "adapter", _OTHER)
     _show_experts(model, targets, adapter, console)
     _show_untied(model, console)
@@ -279,15 +283,6 @@ def _find_heads(adapter: AdapterSection, whole: list[str], selected: SelectedMod
             what = f"{entry!r} is a head: it is trained whole, and never given a LoRA"
             problems.append(Problem(what, "adapter.target_modules", "Omit it."))
     return problems
-
-
-def keep_start(model: PeftModel) -> None:
-    """Keep a copy of the adapter's first weights on the model: what PiSSA and OLoRA took out of the base."""
-    model.start_weights = {
-        name: parameter.detach().to("cpu", torch.float32, copy=True)
-        for name, parameter in model.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
-    }
 
 
 def _find_conflicts(selected: SelectedModel, adapter: AdapterSection, targets: list[str]) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""An adapter that is there already: loaded to go on training from it, or to evaluate and generate with it."""
+"""An existing adapter, loaded to continue training, or to evaluate and generate with it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, cons
         kind = config.peft_type.value.lower()
         what = f"the adapter in {source} is of {kind}, and only those of LoRA are trained further"
         raise RecipeError.of(what, "adapter.start_from", "Name a run that was trained with lora, or remove it.")
-    problems = [*_compare(config, adapter, source), *_compare_classes(selected, source)]
+    problems = [*_compare_shape(config, adapter, source), *_compare_classes(selected, source)]
     if not problems and "target_modules" in adapter.model_fields_set:
         problems = list(_compare_targets(config, selected, recipe, source))
     RecipeError.collect(problems)
@@ -115,11 +115,11 @@ def attach(selected: SelectedModel, config: PeftConfig, source: Path, *, trainab
     name = selected.model_ref.name
     config.task_type = selected.peft_task_type  # PEFT's class for extractive qa keeps token_type_ids from the model
     check_patterns(config, [module for module, _ in selected.model.named_modules()], source)
-    return _fill(lambda: put_adapter(selected.model, config, trainable=trainable), source, "default", name)
+    return _fill_adapter(lambda: put_adapter(selected.model, config, trainable=trainable), source, "default", name)
 
 
 def add_adapter(model: PeftModel, name: str, source: Path) -> None:
-    """Put the adapter in `source` beside those of a model, in place; raises EnvironmentProblem as `attach` does."""
+    """Add the adapter in `source` to those of a model, in place; raises EnvironmentProblem as `attach` does."""
     config = read_config(source)
     config.inference_mode = True
     _set_transposed(config, model.get_base_model())
@@ -130,11 +130,11 @@ def add_adapter(model: PeftModel, name: str, source: Path) -> None:
             model.add_adapter(name, config)
         return model
 
-    _fill(add, source, name, model.peft_config["default"].base_model_name_or_path)
+    _fill_adapter(add, source, name, model.peft_config["default"].base_model_name_or_path)
     model.eval()
 
 
-def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: str | None) -> PeftModel:
+def _fill_adapter(build: Callable[[], PeftModel], source: Path, name: str, base_name: str | None) -> PeftModel:
     try:
         model = build()
         weights = load_peft_weights(str(source), device="cpu")
@@ -150,8 +150,8 @@ def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: st
             str(source),
             "It is damaged, or it was made for another model.",
         ) from error
-    own = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
-    missing = [key for key in result.missing_keys if key in own]  # the second name of a tied weight is none of them
+    present = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
+    missing = [key for key in result.missing_keys if key in present]  # without the second name of a tied weight
     left = list(result.unexpected_keys)
     if not isinstance(model.peft_config[name], LoraConfig):
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -181,7 +181,7 @@ def check_patterns(config: PeftConfig, names: Sequence[str], source: Path) -> No
 
 
 def _refuse_no_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Raise EnvironmentProblem where weights are whole numbers, NaN or infinite: no LoRA is that.
+    """Raise EnvironmentProblem where weights are integers, NaN or infinite, which no LoRA has.
 
     Methods that change single weights (SHiRA) hold where those are.
     """
@@ -210,7 +210,7 @@ def wrap_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     if config.is_prompt_learning:
         remove_head_loss(model)
     with hushed(), warnings.catch_warnings():
-        # PEFT sets patterns for fused experts by itself, and looks for them among modules alone.
+        # PEFT sets patterns for fused experts automatically, and looks for them only among modules.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         warnings.filterwarnings("ignore", "lora with eva initialization", UserWarning)
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # we say what follows
@@ -240,7 +240,7 @@ def _check_values(config: LoraConfig, where: str) -> Iterator[Problem]:
             yield Problem(f"{key} is {getattr(config, key)!r}, and must be an object", where, fix)
 
 
-def _compare(config: LoraConfig, adapter: AdapterSection, source: Path) -> Iterator[Problem]:
+def _compare_shape(config: LoraConfig, adapter: AdapterSection, source: Path) -> Iterator[Problem]:
     stated = adapter.model_fields_set
     for key in (*_SHAPE_KEYS, *adapter.options):
         expected, actual = getattr(adapter, key), getattr(config, key)
@@ -261,7 +261,7 @@ def _compare(config: LoraConfig, adapter: AdapterSection, source: Path) -> Itera
 
 
 def _compare_classes(selected: SelectedModel, source: Path) -> Iterator[Problem]:
-    """Hold the names of the head's outputs, which lie beside a headed adapter, against those of now, in their order."""
+    """Compare the names of the head's outputs, saved with the adapter, with the current ones, in order."""
     path = source / "config.json"
     if not selected.trains_head or not path.is_file():
         return

@@ -26,7 +26,7 @@ from llmtune.records import AdaptedModel, SelectedModel
 _SERVE = "Use it beside its base, with PEFT or with `llmtune generate` and `llmtune serve`."
 
 
-def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "original") -> PreTrainedModel:
+def merge_adapter(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "original") -> PreTrainedModel:
     """Return one plain model; `adapted` is used up.
 
     A model in 4 bits cannot take an adapter in: it is merged onto the `original` weights, loaded again from where they

@@ -1,4 +1,4 @@
-"""The recipe's adapter as PEFT's configuration: its options by their names, and the modules that it goes on."""
+"""The recipe's adapter as PEFT's configuration: its options by their names, and the modules it adapts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, PeftType
 from transformers import PreTrainedModel
 
-from llmtune.adapter.target_modules import are_transposed, shorten
+from llmtune.adapter.target_modules import are_transposed, shorten_targets
 from llmtune.adapter.wiring_check import find_reached_targets
 from llmtune.errors import RecipeError
 from llmtune.recipe.adapter_section import DATA_STARTS, AdapterSection
@@ -67,7 +67,7 @@ def make_config(
     given = {name: getattr(adapter, name) for name in keys} | adapter.options
     given |= {"exclude_modules": None, "layers_to_transform": None, "target_modules": None}  # resolved to names
     if targets:
-        given["target_modules"] = shorten(targets, selected.model)
+        given["target_modules"] = shorten_targets(targets, selected.model)
     if adapter.init_lora_weights in DATA_STARTS:
         given.setdefault(f"{adapter.init_lora_weights}_config", {})
     if adapter.method == "ia3" and targets:

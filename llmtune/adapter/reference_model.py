@@ -1,4 +1,4 @@
-"""The model as it was before training, beside the one that is trained: what preferences are learned against."""
+"""The model before training, kept with the one that is trained: the reference of preference losses."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
     inner = cast(torch.nn.Module, getattr(model, "module", model))
     kept = getattr(inner, KEPT, None)
     if kept is not None:
-        return _put_back(inner, kept)
+        return _restored(inner, kept)
     return inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext()
 
 
 @contextmanager
-def _put_back(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
+def _restored(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
     """Let parameters be other tensors for a while; nothing that autograd holds changes, and only shards are copied."""
     parameters = dict(model.named_parameters())
     sharded = [name for name in kept if own_part(parameters[name]) is not parameters[name]]
@@ -68,10 +68,10 @@ def _put_back(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator
 
 
 def _exchange(parameters: dict[str, torch.nn.Parameter], kept: dict[str, torch.Tensor], names: list[str]) -> None:
-    """Exchange the numbers of sharded parameters with those kept: others read from memory that they have set apart."""
+    """Exchange the values of sharded parameters with those kept, in place: other code reads from their memory."""
     with torch.no_grad():
         for name in names:
-            own = own_part(parameters[name])
-            now = own.clone()
-            own.copy_(kept[name])
+            part = own_part(parameters[name])
+            now = part.clone()
+            part.copy_(kept[name])
             kept[name].copy_(now)

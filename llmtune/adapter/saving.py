@@ -1,4 +1,4 @@
-"""The adapter on disk: a plain PEFT folder, tokenizer and template beside it; equal weights are equal bytes."""
+"""The adapter on disk: a plain PEFT folder with tokenizer and template; equal weights are equal bytes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def _save_lora(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tenso
     if isinstance(config, LoraConfig):  # the weights say how it started; it is not to be found again from rows
         described |= {"eva_config": None, "corda_config": None, "lora_ga_config": None}
         described |= {"init_lora_weights": True} if config.init_lora_weights == "eva" else {}
-    described |= {"inference_mode": True, **_name_base(adapted.selected)}
+    base = adapted.selected.model_ref  # as PEFT will look for it: the hub's name and commit, or the folder
+    name = str(base.path) if base.revision is None else base.name
+    described |= {"inference_mode": True, "base_model_name_or_path": name, "revision": base.revision}
     if config.task_type is None:  # `AutoPeftModel` then asks for the class
         kind = type(adapted.selected.model)
         described["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
@@ -116,14 +118,6 @@ def _as_json(value: object) -> object:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return value.value if hasattr(value, "value") else str(value)
-
-
-def _name_base(selected: SelectedModel) -> dict[str, str | None]:
-    """Name the base as PEFT will look for it: the hub's name and commit, or the folder."""
-    source = selected.model_ref
-    if source.revision is not None:
-        return {"base_model_name_or_path": source.name, "revision": source.revision}
-    return {"base_model_name_or_path": str(source.path), "revision": None}
 
 
 def _subtract_start(tensors: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -39,7 +40,8 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     known = set(linears)
     names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE) or name in known]
     if adapter.method == "ln_tuning":
-        names = linears = _find_norms(model)
+        norms = [(name, one) for name, one in model.named_modules() if "norm" in type(one).__name__.lower()]
+        names = linears = [name for name, one in norms if [*one.parameters()]]
     patterns = adapter.target_modules
     problems: list[Problem] = []
     if patterns == "all-linear":
@@ -59,7 +61,9 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
         targets, more = _keep_layers(targets, adapter.layers_to_transform)
         problems += more
     problems += [*_check_patterns(adapter, targets), *_check_bias(model, adapter, targets)]
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _writes(model):
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    output = getattr(model, "get_output_embeddings", None)
+    if tied and (output is None or output() is not None):  # a classifier's head is tied to nothing
         problems += [
             Problem(
                 f"{name!r} shares its weight with the embedding, which an adapter on it alone would pull apart",
@@ -78,11 +82,6 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     return kept
 
 
-def _find_norms(model: torch.nn.Module) -> list[str]:
-    norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
-    return [name for name in norms if [*model.get_submodule(name).parameters()]]
-
-
 def find_unmatched_parameters(model: torch.nn.Module, patterns: Sequence[str]) -> list[Problem]:
     """Find entries of `target_parameters` that no parameter is called by; PEFT passes over them with a warning."""
     names = [name for name, _ in model.named_parameters()]
@@ -96,7 +95,7 @@ def find_unmatched_parameters(model: torch.nn.Module, patterns: Sequence[str]) -
 
 
 def count_adapted(model: torch.nn.Module) -> int:
-    """Return how many weights of the base have an adapter beside them."""
+    """Return how many weights of the base have an adapter."""
     total = 0
     for module in model.modules():
         if isinstance(module, ParamWrapper):
@@ -111,7 +110,7 @@ def count_adapted(model: torch.nn.Module) -> int:
     return total
 
 
-def shorten(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
+def shorten_targets(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
     """Return name endings that match exactly `targets` in `model` if there are any, else the full names; sorted."""
     endings = sorted({name.rpartition(".")[2] for name in targets})
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
@@ -120,11 +119,7 @@ def shorten(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
 
 def group_by_ending(names: Iterable[str]) -> dict[str, int]:
     """Count names by their last part, in order of appearance."""
-    counts: dict[str, int] = {}
-    for name in names:
-        ending = name.rpartition(".")[2]
-        counts[ending] = counts.get(ending, 0) + 1
-    return counts
+    return dict(Counter(name.rpartition(".")[2] for name in names))
 
 
 def ends_with(names: Iterable[str], ending: str) -> list[str]:
@@ -138,7 +133,7 @@ def are_transposed(model: torch.nn.Module) -> bool:
 
 
 def _is_adaptable(model: torch.nn.Module, name: str) -> bool:
-    """Whether PEFT puts a LoRA on this module: not where Mamba's kernels read its weights behind the module's back."""
+    """Whether PEFT puts a LoRA on this module: not where Mamba's kernels read its weights directly."""
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
     except ValueError:
@@ -153,20 +148,20 @@ def _match(
     if isinstance(patterns, str):
         try:
             with limited(PATTERN_SECONDS):
-                found = [name for name in names if re.fullmatch(patterns, name)]
+                matches = [name for name in names if re.fullmatch(patterns, name)]
         except (re.error, LimitExceeded) as error:
             return [], [Problem(f"{patterns!r} cannot be matched as a regular expression: {error}", key)]
         what = f"{patterns!r} matches the whole name of no module"
         fix = f"For name endings write a list: [{patterns}]. {_list_linears(known)}"
-        return found, [] if found else [Problem(what, key, fix)]
+        return matches, [] if matches else [Problem(what, key, fix)]
     matched = {entry: ends_with(names, entry) for entry in patterns}
-    hits = {name for found in matched.values() for name in found}
+    hits = {name for matches in matched.values() for name in matches}
     return [name for name in names if name in hits], [
-        _no_match(e, key, known) for e, found in matched.items() if not found
+        _unmatched(e, key, known) for e, matches in matched.items() if not matches
     ]
 
 
-def _no_match(entry: str, key: str, known: Sequence[str]) -> Problem:
+def _unmatched(entry: str, key: str, known: Sequence[str]) -> Problem:
     endings = list(group_by_ending(known))
     what = f"{entry!r} matches no module of this model.{nearest(entry, endings) or nearest(entry, known)}"
     return Problem(what, key, _list_linears(known))
@@ -180,7 +175,7 @@ def _list_linears(linears: Sequence[str]) -> str:
 
 def _keep_layers(targets: list[str], layers: int | Sequence[int]) -> tuple[list[str], list[Problem]]:
     chosen = {layers} if isinstance(layers, int) else set(layers)
-    numbers = {name: int(found.group(1)) for name in targets if (found := _LAYER.match(name))}
+    numbers = {name: int(match.group(1)) for name in targets if (match := _LAYER.match(name))}
     absent = sorted(chosen - set(numbers.values()))
     kept = [name for name in targets if numbers.get(name) in chosen]
     if not absent:
@@ -201,7 +196,7 @@ def _check_patterns(adapter: AdapterSection, targets: Sequence[str]) -> list[Pro
                 what = f"{pattern!r} cannot be matched as a regular expression: {error}"
                 return [Problem(what, f"adapter.{key}", "Write a simpler one.")]
             if not matches:
-                problems.append(_no_match(pattern, f"adapter.{key}.{pattern}", targets))
+                problems.append(_unmatched(pattern, f"adapter.{key}.{pattern}", targets))
     return problems
 
 
@@ -221,9 +216,3 @@ def _ends_with_pattern(pattern: str, name: str) -> bool:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error:
         return False
-
-
-def _writes(model: torch.nn.Module) -> bool:
-    """Whether a model has an output layer over its vocabulary: a classifier's head is tied to nothing."""
-    output = getattr(model, "get_output_embeddings", None)
-    return output is None or output() is not None

@@ -28,7 +28,7 @@ _PROBE_SAMPLES = 8000
 SWITCHES_OFF = "switches_off"
 """Attribute of a model whose method was tried: whether it is its base when the adapter is switched off."""
 _SAME = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far scores may be apart by rounding alone, of themselves and beside."""
+"""How far scores may differ by rounding, relative and absolute."""
 
 
 class NotWiredError(RuntimeError):
@@ -42,7 +42,7 @@ def probe_scores(model: torch.nn.Module, selected: SelectedModel, recipe: Recipe
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad(), compute_context(dtype, device.type), hushed():
-        scores = _scores(model, _probe(selected, recipe))
+        scores = _head_outputs(model, _probe_inputs(selected, recipe))
     for module, mode in modes.items():
         module.training = mode
     return scores
@@ -62,7 +62,7 @@ def prove_wiring(
         RecipeError: some adapters sit where no gradient arrives, such as the image tower of a model that reads text.
     """
     device = selected.model.device
-    inputs = _probe(selected, recipe)
+    inputs = _probe_inputs(selected, recipe)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     dtype = resolve_dtype(recipe.model.dtype, device.type)
@@ -70,12 +70,12 @@ def prove_wiring(
     start = None if before is None else probe_scores(model, selected, recipe)
     with torch.random.fork_rng(devices=cuda), compute_context(dtype, device.type), _moved(model) as moved:
         with hushed(), torch.no_grad(), model.disable_adapter():
-            off = _scores(model, inputs)
+            off = _head_outputs(model, inputs)
         _refuse_dead_base(off, selected)
-        on = _scores(model, inputs)
+        on = _head_outputs(model, inputs)
         if not moved or torch.equal(on.detach(), off):
             raise NotWiredError("moving the adapter's weights does not change the model's output")
-        _backward(on)
+        _send_gradient(on)
         fused = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ParamWrapper))
         dead = [name for name, parameter in model.named_parameters() if _is_dead(name, parameter, fused)]
     for parameter in model.parameters():
@@ -121,7 +121,7 @@ def _find_reached(selected: SelectedModel, recipe: Recipe, names: Sequence[str])
     """Return those of the modules `names` that take part in an answer to a text: a gradient arrives at what they give.
 
     It does not at the image tower of a model that reads images too, at a pooling layer that a head leaves out, or where
-    a layer reads a module's weights by itself. Experts count as reached: a few tokens are not sent to all of them.
+    a layer reads a module's weights directly. Experts count as reached: a few tokens are not sent to all of them.
     """
     given: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
@@ -137,10 +137,10 @@ def _find_reached(selected: SelectedModel, recipe: Recipe, names: Sequence[str])
     hooks = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
     try:
         with compute_context(resolve_dtype(recipe.model.dtype, device.type), device.type):
-            scores = _scores(model, _probe(selected, recipe))
+            scores = _head_outputs(model, _probe_inputs(selected, recipe))
             _refuse_dead_base(scores.detach(), selected)
             if scores.requires_grad:  # else nothing was reached
-                _backward(scores)
+                _send_gradient(scores)
     finally:
         for hook in hooks:
             hook.remove()
@@ -148,14 +148,14 @@ def _find_reached(selected: SelectedModel, recipe: Recipe, names: Sequence[str])
     return reached | {name for name in names if "expert" in name}
 
 
-def _backward(scores: torch.Tensor) -> None:
+def _send_gradient(scores: torch.Tensor) -> None:
     weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)).to(scores.device)
     torch.autograd.backward((scores.float() * weights).sum())
 
 
 @contextmanager
 def _moved(model: PeftModel) -> Iterator[list[str]]:
-    """Let the matrix of every adapter that starts at zero stand away from it; afterwards put it back to the bit.
+    """Move the matrix of every adapter that starts at zero away from it; afterwards restore it to the bit.
 
     That is B, and A at an embedding.
     """
@@ -176,7 +176,7 @@ def _moved(model: PeftModel) -> Iterator[list[str]]:
                 parameters[name].copy_(start)
 
 
-def _scores(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _head_outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return all outputs of the head as one row of numbers."""
     takes_cache = "use_cache" in inspect.signature(type(unwrap(model)).forward).parameters
     output = model(**inputs, **({"use_cache": False} if takes_cache else {}))
@@ -186,7 +186,7 @@ def _scores(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Te
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _probe(selected: SelectedModel, recipe: Recipe) -> dict[str, torch.Tensor]:
+def _probe_inputs(selected: SelectedModel, recipe: Recipe) -> dict[str, torch.Tensor]:
     """A little of what the model reads: tokens, or noise in place of a recording, and tokens for a decoder."""
     config, name = selected.model.config, selected.model.main_input_name
     generator = torch.Generator().manual_seed(0)
@@ -206,7 +206,7 @@ def _probe_ids(selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
     """Tokens spread over the vocabulary, and those that the recipe adds: [1, T]."""
     size = min(len(selected.processor), selected.model.config.get_text_config().vocab_size)
     ids = [size * (i + 1) // (_PROBE_TOKENS + 1) for i in range(_PROBE_TOKENS)]
-    own = recipe.adapter.options  # activated LoRA is at work behind its tokens, others at theirs
+    own = recipe.adapter.options  # activated LoRA works after its tokens, others at theirs
     ids = [*own.get("alora_invocation_tokens", ()), *own.get("token_indices", ())[:8], *ids]
     ids += selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens))
     return torch.tensor([ids])

@@ -42,7 +42,7 @@ class CommandGroup(TyperGroup):
     """The command tree; an unknown option that is a recipe key, or another command's, is pointed to its place."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the options that stand before a command."""
+        """Read the options before a command."""
         with self._hints():
             return super().parse_args(ctx, args)
 
@@ -192,28 +192,12 @@ def show_version(words: Words = None) -> None:
     _print_version(True)
 
 
-COMMANDS: dict[str, Callable[..., None]] = (
-    init.COMMANDS
-    | run.COMMANDS
-    | prompting.COMMANDS
-    | {"runs": runs, "doctor": doctor}
-    | verify.COMMANDS
-    | compare.COMMANDS
-)
-TREES = {
-    "deploy": deploy.app,
-    "explain": explain.app,
-    "recipes": recipes.app,
-    "models": models.app,
-    "release": release.app,
-    "launch": launch.app,
-}
-PANELS = {
-    "Begin": ("init", "run", "runs", "doctor"),
-    "Use a run": ("generate", "chat", "deploy"),
-    "One step at a time": ("prepare", "select", "adapt", "train", "evaluate"),
-    "Look closer": ("compare", "sweep", "verify", "reproduce", "explain"),
-    "More": ("recipes", "models", "release", "launch"),
+PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
+    "Begin": {**init.COMMANDS, "run": run.COMMANDS["run"], "runs": runs, "doctor": doctor},
+    "Use a run": {**prompting.COMMANDS, "deploy": deploy.app},
+    "One step at a time": {name: command for name, command in run.COMMANDS.items() if name != "run"},
+    "Look closer": {**compare.COMMANDS, **verify.COMMANDS, "explain": explain.app},
+    "More": {"recipes": recipes.app, "models": models.app, "release": release.app, "launch": launch.app},
 }
 """The commands as the help shows them."""
 EXAMPLES = {
@@ -228,19 +212,19 @@ EXAMPLES = {
     "reproduce": "llmtune reproduce latest",
 }
 
-for _panel, _names in PANELS.items():
-    for _name in _names:
-        if _name in TREES:
-            app.add_typer(TREES[_name], name=_name, rich_help_panel=_panel)
+for _panel, _commands in PANELS.items():
+    for _name, _command in _commands.items():
+        if isinstance(_command, typer.Typer):
+            app.add_typer(_command, name=_name, rich_help_panel=_panel)
         else:
             _example = f"Example: {EXAMPLES[_name]}" if _name in EXAMPLES else None
-            app.command(_name, rich_help_panel=_panel, epilog=_example)(COMMANDS[_name])
-for _name, _command in {
+            app.command(_name, rich_help_panel=_panel, epilog=_example)(_command)
+for _name, _hidden in {
     "help": show_help,
     "version": show_version,
     **{name: _pointer(name) for name in POINTERS},
 }.items():
-    app.command(_name, hidden=True, context_settings=ANYTHING)(_command)
+    app.command(_name, hidden=True, context_settings=ANYTHING)(_hidden)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @handled
-def compare(
+def compare_command(
     what: Annotated[
         list[str], typer.Argument(metavar="RUN RUN... | RECIPE", help="Run folders; or one recipe, with --methods.")
     ],
@@ -83,7 +83,7 @@ def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str], 
 
 
 @handled
-def sweep(
+def sweep_command(
     recipe: RecipeArgument,
     space: Annotated[Path, typer.Option("--space", metavar="FILE", help="The keys to search, with their values.")],
     trials: Annotated[int, typer.Option("--trials", min=2, help="So many, the recipe as it is among them.")] = 20,
@@ -96,13 +96,13 @@ def sweep(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search for better values by validation loss; the same command goes on with a sweep that was stopped."""
+    """Search for better values by validation loss; the same command resumes a sweep that was stopped."""
     from llmtune.recipe.loader import load_recipe
 
     remote = names_remote(load_recipe(recipe, sets or ()).recipe)
     prepare_environment(network=remote and not offline, threads=threads)
     with gc_paused():
-        from llmtune.compare.sweep import sweep as run_sweep
+        from llmtune.compare.sweep import run_sweep
         from llmtune.compare.sweep_trial import SweepOptions
 
     options = SweepOptions(space, trials, processes, tuple(sets or ()), out, threads, offline)
@@ -111,4 +111,4 @@ def sweep(
         print_json(result)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"compare": compare, "sweep": sweep}
+COMMANDS: dict[str, Callable[..., None]] = {"compare": compare_command, "sweep": sweep_command}

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from llmtune.cli.options import AsJson, DryRun, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import Terminated, handled, print_json, stderr_console
-from llmtune.errors import EnvironmentProblem, Problem, RecipeError, nearest
+from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from llmtune.serve.serve_runs import ServeOptions
-
 ENGINES = ("own", "vllm")
-EXTRA = ("fastapi", "uvicorn", "starlette", "prometheus_client", "python_multipart")
-"""Packages that the server needs and the rest of llmtune does not."""
 
 app = typer.Typer(help="Merge, export, serve, certify or publish a run.", no_args_is_help=True)
 
@@ -61,11 +53,11 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve tuned models with OpenAI's endpoints; other tasks have one of their own. Ctrl-C or SIGTERM stops."""
-    own = {"--max-queue": max_queue != 64, "--max-batch": max_batch, "--max-body": max_body, "--grace": grace != 30.0}
-    _check_engine(engine, [name for name, stated in own.items() if stated])
+    ours = {"--max-queue": max_queue != 64, "--max-batch": max_batch, "--max-body": max_body, "--grace": grace != 30.0}
+    _check_engine(engine, [name for name, stated in ours.items() if stated])
     prepare_environment(network=False, threads=threads)
-    _import_server()
-    from llmtune.serve.serve_runs import ServeOptions, name_runs
+    with gc_paused():
+        from llmtune.serve.serve_runs import ServeOptions, parse_run_names, serve_runs
 
     options = ServeOptions(
         host=host,
@@ -78,38 +70,19 @@ def serve(
         grace_seconds=grace,
         offline=offline,
     )
-    named = name_runs(runs or [], adapter or [])
+    named = parse_run_names(runs or [], adapter or [])
     console = stderr_console()
     if engine == "vllm":
         from llmtune.serve.vllm_engine import serve_by_vllm
 
         serve_by_vllm(named, options, console)
         return
-    _serve_until_stopped(named, options, console, as_json)
-
-
-def _serve_until_stopped(runs: Mapping[str, Path], options: ServeOptions, console: Console, as_json: bool) -> None:
-    """Serve; Ctrl-C or SIGTERM ends with its exit code."""
-    from llmtune.serve.serve_runs import serve_runs
-
     try:
-        serve_runs(runs, options, console, print_json if as_json else lambda about: None)
+        serve_runs(named, options, console, print_json if as_json else lambda about: None)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
         console.print("terminated: no requests are taken any more" if terminated else "stopped")
         raise typer.Exit(143 if terminated else 130) from None
-
-
-def _import_server() -> None:
-    """Import what serving needs; raises EnvironmentProblem where a package of the extra is not installed."""
-    try:
-        with gc_paused():
-            import llmtune.serve.serve_runs  # noqa: F401
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA:
-            raise
-        what = f"the server needs the package {error.name}, which is not installed"
-        raise EnvironmentProblem.of(what, "deploy serve", "Install it: pip install 'llmtune-cli[serve]'") from error
 
 
 def _check_engine(engine: str, stated: list[str]) -> None:
@@ -122,9 +95,9 @@ def _check_engine(engine: str, stated: list[str]) -> None:
         RecipeError.collect(Problem("has no effect with --engine vllm", name, fix) for name in stated)
 
 
-@app.command()
+@app.command("merge")
 @handled
-def merge(
+def merge_command(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/merged).")] = None,
     onto: Annotated[
@@ -141,10 +114,10 @@ def merge(
     """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.merged_model import merge as merge_run
+        from llmtune.deploy.merged_model import merge_run
         from llmtune.session import open_finished
 
-    certificate = merge_run(*open_finished(run, stderr_console(), offline), out, onto=onto, dtype=dtype)
+    certificate = merge_run(open_finished(run, stderr_console(), offline), out, onto=onto, dtype=dtype)
     if as_json:
         print_json(certificate)
 
@@ -157,7 +130,7 @@ def gguf(
         str, typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_k_m (needs llama.cpp); an adapter: f32, f16.")
     ] = "f16",
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="The LoRA alone, to go beside the GGUF file of its base.")
+        bool, typer.Option("--adapter-only", help="The LoRA alone, for use with the GGUF file of its base.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/gguf/TYPE).")] = None,
     onto: Annotated[
@@ -173,10 +146,8 @@ def gguf(
         from llmtune.deploy.gguf_export import make_gguf
         from llmtune.session import open_finished
 
-    context, model_ref = open_finished(run, stderr_console(), offline)
-    certificate = make_gguf(
-        context, model_ref, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto
-    )
+    context = open_finished(run, stderr_console(), offline)
+    certificate = make_gguf(context, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto)
     if as_json:
         print_json(certificate)
 
@@ -189,7 +160,7 @@ def publish(
     repo: Annotated[str | None, typer.Option("--repo", metavar="OWNER/NAME", help="A model on the hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the hub's repository private.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of the adapter.")] = False,
-    gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file to put beside it.")] = None,
+    gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file to publish with it.")] = None,
     base_model: Annotated[
         str | None, typer.Option("--base-model", metavar="OWNER/NAME", help="Which model of the hub a local base is.")
     ] = None,

@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
+from llmtune.data.worker_pool import usable_cores
 from llmtune.errors import first_line
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.records import Json
 from llmtune.store.atomic_files import find_cache
-from llmtune.store.machine import has_bfloat16, likely_device, list_cards, memory_limit, torch_cuda
+from llmtune.store.machine import has_bfloat16, likely_device, list_cards, process_memory_limit, torch_cuda
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_lock import hardware, package_versions
 
@@ -32,17 +33,17 @@ SCARCE_DISK_BYTES = 5_000_000_000
 SCARCE_MEMORY_BYTES = 4_000_000_000
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
 """What an import raises where a library is absent, lacks a shared library, or does not fit another one."""
-State = Literal["good", "note", "missing"]
-STYLES = {"good": "green", "note": "yellow", "missing": "bold red"}
-STATE_WIDTH = max(map(len, STYLES))
+CheckState = Literal["good", "note", "missing"]
+STATE_STYLES = {"good": "green", "note": "yellow", "missing": "bold red"}
+STATE_WIDTH = max(map(len, STATE_STYLES))
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: how it stands, what was found, and what to type where it is not good."""
+    """One check: its state, what was found, and what to type if it is not good."""
 
     name: str
-    state: State
+    state: CheckState
     found: str
     fix: str | None = None
 
@@ -64,17 +65,17 @@ def examine(console: Console, switched_off: Sequence[str] | None = None, *, impo
         ]
     checks += [_check_device()]
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or psutil.cpu_count(logical=False) or 1
-    cores = count_cores()
+    cores = usable_cores()
     checks += [check_threads(threads if "OMP_NUM_THREADS" in os.environ else min(threads, cores), cores)]
     checks += [_check_number_formats(), _check_memory(), _check_disk(), *_check_cache(), _check_network(switched_off)]
-    _show(checks, console)
+    print_checks(checks, console)
     ready = all(check.state != "missing" for check in checks)
-    console.print("ready" if ready else "[bold red]something is missing[/]: type what stands behind the arrows")
+    console.print("ready" if ready else "[bold red]something is missing[/]: type the commands after the arrows")
     return {
         "llmtune": __version__,
         "ready": ready,
         "checks": [asdict(check) for check in checks],
-        **_facts(),
+        **_machine_numbers(),
     }
 
 
@@ -141,18 +142,8 @@ def check_threads(threads: int, cores: int) -> Check:
     return Check("threads", "good", found)
 
 
-def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Count the cores that this process may use: by its affinity, and by the quota of its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        microseconds, period = quota.read_text().split()
-        return max(1, min(cores, round(int(microseconds) / int(period))))
-    except (OSError, ValueError):  # no such file, or the word "max"
-        return cores
-
-
 def _check_memory() -> Check:
-    memory, limit = psutil.virtual_memory(), memory_limit()
+    memory, limit = psutil.virtual_memory(), process_memory_limit()
     found = f"{_size(memory.available)} free of {_size(memory.total)}"
     if limit < memory.total:
         found += f"; this process may use {_size(limit)}"
@@ -194,7 +185,7 @@ def _check_network(offline: Sequence[str]) -> Check:
     return Check("network", "good", f"{found}; proxy from {proxy}" if proxy else found)
 
 
-def _facts() -> Json:
+def _machine_numbers() -> Json:
     """The same in numbers, for programs."""
     device = likely_device()
     return {
@@ -202,9 +193,9 @@ def _facts() -> Json:
         "device": device,
         "cuda_devices": len(list_cards()) if device == "cuda" else 0,
         "memory_bytes": psutil.virtual_memory().total,
-        "memory_limit_bytes": memory_limit(),
+        "memory_limit_bytes": process_memory_limit(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "cores": count_cores(),
+        "cores": usable_cores(),
     }
 
 
@@ -212,11 +203,11 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def _show(checks: list[Check], console: Console) -> None:
+def print_checks(checks: list[Check], console: Console) -> None:
     """Print a line for each; what is to be typed is never cut or broken, so that it can be copied."""
     width = max(len(check.name) for check in checks)
     for check in checks:
-        state = f"[{STYLES[check.state]}]{check.state:<{STATE_WIDTH}}[/]"
+        state = f"[{STATE_STYLES[check.state]}]{check.state:<{STATE_WIDTH}}[/]"
         console.print(f"{check.name:<{width}}  {state}  {escape(check.found)}", highlight=False, soft_wrap=True)
         if check.fix:
             console.print(f"{'':<{width}}  [green]->[/] {escape(check.fix)}", highlight=False, soft_wrap=True)

@@ -12,8 +12,7 @@ from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.store.process_environment import gc_paused, is_remote_model, prepare_environment
 
 if TYPE_CHECKING:
-    from llmtune.explain.explanation import Explanation
-    from llmtune.explain.target import Target
+    from llmtune.explain.explainer import Explainer, Target
 
 app = typer.Typer(
     help="Look inside a model: the base, the tuned one, and the difference between the two.", no_args_is_help=True
@@ -29,11 +28,6 @@ Trust = Annotated[
 ]
 
 
-@app.callback()
-def _explain() -> None:
-    pass
-
-
 @app.command()
 @handled
 def attention(
@@ -43,14 +37,14 @@ def attention(
         str | None,
         typer.Option("--target", help="What an encoder-decoder writes (default: what it answers; of a run, the base)."),
     ] = None,
-    pair: Annotated[str | None, typer.Option("--pair", help="A second text behind the first (encoders).")] = None,
+    pair: Annotated[str | None, typer.Option("--pair", help="A second text after the first (encoders).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording, instead of a text (speech).")] = None,
     language: Annotated[
         str | None,
         typer.Option("--language", help="Spoken language, or SOURCE,TARGET of a translator (never of a run)."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the text into the chat template; else it is read as it stands.")
+        bool, typer.Option("--chat", help="Put the text into the chat template; else it is read as it is.")
     ] = False,
     kind: Annotated[
         str | None, typer.Option("--kind", help="self, masked-self or cross (default: all that the model has).")
@@ -77,12 +71,12 @@ def attention(
     as_json: AsJson = False,
 ) -> None:
     """Show which words look at which: as heatmap, as graph and as a page of all heads; base, tuned, difference."""
-    looked = _open(run, threads, offline, trust_remote_code)
-    from llmtune.explain.attention_explainer import explain_attention
+    opened = _open(run, threads, offline, trust_remote_code)
+    from llmtune.explain.attention_explainer import AttentionExplainer
     from llmtune.explain.inputs import AttentionRequest
 
     request = AttentionRequest(text, target, pair, audio, language, chat, max_tokens, cut, kind, layer, head, threshold)
-    _show(explain_attention(looked, request, out or looked.folder, stderr_console()), looked, as_json)
+    _print_explanation(AttentionExplainer(opened, stderr_console(), request), opened, out, as_json)
 
 
 @app.command()
@@ -119,15 +113,15 @@ def generation(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show how an answer comes about, word by word: tokens, layers, likely words; and where base and tuned part."""
+    """Show how an answer comes about, word by word: tokens, layers, likely words; and where base and tuned diverge."""
     target = _open(run, threads, offline, trust_remote_code)
-    from llmtune.explain.generation_explainer import explain_generation
+    from llmtune.explain.generation_explainer import GenerationExplainer
     from llmtune.explain.inputs import PromptRequest
 
     request = PromptRequest(
         prompt, system, context, audio, plain, max_new_tokens, temperature, top_p, top_k, sample, seed
     )
-    _show(explain_generation(target, request, out or target.folder, stderr_console(), top=top), target, as_json)
+    _print_explanation(GenerationExplainer(target, stderr_console(), request, top), target, out, as_json)
 
 
 @app.command()
@@ -137,7 +131,7 @@ def positions(
         str | None,
         typer.Argument(metavar="[RUN]", help="A run or a model; without one the sinusoidal encoding is computed."),
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="A text, whose words stand at the positions.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="A text whose words are at the positions.")] = None,
     length: Annotated[
         int | None, typer.Option("--length", min=1, help="So many positions, where there is no text.")
     ] = None,
@@ -158,11 +152,10 @@ def positions(
         prepare_environment(network=False, threads=threads)
     target = None if run is None else _open(run, threads, offline, trust_remote_code)
     with gc_paused():
-        from llmtune.explain.positions_explainer import PositionsRequest, explain_positions
+        from llmtune.explain.positions_explainer import PositionsExplainer
 
-    folder = out or (target.folder if target else Path("explain") / "sinusoidal")
-    request = PositionsRequest(text, length, dimension, base)
-    _show(explain_positions(request, target, folder, stderr_console()), target, as_json)
+    explainer = PositionsExplainer(target, stderr_console(), text, length, dimension, base)
+    _print_explanation(explainer, target, out or (None if target else Path("explain/sinusoidal")), as_json)
 
 
 @app.command()
@@ -180,9 +173,9 @@ def model(
 ) -> None:
     """Draw the architecture: parts, shapes, parameters, residual paths, what was trained, and what a text costs."""
     target = _open(run, threads, offline, trust_remote_code)
-    from llmtune.explain.model_explainer import explain_model
+    from llmtune.explain.model_explainer import ModelExplainer
 
-    _show(explain_model(target, out or target.folder, stderr_console(), measure=measure), target, as_json)
+    _print_explanation(ModelExplainer(target, stderr_console(), measure), target, out, as_json)
 
 
 @app.command()
@@ -196,27 +189,29 @@ def adapter(
 ) -> None:
     """Show where the tuning went: how far each layer and module of a run's model moved, and in how many directions."""
     target = _open(str(run), threads, offline)
-    from llmtune.explain.adapter_explainer import explain_adapter
+    from llmtune.explain.adapter_explainer import AdapterExplainer
 
-    _show(explain_adapter(target, out or target.folder, stderr_console()), target, as_json)
+    _print_explanation(AdapterExplainer(target, stderr_console()), target, out, as_json)
 
 
 def _open(run: str, threads: int | None, offline: bool, trust_remote_code: bool = False) -> Target:
     """Open a run or a model by its name."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
     with gc_paused():
-        from llmtune.explain.target import open_target
+        from llmtune.explain.explainer import open_target
 
     return open_target(run, stderr_console(), offline=offline, trust_remote_code=trust_remote_code)
 
 
-def _show(explanation: Explanation, target: Target | None, as_json: bool) -> None:
-    """Print what was found and which files were written; a run's report gets links to the pages in its own folder."""
+def _print_explanation(explainer: Explainer, target: Target | None, out: Path | None, as_json: bool) -> None:
+    """Write and print the result, and name the files; a run's report gets links to the pages in its own folder."""
     from rich.markup import escape
 
     from llmtune.report.render_terminal import VisibleConsole, print_page
-    from llmtune.report.write import link_explanations
+    from llmtune.report.report_page import link_explanations
 
+    folder = out or (target.folder if target else Path("explain"))
+    explanation = explainer.explain(folder)
     if as_json:
         print_json({**explanation.values, "files": explanation.files})
     else:
@@ -224,8 +219,5 @@ def _show(explanation: Explanation, target: Target | None, as_json: bool) -> Non
     console = stderr_console()
     for path in explanation.files:
         console.print(f"written: {escape(str(path))}")
-    if target is None or target.recipe is None:
-        return
-    own = any(path.parent == target.folder for path in explanation.files)
-    if own and link_explanations(target.folder.parent):
-        console.print(f"linked from: {escape(str(target.folder.parent / 'report.html'))}")
+    if target and target.recipe and folder == target.folder and link_explanations(folder.parent):
+        console.print(f"linked from: {escape(str(folder.parent / 'report.html'))}")

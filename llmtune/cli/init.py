@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from llmtune.data.file_survey import Reading, Survey
     from llmtune.data.task_rows import Label
-    from llmtune.recipe.first_recipe import FirstRecipe
 
 SCHEMA = "recipe.schema.json"
 
@@ -53,7 +52,7 @@ def init(
 ) -> None:
     """Write a recipe for your rows: task, columns, lengths and a model that fits this machine."""
     from llmtune.data.file_survey import list_readings, survey_files
-    from llmtune.launch.recipe_check import check_recipe, check_rows
+    from llmtune.launch.recipe_check import check_recipe, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
     from llmtune.recipe.schema import json_schema
     from llmtune.recipe.task_facts import TASK_FACTS
@@ -72,21 +71,21 @@ def init(
     if not readings:
         raise _unread(survey, task, mapped)
     reading = _choose(readings, asks, console)
-    _describe(survey, reading, readings, console)
-    recipe = _propose(survey, reading, target, model)
+    _print_survey(survey, reading, readings, console)
+    text, model = _propose(survey, reading, target, model)
     with explained(target):
-        target.write_text(recipe.to_yaml(), encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
     loaded = load_recipe(target)
     try:
-        check_rows(loaded, check_recipe(loaded))
+        try_recipe_rows(loaded, check_recipe(loaded))
     except DataError as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
     if as_json:
         about = {"columns": reading.columns, "roles": reading.roles}
-        print_json({"recipe": str(target), "task": reading.task, "model": recipe.model, **about})
+        print_json({"recipe": str(target), "task": reading.task, "model": model, **about})
         return
-    typer.echo(f"wrote {target} (task {reading.task}, model {recipe.model}) and {SCHEMA}")
+    typer.echo(f"wrote {target} (task {reading.task}, model {model}) and {SCHEMA}")
     typer.echo(f"next: llmtune run {target}")
 
 
@@ -151,49 +150,46 @@ def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
     return readings[names.index(answer)]
 
 
-def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> FirstRecipe:
+def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> tuple[str, str]:
+    """Return the text of the recipe, and the model that it names."""
     from llmtune.recipe.data_section import Source
-    from llmtune.recipe.first_recipe import propose
-    from llmtune.recipe.yaml_writer import flow, scalar, source_line
-    from llmtune.store.machine import likely_device, list_cards, memory_limit
+    from llmtune.recipe.first_recipe import propose_model, write_first_recipe
+    from llmtune.recipe.yaml_writer import flow, source_line
+    from llmtune.store.machine import likely_device, list_cards, process_memory_limit
 
     cuda = likely_device() == "cuda"
-    memory = max(card.memory_bytes for card in list_cards()) if cuda else memory_limit() / 2
+    memory = max(card.memory_bytes for card in list_cards()) if cuda else process_memory_limit() / 2
+    model = model or propose_model(reading.task, memory)
     written = os.path.relpath(survey.path, target.parent)
-    line = f"train: {scalar(written)}"
+    data = [f"train: {flow(written)}"]
     if survey.encoding:
-        line = source_line("train", Source(path=written), path=written, encoding=survey.encoding)
-    mappings = [f"columns: {flow(reading.columns)}"] if reading.columns else []
+        data = [source_line("train", Source(path=written), path=written, encoding=survey.encoding)]
+    if reading.columns:
+        data.append(f"columns: {flow(reading.columns)}")
     if reading.roles:
         names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
-        mappings.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
-    unread = sum(reading.bad.values())
-    return propose(
-        target.stem,
-        reading.task,
-        line,
-        mappings,
-        reading.rows,
-        model=model,
-        memory_bytes=memory,
-        metrics=_number_metrics(reading),
-        unread=unread,
-        copies=reading.copies,
-    )
+        data.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
+    counts = {"unread": sum(reading.bad.values()), "copies": reading.copies}
+    metrics = _number_metrics(reading)
+    text = write_first_recipe(target.stem, reading.task, data, reading.rows, model=model, metrics=metrics, **counts)
+    return text, model
 
 
 def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
     """Return the metrics of labels that are numbers on a scale; None for others, whose metrics the task decides on."""
+    from llmtune.recipe.task_facts import TASK_FACTS
     from llmtune.tasks.class_labels import REGRESSION_METRICS, infer_kind
 
+    if TASK_FACTS[reading.task].answer_kind != "labels":
+        return None
     with suppress(DataError):  # labels of several kinds
-        labels = cast("list[Label]", [row["label"] for row in reading.rows if reading.task == "classify"])
+        labels = cast("list[Label]", [row["label"] for row in reading.rows])
         if infer_kind(labels) == "regression":
             return REGRESSION_METRICS
     return None
 
 
-def _describe(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
+def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print what was seen, so that a person can tell whether it is right."""
     from llmtune.data.file_survey import suspicions
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -14,20 +13,21 @@ from llmtune.cli.options import (
     AsJson,
     DryRun,
     Fresh,
-    Lock,
+    LockFile,
     ModelName,
     Offline,
-    Out,
     Quiet,
     RecipeArgument,
     Resume,
+    RunFolderOption,
     Sets,
     Threads,
 )
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
-from llmtune.cli.run import print_dry_run, refuse_both, with_model
+from llmtune.cli.run import print_result, refuse_both, with_model
 from llmtune.errors import Problem, Stopped
 from llmtune.launch.python_api import run_recipe
+from llmtune.store.run_request import RunRequest
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
 Processes = Annotated[
@@ -35,45 +35,12 @@ Processes = Annotated[
 ]
 Strategy = Annotated[
     str,
-    typer.Option(
-        "--strategy",
-        help="What each process has of the model: ddp all of it, fsdp a part.",
-        metavar="NAME",
-    ),
-]
-Machines = Annotated[
-    int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
-]
-Rank = Annotated[int, typer.Option("--rank", min=0, help="The number of this machine, counted from 0.")]
-Address = Annotated[
-    str | None, typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT")
+    typer.Option("--strategy", help="What each process has of the model: ddp all of it, fsdp a part.", metavar="NAME"),
 ]
 MaxRestarts = Annotated[
     int,
     typer.Option("--max-restarts", min=0, help="How often all processes start again when one died, from a checkpoint."),
 ]
-NodeCount = Annotated[int, typer.Option("--machines", min=1, help="How many, with --processes on each.")]
-PrintScript = Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")]
-Follow = Annotated[bool, typer.Option("--follow", help="Show the log to the end, end as the job does.")]
-Partition = Annotated[str | None, typer.Option("--partition", help="Partition.")]
-Account = Annotated[str | None, typer.Option("--account", help="Account that pays.")]
-Qos = Annotated[str | None, typer.Option("--qos", help="Quality of service.")]
-TimeLimit = Annotated[
-    str | None,
-    typer.Option("--time", help="Time limit, such as 2:00:00; two minutes before, the job saves and is queued again."),
-]
-Gres = Annotated[str | None, typer.Option("--gres", help="Generic resources of each machine, such as gpu:8.")]
-Gpus = Annotated[str | None, typer.Option("--gpus-per-node", help="GPUs of each machine.")]
-Cpus = Annotated[
-    str | None, typer.Option("--cpus-per-task", help="CPUs of each machine (default: one for each process).")
-]
-Memory = Annotated[str | None, typer.Option("--mem", help="Memory of each machine, such as 64G.")]
-Constraint = Annotated[str | None, typer.Option("--constraint", help="Features that machines must have.")]
-Sbatch = Annotated[
-    list[str] | None,
-    typer.Option("--sbatch", metavar="OPTION", help="Any other option of sbatch: --sbatch=--exclude=n3."),
-]
-Requeue = Annotated[bool, typer.Option("--requeue/--no-requeue", help="Queue again what was preempted or out of time.")]
 
 
 @app.command()
@@ -82,16 +49,21 @@ def local(
     recipe: RecipeArgument,
     processes: Processes = 1,
     strategy: Strategy = "ddp",
-    machines: Machines = 1,
-    rank: Rank = 0,
-    address: Address = None,
+    machines: Annotated[
+        int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
+    ] = 1,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="The number of this machine, counted from 0.")] = 0,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT"),
+    ] = None,
     max_restarts: MaxRestarts = 0,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
     resume: Resume = False,
     fresh: Fresh = False,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     offline: Offline = False,
@@ -101,22 +73,19 @@ def local(
     """Run here: all steps, by N processes of this machine or of several that train and evaluate together."""
     from llmtune.launch.topology import Topology
 
+    request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run)
     refuse_both(resume, fresh)
-    sets = with_model(sets, model)
-    topology, console = (
-        Topology(processes, strategy, machines, rank, address, max_restarts),
-        stderr_console(quiet=quiet),
-    )
+    sets, console = with_model(sets, model), stderr_console(quiet=quiet)
+    topology = Topology(processes, strategy, machines, rank, address, max_restarts)
     if dry_run:
-        plan = partial(run_recipe, recipe, sets, out=out, until="run", layout=topology.layout, dry_run=True)
-        result = plan(resume=resume, fresh=fresh, lock=lock, threads=threads, offline=offline, console=console)
-        print_json(result) if as_json else print_dry_run(result)
+        result = run_recipe(recipe, sets, replace(request, layout=topology.layout), console)
+        print_result(result, as_json=as_json, dry_run=True)
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its sockets warn of each attempt
-    from llmtune.launch.local_processes import launch_run, words_of
+    from llmtune.launch.local_processes import launch_run
 
-    words = words_of(out=out, resume=resume, fresh=fresh, lock=lock, offline=offline, quiet=quiet, as_json=as_json)
-    launch_run(recipe, sets, words, topology, console, threads=threads)
+    words = [word for word, given in (("--quiet", quiet), ("--json", as_json)) if given]
+    launch_run(recipe, sets, request, topology, console, words)
 
 
 @app.command()
@@ -125,39 +94,53 @@ def slurm(
     recipe: RecipeArgument,
     processes: Processes = 1,
     strategy: Strategy = "ddp",
-    machines: NodeCount = 1,
+    machines: Annotated[int, typer.Option("--machines", min=1, help="How many, with --processes on each.")] = 1,
     max_restarts: MaxRestarts = 0,
-    out: Out = None,
+    out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
-    lock: Lock = None,
+    lock: LockFile = None,
     threads: Threads = None,
     offline: Offline = False,
-    dry_run: PrintScript = False,
-    follow: Follow = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the log to the end, end as the job does.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
-    partition: Partition = None,
-    account: Account = None,
-    qos: Qos = None,
-    time: TimeLimit = None,
-    gres: Gres = None,
-    gpus_per_node: Gpus = None,
-    cpus_per_task: Cpus = None,
-    mem: Memory = None,
-    constraint: Constraint = None,
-    sbatch: Sbatch = None,
-    requeue: Requeue = True,
+    partition: Annotated[str | None, typer.Option("--partition", help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Account that pays.")] = None,
+    qos: Annotated[str | None, typer.Option("--qos", help="Quality of service.")] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(
+            "--time", help="Time limit, such as 2:00:00; two minutes before, the job saves and is queued again."
+        ),
+    ] = None,
+    gres: Annotated[
+        str | None, typer.Option("--gres", help="Generic resources of each machine, such as gpu:8.")
+    ] = None,
+    gpus_per_node: Annotated[str | None, typer.Option("--gpus-per-node", help="GPUs of each machine.")] = None,
+    cpus_per_task: Annotated[
+        str | None, typer.Option("--cpus-per-task", help="CPUs of each machine (default: one for each process).")
+    ] = None,
+    mem: Annotated[str | None, typer.Option("--mem", help="Memory of each machine, such as 64G.")] = None,
+    constraint: Annotated[str | None, typer.Option("--constraint", help="Features that machines must have.")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch", metavar="OPTION", help="Any other option of sbatch: --sbatch=--exclude=n3."),
+    ] = None,
+    requeue: Annotated[
+        bool, typer.Option("--requeue/--no-requeue", help="Queue again what was preempted or out of time.")
+    ] = True,
 ) -> None:
     """Run on a Slurm cluster: a job script for sbatch. A job that was preempted or out of time is queued again."""
     from llmtune.launch import slurm as cluster
     from llmtune.launch.topology import Topology
 
     console = stderr_console(quiet=quiet)
-    sets = with_model(sets, model)
     address = "HOST:1" if machines > 1 else None  # the job knows the real one
     topology = Topology(processes, strategy, machines, 0, address, max_restarts)
-    job = cluster.plan_job(recipe, sets, out, topology, _forwarded(sets, lock, threads, offline))
+    request = RunRequest(out, lock=lock, threads=threads, offline=offline)
+    job = cluster.plan_job(recipe, with_model(sets, model), request, topology)
     own = {"partition": partition, "account": account, "qos": qos, "time": time, "gres": gres, "mem": mem}
     own |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task, "constraint": constraint}
     stated = {name: value for name, value in own.items() if value}
@@ -167,20 +150,11 @@ def slurm(
     else:
         sent = cluster.submit(job, script, console)
         if follow:
-            _follow(sent["job"], lambda: cluster.follow(job, sent, console))
+            _follow(sent["job"], lambda: cluster.follow_job(job, sent, console))
     if as_json:
         print_json(sent)
     elif dry_run:
         print_text(script)
-
-
-def _forwarded(sets: list[str], lock: Path | None, threads: int | None, offline: bool) -> tuple[str, ...]:
-    """Return the options of `run` that the job gets."""
-    options = [word for one in sets for word in ("--set", one)]
-    options += ["--lock", os.path.relpath(lock)] if lock else []
-    options += ["--threads", str(threads)] if threads else []
-    options += ["--offline"] if offline else []
-    return tuple(options)
 
 
 def _follow(job: str, follow: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ import typer
 from llmtune.cli.options import AsJson, Sets
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
+from llmtune.recipe.task_facts import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,23 +21,29 @@ if TYPE_CHECKING:
     from llmtune.report.blocks import Cell
 
 app = typer.Typer(help="Models: list, show, fits.", no_args_is_help=True)
-Task = Annotated[str | None, typer.Option("--task", help="Only models that can do this task.")]
-Licence = Annotated[list[str] | None, typer.Option("--licence", help="Only this licence; may be given several times.")]
-Language = Annotated[str | None, typer.Option("--language", help="Only models that name this language: en, de ...")]
-Family = Annotated[list[str] | None, typer.Option("--family", help="Only this family; may be given several times.")]
-MaxParameters = Annotated[float | None, typer.Option("--max-parameters", min=1, help="At most so many: 2e9.")]
+TaskOption = Annotated[str | None, typer.Option("--task", help="Only models that can do this task.")]
+LicenceOption = Annotated[
+    list[str] | None, typer.Option("--licence", help="Only this licence; may be given several times.")
+]
+LanguageOption = Annotated[
+    str | None, typer.Option("--language", help="Only models that name this language: en, de ...")
+]
+FamilyOption = Annotated[
+    list[str] | None, typer.Option("--family", help="Only this family; may be given several times.")
+]
+MaxParametersOption = Annotated[float | None, typer.Option("--max-parameters", min=1, help="At most so many: 2e9.")]
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 GAP = "-"
 
 
 @app.command("list")
 @handled
-def list_(
-    task: Task = None,
-    licence: Licence = None,
-    language: Language = None,
-    family: Family = None,
-    max_parameters: MaxParameters = None,
+def list_catalogue(
+    task: TaskOption = None,
+    licence: LicenceOption = None,
+    language: LanguageOption = None,
+    family: FamilyOption = None,
+    max_parameters: MaxParametersOption = None,
     as_json: AsJson = False,
 ) -> None:
     """List the models of the catalogue; a recipe may name any other one too."""
@@ -60,15 +67,15 @@ def list_(
     stderr_console().print(f"{len(found)} models, {len(left_out)} left out; --json has the reasons", highlight=False)
 
 
-@app.command()
+@app.command("show")
 @handled
-def show(
+def show_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the catalogue.")], as_json: AsJson = False
 ) -> None:
     """Show what the catalogue has of one model."""
-    from llmtune.model.catalogue import find_model
+    from llmtune.model.catalogue import find_catalogue_model
 
-    found = find_model(model)
+    found = find_catalogue_model(model)
     if as_json:
         print_json({**asdict(found), "tasks": found.tasks})
         return
@@ -88,11 +95,11 @@ def fits(
     ] = None,
     sets: Sets = None,
     length: Annotated[int, typer.Option("--length", min=8, max=2**30, help="Tokens of a row.")] = 1024,
-    task: Annotated[str, typer.Option("--task", help="The task to be tuned for.")] = "chat",
-    licence: Licence = None,
-    language: Language = None,
-    family: Family = None,
-    max_parameters: MaxParameters = None,
+    task: Annotated[str, typer.Option("--task", help="The task to be tuned for.")] = DEFAULT_TASK,
+    licence: LicenceOption = None,
+    language: LanguageOption = None,
+    family: FamilyOption = None,
+    max_parameters: MaxParametersOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which models fit, by which method, and with how long rows; by the plan of `llmtune run --dry-run`."""
@@ -112,12 +119,12 @@ def fits(
         _fit_recipe(recipe, sets or (), price or (), as_json)
         return
     from llmtune.compare.model_fits import list_fits
-    from llmtune.model.device import DRIVER_BYTES, check_card, memory_limit
+    from llmtune.model.device import DRIVER_BYTES, check_card, device_memory
     from llmtune.report.number_format import size as format_bytes
 
     if device is not None:
         check_card(device)
-    usable = memory_limit(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
+    usable = device_memory(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
     with stderr_console().status("planning"):
         planned = list(list_fits(found, task, usable, length, device, "cpu" if device == "cpu" else "cuda"))
     if as_json:
@@ -125,7 +132,7 @@ def fits(
         print_json(about | {"fits": [asdict(one) for one in planned]})
         return
     where = f"on {device}" if device else f"in {format_bytes(size)}"
-    _show(planned, f"Longest row {where}, and rows of {length:,} at once", length)
+    _print_fits(planned, f"Longest row {where}, and rows of {length:,} at once", length)
     if left_out:
         reasons = f"{len(left_out)} more are left out by what was asked for; --json has the reasons"
         stderr_console().print(reasons, highlight=False, soft_wrap=True)
@@ -191,7 +198,7 @@ def _read_prices(texts: Sequence[str]) -> dict[str, float]:
     return prices
 
 
-def _show(planned: Sequence[Fit], title: str, length: int) -> None:
+def _print_fits(planned: Sequence[Fit], title: str, length: int) -> None:
     """Print a row a model, the largest first: what each method leaves room for, and what the best of them takes."""
     from llmtune.compare.model_fits import METHODS
     from llmtune.report.blocks import Column, Table
@@ -206,7 +213,7 @@ def _show(planned: Sequence[Fit], title: str, length: int) -> None:
         models.setdefault(one.model, {})[one.method] = one
     for model, methods in sorted(models.items(), key=lambda item: -item[1]["lora"].parameters):
         if best := next((methods[name] for name in METHODS if methods[name].rows), None):
-            cells = [_cell(methods[name]) for name in METHODS]
+            cells = [_model_cell(methods[name]) for name in METHODS]
             least = f"{size(best.lower_bound)} ({best.method})"
             last = [duration(best.seconds)] if timed else []
             rows.append([model, f"{best.parameters / 1e9:.2f} G", *cells, least, *last])
@@ -222,7 +229,7 @@ def _out() -> Console:
     return make_console(stderr=False)
 
 
-def _cell(one: Fit) -> str:
+def _model_cell(one: Fit) -> str:
     return f"{one.longest:,} x{one.rows}{'*' if one.checkpointing else ''}" if one.rows else GAP
 
 

@@ -13,14 +13,16 @@ RecipeArgument = Annotated[
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, the name of a recipe that was run, or latest.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="The run folder (default: runs/<name>-<hash>).")]
+RunFolderOption = Annotated[Path | None, typer.Option("--out", help="The run folder (default: runs/<name>-<hash>).")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe value; may be given several times."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from what is there; exit 2 if there is nothing.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: what the run folder holds is removed.")]
-Lock = Annotated[Path | None, typer.Option("--lock", help="Require the model and data that this llmtune.lock names.")]
+LockFile = Annotated[
+    Path | None, typer.Option("--lock", help="Require the model and data that this llmtune.lock names.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: torch's own choice).")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything that is cheap, say what would run, and stop.")

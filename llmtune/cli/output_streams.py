@@ -41,7 +41,7 @@ IN_PLACE_OF_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 RUN_PARAMETERS = {"run", "runs", "what"}
 """Parameters of commands that name runs."""
 SHOWN_PROBLEMS = 30
-"""More than the twenty bad rows that are named, with what is said before and after them."""
+"""More than the twenty bad rows that are named, with the lines before and after them."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -185,7 +185,7 @@ def _system_refusals() -> Iterator[None]:
 
 
 def _misplaced(error: Exception) -> Problem | None:
-    """Return what is wrong where a file is missing, or a folder or a pipe stands in its place."""
+    """Return what is wrong where a file is missing, or a folder or a pipe is in its place."""
     if isinstance(error, OSError) and error.filename and error.errno in IN_PLACE_OF_A_FILE:
         fix = "Put the file back; what belongs to a run is made again by its recipe."
         return Problem(f"cannot be read: {error.strerror}", str(error.filename), fix)

@@ -30,7 +30,7 @@ Base = Annotated[bool, typer.Option("--base", help="Use the base model without t
 
 
 @handled
-def generate(
+def generate_command(
     run: RunArgument,
     text: Annotated[
         str | None,
@@ -196,4 +196,4 @@ def _print_answer(session: ChatSession, line: str, system: str | None, console: 
         return False
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "chat": chat}
+COMMANDS: dict[str, Callable[..., None]] = {"generate": generate_command, "chat": chat}

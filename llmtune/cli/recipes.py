@@ -12,23 +12,21 @@ import typer
 from llmtune.cli.options import AsJson, RecipeArgument, Sets
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
 from llmtune.errors import RecipeError
+from llmtune.recipe.task_facts import DEFAULT_TASK
 from llmtune.store.atomic_files import explained
-
-TOOLS = "axolotl, llamafactory or trl"
-Tool = Annotated[str | None, typer.Option("--tool", help=f"Whose file it is: {TOOLS} (default: by its keys).")]
 
 
 def migrate_file(
     file: Path, out: Path | None = None, tool: str | None = None, task: str | None = None, as_json: bool = False
 ) -> None:
-    """Write the recipe beside the file, or to `out`, and print what became of each key."""
-    from llmtune.recipe.migration import migrate, write_migrated
+    """Write the recipe next to the file, or to `out`, and print what became of each key."""
+    from llmtune.recipe.migration import migrate_config, write_migrated
     from llmtune.recipe.secrets import redact, redact_all
 
     target = out or file.with_name(f"{file.stem}.llmtune.yaml")
     if target.exists():
         raise RecipeError.of("the file exists", str(target), "Choose another name with --out.")
-    migration, loaded = migrate(file, target, tool, task)
+    migration, loaded = migrate_config(file, target, tool, task)
     with explained(target):
         target.write_text(write_migrated(migration), encoding="utf-8")
     counts = Counter(one.state for one in migration.outcomes)
@@ -55,14 +53,17 @@ def migrate_file(
 
 
 @handled
-def migrate(
+def migrate_to_recipe(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="YAML, JSON, or a file with the command line of the other tool.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write to this file (default: FILE.llmtune.yaml beside it).")
+        Path | None, typer.Option("--out", help="Write to this file (default: FILE.llmtune.yaml next to it).")
     ] = None,
-    tool: Tool = None,
+    tool: Annotated[
+        str | None,
+        typer.Option("--tool", help="Whose file it is: axolotl, llamafactory or trl (default: by its keys)."),
+    ] = None,
     task: Annotated[str | None, typer.Option("--task", help="The task, where the file does not say it.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -75,7 +76,7 @@ app = typer.Typer(help="Recipes: list, show, new, check, schema, migrate.", no_a
 
 @app.command("list")
 @handled
-def list_(as_json: AsJson = False) -> None:
+def list_shipped(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
     from rich.console import Console
     from rich.table import Table
@@ -94,9 +95,9 @@ def list_(as_json: AsJson = False) -> None:
     Console().print(table)
 
 
-@app.command()
+@app.command("show")
 @handled
-def show(
+def show_recipe(
     recipe: RecipeArgument,
     sets: Sets = None,
     origin: Annotated[bool, typer.Option("--origin", help="Say where each value comes from.")] = False,
@@ -119,7 +120,7 @@ def new(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Write to this file (default: print).")] = None,
     task: Annotated[
         str, typer.Option("--task", help="What the model is to learn: chat, classify, speech ...")
-    ] = "chat",
+    ] = DEFAULT_TASK,
     out: Annotated[Path | None, typer.Option("--out", help="The same as FILE.")] = None,
 ) -> None:
     """Write a recipe to start from; comments mark what must be set."""
@@ -142,7 +143,7 @@ def new(
 @handled
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check a recipe: every problem at once, with file and line; and the files, columns and trackers that it names."""
-    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
+    from llmtune.launch.recipe_check import check_recipe, marks_left, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
@@ -150,7 +151,7 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
     for line in marks:
         stderr_console().print(f"still as the starter has it: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
-    check_rows(loaded, detected)
+    try_recipe_rows(loaded, detected)
     if as_json:
         read = [{"file": one.input.name, "format": one.row_format.name, "columns": one.columns} for one in detected]
         about = {"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []}
@@ -171,4 +172,4 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
-app.command("migrate")(migrate)
+app.command("migrate")(migrate_to_recipe)

@@ -48,7 +48,7 @@ def make(
 ) -> None:
     """Write the release file of a run; `release RUN` is short for it. It holds no text of rows and no paths."""
     from llmtune.deploy.releases import make_release, summarize_release
-    from llmtune.evaluate.release_file import read_release
+    from llmtune.evaluate.opened_runs import read_release
 
     path = make_release(run, out, sign)
     if as_json:
@@ -59,13 +59,13 @@ def make(
 
 @app.command("list")
 @handled
-def list_(
+def list_release_files(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files are.")] = Path("releases"),
     as_json: AsJson = False,
 ) -> None:
     """List the releases in a folder, the oldest first."""
     from llmtune.deploy.releases import summarize_release
-    from llmtune.evaluate.release_file import list_releases
+    from llmtune.evaluate.opened_runs import list_releases
     from llmtune.report.number_format import score
 
     found = list_releases(folder)
@@ -79,12 +79,12 @@ def list_(
         typer.echo(f"{path}  {release['date']}  {release['verdict']['word']}  {scores}")
 
 
-@app.command()
+@app.command("show")
 @handled
-def show(file: File, signers: Signers = None, as_json: AsJson = False) -> None:
+def show_release(file: File, signers: Signers = None, as_json: AsJson = False) -> None:
     """Show the scores and gates of a release, and check its signature if it has one."""
     from llmtune.deploy.releases import check_signature, summarize_release
-    from llmtune.evaluate.release_file import read_release
+    from llmtune.evaluate.opened_runs import read_release
     from llmtune.records import Evaluation
     from llmtune.report.render_terminal import print_sections
     from llmtune.report.score_sections import gate_section, score_section
@@ -94,7 +94,7 @@ def show(file: File, signers: Signers = None, as_json: AsJson = False) -> None:
         print_json(summarize_release(file, release) | {"signature": asdict(signature) if signature else None})
         return
     scores = release["base"], release["tuned"], release["difference"]
-    evaluation = Evaluation(*scores, (), (), release["rows"], release["signatures"])
+    evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
     sections = [score_section(evaluation, release["recipe"]["task"]), gate_section(release["gates"])]
     print_sections(sections, make_console(stderr=False))
     if signature:

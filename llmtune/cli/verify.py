@@ -22,19 +22,26 @@ if TYPE_CHECKING:
 
 SHOWN = 16
 """Characters of a hash or value that the table shows."""
-STYLES = {"same": "green", "changed": "red", "missing": "red", "added": "red", "differs": "yellow", "unknown": "yellow"}
+FINDING_STYLES = {
+    "same": "green",
+    "changed": "red",
+    "missing": "red",
+    "added": "red",
+    "differs": "yellow",
+    "unknown": "yellow",
+}
 
 
 @handled
-def verify(
+def verify_command(
     run: RunArgument,
     strict: Annotated[bool, typer.Option("--strict", help="Versions of packages must be the same as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a run against its lock: data, model, adapter and evaluation file by file; exit 6 if one of them changed."""
-    from llmtune.store.verification import verify as hold
+    from llmtune.store.verification import verify_run
 
-    found = hold(run, strict=strict)
+    found = verify_run(run, strict=strict)
     if as_json:
         print_json(found.to_dict() | {"problems": [vars(problem) for problem in found.problems()]})
         if found.failed:
@@ -65,13 +72,13 @@ def _print_findings(findings: Sequence[Finding]) -> None:
         for finding in those:
             if finding.state != "same":
                 values = [escape((value or "")[:SHOWN]) for value in (finding.was, finding.now)]
-                state = f"[{STYLES[finding.state]}]{finding.state}[/]"
+                state = f"[{FINDING_STYLES[finding.state]}]{finding.state}[/]"
                 table.add_row(kind, escape(finding.name), state, *values)
     VisibleConsole(highlight=False).print(table)
 
 
 @handled_by_all
-def reproduce(
+def reproduce_command(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="The new run folder (default: RUN-reproduced).")] = None,
     loss_tolerance: Annotated[
@@ -93,8 +100,7 @@ def reproduce(
     threads = threads or read_lock(run / LOCK).get("threads")
     prepare_environment(network=names_remote(recipe_of_run(folder).recipe) and not offline, threads=threads)
     with gc_paused():
-        from llmtune.reproduce import Tolerances, explain, processes_of
-        from llmtune.reproduce import reproduce as train_again
+        from llmtune.reproduce import Tolerances, explain_difference, processes_of, reproduce
 
     if (count := processes_of(folder)) > 1 == world_size():
         from llmtune.launch.local_processes import launch
@@ -104,17 +110,17 @@ def reproduce(
         launch(["-m", "llmtune", *sys.argv[1:]], topology, stderr_console(), threads=threads)
         return
     tolerances = Tolerances(loss_tolerance, score_tolerance)
-    result = train_again(run, stderr_console(), out=out, fresh=fresh, offline=offline, tolerances=tolerances)
+    result = reproduce(run, stderr_console(), out=out, fresh=fresh, offline=offline, tolerances=tolerances)
     if not result:
         return
     if as_json:
-        print_json(result | ({} if result["equal"] else {"problems": [vars(explain(result))]}))
+        print_json(result | ({} if result["equal"] else {"problems": [vars(explain_difference(result))]}))
         if not result["equal"]:
             raise typer.Exit(GateFailed.exit_code)
     else:
         _print_reproduction(result)
         if not result["equal"]:
-            raise GateFailed(explain(result))
+            raise GateFailed(explain_difference(result))
         typer.echo("reproduced: equal, byte for byte" if result["same_bytes"] else "reproduced: within the tolerances")
 
 
@@ -138,4 +144,4 @@ def _print_reproduction(result: Json) -> None:
     VisibleConsole(highlight=False).print(table)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"verify": verify, "reproduce": reproduce}
+COMMANDS: dict[str, Callable[..., None]] = {"verify": verify_command, "reproduce": reproduce_command}

@@ -174,7 +174,7 @@ def compare_methods(recipe: str, options: MethodOptions, console: Console, shown
 
     Progress goes to `console`, the comparison to `shown`.
 
-    The runs lie in `OUT/<method>/`; each is skipped where it is valid, and goes on where it was stopped.
+    The runs are in `OUT/<method>/`; valid ones are skipped, stopped ones are resumed.
 
     Raises:
         LlmtuneError: what the recipe, or the run of a method, ends with. Gates that fail end nothing here.
@@ -182,7 +182,7 @@ def compare_methods(recipe: str, options: MethodOptions, console: Console, shown
     loaded, trials = plan_trials(recipe, options)
     refuse_network(loaded.recipe, offline=options.offline)
     out = options.out or default_out(loaded, options.rates)
-    check_folder(out)
+    check_out_folder(out)
     if options.resume and not any((out / method / MANIFEST).exists() for method in options.methods):
         raise RecipeError.of("nothing to resume", str(out), "omit --resume to start")
     with explained(out):
@@ -193,8 +193,8 @@ def compare_methods(recipe: str, options: MethodOptions, console: Console, shown
         stated = f"{train.learning_rate:g}, " if "learning_rate" in train.model_fields_set else ""
         rate = f"learning rate {stated}{trial.rate}"
         console.rule(f"{number} of {len(trials)}: {trial.method} ({rate})", align="left")
-        run_trial(trial.method, command(recipe, trial, out / trial.method, options))
-    return conclude(loaded, trials, out, shown)
+        train_method(trial.method, command(recipe, trial, out / trial.method, options))
+    return compare_trials(loaded, trials, out, shown)
 
 
 def command(recipe: str, trial: Trial, out: Path, options: MethodOptions) -> list[str]:
@@ -208,7 +208,7 @@ def command(recipe: str, trial: Trial, out: Path, options: MethodOptions) -> lis
     return words
 
 
-def check_folder(out: Path) -> None:
+def check_out_folder(out: Path) -> None:
     """Refuse a folder that holds something else."""
     if out.exists() and not out.is_dir():
         raise RecipeError.of("the folder of the comparison is a file", str(out), "choose another one with --out")
@@ -218,7 +218,7 @@ def check_folder(out: Path) -> None:
         raise RecipeError.of(what, str(out), "choose an empty or new folder with --out")
 
 
-def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: Console) -> Json:
+def compare_trials(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: Console) -> Json:
     """Compare the runs that are there now; the libraries that this needs are loaded only here."""
     from llmtune.compare.compare_runs import finish
     from llmtune.compare.run_comparison import make_comparison
@@ -254,10 +254,10 @@ def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: 
 
 
 class TrialBug(RuntimeError):
-    """A trial failed in a way that no user can fix; its traceback stands above."""
+    """A trial failed in a way that no user can fix; its traceback was printed."""
 
 
-def run_trial(method: str, arguments: Sequence[str]) -> None:
+def train_method(method: str, arguments: Sequence[str]) -> None:
     """Run `llmtune` with `arguments` in a process of its own; its messages go to stderr as they come.
 
     SIGINT and SIGTERM are handed on: the trial saves a checkpoint and stops.
@@ -275,7 +275,7 @@ def run_trial(method: str, arguments: Sequence[str]) -> None:
         with handed_on(child):
             code = child.wait()
         if code not in (0, GateFailed.exit_code, GateUnsure.exit_code):
-            raise explain(method, code, output)
+            raise trial_error(method, code, output)
 
 
 @contextmanager
@@ -294,7 +294,7 @@ def handed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def explain(method: str, code: int, output: IO[str]) -> Exception:
+def trial_error(method: str, code: int, output: IO[str]) -> Exception:
     """Turn how a trial ended into an error."""
     again = "The same command again goes on from there."
     if code < 0:
@@ -313,7 +313,7 @@ def explain(method: str, code: int, output: IO[str]) -> Exception:
 
 
 def stop_with_parent() -> None:
-    """Ask this process to stop as soon as its parent is another one: what goes on alone would keep the run folder."""
+    """Ask this process to stop once its parent is gone: an orphan would keep the run folder locked."""
     while os.getppid() == int(os.environ[PARENT]):
         time.sleep(SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -18,9 +18,9 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.catalogue import CatalogueModel
 from llmtune.model.config import build_skeleton, find_class, read_model_config
-from llmtune.model.device import CARDS, memory_limit
+from llmtune.model.device import CARDS, device_memory
 from llmtune.model.memory_plan import USABLE, context_length, plan_skeleton
-from llmtune.model.model_selection import describe_model
+from llmtune.model.model_selection import peek_model
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import choose_training
@@ -94,7 +94,7 @@ def list_recipe_fits(
         raise RecipeError.of("the recipe names several models", "model.candidates", fix)
     fits: list[Fit] = []
     with tempfile.TemporaryDirectory() as folder:
-        model_ref = describe_model(name, loaded.recipe, console, Path(folder), offline=False)
+        model_ref = peek_model(name, loaded.recipe, console, Path(folder), offline=False)
         if model_ref is None:
             fix = "Bring it here with `llmtune select`, or name a model of `llmtune models list`."
             raise RecipeError.of(f"the shape of {name} is not known without its files", "model.name", fix)
@@ -110,7 +110,7 @@ def list_recipe_fits(
             except RecipeError:
                 continue  # the task or another key does not go with this method
             for card in (*CARDS, "cpu"):
-                fit = _fit(skeleton, changed, variant, memory_limit(card) or 0, length, card, card)
+                fit = _fit(skeleton, changed, variant, device_memory(card) or 0, length, card, card)
                 timed = None if fit.seconds is None else fit.seconds * (tokens or MILLION) / 3600 / MILLION
                 cost = timed * prices[card] if timed is not None and card in prices else None
                 hours = timed if tokens else None
@@ -161,7 +161,7 @@ def _fit(
         plan_skeleton(skeleton, _saving(recipe, one), variant, length, device, int(memory))
         for one in ((False, True) if stated == "auto" else (stated, stated))
     ]
-    tokens = [_tokens(plan, length, room) for plan in plans]
+    tokens = [_largest_batch(plan, length, room) for plan in plans]
     saving = tokens[0] < length
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     speed, method = CARDS[card][1] if card and card in CARDS else None, recipe.adapter.method
@@ -194,7 +194,7 @@ def _recipe(task: str, method: str) -> Recipe:
     )
 
 
-def _tokens(plan: MemoryPlan, length: int, room: int) -> int:
+def _largest_batch(plan: MemoryPlan, length: int, room: int) -> int:
     """Return the tokens of the largest micro-batch that leaves room for all that does not grow with it."""
     growing = plan.parts["activations"] / length
     fixed = plan.total - plan.parts["activations"]

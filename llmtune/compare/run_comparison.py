@@ -57,7 +57,7 @@ class RunSummary:
 
 
 @dataclass(frozen=True)
-class Pair:
+class RunPair:
     """Two runs on the same rows: paired differences, second minus first."""
 
     first: str
@@ -70,7 +70,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Setting:
+class DifferingKey:
     """A key whose value differs, and its value in each run."""
 
     key: str
@@ -86,8 +86,8 @@ class Comparison:
     rows: int
     """Test rows."""
     runs: Sequence[RunSummary]
-    pairs: Sequence[Pair]
-    settings: Sequence[Setting]
+    pairs: Sequence[RunPair]
+    settings: Sequence[DifferingKey]
     notes: Sequence[str]
     kind: str
     """runs, or methods of one recipe."""
@@ -105,7 +105,7 @@ def make_comparison(runs: Sequence[OpenedRun], kind: str, name: str) -> Comparis
         rows=len(first.measures.rows),
         runs=[summarize(run) for run in runs],
         pairs=[compare_pair(*pair) for pair in combinations(runs, 2)],
-        settings=[Setting(key, [run.settings.get(key) for run in runs]) for key in keys],
+        settings=[DifferingKey(key, [run.settings.get(key) for run in runs]) for key in keys],
         notes=list(find_notes(runs)),
         kind=kind,
         name=name,
@@ -161,10 +161,10 @@ def find_notes(runs: Sequence[OpenedRun]) -> Iterator[str]:
         yield text + "the model in 4 bits. The pairs compare the tuned models themselves."
 
 
-def compare_pair(first: OpenedRun, second: OpenedRun) -> Pair:
+def compare_pair(first: OpenedRun, second: OpenedRun) -> RunPair:
     """Return paired differences, second minus first, with the verdict and what had to be left out."""
     difference, left_out = pair_metrics(first, second)
-    return Pair(first.name, second.name, difference, left_out, judge(first, second, difference))
+    return RunPair(first.name, second.name, difference, left_out, judge(first, second, difference))
 
 
 def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]) -> Verdict:
@@ -178,7 +178,7 @@ def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]
     if alike and trained and trained == other:
         return Verdict(INCONCLUSIVE, "Both are one and the same model, byte for byte.")
     alone = {} if difference else second.evaluation.tuned  # how low scores are by themselves is not about the pair
-    found = verdict(Evaluation({}, alone, difference, (), (), 0))
+    found = verdict(Evaluation({}, alone, difference, (), 0))
     alike = alike and all(key.startswith(UNTRAINED) for key in find_differing(first, second))
     if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
         return found

@@ -20,14 +20,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.compare.sweep_space import read_space, with_values
 from llmtune.compare.sweep_trial import (
     SweepOptions,
     alone,
+    load_with_values,
     open_study,
+    read_space,
     require_optuna,
     run_trial,
-    trial_folder,
+    sweep_trial_folder,
     validations,
 )
 from llmtune.errors import EnvironmentProblem, RecipeError
@@ -37,7 +38,7 @@ from llmtune.recipe.layers import INSTEAD
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.yaml_writer import scalar
 from llmtune.records import Difference, Json
-from llmtune.report.blocks import Bullets, Column, Compared, Page, Rows, Section, Table, Text, difference_table
+from llmtune.report.blocks import Bullets, Column, Compared, Page, Section, Table, TableRows, Text, difference_table
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Found:
+class SweepResult:
     """The end of a sweep."""
 
     trials: list[Json]
@@ -71,7 +72,9 @@ class Found:
     summary: str
 
 
-def conclude(study: Study, recipe: str, options: SweepOptions, out: Path, console: Console, shown: Console) -> Json:
+def conclude_sweep(
+    study: Study, recipe: str, options: SweepOptions, out: Path, console: Console, shown: Console
+) -> Json:
     """Measure the winner and the recipe on the test rows, once; write sweep.json, .md, .html and best.yaml."""
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     winner = min(complete, key=lambda trial: (trial.value, trial.number))
@@ -79,7 +82,7 @@ def conclude(study: Study, recipe: str, options: SweepOptions, out: Path, consol
     for trial in dict.fromkeys((0, winner.number)):
         _evaluate(study.trials[trial], recipe, options, out, console)
     found = _judge(study, winner, out)
-    page = _page(found, recipe, len(complete))
+    page = _sweep_page(found, recipe, len(complete))
     content: Json = plain({"llmtune": __version__, "recipe": recipe, **asdict(found)})
     with explained(out):
         write_page(out / "sweep.html", page)
@@ -93,15 +96,15 @@ def conclude(study: Study, recipe: str, options: SweepOptions, out: Path, consol
 
 def _evaluate(trial: FrozenTrial, recipe: str, options: SweepOptions, out: Path, console: Console) -> None:
     from llmtune.pipeline import run_pipeline
-    from llmtune.session import Options
+    from llmtune.store.run_request import RunRequest
 
-    loaded = alone(with_values(recipe, options.sets, trial.params))
-    first, run = trial_folder(out, 0), trial_folder(out, trial.number)
+    loaded = alone(load_with_values(recipe, options.sets, trial.params))
+    first, run = sweep_trial_folder(out, 0), sweep_trial_folder(out, trial.number)
     base = first / "evaluation" if trial.number else None
-    run_pipeline(loaded, Options(out=run, offline=options.offline, until="evaluate", base=base), console)
+    run_pipeline(loaded, RunRequest(out=run, offline=options.offline, until="evaluate", base=base), console)
 
 
-def _judge(study: Study, winner: FrozenTrial, out: Path) -> Found:
+def _judge(study: Study, winner: FrozenTrial, out: Path) -> SweepResult:
     first = study.trials[0]
     trials = [
         {
@@ -109,15 +112,15 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> Found:
             "values": trial.params,
             "state": trial.state.name.lower(),
             "validation_loss": trial.value if trial.state.name == "COMPLETE" else None,
-            "steps": len(validations(trial_folder(out, trial.number))),
+            "steps": len(validations(sweep_trial_folder(out, trial.number))),
         }
         for trial in study.trials
     ]
     gain = float(first.value or 0) - float(winner.value or 0)
-    found = Found(trials, winner.number, dict(winner.params), gain, None, None, {}, INCONCLUSIVE, "")
+    found = SweepResult(trials, winner.number, dict(winner.params), gain, None, None, {}, INCONCLUSIVE, "")
     if winner.number == 0:
         return replace(found, summary="No trial was better than the recipe itself on the validation rows: keep it.")
-    runs = open_runs([trial_folder(out, 0), trial_folder(out, winner.number)])
+    runs = open_runs([sweep_trial_folder(out, 0), sweep_trial_folder(out, winner.number)])
     check_alike(runs)
     difference, _ = pair_metrics(*runs)
     loss = difference["loss"]
@@ -142,14 +145,14 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> Found:
     return replace(found, test_gain=test_gain, luck=luck, difference=difference, word=word, summary=summary)
 
 
-def _page(found: Found, recipe: str, complete: int) -> Page:
+def _sweep_page(found: SweepResult, recipe: str, complete: int) -> Page:
     order = sorted(
         found.trials, key=lambda one: (one["validation_loss"] is None, one["validation_loss"] or 0, one["number"])
     )
-    rows: Rows = [
+    rows: TableRows = [
         [
             f"{'→ ' if one['number'] == found.winner else ''}{one['number']}",
-            ", ".join(f"{key} {_short(value)}" for key, value in one["values"].items()) or "the recipe as it is",
+            ", ".join(f"{key} {_short_value(value)}" for key, value in one["values"].items()) or "the recipe as it is",
             one["state"],
             "" if one["validation_loss"] is None else f"{one['validation_loss']:.4f}",
         ]
@@ -176,11 +179,11 @@ def _page(found: Found, recipe: str, complete: int) -> Page:
     return Page(f"Sweep of {Path(recipe).stem}: {found.word}", sections, [("trials", str(len(found.trials)))])
 
 
-def _short(value: object) -> str:
+def _short_value(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _best_recipe(found: Found, recipe: str, options: SweepOptions, out: Path) -> str:
+def _best_recipe(found: SweepResult, recipe: str, options: SweepOptions, out: Path) -> str:
     """Return a recipe that extends the one that was searched, with the evidence as comments."""
     stated = {key: scalar(value) for key, value in found.values.items()}
     stated |= {
@@ -209,13 +212,13 @@ def _best_recipe(found: Found, recipe: str, options: SweepOptions, out: Path) ->
     return "\n".join(lines) + "\n"
 
 
-def sweep(recipe: str, options: SweepOptions, console: Console, shown: Console) -> Json:
+def run_sweep(recipe: str, options: SweepOptions, console: Console, shown: Console) -> Json:
     """Search, measure the winner once on the test rows, write the report and the best recipe, and return what is known.
 
     Raises RecipeError for a space or a recipe that cannot be searched; what the recipe itself ends with; Stopped.
     """
     loaded = load_recipe(recipe, options.sets)
-    _check_recipe(loaded)
+    _check_searchable(loaded)
     require_optuna()
     space = read_space(options.space, recipe, options.sets)
     refuse_network(loaded.recipe, offline=options.offline)
@@ -226,10 +229,10 @@ def sweep(recipe: str, options: SweepOptions, console: Console, shown: Console) 
     while (done := len(_ended(study))) < options.trials:
         numbers = _next_round(study, min(options.processes, options.trials - done, 1 if not done else options.trials))
         _run_round(study, numbers, recipe, options, out, console)
-    return conclude(study, recipe, options, out, console, shown)
+    return conclude_sweep(study, recipe, options, out, console, shown)
 
 
-def _check_recipe(loaded: LoadedRecipe) -> None:
+def _check_searchable(loaded: LoadedRecipe) -> None:
     data = loaded.recipe.data
     if not data.validation or not data.test:
         missing = "data.validation" if not data.validation else "data.test"

@@ -170,8 +170,8 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
     if two and not call.field.get("transform_each"):
         first, second = _find_call(two, 0), _find_call(two, two.rindex(NAME))
         between = two[first.end : second.start] if first and second else None
-        if between == "" and (field := _adjacent_objects(one)):
-            return field, ()
+        if between == "" and (objects := _adjacent_objects(one)):
+            return objects, ()
     if between:
         opens = _from_mark(_shared_end(before, between), before)
         closes = shared_start(behind, between.removesuffix(opens))

@@ -24,6 +24,7 @@ from llmtune.data.chat_template import (
     read_template,
     split_answer,
 )
+from llmtune.data.example import Example
 from llmtune.data.overlong import NOTHING, ChatFit, only_last
 from llmtune.data.rendering_check import check_marks, find_missing
 from llmtune.data.task_interface import Encoded
@@ -37,7 +38,6 @@ from llmtune.data.tokenization import (
     tokenize_with_borders,
 )
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example
 
 FEW_ANSWERS = 12
 """Up to so many answers, each is rendered after all that is before it: windows would save nothing."""

@@ -28,9 +28,10 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.example import Collate, Example
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Collate, Example
+from llmtune.records import Batch
 
 Int64 = npt.NDArray[np.int64]
 
@@ -158,9 +159,9 @@ def encoder_batch(examples: Sequence[Example], pad_id: int | None, packs: bool) 
 
 def _token_kinds(examples: Sequence[Example]) -> list[list[int]]:
     """Return which of two texts each token belongs to; nothing where no example says."""
-    if not any(len(example.third_ids) for example in examples):
+    if not any(len(example.token_type_ids) for example in examples):
         return []
-    return [list(example.third_ids) or [0] * len(example.input_ids) for example in examples]
+    return [list(example.token_type_ids) or [0] * len(example.input_ids) for example in examples]
 
 
 def require_offsets(processor: PreTrainedTokenizerBase) -> None:

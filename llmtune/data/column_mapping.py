@@ -8,14 +8,15 @@ from statistics import mean
 
 from llmtune.data.message_fields import with_roles
 from llmtune.data.rejected_rows import RowError, json_kind
+from llmtune.recipe.task_facts import TASK_FACTS
 
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column's name in a template."""
 _PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request", "problem")
-_ANSWERS = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
+ANSWER_NAMES = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
 _CONVERSATION = {
     "prompt": _PROMPTS,
-    "completion": _ANSWERS,
+    "completion": ANSWER_NAMES,
     "output": ("response", "answer", "completion"),
     "input": ("context",),
     "system": ("system_prompt", "system_message"),
@@ -54,13 +55,14 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "preference": {
         "prompt": ("question", "instruction", "query", "input"),
-        "completion": _ANSWERS,
+        "completion": ANSWER_NAMES,
         "chosen": ("chosen_response", "chosen_messages", "preferred"),
         "rejected": ("rejected_response", "rejected_messages", "dispreferred"),
     },
 }
 """By task, our name of a column and what others call it."""
-
+COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])
+"""Columns of answers of which one is the worse: no other task may learn from them."""
 
 NAMES_AT_ONCE = 200
 """Columns and keys within them that a row is searched for."""
@@ -147,7 +149,7 @@ def with_aliases(
     for ours in wanted:
         if ours in mapped or ours in names:
             continue
-        known = (ours, *ALIASES[task].get(ours, ()))
+        known = (ours, *ALIASES.get(task, {}).get(ours, ()))
         found = [name for name, spelled in plain.items() if spelled in known]
         if len(found) == 1:
             mapped[ours] = found[0]
@@ -158,19 +160,6 @@ def with_aliases(
 
 
 RawRows = Sequence[Mapping[str, object]]
-READINGS: Mapping[str, tuple[str, ...]] = {
-    "chat": ("prompt", "completion"),
-    "completion": ("prompt", "completion"),
-    "translate": ("source", "target"),
-    "summarize": ("document", "summary"),
-    "qa": ("question", "context", "answer"),
-    "classify": ("text", "label"),
-    "speech": ("audio", "text"),
-    "preference": ("prompt", "chosen", "rejected"),
-}
-"""By task, the columns that are looked for: what is given first, what is learned last."""
-COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])
-"""Columns of pairs of answers, one worse than the other: no other task may learn from them."""
 TEXT_SHARE = 0.5
 MANY_ROWS = 8
 """Fewer say nothing about what repeats."""
@@ -179,12 +168,13 @@ RECORDING = re.compile(r"\.(wav|flac|mp3|ogg|opus)$", re.IGNORECASE)
 
 def infer_columns(rows: RawRows, task: str) -> dict[str, str] | None:
     """Guess a mapping of columns by which `task` could read these rows; None where no column would do."""
-    wanted = READINGS.get(task)
-    if wanted is None:
+    wanted = TASK_FACTS[task].columns
+    if not wanted:
         return None
     rows = [flatten(row) for row in rows]
-    known = {name for ours in wanted for name in (ours, *ALIASES[task].get(ours, ()))}
-    names = dict.fromkeys(name for row in rows for name in row if task == "preference" or name.lower() not in COMPARED)
+    known = {name for ours in wanted for name in (ours, *ALIASES.get(task, {}).get(ours, ()))}
+    refused = () if wanted[-1] in COMPARED else COMPARED
+    names = dict.fromkeys(name for row in rows for name in row if name.lower() not in refused)
     texts = [name for name in names if name.lower() in known or _is_text(rows, name)]
     if len(texts) < len(wanted):
         return None
@@ -196,7 +186,7 @@ def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str
     left, columns = list(texts), dict[str, str]()
     for ours in reversed(wanted[1:]):
         named = _columns_called(task, ours, left)
-        if task == "preference" and not named:
+        if ours in COMPARED and not named:
             return None  # which of two answers is the better one cannot be seen
         columns[ours] = named[0] if named else _by_values(rows, ours, left)
         left.remove(columns[ours])
@@ -221,7 +211,7 @@ def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
 
 def _columns_called(task: str, ours: str, names: Sequence[str]) -> list[str]:
     """Return the columns that are called so, or by a usual other name; else those with such a word in their names."""
-    known = {ours, *ALIASES[task].get(ours, ())}
+    known = {ours, *ALIASES.get(task, {}).get(ours, ())}
     return [name for name in names if name.lower() in known] or [name for name in names if name_words(name) & known]
 
 

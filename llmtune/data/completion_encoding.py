@@ -12,12 +12,12 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_rows import CompletionRow
+from llmtune.data.example import Example
 from llmtune.data.overlong import NOTHING, Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import continue_ids, decode, encode_texts, first_context, start_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example
 
 
 def encode_completion(

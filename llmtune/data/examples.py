@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby
 from pathlib import Path
-from typing import NotRequired, cast
+from typing import Any, NotRequired, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from llmtune import __version__
+from llmtune.data.example import Example
 from llmtune.data.ingest import progress_bars
 from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed, too_many_bad
@@ -29,11 +30,11 @@ from llmtune.data.row_store import AGAIN, iterate_texts, open_arrow
 from llmtune.data.task_interface import Encoded, TaskInterface
 from llmtune.data.tokenization import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
-from llmtune.errors import DataError, Problem
+from llmtune.errors import DataError, EnvironmentProblem, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Example, Examples, ModelRef, Rows
+from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import explained, hash_value, write_json
 from llmtune.store.json_shapes import Counts, read_record
 from llmtune.store.run_lock import package_versions
@@ -49,12 +50,10 @@ RECORD = "examples.json"
 COUNTED = ("counts", "tokens", "supervised", "longest", "reach")
 LEFT_OUT = "left_out.jsonl"
 LISTS: dict[str, type[np.generic]] = {
-    "input_ids": np.int32,
-    "spans": np.int32,
-    "target_ids": np.int32,
-    "target_spans": np.int32,
-    "third_ids": np.int32,
-    "values": np.float32,
+    **dict.fromkeys(("input_ids", "spans", "target_ids", "target_spans", "other_ids", "other_spans"), np.int32),
+    **dict.fromkeys(("token_type_ids", "class_ids", "tag_ids", "answer"), np.int32),
+    **dict.fromkeys(("values", "weights"), np.float32),
+    "desirable": np.int32,
     "audio": np.int16,
 }
 """Columns of lists, by the names of `Example`."""
@@ -256,6 +255,11 @@ class ExampleReader:
     def __init__(self, examples: Examples, split: str) -> None:
         with open_arrow(examples.files[split]) as reader:
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            if reader.schema.names != SCHEMA.names:
+                raise EnvironmentProblem.of("written by another version of llmtune", str(examples.files[split]), AGAIN)
+        parts = [(name, batch.column(name)) for batch in self._batches for name in LISTS]
+        self._filled = dict.fromkeys(name for name, column in parts if len(column.flatten()))
+        """Columns of lists that any example fills."""
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
         self.lengths = self._column("tokens")
         """int32 [n]: what each example costs, in tokens."""
@@ -273,20 +277,12 @@ class ExampleReader:
         index %= len(self)
         number = bisect_right(self._starts, index) - 1
         batch, offset = self._batches[number], index - self._starts[number]
-        lists = {name: np.from_dlpack(batch.column(name)[offset].values) for name in LISTS}
+        lists = {name: np.from_dlpack(batch.column(name)[offset].values) for name in self._filled}
         numbers = {name: batch.column(name)[offset].as_py() for name in NUMBERS}
-        return Example(
-            input_ids=lists["input_ids"].tolist(),
-            spans=lists["spans"].tolist(),
-            target_bytes=numbers["target_bytes"],
-            target_ids=lists["target_ids"].tolist() or (),
-            target_spans=lists["target_spans"].tolist() or (),
-            third_ids=lists["third_ids"].tolist() or (),
-            values=lists["values"].tolist() or (),
-            audio=cast(Sequence[int], lists["audio"]) if len(lists["audio"]) else (),
-            counted=numbers["supervised"],
-            cost=numbers["tokens"],
-        )
+        columns: dict[str, Any] = {"input_ids": [], "spans": []}
+        columns |= {name: part if name == "audio" else part.tolist() for name, part in lists.items() if len(part)}
+        about = {"target_bytes": numbers["target_bytes"], "counted": numbers["supervised"], "cost": numbers["tokens"]}
+        return Example(**columns, **about)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -379,4 +375,4 @@ def examples_inputs(recipe: Recipe, rows: Rows, model: ModelRef, processor: PreT
     settings |= {"section": recipe.task_section()}
     versions = package_versions(("transformers", "tokenizers"))
     contents = [rows.content_hash, model.content_hash, hash_value(processor.chat_template)]
-    return hash_value([__version__, versions, contents, about, settings, recipe.task])
+    return hash_value([__version__, SCHEMA.names, versions, contents, about, settings, recipe.task])

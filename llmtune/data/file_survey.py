@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.data.byte_streams import GUESSED_BYTES, guess_encoding, open_bytes
-from llmtune.data.column_mapping import ALIASES, find, flatten, infer_columns, name_words, rename
+from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_words, rename
 from llmtune.data.contamination import ANSWERS
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
 from llmtune.data.rejected_rows import RowError
@@ -22,11 +22,15 @@ from llmtune.data.row_hash import hash_content, iterate_strings, row_json
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
 from llmtune.errors import DataError
 from llmtune.recipe.data_section import Source
+from llmtune.recipe.task_facts import TASK_FACTS
 
 MOST_ROWS = 5000
 """Rows that are looked at."""
-BY_NAME = (
-    *("preference", "token-classify", "speech", "qa", "translate", "summarize", "chat", "classify", "completion"),
+BY_NAME = dict.fromkeys(
+    (
+        *("preference", "token-classify", "speech", "qa", "translate", "summarize", "chat", "classify", "completion"),
+        *TASK_FACTS,
+    )
 )
 """Tasks in the order in which a file that fits several is taken for one of them."""
 BY_VALUES = ("speech", "qa", "translate", "classify", "chat")
@@ -177,17 +181,17 @@ def _inferred(survey: Survey, task: str | None) -> Iterator[tuple[str, dict[str,
     for one in BY_VALUES if task is None else (task,):
         columns = infer_columns(survey.first, one)
         reads = columns and reads_rows(survey.first, one, columns, survey.folders[0])
-        if columns and reads and (task is not None or _likely(one, columns, survey)):
+        if columns and reads and (task is not None or _likely(columns, survey)):
             yield one, columns
 
 
-def _likely(task: str, columns: Mapping[str, str], survey: Survey) -> bool:
+def _likely(columns: Mapping[str, str], survey: Survey) -> bool:
     """Whether the values speak for a task that the names do not."""
-    if task == "translate":
+    if "source" in columns:
         return all(LANGUAGES.fullmatch(name.lower()) for name in columns.values())
-    if task == "classify":
+    if "label" in columns:
         labels = [str(find(row, columns["label"])) for row in survey.rows]
-        has_answers = any(name_words(name) & {*ALIASES["chat"]["completion"]} for name in survey.columns)
+        has_answers = any(name_words(name) & {*ANSWER_NAMES} for name in survey.columns)
         return not has_answers and len(set(labels)) <= min(MOST_CLASSES, len(labels) // 4)
     return True
 

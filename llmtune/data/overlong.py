@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, TypeAlias, cast
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_rows import ChatRow, Message
+from llmtune.data.example import Example, span_sizes
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import cut_start, tokenize
-from llmtune.records import Example, span_sizes
 
 TOO_LONG = "too long"
 """How the reason begins for a row that is left out because of its length."""

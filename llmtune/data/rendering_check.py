@@ -27,18 +27,18 @@ from llmtune.data.chat_template import (
     read_template,
     with_kwargs,
 )
+from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.template_facts import TemplateFacts
 from llmtune.data.template_text import template_variables
 from llmtune.data.tokenization import decode
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example, Row, Rows
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import Row, Rows
 
 KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
 """As rows have them on disk. Within a text, quotes have backslashes before them."""
-CONVERSATIONS = ("chat", "preference")
-"""Tasks whose rows are conversations."""
 OTHER = "Set model.chat_template to a Jinja file that writes `tools`, `tool_calls` and messages of the role `tool`"
 SHOWN = 40
 """Characters of a text that a reason names."""
@@ -176,7 +176,7 @@ def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) 
     Raises:
         EnvironmentProblem: it leaves out declarations of tools, calls or results.
     """
-    if recipe.task not in CONVERSATIONS or not processor.chat_template:
+    if not TASK_FACTS[recipe.task].has_messages or not processor.chat_template:
         return
     texts = (text for split in rows.files for _, text in iterate_texts(rows, split))
     used = Counter(_used_parts(json.loads(text)) for text in texts if any(key in text for key in KEYS))

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from llmtune.data.example import Collate, Example
 from llmtune.data.tokenization import Segment, highlight
-from llmtune.records import AdaptedModel, Batch, Collate, Example, Loss, Rows
+from llmtune.records import AdaptedModel, Batch, Loss, Rows
 
 if TYPE_CHECKING:
     import torch

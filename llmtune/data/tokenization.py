@@ -24,9 +24,9 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from llmtune.data.example import Example
 from llmtune.data.row_hash import iterate_strings
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example
 
 LOCAL_PRE_TOKENIZERS = re.compile(
     "BertPreTokenizer|ByteLevel|CharDelimiterSplit|Digits|Metaspace|Punctuation|Sequence|Split|UnicodeScripts"
@@ -386,7 +386,8 @@ def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> 
 
 
 def _learns(example: Example, token: int) -> bool:
-    for ids, spans in ((example.input_ids, example.spans), (example.target_ids, example.target_spans)):
+    written = (example.target_ids, example.target_spans), (example.other_ids, example.other_spans)
+    for ids, spans in ((example.input_ids, example.spans), *written):
         if token in ids and any(token in ids[a:b] for a, b in zip(spans[::2], spans[1::2], strict=True)):
             return True
     return False

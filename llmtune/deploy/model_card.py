@@ -16,16 +16,15 @@ from rich.console import Console
 
 from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.model.builtin_models import PACKAGED
-from llmtune.model.licenses import UNKNOWN, find_license
 from llmtune.model.model_files import read_json_object
+from llmtune.model.resolve import UNKNOWN, find_license
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.secrets import redact, redact_all
+from llmtune.recipe.secrets import hide_paths, is_local_path
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.metric_info import METRIC_NOTES
 from llmtune.report.number_format import missing
-from llmtune.report.redaction import hide_paths, is_local_path
-from llmtune.report.render_markdown import code, plain, render_section
+from llmtune.report.render_markdown import code, markdown_text, render_section
 from llmtune.report.report_record import Seeds
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
 
@@ -68,7 +67,7 @@ class PublishOptions:
 
 @dataclass(frozen=True)
 class Publication:
-    """A finished run as it is published: its model with certificates, what is known of it, what the publisher wants."""
+    """A finished run as published: its model with certificates, its records, and the options of the publisher."""
 
     kind: str
     """adapter, weights (a full tuning) or merged."""
@@ -113,9 +112,8 @@ def write_card(published: Publication, console: Console) -> ModelCard:
     options, recipe, (base, base_name, notes) = published.options, published.recipe, published.base
     license_name, license_from = _find_license(published)
     _print_unknown(published, license_name, console)
-    name = redact(options.repo or recipe.name).rpartition("/")[2]
-    recipe_values = redact_all(recipe.model_dump(mode="json"))
-    report = cast(Document, hide_paths({**published.report, "recipe": recipe_values}))
+    name = (options.repo or recipe.name).rpartition("/")[2]
+    report = cast(Document, hide_paths({**published.report, "recipe": recipe.model_dump(mode="json")}))
     scores = TypeAdapter(Evaluation).validate_python(hide_paths(asdict(published.evaluation)))
     auto_class = find_auto_class(published.config)
     metadata = _metadata(published, scores, _source_names(report), auto_class)
@@ -140,7 +138,7 @@ def write_card(published: Publication, console: Console) -> ModelCard:
         notes=notes,
         measured=_measured(report, scores),
         describe_parity=describe_parity,
-        plain=plain,
+        plain=markdown_text,
         code=code,
         repr=repr,
     )
@@ -211,7 +209,7 @@ def _hub_metric(metric: str) -> str:
 
 
 def _eval_results(scores: Evaluation, sources: list[str], hub_data: list[str], pipeline: str) -> Iterator[EvalResult]:
-    """Yield a result per metric of the tuned model; base and interval stand in its name, for want of fields."""
+    """Yield a result per metric of the tuned model; its name holds base and interval, which have no fields."""
     names = ", ".join(sources)
     for metric, value in _known_scores(scores).items():
         yield EvalResult(
@@ -242,7 +240,9 @@ def _measured(report: Document, scores: Evaluation) -> str:
         seed_section(seeds, base_name(scores)),
         *suite_sections(scores),
     )
-    notes = [f"- {code(name)}: {plain(METRIC_NOTES[name])}" for name in _known_scores(scores) if name in METRIC_NOTES]
+    notes = [
+        f"- {code(name)}: {markdown_text(METRIC_NOTES[name])}" for name in _known_scores(scores) if name in METRIC_NOTES
+    ]
     first = render_section(score_section(scores, report["task"]), level=3)
     rest = [render_section(section, level=3) for section in sections]
     return "\n\n".join(part for part in (first, "\n".join(notes), *rest) if part)

@@ -1,8 +1,9 @@
 """Ollama's Modelfile: the chat template as a Go template that is proven to write the same, stop tokens, sampling.
 
-A chat template is taken apart by what it writes between messages: before the first one, from a system message to a
-question, from a question to its answer and so on. Where texts put together from these parts are, letter by letter, what
-the chat template writes for a set of conversations, the parts become a Go template; else none is written.
+Without TEMPLATE, Ollama takes whichever of its own templates differs from the file's chat template in fewer than 100
+letters, else none at all, and reports neither. So each Modelfile has a template: the parts that the chat template
+writes between messages, where texts put together from them are, letter by letter, what the chat template writes for a
+set of conversations. Where they are not, no Modelfile is written.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import read_template, with_kwargs
 from llmtune.data.template_text import without_secrets
+from llmtune.deploy.tuned_model import TunedModel
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.store.atomic_files import write_text
 
 Messages = Sequence[dict[str, str]]
 TemplateParts = dict[tuple[str, str], str]
 """What a chat template writes between a message of one role and the next. The role before the first message is empty,
-as is the one that begins the answer; system messages are left out where the template takes none."""
+as is the one of the answer to come; system messages are left out where the template takes none."""
 
 MODELFILE = "Modelfile"
 SAMPLES: tuple[tuple[str, ...], ...] = (
@@ -85,21 +88,32 @@ def go_template(parts: TemplateParts) -> str:
 
 
 def _quote(text: str) -> str:
-    """Return a Go string that stands within a Modelfile's triple quotes."""
+    """Return a Go string for use within a Modelfile's triple quotes."""
     return json.dumps(text, ensure_ascii=False).replace('"""', '"\\""')
 
 
 def write_modelfile(
-    file: Path, parts: TemplateParts | None, stops: Sequence[str], recipe: Recipe, notes: Sequence[str], adapter: bool
-) -> None:
-    """Write a Modelfile beside a GGUF file: a whole model, or an adapter."""
-    lines = [f"# {note}" for note in notes]
-    lines += ["FROM ./base.gguf", f"ADAPTER ./{file.name}"] if adapter else [f"FROM ./{file.name}"]
-    if parts is not None:
-        lines.append(f'TEMPLATE """{go_template(parts)}"""')
-    lines += [f"PARAMETER {name} {value}" for name, value in sampling_parameters(recipe).items()]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    file: Path, tuned: TunedModel, stops: Sequence[int], notes: Sequence[str], *, adds_bos: bool, adapter: bool
+) -> bool:
+    """Write a Modelfile next to a GGUF file, a whole model or an adapter; returns whether its template can be written.
+
+    `adds_bos`: programs that read the file write the start token.
+    """
+    template = "{{ .Prompt }}"
+    if TASK_FACTS[tuned.task.name].templated and tuned.processor.chat_template:
+        parts = split_template(tuned.processor, tuned.recipe, adds_bos)
+        if parts is None:
+            return False
+        template = go_template(parts)
+    source = ["FROM ./base.gguf", f"ADAPTER ./{file.name}"] if adapter else [f"FROM ./{file.name}"]
+    lines = [*(f"# {note}" for note in notes), *source, f'TEMPLATE """{template}"""']
+    lines += [f"PARAMETER {name} {value}" for name, value in sampling_parameters(tuned.recipe).items()]
+    lines += [
+        f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}"
+        for token in tuned.processor.convert_ids_to_tokens(list(stops))
+    ]
     write_text(file.with_name(MODELFILE), "\n".join(lines) + "\n")
+    return True
 
 
 def sampling_parameters(recipe: Recipe) -> dict[str, float]:

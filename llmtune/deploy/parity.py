@@ -1,4 +1,4 @@
-"""How far a product is from the tuned model: distances between outputs, what is allowed, and the certificate.
+"""How far a product is from the tuned model: distances between outputs, limits, and the certificate.
 
 Shapes: T positions of a prompt and its answer, V vocabulary; N distributions over K outputs.
 """
@@ -58,7 +58,7 @@ class Parity(Distance):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is allowed: a mean KL of a share of what tuning did, but at least `kl_floor` and at most `kl_cap`.
+    """Limits: a mean KL of a share of what tuning did, but at least `kl_floor` and at most `kl_cap`.
 
     With `noise`, at most half of what tuning did, or `noise` if that is more: otherwise a product that lost the adapter
     of a gentle tuning would pass.
@@ -87,7 +87,9 @@ LIMITS = {
 other base: a 4-bit adapter on the original weights."""
 
 
-def compare_outputs(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], kind: str = "choice") -> Distance:
+def measure_distance(
+    expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], kind: str = "choice"
+) -> Distance:
     """Compare logits [N, K] with others of the same inputs.
 
     `kind` is a task's `output_kind`. The KL of numbers is that of two normal distributions around them, as wide as the
@@ -143,7 +145,7 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     return breaches
 
 
-class Measured(TypedDict):
+class ParityNumbers(TypedDict):
     """The numbers of a parity check, as a certificate has them."""
 
     positions: int
@@ -166,7 +168,7 @@ class CertificateDocument(TypedDict, total=False):
     files_sha256: dict[str, str]
     number_format: str
     reader: str
-    measured: Measured | None
+    measured: ParityNumbers | None
 
 
 def read_certificate(folder: Path, name: str = CERTIFICATE) -> Certificate | None:
@@ -191,11 +193,11 @@ def check_output(out: Path) -> Iterator[Problem]:
         yield Problem("the folder holds something else", str(out), "Choose another folder with --out.")
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir():
-        yield Problem("a file stands where a folder is needed", str(existing), "Choose another --out.")
+        yield Problem("expected a folder, found a file", str(existing), "Choose another --out.")
 
 
 def check_onto(onto: str, quantized: bool, original: bool = True) -> Iterator[Problem]:
-    """Yield what is wrong with the weights that a product is to go onto; not all models have `original` ones."""
+    """Yield problems with the weights to merge onto; not all models have `original` ones."""
     if onto not in ("original", "dequantized"):
         yield Problem(f"{onto!r} is neither original nor dequantized", "--onto")
     elif onto == "dequantized" and not quantized:
@@ -225,7 +227,7 @@ def load_product(load: Callable[[], tuple[PreTrainedModel, dict[str, set[str]]]]
 def write_certificate(certificate: Certificate, folder: Path, out: Path, product: str, fix: str = "") -> None:
     """Write the certificate into `folder`, which is to become `out`.
 
-    Raises GateFailed for one that did not pass; its numbers then stand beside `out` as `<out>.failed.json`.
+    Raises GateFailed for one that did not pass; its numbers are written to `<out>.failed.json`.
     """
     failed = out.with_name(f"{out.name}.failed.json")
     if not certificate["passed"]:

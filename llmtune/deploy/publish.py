@@ -20,16 +20,14 @@ from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import CERTIFICATE, Certificate, read_certificate
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.model.licenses import LICENSES
-from llmtune.model.resolve import NO_ANSWER
-from llmtune.recipe.secrets import redact
+from llmtune.model.resolve import LICENSES, NO_ANSWER
+from llmtune.recipe.secrets import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
 from llmtune.records import Evaluation
-from llmtune.report.redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
 from llmtune.report.report_record import read_report
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, staged, write_json, write_text
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
-from llmtune.store.run_lock import LOCK, read_lock
+from llmtune.store.run_lock import LOCK, read_lock, read_resolved
 
 
 def check_upload(offline: bool) -> None:
@@ -57,12 +55,12 @@ def upload(folder: Path, repo: str, *, private: bool, card: ModelCard, name: str
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{name}, by llmtune")
     except (OfflineModeIsEnabled, NO_ANSWER) as error:
-        raise _explain(error, repo) from error
+        raise _explain_hub_error(error, repo) from error
     except ValueError as error:
         raise EnvironmentProblem.of(f"the hub refuses the card: {error}", "README.md") from error
 
 
-def _explain(error: Exception, repo: str) -> LlmtuneError:
+def _explain_hub_error(error: Exception, repo: str) -> LlmtuneError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         fix = "Make a token that may write there (https://huggingface.co/settings/tokens), then: hf auth login"
@@ -93,10 +91,10 @@ def publish_run(run: Path, options: PublishOptions, console: Console) -> dict[st
     if not options.despite_gates:
         _check_gates(report)
     known = (report, evaluation, read_lock(folder.path / LOCK), recipe_of_run(folder).recipe)
-    published = Publication(*find_model(folder, report, options), *known, options)
+    published = Publication(*find_published_model(folder, report, options), *known, options)
     written = write_card(published, console)
     with _target_folder(options) as target:
-        _fill(target, folder.path, published)
+        _fill_folder(target, folder.path, published)
         write_text(target / CARD, redact(str(written)))
         refuse_paths(target, _private_paths(folder.path, published.lock))
         card = _read_card(target / CARD)
@@ -104,7 +102,7 @@ def publish_run(run: Path, options: PublishOptions, console: Console) -> dict[st
         if options.repo and not options.dry_run:
             upload(target, options.repo, private=options.private, card=card, name=options.repo.rpartition("/")[2])
     where = f"https://huggingface.co/{options.repo}" if options.repo else str(options.to)
-    _print_summary(where, sizes, options, console)
+    _print_publication(where, sizes, options, console)
     metadata: dict[str, object] = card.data.to_dict()  # type: ignore[no-untyped-call]
     return {"to": where, "dry_run": options.dry_run, "files": sizes, "card": metadata}
 
@@ -173,7 +171,7 @@ def _check_gates(report: Document) -> None:
 # The model, and the proof that it is what was evaluated
 
 
-def find_model(
+def find_published_model(
     folder: RunFolder, report: Document, options: PublishOptions
 ) -> tuple[str, Path, Certificate, Certificate | None]:
     """Find the model to publish, and prove it; returns its kind, folder and certificate, and that of the GGUF file.
@@ -223,7 +221,7 @@ def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
 
 
 def _read_gguf(file: Path, report: Document, trained: str) -> Certificate:
-    """Return the certificate beside a GGUF file."""
+    """Return the certificate of a GGUF file, which is in its folder."""
     certificate: Certificate = read_certificate(file.parent) or {}
     checks = {
         "a GGUF file without a certificate that passed is not published": certificate.get("passed"),
@@ -241,7 +239,7 @@ def _read_gguf(file: Path, report: Document, trained: str) -> Certificate:
 
 @contextmanager
 def _target_folder(options: PublishOptions) -> Iterator[Path]:
-    """Give a folder to fill: the one that is asked for, or one that goes away again."""
+    """Yield the folder to fill: the requested one, or a temporary one."""
     if options.to is not None and not options.dry_run:
         with explained(options.to), staged(options.to) as folder:
             yield folder
@@ -257,7 +255,7 @@ def _private_paths(run: Path, lock: Document) -> list[Path]:
     return [run.absolute(), run.resolve(), Path.home(), Path.cwd(), Path(lock["model"]["folder"]), *data]
 
 
-def _fill(target: Path, run: Path, published: Publication) -> None:
+def _fill_folder(target: Path, run: Path, published: Publication) -> None:
     """Write everything but the card."""
     for path in sorted(published.folder.iterdir()):
         if path.is_file() and path.name not in REWRITTEN:
@@ -274,7 +272,7 @@ def _fill(target: Path, run: Path, published: Publication) -> None:
         write_json(target / GGUF_CERTIFICATE, hide_paths(published.gguf))
     write_json(target / CERTIFICATE, hide_paths(published.certificate))
     write_json(target / LOCK, hide_paths(published.lock))
-    write_text(target / "recipe.yaml", recipe_to_share(run / "recipe.yaml"))
+    write_text(target / "recipe.yaml", recipe_to_share(read_resolved(run / "recipe.yaml")))
 
 
 def _read_card(path: Path) -> ModelCard:
@@ -286,7 +284,7 @@ def _read_card(path: Path) -> ModelCard:
     return card
 
 
-def _print_summary(where: str, sizes: Mapping[str, int], options: PublishOptions, console: Console) -> None:
+def _print_publication(where: str, sizes: Mapping[str, int], options: PublishOptions, console: Console) -> None:
     done = "would be published to" if options.dry_run else "published to"
     console.print(f"{done} {escape(where)}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB", highlight=False)
     if options.dry_run:

@@ -14,12 +14,20 @@ from llmtune.deploy.endpoint_parity import ENDPOINT_CERTIFICATE
 from llmtune.deploy.parity import CERTIFICATE
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
-from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
+from llmtune.evaluate.opened_runs import (
+    RELEASE_VERSION,
+    Release,
+    check_alike,
+    is_release,
+    name_runs,
+    open_release,
+    open_run_scores,
+    pair_metrics,
+)
 from llmtune.evaluate.per_row_scores import pack_measures
-from llmtune.evaluate.release_file import VERSION, Release, is_release, open_release
+from llmtune.recipe.secrets import hide_paths
 from llmtune.recipe.user_files import read_bytes
 from llmtune.records import Difference, Json
-from llmtune.report.redaction import hide_paths
 from llmtune.report.report_record import require_report
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
 from llmtune.store.run_lock import LOCK
@@ -39,7 +47,7 @@ class Signature:
     by: str
     """Whose it is, where that was checked; else the fingerprint of the key, or how to check it."""
     checked: bool
-    """Whether it was held against the keys of those who may sign."""
+    """Whether it was checked against the keys of those who may sign."""
 
 
 def sign(path: Path, how: str) -> Path:
@@ -51,12 +59,12 @@ def sign(path: Path, how: str) -> Path:
     """
     remove_signatures(path)
     if how == SIGSTORE:
-        call([SIGSTORE, "sign", "--bundle", str(signature_file(path, SIGSTORE)), str(path)])
+        _call_program([SIGSTORE, "sign", "--bundle", str(signature_file(path, SIGSTORE)), str(path)])
         return signature_file(path, SIGSTORE)
     if not Path(how).is_file():
         fix = "Name the file of an SSH key, such as ~/.ssh/id_ed25519, or write sigstore."
         raise RecipeError.of(f"there is no SSH key {how}", "--sign", fix)
-    call(["ssh-keygen", "-Y", "sign", "-f", how, "-n", NAMESPACE, str(path)])
+    _call_program(["ssh-keygen", "-Y", "sign", "-f", how, "-n", NAMESPACE, str(path)])
     return signature_file(path, "ssh")
 
 
@@ -74,15 +82,17 @@ def check_signature(path: Path, signers: Path | None) -> Signature | None:
         raise GateFailed.of("nobody signed this with an SSH key", str(path), "Sign it: llmtune release RUN --sign KEY")
     if "ssh" in found:
         words, content = ["-n", NAMESPACE, "-s", str(found["ssh"])], path.read_bytes()
-        valid = run(["ssh-keygen", "-Y", "check-novalidate", *words], content)
+        valid = _run_program(["ssh-keygen", "-Y", "check-novalidate", *words], content)
         if valid.returncode:
             fix = "Take the file and its signature as they were released."
             raise GateFailed.of("this is not the file that was signed", str(path), fix)
         if signers is None:
             return Signature("ssh", found["ssh"].name, valid.stdout.decode().strip().rpartition(" ")[2], checked=False)
-        names = run(["ssh-keygen", "-Y", "find-principals", "-f", str(signers), "-s", str(found["ssh"])])
+        names = _run_program(["ssh-keygen", "-Y", "find-principals", "-f", str(signers), "-s", str(found["ssh"])])
         for name in names.stdout.decode().split():
-            if not run(["ssh-keygen", "-Y", "verify", "-f", str(signers), "-I", name, *words], content).returncode:
+            if not _run_program(
+                ["ssh-keygen", "-Y", "verify", "-f", str(signers), "-I", name, *words], content
+            ).returncode:
                 return Signature("ssh", found["ssh"].name, name, checked=True)
         raise GateFailed.of(f"signed by a key that is not in {signers}", str(path), "Add the key, or do not trust it.")
     if SIGSTORE in found:
@@ -111,16 +121,16 @@ def remove_signatures(path: Path) -> None:
         signature_file(path, kind).unlink(missing_ok=True)
 
 
-def run(words: list[str], given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def _run_program(words: list[str], given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """Run a program; raises EnvironmentProblem where it is not installed."""
     if shutil.which(words[0]) is None:
         raise EnvironmentProblem.of(f"{words[0]} is not installed", "--sign", INSTALL[words[0]])
     return subprocess.run(words, input=given, capture_output=True, check=False)  # noqa: S603
 
 
-def call(words: list[str]) -> None:
-    """Run a program that asks a person what it has to know; raises EnvironmentProblem with its last line."""
-    done = run(words)
+def _call_program(words: list[str]) -> None:
+    """Run a program that may ask the user for input; raises EnvironmentProblem with its last line."""
+    done = _run_program(words)
     if done.returncode:
         said = re.sub(r"\s+", " ", done.stderr.decode(errors="replace")).strip()[-300:]
         raise EnvironmentProblem.of(f"{words[0]} did not sign: {said}", "--sign", "Try it by hand: " + " ".join(words))
@@ -144,7 +154,7 @@ def make_release(run: Path, out: Path | None, signing: str | None = None) -> Pat
     report = require_report(run)
     evaluation, measures = opened.evaluation, replace(opened.measures, base={})
     content = Release(
-        release_version=VERSION,
+        release_version=RELEASE_VERSION,
         llmtune=__version__,
         name=opened.recipe.name,
         date=report["date"],
@@ -178,7 +188,7 @@ def _without_paths(content: Release) -> Json:
 
 
 def find_certificates(run: Path) -> dict[str, Json]:
-    """Return the certificates of what was made of a run, by where they stand in its folder."""
+    """Return the certificates of a run's products, by path in its folder."""
     files = [*run.glob(f"*/{CERTIFICATE}"), *run.glob(f"*/*/{CERTIFICATE}"), run / ENDPOINT_CERTIFICATE]
     found = {str(file.relative_to(run)): read_json(file) for file in files}
     return {name: content for name, content in found.items() if isinstance(content, dict)}

@@ -1,4 +1,4 @@
-"""What products are held against: the tuned model of a run, the questions it is asked, and what it makes of them.
+"""The tuned model that products are compared with, the questions it is asked, and its outputs.
 
 Shapes: T positions of a prompt and its answer, V vocabulary; N distributions over K outputs: one per row for classes,
 one per token for tags and words, two for an answer's ends.
@@ -19,19 +19,19 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from llmtune.adapter.reference_model import switches_off
 from llmtune.data.chat_messages import clean_messages
-from llmtune.data.row_store import load_rows, read_rows
-from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, compare_outputs
+from llmtune.data.row_store import read_rows
+from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, measure_distance
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
-from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, move_to, read_inputs, unwrap
+from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
 from llmtune.model.config import read_model_config
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Batch, ModelRef, Row
-from llmtune.report.render_terminal import follow
-from llmtune.session import Models, RunContext, trained_name
+from llmtune.report.render_terminal import track_items
+from llmtune.session import Models, RunContext
 from llmtune.store.atomic_files import hash_folder
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.speech import heard_at_once
@@ -51,13 +51,12 @@ CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'
 """What the fixed prompts are asked about, where a task finds answers in a text."""
 ANSWER_TOKENS = 16
 CERTIFIED_ROWS = 8
-"""Rows of the run that a product is asked beside the fixed prompts."""
-Ids = Sequence[int]
+"""Rows of the run that a product is asked, after the fixed prompts."""
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """The model that products are made from and held against, with the run's rows that it is asked."""
+    """The model that products are made from and compared with, and the run's rows that it is asked."""
 
     adapted: AdaptedModel
     recipe: Recipe
@@ -97,21 +96,16 @@ class TunedModel:
         }
 
 
-def load_tuned(
-    context: RunContext,
-    model_ref: ModelRef,
-    processor: PreTrainedTokenizerBase,
-    splits: Sequence[str] = ("test",),
-) -> TunedModel:
+def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedModel:
     """Load the model of a finished run, and a few rows of the first of `splits` that has any."""
-    rows = load_rows(context.folder.path / "data" / "rows")
+    rows = context.rows
     split = next((name for name in splits if rows.counts[name]), splits[0])
     return TunedModel(
-        Models(context, model_ref, processor).adapted,
-        context.recipe,
-        context.task,
+        Models(context).adapted,
+        context.plan.recipe,
+        context.plan.task,
         read_rows(rows, split, range(min(CERTIFIED_ROWS, rows.counts[split]))),
-        hash_folder(context.folder.path / trained_name(context.recipe)),
+        hash_folder(context.trained_folder),
         context.console,
     )
 
@@ -122,7 +116,7 @@ def training_base(recipe: Recipe, model_ref: ModelRef) -> Onto:
     return "dequantized" if quantized else "original"
 
 
-class Reference(ABC):
+class TunedReference(ABC):
     """What the tuned model makes of its questions; products are compared with it."""
 
     kind = "choice"
@@ -131,13 +125,14 @@ class Reference(ABC):
     def __init__(self, tuned: TunedModel) -> None:
         self.tuned = tuned
         self.logits = self.read_logits(tuned.model)
-        base = self.read_base_logits()
-        self.effect = None if base is None else self.compare(base).kl_mean
-        """Mean KL from the tuned model to its own base; None where no adapter can be switched off."""
+        self.base_logits = self.read_base_logits()
+        """Those of the base model; None where no adapter can be switched off."""
+        self.effect = None if self.base_logits is None else self.compare(self.base_logits).kl_mean
+        """Mean KL from the tuned model to its own base."""
 
     def follow(self, items: Sequence[T], what: str) -> Iterator[T]:
         """Yield items with a bar on the terminal."""
-        return follow(self.tuned.console, items, what)
+        return track_items(self.tuned.console, items, what)
 
     @abstractmethod
     def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
@@ -157,7 +152,7 @@ class Reference(ABC):
 
     def compare(self, logits: Sequence[torch.Tensor]) -> Distance:
         """Compare logits of the same questions with those of the tuned model."""
-        return compare_outputs(self.logits, logits, self.kind)
+        return measure_distance(self.logits, logits, self.kind)
 
     def judge(self, logits: Sequence[torch.Tensor], same_answers: Sequence[bool], same_ids: bool) -> Parity:
         """Return the parity of a product by its logits, by which answers are the same, and whether all inputs are."""
@@ -171,7 +166,7 @@ class Reference(ABC):
         )
 
 
-def make_reference(tuned: TunedModel) -> Reference:
+def make_reference(tuned: TunedModel) -> TunedReference:
     """Ask the tuned model the fixed prompts and its rows; the rows alone if it does not continue a text."""
     return TextReference(tuned) if tuned.task.continues_text else HeadReference(tuned)
 
@@ -188,13 +183,13 @@ class TransformersReader:
         self.model = model
 
     @torch.no_grad()
-    def logits(self, ids: Ids) -> torch.Tensor:
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits [T, V] of every position, on the CPU in float32."""
         ids_BT = torch.tensor([list(ids)], device=self.model.device)
         logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
         return logits_BTV[0, -len(ids) :].float().cpu()  # vectors before a text have logits too
 
-    def answer(self, prompt: Ids, stops: Ids, tokens: int = ANSWER_TOKENS) -> list[int]:
+    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
         """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
         settings = GenerationConfig(
             max_new_tokens=tokens, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=[*stops, 0][0]
@@ -203,7 +198,7 @@ class TransformersReader:
             return generate_batch(self.model, [prompt], settings, str(self.model.device))[0]
 
 
-class TextReference(Reference):
+class TextReference(TunedReference):
     """Prompts, the tuned model's greedy answers to them, and its logits [T, V] over both."""
 
     def __init__(self, tuned: TunedModel) -> None:
@@ -218,12 +213,12 @@ class TextReference(Reference):
         """Return the logits over each prompt and the tuned model's answer to it."""
         return self.read_by(TransformersReader(model).logits)
 
-    def read_by(self, logits_of: Callable[[Ids], torch.Tensor]) -> list[torch.Tensor]:
+    def read_by(self, logits_of: Callable[[Sequence[int]], torch.Tensor]) -> list[torch.Tensor]:
         """Return what a reader's `logits` are over each prompt and the tuned model's answer to it."""
         pairs = list(zip(self.prompts, self.answers, strict=True))
         return [logits_of([*prompt, *answer]) for prompt, answer in self.follow(pairs, "likelihoods")]
 
-    def same_answers(self, answer: Callable[[Ids, Ids], list[int]]) -> list[bool]:
+    def same_answers(self, answer: Callable[[Sequence[int], Sequence[int]], list[int]]) -> list[bool]:
         """Return whether a reader's `answer` to each prompt is that of the tuned model."""
         pairs = list(zip(self.prompts, self.answers, strict=True))
         return [answer(prompt, self.stops) == expected for prompt, expected in self.follow(pairs, "answers")]
@@ -264,7 +259,7 @@ def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 # Classes, tags, answer spans, translations, transcripts
 
 
-class HeadReference(Reference):
+class HeadReference(TunedReference):
     """Outputs and predictions of a model with a head, an encoder-decoder or a speech model, on rows of the run."""
 
     def __init__(self, tuned: TunedModel) -> None:
@@ -282,7 +277,7 @@ class HeadReference(Reference):
 
     def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
         """Return the logits for each example."""
-        return [read_outputs(model, batch) for batch in self.follow(self.batches, "outputs")]
+        return [read_head_outputs(model, batch) for batch in self.follow(self.batches, "outputs")]
 
     def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
         """Compare a folder of transformers; predictions are compared as they are written out."""
@@ -307,14 +302,14 @@ class HeadReference(Reference):
         task, recipe = self.tuned.task, self.tuned.recipe
         collate = task.collator(processor, recipe, False)
         for row, prediction in zip(self.tuned.rows, self.predictions, strict=True):
-            for candidate in (with_answer(task, row, prediction), row):
+            for candidate in (fill_answer(task, row, prediction), row):
                 (examples,) = task.encode([candidate], processor, recipe)
                 if not isinstance(examples, str):  # a text is why the row has none
                     yield from (collate([example], 0) for example in examples)
                     break
 
 
-def with_answer(task: AnyTask, row: Row, prediction: object) -> Row:
+def fill_answer(task: AnyTask, row: Row, prediction: object) -> Row:
     """Return a row whose answer, where it is one text, is what a model predicted."""
     question, answer = task.split_answer(row)
     if not isinstance(prediction, str) or task.trains_head:
@@ -326,14 +321,14 @@ def with_answer(task: AnyTask, row: Row, prediction: object) -> Row:
 
 
 @torch.inference_mode()
-def read_outputs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def read_head_outputs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the logits [N, K] that `model` has for one batch, on the CPU in float32."""
     inner = unwrap(model)
     moved = move_to(inner.device, batch)
     if "samples_R" in moved:
         pieces = [model(**inputs).logits for inputs, _ in heard_at_once(model, moved)]
         return torch.cat([part.flatten(0, -2) for part in pieces]).float().cpu()
-    inputs = read_inputs(model, moved)
+    inputs = model_inputs(model, moved)
     if inner.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, moved["labels"])
     if "use_cache" in accepted_arguments(type(inner)):  # type: ignore[arg-type]

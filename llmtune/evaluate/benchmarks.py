@@ -19,10 +19,9 @@ import torch
 
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite
-from llmtune.evaluate.lm_eval import RUN_ERRORS, Benchmark, check_benchmarks, explained, load_benchmarks, quietly
-from llmtune.evaluate.metric import Measure, PairedMeasures, columns, ratio
-from llmtune.evaluate.paired_statistics import Floats, share_ends
-from llmtune.evaluate.range_ends import mean_share_ends
+from llmtune.evaluate.lm_eval import RUN_ERRORS, Benchmark, check_task_names, explain_errors, load_benchmarks, quietly
+from llmtune.evaluate.metric import Measure, PairedMeasures, columns, mean_share_bounds, ratio
+from llmtune.evaluate.paired_statistics import Floats, share_bounds
 from llmtune.evaluate.token_batches import of_first_process
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
@@ -61,7 +60,7 @@ CLOSE = 1e-9
 
 
 @dataclass(frozen=True)
-class Score:
+class BenchmarkScore:
     """One metric of one task or group."""
 
     metric: str
@@ -73,7 +72,7 @@ class Score:
     signature: str
 
 
-class BenchmarkSuite(EvalSuite[dict[str, Score]]):
+class BenchmarkSuite(EvalSuite[dict[str, BenchmarkScore]]):
     """Scores by the name that a gate calls them."""
 
     decoder_input = "the likelihood of answers, or answers that are written behind a prompt"
@@ -83,13 +82,13 @@ class BenchmarkSuite(EvalSuite[dict[str, Score]]):
         self.benchmarks = load_benchmarks(context.recipe, context.console)
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
-        """Check task files and the names of tasks. Raises as `check_benchmarks` does."""
-        check_benchmarks(recipe)
+    def read(cls, recipe: Recipe) -> None:
+        """Check task files and the names of tasks. Raises as `check_task_names` does."""
+        check_task_names(recipe)
 
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Run all benchmarks on one model, and keep lm-eval's own results."""
-        scores: dict[str, Score] = {}
+        scores: dict[str, BenchmarkScore] = {}
         with counting_bars(self.context.console) as bars:
             for benchmark in self.benchmarks:
                 bar = bars.add_task(f"{name}: {benchmark.name}", total=None)
@@ -131,9 +130,9 @@ def run_benchmark(
     from llmtune.evaluate.lm_eval_model import BatchedLM
 
     section = benchmark.section
-    with quietly(), explained(section, RUN_ERRORS):
+    with quietly(), explain_errors(section, RUN_ERRORS):
         lm = BatchedLM(model, context, advance)
-        found: EvalResults | None = simple_evaluate(
+        results: EvalResults | None = simple_evaluate(
             model=lm,
             tasks=[*benchmark.run.values()],
             num_fewshot=section.num_fewshot,
@@ -143,15 +142,15 @@ def run_benchmark(
             bootstrap_iters=0,  # paired intervals replace its standard errors
             task_manager=TaskManager(include_defaults=False),
         )
-    return of_first_process(found), lm.truncated  # lm-eval gives the others none
+    return of_first_process(results), lm.truncated  # lm-eval gives the others none
 
 
 # Reading the results
 
 
-def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> dict[str, Score]:
+def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> dict[str, BenchmarkScore]:
     """Return the scores of a benchmark's tasks and groups by what a gate calls them: `task.metric`, `.filter`."""
-    scores: dict[str, Score] = {}
+    scores: dict[str, BenchmarkScore] = {}
     measures: dict[tuple[str, str, str], Measure | None] = {}
     for name in (*benchmark.tasks, *benchmark.groups):
         for metric, filter_name, value in read_numbers(results["results"].get(name, {})):
@@ -168,17 +167,17 @@ def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> d
             signature = describe_score(benchmark, name, results, truncated, measure is not None)
             parts_of_name = [benchmark.plain(name), plain_name(metric)]
             parts_of_name += [] if filter_name == NO_FILTER else [plain_name(filter_name)]
-            scores[".".join(parts_of_name)] = Score(metric, value, better, measure, signature)
+            scores[".".join(parts_of_name)] = BenchmarkScore(metric, value, better, measure, signature)
     return scores
 
 
 def read_numbers(result: Mapping[str, object]) -> list[tuple[str, str, float]]:
     """Return (metric, filter, score) of lm-eval's `metric,filter: score`."""
-    found = {key.rpartition(",")[::2]: value for key, value in result.items() if "," in key}
-    return [(*name, float(value)) for name, value in found.items() if is_number(value)]
+    named = {key.rpartition(",")[::2]: value for key, value in result.items() if "," in key}
+    return [(*name, float(value)) for name, value in named.items() if is_numeric(value)]
 
 
-def is_number(value: object) -> TypeGuard[float]:
+def is_numeric(value: object) -> TypeGuard[float]:
     """Whether a value is a number or a truth value."""
     return isinstance(value, bool | int | float | np.number | np.bool_)
 
@@ -187,13 +186,13 @@ def measure_task(metric: str, value: float, samples: Sequence[Mapping[str, objec
     """Return a metric from each question's part in it; None where no such sum gives lm-eval's own value."""
     parts = [one[metric] for one in samples]
     at = tuple(int(str(one["doc_id"])) for one in samples)
-    numbers = [float(part) for part in parts if is_number(part)]
-    pairs = [part for part in parts if isinstance(part, tuple | list) and len(part) == 2 and all(map(is_number, part))]
+    numbers = [float(part) for part in parts if is_numeric(part)]
+    pairs = [part for part in parts if isinstance(part, tuple | list) and len(part) == 2 and all(map(is_numeric, part))]
     if parts and len(numbers) == len(parts):
         right = set(numbers) <= {0.0, 1.0}
         sums = columns(np.array(numbers), np.ones(len(numbers)))
-        mean = Measure(metric, sums, ratio, right, at=at, ends=share_ends if right else None)
-        return first_equal(value, mean, replace(mean, formula=exponent, right_wrong=False, ends=None))
+        mean = Measure(metric, sums, ratio, right, at=at, bounds=share_bounds if right else None)
+        return first_equal(value, mean, replace(mean, formula=exponent, right_wrong=False, bounds=None))
     if parts and len(pairs) == len(parts):
         sums = np.array(pairs, dtype=np.float64)
         return first_equal(value, *(Measure(metric, sums, formula, at=at) for formula in (exponent, bits)))
@@ -210,8 +209,8 @@ def measure_group(group: Group, metric: str, value: float, parts: Sequence[Measu
     if by_size == {True} or len(means) == 1:
         return first_equal(value, Measure(metric, np.concatenate([one.sums_NK for one in means]), ratio, right, at=at))
     by_task = [np.pad(one.sums_NK, ((0, 0), (2 * g, 2 * (len(means) - g - 1)))) for g, one in enumerate(means)]
-    ends = mean_share_ends if right else None
-    return first_equal(value, Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at, ends=ends))
+    bounds = mean_share_bounds if right else None
+    return first_equal(value, Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at, bounds=bounds))
 
 
 def first_equal(value: float, *measures: Measure) -> Measure | None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.errors import DataError
-from llmtune.evaluate.lm_eval_tasks import list_task_files
+from llmtune.evaluate.lm_eval import list_task_files
+from llmtune.evaluate.opened_runs import find_release
 from llmtune.evaluate.per_row_scores import MEASURES
-from llmtune.evaluate.release_file import find_release
 from llmtune.recipe.eval_suites_section import is_task_file
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
@@ -19,8 +19,8 @@ from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.store.run_lock import package_versions
 
 
-def evaluation_inputs(recipe: Recipe, trained: str, model: ModelRef, rows: Rows, examples: Examples) -> str:
-    """Hash what scores depend on: what was trained (by its hash), the rows, and how answers are made and measured."""
+def evaluation_inputs(recipe: Recipe, model: ModelRef, rows: Rows, examples: Examples) -> str:
+    """Hash what scores depend on besides what was trained: the rows, and how answers are made and measured."""
     settings: list[Any] = [
         recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS}),
         recipe.generation.model_dump(mode="json"),
@@ -28,7 +28,7 @@ def evaluation_inputs(recipe: Recipe, trained: str, model: ModelRef, rows: Rows,
     settings.append(recipe.task_section() or {})
     settings += [recipe.data.split_by] if recipe.data.split_by is not None else []
     settings.append([hash_file(path) for path in evaluation_files(recipe)])
-    contents = [trained, model.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
+    contents = [model.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
     versions = package_versions(("torch", "transformers", "peft", *(["lm-eval"] if recipe.evaluate.benchmarks else [])))
     return hash_value([__version__, versions, contents, settings, recipe.seed])
 

@@ -17,17 +17,19 @@ from typing_extensions import TypedDict
 
 from llmtune.data.row_store import RECORD, iterate_ids, load_rows
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.metric import compare
+from llmtune.evaluate.metric import paired_difference
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
     find_other_measure,
+    find_release,
     keep_asked,
+    open_release,
     open_run_scores,
     pair_measures,
+    read_release,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
-from llmtune.evaluate.release_file import find_release, open_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Champion, Evaluation, Examples, Json, Rows
@@ -39,7 +41,7 @@ LOOKS = "evaluate.looks"
 ROUNDING = 1e-12
 
 
-class Look(TypedDict):
+class LedgerLine(TypedDict):
     """A line of the ledger."""
 
     tests: str
@@ -60,7 +62,7 @@ class Ledger:
     """Hash of the test rows, whatever their order."""
     champion: str
     """Hash of what the champion's run trained."""
-    lines: tuple[Look, ...]
+    lines: tuple[LedgerLine, ...]
 
     def spent(self, trained: str = "") -> float:
         """Return the error that models have spent; without that of `trained` against this champion."""
@@ -103,7 +105,7 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
     with explained(path):
         texts = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     try:
-        lines = [TypeAdapter(Look).validate_json(text) for text in texts if text.strip()]
+        lines = [TypeAdapter(LedgerLine).validate_json(text) for text in texts if text.strip()]
     except ValidationError:
         fix = "Put it back as the repository has it; of a merge, keep the lines of both sides."
         raise EnvironmentProblem.of("damaged: a line is not what llmtune wrote", str(path), fix) from None
@@ -151,7 +153,7 @@ def count_look(recipe: Recipe, champion: ScoredRun, fingerprint: str, trained: s
 
 KEY = "evaluate.champion"
 NAME, OWN = "the champion", "this run"
-NOTHING = Evaluation({}, {}, {}, (), (), 0)
+NOTHING = Evaluation({}, {}, {}, (), 0)
 NONE_ASKED = PerRowScores()
 ROWS_FIX = (
     "Keep the test rows in a file, the same for both: write it with llmtune prepare RECIPE --write-test FILE, and set "
@@ -263,23 +265,18 @@ def note_look(run: RunFolder, console: Console) -> None:
 
 AskChampion = Callable[[Path, Sequence[int]], PerRowScores]
 """Lets the model of the run folder answer the test rows at these places, and measures the answers."""
-Challenge = Callable[[Evaluation, PerRowScores], Champion]
 
 
-def make_challenge(run: RunFolder, ask: AskChampion) -> Challenge | None:
-    """Return what compares the scores of a run with those of the champion that its recipe names, if it names one."""
+def face_champion(run: RunFolder, ask: AskChampion, evaluation: Evaluation, measures: PerRowScores) -> Champion | None:
+    """Compare the scores of a run with those of the champion that its recipe names; None where it names none."""
     recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
     if champion is None:
         return None
-
-    def challenge(evaluation: Evaluation, measures: PerRowScores) -> Champion:
-        folder = find_champion_run(recipe, run.path)
-        places = list_unseen(champion, folder, measures.rows)
-        asked = ask(folder, places) if folder and places else NONE_ASKED
-        return compare_with_champion(champion, recipe, evaluation, measures, asked)
-
-    return challenge
+    folder = find_champion_run(recipe, run.path)
+    places = list_unseen(champion, folder, measures.rows)
+    asked = ask(folder, places) if folder and places else NONE_ASKED
+    return compare_with_champion(champion, recipe, evaluation, measures, asked)
 
 
 def compare_with_champion(
@@ -313,7 +310,9 @@ def compare_with_champion(
     return Champion(
         folder=str(find_release(Path(recipe.evaluate.champion or ""), recipe.name)),
         scores={metric: before.value for metric, (before, _) in pairs.items()},
-        difference={metric: compare(before, after, champion.recipe.seed) for metric, (before, after) in pairs.items()},
+        difference={
+            metric: paired_difference(before, after, champion.recipe.seed) for metric, (before, after) in pairs.items()
+        },
         left_out=left_out,
         tuned={metric: after.value for metric, (_, after) in pairs.items()},
         rows=len(both),

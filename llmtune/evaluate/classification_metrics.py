@@ -18,15 +18,24 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtune.evaluate.metric import Measure, columns, measure_means, measure_right, ratio
-from llmtune.evaluate.paired_statistics import Floats, Ranking, Weighted, share_ends
-from llmtune.evaluate.range_ends import class_ends, correlation_ends, found_ends, rank_ends
+from llmtune.evaluate.metric import (
+    Measure,
+    class_bounds,
+    columns,
+    correlation_bounds,
+    hit_bounds,
+    measure_means,
+    measure_right,
+    rank_bounds,
+    ratio,
+)
+from llmtune.evaluate.paired_statistics import Floats, RankStatistic, Weighted, share_bounds
 
-Kind = Literal["single", "multi", "regression"]
-Reference = str | float | Sequence[str]
+LabelKind = Literal["single", "multi", "regression"]
+TrueLabel = str | float | Sequence[str]
 """The right label, or the right number, or all right labels of one row."""
 F1_METRICS = ("f1_macro", "f1_micro", "f1_weighted")
-CLASS_METRICS: dict[Kind, tuple[str, ...]] = {
+CLASS_METRICS: dict[LabelKind, tuple[str, ...]] = {
     "single": ("accuracy", *F1_METRICS, "matthews", "auroc"),
     "multi": ("accuracy", *F1_METRICS, "auroc"),
     "regression": ("mse", "mae", "pearson", "spearman"),
@@ -40,7 +49,7 @@ NEARLY_CONSTANT = 1e-12
 
 
 def measure_classes(
-    metric: str, kind: Kind, scores_NK: Floats, references: Sequence[Reference], labels: Sequence[str]
+    metric: str, kind: LabelKind, scores_NK: Floats, references: Sequence[TrueLabel], labels: Sequence[str]
 ) -> Measure:
     """Build a metric of `CLASS_METRICS[kind]`; `references` hold names out of `labels` [K] (regression: numbers)."""
     assert metric in CLASS_METRICS[kind]
@@ -59,11 +68,11 @@ def measure_classes(
         return measure_right(right.tolist(), metric, signature)
     if metric == "matthews":
         sums = class_sums(predicted_NK, true_NK)
-        return Measure(metric, sums, matthews_formula, signature="0 where it is undefined", ends=class_ends)
+        return Measure(metric, sums, matthews_formula, signature="0 where it is undefined", bounds=class_bounds)
     return measure_f1(metric, predicted_NK, true_NK)
 
 
-def true_classes(kind: Kind, references: Sequence[Reference], labels: Sequence[str]) -> NDArray[np.bool_]:
+def true_classes(kind: LabelKind, references: Sequence[TrueLabel], labels: Sequence[str]) -> NDArray[np.bool_]:
     """Return which classes [N, K] are right; each reference must be a label, or labels, of `labels`."""
     index = {label: k for k, label in enumerate(labels)}
     true_NK = np.zeros((len(references), len(labels)), dtype=np.bool_)
@@ -74,7 +83,7 @@ def true_classes(kind: Kind, references: Sequence[Reference], labels: Sequence[s
     return true_NK
 
 
-def predicted_classes(kind: Kind, scores_NK: Floats) -> NDArray[np.bool_]:
+def predicted_classes(kind: LabelKind, scores_NK: Floats) -> NDArray[np.bool_]:
     """Return which classes [N, K] are predicted: the first of the likeliest, or of many all above the threshold."""
     if kind == "multi":
         return np.asarray(scores_NK > THRESHOLD)
@@ -101,12 +110,12 @@ def measure_f1(metric: str, predicted_NK: NDArray[np.bool_], true_NK: NDArray[np
     if metric == "f1_micro":
         pooled = columns(*(part.sum(1) for part in split_sums(sums)))
         signature = "F1 over all classes together"
-        return Measure(metric, pooled, f1_macro_formula, signature=signature, ends=found_ends)
+        return Measure(metric, pooled, f1_macro_formula, signature=signature, bounds=hit_bounds)
     if metric == "f1_macro":
         signature = "mean F1 of the classes that are right or predicted at least once"
-        return Measure(metric, sums, f1_macro_formula, signature=signature, ends=class_ends)
+        return Measure(metric, sums, f1_macro_formula, signature=signature, bounds=class_bounds)
     signature = "mean F1 of the classes, weighted by their rows"
-    return Measure(metric, sums, f1_weighted_formula, signature=signature, ends=class_ends)
+    return Measure(metric, sums, f1_weighted_formula, signature=signature, bounds=class_bounds)
 
 
 def f1_by_class(sums: Floats) -> Floats:
@@ -150,7 +159,7 @@ def measure_numbers(metric: str, predicted_N: Floats, reference_N: Floats) -> Me
 
 
 def class_table(
-    kind: Kind, scores_NK: Floats, references: Sequence[Reference], labels: Sequence[str]
+    kind: LabelKind, scores_NK: Floats, references: Sequence[TrueLabel], labels: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return `label`, `precision`, `recall`, `f1` and `support` (rows) of each of `labels`; 0 where undefined."""
     sums = class_sums(predicted_classes(kind, scores_NK), true_classes(kind, references, labels)).sum(0)
@@ -164,15 +173,15 @@ def class_table(
     ]
 
 
-def confusion(scores_NK: Floats, references: Sequence[Reference], labels: Sequence[str]) -> list[list[int]]:
+def confusion(scores_NK: Floats, references: Sequence[TrueLabel], labels: Sequence[str]) -> list[list[int]]:
     """Count rows [K, K] with one label: by the right one down, by the predicted one across."""
     true_NK = true_classes("single", references, labels).astype(np.int64)
     counts_KK: list[list[int]] = (true_NK.T @ predicted_classes("single", scores_NK).astype(np.int64)).tolist()
     return counts_KK
 
 
-def majority_scores(references: Sequence[Reference], kind: Kind, labels: Sequence[str], count: int) -> Floats:
-    """Return the scores [count, K] of one who looks at the training rows' references alone, the same for every row.
+def majority_scores(references: Sequence[TrueLabel], kind: LabelKind, labels: Sequence[str], count: int) -> Floats:
+    """Return the scores [count, K] of a baseline that knows only the training references; each row gets the same.
 
     They are the labels' shares: the most frequent label is predicted, and of many those of more than half of the rows.
     Regression: the mean number, [count, 1].
@@ -194,11 +203,11 @@ def measure_auroc(scores_NK: Floats, true_NK: NDArray[np.bool_], *, binary: bool
     signature = BINARY if binary else "mean over the labels, each against the rest"
     seen_NK = np.concatenate([scores_NK, true_NK], axis=1).astype(np.float64)
     ranking = second_area if binary else mean_area
-    return Measure("auroc", seen_NK, None, signature=signature, ranking=ranking, ends=rank_ends)
+    return Measure("auroc", seen_NK, None, signature=signature, ranking=ranking, bounds=rank_bounds)
 
 
 def second_area(seen_NK: Floats) -> Weighted:
-    """Return the area of the second class, of scores [N, K] and, beside them, which class is right."""
+    """Return the area of the second class, of [N, 2 K]: scores, then which class is right."""
     return area(seen_NK[:, 1], seen_NK[:, seen_NK.shape[1] // 2 + 1] > 0)
 
 
@@ -244,21 +253,21 @@ def measure_correlation(metric: str, predicted_N: Floats, reference_N: Floats) -
     """
     signature = "0 where all predictions are the same"
     seen_N2, ranking = columns(predicted_N, reference_N), RANKINGS[metric]
-    return Measure(metric, seen_N2, None, signature=signature, ranking=ranking, ends=correlation_ends)
+    return Measure(metric, seen_N2, None, signature=signature, ranking=ranking, bounds=correlation_bounds)
 
 
 def correlation(seen_N2: Floats) -> Weighted:
-    """Return Pearson's correlation of numbers side by side."""
+    """Return Pearson's correlation of two columns."""
     return partial(pearson, seen_N2[:, 0], seen_N2[:, 1])
 
 
 def rank_correlation(seen_N2: Floats) -> Weighted:
-    """Return Spearman's correlation of numbers side by side."""
+    """Return Spearman's correlation of two columns."""
     predicted, reference = map(group, seen_N2.T)
     return lambda counts_RN: pearson(ranks(predicted, counts_RN), ranks(reference, counts_RN), counts_RN)
 
 
-RANKINGS: dict[str, Ranking] = {
+RANKINGS: dict[str, RankStatistic] = {
     "auroc": mean_area,
     BINARY: second_area,
     "pearson": correlation,
@@ -327,12 +336,12 @@ def measure_entities(metric: str, predicted_tags: Tags, reference_tags: Tags) ->
     if metric == "accuracy":
         right = [sum(tag == wanted for tag, wanted in zip(*row, strict=True)) for row in rows]
         sums_N2 = columns(np.array(right), np.array([len(reference) for _, reference in rows]))
-        return Measure(metric, sums_N2, ratio, signature="share of tokens with the right tag", ends=share_ends)
+        return Measure(metric, sums_N2, ratio, signature="share of tokens with the right tag", bounds=share_bounds)
     entities = [(set(entities_of(predicted)), set(entities_of(reference))) for predicted, reference in rows]
     counts = [(len(found & expected), len(found), len(expected)) for found, expected in entities]
     sums_N3 = np.array(counts, dtype=np.float64).reshape(-1, 3)
     signature = "entities of all types together, right where type, first and last token are; 0 where there are none"
-    return Measure(metric, sums_N3, ENTITY_FORMULAS[metric], signature=signature, ends=found_ends)
+    return Measure(metric, sums_N3, ENTITY_FORMULAS[metric], signature=signature, bounds=hit_bounds)
 
 
 def precision_formula(sums: Floats) -> Floats:

@@ -96,7 +96,7 @@ def make_inputs(
     held_out = [pair for number, pair in enumerate(iterate_rows(rows, split)) if number in kept]
     questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
-    metrics = choose_metrics(recipe, has_tools=any(turns))
+    metrics = measured_metrics(recipe, has_tools=any(turns))
     notes = start_notes(task, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
@@ -160,7 +160,7 @@ def schema_notes(metrics: Sequence[str], turns: Sequence[Sequence[ToolTurn]]) ->
     return {SCHEMAS_NOTE: f"not measured for tools without a valid JSON Schema: {listed}"} if wrong else {}
 
 
-def choose_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:
+def measured_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:
     """Return what is measured; of the task's own choice metrics of tools are left out where no row has any."""
     metrics = tuple(recipe.evaluate.metrics) or TASK_FACTS[recipe.task].default_metrics
     if has_tools or metrics != recipe.variant.default_metrics:

@@ -1,4 +1,4 @@
-"""An evaluation suite: what base and tuned model are asked beside the test rows, and what their answers amount to."""
+"""An evaluation suite: further questions to base and tuned model, and the study of their answers."""
 
 from __future__ import annotations
 
@@ -20,42 +20,45 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Advance, Difference, Study, StudyTable
 
 OWN_FILES = resources.files("llmtune.evaluate")
-"""What comes with llmtune: `general` and `groups`."""
+"""Inputs that ship with llmtune: `general` and `groups`."""
 MOST_SHOWN = 20
-"""Problems that are named; more are counted."""
-Item = TypeVar("Item")
-Output = TypeVar("Output")
+"""Problems that are named; further ones are counted."""
+T = TypeVar("T")
+SuiteOutput = TypeVar("SuiteOutput")
 Bar = Callable[[str, int], Advance]
-"""Adds a progress bar by what it counts and how many there are, and returns what moves it."""
+"""Adds a progress bar with a label and a total; returns the function that advances it."""
 
 
-class EvalSuite(Generic[Output]):
+class EvalSuite(Generic[SuiteOutput]):
     """A suite, or one part of it: it runs on one model after the other, then compares their outputs.
 
-    Making one reads and checks its own inputs, before a model is loaded. It does not run on the base model where that
-    has no trained head and a trivial baseline stands in its place.
+    The constructor reads its inputs, before a model is loaded. A base model without a trained head is
+    skipped: a trivial baseline replaces it.
     """
 
     metrics: ClassVar[Mapping[str, tuple[str, int]]] = {}
-    """By metric, its meaning in a few words, and 1 where more of it is better, -1 where less is, 0 where neither is."""
+    """By metric, a short meaning, and 1 if more is better, -1 if less is, 0 if neither."""
     decoder_input: ClassVar[str] = ""
-    """What it takes of a model that only a decoder language model gives; empty where other models can run it."""
+    """What the suite needs and only a decoder language model provides; empty if other models can run it."""
     fewest_rows: ClassVar[int] = 0
     """Rows that a difference needs for an interval."""
 
     def __init__(self, context: EvalContext) -> None:
         self.context = context
-        self.outputs: dict[str, Output] = {}
+        self.outputs: dict[str, SuiteOutput] = {}
         """By "base" and "tuned"."""
         self.unmeasured = ""
         """Why its first metric cannot be measured, as the report says it."""
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
-        """Read its inputs at the beginning of a run: a missing file shows before training. Raises DataError."""
+    def read(cls, recipe: Recipe) -> object:
+        """Read and check the inputs; also called when a run starts, so that a missing file shows before training.
+
+        Raises DataError.
+        """
 
     def run(self, name: str, model: torch.nn.Module) -> None:
-        """Run on the "base" or "tuned" model, which is loaded and on its device, and keep what comes out."""
+        """Run on the "base" or "tuned" model, which is loaded and on its device, and keep the output."""
         if not self.outputs:
             self.fit(context_limit(model))
         if not self.unmeasured:
@@ -63,14 +66,14 @@ class EvalSuite(Generic[Output]):
                 self.outputs[name] = self.ask(model, lambda what, total: add_bar(bars, f"{name}: {what}", total))
 
     def fit(self, limit: int) -> None:
-        """Leave out, before the first model runs, what is longer than the context of both."""
+        """Drop inputs that exceed the model's context; called before the first model runs."""
 
-    def ask(self, model: torch.nn.Module, bar: Bar) -> Output:
-        """Return what one model makes of the inputs; for `run`."""
+    def ask(self, model: torch.nn.Module, bar: Bar) -> SuiteOutput:
+        """Return one model's output for the inputs."""
         raise NotImplementedError
 
-    def measure(self, output: Output) -> Iterable[Measure]:
-        """Return the metrics of one model's output, whose rows are the suite's own; for `compare`."""
+    def measure(self, output: SuiteOutput) -> Iterable[Measure]:
+        """Return the metrics of one model's output; their rows are the suite's own."""
         raise NotImplementedError
 
     def compare(self, rows: PairedMeasures) -> Study:
@@ -96,23 +99,23 @@ class EvalSuite(Generic[Output]):
         limits: str = "",
         tables: Iterable[StudyTable] = (),
     ) -> Study:
-        """Return scores with what the suite's metrics mean, or why the first of them was not measured."""
+        """Return a study with the meaning of each metric, or the reason why the first was not measured."""
         meanings = {metric: self.metrics[metric][0] for metric in tuned}
         better = {metric: self.metrics[metric][1] for metric in tuned}
         signatures = {next(iter(self.metrics)): self.unmeasured} if self.unmeasured else signatures
         return Study("", base, tuned, difference, meanings, better, signatures, limits, tuple(tables))
 
     def limits(self) -> str:
-        """Write, in plain words, what the numbers can show and what they cannot."""
+        """Return, in plain words, what the numbers can show and what they cannot."""
         return ""
 
     def tables(self, measured: PairedMeasures) -> Iterable[StudyTable]:
-        """Return what is shown beside the scores."""
+        """Return tables to show with the scores."""
         return ()
 
 
 def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> Study:
-    """Join the parts of a suite to one study with its metrics in order; those that are not in `order` come last."""
+    """Join the parts of a suite to one study; metrics follow `order`, further ones come last."""
 
     def join(field: str) -> dict[str, object]:
         values = {metric: value for part in parts for metric, value in getattr(part, field).items()}
@@ -128,14 +131,12 @@ def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> St
     )
 
 
-def read_sources(
-    sources: Sequence[str], read: Callable[[str], Sequence[Item | Problem]], kind: str, fix: str
-) -> list[Item]:
+def read_sources(sources: Sequence[str], read: Callable[[str], Sequence[T | Problem]], kind: str, fix: str) -> list[T]:
     """Read items of a `kind` from all sources; `read` gives the items of one, and a Problem for each bad one.
 
     Raises DataError for sources that cannot be read, hold a bad item, or hold none.
     """
-    items: list[Item] = []
+    items: list[T] = []
     problems: list[Problem] = []
     for source in sources:
         try:

@@ -55,18 +55,18 @@ def restore_nan(value: object, numeric: bool = False) -> object:
 
 
 def print_scores(evaluation: Evaluation, console: Console) -> None:
-    """Print base (or what stands for it, by name), tuned and the difference with its interval, and the gates."""
+    """Print base (or what stands for it, by name), tuned and the difference with its interval."""
     if not evaluation.tuned and not evaluation.studies:
         console.print("evaluate: none of the metrics could be measured")
     print_sections(score_sections(evaluation, None), console)
-    for gate in evaluation.gates:
+
+
+def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Console) -> None:
+    """Print the gates, and on one line the verdict and how many of them passed or did not."""
+    for gate in gates:
         word = WORDS[gate.passed]
         note = f"; {gate.note}" if gate.note else ""
         told = f"wanted {gate.wanted}, got {gate.got}{note}"
         console.print(f"gate {word}  {escape(gate.name)}  [dim]({escape(told)})[/]")
-
-
-def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Console) -> None:
-    """Print the verdict, and how many gates passed or did not, on one line."""
     counted = f" {count_gates(gates)}." if gates else ""
     console.print(f"[bold]{verdict.word}[/]: {escape(verdict.reason)}{counted}", highlight=False)

@@ -5,45 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.contamination import Overlap, compared_text, find_overlap, prompt_row
-from llmtune.data.row_store import iterate_rows, iterate_texts, read_rows
-from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, EvalInputs, make_inputs
+from llmtune.data.row_store import iterate_rows
+from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
-from llmtune.evaluate.evaluation_file import print_scores
-from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.inference import Answers, TokenSums, measure, predict
+from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import METHOD
-from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
-from llmtune.evaluate.results import BaseAnswers, find_flips, pick_samples, save_base, save_predictions
-from llmtune.evaluate.slices import one_line, score_slice, score_slices
-from llmtune.evaluate.suite_registry import Suite, compare_outputs, make_suites
+from llmtune.evaluate.results import find_flips, pick_samples
+from llmtune.evaluate.slices import score_slices
+from llmtune.evaluate.suite_registry import Suite, compare_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Champion, Contamination, Evaluation, Examples, Row, Rows, Slice
+from llmtune.records import Evaluation, Row, Rows
 from llmtune.report.metric_info import better_side
 
-CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
-KINDS = {
-    "equal": "equal",
-    "near": "nearly equal",
-    "prompted": "the same prompt",
-    "worded": "the same words",
-    "shared": "13 words in a row",
-}
-"""Ways to overlap, the plainest first, by their name in `Overlap`."""
-SHOWN = 6
-LONGEST_SHOWN = 200
 PIECES = "loss.pieces"
 """Name of the note on the base model's losses by piece of a text."""
 PIECES_APART = 0.5
@@ -52,169 +34,52 @@ GUESSED_ROWS = 400_000
 """Rows that are guessed in all, so that many test rows cost seconds."""
 
 
-def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasures) -> Contamination:
-    """Compare the test rows with the training rows, and score both models without those that overlap.
+@dataclass(frozen=True)
+class ModelLoaders:
+    """What loads the models of a run; each is a context, and is entered once."""
 
-    Nearly equal rows are looked for where that was not done when rows were prepared.
-    """
-    recipe = context.recipe
-    with context.console.status("comparing test rows with training rows"):
-        overlap = find_overlap(rows, near=recipe.data.deduplicate != "near")
-    return Contamination(
-        rows=overlap.test_rows,
-        train_rows=overlap.train_rows,
-        equal=len(overlap.equal),
-        near=len(overlap.near),
-        prompted=len(overlap.prompted),
-        short=len(overlap.short),
-        worded=len(overlap.worded),
-        shared=len(overlap.shared),
-        overlapping=len(overlap.rows),
-        common=overlap.common,
-        dropped={reason: number for reason, number in rows.dropped.items() if reason.endswith(" a test row")},
-        examples=show_examples(rows, overlap),
-        scores=score_apart(overlap, context, measures),
-    )
+    base: Callable[[], AbstractContextManager[torch.nn.Module]]
+    tuned: Callable[[], AbstractContextManager[torch.nn.Module]]
+    packs: Callable[[], bool | None] = lambda: None
+    """Whether the model that was entered last takes losses of packed rows; None leaves that to the recipe."""
 
 
-def score_apart(overlap: Overlap, context: EvalContext, measures: PairedMeasures) -> tuple[Slice, ...]:
-    """Score both models on the rows that overlap and on those that do not; nothing where none does."""
-    assert context.inputs is not None
-    numbers = context.inputs.rows
-    overlapping = {i for i, row in enumerate(numbers) if row in overlap.rows}
-    if not overlapping:
-        return ()
-    parts = {CLEAN: set(range(len(numbers))) - overlapping, OVERLAPPING: overlapping}
-    return tuple(score_slice(name, part, measures, context.recipe.seed) for name, part in parts.items() if part)
+@dataclass(frozen=True)
+class Scored:
+    """An evaluation, and what it was made from."""
 
-
-def show_examples(rows: Rows, overlap: Overlap) -> tuple[dict[str, str], ...]:
-    """Return a few rows that overlap, of each kind some: where both stand, and what they have in common."""
-    pairs: dict[int, tuple[str, int]] = {}
-    for name in KINDS:
-        new = [(test, train) for test, train in getattr(overlap, name).items() if test not in pairs]
-        pairs |= {test: (name, train) for test, train in new[: max(1, SHOWN // 2)]}
-    chosen = list(pairs)[:SHOWN]
-    test_origins = origins(rows, SPLIT, set(chosen))
-    train_origins = origins(rows, "train", {pairs[test][1] for test in chosen})
-    alike = {
-        test: compared_text((pairs[test][0] == "prompted" and prompt_row(row)) or row)
-        for test, row in zip(chosen, read_rows(rows, SPLIT, chosen), strict=True)
-    }
-    return tuple(
-        {
-            "kind": KINDS[pairs[test][0]],
-            "test": test_origins[test],
-            "train": train_origins[pairs[test][1]],
-            "words": one_line(overlap.runs[test] if pairs[test][0] == "shared" else alike[test], LONGEST_SHOWN),
-        }
-        for test in chosen
-    )
-
-
-def origins(rows: Rows, split: str, numbers: set[int]) -> dict[int, str]:
-    """Return where rows come from, by number; nothing is read where none is asked for."""
-    if not numbers:
-        return {}
-    return {number: origin for number, (origin, _) in enumerate(iterate_texts(rows, split)) if number in numbers}
-
-
-ModelLoaders: TypeAlias = "Mapping[str, Callable[[], AbstractContextManager[torch.nn.Module]]]"
-"""Contexts that load the "base" and "tuned" model."""
+    evaluation: Evaluation
+    answers: dict[str, Answers]
+    measures: PairedMeasures
+    """What each test row adds to each score."""
 
 
 def evaluate(
     models: ModelLoaders,
-    processor: PreTrainedTokenizerBase,
-    rows: Rows,
-    examples: Examples,
-    task: EvaluatedTask,
-    recipe: Recipe,
-    console: Console,
+    context: EvalContext,
+    suites: Sequence[tuple[str, Suite]] = (),
+    base: Answers | None = None,
     *,
-    device: str,
-    folder: Path | None = None,
+    stand_in: str | None = None,
     headless: bool = False,
-    packs: Callable[[], bool | None] = lambda: None,
-    known: BaseAnswers | None = None,
-    challenge: Callable[[Evaluation, PerRowScores], Champion] | None = None,
-) -> Evaluation:
-    """Score `models["base"]` and `models["tuned"]` on the test rows; each is entered once, base first.
+) -> Scored:
+    """Score base and tuned model on the test rows of `context` and by `suites`; write and print nothing.
 
-    With `headless` the base model has no trained head: the task's trivial baseline stands in its place, and it is not
-    entered. `packs` says of the model that was entered last whether rows stand end to end while its losses are taken;
-    None leaves that to the recipe. With a `folder`, every row's prompt, reference and both answers go to
-    `predictions.jsonl` in it, and its part in each score to `measures.npz`. With `known`, what the base model answered
-    is kept there, and it does not run again where that is known already. `challenge` compares with a champion. Without
-    test rows the evaluation holds what the suites measured, and no model is entered where the recipe names none.
+    The base model is not asked for the rows where its answers are known (`base`). Where it has no trained head
+    (`headless`) it is not entered: `stand_in` names what `base` comes from then. Without test rows the evaluation holds
+    what the suites measured.
 
-    Raises DataError for `evaluate.choices` that no reference answer is among and for `evaluate.slices` by columns that
-    were not kept, EnvironmentProblem where a single row does not fit in memory.
+    Raises EnvironmentProblem where a single row does not fit in memory.
     """
-    inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get(SPLIT) else None
-    _print_gaps(inputs, console)
-    context = EvalContext(recipe, task, processor, inputs, device, console, folder)
-    suites = make_suites(context)
-    stand_in, answers = None, dict[str, Answers]()
-    if inputs is not None and headless:
-        stand_in, answers["base"] = predict_baseline(context, inputs, rows)
-        console.print(f"base: the model has no trained head for this, so {stand_in} stands in its place")
-    elif inputs is not None and known is not None and known.answers is not None:
-        answers["base"] = known.answers
-        console.print("base: what it answered to these rows is known from an evaluation before")
-    run_models(models, context, [suite for _, suite in suites], answers, headless, packs)
-    evaluation, measures = Evaluation({}, {}, {}, (), (), 0), PairedMeasures()
-    if inputs is not None:
-        save = None if stand_in is not None or known is None else known.inputs
-        scores = score_rows(context, inputs, answers, rows, save)
-        measures = PairedMeasures(scores.base, scores.tuned)
+    answers = {} if base is None else {"base": base}
+    run_models(models, context, [suite for _, suite in suites], answers, headless=headless)
+    evaluation, measures = Evaluation({}, {}, {}, (), 0), PairedMeasures()
+    if context.inputs is not None:
         base, tuned = answers["base"], answers["tuned"]
-        evaluation = compare_answers(context, inputs, base, tuned, measures, headless=stand_in is not None)
-        evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
-        if challenge is not None:
-            evaluation = replace(evaluation, champion=challenge(evaluation, scores))
-    evaluation = replace(evaluation, baseline=stand_in, studies=compare_outputs(suites, measures))
-    evaluation = replace(evaluation, gates=check_gates(recipe.evaluate, evaluation))
-    print_scores(evaluation, console)
-    print_cautions(evaluation, answers, recipe, console)
-    return evaluation
-
-
-def score_rows(
-    context: EvalContext, inputs: EvalInputs, answers: Mapping[str, Answers], rows: Rows, base_inputs: str | None
-) -> PerRowScores:
-    """Measure both models' answers row by row, and save them if the context has a folder.
-
-    With `base_inputs`, the hash of what the base's answers depend on, those are saved for later evaluations too.
-    """
-    base, tuned = answers["base"], answers["tuned"]
-    names = name_test_rows(rows, inputs.rows)
-    scores = PerRowScores(measure(context, base, base), measure(context, tuned, base), names, inputs.clusters)
-    if context.folder is not None:
-        save_predictions(context.folder, inputs, base, tuned)
-        save_measures(context.folder, scores)
-        if base_inputs is not None:
-            save_base(context.folder, base, base_inputs)
-    return scores
-
-
-def _print_gaps(inputs: EvalInputs | None, console: Console) -> None:
-    """Print what cannot be measured on these rows."""
-    if inputs is None:
-        console.print("evaluate: there are no test rows (data.test), so nothing is measured on rows")
-    elif unmeasured := inputs.notes.get(SCHEMAS_NOTE):
-        console.print(f"tool_call_valid is {unmeasured}", style="yellow", highlight=False, markup=False)
-
-
-def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
-    """Print how many answers `generation.max_new_tokens` ended, and the warning of `compare_pieces`, if any."""
-    if PIECES in evaluation.signatures:
-        console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
-    counts = {name: sum(share > 0 for share in one.cut.values()) for name, one in answers.items()}
-    told = [f"{name} {count} of {len(answers[name].cut)}" for name, count in counts.items() if count]
-    if told:
-        new = recipe.generation.max_new_tokens
-        console.print(f"answers cut at generation.max_new_tokens ({new}): {', '.join(told)}", highlight=False)
+        measures = PairedMeasures(compute_metrics(context, base, base), compute_metrics(context, tuned, base))
+        evaluation = compare_answers(context, context.inputs, base, tuned, measures, headless=stand_in is not None)
+    studies = compare_suites(suites, measures)
+    return Scored(replace(evaluation, baseline=stand_in, studies=studies), answers, measures)
 
 
 def compare_pieces(base: TokenSums | None, recipe: Recipe) -> dict[str, str]:
@@ -238,22 +103,17 @@ def compare_pieces(base: TokenSums | None, recipe: Recipe) -> dict[str, str]:
 
 
 def run_models(
-    models: ModelLoaders,
-    context: EvalContext,
-    suites: Sequence[Suite],
-    answers: dict[str, Answers],
-    headless: bool,
-    packs: Callable[[], bool | None],
+    models: ModelLoaders, context: EvalContext, suites: Sequence[Suite], answers: dict[str, Answers], *, headless: bool
 ) -> None:
     """Run the rows and the suites on base and tuned model; `answers` that are known stay, others are added."""
-    for name in ("base", "tuned"):
+    for name, load in (("base", models.base), ("tuned", models.tuned)):
         predicts = context.inputs is not None and name not in answers
         running = () if name == "base" and headless else suites
         if not predicts and not running:
             continue
-        with models[name]() as model:
+        with load() as model:
             if predicts:
-                answers[name] = predict(model, name, context, packs())
+                answers[name] = predict(model, name, context, models.packs())
             for suite in running:
                 suite.run(name, model)
         del model  # else the base's weights stay while the tuned ones are loaded
@@ -320,10 +180,9 @@ def compare_answers(
         base=base_scores,
         tuned=tuned_scores,
         difference=measures.differences(seed),
-        gates=(),
         samples=pick_samples(inputs, base, tuned, samples),
         rows=len(inputs.rows),
-        signatures=signatures(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
+        signatures=describe_metrics(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
         details=details,
         guessable=find_guessable(task, recipe, references, prompts, measures.tuned) if headless else (),
         flips=find_flips(measures, inputs, base, tuned, samples),
@@ -331,7 +190,9 @@ def compare_answers(
     )
 
 
-def signatures(measures: Mapping[str, Measure], inputs: EvalInputs, answers: Answers, recipe: Recipe) -> dict[str, str]:
+def describe_metrics(
+    measures: Mapping[str, Measure], inputs: EvalInputs, answers: Answers, recipe: Recipe
+) -> dict[str, str]:
     """Describe how each metric was computed, and what was left out."""
     by_metric = dict.fromkeys(inputs.metrics, "not measured: these rows do not have what it is made of")
     by_metric |= {metric: one.signature for metric, one in measures.items()} | {"intervals": METHOD} | inputs.notes

@@ -1,34 +1,41 @@
-"""Forgetting: whether what the base model knew of general text and common knowledge is still there after tuning.
+"""Forgetting: whether tuning made the model worse at general text and common knowledge.
 
-Shapes: U paragraphs of all texts, Q questions.
+Shapes: S scored tokens of a batch, U paragraphs of all texts, Q questions.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import prompt_ids
+from llmtune.data.example import Example
+from llmtune.data.tokenization import encode_texts, start_ids
 from llmtune.errors import Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import OWN_FILES, Bar, EvalSuite, read_sources, read_utf8
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_right, ratio
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.perplexity import Passages, make_passages, read_texts, score_passages
 from llmtune.evaluate.results import flipped_rows
 from llmtune.evaluate.shared_prefix import Tree, make_tree, score_trees
 from llmtune.evaluate.slices import rows_by
 from llmtune.evaluate.text_metrics import exponential_ratio
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
+from llmtune.model.causal_lm_loss import causal_loss, move_to
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.schema import Recipe
-from llmtune.records import StudyTable
+from llmtune.records import Advance, StudyTable
 from llmtune.report.number_format import DASH, count, score
 
 PROMPT = "Question: {question}\nAnswer:"
@@ -45,83 +52,9 @@ LIMITS = (
 )
 
 
-def not_blank(text: str) -> str:
-    """Refuse a text of white space alone."""
-    if not text.strip():
-        raise ValueError("there is no text")
-    return text
-
-
-class Question(BaseModel):
-    """One question, and which of its choices is right."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    question: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-    choices: Annotated[tuple[Annotated[str, AfterValidator(not_blank)], ...], Field(min_length=2, max_length=26)]
-    answer: int | str
-    """Its number from 0, or the choice itself."""
-    topic: str = ""
-
-    @model_validator(mode="after")
-    def check(self) -> Question:
-        """Refuse choices that are equal, and an answer that is none of them."""
-        if len(set(self.choices)) < len(self.choices):
-            raise ValueError("two choices are equal")
-        known = self.answer in self.choices if isinstance(self.answer, str) else 0 <= self.answer < len(self.choices)
-        if not known:
-            raise ValueError(f"'answer' is {self.answer!r}; name a choice, or its number from 0 on")
-        return self
-
-    @property
-    def right(self) -> int:
-        """The number of the right choice."""
-        return self.choices.index(self.answer) if isinstance(self.answer, str) else self.answer
-
-    def pick(self, scores: Sequence[float], *, by_length: bool = False) -> int:
-        """Return the number of the likeliest choice, the first of equals; `by_length` divides by its characters."""
-        sizes = [len(choice) if by_length else 1 for choice in self.choices]
-        values = [score / size for score, size in zip(scores, sizes, strict=True)]
-        return values.index(max(values))
-
-
-def read_questions(sources: Sequence[str]) -> list[Question]:
-    """Read JSON lines files of `question`, `choices`, `answer` and `topic`; `own` are those that come with llmtune.
-
-    Paths are absolute. Raises DataError for files that are missing or empty and for lines that are no questions: all
-    of them at once.
-    """
-    return read_sources(sources, read_lines, "question", FIX)
-
-
-def read_lines(source: str) -> list[Question | Problem]:
-    """Read the questions of one file, and what is wrong with its other lines."""
-    name = "general/questions.jsonl"
-    text = OWN_FILES.joinpath(name).read_text("utf-8") if source == OWN else read_utf8(Path(source), FIX)
-    items: list[Question | Problem] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            items.append(Question.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            what = ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")])
-            items.append(Problem(what.removeprefix(": "), f"{source}:{number}", FIX))
-    return items
-
-
-def question_tree(question: Question, processor: PreTrainedTokenizerBase) -> Tree:
-    """Join a question, without a chat template, with each of its choices behind a space."""
-    prompt = PROMPT.format(question=question.question)
-    start = max(1, len(prompt_ids(prompt, processor)))
-    texts = [prompt_ids(f"{prompt} {choice}", processor) for choice in question.choices]
-    return make_tree(texts, [start] * len(texts))
-
-
 @dataclass(frozen=True)
 class Likelihoods:
-    """What one model makes of the texts and questions."""
+    """One model's likelihoods of the texts and choices."""
 
     nats: Floats
     """[U]"""
@@ -130,7 +63,7 @@ class Likelihoods:
 
 
 class ForgettingSuite(EvalSuite[Likelihoods]):
-    """General texts and questions, as one model's tokens once the first model shows how far it can read."""
+    """General texts and questions; the first model's context decides how they are cut into windows."""
 
     metrics: ClassVar = {
         "perplexity": ("of general text", -1),
@@ -142,21 +75,18 @@ class ForgettingSuite(EvalSuite[Likelihoods]):
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
-        section = context.recipe.evaluate.forgetting
-        assert section is not None
-        self.texts = read_texts(section.texts)
-        self.questions = read_questions(section.questions)
+        self.texts, self.questions = self.read(context.recipe)
         self.passages: Passages
         self.trees = [question_tree(question, context.processor) for question in self.questions]
         self.too_long = 0
-        """Questions that the model's context does not hold; they are left out."""
+        """Questions that exceed the model's context; they are left out."""
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
+    def read(cls, recipe: Recipe) -> tuple[tuple[GeneralText, ...], list[Question]]:
         """Read texts and questions. Raises DataError where that cannot be done."""
-        if section := recipe.evaluate.forgetting:
-            read_texts(section.texts)
-            read_questions(section.questions)
+        section = recipe.evaluate.forgetting
+        assert section is not None
+        return read_texts(section.texts), read_questions(section.questions)
 
     def fit(self, limit: int) -> None:
         """Lay windows over the texts, and leave out questions that are longer than the context."""
@@ -230,3 +160,216 @@ def part_rows(
         (name, count(len(rows)), *(DASH if one is None else write(one.subset(rows)) for one in models))
         for name, rows in parts
     )
+
+
+# Questions
+
+
+def not_blank(text: str) -> str:
+    """Refuse a text of white space alone."""
+    if not text.strip():
+        raise ValueError("there is no text")
+    return text
+
+
+class Question(BaseModel):
+    """One question, and which of its choices is right."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    question: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+    choices: Annotated[tuple[Annotated[str, AfterValidator(not_blank)], ...], Field(min_length=2, max_length=26)]
+    answer: int | str
+    """Its number from 0, or the choice itself."""
+    topic: str = ""
+
+    @model_validator(mode="after")
+    def check(self) -> Question:
+        """Refuse choices that are equal, and an answer that is none of them."""
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError("two choices are equal")
+        known = self.answer in self.choices if isinstance(self.answer, str) else 0 <= self.answer < len(self.choices)
+        if not known:
+            raise ValueError(f"'answer' is {self.answer!r}; name a choice, or its number from 0 on")
+        return self
+
+    @property
+    def right(self) -> int:
+        """The number of the right choice."""
+        return self.choices.index(self.answer) if isinstance(self.answer, str) else self.answer
+
+    def pick(self, scores: Sequence[float], *, by_length: bool = False) -> int:
+        """Return the number of the likeliest choice, the first of equals; `by_length` divides by its characters."""
+        sizes = [len(choice) if by_length else 1 for choice in self.choices]
+        values = [score / size for score, size in zip(scores, sizes, strict=True)]
+        return values.index(max(values))
+
+
+def read_questions(sources: Sequence[str]) -> list[Question]:
+    """Read JSON lines files of `question`, `choices`, `answer` and `topic`; `own` are those that come with llmtune.
+
+    Paths are absolute. Raises DataError for files that are missing or empty and for lines that are no questions: all
+    of them at once.
+    """
+    return read_sources(sources, read_lines, "question", FIX)
+
+
+def read_lines(source: str) -> list[Question | Problem]:
+    """Read the questions of one file, with a Problem for each bad line."""
+    name = "general/questions.jsonl"
+    text = OWN_FILES.joinpath(name).read_text("utf-8") if source == OWN else read_utf8(Path(source), FIX)
+    items: list[Question | Problem] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            items.append(Question.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")])
+            items.append(Problem(what.removeprefix(": "), f"{source}:{number}", FIX))
+    return items
+
+
+def question_tree(question: Question, processor: PreTrainedTokenizerBase) -> Tree:
+    """Join a question, without a chat template, with each of its choices after a space."""
+    prompt = PROMPT.format(question=question.question)
+    start = max(1, len(prompt_ids(prompt, processor)))
+    texts = [prompt_ids(f"{prompt} {choice}", processor) for choice in question.choices]
+    return make_tree(texts, [start] * len(texts))
+
+
+# General text in windows of tokens, and the nats of each of its paragraphs
+
+
+WINDOW = 512
+"""Tokens that are read together, where the model's context holds as many."""
+LONGEST_PARAGRAPH = 2000
+"""Characters; a longer one is cut at white space."""
+BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+TEXT_FIX = "Name a plain text file in UTF-8."
+
+
+@dataclass(frozen=True)
+class GeneralText:
+    """One text in paragraphs; put together they are the text."""
+
+    name: str
+    paragraphs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Texts as one model's tokens."""
+
+    windows: tuple[Example, ...]
+    """Tokens of one forward pass; those in the span are scored."""
+    paragraphs: tuple[tuple[int, ...], ...]
+    """By window, the number of the paragraph of each scored token, over all texts."""
+    tokens: Floats
+    """[U] scored tokens."""
+    sizes: Floats
+    """[U] UTF-8 bytes of the scored text."""
+    text_of: tuple[int, ...]
+    """[U] which text each paragraph is from."""
+
+
+def read_texts(sources: Sequence[str]) -> tuple[GeneralText, ...]:
+    """Read text files, and for `own` those that come with llmtune; paths are absolute.
+
+    Raises DataError for files that are missing, empty or not UTF-8: all of them at once.
+    """
+    return tuple(read_sources(sources, read_source, "text", TEXT_FIX))
+
+
+def read_source(source: str) -> list[GeneralText]:
+    """Read one text file, or for `own` those that ship with llmtune."""
+    if source != OWN:
+        text = make_text(Path(source).name, read_utf8(Path(source), TEXT_FIX))
+        return [text] if text.paragraphs else []
+    files = [file for file in OWN_FILES.joinpath("general").iterdir() if file.name.endswith(".txt")]
+    files.sort(key=lambda file: file.name)
+    return [make_text(file.name.removesuffix(".txt"), file.read_text("utf-8")) for file in files]
+
+
+def make_text(name: str, text: str) -> GeneralText:
+    """Cut a text into paragraphs, each with the blank lines after it."""
+    text = text.replace("\r\n", "\n").strip()
+    cuts = [0, *(match.end() for match in BLANK_LINES.finditer(text)), len(text)]
+    blocks = [text[left:right] for left, right in pairwise(cuts) if right > left]
+    return GeneralText(name, tuple(part for block in blocks for part in cut_long(block)))
+
+
+def cut_long(block: str) -> list[str]:
+    """Cut an overlong paragraph at white space, or anywhere if it has none."""
+    parts = []
+    while len(block) > LONGEST_PARAGRAPH:
+        at = block.rfind(" ", 1, LONGEST_PARAGRAPH)
+        at = LONGEST_PARAGRAPH if at < 0 else at
+        parts.append(block[:at])
+        block = block[at:]
+    return [*parts, block]
+
+
+def make_passages(texts: Sequence[GeneralText], processor: PreTrainedTokenizerBase, context: int | None) -> Passages:
+    """Read texts as tokens and lay windows over them, so that each token is scored once.
+
+    As in the guide "Perplexity of fixed-length models" of transformers, a window is as long as the context, but no
+    longer than 512 tokens, and the next begins half a window later and scores what is new in it. It begins with the
+    start token where the tokenizer puts one before every text; without one, a text's first token is not scored.
+    """
+    start = start_ids(processor)
+    room = min(context or WINDOW, WINDOW) - len(start)
+    windows: list[Example] = []
+    paragraphs: list[tuple[int, ...]] = []
+    sizes: list[int] = []
+    text_of: list[int] = []
+    for number, text in enumerate(texts):
+        ids, paragraph_of = to_tokens(text, processor)
+        begin, done = 0, 0 if start else 1
+        while done < len(ids):
+            end = min(len(ids), begin + room)
+            window = [*start, *ids[begin:end]]
+            windows.append(Example(window, (len(start) + done - begin, len(window)), 0))
+            paragraphs.append(tuple(len(sizes) + paragraph for paragraph in paragraph_of[done:end]))
+            begin, done = begin + max(1, room // 2), end
+        sizes += [len(paragraph.encode()) for paragraph in text.paragraphs]
+        if not start:
+            sizes[-len(text.paragraphs)] -= len(str(processor.decode(ids[:1])).encode())
+        text_of += [number] * len(text.paragraphs)
+    tokens = np.bincount([one for window in paragraphs for one in window], minlength=len(sizes)).astype(np.float64)
+    return Passages(tuple(windows), tuple(paragraphs), tokens, np.asarray(sizes, dtype=np.float64), tuple(text_of))
+
+
+def to_tokens(text: GeneralText, processor: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids of a text, and the number of the paragraph that each begins in.
+
+    A tokenizer without offsets encodes each paragraph on its own.
+    """
+    if not processor.is_fast:
+        apart = encode_texts(processor, text.paragraphs)["input_ids"]
+        return [i for ids in apart for i in ids], [number for number, ids in enumerate(apart) for _ in ids]
+    whole = encode_texts(processor, ["".join(text.paragraphs)])
+    ends = np.cumsum([len(paragraph) for paragraph in text.paragraphs])
+    begins = [left for left, _ in whole.encodings[0].offsets]
+    paragraphs = np.minimum(np.searchsorted(ends, begins, side="right"), len(ends) - 1)
+    return list(whole["input_ids"][0]), paragraphs.tolist()
+
+
+def score_passages(model: torch.nn.Module, passages: Passages, device: str, advance: Advance) -> Floats:
+    """Return the nats of each paragraph [U]; several processes share the windows."""
+    windows, paragraphs = passages.windows, len(passages.tokens)
+
+    def share(indexes: Sequence[int]) -> list[Floats]:
+        def work(batch: list[int]) -> list[Floats]:
+            chosen = [indexes[i] for i in batch]
+            rows_S = torch.tensor([paragraph for i in chosen for paragraph in passages.paragraphs[i]])
+            collated = collate_padded([windows[i] for i in chosen], None) | {"rows_S": rows_S, "n_rows": paragraphs}
+            loss = causal_loss(model, move_to(device, collated), True)
+            assert loss.row_sums is not None
+            return [loss.row_sums.double().cpu().numpy(), *[np.zeros(paragraphs)] * (len(batch) - 1)]
+
+        lengths = [len(windows[i].input_ids) for i in indexes]
+        return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance)
+
+    return np.asarray(np.sum([np.zeros(paragraphs), *over_processes(range(len(windows)), share)], axis=0))

@@ -55,7 +55,7 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
     if gate.part is None:
         actual, limit = tuned[gate.metric], threshold(gate, scores.get(gate.metric, math.nan))
         wanted = f"{gate.metric} {gate.op} {number(limit)}"
-        return GateResult(gate.text, wanted, number(actual), holds(gate.op, actual, limit))
+        return GateResult(gate.text, wanted, number(actual), is_met(gate.op, actual, limit))
     change, limit = differences.get(gate.metric), margin(gate, scores[gate.metric])
     if change is None:
         return GateResult(gate.text, gate.text, "no interval", passed=False)
@@ -79,12 +79,12 @@ def decide(op: Operator, actual: float, change: Difference, limit: float) -> boo
     the whole interval is on the worse side of zero: the tuned model is shown to be worse, and not shown to be within
     the margin.
     """
-    if holds(op, actual, limit):
+    if is_met(op, actual, limit):
         return True
     if op == "==" or math.isnan(limit) or math.isnan(change.value):
         return False
     beyond = change.high < limit if op in (">", ">=") else change.low > limit
-    return False if beyond or (holds(op, 0.0, limit) and is_worse(op, change)) else None
+    return False if beyond or (is_met(op, 0.0, limit) and is_worse(op, change)) else None
 
 
 def is_worse(op: Operator, change: Difference) -> bool:
@@ -115,11 +115,11 @@ def plan_rows(op: Operator, change: Difference, limit: float, alpha: float) -> t
 
     Where a gate leaves a margin it is meant for models that do not differ: zero. Else it is what was seen.
     """
-    assumed = 0.0 if limit != 0 and holds(op, 0.0, limit) else change.value
+    assumed = 0.0 if limit != 0 and is_met(op, 0.0, limit) else change.value
     return assumed, rows_needed(row_deviation(change), abs(assumed - limit), alpha)
 
 
-def holds(op: Operator, actual: float, limit: float) -> bool:
+def is_met(op: Operator, actual: float, limit: float) -> bool:
     """Whether a comparison of two numbers holds; of what is no number it does not."""
     return not (math.isnan(actual) or math.isnan(limit)) and COMPARE[op](actual, limit)
 

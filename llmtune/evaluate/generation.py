@@ -14,12 +14,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
 from llmtune.data.tokenization import decode
-from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, write_greedily
-from llmtune.evaluate.shared_prefix import computing_dtype
+from llmtune.evaluate.greedy_decoding import column_bytes_of, decode_greedily
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.device import is_out_of_memory, memory_limit
-from llmtune.model.self_checks import positions_depend_on_neighbours
+from llmtune.model.device import SuppressRefusal, computing_dtype, device_memory
+from llmtune.model.self_checks import logits_agree, positions_depend_on_neighbours
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 
@@ -30,17 +29,17 @@ MOST_ROWS = {"cpu": 256, "cuda": 512}
 PROMPT_END = 64
 """Tokens at the end of a prompt that hold all that a template begins an answer with."""
 FEW_PROMPTS = 2
-"""So many prompts are answered by transformers' loop: ours is tried on a model before it is used."""
+"""Up to so many prompts transformers' loop is used: ours is tried on the model first, which costs more."""
 
 
 def generation_settings(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe: Recipe) -> GenerationConfig:
     """Return the recipe's generation settings as transformers takes them, with every token that ends an answer.
 
-    What a model repository sets by itself (a temperature, a repetition penalty) does not count: the recipe says it all.
+    Settings of the model repository (a temperature, a repetition penalty) are ignored: the recipe decides.
     """
     options = {key: value for key, value in recipe.generation.model_dump().items() if value is not None}
     if options["do_sample"]:
-        options.setdefault("top_k", 0)  # transformers draws among 50 unless told otherwise
+        options.setdefault("top_k", 0)  # the default of transformers is 50
     stops = answer_ends(model, processor, recipe)
     pad = processor.pad_token_id if processor.pad_token_id is not None else (stops or [0])[0]
     return GenerationConfig(**options, eos_token_id=stops or None, pad_token_id=pad, use_cache=True)
@@ -53,9 +52,9 @@ def answer_ends(model: torch.nn.Module, processor: PreTrainedTokenizerBase, reci
     the chat template, what that ends a turn with.
     """
     named = getattr(unwrap(model), "generation_config", None)
-    own = getattr(named, "eos_token_id", None)
+    stated = getattr(named, "eos_token_id", None)
     turn = stop_ids(processor, recipe) if recipe is not None and TASK_FACTS[recipe.task].templated else []
-    ids = [processor.eos_token_id, *(own if isinstance(own, list) else [own]), *turn]
+    ids = [processor.eos_token_id, *(stated if isinstance(stated, list) else [stated]), *turn]
     return sorted({int(i) for i in ids if i is not None})
 
 
@@ -90,15 +89,15 @@ class AnswerReader(Protocol):
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """What was generated behind one prompt."""
+    """The completion of one prompt."""
 
     token_ids: list[int]
-    """Without the one that ended it."""
+    """Without the end token."""
     finish_reason: Literal["stop", "length"]
     """`length` where `generation.max_new_tokens` ended it."""
 
 
-def generate(
+def generate_completions(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
     processor: PreTrainedTokenizerBase,
@@ -109,8 +108,8 @@ def generate(
 ) -> list[CompletionOutput]:
     """Generate an answer to each prompt (token ids), in batches of similar length padded on the left.
 
-    Random draws start from the recipe's seed and leave torch's generators as they were. Several processes share the
-    prompts, but where answers are drawn: a draw depends on the prompts beside it.
+    Sampling starts from the recipe's seed and leaves torch's generators as they were. Several processes share the
+    prompts unless answers are sampled: a sample depends on the other prompts of its batch.
     """
     work = partial(_generate_here, model, processor=processor, recipe=recipe, device=device, advance=advance)
     return work(prompts) if recipe.generation.do_sample else over_processes(prompts, work)
@@ -128,31 +127,27 @@ def _generate_here(
     settings = generation_settings(model, processor, recipe)
     stops = set(answer_ends(model, processor, recipe))
     new = recipe.generation.max_new_tokens
-    outputs = [CompletionOutput([], "length")] * len(prompts)
     lengths = [len(prompt) + new for prompt in prompts]
     alone = positions_depend_on_neighbours(model, max(lengths, default=0))
     ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and not alone
     column_bytes = column_bytes_of(model, device) if ours else None
 
-    def work(batch: list[int]) -> None:
+    def work(batch: list[int]) -> list[CompletionOutput]:
         batch_prompts = [prompts[i] for i in batch]
         if column_bytes is None:
             answers = generate_batch(model, batch_prompts, settings, device)
         else:
-            answers = write_greedily(model, batch_prompts, new, stops, device)
-        for i, ids in zip(batch, answers, strict=True):
-            outputs[i] = end_output(ids, stops)
-        advance(len(batch))
+            answers = decode_greedily(model, batch_prompts, new, stops, device)
+        return [end_output(ids, stops) for ids in answers]
 
     if column_bytes is not None:
-        run_in_batches(lengths, cache_budget(device, column_bytes), work, budget_for(device, MOST_ROWS))
-        return outputs
+        most = budget_for(device, MOST_ROWS)
+        return run_in_batches(lengths, cache_budget(device, column_bytes), work, advance, most=most)
     budget = budget_for(device, GENERATION_BUDGET) // recipe.generation.num_beams
     with torch.random.fork_rng(), only_these_settings(model):
         alone = alone or not ignores_padding(model, settings, device)
         torch.manual_seed(recipe.seed)
-        run_in_batches(lengths, budget, work, 1 if alone else None)
-    return outputs
+        return run_in_batches(lengths, budget, work, advance, most=1 if alone else None)
 
 
 def end_output(ids: Sequence[int], stops: set[int]) -> CompletionOutput:
@@ -168,8 +163,8 @@ def is_greedy(recipe: Recipe) -> bool:
 
 
 def cache_budget(device: str, column_bytes: int) -> int:
-    """Return how many positions one batch may have. It depends on the memory there is, not on what is free."""
-    limit = memory_limit(device)
+    """Return how many positions one batch may have, by the device's total memory, not by what is free."""
+    limit = device_memory(device)
     if limit is None:
         return budget_for(device, GENERATION_BUDGET)
     return max(1, int(limit * CACHE_SHARE) // max(1, column_bytes))
@@ -178,7 +173,7 @@ def cache_budget(device: str, column_bytes: int) -> int:
 def generate_batch(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationConfig, device: str
 ) -> list[list[int]]:
-    """Generate from prompts side by side and return the new ids of each, padding included."""
+    """Generate from prompts in one batch; return the new ids of each, padding included."""
     out_BT = _generate(model, prompts, settings, device)
     return cast(list[list[int]], out_BT[:, max(map(len, prompts)) :].tolist())
 
@@ -195,31 +190,24 @@ def _generate(model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings
 
 
 def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: str) -> bool:
-    """Whether prompts of different length are answered side by side as each alone; tried on a few tokens.
+    """Whether a padded batch gives the logits of each prompt alone; tried on a few tokens.
 
-    A model with a state that runs over the padding does not.
+    It does not where a recurrent state runs over the padding.
     """
     size = unwrap(model).get_input_embeddings().weight.shape[0]
     prompts = [[size * (7 * (i % 6) + 3 * length % 5 + 1) // 50 for i in range(length)] for length in (9, 4)]
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     greedy = GenerationConfig(**options, pad_token_id=settings.pad_token_id, use_cache=True)
     batches = [prompts, *([prompt] for prompt in prompts)]
-    try:
+    with SuppressRefusal():
         together, *alone = (torch.stack(_generate(model, batch, greedy, device).logits, 1).float() for batch in batches)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        if is_out_of_memory(error):
-            raise
-        return False
-    apart = (together - torch.cat(alone)).square().mean().sqrt()
-    return bool(apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * together.std())
+        return logits_agree(torch.cat(alone), together, computing_dtype(model, device))
+    return False
 
 
 @contextmanager
 def only_these_settings(model: torch.nn.Module) -> Iterator[GenerationConfig | None]:
-    """Put the model's own generation settings aside, which `generate` would mix in where the recipe says nothing.
-
-    Gives those settings.
-    """
+    """Clear the model's own generation settings, which `generate` uses where the recipe says nothing; yields them."""
     holders = [holder for holder in (model, unwrap(model)) if hasattr(holder, "generation_config")]
     kept = [holder.generation_config for holder in holders]
     for holder in holders:

@@ -25,7 +25,7 @@ from llmtune.report.verdict import FEWEST_ROWS
 RESAMPLES = 2000
 PERMUTATIONS = 2000
 OF_RANKS = 300
-"""Resamples and permutations of metrics that no sums are enough for: each takes a sort."""
+"""Resamples and permutations of rank metrics, each of which takes a sort."""
 METHOD = (
     f"largest minus smallest of the groups with at least {FEWEST_ROWS} rows; intervals by {RESAMPLES} resamples of "
     "rows within each group; by chance: mean and p of shuffled group labels"
@@ -35,12 +35,12 @@ LIMITS = (
     "rows there are. It says that groups are served differently, and not why: their rows may be harder."
 )
 NO_GROUP = {OTHER: "several values", MISSING: "no value"}
-"""Slices that are no group, and why."""
+"""Slices that are no group, with the reason."""
 Ints = NDArray[np.int64]
 
 
 class GroupGapSuite(EvalSuite[None]):
-    """Gaps between groups of the test rows: their scores say it, and no model is asked anything more."""
+    """Gaps between groups of the test rows, from scores that are there already."""
 
     metrics: ClassVar = {"gap": ("between best and worst served group", -1)}
 
@@ -81,11 +81,11 @@ class GroupGap:
     base_G: Floats  # noqa: N815
     tuned_G: Floats  # noqa: N815
     base_R: Floats  # noqa: N815
-    """Gaps of the base model with rows drawn anew within each group."""
+    """Gaps of the base model with rows resampled within each group."""
     tuned_R: Floats  # noqa: N815
     """Those of the tuned model with the same draws."""
     chance_R: Floats  # noqa: N815
-    """Gaps of the tuned model between groups drawn by lot."""
+    """Gaps of the tuned model between random groups."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class GapScore:
     tuned: float
     difference: Difference
     chance: float
-    """The mean of it for the tuned model where groups are drawn by lot."""
+    """Its mean for the tuned model with random groups."""
     p: float
-    """How often it is then as large as the tuned model's, never below 1 / (R + 1)."""
+    """How often a random gap is as large as the tuned model's, never below 1 / (R + 1)."""
 
 
 def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int) -> list[GroupGap]:
@@ -112,7 +112,7 @@ def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int)
             if len(groups) < 2:
                 continue
             rows = list(groups.values())
-            base_G, tuned_G = (np.array([part(one, group).value for group in rows]) for one in (base, tuned))
+            base_G, tuned_G = (np.array([one.take(group).value for group in rows]) for one in (base, tuned))
             base_R, tuned_R = (np.ptp(resample_groups(one, rows, seed), axis=1) for one in (base, tuned))
             chance_R = shuffle_groups(tuned, rows, seed)
             gaps.append(GroupGap(column, metric, groups, few, base_G, tuned_G, base_R, tuned_R, chance_R))
@@ -141,24 +141,19 @@ def score_gap(gaps: Sequence[GroupGap]) -> GapScore:
     return GapScore(base, tuned, interval(tuned - base, tuned_R - base_R, rows), mean, p)
 
 
-def part(measure: Measure, rows: Ints) -> Measure:
-    """Return the metric of some of its rows."""
-    return measure.subset({measure.at[row] for row in rows})
-
-
 def resample_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floats:
-    """Return the metric [R, G] of groups whose rows are drawn anew; the same draws for every metric and model."""
+    """Return the metric [R, G] of groups with resampled rows; the same draws for every metric and model."""
     resamples = RESAMPLES if measure.ranking is None else OF_RANKS
     values = []
     for number, rows in enumerate(groups):
-        group = part(measure, rows)
+        group = measure.take(rows)
         counts = draw_counts(len(rows), seed + number, resamples)
         values.append(np.concatenate([group.resampled(counts_RM) for counts_RM in counts]))
     return np.stack(values, axis=1)
 
 
 def shuffle_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floats:
-    """Return the gap [R] between groups of the same sizes whose rows are drawn by lot from all of them."""
+    """Return the gap [R] between random groups of the same sizes."""
     every, ends = np.concatenate(groups), np.cumsum([0, *map(len, groups)])
     count, generator = PERMUTATIONS if measure.ranking is None else OF_RANKS, np.random.default_rng(seed)
     chunk = max(1, min(count, CHUNK_CELLS // len(every)))

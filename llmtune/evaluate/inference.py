@@ -13,12 +13,13 @@ import torch
 from rich.progress import Progress
 
 from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.example import Collate
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, LoadedModel
-from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate
+from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.shared_prefix import most_likely, score_trees
+from llmtune.evaluate.shared_prefix import score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
@@ -26,7 +27,7 @@ from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.task_facts import CUT_METRIC
-from llmtune.records import Advance, Collate
+from llmtune.records import Advance
 from llmtune.report.render_terminal import counting_bars
 from llmtune.store.processes import world_size
 
@@ -50,7 +51,7 @@ class Answers:
 
     sums: TokenSums | None
     texts: dict[int, str]
-    """Answers as a person reads them."""
+    """Answers as shown to people."""
     scores: dict[int, list[float]]
     """Log-likelihood of each choice, nats."""
     predictions: dict[int, object] = field(default_factory=dict)
@@ -61,18 +62,18 @@ class Answers:
     """Of rows whose answers are generated, the share of them that `generation.max_new_tokens` ended."""
 
     def text(self, row: int) -> str:
-        """Return the text of an answer alone, without its thoughts and its calls."""
+        """Return the text of an answer, without reasoning and tool calls."""
         return self.parts[row][-1].text if row in self.parts else self.texts[row]
 
     def choice(self, row: int, choices: Sequence[str]) -> str:
-        """Return the likeliest choice of a row, or an empty text where none was scored."""
-        return most_likely(self.scores[row], choices) if row in self.scores else ""
+        """Return the likeliest choice of a row, the first of equals, or an empty text where none was scored."""
+        return choices[int(np.argmax(self.scores[row]))] if row in self.scores else ""
 
 
 def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool | None = None) -> Answers:
     """Run one model on the inputs; sets it to evaluation mode.
 
-    `packs` says whether rows stand end to end while losses are taken, as `SelectedModel` does.
+    `packs` says whether rows are packed for the loss, as in `SelectedModel`.
     """
     inputs, task, recipe, device = context.inputs, context.task, context.recipe, context.device
     assert inputs is not None
@@ -102,9 +103,9 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
         if prompts:
             flat = [ids for asked in prompts.values() for ids in asked]
             advance = add_bar(bars, f"{name}: answers", len(flat))
-            outputs = generate(model, flat, context.processor, recipe, device=device, advance=advance)
+            outputs = generate_completions(model, flat, context.processor, recipe, device=device, advance=advance)
     known = dict(zip(trees, scores, strict=True))
-    return read_outputs(Answers(sums, {}, known), prompts, outputs, context)
+    return parse_outputs(Answers(sums, {}, known), prompts, outputs, context)
 
 
 def predict_rows(
@@ -112,20 +113,20 @@ def predict_rows(
 ) -> tuple[list[object], dict[int, float]]:
     """Return the prediction of each row, and 1 or 0 by the rows whose answer ends: whether it was cut.
 
-    Several processes share the rows, but where answers are drawn at random: a draw depends on the rows beside it.
+    Several processes share the rows unless answers are sampled: a sample depends on the other rows of its batch.
     """
 
-    def work(own: Sequence[Mapping[str, Any]]) -> list[tuple[object, bool | None]]:
+    def work(part: Sequence[Mapping[str, Any]]) -> list[tuple[object, bool | None]]:
         ends: dict[int, bool] = {}
-        values = task.predict(own, replace(loaded, note_end=ends.__setitem__)) if own else []
+        values = task.predict(part, replace(loaded, note_end=ends.__setitem__)) if part else []
         return [(value, ends.get(i)) for i, value in enumerate(values)]
 
-    found = work(rows) if loaded.recipe.generation.do_sample else over_processes(rows, work)
-    ends = {i: float(end) for i, (_, end) in enumerate(found) if end is not None}
-    return [value for value, _ in found], ends
+    results = work(rows) if loaded.recipe.generation.do_sample else over_processes(rows, work)
+    ends = {i: float(end) for i, (_, end) in enumerate(results) if end is not None}
+    return [value for value, _ in results], ends
 
 
-def read_outputs(
+def parse_outputs(
     answers: Answers,
     prompts: Mapping[int, Sequence[Sequence[int]]],
     outputs: Sequence[CompletionOutput],
@@ -138,10 +139,10 @@ def read_outputs(
     left = iter(outputs)
     for row, asked in prompts.items():
         assert read is not None
-        own, tools = [*islice(left, len(asked))], inputs.questions[row].get("tools")
-        parsed = [read(output.token_ids, tools, ids) for output, ids in zip(own, asked, strict=True)]
+        answered, tools = [*islice(left, len(asked))], inputs.questions[row].get("tools")
+        parsed = [read(output.token_ids, tools, ids) for output, ids in zip(answered, asked, strict=True)]
         answers.texts[row] = write_answer(parsed[-1].text, parsed[-1].tool_calls)
-        answers.cut[row] = sum(output.finish_reason == "length" for output in own) / len(own)
+        answers.cut[row] = sum(output.finish_reason == "length" for output in answered) / len(answered)
         if row in inputs.turns or parsed[-1].reasoning or parsed[-1].tool_calls:
             answers.parts[row] = parsed
     return answers
@@ -162,19 +163,16 @@ def score_tokens(
     """
     reader = inputs.reader
 
-    def score(own: Sequence[int]) -> list[list[float]]:
-        sums = np.zeros((len(own), 2))
-
-        def work(batch: list[int]) -> None:
-            loss = task.loss(model, move_to(device, collate([reader[own[i]] for i in batch], 0)), True)
+    def score(indexes: Sequence[int]) -> list[list[float]]:
+        def work(batch: list[int]) -> list[list[float]]:
+            loss = task.loss(model, move_to(device, collate([reader[indexes[i]] for i in batch], 0)), True)
             assert loss.row_sums is not None
             assert loss.row_correct is not None
-            sums[batch] = torch.stack([loss.row_sums, loss.row_correct], 1).double().cpu().numpy()
-            advance(len(batch))
+            sums: list[list[float]] = torch.stack([loss.row_sums, loss.row_correct], 1).double().cpu().tolist()
+            return sums
 
-        lengths = [int(reader.lengths[i]) for i in own]
-        run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, packed=packed)
-        return sums.tolist()
+        lengths = [int(reader.lengths[i]) for i in indexes]
+        return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance, packed=packed)
 
     nats, correct = np.asarray(over_processes(range(len(reader)), score)).reshape(-1, 2).T
     row_of = np.searchsorted(np.asarray(inputs.rows), np.asarray(reader.rows))
@@ -190,7 +188,7 @@ def score_tokens(
     return TokenSums(*sums, nats[first], supervised[first])
 
 
-def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
+def compute_metrics(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
     """Turn answers into the metrics of the inputs; one without rows, or that means nothing here, is left out.
 
     Where answers were generated, the share of those that were cut is always among them.
@@ -265,7 +263,7 @@ def context_limit(model: torch.nn.Module) -> int:
 @contextmanager
 def inference_on(model: torch.nn.Module, context: EvalContext) -> Iterator[Progress]:
     """Set a model to evaluation mode, compute in the recipe's number format, and show progress bars."""
-    trains = model.training  # and goes on after this: what it keeps from here must do for gradients too
+    trains = model.training  # and continues after this, so what it caches here must work with gradients
     model.eval()
     dtype = resolve_dtype(context.recipe.model.dtype, context.device)
     with (

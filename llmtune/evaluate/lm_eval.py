@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-import torch
 from rich.console import Console
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError, nearest
-from llmtune.evaluate.lm_eval_tasks import PACKAGE, list_task_files, read_task_file, shipped_names
 from llmtune.recipe.eval_suites_section import BenchmarkSection, is_task_file, plain_name, suite_name
 from llmtune.recipe.gate_grammar import parse_gate
+from llmtune.recipe.user_files import read_text_file
 from llmtune.store.process_environment import offline_switches
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
     from llmtune.recipe.schema import Recipe
 
-KEY, EXTRA = "evaluate.benchmarks", "benchmarks"
+PACKAGE, KEY = "lm_eval", "evaluate.benchmarks"
 RUN_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError)
 """What a mistake in a task makes lm-eval raise while it runs."""
 READ_ERRORS = (*RUN_ERRORS, RuntimeError, StopIteration)
@@ -60,7 +63,7 @@ class Benchmark:
         return self.name if is_task_file(self.section.task) and [*self.run] == [name] else plain_name(name)
 
 
-def check_benchmarks(recipe: Recipe) -> None:
+def check_task_names(recipe: Recipe) -> None:
     """Check the names and files of `evaluate.benchmarks`, without the network and, if all is well, without lm-eval.
 
     Raises:
@@ -70,7 +73,7 @@ def check_benchmarks(recipe: Recipe) -> None:
     """
     names = [one.task for one in recipe.evaluate.benchmarks]
     if names and find_spec(PACKAGE) is None:
-        fix = f"pip install 'llmtune-cli[{EXTRA}]', or remove the key."
+        fix = "pip install 'llmtune-cli[benchmarks]', or remove the key."
         raise EnvironmentProblem.of("benchmarks need lm-eval, which is not installed", KEY, fix)
     for name in filter(is_task_file, names):
         list_task_files(Path(name))
@@ -94,7 +97,7 @@ def load_benchmarks(recipe: Recipe, console: Console) -> tuple[Benchmark, ...]:
         DataError: a task file or its rows are missing or bad.
         EnvironmentProblem: lm-eval, or a package of a task, is not installed; or rows cannot be reached.
     """
-    check_benchmarks(recipe)
+    check_task_names(recipe)
     sections = recipe.evaluate.benchmarks
     if not sections:
         return ()
@@ -115,7 +118,7 @@ def index_shipped() -> TaskManager:
 
 def load_benchmark(section: BenchmarkSection) -> Benchmark:
     """Read one task, group, or tag (several tasks by one name)."""
-    with explained(section, READ_ERRORS):
+    with explain_errors(section, READ_ERRORS):
         loaded = load_file(section) if is_task_file(section.task) else index_shipped().load([section.task])
     tasks, groups = loaded["tasks"], loaded.get("groups") or {}
     nested = {name for group in groups.values() for name in group.child_names}
@@ -191,6 +194,72 @@ def find_lost_gates(recipe: Recipe, benchmarks: Sequence[Benchmark]) -> Iterator
             yield Problem(f"the gate {text!r} is about a metric that the task does not have", where, fix)
 
 
+# Task files, read without lm-eval
+
+
+@cache
+def shipped_names() -> frozenset[str]:
+    """Return the names of files and folders among lm-eval's tasks: most tasks are called like one of them."""
+    spec = find_spec(PACKAGE)
+    folders = (spec and spec.submodule_search_locations) or ()
+    return frozenset(path.stem for folder in folders for path in (Path(folder) / "tasks").rglob("*"))
+
+
+def read_task_file(path: Path) -> dict[str, object]:
+    """Return the mapping in a task file, without the files that it includes.
+
+    Raises DataError where it is missing or is no task file.
+    """
+    reader = YAML(typ="rt", pure=True)
+    reader.allow_duplicate_keys = True
+    try:
+        content = reader.load(read_text_file(path))
+    except FileNotFoundError:
+        raise DataError.of("task file not found", str(path), "Correct evaluate.benchmarks.") from None
+    except OSError as error:
+        raise DataError.of(f"cannot read the task file: {error.strerror}", str(path)) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise DataError.of(f"the task file is not valid YAML: {what}", where) from None
+    if not isinstance(content, dict) or not {"task", "group", "include"} & content.keys():
+        fix = "See docs/new_task_guide.md of lm-evaluation-harness."
+        raise DataError.of("not a task file of lm-eval: it has neither `task` nor `group`", str(path), fix)
+    return content
+
+
+def list_task_files(path: Path) -> set[Path]:
+    """Return a task file and every file that it may read: those that it names, and the Python next to it.
+
+    A group brings in all task files next to it. Raises DataError as `read_task_file` does.
+    """
+    files: set[Path] = set()
+    left = [path]
+    while left:
+        file = left.pop().resolve()
+        if file in files or (files and not file.is_file()):
+            continue
+        content: dict[str, object] = {}
+        with contextlib.suppress(*[DataError] * bool(files)):  # any YAML file may lie next to a group
+            content = read_task_file(file) if is_task_file(file.name) else {}
+        files.add(file)
+        names = [os.path.expanduser(name) for name in texts_in(content)]
+        left += [Path(at, one) for at in (file.parent, Path.cwd()) for name in names for one in glob(name, root_dir=at)]
+        left += file.parent.glob("*.py") if content else ()
+        left += file.parent.glob("*.yaml") if "group" in content else ()
+    return files
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Yield the texts in a value, at any depth; keys are left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(item)
+
+
 # How lm-eval is run
 
 
@@ -201,6 +270,7 @@ def quietly() -> Iterator[None]:
     import lm_eval.api.task
     import lm_eval.evaluator
     import lm_eval.models.huggingface
+    import torch
     from tqdm import tqdm
 
     log, hidden = logging.getLogger("lm_eval"), partial(tqdm, disable=True)  # its bars have no switch
@@ -241,7 +311,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(section: BenchmarkSection, faults: tuple[type[Exception], ...]) -> Iterator[None]:
+def explain_errors(section: BenchmarkSection, faults: tuple[type[Exception], ...]) -> Iterator[None]:
     """Turn errors of lm-eval and its tasks into llmtune's, and refuse code of a hub.
 
     `faults` are what a mistake in a task makes them raise.

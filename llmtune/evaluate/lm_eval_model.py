@@ -25,9 +25,9 @@ from llmtune.evaluate.token_batches import (
 from llmtune.model.device import resolve_dtype
 from llmtune.records import Advance
 
-Answers = list[Any]
+Responses = list[Any]
 """One for each request: (nats, whether each token is the likeliest), nats, or a text."""
-Ask = Callable[[Sequence[Instance]], Answers]
+Ask = Callable[[Sequence[Instance]], Responses]
 
 
 class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
@@ -44,19 +44,19 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         self.truncated = 0
         """Requests that lost their beginning, since they are longer than the model's context."""
 
-    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Answers:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Responses:
         """Return (nats, whether each token is the likeliest) of continuations."""
         return self._answer(super().loglikelihood, requests, TOKEN_BUDGET)
 
-    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Answers:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Responses:
         """Return the nats of texts."""
         return self._answer(super().loglikelihood_rolling, requests, TOKEN_BUDGET)
 
-    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Answers:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Responses:
         """Return generated texts."""
         return self._answer(super().generate_until, requests, GENERATION_BUDGET)
 
-    def _answer(self, ask: Ask, requests: Sequence[Instance], budgets: dict[str, int]) -> Answers:
+    def _answer(self, ask: Ask, requests: Sequence[Instance], budgets: dict[str, int]) -> Responses:
         """Answer requests in batches; those of one question stay together, since many differ in their end alone.
 
         Every process answers all of them where any is sampled: a sample depends on the others in its batch.
@@ -64,18 +64,15 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         budget, lengths = budget_for(self.where, budgets), {id(one): self._count_tokens(one) for one in requests}
         sampled = any(isinstance(one.args[-1], dict) and one.args[-1].get("do_sample") for one in requests)
 
-        def answer(questions: Sequence[list[Instance]]) -> list[Answers]:
-            own = list(chain.from_iterable(questions))
-            sizes = [min(lengths[id(one)], self.max_length) for one in own]
-            found: dict[int, Any] = {}
+        def answer(questions: Sequence[list[Instance]]) -> list[Responses]:
+            flat = list(chain.from_iterable(questions))
+            sizes = [min(lengths[id(one)], self.max_length) for one in flat]
 
-            def work(batch: list[int]) -> None:
+            def work(batch: list[int]) -> Responses:
                 self.batch_size_per_gpu = batch_size(sizes[batch[0]], budget)
-                found.update(zip(batch, ask([own[i] for i in batch]), strict=True))
-                self.advance(len(batch))
+                return ask([flat[i] for i in batch])
 
-            run_in_batches(sizes, budget, work)
-            answers = iter(found[i] for i in range(len(own)))
+            answers = iter(run_in_batches(sizes, budget, work, self.advance))
             return [[next(answers) for _ in question] for question in questions]
 
         questions = [list(group) for _, group in groupby(requests, key=lambda one: (one.task_name, one.doc_id))]

@@ -11,18 +11,19 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmtune.evaluate.paired_statistics import (
     BOOTSTRAP,
-    Ends,
+    Bounds,
     Floats,
     Formula,
-    Ranking,
+    RankStatistic,
     Weighted,
     difference,
     difference_weighted,
-    pair_ends,
-    share_ends,
+    pair_bounds,
+    share_bounds,
     unknown,
 )
 from llmtune.records import Difference
@@ -38,10 +39,10 @@ class Measure:
     formula: Formula | None
     right_wrong: bool = False
     signature: str = ""
-    ranking: Ranking | None = None
+    ranking: RankStatistic | None = None
     at: tuple[int, ...] = ()
     """[N] indexes of these rows into the evaluated rows."""
-    ends: Ends | None = None
+    bounds: Bounds | None = None
     """A row at either end of the metric's range; None where it has no bounds."""
     clusters: tuple[int, ...] = ()
     """[N] equal for rows that belong together, which are drawn and swapped together; empty where each is alone."""
@@ -68,7 +69,7 @@ class Measure:
         """Return the metric of those rows alone whose index is in `rows`."""
         return self.take([n for n, row in enumerate(self.at) if row in rows])
 
-    def take(self, numbers: Sequence[int]) -> Measure:
+    def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> Measure:
         """Return the metric of its rows of these numbers, in that order."""
         at, clusters = (tuple(part[n] for n in numbers) if part else () for part in (self.at, self.clusters))
         return replace(self, sums_NK=self.sums_NK[list(numbers)], at=at, clusters=clusters)
@@ -103,7 +104,7 @@ class PairedMeasures:
     def differences(self, seed: int, fewest: int = 0) -> dict[str, Difference]:
         """Return tuned minus base by metric; without an interval where there are fewer than `fewest` rows."""
         return {
-            metric: compare(self.base[metric], tuned, seed)
+            metric: paired_difference(self.base[metric], tuned, seed)
             if len(tuned.sums_NK) >= fewest
             else unknown(tuned.value - self.base[metric].value, len(tuned.sums_NK))
             for metric, tuned in self.tuned.items()
@@ -111,7 +112,7 @@ class PairedMeasures:
         }
 
 
-def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
+def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
     """Return tuned minus base with its 95 % interval; both must hold the same rows in the same order.
 
     What belongs together is drawn together, as `tuned` has it, or `base` where that alone knows.
@@ -119,33 +120,33 @@ def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
     assert base.metric == tuned.metric
     rows = len(base.sums_NK)
     assert rows == len(tuned.sums_NK)
-    ends, clusters = tuned.ends, tuned.clusters or base.clusters
+    bounds, clusters = tuned.bounds, tuned.clusters or base.clusters
     if len(set(clusters)) == rows:
         clusters = ()
     if tuned.formula is not None:
         sums, right_wrong = (base.sums_NK, tuned.sums_NK), tuned.right_wrong
-        return difference(*sums, tuned.formula, right_wrong=right_wrong, seed=seed, ends=ends, clusters=clusters)
-    if ends is None and rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
+        return difference(*sums, tuned.formula, right_wrong=right_wrong, seed=seed, bounds=bounds, clusters=clusters)
+    if bounds is None and rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, BOOTSTRAP)
-    with_ends = None
-    if ends is not None and rows:
-        ends_22K = pair_ends(ends(np.concatenate([base.sums_NK, tuned.sums_NK])))
+    bounded = None
+    if bounds is not None and rows:
+        bounds_22K = pair_bounds(bounds(np.concatenate([base.sums_NK, tuned.sums_NK])))
         base_also, tuned_also = (
-            replace(one, sums_NK=with_rows(one.sums_NK, ends_22K[:, which])).resampled
+            replace(one, sums_NK=with_rows(one.sums_NK, bounds_22K[:, which])).resampled
             for which, one in enumerate((base, tuned))
         )
-        with_ends = base_also, tuned_also
-    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed, with_ends=with_ends, clusters=clusters)
+        bounded = base_also, tuned_also
+    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed, bounded=bounded, clusters=clusters)
 
 
-def with_rows(sums_NK: Floats, ends_2K: Floats) -> Floats:
+def with_rows(sums_NK: Floats, bounds_2K: Floats) -> Floats:
     """Return the rows of a model with two pseudo-rows, in which constants stay.
 
     A baseline without a model predicts the same number for every row. A pseudo-row with another number would be its
     only one, and give it a correlation that it cannot have.
     """
     constant_K = np.ptp(sums_NK, axis=0) == 0
-    return np.concatenate([sums_NK, np.where(constant_K, sums_NK[:1], ends_2K)])
+    return np.concatenate([sums_NK, np.where(constant_K, sums_NK[:1], bounds_2K)])
 
 
 def ratio(sums: Floats) -> Floats:
@@ -163,7 +164,7 @@ def measure_right(
 
 def measure_shares(metric: str, values: Sequence[float], signature: str) -> Measure:
     """Build a metric that is the mean of one number a row, from 0 to 1."""
-    return replace(measure_means(metric, values, signature), ends=share_ends)
+    return replace(measure_means(metric, values, signature), bounds=share_bounds)
 
 
 def measure_means(metric: str, values: Sequence[float], signature: str) -> Measure:
@@ -180,3 +181,89 @@ def columns(*parts: Floats) -> Floats:
 def difference_of_ratios(sums: Floats) -> Floats:
     """[..., (numerator, denominator, numerator, denominator)] -> the first ratio less the second [...]."""
     return ratio(sums[..., :2]) - ratio(sums[..., 2:])
+
+
+# Bounds: a row at either end of a metric's range.
+#
+# Ten rows with equal answers do not prove that all rows have equal answers. So intervals of bounded metrics resample
+# two more rows, in which one model is as bad as the metric allows and the other as good (`difference`).
+# Shapes: M rows of both models, or groups of rows added up.
+
+
+def mean_share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """(right, counted) of several tasks: a question of the task with the fewest, where one counts most."""
+    counted = sums_MK[:, 1::2].sum(0)
+    task = 2 * int(np.argmin(counted))
+    worst, best = np.zeros((2, sums_MK.shape[1]))
+    worst[task + 1] = best[task] = best[task + 1] = 1
+    return worst, best
+
+
+def error_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """(errors, reference length): as many errors as the reference is long, or as the worst row has; and none.
+
+    An error rate has no upper end: an answer may go on for ever. The lower bound of the first row is an empty answer.
+    """
+    length = float(sums_MK[:, 1].mean())
+    return np.array([max(length, float(sums_MK[:, 0].max())), length]), np.array([0.0, length])
+
+
+def chrf_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """(answer, reference, match) by order of n-gram: an average reference against no match, and against itself."""
+    reference = sums_MK.mean(0)[1::3]
+    worst, best = np.repeat(reference, 3), np.repeat(reference, 3)
+    worst[2::3] = 0
+    return worst, best
+
+
+def bleu_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """(length, reference length, matches by order, n-grams by order): no match, and nothing but matches."""
+    length, orders = float(sums_MK[:, 1].mean()), (sums_MK.shape[1] - 2) // 2
+    grams = np.maximum(length - np.arange(orders), 0)
+    lengths = [length, length]
+    return np.concatenate([lengths, 0 * grams, grams]), np.concatenate([lengths, grams, grams])
+
+
+def hit_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """(hits, predicted, right): nothing found, and everything, in a row with an average number to find."""
+    right = float(sums_MK[:, 2].mean())
+    return np.array([0.0, right, right]), np.array([right, right, right])
+
+
+def class_bounds(sums_M3K: Floats) -> tuple[Floats, Floats]:
+    """(hits, predicted, right) by class: a row of the rarest class, where one counts most, taken for the commonest."""
+    right = np.split(sums_M3K, 3, axis=1)[2].sum(0)
+    classes, size = len(right), float(right.sum()) / len(sums_M3K)
+    worst, best = np.zeros((2, 3, classes))
+    rarest, commonest = int(np.argmin(np.where(right > 0, right, np.inf))), int(np.argmax(right))
+    best[:, rarest] = worst[2, rarest] = worst[1, commonest] = size
+    return worst.ravel(), best.ravel()
+
+
+def rank_bounds(seen_MK: Floats) -> tuple[Floats, Floats]:
+    """(scores, right) by class: a row of the rarest class with the lowest score of it, or the highest."""
+    scores, right = np.split(seen_MK, 2, axis=1)
+    counts = right.sum(0)
+    true = np.arange(len(counts)) == int(np.argmin(np.where(counts > 0, counts, np.inf)))
+    low, high = scores.min(0), scores.max(0)
+    return np.concatenate([np.where(true, low, high), true]), np.concatenate([np.where(true, high, low), true])
+
+
+def correlation_bounds(seen_M2: Floats) -> tuple[Floats, Floats]:
+    """(predicted, reference): the highest reference with the lowest prediction, and with the highest."""
+    (low, _), (high, top) = seen_M2.min(0), seen_M2.max(0)
+    return np.array([low, top]), np.array([high, top])
+
+
+BOUNDS: Mapping[str, Bounds] = {
+    "share": share_bounds,
+    "mean of shares": mean_share_bounds,
+    "errors": error_bounds,
+    "chrf": chrf_bounds,
+    "bleu": bleu_bounds,
+    "found": hit_bounds,
+    "classes": class_bounds,
+    "ranks": rank_bounds,
+    "correlation": correlation_bounds,
+}
+"""By the names that they have on disk."""

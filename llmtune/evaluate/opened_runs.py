@@ -1,25 +1,31 @@
-"""Runs opened to be compared: recipe, scores and every row's part in them; whether they were measured alike; pairs."""
+"""Runs and releases opened for comparison: their scores by row, whether they were measured the same way, and pairs."""
 
 from __future__ import annotations
 
+import base64
+import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.evaluate.metric import Measure, compare, ratio
-from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
+from llmtune.evaluate.evaluation_file import load_evaluation, restore_nan
+from llmtune.evaluate.metric import Measure, paired_difference, ratio
+from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, unpack_measures
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TASK_FACTS
-from llmtune.records import Difference, Evaluation, Json
-from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
+from llmtune.records import Difference, Evaluation, GateResult, Json
+from llmtune.store.atomic_files import explained, read_json
+from llmtune.store.run_folder import MANIFEST, RunFolder, read_run, recipe_of_run
 
 DECIDES_NOTHING = ("name", "deploy", *(f"evaluate.{key}" for key in GATE_KEYS))
 """Keys that change neither what is trained nor how it is measured."""
@@ -28,7 +34,7 @@ ROWS_FIX = "Run both on the same data, with the same data.test and data.split_by
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """What one run was asked and what it scored."""
+    """A run's recipe and scores."""
 
     name: str
     recipe: Recipe
@@ -41,7 +47,7 @@ class ScoredRun:
         return {key: value for key, value in walk(self.recipe) if key not in DECIDES_NOTHING}
 
     def row_names(self, metric: str) -> list[str]:
-        """Return what the rows of a metric are known by."""
+        """Return the names of a metric's rows."""
         return [self.measures.rows[at] for at in self.measures.tuned[metric].at]
 
 
@@ -115,31 +121,24 @@ def check_alike(runs: Sequence[ScoredRun]) -> None:
         RecipeError: other tasks, or other settings of measurement.
         DataError: other test rows.
     """
-    check_rows(runs)
     first, *others = runs
-    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
-    RecipeError.collect(
-        Problem(what, one.name, fix + keys) for one in others for what, keys in find_other_settings(first, one)
-    )
-
-
-def check_rows(runs: Sequence[ScoredRun]) -> None:
-    """Refuse runs of other tasks (RecipeError) or with other test rows (DataError)."""
-    first, *others = runs
-    task = first.recipe.task
+    task, rows = first.recipe.task, set(first.measures.rows)
     RecipeError.collect(
         Problem(f"task {one.recipe.task}, and {first.name} has task {task}", one.name, "Compare like with like.")
         for one in others
         if one.recipe.task != task
     )
-    rows = set(first.measures.rows)
     problems = []
     for one in others:
-        if (own := set(one.measures.rows)) != rows:
-            what = f"not measured on the same rows: of {len(rows | own)} test rows {len(rows & own)} are in both, "
-            what += f"{len(rows - own)} are in {first.name} alone, {len(own - rows)} in {one.name} alone"
+        if (other := set(one.measures.rows)) != rows:
+            what = f"not measured on the same rows: of {len(rows | other)} test rows {len(rows & other)} are in both, "
+            what += f"{len(rows - other)} are in {first.name} alone, {len(other - rows)} in {one.name} alone"
             problems.append(Problem(what, one.name, ROWS_FIX))
     DataError.collect(problems)
+    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
+    RecipeError.collect(
+        Problem(what, one.name, fix + keys) for one in others for what, keys in find_other_settings(first, one)
+    )
 
 
 def find_other_settings(first: ScoredRun, second: ScoredRun) -> Iterator[tuple[str, str]]:
@@ -165,7 +164,7 @@ def find_other_measure(first: ScoredRun, second: ScoredRun, metric: str) -> tupl
     signatures = [run.measures.tuned[metric].signature for run in (first, second)]
     if signatures[0] != signatures[1]:
         return f"{metric} is '{signatures[1]}', and in {first.name} '{signatures[0]}'", ""
-    if find_choices(first, metric) != find_choices(second, metric):
+    if choices_of(first, metric) != choices_of(second, metric):
         return f"{metric} is among other choices than in {first.name}", " (evaluate.choices)"
     return None
 
@@ -182,7 +181,7 @@ def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str
             yield f"measured with {key}: {other}, and {first.name} with {one}"
 
 
-def find_choices(run: ScoredRun, metric: str) -> list[str]:
+def choices_of(run: ScoredRun, metric: str) -> list[str]:
     """Return the words that describe the answers which a metric chooses among, in any order."""
     return sorted(run.evaluation.signatures.get(f"{metric}.choices", "").replace(",", " ").split())
 
@@ -197,7 +196,9 @@ def find_differing(first: ScoredRun, second: ScoredRun) -> dict[str, tuple[objec
 def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Difference], dict[str, str]]:
     """Return paired differences by metric, second minus first; and by metric why another could not be compared."""
     pairs, left_out = pair_measures(first, second)
-    return {metric: compare(before, after, first.recipe.seed) for metric, (before, after) in pairs.items()}, left_out
+    return {
+        metric: paired_difference(before, after, first.recipe.seed) for metric, (before, after) in pairs.items()
+    }, left_out
 
 
 def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[Measure, Measure]], dict[str, str]]:
@@ -227,3 +228,124 @@ def join_rows(run: ScoredRun, metric: str, shared: Collection[str]) -> Measure:
     names, measure = run.row_names(metric), run.measures.tuned[metric]
     order = sorted((at for at, name in enumerate(names) if name in shared), key=names.__getitem__)
     return replace(measure.take(order), at=tuple(range(len(order))))
+
+
+# Releases: what one run scored, row by row, in a file small enough for git; without text of rows and without paths
+
+
+RELEASE_VERSION = 1
+RELEASE_FIX = "Make it again from its run: llmtune release RUN"
+
+
+def _with_text(key: str) -> AfterValidator:
+    def check(value: Json) -> Json:
+        if not isinstance(value.get(key), str):
+            raise ValueError(f"{key} is not text")
+        return value
+
+    return AfterValidator(check)
+
+
+class Release(TypedDict):
+    """What the file holds."""
+
+    release_version: int
+    llmtune: str
+    name: str
+    date: str
+    run: str
+    """Name of the run folder."""
+    lock: str
+    """sha256 of llmtune.lock."""
+    trained: str
+    """Hash of the adapter or the weights."""
+    recipe: Annotated[Json, _with_text("task")]
+    """Resolved; of paths the last part."""
+    verdict: Annotated[Json, _with_text("word")]
+    base: dict[str, float]
+    tuned: dict[str, float]
+    difference: dict[str, Difference]
+    signatures: dict[str, str]
+    gates: list[GateResult]
+    certificates: dict[str, Json]
+    """What was merged, exported or served, with the numbers of its parity check."""
+    rows: int
+    measures: str
+    """`measures.npz` of the tuned model, in base64: each row by its hash, and its part in each score."""
+
+
+def read_release(path: Path) -> Release:
+    """Read a release file; raises RecipeError where it is none, or of a later version."""
+    with explained(path):
+        content = read_json(path)
+    if content is None:
+        what = "not a release file" if path.exists() else "there is no such file"
+        raise RecipeError.of(what, str(path), "Name a file that 'llmtune release RUN' wrote.")
+    try:
+        release = TypeAdapter(Release).validate_python(restore_nan(content))
+    except ValidationError as error:
+        raise RecipeError.of(f"not a release file ({_first_problem(error)})", str(path), RELEASE_FIX) from None
+    if release["release_version"] > RELEASE_VERSION:
+        what = f"a release of version {release['release_version']}, and this llmtune reads up to {RELEASE_VERSION}"
+        raise RecipeError.of(what, str(path), "Update llmtune.")
+    return release
+
+
+def is_release(content: object) -> bool:
+    """Whether the content of a JSON file is that of a release, of whatever version."""
+    return isinstance(content, dict) and "release_version" in content
+
+
+def _first_problem(error: ValidationError) -> str:
+    first: Any = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+
+
+def list_releases(folder: Path) -> list[tuple[Path, Release]]:
+    """Return the releases in a folder, the oldest first; other files are left out.
+
+    Raises RecipeError for one that is damaged, which may be the newest.
+    """
+    releases = []
+    for path in folder.glob("*.json"):
+        if (content := read_json(path)) is None:
+            raise RecipeError.of("damaged: it holds no JSON", str(path), "Put it back as the repository has it.")
+        if is_release(content):
+            releases.append((path, read_release(path)))
+    return sorted(releases, key=lambda one: one[1]["date"])
+
+
+def find_release(path: Path, name: str) -> Path:
+    """Return the newest release of the recipe `name` in a folder of releases; any other path is itself.
+
+    Raises RecipeError for a folder of releases that has none of that name.
+    """
+    if path.is_file() or (path / MANIFEST).exists() or not path.is_dir():
+        return path
+    matching = [file for file, release in list_releases(path) if release["name"] == name]
+    if not matching:
+        fix = f"Make the first, of a run without gates on the champion: llmtune release RUN --out {path}/first.json"
+        raise RecipeError.of(f"neither a run nor a folder with a release of '{name}'", str(path), fix)
+    return matching[-1]
+
+
+def open_release(path: Path, name: str) -> ScoredRun:
+    """Open a release to be compared, under a name of its own.
+
+    Raises:
+        RecipeError: not a release file.
+        EnvironmentProblem: its scores by row are damaged.
+    """
+    release = read_release(path)
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(release["recipe"]))
+        packed = base64.b64decode(release["measures"], validate=True)
+    except ValidationError as error:
+        raise RecipeError.of(
+            f"its recipe does not fit this llmtune ({_first_problem(error)})", str(path), RELEASE_FIX
+        ) from None
+    except ValueError as error:
+        raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
+    scores = release["base"], release["tuned"], release["difference"]
+    evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
+    return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))

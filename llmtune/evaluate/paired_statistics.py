@@ -1,7 +1,7 @@
 """Paired statistics on the rows that both models answered: an interval and a p-value for tuned minus base.
 
 Nearly every metric is a formula over sums that add up row by row (nats and tokens, right answers and answers, n-gram
-counts), so one resampling serves means, ratios and corpus scores alike. What no sums are enough for (ranks) is a
+counts), so one resampling serves means, ratios and corpus scores. Rank metrics have no such sums; they are a
 function of how often each row was drawn. Shapes: R resamples, N rows, K sums.
 """
 
@@ -22,10 +22,10 @@ Formula = Callable[[Floats], Floats]
 """Maps summed statistics [..., K] to the metric's value [...]."""
 Weighted = Callable[[Floats], Floats]
 """Maps how often each row is drawn [R, N] to the metric's values [R]."""
-Ranking = Callable[[Floats], Weighted]
+RankStatistic = Callable[[Floats], Weighted]
 """Makes that of the numbers of each row [N, K], for a metric that no sums are enough for."""
-Ends = Callable[[Floats], tuple[Floats, Floats]]
-"""Maps the rows of both models [M, K] to a row [K] at either end of the metric's range (`range_ends`)."""
+Bounds = Callable[[Floats], tuple[Floats, Floats]]
+"""Maps the rows of both models [M, K] to a worst and a best row [K] (`metric.py`)."""
 
 RESAMPLES = 5000
 CHUNK_CELLS = 200_000
@@ -59,14 +59,14 @@ def difference(
     right_wrong: bool,
     seed: int,
     resamples: int = RESAMPLES,
-    ends: Ends | None = None,
+    bounds: Bounds | None = None,
     clusters: Sequence[int] = (),
 ) -> Difference:
     """Compare two models on the same rows.
 
     `base_NK` and `tuned_NK` hold each row's sums. The interval is the bootstrap percentile interval with the tails
     widened for small samples as in Hesterberg, "What Teachers Should Know About the Bootstrap", 2015.
-    Bounded metrics (`ends`) get two pseudo-rows in the resampling, in which the models lie as far apart as the metric
+    Bounded metrics (`bounds`) get two pseudo-rows in the resampling, in which the models lie as far apart as the metric
     allows, either way. Right-or-wrong metrics (`right_wrong`, sums [right, 1]) get them after Bonett and Price,
     "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data", 2012: without
     them the interval of ten rows that all got better would be a single point. The ends of other bounded metrics also
@@ -78,29 +78,29 @@ def difference(
     p is 1.
     """
     if len(clusters):
-        sums, ends = (add_up(base_NK, clusters), add_up(tuned_NK, clusters)), share_ends if right_wrong else ends
-        grouped = difference(*sums, formula, right_wrong=False, seed=seed, resamples=resamples, ends=ends)
+        sums, bounds = (add_up(base_NK, clusters), add_up(tuned_NK, clusters)), share_bounds if right_wrong else bounds
+        grouped = difference(*sums, formula, right_wrong=False, seed=seed, resamples=resamples, bounds=bounds)
         return replace(grouped, n=len(base_NK), groups=grouped.n)
-    rows, ends = len(base_NK), share_ends if right_wrong else ends
+    rows, bounds = len(base_NK), share_bounds if right_wrong else bounds
     value = float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
     if rows < 2:
         return unknown(value, rows)
     paired_N2K = np.stack([base_NK, tuned_NK], axis=1)
-    if ends is None and np.array_equal(base_NK, tuned_NK):
+    if bounds is None and np.array_equal(base_NK, tuned_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, SWAPS)
-    ends_22K = pair_ends(ends(np.concatenate([base_NK, tuned_NK]))) if ends else paired_N2K[:0]
-    found = interval(value, resample(np.concatenate([paired_N2K, ends_22K]), formula, seed, resamples), rows)
-    if not np.isfinite(found.low):
-        return found
+    bounds_22K = pair_bounds(bounds(np.concatenate([base_NK, tuned_NK]))) if bounds else paired_N2K[:0]
+    change = interval(value, resample(np.concatenate([paired_N2K, bounds_22K]), formula, seed, resamples), rows)
+    if not np.isfinite(change.low):
+        return change
     if right_wrong:
-        return replace(found, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
-    if ends is not None:
+        return replace(change, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
+    if bounds is not None:
         with_one, alone = (
-            formula(sums[:, 1]) - formula(sums[:, 0]) for sums in (paired_N2K.sum(0) + ends_22K, ends_22K)
+            formula(sums[:, 1]) - formula(sums[:, 0]) for sums in (paired_N2K.sum(0) + bounds_22K, bounds_22K)
         )
-        found = move_apart(found, with_one, widest=float(np.abs(alone).max()))
+        change = move_apart(change, with_one, widest=float(np.abs(alone).max()))
     swapped = permutation_p(base_NK, tuned_NK, formula, seed, resamples)
-    return replace(found, p=max(swapped, skewed_p(base_NK, tuned_NK, formula)), test=SWAPS)
+    return replace(change, p=max(swapped, skewed_p(base_NK, tuned_NK, formula)), test=SWAPS)
 
 
 def difference_weighted(
@@ -109,12 +109,12 @@ def difference_weighted(
     rows: int,
     *,
     seed: int,
-    with_ends: tuple[Weighted, Weighted] | None = None,
+    bounded: tuple[Weighted, Weighted] | None = None,
     clusters: Sequence[int] = (),
 ) -> Difference:
     """Compare two models on the same N rows as `difference` does, by a metric that no sums are enough for.
 
-    `with_ends` are the two of a bounded metric over two rows more, the pairs of `pair_ends`.
+    `bounded` are the two of a bounded metric over two rows more, the pairs of `pair_bounds`.
     """
     once_1N = np.ones((1, rows))
     value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
@@ -123,20 +123,20 @@ def difference_weighted(
     groups = units if len(clusters) else 0
     if units < 2:
         return replace(unknown(value, rows), groups=groups)
-    base, tuned = with_ends or (base, tuned)
+    base, tuned = bounded or (base, tuned)
     size = rows / units
 
     def values(counts_RU: Floats) -> Floats:
         drawn_RN = counts_RU[:, unit_N]
-        if with_ends is not None:  # a pseudo-row stands for a group of average size
+        if bounded is not None:  # a pseudo-row counts as a group of average size
             drawn_RN = np.concatenate([drawn_RN, counts_RU[:, units:] * size], axis=1)
         return tuned(drawn_RN) - base(drawn_RN)
 
-    drawn = draw_counts(units + 2 * (with_ends is not None), seed, RESAMPLES)
-    found = interval(value, np.concatenate([values(counts_RU) for counts_RU in drawn]), units)
-    if with_ends is not None and np.isfinite(found.low):
-        found = move_apart(found, values(np.concatenate([np.ones((2, units)), np.eye(2)], axis=1)))
-    return replace(found, n=rows, groups=groups)
+    drawn = draw_counts(units + 2 * (bounded is not None), seed, RESAMPLES)
+    change = interval(value, np.concatenate([values(counts_RU) for counts_RU in drawn]), units)
+    if bounded is not None and np.isfinite(change.low):
+        change = move_apart(change, values(np.concatenate([np.ones((2, units)), np.eye(2)], axis=1)))
+    return replace(change, n=rows, groups=groups)
 
 
 def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
@@ -147,28 +147,28 @@ def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
     return sums_GK
 
 
-def share_ends(sums_MK: Floats) -> tuple[Floats, Floats]:
+def share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
     """(right, counted): nothing right, and everything, in a row of average length."""
     counted = float(sums_MK[:, 1].mean())
     return np.array([0.0, counted]), np.array([counted, counted])
 
 
-def pair_ends(ends: tuple[Floats, Floats]) -> Floats:
+def pair_bounds(bounds: tuple[Floats, Floats]) -> Floats:
     """Return two pseudo-rows [2, (base, tuned), K]: the tuned model at the better end, then at the worse one."""
-    worst, best = ends
+    worst, best = bounds
     return np.array([[worst, best], [best, worst]])
 
 
-def move_apart(found: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
+def move_apart(change: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
     """Move the ends of an interval outwards by what one more row could change.
 
     `values_2` are the differences with one pseudo-row of either kind, `widest` the largest that is possible. This
     corrects a discrete count for continuity: the bootstrap's quantile of a few lost rows is about a row too small.
     """
-    changes = np.nan_to_num(values_2 - found.value)
+    changes = np.nan_to_num(values_2 - change.value)
     down, up = float(min(changes.min(), 0)), float(max(changes.max(), 0))
-    low, high = found.low + BEYOND * down, found.high + BEYOND * up
-    return replace(found, low=max(low, min(-widest, found.low)), high=min(high, max(widest, found.high)))
+    low, high = change.low + BEYOND * down, change.high + BEYOND * up
+    return replace(change, low=max(low, min(-widest, change.low)), high=min(high, max(widest, change.high)))
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:

@@ -28,9 +28,8 @@ from llmtune.evaluate.classification_metrics import (
     f1_weighted_formula,
     matthews_formula,
 )
-from llmtune.evaluate.metric import Measure, PairedMeasures, difference_of_ratios, ratio
+from llmtune.evaluate.metric import BOUNDS, Measure, PairedMeasures, difference_of_ratios, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
-from llmtune.evaluate.range_ends import ENDS
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, error_rate, exponential_ratio, ter_formula
 from llmtune.records import Rows
 from llmtune.store.atomic_files import explained
@@ -73,7 +72,7 @@ class PerRowScores(PairedMeasures):
     """What was measured of one run; `at` of a measure are indexes into `rows`."""
 
     rows: tuple[str, ...] = ()
-    """[P] what each test row is known by, wherever it stands: a hash of its content, and which of its equals it is."""
+    """[P] names of the test rows: a hash of the content and a number among equal rows, wherever a row is."""
     clusters: tuple[int, ...] = ()
     """[P] equal for rows that belong together; empty where each row is alone."""
 
@@ -84,11 +83,14 @@ class PerRowScores(PairedMeasures):
         """
         tuned = dict(self.tuned)
         for metric, more in others.tuned.items():
-            own = tuned.get(metric)
-            if own is not None and (own.signature, own.sums_NK.shape[1]) == (more.signature, more.sums_NK.shape[1]):
-                at = (*own.at, *(len(self.rows) + place for place in more.at))
-                sums_NK = np.concatenate([own.sums_NK, more.sums_NK])
-                tuned[metric] = replace(own, sums_NK=sums_NK, at=at, clusters=())
+            known = tuned.get(metric)
+            if known is not None and (known.signature, known.sums_NK.shape[1]) == (
+                more.signature,
+                more.sums_NK.shape[1],
+            ):
+                at = (*known.at, *(len(self.rows) + row for row in more.at))
+                sums_NK = np.concatenate([known.sums_NK, more.sums_NK])
+                tuned[metric] = replace(known, sums_NK=sums_NK, at=at, clusters=())
         return PerRowScores({}, tuned, (*self.rows, *others.rows))
 
 
@@ -122,7 +124,7 @@ def pack_measures(scores: PerRowScores) -> bytes:
     described: dict[str, dict[str, Description]] = {"base": {}, "tuned": {}}
     for name, one_model in (("base", scores.base), ("tuned", scores.tuned)):
         for metric, measure in one_model.items():
-            described[name][metric] = describe(measure)
+            described[name][metric] = describe_measure(measure)
             arrays[f"{name}/{metric}/sums"] = measure.sums_NK
             arrays[f"{name}/{metric}/at"] = np.asarray(measure.at, dtype=np.int64)
     arrays["record"] = np.asarray(json.dumps({"version": VERSION, **described}))
@@ -131,11 +133,11 @@ def pack_measures(scores: PerRowScores) -> bytes:
     return packed.getvalue()
 
 
-def describe(measure: Measure) -> Description:
+def describe_measure(measure: Measure) -> Description:
     """Describe how a metric is computed from its sums: by the name of its formula, or its own for one of ranks."""
     formula = next((name for name, known in FORMULAS.items() if known is measure.formula), measure.metric)
-    ends = next((name for name, known in ENDS.items() if known is measure.ends), None)
-    return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature, "ends": ends}
+    bounds = next((name for name, known in BOUNDS.items() if known is measure.bounds), None)
+    return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature, "ends": bounds}
 
 
 def load_measures(folder: Path) -> PerRowScores:
@@ -164,7 +166,7 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
             clusters = tuple(arrays["clusters"].tolist()) if "clusters" in arrays else ()
             base, tuned = (
                 {
-                    metric: rebuild(
+                    metric: restore_measure(
                         metric,
                         arrays[f"{name}/{metric}/sums"],
                         tuple(arrays[f"{name}/{metric}/at"].tolist()),
@@ -179,10 +181,10 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
 
-def rebuild(metric: str, sums_NK: Floats, at: tuple[int, ...], described: Description) -> Measure:
+def restore_measure(metric: str, sums_NK: Floats, at: tuple[int, ...], described: Description) -> Measure:
     """Make one metric again from its sums and the name of its formula."""
     name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]
     ranking = RANKINGS.get(BINARY if signature == BINARY else name)
     formula = FORMULAS[name] if ranking is None else None
-    ends = ENDS.get(described.get("ends") or "")
-    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at, ends)
+    bounds = BOUNDS.get(described.get("ends") or "")
+    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at, bounds)

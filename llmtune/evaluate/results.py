@@ -1,4 +1,4 @@
-"""Answers on disk (`predictions.jsonl`, `base.json`), and rows of them for a person to read.
+"""Answers on disk (`predictions.jsonl`, `base.json`), and samples of them for the report.
 
 Shapes: N rows.
 """
@@ -27,19 +27,6 @@ BY_ROW = ("texts", "scores", "predictions", "parts", "cut")
 """Fields of `Answers` by row, as `base.json` has them."""
 
 
-class SavedSums(TypedDict):
-    """`TokenSums` in base.json."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
-
-    nats: list[float | None]
-    correct: list[float | None]
-    tokens: list[float | None]
-    target_bytes: list[float | None]
-    first_nats: list[float | None]
-    first_tokens: list[float | None]
-
-
 class SavedPart(TypedDict):
     """A `ParsedAnswer` in base.json."""
 
@@ -56,7 +43,8 @@ class SavedAnswers(TypedDict):
     """What base.json holds; each row's part with its index."""
 
     inputs: str
-    sums: SavedSums | None
+    sums: dict[str, list[float | None]] | None
+    """Fields of `TokenSums`."""
     texts: list[tuple[int, str]]
     scores: list[tuple[int, list[float | None]]]
     predictions: list[tuple[int, object]]
@@ -66,7 +54,7 @@ class SavedAnswers(TypedDict):
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """What the base model answered, for runs that evaluate it on the same."""
+    """The base model's answers, reused by later runs with the same inputs."""
 
     inputs: str
     """Hash of all that these answers depend on."""
@@ -75,8 +63,8 @@ class BaseAnswers:
 
 
 def save_predictions(folder: Path, inputs: EvalInputs, base: Answers, tuned: Answers) -> None:
-    """Write a line a test row: where it stands, prompt, reference, and what both models made of it."""
-    # Nothing is redacted: these are the user's own rows, whole, beside the copy in `data/`; a report is passed on.
+    """Write a line for each test row: origin, prompt, reference, and both models' answers."""
+    # Nothing is redacted: these are the user's own rows, next to the copy in `data/`. Reports, which are shared, are.
     answers = {"base": base, "tuned": tuned}
     lines = [json.dumps(plain(prediction_row(i, inputs, answers)), ensure_ascii=False) for i in range(len(inputs.rows))]
     with explained(folder):
@@ -106,7 +94,7 @@ def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> di
 
 
 def save_base(folder: Path, answers: Answers, inputs: str) -> None:
-    """Write all that the base model answered to `base.json`, with the hash of what that depends on."""
+    """Write the base model's answers to `base.json`, with the hash of their inputs."""
     sums = answers.sums and {name: values.tolist() for name, values in vars(answers.sums).items()}
     by_row = {name: list(getattr(answers, name).items()) for name in BY_ROW}
     by_row["parts"] = [(i, [asdict(answer) for answer in parsed]) for i, parsed in answers.parts.items()]

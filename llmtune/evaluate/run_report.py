@@ -12,7 +12,7 @@ from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.evaluate.paired_statistics import widen
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
-from llmtune.recipe.yaml_reader import read_text
+from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, Verdict, collect_facts
@@ -22,7 +22,7 @@ from llmtune.store.run_lock import hardware, package_versions
 from llmtune.store.seed_runs import is_done, seed_folder
 
 
-def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping[str, bool]) -> Report:
+def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
     """Put together everything that a run found out, without its secrets."""
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
@@ -36,10 +36,10 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         task=recipe.task,
         verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve),
         recipe=settings,
-        recipe_yaml=redact_yaml(read_text(folder.path / "recipe.yaml")),
+        recipe_yaml=redact_yaml(read_recipe_text(folder.path / "recipe.yaml")),
         fingerprint=folder.manifest["fingerprint"],
         hardware={**hardware(), "device": device, "packages": package_versions()},
-        steps=folder.timings(skipped),
+        steps=folder.timings(),
         evaluation=evaluation,
         seeds=seeds,
         gates=gates,

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.collators import pad
+from llmtune.data.example import Example
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, pad_right, run_in_batches
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
-from llmtune.model.device import is_out_of_memory
+from llmtune.model.device import SuppressRefusal, computing_dtype
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Example, Row
+from llmtune.records import Batch, Row
 
 PREFIX, PADDING = 0, -1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}
@@ -29,7 +31,7 @@ FLOOR_NATS = 0.1
 
 @dataclass(frozen=True)
 class Tree:
-    """A common beginning and its continuations."""
+    """A shared prefix and its continuations."""
 
     prefix: tuple[int, ...]
     """At least one token."""
@@ -73,9 +75,9 @@ def score_trees(
 ) -> list[list[float]]:
     """Return the log-likelihood in nats of each branch's scored tokens, [C] a tree, in batches of a token budget.
 
-    Trees need a model that takes any attention mask. That is tried, not asked: the longest tree is scored both
-    ways, and if they disagree (recurrent layers, a sliding window, ALiBi) or the model refuses the mask, every branch
-    of every tree is scored as a row of its own. Several processes share the trees.
+    Trees need a model that takes any attention mask. The longest tree is scored both ways: if they disagree (recurrent
+    layers, a sliding window, ALiBi) or the model refuses the mask, every branch is scored as a row of its own. Several
+    processes share the trees.
     """
     return over_processes(trees, lambda own: _score_here(model, own, device, advance, budget))
 
@@ -83,26 +85,14 @@ def score_trees(
 def _score_here(
     model: torch.nn.Module, trees: Sequence[Tree], device: str, advance: Callable[[int], None], budget: int | None
 ) -> list[list[float]]:
-    scores: list[list[float]] = [[] for _ in trees]
     if not trees:
-        return scores
+        return []
     longest = max(trees, key=lambda tree: tree.length)
     score = score_as_trees if takes_trees(model, longest, device) else score_as_rows
-
-    def work(batch: list[int]) -> None:
-        for i, values in zip(batch, score(model, [trees[i] for i in batch], device), strict=True):
-            scores[i] = values
-        advance(len(batch))
-
-    run_in_batches([cost(tree, score) for tree in trees], budget or budget_for(device, TOKEN_BUDGET), work)
-    return scores
-
-
-def cost(tree: Tree, score: Callable[..., object]) -> int:
-    """Positions that scoring a tree takes."""
-    if score is score_as_trees:
-        return tree.length
-    return len(tree.branches) * tree.longest
+    joint = score is score_as_trees
+    lengths = [tree.length if joint else len(tree.branches) * tree.longest for tree in trees]
+    budget = budget or budget_for(device, TOKEN_BUDGET)
+    return run_in_batches(lengths, budget, lambda batch: score(model, [trees[i] for i in batch], device), advance)
 
 
 def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
@@ -111,25 +101,16 @@ def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
     if window is not None and window < tree.length:
         return False
     separate = score_as_rows(model, [tree], device)[0]
-    try:
+    with SuppressRefusal():
         joint = score_as_trees(model, [tree], device)[0]
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        return False
-    share = TOLERANCE.get(computing_dtype(model, device), 0.02)
-    apart = math.hypot(*(a - b for a, b in zip(joint, separate, strict=True)))
-    return apart <= share * math.hypot(*separate) + share * FLOOR_NATS * len(separate)
-
-
-def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:
-    """Return the number format of the forward pass: autocast's where it is on, the weights' elsewhere."""
-    kind = device.split(":")[0]
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
+        share = TOLERANCE.get(computing_dtype(model, device), 0.02)
+        apart = math.hypot(*(a - b for a, b in zip(joint, separate, strict=True)))
+        return apart <= share * math.hypot(*separate) + share * FLOOR_NATS * len(separate)
+    return False
 
 
 def score_as_trees(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
-    """Score trees side by side, padded on the left so that the branches stand in the same columns."""
+    """Score trees in one batch, padded on the left so that branches share columns."""
     width = max(tree.length for tree in trees)
     ids_BT = torch.zeros((len(trees), width), dtype=torch.int64)
     positions_BT = torch.zeros((len(trees), width), dtype=torch.int64)
@@ -171,9 +152,9 @@ def tree_mask(branch_BT: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
 
 
 def score_as_rows(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
-    """Score every branch as a row of its own, padded on the right: what trees are held against."""
+    """Score every branch as a row of its own, padded on the right: the reference for trees."""
     texts = [tree.prefix + branch[:-1] for tree in trees for branch in tree.branches]
-    ids_BT, mask_BT = pad_right(texts)
+    ids_BT, mask_BT = pad(texts, 0), pad([[1] * len(ids) for ids in texts], 0)
     width = ids_BT.shape[1]
     predict = [
         row * width + column
@@ -224,14 +205,14 @@ SIGNATURE = "the likeliest of {count} answers: sum of log-probabilities, end-of-
 
 def find_choices(answers: Iterable[str]) -> tuple[str, ...]:
     """Return the distinct answers, sorted, if they are few, short and repeated; none (and stop reading) if not."""
-    found: set[str] = set()
+    distinct: set[str] = set()
     rows = 0
     for answer in answers:
         rows += 1
-        found.add(answer)
-        if len(found) > MOST_CHOICES or not answer.strip() or len(answer) > LONGEST_CHOICE:
+        distinct.add(answer)
+        if len(distinct) > MOST_CHOICES or not answer.strip() or len(answer) > LONGEST_CHOICE:
             return ()
-    return tuple(sorted(found)) if 2 <= len(found) <= rows / ROWS_A_CHOICE else ()
+    return tuple(sorted(distinct)) if 2 <= len(distinct) <= rows / ROWS_A_CHOICE else ()
 
 
 def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:
@@ -247,8 +228,8 @@ def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:
         )
 
 
-def with_answer(prompt: Row, answer: str) -> Row:
-    """Put an answer to a row that has none."""
+def append_choice(prompt: Row, answer: str) -> Row:
+    """Append an answer to a row without one."""
     if "messages" in prompt:
         return {**prompt, "messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
     return {**prompt, "completion": answer}
@@ -270,7 +251,7 @@ def choice_trees(
     step = max(1, ENCODED_CHARACTERS // (width * longest))
     trees: list[Tree | None] = []
     for start in range(0, len(prompts), step):
-        rows = [with_answer(prompt, choice) for prompt in prompts[start : start + step] for choice in choices]
+        rows = [append_choice(prompt, choice) for prompt in prompts[start : start + step] for choice in choices]
         encoded = task.encode(rows, processor, last)
         assert len(encoded) == len(rows)
         trees += [join_choices(encoded[first : first + width]) for first in range(0, len(rows), width)]
@@ -289,8 +270,3 @@ def join_choices(encoded: Sequence[list[Example] | str]) -> Tree | None:
     if len({text[0] for text in texts}) > 1:
         return None
     return make_tree([[int(token) for token in text] for text in texts], starts)
-
-
-def most_likely(scores: Sequence[float], choices: Sequence[str]) -> str:
-    """Return the choice with the highest score, the first of equals."""
-    return choices[max(range(len(choices)), key=lambda i: scores[i])]

@@ -1,4 +1,4 @@
-"""Scores by slice: the test rows parted by the values of a column, and both models on each part.
+"""Scores by slice: the test rows split by the values of a column, and both models' scores on each part.
 
 A difference on a slice is about the rows of that slice alone, with an interval of its own. Shapes: N test rows,
 Q inner edges.
@@ -30,7 +30,7 @@ Name = TypeVar("Name", int, str)
 Parts = Mapping[str, Set[int]]
 """The test rows apart by one column: the indexes of the rows of each slice, by its name.
 
-Numbers and ranges of them come upwards, else the most frequent first; what is left over comes last."""
+Numbers and ranges are in ascending order, other values by frequency; the rest comes last."""
 
 
 def read_slices(
@@ -61,7 +61,7 @@ def split_by_value(values: Sequence[object]) -> Parts:
     """Put each row into the slice of its value [N], of a range of numbers, or of the rest.
 
     Numbers of more than twelve values are put into four ranges of about as many rows each. Of other values the twelve
-    most frequent stand alone.
+    most frequent get a slice each.
     """
     names = [write_value(value) for value in values]
     numbers = [value for value in values if is_number(value)]

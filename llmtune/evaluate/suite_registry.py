@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmtune.errors import Problem, RecipeError
@@ -56,7 +56,7 @@ def check_inputs(recipe: Recipe) -> None:
         EnvironmentProblem: the hub cannot be reached.
     """
     for _, suite in stated_suites(recipe):
-        suite.check(recipe)
+        suite.read(recipe)
 
 
 def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
@@ -75,11 +75,11 @@ def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
     )
 
 
-def compare_outputs(suites: list[tuple[str, Suite]], rows: PairedMeasures) -> dict[str, Study]:
+def compare_suites(suites: Sequence[tuple[str, Suite]], rows: PairedMeasures) -> dict[str, Study]:
     """Return what each suite found of both models; `rows` are the measures of the test rows."""
     return {
         name: join_studies(
-            name.capitalize(), SUITE_KEYS.get(name, ()), [suite.compare(rows) for own, suite in suites if own == name]
+            name.capitalize(), SUITE_KEYS.get(name, ()), [suite.compare(rows) for key, suite in suites if key == name]
         )
         for name in dict.fromkeys(name for name, _ in suites)
     }

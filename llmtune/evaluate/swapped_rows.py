@@ -30,7 +30,10 @@ from llmtune.records import Row, StudyTable
 from llmtune.report.verdict import FEWEST_ROWS
 
 FIX = "Write two different words a line: woman,man"
-TEXTS = ("prompt", "completion", "source", "document", "question", "context", "text", "pair", "chosen", "rejected")
+TEXTS = (
+    *("prompt", "completion", "source", "document", "question", "context"),
+    *("text", "pair", "tokens", "chosen", "rejected"),
+)
 """Keys of a row without its answer that hold text; of a conversation it is each message."""
 MOVED = 0.1
 """Of the standard deviation of the reference numbers: a prediction that moves by more has changed."""
@@ -42,7 +45,7 @@ LIMITS = (
     "hang by a thread change with any word, whatever it stands for."
 )
 SwapAnswers = dict[int, tuple[object, object]]
-"""By index of the evaluated row, the answer to it as it stands and with the words swapped."""
+"""By index of the evaluated row, the answers to the original and the swapped row."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,16 @@ class Swaps:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Finds the words, the longest first, where they stand alone."""
+        """Matches the words, the longest first, as whole words."""
         words = sorted(self.partners, key=len, reverse=True)
         return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
-
-    def words(self, text: str) -> list[str]:
-        """Return the words of a text that have a partner, as they stand."""
-        return self.pattern.findall(text)
 
     def is_ambiguous(self, word: str) -> bool:
         """Whether a word has several partners."""
         return len(self.partners[word.lower()]) > 1
 
     def swap(self, text: str) -> str:
-        """Put each word's partner in its place; ambiguous ones stay."""
+        """Replace each word by its partner; ambiguous ones stay."""
 
         def partner(match: re.Match[str]) -> str:
             return match[0] if self.is_ambiguous(match[0]) else in_case_of(match[0], self.partners[match[0].lower()][0])
@@ -89,21 +88,17 @@ class Swaps:
 
         def swap(value: object) -> object:
             if isinstance(value, str):
-                words.extend(self.words(value))
+                words.extend(self.pattern.findall(value))
                 return self.swap(value)
             if isinstance(value, list):
-                texts = [isinstance(part, dict) and "text" in part for part in value]
-                return [
-                    {**part, "text": swap(part["text"])} if text else part
-                    for part, text in zip(value, texts, strict=True)
-                ]
+                return [swap(part) for part in value]
+            if isinstance(value, dict) and "text" in value:
+                return {**value, "text": swap(value["text"])}
             return value
 
         changed: Row = {key: swap(row[key]) for key in TEXTS if key in row}
         if "messages" in row:
             changed["messages"] = [{**one, "content": swap(one.get("content"))} for one in row["messages"]]
-        if "tokens" in row:
-            changed["tokens"] = [swap(token) for token in row["tokens"]]
         return {**row, **changed}, words
 
 
@@ -129,7 +124,7 @@ def read_swaps(sources: Sequence[str]) -> Swaps:
 
 
 def read_pairs_of_words(source: str) -> list[tuple[str, str] | Problem]:
-    """Read the pairs of one CSV file, and what is wrong with its other lines."""
+    """Read the pairs of one CSV file, with a Problem for each bad line."""
     path = Path(str(OWN_FILES.joinpath("groups/swaps.csv"))) if source == OWN else Path(source)
     reader = csv.reader(io.StringIO(read_utf8(path, "Correct evaluate.fairness.swaps.")))
     items: list[tuple[str, str] | Problem] = []
@@ -149,7 +144,7 @@ def read_pairs_of_words(source: str) -> list[tuple[str, str] | Problem]:
 
 
 class SwapSuite(EvalSuite[SwapAnswers]):
-    """Test rows that are answered as they stand and with words swapped, in one go: rounding then differs least."""
+    """Test rows answered as they are and with words swapped, in one batch run: rounding then differs least."""
 
     metrics: ClassVar = {METRIC: ("rows whose answer changes when only the group is swapped", -1)}
     fewest_rows = FEWEST_ROWS
@@ -158,37 +153,36 @@ class SwapSuite(EvalSuite[SwapAnswers]):
     rows: dict[int, Row]
     """By index among them, the rows that are asked, swapped."""
     asked: EvalContext
-    """Its rows are those as they stand, and behind them the same ones swapped."""
+    """Its rows are the original ones, followed by the same rows swapped."""
     how: str
-    """How many rows are asked, why others are not, and what is compared."""
+    """How many rows are answered, why others are not, and what is compared."""
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
-        assert context.recipe.evaluate.fairness is not None
-        self.answers = AnswerKind(read_swaps(context.recipe.evaluate.fairness.swaps))
-        if context.inputs is None:
-            self.unmeasured = "not measured: there are no test rows"
-            return
-        self.inputs = context.inputs
-        if reason := TASK_FACTS[context.recipe.task].unswapped:
-            self.unmeasured = f"not measured: {reason}"
-            return
+        self.swaps = self.read(context.recipe)
+        self.unmeasured = self.prepare()
+
+    def prepare(self) -> str:
+        """Choose and encode the rows to answer; return why nothing can be measured, or an empty text."""
+        if self.context.inputs is None:
+            return "not measured: there are no test rows"
+        self.inputs = self.context.inputs
+        if reason := TASK_FACTS[self.context.recipe.task].unswapped:
+            return f"not measured: {reason}"
         self.rows, counts = self.swap_rows()
         if not counts:
-            self.unmeasured = f"not measured: {NO_ANSWERS}"
-            return
+            return f"not measured: {NO_ANSWERS}"
         self.asked = self.make_inputs()
-        self.how = f"{len(self.rows)} test rows ({counts['without']} without any of the words"
-        self.how += f", {counts['ambiguous']} with an ambiguous one" if counts["ambiguous"] else ""
-        self.how += f"): {self.compared()}"
-        if not self.rows:
-            self.unmeasured = f"not measured on {self.how}"
+        self.answers, compared = self.find_kind()
+        ambiguous = f", {counts['ambiguous']} with an ambiguous one" if counts["ambiguous"] else ""
+        self.how = f"{len(self.rows)} test rows ({counts['without']} without any of the words{ambiguous}): {compared}"
+        return "" if self.rows else f"not measured on {self.how}"
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
+    def read(cls, recipe: Recipe) -> Swaps:
         """Read the words. Raises DataError where that cannot be done."""
-        if recipe.evaluate.fairness:
-            read_swaps(recipe.evaluate.fairness.swaps)
+        assert recipe.evaluate.fairness is not None
+        return read_swaps(recipe.evaluate.fairness.swaps)
 
     def swap_rows(self) -> tuple[dict[int, Row], Counter[str]]:
         """Return the test rows that are asked, swapped, and how many there are of each kind."""
@@ -198,8 +192,8 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         for i, question in enumerate(self.inputs.questions):
             if not is_answerable(question, context):
                 continue
-            row, words = self.answers.swaps.swap_row(question)
-            ambiguous = any(map(self.answers.swaps.is_ambiguous, words))
+            row, words = self.swaps.swap_row(question)
+            ambiguous = any(map(self.swaps.is_ambiguous, words))
             kind = "ambiguous" if ambiguous else "swapped" if words else "without"
             counts[kind] += 1
             if kind == "swapped":
@@ -238,32 +232,30 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         )
         return replace(self.context, inputs=both, recipe=greedy(recipe))
 
-    def compared(self) -> str:
-        """Describe what is compared, and note when two answers differ."""
+    def find_kind(self) -> tuple[AnswerKind, str]:
+        """Return what the answers are, which says when two of them differ, and a description of what is compared."""
         inputs, classify = self.inputs, self.context.recipe.classify
         if inputs.trees:
-            self.answers = replace(self.answers, labels=inputs.choices)
-            return f"the likeliest of {len(inputs.choices)} answers compared"
+            compared = f"the likeliest of {len(inputs.choices)} answers compared"
+            return AnswerKind(self.swaps, labels=inputs.choices), compared
         if not self.context.task.predicts:
-            return "answers compared, generated greedily"
+            return AnswerKind(self.swaps), "answers compared, generated greedily"
         numbers = [value for value in inputs.targets if isinstance(value, float)]
         tolerance = MOVED * statistics.pstdev(numbers) if len(numbers) == len(inputs.targets) and numbers else 0.0
         labels = tuple(classify.labels or ()) if classify else ()
-        self.answers = replace(self.answers, tolerance=tolerance, labels=labels)
-        return f"predictions compared, numbers by {tolerance:.3g}" if tolerance else "predictions compared"
+        compared = f"predictions compared, numbers by {tolerance:.3g}" if tolerance else "predictions compared"
+        return AnswerKind(self.swaps, tolerance, labels), compared
 
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Answer the rows with one model; those that its context does not hold in both forms are left out."""
         if self.unmeasured:
             return
-        found = predict(model, f"{name}: fairness, swaps", self.asked)
-        choices = {i: found.choice(i, self.inputs.choices) for i in found.scores}
-        answers: dict[int, object] = {**(found.predictions or choices or found.texts)}
-        pairs = {row: (at, at + len(self.rows)) for at, row in enumerate(self.rows)}
+        predicted = predict(model, f"{name}: fairness, swaps", self.asked)
+        choices = {i: predicted.choice(i, self.inputs.choices) for i in predicted.scores}
+        answers: Mapping[int, object] = predicted.predictions or choices or predicted.texts
+        pairs = ((row, at, at + len(self.rows)) for at, row in enumerate(self.rows))
         self.outputs[name] = {
-            row: (answers[at], answers[swapped])
-            for row, (at, swapped) in pairs.items()
-            if at in answers and swapped in answers
+            row: (answers[at], answers[swapped]) for row, at, swapped in pairs if at in answers and swapped in answers
         }
         if not self.outputs[name]:
             self.unmeasured = "not measured: prompts and answers exceed the model's context"
@@ -283,18 +275,17 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         rows = [i for i, pair in tuned.items() if self.answers.differ(*pair)]
         cells = []
         for i in (rows[at] for at in cut_evenly(len(rows), self.context.recipe.evaluate.samples)):
-            swaps = self.answers.swaps
-            words = dict.fromkeys(swaps.swap_row(self.inputs.questions[i])[1])
+            words = dict.fromkeys(self.swaps.swap_row(self.inputs.questions[i])[1])
             shown = [write_value(self.write_answer(one)) for one in tuned[i]]
             too = ["yes" if self.answers.differ(*base[i]) else "no"] if base else []
-            swapped = ", ".join(f"{word} → {swaps.swap(word)}" for word in words)
+            swapped = ", ".join(f"{word} → {self.swaps.swap(word)}" for word in words)
             cells.append((self.inputs.origins[i], swapped, *shown, *too))
         heads = ("row", "swapped", "tuned: as it stands", "tuned: swapped", *(("base changes too",) if base else ()))
         if cells:
             yield StudyTable("Answers that change with the group alone: a few of them", heads, tuple(cells))
 
     def write_answer(self, answer: object) -> str:
-        """Write an answer as a person reads it."""
+        """Format an answer for display."""
         if isinstance(answer, Mapping) and "rejected" in answer:
             return "the chosen one" if prefers_chosen(answer) else "the rejected one"
         return answer if isinstance(answer, str) else self.context.task.format_prediction(answer)
@@ -334,7 +325,7 @@ class AnswerKind:
 
 
 def prefers_chosen(scores: Mapping[str, float]) -> bool:
-    """Whether the better answer of a pair is the one that a model rates higher."""
+    """Whether a model rates the chosen answer of a pair higher."""
     return scores["chosen"] > scores["rejected"]
 
 
@@ -348,6 +339,6 @@ def is_answerable(question: Row, context: EvalContext) -> bool:
 
 
 def greedy(recipe: Recipe) -> Recipe:
-    """Return the recipe with answers that are not drawn: else they change by chance."""
+    """Return the recipe without sampling, which changes answers by chance."""
     plain = {"do_sample": False, **dict.fromkeys(SAMPLING)}
     return recipe.model_copy(update={"generation": recipe.generation.model_copy(update=plain)})

@@ -19,10 +19,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmtune.evaluate.metric import Measure, columns, measure_right, measure_shares, ratio
-from llmtune.evaluate.paired_statistics import Ends, Floats, Formula, share_ends
-from llmtune.evaluate.range_ends import bleu_ends, chrf_ends, error_ends
-from llmtune.recipe.user_files import read_text
+from llmtune.evaluate.metric import (
+    Measure,
+    bleu_bounds,
+    chrf_bounds,
+    columns,
+    error_bounds,
+    measure_right,
+    measure_shares,
+    ratio,
+)
+from llmtune.evaluate.paired_statistics import Bounds, Floats, Formula, share_bounds
+from llmtune.recipe.user_files import read_text_file
 
 if TYPE_CHECKING:
     from jiwer import AlignmentChunk
@@ -58,7 +66,7 @@ def measure_tokens(metric: str, nats: Floats, correct: Floats, tokens: Floats, t
         return Measure(metric, columns(nats / math.log(2), target_bytes), ratio, signature=signature)
     assert metric == "accuracy"
     signature = "share of supervised tokens predicted first"
-    return Measure(metric, columns(correct, tokens), ratio, signature=signature, ends=share_ends)
+    return Measure(metric, columns(correct, tokens), ratio, signature=signature, bounds=share_bounds)
 
 
 def measure_same(texts: Sequence[str], references: Sequence[str]) -> Measure:
@@ -87,7 +95,7 @@ def measure_bleu(texts: Sequence[str], references: Sequence[str], tokenize: str 
 
     # `force` silences a remark on texts that end in " ."; it has no effect on the score.
     scorer = BLEU(tokenize=tokenize, force=True)
-    return measure_corpus("bleu", "BLEU", scorer, 2 + 2 * BLEU_ORDER, bleu_formula, bleu_ends, texts, references)
+    return measure_corpus("bleu", "BLEU", scorer, 2 + 2 * BLEU_ORDER, bleu_formula, bleu_bounds, texts, references)
 
 
 def bleu_formula(sums: Floats) -> Floats:
@@ -111,7 +119,7 @@ def measure_chrf(texts: Sequence[str], references: Sequence[str]) -> Measure:
     from sacrebleu.metrics.chrf import CHRF
 
     scorer = CHRF()
-    return measure_corpus("chrf", "chrF2", scorer, 3 * scorer.order, chrf_formula, chrf_ends, texts, references)
+    return measure_corpus("chrf", "chrF2", scorer, 3 * scorer.order, chrf_formula, chrf_bounds, texts, references)
 
 
 def chrf_formula(sums: Floats) -> Floats:
@@ -133,7 +141,7 @@ def measure_ter(texts: Sequence[str], references: Sequence[str]) -> Measure:
     """Build corpus TER, edits by 100 reference words: lower is better, and it may pass 100."""
     from sacrebleu.metrics.ter import TER
 
-    return measure_corpus("ter", "TER", TER(), 2, ter_formula, error_ends, texts, references)
+    return measure_corpus("ter", "TER", TER(), 2, ter_formula, error_bounds, texts, references)
 
 
 def ter_formula(sums: Floats) -> Floats:
@@ -151,7 +159,7 @@ def measure_corpus(
     scorer: Metric,
     sums: int,
     formula: Formula,
-    ends: Ends,
+    bounds: Bounds,
     texts: Sequence[str],
     references: Sequence[str],
 ) -> Measure:
@@ -161,7 +169,7 @@ def measure_corpus(
     # They have no public name; tests hold their formulas against `corpus_score`.
     sums_NK = np.asarray(scorer._extract_corpus_statistics(list(texts), [list(references)]), dtype=np.float64)
     signature = f"corpus {title}, sacrebleu {scorer.get_signature()}"
-    return Measure(metric, sums_NK, formula, signature=signature, ends=ends)
+    return Measure(metric, sums_NK, formula, signature=signature, bounds=bounds)
 
 
 def measure_length_ratio(texts: Sequence[str], references: Sequence[str]) -> Measure:
@@ -188,16 +196,16 @@ def measure_squad(metric: str, texts: Sequence[str], answers: Sequence[Sequence[
     No right answer means that the question has none, and an empty text says so. Values are the script's by 100.
     Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", 2018, official evaluation script.
     """
-    compared = same_answer if metric == "exact_match" else shared_words
     known = ([answer for answer in right if bare(answer)] or [""] for right in answers)
-    values = [max(compared(text, answer) for answer in right) for text, right in zip(texts, known, strict=True)]
+    rows = zip(texts, known, strict=True)
     signature = (
         "SQuAD 2.0, share of 1: lower case, without punctuation and articles; the best of several answers; "
         "an empty text is right where there is no answer"
     )
     if metric == "exact_match":
-        return measure_right([value == 1 for value in values], metric, signature)
+        return measure_right([bare(text) in map(bare, right) for text, right in rows], metric, signature)
     assert metric == "f1"
+    values = [max(shared_words(text, answer) for answer in right) for text, right in rows]
     return measure_shares(metric, values, signature)
 
 
@@ -205,11 +213,6 @@ def bare(text: str) -> str:
     """Lower the case; take out punctuation, English articles and superfluous white space."""
     letters = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", letters).split())
-
-
-def same_answer(text: str, answer: str) -> float:
-    """1 if nothing but case, punctuation, articles and white space differs, or else 0."""
-    return float(bare(text) == bare(answer))
 
 
 def shared_words(text: str, answer: str) -> float:
@@ -240,8 +243,8 @@ def measure_error_rate(
 ) -> Measure:
     """Build the word error rate (`wer`) or character error rate (`cer`, spaces between words included).
 
-    It is what is substituted, deleted and inserted in all rows by the length of all references: 0 is without an error,
-    it may pass 1, and it is NaN where no reference has a word. See `make_normaliser` for the rest.
+    It is the number of substitutions, deletions and insertions in all rows divided by the length of all references: 0
+    is without errors, it may exceed 1, and it is NaN if no reference has a word. See `make_normaliser` for the rest.
     """
     import jiwer
 
@@ -253,11 +256,12 @@ def measure_error_rate(
     if texts:
         aligned = process([clean(text) for text in references], [clean(text) for text in texts])
         sums_N2 = errors_and_lengths(aligned.alignments, aligned.references)
+    cleaned = name_normaliser(normaliser, language, spellings)
     signature = (
-        f"errors by reference {unit}, normaliser {describe(normaliser, language, spellings)}, jiwer {version('jiwer')};"
+        f"errors by reference {unit}, normaliser {cleaned}, jiwer {version('jiwer')};"
         " what is written where the reference is empty counts as errors"
     )
-    return Measure(metric, sums_N2, error_rate, signature=signature, ends=error_ends)
+    return Measure(metric, sums_N2, error_rate, signature=signature, bounds=error_bounds)
 
 
 measure_wer = partial(measure_error_rate, "wer")
@@ -308,30 +312,26 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
     from huggingface_hub import try_to_load_from_cache
 
     name = str(model.name)
-    found: object = Path(name) / SPELLINGS
+    source: object = Path(name) / SPELLINGS
     if not Path(name).is_dir():
         named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-        found = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
-    if not isinstance(found, str | Path) or not Path(found).is_file():
+        source = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
+    if not isinstance(source, str | Path) or not Path(source).is_file():
         return None
-    content = json.loads(read_text(Path(found)))
+    content = json.loads(read_text_file(Path(source)))
     return {str(british): str(american) for british, american in content.items()} if isinstance(content, dict) else None
 
 
 def lower_without_punctuation(text: str) -> str:
     """Lower the case, make dashes spaces, take out other punctuation, join white space; composed letters (NFC)."""
     lowered = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
-    return " ".join("".join(map(without_punctuation, lowered)).split())
+    kinds = ((letter, unicodedata.category(letter)) for letter in lowered)
+    kept = (" " if kind == "Pd" else letter for letter, kind in kinds if kind == "Pd" or not kind.startswith("P"))
+    return " ".join("".join(kept).split())
 
 
-def without_punctuation(letter: str) -> str:
-    """Keep what is no punctuation; a dash parts words."""
-    category = unicodedata.category(letter)
-    return " " if category == "Pd" else "" if category.startswith("P") else letter
-
-
-def describe(name: str, language: str, spellings: Mapping[str, str] | None) -> str:
-    """Name a normaliser as it stands in a report."""
+def name_normaliser(name: str, language: str, spellings: Mapping[str, str] | None) -> str:
+    """Name a normaliser for the report."""
     if name != "whisper":
         return name
     if language.lower() not in ENGLISH:

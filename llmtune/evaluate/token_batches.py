@@ -1,4 +1,4 @@
-"""Work on rows of different length in batches of a token budget; out of memory shrinks the budget and nothing else."""
+"""Rows of different length in batches of a token budget; running out of memory only shrinks the budget."""
 
 from __future__ import annotations
 
@@ -11,38 +11,48 @@ import torch
 from torch import distributed
 from transformers.utils import ModelOutput
 
-from llmtune.data.collators import pad, pad_texts
+from llmtune.data.collators import pad_texts
+from llmtune.data.example import Example
 from llmtune.errors import EnvironmentProblem
-from llmtune.model.causal_lm_loss import move_to, read_inputs
+from llmtune.model.causal_lm_loss import model_inputs, move_to
 from llmtune.model.device import fits_in_memory, release_memory
-from llmtune.records import Advance, Example
+from llmtune.records import Advance
 from llmtune.store.processes import world_size
 
+T = TypeVar("T")
+P = TypeVar("P")
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 """Positions in one batch, padding included, for losses and likelihoods."""
 GENERATION_BUDGET = {"cpu": 8192, "cuda": 65536}
-"""Positions in one batch of generated answers, prompt and answer: only keys and values are kept of them."""
+"""Positions in one batch of generated answers, prompt and answer; only keys and values are kept."""
 
 
 def run_in_batches(
     lengths: Sequence[int],
     budget: int,
-    work: Callable[[list[int]], None],
+    work: Callable[[list[int]], Sequence[T]],
+    advance: Advance = lambda rows: None,
+    *,
     most: int | None = None,
     packed: bool = False,
-) -> None:
-    """Call `work` with lists of indexes into `lengths`, the longest rows first, until all are done.
+) -> list[T]:
+    """Return what `work` gives for each row; it gets lists of indexes into `lengths`, the longest rows first.
 
     A batch has as many rows as fit into `budget` positions, end to end if `packed`, else each as long as the longest;
-    and `most` at most.
-    A batch that runs out of memory is cut in halves, and the budget stays at half from then on.
+    and `most` at most. A batch that runs out of memory is cut in halves, and the budget stays at half from then on.
     Raises EnvironmentProblem when a single row does not fit.
     """
+    results: dict[int, T] = {}
+
+    def run(batch: list[int]) -> None:
+        results.update(zip(batch, work(batch), strict=True))
+        advance(len(batch))
+
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while left:
         fitting = count_packed(lengths, left, budget) if packed else batch_size(lengths[left[0]], budget)
         batch = left[: fitting if most is None else min(fitting, most)]
-        if fits_in_memory(partial(work, batch)):
+        if fits_in_memory(partial(run, batch)):
             left = left[len(batch) :]
             continue
         if len(batch) == 1:
@@ -53,6 +63,7 @@ def run_in_batches(
         half = batch[: len(batch) // 2]
         budget = sum(lengths[i] for i in half) if packed else lengths[left[0]] * len(half)
         release_memory()
+    return [results[i] for i in range(len(lengths))]
 
 
 def batch_size(longest: int, budget: int) -> int:
@@ -71,13 +82,8 @@ def budget_for(device: str, budgets: dict[str, int]) -> int:
     return budgets.get(device.split(":")[0], budgets["cpu"])
 
 
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids side by side with zeros behind them, and the attention mask, [B, T] each."""
-    return pad(rows, 0), pad([[1] * len(ids) for ids in rows], 0)
-
-
 def cut_evenly(count: int, limit: int | None) -> Iterator[int]:
-    """Yield at most `limit` indexes out of `count`, spread evenly: rows of a file often stand in groups."""
+    """Yield at most `limit` indexes out of `count`, spread evenly: similar rows of a file are often neighbours."""
     taken = count if limit is None else min(limit, count)
     return (i * count // taken for i in range(taken))
 
@@ -87,42 +93,37 @@ def run_encoder(
     examples: Sequence[Example],
     pad_id: int | None,
     device: str,
-    take: Callable[[int, ModelOutput, int], None],
+    read: Callable[[int, ModelOutput, int], T],
     advance: Advance = lambda rows: None,
-) -> None:
-    """Run encoded texts through a model without gradient; `take(i, output, row of the batch)` gets each one's part."""
+) -> list[T]:
+    """Run encoded texts through a model without gradient; `read(i, output, row of the batch)` gives each result."""
 
-    def work(batch: list[int]) -> None:
+    def work(batch: list[int]) -> list[T]:
         tensors = move_to(device, pad_texts([examples[i] for i in batch], pad_id))
-        output = model(**read_inputs(model, tensors))
-        for row, i in enumerate(batch):
-            take(i, output, row)
-        advance(len(batch))
+        output = model(**model_inputs(model, tensors))
+        return [read(i, output, row) for row, i in enumerate(batch)]
 
-    run_in_batches([len(example.input_ids) for example in examples], budget_for(device, TOKEN_BUDGET), work)
+    lengths = [len(example.input_ids) for example in examples]
+    return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance)
 
 
 # Rows divided over processes
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def over_processes(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+def over_processes(items: Sequence[P], work: Callable[[Sequence[P]], Sequence[T]]) -> list[T]:
     """Return `work(items)`, a result for each, where every process does every Nth item; all of them have to call it."""
     count = world_size()
     if count == 1:
         return list(work(items))
-    own = items[distributed.get_rank() :: count]
-    parts: list[list[Result]] = [[] for _ in range(count)]
-    distributed.all_gather_object(parts, list(work(own)) if own else [])
+    share = items[distributed.get_rank() :: count]
+    parts: list[list[T]] = [[] for _ in range(count)]
+    distributed.all_gather_object(parts, list(work(share)) if share else [])
     return [parts[i % count][i // count] for i in range(len(items))]
 
 
-def of_first_process(value: Result | None) -> Result:
+def of_first_process(value: T | None) -> T:
     """Return the `value` of the first process in all of them; all have to call it."""
     values = [value]
     if world_size() > 1:
         distributed.broadcast_object_list(values)
-    return cast(Result, values[0])
+    return cast(T, values[0])

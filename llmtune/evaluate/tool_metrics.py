@@ -22,13 +22,13 @@ from referencing.jsonschema import DRAFT202012
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.chat_rows import Tool, ToolCall
 from llmtune.evaluate.metric import Measure, columns, ratio
-from llmtune.evaluate.paired_statistics import share_ends
+from llmtune.evaluate.paired_statistics import share_bounds
 from llmtune.records import Row
 
 
 @dataclass(frozen=True)
 class ToolTurn:
-    """One answer of a row with tools: what it is generated behind, and what stands in its place."""
+    """One answer of a row with tools: the turns before it, and the calls of the reference."""
 
     question: Row
     """The row before it, with its tools."""
@@ -47,7 +47,7 @@ def calls_tool(turns: Sequence[ToolTurn]) -> bool:
 
 
 def write_answer(text: str, calls: Sequence[ToolCall]) -> str:
-    """Write an answer as a person reads it: its text, then a line for each call."""
+    """Format an answer for display: its text, then a line for each call."""
     lines = [f"{name}({json.dumps(arguments, ensure_ascii=False)})" for name, arguments in map(read_call, calls)]
     return "\n".join([*([text] if text else []), *lines])
 
@@ -133,13 +133,6 @@ def is_same_value(one: object, other: object) -> bool:
     return one == other
 
 
-def is_same_call(one: ToolCall, other: ToolCall) -> bool:
-    """Whether two calls have the same name and equal arguments."""
-    return one["function"]["name"] == other["function"]["name"] and is_same_value(
-        one["function"]["arguments"], other["function"]["arguments"]
-    )
-
-
 def score_valid(answer: ParsedAnswer, turn: ToolTurn) -> float | None:
     """1 for at least one call, all of them to be read and valid; None where the tool to call has no valid schema."""
     calls, schemas = answer.tool_calls, schemas_of(turn.tools)
@@ -149,26 +142,26 @@ def score_valid(answer: ParsedAnswer, turn: ToolTurn) -> float | None:
 
 
 def score_names(answer: ParsedAnswer, turn: ToolTurn) -> float:
-    """1 where the same tools are called, each as often; calls stand in no order."""
+    """1 where the same tools are called, each as often, in any order."""
     given, expected = (Counter(read_call(call)[0] for call in calls) for calls in (answer.tool_calls, turn.calls))
     return float(given == expected)
 
 
 def score_arguments(answer: ParsedAnswer, turn: ToolTurn) -> float:
-    """1 where each call has its equal, and there is none beside them."""
-    left = list(answer.tool_calls)
-    for expected in turn.calls:
-        found = next((i for i, call in enumerate(left) if is_same_call(call, expected)), None)
-        if found is None:
+    """1 where the calls are those of the reference, in any order."""
+    left = [[*read_call(call)] for call in answer.tool_calls]
+    for expected in ([*read_call(call)] for call in turn.calls):
+        equal = next((i for i, call in enumerate(left) if is_same_value(call, expected)), None)
+        if equal is None:
             return 0.0
-        del left[found]
+        del left[equal]
     return float(not left)
 
 
 def score_argument_values(answer: ParsedAnswer, turn: ToolTurn) -> float:
     """F1 of the arguments, by name and value; 1 where neither side has any and the names agree.
 
-    Each call of the reference is held against that call of the same tool which has most in common with it.
+    Each call of the reference is compared with the most similar call of the same tool.
     """
     left, right = list(answer.tool_calls), 0
     for expected in turn.calls:
@@ -188,13 +181,13 @@ def count_equal_arguments(one: ToolCall, other: ToolCall) -> int:
 
 
 def score_silence(answer: ParsedAnswer, turn: ToolTurn) -> float:
-    """1 where nothing is called, and nothing that can't be read looks like a call."""
+    """1 where nothing is called, and no unreadable text looks like a call."""
     return float(not answer.tool_calls and not answer.error)
 
 
-Score = Callable[[ParsedAnswer, ToolTurn], float | None]
+CallScorer = Callable[[ParsedAnswer, ToolTurn], float | None]
 CALLING = "answers of rows with tools whose reference calls one, each asked behind the recorded turns before it"
-TOOL_SCORES: Mapping[str, tuple[Score, bool, str]] = {
+TOOL_SCORES: Mapping[str, tuple[CallScorer, bool, str]] = {
     "tool_call_valid": (score_valid, True, f"share with calls, all of them valid by JSON Schema; {CALLING}"),
     "tool_name": (score_names, True, f"share that call the same tools, in any order; {CALLING}"),
     "tool_arguments": (score_arguments, True, f"share whose calls equal the reference's by value; {CALLING}"),
@@ -219,4 +212,4 @@ def measure_tools(
     right, asked_N = np.asarray([*sums.values()], dtype=np.float64).reshape(-1, 2).T
     alone = metric != "tool_arguments_f1" and bool((asked_N == 1).all())
     sums_N2, at = columns(right, asked_N), tuple(sums)
-    return Measure(metric, sums_N2, ratio, right_wrong=alone, signature=signature, at=at, ends=share_ends)
+    return Measure(metric, sums_N2, ratio, right_wrong=alone, signature=signature, at=at, bounds=share_bounds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,25 +11,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig
 
-from llmtune.explain.fake_model import (
-    PLAIN,
-    FakeModel,
-    Group,
-    ModuleCall,
-    Place,
-    UntraceableError,
-    find_units,
-    group_calls,
-    norm_kind,
-    record_calls,
-    write_shape,
-)
+from llmtune.explain.explainer import Target
+from llmtune.explain.fake_model import FakeModel, UntraceableError
+from llmtune.explain.module_tree import PLAIN, Group, Place, Unit, find_units, group_units, norm_kind, write_shape
 from llmtune.explain.position_encodings import SLOPED
-from llmtune.explain.target import Target
 from llmtune.model.config import linear_shape
 from llmtune.model.memory_plan import context_length
 
-TITLES = {
+PART_TITLES = {
     "attention": "Self-attention",
     "cross-attention": "Cross-attention",
     "feed-forward": "Feed-forward",
@@ -55,7 +43,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """A part of a model, as it is drawn."""
 
     kind: str
@@ -90,7 +78,7 @@ class Blocks:
     """Which they are in their list, from 0."""
     runs: int
     """How often a text passes through one of them; more than once where weights are shared."""
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     bias_table: int = 0
     """Parameters of the bias by distance that the first one holds for all, as T5's does."""
 
@@ -113,15 +101,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks with what stands before and behind them."""
+    """Blocks, and the parts before and after them."""
 
     name: str
     """encoder or decoder; of other models the name of the module."""
     orders: tuple[str, ...]
     """How it knows the order of words."""
-    before: tuple[Part, ...]
+    before: tuple[ModelPart, ...]
     blocks: tuple[Blocks, ...]
-    behind: tuple[Part, ...]
+    behind: tuple[ModelPart, ...]
     reads: str
     gives: str
     """What comes out; empty where another stack reads it."""
@@ -144,16 +132,16 @@ class Architecture:
     other: int
     """Parameters of what is part of no stack, or is not used for a text."""
     untraced: str | None
-    """Why the model could not be run on shapes: then its parts stand as they are declared, and no path is drawn."""
+    """Why the model could not be run on shapes: then its parts are in declared order, and no path is drawn."""
 
 
-def describe_model(target: Target, fake: FakeModel) -> Architecture:
+def describe_architecture(target: Target, fake: FakeModel) -> Architecture:
     """Describe the model of `target`; every parameter is counted in exactly one part."""
     model = fake.model
     config, context = model.config.get_text_config(), context_length(model.config)
     reader = _Reader(fake, target.family)
     stacks = tuple(reader.describe_stack(name) for name in reader.lists)
-    used = {value for call in reader.calls.values() for value in call.module.parameters()} if stacks else set()
+    used = {value for unit in reader.units for value in unit.module.parameters()} if stacks else set()
     return Architecture(
         name=target.name,
         model_class=type(model).__name__,
@@ -170,7 +158,7 @@ def describe_model(target: Target, fake: FakeModel) -> Architecture:
 
 
 class _Reader:
-    """A model with its calls, and what was counted of it."""
+    """A model with its units in the order of their use, and what was counted of it."""
 
     def __init__(self, fake: FakeModel, family: str) -> None:
         self.model, self.family = fake.model, family
@@ -179,14 +167,12 @@ class _Reader:
         self.logits_shape: tuple[int, ...] = ()
         self.untraced: str | None = None
         try:
-            calls, self.logits_shape = record_calls(fake)
+            calls, self.logits_shape = fake.record_calls()
         except UntraceableError as error:
             self.untraced = str(error)
-            calls = [ModuleCall(name, module) for name, module in find_units(fake.model).items()]
-        self.runs = Counter(call.name for call in calls)
-        self.calls: dict[str, ModuleCall] = {}  # the first of each
-        for call in calls:
-            self.calls.setdefault(call.name, call)
+            calls = find_units(fake.model)
+        self.runs = Counter(unit.name for unit in calls)
+        self.units = list(dict.fromkeys(calls))
         self.lists = self._find_lists()
 
     def _find_lists(self) -> list[str]:
@@ -198,8 +184,8 @@ class _Reader:
             and any("attention" in type(module).__name__.lower() for module in part.modules())
         }
         found: list[str] = []
-        for call in self.calls:
-            parents = [call[: match.start()] for match in re.finditer(r"\.\d+\.", call)]
+        for unit in self.units:
+            parents = [unit.name[: match.start()] for match in re.finditer(r"\.\d+\.", unit.name)]
             found += [name for name in parents if name in attends][:1]
         return list(dict.fromkeys(found))
 
@@ -208,9 +194,9 @@ class _Reader:
         owner = name.rpartition(".")[0]
         role = next((half for half in ("encoder", "decoder") if half in owner.split(".")), None)
         word = role if self.family == "encoder-decoder" and role else self.family if len(self.lists) == 1 else owner
-        own = [call for call in self.calls.values() if self._stack_of(call.name) == name]
-        start = next(at for at, call in enumerate(own) if call.name.startswith(f"{name}."))
-        outside = [call for call in own[start:] if not call.name.startswith(f"{name}.")]
+        own = [unit for unit in self.units if self._stack_of(unit.name) == name]
+        start = next(at for at, unit in enumerate(own) if unit.name.startswith(f"{name}."))
+        outside = [unit for unit in own[start:] if not unit.name.startswith(f"{name}.")]
         config = getattr(self.model.get_submodule(owner), "config", None) or self.config
         orders = tuple(dict.fromkeys(find_orders(config, self.model.get_submodule(owner), own[:start])))
         before, blocks = self._describe_pieces(own[:start]), tuple(self._group_blocks(name, word, orders))
@@ -228,12 +214,12 @@ class _Reader:
         halves = (name for name in self.lists if module.startswith(f"{name.rpartition('.')[0]}."))
         return next(halves, self.lists[-1])
 
-    def _describe_output(self, behind: Sequence[Part]) -> str:
+    def _describe_output(self, behind: Sequence[ModelPart]) -> str:
         vocabulary, width = getattr(self.config, "vocab_size", None), getattr(self.config, "hidden_size", None)
-        outputs = self.logits_shape[-1] if self.logits_shape else None
-        if outputs is None:
+        if not self.logits_shape:
             pooled = any("once" in part.about for part in behind)
             return f"{width:,} numbers for each word{', and as many for the text' if pooled else ''}" if width else ""
+        outputs = self.logits_shape[-1]
         if outputs == vocabulary:
             return f"a score for each of {outputs:,} tokens"
         return f"{outputs:,} scores for {'the text' if len(self.logits_shape) == 2 else 'each token'}"
@@ -243,15 +229,15 @@ class _Reader:
     def _group_blocks(self, name: str, stack: str, orders: Sequence[str]) -> list[Blocks]:
         """Return runs of blocks that are built alike."""
         found: list[Blocks] = []
-        inside = [call for call in self.calls.values() if call.name.startswith(f"{name}.")]
-        for number in sorted({int(call.name[len(name) + 1 :].split(".")[0]) for call in inside}):
+        inside = [unit for unit in self.units if unit.name.startswith(f"{name}.")]
+        for number in sorted({int(unit.name[len(name) + 1 :].split(".")[0]) for unit in inside}):
             block = f"{name}.{number}"
-            calls = [call for call in inside if call.name.startswith(f"{block}.")]
-            tables = [call for call in calls if call.name.endswith(BIASES)]
-            groups = group_calls(self.model, block, [call for call in calls if call not in tables])
+            units = [unit for unit in inside if unit.name.startswith(f"{block}.")]
+            tables = [unit for unit in units if unit.name.endswith(BIASES)]
+            groups = group_units(self.model, block, [unit for unit in units if unit not in tables], self.config)
             parts = tuple(self._describe_part(block, group, stack, orders) for group in groups)
-            bias = sum(weights.parameters for call in tables for weights in self._read_weights(call, block))
-            runs = min(self.runs[call.name] for call in calls)
+            bias = sum(weights.parameters for unit in tables for weights in self._read_weights(unit, block))
+            runs = min(self.runs[unit.name] for unit in units)
             before = found[-1] if found else None
             if before and (before.parts, before.runs) == (parts, runs):
                 found[-1] = replace(before, numbers=(*before.numbers, number), bias_table=before.bias_table + bias)
@@ -259,11 +245,11 @@ class _Reader:
                 found.append(Blocks(name, (number,), runs, parts, bias))
         return found
 
-    def _describe_part(self, block: str, group: Group, stack: str, orders: Sequence[str]) -> Part:
+    def _describe_part(self, block: str, group: Group, stack: str, orders: Sequence[str]) -> ModelPart:
         """Describe a part of a block."""
-        weights = tuple(found for call in (*group.calls, *group.inner) for found in self._read_weights(call, block))
+        weights = tuple(found for unit in (*group.units, *group.inner) for found in self._read_weights(unit, block))
         kind, about = group.role, [""]
-        title = norm_kind(group.calls[0].module) if kind == "norm" else TITLES[kind]
+        title = norm_kind(group.units[0].module) if kind == "norm" else PART_TITLES[kind]
         if "attention" in kind:
             about = [describe_heads(self.config, stack)]
             if group.inner:
@@ -275,62 +261,63 @@ class _Reader:
                 about += [order for order in orders if order.startswith(("rotary", "relative", "linear"))]
                 about.append(describe_window(self.config, causal=stack == "decoder"))
         elif kind != "norm":
-            about = [describe_feed_forward(self.config, group.calls)]
-        return Part(kind, title, "; ".join(filter(None, about)), weights, group.place, group.added)
+            about = [describe_feed_forward(self.config, group.units)]
+        return ModelPart(kind, title, "; ".join(filter(None, about)), weights, group.place, group.added)
 
-    def _read_weights(self, call: ModuleCall, block: str = "") -> Iterator[Weights]:
+    def _read_weights(self, unit: Unit, block: str = "") -> Iterator[Weights]:
         """Yield the weights of a module; parameters count for the part that uses them first."""
-        module = call.module
-        groups = {call.name: list(module.parameters())}
-        if not isinstance(module, PLAIN) and not call.is_norm:
+        module = unit.module
+        groups = {unit.name: list(module.parameters())}
+        if not isinstance(module, PLAIN) and not unit.is_norm:
             own = module.named_parameters(recurse=False)
-            groups = {f"{call.name}.{key}".removesuffix(".weight"): [value] for key, value in own}
+            groups = {f"{unit.name}.{key}".removesuffix(".weight"): [value] for key, value in own}
         for name, parameters in groups.items():
             size = sum(value.numel() for value in parameters if id(value) not in self.counted)
             self.counted |= {id(value) for value in parameters}
             yield Weights(name.removeprefix(f"{block}."), write_shape(module, parameters), size)
 
-    # Beside the blocks
+    # Outside the blocks
 
-    def _describe_pieces(self, calls: Sequence[ModuleCall], before: int = 0) -> tuple[Part, ...]:
-        """Describe what stands before or behind the blocks; a list of convolutions is drawn as one."""
-        pieces: dict[str, Part] = {}
-        for call in calls:
-            listed = re.match(r"(.+?)\.\d+\.", call.name)
+    def _describe_pieces(self, units: Sequence[Unit], before: int = 0) -> tuple[ModelPart, ...]:
+        """Describe the parts before or after the blocks; a list of convolutions is drawn as one."""
+        pieces: dict[str, ModelPart] = {}
+        for unit in units:
+            listed = re.match(r"(.+?)\.\d+\.", unit.name)
             if listed is None:
-                pieces[call.name] = self._describe_piece(call, first=not before and not pieces)
+                pieces[unit.name] = self._describe_piece(unit, first=not before and not pieces)
                 continue
-            together = [one for one in calls if one.name.startswith(f"{listed[1]}.")]
-            sizes = sum(weights.parameters for weights in self._read_weights(call))
+            together = [one for one in units if one.name.startswith(f"{listed[1]}.")]
+            sizes = sum(weights.parameters for weights in self._read_weights(unit))
             sizes += pieces[listed[1]].parameters if listed[1] in pieces else 0
             title = f"{sum(isinstance(one.module, _ConvNd) for one in together)} convolutions"
-            pieces[listed[1]] = Part("convolutions", title, "", (Weights(listed[1], "", sizes),))
+            pieces[listed[1]] = ModelPart("convolutions", title, "", (Weights(listed[1], "", sizes),))
         return tuple(pieces.values())
 
-    def _describe_piece(self, call: ModuleCall, *, first: bool) -> Part:
-        """Describe a part beside the blocks; positions and types of tokens are added to what comes before them."""
-        module = call.module
+    def _describe_piece(self, unit: Unit, *, first: bool) -> ModelPart:
+        """Describe a part outside the blocks; positions and types of tokens are added to what comes before them."""
+        module, last = unit.module, unit.name.rpartition(".")[2]
         known = any(id(value) in self.counted for value in module.parameters())
-        weights = tuple(self._read_weights(call))
-        if call.is_norm:
-            return Part("norm", norm_kind(module), "", weights)
-        if isinstance(module, _ConvNd) and not is_positions(call):
+        weights = tuple(self._read_weights(unit))
+        if unit.is_norm:
+            return ModelPart("norm", norm_kind(module), "", weights)
+        if isinstance(module, _ConvNd) and not is_positions(unit):
             about = f"over {module.kernel_size[0]}, every {module.stride[0]}"
-            return Part("convolutions", "Convolution", about, weights)
+            return ModelPart("convolutions", "Convolution", about, weights)
         tied = known and not isinstance(module, _ConvNd)
         about = weights[0].shape if weights else "computed"
         about += (", the embedding’s weights" if linear_shape(module) else ", same weights") if tied else ""
-        kind, title, added = "other", type(module).__name__, False
-        if is_positions(call):
-            kind, title, added = "positions", "Positions", not first
-        elif isinstance(module, nn.Embedding):
-            added = "type" in call.name.rpartition(".")[2]
-            kind, title = "embedding", "Token types" if added else "Embedding"
-        elif linear_shape(module):
-            kind, title = "linear", "Pooler" if "pooler" in call.name else "Linear"
-            if call.output is not None and math.prod(call.output.shape[:-1]) == 1:
-                about += ", once for the text"
-        return Part(kind, title, about, weights, added=added, tied=tied)
+        if is_positions(unit):
+            return ModelPart("positions", "Positions", about, weights, added=not first, tied=tied)
+        if isinstance(module, nn.Embedding):
+            title = "Token types" if "type" in last else "Embedding"
+            return ModelPart("embedding", title, about, weights, added="type" in last, tied=tied)
+        if not linear_shape(module):
+            return ModelPart("other", type(module).__name__, about, weights, tied=tied)
+        pooler = "pooler" in unit.name
+        once = pooler or ("classifier" in unit.name and len(self.logits_shape) == 2)
+        return ModelPart(
+            "linear", "Pooler" if pooler else "Linear", about + ", once for the text" * once, weights, tied=tied
+        )
 
 
 # What is written on them
@@ -348,10 +335,10 @@ def describe_heads(config: PretrainedConfig, half: str) -> str:
     return f"{heads} heads of {size}" + (f", {fewer} for keys and values" if fewer < heads else "")
 
 
-def describe_feed_forward(config: PretrainedConfig, calls: Sequence[ModuleCall]) -> str:
+def describe_feed_forward(config: PretrainedConfig, units: Sequence[Unit]) -> str:
     """Say how wide it is, how many experts it has, its activation, and whether two projections are multiplied."""
-    shapes = [shape for call in calls if (shape := linear_shape(call.module))]
-    experts = [part.shape[0] for call in calls for part in call.module.parameters() if part.ndim == 3]
+    shapes = [shape for unit in units if (shape := linear_shape(unit.module))]
+    experts = [part.shape[0] for unit in units for part in unit.module.parameters() if part.ndim == 3]
     wide = shapes[-1][0] if shapes else 0
     gated = bool(experts) or len(shapes) > 2 or (wide and shapes[0][1] == 2 * wide)
     size = f"{experts[0]} experts, a router" if experts else f"{wide:,} wide" if wide else ""
@@ -370,20 +357,20 @@ def describe_window(config: PretrainedConfig, *, causal: bool) -> str:
     return f"{reach} in {sliding} of {len(kinds)} layers" if kinds and sliding < len(kinds) else reach
 
 
-def is_positions(call: ModuleCall) -> bool:
+def is_positions(unit: Unit) -> bool:
     """Whether a module adds positions to what it is given."""
-    last = call.name.rpartition(".")[2].lower()
-    return "pos" in last or last == "wpe" or "Positional" in type(call.module).__name__ or "pos_conv" in call.name
+    last = unit.name.rpartition(".")[2].lower()
+    return "pos" in last or last == "wpe" or "Positional" in type(unit.module).__name__ or "pos_conv" in unit.name
 
 
-def find_orders(config: PretrainedConfig, owner: nn.Module, before: Sequence[ModuleCall]) -> Iterator[str]:
+def find_orders(config: PretrainedConfig, owner: nn.Module, before: Sequence[Unit]) -> Iterator[str]:
     """Yield how a stack knows the order of words, from its modules and its configuration."""
-    for call in filter(is_positions, before):
-        weight = getattr(call.module, "weight", None)
-        if "pos_conv" in call.name:
+    for unit in filter(is_positions, before):
+        weight = getattr(unit.module, "weight", None)
+        if "pos_conv" in unit.name:
             yield "a convolution over neighbours"
         else:
-            sines = "sinus" in type(call.module).__name__.lower() or weight is None or not weight.requires_grad
+            sines = "sinus" in type(unit.module).__name__.lower() or weight is None or not weight.requires_grad
             yield "sines, fixed" if sines else "a learned table"
     inside = dict(owner.named_modules())
     rotary = any("rotary" in type(module).__name__.lower() for module in inside.values())

@@ -14,10 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 
-from llmtune.explain.architecture import TITLES, Architecture, Blocks, Part, Stack
-from llmtune.explain.explanation import brief_size
+from llmtune.explain.architecture import PART_TITLES, Architecture, Blocks, ModelPart, Stack
 from llmtune.explain.figures import BLUE, GREY, INK, MUTED, figure_settings, save_figure
-from llmtune.explain.trained_modules import TrainedModules, shorten
+from llmtune.explain.trained_modules import TrainedModules, short_module_name
 
 BOX, HEAD, LINE, GAP = 276.0, 25.0, 16.0, 20.0
 """Width of a box, heights of its title and of a line in it, and space between boxes."""
@@ -38,7 +37,6 @@ COLOURS = {
     "positions": ("#fbe4e1", "#dd8f87"),
 }
 PLAIN = ("#eef0f4", "#b3bac6")
-Point = tuple[float, float]
 
 
 def draw_architecture(stem: Path, architecture: Architecture, trained: TrainedModules | None) -> list[Path]:
@@ -93,7 +91,7 @@ class _Column:
         """Write in the middle of a line at y."""
         self.axes.text(x, y, words, fontsize=size, ha=anchor, va="center", **style)  # type: ignore[arg-type]
 
-    def line(self, *points: Point, colour: str = INK, width: float = 1.0, arrow: bool = False) -> None:
+    def line(self, *points: tuple[float, float], colour: str = INK, width: float = 1.0, arrow: bool = False) -> None:
         """Draw a way through points, with an arrow's head at its end."""
         if arrow:
             style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
@@ -118,12 +116,12 @@ class _Column:
         box.set(facecolor=colours[0], edgecolor=colours[1], linestyle=style)
         self.axes.add_patch(box)
 
-    def box(self, part: Part, names: Callable[[str], Sequence[str]]) -> None:
+    def box(self, part: ModelPart, names: Callable[[str], Sequence[str]]) -> None:
         """Draw a part: its title, what it is, and its modules with what was trained at each."""
         about = [line for words in part.about.split("; ") for line in textwrap.wrap(words, LETTERS)]
         inside = part.names
         marks = [self.trained.mark(names(name)) if self.trained else "" for name in inside]
-        rows = list(zip(part.weights, marks, strict=True)) if part.kind in TITLES or any(marks) else []
+        rows = list(zip(part.weights, marks, strict=True)) if part.kind in PART_TITLES or any(marks) else []
         tall = HEAD + LINE * (len(about) + len(rows)) + (6 if about or rows else 0)
         self.frame(self.left, BOX, tall, COLOURS.get(part.kind, PLAIN))
         y, right = self.y + tall - HEAD / 2, self.left + BOX - 11
@@ -135,16 +133,16 @@ class _Column:
             self.text(self.left + 11, y, line, size=8.5, color=MUTED)
         for weights, mark in rows:
             y -= LINE
-            self.text(self.left + 11, y, shorten(weights.name, inside), size=8, color=INK)
+            self.text(self.left + 11, y, short_module_name(weights.name, inside), size=8, color=INK)
             if mark:
                 badge = {"boxstyle": "round,pad=0.25", "facecolor": BLUE, "edgecolor": "none"}
                 self.text(right, y, mark, size=7.5, anchor="right", color="white", bbox=badge)
             x = right - 6.3 * len(mark) - (10 if mark else 0)
-            self.text(x, y, weights.shape if part.kind in TITLES else "", size=8, anchor="right", color=INK)
+            self.text(x, y, weights.shape if part.kind in PART_TITLES else "", size=8, anchor="right", color=INK)
         self.y += tall
 
-    def piece(self, part: Part) -> None:
-        """Draw a part beside the blocks; what is added to what comes from below stands at the right of a sum."""
+    def piece(self, part: ModelPart) -> None:
+        """Draw a part outside the blocks; a part that is added to the path is at the right of a sum."""
         if not part.added:
             self.arrow()
             self.box(part, lambda name: [name])
@@ -171,7 +169,7 @@ class _Column:
                 self.line((self.middle, self.y), (self.middle, self.y + 14))
                 self.y += 14
             if part.place == "beside":
-                words = "and beside it, from the same place"
+                words = "in parallel, from the same place"
                 self.text(self.middle, self.y + GAP / 2, words, anchor="center", color=MUTED)
                 self.y += GAP
             else:
@@ -194,3 +192,16 @@ class _Column:
         self.text(right, y, f"× {len(blocks.numbers) * blocks.runs}", size=16, weight="bold", color=INK)
         each = f"{brief_size(blocks.typical)}{' each' if len(blocks.numbers) > 1 else ''}"
         self.text(right, y - 22, "same weights" if blocks.runs > 1 else each, size=8.5, color=MUTED)
+
+
+def briefly(number: float) -> str:
+    """Write a number in three digits: 134,515,008 is 135 M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:.0f} {unit}"
+    return f"{number:g}"
+
+
+def brief_size(number: float) -> str:
+    """Write a number of parameters in three digits, none as nothing; a thousand million is B, as usual for models."""
+    return briefly(number).replace("G", "B") if number else ""

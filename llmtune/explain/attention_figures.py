@@ -15,8 +15,19 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Kind
-from llmtune.explain.attention_maps import DIFFERENCE, MEAN, ROLLOUT, AttentionMaps, Head, Matrix, strongest_pairs
+from llmtune.explain.attention_maps import (
+    CROSS,
+    DIFFERENCE,
+    MASKED,
+    MEAN,
+    ROLLOUT,
+    SELF,
+    AttentionKind,
+    AttentionMaps,
+    Matrix,
+    strongest_pairs,
+)
+from llmtune.explain.explainer import BASE, MODEL, TUNED
 from llmtune.explain.figures import (
     BLUE,
     GREY,
@@ -30,14 +41,17 @@ from llmtune.explain.figures import (
     label_width,
     save_figure,
 )
-from llmtune.explain.target import BASE, MODEL, TUNED
-from llmtune.explain.token_text import Line, label
+from llmtune.explain.token_text import TokenLine, token_label
 from llmtune.store.atomic_files import write_text
 
 STEM = "attention"
-NAMES: dict[Kind, str] = {SELF: "Self-attention", MASKED: "Masked self-attention", CROSS: "Cross-attention"}
-TITLES = {MODEL: "", BASE: "base", TUNED: "tuned", DIFFERENCE: "difference: tuned − base"}
-AXES: dict[Kind, tuple[str, str]] = {
+KIND_NAMES: dict[AttentionKind, str] = {
+    SELF: "Self-attention",
+    MASKED: "Masked self-attention",
+    CROSS: "Cross-attention",
+}
+MODEL_TITLES = {MODEL: "", BASE: "base", TUNED: "tuned", DIFFERENCE: "difference: tuned − base"}
+AXES: dict[AttentionKind, tuple[str, str]] = {
     SELF: ("who looks", "what is looked at"),
     MASKED: ("who looks", "what is looked at"),
     CROSS: ("decoder: who looks", "encoder: what is looked at"),
@@ -45,20 +59,23 @@ AXES: dict[Kind, tuple[str, str]] = {
 LARGEST_IN, SMALLEST_IN = 0.3, 0.012
 """Edge of a cell in inches."""
 MAP_IN, BESIDE_IN = 7.0, 5.6
-"""Edge of a whole map, alone and beside others, where its cells are not the largest already."""
+"""Edge of a whole map, alone and next to others, unless its cells reach the largest size."""
 MOST_EDGES = 600
 """Of one graph; those that are left out are the weakest."""
 ROW_IN, GAP_IN = 0.21, 2.2
 """Inches: a row's height, the space between two columns of words."""
 
 
-def draw_figures(maps: AttentionMaps, out: Path, console: Console) -> list[Path]:
+def draw_attention(maps: AttentionMaps, out: Path, console: Console) -> list[Path]:
     """Draw a heatmap and a graph of the layer and head that are selected, of each kind of attention."""
     files: list[Path] = []
     missing: set[str] = set()
     for kind in maps.kinds:
         end = "" if len(maps.kinds) == 1 else f"-{kind}"
-        title = f"{NAMES[kind]}, {describe(maps.head, maps.drawn_layers[kind])}"
+        layer = maps.drawn_layers[kind]
+        head = "mean over heads" if maps.head == MEAN else f"head {maps.head}"
+        shown = f"rollout up to layer {layer}" if maps.head == ROLLOUT else f"layer {layer}, {head}"
+        title = f"{KIND_NAMES[kind]}, {shown}"
         drawn, letters = _draw_heatmap(maps, kind, out / f"{STEM}-heatmap{end}", title)
         missing |= set(letters)
         files += [*drawn, *_draw_graph(maps, kind, out / f"{STEM}-graph{end}", title)]
@@ -68,21 +85,14 @@ def draw_figures(maps: AttentionMaps, out: Path, console: Console) -> list[Path]
     return files
 
 
-def describe(head: Head, layer: int) -> str:
-    """Return which layer and head a figure shows, in words."""
-    if head == ROLLOUT:
-        return f"rollout up to layer {layer}"
-    return f"layer {layer}, {'mean over heads' if head == MEAN else f'head {head}'}"
-
-
-def _draw_heatmap(maps: AttentionMaps, kind: Kind, stem: Path, title: str) -> tuple[list[Path], str]:
+def _draw_heatmap(maps: AttentionMaps, kind: AttentionKind, stem: Path, title: str) -> tuple[list[Path], str]:
     rows, columns = maps.lines.of(kind)
     panels = []
     for model in maps.shown:
         weights_QT = maps.drawn(model, kind).copy()
         if kind == MASKED:
             weights_QT[np.triu_indices_from(weights_QT, 1)] = np.nan  # which is drawn as blank
-        panels.append(Panel(TITLES[model], weights_QT, model == DIFFERENCE))
+        panels.append(Panel(MODEL_TITLES[model], weights_QT, model == DIFFERENCE))
     edge = MAP_IN if len(panels) == 1 else BESIDE_IN
     cell = min(LARGEST_IN, max(SMALLEST_IN, edge / max(len(rows), len(columns))))
     ticks = [Ticks(name, line.labels, line.special) for name, line in zip(AXES[kind], (rows, columns), strict=True)]
@@ -92,7 +102,7 @@ def _draw_heatmap(maps: AttentionMaps, kind: Kind, stem: Path, title: str) -> tu
 # Graphs
 
 
-def find_edges(maps: AttentionMaps, kind: Kind) -> list[tuple[int, int]]:
+def find_edges(maps: AttentionMaps, kind: AttentionKind) -> list[tuple[int, int]]:
     """Return row and column of the weights that are edges, the strongest first.
 
     They reach the threshold in one of the models, and none leads to where models park attention.
@@ -104,7 +114,7 @@ def find_edges(maps: AttentionMaps, kind: Kind) -> list[tuple[int, int]]:
     return list(strongest_pairs(strongest_QT, edges_QT, MOST_EDGES))
 
 
-def _draw_graph(maps: AttentionMaps, kind: Kind, stem: Path, title: str) -> list[Path]:
+def _draw_graph(maps: AttentionMaps, kind: AttentionKind, stem: Path, title: str) -> list[Path]:
     """Draw a graph as SVG, models side by side, and write it as GraphML."""
     rows, columns = maps.lines.of(kind)
     edges, graph_file = find_edges(maps, kind), stem.with_name(f"{stem.name}.graphml")
@@ -119,21 +129,21 @@ def _draw_graph(maps: AttentionMaps, kind: Kind, stem: Path, title: str) -> list
         for model, axes in zip(maps.shown, figure.subplots(1, len(maps.shown), squeeze=False)[0], strict=True):
             axes.set(xlim=(0, width / len(maps.shown)), ylim=(count - 0.5, -0.5))
             axes.axis("off")
-            axes.set_title(TITLES[model], fontsize=9.5, loc="left", color=GREY)
+            axes.set_title(MODEL_TITLES[model], fontsize=9.5, loc="left", color=GREY)
             _draw_edges(axes, maps.drawn(model, kind), edges, model, words[0])
             for line, x, anchor in ((rows, words[0] - 0.05, "right"), (columns, words[0] + GAP_IN + 0.05, "left")):
                 _write_words(axes, line, x, anchor)
         return [*save_figure(figure, stem, ("svg",)), graph_file]
 
 
-def build_graph(maps: AttentionMaps, kind: Kind, edges: list[tuple[int, int]]) -> networkx.DiGraph:
+def build_graph(maps: AttentionMaps, kind: AttentionKind, edges: list[tuple[int, int]]) -> networkx.DiGraph:
     """Return words as nodes, with their text and place, and as edges the weights of each model and their difference."""
     rows, columns = maps.lines.of(kind)
     graph = networkx.DiGraph(attention=kind, threshold=maps.threshold(kind))
     lines = (("t", columns, "source"), ("q", rows, "target")) if kind == CROSS else (("t", rows, "text"),)
     for prefix, line, name in lines:
         for place, token in enumerate(line.tokens):
-            text = {"label": label(token, 80), "place": place, "line": name}
+            text = {"label": token_label(token, 80), "place": place, "line": name}
             graph.add_node(f"{prefix}{place}", **text, special=token.special, token=token.id)
     for i, k in edges:
         weights = {model: round(float(maps.drawn(model, kind)[i, k]), 6) for model in maps.shown}
@@ -160,7 +170,7 @@ def _draw_edges(axes: Axes, weights_QT: Matrix, edges: list[tuple[int, int]], mo
     axes.add_collection(lines)
 
 
-def _write_words(axes: Axes, line: Line, x: float, anchor: str) -> None:
+def _write_words(axes: Axes, line: TokenLine, x: float, anchor: str) -> None:
     for at, (word, special) in enumerate(zip(line.labels, line.special, strict=True)):
         colour, style = (WARN, "italic") if special else (INK, "normal")
         axes.text(x, at, word, ha=anchor, va="center", color=colour, fontstyle=style)

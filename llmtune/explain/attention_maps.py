@@ -1,34 +1,45 @@
-"""What is kept of the attention of all models on one text, and what of it is drawn.
+"""A model's attention weights, read a layer at a time while it runs, and what is kept and drawn of them.
 
 Shapes: H heads, Q queries (rows), T keys (columns), both in tokens or, of a recording, in stretches.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llmtune.errors import RecipeError, nearest
-from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Attended, Kind
+from llmtune.errors import EnvironmentProblem, RecipeError, nearest
+from llmtune.explain.explainer import BASE, TUNED, Family
 from llmtune.explain.inputs import AttentionRequest
-from llmtune.explain.target import BASE, TUNED
-from llmtune.explain.token_text import Line
+from llmtune.explain.token_text import TokenLine
+from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 
+AttentionKind = Literal["self", "masked-self", "cross"]
+SELF: AttentionKind = "self"
+MASKED: AttentionKind = "masked-self"
+CROSS: AttentionKind = "cross"
+EAGER = "eager"
 Matrix = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 MEAN, ROLLOUT = "mean", "rollout"
 Head = int | str
 """A head by its number, or MEAN or ROLLOUT."""
-Shape = Mapping[Kind, tuple[int, int]]
+Shape = Mapping[AttentionKind, tuple[int, int]]
 """Layers and heads of each kind of attention."""
 DIFFERENCE = "difference"
-"""What is shown beside the models of a run: tuned minus base."""
+"""Shown next to the models of a run: tuned minus base."""
 MOST_NUMBERS = 12_000_000
 """Weights that are kept and in the page, 2.7 bytes each: 32 MB. Where there are more, heads are those of one layer."""
 EDGES_PER_WORD = 1.5
@@ -36,7 +47,125 @@ EDGES_PER_WORD = 1.5
 LOWEST = 0.01
 
 
-def select(shape: Shape, request: AttentionRequest) -> tuple[tuple[Kind, ...], Head]:
+@dataclass(frozen=True)
+class Attended:
+    """One attention of one layer, as the model has just computed it; copy what you keep."""
+
+    kind: AttentionKind
+    layer: int
+    """Counted from 0 within its half of the model, as in the names of its modules."""
+    weights: torch.Tensor
+    """[H, Q, T] float32; each row sums to 1, but for models with a sink (gpt-oss), where the rest goes there."""
+
+
+def attend(
+    model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], family: Family, look: Callable[[Attended], None]
+) -> None:
+    """Run `model` (PEFT may have wrapped it) once on one text, and give each layer's attention to `look`, in order.
+
+    A layer's weights are freed before the next one's are made, unless `look` keeps them. Models that do not compute
+    their attention through transformers' interface (DeBERTa) give all layers at once, after the pass.
+
+    Raises:
+        EnvironmentProblem: the model does not show its attention.
+    """
+    inner = unwrap(model)
+    body = inner.base_model
+    accepted = accepted_arguments(body.__class__)
+    options: dict[str, object] = {key: part.to(inner.device) for key, part in inputs.items() if key in accepted}
+    if "use_cache" in accepted:
+        options["use_cache"] = False
+    half = inner.get_encoder() if family == "encoder-decoder" else inner
+    encoder = set() if half is inner else set(half.modules())
+    layers: dict[AttentionKind, list[int]] = {}
+
+    def attention(module: torch.nn.Module, *args: object, **given: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+        eager = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
+        output, weights = eager(module, *args, **given)
+        if weights is not None:
+            kind = SELF if module in encoder else MASKED if is_causal(module, weights) else CROSS if encoder else SELF
+            before = layers.setdefault(kind, [])
+            own = getattr(module, "layer_idx", None)
+            before.append(own if isinstance(own, int) and own not in before else len(before))  # ALBERT's are all one
+            look(Attended(kind, before[-1], weights[0].float()))
+        return output, weights
+
+    with torch.inference_mode(), _as_eager(attention):
+        body(**options)
+        if not layers:
+            _read_outputs(body, options, family, look)
+
+
+def is_causal(module: torch.nn.Module, weights_1HQT: torch.Tensor) -> bool:
+    """Whether no query sees a later key."""
+    queries, keys = weights_1HQT.shape[2:]
+    if queries == keys > 1:
+        return not bool(weights_1HQT[0].triu(1).any())
+    return bool(getattr(module, "is_causal", False))
+
+
+@contextmanager
+def _as_eager(attention: Callable[..., object]) -> Iterator[None]:
+    """Stand between models and their own eager attention.
+
+    transformers looks up the name of the attention in its interface before it falls back on the model's own function,
+    which `eager` has no entry for: with one, the model still believes that it is eager, as it is.
+    """
+    assert EAGER not in ALL_ATTENTION_FUNCTIONS, "attention is captured already"
+    ALL_ATTENTION_FUNCTIONS[EAGER] = attention
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[EAGER]
+
+
+def _read_outputs(
+    body: PreTrainedModel, options: Mapping[str, object], family: Family, look: Callable[[Attended], None]
+) -> None:
+    """Let the model return all of its attention at once."""
+    returns = "output_attentions" in accepted_arguments(body.__class__)
+    outputs = body(**options, output_attentions=True) if returns else None
+    own: AttentionKind = MASKED if family == "decoder" else SELF
+    names: dict[str, AttentionKind] = {"attentions": own, "encoder_attentions": SELF, "decoder_attentions": MASKED}
+    seen = [
+        Attended(kind, layer, weights[0].float())
+        for name, kind in {**names, "cross_attentions": CROSS}.items()
+        for layer, weights in enumerate(getattr(outputs, name, None) or ())
+        if weights is not None and weights.dim() == 4
+    ]
+    if not seen:
+        what = f"{type(body).__name__} does not show its attention weights"
+        fix = "It computes its attention in a way of its own; models of the usual kinds do show theirs."
+        raise EnvironmentProblem.of(what, getattr(body, "name_or_path", None) or None, fix)
+    for attended in seen:
+        look(attended)
+
+
+def shape_of(config: PretrainedConfig, family: Family) -> dict[AttentionKind, tuple[int, int]]:
+    """Return how many layers and heads each kind of attention has, as the configuration says."""
+    if family != "encoder-decoder":
+        text = config.get_text_config()
+        kind = MASKED if family == "decoder" else SELF
+        return {kind: (int(text.num_hidden_layers), int(text.num_attention_heads))}
+
+    def first(half: PretrainedConfig, *names: str) -> int:
+        return next(int(value) for name in names if (value := getattr(half, name, None)) is not None)
+
+    reads, writes = getattr(config, "encoder", config), getattr(config, "decoder", config)
+    encoder = first(reads, "encoder_layers", "num_layers", "num_hidden_layers")
+    decoder = first(writes, "decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    written = decoder, first(writes, "decoder_attention_heads", "num_attention_heads")
+    return {
+        SELF: (encoder, first(reads, "encoder_attention_heads", "num_attention_heads")),
+        MASKED: written,
+        CROSS: written,
+    }
+
+
+# What is kept of it
+
+
+def check_selection(shape: Shape, request: AttentionRequest) -> tuple[tuple[AttentionKind, ...], Head]:
     """Check the options against what the model has; returns the kinds of attention that are drawn, and the head.
 
     Raises RecipeError for a kind, a layer or a head that is not there.
@@ -65,24 +194,24 @@ def select(shape: Shape, request: AttentionRequest) -> tuple[tuple[Kind, ...], H
 
 
 @dataclass(frozen=True)
-class Lines:
+class TextLines:
     """What the model reads, and (encoder-decoders) what its decoder reads."""
 
-    source: Line
-    target: Line | None = None
+    source: TokenLine
+    target: TokenLine | None = None
 
-    def of(self, kind: Kind) -> tuple[Line, Line]:
+    def of(self, kind: AttentionKind) -> tuple[TokenLine, TokenLine]:
         """Return the queries and the keys."""
         if self.target is None or kind == SELF:
             return self.source, self.source
         return (self.target, self.source) if kind == CROSS else (self.target, self.target)
 
-    def count(self, kind: Kind) -> int:
+    def count(self, kind: AttentionKind) -> int:
         """Return how many weights a head has, of masked attention those that are not hidden."""
         rows, columns = map(len, self.of(kind))
         return rows * (rows + 1) // 2 if kind == MASKED else rows * columns
 
-    def among_words(self, kind: Kind) -> Mask:
+    def among_words(self, kind: AttentionKind) -> Mask:
         """Return where a word looks at another one [Q, T]: neither is special, nor the first, nor are they the same."""
         rows, columns = self.of(kind)
         words_QT: Mask = ~np.array(rows.special)[:, None] & ~np.array(columns.special)[None, :]
@@ -97,16 +226,16 @@ class AttentionMaps:
     """The weights of all models; `add` takes them in while a model runs."""
 
     models: tuple[str, ...]
-    lines: Lines
+    lines: TextLines
     shape: Shape
     request: AttentionRequest
     """What is drawn: without a layer the one that shows most, without a threshold about EDGES_PER_WORD edges a word."""
-    kept: dict[str, dict[Kind, dict[int, dict[Head, Matrix]]]] = field(default_factory=dict)
+    kept: dict[str, dict[AttentionKind, dict[int, dict[Head, Matrix]]]] = field(default_factory=dict)
     """By model, kind, layer and head [Q, T]: MEAN over the heads, ROLLOUT (not of cross-attention), heads by number."""
-    _rolled: dict[tuple[str, Kind], Matrix] = field(default_factory=dict)
+    _rolled: dict[tuple[str, AttentionKind], Matrix] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.kinds, self.head = select(self.shape, self.request)
+        self.kinds, self.head = check_selection(self.shape, self.request)
         sizes = (layers * heads * self.lines.count(kind) for kind, (layers, heads) in self.shape.items())
         numbers = len(self.models) * sum(sizes)
         self.keeps_all_heads = numbers <= MOST_NUMBERS
@@ -119,37 +248,37 @@ class AttentionMaps:
         rows, columns = self.lines.of(seen.kind)
         weights_HQT = seen.weights.cpu().numpy()
         mean_QT = weights_HQT.mean(axis=0)
-        kept: dict[Head, Matrix] = {MEAN: merge(mean_QT, rows, columns)}
+        kept: dict[Head, Matrix] = {MEAN: merge_stretches(mean_QT, rows, columns)}
         if seen.kind != CROSS:
             rolled = self._rolled[model, seen.kind] = roll(self._rolled.get((model, seen.kind)), mean_QT)
-            kept[ROLLOUT] = merge(rolled, rows, columns)
+            kept[ROLLOUT] = merge_stretches(rolled, rows, columns)
         if self.keeps_all_heads or seen.layer == self.request.layer:
-            kept.update(enumerate(np.array(merge(weights_HQT, rows, columns))))
+            kept.update(enumerate(np.array(merge_stretches(weights_HQT, rows, columns))))
         self.kept.setdefault(model, {}).setdefault(seen.kind, {})[seen.layer] = kept
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """What stands side by side: the model; or base, tuned and their difference."""
+        """The maps shown side by side: the model; or base, tuned and their difference."""
         return (*self.models, DIFFERENCE) if self.models == (BASE, TUNED) else self.models
 
-    def layers(self, kind: Kind) -> list[int]:
+    def layers(self, kind: AttentionKind) -> list[int]:
         """Return the layers that have this kind of attention: in some models only every fourth one."""
         return sorted(self.kept[self.models[0]].get(kind, ()))
 
-    def heads(self, kind: Kind, layer: int) -> list[Head]:
+    def heads(self, kind: AttentionKind, layer: int) -> list[Head]:
         """Return what was kept of a layer: MEAN, ROLLOUT and heads by number."""
         return list(self.kept[self.models[0]][kind][layer])
 
-    def weights(self, model: str, kind: Kind, layer: int, head: Head) -> Matrix:
+    def weights(self, model: str, kind: AttentionKind, layer: int, head: Head) -> Matrix:
         """Return weights [Q, T] of a model, or tuned minus base."""
         if model == DIFFERENCE:
             return self.weights(TUNED, kind, layer, head) - self.weights(BASE, kind, layer, head)
         return self.kept[model][kind][layer][head]
 
     @cached_property
-    def drawn_layers(self) -> dict[Kind, int]:
+    def drawn_layers(self) -> dict[AttentionKind, int]:
         """The layer that is drawn of each kind; raises RecipeError for one that has no such attention."""
-        chosen: dict[Kind, int] = {}
+        chosen: dict[AttentionKind, int] = {}
         for kind in self.kinds:
             known, layer = self.layers(kind), self.request.layer
             if layer is not None and layer not in known:
@@ -160,18 +289,18 @@ class AttentionMaps:
             chosen[kind] = most_telling_layer(means[-1], base, words_QT) if layer is None else layer
         return chosen
 
-    def drawn(self, model: str, kind: Kind) -> Matrix:
+    def drawn(self, model: str, kind: AttentionKind) -> Matrix:
         """Return weights [Q, T] of the layer and head that are drawn."""
         return self.weights(model, kind, self.drawn_layers[kind], self.head)
 
-    def threshold(self, kind: Kind) -> float:
+    def threshold(self, kind: AttentionKind) -> float:
         """Return the weight from which a graph has an edge."""
         if self.request.threshold is not None:
             return self.request.threshold
         return find_threshold(self.drawn(self.models[-1], kind), self.lines.among_words(kind))
 
 
-def merge(weights: Matrix, rows: Line, columns: Line) -> Matrix:
+def merge_stretches(weights: Matrix, rows: TokenLine, columns: TokenLine) -> Matrix:
     """Bring [..., positions, positions] to [..., Q, T]: columns of a stretch are added, its rows averaged.
 
     So rows go on summing to 1 (Clark et al., "What Does BERT Look At?", 2019, section 4.1).
@@ -202,7 +331,7 @@ def most_telling_layer(means: Mapping[int, Matrix], base: Mapping[int, Matrix] |
     Much of what a model attends to is the first token, special ones, the word itself, or some token that all others
     look at, which says little about the text (Clark et al., 2019, section 3.2; Xiao et al., "Efficient Streaming
     Language Models with Attention Sinks", 2024): only weights `among_words` count, as far as they are above what
-    others look at the same word with. `base` has the means of the base model, beside those of the tuned one.
+    others look at the same word with. `base` has the means of the base model, `means` then those of the tuned one.
     """
     if not words_QT.any():
         return max(means)

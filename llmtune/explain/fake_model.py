@@ -1,37 +1,61 @@
-"""A model without its weights: built from its configuration in fake tensors, and run on shapes alone."""
+"""A model without its weights: built from its configuration, run on shapes alone, and what a text costs it.
+
+torch counts the operations by the length of a text: a product of [M, K] with [K, N] is 2 M K N; sums, norms and softmax
+are left out, as is usual. Attention is counted over all pairs of positions, also those that a mask hides. One block is
+timed as well, with numbers in place of shapes.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import pairwise
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import first_line
-from llmtune.explain.target import Target
+from llmtune.explain.explainer import Target
+from llmtune.explain.module_tree import Unit, find_units
 from llmtune.explain.trained_modules import read_tensor, tensor_files
-from llmtune.model.config import architecture_class, find_class, linear_shape
+from llmtune.model.config import architecture_class, find_class
+from llmtune.model.device import is_out_of_memory, pick_device
 from llmtune.model.processor import count_ids
 from llmtune.records import ModelRef
+from llmtune.report.render_terminal import track_items
 
 UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError)
 """What models raise that look at numbers as they run."""
+SHORTEST = 8
+"""Tokens of the text; a model of speech reads its whole window."""
+COUNTED, CHECKED = (16, 23, 41), 1021
+"""Lengths in tokens at which products are counted, and at which the formula is compared with the count; odd
+ones, which blocks of a fixed size do not divide."""
+BATCHED = ("aten.bmm", "aten.baddbmm")
+"""Products of activations with one another."""
+LONGEST, MOST_SHOWN = 2048, 8192
+BUDGET_SECONDS, RUN_SECONDS = 10.0, 0.25
+"""Of all lengths, and of one; the quickest run counts."""
+MOST_BYTES = 1 << 30
+"""Of a block's parameters."""
+Polynomial = npt.NDArray[np.int64]
+"""a, b and c of a + b L + c L²."""
+Arguments = tuple[tuple[object, ...], dict[str, object]]
+logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it logs what cannot be run, before raising
 
 
 class UntraceableError(Exception):
@@ -48,25 +72,26 @@ class FakeModel:
     def run(self, tokens: int) -> Any:
         """Return what the model gives for a text of `tokens` tokens; raises UntraceableError if it cannot be run."""
         try:
-            with self.active():
-                inputs = make_inputs(self.model, tokens)
+            with self.mode, torch.no_grad():
+                inputs: dict[str, Any] = {**shape_inputs(self.model, tokens)}
                 if "use_cache" in inspect.signature(self.model.forward).parameters:
-                    return self.model(**inputs, use_cache=False)
+                    inputs["use_cache"] = False
                 return self.model(**inputs)
         except UNRUNNABLE as error:
             raise UntraceableError(first_line(error)) from error
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Make tensors fake, without gradients; torch does not log what cannot be run."""
-        logger = logging.getLogger("torch._subclasses.fake_tensor")
-        was = logger.disabled
-        logger.disabled = True
-        try:
-            with self.mode, torch.no_grad():
-                yield
-        finally:
-            logger.disabled = was
+    def record_calls(self) -> tuple[list[Unit], tuple[int, ...]]:
+        """Return the units in the order in which a text passes them, and the shape of the logits.
+
+        Raises UntraceableError where the model cannot be run on shapes.
+        """
+        calls: list[Unit] = []
+        with ExitStack() as hooks:
+            for unit in find_units(self.model):
+                hook = unit.module.register_forward_pre_hook(lambda *_, unit=unit: calls.append(unit))
+                hooks.callback(hook.remove)
+            logits = getattr(self.run(SHORTEST), "logits", None)
+        return calls, tuple(getattr(logits, "shape", ()))
 
 
 def build_fake_model(target: Target) -> FakeModel:
@@ -86,7 +111,7 @@ def build_fake_model(target: Target) -> FakeModel:
 
     fake = fake_model(build)
     untied = find_untied(fake.model, folder)
-    with fake.active():
+    with fake.mode, torch.no_grad():
         for name in untied:
             owner, _, last = name.rpartition(".")
             weight = fake.model.get_parameter(name)
@@ -112,19 +137,16 @@ def fake_model(build: Callable[[], PreTrainedModel]) -> FakeModel:
 def find_untied(model: PreTrainedModel, folder: Path) -> list[str]:
     """Return what the configuration ties and the files hold as a tensor of its own; so does transformers on loading."""
     files = tensor_files(folder)
-    stored = {
-        second: first
-        for second, first in (model.all_tied_weights_keys or {}).items()
-        if first in files and second in files
-    }
     return [
         second
-        for second, first in stored.items()
-        if not torch.equal(read_tensor(files[first], first), read_tensor(files[second], second))
+        for second, first in (model.all_tied_weights_keys or {}).items()
+        if first in files
+        and second in files
+        and not torch.equal(read_tensor(files[first], first), read_tensor(files[second], second))
     ]
 
 
-def make_inputs(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
+def shape_inputs(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
     """Return what the model reads for a text of `tokens` tokens: ids, or as many frames of a recording."""
     config = model.config
     ids = torch.ones((1, tokens), dtype=torch.long)
@@ -141,179 +163,161 @@ def make_inputs(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
     return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
 
-# The modules with weights that a text passes through, in their order, and how those of a block follow one another.
-# Where a norm stands is seen from which tensor it reads: a new one is a sum on the residual path, that of the module
-# before it is none. What a module is, its name and its class say.
+# What a text costs
 
 
-Role = Literal["norm", "attention", "cross-attention", "feed-forward", "experts", "convolution"]
-ROLES: Sequence[tuple[Role, str]] = (
-    ("cross-attention", "cross|encdec|encoder_attn"),
-    ("attention", "attention|attn"),
-    ("experts", "expert|moe|router"),
-)
-"""By the first pattern that is found in the names and classes of a module and those around it; else feed-forward."""
-Place = Literal["", "branch", "beside", "path"]
-"""How a part is reached: from the one before it; from the residual path; from there too, beside the branch before it;
-or it stands on the path itself."""
-PLAIN = (nn.Linear, nn.Embedding, _ConvNd, Conv1D)
-SHORTEST = 8
-"""Tokens of the text; a model of speech reads its whole window."""
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations of one forward pass over L tokens, in both halves of an encoder-decoder."""
 
-
-@dataclass
-class ModuleCall:
-    """One call of a module that has weights, or knows positions."""
-
-    name: str
-    module: nn.Module
-    source: torch.Tensor | None = None
-    """What it reads first."""
-    output: torch.Tensor | None = None
+    total: Polynomial
+    attention: Polynomial
+    """Attention's own products: queries with keys, weights with values. All others have weights."""
 
     @property
-    def is_norm(self) -> bool:
-        """Whether it is a norm."""
-        return "norm" in type(self.module).__name__.lower()
+    def others(self) -> Polynomial:
+        """All but attention's own."""
+        return self.total - self.attention
+
+    def crossing(self) -> int | None:
+        """Return the length from which attention's own products cost more than all else; None where there is none."""
+        more = self.attention - self.others
+        if more[2] <= 0 or evaluate_cost(more, 1) >= 0:
+            return None
+        root = int(max(np.roots(more[::-1]).real))
+        return next(n for n in range(max(1, root - 1), root + 3) if evaluate_cost(more, n) >= 0)
+
+    def at(self, tokens: int) -> dict[str, float]:
+        """Return what a text of so many tokens costs."""
+        whole = evaluate_cost(self.total, tokens)
+        shared = evaluate_cost(self.attention, tokens) / whole
+        return {"tokens": tokens, "flops": whole, "flops_per_token": whole / tokens, "attention_share": shared}
 
 
-@dataclass(eq=False)
-class Group:
-    """Calls of a block that are drawn as one part: a norm, or all of a role with the norms between them."""
-
-    role: Role
-    calls: list[ModuleCall]
-    inner: list[ModuleCall] = field(default_factory=list)
-    """Norms between its calls, such as those of queries and keys."""
-    place: Place = ""
-    added: bool = False
-    """Whether what it gives is added to the residual path."""
-
-    @property
-    def source(self) -> torch.Tensor | None:
-        """What it reads."""
-        return self.calls[0].source
-
-    def follows(self, before: Group) -> bool:
-        """Whether it reads what another one gives."""
-        return self.source is not None and self.source is before.calls[-1].output
+def evaluate_cost(polynomial: Polynomial, tokens: int) -> int:
+    """Return what a part costs over `tokens` tokens."""
+    return int(polynomial @ (1, tokens, tokens * tokens))
 
 
-def find_units(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that hold weights, or positions, by name; what stands within a plain layer is a part of it."""
-    units: dict[str, nn.Module] = {}
-    plain = ""
-    for name, module in model.named_modules():
-        below = {id(weight) for child in module.children() for weight in child.parameters()}
-        holds = any(id(weight) not in below for weight in module.parameters(recurse=False))
-        computed = "Positional" in type(module).__name__ and not [*module.parameters()]
-        if (holds or computed) and not (plain and name.startswith(plain)):
-            units[name] = module
-            if isinstance(module, PLAIN):
-                plain = f"{name}."
-    return units
+def count_cost(fake: FakeModel, context: int | None) -> Cost:
+    """Count what the model costs.
 
-
-def record_calls(fake: FakeModel) -> tuple[list[ModuleCall], tuple[int, ...]]:
-    """Return all calls in the order in which they begin, and the shape of the logits.
-
-    Raises UntraceableError where the model cannot be run on shapes.
+    Raises UntraceableError where it cannot be run on shapes, or where the count at a fourth length is another than the
+    formula says, as with attention within blocks of a fixed size.
     """
-    calls: list[ModuleCall] = []
-    running: list[ModuleCall] = []
+    longest = min(CHECKED, context or CHECKED)
+    lengths = COUNTED if longest > max(COUNTED) else (1, 2, 3)
+    counts = [count_flops(fake, tokens) for tokens in (*lengths, longest)]
+    polynomials = []
+    for name, found in zip(("a text", "attention"), zip(*counts, strict=True), strict=True):
+        polynomials.append(np.rint(np.linalg.solve(np.vander(lengths, 3, True), found[:3])).astype(np.int64))
+        if evaluate_cost(polynomials[-1], longest) != found[3]:
+            raise UntraceableError(f"the cost of {name} is no polynomial of the length")
+    return Cost(*polynomials)
 
-    def begin(name: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors = (part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor))
-        calls.append(ModuleCall(name, module, next(tensors, None)))
-        running.append(calls[-1])
 
-    def end(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        running.pop().output = next((part for part in tree_leaves(output) if isinstance(part, torch.Tensor)), None)
+def count_flops(fake: FakeModel, tokens: int) -> tuple[int, int]:
+    """Return the operations of a forward pass over so many tokens, and those of attention's own products."""
+    with fake.mode, FlopCounterMode(display=False) as counter:
+        fake.run(tokens)
+    attends = [name for name, part in fake.model.named_modules() if "attention" in type(part).__name__.lower()]
+    outer = [name for name in attends if not any(name.startswith(f"{other}.") for other in attends)]
+    counts, whole = counter.get_flop_counts(), type(fake.model).__name__
+    products = (counts.get(f"{whole}.{name}", {}).items() for name in outer)
+    own = sum(flops for found in products for operation, flops in found if str(operation) in BATCHED)
+    return counter.get_total_flops(), own
+
+
+def choose_lengths(context: int | None) -> list[int]:
+    """Return the lengths that are shown: powers of two from 64 up to the model's context."""
+    most = min(context or MOST_SHOWN, MOST_SHOWN)
+    return [tokens for tokens in (64 * 2**i for i in range(20)) if tokens <= most] or [most]
+
+
+# Seconds
+
+
+@dataclass(frozen=True)
+class BlockTiming:
+    """What one block took for a text of so many tokens."""
+
+    tokens: int
+    block_seconds: float
+    attention_seconds: float
+
+
+@dataclass(frozen=True)
+class MeasuredBlock:
+    """A block's time by length, on this machine."""
+
+    block: str
+    attention: str
+    """The module of its self-attention, below the block."""
+    device: str
+    threads: int
+    points: tuple[BlockTiming, ...]
+    """Up to the length at which the time for measuring was over."""
+
+
+def measure_block(
+    fake: FakeModel, name: str, context: int | None, console: Console, *, budget_seconds: float = BUDGET_SECONDS
+) -> MeasuredBlock | str:
+    """Run the block `name` over longer and longer texts, in float32 and with plain attention.
+
+    Returns how long it took, or why it could not be run.
+    """
+    block, device = fake.model.get_submodule(name), pick_device()
+    parameters = sum(parameter.numel() for parameter in block.parameters())
+    if 4 * parameters > MOST_BYTES:
+        return f"a block has {parameters:,} parameters: too many to try it here"
+    attention = next((name for name, part in block.named_modules() if type(part).__name__.endswith("Attention")), "")
+    lengths = choose_lengths(min(context or LONGEST, LONGEST))
+    points: list[BlockTiming] = []
+    try:
+        modules = [block, block.get_submodule(attention)]
+        arguments = {tokens: capture_arguments(fake, modules, tokens) for tokens in lengths}
+        block._apply(lambda fake: _filled(fake, 0.02, device))
+        ends, least = time.perf_counter() + budget_seconds, min(RUN_SECONDS, budget_seconds / 20)
+        for tokens in track_items(console, lengths, "measuring"):
+            if points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
+                break
+            seconds = [time_module(*pair, device, least) for pair in zip(modules, arguments[tokens], strict=True)]
+            points.append(BlockTiming(tokens, *seconds))
+    except (UntraceableError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        if is_out_of_memory(error):
+            return "there is not enough memory for one block"
+        return f"a block could not be run alone: {error}"
+    return MeasuredBlock(name, attention, device, torch.get_num_threads(), tuple(points))
+
+
+def capture_arguments(fake: FakeModel, modules: Sequence[torch.nn.Module], tokens: int) -> list[Arguments]:
+    """Return the arguments that some modules are called with, in fake tensors."""
+    found: dict[torch.nn.Module, Arguments] = {}
+
+    def keep(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        found[module] = (args, kwargs)
 
     with ExitStack() as hooks:
-        for name, module in find_units(fake.model).items():
-            hooks.callback(module.register_forward_pre_hook(partial(begin, name), with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(end).remove)
-        logits = getattr(fake.run(SHORTEST), "logits", None)
-    return calls, tuple(getattr(logits, "shape", ()))
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        fake.run(tokens)
+    return [found[module] for module in modules]
 
 
-def find_role(model: nn.Module, block: str, call: ModuleCall) -> Role:
-    """Return what a module of a block is part of."""
-    if call.is_norm:
-        return "norm"
-    if isinstance(call.module, _ConvNd):
-        return "convolution"
-    parts, words = call.name.removeprefix(f"{block}.").split("."), ""
-    for end in range(1, len(parts) + 1):
-        owner = model.get_submodule(".".join([block, *parts[:end]]))
-        words += f" {parts[end - 1]} {type(owner).__name__}".lower()
-    return next((role for role, pattern in ROLES if re.search(pattern, words)), "feed-forward")
+def time_module(module: torch.nn.Module, arguments: Arguments, device: str, least_seconds: float) -> float:
+    """Return the seconds of the quickest run; a GPU is waited for."""
+
+    def fill(part: object) -> object:
+        return _filled(part, 1, device) if isinstance(part, torch.Tensor) else part
+
+    args, kwargs = tree_map(fill, arguments)
+    timer = Timer(
+        "with torch.inference_mode():\n    module(*args, **kwargs)",
+        globals={"torch": torch, "module": module, "args": args, "kwargs": kwargs},
+        num_threads=torch.get_num_threads(),
+    )
+    return float(min(timer.blocked_autorange(min_run_time=least_seconds).times))
 
 
-def group_calls(model: nn.Module, block: str, calls: Sequence[ModuleCall]) -> list[Group]:
-    """Return the parts of a block in their order, and how they are joined to its residual path."""
-    groups: list[Group] = []
-    waiting: list[Group] = []  # norms of a branch that comes later
-    for call in calls:
-        role = find_role(model, block, call)
-        behind = 1 + max((at for at, group in enumerate(groups) if group.role != "norm"), default=-1)
-        if role == "norm":
-            groups.append(Group(role, [call]))
-        elif behind and groups[behind - 1].role == role:
-            groups[behind - 1].inner += [norm.calls[0] for norm in groups[behind:]]
-            groups[behind - 1].calls.append(call)
-            del groups[behind:]
-        else:
-            after = [norm for norm in groups[behind : behind + 1] if behind and norm.follows(groups[behind - 1])]
-            found = [*waiting, *groups[behind + len(after) :]]
-            own = [norm for norm in found if norm.calls[0].output is call.source] or found
-            waiting = [norm for norm in found if norm not in own]
-            groups[behind:] = [*after, *own, Group(role, [call])]
-    join_path(groups)
-    return groups
-
-
-def join_path(groups: Sequence[Group]) -> None:
-    """State where the parts of a block leave its residual path, and where they are added to it.
-
-    A block that ends with a norm of a sum has its norms on the path; another has them within its branches.
-    """
-    post_norm = bool(groups) and groups[-1].role == "norm" and not (groups[1:] and groups[-1].follows(groups[-2]))
-    sources: list[torch.Tensor | None] = []  # of the branch
-    for before, group in pairwise((None, *groups)):
-        assert group is not None
-        if group.role == "norm" and not (before and group.follows(before)):
-            group.place = "path" if post_norm else "branch"
-        elif group.role != "norm" and not (before and before.role == "norm" and before.place in ("branch", "beside")):
-            group.place = "branch"
-        if before and group.place:
-            before.added = before.place != "path"
-        if group.place == "branch":
-            beside = group.source is not None and any(group.source is source for source in sources)
-            if before and beside:
-                group.place, before.added = "beside", False
-            sources = sources if beside else []
-        sources.append(group.source)
-    if groups:
-        groups[-1].added = groups[-1].place != "path"
-
-
-def norm_kind(module: nn.Module) -> str:
-    """Return the kind of a norm: those that take no mean away have no bias, whatever their class is called."""
-    name = type(module).__name__
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        return name
-    return "RMSNorm" if "RMS" in name or not hasattr(module, "bias") else name
-
-
-def write_shape(module: nn.Module, parameters: Sequence[nn.Parameter]) -> str:
-    """Write inputs and outputs of a matrix, rows and width of a table; of several matrices, how many."""
-    if shape := linear_shape(module):
-        return f"{shape[0]:,} → {shape[1]:,}"
-    sizes = [f"{edge:,}" for edge in parameters[0].shape] if parameters else []
-    if isinstance(module, nn.Embedding):
-        return " × ".join(sizes)
-    if len(sizes) == 3:
-        return f"{sizes[0]} × ({sizes[1]} × {sizes[2]})"
-    return f"{sizes[1]} → {sizes[0]}" if len(sizes) == 2 else ""
+def _filled(fake: torch.Tensor, value: float, device: str) -> torch.Tensor:
+    return torch.full(fake.shape, value, dtype=fake.dtype, device=device)

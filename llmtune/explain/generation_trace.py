@@ -71,7 +71,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LikelyToken:
     """A token that could come next."""
 
     token: Token
@@ -85,12 +85,12 @@ class Candidate:
 class LayerPrediction:
     """What one layer would predict: its likeliest tokens, and how likely the token is that was chosen in the end."""
 
-    likeliest: list[Candidate]
+    likeliest: list[LikelyToken]
     chosen: float
 
 
 @dataclass(frozen=True)
-class Step:
+class AnswerStep:
     """One token of an answer, or of a text with masks one mask."""
 
     token: Token
@@ -98,7 +98,7 @@ class Step:
     """Before temperature, top-k and top-p."""
     entropy_bits: float
     kept_tokens: int
-    candidates: list[Candidate]
+    candidates: list[LikelyToken]
     """The likeliest first."""
     layers: list[LayerPrediction] | None
     """From the embeddings to the last layer; None where the model's layers cannot be read by themselves."""
@@ -110,10 +110,10 @@ class Trace:
 
     prefix: list[int]
     """What the decoder had before its first step: the prompt, or the start of an encoder-decoder's answer."""
-    steps: list[Step]
+    steps: list[AnswerStep]
     text: str
     ended: bool
-    """Whether an end token stands at its end; otherwise there was no room for more."""
+    """Whether it ends with an end token; otherwise it reached max_new_tokens."""
 
     @property
     def ids(self) -> list[int]:
@@ -204,7 +204,7 @@ def list_steps(
     sampling: Sampling,
     seen: ForwardPass,
     processor: PreTrainedTokenizerBase,
-) -> Iterator[Step]:
+) -> Iterator[AnswerStep]:
     """Yield what is shown of each step, by its log-probabilities [V] and the hidden states of its layers."""
     lens, name = read_lens(seen), token_namer(processor)
     for token, logs_V in zip(answer, logs, strict=True):
@@ -212,12 +212,12 @@ def list_steps(
         warped_V = sampling.warp(logs_V[None])[0]
         columns = (top.indices, top.values.exp(), warped_V.softmax(-1)[top.indices])
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        yield Step(
+        yield AnswerStep(
             token=name(token),
             probability=math.exp(float(logs_V[token])),
             entropy_bits=float(torch.special.entr(logs_V.exp()).sum()) / math.log(2),
             kept_tokens=int(warped_V.isfinite().sum()),
-            candidates=[Candidate(name(i), probability, kept) for i, probability, kept in rows],
+            candidates=[LikelyToken(name(i), probability, kept) for i, probability, kept in rows],
             layers=None if lens is None else list_layers(next(lens), token, name),
         )
 
@@ -228,7 +228,7 @@ def list_layers(logits_LV: torch.Tensor, token: int, name: Callable[[int], Token
     top = shares_LV.topk(LENS_TOKENS)
     columns = zip(top.indices.tolist(), top.values.tolist(), shares_LV[:, token].tolist(), strict=True)
     return [
-        LayerPrediction([Candidate(name(i), share) for i, share in zip(ids, shares, strict=True)], chosen)
+        LayerPrediction([LikelyToken(name(i), share) for i, share in zip(ids, shares, strict=True)], chosen)
         for ids, shares, chosen in columns
     ]
 
@@ -240,7 +240,7 @@ class TokenScore:
     probability: float
     rank: int
     """How many tokens are likelier, and one."""
-    likeliest: Candidate
+    likeliest: LikelyToken
 
 
 def score_answer(
@@ -256,4 +256,4 @@ def score_answer(
     best = logs_AV.max(-1)
     columns = (own_A1[:, 0].exp(), (logs_AV > own_A1).sum(-1) + 1, best.indices, best.values.exp())
     name, rows = token_namer(processor), zip(*(column.tolist() for column in columns), strict=True)
-    return [TokenScore(own, rank, Candidate(name(first), share)) for own, rank, first, share in rows]
+    return [TokenScore(own, rank, LikelyToken(name(first), share)) for own, rank, first, share in rows]

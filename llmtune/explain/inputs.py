@@ -14,8 +14,8 @@ from llmtune.data.audio import SpeechRow, Waveform
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import DataError, Problem, RecipeError
-from llmtune.explain.target import Target
-from llmtune.explain.token_text import Line, time_line
+from llmtune.explain.explainer import Target
+from llmtune.explain.token_text import TokenLine, time_line
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
@@ -24,7 +24,7 @@ from llmtune.tasks.completion import MaskedCompletion
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.recordings import extract_features, feature_extractor, is_multilingual, read_windows, set_speech
 from llmtune.tasks.speech import count_frames
-from llmtune.tasks.text_to_text import EncoderDecoder, Pair, first_token, source_ids, target_ids
+from llmtune.tasks.text_to_text import EncoderDecoder, TextPair, first_token, source_ids, target_ids
 
 LONGEST_PROMPT = 4096  # tokens: the attention of a longer one does not fit into common memory in full
 LARGEST_FIGURE = 2048  # tokens that --max-tokens allows
@@ -89,10 +89,10 @@ class ModelInputs:
     recipe: Recipe
     """The run's, or one of defaults."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What goes into the model beside the tokens."""
-    pair: Pair | None = None
+    """Inputs of the model other than the tokens."""
+    pair: TextPair | None = None
     """What an encoder-decoder reads and writes; its target may be empty still."""
-    frames: Line | None = None
+    frames: TokenLine | None = None
     """The rows of a recording."""
     decoder_ids: list[int] = field(default_factory=list)
     """What the decoder begins with, where that is more than its start token."""
@@ -124,7 +124,9 @@ def check_options(given: Mapping[str, object], useful: Mapping[str, bool]) -> li
     return problems
 
 
-def make_pair(target: Target, given: Mapping[str, str | None], written: str = "", language: str | None = None) -> Pair:
+def make_pair(
+    target: Target, given: Mapping[str, str | None], written: str = "", language: str | None = None
+) -> TextPair:
     """Return source and target of an encoder-decoder: of a run as its task words them, with prefix and languages."""
     task, recipe, processor = target.task, target.recipe, target.processor
     worded = isinstance(task, EncoderDecoder) and ("context" not in task.inputs or given.get("context") is not None)
@@ -133,10 +135,10 @@ def make_pair(target: Target, given: Mapping[str, str | None], written: str = ""
     languages = [getattr(processor, name, None) for name in ("src_lang", "tgt_lang")]
     if language:
         languages = [part.strip() for part in language.split(",")]
-    return Pair(str(given["prompt"]), written, languages[0], languages[-1])
+    return TextPair(str(given["prompt"]), written, languages[0], languages[-1])
 
 
-def read_recording(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Waveform, float, bool]:
+def read_first_window(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Waveform, float, bool]:
     """Return the first window of a recording, its seconds, and whether it is all of the recording.
 
     Raises DataError where it cannot be read, and RecipeError where there is no sound in it.
@@ -154,7 +156,7 @@ def _whisper_inputs(target: Target, samples: Waveform, recipe: Recipe) -> ModelI
     """Return what Whisper reads, and the tokens of language and task that its answer begins with."""
     set_speech(target.processor, recipe)
     features = extract_features(feature_extractor(target.processor), [samples])["input_features"]
-    all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence behind a sound counts
+    all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence after a sound counts
     tensors = {"input_features": features, "attention_mask": all_1T}
     return ModelInputs([], recipe, tensors, decoder_ids=list(target.processor.prefix_tokens))
 
@@ -162,7 +164,7 @@ def _whisper_inputs(target: Target, samples: Waveform, recipe: Recipe) -> ModelI
 # Attention
 
 
-def read_text(target: Target, request: AttentionRequest) -> ModelInputs:
+def read_attention_text(target: Target, request: AttentionRequest) -> ModelInputs:
     """Make the inputs that attention is shown on, before any weights are read.
 
     Raises:
@@ -241,18 +243,16 @@ def fit_tokens(ids: Sequence[int], where: str, target: Target, request: Attentio
     if request.cut:
         ends = target.family != "decoder" and ids[-1] in target.processor.all_special_ids
         return [*ids[: room - 1], ids[-1]] if ends else list(ids[:room])
-    cut = f"or add --cut to look at the first {room:,} alone"
-    if context and len(ids) > context:
-        what = f"it has {len(ids):,} tokens, and {target.name} has positions for {context:,}"
-        raise DataError.of(what, where, f"Shorten it, {cut}.")
-    what = f"it has {len(ids):,} tokens, and figures are drawn of {room:,} at most"
-    more = f"raise --max-tokens to {len(ids)}, " if len(ids) <= LARGEST_FIGURE else ""
-    raise DataError.of(what, where, f"Shorten it, {more}{cut}.")
+    beyond = bool(context and len(ids) > context)
+    limit = f"{target.name} has positions for {context:,}" if beyond else f"figures are drawn of {room:,} at most"
+    more = "" if beyond or len(ids) > LARGEST_FIGURE else f"raise --max-tokens to {len(ids)}, "
+    fix = f"Shorten it, {more}or add --cut to look at the first {room:,} alone."
+    raise DataError.of(f"it has {len(ids):,} tokens, and {limit}", where, fix)
 
 
 def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -> ModelInputs:
     extract = feature_extractor(target.processor)
-    samples, seconds, is_whole = read_recording(target, request.audio, recipe)
+    samples, seconds, is_whole = read_first_window(target, request.audio, recipe)
     if not (is_whole or request.cut):
         what = f"it is longer than the {seconds:.1f} s that the model reads at once"
         raise DataError.of(what, "--audio", f"Shorten it, or add --cut to look at its first {seconds:.1f} s alone.")
@@ -268,7 +268,7 @@ def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -
     section = section.model_copy(update={"language": "en" if guessed else language})
     with _language_errors(target):
         inputs = _whisper_inputs(target, samples, recipe.model_copy(update={"speech": section}))
-    pair = Pair("", (request.target or "").strip())
+    pair = TextPair("", (request.target or "").strip())
     if pair.target:
         fit_tokens(transcript_ids(pair, target), "--target", target, request)
     frames = int(target.config.max_source_positions)
@@ -278,7 +278,7 @@ def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -
     return replace(inputs, pair=pair, frames=line, note=note)
 
 
-def transcript_ids(pair: Pair, target: Target) -> list[int]:
+def transcript_ids(pair: TextPair, target: Target) -> list[int]:
     """Return what Whisper's decoder reads: the tokens of language and task, and the transcript."""
     processor = target.processor
     text = processor(f" {pair.target}", add_special_tokens=False)["input_ids"] if pair.target else []
@@ -299,7 +299,7 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
     recipe = target.recipe or target.default_recipe(chat=not request.plain)
     task, processor = target.task, target.processor
     if target.is_whisper:
-        samples, seconds, is_whole = read_recording(target, request.audio, recipe)
+        samples, seconds, is_whole = read_first_window(target, request.audio, recipe)
         note = "" if is_whole else f"Only the first {seconds:.0f} s of the recording are heard."
         return replace(_whisper_inputs(target, samples, recipe), note=note)
     if target.family == "encoder":

@@ -23,7 +23,7 @@ ROWS = 64
 TOLERANCE = 1e-3
 """How far the last layer's logits may lie from the model's, as a share of their standard deviation (RMS)."""
 SHAPE_ERRORS = (ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError)
-Output = torch.Tensor | tuple[torch.Tensor | None, ...]
+LayerOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
 def find_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -46,7 +46,7 @@ class ForwardPass:
     logits: torch.Tensor
     """[P, V], on the CPU."""
     hidden: list[torch.Tensor]
-    """Before and behind every layer [P, D], on the CPU."""
+    """Before and after every layer [P, D], on the CPU."""
     output_sizes: Mapping[torch.nn.Module, int]
     """By layer the length of the tuple that it returns; 0 where it returns the hidden state alone."""
 
@@ -64,7 +64,7 @@ def run_forward(model: torch.nn.Module, inputs: Mapping[str, object], positions:
         if not hidden:  # the first layer's
             hidden.append(pick(args[0] if args else kwargs["hidden_states"]))
 
-    def keep_output(layer: torch.nn.Module, args: tuple[object, ...], output: Output) -> None:
+    def keep_output(layer: torch.nn.Module, args: tuple[object, ...], output: LayerOutput) -> None:
         sizes[layer] = len(output) if isinstance(output, tuple) else 0
         hidden.append(pick(cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)))
 
@@ -79,7 +79,7 @@ def run_forward(model: torch.nn.Module, inputs: Mapping[str, object], positions:
 def read_lens(seen: ForwardPass) -> Iterator[torch.Tensor] | None:
     """Return logits [L, V] for each position; None where this model's layers cannot be read so.
 
-    Nothing is assumed of what stands behind the layers (norm, scale, soft cap, bias): the model itself is run with
+    Nothing is assumed about what follows the layers (norm, scale, soft cap, bias): the model itself is run with
     layers that do nothing but return the hidden state. The last layer's logits have to be the model's own: that is
     checked before anything is returned.
     """
@@ -147,6 +147,6 @@ def replaced_layers(output_sizes: Mapping[torch.nn.Module, int], hidden: torch.T
                 layer.forward = forward
 
 
-def _constant(hidden: torch.Tensor, size: int) -> Callable[..., Output]:
+def _constant(hidden: torch.Tensor, size: int) -> Callable[..., LayerOutput]:
     output = (hidden, *[None] * (size - 1)) if size else hidden
     return lambda *args, **kwargs: output

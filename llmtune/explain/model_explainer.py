@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,40 +13,27 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
 from llmtune.errors import EnvironmentProblem, first_line
-from llmtune.explain.architecture import Architecture, Blocks, describe_model
-from llmtune.explain.architecture_figure import draw_architecture
-from llmtune.explain.explanation import (
-    PAGE_STYLE,
-    Explanation,
-    brief_size,
-    briefly,
-    figure_block,
-    operations,
-    write_explanation,
-)
-from llmtune.explain.fake_model import UntraceableError, build_fake_model
-from llmtune.explain.figures import BLUE, LINE, MUTED, ORANGE, figure_settings, save_figure
-from llmtune.explain.forward_cost import (
+from llmtune.explain.architecture import Architecture, Blocks, describe_architecture
+from llmtune.explain.architecture_figure import brief_size, briefly, draw_architecture
+from llmtune.explain.explainer import Explainer, Target, figure_block
+from llmtune.explain.fake_model import (
     Cost,
-    Measured,
+    MeasuredBlock,
+    UntraceableError,
+    build_fake_model,
     choose_lengths,
     count_cost,
+    evaluate_cost,
     measure_block,
-    value,
 )
-from llmtune.explain.target import Target
-from llmtune.explain.trained_modules import TrainedModules, find_trained, shorten
+from llmtune.explain.figures import BLUE, LINE, MUTED, ORANGE, figure_settings, save_figure
+from llmtune.explain.trained_modules import find_trained, short_module_name
 from llmtune.model.config import UNREADABLE
-from llmtune.report.blocks import Block, Column, KeyValues, Page, Section, Shares, Table, Text
+from llmtune.report.blocks import Block, Column, KeyValues, Section, Shares, Table, Text
 from llmtune.report.number_format import count
 from llmtune.report.number_format import share as percentage
-from llmtune.store.atomic_files import explained
+from llmtune.report.render_terminal import spinner
 
-LEAD = (
-    "Words come in below and go up. A block reads the residual path (the grey line at its left), works out something "
-    "to add, and adds it at ⊕: what a block does not change passes by it untouched. Equal blocks are drawn once. At "
-    "the right of a box stand its parameters; where there is an arrow, the inputs and outputs of a matrix."
-)
 KINDS = {"encoder": "an encoder", "decoder": "a decoder", "encoder-decoder": "an encoder with a decoder"}
 COST_NOTE = (
     "Floating-point operations of one forward pass: 2 M K N for a product of [M, K] with [K, N]. “Attention” is "
@@ -57,28 +44,58 @@ STEP = "\u2003"
 """A step to the right in a table."""
 GROUPS = {"norm": "Norms", "embedding": "Embedding", "positions": "Positions", "linear": "Head"}
 """What parameters are counted under; branches under their titles."""
-Lines = Sequence[tuple[str, str, Sequence[float], Sequence[float]]]
-"""Name, colour, lengths and values of each line."""
 
 
-@dataclass(frozen=True)
-class Portrait:
-    """All that is shown of a model."""
+@dataclass
+class ModelExplainer(Explainer):
+    """Describes a model from its configuration; no weights are loaded."""
 
-    name: str
-    architecture: Architecture
-    trained: TrainedModules | None
-    """None of a model that is no run's."""
-    cost: Cost | str
-    """Or why it could not be counted."""
-    measured: Measured | str
-    """Or why nothing was measured."""
-    base: str | None
-    """Of a run, the name of its base model."""
+    target: Target
+    console: Console
+    measure: bool = True
+    """Whether a block is timed on this machine."""
 
-    def costs(self, cost: Cost) -> list[dict[str, float]]:
-        """Return what texts of several lengths cost."""
-        return [cost.at(tokens) for tokens in choose_lengths(self.architecture.context)]
+    stem = "model"
+    lead = (
+        "Words come in below and go up. A block reads the residual path (the grey line at its left), works out "
+        "something to add, and adds it at ⊕: what a block does not change passes by it untouched. Equal blocks are "
+        "drawn once. At the right of a box are its parameters; with an arrow, the inputs and outputs "
+        "of a matrix."
+    )
+
+    def read(self) -> None:
+        """Find what was trained of a run; raises EnvironmentProblem where its adapter is gone or damaged."""
+        self.title = f"Architecture: {self.target.short_name}"
+        self.trained = find_trained(self.target)
+
+    def run(self) -> None:
+        """Build the model without weights, describe it, count what it costs, and time a block."""
+        try:
+            fake = build_fake_model(self.target)
+        except UNREADABLE as error:
+            raise EnvironmentProblem.of(
+                f"the model cannot be built from its configuration: {first_line(error)}",
+                str(self.target.config.name_or_path),
+                "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
+            ) from error
+        self.cost: Cost | str
+        with spinner(self.console, "reading the architecture"):
+            self.architecture = describe_architecture(self.target, fake)
+            try:
+                self.cost = count_cost(fake, self.architecture.context)
+            except UntraceableError as error:
+                self.cost = str(error)
+        stacks = self.architecture.stacks
+        self.measured: MeasuredBlock | str = "no blocks were found" if self.measure else "--no-measure was given"
+        if self.measure and stacks:
+            blocks = max(stacks[-1].blocks, key=lambda blocks: len(blocks.numbers))
+            name, context = blocks.names()[-1], self.architecture.context
+            self.measured = measure_block(fake, name, context, self.console)
+
+    @property
+    def base(self) -> str | None:
+        """Of a run, the name of its base model."""
+        return str(self.target.recipe.model.name) if self.target.recipe else None
 
     def to_json(self) -> dict[str, object]:
         """Return all of it as JSON values."""
@@ -86,7 +103,8 @@ class Portrait:
         flops: dict[str, object] | None = None
         if isinstance(cost, Cost):
             formulas = {name: formula.tolist() for name, formula in asdict(cost).items()}
-            flops = {**formulas, "crossing": cost.crossing(), "at": self.costs(cost)}
+            lengths = choose_lengths(self.architecture.context)
+            flops = {**formulas, "crossing": cost.crossing(), "at": [cost.at(tokens) for tokens in lengths]}
         return {
             **asdict(self.architecture),
             "base": self.base,
@@ -94,41 +112,131 @@ class Portrait:
             "trained": self.trained.to_json() if self.trained else None,
             "flops": flops,
             "flops_unknown": cost if isinstance(cost, str) else None,
-            "measured": asdict(measured) if isinstance(measured, Measured) else None,
+            "measured": asdict(measured) if isinstance(measured, MeasuredBlock) else None,
             "not_measured": measured if isinstance(measured, str) else None,
         }
 
+    def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
+        """Yield what the model is, its parts, and what a text costs."""
+        sizes = sorted(count_parts(self.architecture).items(), key=lambda item: -item[1])
+        total = sum(size for _, size in sizes) or 1
+        shares = [(name, f"{size:,}  {100 * size / total:.1f} %", size / total) for name, size in sizes]
+        drawing = figure_block(figures["model"], f"Architecture of {self.architecture.model_class}")
+        yield Section("What it is", [KeyValues(list(self._facts()))])
+        yield Section("", [drawing], brief=False)
+        yield Section("Where the parameters are", [Shares(shares)], brief=False)
+        yield Section("Parts", list(self._part_tables()))
+        yield Section("What a text costs", list(self._cost_blocks(figures)))
+        yield Section("How long a block takes here", list(self._time_blocks(figures)))
 
-def explain_model(target: Target, folder: Path, console: Console, *, measure: bool = True) -> Explanation:
-    """Write page and figures into `folder`; no weights are loaded.
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        """Yield what the model is, as names and values."""
+        model = self.architecture
+        if self.base:
+            yield "model", self.base
+        yield "kind", KINDS[model.family]
+        yield "class", model.model_class
+        yield "parameters", count(model.parameters)
+        if model.width:
+            yield "width", count(model.width)
+        if model.vocabulary:
+            yield "vocabulary", f"{model.vocabulary:,} tokens"
+        yield "context", f"{model.context:,} tokens" if model.context else "no end that its configuration states"
+        for stack in model.stacks:
+            where = f" of the {stack.name}" if len(model.stacks) > 1 else ""
+            yield f"positions{where}", "; ".join(stack.orders) or "nothing that was found"
+        if self.trained is not None:
+            yield "trained", self.trained.describe(model.parameters)
 
-    Raises:
-        EnvironmentProblem: the model cannot be built from its configuration, the run's adapter is gone, or the files
-            cannot be written.
-    """
-    trained = find_trained(target)
-    try:
-        fake = build_fake_model(target)
-    except UNREADABLE as error:
-        raise EnvironmentProblem.of(
-            f"the model cannot be built from its configuration: {first_line(error)}",
-            str(target.config.name_or_path),
-            "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
-        ) from error
-    cost: Cost | str
-    with console.status("reading the architecture"):
-        architecture = describe_model(target, fake)
-        try:
-            cost = count_cost(fake, architecture.context)
-        except UntraceableError as error:
-            cost = str(error)
-    measured = measure_block(fake, architecture, console) if measure else "--no-measure was given"
-    base = str(target.recipe.model.name) if target.recipe else None
-    portrait = Portrait(target.short_name, architecture, trained, cost, measured, base)
-    with explained(folder):
-        figures = draw_figures(portrait, folder)
-        page = make_page(portrait, {path.stem: path for path in figures})
-        return write_explanation(folder / "model", portrait.to_json(), page, figures)
+    def _part_tables(self) -> Iterator[Block]:
+        """Yield a table for each stack, from what comes in down to what goes out."""
+        architecture = self.architecture
+        if architecture.untraced:
+            reason = f"The model could not be run on shapes alone ({architecture.untraced})."
+            yield Text(f"{reason} The order of its parts is unknown; shapes and sizes are exact.", "note")
+        columns = [Column("part"), Column("shape"), Column("parameters", "number")]
+        columns += [Column("trained")] if self.trained else []
+        for stack in architecture.stacks:
+            rows = [self._row(part.title, part.about, part.parameters, part.names) for part in stack.before]
+            for blocks in stack.blocks:
+                rows += self._block_rows(blocks)
+            rows += [self._row(part.title, part.about, part.parameters, part.names) for part in stack.behind]
+            yield Table(columns, rows, stack.name, scroll=True)
+
+    def _row(self, title: str, about: str, size: int, names: Sequence[str]) -> list[str]:
+        return [title, about, brief_size(size), *([self.trained.mark(names)] if self.trained else [])]
+
+    def _block_rows(self, blocks: Blocks) -> Iterator[list[str]]:
+        again = ", the same weights each time" if blocks.runs > 1 else ""
+        times = f"{len(blocks.numbers) * blocks.runs} × block{again}"
+        yield self._row(times, blocks.title, blocks.typical, [])
+        for part in blocks.parts:
+            if part.kind == "norm":
+                about = "on the residual path" if part.place == "path" else ""
+                yield self._row(f"{STEP}{part.title}", about, part.parameters, [])
+                continue
+            joined = "in parallel " if part.place == "beside" else "+ "
+            yield self._row(f"{STEP}{joined}{part.title}", part.about, 0, [])
+            for weights in part.weights:
+                name, modules = STEP * 2 + short_module_name(weights.name, part.names), blocks.names(weights.name)
+                yield self._row(name, weights.shape, weights.parameters, modules)
+
+    def _cost_blocks(self, figures: Mapping[str, Path]) -> Iterator[Block]:
+        cost = self.cost
+        if isinstance(cost, str):
+            yield Text(f"It could not be counted: {cost}.", "note")
+            return
+        rows = []
+        for at in (cost.at(tokens) for tokens in choose_lengths(self.architecture.context)):
+            numbers = (operations(at["flops"]), operations(at["flops_per_token"]), percentage(at["attention_share"], 1))
+            rows.append([count(at["tokens"]), *numbers])
+        names = ("tokens", "a text", "a token", "of it attention")
+        yield from map(Text, describe_growth(cost, self.architecture))
+        yield Table([Column(name, "number") for name in names], rows, scroll=True)
+        yield figure_block(figures["model-cost"], "What a text costs by its length")
+        yield Text(COST_NOTE, "soft")
+
+    def _time_blocks(self, figures: Mapping[str, Path]) -> Iterator[Block]:
+        measured = self.measured
+        if isinstance(measured, str):
+            yield Text(f"Not measured: {measured}.")
+            return
+        several = "s" if measured.threads > 1 else ""
+        threads = f" with {measured.threads} thread{several}" if measured.device == "cpu" else ""
+        yield Text(f"One block ({measured.block}) alone on this machine ({measured.device}{threads}), in float32.")
+        if len(measured.points) > 1:
+            before, after = measured.points[-2:]
+            block = after.block_seconds / before.block_seconds
+            attention = after.attention_seconds / before.attention_seconds
+            times = f"{block:.1f} times as long, its attention {attention:.1f} times"
+            yield Text(f"From {before.tokens:,} to {after.tokens:,} tokens the block took {times}.")
+        if "model-time" in figures:
+            yield figure_block(figures["model-time"], "How long one block takes by the length of a text")
+        yield Text(TIME_NOTE, "soft")
+
+    def draw(self, folder: Path) -> list[Path]:
+        """Draw model.svg, and where the numbers are known model-cost.svg and model-time.svg."""
+        cost, measured, context = self.cost, self.measured, self.architecture.context
+        files = draw_architecture(folder / "model", self.architecture, self.trained)
+        if isinstance(cost, Cost):
+            crossing = cost.crossing()
+            longest = max(2 * (crossing or 0), min(context or 4096, 32768), 1024)
+            lengths = [int(length) for length in np.geomspace(16, longest, 61)]
+            lines = {
+                "products with weights": [evaluate_cost(cost.others, length) for length in lengths],
+                "attention's own products": [evaluate_cost(cost.attention, length) for length in lengths],
+            }
+            title = "Floating-point operations of a text"
+            files += draw_growth(folder / "model-cost", lengths, lines, title, "FLOPs", crossing=crossing)
+        if isinstance(measured, MeasuredBlock) and len(measured.points) > 1:
+            points = measured.points
+            seconds = {
+                "a block": [point.block_seconds for point in points],
+                "its self-attention": [point.attention_seconds for point in points],
+            }
+            lengths = [point.tokens for point in points]
+            files += draw_growth(folder / "model-time", lengths, seconds, "One block, measured", "seconds")
+        return files
 
 
 def count_parts(architecture: Architecture) -> dict[str, int]:
@@ -146,98 +254,6 @@ def count_parts(architecture: Architecture) -> dict[str, int]:
     return {name: size for name, size in counts.items() if size}
 
 
-# Page
-
-
-def make_page(portrait: Portrait, figures: dict[str, Path]) -> Page:
-    """Return what the model is, its parts, and what a text costs."""
-    sizes = sorted(count_parts(portrait.architecture).items(), key=lambda item: -item[1])
-    total = sum(size for _, size in sizes) or 1
-    shares = [(name, f"{size:,}  {100 * size / total:.1f} %", size / total) for name, size in sizes]
-    drawing = figure_block(figures["model"], f"Architecture of {portrait.architecture.model_class}")
-    sections = [
-        Section("What it is", [KeyValues(list(facts(portrait)))]),
-        Section("", [drawing], brief=False),
-        Section("Where the parameters are", [Shares(shares)], brief=False),
-        Section("Parts", list(_part_tables(portrait))),
-        Section("What a text costs", list(_cost_blocks(portrait, figures))),
-        Section("How long a block takes here", list(_time_blocks(portrait.measured, figures))),
-    ]
-    title = f"Architecture: {portrait.name}"
-    return Page(title, sections, lead=LEAD, navigation=False, style=PAGE_STYLE)
-
-
-def facts(portrait: Portrait) -> Iterator[tuple[str, str]]:
-    """Yield what the model is, as names and values."""
-    model = portrait.architecture
-    if portrait.base:
-        yield "model", portrait.base
-    yield "kind", KINDS[model.family]
-    yield "class", model.model_class
-    yield "parameters", count(model.parameters)
-    if model.width:
-        yield "width", count(model.width)
-    if model.vocabulary:
-        yield "vocabulary", f"{model.vocabulary:,} tokens"
-    yield "context", f"{model.context:,} tokens" if model.context else "no end that its configuration states"
-    for stack in model.stacks:
-        where = f" of the {stack.name}" if len(model.stacks) > 1 else ""
-        yield f"positions{where}", "; ".join(stack.orders) or "nothing that was found"
-    if portrait.trained is not None:
-        yield "trained", portrait.trained.describe(model.parameters)
-
-
-def _part_tables(portrait: Portrait) -> Iterator[Block]:
-    """Yield a table for each stack, from what comes in down to what goes out."""
-    architecture, trained = portrait.architecture, portrait.trained
-    if architecture.untraced:
-        reason = f"The model could not be run on shapes alone ({architecture.untraced}), so the order of its parts is"
-        yield Text(f"{reason} not known; shapes and sizes are.", "note")
-    columns = [Column("part"), Column("shape"), Column("parameters", "number")]
-    for stack in architecture.stacks:
-        rows = [_row(part.title, part.about, part.parameters, part.names, trained) for part in stack.before]
-        for blocks in stack.blocks:
-            rows += _block_rows(blocks, trained)
-        rows += [_row(part.title, part.about, part.parameters, part.names, trained) for part in stack.behind]
-        yield Table([*columns, *([Column("trained")] if trained else [])], rows, stack.name, scroll=True)
-
-
-def _row(title: str, about: str, size: int, names: Sequence[str], trained: TrainedModules | None) -> list[str]:
-    return [title, about, brief_size(size), *([trained.mark(names)] if trained else [])]
-
-
-def _block_rows(blocks: Blocks, trained: TrainedModules | None) -> Iterator[list[str]]:
-    again = ", the same weights each time" if blocks.runs > 1 else ""
-    times = f"{len(blocks.numbers) * blocks.runs} × block{again}"
-    yield _row(times, blocks.title, blocks.typical, [], trained)
-    for part in blocks.parts:
-        if part.kind == "norm":
-            about = "on the residual path" if part.place == "path" else ""
-            yield _row(f"{STEP}{part.title}", about, part.parameters, [], trained)
-            continue
-        joined = "and beside it " if part.place == "beside" else "+ "
-        yield _row(f"{STEP}{joined}{part.title}", part.about, 0, [], trained)
-        for weights in part.weights:
-            name, modules = STEP * 2 + shorten(weights.name, part.names), blocks.names(weights.name)
-            yield _row(name, weights.shape, weights.parameters, modules, trained)
-
-
-def _cost_blocks(portrait: Portrait, figures: dict[str, Path]) -> Iterator[Block]:
-    cost = portrait.cost
-    if isinstance(cost, str):
-        yield Text(f"It could not be counted: {cost}.", "note")
-        return
-    rows = []
-    for at in portrait.costs(cost):
-        numbers = (operations(at["flops"]), operations(at["flops_per_token"]), percentage(at["attention_share"], 1))
-        rows.append([count(at["tokens"]), *numbers])
-    names = ("tokens", "a text", "a token", "of it attention")
-    yield from map(Text, describe_growth(cost, portrait.architecture))
-    yield Table([Column(name, "number") for name in names], rows, scroll=True)
-    yield figure_block(figures["model-cost"], "What a text costs by its length")
-    yield Text(COST_NOTE, "soft")
-
-
 def describe_growth(cost: Cost, architecture: Architecture) -> Iterator[str]:
     """Say in sentences how the cost grows."""
     fixed, weights, pairs = cost.total[0], cost.others[1], cost.attention[2]
@@ -246,7 +262,7 @@ def describe_growth(cost: Cost, architecture: Architecture) -> Iterator[str]:
     halves = " (in each half)" if architecture.family == "encoder-decoder" and fixed <= weights else ""
     yield (
         f"A token{halves} costs {operations(weights)} in products with weights, however long the text is, and "
-        f"{operations(pairs)} more for each token that attention sets it beside."
+        f"{operations(pairs)} more for each token that attention compares it with."
     )
     crossing, context = cost.crossing(), architecture.context
     if crossing and context and crossing > context:
@@ -258,60 +274,27 @@ def describe_growth(cost: Cost, architecture: Architecture) -> Iterator[str]:
         yield f"From {crossing:,} tokens on, attention's own products cost more than everything else."
 
 
-def _time_blocks(measured: Measured | str, figures: dict[str, Path]) -> Iterator[Block]:
-    if isinstance(measured, str):
-        yield Text(f"Not measured: {measured}.")
-        return
-    several = "s" if measured.threads > 1 else ""
-    threads = f" with {measured.threads} thread{several}" if measured.device == "cpu" else ""
-    yield Text(f"One block ({measured.block}) by itself on this machine ({measured.device}{threads}), in float32.")
-    if len(measured.points) > 1:
-        before, after = measured.points[-2:]
-        block, attention = (
-            after.block_seconds / before.block_seconds,
-            after.attention_seconds / before.attention_seconds,
-        )
-        times = f"{block:.1f} times as long, its attention {attention:.1f} times"
-        yield Text(f"From {before.tokens:,} to {after.tokens:,} tokens the block took {times}.")
-    if "model-time" in figures:
-        yield figure_block(figures["model-time"], "How long one block takes by the length of a text")
-    yield Text(TIME_NOTE, "soft")
+def operations(number: float) -> str:
+    """Write a number of floating-point operations."""
+    text = briefly(number)
+    return f"{text}FLOPs" if text[-1].isalpha() else f"{text} FLOPs"
 
 
-# Figures
-
-
-def draw_figures(portrait: Portrait, folder: Path) -> list[Path]:
-    """Draw model.svg, and where the numbers are known model-cost.svg and model-time.svg."""
-    cost, measured, context = portrait.cost, portrait.measured, portrait.architecture.context
-    files = draw_architecture(folder / "model", portrait.architecture, portrait.trained)
-    if isinstance(cost, Cost):
-        crossing = cost.crossing()
-        longest = max(2 * (crossing or 0), min(context or 4096, 32768), 1024)
-        tokens = [int(length) for length in np.geomspace(16, longest, 61)]
-        lines: Lines = [
-            ("products with weights", BLUE, tokens, [value(cost.others, length) for length in tokens]),
-            ("attention's own products", ORANGE, tokens, [value(cost.attention, length) for length in tokens]),
-        ]
-        title = "Floating-point operations of a text"
-        files += draw_growth(folder / "model-cost", lines, title, "FLOPs", crossing=crossing)
-    if isinstance(measured, Measured) and len(measured.points) > 1:
-        tokens = [point.tokens for point in measured.points]
-        lines = [
-            ("a block", BLUE, tokens, [point.block_seconds for point in measured.points]),
-            ("its self-attention", ORANGE, tokens, [point.attention_seconds for point in measured.points]),
-        ]
-        files += draw_growth(folder / "model-time", lines, "One block, measured", "seconds")
-    return files
-
-
-def draw_growth(stem: Path, lines: Lines, title: str, unit: str, *, crossing: int | None = None) -> list[Path]:
-    """Draw lines on logarithmic axes into `stem`.svg, and where two of them cross; few points have a dot each."""
+def draw_growth(
+    stem: Path,
+    lengths: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    title: str,
+    unit: str,
+    *,
+    crossing: int | None = None,
+) -> list[Path]:
+    """Draw two lines on logarithmic axes into `stem`.svg, and where they cross; few points have a dot each."""
     with figure_settings([], stem.name):
         figure = Figure(figsize=(6.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
-        for name, colour, lengths, values in lines:
-            dots = "o" if len(lengths) < 20 else None
+        dots = "o" if len(lengths) < 20 else None
+        for (name, values), colour in zip(lines.items(), (BLUE, ORANGE), strict=True):
             axes.plot(lengths, values, color=colour, linewidth=1.8, label=name, marker=dots)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

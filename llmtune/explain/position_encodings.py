@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Attention
 
 Array = npt.NDArray[np.float64]
-Kind = Literal["sinusoidal", "learned", "rotary", "bias", "slopes"]
-TITLES: dict[Kind, str] = {
+SchemeKind = Literal["sinusoidal", "learned", "rotary", "bias", "slopes"]
+SCHEME_TITLES: dict[SchemeKind, str] = {
     "sinusoidal": "Sinusoidal encoding",
     "learned": "Learned position table",
     "rotary": "Rotary frequencies (RoPE)",
@@ -42,7 +42,7 @@ SLOPED = ("bloom", "mpt")
 class Scheme:
     """One way in which a model, or a half of it, knows positions."""
 
-    kind: Kind
+    kind: SchemeKind
     name: str
     """The module that it was found in."""
     values: Array
@@ -55,7 +55,7 @@ class Scheme:
     def title(self) -> str:
         """What it is, and of which half of the model."""
         half = next((half for half in ("encoder", "decoder") if f".{half}." in f".{self.name}."), "")
-        return f"{TITLES[self.kind]}{f' of the {half}' if half else ''}"
+        return f"{SCHEME_TITLES[self.kind]}{f' of the {half}' if half else ''}"
 
     def equals(self, other: Scheme) -> bool:
         """Whether two models have the same."""
@@ -89,13 +89,6 @@ def sinusoidal_scheme(length: int, dimension: int, base: float) -> Scheme:
     return Scheme("sinusoidal", "", table, facts=facts)
 
 
-def similarity(table: Array) -> Array:
-    """Return the cosine of the angle between each two rows of a table, [L, L]; rows of zeros are like nothing."""
-    norms = np.linalg.norm(table, axis=1, keepdims=True)
-    unit = np.divide(table, norms, out=np.zeros_like(table), where=norms > 0)
-    return np.asarray(unit @ unit.T)
-
-
 def similarity_by_distance(scheme: Scheme, length: int) -> Array:
     """Return how alike positions are by how far they are apart, from 0 on, [L].
 
@@ -104,8 +97,11 @@ def similarity_by_distance(scheme: Scheme, length: int) -> Array:
     """
     if scheme.kind == "rotary":
         return np.asarray(scheme.table(length).mean(axis=1))
-    alike = similarity(scheme.table(length))
-    return np.array([np.diagonal(alike, offset).mean() for offset in range(len(alike))])
+    table = scheme.table(length)
+    norms = np.linalg.norm(table, axis=1, keepdims=True)
+    unit_LD = np.divide(table, norms, out=np.zeros_like(table), where=norms > 0)  # rows of zeros are like nothing
+    alike_LL = unit_LD @ unit_LD.T
+    return np.array([np.diagonal(alike_LL, offset).mean() for offset in range(len(alike_LL))])
 
 
 def find_schemes(model: nn.Module) -> list[Scheme]:
@@ -127,11 +123,11 @@ def _tables(name: str, module: nn.Module) -> Iterator[Scheme]:
     weight = effective_weight(module)
     if weight is None or weight.ndim != 2:
         return
-    first = first_row(module)
+    first = first_position_row(module)
     table = weight.detach()[first:].float().cpu().numpy().astype(np.float64)
     facts = {"positions": f"{len(table):,}", "dimensions": f"{table.shape[1]:,}"}
     if first:
-        facts["first row"] = f"{first} (the rows before it stand for padding or nothing)"
+        facts["first row"] = f"{first} (the rows before it are for padding or unused)"
     if last == "rel_embeddings":
         facts["rows"] = "buckets of distances, not positions"
     norms = (table**2).sum(axis=1) / (table.shape[1] / 2)
@@ -147,8 +143,8 @@ def effective_weight(module: nn.Module) -> torch.Tensor | None:
     return weight if isinstance(weight, torch.Tensor) else None
 
 
-def first_row(module: nn.Module) -> int:
-    """Return the row of the first position: BART's tables begin at 2, RoBERTa's behind the padding token's number."""
+def first_position_row(module: nn.Module) -> int:
+    """Return the row of the first position: BART's tables begin at 2, RoBERTa's after the padding token's number."""
     offset = getattr(module, "offset", None)
     if isinstance(offset, int):
         return offset

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from llmtune.errors import Problem, RecipeError
-from llmtune.explain.explanation import PAGE_STYLE, Explanation, figure_block, write_explanation
+from llmtune.explain.explainer import Explainer, Target, figure_block
 from llmtune.explain.figures import BLUE, LINE, MUTED, Panel, Ticks, draw_heatmap, figure_settings, save_figure
 from llmtune.explain.position_encodings import Scheme, find_schemes, similarity_by_distance, sinusoidal_scheme
-from llmtune.explain.target import Target
-from llmtune.explain.token_text import label, name_tokens
+from llmtune.explain.token_text import name_tokens, token_label
 from llmtune.model.memory_plan import context_length
-from llmtune.report.blocks import Block, Column, KeyValues, Page, Section, Table, Text
-from llmtune.store.atomic_files import explained
+from llmtune.report.blocks import Block, Column, KeyValues, Section, Table, Text
 
 LONGEST, WIDEST = 4096, 4096
 """Positions and dimensions of an encoding: more than that is no table any more."""
@@ -33,12 +31,8 @@ DEFAULT_LENGTH, DEFAULT_DIMENSION, DEFAULT_BASE = 64, 64, 10_000.0
 ROWS, COLUMNS, HEADS = 40, 8, 8
 """Of a table: what a longer or a wider one has first."""
 LABELLED = 40
-"""Words beside the rows of a heatmap; there is no room for more."""
+"""Words next to the rows of a heatmap; there is no room for more."""
 WIDTH_IN, HEIGHT_IN = 11.0, 4.2
-LEAD = (
-    "Attention by itself does not know the order of words: every word looks at all the others at once. Something has "
-    "to tell it which word stands where, and how far apart two of them are."
-)
 NONE_FOUND = (
     "No table, rotation or bias of positions was found in this model: it knows the order of words in another way "
     "(convolutions, recurrence), or in one that is not known here."
@@ -47,9 +41,9 @@ MEANINGS = {
     "sinusoidal": "Each row is a position; each wavelength has a column of sines and one of cosines. Short waves tell "
     "neighbours apart, long ones tell near from far. The row is added to the word’s embedding.",
     "learned": "Each row is a position, learned in training like a word’s embedding and added to it. There is no row, "
-    "and so no position, behind the last one.",
+    "and so no position, after the last one.",
     "rotary": "Each pair of dimensions of a query and of a key is turned by an angle that grows with the position. "
-    "What two words make of one another then depends on how far apart they are, not on where they stand.",
+    "What two words make of one another then depends on how far apart they are, not on where they are.",
     "bias": "Each head adds a number to its scores, which depends only on how far the word that is looked at lies "
     "behind or ahead. Distances share a number in buckets that grow wider with the distance.",
     "slopes": "Each head takes off its scores what it takes for one position of distance, times the distance: steep "
@@ -57,165 +51,168 @@ MEANINGS = {
 }
 
 
-@dataclass(frozen=True)
-class PositionsRequest:
-    """The options of the command; None is not given."""
+@dataclass
+class PositionsExplainer(Explainer):
+    """Computes the sinusoidal encoding, or without one of its own finds how the target's model knows positions."""
 
+    target: Target | None
+    """None: the sinusoidal encoding alone."""
+    console: Console
     text: str | None = None
     length: int | None = None
     dimension: int | None = None
     base: float | None = None
 
+    stem = "positions"
+    lead = (
+        "Attention alone does not know the order of words: every word looks at all the others at once. Something "
+        "has to tell it which word is where, and how far apart two of them are."
+    )
 
-@dataclass(frozen=True)
-class Positions:
-    """How positions are known, over how many of them, and which words stand at them."""
+    def read(self) -> None:
+        """Find out how many positions are shown, and which words are at them."""
+        self.title = f"Positions: {self.target.short_name if self.target else 'sinusoidal encoding'}"
+        self.tuned = ""
+        if self.target is None:
+            self._read_encoding()
+        else:
+            self._read_model(self.target)
 
-    name: str
-    """Of the model; empty for an encoding by itself."""
-    schemes: list[Scheme]
-    length: int
-    words: list[str]
-    """Empty where there is no text."""
-    tuned: str = ""
-    """Of a run, what the tuning did to its positions."""
+    def _read_encoding(self) -> None:
+        """Cut the text at spaces, and fill in defaults."""
+        self.words = (self.text or "").split()
+        self.shown = len(self.words) if self.text is not None else self.length or DEFAULT_LENGTH
+        dimension = DEFAULT_DIMENSION if self.dimension is None else self.dimension
+        base = DEFAULT_BASE if self.base is None else self.base
+        problems = self._text_problems(bool(self.words))
+        if self.shown > LONGEST:
+            option = "--length" if self.text is None else "--text"
+            problems.append(Problem(f"{self.shown:,} positions are too many", option, f"The most is {LONGEST:,}."))
+        if dimension < 2 or dimension % 2 or dimension > WIDEST:
+            fix = f"Give an even number from 2 to {WIDEST:,}."
+            problems.append(Problem(f"{dimension:,}: dimensions come in pairs of sine and cosine", "--dimension", fix))
+        elif self.shown * dimension > MOST_CELLS and self.shown <= LONGEST:
+            what = f"{self.shown:,} × {dimension:,} numbers are too many for a figure"
+            problems.append(Problem(what, "--dimension", f"The most is {MOST_CELLS:,}."))
+        if not (math.isfinite(base) and base > 1):
+            problems.append(Problem(f"{base:g}: waves would not grow longer", "--base", "Give a number above 1."))
+        RecipeError.collect(problems)
+        self.schemes = [sinusoidal_scheme(self.shown, dimension, base)]
 
+    def _text_problems(self, some: bool) -> list[Problem]:
+        problems = []
+        if self.text is not None and not some:
+            problems.append(Problem("it is empty", "--text", "Give at least one word."))
+        if self.text is not None and self.length is not None:
+            problems.append(Problem("the text says how many positions there are", "--length", "Omit it."))
+        return problems
 
-def explain_positions(request: PositionsRequest, target: Target | None, folder: Path, console: Console) -> Explanation:
-    """Write page and figures into `folder`.
+    def _read_model(self, target: Target) -> None:
+        """Cut the text into tokens, and hold it against the model's positions."""
+        ids = list(target.processor(self.text, verbose=False)["input_ids"]) if (self.text or "").strip() else []
+        problems = self._text_problems(bool(ids))
+        for name, value in (("dimension", self.dimension), ("base", self.base)):
+            if value is not None:
+                problems.append(Problem("a model has its own", f"--{name}", "Omit it, or name no model."))
+        limit = context_length(target.config)
+        self.most, self.shown = min(limit or LONGEST, LONGEST), len(ids) or self.length or 0
+        if self.shown > self.most:
+            known = "the model has" if limit == self.most else "the most that is shown is"
+            what = f"{self.shown:,} positions, and {known} {self.most:,}"
+            problems.append(Problem(what, "--text" if ids else "--length", "Give a shorter one."))
+        RecipeError.collect(problems)
+        self.words = [token_label(token) for token in name_tokens(target.processor, ids)]
 
-    Raises:
-        RecipeError: a text that is empty or longer than the model's positions; an option out of range or of no use.
-    """
-    positions = encode(request) if target is None else read_positions(request, target, console)
-    with explained(folder):
-        figures = draw_schemes(positions, folder / "positions") if positions.schemes else []
-        page = make_page(positions, figures[-1] if figures else None)
-        return write_explanation(folder / "positions", to_json(positions), page, figures)
+    def run(self) -> None:
+        """Find how a model knows positions; of a run, whether the tuning changed that, and then the tuned model's."""
+        if self.target is None:
+            return
+        by_model: list[list[Scheme]] = []
+        for name in self.target.models:
+            with self.console.status("loading the model"), self.target.open_model(name) as model:
+                by_model.append(find_schemes(model))
+        self.schemes = by_model[-1]
+        changed = [new.name for new in self.schemes if not any(old.equals(new) for old in by_model[0])]
+        if changed:
+            self.tuned = f"Changed by the tuning: {', '.join(changed)}. What is shown is the tuned model's."
+        elif len(by_model) > 1:
+            self.tuned = "Unchanged by the tuning."
+        tables = [len(scheme.values) for scheme in self.schemes if scheme.kind in ("sinusoidal", "learned")]
+        self.shown = self.shown or min(max(tables, default=self.most), FIRST)
 
+    def to_json(self) -> dict[str, object]:
+        """Return it as JSON values; a model's own tables are too large and only give how alike positions are."""
+        schemes = []
+        for scheme in self.schemes:
+            values: dict[str, object] = {"kind": scheme.kind, "title": scheme.title, "module": scheme.name or None}
+            values["facts"] = scheme.facts
+            if not (self.target and scheme.kind in ("sinusoidal", "learned")):
+                key = {"sinusoidal": "encoding", "rotary": "angles"}.get(scheme.kind, scheme.kind)
+                values[key] = scheme.values.tolist()
+            if scheme.kind == "bias":
+                values["distances"] = list(scheme.distances)
+            elif scheme.kind != "slopes":
+                values["similarity_by_distance"] = similarity_by_distance(scheme, self.shown).tolist()
+            schemes.append(values)
+        return {
+            "model": self.target.short_name if self.target else None,
+            "length": self.shown,
+            "words": self.words,
+            "tuned": self.tuned or None,
+            "schemes": schemes,
+        }
 
-def encode(request: PositionsRequest) -> Positions:
-    """Compute the sinusoidal encoding of a text's words, which are cut at spaces, or of a number of positions."""
-    words = (request.text or "").split()
-    length = len(words) if request.text is not None else request.length or DEFAULT_LENGTH
-    dimension = DEFAULT_DIMENSION if request.dimension is None else request.dimension
-    base = DEFAULT_BASE if request.base is None else request.base
-    problems = _text_problems(request, bool(words))
-    if length > LONGEST:
-        option = "--length" if request.text is None else "--text"
-        problems.append(Problem(f"{length:,} positions are too many", option, f"The most is {LONGEST:,}."))
-    if dimension < 2 or dimension % 2 or dimension > WIDEST:
-        fix = f"Give an even number from 2 to {WIDEST:,}."
-        problems.append(Problem(f"{dimension:,}: dimensions come in pairs of sine and cosine", "--dimension", fix))
-    elif length * dimension > MOST_CELLS and length <= LONGEST:
-        what = f"{length:,} × {dimension:,} numbers are too many for a figure"
-        problems.append(Problem(what, "--dimension", f"The most is {MOST_CELLS:,}."))
-    if not (math.isfinite(base) and base > 1):
-        problems.append(Problem(f"{base:g}: waves would not grow longer", "--base", "Give a number above 1."))
-    RecipeError.collect(problems)
-    return Positions("", [sinusoidal_scheme(length, dimension, base)], length, words)
+    def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
+        """Yield the figure, and a section for each way to know positions."""
+        if figures:
+            drawn = figure_block(figures["positions"], "Position tables and how alike positions are")
+            yield Section("", [drawn], brief=False)
+        for scheme in self.schemes:
+            yield Section(scheme.title, list(self._scheme_blocks(scheme)))
+        if not figures:
+            yield Section("", [Text(NONE_FOUND, "note")])
+        if self.tuned:
+            yield Section("", [Text(self.tuned)])
 
+    def _scheme_blocks(self, scheme: Scheme) -> Iterator[Block]:
+        yield Text(MEANINGS[scheme.kind])
+        yield KeyValues([*([("module", scheme.name)] if scheme.name else []), *scheme.facts.items()])
+        if scheme.kind in ("bias", "slopes"):
+            yield _head_table(scheme, self.shown)
+            return
+        if scheme.kind != "rotary" and (self.target is None or self.words):
+            yield self._encoding_table(scheme)
+        alike = similarity_by_distance(scheme, self.shown)
+        chosen = [distance for distance in (0, *(2**i for i in range(10))) if distance < len(alike)]
+        columns = [Column("apart by"), *(Column(str(distance), "number") for distance in chosen)]
+        yield Table(columns, [["alike", *(f"{alike[distance]:z.2f}" for distance in chosen)]])
 
-def _text_problems(request: PositionsRequest, some: bool) -> list[Problem]:
-    problems = []
-    if request.text is not None and not some:
-        problems.append(Problem("it is empty", "--text", "Give at least one word."))
-    if request.text is not None and request.length is not None:
-        problems.append(Problem("the text says how many positions there are", "--length", "Omit it."))
-    return problems
+    def _encoding_table(self, scheme: Scheme) -> Table:
+        """Return a row a position: its word, and its first numbers with two decimals."""
+        values, words = scheme.table(self.shown), self.words
+        columns = [Column("position", "number"), *([Column("word")] if words else [])]
+        columns += [Column(str(column), "number") for column in range(min(COLUMNS, values.shape[1]))]
+        rows = [
+            [str(at), *words[at : at + 1], *(f"{value:z.2f}" for value in values[at, :COLUMNS])]
+            for at in range(min(ROWS, len(values)))
+        ]
+        cut = len(values) > ROWS or values.shape[1] > COLUMNS
+        return Table(columns, rows, note=f"The first of {len(values):,} × {values.shape[1]:,} numbers." if cut else "")
 
-
-def read_positions(request: PositionsRequest, target: Target, console: Console) -> Positions:
-    """Find how a model knows positions; of a run, whether the tuning changed that, and then the tuned model's."""
-    ids = list(target.processor(request.text, verbose=False)["input_ids"]) if (request.text or "").strip() else []
-    problems = _text_problems(request, bool(ids))
-    for name, value in (("dimension", request.dimension), ("base", request.base)):
-        if value is not None:
-            problems.append(Problem("a model has its own", f"--{name}", "Omit it, or name no model."))
-    limit = context_length(target.config)
-    most, asked = min(limit or LONGEST, LONGEST), len(ids) or request.length or 0
-    if asked > most:
-        known = "the model has" if limit == most else "the most that is shown is"
-        what = f"{asked:,} positions, and {known} {most:,}"
-        problems.append(Problem(what, "--text" if ids else "--length", "Give a shorter one."))
-    RecipeError.collect(problems)
-    by_model: list[list[Scheme]] = []
-    for name in target.models:
-        with console.status("loading the model"), target.open_model(name) as model:
-            by_model.append(find_schemes(model))
-    schemes = by_model[-1]
-    changed = [new.name for new in schemes if not any(old.equals(new) for old in by_model[0])]
-    tuned = f"Changed by the tuning: {', '.join(changed)}. What is shown is the tuned model's." if changed else ""
-    tables = [len(scheme.values) for scheme in schemes if scheme.kind in ("sinusoidal", "learned")]
-    length = asked or min(max(tables, default=most), FIRST)
-    words = [label(token) for token in name_tokens(target.processor, ids)]
-    if len(by_model) > 1 and not changed:
-        tuned = "Unchanged by the tuning."
-    return Positions(target.short_name, schemes, length, words, tuned)
-
-
-def to_json(positions: Positions) -> dict[str, object]:
-    """Return it as JSON values; a model's own tables are too large, of those it is how alike positions are."""
-    schemes = []
-    for scheme in positions.schemes:
-        told: dict[str, object] = {"kind": scheme.kind, "title": scheme.title, "module": scheme.name or None}
-        told["facts"] = scheme.facts
-        if not (positions.name and scheme.kind in ("sinusoidal", "learned")):
-            key = {"sinusoidal": "encoding", "rotary": "angles"}.get(scheme.kind, scheme.kind)
-            told[key] = scheme.values.tolist()
-        if scheme.kind == "bias":
-            told["distances"] = list(scheme.distances)
-        elif scheme.kind != "slopes":
-            told["similarity_by_distance"] = similarity_by_distance(scheme, positions.length).tolist()
-        schemes.append(told)
-    return {
-        "model": positions.name or None,
-        "length": positions.length,
-        "words": positions.words,
-        "tuned": positions.tuned or None,
-        "schemes": schemes,
-    }
-
-
-def make_page(positions: Positions, figure: Path | None) -> Page:
-    """Return what was found, a section for each way to know positions."""
-    sections = [Section(scheme.title, list(_describe(scheme, positions))) for scheme in positions.schemes]
-    if figure is not None:
-        drawn = figure_block(figure, "Position tables and how alike positions are")
-        sections.insert(0, Section("", [drawn], brief=False))
-    else:
-        sections.append(Section("", [Text(NONE_FOUND, "note")]))
-    if positions.tuned:
-        sections.append(Section("", [Text(positions.tuned)]))
-    title = f"Positions: {positions.name}" if positions.name else "Positions: sinusoidal encoding"
-    return Page(title, sections, lead=LEAD, navigation=False, style=PAGE_STYLE)
-
-
-def _describe(scheme: Scheme, positions: Positions) -> Iterator[Block]:
-    yield Text(MEANINGS[scheme.kind])
-    yield KeyValues([*([("module", scheme.name)] if scheme.name else []), *scheme.facts.items()])
-    if scheme.kind in ("bias", "slopes"):
-        yield _head_table(scheme, positions.length)
-        return
-    if scheme.kind != "rotary" and (not positions.name or positions.words):
-        yield _encoding_table(scheme, positions)
-    alike = similarity_by_distance(scheme, positions.length)
-    chosen = [distance for distance in (0, *(2**i for i in range(10))) if distance < len(alike)]
-    columns = [Column("apart by"), *(Column(str(distance), "number") for distance in chosen)]
-    yield Table(columns, [["alike", *(f"{alike[distance]:z.2f}" for distance in chosen)]])
-
-
-def _encoding_table(scheme: Scheme, positions: Positions) -> Table:
-    """Return a row a position: its word, and its first numbers with two decimals."""
-    values, words = scheme.table(positions.length), positions.words
-    columns = [Column("position", "number"), *([Column("word")] if words else [])]
-    columns += [Column(str(column), "number") for column in range(min(COLUMNS, values.shape[1]))]
-    rows = [
-        [str(at), *words[at : at + 1], *(f"{value:z.2f}" for value in values[at, :COLUMNS])]
-        for at in range(min(ROWS, len(values)))
-    ]
-    cut = len(values) > ROWS or values.shape[1] > COLUMNS
-    return Table(columns, rows, note=f"The first of {len(values):,} × {values.shape[1]:,} numbers." if cut else "")
+    def draw(self, folder: Path) -> list[Path]:
+        """Draw all ways to know positions, one below the other."""
+        if not self.schemes:
+            return []
+        count = len(self.schemes)
+        with figure_settings(self.words, "positions"):
+            figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN * count), layout="constrained")
+            for row, scheme in enumerate(self.schemes):
+                if scheme.kind in ("bias", "slopes"):
+                    _draw_added(figure.add_subplot(count, 1, row + 1), scheme, self.shown)
+                else:
+                    _draw_table(figure, figure.add_subplot(count, 2, 2 * row + 1), scheme, self.shown, self.words)
+                    _draw_similarity(figure.add_subplot(count, 2, 2 * row + 2), scheme, self.shown)
+            return save_figure(figure, folder / "positions")
 
 
 def _head_table(scheme: Scheme, length: int) -> Table:
@@ -231,32 +228,15 @@ def _head_table(scheme: Scheme, length: int) -> Table:
     return Table([Column(name, "number") for name in names], rows, note=note)
 
 
-# Figures
-
-
-def draw_schemes(positions: Positions, stem: Path) -> list[Path]:
-    """Draw all ways to know positions, one below the other, into `stem` with .png and .svg."""
-    count = len(positions.schemes)
-    with figure_settings(positions.words, "positions"):
-        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN * count), layout="constrained")
-        for row, scheme in enumerate(positions.schemes):
-            if scheme.kind in ("bias", "slopes"):
-                _draw_added(figure.add_subplot(count, 1, row + 1), scheme, positions.length)
-            else:
-                _draw_table(figure, figure.add_subplot(count, 2, 2 * row + 1), scheme, positions)
-                _draw_similarity(figure.add_subplot(count, 2, 2 * row + 2), scheme, positions.length)
-        return save_figure(figure, stem)
-
-
-def _draw_table(figure: Figure, axes: Axes, scheme: Scheme, positions: Positions) -> None:
+def _draw_table(figure: Figure, axes: Axes, scheme: Scheme, length: int, words: list[str]) -> None:
     """Draw a row a position and a column a dimension (of rotations: a pair of them)."""
-    table = scheme.table(positions.length)
+    table = scheme.table(length)
     rows, columns = table.shape
     clipped = np.quantile(np.abs(table), 0.995) if scheme.kind == "learned" else 1.0
     written = ".2f" if columns <= 16 and rows <= 12 else ""
     panel = Panel(scheme.title, np.clip(table, -clipped, clipped), True, gamma=1.0, written=written)
-    words = positions.words if len(positions.words) <= LABELLED else []
-    down = [f"{word}  {at}" for at, word in enumerate(words)] or [str(at) for at in range(rows)]
+    some = words if len(words) <= LABELLED else []
+    down = [f"{word}  {at}" for at, word in enumerate(some)] or [str(at) for at in range(rows)]
     name = "pair of dimensions (cosine of its angle)" if scheme.kind == "rotary" else "dimension"
     cell = (0.4 * WIDTH_IN / columns, 0.75 * HEIGHT_IN / rows)
     draw_heatmap(figure, axes, panel, Ticks("position", down), Ticks(name, [str(k) for k in range(columns)]), cell)

@@ -1,4 +1,4 @@
-"""Tokens as text to read: what each stands for, where a word continues, which tokens are special."""
+"""Tokens as text to read: the text of each, where a word continues, which tokens are special."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Token:
 
     id: int
     text: str
-    """What it stands for. Bytes that are no whole character are shown as `<0xE2>`; leading spaces stay."""
+    """Its text. Bytes that are no complete character are shown as `<0xE2>`; leading spaces stay."""
     special: bool
     """[CLS], </s>, <|im_start|>: not of the text itself."""
     continues: bool
@@ -47,7 +47,9 @@ BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\d*\]")
 """What added tokens look like that are no text, such as Whisper's `<|0.02|>`."""
 SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣", "\u00a0": "⍽"}
-"""What stands for white space that a label would not show."""
+"""Signs for white space that a label would not show."""
+BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""The byte of each letter of a byte-level vocabulary (GPT-2)."""
 JOINERS = ("\u200c", "\u200d")
 _LETTER = r"[[\p{L}\p{N}\p{M}\u200c\u200d]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}]]"
 WORD = regex.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*", regex.V1)
@@ -71,7 +73,7 @@ def name_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def token_namer(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Token]:
-    """Return what gives a token by itself, and remembers it."""
+    """Return a cached function from an id to its token."""
     return cache(lambda token: name_tokens(tokenizer, [token])[0])
 
 
@@ -90,7 +92,7 @@ def _read_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[_Pi
     added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
     special = {int(i) for i in tokenizer.all_special_ids} | {i for i, token in added.items() if token.special}
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    unknown = {tokenizer.unk_token_id} - ends  # it stands for a word of the text
+    unknown = {tokenizer.unk_token_id} - ends  # a word of the text
     read, delimiter = _reader(tokenizer), getattr(tokenizer, "word_delimiter_token", None)
     pieces = []
     for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
@@ -118,9 +120,8 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], _Piece]:
 
 
 def _read_byte_level(piece: str) -> _Piece:
-    table = byte_of_letter()
-    known = all(character in table for character in piece)
-    return _Piece(bytes(table[character] for character in piece) if known else piece.encode())
+    known = all(letter in BYTE_OF_LETTER for letter in piece)
+    return _Piece(bytes(BYTE_OF_LETTER[letter] for letter in piece) if known else piece.encode())
 
 
 def _read_word_piece(piece: str) -> _Piece:
@@ -132,12 +133,6 @@ def _read_sentence_piece(piece: str) -> _Piece:
     return _Piece(bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode())
 
 
-@cache
-def byte_of_letter() -> dict[str, int]:
-    """Return the byte behind each letter of a byte-level vocabulary (GPT-2)."""
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
-
-
 def _write_bytes(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeDecodeError)
     return "".join(f"<0x{byte:02X}>" for byte in error.object[error.start : error.end]), error.end
@@ -146,7 +141,7 @@ def _write_bytes(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("llmtune.bytes", _write_bytes)
 
 
-def label(token: Token, longest: int = LONGEST) -> str:
+def token_label(token: Token, longest: int = LONGEST) -> str:
     """Return a row's label: one line, cut where it is long, `·` in front where a word continues.
 
     Signs stand for white space, and numbers for characters that would turn or hide the text around them.
@@ -154,28 +149,28 @@ def label(token: Token, longest: int = LONGEST) -> str:
     text = token.text
     if text.strip(" ") and not token.special:
         text = text.removeprefix(" ")
-    shown = "".join(_visible(character) for character in text)
+    shown = "".join(_show_letter(character) for character in text)
     if shown and unicodedata.category(shown[0])[0] == "M":
         shown = f"◌{shown}"
-    return ("·" if token.continues else "") + _cut(shown, longest)
+    return ("·" if token.continues else "") + _cut_label(shown, longest)
 
 
 def word_label(token: Token, longest: int = 14) -> str:
-    """Return a token as a word by itself: on one line, with a sign for a leading space, cut where it is long."""
+    """Return a token as a separate word: on one line, with a sign for a leading space, cut where it is long."""
     text = token.text
     if text.startswith(" ") and text.strip():
         text = SIGNS[" "] + text[1:]
-    return label(Token(token.id, text, token.special, continues=False), longest) or "∅"
+    return token_label(Token(token.id, text, token.special, continues=False), longest) or "∅"
 
 
-def _visible(character: str) -> str:
+def _show_letter(character: str) -> str:
     if character in SIGNS:
         return SIGNS[character]
     hidden = unicodedata.category(character)[0] in "CZ" and character not in JOINERS
     return f"<U+{ord(character):04X}>" if hidden else character
 
 
-def _cut(text: str, longest: int) -> str:
+def _cut_label(text: str, longest: int) -> str:
     """Cut the end of a long text, never between a letter and its marks."""
     if len(text) <= longest:
         return text
@@ -186,22 +181,22 @@ def _cut(text: str, longest: int) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
+class TokenLine:
     """The labels of an axis: a token of a text (or a stretch of a recording) for each row."""
 
     tokens: tuple[Token, ...]
     sizes: tuple[int, ...]
-    """How many of the model's positions each stands for."""
+    """How many of the model's positions each covers."""
 
     @classmethod
-    def of(cls, tokens: Sequence[Token]) -> Line:
+    def of(cls, tokens: Sequence[Token]) -> TokenLine:
         """Give each token a row of its own."""
         return cls(tuple(tokens), (1,) * len(tokens))
 
     @property
     def labels(self) -> list[str]:
         """What is written at each row."""
-        return [label(token) for token in self.tokens]
+        return [token_label(token) for token in self.tokens]
 
     @property
     def special(self) -> list[bool]:
@@ -212,8 +207,8 @@ class Line:
         return len(self.tokens)
 
 
-def time_line(seconds: float, filled: int, frames: int) -> Line:
-    """Name stretches of frames by when they begin; those behind the end of a recording are one, called silence."""
+def time_line(seconds: float, filled: int, frames: int) -> TokenLine:
+    """Name stretches of frames by when they begin; those after its end are one, called silence."""
     size = max(FRAMES, math.ceil(filled / MOST_STRETCHES))
     starts = range(0, filled, size)
     digits = 1 if size * seconds / filled >= 0.1 else 2
@@ -222,4 +217,4 @@ def time_line(seconds: float, filled: int, frames: int) -> Line:
     if frames > filled:
         tokens.append(Token(-1, "silence", special=True, continues=False))
         sizes.append(frames - filled)
-    return Line(tuple(tokens), tuple(sizes))
+    return TokenLine(tuple(tokens), tuple(sizes))

@@ -22,12 +22,17 @@ from peft.utils.other import ModulesToSaveWrapper, transpose
 from safetensors import safe_open
 
 from llmtune.adapter.load import WEIGHTS, find_adapter
-from llmtune.explain.target import Target
+from llmtune.explain.explainer import Target
 from llmtune.report.number_format import share
 
-Kind = Literal["LoRA", "DoRA", "whole", "tokens", "bias", "weights"]
-"""How a module was trained: `whole`, beside an adapter; `tokens`, some rows; `weights`, in a full training."""
-WORDS: dict[Kind, str] = {"whole": "trained whole", "tokens": "new rows", "bias": "bias", "weights": "all weights"}
+TrainingKind = Literal["LoRA", "DoRA", "whole", "tokens", "bias", "weights"]
+"""How a module was trained: `whole`, next to an adapter; `tokens`, some rows; `weights`, in a full training."""
+WORDS: dict[TrainingKind, str] = {
+    "whole": "trained whole",
+    "tokens": "new rows",
+    "bias": "bias",
+    "weights": "all weights",
+}
 PREFIX = "base_model.model."
 LOW = (".lora_A.", ".lora_embedding_A")
 
@@ -36,7 +41,7 @@ LOW = (".lora_A.", ".lora_embedding_A")
 class TrainedModule:
     """What was trained at one module."""
 
-    kind: Kind
+    kind: TrainingKind
     parameters: int
     rank: int | None = None
 
@@ -69,7 +74,7 @@ class TrainedModules:
         return f"{what}: {self.parameters:,} parameters, {share(self.parameters, parameters, 2)} of the base's{base}"
 
     def mark(self, names: Sequence[str]) -> str:
-        """Return what was trained at modules that stand for one another in equal blocks; empty where nothing was."""
+        """Return what was trained at the same module of equal blocks; empty where nothing was."""
         found = [self.modules[name] for name in names if name in self.modules]
         if not found:
             return ""
@@ -103,7 +108,7 @@ def read_adapter(folder: Path) -> dict[str, TrainedModule]:
     return found
 
 
-def _module_of(name: str) -> tuple[str, Kind]:
+def _module_of(name: str) -> tuple[str, TrainingKind]:
     """Return the module that a tensor of an adapter belongs to, and how that was trained."""
     if ".lora_" in name:
         return name.partition(".lora_")[0], "DoRA" if "magnitude" in name else "LoRA"
@@ -128,7 +133,7 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
         return cast(torch.Tensor, file.get_tensor(name))
 
 
-def shorten(name: str, names: Sequence[str]) -> str:
+def short_module_name(name: str, names: Sequence[str]) -> str:
     """Return the last part of a module's name, or as many as tell it from the others."""
     parts = name.split(".")
     for length in range(1, len(parts) + 1):
@@ -150,7 +155,7 @@ class Move:
     """How far one module moved."""
 
     module: str
-    kind: Kind
+    kind: TrainingKind
     change: float
     """Frobenius norm of what was added to its weights."""
     weight: float
@@ -163,7 +168,7 @@ class Move:
     """exp of the entropy of its singular values as shares (Roy and Vetterli, 2007): how many directions it really uses.
     Of DoRA that of BA alone. None where it is no matrix, or too large a one."""
     layer: str | None = None
-    """The layer that it is in; None beside the layers."""
+    """The layer that it is in; None outside the layers."""
     column: str | None = None
     """Which module of the layer it is."""
 
@@ -184,10 +189,10 @@ def adapter_moves(model: torch.nn.Module) -> Iterator[Move]:
             yield lora_move(plain, module)
         elif isinstance(module, ModulesToSaveWrapper):
             before, after = own.original_module, own.modules_to_save[ADAPTER]
-            yield compare(plain, "whole", dict(before.named_parameters()), dict(after.named_parameters()))
+            yield compare_weights(plain, "whole", dict(before.named_parameters()), dict(after.named_parameters()))
         elif isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
             rows, changed = own.trainable_tokens_original[ADAPTER], own.trainable_tokens_delta[ADAPTER]
-            yield compare(plain.removesuffix(".token_adapter"), "tokens", {"rows": rows}, {"rows": changed})
+            yield compare_weights(plain.removesuffix(".token_adapter"), "tokens", {"rows": rows}, {"rows": changed})
         else:
             continue
         taken = f"{name}."
@@ -204,7 +209,7 @@ def lora_move(name: str, module: Any) -> Move:
     varied = bool(getattr(module, "use_dora", {}).get(ADAPTER))
     change = float((merged(module, weight) - weight.float()).norm()) if varied else float(singular_R.norm())
     rank = min(a_RI.shape[0], a_RI.shape[1], b_OR.shape[0])
-    kind: Kind = "DoRA" if varied else "LoRA"
+    kind: TrainingKind = "DoRA" if varied else "LoRA"
     return Move(name, kind, change, float(weight.float().norm()), weight.numel(), rank, effective_rank(singular_R))
 
 
@@ -236,7 +241,9 @@ def merged(module: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare(name: str, kind: Kind, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> Move:
+def compare_weights(
+    name: str, kind: TrainingKind, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> Move:
     """Measure a module of which all weights moved, those named in both; its rank is that of its one matrix."""
     change = weight = 0.0
     parameters, matrices = 0, []

@@ -33,7 +33,8 @@ from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Json
 from llmtune.store.atomic_files import read_json
-from llmtune.store.processes import ERROR, LEFT, STRATEGY, WORDS, rebuild
+from llmtune.store.processes import ERROR, LEFT, STRATEGY, WORDS, rebuild_error
+from llmtune.store.run_request import RunRequest
 
 SAVE_SECONDS = 300
 """How long workers may take to finish their step and save after a signal, before they are killed."""
@@ -61,28 +62,24 @@ class Death:
     words: list[str]
 
 
-def words_of(
-    *, out: Path | None, resume: bool, fresh: bool, lock: Path | None, offline: bool, quiet: bool, as_json: bool
-) -> list[str]:
-    """Return options of `llmtune run` as its words."""
-    flags = {"--resume": resume, "--fresh": fresh, "--offline": offline, "--quiet": quiet, "--json": as_json}
-    named = {"--out": out, "--lock": lock}
-    words = [word for name, value in named.items() if value is not None for word in (name, str(value))]
-    return [*words, *(name for name, on in flags.items() if on)]
-
-
 def launch_run(
-    recipe: str | Path, sets: Sequence[str], options: Sequence[str], topology: Topology, console: Console, **how: Any
+    recipe: str | Path,
+    sets: Sequence[str],
+    request: RunRequest,
+    topology: Topology,
+    console: Console,
+    words: Sequence[str] = (),
 ) -> None:
-    """Run `llmtune run RECIPE` in the processes of this machine; `options` are more of its words, `how` as in `launch`.
+    """Run a recipe as `llmtune` does in the processes of this machine; `words` are more options of that command.
 
     Raises what `launch` raises, and RecipeError for a recipe that the strategy cannot do.
     """
     loaded = load_recipe(recipe, sets)
     RecipeError.collect(why_not(topology.strategy, loaded.recipe))
     chosen = [word for one in sets for word in ("--set", one)]
-    until = how.pop("until", "run")
-    launch(["-m", "llmtune", until, str(recipe), *chosen, *options], topology, console, **how)
+    stated = replace(request, threads=None).words()  # each process gets its share of the threads
+    words = ["-m", "llmtune", request.until, str(recipe), *chosen, *stated, *words]
+    launch(words, topology, console, threads=request.threads)
 
 
 def launch(words: Sequence[str], topology: Topology, console: Console, *, threads: int | None = None) -> None:
@@ -124,7 +121,9 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
             except (RendezvousError, DistError) as error:
                 trouble = str(error)
         left = {number: read_json(Path(place) / ERROR.format(number)) for number in _ranks(Path(place))}
-        raise _explain(left, {r: _describe_death(Path(place), r, f) for r, f in failures.items()}, stopped_by, trouble)
+        raise _first_error(
+            left, {r: _describe_death(Path(place), r, f) for r, f in failures.items()}, stopped_by, trouble
+        )
 
 
 def _close_rendezvous(topology: Topology) -> None:
@@ -254,7 +253,7 @@ def _describe_death(place: Path, number: int, failure: ProcessFailure) -> Death:
     return Death(failure.exitcode, float(failure.timestamp), words)
 
 
-def _explain(
+def _first_error(
     left: Mapping[int, Json], deaths: Mapping[int, Death], stopped_by: signal.Signals | None, trouble: str | None
 ) -> BaseException:
     """Turn what the processes left behind into the error of the one that failed first.
@@ -265,7 +264,7 @@ def _explain(
     named = {number: value for number, value in left.items() if "kind" in value}
     for value in named.values():
         if value["kind"] not in (Stopped.__name__, LostProcess.__name__):
-            return _named(value, [number for number in named if named[number]["problems"] == value["problems"]])
+            return _with_rank(value, [number for number in named if named[number]["problems"] == value["problems"]])
     if stopped_by is None:
         for number, death in sorted(deaths.items(), key=lambda one: one[1].time):
             if -death.code > 0 and -death.code not in (signal.SIGTERM, signal.SIGINT):
@@ -274,7 +273,7 @@ def _explain(
             if "traceback" in value:
                 return WorkerBug(f"process {number} failed:\n{value['traceback']}")
     for value in sorted(named.values(), key=lambda one: one["kind"] != Stopped.__name__):
-        return rebuild(value)
+        return rebuild_error(value)
     if trouble is not None:
         fix = "Give the same command on each machine, with a --rank of its own."
         return EnvironmentProblem.of(f"the machines did not come together: {trouble}", "--address", fix)
@@ -289,9 +288,9 @@ def _explain(
     return WorkerBug(f"processes ended with the exit codes {codes} and said nothing")
 
 
-def _named(left: Json, ranks: Sequence[int]) -> LlmtuneError:
+def _with_rank(left: Json, ranks: Sequence[int]) -> LlmtuneError:
     """Return the error that processes left, with the rank of one that had it alone."""
-    error = rebuild(left)
+    error = rebuild_error(left)
     first = error.problems[0]
     alone = f"process {ranks[0]}" if len(ranks) == 1 and ranks[0] else None
     place = first.where if alone is None else ", ".join(filter(None, (alone, first.where)))

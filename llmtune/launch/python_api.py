@@ -6,18 +6,18 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune import __version__
 from llmtune.errors import Problem, RecipeError
 from llmtune.launch.topology import Topology, why_not
-from llmtune.records import SPLITS, Json, Layout
+from llmtune.records import SPLITS, Json
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
 from llmtune.store.processes import once, rank
 from llmtune.store.processes import strategy as stated_strategy
+from llmtune.store.run_request import RunRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +67,7 @@ def run(
         LlmtuneError: one of its kinds, with all that is wrong in one message. After a `GateFailed` the run folder is
             complete, and `load_run` opens it.
     """
-    _check_arguments("llmtune.run", locals())
+    _check_types("llmtune.run", locals())
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
@@ -77,17 +77,16 @@ def run(
     sets = [f"{key}={value}" for key, value in texts.items()]
     loaded = load_recipe(recipe, sets)
     folder = default_path(loaded.recipe.name, loaded.fingerprint) if out is None else Path(out)
-    given: Any = {"out": folder, "resume": resume, "fresh": fresh, "offline": offline}
-    given["lock"] = None if lock is None else Path(lock)
+    lock = None if lock is None else Path(lock)
+    request = RunRequest(folder, until, resume, fresh, lock, threads, offline)
     console = make_console(quiet=quiet)
     if (processes, strategy) == (1, "ddp"):
-        run_recipe(recipe, sets, **given, until=until, threads=threads, console=console)
+        run_recipe(recipe, sets, request, console)
     else:
         topology = Topology(processes, strategy)
-        from llmtune.launch.local_processes import launch_run, words_of
+        from llmtune.launch.local_processes import launch_run
 
-        words = words_of(**given, quiet=quiet, as_json=False)
-        launch_run(recipe, sets, words, topology, console, until=until, threads=threads)
+        launch_run(recipe, sets, request, topology, console, ["--quiet"] if quiet else [])
     return load_run(folder, offline=offline)
 
 
@@ -97,7 +96,7 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     Raises:
         RecipeError: not a run folder, or not trained yet.
     """
-    _check_arguments("llmtune.load_run", locals())
+    _check_types("llmtune.load_run", locals())
     prepare_environment(network=False)
     with gc_paused():
         from llmtune.serve.finished_run import FinishedRun
@@ -105,62 +104,40 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     return FinishedRun(Path(folder), offline)
 
 
-def _check_arguments(function: str, given: Mapping[str, object]) -> None:
+def _check_types(function: str, given: Mapping[str, object]) -> None:
     from llmtune.recipe.arguments import check_arguments  # not for --help: it brings pydantic
 
     check_arguments(function, given)
 
 
-def run_recipe(
-    recipe: str | Path,
-    sets: Sequence[str],
-    *,
-    out: Path | None,
-    until: str,
-    layout: Layout | None = None,
-    resume: bool = False,
-    fresh: bool = False,
-    lock: Path | None = None,
-    threads: int | None = None,
-    dry_run: bool = False,
-    device: str | None = None,
-    offline: bool = False,
-    console: Console,
-) -> Json:
-    """Run a recipe in this process and those that were started with it; return what report.json holds, in rank 0.
-
-    `layout` is what a dry run plans for.
-    """
+def run_recipe(recipe: str | Path, sets: Sequence[str], request: RunRequest, console: Console) -> Json:
+    """Run a recipe in this process and those that were started with it; return what report.json holds, in rank 0."""
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets)
     RecipeError.collect(why_not(stated_strategy(), loaded.recipe))
-    prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
+    prepare_environment(network=names_remote(loaded.recipe) and not request.offline, threads=request.threads)
     _agree(loaded)
-    from llmtune.store.run_folder import default_path
-
-    path = out or default_path(loaded.recipe.name, loaded.fingerprint)
     from llmtune.launch.unchanged_run import finish_noted
     from llmtune.report.junit import failures_in_junit
     from llmtune.report.render_terminal import spinner
+    from llmtune.store.run_folder import default_path
 
-    once(lambda: _peek(loaded, path, resume=resume, fresh=fresh, lock=lock))  # before anything is written there
-    first = rank() == 0
-    with failures_in_junit(path, loaded.recipe.name) if first and not dry_run else nullcontext():
+    path = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
+    once(lambda: _peek(loaded, path, request))  # before anything is written there
+    notes = rank() == 0 and not request.dry_run
+    with failures_in_junit(path, loaded.recipe.name) if notes else nullcontext():
         known: Json = {}
-        look = partial(_look_first, loaded, path, until, console, known=not (fresh or dry_run or lock), dry_run=dry_run)
-        if once(lambda: bool(known.update(look()) or known)):
+        if once(lambda: bool(known.update(_look_first(loaded, path, request, console)) or known)):
             return known
         with spinner(console, "loading the libraries"), gc_paused():
-            from llmtune.model.device import check_card
+            from llmtune.launch.dry_run import dry_run
             from llmtune.pipeline import run_pipeline
-            from llmtune.session import Options
 
-        if device is not None:
-            check_card(device)
-        options = Options(out, resume, fresh, lock, offline, dry_run, device, until, layout=layout)
-        with finish_noted(loaded, path, until) if first and not dry_run else nullcontext():
-            return run_pipeline(loaded, options, console)
+        if request.dry_run:
+            return {} if rank() else dry_run(loaded, request, console)
+        with finish_noted(loaded, path, request.until) if notes else nullcontext():
+            return run_pipeline(loaded, request, console)
 
 
 def _agree(loaded: LoadedRecipe) -> None:
@@ -178,18 +155,18 @@ def _agree(loaded: LoadedRecipe) -> None:
     )
 
 
-def _peek(loaded: LoadedRecipe, path: Path, *, resume: bool, fresh: bool, lock: Path | None) -> None:
+def _peek(loaded: LoadedRecipe, path: Path, request: RunRequest) -> None:
     from llmtune.store.run_folder import peek_run
     from llmtune.store.run_lock import read_pins
 
-    peek_run(path, loaded.fingerprint, resume=resume, fresh=fresh)
-    if lock is not None:
-        read_pins(lock)
+    peek_run(path, loaded.fingerprint, resume=request.resume, fresh=request.fresh)
+    if request.lock is not None:
+        read_pins(request.lock)
 
 
-def _look_first(loaded: LoadedRecipe, path: Path, until: str, console: Console, *, known: bool, dry_run: bool) -> Json:
-    """Check what needs no torch; return the report of a run that has nothing left to do, if that may be `known`."""
-    from llmtune.launch.recipe_check import check_recipe, check_rows, marks_left
+def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: Console) -> Json:
+    """Check what needs no torch; return the report of a run that has nothing left to do."""
+    from llmtune.launch.recipe_check import check_recipe, marks_left, try_recipe_rows
     from llmtune.launch.unchanged_run import find_unchanged, print_unchanged
 
     if again := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
@@ -197,17 +174,19 @@ def _look_first(loaded: LoadedRecipe, path: Path, until: str, console: Console, 
     for line in marks_left(loaded):
         console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
-    if dry_run:
+    if request.dry_run:
         from llmtune.data.ingest import TRIED_ROWS
 
-        check_rows(loaded, detected, split_up_to=TRIED_ROWS)
-    report = find_unchanged(loaded, path, until) if known else None
+        try_recipe_rows(loaded, detected, split_up_to=TRIED_ROWS)
+    if request.fresh or request.dry_run or request.lock:
+        return {}
+    report = find_unchanged(loaded, path, request.until)
     if report is not None:
         print_unchanged(report, path, console)
     return report or {}
 
 
-def write_test_file(recipe: str, sets: Sequence[str], *, out: Path | None, file: Path, console: Console) -> None:
+def write_test_file(recipe: str, sets: Sequence[str], out: Path | None, file: Path, console: Console) -> None:
     """Write the test rows of a recipe that was prepared into a file, and print the line for the recipe."""
     from llmtune.data.preparation import write_test_rows
     from llmtune.data.row_store import load_rows
@@ -221,7 +200,7 @@ def write_test_file(recipe: str, sets: Sequence[str], *, out: Path | None, file:
     console.print(f"test rows written to {file}. Set in data: {line}", highlight=False, markup=False)
 
 
-def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:
+def evaluate_folder(run: Path, sets: Sequence[str], request: RunRequest, console: Console) -> Json:
     """Score a finished run again, with some settings changed; return what report.json holds."""
     from llmtune.evaluate.champion import open_champion
     from llmtune.report.render_terminal import spinner
@@ -229,11 +208,11 @@ def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offl
 
     loaded = recipe_of_run(read_run(run), sets)
     open_champion(loaded.recipe, run)
-    prepare_environment(network=studies_remote(loaded.recipe) and not offline, threads=threads)
+    prepare_environment(network=studies_remote(loaded.recipe) and not request.offline, threads=request.threads)
     with spinner(console, "loading the libraries"), gc_paused():
         from llmtune.pipeline import evaluate_run
 
-    return evaluate_run(loaded, run, console, offline=offline)
+    return evaluate_run(loaded, run, console, offline=request.offline)
 
 
 def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:

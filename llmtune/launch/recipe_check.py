@@ -40,7 +40,7 @@ def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
     return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
 
 
-def check_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split_up_to: int = FEW_ROWS) -> None:
+def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split_up_to: int = FEW_ROWS) -> None:
     """Refuse rows that `prepare` would refuse as a whole: by all rows of small files, by the first of large ones.
 
     Up to `split_up_to` different rows are deduplicated and split too, which takes longer.

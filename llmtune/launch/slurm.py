@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.records import Json
 from llmtune.store.run_folder import REPORTS, default_path, peek_run
 from llmtune.store.run_lock import read_pins
+from llmtune.store.run_request import RunRequest
 
 INSTALL = "Submit on a machine of the cluster, such as its login node; --dry-run prints the script anywhere."
 SAVE_SECONDS = 120
@@ -64,7 +66,7 @@ export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) PORT=$(
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A recipe on its way to a scheduler."""
 
     loaded: LoadedRecipe
@@ -74,35 +76,23 @@ class Job:
     options: tuple[str, ...] = ()
     """More options of `launch local`, such as `--set` and its value."""
 
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.loaded.recipe.name
 
-    def command(self, program: str, recipe: str, folder: str, rank: str = "", address: str = "") -> str:
-        """Return the line for the shell of each machine; `rank` and `address` are what its variables say there."""
-        where = self.topology
-        words = ["launch", "local", recipe, "--out", folder, "--processes", str(where.processes)]
-        words += ["--strategy", where.strategy, "--max-restarts", str(where.max_restarts), *self.options]
-        line = f"{program} {shlex.join(words)}"
-        if where.machines == 1:
-            return line
-        return f'{line} --machines {where.machines} --rank "{rank}" --address "{address}"'
-
-
-def plan_job(recipe: str, sets: Sequence[str], out: Path | None, topology: Topology, options: tuple[str, ...]) -> Job:
+def plan_job(recipe: str, sets: Sequence[str], request: RunRequest, topology: Topology) -> SlurmJob:
     """Check a recipe as `launch local` will and say where it runs; raises LlmtuneError for all that it would refuse."""
     loaded = load_recipe(recipe, sets)
     RecipeError.collect(why_not(topology.strategy, loaded.recipe))
-    job = Job(loaded, out or default_path(loaded.recipe.name, loaded.fingerprint), topology, options)
-    peek_run(job.folder, loaded.fingerprint)
-    if "--lock" in options:
-        read_pins(Path(options[options.index("--lock") + 1]))
+    folder = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
+    peek_run(folder, loaded.fingerprint)
+    lock = None
+    if request.lock is not None:
+        read_pins(request.lock)
+        lock = Path(os.path.relpath(request.lock))  # from the folder that the job is submitted from
     check_recipe(loaded)
-    return job
+    stated = [word for one in sets for word in ("--set", one)]
+    return SlurmJob(loaded, folder, topology, (*stated, *replace(request, out=None, lock=lock).words()))
 
 
-def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (), *, requeue: bool = True) -> str:
+def slurm_script(job: SlurmJob, options: Mapping[str, str], more: Sequence[str] = (), *, requeue: bool = True) -> str:
     """Return the job script; `options` are sbatch's own by name, `more` whole ones as sbatch reads them.
 
     Raises RecipeError for an array of jobs.
@@ -116,7 +106,7 @@ def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (),
     log = str(job.folder.absolute()).replace("%", "%%")
     cpus = options.get("cpus-per-task", str(job.topology.processes))
     stated = {
-        "job-name": job.name,
+        "job-name": job.loaded.recipe.name,
         "nodes": str(job.topology.machines),
         "ntasks-per-node": "1",
         "cpus-per-task": cpus,
@@ -127,8 +117,21 @@ def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (),
     }
     lines = [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in stated.items()]
     lines += [f"#SBATCH --{'requeue' if requeue else 'no-requeue'}", *(f"#SBATCH {option}" for option in more)]
-    program, recipe = f"{shlex.quote(sys.executable)} -m llmtune", str(job.loaded.file)
-    command = job.command(program, recipe, str(job.folder.absolute()), "$SLURM_PROCID", "$HEAD:$PORT")
+    where = job.topology
+    words = [
+        sys.executable,
+        "-m",
+        "llmtune",
+        "launch",
+        "local",
+        str(job.loaded.file),
+        "--out",
+        str(job.folder.absolute()),
+    ]
+    words += ["--processes", str(where.processes), "--strategy", where.strategy]
+    command = shlex.join([*words, "--max-restarts", str(where.max_restarts), *job.options])
+    if where.machines > 1:
+        command += f' --machines {where.machines} --rank "$SLURM_PROCID" --address "$HEAD:$PORT"'
     if broken := [one for one in (*lines, command) if len(one.splitlines()) > 1]:
         what = f"a line break in {broken[0]!r} would end a line of the job script"
         raise RecipeError.of(what, "launch slurm", "Write the value into the recipe file, or rename the file.")
@@ -142,23 +145,23 @@ def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (),
     )
 
 
-def submit(job: Job, script: str, console: Console) -> Json:
+def submit(job: SlurmJob, script: str, console: Console) -> Json:
     """Give the script to sbatch; return the job's number and its log. Raises EnvironmentProblem where Slurm refuses."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    number = call(["sbatch", "--parsable"], INSTALL, script).split(";")[0]
+    number = call_scheduler(["sbatch", "--parsable"], script).split(";")[0]
     log = f"{job.folder.absolute()}.slurm-{number}.log"
     console.print(f"Job {number} is submitted; its log: {log}\nCancel it: scancel {number}", highlight=False)
     return {"job": number, "log": log, "folder": str(job.folder.absolute())}
 
 
-def follow(job: Job, sent: Json, console: Console) -> None:
+def follow_job(job: SlurmJob, sent: Json, console: Console) -> None:
     """Show the job's log and states until it has ended; bring the report here where the run folder is not shared.
 
     Raises LlmtuneError, with the exit code of the job, where it failed.
     """
     state, seen = "", 0
     while True:
-        found = _show(sent["job"])
+        found = _job_record(sent["job"])
         seen = _print_new(Path(sent["log"]), seen, console)
         if found["JobState"] != state:
             state = found["JobState"]
@@ -174,13 +177,13 @@ def follow(job: Job, sent: Json, console: Console) -> None:
         raise _failure(sent, state, found["ExitCode"])
 
 
-def call(words: Sequence[str], install: str, stdin: str | None = None) -> str:
-    """Run a scheduler's own command and return what it prints.
+def call_scheduler(words: Sequence[str], stdin: str | None = None) -> str:
+    """Run a command of Slurm and return what it prints.
 
     Raises EnvironmentProblem where it is not installed or refuses.
     """
     if shutil.which(words[0]) is None:
-        raise EnvironmentProblem.of(f"there is no command {words[0]} here", words[0], install)
+        raise EnvironmentProblem.of(f"there is no command {words[0]} here", words[0], INSTALL)
     done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
@@ -188,8 +191,8 @@ def call(words: Sequence[str], install: str, stdin: str | None = None) -> str:
     return done.stdout.strip()
 
 
-def _show(number: str) -> dict[str, str]:
-    shown = call(["scontrol", "show", "job", "-o", number], INSTALL)
+def _job_record(number: str) -> dict[str, str]:
+    shown = call_scheduler(["scontrol", "show", "job", "-o", number])
     return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
 
@@ -203,36 +206,28 @@ def _print_new(log: Path, seen: int, console: Console) -> int:
     return seen
 
 
-def _bring_report(job: Job, found: Mapping[str, str], console: Console) -> None:
+def _bring_report(job: SlurmJob, found: Mapping[str, str], console: Console) -> None:
     """Fetch the report from the disk of the machine that ran the job, through Slurm itself."""
     place = [f"--nodelist={found['BatchHost']}", f"--partition={found['Partition']}", "--nodes=1", "--ntasks=1"]
     pack = ["tar", "-cz", "-C", str(job.folder.absolute()), *REPORTS]
     words = ["srun", "--quiet", "--immediate=60", "--chdir=/", *place, *pack]
     packed = subprocess.run(words, capture_output=True, check=False)  # noqa: S603
-    unpack_report(packed.stdout, job.folder, console)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(packed.stdout), mode="r:gz") as archive:
+            members = [member for member in archive if member.name in REPORTS and member.isfile()]
+            job.folder.mkdir(parents=True, exist_ok=True)
+            archive.extractall(job.folder, members, filter="data")
+    except (tarfile.TarError, EOFError, OSError):
+        return
+    if members:
+        console.print(f"The report is here: {job.folder / REPORTS[0]}", markup=False, highlight=False)
 
 
 def _failure(sent: Json, state: str, exit_code: str) -> LlmtuneError:
+    """Return the error that makes this command end with the exit code of the job."""
     code = int(exit_code.split(":")[0])
     what = f"job {sent['job']} ended: {state.lower()}, exit code {code}"
-    return fail_as(code, what, f"Its log says why: {sent['log']}. The same command again goes on from what is saved.")
-
-
-def fail_as(code: int, what: str, fix: str) -> LlmtuneError:
-    """Return the error that makes this command end with the exit code of the job."""
+    problem = Problem(what, fix=f"Its log says why: {sent['log']}. The same command again resumes from what is saved.")
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        return Stopped(Problem(what, fix=fix), signal_number=code - 128)
-    return BY_EXIT_CODE.get(code, EnvironmentProblem)(Problem(what, fix=fix))
-
-
-def unpack_report(packed: bytes, folder: Path, console: Console) -> None:
-    """Unpack the report's files, as `tar -cz` has packed them, into a folder, and say where they are."""
-    try:
-        with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:
-            members = [member for member in archive if member.name in REPORTS and member.isfile()]
-            folder.mkdir(parents=True, exist_ok=True)
-            archive.extractall(folder, members, filter="data")
-    except (tarfile.TarError, EOFError, OSError):
-        members = []
-    if members:
-        console.print(f"The report is here: {folder / REPORTS[0]}", markup=False, highlight=False)
+        return Stopped(problem, signal_number=code - 128)
+    return BY_EXIT_CODE.get(code, EnvironmentProblem)(problem)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -23,7 +22,7 @@ from llmtune.store.atomic_files import hash_file, hash_value, write_json
 from llmtune.store.machine import likely_device
 from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run
 from llmtune.store.run_lock import LOCK, package_versions
-from llmtune.store.verification import verify
+from llmtune.store.verification import verify_run
 
 CONCLUDING = ("evaluate", "run")
 """The last steps after which a run has its verdict."""
@@ -60,7 +59,7 @@ def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
     folder = read_run(path)
     if folder.manifest.get("finished") != _hash_command(loaded, folder, until):
         return None
-    findings = verify(path, strict=True).findings
+    findings = verify_run(path, strict=True).findings
     if any(finding.state != "same" for finding in findings if finding.kind not in LOOSE):
         return None
     steps = [step | {"skipped": True} for step in report["steps"]]
@@ -84,7 +83,7 @@ def print_unchanged(report: Json, path: Path, console: Console) -> None:
         console.print(f"[bold cyan]{step['name']}[/] [dim]unchanged, skipped[/]")
     gates = tuple(TypeAdapter(list[GateResult]).validate_python(report["gates"]))
     if evaluation := load_evaluation(path / "evaluation"):
-        print_scores(replace(evaluation, gates=gates), console)
+        print_scores(evaluation, console)
     print_verdict(Verdict(**report["verdict"]), gates, console)
     console.print(read_run(path).findings.get("next_steps", ""), highlight=False, markup=False, soft_wrap=True)
     require_gates(gates, report)

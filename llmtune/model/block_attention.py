@@ -1,4 +1,4 @@
-"""Attention within each of several documents that stand in one row, by plain products; no mask over the whole row.
+"""Attention within each of several documents packed in one row, by plain products, without a mask over the row.
 
 Torch's own attention on a CPU is slow backward in bfloat16: on documents of a hundred tokens these products take less
 than half of its time. Shapes: H heads, K key/value heads, G = H / K, T positions, D and E head widths of keys and
@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 256
-"""Queries at a time, so that the scores of a long document never stand in memory whole."""
+"""Queries at a time, so that the scores of a long document are never in memory at once."""
 
 _KEPT = 192
 """Keys up to which the weights of a block are kept for the backward pass, and not computed again."""
@@ -30,11 +30,11 @@ class _Block(NamedTuple):
     first: int
     last: int
     prefix: slice
-    """Keys that stand before these, elsewhere in the row."""
+    """Keys of a shared prefix, elsewhere in the row."""
 
     @property
     def before(self) -> int:
-        """Keys that stand elsewhere."""
+        """Keys of the prefix."""
         return int(self.prefix.stop - self.prefix.start)
 
     @property
@@ -122,7 +122,7 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             scaled_HTD = query[0] * scale
             for block in blocks:
-                weights_KQN = _weights(scaled_HTD, key[0], block, window, causal)
+                weights_KQN = _attention_weights(scaled_HTD, key[0], block, window, causal)
                 if block.is_short:
                     short.append(weights_KQN)
                 found_KQE = torch.bmm(weights_KQN, block.take(value[0]))
@@ -144,7 +144,7 @@ class _Attention(torch.autograd.Function):
         dv_KTE = torch.zeros(value.shape[1:], dtype=summed, device=key.device)
         scaled_HTD = query[0] * ctx.scale
         for block in ctx.blocks:
-            weights_KQN = next(saved) if block.is_short else _weights(scaled_HTD, key[0], block, *ctx.options)
+            weights_KQN = next(saved) if block.is_short else _attention_weights(scaled_HTD, key[0], block, *ctx.options)
             out_HQE = gradient_1THE[0, block.start : block.end].transpose(0, 1)
             out_KQE = out_HQE.reshape(key.shape[1], -1, value.shape[3])
             block.add(dv_KTE, torch.bmm(weights_KQN.transpose(1, 2), out_KQE))
@@ -157,7 +157,7 @@ class _Attention(torch.autograd.Function):
         return dq_HTD[None], dk_KTD.to(key.dtype)[None], dv_KTE.to(value.dtype)[None], None, None, None, None
 
 
-def _weights(
+def _attention_weights(
     scaled_HTD: torch.Tensor, key_KTD: torch.Tensor, block: _Block, window: int | None, causal: bool
 ) -> torch.Tensor:
     """Return what each query of a block gives to the keys that it sees: [K, G * Q, N], rows add up to one."""

@@ -33,7 +33,7 @@ class PackagedModel:
     difference: str
     """What the package's copy differs in."""
     convert: Convert | None = None
-    """None: a script beside the recipes converts it."""
+    """None: a script next to the recipes converts it."""
     script: str | None = None
     """The script, below the folder of recipes."""
     conversion: int = 1
@@ -77,7 +77,7 @@ def resolve_builtin(name: str, console: Console, convert: Convert | None = None)
 
 
 def _find_file(name: str, entry: PackagedModel) -> Path:
-    """Return the file of the weights, found whole."""
+    """Return the file of the weights, verified."""
     try:
         file = Path(str(importlib.metadata.distribution(entry.distribution).locate_file(entry.file)))
     except importlib.metadata.PackageNotFoundError:
@@ -149,9 +149,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def convert_folder(file: Path, folder: Path) -> None:
-    """Copy the weights `file` as it is, with the configuration and the tokenizer that lie beside it.
+    """Copy the weights `file` as it is, with the configuration and the tokenizer next to it.
 
-    A model for sentence vectors has a tokenizer that by itself cuts and pads every text to one length: no longer.
+    The tokenizer of a model for sentence vectors truncates and pads every text to one length; that is switched off.
     """
     from tokenizers import Tokenizer
 

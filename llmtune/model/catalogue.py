@@ -19,19 +19,6 @@ from llmtune.records import ModelRef
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
 
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "chat": ("decoder",),
-    "completion": ("decoder",),
-    "preference": ("decoder",),
-    "translate": ("decoder", "encoder-decoder"),
-    "summarize": ("decoder", "encoder-decoder"),
-    "qa": ("encoder", "decoder", "encoder-decoder"),
-    "classify": ("encoder", "decoder"),
-    "token-classify": ("encoder",),
-    "speech": ("speech",),
-}
-"""By task, the kinds of models that do it."""
-
 
 @dataclass(frozen=True)
 class CatalogueModel:
@@ -52,7 +39,7 @@ class CatalogueModel:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that it can be tuned for."""
-        return tuple(task for task, kinds in KINDS.items() if self.kind in kinds)
+        return tuple(task for task, facts in TASK_FACTS.items() if self.kind in facts.models)
 
     def write_config(self, folder: Path) -> ModelRef:
         """Write its configuration as transformers reads it; returns a reference that has no weights."""
@@ -105,16 +92,16 @@ def read_catalogue() -> dict[str, CatalogueModel]:
     }
 
 
-def find_model(name: str) -> CatalogueModel:
+def find_catalogue_model(name: str) -> CatalogueModel:
     """Return a model by its name, or the end of it. Raises RecipeError where there is none, or more than one."""
     known = read_catalogue()
-    found = [one for one in known if one.lower() == name.lower()] or [
+    matches = [one for one in known if one.lower() == name.lower()] or [
         one for one in known if one.lower().rpartition("/")[2] == name.lower()
     ]
-    if len(found) != 1:
+    if len(matches) != 1:
         fix = f"{nearest(name, list(known))} `llmtune models list` shows all; any other model can be named in a recipe."
         raise RecipeError.of(f"the catalogue has no model {name!r}", "llmtune models", fix.strip())
-    return known[found[0]]
+    return known[matches[0]]
 
 
 def select_models(query: ModelQuery) -> tuple[list[CatalogueModel], dict[str, str]]:
@@ -150,10 +137,10 @@ def candidate_names(recipe: Recipe) -> tuple[str, ...]:
         return wanted or ()
     query = ModelQuery(recipe.task, (), wanted.language, wanted.family, wanted.max_parameters)
     try:
-        found, _ = select_models(query)
+        models, _ = select_models(query)
     except RecipeError as error:
         raise RecipeError(*(replace(one, where="model.candidates") for one in error.problems)) from None
-    if not found:
+    if not models:
         fix = f"`llmtune models list --task {recipe.task}` shows what there is; ask for less."
         raise RecipeError.of("no model of the catalogue is all that is asked for", "model.candidates", fix)
-    return tuple(model.name for model in found)
+    return tuple(model.name for model in models)

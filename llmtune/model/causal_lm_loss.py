@@ -33,7 +33,7 @@ def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> L
     if takes_shared_prefixes(unwrap(model)):
         batch = share_prefixes(batch)
     targets = {"predict_S": batch["predict_S"], "targets_S": batch["targets_S"], "choices": by_row}
-    output = model(**_inputs(model, batch), **targets)
+    output = model(**_decoder_arguments(model, batch), **targets)
     losses_S = weigh_by_probability(output["losses_S"], model)
     return _sum_up(losses_S, output["correct_S"] if by_row else None, batch)
 
@@ -66,7 +66,7 @@ def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the logits [S, V] from which the supervised tokens of `batch` are predicted, as the model gives them."""
     accepted = accepted_arguments(type(unwrap(model)))  # type: ignore[arg-type]
     predict_S, width = batch["predict_S"], batch["input_ids"].shape[1]
-    inputs = _inputs(model, batch)
+    inputs = _decoder_arguments(model, batch)
     row_S, column_S = predict_S // width, predict_S % width + virtual_tokens(model)
     if "logits_to_keep" not in accepted:
         return cast(torch.Tensor, model(**inputs).logits[row_S, column_S])
@@ -76,19 +76,19 @@ def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return cast(torch.Tensor, model(**inputs, logits_to_keep=columns_C).logits[row_S, index_S])
 
 
-def _inputs(model: torch.nn.Module, batch: Batch) -> dict[str, object]:
+def _decoder_arguments(model: torch.nn.Module, batch: Batch) -> dict[str, object]:
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-    own = ("attention_mask", "position_ids") if _prompt_config(model) is None else ("attention_mask",)
-    inputs |= {key: batch[key] for key in own if key in batch and key in accepted}
+    keys = ("attention_mask", "position_ids") if _prompt_config(model) is None else ("attention_mask",)
+    inputs |= {key: batch[key] for key in keys if key in batch and key in accepted}
     if inner.config._attn_implementation == PACKED:
         inputs |= {key: batch[key] for key in _PACKING_KEYS if key in batch}
     return inputs
 
 
 def virtual_tokens(model: torch.nn.Module) -> int:
-    """Return how many logits stand before those of the text: one for each vector that prompt tuning puts there."""
+    """Return how many logits precede those of the text: one for each virtual token of prompt tuning."""
     config = _prompt_config(model)
     decodes = config is not None and config.task_type == "CAUSAL_LM"
     before = decodes and config.peft_type in ("PROMPT_TUNING", "P_TUNING")
@@ -118,18 +118,18 @@ def accepted_arguments(model_class: type[torch.nn.Module]) -> frozenset[str]:
 READ = ("input_ids", "attention_mask", "token_type_ids", "input_features", "input_values")
 """What models read, by its name in a batch."""
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", LENGTHS)
-"""What they read beside that of a packed row; positions follow from it."""
+"""Further inputs of a packed row; positions follow from them."""
 
 
 def move_to(device: torch.device | str, batch: Batch) -> Batch:
-    """Return a batch whose tensors are on the device; numbers and settings beside them stay as they are."""
+    """Return a batch whose tensors are on the device; other values stay as they are."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
 
 
-def read_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
+def model_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     """Return what of a batch this model reads; features of sound in the number format of its weights."""
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]

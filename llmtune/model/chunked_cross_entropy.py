@@ -1,4 +1,4 @@
-"""The output head and the cross-entropy in one, a chunk of tokens at a time: logits never stand in memory whole.
+"""The output head and the cross-entropy in one, a chunk of tokens at a time, so that logits never fill the memory.
 
 It is taken inside the model's own `forward`, so that PEFT, DDP and FSDP wrap it with the rest. Where the head is frozen
 the gradient of what it reads is made in the forward pass, while a chunk's logits are at hand; where it is trained, its
@@ -21,11 +21,11 @@ from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 
 CHUNK_ELEMENTS = 1 << 24
-"""Logits that stand in the compute format at a time: 32 MiB in 16 bits."""
+"""Logits in the compute format at a time: 32 MiB in 16 bits."""
 _FLOAT32_ELEMENTS = 1 << 22
-"""Whole logits of which a copy stands in float32 at a time: 16 MiB."""
+"""Complete logits that are copied to float32 at a time: 16 MiB."""
 _PIECE_ELEMENTS = 1 << 19
-"""Logits that stand in float32 at a time on a CPU: they stay in its cache."""
+"""Logits in float32 at a time on a CPU: they fit its cache."""
 _MARK = "_llmtune_head_loss"
 
 
@@ -46,9 +46,9 @@ def install_head_loss(model: PreTrainedModel) -> bool:
     head, backbone = model.get_output_embeddings(), model.base_model
     if backbone is model or type(head) is not torch.nn.Linear or not type(model).__module__.startswith("transformers."):
         return False
-    own = type(model).forward
+    original = type(model).forward
 
-    @wraps(own)
+    @wraps(original)
     def forward(
         self: PreTrainedModel,
         *args: object,
@@ -58,7 +58,7 @@ def install_head_loss(model: PreTrainedModel) -> bool:
         **kwargs: object,
     ) -> object:
         if targets_S is None:
-            return own(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         hidden_BTD = self.base_model(*args, **kwargs)[0]
         hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[predict_S]
         return head_loss(hidden_SD, self.get_output_embeddings(), targets_S, logit_shape(self.config), choices)
@@ -76,7 +76,7 @@ def remove_head_loss(model: PreTrainedModel) -> None:
 
 
 def takes_head_loss(model: PreTrainedModel) -> bool:
-    """Whether the model inside all wrappers takes its loss at the head, as things stand.
+    """Whether the model inside all wrappers currently takes its loss at the head.
 
     A head with an adapter of its own, or one with a hook, is called as any other module.
     """

@@ -1,4 +1,4 @@
-"""Which device computes, in which number format, how much memory it has, and what if that runs out."""
+"""The device: number format, memory, and what happens when that runs out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
 from llmtune.recipe.schema import Recipe
 from llmtune.report.number_format import size as format_bytes
-from llmtune.store.machine import memory_limit as process_memory_limit
+from llmtune.store.machine import process_memory_limit
 
 CARDS: Mapping[str, tuple[float, float]] = {
     "b200": (180e9, 2250e12),
@@ -77,7 +77,7 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 def loading_device(recipe: Recipe, device: str) -> tuple[str, Recipe]:
     """Return where a model that is cut over devices is loaded, and the recipe with the number format of `device`.
 
-    That is main memory, but for kernels and a format that a CPU has not.
+    Main memory, unless a kernel or dtype is unavailable on CPU.
     """
     dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     named = recipe.model.model_copy(update={"dtype": dtype})
@@ -92,7 +92,13 @@ def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[o
     return torch.autocast(device.split(":")[0], dtype=dtype)
 
 
-def memory_limit(device: str) -> int | None:
+def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:
+    """Return the number format of the forward pass: autocast's where it is on, the weights' elsewhere."""
+    kind = device.split(":")[0]
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
+
+
+def device_memory(device: str) -> int | None:
     """Return the bytes that `device` has in total, free or not; None where it cannot be known.
 
     Of a card by name, which need not be here, what its driver leaves. On a CPU: the least of RAM, the control group's
@@ -142,7 +148,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def fits_in_memory(work: Callable[[], object]) -> bool:
-    """Do `work`; return False if memory ran out in it. `release_memory` then gives back what it left behind."""
+    """Run `work`; return False if memory ran out. `release_memory` then frees what it left."""
     try:
         work()
     except MEMORY_ERRORS as error:
@@ -152,12 +158,24 @@ def fits_in_memory(work: Callable[[], object]) -> bool:
     return True
 
 
+REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What models raise for inputs that they were not made for."""
+
+
+class SuppressRefusal(AbstractContextManager[None]):
+    """End the block early where a model refuses inputs that are tried on it; running out of memory passes."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """Return whether the error is suppressed."""
+        return isinstance(error, REFUSALS) and not is_out_of_memory(error)
+
+
 def release_memory() -> None:
-    """Give back what is no longer used, so that a smaller attempt or another model finds the room."""
+    """Free unused memory for a smaller attempt or another model."""
     gc.collect()  # a model's modules refer to one another
     torch.cuda.empty_cache()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)  # glibc keeps what is freed, for each thread apart: room of gradients is none for weights
+        trim(0)  # glibc keeps a free list per thread, so memory freed by gradients cannot be reused for weights
 
 
 @contextmanager
@@ -175,7 +193,7 @@ def explain_oom(doing: str, device: str) -> Iterator[None]:
             free, total = torch.cuda.mem_get_info()
             memory = f"{format_bytes(total)}, of which {format_bytes(free)} are free"
         else:
-            memory = format_bytes(limit) if (limit := memory_limit(device)) else "too little"
+            memory = format_bytes(limit) if (limit := device_memory(device)) else "too little"
         raise EnvironmentProblem.of(
             f"out of memory while {doing}: {device} has {memory}",
             "model.name",

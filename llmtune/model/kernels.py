@@ -1,4 +1,4 @@
-"""Faster kernels that a recipe asks for: what is missing for them, Liger's put into a model, and fused norms."""
+"""Faster kernels that a recipe asks for: missing requirements, Liger's kernels, and fused norms."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def fuse_norms(model: torch.nn.Module) -> int:
         if kind not in verdicts:
             verdicts[kind] = _is_plain(module, float(eps))
         if verdicts[kind]:
-            module.forward = MethodType(_forward, module)
+            module.forward = MethodType(_norm_forward, module)
             count += 1
     return count
 
@@ -106,11 +106,11 @@ def _is_plain(module: torch.nn.Module, eps: float) -> bool:
     generator = torch.Generator().manual_seed(0)
     like = cast(torch.Tensor, module.weight)
     x, weight = (torch.randn(shape, generator=generator).to(like) for shape in ((3, len(like)), (len(like),)))
-    own = functional_call(module, {"weight": weight}, (x,))
-    return torch.equal(own, _RootMeanSquare.apply(x, weight, eps))  # type: ignore[no-untyped-call]
+    expected = functional_call(module, {"weight": weight}, (x,))
+    return torch.equal(expected, _RootMeanSquare.apply(x, weight, eps))  # type: ignore[no-untyped-call]
 
 
-def _forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     if self.weight.requires_grad:
         return cast(torch.Tensor, type(self).forward(self, hidden_states))
     out = _RootMeanSquare.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]

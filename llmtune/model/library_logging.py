@@ -1,4 +1,4 @@
-"""What the libraries say that a user can neither fix nor use, kept off the console."""
+"""Library messages that a user can neither fix nor use, kept off the console."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 def unreported() -> Iterator[None]:
     """Hide transformers' table of weights that were missing or left over: we check them, and say what matters.
 
-    By a filter: at a level of its own this logger has transformers tell which layers no plan of parallelism names. What
-    goes to standard output, which is for results, is hidden too: gptqmodel's banner.
+    A filter, not a level: at another level transformers logs more. Standard output, which is for results, is hidden
+    too: gptqmodel prints a banner.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_no_report)

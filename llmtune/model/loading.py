@@ -124,7 +124,7 @@ def _check_readable(
 
 
 def _check_positions(model: PreTrainedModel, model_ref: ModelRef, recipe: Recipe) -> None:
-    """Raise RecipeError where rows as long as the recipe allows change the positions of those beside them."""
+    """Raise RecipeError where rows as long as the recipe allows change the positions of other rows in the batch."""
     longest = recipe.data.max_length
     if positions_depend_on_neighbours(model, longest):
         first = bisect_left(range(longest), True, key=lambda length: positions_depend_on_neighbours(model, length))
@@ -153,7 +153,7 @@ def _check_packing(
     packs, decodes = task.packs and recipe.data.packing, task.auto_class == CAUSAL
     if packs and (apart := recipe.needs_rows_apart):
         packs, reason = False, apart
-    if decodes and recipe.adapter.is_prompt:  # what it puts before a text is not what the short way to the loss counts
+    if decodes and recipe.adapter.is_prompt:  # the loss at the head does not count virtual tokens
         console.print(f"Rows are padded, those of like length together, because {reason}.", highlight=False)
         return packs
     if decodes:
@@ -256,14 +256,14 @@ def _load_weights(
             str(model_ref.path),
             "The folder is not whole, or it holds another kind of model than config.json says.",
         )
-    _refuse_no_numbers(model, model_ref)
+    _check_finite(model, model_ref)
     if recipe.adapter.method == "qlora":
         quantize_experts(model, recipe.adapter)
     return model if "device_map" in options else model.to(device), tuple(sorted(new))
 
 
 @torch.no_grad()
-def _refuse_no_numbers(model: PreTrainedModel, model_ref: ModelRef) -> None:
+def _check_finite(model: PreTrainedModel, model_ref: ModelRef) -> None:
     """Raise EnvironmentProblem where weights are NaN or infinite: whatever is computed with them is, too."""
     packed = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
     whole = [(name, weight) for name, weight in model.named_parameters() if not name.startswith(packed)]

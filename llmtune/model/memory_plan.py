@@ -1,4 +1,4 @@
-"""How much memory training will take, part by part, found on the meta device before anything heavy."""
+"""How much memory training will take, part by part, computed on the meta device before weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, linear_shapes
-from llmtune.model.device import memory_limit, resolve_dtype
+from llmtune.model.device import device_memory, resolve_dtype
 from llmtune.model.quantized_base import BaseQuantization, kept_quantization
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.peft_options import options_of
@@ -58,7 +58,7 @@ def plan_memory(
     """
     model_class, config = find_class(model_ref, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
-    plan = plan_skeleton(skeleton, recipe, task, tokens, device, memory_limit(device))
+    plan = plan_skeleton(skeleton, recipe, task, tokens, device, device_memory(device))
     return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout)
 
 
@@ -73,7 +73,7 @@ def plan_skeleton(
     causal, text = task.auto_class == "AutoModelForCausalLM", config.get_text_config()
     # Preferences are of likelihoods; the few logits of a classifier do not count.
     vocabulary = int(getattr(text, "vocab_size", 0)) if causal or task.predicts_tokens else 0
-    # Of a decoder those of one chunk of its loss stand in memory together.
+    # A decoder's loss keeps the logits of one chunk in memory.
     logits_at_once = min(tokens, max(1, CHUNK_ELEMENTS // vocabulary)) if causal and vocabulary else tokens
     logit_bytes = 3 * vocabulary * weight_bytes  # the logits, the gradient kept for them and the one handed on
     full, kept = recipe.adapter.method == "full", kept_quantization(config)
@@ -195,7 +195,7 @@ def check_context(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, long
 def context_length(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a model's positions reach; None where they have no end, or it is not stated.
 
-    RoBERTa and its relatives count positions from behind the padding token's number.
+    RoBERTa and its relatives number positions from the padding token's id plus one.
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
@@ -208,7 +208,7 @@ FROM_PADDING = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod"),
     *("mpnet", "longformer", "ibert", "luke", "esm"),
 )
-"""Model types whose first position stands behind the padding token's number."""
+"""Model types whose first position follows the padding token's id."""
 
 
 def _trained_sizes(
@@ -240,7 +240,7 @@ def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = Non
     `model.check_memory: false` turns the refusal into a warning.
     """
     console = console or Console(stderr=True)
-    console.print(_draw(plan))
+    console.print(_draw_plan(plan))
     if plan.limit is None or plan.total <= plan.limit:
         return
     if plan.lower_bound <= plan.limit:
@@ -328,7 +328,7 @@ def _quantized(skeleton: PreTrainedModel, inner: dict[str, tuple[int, int]]) -> 
 
 
 _FEW_WEIGHTS = ("ia3", "ln_tuning", "beft", "trainable_tokens", "adaption_prompt")
-"""Methods that train next to nothing beside the base."""
+"""Methods that train next to nothing."""
 
 
 def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -> list[int]:
@@ -368,7 +368,7 @@ def _kept_activations(
     return layers * hidden + layer if saves else layers * layer
 
 
-def _draw(plan: MemoryPlan) -> Table:
+def _draw_plan(plan: MemoryPlan) -> Table:
     each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
     table = Table(title=f"Memory plan ({plan.device}{each})", title_justify="left", show_footer=True)
     table.add_column("part", footer="total")

@@ -1,4 +1,4 @@
-"""Which of several models knows the user's rows best already: bits per byte of the answers, on a sample of them."""
+"""Which of several models predicts the user's rows best: bits per byte of the answers, on a sample."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.example import Example
 from llmtune.data.row_store import read_rows
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
@@ -25,7 +26,6 @@ from llmtune.model.catalogue import candidate_names, read_catalogue, refuse_lice
 from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.config import find_class
 from llmtune.model.device import compute_context, release_memory, resolve_dtype
-from llmtune.model.licenses import find_license
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import (
     context_length,
@@ -35,22 +35,22 @@ from llmtune.model.memory_plan import (
     resolve_checkpointing,
 )
 from llmtune.model.processor import load_processor
-from llmtune.model.resolve import resolve_model
+from llmtune.model.resolve import find_license, resolve_model
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example, Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
+from llmtune.records import Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.process_environment import is_remote_model
 
 ChooseTask = Callable[[ModelRef], TaskInterface]
 """Gives the form of the task that a model can do; raises RecipeError where there is none."""
 _SAMPLE_ROWS = 64
-"""Enough to tell models apart by more than a few per cent, few enough to take seconds."""
+"""Enough to distinguish models by more than a few per cent, few enough to take seconds."""
 _MEASURED_ROWS = 1000
-"""Training rows whose lengths are held against a model's context."""
+"""Training rows whose lengths are compared with a model's context."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class RankedModel:
     """One model in the ranking: its measure, or the reason why it is left out."""
 
     name: str
@@ -66,11 +66,11 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Ranking:
+class ModelRanking:
     """All candidates, the best first and those left out last, and the best."""
 
     chosen: ModelRef
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[RankedModel, ...]
     rows: int
     """Rows that every candidate was measured on."""
     split: str
@@ -88,11 +88,11 @@ class Ranking:
         }
 
 
-def read_ranking(described: Json) -> Ranking:
+def read_ranking(described: Json) -> ModelRanking:
     """Return what JSON holds of a ranking."""
     refs = {name: read_model_ref(one) for name, one in described["model_refs"].items()}
-    candidates = tuple(Candidate(**one) for one in described["candidates"])
-    return Ranking(refs[described["chosen"]["name"]], candidates, described["rows"], described["split"], refs)
+    candidates = tuple(RankedModel(**one) for one in described["candidates"])
+    return ModelRanking(refs[described["chosen"]["name"]], candidates, described["rows"], described["split"], refs)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Entrant:
 
 def rank_candidates(
     recipe: Recipe, choose: ChooseTask, rows: Rows, console: Console, folder: Path, device: str, offline: bool = False
-) -> Ranking:
+) -> ModelRanking:
     """Measure `model.candidates` on a seeded sample of the validation rows (of train if there are none), best first.
 
     Models are loaded one after the other. The ranking is printed and written to `ranking.json` in `folder`.
@@ -131,18 +131,18 @@ def rank_candidates(
     if not shared:
         problems = [Problem("there is no row that all candidates can encode")] if entrants else []
         raise none_left(out, *problems)
-    measured: list[Candidate] = []
+    measured: list[RankedModel] = []
     for entrant in entrants:
         bits = _bits_per_byte(entrant, shared, recipe, device, console)
-        measured.append(Candidate(entrant.model_ref.name, bits, None, entrant.plan.lower_bound, entrant.context))
+        measured.append(RankedModel(entrant.model_ref.name, bits, None, entrant.plan.lower_bound, entrant.context))
     measured.sort(key=lambda one: (math.isnan(one.bits_per_byte or 0), one.bits_per_byte or 0))
     by_name = {entrant.model_ref.name: entrant.model_ref for entrant in entrants}
-    ranking = Ranking(by_name[measured[0].name], (*measured, *out), len(shared), split, by_name)
+    ranking = ModelRanking(by_name[measured[0].name], (*measured, *out), len(shared), split, by_name)
     show_ranking(ranking, console, folder)
     return ranking
 
 
-def none_left(out: Sequence[Candidate], *problems: Problem) -> EnvironmentProblem:
+def none_left(out: Sequence[RankedModel], *problems: Problem) -> EnvironmentProblem:
     """Return the error where every candidate was left out, with the reason of each."""
     reasons = [Problem(f"{candidate.name} is left out: {candidate.reason}") for candidate in out]
     first = Problem("no candidate is left", "model.candidates", "Name other models.")
@@ -155,14 +155,14 @@ def _sample(rows: Rows, split: str, size: int, seed: int) -> dict[int, Row]:
     return dict(zip(indexes, read_rows(rows, split, indexes), strict=True))
 
 
-def show_ranking(ranking: Ranking, console: Console, folder: Path) -> None:
+def show_ranking(ranking: ModelRanking, console: Console, folder: Path) -> None:
     """Print a ranking and write it to `ranking.json` in `folder`."""
-    console.print(_draw(ranking))
+    console.print(_draw_ranking(ranking))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ranking.json").write_text(json.dumps(ranking.to_dict(), indent=2) + "\n", "utf-8")
 
 
-def _draw(ranking: Ranking) -> Table:
+def _draw_ranking(ranking: ModelRanking) -> Table:
     """Draw the table that shows why the first was taken."""
     title = f"Candidates by bits per byte on {ranking.rows} {ranking.split} rows (lower knows the rows better)"
     tried = any(candidate.steps for candidate in ranking.candidates)
@@ -191,25 +191,25 @@ def _number(value: float | None, form: str) -> str:
 
 def resolve_candidates(
     recipe: Recipe, choose: ChooseTask, console: Console, device: str, offline: bool
-) -> tuple[list[ModelRef], list[Candidate]]:
+) -> tuple[list[ModelRef], list[RankedModel]]:
     """Find every candidate; one that is not there, or cannot be used by what is known of it, is left out.
 
     Raises RecipeError for keys that have to be set first, EnvironmentProblem with all reasons where none is there.
     """
     refs: list[ModelRef] = []
-    out: list[Candidate] = []
+    out: list[RankedModel] = []
     missing: list[Problem] = []
     refused: list[Problem] = []
     for name in candidate_names(recipe):
-        if (reason := _refuse(name, recipe, choose, device, offline)) is not None:
-            out.append(Candidate(name, None, reason))
+        if (reason := _reason_against(name, recipe, choose, device, offline)) is not None:
+            out.append(RankedModel(name, None, reason))
             continue
         try:
             refs.append(resolve_model(name, recipe.model, console, offline))
         except (RecipeError, EnvironmentProblem) as error:
             named = [dataclasses.replace(problem, what=f"{name}: {problem.what}") for problem in error.problems]
             (refused if isinstance(error, RecipeError) else missing).extend(named)
-            out.append(Candidate(name, None, error.problems[0].what))
+            out.append(RankedModel(name, None, error.problems[0].what))
     RecipeError.collect(refused)
     if not refs:
         EnvironmentProblem.collect(missing)
@@ -217,7 +217,7 @@ def resolve_candidates(
     return refs, out
 
 
-def _refuse(name: str, recipe: Recipe, choose: ChooseTask, device: str, offline: bool) -> str | None:
+def _reason_against(name: str, recipe: Recipe, choose: ChooseTask, device: str, offline: bool) -> str | None:
     """Return why a candidate is left out before it is brought here: its licence, or what the catalogue has of it."""
     known, allowed = read_catalogue().get(name), recipe.model.licences
     if allowed:
@@ -245,20 +245,20 @@ def _too_large(plan: MemoryPlan, recipe: Recipe) -> str | None:
 def plan_candidates(
     recipe: Recipe, choose: ChooseTask, longest: int, device: str, console: Console, offline: bool
 ) -> dict[str, MemoryPlan]:
-    """Say what would be ranked and what would be left out, and bring nothing here; return the plans of what is known.
+    """Show which candidates would be ranked or left out, without downloads; return the plans of those that are known.
 
     Raises RecipeError where a query finds nothing, EnvironmentProblem where none would be left.
     """
     plans: dict[str, MemoryPlan] = {}
-    out: list[Candidate] = []
+    out: list[RankedModel] = []
     table = Table("model", "planned", "at least", "", title="Candidates", title_justify="left")
     names = candidate_names(recipe)
     for name in names:
-        reason, plan, model_ref = _refuse(name, recipe, choose, device, offline), None, None
+        reason, plan, model_ref = _reason_against(name, recipe, choose, device, offline), None, None
         try:
             with tempfile.TemporaryDirectory() as folder:
                 if reason is None:
-                    model_ref = describe_model(name, recipe, console, Path(folder), offline)
+                    model_ref = peek_model(name, recipe, console, Path(folder), offline)
                 if model_ref is not None:
                     plan = plans[name] = plan_candidate(model_ref, recipe, choose(model_ref), longest, device)
                     reason = _too_large(plan, recipe)
@@ -267,17 +267,17 @@ def plan_candidates(
         sizes = [format_bytes(plan.total), format_bytes(plan.lower_bound)] if plan else ["", ""]
         there = model_ref is not None and model_ref.content_hash
         table.add_row(name, *sizes, f"left out: {reason}" if reason else "" if there else "would be downloaded first")
-        out += [Candidate(name, None, reason)] if reason else []
+        out += [RankedModel(name, None, reason)] if reason else []
     console.print(table)
     if len(out) == len(names):
         raise none_left(out)
     return plans
 
 
-def describe_model(name: str, recipe: Recipe, console: Console, folder: Path, offline: bool) -> ModelRef | None:
-    """Return a model that is here; of one that would be downloaded its shape by the catalogue, without a hash, or None.
+def peek_model(name: str, recipe: Recipe, console: Console, folder: Path, offline: bool) -> ModelRef | None:
+    """Return a local model, or the catalogue's shape of one that would be downloaded (without a hash), or None.
 
-    Raises EnvironmentProblem where it cannot be had.
+    Raises EnvironmentProblem if it is unavailable.
     """
     try:
         return resolve_model(name, recipe.model, console, offline=True)
@@ -304,7 +304,7 @@ def _admit(
     sample: Mapping[int, Row],
     many: Mapping[int, Row],
     device: str,
-) -> _Entrant | Candidate:
+) -> _Entrant | RankedModel:
     """Return the candidate ready to be measured, or left out with the reason."""
     try:
         task = choose(model_ref)
@@ -312,25 +312,25 @@ def _admit(
         processor = load_processor(model_ref, recipe.model, recipe.data.system_prompt)
         plan = plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
         context = context_length(config)
-        out = Candidate(model_ref.name, None, None, plan.lower_bound, context)
+        out = RankedModel(model_ref.name, None, None, plan.lower_bound, context)
         if (reason := _too_large(plan, recipe)) is not None:
             return dataclasses.replace(out, reason=reason)
         encoded = task.encode(list(sample.values()), processor, recipe)
-        lengths = [_reach(row) for row in task.encode(list(many.values()), processor, recipe)]
+        lengths = [_longest(row) for row in task.encode(list(many.values()), processor, recipe)]
     except (RecipeError, DataError, EnvironmentProblem) as error:
-        return Candidate(model_ref.name, None, error.problems[0].what)
+        return RankedModel(model_ref.name, None, error.problems[0].what)
     examples = {index: row for index, row in zip(sample, encoded, strict=True) if isinstance(row, list) and row}
     if not examples:
         reason = f"none of the rows can be encoded: {next((row for row in encoded if isinstance(row, str)), 'no rows')}"
         return dataclasses.replace(out, reason=reason)
-    lengths = [length for length in (*lengths, *map(_reach, examples.values())) if length]
+    lengths = [length for length in (*lengths, *map(_longest, examples.values())) if length]
     if context is not None and (reason := _too_short(context, lengths, recipe)) is not None:
         return dataclasses.replace(out, reason=reason)
-    fitting = {index: row for index, row in examples.items() if context is None or _reach(row) <= context}
+    fitting = {index: row for index, row in examples.items() if context is None or _longest(row) <= context}
     return _Entrant(model_ref, task, processor, plan, context, fitting)
 
 
-def _reach(row: list[Example] | str) -> int:
+def _longest(row: list[Example] | str) -> int:
     """Return the longest example of an encoded row; 0 for one that cannot be used."""
     return 0 if isinstance(row, str) else max((example.reach for example in row), default=0)
 
@@ -364,7 +364,7 @@ def _bits_per_byte(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, dev
     ).model
     nats = 0.0
     with torch.inference_mode(), compute_context(resolve_dtype(recipe.model.dtype, device), device):
-        for group in _group(examples, budget):
+        for group in _batches_within(examples, budget):
             batch = move_to(device, collate(group, 0))
             nats += float(task.loss(model, batch, False).sum)
     del model
@@ -372,7 +372,7 @@ def _bits_per_byte(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, dev
     return nats / math.log(2) / max(1, sum(example.target_bytes for example in examples))
 
 
-def _group(examples: Sequence[Example], budget: int) -> Iterator[list[Example]]:
+def _batches_within(examples: Sequence[Example], budget: int) -> Iterator[list[Example]]:
     """Put neighbours together as long as they stay within `budget` tokens."""
     group: list[Example] = []
     for example in examples:

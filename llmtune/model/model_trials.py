@@ -1,4 +1,4 @@
-"""Candidates tuned for a few steps: those that do well go on with more, until one is left (successive halving).
+"""Candidates tuned for a few steps: the better half continues with more, until one is left (successive halving).
 
 Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016. Each round
 trains anew, with a schedule of its own length.
@@ -17,11 +17,12 @@ from rich.console import Console
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.errors import LlmtuneError, Stopped
 from llmtune.model.model_selection import (
-    Candidate,
     ChooseTask,
-    Ranking,
+    ModelRanking,
+    RankedModel,
     none_left,
     rank_candidates,
+    read_ranking,
     resolve_candidates,
     show_ranking,
 )
@@ -37,17 +38,17 @@ FOLDER = "trials"
 
 
 def successive_halving(
-    ranking: Ranking, steps: int, tune: Callable[[Candidate, int], float], console: Console
-) -> Ranking:
+    ranking: ModelRanking, steps: int, tune: Callable[[RankedModel, int], float], console: Console
+) -> ModelRanking:
     """Return the ranking by trials: `tune` gives the bits per byte of a candidate after so many steps.
 
     A trial that fails leaves its candidate out, with the reason. Raises EnvironmentProblem where none is left; Stopped.
     """
     running = [candidate for candidate in ranking.candidates if candidate.reason is None]
     out = [candidate for candidate in ranking.candidates if candidate.reason is not None]
-    behind: list[Candidate] = []
+    behind: list[RankedModel] = []
     while len(running) > 1:
-        tuned: list[Candidate] = []
+        tuned: list[RankedModel] = []
         for candidate in running:
             console.rule(f"trial of {candidate.name}: {steps} steps", align="left")
             try:
@@ -81,7 +82,32 @@ def known_or_ranked(
     return {"inputs": inputs, "chosen": None, "ranking": plain(ranking)}
 
 
-def note_ranking(ranking: Ranking, inputs: str, run: RunFolder, console: Console) -> None:
+def choose_candidate(
+    loaded: LoadedRecipe,
+    known: Json,
+    run: RunFolder,
+    console: Console,
+    run_trial: Callable[[LoadedRecipe, Path], None],
+    once: Callable[[Callable[[], None]], None],
+) -> str:
+    """Return the name of the best candidate of a ranking, after trials if the recipe wants them.
+
+    `known` is what `known_or_ranked` returned, `run_trial` trains a recipe in a folder, and rank 0 does what is `once`.
+    """
+    ranking, steps = read_ranking(known["ranking"]), loaded.recipe.model.trials
+
+    def tune(candidate: RankedModel, steps: int) -> float:
+        out = candidate_folder(run.path, candidate.name, steps)
+        run_trial(with_candidate(loaded, candidate, steps), out)
+        return validation_bits(out)
+
+    if steps:
+        ranking = successive_halving(ranking, steps, tune, console)
+    once(lambda: note_ranking(ranking, known["inputs"], run, console))
+    return ranking.chosen.name
+
+
+def note_ranking(ranking: ModelRanking, inputs: str, run: RunFolder, console: Console) -> None:
     """Keep what was chosen from which inputs; after trials, show the ranking that they made and remove them."""
     if any(candidate.steps for candidate in ranking.candidates):
         show_ranking(ranking, console, run.path / "model")
@@ -89,12 +115,12 @@ def note_ranking(ranking: Ranking, inputs: str, run: RunFolder, console: Console
     shutil.rmtree(run.path / "model" / FOLDER, ignore_errors=True)
 
 
-def trial_folder(run: Path, name: str, steps: int) -> Path:
+def candidate_folder(run: Path, name: str, steps: int) -> Path:
     """Return the run folder of a trial."""
     return run / "model" / FOLDER / f"{hash_value(name)[:8]}-{steps}"
 
 
-def with_candidate(loaded: LoadedRecipe, candidate: Candidate, steps: int) -> LoadedRecipe:
+def with_candidate(loaded: LoadedRecipe, candidate: RankedModel, steps: int) -> LoadedRecipe:
     """Return the recipe of a trial: one model, so many steps, no gates, further seeds, trackers or deployment."""
     alone, name = without_gates(without_seeds(loaded)), candidate.name
     if candidate.context is not None and candidate.context < loaded.recipe.data.max_length:

@@ -36,7 +36,7 @@ PACKED = "llmtune_packed"
 LENGTHS = "document_lengths"
 """The name under which a model's body hands the lengths of the documents in a packed row to its layers."""
 PREFIXES = "document_prefixes"
-"""The name of where in the row the beginning of each document stands, if it shares that with others; CPU alone."""
+"""The name of the span in the row that holds each document's shared prefix, if it has one; CPU only."""
 documents_inside: ContextVar[list[int] | None] = ContextVar("documents_inside", default=None)
 """The same lengths, while the body runs on a packed row."""
 _TOLERANCE = 0.05
@@ -55,8 +55,8 @@ varlen_attn = _import("torch.nn.attention.varlen", "varlen_attn")
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a model hands to its attention beside the tensors; None where it has no such thing."""
+class AttentionOptions:
+    """What a model passes to its attention besides the tensors; None if it has no such setting."""
 
     dropout: float = 0.0
     scaling: float | None = None
@@ -90,7 +90,7 @@ def attend_packed(
     """
     lengths, prefixes = kwargs.pop(LENGTHS, None), kwargs.pop(PREFIXES, None)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    options = Options(dropout, scaling, sliding_window, softcap, s_aux, causal)
+    options = AttentionOptions(dropout, scaling, sliding_window, softcap, s_aux, causal)
     plain = softcap is None and s_aux is None
     if lengths is None or attention_mask is not None:
         if not plain:
@@ -162,7 +162,7 @@ def _agrees_with_sdpa(width: int, dtype: torch.dtype, causal: bool, device: torc
                 outputs.append([flash, *torch.autograd.grad(flash.square().sum(), leaves)])
             except (RuntimeError, TypeError, ValueError, NotImplementedError):  # what this card or this width lacks
                 return False
-            sdpa = attend_runs(q, k, v, [7, 17], Options(window=window, causal=causal))
+            sdpa = attend_runs(q, k, v, [7, 17], AttentionOptions(window=window, causal=causal))
             outputs.append([sdpa, *torch.autograd.grad(sdpa.square().sum(), leaves)])
         if any((a - b).abs().max() > _TOLERANCE * b.abs().max() for a, b in zip(*outputs, strict=True)):
             return False
@@ -170,7 +170,7 @@ def _agrees_with_sdpa(width: int, dtype: torch.dtype, causal: bool, device: torc
 
 
 def attend_runs(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], options: Options
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], options: AttentionOptions
 ) -> torch.Tensor:
     """Attend within each document, those of equal length that follow one another at once.
 
@@ -192,20 +192,20 @@ def attend_prefixed(
     value: torch.Tensor,
     lengths: Sequence[int],
     prefixes: Sequence[tuple[int, int]],
-    options: Options,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """Attend a document at a time, each behind its prefix: [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; causal alone."""
+    """Attend a document at a time, each after its prefix: [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; causal alone."""
     outputs, begin = [], 0
     for length, (first, last) in zip(lengths, prefixes, strict=True):
-        own, ahead = slice(begin, begin + length), last - first
-        k, v = (torch.cat([part[:, :, first:last], part[:, :, own]], dim=2) for part in (key, value))
+        span, ahead = slice(begin, begin + length), last - first
+        k, v = (torch.cat([part[:, :, first:last], part[:, :, span]], dim=2) for part in (key, value))
         mask = band(length, ahead + length, options.window, True, query.device, ahead)
-        outputs.append(attend_scores(query[:, :, own], k, v, mask, options).transpose(1, 2))
+        outputs.append(attend_scores(query[:, :, span], k, v, mask, options).transpose(1, 2))
         begin += length
     return torch.cat(outputs, dim=1)
 
 
-def _attend_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
+def _attend_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
     """Attend within documents of one length: [N, H, L, D], [N, K, L, D] -> [N, H, L, D].
 
     Scores are written out where they are capped or have sinks.
@@ -228,7 +228,7 @@ def _attend_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, opt
 
 
 def attend_scores(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: Options
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: AttentionOptions
 ) -> torch.Tensor:
     """Attend with scores written out: [B, H, Q, D], [B, K, T, D] -> [B, H, Q, D].
 
@@ -269,7 +269,7 @@ def choose_attention(
     """Return the attention to install (None: the model's own choice), and why it is not the packed one.
 
     Packed attention needs a model that hands window, scale and the like to transformers' attention interface, which
-    those that support flash attention through it do. Without it rows of a decoder stand in one line with a mask over
+    those that support flash attention through it do. Without it rows of a decoder are packed with a mask over
     them, and those of other models are padded.
     """
     decodes = task.auto_class == "AutoModelForCausalLM"

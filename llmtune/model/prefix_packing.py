@@ -1,4 +1,4 @@
-"""Documents of a packed row that begin alike, as after one system prompt: what they share stands in the row once.
+"""Documents of a packed row with a shared prefix, such as a system prompt: the row holds the prefix once.
 
 A token's hidden state depends on what stands before it alone, so that of a shared beginning is the same in each
 document, and its gradient is the sum over them. Generation does so by a cache (`llmtune.evaluate.shared_prefix`).

@@ -12,7 +12,7 @@ from llmtune.data.template_text import check_length, fix_date, refuse_unread, wi
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import read_model_config, readable
 from llmtune.recipe.model_section import ModelSection
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -55,7 +55,7 @@ def load_processor(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
     if model.chat_template is not None:
         try:
-            tokenizer.chat_template = read_text(Path(model.chat_template))
+            tokenizer.chat_template = read_text_file(Path(model.chat_template))
         except (OSError, UnicodeDecodeError) as error:
             what = f"the chat template {model.chat_template} cannot be read: {error}"
             raise RecipeError.of(what, "model.chat_template", "Name a Jinja file in UTF-8.") from None
@@ -90,7 +90,7 @@ def count_ids(processor: PreTrainedTokenizerBase) -> int:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer and its chat template so that transformers 4 and 5 read it alike.
+    """Write the tokenizer and its chat template so that transformers 4 and 5 read the same.
 
     Version 5 names classes that version 4 does not have, and keeps extra special tokens in another shape.
     """

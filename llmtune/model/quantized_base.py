@@ -1,4 +1,4 @@
-"""Bases whose files are quantised already: what reads them, in how many bits they stay, and what trains beside them.
+"""Bases whose files are quantised already: what reads them, in how many bits they stay, and what can train on them.
 
 Some stay as they are while an adapter trains, since PEFT knows their layers. Others are unpacked when they are read,
 and are plain models from then on.
@@ -29,7 +29,7 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "mxfp4": (),
     "torchao": ("torchao",),
 }
-"""By transformers' `quant_method`, the packages that read it beside those of llmtune."""
+"""By transformers' `quant_method`, the packages that read it, besides llmtune's own requirements."""
 UNPACKED = ("compressed-tensors", "fp8", "mxfp4")
 """Methods whose weights are unpacked when they are read."""
 _READING: Mapping[str, dict[str, Any]] = {

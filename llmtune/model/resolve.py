@@ -1,14 +1,16 @@
-"""A model reference resolved: a folder, a packaged model or a hub name becomes a local folder, checked and hashed."""
+"""A model reference (a folder, a packaged model, a hub name) resolved to a checked, hashed folder; its licence."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub import HfApi, ModelCard, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,8 +23,8 @@ from huggingface_hub.errors import (
 from rich.console import Console
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
-from llmtune.model.builtin_models import resolve_builtin
-from llmtune.model.model_files import check_folder, pickled_weights
+from llmtune.model.builtin_models import PACKAGED, resolve_builtin
+from llmtune.model.model_files import check_model_folder, pickled_weights
 from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
 from llmtune.store.atomic_files import list_model
@@ -31,7 +33,11 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _PICKLED = ("pytorch_model", "model.ckpt")
 NO_ANSWER = cast(type[Exception], HfHubHTTPError.__bases__[0])
-"""The error of the HTTP library that this version of the hub library stands on (httpx, or httpx2)."""
+"""The error of the HTTP library that this version of the hub library uses (httpx, or httpx2)."""
+UNKNOWN = "unknown"
+"""The hub's word for a licence that nobody stated."""
+LICENSES = frozenset(files("llmtune.model").joinpath("hub_licenses.txt").read_text("utf-8").split())
+"""The hub's short names: https://huggingface.co/docs/hub/repositories-licenses."""
 
 
 def resolve_model(name: str, model: ModelSection, console: Console, offline: bool = False) -> ModelRef:
@@ -58,7 +64,7 @@ def resolve_model(name: str, model: ModelSection, console: Console, offline: boo
         path = _download(name, model, offline or is_offline_mode())
         revision = path.name
         console.print(f"Model {name} at commit {revision}", highlight=False)
-    check_folder(path, model)
+    check_model_folder(path, model)
     total = hashlib.sha256()
     for file, content_hash in list_model(path).items():
         total.update(f"{file}\0{content_hash}\n".encode())
@@ -98,7 +104,7 @@ def _download(name: str, model: ModelSection, offline: bool) -> Path:
             local_files_only=offline,
         )
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError, NO_ANSWER) as error:
-        raise _explain(error, name, model.revision, offline) from error
+        raise _explain_no_download(error, name, model.revision, offline) from error
     return Path(folder)
 
 
@@ -116,7 +122,7 @@ def _refuse_pickles(name: str, revision: str) -> None:
         raise pickled_weights(pickled, f"hub model {name}")
 
 
-def _explain(error: Exception, name: str, revision: str, offline: bool) -> LlmtuneError:
+def _explain_no_download(error: Exception, name: str, revision: str, offline: bool) -> LlmtuneError:
     """Turn the hub library's error into ours; the order matters, as its errors inherit from one another."""
     where, nearest = "model.name", _nearest_folder(name)
     if isinstance(error, HFValidationError):
@@ -141,3 +147,21 @@ def _explain(error: Exception, name: str, revision: str, offline: bool) -> Llmtu
         return EnvironmentProblem.of(f"the hub answered for '{name}' with status {status}", where, "Try again later.")
     fix = f"{nearest} A local folder or builtin:NAME needs no network; HTTPS_PROXY names a proxy."
     return EnvironmentProblem.of(f"'{name}' is no local folder, and the hub cannot be reached", where, fix)
+
+
+def find_license(name: str, folder: Path, base: str | None, *, network: bool) -> str | None:
+    """Find the licence of the model `name`: that of a packaged one, or by its card in `folder` or on the hub."""
+    known = PACKAGED.get(name.removeprefix("builtin:"))
+    if known is not None:
+        return known.license
+    license_name: object = None
+    if (folder / "README.md").is_file():
+        with suppress(ValueError, TypeError, KeyError):
+            license_name = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.get("license")
+    if license_name not in LICENSES and network and base is not None:
+        try:
+            card = HfApi().model_info(base).card_data
+        except NO_ANSWER:
+            return None
+        license_name = card.get("license") if card else None
+    return str(license_name) if license_name in LICENSES else None

@@ -1,4 +1,4 @@
-"""What is proven of a loaded model on a few tokens: packed rows do not see one another, the loss is that of its logits.
+"""Checks of a loaded model on a few tokens: packed rows do not see one another, the loss is that of its logits.
 
 Shapes: T positions of all documents, V vocabulary or classes.
 """
@@ -8,29 +8,41 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from llmtune.data.collators import pad
+from llmtune.data.collators import documents_of, pad
 from llmtune.errors import first_line
-from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, read_inputs, token_losses
+from llmtune.model.causal_lm_loss import causal_loss, model_inputs, move_to, predicted_logits, token_losses
 from llmtune.model.chunked_cross_entropy import install_head_loss, remove_head_loss
-from llmtune.model.device import compute_context, is_out_of_memory
-from llmtune.model.packed_attention import LENGTHS, PACKED
+from llmtune.model.device import REFUSALS, SuppressRefusal, compute_context, is_out_of_memory
+from llmtune.model.packed_attention import PACKED
 from llmtune.model.prefix_packing import allow_shared_prefixes
 from llmtune.records import Batch
 
-_LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Of the logits' standard deviation; a leak or wrong positions move them by about as much as they are."""
+LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""How far logits of two ways may differ (root mean square), as a share of their standard deviation.
+
+A leak or wrong positions move them by about as much as they are."""
 _LOSS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of a token's nats; the formats round logits of a few units about so much."""
-_UNREADABLE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-"""What models raise for inputs that they were not made for."""
 _TOKENS = 6
 _WIDEST = 256
 """The widest window of an encoder over whose edge its proof looks; more tokens would take a slow machine too long."""
+
+
+def logits_agree(
+    found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, spread: torch.Tensor | None = None
+) -> bool:
+    """Whether logits computed in two ways are equal up to rounding in `dtype`.
+
+    `spread` is the size that a difference is relative to, by default the standard deviation of what is expected.
+    """
+    apart = (found - expected).square().mean().sqrt()
+    return bool(apart <= LOGIT_TOLERANCE.get(dtype, 0.1) * (expected.std() if spread is None else spread))
 
 
 def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool) -> bool:
@@ -42,19 +54,14 @@ def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool
     window = 0 if decodes else getattr(model.config, "sliding_window", None) or 0
     documents = _documents(model, _TOKENS + (window if window <= _WIDEST else 0))
     read = predicted_logits if decodes else _class_logits
-    try:
-        with torch.inference_mode(), compute_context(dtype, model.device.type):
-            with _own_attention(model):
-                alone = torch.cat([read(model, _pack([document], model.device)).float() for document in documents])
-            together = read(model, _pack(documents, model.device)).float()
-    except _UNREADABLE as error:
-        if is_out_of_memory(error):
-            raise
-        return False
-    if together.shape != alone.shape:
-        return False
-    spread = alone.std() if decodes else alone.std(0).mean()
-    return bool((together - alone).square().mean().sqrt() <= _LEAK[dtype] * spread)
+    with SuppressRefusal(), torch.inference_mode(), compute_context(dtype, model.device.type):
+        with _own_attention(model):
+            packed = [_pack_documents([document], model.device) for document in documents]
+            alone = torch.cat([read(model, one).float() for one in packed])
+        together = read(model, _pack_documents(documents, model.device)).float()
+        spread = None if decodes else alone.std(0).mean()
+        return together.shape == alone.shape and logits_agree(together, alone, dtype, spread)
+    return False
 
 
 def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
@@ -65,7 +72,7 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     if not install_head_loss(model):
         return False
     size = _vocabulary(model)
-    batch = _pack([[size * (7 * i % 10) // 10 for i in range(1, 9)]], model.device)
+    batch = _pack_documents([[size * (7 * i % 10) // 10 for i in range(1, 9)]], model.device)
     with torch.inference_mode(), compute_context(dtype, model.device.type):
         at_head = causal_loss(model, batch, by_row=True).row_sums
         of_logits = token_losses(predicted_logits(model, batch), batch, by_row=True).row_sums
@@ -80,27 +87,23 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
 def try_shared_prefixes(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let documents of a packed row share their beginning, in place, where that gives what each has with its own.
 
-    A state that layers carry from token to token beside attention, for one, does not go on from there. `model` takes
+    A recurrent state, for one, does not continue from a shared prefix. `model` takes
     its loss at its head, and is in eval mode.
     """
     beginning = _documents(model, 2 * _TOKENS)[0]
-    documents = [[*beginning, *own] for own in _documents(model, _TOKENS)]
-    batch = _pack(documents, model.device)
-    losses = []
-    try:
-        with torch.inference_mode(), compute_context(dtype, model.device.type):
-            for allowed in (False, True):
-                allow_shared_prefixes(model, allowed)
-                losses.append(causal_loss(model, batch, by_row=True).row_sums)
-    except _UNREADABLE as error:
-        if is_out_of_memory(error):
-            raise
-        allow_shared_prefixes(model, False)
-        return
-    apart, shared = losses
-    assert apart is not None
-    assert shared is not None
-    allow_shared_prefixes(model, bool((shared - apart).square().mean().sqrt() <= _LEAK[dtype] * apart.std()))
+    documents = [[*beginning, *rest] for rest in _documents(model, _TOKENS)]
+    batch = _pack_documents(documents, model.device)
+    allowed = False
+    with SuppressRefusal(), torch.inference_mode(), compute_context(dtype, model.device.type):
+        losses = []
+        for shares in (False, True):
+            allow_shared_prefixes(model, shares)
+            losses.append(causal_loss(model, batch, by_row=True).row_sums)
+        apart, shared = losses
+        assert apart is not None
+        assert shared is not None
+        allowed = logits_agree(shared, apart, dtype)
+    allow_shared_prefixes(model, allowed)
 
 
 def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int, writes: bool) -> str | None:
@@ -117,17 +120,21 @@ def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int,
                 ahead = _scores_of_first(model, [_TOKENS], padding, _TOKENS // 2)
             elif writes:
                 ahead = _scores_of_first(model, [2 * _TOKENS], padding)
-    except _UNREADABLE as error:
+    except REFUSALS as error:
         if is_out_of_memory(error):
             raise
         return f"cannot read text by itself: {first_line(error)}"
-    allowed = _LEAK[dtype] * alone.square().mean().sqrt()
-    if (beside - alone).square().mean().sqrt() > allowed:
+    allowed = LOGIT_TOLERANCE[dtype] * _root_mean_square(alone)
+    if _root_mean_square(beside - alone) > allowed:
         return "reads a row otherwise beside a longer one than alone: it does not leave the padding out"
     same = min(len(ahead), len(alone))
-    if (ahead[:same] - alone[:same]).square().mean().sqrt() > allowed:
+    if _root_mean_square(ahead[:same] - alone[:same]) > allowed:
         return "sees the tokens that it is to predict: it is no decoder, or not set up as one"
     return None
+
+
+def _root_mean_square(numbers: torch.Tensor) -> float:
+    return float(numbers.square().mean().sqrt())
 
 
 def _scores_of_first(
@@ -136,11 +143,10 @@ def _scores_of_first(
     """Return what the head gives for the first of some rows, which are padded; `written` tokens go to a decoder."""
     ids = [row[:length] for row, length in zip(_documents(model, max(lengths)), lengths, strict=False)]
     read = {"input_ids": pad(ids, padding), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
-    inputs = read_inputs(model, {name: part.to(model.device) for name, part in read.items()})
+    inputs = model_inputs(model, {name: part.to(model.device) for name, part in read.items()})
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :written]
-    output = model(**inputs)
-    logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
+    logits = _head_logits(model, inputs)
     return logits[0, : lengths[0]].float() if logits.dim() > 2 else logits[0].float()
 
 
@@ -164,15 +170,20 @@ def _rotate(rotary: torch.nn.Module, layer_type: str | None, lengths: Sequence[i
     """Return the sines and cosines of the first of some rows, by a copy: a module keeps the scale that it used last."""
     positions_1T = torch.cat([torch.arange(length) for length in lengths])[None]
     named = {} if layer_type is None else {"layer_type": layer_type}
-    found = copy.deepcopy(rotary).to("cpu")(torch.zeros(1), positions_1T, **named)
-    return [part[:, : lengths[0]] for part in (found if isinstance(found, tuple) else (found,))]
+    rotated = copy.deepcopy(rotary).to("cpu")(torch.zeros(1), positions_1T, **named)
+    return [part[:, : lengths[0]] for part in (rotated if isinstance(rotated, tuple) else (rotated,))]
 
 
 def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return what the head gives: [documents or tokens, V]."""
-    output = model(**read_inputs(model, batch))
-    logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
-    return logits.flatten(0, -2)
+    return _head_logits(model, model_inputs(model, batch)).flatten(0, -2)
+
+
+def _head_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+    output = model(**inputs)
+    if "logits" in output:
+        return cast(torch.Tensor, output.logits)
+    return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
 
 def _documents(model: PreTrainedModel, length: int) -> list[list[int]]:
@@ -198,21 +209,11 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
         model.config._attn_implementation = installed
 
 
-def _pack(documents: list[list[int]], device: torch.device) -> Batch:
-    """Pack as `llmtune.data.collators` does, one document without lengths; each next token is predicted by its own."""
-    ids_T = torch.tensor([token for document in documents for token in document], device=device)
-    predict_S = torch.arange(len(ids_T), device=device)
-    batch = {
-        "input_ids": ids_T[None],
-        "predict_S": predict_S,
-        "targets_S": ids_T,
-        "rows_S": predict_S,
-        "n_rows": len(ids_T),
-    }
-    if len(documents) > 1:
-        starts = torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32, device=device)
-        longest = max(map(len, documents))
-        batch["position_ids"] = torch.cat([torch.arange(len(document), device=device) for document in documents])[None]
-        batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-        batch[LENGTHS] = [*map(len, documents)]
-    return batch
+def _pack_documents(documents: list[list[int]], device: torch.device) -> Batch:
+    """Pack documents, a single one without lengths; what is read at each position are the logits of its own token."""
+    several = len(documents) > 1
+    batch = documents_of([np.asarray(ids) for ids in documents]) if several else {"input_ids": torch.tensor(documents)}
+    ids_T = batch["input_ids"][0]
+    positions_S = torch.arange(len(ids_T))
+    read = {"predict_S": positions_S, "targets_S": ids_T, "rows_S": positions_S, "n_rows": len(ids_T)}
+    return move_to(device, batch | read)

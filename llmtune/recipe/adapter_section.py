@@ -19,11 +19,11 @@ from llmtune.recipe.peft_options import (
     peft_methods,
     readers_of,
 )
-from llmtune.recipe.section import Count, Many, Section, Text, absolute, by_type
+from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import TaskVariant
 
-Texts = Annotated[
+OneOrMoreTexts = Annotated[
     Annotated[str, Tag("text")] | Annotated[Many[str], Tag("items")],
     by_type({str: "text"}, "items"),
 ]
@@ -65,7 +65,7 @@ def _close(schema: dict[str, Any]) -> None:
                 kinds["description"] += f" {method}"
 
 
-class AdapterSection(Section):
+class AdapterSection(RecipeSection):
     """What is trained: an adapter by PEFT's own method and option names, or all weights."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_close)
@@ -77,16 +77,16 @@ class AdapterSection(Section):
     r: int = Field(default=16, ge=1, le=4096)
     """Rank of the low-rank matrices. Default 16: enough for most tasks of one domain. As all keys that LoRA shares with
     other methods it has PEFT's default there."""
-    lora_alpha: Count = 32
+    lora_alpha: Positive = 32
     """Scale of the adapter: its output counts `lora_alpha / r` times. Default 32: twice the default rank, so that a
     usual learning rate fits."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of adapter inputs set to zero in training. Default 0: early stopping guards better against over-fitting,
     and dropout costs speed."""
-    target_modules: Texts = "all-linear"
+    target_modules: OneOrMoreTexts = "all-linear"
     """Modules that get an adapter: `all-linear`, a list of name endings, or a regular expression over whole names.
     Default `all-linear`: adapters everywhere learn better than on attention alone."""
-    exclude_modules: Texts | None = None
+    exclude_modules: OneOrMoreTexts | None = None
     """Modules that get none though they match: name endings or a regular expression. Default none."""
     modules_to_save: Many[str] | None = None
     """Modules that are trained whole and saved with the adapter. Default none: each costs its full size."""
@@ -103,9 +103,9 @@ class AdapterSection(Section):
     """How the matrices start: true (B is zero, so the start is the base model), false (random, for tests of loading),
     `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N`, `olora`, or from training rows `eva`, `corda`, `lora_ga`.
     Default true: costs nothing and starts from the base."""
-    rank_pattern: dict[str, Count] = Field(default={})
+    rank_pattern: dict[str, Positive] = Field(default={})
     """Another rank for modules whose name matches the key. Default none: one rank for all."""
-    alpha_pattern: dict[str, Count] = Field(default={})
+    alpha_pattern: dict[str, Positive] = Field(default={})
     """Another `lora_alpha` for modules whose name matches the key. Default none: one scale for all."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit number format of the base with `qlora`. Default `nf4`: made for weights that are normally distributed, and
@@ -113,7 +113,7 @@ class AdapterSection(Section):
     bnb_4bit_use_double_quant: bool = True
     """With `qlora`, quantise the scales of the 4-bit blocks too. Default true: saves 0.4 bits a weight at no measured
     loss."""
-    start_from: Text | None = None
+    start_from: NonEmpty | None = None
     """A run folder or PEFT folder whose adapter training goes on from. Default none: a new adapter."""
 
     paths: ClassVar = {"start_from": absolute}
@@ -124,7 +124,7 @@ class AdapterSection(Section):
         return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, add_tokens: bool = False) -> None:
-        """Report settings that the method, or the adapter to go on from, does not read, and what PEFT does not do."""
+        """Report settings that the method or the adapter in `start_from` ignores, and what PEFT cannot do."""
         why, method = f"with adapter.method: {self.method}", "adapter.method"
         if self.method == "full":
             diagnostics.none_has_effect(self, "adapter", LORA_KEYS, why, "Remove it, or use lora or qlora.", method)
@@ -162,7 +162,7 @@ class AdapterSection(Section):
 
     @property
     def needs_rows_apart(self) -> str | None:
-        """Why rows cannot stand in one line with this adapter; None where they can."""
+        """Return why rows cannot be packed with this adapter, or None."""
         if self.is_prompt:
             return f"{self.method} puts its vectors before each row"
         return (
@@ -181,8 +181,8 @@ class AdapterSection(Section):
                 needed, wanted = NEEDED.get(name, ("", None))
                 if needed in known and (now := getattr(self, needed, known[needed]["default"])) != wanted:
                     why, fix = (
-                        f"with adapter.{needed}: {_written(now)}",
-                        f"Set that to {_written(wanted)}, or remove this.",
+                        f"with adapter.{needed}: {_option_text(now)}",
+                        f"Set that to {_option_text(wanted)}, or remove this.",
                     )
                     diagnostics.no_effect(key, why, fix, f"adapter.{needed}")
             elif others := readers_of(name):
@@ -207,8 +207,7 @@ class AdapterSection(Section):
             why = f"with {key}: {self.method}, which goes on modules of its own choice"
             names = ("exclude_modules", "layers_to_transform")
             diagnostics.none_has_effect(self, "adapter", names, why, "Name modules as adapter.target_modules.", key)
-        tasks = ("chat", "completion", "translate", "summarize", "qa")
-        if self.is_prompt and (variant.is_masked or variant.is_extractive or variant.task not in tasks):
+        if self.is_prompt and (variant.without_decoder or variant.loss):
             what = (
                 f"'{key}' is {self.method}, which trains no model of task: {variant.task}: it puts its vectors before"
             )
@@ -265,7 +264,7 @@ class AdapterSection(Section):
                     diagnostics.add(f"adapter.{name}", what, "For a name ending, write a list: [q_proj].")
 
 
-def _written(value: object) -> str:
+def _option_text(value: object) -> str:
     """Return an option's value as a recipe has it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -276,11 +275,11 @@ LORA_KEYS = tuple(
 
 
 RESOLVED_KEYS = ("target_modules", "exclude_modules", "layers_to_transform")
-"""Keys that llmtune turns into names of modules by itself, for every method that has targets."""
+"""Keys that llmtune resolves to module names, for every method with targets."""
 
 
 def _is_kept(name: str, diagnostics: Diagnostics) -> bool:
-    """Whether a setting is the adapter's own when training goes on from one, and is not compared with it either."""
+    """Return whether a setting comes from the adapter in `start_from` and is not compared with it."""
     if diagnostics.assume_stated:
         return name != "lora_dropout"  # a default that is not stated gives way to the adapter's own
     if name in ("exclude_modules", "layers_to_transform"):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llmtune.errors import Problem, RecipeError, nearest, visible
+from llmtune.recipe.section import Positive
 
 Until = Literal["prepare", "select", "adapt", "train", "evaluate", "run"]
 """The last step to run; `run` is all of them, and deployment."""
-Positive = Annotated[int, Field(ge=1)]
 SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 

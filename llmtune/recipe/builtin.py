@@ -12,7 +12,7 @@ from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 from llmtune.recipe.layers import read_layers
 from llmtune.recipe.source_map import SourceMap
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.recipe.yaml_reader import label
+from llmtune.recipe.yaml_reader import file_label
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Shipped:
 
 
 def recipes_folder() -> Path:
-    """Return the folder of shipped recipes: in the package when installed, beside it in a checkout."""
+    """Return the folder of shipped recipes: in the package when installed, next to it in a checkout."""
     package = Path(str(resources.files("llmtune")))
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
@@ -67,20 +67,20 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     if os.path.exists(path) and not os.path.isdir(path):
         if data_ending(path) in DATA_ENDINGS and not (path.suffix == ".json" and _looks_like_recipe(path)):
             raise RecipeError.of(
-                "this is data, not a recipe", label(path), f"Write a recipe for it: llmtune init {name}"
+                "this is data, not a recipe", file_label(path), f"Write a recipe for it: llmtune init {name}"
             )
         return path
     if os.path.isdir(path) and name not in shipped:
         has_recipe = any(path.glob("*.y*ml"))
         fix = "Name the YAML file in it." if has_recipe else f"Write a recipe for its rows: llmtune init {name}"
-        raise RecipeError.of("a folder, not a recipe file", label(path), fix)
+        raise RecipeError.of("a folder, not a recipe file", file_label(path), fix)
     bare = name.removesuffix(".yaml")
     if bare in shipped:
         return shipped[bare]
     known = ", ".join(shipped) or "none"
     if os.sep in name or name.endswith((".yaml", ".yml")):
-        beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        hint = nearest(path.name, beside) or nearest(bare, list(shipped))
+        siblings = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) or nearest(bare, list(shipped))
         raise RecipeError.of(f"no such recipe file: {name}", None, f"Check the path.{hint} Shipped recipes: {known}.")
     fix = f"{nearest(name, list(shipped))} Shipped: {known}.".strip()
     raise RecipeError.of(f"no recipe file and no shipped recipe is called {name!r}", None, fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, Tag
@@ -14,17 +14,17 @@ from llmtune.errors import nearest
 from llmtune.recipe.section import (
     REMOTE,
     STORES,
-    Count,
     Many,
-    Section,
-    Text,
+    NonEmpty,
+    Positive,
+    RecipeSection,
     absolute,
     by_type,
     one_or_more,
     sections_by,
 )
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, TaskVariant
+from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, WITH_ROLES, TaskVariant
 
 SPLITS = ("train", "validation", "test")
 ENCODING_KEYS = (
@@ -33,13 +33,7 @@ ENCODING_KEYS = (
 )
 """Keys that encoded examples depend on, and rows do not."""
 Container = Literal["jsonl", "json", "csv", "parquet"]
-ChatFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion"]
-PairFormat = Literal["source-target", "translation", "document-summary", "squad", "question-answer"]
-LabelFormat = Literal["text-label", "tokens-tags", "text-spans", "audio-text", "audio-folder"]
-PreferenceFormat = Literal["chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"]
-WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
-"""Formats whose rows may hold messages."""
-Role = Literal["system", "user", "assistant", "tool"]
+MessageRole = Literal["system", "user", "assistant", "tool"]
 DATA_ENDINGS: Mapping[str, str] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -53,7 +47,10 @@ DATA_ENDINGS: Mapping[str, str] = {
 }
 """How a file is read, by the ending of its name."""
 PACKED = (".gz", ".zst", ".zstd")
-Format = Literal[Container, "text", ChatFormat, PairFormat, LabelFormat, PreferenceFormat]
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[tuple(dict.fromkeys((*get_args(Container), "text", *ROW_FORMATS)))]
 
 
 def absolute_source(path: str, folder: Path) -> str:
@@ -61,17 +58,17 @@ def absolute_source(path: str, folder: Path) -> str:
     return path if path.startswith((*REMOTE, *STORES)) else absolute(path, folder, pattern=True)
 
 
-class Source(Section):
+class Source(RecipeSection):
     """Where rows come from. A plain text stands for its `path`."""
 
-    path: Text
+    path: NonEmpty
     """A file, a glob, a folder, an address (`s3://`, `gs://`, `https://`), `hub:NAME` or `builtin:NAME`. Relative to
     the file that states it."""
-    config: Text | None = None
+    config: NonEmpty | None = None
     """Configuration of a hub data set. Default none: the set's own default."""
-    split: Text | None = None
+    split: NonEmpty | None = None
     """Split of a hub data set. Default none: `train`, or the only one there is."""
-    revision: Text | None = None
+    revision: NonEmpty | None = None
     """Branch, tag or commit of a hub data set. Default none: the newest. The lock file notices when it has changed; a
     commit keeps it still."""
     format: Format | None = None
@@ -80,11 +77,11 @@ class Source(Section):
     columns: dict[str, str] = Field(default={})
     """Names of columns: ours on the left, on the right the file's, a key within one such as `thread.messages`, or a
     template of them such as `"{subject}\\n\\n{body}"`. Default none: `data.columns`."""
-    encoding: Text | None = None
+    encoding: NonEmpty | None = None
     """Encoding of a text file, by its name in Python, such as `cp1252` or `utf-16`. Default none: UTF-8."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """How often these rows count beside those of the other sources. Default 1: as they are."""
-    limit: Count | None = None
+    limit: Positive | None = None
     """Read at most so many rows. Default none: all of them."""
 
     paths: ClassVar = {"path": absolute_source}
@@ -167,7 +164,7 @@ ShareOrSources = Annotated[
 ]
 
 
-class DataSection(Section):
+class DataSection(RecipeSection):
     """The rows: where they come from, how they are split, and what of them is learned."""
 
     train: Sources
@@ -182,10 +179,10 @@ class DataSection(Section):
     """Names of columns in all sources that do not map their own: ours on the left, on the right the file's, a key
     within one such as `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. A file that has none of
     them is read by its own names. Default none: found by looking at the rows; the usual names are known."""
-    roles: dict[Role, Annotated[Many[Text], BeforeValidator(one_or_more)]] = Field(default={})
+    roles: dict[MessageRole, Annotated[Many[NonEmpty], BeforeValidator(one_or_more)]] = Field(default={})
     """Who speaks in messages: our role on the left, on the right its name in the rows, or a list of names, such as
     `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are known."""
-    split_by: Text | None = None
+    split_by: NonEmpty | None = None
     """Column whose equal values stay in one split, and are one group for intervals. Default none: each row is alone."""
     deduplicate: Literal["none", "exact", "near"] = "near"
     """Drop rows that are equal, or nearly so. Default `near`: repeated rows are learned by heart, and a near copy in
@@ -196,7 +193,7 @@ class DataSection(Section):
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which turns are learned: all of the assistant's, its last one, or every token. A message may say `train: false`.
     Default `assistant`: what the model has to say."""
-    system_prompt: Text | None = None
+    system_prompt: NonEmpty | None = None
     """The system message of conversations that have none: in training, evaluation, chat and serving, and in the chat
     template that is saved. Default none: what the template adds by itself, which the data report names."""
     reasoning: Literal["learn", "keep", "drop"] = "learn"
@@ -257,7 +254,7 @@ class DataSection(Section):
             diagnostics.add("data.test", what, "Leave some for training.", "data.validation")
 
     def _check_mappings(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        """Report names of columns and roles that nothing reads, and a name that stands for two roles."""
+        """Report columns and roles that nothing reads, and a name mapped to two roles."""
         check_names(self.columns, "data.columns", diagnostics)
         if self.columns and all(source.columns for split in SPLITS for source in self.sources(split)):
             fix = "Remove it, or the `columns` of the sources."

@@ -12,7 +12,7 @@ from pydantic import Field
 from llmtune.errors import nearest
 from llmtune.recipe.gate_grammar import Gate
 from llmtune.recipe.retired import RETIRED, retired_problem
-from llmtune.recipe.section import REMOTE, Count, Many, Section, Text, absolute
+from llmtune.recipe.section import REMOTE, Many, NonEmpty, Positive, RecipeSection, absolute
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import TaskVariant
 
@@ -32,7 +32,7 @@ SUITE_KEYS = {
         "swap_changes": "swaps",
     },
 }
-"""What each suite measures, as gates call it behind the suite's name, and the key that it comes from."""
+"""By suite: its metrics as gates name them after the suite, and the key of each."""
 
 
 def absolute_file(name: str, folder: Path) -> str:
@@ -50,13 +50,13 @@ def is_task_file(task: str) -> bool:
     return task.endswith(TASK_FILES)
 
 
-class ForgettingSection(Section):
+class ForgettingSection(RecipeSection):
     """What the base model could do and the tuned one cannot: general text and general questions."""
 
-    texts: Many[Text] = (OWN,)
+    texts: Many[NonEmpty] = (OWN,)
     """General text whose perplexity is taken before and after: `own` (public domain, comes with llmtune), or text
     files. Default `own`: any text that the tuning is not about tells of forgetting."""
-    questions: Many[Text] = (OWN,)
+    questions: Many[NonEmpty] = (OWN,)
     """Questions with a few answers to choose from, answered by likelihood: `own`, or JSON lines files of `question`,
     `choices` and `answer`. Default `own`: common knowledge in plain words."""
 
@@ -79,13 +79,13 @@ class ForgettingSection(Section):
                     diagnostics.add(f"{key}.{name}", f"'{file}' is not a file", "Give `own`, or files.")
 
 
-class FairnessSection(Section):
+class FairnessSection(RecipeSection):
     """Whether groups of people are spoken of, or served, differently; base against tuned."""
 
-    swaps: Many[Text] = (OWN,)
+    swaps: Many[NonEmpty] = (OWN,)
     """Pairs of words for groups, such as woman and man, that are swapped in the prompts of the test rows: `own`, or CSV
     files of two columns without a head. Default `own`: English words for women and men."""
-    groups: Many[Text] = ()
+    groups: Many[NonEmpty] = ()
     """Columns that say which group a test row is about: the gap of every metric between their values is measured.
     Default none: rows seldom say so."""
 
@@ -115,14 +115,14 @@ def fairness_without_effect(variant: TaskVariant, has_test: bool) -> dict[str, t
     return {"swaps": (f"with task: {variant.task}: {unswapped}", "Remove it.")} if unswapped else {}
 
 
-class BenchmarkSection(Section):
+class BenchmarkSection(RecipeSection):
     """One benchmark of lm-evaluation-harness. A plain text stands for its `task`."""
 
-    task: Text
+    task: NonEmpty
     """Name of a task, group or tag of lm-eval, or a task file (YAML) with rows of your own. Required."""
     num_fewshot: int | None = Field(default=None, ge=0, le=100)
     """Examples before each question. Default none: as the task says."""
-    limit: Count | None = None
+    limit: Positive | None = None
     """Most questions. Default none: all; a limit saves time."""
     apply_chat_template: bool = False
     """Put each question as a chat message. Default false, as in lm-eval, so that numbers are those of its own command
@@ -140,8 +140,10 @@ class BenchmarkSection(Section):
         return not is_task_file(self.task) if self.network is None else self.network
 
 
-def check_benchmarks(diagnostics: Diagnostics, benchmarks: tuple[BenchmarkSection, ...], variant: TaskVariant) -> None:
-    """Report benchmarks that this task's models cannot answer, and two whose scores could not be told apart."""
+def check_benchmark_keys(
+    diagnostics: Diagnostics, benchmarks: tuple[BenchmarkSection, ...], variant: TaskVariant
+) -> None:
+    """Report benchmarks that this task's models cannot answer, and two with the same name in the report."""
     key = "evaluate.benchmarks"
     if benchmarks and variant.without_decoder:
         why, because = variant.without_decoder
@@ -158,7 +160,7 @@ def check_suite_gate(
     diagnostics: Diagnostics,
     key: str,
     gate: Gate,
-    suites: Mapping[str, Section | tuple[BenchmarkSection, ...] | None],
+    suites: Mapping[str, RecipeSection | tuple[BenchmarkSection, ...] | None],
     unused: dict[str, tuple[str, str]],
 ) -> None:
     """Report a gate about a suite that is not run, or about a metric that the suite does not measure here.

@@ -13,12 +13,12 @@ from llmtune.recipe.eval_suites_section import (
     BenchmarkSection,
     FairnessSection,
     ForgettingSection,
-    check_benchmarks,
+    check_benchmark_keys,
     check_suite_gate,
     fairness_without_effect,
 )
 from llmtune.recipe.gate_grammar import Gate, parse_gate
-from llmtune.recipe.section import Count, Many, Section, Text, absolute, by_type, sections_by
+from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type, sections_by
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TaskVariant
 
@@ -30,7 +30,7 @@ ERROR = 0.05
 """Of a gate on an interval where nothing changed: how often it may claim a change, either way."""
 WhenUnsure = Literal["fail", "pass", "report"]
 Choices = Annotated[
-    Annotated[Literal["auto"], Tag("text")] | Annotated[Many[Text], Field(min_length=2), Tag("items")],
+    Annotated[Literal["auto"], Tag("text")] | Annotated[Many[NonEmpty], Field(min_length=2), Tag("items")],
     by_type({str: "text"}, "items"),
 ]
 Benchmarks = Annotated[
@@ -39,7 +39,7 @@ Benchmarks = Annotated[
 ]
 
 
-class EvaluateSection(Section):
+class EvaluateSection(RecipeSection):
     """What is measured on the test rows, for the base model and the tuned one, and what must hold."""
 
     metrics: Many[str] = ()
@@ -47,11 +47,11 @@ class EvaluateSection(Section):
     gates: Many[str] = ()
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`; one that fails ends the run
     with exit code 6. Default none: a gate is a decision."""
-    champion: Text | None = None
+    champion: NonEmpty | None = None
     """The model in production, as a run folder, a release file, or a folder of releases (the newest of the recipe's
     name): the tuned model is compared with it on test rows that neither was trained on, and gates may say
     `exact_match.low > champion - 0.01`. Default none: gates compare with the base model."""
-    limit: Count | None = None
+    limit: Positive | None = None
     """Most test rows that answers are generated for. Default none: all; a limit saves time."""
     choices: Choices | None = "auto"
     """The possible answers, scored by likelihood as `choice_accuracy`: a list, `auto` (where the rows' answers are
@@ -90,13 +90,13 @@ class EvaluateSection(Section):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Columns that are kept beside the test rows, each with the key that names it."""
+        """Columns that are kept with the test rows, each with the key that names it."""
         groups = self.fairness.groups if self.fairness else ()
         return dict.fromkeys(groups, "evaluate.fairness.groups") | dict.fromkeys(self.slices, "evaluate.slices")
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, has_test: bool) -> None:
         """Report measurements that cannot be made and gates that cannot be held."""
-        check_benchmarks(diagnostics, self.benchmarks, variant)
+        check_benchmark_keys(diagnostics, self.benchmarks, variant)
         if self.fairness:
             self.fairness.check(diagnostics, variant, has_test)
         if self.forgetting:

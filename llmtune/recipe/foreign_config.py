@@ -22,9 +22,9 @@ from ruamel.yaml import YAML
 
 from llmtune.errors import RecipeError, nearest
 from llmtune.recipe.secrets import redact
-from llmtune.recipe.yaml_reader import label, parse_yaml, read_text, resolve_scalar
+from llmtune.recipe.yaml_reader import file_label, parse_yaml, read_recipe_text, resolve_scalar
 
-Facts = Mapping[str, object]
+RecipeValues = Mapping[str, object]
 """Our keys with values."""
 ENDS = ("|", "||", "&&", ";", ">", "2>&1")
 """Words that end a command."""
@@ -35,28 +35,28 @@ READ_LETTERS = 4 << 20
 
 
 @dataclass(frozen=True)
-class Table:
+class MigrationTable:
     """What becomes of the keys of one tool; `migrations/trl.yaml` says what each part is."""
 
     tool: str = ""
     rules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
     retired: bool = False
-    words: Mapping[str, Facts] = field(default_factory=dict)
+    words: Mapping[str, RecipeValues] = field(default_factory=dict)
     refused_words: Mapping[str, str] = field(default_factory=dict)
     scripts: Mapping[str, str] = field(default_factory=dict)
     marks: tuple[str, ...] = ()
-    defaults: Facts = field(default_factory=dict)
-    task_defaults: Mapping[str, Facts] = field(default_factory=dict)
-    always: Facts = field(default_factory=dict)
-    task_always: Mapping[str, Facts] = field(default_factory=dict)
-    columns: Mapping[str, Facts] = field(default_factory=dict)
-    guesses: Mapping[str, Facts] = field(default_factory=dict)
+    defaults: RecipeValues = field(default_factory=dict)
+    task_defaults: Mapping[str, RecipeValues] = field(default_factory=dict)
+    always: RecipeValues = field(default_factory=dict)
+    task_always: Mapping[str, RecipeValues] = field(default_factory=dict)
+    columns: Mapping[str, RecipeValues] = field(default_factory=dict)
+    guesses: Mapping[str, RecipeValues] = field(default_factory=dict)
     decide: tuple[str, ...] = ()
     unstated: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], below: Table | None = None) -> Table:
+    def from_mapping(cls, values: Mapping[str, Any], below: MigrationTable | None = None) -> MigrationTable:
         """Read a table; the rules of the one `below` hold for keys that it does not name."""
         rules: dict[str, Mapping[str, Any]] = dict(below.rules) if below else {}
         rules |= {key: {"to": f"{section}.{key}"} for section, keys in values.get("same", {}).items() for key in keys}
@@ -83,18 +83,20 @@ class Table:
 
 
 @cache
-def tables() -> dict[str, Table]:
+def tables() -> dict[str, MigrationTable]:
     """Return the table of each tool that is migrated, by the name of its file."""
     found = _read_tables()
-    trainer = Table.from_mapping(found["trainer"])
-    return {name: Table.from_mapping(found[name], trainer) for name in sorted(found) if "extends" in found[name]}
+    trainer = MigrationTable.from_mapping(found["trainer"])
+    return {
+        name: MigrationTable.from_mapping(found[name], trainer) for name in sorted(found) if "extends" in found[name]
+    }
 
 
 @cache
-def _known_tools() -> dict[str, Table]:
+def _known_tools() -> dict[str, MigrationTable]:
     """Return the tables, and those by which files of retired tools are recognised."""
     retired = _read_tables()["retired"]
-    return {**tables(), **{name: Table.from_mapping({**retired[name], "retired": True}) for name in retired}}
+    return {**tables(), **{name: MigrationTable.from_mapping({**retired[name], "retired": True}) for name in retired}}
 
 
 @cache
@@ -109,10 +111,10 @@ class ForeignConfig:
 
     label: str
     folder: Path
-    table: Table
+    table: MigrationTable
     values: dict[str, object]
-    facts: Facts
-    """What the command says beside its options: our keys."""
+    facts: RecipeValues
+    """Values of our keys that follow from the command itself, not from its options."""
 
     @classmethod
     def read(cls, file: Path, tool: str | None = None) -> ForeignConfig:
@@ -121,30 +123,17 @@ class ForeignConfig:
         if tool is not None and tool not in known:
             fix = f"{nearest(tool, list(tables()))} Tools: {', '.join(tables())}.".strip()
             raise RecipeError.of(f"Tool {tool!r} is not known", "--tool", fix)
-        if tool is not None:
-            _refuse_retired(known[tool], "--tool")
-        text, name = read_text(file), label(file)
+        text, name, folder = read_recipe_text(file), file_label(file), file.absolute().parent
         command = None if file.suffix.lower() in (".yaml", ".yml", ".json") else _find_command(text)
-        if command is not None:
-            table, words, before = command
-            table = known[tool] if tool else table
-            _refuse_retired(table, name)
-            values, facts = _read_options(table, words, file)
-            return cls(name, file.absolute().parent, table, values | _read_processes(before), facts)
-        nested = parse_yaml(text, name, file.parent).plain()
-        if not isinstance(nested, dict) or not nested:
-            raise RecipeError.of(
-                "no configuration: it is neither a mapping of keys nor a command of a tool", name, _TOOL
-            )
-        scores = {one: _score(known[one], nested) for one in known}
-        best = tool or max(scores, key=lambda one: scores[one])
-        if tool is None and scores[best][0] == 0:
-            fix = f"Name the tool: --tool {' | '.join(tables())}."
-            raise RecipeError.of(
-                f"No known tool has these keys: {', '.join(redact(str(key)) for key in [*nested][:8])}", name, fix
-            )
-        _refuse_retired(known[best], name)
-        return cls(name, file.absolute().parent, known[best], dict(known[best].flatten(nested)), {})
+        nested = {} if command else _read_nested(text, name, file)
+        table = known[tool] if tool else command[0] if command else _recognize(nested, name)
+        if table.retired:
+            raise RecipeError.of(f"Configurations of {table.tool} are no longer migrated", name, _INSTEAD)
+        if command is None:
+            return cls(name, folder, table, dict(table.flatten(nested)), {})
+        _, words, before = command
+        values, facts = _read_options(table, words, file)
+        return cls(name, folder, table, values | _read_processes(before), facts)
 
 
 _TOOL = "Give a YAML or JSON file of the tool, or a file with its command line."
@@ -153,25 +142,38 @@ _INSTEAD = (
 )
 
 
-def _refuse_retired(table: Table, where: str) -> None:
-    if table.retired:
-        raise RecipeError.of(f"Configurations of {table.tool} are no longer migrated", where, _INSTEAD)
+def _read_nested(text: str, name: str, file: Path) -> dict[str, object]:
+    nested = parse_yaml(text, name, file.parent).plain()
+    if not isinstance(nested, dict) or not nested:
+        what = "no configuration: it is neither a mapping of keys nor a command of a tool"
+        raise RecipeError.of(what, name, _TOOL)
+    return nested
 
 
-def _score(table: Table, nested: Mapping[str, object]) -> tuple[int, float]:
-    """Return how many keys mark this tool, and which share of the keys it knows.
+def _recognize(nested: Mapping[str, object], name: str) -> MigrationTable:
+    """Return the table of the tool that most keys mark, and of several the one that knows most of the keys.
 
-    Marks of a retired tool count three times: no other tool has them.
+    Marks of a retired tool count three times: no other tool has them. Raises RecipeError where no key marks a tool.
     """
-    keys = dict(table.flatten(nested))
-    marks = sum(key in table.marks for key in keys) * (3 if table.retired else 1)
-    return marks, sum(table.find(key) is not None for key in keys) / len(keys)
+
+    def score(table: MigrationTable) -> tuple[int, float]:
+        keys = dict(table.flatten(nested))
+        marks = sum(key in table.marks for key in keys) * (3 if table.retired else 1)
+        return marks, sum(table.find(key) is not None for key in keys) / len(keys)
+
+    best = max(_known_tools().values(), key=score)
+    if score(best)[0] == 0:
+        keys = ", ".join(redact(str(key)) for key in [*nested][:8])
+        raise RecipeError.of(
+            f"No known tool has these keys: {keys}", name, f"Name the tool: --tool {' | '.join(tables())}."
+        )
+    return best
 
 
-def _find_command(text: str) -> tuple[Table, list[str], list[str]] | None:
+def _find_command(text: str) -> tuple[MigrationTable, list[str], list[str]] | None:
     """Find the first line that calls a tool; return its table, the words after the program and those before it.
 
-    Variables that lines above set stand for their values.
+    Variables set on earlier lines are replaced by their values.
     """
     assigned: dict[str, str] = {}
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
@@ -200,7 +202,7 @@ def _without_comment(line: str) -> str:
     return re.sub(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)#.*""", lambda found: found[1] or "", line)
 
 
-def _read_options(table: Table, words: list[str], file: Path) -> tuple[dict[str, object], Facts]:
+def _read_options(table: MigrationTable, words: list[str], file: Path) -> tuple[dict[str, object], RecipeValues]:
     """Read `--key value...`, `--key=value`, `--key` and `key=value`; a configuration that is named lies below them."""
     options: dict[str, list[object]] = {}
     facts: dict[str, object] = {}
@@ -218,7 +220,7 @@ def _read_options(table: Table, words: list[str], file: Path) -> tuple[dict[str,
         elif word in table.refused_words:
             raise RecipeError.of(
                 f"`{table.tool} {word}` is no training that a recipe can say",
-                label(file),
+                file_label(file),
                 f"{table.refused_words[word]}.",
             )
         elif word in table.words:
@@ -258,11 +260,11 @@ def _value(word: str) -> object:
 
 def mapping(file: Path) -> dict[str, object]:
     """Return the keys of a YAML or JSON file; none where it holds no mapping. Raises RecipeError if it is damaged."""
-    value = parse_yaml(read_text(file), label(file), file.parent).plain()
+    value = parse_yaml(read_recipe_text(file), file_label(file), file.parent).plain()
     return value if isinstance(value, dict) else {}
 
 
-def first_row(file: Path) -> Mapping[str, object]:
+def read_first_row(file: Path) -> Mapping[str, object]:
     """Return the first row of a local file of JSON lines, JSON or CSV, or of one in a folder; nothing without one."""
     if file.is_dir():
         file = next((one for one in sorted(file.iterdir()) if one.suffix.lower() in (".jsonl", ".json", ".csv")), file)

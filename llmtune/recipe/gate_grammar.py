@@ -14,7 +14,7 @@ from typing import Literal, cast
 from llmtune.errors import RecipeError
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
-Part = Literal["low", "high"]
+IntervalEnd = Literal["low", "high"]
 Opponent = Literal["base", "champion"]
 
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
@@ -38,7 +38,7 @@ class Gate:
     text: str
     metric: str
     """As the scores are called; dotted where it belongs to a study."""
-    part: Part | None
+    part: IntervalEnd | None
     """`low` or `high` end of the paired 95 % interval of the difference; None for the tuned model's score."""
     op: Operator
     number: float | None
@@ -55,7 +55,7 @@ def parse_gate(text: str) -> Gate:
     if not match:
         raise RecipeError.of(f"{text!r} is not a gate", None, f"Write one like {FORMS}.")
     sign, operand = match["sign"], float(match["operand"] or 0)
-    part = cast("Part | None", match["part"])
+    part = cast("IntervalEnd | None", match["part"])
     if part and match["number"] is not None:
         raise RecipeError.of(
             f"{text!r} compares the {part} end of a difference with a number, and names no model it is from",

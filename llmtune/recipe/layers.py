@@ -1,4 +1,4 @@
-"""The layers of a recipe: the file, the files that it extends, and `--set`; what stands nearer wins."""
+"""The layers of a recipe: the file, the files that it extends, and `--set`. The nearest layer wins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmtune.errors import Problem, RecipeError
 from llmtune.recipe.source_map import SET
-from llmtune.recipe.yaml_reader import MAX_DEPTH, Node, label, parse_yaml, read_text
+from llmtune.recipe.yaml_reader import MAX_DEPTH, Node, file_label, parse_yaml, read_recipe_text
 
 MAX_EXTENDS = 8
 INSTEAD = {
@@ -19,7 +19,7 @@ INSTEAD = {
     "model.name": "model.candidates",
     "model.candidates": "model.name",
 }
-"""A key that is set from outside -> the key of the file in whose place it then stands."""
+"""A key set on the command line -> the key of the file that it replaces."""
 SOURCE_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"))
 
 
@@ -33,7 +33,7 @@ def read_layers(
     """
     real = Path(os.path.realpath(path))
     if real in chain:
-        circle = " -> ".join(label(file) for file in (*chain[chain.index(real) :], real))
+        circle = " -> ".join(file_label(file) for file in (*chain[chain.index(real) :], real))
         raise RecipeError.of(f"`extends` goes in a circle: {circle}", stated_at, "Let one of them extend nothing.")
     if len(chain) >= MAX_EXTENDS:
         raise RecipeError.of(f"`extends` is more than {MAX_EXTENDS} files deep", stated_at, "Join some of the files.")
@@ -41,16 +41,16 @@ def read_layers(
         fix = "Check the path; it is relative to this file."
         raise RecipeError.of(f"the recipe to extend is not there: {path}", stated_at, fix)
     folder = Path(os.path.abspath(path)).parent
-    root = parse_yaml(read_text(path), label(path), folder)
+    root = parse_yaml(read_recipe_text(path), file_label(path), folder)
     if root.value is None:
-        raise RecipeError.of("an empty recipe", label(path), "Start from `llmtune recipes new --task chat`.")
+        raise RecipeError.of("an empty recipe", file_label(path), "Start from `llmtune recipes new --task chat`.")
     if not isinstance(root.value, dict):
         fix = "Write `key: value` lines, e.g. `task: chat`."
         raise RecipeError.of("a recipe is a mapping of keys", root.origin, fix)
     keys = dict(root.value)
     if stated_at is not None and known and keys and not keys.keys() & {"extends", *known}:
         fix = "Extend a recipe. The text of other files is not shown."
-        raise RecipeError.of(f"{label(path)} is no recipe: none of its keys is one", stated_at, fix)
+        raise RecipeError.of(f"{file_label(path)} is no recipe: none of its keys is one", stated_at, fix)
     extends = keys.pop("extends", None)
     own = Node(keys, root.origin, folder)
     if extends is None or extends.value is None:
@@ -59,17 +59,17 @@ def read_layers(
         what = "'extends' must be the path of one recipe file"
         raise RecipeError.of(what, extends.origin, "Write `extends: base.yaml`.")
     below = Path(os.path.join(folder, os.path.expanduser(extends.value)))
-    return merge(read_layers(below, known, (*chain, real), extends.origin), own)
+    return overlay(read_layers(below, known, (*chain, real), extends.origin), own)
 
 
-def merge(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:
+def overlay(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:
     """Lay one value over another: mappings are merged key by key, all else is replaced; a source is one value."""
     if not isinstance(below.value, dict) or not isinstance(above.value, dict) or key in SOURCE_KEYS:
         overrides = above.value is None and (below.value is not None or below.overrides)
         return Node(above.value, above.origin, above.folder, overrides)
     merged = dict(below.value)
     for name, item in above.value.items():
-        merged[name] = merge(merged[name], item, (*key, name)) if name in merged else item
+        merged[name] = overlay(merged[name], item, (*key, name)) if name in merged else item
     return Node(merged, above.origin, above.folder)
 
 
@@ -82,7 +82,7 @@ def apply_sets(root: Node, sets: Sequence[str]) -> Node:
             parts, value = split_set(text)
             other = INSTEAD.get(".".join(parts))
             if other is not None and other not in keys and value.value is not None:
-                root = without(root, other.split("."))
+                root = drop_key(root, other.split("."))
             root = assign(root, parts, value)
         except RecipeError as error:
             problems.extend(error.problems)
@@ -113,12 +113,12 @@ def relabel(node: Node) -> Node:
 
 
 def assign(below: Node | None, parts: Sequence[str], above: Node, key: tuple[str, ...] = ()) -> Node:
-    """Lay a value over the one that stands at a dotted key; `key` is the way gone, `parts` the way to go.
+    """Lay a value over the one at a dotted key; `key` is the path so far, `parts` the rest of it.
 
-    Raises RecipeError if the way is blocked.
+    Raises RecipeError if a value on the path has no keys.
     """
     if not parts:
-        return above if below is None else merge(below, above, key)
+        return above if below is None else overlay(below, above, key)
     name, rest = parts[0], parts[1:]
     value = below.value if below else None
     origin, folder = (below.origin, below.folder) if below else (SET, above.folder)
@@ -141,11 +141,11 @@ def assign(below: Node | None, parts: Sequence[str], above: Node, key: tuple[str
     return Node(keys, origin, folder)
 
 
-def without(node: Node, key: Sequence[str]) -> Node:
-    """Return a value without what stands at a key path in it."""
+def drop_key(node: Node, key: Sequence[str]) -> Node:
+    """Return a value without the entry at a key path."""
     if not isinstance(node.value, dict) or key[0] not in node.value:
         return node
     items = {name: item for name, item in node.value.items() if name != key[0]}
     if len(key) > 1:
-        items[key[0]] = without(node.value[key[0]], key[1:])
+        items[key[0]] = drop_key(node.value[key[0]], key[1:])
     return Node(items, node.origin, node.folder)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmtune.recipe.builtin import find_recipe
-from llmtune.recipe.layers import apply_sets, read_layers, without
+from llmtune.recipe.layers import apply_sets, drop_key, read_layers
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import Section
+from llmtune.recipe.section import RecipeSection
 from llmtune.recipe.source_map import DEFAULT, Diagnostics, SourceMap, list_origins, restore_origins
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.validation import validate
-from llmtune.recipe.yaml_reader import Node, read_text
+from llmtune.recipe.yaml_reader import Node, read_recipe_text
 from llmtune.recipe.yaml_writer import write_yaml
 
 ADDED = (
@@ -52,10 +52,10 @@ def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) 
     Raises RecipeError with every problem that was found, each with its place and what to do.
     """
     file = find_recipe(name_or_path)
-    return resolve(apply_sets(read_layers(file, Recipe.model_fields), sets), file)
+    return resolve_recipe(apply_sets(read_layers(file, Recipe.model_fields), sets), file)
 
 
-def resolve(root: Node, file: Path) -> LoadedRecipe:
+def resolve_recipe(root: Node, file: Path) -> LoadedRecipe:
     """Check what a recipe states and fill in the rest. Raises RecipeError with every problem."""
     source_map = SourceMap(root)
     written = validate(root, default_name(file))
@@ -72,21 +72,21 @@ def resolve(root: Node, file: Path) -> LoadedRecipe:
 
 
 def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[str] = ()) -> LoadedRecipe:
-    """Load the resolved recipe of a run: values have the origins that stand as comments behind them.
+    """Load the resolved recipe of a run: the comment after a value is its origin.
 
-    What `--set` changes has `--set`, a value without a comment its line. What was a default in one of the `changeable`
-    sections counts as not stated beside `sets`, so that it does not stand in the way of what is set.
+    What `--set` changes has `--set`, a value without a comment its line. Defaults in the
+    `changeable` sections count as not stated, so they never conflict with `sets`.
 
     Raises RecipeError.
     """
-    text, root = read_text(file), read_layers(file, Recipe.model_fields)
-    loaded = resolve(root, file)
+    text, root = read_recipe_text(file), read_layers(file, Recipe.model_fields)
+    loaded = resolve_recipe(root, file)
     loaded = replace(loaded, origins=restore_origins(loaded.origins, loaded.recipe, text))
     if sets:
         for key, origin in loaded.origins.items():
             if origin == DEFAULT and key.split(".")[0] in changeable:
-                root = without(root, key.split("."))
-        changed = resolve(apply_sets(root, sets), file)
+                root = drop_key(root, key.split("."))
+        changed = resolve_recipe(apply_sets(root, sets), file)
         loaded = replace(changed, origins=restore_origins(changed.origins, changed.recipe, text))
     return loaded
 
@@ -120,7 +120,7 @@ def fill_metrics(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": metrics})})
 
 
-AnySection = TypeVar("AnySection", bound=Section)
+AnySection = TypeVar("AnySection", bound=RecipeSection)
 
 
 def absolute_paths(section: AnySection, source_map: SourceMap, prefix: str = "") -> AnySection:
@@ -128,9 +128,9 @@ def absolute_paths(section: AnySection, source_map: SourceMap, prefix: str = "")
     update: dict[str, object] = {}
     for name, value in section:
         key, to_absolute = f"{prefix}{name}", type(section).paths.get(name)
-        if isinstance(value, Section):
+        if isinstance(value, RecipeSection):
             update[name] = absolute_paths(value, source_map, f"{key}.")
-        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+        elif isinstance(value, tuple) and value and isinstance(value[0], RecipeSection):
             update[name] = tuple(absolute_paths(item, source_map, f"{key}.{i}.") for i, item in enumerate(value))
         elif to_absolute and isinstance(value, tuple):
             update[name] = tuple(to_absolute(item, source_map.folder(f"{key}.{i}")) for i, item in enumerate(value))

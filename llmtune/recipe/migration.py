@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import RecipeError
-from llmtune.recipe.foreign_config import ForeignConfig, first_row
-from llmtune.recipe.loader import LoadedRecipe, resolve
+from llmtune.recipe.foreign_config import ForeignConfig, read_first_row
+from llmtune.recipe.loader import LoadedRecipe, resolve_recipe
 from llmtune.recipe.migration_rules import Migration, Setting, apply_rule, move
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact
+from llmtune.recipe.task_facts import DEFAULT_TASK, TASK_FACTS
 from llmtune.recipe.yaml_reader import Node
 from llmtune.recipe.yaml_writer import scalar
 
@@ -22,17 +23,19 @@ HELD_OUT: dict[str, tuple[object, str]] = {
     "data.test": (0, "none are held out there; 0.1 measures what the tuning did"),
     "data.deduplicate": ("none", "copies are learned there; near keeps one of them"),
 }
-"""What a recipe does by itself, and other tools do not: what they do, and a word on it."""
+"""Defaults of a recipe that other tools do not share: what they do instead, and a note."""
 REQUIRED = {
-    "task": ("chat", "SET: the task"),
+    "task": (DEFAULT_TASK, "SET: the task"),
     "data.train": ("rows.jsonl", "SET: the rows"),
     "model.name": ("owner/model", "SET: the model"),
 }
-"""What a recipe needs, and what stands for it where the configuration does not say it."""
+"""Required keys, each with a placeholder and a note for the user."""
 
 
-def migrate(file: Path, out: Path, tool: str | None = None, task: str | None = None) -> tuple[Migration, LoadedRecipe]:
-    """Make a recipe that will stand at `out`; return it, with what became of each key.
+def migrate_config(
+    file: Path, out: Path, tool: str | None = None, task: str | None = None
+) -> tuple[Migration, LoadedRecipe]:
+    """Make a recipe to be written to `out`; return it, with what became of each key.
 
     Raises RecipeError where the file cannot be read, is of no known tool, or asks for what cannot be done at all.
     """
@@ -54,7 +57,7 @@ def migrate(file: Path, out: Path, tool: str | None = None, task: str | None = N
         if key not in migration.moved:
             move(migration, key, value)
     _look_at_rows(migration)
-    _fill(migration)
+    _state_defaults(migration)
     _count_tokens(migration)
     loaded = _check(migration, out)
     chosen = {ours: one.keys for ours, one in migration.settings.items() if not {*one.keys} & {*config.values}}
@@ -67,7 +70,7 @@ def migrate(file: Path, out: Path, tool: str | None = None, task: str | None = N
 def _look_at_rows(migration: Migration) -> None:
     """Let the first row of a local file decide what the table leaves to it, where nothing else has."""
     path = migration.settings.get("data.train.0.path")
-    row = first_row(migration.folder / str(path.value)) if path else {}
+    row = read_first_row(migration.folder / str(path.value)) if path else {}
     for name, facts in migration.config.table.columns.items():
         column, _, messages = name.partition(" ")
         if column in row and (not messages or isinstance(row[column], list)):
@@ -76,44 +79,35 @@ def _look_at_rows(migration: Migration) -> None:
             return
 
 
-def _fill(migration: Migration) -> None:
+def _state_defaults(migration: Migration) -> None:
     """State what the other tool does where its configuration is silent, and that it holds no rows out."""
     table, config = migration.config.table, migration.config
     guess, mark = REQUIRED["task"]
     task = migration.settings.setdefault("task", Setting(guess, [mark])).value
-    stated, noted = set(migration.settings), dict(migration.moved)
+    migration.stated = frozenset(migration.settings)
     loss = migration.settings.get("preference.loss")
-    kinds = (str(task), str(loss.value) if loss else "")
-    defaults = {
-        **table.defaults,
-        **{key: one for kind in kinds for key, one in table.task_defaults.get(kind, {}).items()},
-    }
+    defaults = dict(table.defaults)
+    for kind in (str(task), str(loss.value) if loss else ""):
+        defaults |= table.task_defaults.get(kind, {})
     by = f"{table.tool}'s default"
     factors = {rule["times"] for rule in table.rules.values() if "times" in rule}
     names = {key for key in config.values if "times" in (table.find(key) or ())}
-    whole = any(ours in stated for ours in factors) and not names
+    is_product = not factors & migration.stated or bool(names)
     for key, value in defaults.items():
         rule = table.find(key)
-        if rule is None or _is_stated(config, key, rule) or ("times" in rule and whole):
+        if rule is None or _is_stated(config, key, rule) or ("times" in rule and not is_product):
             continue
         if isinstance(value, Mapping):
-            value = _doubled(migration, value["twice"])
+            once = migration.settings.get(value["twice"])
+            value = 2 * once.value if once is not None and isinstance(once.value, int) else None
         before = dict(migration.settings)
-        apply_rule(migration, key, value, rule, "data.train.0")
-        for ours, setting in list(migration.settings.items()):
-            old = before.get(ours)
-            if setting is old:
-                continue
-            if old is not None and ours in stated and rule.get("replaces") == "any":
-                for name in {*old.keys} & {*noted}:
-                    noted[name] = replace(noted[name], state="not needed", to=(), why=f"{by}, {key}, overrides it")
-                setting.keys = [by]
-            elif old is not None and ours in stated and "times" not in rule:
-                migration.settings[ours] = old
-            else:
-                setting.keys = [*(old.keys if old is not None and ours in stated else []), by]
-        migration.moved.pop(key, None)
-    migration.moved = noted
+        apply_rule(migration, by, value, rule, "data.train.0")
+        migration.moved.pop(by, None)
+        overridden = [one for ours, one in before.items() if migration.settings.get(ours) is not one]
+        for name in {name for one in overridden for name in one.keys} if rule.get("replaces") == "any" else ():
+            if name in migration.moved:
+                why = f"{by}, {key}, overrides it"
+                migration.moved[name] = replace(migration.moved[name], state="not needed", to=(), why=why)
     always = {**table.always, **table.task_always.get(str(task), {})}
     for ours, (value, why) in (HELD_OUT | {ours: (value, by) for ours, value in always.items()}).items():
         if not any(one == ours or one.startswith(f"{ours}.") for one in migration.settings):
@@ -125,16 +119,11 @@ def _is_stated(config: ForeignConfig, key: str, rule: Mapping[str, Any]) -> bool
     return key in config.values and (config.values[key] is not None or "null" in rule.get("values", {}))
 
 
-def _doubled(migration: Migration, ours: str) -> object:
-    setting = migration.settings.get(ours)
-    return 2 * setting.value if setting is not None and isinstance(setting.value, int) else None
-
-
 def _count_tokens(migration: Migration) -> None:
     """Where a step there counts packed sequences, state the tokens that they hold."""
     rows, length = (migration.settings.get(ours) for ours in ("train.batch_size", "data.max_length"))
     packing, task = migration.settings.get("data.packing"), migration.settings["task"].value
-    if not migration.packed or packing is None or packing.value is not True or task not in ("chat", "completion"):
+    if not migration.packed or packing is None or packing.value is not True or not TASK_FACTS[str(task)].splits_text:
         return
     if rows is None or length is None or type(rows.value) is not int or type(length.value) is not int:
         return
@@ -153,7 +142,7 @@ def _check(migration: Migration, out: Path) -> LoadedRecipe:
                 first = f"{ours}.0.path" if ours == "data.train" else ours
                 migration.settings[first] = Setting(value, [what])
         try:
-            return resolve(_node(nested(migration.settings), "", migration.folder), out)
+            return resolve_recipe(_node(nested(migration.settings), "", migration.folder), out)
         except RecipeError as error:
             refused = [
                 migration.take_out(str(problem.where), f"{problem.what}. {problem.fix or ''}".strip())
@@ -164,7 +153,7 @@ def _check(migration: Migration, out: Path) -> LoadedRecipe:
 
 
 def nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Nest dotted keys; the items of a list stand by number."""
+    """Nest dotted keys; items of a list are keyed by number."""
     root: dict[str, Any] = {}
     for ours, setting in settings.items():
         here = root

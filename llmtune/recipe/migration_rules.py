@@ -9,8 +9,10 @@ A rule is one of our keys, or a mapping:
 - `packs`: a step of the other tool counts packed sequences when this is true;
 - `each`: a key that every source takes;
 - `list`: our key takes a list, its items by `rename`;
-- `source`, `column`: a key or a column of the rows; `sources`: a list of them, with rules of its own;
-- `split_of`: a split of the same data set; `listing`: names in LLaMA-Factory's dataset_info.json;
+- `source`, `column`: a key or a column of the rows, by task if `of_task` says so; `append`: a list takes the value;
+- `sources`: a list of sources, with rules of its own; `listing`: the key with the folder of LLaMA-Factory's
+  dataset_info.json, where they are looked up by name;
+- `split_of`: a split of the same data set;
 - `path`: a `model` or `file`, seen from the recipe; `then`: what follows; `replaces`, `replaced`: who wins over whom.
 """
 
@@ -26,26 +28,19 @@ from typing import Any, Literal
 
 from llmtune.errors import nearest
 from llmtune.recipe.data_section import Source
-from llmtune.recipe.foreign_config import ForeignConfig, Table, mapping
+from llmtune.recipe.foreign_config import ForeignConfig, MigrationTable, mapping
 from llmtune.recipe.secrets import REMOVED, holds_secret, redact
 from llmtune.recipe.yaml_writer import scalar
 
-State = Literal["carried", "renamed", "not needed", "refused"]
+OutcomeState = Literal["carried", "renamed", "not needed", "refused"]
 SOURCE_PATH = re.compile(r"data\.(?:train|validation)\.\d+\.path")
 VARIABLE = re.compile(r"\S*\$[A-Za-z_{(]")
 NO_SECRETS = "a recipe holds no secrets: log in, or set an environment variable"
 NO_EFFECT = "has no effect"
 UNKNOWN = "llmtune does not know this key of the tool"
+UNLISTED = "no dataset_info.json here lists it with a file or a hub name: write its path"
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 WIDEST = 60
-TAGS = {
-    *("role", "content", "user", "assistant", "system", "tool", "function"),
-    *("from", "value", "human", "gpt", "observation", "function_call"),
-    *("sender", "author", "speaker", "text", "message", "body"),
-}
-"""What LLaMA-Factory's tags may be, that llmtune reads by itself."""
-ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool"}
-"""Tags that hold a name of a role; ours on the right."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class Moved:
 
     key: str
     value: object
-    state: State
+    state: OutcomeState
     to: tuple[str, ...] = ()
     why: str | None = None
 
@@ -80,13 +75,15 @@ class Migration:
 
     config: ForeignConfig
     folder: Path
-    """Where the recipe will stand."""
+    """Where the recipe will be written."""
     settings: dict[str, Setting] = field(default_factory=dict)
     moved: dict[str, Moved] = field(default_factory=dict)
     looks: dict[str, None] = field(default_factory=dict)
     """Lines for the user to look at, in order."""
     packed: bool = False
     """Whether a step of the other tool counts packed sequences."""
+    stated: frozenset[str] = frozenset()
+    """Our keys that the configuration sets: the tool's defaults, which come later, give way to them."""
 
     @property
     def outcomes(self) -> list[Moved]:
@@ -108,10 +105,6 @@ class Migration:
             key, value, "carried" if ok and same else "renamed" if ok else "refused", tuple(to), why
         )
 
-    def pass_over(self, key: str, value: object, why: str) -> None:
-        """Note that a key is not needed."""
-        self.moved[key] = Moved(key, value, "not needed", (), why)
-
     def put(self, ours: str, value: object, key: str, rule: Mapping[str, Any]) -> str | None:
         """Set one of our keys; return why that cannot be. Rows that are named win over a share of them."""
         if below := [key for one, old in self.settings.items() if one.startswith(f"{ours}.") for key in old.keys]:
@@ -119,6 +112,8 @@ class Migration:
         for parent in [one for one in self.settings if ours.startswith(f"{one}.")]:
             self.take_out(parent, f"{parent} names its rows, by {key}")
         old, replaces = self.settings.get(ours), rule.get("replaces", ())
+        if ours in self.stated and replaces != "any":
+            return None
         wins = old is not None and (old.replaced or replaces == "any" or old.value in replaces)
         if old is not None and not wins and old.value != value:
             if rule.get("replaced"):
@@ -139,7 +134,7 @@ class Migration:
             for key in setting.keys:
                 if key in self.moved:
                     kept = tuple(name for name in self.moved[key].to if name != ours)
-                    state: State = "not needed" if NO_EFFECT in why else "refused"
+                    state: OutcomeState = "not needed" if NO_EFFECT in why else "refused"
                     if kept:  # a part of what the key says
                         self.moved[key] = replace(self.moved[key], to=kept)
                         part = f"{key} ({ours})"
@@ -169,12 +164,12 @@ def apply_rule(migration: Migration, key: str, value: object, rule: Mapping[str,
     if "sources" not in rule and holds_secret(key, value):
         migration.settle(key, value, rule.get("refuse", NO_SECRETS), ok=False)
         return
-    if isinstance(value, list) and len(value) == 1 and not rule.keys() & {"list", "sources", "listing"}:
-        value = value[0] if _named(rule.get("values", {}), value) is None else value
+    if isinstance(value, list) and len(value) == 1 and not rule.keys() & {"list", "sources"}:
+        value = value[0] if _rule_of_value(rule.get("values", {}), value) is None else value
     if "unneeded" in rule:
-        migration.pass_over(key, value, rule["unneeded"])
+        migration.moved[key] = Moved(key, value, "not needed", (), rule["unneeded"])
         return
-    named = _named(rule.get("values", {}), value)
+    named = _rule_of_value(rule.get("values", {}), value)
     if isinstance(named, Mapping) and "look" in named:
         migration.looks[named["look"]] = None
         named = {name: one for name, one in named.items() if name != "look"}
@@ -224,16 +219,20 @@ def _targets(
         items = [renamed for item in items if (renamed := rule.get("rename", {}).get(item, item)) is not None]
         return {rule["list"]: "all-linear" if items in (["all-linear"], ["all"]) else items} if items else {}
     if "sources" in rule:
-        return _sources(migration, key, value, rule)
-    if "listing" in rule:
-        return _listed(migration, key, value, rule)
+        return _move_sources(migration, key, value, rule)
     if "split_of" in rule:
         path = migration.settings.get("data.train.0.path")
         if path is None or not str(path.value).startswith("hub:"):
             return "a file has no splits: name its rows as data.validation"
         return {f"{rule['split_of']}.0.path": path.value, f"{rule['split_of']}.0.split": value}
     if "column" in rule:
-        return {} if value == rule["column"] else {f"{source}.columns.{rule['column']}": value}
+        task = migration.settings.get("task")
+        ours = rule.get("of_task", {}).get(task.value if task else None, rule["column"])
+        return {} if value == ours else {f"{source}.columns.{ours}": value}
+    if "append" in rule:
+        old = migration.settings.get(rule["append"])
+        names = old.value if old is not None and isinstance(old.value, list) else []
+        return {rule["append"]: names if value in names else [*names, value]}
     if "each" in rule:
         return _each(migration, value, rule["each"])
     if "source" in rule:
@@ -245,7 +244,7 @@ def _targets(
     return {rule["to"]: value}
 
 
-def _named(values: Mapping[str, Any], value: object) -> Any:
+def _rule_of_value(values: Mapping[str, Any], value: object) -> Any:
     """Return what a rule's `values` say about a value, by its text; None: nothing."""
     text = scalar(value).strip('"').lower() if not isinstance(value, str) else value.lower()
     if text in values:
@@ -257,7 +256,7 @@ def _put_all(
     migration: Migration, key: str, value: object, targets: Mapping[str, Any], rule: Mapping[str, Any], source: str
 ) -> None:
     named = {f"{source}.{ours}" if ours in Source.model_fields else ours: one for ours, one in targets.items()}
-    multiplied = {"replaces": "any"} if rule.keys() & {"times", "each"} else {}
+    multiplied = {"replaces": "any"} if rule.keys() & {"times", "each", "append"} else {}
     if any(holds_secret(ours, one) for ours, one in named.items()):
         migration.settle(key, value, NO_SECRETS, ok=False)
         return
@@ -265,32 +264,52 @@ def _put_all(
         if problem := migration.put(ours, one, key, {**rule, **multiplied}):
             migration.settle(key, value, problem, ok=False)
             return
-    if "sources" in rule or "listing" in rule:
-        migration.settle(key, value, to=[rule.get("sources") or rule["listing"]])
+    if "sources" in rule:
+        migration.settle(key, value, to=[rule["sources"]])
     else:
         migration.settle(key, value, rule.get("why") if named else "as here", to=list(named))
 
 
-def _sources(migration: Migration, parent: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
+def _move_sources(migration: Migration, parent: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
     """Move each source of a list by the rule's own table; what became of its keys is noted one by one."""
-    inner, number = Table.from_mapping(rule), -1
-    for index, entry in enumerate(value if isinstance(value, list) else [value]):
+    inner, number = MigrationTable.from_mapping(rule), -1
+    entries = value if isinstance(value, list) else [value]
+    if "listing" in rule:
+        if not all(isinstance(name, str | int) for name in entries):
+            return "name data sets, with commas between them"
+        folder = str(migration.config.values.get(rule["listing"], "data"))
+        entries = _look_up(migration, ",".join(map(str, entries)), folder)
+    for index, entry in enumerate(entries):
         keys = entry if isinstance(entry, dict) else {"path": entry}
-        files = next((name for name, one in keys.items() if isinstance(one, list) and _is_path(inner, name)), None)
+        paths = [name for name in keys if (inner.find(name) or {}).get("source") == "path"]
+        if "listing" in rule and not paths:
+            migration.settle(f"{parent}[{index}]", keys.get("name", entry), UNLISTED, ok=False)
+            continue
+        files = next((name for name in paths if isinstance(keys[name], list)), None)
         for file in keys[files] if files else [None]:  # each file of a source is one of ours
             number += 1
             for key, item in (keys | ({files: file} if files else {})).items():
                 for name, one in inner.flatten({key: item}):
                     known = inner.find(name)
-                    if known is None:
+                    if known is None and one is not None:
                         migration.settle(f"{parent}[{index}].{name}", one, UNKNOWN, ok=False)
-                    else:
+                    elif known is not None:
                         apply_rule(migration, f"{parent}[{index}].{name}", one, known, f"{rule['sources']}.{number}")
-    return {}
+    return {} if number >= 0 else "no rows of it are known here"
 
 
-def _is_path(table: Table, name: str) -> bool:
-    return (table.find(name) or {}).get("source") == "path"
+def _look_up(migration: Migration, names: str, folder: str) -> list[Any]:
+    """Return the entries of LLaMA-Factory's dataset_info.json by name; a name with an owner is one of the hub's."""
+    places = [base / folder / "dataset_info.json" for base in (Path.cwd(), migration.config.folder)]
+    listing = next((file for file in places if file.is_file()), None)
+    listed = mapping(listing) if listing else {}
+    entries: list[Any] = []
+    for name in (part for one in names.split(",") if (part := one.strip())):
+        entry = listed.get(name)
+        if isinstance(entry, dict) and listing is not None and "file_name" in entry:
+            entry = {**entry, "file_name": str(listing.parent.absolute() / str(entry["file_name"]))}
+        entries.append(entry if isinstance(entry, dict) else {"path": name} if "/" in name else {"name": name})
+    return entries
 
 
 def _each(migration: Migration, value: Any, name: str) -> dict[str, object] | str:
@@ -311,7 +330,7 @@ def _source_key(migration: Migration, value: Any, name: str, source: str) -> dic
         return {f"{source}.{name}": value}
     if not isinstance(value, str):
         return "name each file as `path` of a source"
-    if value in ("json", "csv", "parquet", "text"):  # the files are named beside it
+    if value in ("json", "csv", "parquet", "text"):  # another key names the files
         return {}
     path, local = value, _local(migration, value)
     looks_local = path.startswith((".", "/", "~")) or path.lower().endswith(FILES)
@@ -337,64 +356,3 @@ def _local(migration: Migration, path: str) -> str | None:
             relative = os.path.relpath(there, migration.folder)
             return relative if relative.startswith("..") else f"./{relative}"
     return None
-
-
-def _listed(migration: Migration, key: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
-    """Look names up in the dataset_info.json of LLaMA-Factory."""
-    folder = str(migration.config.values.get(rule["folder"], "data"))
-    places = [base / folder / "dataset_info.json" for base in (Path.cwd(), migration.config.folder)]
-    listing = next((file for file in places if file.is_file()), None)
-    known = mapping(listing) if listing else {}
-    found: dict[str, Any] = {}
-    parts = value if isinstance(value, list) else str(value).split(",")
-    if not all(isinstance(one, str) for one in parts):
-        return "name data sets, with commas between them"
-    number = 0
-    for index, name in enumerate(part for one in parts if (part := one.strip())):
-        entry, path = known.get(name), f"{rule['listing']}.{number}"
-        address = _address(name, entry, migration, listing)
-        if address is None:
-            why = "no dataset_info.json here lists it with a file or a hub name: write its path"
-            migration.settle(f"{key}[{index}]", name, why, ok=False)
-            continue
-        number += 1
-        found[f"{path}.path"] = address
-        if isinstance(entry, dict):
-            _entry_keys(migration, path, entry, found, local="file_name" in entry)
-    return found or "no rows of it are known here"
-
-
-def _address(name: str, entry: object, migration: Migration, listing: Path | None) -> str | None:
-    """Return where the rows of a data set of LLaMA-Factory are; None where that is not known here."""
-    if not isinstance(entry, dict):
-        return f"hub:{name}" if "/" in name else None
-    if listing is not None and "file_name" in entry:
-        return os.path.relpath(listing.parent / str(entry["file_name"]), migration.folder)
-    if "cloud_file_name" in entry:
-        return str(entry["cloud_file_name"])
-    return f"hub:{entry['hf_hub_url']}" if "hf_hub_url" in entry else None
-
-
-def _entry_keys(
-    migration: Migration, path: str, entry: Mapping[str, Any], found: dict[str, Any], *, local: bool
-) -> None:
-    """Add to `found` what an entry of dataset_info.json says about the rows at `path`."""
-    for theirs, ours in (("subset", "config"), ("split", "split"), ("num_samples", "limit")):
-        if theirs in entry and not (local and ours == "split"):
-            found[f"{path}.{ours}"] = entry[theirs]
-    task = migration.settings.get("task")
-    names = {"prompt": "text" if task and task.value == "completion" else "instruction", "kto_tag": "label"}
-    names |= {"query": "input", "response": "output", "messages": "conversations"}
-    tags = entry.get("tags") or {}
-    if tags.get("role_tag") == "role":
-        names["messages"] = "messages"
-    for tag, word in tags.items():
-        if word not in TAGS and tag in ROLE_TAGS:
-            names = found.setdefault(f"data.roles.{ROLE_TAGS[tag]}", [])
-            names += [word] if word not in names else []
-        elif word not in TAGS:
-            migration.settle(f"{path}.{tag}", word, "rename the key of messages to role, or content", ok=False)
-    for theirs, column in (entry.get("columns") or {}).items():
-        ours = names.get(theirs, theirs)
-        if column != ours:
-            found[f"{path}.columns.{ours}"] = column

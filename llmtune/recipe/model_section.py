@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from llmtune.recipe.builtin import recipes_folder
-from llmtune.recipe.section import REMOTE, Many, Section, Text, absolute, by_type, one_or_more
+from llmtune.recipe.section import REMOTE, Many, NonEmpty, RecipeSection, absolute, by_type, one_or_more
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import TaskVariant
 
@@ -41,51 +41,51 @@ def absolute_template(name: str, folder: Path) -> str:
     return absolute(name, folder)
 
 
-class CatalogueQuery(Section):
+class CatalogueQuery(RecipeSection):
     """What to look for in the catalogue of `llmtune models list`; models that cannot do the task are none anyway."""
 
-    family: Annotated[tuple[Text, ...], BeforeValidator(one_or_more)] = ()
+    family: Annotated[tuple[NonEmpty, ...], BeforeValidator(one_or_more)] = ()
     """One or more families, such as `Qwen2.5`. Default none: all of them."""
-    language: Text | None = None
+    language: NonEmpty | None = None
     """A language that the model's card names: `en`, `de` ... Default none: any."""
     max_parameters: float | None = Field(default=None, ge=1)
     """Parameters at most, such as `2.0e9`. Default none: what fits into the memory."""
 
 
 Candidates = Annotated[
-    Annotated[Many[Text], Field(min_length=1), Tag("items")] | Annotated[CatalogueQuery, Tag("query")],
+    Annotated[Many[NonEmpty], Field(min_length=1), Tag("items")] | Annotated[CatalogueQuery, Tag("query")],
     by_type({dict: "query", CatalogueQuery: "query"}, "items"),
 ]
 
 
-class ModelSection(Section):
+class ModelSection(RecipeSection):
     """The model to start from: one by name, or candidates among which the best for the rows is chosen."""
 
-    name: Text | None = None
+    name: NonEmpty | None = None
     """A folder, a name on the hub (`owner/model`), or `builtin:NAME` for a packaged model. Required unless
     `candidates` is given; no default, because the model is the first decision of a recipe."""
     candidates: Candidates | None = None
     """Models to choose from, in place of `name`: a list, or what to look for in the catalogue, such as
     `{family: Qwen2.5, language: de, max_parameters: 2.0e9}`. Those that cannot do the task or do not fit are left out,
     the rest are ranked by bits per byte on a sample of the rows. Default none: ranking loads every candidate."""
-    licences: Many[Text] = ()
+    licences: Many[NonEmpty] = ()
     """Licences that a candidate may have, under the hub's names, such as `apache-2.0`; one with another licence, or
     with none that is known, is left out. Default none: any licence."""
     trials: int = Field(default=0, ge=0)
     """Steps of a short trial tuning of each candidate; the better half goes on with twice as many, until one is left,
     which is taken. Needs `data.validation`. Default 0: bits per byte before any tuning decide, which takes seconds."""
-    revision: Text = "main"
+    revision: NonEmpty = "main"
     """Branch, tag or commit on the hub. Default `main`; the lock file pins the commit it stood for."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights and the computation. Default `auto`: bfloat16 where the device computes in it, else
     float32, because float16 needs loss scaling."""
-    chat_template: Text | None = None
+    chat_template: NonEmpty | None = None
     """File with a Jinja chat template that replaces the model's own; `builtin:chatml` comes with llmtune, and writes
     tools and thoughts. Default none: the template that the model was trained with is the right one for it."""
     chat_template_kwargs: dict[str, object] = Field(default={})
     """Values for variables of the chat template, e.g. `enable_thinking: false`. They become defaults of the template
     that is saved and served, so a client need not send them. Default none: what a template does by itself."""
-    add_tokens: Many[Text] = ()
+    add_tokens: Many[NonEmpty] = ()
     """Tokens to add to the vocabulary; their embeddings are trained with the adapter. Default none: new embeddings
     start from nothing and make the adapter larger."""
     trust_remote_code: bool = False
@@ -114,7 +114,7 @@ class ModelSection(Section):
         names = {"model.name": self.name} if self.name is not None else {}
         listed = self.candidates if isinstance(self.candidates, tuple) else ()
         names |= {f"model.candidates.{i}": name for i, name in enumerate(listed)}
-        locals_ = [_is_local(diagnostics, key, name) for key, name in names.items()]
+        locals_ = [_check_model_name(diagnostics, key, name) for key, name in names.items()]
         diagnostics.repeated("model.candidates", listed, "a model")
         if self.name is not None:
             fix = "Remove it, or name model.candidates."
@@ -133,7 +133,7 @@ class ModelSection(Section):
             diagnostics.add("model.trials", what, "Set data.validation, such as 0.1.", "data.validation")
 
 
-def _is_local(diagnostics: Diagnostics, key: str, name: str) -> bool:
+def _check_model_name(diagnostics: Diagnostics, key: str, name: str) -> bool:
     """Whether a model's name is a packaged model or a folder; one that can be no model's is reported."""
     what, folder = f"'{key}' is {name!r}", diagnostics.source_map.folder(key)
     if name.startswith(BUILTIN):

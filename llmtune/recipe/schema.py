@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -10,7 +10,7 @@ from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_section import ModelSection
-from llmtune.recipe.section import Count, Section, Seed, descriptions, find_section, one_or_more
+from llmtune.recipe.section import Positive, RecipeSection, Seed, descriptions, find_section, one_or_more
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import TASK_FACTS, TaskVariant
 from llmtune.recipe.task_sections import (
@@ -26,24 +26,25 @@ from llmtune.recipe.task_sections import (
 )
 from llmtune.recipe.train_section import TrainSection
 
-TaskName = Literal[
-    "chat", "completion", "translate", "summarize", "qa", "classify", "token-classify", "speech", "preference"
-]
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASK_FACTS)]
 EXTENDS = "A recipe file to start from, relative to this one: its values hold where this one states none."
 Product = Literal["merged", "gguf"]
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
 
 
-class GenerationSection(Section):
+class GenerationSection(RecipeSection):
     """How answers are generated, in evaluate, generate, chat and serve, by the names of `GenerationConfig`."""
 
-    max_new_tokens: Count = 128
+    max_new_tokens: Positive = 128
     """Longest answer in tokens. Default 128: a paragraph."""
     do_sample: bool = False
     """Draw tokens at random. Default false: the same answer each time, so that scores can be compared."""
     temperature: float | None = Field(default=None, gt=0, le=100)
     """Above 1 more random, below 1 less. Default none: 1. Only with `do_sample`."""
-    top_k: Count | None = None
+    top_k: Positive | None = None
     """Draw among so many of the likeliest tokens. Default none: all. Only with `do_sample`."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Draw among tokens that make up this probability. Default none: 1. Only with `do_sample`."""
@@ -66,7 +67,7 @@ class GenerationSection(Section):
             diagnostics.none_has_effect(self, "generation", names, why, fix, "generation.do_sample")
 
 
-class Recipe(Section):
+class Recipe(RecipeSection):
     """A whole recipe: what is tuned, on what, how, and what is measured. Where it runs is no part of it."""
 
     recipe_version: Literal[1] = 1
@@ -110,7 +111,7 @@ class Recipe(Section):
 
     @property
     def needs_rows_apart(self) -> str | None:
-        """Why rows cannot stand in one line; None where they can."""
+        """Return why rows cannot be packed, or None."""
         noise = "the noise of train.neftune_noise_alpha depends on a row's length"
         return self.adapter.needs_rows_apart or (noise if self.train.neftune_noise_alpha is not None else None)
 
@@ -174,8 +175,9 @@ class Recipe(Section):
         for product in self.deploy if reason else ():
             what = f"'deploy: {product}' cannot be made with adapter.method: {self.adapter.method}: {reason}"
             diagnostics.add("deploy", what, "Remove it; the adapter is the result.", "adapter.method")
-        if "gguf" in self.deploy and (not variant.facts.decodes or variant.is_masked):
-            what = f"'deploy: gguf' has no effect with task: {self.task}: its model does not go on from a text"
+        readable = (variant.facts.decodes and not variant.is_masked) or variant.facts.answer_kind == "labels"
+        if "gguf" in self.deploy and not readable:
+            what = f"'deploy: gguf' has no effect with task: {self.task}: llama.cpp has no such model"
             diagnostics.add("deploy", what, "Remove it.", "task")
         diagnostics.repeated("deploy", self.deploy, "the same thing")
 
@@ -183,9 +185,9 @@ class Recipe(Section):
 def json_schema() -> dict[str, object]:
     """Return the JSON Schema (2020-12). It is looser than `llmtune recipes check`, which knows what rests on what.
 
-    Keys that a recipe needs may stand in one that it extends, so they are asked for only where it extends none.
+    Required keys may come from an extended recipe, so the schema requires them only without `extends`.
     """
-    describe_keys(Section)
+    describe_keys(RecipeSection)
     schema = Recipe.model_json_schema()
     required = schema.pop("required")
     schema["$defs"]["DataSection"].pop("required")
@@ -199,7 +201,7 @@ def json_schema() -> dict[str, object]:
     }
 
 
-def describe_keys(section: type[Section]) -> None:
+def describe_keys(section: type[RecipeSection]) -> None:
     """Put the text below each key into its description, in a section and all that are made from it."""
     for inner in section.__subclasses__():
         describe_keys(inner)

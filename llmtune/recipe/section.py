@@ -14,18 +14,18 @@ from typing import Annotated, ClassVar, TypeGuard, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
 
-Item = TypeVar("Item")
+ItemT = TypeVar("ItemT")
 REMOTE = ("hub:", "builtin:")
 """Beginnings of a name that is no path."""
 STORES = ("s3://", "gs://", "https://", "http://")
 """Beginnings of the address of a file in an object store or on a web server."""
 
 
-class Section(BaseModel):
+class RecipeSection(BaseModel):
     """A part of the recipe: its keys are a closed list, its values are never converted and never change.
 
-    The text below a key describes it: meaning, unit, and the reason of its default. What a key's type cannot say, such
-    as that another key leaves it without effect, stands in the section's method `check`.
+    The text below a key describes it: meaning, unit, and the reason of its default. The section's
+    method `check` reports what a type cannot express, such as a key that another one makes ineffective.
     """
 
     model_config = ConfigDict(
@@ -72,10 +72,10 @@ def sections_by(key: str) -> Callable[[object], object]:
     return as_sections
 
 
-Many = Annotated[tuple[Item, ...], BeforeValidator(as_tuple)]
+Many = Annotated[tuple[ItemT, ...], BeforeValidator(as_tuple)]
 """A list in the recipe, a tuple in Python."""
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -89,15 +89,15 @@ def by_type(tags: Mapping[type, str], otherwise: str) -> Discriminator:
 
 
 BRANCHES = ("share", "sources", "text", "items", "switch", "number", "query")
-"""Names of union branches: they stand in pydantic's locations, but not in a recipe."""
+"""Names of union branches: part of pydantic's locations, but not of a recipe."""
 
 
-def is_section(annotation: object) -> TypeGuard[type[Section]]:
+def is_section(annotation: object) -> TypeGuard[type[RecipeSection]]:
     """Whether a field's annotation is a section."""
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+    return isinstance(annotation, type) and issubclass(annotation, RecipeSection)
 
 
-def find_section(annotation: object) -> type[Section] | None:
+def find_section(annotation: object) -> type[RecipeSection] | None:
     """Return the section type within a field's annotation, if there is one."""
     if is_section(annotation):
         return annotation
@@ -105,7 +105,7 @@ def find_section(annotation: object) -> type[Section] | None:
     return next((section for section in inner if section), None)
 
 
-def descriptions(section: type[Section]) -> dict[str, str]:
+def descriptions(section: type[RecipeSection]) -> dict[str, str]:
     """Return the text below each key, on one line; read from the source, so only where it is shown.
 
     Nothing where the source is not installed.

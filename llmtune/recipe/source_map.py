@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.errors import Problem
-from llmtune.recipe.section import BRANCHES, Section
+from llmtune.recipe.section import BRANCHES, RecipeSection
 from llmtune.recipe.yaml_reader import Node, parse_yaml
 
 Key = Sequence[str | int]
@@ -22,9 +22,9 @@ class SourceMap:
     root: Node
 
     def find(self, key: Key) -> tuple[Node, bool]:
-        """Return the deepest node on the way to `key`, and whether it stands at the end of the way.
+        """Return the deepest node on the path `key`, and whether it is the end of that path.
 
-        A source stands for a list of one, and a text for a source's `path`, so `data.train.0.path` finds both.
+        A single source counts as a list of one, and a text as a source's `path`, so `data.train.0.path` finds both.
         """
         node = self.root
         for step in key:
@@ -40,7 +40,7 @@ class SourceMap:
         return node, True
 
     def stated(self, key: str) -> bool:
-        """Whether a value other than null stands at a dotted key."""
+        """Whether a dotted key has a value other than null."""
         node, exists = self.find(split(key))
         return exists and node.value is not None
 
@@ -71,17 +71,17 @@ def dotted(key: Key) -> str:
 
 def walk(value: object, key: str = "") -> Iterator[tuple[str, object]]:
     """Yield every dotted key that holds a value of its own: of sections and sources the keys in them."""
-    if isinstance(value, Section):
+    if isinstance(value, RecipeSection):
         for name, inner in value:
             yield from walk(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, tuple) and any(isinstance(item, Section) for item in value):
+    elif isinstance(value, tuple) and any(isinstance(item, RecipeSection) for item in value):
         for i, item in enumerate(value):
             yield from walk(item, f"{key}.{i}")
     else:
         yield key, value
 
 
-def list_origins(recipe: Section, source_map: SourceMap) -> dict[str, str]:
+def list_origins(recipe: RecipeSection, source_map: SourceMap) -> dict[str, str]:
     """Return the origin of every value by its dotted key; the keys of a mapping have their own."""
     origins: dict[str, str] = {}
     for key, value in walk(recipe):
@@ -92,8 +92,8 @@ def list_origins(recipe: Section, source_map: SourceMap) -> dict[str, str]:
     return origins
 
 
-def restore_origins(origins: Mapping[str, str], recipe: Section, text: str) -> dict[str, str]:
-    """Return origins with those that stand as comments in `text`, a resolved recipe, but for what was set anew.
+def restore_origins(origins: Mapping[str, str], recipe: RecipeSection, text: str) -> dict[str, str]:
+    """Return origins, replaced by the comments in `text`, a resolved recipe, except for what was set anew.
 
     Raises RecipeError if `text` is not YAML.
     """
@@ -108,7 +108,7 @@ def restore_origins(origins: Mapping[str, str], recipe: Section, text: str) -> d
             comments[key] = comment
     for key, value in walk(recipe):
         if isinstance(value, dict) and value and f"{key}.{[*value][-1]}" in comments:
-            comments[key] = comments[f"{key}.{[*value][-1]}"]  # a mapping has it behind its items
+            comments[key] = comments[f"{key}.{[*value][-1]}"]  # a mapping's comments follow its items
     return {key: origin if origin == SET else comments.get(key, origin) for key, origin in origins.items()}
 
 
@@ -119,7 +119,7 @@ class Diagnostics:
         """Collect problems of one recipe.
 
         Args:
-            source_map: where its values stand.
+            source_map: where its values come from.
             broken: keys that are wrong by themselves: a problem that rests on one of them is left out.
             assume_stated: take every key for stated, to learn which defaults have no effect.
         """
@@ -145,7 +145,7 @@ class Diagnostics:
             self.add(key, f"'{key}' has no effect {why}", fix, *because)
 
     def none_has_effect(
-        self, section: Section, prefix: str, names: Iterable[str], why: str, fix: str, *because: str
+        self, section: RecipeSection, prefix: str, names: Iterable[str], why: str, fix: str, *because: str
     ) -> None:
         """Report those keys of a section without effect that have a value."""
         for name in names:

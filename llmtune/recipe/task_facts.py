@@ -20,18 +20,8 @@ PREDICTED = frozenset(
 )
 """Metrics of answers whose number `evaluate.limit` bounds."""
 
-TASK_FORMATS: Mapping[str, tuple[str, ...]] = {
-    "chat": ("messages", "sharegpt", "alpaca", "prompt-completion"),
-    "completion": ("prompt-completion", "alpaca", "text"),
-    "translate": ("source-target", "translation"),
-    "summarize": ("document-summary",),
-    "qa": ("squad", "question-answer"),
-    "classify": ("text-label",),
-    "token-classify": ("tokens-tags", "text-spans"),
-    "speech": ("audio-text", "audio-folder"),
-    "preference": ("chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"),
-}
-ROW_FORMATS = tuple(dict.fromkeys(name for names in TASK_FORMATS.values() for name in names))
+WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
+"""Formats whose rows may hold messages."""
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
     *("functions", "history", "input", "instruction", "label", "messages", "output", "pair", "prompt", "question"),
@@ -49,6 +39,16 @@ class TaskFacts:
     summary: str
     metrics: tuple[str, ...]
     default_metrics: tuple[str, ...]
+    formats: tuple[str, ...]
+    """Row formats by name, as in a source's `format`."""
+    models: tuple[str, ...]
+    """The kinds of models that do it: decoder, encoder, encoder-decoder, speech; `llmtune init` proposes the first."""
+    columns: tuple[str, ...] = ()
+    """Columns that are looked for in files of other names: what is given first, what is learned last."""
+    first_metrics: tuple[str, ...] = ()
+    """Metrics of the recipe that `llmtune init` writes; without them the default ones."""
+    first_lines: tuple[str, ...] = ()
+    """Lines of the task's section in that recipe."""
     section: str | None = None
     """Name of the section that only this task has."""
     packs: bool = False
@@ -79,9 +79,14 @@ class TaskFacts:
     """The hub's name of the task, where the kind of model does not say it."""
 
     @property
-    def formats(self) -> tuple[str, ...]:
-        """Row formats by name, as in a source's `format`."""
-        return TASK_FORMATS[self.name]
+    def has_messages(self) -> bool:
+        """Whether rows may be conversations that the chat template writes."""
+        return self.templated and not set(WITH_ROLES).isdisjoint(self.formats)
+
+    @property
+    def splits_text(self) -> bool:
+        """Whether a long row can be split into several: tasks of a language model alone."""
+        return "split" in self.overlong
 
 
 def answer_kind(task: str | None) -> str:
@@ -89,18 +94,18 @@ def answer_kind(task: str | None) -> str:
     return TASK_FACTS[task].answer_kind if task in TASK_FACTS else "text"
 
 
-def _facts(*facts: TaskFacts) -> dict[str, TaskFacts]:
-    return {fact.name: fact for fact in facts}
-
-
 _ANY_LENGTH = ("error", "drop", "truncate", "split")
 
-TASK_FACTS = _facts(
+_TASKS = (
     TaskFacts(
         "chat",
         "answer in a conversation",
         (*LANGUAGE, *GENERATED, "choice_accuracy", *TOOL_METRICS, CUT_METRIC),
         (*LANGUAGE, "exact_match", "rougeL", "chrf", "choice_accuracy", *TOOL_METRICS),
+        formats=("messages", "sharegpt", "alpaca", "prompt-completion"),
+        models=("decoder",),
+        columns=("prompt", "completion"),
+        first_metrics=("loss", "rougeL", "chrf"),
         packs=True,
         templated=True,
         generates=True,
@@ -113,6 +118,10 @@ TASK_FACTS = _facts(
         "go on with a text, or fill in what is masked",
         (*LANGUAGE, *GENERATED, "choice_accuracy", CUT_METRIC),
         LANGUAGE,
+        formats=("prompt-completion", "alpaca", "text"),
+        models=("decoder",),
+        columns=("prompt", "completion"),
+        first_metrics=("loss", "bits_per_byte"),
         section="completion",
         packs=True,
         generates=True,
@@ -124,6 +133,13 @@ TASK_FACTS = _facts(
         "put a text into another language",
         ("loss", "perplexity", "accuracy", *MACHINE_TRANSLATION, CUT_METRIC),
         ("loss", "bleu", "chrf"),
+        formats=("source-target", "translation"),
+        models=("decoder", "encoder-decoder"),
+        columns=("source", "target"),
+        first_lines=(
+            "source_language: English  # DECIDE: what you translate from",
+            "target_language: German  # DECIDE: and into",
+        ),
         section="translate",
         packs=True,
         templated=True,
@@ -138,6 +154,10 @@ TASK_FACTS = _facts(
         "say a text in fewer words",
         ("loss", "perplexity", "accuracy", *ROUGE, "chrf", "length_ratio", CUT_METRIC),
         ("loss", *ROUGE, "length_ratio"),
+        formats=("document-summary",),
+        models=("decoder", "encoder-decoder"),
+        columns=("document", "summary"),
+        first_metrics=("loss", "rougeL", "length_ratio"),
         section="summarize",
         packs=True,
         templated=True,
@@ -152,6 +172,9 @@ TASK_FACTS = _facts(
         "find the answer in a text",
         ("loss", "exact_match", "f1", CUT_METRIC),
         ("exact_match", "f1"),
+        formats=("squad", "question-answer"),
+        models=("encoder", "decoder", "encoder-decoder"),
+        columns=("question", "context", "answer"),
         section="qa",
         overlong=("error", "drop", "truncate"),
         packs=True,
@@ -170,6 +193,10 @@ TASK_FACTS = _facts(
             *("mse", "mae", "pearson", "spearman"),
         ),
         ("loss", "accuracy", "f1_macro", "f1_micro", "matthews", "auroc"),
+        formats=("text-label",),
+        models=("encoder", "decoder"),
+        columns=("text", "label"),
+        first_metrics=("loss", "accuracy", "f1_macro"),
         section="classify",
         packs=True,
         overlong=("error", "drop", "truncate"),
@@ -186,6 +213,8 @@ TASK_FACTS = _facts(
         "mark words in a text",
         ("loss", "f1", "precision", "recall", "accuracy"),
         ("loss", "f1", "precision", "recall"),
+        formats=("tokens-tags", "text-spans"),
+        models=("encoder",),
         section="token_classify",
         packs=True,
         overlong=("error", "drop"),
@@ -205,6 +234,9 @@ TASK_FACTS = _facts(
         "write down what is said",
         ("loss", "wer", "cer", CUT_METRIC),
         ("loss", "wer", "cer"),
+        formats=("audio-text", "audio-folder"),
+        models=("speech",),
+        columns=("audio", "text"),
         section="speech",
         generates=True,
         takes_audio=True,
@@ -220,6 +252,9 @@ TASK_FACTS = _facts(
         "prefer one answer to another",
         ("loss", "accuracy", "margin", "likelihood_accuracy", "kl"),
         ("loss", "accuracy", "margin", "kl"),
+        formats=("chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"),
+        models=("decoder",),
+        columns=("prompt", "chosen", "rejected"),
         section="preference",
         templated=True,
         answer_kind="rating",
@@ -229,7 +264,10 @@ TASK_FACTS = _facts(
         },
     ),
 )
+TASK_FACTS = {facts.name: facts for facts in _TASKS}
 """Every task by name, in the order of the documentation."""
+DEFAULT_TASK = _TASKS[0].name
+ROW_FORMATS = tuple(dict.fromkeys(name for facts in _TASKS for name in facts.formats))
 
 
 MASKED_METRICS = ("loss", "perplexity", "accuracy")
@@ -241,7 +279,7 @@ LOSS_METRICS = {
     "orpo": ("accuracy", "margin", "likelihood_accuracy", "kl"),
     "reward": ("loss", "accuracy", "margin"),
 }
-"""Metrics of task preference that each loss has: those of KTO and ORPO depend on the rows that stand in one step."""
+"""Metrics of task preference that each loss has: the loss of KTO and ORPO depends on which rows share a step."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +349,7 @@ class TaskVariant:
 
     @property
     def eval_metrics(self) -> tuple[str, ...]:
-        """Those that a model has by itself, without its base: what is measured while training, beside the loss."""
+        """Metrics that need no base model: measured while training, in addition to the loss."""
         of_two = {"accuracy", "margin"} if self.loss in ("dpo", "ipo", "kto") else set[str]()
         return tuple(name for name in self.metrics if name not in {"loss", *of_two})
 
@@ -322,7 +360,7 @@ class TaskVariant:
 
     @property
     def without_decoder(self) -> tuple[str, str] | None:
-        """Why no model of this recipe goes on with a text, and by which key; None where one may, or does."""
+        """Return why no model of this recipe continues a text, and the key that decides it, or None."""
         if not self.facts.decodes:
             return f"models of task: {self.task} give text none", "task"
         if self.is_masked:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from llmtune.recipe.section import Count, Many, Section, Text, by_type
+from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, by_type
 from llmtune.recipe.source_map import Diagnostics
 
 ClassWeights = Annotated[
@@ -28,7 +28,7 @@ LOSS_KEYS = {
 """Keys of `preference`, and the losses that read them."""
 
 
-class TaskSection(Section):
+class TaskSection(RecipeSection):
     """A section that only one task has."""
 
     def check(self, diagnostics: Diagnostics, max_length: int) -> None:
@@ -63,12 +63,12 @@ class CompletionSection(TaskSection):
 class TranslateSection(TaskSection):
     """What only the task `translate` has."""
 
-    source_language: Text | None = None
+    source_language: NonEmpty | None = None
     """Language of the sources: a word for the prompt of a decoder (`English`), the model's own code for mBART and NLLB
     (`eng_Latn`). Default none: a row's own column `source_language`, if it has one."""
-    target_language: Text | None = None
+    target_language: NonEmpty | None = None
     """Language of the targets, likewise. Default none: a row's own column `target_language`."""
-    prompt: Text | None = None
+    prompt: NonEmpty | None = None
     """Words around the text, with `{source}` and maybe `{source_language}` and `{target_language}`. Default none: what
     the task says for a decoder (in the chat template, where the model has one), the bare text for an encoder-decoder;
     T5 was trained with words before the text, so give them here."""
@@ -81,7 +81,7 @@ class TranslateSection(TaskSection):
 class SummarizeSection(TaskSection):
     """What only the task `summarize` has."""
 
-    prompt: Text | None = None
+    prompt: NonEmpty | None = None
     """Words around the text, with `{document}`. Default none: what the task says for a decoder (in the chat template,
     where the model has one), the bare text for an encoder-decoder; T5 was trained with words before the text, so give
     them here."""
@@ -100,16 +100,16 @@ class QaSection(TaskSection):
     stride: int = Field(default=128, ge=0)
     """Extractive: tokens of context that two windows of a long row share. Default 128, as in the SQuAD scripts: more
     than the longest answers."""
-    max_answer_length: Count = 30
+    max_answer_length: Positive = 30
     """Extractive: longest answer in tokens. Default 30, as in the SQuAD scripts."""
     null_score_diff_threshold: float | None = None
     """Extractive: `no answer` is said where its score is above that of the best answer by more than this. Default none:
     0, whichever is higher; but never, where every training row has an answer."""
-    prompt: Text | None = None
+    prompt: NonEmpty | None = None
     """Generative: words around the row, with `{question}` and `{context}`. Default none: what the task says for a
     decoder (in the chat template, where the model has one), the bare text for an encoder-decoder; T5 was trained with
     words before the text, so give them here."""
-    no_answer: Text = "unanswerable"
+    no_answer: NonEmpty = "unanswerable"
     """Generative: what the model says where the context holds no answer. Default `unanswerable`."""
 
     def check(self, diagnostics: Diagnostics, max_length: int) -> None:
@@ -135,7 +135,7 @@ class ClassifySection(TaskSection):
     kind: Literal["auto", "single", "multi", "regression"] = "auto"
     """One label a row, any number of labels, or a number. Default `auto`: lists of labels are `multi`, numbers with a
     decimal point `regression` (0.0 and 1.0 alone are two classes), all else `single`."""
-    labels: Many[Text] | None = Field(default=None, min_length=2)
+    labels: Many[NonEmpty] | None = Field(default=None, min_length=2)
     """The labels there are, in the order of the model's outputs; a row with another one is bad. Default none: those in
     the rows, sorted."""
     class_weights: ClassWeights | None = None
@@ -158,7 +158,7 @@ class ClassifySection(TaskSection):
 class TokenClassifySection(TaskSection):
     """What only the task `token-classify` has."""
 
-    labels: Many[Text] | None = Field(default=None, min_length=1)
+    labels: Many[NonEmpty] | None = Field(default=None, min_length=1)
     """Kinds of entities, without `B-` and `I-`; a row with another one is bad. Default none: those in the rows,
     sorted."""
 
@@ -166,7 +166,7 @@ class TokenClassifySection(TaskSection):
 class SpeechSection(TaskSection):
     """What only the task `speech` has."""
 
-    language: Text | None = None
+    language: NonEmpty | None = None
     """Language that is spoken, for a multilingual Whisper: a code (`en`) or a name. Default none, for models of one
     language."""
     task: Literal["transcribe", "translate"] = "transcribe"

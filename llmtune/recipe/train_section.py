@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from llmtune.errors import nearest
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.data_section import DataSection
-from llmtune.recipe.section import Count, Many, Section, Seed, Text, one_or_more
+from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, Seed, one_or_more
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import NEAREST_TO_ONE, TaskVariant
 
@@ -26,7 +26,7 @@ Constant = Literal["constant", "constant_with_warmup"]
 Schedule = Literal["linear", Cosine, "polynomial", Constant, "inverse_sqrt", "warmup_stable_decay"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(one_or_more, json_schema_input_type=Tracker | list[Tracker])]
-Checkpointing = Annotated[
+CheckpointingSwitch = Annotated[
     Annotated[bool, Tag("switch")] | Annotated[Literal["auto"], Tag("text")],
     Discriminator(lambda value: "text" if value == "auto" else "switch"),
 ]
@@ -65,7 +65,7 @@ OPTIM_ARGS = {
 """What optimisers read of `optim_args`, by the beginnings of their names; transformers passes over all else."""
 
 
-class TrainSection(Section):
+class TrainSection(RecipeSection):
     """How the training loop runs, by the names of `TrainingArguments` where the meaning is the same."""
 
     learning_rate: float = Field(default=2e-4, gt=0, le=10)
@@ -74,13 +74,13 @@ class TrainSection(Section):
     num_train_epochs: float = Field(default=1.0, gt=0, le=100_000)
     """How often the training rows are gone through. Default: chosen for about 100 steps, with a new head 300: 1 to 4
     times, or to 20; 1 before the rows are known."""
-    max_steps: Count | None = None
+    max_steps: Positive | None = None
     """Optimiser steps in all, in place of `num_train_epochs`. Default none: epochs decide."""
-    batch_size: Count = 16
+    batch_size: Positive = 16
     """Rows in one optimiser step over all processes, packed or not. Default: chosen by the training rows: 4, from 400
     on 8, from 1,600 on 16, so that small sets give enough steps; 16 with a new head, and before the rows are known.
     Memory does not depend on it."""
-    batch_tokens: Count | None = None
+    batch_tokens: Positive | None = None
     """Tokens in one optimiser step over all processes, in place of `batch_size`. Default none: rows are easier to
     reason about."""
     optim: Optimizer = "adamw_torch"
@@ -117,26 +117,26 @@ class TrainSection(Section):
     warmup_steps: float = Field(default=0.03, ge=0, le=1_000_000_000)
     """Steps over which the learning rate rises, to its full height in the last of them; below 1 a share of all steps.
     The first step learns already, unlike in transformers. Default 0.03: Adam's first steps are its least certain."""
-    gradient_checkpointing: Checkpointing = "auto"
+    gradient_checkpointing: CheckpointingSwitch = "auto"
     """Compute activations again in the backward pass to save memory; a fifth to a third slower, with the same result.
     Default `auto`: only where the memory plan does not fit without it, and the run says so."""
-    logging_steps: Count = 10
+    logging_steps: Positive = 10
     """Optimiser steps between two lines of metrics. Default 10: smooth enough to read."""
-    eval_steps: Count | None = None
+    eval_steps: Positive | None = None
     """Optimiser steps between two validations. Default none: at the end of each epoch."""
     eval_metrics: Many[str] = ()
     """Metrics of `evaluate.metrics` that each validation measures beside the loss, such as `exact_match` of generated
     answers. Default none: answers take longer than a loss."""
-    metric_for_best_model: Text = "loss"
+    metric_for_best_model: NonEmpty = "loss"
     """What the best checkpoint and early stopping go by: `loss`, or one of `eval_metrics`. Default `loss`."""
-    save_steps: Count | None = None
+    save_steps: Positive | None = None
     """Optimiser steps between two checkpoints. Default none: with each validation."""
-    save_total_limit: Count = 2
+    save_total_limit: Positive = 2
     """Checkpoints that are kept, the best one apart. Default 2: one could be damaged by a bad disk."""
     load_best_model_at_end: bool = True
     """Take the checkpoint that is best by `metric_for_best_model` as the result. Default true: the last step is often
     not the best."""
-    early_stopping_patience: Count | None = None
+    early_stopping_patience: Positive | None = None
     """Stop after so many validations that were not better by `metric_for_best_model`. Default none: run to the end."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
     """How much better it must be to count, in nats or in units of the metric. Default 0: any gain counts."""

@@ -45,7 +45,7 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
     """Return what the rule says for those keys of `train` that the recipe does not state.
 
     Args:
-        recipe: As loaded: what it states is told from defaults.
+        recipe: As loaded: stated values are distinguished from defaults.
         rows: Training rows.
         width: Hidden size of the model, if its configuration names one.
         new_head: Whether a head is trained from nothing.
@@ -58,7 +58,7 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
     epochs = min(most, max(1, math.ceil(steps * batch / max(rows, 1))))
     rate = min(HIGHEST_LORA_RATE, LORA_RATE * (WIDTH / (width or WIDTH)) ** EXPONENT)
     rate *= rate_factor(recipe.adapter.method)
-    rate *= PREFERENCE_SHARE if recipe.task == "preference" else 1
+    rate *= PREFERENCE_SHARE if recipe.variant.loss else 1
     choices = {
         "learning_rate": Choice(float(f"{rate:.1e}"), f"{recipe.adapter.method}, width {width or 'not known'}"),
         "num_train_epochs": Choice(float(epochs), f"{rows} rows, about {steps} steps, at most {most} epochs"),

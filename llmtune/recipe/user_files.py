@@ -70,7 +70,7 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
         return b"".join(parts)
 
 
-def read_text(path: Path, limit: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
+def read_text_file(path: Path, limit: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
     """Read a regular file of at most `limit` bytes as UTF-8; raises OSError and UnicodeDecodeError."""
     return read_bytes(path, limit).decode("utf-8", errors)
 
@@ -114,18 +114,18 @@ def match_files(pattern: str) -> list[Path]:
     hidden = any(part.startswith(".") for part in rest)
     files = (path for head in heads if head.is_dir() for path in walk_files(head, hidden=hidden, follow=True))
     depth = len(heads[0].parts) if heads else 0
-    return sorted({path for path in files if _matches(path.parts[depth:], rest)})
+    return sorted({path for path in files if _match_parts(path.parts[depth:], rest)})
 
 
-def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern; a star stands for no dot at the start."""
+def _match_parts(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a pattern; a star matches no leading dot."""
     if not pattern or not names:
         return not names and all(part == "**" for part in pattern)
     hidden = names[0].startswith(".")
     if pattern[0] == "**":
-        return _matches(names, pattern[1:]) or (not hidden and _matches(names[1:], pattern))
+        return _match_parts(names, pattern[1:]) or (not hidden and _match_parts(names[1:], pattern))
     return (
         hidden == pattern[0].startswith(".")
         and fnmatch.fnmatchcase(names[0], pattern[0])
-        and _matches(names[1:], pattern[1:])
+        and _match_parts(names[1:], pattern[1:])
     )

@@ -13,7 +13,7 @@ from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe.peft_options import options_of, readers_of
 from llmtune.recipe.retired import RETIRED, retired_problem
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import BRANCHES, Section, descriptions, find_section, is_section
+from llmtune.recipe.section import BRANCHES, RecipeSection, descriptions, find_section, is_section
 from llmtune.recipe.source_map import Diagnostics, Key, SourceMap, dotted
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_reader import Node
@@ -73,7 +73,7 @@ ALIASES = {
 
 
 def unknown_key(key: Key, source_map: SourceMap, others: Collection[str] = ()) -> Problem:
-    """Return the problem of an unknown key: what is near it, and which keys are allowed beside it, `others` too."""
+    """Return the problem of an unknown key, with the nearest key and all allowed ones, `others` included."""
     if dotted(key) in RETIRED:
         return retired_problem(dotted(key), source_map.where(key))
     *parents, last = [step for step in key if step not in BRANCHES]
@@ -90,9 +90,9 @@ def unknown_key(key: Key, source_map: SourceMap, others: Collection[str] = ()) -
     return Problem(f"unknown key '{dotted(key)}'", source_map.where(key), fix)
 
 
-def section_at(key: Key) -> type[Section] | None:
-    """Return the section whose keys stand at a key path, or None where it is no section."""
-    section: type[Section] | None = Recipe
+def section_at(key: Key) -> type[RecipeSection] | None:
+    """Return the section at a key path, or None where there is none."""
+    section: type[RecipeSection] | None = Recipe
     for step in key:
         if step not in BRANCHES and not isinstance(step, int):
             field = section.model_fields.get(step) if section else None
@@ -100,7 +100,7 @@ def section_at(key: Key) -> type[Section] | None:
     return section
 
 
-def key_paths(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
+def key_paths(section: type[RecipeSection] = Recipe, prefix: str = "") -> list[str]:
     """List the dotted paths of all keys of the schema."""
     paths: list[str] = []
     for key, field in section.model_fields.items():
@@ -172,8 +172,8 @@ def validate(root: Node, name: str) -> Recipe:
     return recipe
 
 
-def plain_values(node: Node, section: type[Section]) -> dict[str, object]:
-    """Return plain values in which a null that is no value of its key stands for the default.
+def plain_values(node: Node, section: type[RecipeSection]) -> dict[str, object]:
+    """Return plain values, without nulls that mean the default.
 
     That is so for a section without lines, and for a null that takes back what the extended recipe states.
     """
@@ -221,7 +221,7 @@ def wrong_value(error: ErrorDetails, key: Key, source_map: SourceMap) -> Problem
     """Return what is wrong with a value, from pydantic's error."""
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     name = dotted(key)
-    what = f"'{name}' is {describe(value)}"
+    what = f"'{name}' is {show_value(value)}"
     if kind == "literal_error":
         allowed = context["expected"].replace("'", "")
         hint = VARIANTS.get(str(value).casefold(), "") if dotted(key) == "adapter.method" else ""
@@ -242,7 +242,7 @@ def wrong_value(error: ErrorDetails, key: Key, source_map: SourceMap) -> Problem
     return Problem(what, source_map.where(key), fix)
 
 
-def describe(value: object) -> str:
+def show_value(value: object) -> str:
     """Show a value as a person wrote it, cut to one line."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Reads YAML text into values that know where they stand; safe, bounded, YAML 1.2.
+"""Reads YAML text into values that know their file and line; safe, bounded, YAML 1.2.
 
 Values follow the core schema of YAML 1.2.2 (section 10.3): `1e-4` is a number, `no` and dates are text. Tags, merge
 keys and duplicate keys are refused; size, depth and the number of values (aliases expanded) are bounded.
@@ -28,7 +28,7 @@ MAX_DIGITS = 300
 MAX_INT = 2**63 - 1
 
 TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
-Scalar = str | int | float | bool | None
+YamlScalar = str | int | float | bool | None
 
 NULL = re.compile(r"(?:null|Null|NULL|~|)")
 BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
@@ -39,9 +39,9 @@ NOT_FINITE = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))")
 
 @dataclass(frozen=True)
 class Node:
-    """A value and where it stands: mappings hold nodes by key, lists hold nodes, everything else is a scalar."""
+    """A value and its origin: mappings hold nodes by key, lists hold nodes, everything else is a scalar."""
 
-    value: dict[str, Node] | list[Node] | Scalar
+    value: dict[str, Node] | list[Node] | YamlScalar
     origin: str
     """`file:line` of its key or list item, or `--set`."""
     folder: Path
@@ -58,7 +58,7 @@ class Node:
         return self.value
 
 
-def resolve_scalar(text: str) -> Scalar:
+def resolve_scalar(text: str) -> YamlScalar:
     """Give a plain (unquoted) scalar its value by the core schema of YAML 1.2."""
     if NULL.fullmatch(text):
         return None
@@ -101,7 +101,7 @@ class NodeReader:
         self.problems.append(Problem(what, self.where(node.start_mark), fix))
 
     def read(self, node: nodes.Node, origin: str, depth: int = 0) -> Node:
-        """Read a node and all in it, those behind an alias every time it is used."""
+        """Read a node and all in it; an aliased node is read at every use."""
         self.values += 1
         if depth > MAX_DEPTH:
             self.report(node, f"nested more than {MAX_DEPTH} deep", "No recipe key lies that deep.")
@@ -121,7 +121,7 @@ class NodeReader:
         return Node(self.scalar(node), origin, self.folder)
 
     def mapping(self, node: nodes.MappingNode, depth: int) -> dict[str, Node]:
-        """Read a mapping whose keys are text and stand once."""
+        """Read a mapping whose keys are text and unique."""
         items: dict[str, Node] = {}
         for key, value in node.value:
             origin = self.where(key.start_mark)
@@ -140,7 +140,7 @@ class NodeReader:
                 items[name] = item
         return items
 
-    def scalar(self, node: nodes.ScalarNode) -> Scalar:
+    def scalar(self, node: nodes.ScalarNode) -> YamlScalar:
         """Give a scalar its value; a quoted one is text."""
         text: str = node.value
         if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
@@ -197,15 +197,15 @@ def check_size(size_bytes: int, label: str) -> None:
         raise RecipeError.of(f"more than {MAX_BYTES // 1024} KiB", label, fix)
 
 
-def label(path: Path) -> str:
+def file_label(path: Path) -> str:
     """Return how a file is called in messages: relative to the working folder where it lies in it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
-def read_text(path: Path) -> str:
+def read_recipe_text(path: Path) -> str:
     """Read a recipe file as UTF-8. Raises RecipeError if it is missing, unreadable, too large or not UTF-8."""
-    name = label(path)
+    name = file_label(path)
     try:
         raw = read_bytes(path, MAX_BYTES)
     except FileNotFoundError:

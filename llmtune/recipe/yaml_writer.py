@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import REMOTE, Section
+from llmtune.recipe.section import REMOTE, RecipeSection
 from llmtune.recipe.source_map import DEFAULT
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_reader import resolve_scalar
@@ -27,7 +27,7 @@ def scalar(value: object) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     if isinstance(value, str):
-        return text(value)
+        return plain_or_quoted(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(scalar(item) for item in value)}]"
     if isinstance(value, dict):
@@ -55,7 +55,7 @@ def flow(value: object) -> str:
     return scalar(value)
 
 
-def text(value: str) -> str:
+def plain_or_quoted(value: str) -> str:
     """Write text plain where it stays text, else quoted."""
     plain = PLAIN.fullmatch(value) and isinstance(resolve_scalar(value), str) and value.lower() not in SWITCHES
     return value if plain else quoted(value)
@@ -77,7 +77,7 @@ class Writer:
     with_notes: bool
 
     def note(self, *keys: str) -> str:
-        """Return the comment behind a value: the origin of the first key that has one."""
+        """Return the comment after a value: the origin of the first key that has one."""
         origin = next((self.origins[key] for key in keys if key in self.origins), None)
         return (
             ""
@@ -85,7 +85,7 @@ class Writer:
             else f"  # {''.join(c if c.isprintable() else '?' for c in origin)}"
         )
 
-    def section(self, section: Section, key: str, indent: str) -> Iterator[str]:
+    def section(self, section: RecipeSection, key: str, indent: str) -> Iterator[str]:
         """Yield the lines of one section; those of tasks still to come are left out."""
         for name in (*type(section).model_fields, *(section.model_extra or ())):
             value = getattr(section, name)
@@ -96,10 +96,10 @@ class Writer:
 
     def value(self, name: str, value: object, path: str, indent: str) -> Iterator[str]:
         """Yield the lines of one key."""
-        if isinstance(value, Section):
+        if isinstance(value, RecipeSection):
             yield f"{indent}{name}:"
             yield from self.section(value, path, f"{indent}  ")
-        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+        elif isinstance(value, tuple) and value and isinstance(value[0], RecipeSection):
             yield f"{indent}{name}:"
             for i, item in enumerate(value):
                 first, *others = self.section(item, f"{path}.{i}", f"{indent}    ")
@@ -111,11 +111,11 @@ class Writer:
         elif isinstance(value, dict) and value:
             yield f"{indent}{name}:"
             for inner, item in value.items():
-                yield f"{indent}  {text(str(inner))}: {scalar(item)}{self.note(f'{path}.{inner}', path)}"
+                yield f"{indent}  {plain_or_quoted(str(inner))}: {scalar(item)}{self.note(f'{path}.{inner}', path)}"
         else:
             yield f"{indent}{name}: {scalar(value)}{self.note(path)}"
 
 
 def write_yaml(recipe: Recipe, origins: dict[str, str], without_effect: frozenset[str], with_notes: bool) -> str:
-    """Return YAML that loads to the same recipe; defaults without effect in it stand as comments, if anywhere."""
+    """Return YAML that loads to the same recipe; with notes, ineffective defaults become comments."""
     return "\n".join(Writer(origins, without_effect, with_notes).section(recipe, "", "")) + "\n"

@@ -27,7 +27,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; its note, small print below the text, and its picture stand on pages only."""
+    """A cell of a table; its note (small print below the text) and picture are for pages only."""
 
     text: str = ""
     tone: Tone = ""
@@ -38,21 +38,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table; numbers stand on the right, and pictures on pages only."""
+    """A column of a table; numbers are right-aligned, pictures are for pages only."""
 
     heading: str
     kind: Literal["text", "number", "picture"] = "text"
 
 
-Columns = Sequence[Column | str]
-Rows = list[list[Cell | str]]
+TableColumns = Sequence[Column | str]
+TableRows = list[list[Cell | str]]
 
 
 @dataclass(frozen=True)
 class Table(Block):
-    """A table; plain texts stand for columns and cells that have nothing beside their text."""
+    """A table; a plain text is short for a column or cell with that text."""
 
-    columns: Columns
+    columns: TableColumns
     rows: Sequence[Sequence[Cell | str]]
     title: str = ""
     note: str = ""
@@ -129,12 +129,12 @@ def difference_table(
 ) -> Table:
     """Return base, tuned, difference, interval, p and number of rows, a row for each of `rows`.
 
-    `heading` names the first column; `base` what stands beside the tuned model, and None leaves both scores out.
+    `heading` names the first column; `base` the column of the other model; None leaves both scores out.
     """
     names = [*([] if base is None else [base, "tuned"]), difference]
     columns = [Column(heading), *(Column(name, "number") for name in names), Column("worse ← 0 → better", "picture")]
     columns += [Column(name, "number") for name in ("95 % interval", "p", unit)]
-    cells: Rows = []
+    cells: TableRows = []
     for row in rows:
         scores = [] if base is None else [score(row.base), score(row.tuned)]
         value, n = (row.difference.value, write_rows(row.difference)) if row.difference else (None, DASH)
@@ -162,7 +162,7 @@ class Heatmap(Block):
     """What the rows are."""
     across: str = ""
     texts: Sequence[Sequence[str]] = ()
-    """What stands in a cell: a line or two."""
+    """The text of a cell: a line or two."""
     tips: Sequence[Sequence[str]] = ()
     """What a pointer on a cell reads."""
 
@@ -207,7 +207,7 @@ class Links(Block):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """What one model said to a sample."""
 
     name: str
@@ -223,14 +223,14 @@ class Sample:
     prompt: str
     reference_name: str
     reference: str
-    answers: Sequence[Answer]
-    chosen: Sequence[Answer] = ()
+    answers: Sequence[ModelAnswer]
+    chosen: Sequence[ModelAnswer] = ()
     """The likeliest of the possible answers."""
     origin: str = ""
 
 
 @dataclass(frozen=True)
-class Samples(Block):
+class SampleList(Block):
     """Rows side by side."""
 
     samples: Sequence[Sample]
@@ -305,7 +305,7 @@ class Page:
     footer: str = ""
     navigation: bool = True
     style: str = ""
-    """CSS beside the page's own, whose variables (`--ink`, `--page`, `--tuned`...) change with light and dark."""
+    """Further CSS; the page's own variables (`--ink`, `--page`, `--tuned`...) change with light and dark."""
     script: str = ""
     """JavaScript that runs when the page is there; it may not ask for anything: the page forbids it."""
     data: object = None

@@ -14,7 +14,7 @@ WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34
 SMALL_WIDTH, SMALL_HEIGHT = 160, 26
 """Size of a picture in a cell of a table."""
 MOST_POINTS, MOST_DOTS = 300, 12
-Point = tuple[float, float]
+ChartPoint = tuple[float, float]
 TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
 
 
@@ -23,7 +23,7 @@ class Curve:
     """One line of a chart; its style says which colour it has, the same on all pages."""
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[ChartPoint]
     style: str = "train"
     """train, validation, other, or s0 to s5 for one of several alike."""
 
@@ -132,7 +132,7 @@ def text(x: float, y: float, label: str, anchor: str = "middle") -> Markup:
 
 
 def element(name: str, content: str = "", /, **attributes: str | float) -> Markup:
-    """Write an element; text is escaped, numbers have one decimal, and `_` in a name stands for `-`."""
+    """Write an element; text is escaped, numbers have one decimal, and `_` in a name becomes `-`."""
     written = [
         Markup(' {}="{}"').format(
             key.rstrip("_").replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value
@@ -159,7 +159,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def thin(points: Sequence[Point]) -> list[Point]:
+def thin(points: Sequence[ChartPoint]) -> list[ChartPoint]:
     """Average neighbours until at most `MOST_POINTS` are left."""
     group = math.ceil(len(points) / MOST_POINTS) if points else 1
     if group == 1:

@@ -15,52 +15,45 @@ COSTS = frozenset({"kl", "answers_cut"})
 """What a gain is paid with, or measured under: worse in these alone is no harm."""
 
 METRIC_NOTES = {
-    "loss": "nats per token of the reference",
-    "perplexity": "exp of the loss",
-    "bits_per_byte": "loss in bits by bytes of text",
-    "accuracy": "token predicted first",
-    "exact_match": "answer equals the reference",
-    "rouge1": "words in common",
-    "rouge2": "word pairs in common",
-    "rougeL": "longest common sequence",
-    "rougeLsum": "longest common sequence by line",
-    "chrf": "character n-grams in common, 0 to 100",
+    CHOICE: "reference is the likeliest answer; does not depend on wording",
     "bleu": "word n-grams in common, 0 to 100",
-    "ter": "edits by 100 reference words",
-    "length_ratio": "length by that of the reference; best near 1",
-    "f1": "words in common with the nearest reference",
-    "f1_macro": "mean F1 of the classes, each counts the same",
-    "f1_micro": "F1 of all classes together",
-    "f1_weighted": "mean F1 of the classes, by their rows",
-    "matthews": "agreement beyond chance, −1 to 1",
-    "auroc": "right class ranked above the others; 0.5 is chance",
-    "mse": "mean of squared errors",
-    "mae": "mean error, in units of the label",
-    "pearson": "correlation of the numbers, −1 to 1",
-    "spearman": "correlation of the ranks, −1 to 1",
-    "precision": "share of what was found that is right",
-    "recall": "share of what is there that was found",
     "wer": "wrong words by reference words",
     "cer": "wrong characters by reference characters",
-    "margin": "how far better answers are above worse ones",
-    "likelihood_accuracy": "better answer is the likelier one",
-    "tool_call_valid": "calls a tool, with arguments that its schema takes",
-    "tool_name": "calls the right tools",
+    "exact_match": "answer equals the reference",
+    "rougeL": "longest common sequence",
+    "rougeLsum": "longest common sequence by line",
+    "rouge1": "words in common",
+    "rouge2": "word pairs in common",
+    "chrf": "character n-grams in common, 0 to 100",
+    "ter": "edits by 100 reference words",
     "tool_arguments": "calls equal the reference by value",
+    "tool_name": "calls the right tools",
     "tool_arguments_f1": "argument values that are right: precision and recall in one",
+    "tool_call_valid": "calls a tool, with arguments that its schema takes",
     "no_call": "calls no tool where none is to be called",
-    "answers_cut": "answers that max_new_tokens ended",
+    "f1": "words in common with the nearest reference",
+    "accuracy": "token predicted first",
+    "f1_macro": "mean F1 of the classes, each counts the same",
+    "f1_weighted": "mean F1 of the classes, by their rows",
+    "f1_micro": "F1 of all classes together",
+    "matthews": "agreement beyond chance, −1 to 1",
+    "auroc": "right class ranked above the others; 0.5 is chance",
+    "precision": "share of what was found that is right",
+    "recall": "share of what is there that was found",
+    "mae": "mean error, in units of the label",
+    "mse": "mean of squared errors",
+    "spearman": "correlation of the ranks, −1 to 1",
+    "pearson": "correlation of the numbers, −1 to 1",
+    "likelihood_accuracy": "better answer is the likelier one",
+    "margin": "how far better answers are above worse ones",
+    "loss": "nats per token of the reference",
+    "bits_per_byte": "loss in bits by bytes of text",
+    "perplexity": "exp of the loss",
+    "length_ratio": "length by that of the reference; best near 1",
     "kl": "how far from the base model, nats per token; a cost",
-    CHOICE: "reference is the likeliest answer; does not depend on wording",
+    "answers_cut": "answers that max_new_tokens ended",
 }
-HEADLINES = (
-    *(CHOICE, "bleu", "wer", "cer", "exact_match", "rougeL", "rougeLsum", "rouge1", "rouge2", "chrf", "ter"),
-    *("tool_arguments", "tool_name", "tool_arguments_f1", "tool_call_valid", "no_call"),
-    *("f1", "accuracy", "f1_macro", "f1_weighted", "f1_micro", "matthews", "auroc", "precision", "recall"),
-    *("mae", "mse", "spearman", "pearson", "likelihood_accuracy", "margin"),
-    *("loss", "bits_per_byte", "perplexity", "length_ratio", "kl", "answers_cut"),
-)
-"""Metrics by how much they say to a person."""
+"""What each metric is, those that say most to a person first."""
 
 
 def metric_note(metric: str, task: str | None) -> str:
@@ -71,7 +64,8 @@ def metric_note(metric: str, task: str | None) -> str:
 
 def rank_metrics(metrics: Iterable[str]) -> list[str]:
     """Put metrics in order of how much they say to a person."""
-    return sorted(metrics, key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
+    ranks = {name: rank for rank, name in enumerate(METRIC_NOTES)}
+    return sorted(metrics, key=lambda name: ranks.get(name, len(ranks)))
 
 
 def direction(metric: str, change: Difference) -> int:

@@ -22,7 +22,7 @@ def write_page(path: Path, page: Page) -> Path:
 
 
 def to_html(page: Page) -> str:
-    """Fill the page's template: all that stands in a page is escaped."""
+    """Fill the page's template; it escapes everything."""
     shown = [section for section in page.sections if section.blocks]
     data = None if page.data is None else embed_json(page.data)
     style, script = (Markup(text) for text in (page.style, page.script))  # noqa: S704 - the program's own
@@ -30,8 +30,8 @@ def to_html(page: Page) -> str:
     return template.render(page=page, sections=shown, data=data, style=style, script=script)
 
 
-def render_section(section: Section) -> str:
-    """Return one section as it stands on a page."""
+def render_html_section(section: Section) -> str:
+    """Return one section of a page."""
     macros = open_templates().get_template("blocks.html.jinja").make_module()
     return str(macros.card(section)).strip()  # type: ignore[attr-defined]
 
@@ -52,12 +52,12 @@ def open_templates() -> jinja2.Environment:
 
 
 def prose(text: str) -> Markup:
-    """Escape a text; what stands between backticks is code."""
+    """Escape a text; text between backticks becomes code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
 
 
 def embed_json(data: object) -> Markup:
-    """Return JSON that can stand inside a script element: no end tag or comment can begin in it."""
+    """Return JSON that is safe inside a script element: no end tag or comment can begin in it."""
     text = json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return Markup(safe)  # noqa: S704 - nothing in it can end the element

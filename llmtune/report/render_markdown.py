@@ -1,6 +1,6 @@
 """Blocks as Markdown, for a README, a CI summary or a comment on a merge request.
 
-Free text stands in code spans or is escaped, so that it stays text; pictures and what is folded away stay on the pages.
+Free text is escaped or put into code spans. Pictures and folded parts are for pages only.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from llmtune.report.blocks import Beside, Block, Bullets, Cell, KeyValues, Page, Samples, Section, Table, Text
+from llmtune.report.blocks import Beside, Block, Bullets, Cell, KeyValues, Page, SampleList, Section, Table, Text
 
 LONGEST_TEXT = 300
 MOST_ROWS, MOST_SAMPLES = 30, 3
@@ -18,11 +18,11 @@ SIGNS = {"better": "✅", "worse": "❌"}
 def to_markdown(page: Page) -> str:
     """Return title, facts and sections, each part where there is one."""
     verdict = page.verdict
-    failed = f", {plain(verdict.gates)}" if verdict and verdict.gates_tone in ("worse", "unsure") else ""
+    failed = f", {markdown_text(verdict.gates)}" if verdict and verdict.gates_tone in ("worse", "unsure") else ""
     parts = [
-        f"# {plain(page.title)}{f': {plain(verdict.word)}{failed}' if verdict else ''}",
-        plain(verdict.reason if verdict else page.lead),
-        " · ".join(f"{plain(name)} {code(value)}" for name, value in page.chips),
+        f"# {markdown_text(page.title)}{f': {markdown_text(verdict.word)}{failed}' if verdict else ''}",
+        markdown_text(verdict.reason if verdict else page.lead),
+        " · ".join(f"{markdown_text(name)} {code(value)}" for name, value in page.chips),
         *map(render_section, page.sections),
         sentence(page.footer),
     ]
@@ -32,7 +32,7 @@ def to_markdown(page: Page) -> str:
 def render_section(section: Section, level: int = 2) -> str:
     """Return a section under its heading; nothing for one that is for pages alone, or has nothing to show."""
     text = render_blocks(section.blocks) if section.brief else ""
-    return f"{'#' * level} {plain(section.title)}\n\n{text}" if text else ""
+    return f"{'#' * level} {markdown_text(section.title)}\n\n{text}" if text else ""
 
 
 def render_blocks(blocks: Sequence[Block]) -> str:
@@ -50,9 +50,9 @@ def render_block(block: Block) -> str:
         case Bullets():
             return "\n".join(f"- {sentence(item)}" for item in block.items)
         case KeyValues():
-            values = " · ".join(f"{plain(name)} {code(value)}" for name, value in block.pairs)
-            return f"{plain(block.title)}: {values}" if block.title and values else values
-        case Samples():
+            values = " · ".join(f"{markdown_text(name)} {code(value)}" for name, value in block.pairs)
+            return f"{markdown_text(block.title)}: {values}" if block.title and values else values
+        case SampleList():
             return render_samples(block)
         case Beside():
             return render_blocks([*block.left, *block.right])
@@ -63,9 +63,9 @@ def render_block(block: Block) -> str:
 def render_table(block: Table) -> str:
     """Return a table, its first rows if there are many; better and worse have a sign before them."""
     shown = [number for number, column in enumerate(block.heads) if column.kind != "picture"]
-    heads = [plain(block.heads[number].heading) for number in shown]
+    heads = [markdown_text(block.heads[number].heading) for number in shown]
     rows = [[render_cell(row[number]) for number in shown] for row in block.cells[:MOST_ROWS]]
-    parts = [f"### {plain(block.title)}" if block.title else "", table(heads, rows)]
+    parts = [f"### {markdown_text(block.title)}" if block.title else "", table(heads, rows)]
     if left := len(block.rows) - len(rows):
         parts.append(f"{left} more on the page.")
     return "\n\n".join(part for part in parts if part)
@@ -73,11 +73,11 @@ def render_table(block: Table) -> str:
 
 def render_cell(cell: Cell) -> str:
     """Return the text of a cell."""
-    text = code(cell.text) if cell.code else plain(cell.text)
+    text = code(cell.text) if cell.code else markdown_text(cell.text)
     return f"{SIGNS[cell.tone]} {text}" if cell.tone in SIGNS else text
 
 
-def render_samples(block: Samples) -> str:
+def render_samples(block: SampleList) -> str:
     """Return the first few samples as a table."""
     shown = [sample for sample in block.samples[:MOST_SAMPLES] if sample.answers]
     if not shown:
@@ -94,7 +94,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def sentence(text: str) -> str:
-    """Return a text of our own, what stands between backticks as code."""
+    """Return a text of our own; text between backticks becomes code."""
     parts = re.sub(r"\s+", " ", text).split("`")
     return "".join(code(part) if number % 2 else escape(part) for number, part in enumerate(parts)).strip()
 
@@ -111,7 +111,7 @@ def code(value: object) -> str:
     return f"{fence}{pad}{text}{pad}{fence}".replace("|", r"\|")
 
 
-def plain(value: object) -> str:
+def markdown_text(value: object) -> str:
     """Return short text of our own, or a name, on one line."""
     return escape(" ".join(str(value).split()))
 

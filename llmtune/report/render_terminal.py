@@ -57,7 +57,7 @@ def spinner(console: Console, text: str) -> Iterator[None]:
         yield
 
 
-def follow(console: Console, items: Sequence[T], text: str) -> Iterator[T]:
+def track_items(console: Console, items: Sequence[T], text: str) -> Iterator[T]:
     """Yield items one by one, and show on a terminal how many are done and how long the rest will take."""
     with counting_bars(console) as bars:
         yield from bars.track(items, description=text)
@@ -78,17 +78,17 @@ def print_page(page: Page, console: Console) -> None:
 def print_sections(sections: Sequence[Section], console: Console) -> None:
     """Print sections, each under its title."""
     for section in sections:
-        if section.brief and (shown := list(render_blocks(section.blocks, console.width))):
+        if section.brief and (shown := list(make_renderables(section.blocks, console.width))):
             console.print(RichText(section.title, style="bold"), *shown, sep="\n")
 
 
 def print_blocks(blocks: Sequence[Block], console: Console) -> None:
     """Print tables and texts, one below the other."""
-    for shown in render_blocks(blocks, console.width):
+    for shown in make_renderables(blocks, console.width):
         console.print(shown)
 
 
-def render_blocks(blocks: Sequence[Block], width: int) -> Iterator[RenderableType]:
+def make_renderables(blocks: Sequence[Block], width: int) -> Iterator[RenderableType]:
     """Yield what a terminal has to show of blocks."""
     for block in blocks:
         match block:
@@ -101,7 +101,7 @@ def render_blocks(blocks: Sequence[Block], width: int) -> Iterator[RenderableTyp
             case KeyValues():
                 yield from (RichText.assemble((name, "dim"), " ", value) for name, value in block.pairs)
             case Beside():
-                yield from render_blocks([*block.left, *block.right], width)
+                yield from make_renderables([*block.left, *block.right], width)
 
 
 def make_table(block: Table, width: int) -> RenderableType:
@@ -129,7 +129,7 @@ def make_table(block: Table, width: int) -> RenderableType:
 
 
 def _folded(text: str, width: int) -> str:
-    """Break a text that is too wide between words, or behind hyphens and slashes; rich breaks at spaces only."""
+    """Break a text that is too wide between words, or after hyphens and slashes; rich breaks at spaces only."""
     lines = [""]
     for part in re.findall(r"[^\s/-]*[\s/-]*", text) if cell_len(text) > width else [text]:
         if lines[-1] and cell_len(lines[-1] + part.rstrip()) > width:
@@ -153,7 +153,7 @@ def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], widt
         *((2, words, words), (2, words, folded)),
     ):
         fixed = [size if number else low for size, number, low in zip(own, numbers, least, strict=True)]
-        spare = width - gap * (len(heads) - 1) - 2 - sum(fixed)  # the rest is between the columns and beside them
+        spare = width - gap * (len(heads) - 1) - 2 - sum(fixed)  # the rest is padding
         if spare >= 0:
             break
     else:
@@ -171,7 +171,7 @@ def _unbroken(text: str) -> list[str]:
 def _as_lines(
     title: str, heads: Sequence[Column], cells: Sequence[Sequence[str]], styles: Sequence[str], width: int
 ) -> RichText:
-    """Write each row as its name, and headings with values behind it; a value stays beside its heading."""
+    """Write each row as its name, then headings with their values; a line never breaks between the two."""
     text = RichText(f"{title}\n" if title else "", style="italic")
     for texts, style in zip(cells, styles, strict=True):
         pairs = [f"{column.heading} {value}".strip() for column, value in zip(heads, texts, strict=True) if value]

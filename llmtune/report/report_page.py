@@ -1,16 +1,21 @@
-"""The report as a page: the verdict first, then what was measured, then how the run went."""
+"""The report of a run as a page, and the files it is written to: HTML, Markdown for CI, JSON, JUnit XML."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from llmtune.records import Evaluation, GateResult
+from llmtune.records import Evaluation, GateResult, Json
 from llmtune.report.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
-from llmtune.report.metric_info import better_side, rank_metrics
+from llmtune.report.junit import to_junit
+from llmtune.report.metric_info import rank_metrics
 from llmtune.report.number_format import DASH, count
+from llmtune.report.render_html import render_html_section, to_html
+from llmtune.report.render_markdown import to_markdown
 from llmtune.report.report_record import Report
 from llmtune.report.run_sections import (
     adapter_section,
@@ -21,17 +26,25 @@ from llmtune.report.run_sections import (
     step_section,
     training_section,
 )
-from llmtune.report.score_sections import compare_metric, count_gates, gate_section, power_section, score_sections
+from llmtune.report.score_sections import (
+    against_champion,
+    compare_metric,
+    count_gates,
+    gate_section,
+    power_section,
+    score_sections,
+)
 from llmtune.report.verdict import (
     BETTER,
     INCONCLUSIVE,
     MIXED,
     WITHIN,
     WORSE,
-    Findings,
+    MetricChanges,
     find_changes,
     judged_differences,
 )
+from llmtune.store.atomic_files import plain, write_json, write_text
 
 TITLES: dict[str, tuple[str, Tone]] = {
     BETTER: ("Better than {opponent}", "better"),
@@ -41,6 +54,7 @@ TITLES: dict[str, tuple[str, Tone]] = {
     INCONCLUSIVE: ("No clear difference from {opponent}", "unsure"),
 }
 
+INSIDE = re.compile(r'<section class="card" id="inside">.*?</section>', re.DOTALL)
 FOLDER = "explain"
 """In the run folder."""
 MEANINGS = {
@@ -53,7 +67,28 @@ MEANINGS = {
 """By the first word of a page's name: its title, and what it shows."""
 
 
-def make_page(report: Report) -> Page:
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.html, report.md, report.json and junit.xml into `folder`, each in one step.
+
+    Numbers that JSON cannot hold become null. `make_report` has redacted the report.
+    """
+    page = make_report_page(report)
+    write_text(folder / "report.html", to_html(page))
+    write_text(folder / "report.md", to_markdown(page))
+    write_json(folder / "report.json", report_json(report))
+    write_text(folder / "junit.xml", to_junit(report))
+
+
+def report_json(report: Report) -> Json:
+    """Return what report.json holds: the fields of the report, the seeds among the scores."""
+    values: Json = plain(report)
+    seeds, verdict = values.pop("seeds"), values.pop("verdict")
+    if values["evaluation"]:
+        values["evaluation"]["seeds"] = seeds
+    return values | {"verdict": verdict}
+
+
+def make_report_page(report: Report) -> Page:
     """Return the page of a report; sections that the run has not reached are empty."""
     evaluation, task = report.evaluation, report.task
     sections = [
@@ -108,20 +143,16 @@ def verdict_card(report: Report) -> VerdictCard:
 
 def headline(evaluation: Evaluation, word: str, gates: Sequence[GateResult] = ()) -> Compared | None:
     """Return the one score that says most: one that the verdict `word` rests on, if there is any."""
-    champion, differences = evaluation.champion, judged_differences(evaluation)
+    differences = judged_differences(evaluation)
     ranked = rank_metrics(differences)
-    bearing = list_bearing(find_changes(differences, gates, "champion" if champion else "base"), word)
+    bearing = list_bearing(find_changes(differences, gates, "champion" if evaluation.champion else "base"), word)
     metric = next((name for name in ranked if name in bearing), next(iter(ranked), None))
     if metric is None:
         return None
-    name = metric.replace("_", " ")
-    if champion is None:
-        return compare_metric(metric, evaluation, name)
-    scores = champion.scores.get(metric), champion.tuned.get(metric)
-    return Compared(name, *scores, differences[metric], better_side(metric))
+    return compare_metric(metric, against_champion(evaluation), metric.replace("_", " "))
 
 
-def list_bearing(findings: Findings, word: str) -> Sequence[str]:
+def list_bearing(findings: MetricChanges, word: str) -> Sequence[str]:
     """Return the metrics that a verdict rests on."""
     if findings.failed:
         return findings.failed
@@ -143,11 +174,11 @@ def explain_section(names: Sequence[str], *, trained: bool) -> Section:
     """Links to the pages, or where there are none the command to type; nothing before training."""
     text = "Where do base and tuned model part, and what changed inside? `llmtune explain generation RUN --prompt "
     text += "TEXT` makes a page of it, with RUN this folder; `llmtune explain --help` lists what else there is to see."
-    shown = [Links([link(name) for name in names])] if names else [Text(text)] if trained else []
+    shown = [Links([explanation_link(name) for name in names])] if names else [Text(text)] if trained else []
     return Section("Look inside", shown, anchor="inside", brief=False)
 
 
-def link(name: str) -> tuple[str, str, str]:
+def explanation_link(name: str) -> tuple[str, str, str]:
     """Return address, title and meaning of a page."""
     kind = kind_of(name)
     title, meaning = MEANINGS.get(kind, (name, ""))
@@ -158,3 +189,23 @@ def link(name: str) -> tuple[str, str, str]:
 def kind_of(name: str) -> str:
     """Return the first word of a page's name."""
     return re.split(r"[^a-z]", name, maxsplit=1)[0]
+
+
+def link_explanations(run: Path) -> bool:
+    """Link the report of a run to the pages that are there now; nothing else in it changes.
+
+    Returns:
+        False where the run has no report yet, or none that can be read: then nothing is written.
+    """
+    try:
+        report: Any = json.loads((run / "report.json").read_text("utf-8"))
+        page = (run / "report.html").read_text("utf-8")
+    except (OSError, ValueError):
+        return False
+    if not isinstance(report, dict):
+        return False
+    report["explanations"] = find_explanations(run)
+    section = render_html_section(explain_section(report["explanations"], trained=bool(report.get("train"))))
+    write_text(run / "report.html", INSIDE.sub(lambda found: section, page, count=1))
+    write_json(run / "report.json", report)
+    return True

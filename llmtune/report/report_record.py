@@ -7,16 +7,24 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Required
+from typing import Any, NotRequired, Required
 
 from typing_extensions import TypedDict
 
 from llmtune.errors import RecipeError
 from llmtune.records import Evaluation, GateResult, Json, StepTiming
-from llmtune.store.json_shapes import Counts, Lengths, read_record
+from llmtune.store.json_shapes import (
+    AdapterShape,
+    Counts,
+    Lengths,
+    Number,
+    PreparedFacts,
+    SelectedFacts,
+    TrainedFacts,
+    read_record,
+)
 
 REPORT = "report.json"
-Number = float | None
 DATA_KEYS = ("dropped", "examples", "tokens", "supervised_share", "longest", "example")
 """Of the facts of `encode`; what it dropped includes the rows that `prepare` did."""
 RENAMED = {"total": "all", "adapter_bytes": "bytes"}
@@ -88,105 +96,36 @@ class Seeds:
     told: str
 
 
-class DataFacts(TypedDict, total=False):
+class DataFacts(PreparedFacts, total=False):
     """Rows in, kept and dropped by reason; examples and tokens by split."""
 
-    rows_in: Required[int]
-    kept: Required[Counts]
-    dropped: Required[Counts]
-    lost: dict[str, int]
+    lost: Counts
     filled: int
-    vanishing: dict[str, int]
-    examples: dict[str, int]
-    tokens: dict[str, int]
-    supervised_tokens: dict[str, int]
+    vanishing: Counts
+    examples: Counts
+    tokens: Counts
+    supervised_tokens: Counts
     supervised_share: Number
-    longest: dict[str, int]
+    longest: Counts
     lengths: Lengths
     example: list[tuple[str, bool]]
-    classes: dict[str, dict[str, int]]
+    classes: dict[str, Counts]
 
 
-class Plan(TypedDict, total=False):
-    """Bytes that training needs, part by part; the fields are those of `records.MemoryPlan`."""
-
-    parts: dict[str, int]
-    lower_bound: int
-    limit: int | None
-    device: str
-
-
-class Candidate(TypedDict, total=False):
-    """A model that was ranked, or why it was left out."""
-
-    name: str
-    bits_per_byte: Number
-    lower_bound: Number
-    reason: str | None
-
-
-class Ranking(TypedDict, total=False):
-    """The models that were ranked."""
-
-    candidates: list[Candidate]
-
-
-class ModelFacts(TypedDict, total=False):
-    """The model, its memory plan, and the ranking it comes from."""
-
-    name: Required[str]
-    revision: str | None
-    sha256: Required[str]
-    ranking: Ranking | None
-    plan: Plan
-
-
-class AdapterFacts(TypedDict, total=False):
+class AdapterFacts(AdapterShape, total=False):
     """What was put in, and how much of the model is trained."""
 
-    method: Required[str]
-    trainable: Required[int]
     all: Required[int]
-    matched_modules: int
-    targets: dict[str, int]
     bytes: int
-    r: int
-    lora_alpha: float
     share_under_adapter: float
     share_quantized: float
     quantized_bits: int
 
 
-class HardRow(TypedDict):
-    """A training row whose loss stayed above that of the steps it was in; in nats per prediction."""
+class TrainFacts(TrainedFacts):
+    """The fields of `train.metrics_log.TrainedRun`, and the lines of metrics.jsonl."""
 
-    origin: str
-    id: str
-    loss: float
-    excess: float
-    seen: int
-    prompt: str
-    reference: str
-
-
-class TrainFacts(TypedDict, total=False):
-    """The fields of `records.TrainedRun`, and the lines of metrics.jsonl."""
-
-    first_loss: Number
-    train_loss: Number
-    validation_loss: Number
-    steps: int
-    epochs: Number
-    best_step: int | None
-    tokens: int
-    padding_share: Number
-    tokens_per_second: Number
-    wall_seconds: Number
-    peak_bytes: Number
-    stopped_early: str | None
-    resumed_from: int | None
-    hardest_rows: list[HardRow]
-    curve: Sequence[Mapping[str, object]]
+    curve: NotRequired[Sequence[Mapping[str, object]]]
 
 
 @dataclass(frozen=True)
@@ -203,7 +142,7 @@ class Report:
     hardware: Mapping[str, object]
     steps: Sequence[StepTiming] = ()
     data: DataFacts | None = None
-    model: ModelFacts | None = None
+    model: SelectedFacts | None = None
     adapter: AdapterFacts | None = None
     train: TrainFacts | None = None
     evaluation: Evaluation | None = None
@@ -235,7 +174,7 @@ class ReportDocument(TypedDict):
     recipe: dict[str, object]
     steps: list[StepTiming]
     data: DataFacts | None
-    model: ModelFacts | None
+    model: SelectedFacts | None
     adapter: AdapterFacts | None
     train: dict[str, object] | None
     evaluation: ReportScores | None

@@ -14,20 +14,21 @@ from llmtune.report.blocks import (
     Bullets,
     Cell,
     Column,
-    Columns,
     Details,
     Html,
     KeyValues,
-    Rows,
     Section,
     Shares,
     Table,
+    TableColumns,
+    TableRows,
     Text,
 )
-from llmtune.report.charts import Curve, Point, draw_curves, draw_histogram, draw_meter, element, heading
+from llmtune.report.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
-from llmtune.report.report_record import AdapterFacts, DataFacts, HardRow, ModelFacts, TrainFacts
-from llmtune.report.score_sections import signatures
+from llmtune.report.report_record import AdapterFacts, DataFacts, TrainFacts
+from llmtune.report.score_sections import list_signatures
+from llmtune.store.json_shapes import HardRow, SelectedFacts
 
 SPLITS = ("train", "validation", "test")
 PART_NAMES = {"optimizer": "optimizer state"}
@@ -104,18 +105,18 @@ def hardest_rows(rows: Sequence[HardRow]) -> list[Block]:
     """The training rows that were hardest to learn, folded away; nothing where none is known."""
     if not rows:
         return []
-    cells: Rows = []
+    cells: TableRows = []
     for row in rows:
         numbers = score(row["loss"]), score(row["excess"])
         cells.append([f"{row['prompt']} → {row['reference']}", *numbers, Cell(row["origin"], note=row["id"][:12])])
-    columns: Columns = ["prompt → reference", Column("loss", "number"), Column("above its steps", "number"), "row"]
+    columns: TableColumns = ["prompt → reference", Column("loss", "number"), Column("above its steps", "number"), "row"]
     text = "Mean loss of a row while it was trained on, and how far that lay above the mean of its steps. Rows "
     text += "that stay hard are often labelled wrongly: read these first. `row_losses.npz` has all of them."
     shown: list[Block] = [Text(text, "soft"), Table(columns, cells, scroll=True)]
     return [Details(f"The {len(rows)} training rows that were hardest to learn", shown)]
 
 
-def points(curve: Sequence[Mapping[str, object]], key: str) -> list[Point]:
+def points(curve: Sequence[Mapping[str, object]], key: str) -> list[ChartPoint]:
     """The points of one column of the metrics."""
     pairs = []
     for line in curve:
@@ -187,11 +188,11 @@ def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:
 
 
 def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:
-    """How often each class stands in each split, the most frequent first; those never seen in training are marked."""
+    """How often each class occurs in each split, the most frequent first; classes absent from training are marked."""
     trained = {label: splits.get("train") or 0 for label, splits in classes.items()}
     total, most = sum(trained.values()), max(trained.values()) or 1
     heads = [Column(name, "number") for name in (*SPLITS, "of train")]
-    rows: Rows = []
+    rows: TableRows = []
     for label, number in sorted(trained.items(), key=lambda item: -item[1]):
         counts = [count(classes[label].get(split)) for split in SPLITS]
         part = Cell(share(number, total or None), "" if number else "worse")
@@ -211,7 +212,7 @@ def class_spread(trained: Mapping[str, int], unit: str) -> str:
     return "evenly spread" if ratio < 1.1 else f"the largest has {ratio:.3g} times the {unit} of the smallest"
 
 
-def model_section(model: ModelFacts | None) -> Section:
+def model_section(model: SelectedFacts | None) -> Section:
     """Name, revision, memory plan and ranking."""
     if not model:
         return Section("Model and memory plan", [])
@@ -229,7 +230,7 @@ def model_section(model: ModelFacts | None) -> Section:
     ranking = model.get("ranking") or {}
     if candidates := ranking.get("candidates"):
         tried = any(row.get("steps") for row in candidates)
-        rows: Rows = [
+        rows: TableRows = [
             [
                 Cell(row["name"], note=f"left out: {row['reason']}" if row.get("reason") else ""),
                 score(row.get("bits_per_byte")),
@@ -239,7 +240,7 @@ def model_section(model: ModelFacts | None) -> Section:
             for row in candidates
         ]
         numbers = ("bits per byte", *(("after a trial", "of steps") if tried else ()), "needs")
-        columns: Columns = ["model", *(Column(name, "number") for name in numbers)]
+        columns: TableColumns = ["model", *(Column(name, "number") for name in numbers)]
         blocks.append(Table(columns, rows, "Candidates, ranked on the rows"))
     return Section("Model and memory plan", blocks, "Model", "model", brief=False)
 
@@ -262,7 +263,7 @@ def adapter_section(adapter: AdapterFacts | None, deploy: Mapping[str, object] |
     ]
     blocks: list[Block] = [KeyValues(known(facts))]
     if targets := adapter.get("targets"):
-        rows: Rows = [[Cell(ending, code=True), f"{count(times)} ×"] for ending, times in targets.items()]
+        rows: TableRows = [[Cell(ending, code=True), f"{count(times)} ×"] for ending, times in targets.items()]
         blocks.append(Details("where it sits", [Table(["", Column("", "number")], rows)]))
     if deploy:
         flat = [(key.replace("_", " "), str(made)) for key, made in deploy.items() if not isinstance(made, dict | list)]
@@ -273,12 +274,12 @@ def adapter_section(adapter: AdapterFacts | None, deploy: Mapping[str, object] |
 def step_section(steps: Sequence[StepTiming], hardware: Mapping[str, object]) -> Section:
     """Time and memory of each step, and where it ran, packages last."""
     longest = max((step.seconds for step in steps), default=0) or 1
-    rows: Rows = []
+    rows: TableRows = []
     for step in steps:
         name = Cell(step.name, note="unchanged, skipped" if step.skipped else "")
         meter = Cell(picture=draw_meter(step.seconds / longest))
         rows.append([name, meter, duration(step.seconds), size(step.peak_bytes)])
-    columns: Columns = ["step", Column("", "picture"), Column("time", "number"), Column("peak memory", "number")]
+    columns: TableColumns = ["step", Column("", "picture"), Column("time", "number"), Column("peak memory", "number")]
     facts = [(key, str(value)) for key, value in hardware.items() if not isinstance(value, dict) and value]
     packages = hardware.get("packages")
     facts += [(name, str(version)) for name, version in packages.items()] if isinstance(packages, dict) else []
@@ -306,7 +307,7 @@ def method_section(evaluation: Evaluation | None, task: str | None) -> Section:
             "What the base model could do before is not measured here, unless it is in the test rows; "
             "`evaluate.forgetting` asks a part of it."
         )
-    methods = list(signatures(evaluation).items()) if evaluation else []
+    methods = list(list_signatures(evaluation).items()) if evaluation else []
     blocks: list[Block] = [*([KeyValues(methods)] if methods else []), Bullets(limits, soft=True)]
     return Section("Method and limits", blocks, anchor="method", brief=False)
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
 from llmtune.records import Evaluation
-from llmtune.report.blocks import Answer, Sample
+from llmtune.report.blocks import ModelAnswer, Sample
 
 LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400
 """Characters of a text that is shown whole, and what of a longer one is."""
 
 
-def read_samples(samples: Sequence[Mapping[str, str]], evaluation: Evaluation, task: str | None) -> list[Sample]:
+def present_samples(samples: Sequence[Mapping[str, str]], evaluation: Evaluation, task: str | None) -> list[Sample]:
     """Return rows with what either model answered, each answer marked right where it is the reference."""
     names = {"base": "baseline" if evaluation.baseline else "base", "tuned": "tuned"}
     return [read_sample(sample, names, task) for sample in samples]
@@ -25,9 +25,9 @@ def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str |
     answers = []
     for model in (name for name in names if name in sample):
         text = read_tags(prompt, str(sample[model])) if kind == "tags" else str(sample[model])
-        answers.append(Answer(names[model], cut(text), kind != "rating" and is_same(text, reference, kind)))
+        answers.append(ModelAnswer(names[model], cut(text), kind != "rating" and is_same(text, reference, kind)))
     chosen = [
-        Answer(names[model], str(sample[f"{model}_choice"]), sample[f"{model}_choice"] == reference)
+        ModelAnswer(names[model], str(sample[f"{model}_choice"]), sample[f"{model}_choice"] == reference)
         for model in names
         if sample.get(f"{model}_choice")
     ]

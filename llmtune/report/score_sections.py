@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llmtune.recipe.task_facts import answer_kind
@@ -12,14 +13,14 @@ from llmtune.report.blocks import (
     Block,
     Cell,
     Column,
-    Columns,
     Compared,
     Details,
     Heatmap,
-    Rows,
-    Samples,
+    SampleList,
     Section,
     Table,
+    TableColumns,
+    TableRows,
     Text,
     difference_table,
 )
@@ -27,7 +28,7 @@ from llmtune.report.charts import draw_meter
 from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.report_record import Power, Seeds
-from llmtune.report.sample_view import read_samples
+from llmtune.report.sample_view import present_samples
 from llmtune.report.verdict import INCONCLUSIVE
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
@@ -36,7 +37,7 @@ BETTER_NOTES = {1: "", -1: "lower is better", 0: "neither more nor less is bette
 
 
 def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None = None) -> list[Section]:
-    """Return all that an evaluation found, that which says most first; a section without blocks has nothing to say."""
+    """Return the sections of an evaluation, the most telling first; those without blocks are not shown."""
     base = base_name(evaluation)
     return [
         score_section(evaluation, task),
@@ -52,7 +53,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
 
 
 def base_name(evaluation: Evaluation) -> str:
-    """Return what the column beside the tuned model is called: nobody is to take a trivial baseline for a model."""
+    """Return the heading of the base's column: a trivial baseline must not pass for a model."""
     return "baseline" if evaluation.baseline else "base"
 
 
@@ -62,9 +63,17 @@ def compare_metric(metric: str, scored: Evaluation | Slice, name: str = "", note
     return Compared(name or metric, base, tuned, change, better_side(metric), note)
 
 
+def against_champion(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation with the champion in place of the base, if there is one."""
+    champion = evaluation.champion
+    if champion is None:
+        return evaluation
+    return replace(evaluation, base=champion.scores, tuned=champion.tuned, difference=champion.difference)
+
+
 def gate_section(gates: Sequence[GateResult], look: str | None = None) -> Section:
     """What became of each gate, and which look at the test rows it was."""
-    rows: Rows = [[Cell(gate.name, code=True), gate.wanted, gate.got, passed_cell(gate)] for gate in gates]
+    rows: TableRows = [[Cell(gate.name, code=True), gate.wanted, gate.got, passed_cell(gate)] for gate in gates]
     table = Table(["gate", "wanted", Column("got", "number"), "result"], rows)
     return Section("Gates", [table, *([Text(f"This is {look}.", "soft")] if look else [])] if rows else [])
 
@@ -86,13 +95,13 @@ def passed_cell(gate: GateResult) -> Cell:
 
 def power_section(power: Sequence[Power]) -> Section:
     """The smallest difference that the test rows show of each metric, and the rows that each gate needs."""
-    rows: Rows = []
+    rows: TableRows = []
     for one in power:
         planned = [signed(one.assumed), count(one.rows_needed)] if one.gate else ["", ""]
         name = Cell(one.gate or one.metric, code=True)
         rows.append([name, one.against, count(one.rows), score(one.smallest), *planned])
     numbers = ("test rows", "smallest difference", "planned with", "rows needed")
-    columns: Columns = ["gate or metric", "against", *(Column(name, "number") for name in numbers)]
+    columns: TableColumns = ["gate or metric", "against", *(Column(name, "number") for name in numbers)]
     text = "With 80 % power: four of five such evaluations show a true difference of that size, or pass or fail "
     text += (
         "the gate with that many rows. A gate with a margin is planned with a difference of zero, any other with the "
@@ -103,14 +112,14 @@ def power_section(power: Sequence[Power]) -> Section:
 
 
 def score_section(evaluation: Evaluation, task: str | None) -> Section:
-    """A row a metric; one that only the tuned model has stands there without a difference."""
+    """A row a metric; one that only the tuned model has gets no difference."""
     changes, baseline = evaluation.difference, evaluation.baseline
     rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in evaluation.tuned]
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
     text += "paired interval leaves zero out. The verdict asks for more: that the change holds among all the metrics "
     text += "that were looked at (Holm’s correction of p)."
     if exact := [name for name, change in changes.items() if change.test == "McNemar mid-p"]:
-        text += f" p of {words(exact)}: McNemar’s test (mid-p); of all else: swaps of the two models’ answers."
+        text += f" p of {spell_metrics(exact)}: McNemar’s test (mid-p); of all else: swaps of the two models’ answers."
     if any(change.groups for change in changes.values()):
         text += " Rows with one value of `data.split_by` are a group; groups, not rows, were drawn and swapped."
     if evaluation.tuned.keys() - changes.keys():
@@ -128,12 +137,8 @@ def champion_section(evaluation: Evaluation, task: str | None) -> Section:
     champion = evaluation.champion
     if champion is None:
         return Section("Against the champion", [])
-    rows = [
-        Compared(
-            name, champion.scores[name], champion.tuned.get(name), change, better_side(name), full_note(name, task)
-        )
-        for name, change in champion.difference.items()
-    ]
+    scored = against_champion(evaluation)
+    rows = [compare_metric(name, scored, note=full_note(name, task)) for name in champion.difference]
     text = f"The champion is `{Path(champion.folder).name}`. Both models answered {count(champion.rows)} rows that "
     text += "neither was trained on"
     text += "." if champion.rows == evaluation.rows else f", of {count(evaluation.rows)} test rows."
@@ -155,7 +160,7 @@ def lower_note(metric: str) -> str:
     return "lower is better" if metric in LOWER_IS_BETTER else ""
 
 
-def words(metrics: Iterable[str]) -> str:
+def spell_metrics(metrics: Iterable[str]) -> str:
     """Join names of metrics as a person writes them."""
     return ", ".join(metrics).replace("_", " ")
 
@@ -176,7 +181,7 @@ def seed_table(seeds: Seeds, base: str = "base") -> Table:
     """A row a metric: the base, each seed's score, mean, deviation, ends, and the gain of the mean."""
     names = [base, *(f"seed {run.seed}" for run in seeds.runs)]
     names += ["mean", "deviation", "lowest to highest", "gain of the mean"]
-    rows: Rows = []
+    rows: TableRows = []
     for metric, spread in seeds.metrics.items():
         scores = [score(one) for one in (spread.base, *spread.scores, spread.mean, spread.deviation)]
         tone = TONES[(1 if spread.better else -1) if spread.larger else 0]
@@ -193,13 +198,13 @@ def class_section(details: Json, base: str, *, entities: bool) -> Section:
         return Section(title, [])
     base_f1 = {row["label"]: row["f1"] for row in details.get("base", {}).get("classes", [])}
     names = [unit, "precision", "recall", *([f"F1 of {base}"] if base_f1 else []), "F1"]
-    rows: Rows = []
+    rows: TableRows = []
     for row in sorted(tuned["classes"], key=lambda row: -row["support"]):
         before = [base_f1.get(row["label"])] if base_f1 else []
         numbers = map(score, (row["precision"], row["recall"], *before, row["f1"]))
         meter = Cell(picture=draw_meter(0.0 if missing(row["f1"]) else row["f1"]))
         rows.append([Cell(str(row["label"]), code=True), count(row["support"]), *numbers, meter])
-    columns: Columns = [kind, *(Column(name, "number") for name in names), Column("", "picture")]
+    columns: TableColumns = [kind, *(Column(name, "number") for name in names), Column("", "picture")]
     table = Table(columns, rows, "By class, the most frequent first", scroll=True)
     confusion = tuned.get("confusion")
     blocks = confusion_blocks(confusion["labels"], confusion["counts"]) if confusion else []
@@ -213,8 +218,10 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
     text = f"{count(right)} of {count(rows)} rows right"
     errors = [(i, k) for i in size for k in size if i != k and counts[i][k]]
     errors.sort(key=lambda at: -counts[at[0]][at[1]])
-    pairs: Rows = [[labels[i], labels[k], count(counts[i][k]), share(counts[i][k], sum(counts[i]))] for i, k in errors]
-    columns: Columns = ["right class", "taken for", Column("rows", "number"), Column("of its rows", "number")]
+    pairs: TableRows = [
+        [labels[i], labels[k], count(counts[i][k]), share(counts[i][k], sum(counts[i]))] for i, k in errors
+    ]
+    columns: TableColumns = ["right class", "taken for", Column("rows", "number"), Column("of its rows", "number")]
     listed = [Table(columns, pairs[:MOST_PAIRS], f"Confused most often: {text}", scroll=True)] if pairs else []
     if not labels or len(labels) > MOST_CLASSES:
         return [*listed]
@@ -239,7 +246,7 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
 
 
 def slice_section(slices: Mapping[str, Sequence[Slice]], base: str) -> Section:
-    """By column a table a metric: that which says most, and the others folded away."""
+    """By column a table a metric: the most telling one, and the others folded away."""
     blocks = [block for column, parts in slices.items() for block in slice_tables(column, parts, base)]
     text = "Each slice has an interval of its own, of its own rows. Of twenty slices without any change, about one "
     text += "looks changed: a slice is a question to look into, and the verdict does not count it."
@@ -252,9 +259,9 @@ def slice_tables(column: str, parts: Sequence[Slice], base: str) -> list[Block]:
     metrics = rank_metrics(dict.fromkeys(metric for part in parts for metric in part.difference))
     for metric in metrics:
         rows = [compare_metric(metric, part, part.value) for part in parts if metric in part.difference]
-        title = ", ".join(part for part in (f"{words([metric])} by {column}", lower_note(metric)) if part)
+        title = ", ".join(part for part in (f"{spell_metrics([metric])} by {column}", lower_note(metric)) if part)
         tables.append(difference_table(rows, title=title, heading=column, base=base, code=True))
-    return [*tables[:1], *([Details(f"{column}: {words(metrics[1:])}", tables[1:])] if tables[1:] else [])]
+    return [*tables[:1], *([Details(f"{column}: {spell_metrics(metrics[1:])}", tables[1:])] if tables[1:] else [])]
 
 
 def suite_sections(evaluation: Evaluation) -> list[Section]:
@@ -277,7 +284,7 @@ def suite_sections(evaluation: Evaluation) -> list[Section]:
 
 
 def overlap_section(evaluation: Evaluation) -> Section:
-    """Test rows that stand in the training rows, and the scores without them; nothing without test rows."""
+    """Test rows that are also training rows, and the scores without them; nothing without test rows."""
     overlap = evaluation.contamination
     if not overlap or not overlap.rows:
         return Section("Overlap", [])
@@ -285,7 +292,7 @@ def overlap_section(evaluation: Evaluation) -> Section:
     if overlap.overlapping:
         whole = Slice("all rows", evaluation.rows, evaluation.base, evaluation.tuned, evaluation.difference)
         tables = slice_tables("overlap", [whole, *overlap.scores], base_name(evaluation)) if overlap.scores else []
-        examples: Rows = [
+        examples: TableRows = [
             [one["kind"], Path(one["test"]).name, Path(one["train"]).name, one["words"]] for one in overlap.examples
         ]
         heads = ["how", "test row", "training row", "what they share"]
@@ -300,36 +307,39 @@ def overlap_section(evaluation: Evaluation) -> Section:
     return Section("Overlap with training data", [*blocks, Text(text, "soft")], "Overlap", "overlap")
 
 
+def overlap_kinds(overlap: Contamination) -> list[tuple[str, str, int, int]]:
+    """Return the ways to overlap: a name for the table, one for a sentence, test rows, and of how many."""
+    long, short = overlap.rows - overlap.short, overlap.short
+    passage = "13 words in a row in common"
+    return [
+        ("equal", "equal", overlap.equal, overlap.rows),
+        ("nearly equal (80 % of their word triples in common)", "nearly equal", overlap.near, overlap.rows),
+        ("the same prompt, whatever the answer", "with the same prompt", overlap.prompted, overlap.rows),
+        (f"{passage}, of rows that are so long", f"with {passage}", overlap.shared, long),
+        ("the same words in the same order, of shorter rows", "short, with the same words", overlap.worded, short),
+    ]
+
+
 def overlap_table(overlap: Contamination) -> Table:
     """How many test rows overlap in each way, and of how many."""
-    kinds = [
-        ("equal", overlap.equal, overlap.rows),
-        ("nearly equal (80 % of their word triples in common)", overlap.near, overlap.rows),
-        ("the same prompt, whatever the answer", overlap.prompted, overlap.rows),
-        ("13 words in a row in common, of rows that are so long", overlap.shared, overlap.rows - overlap.short),
-        ("the same words in the same order, of shorter rows", overlap.worded, overlap.short),
-    ]
-    columns: Columns = [
+    columns: TableColumns = [
         "test rows that are like a training row",
         *(Column(name, "number") for name in ("rows", "of", "share")),
     ]
-    return Table(columns, [[kind, count(part), count(whole), share(part, whole)] for kind, part, whole in kinds])
+    rows = [[name, count(part), count(of), share(part, of)] for name, _, part, of in overlap_kinds(overlap)]
+    return Table(columns, rows)
 
 
 def overlap_sentence(overlap: Contamination) -> str:
     """Return how many test rows overlap, how, and how many were left out before for that reason."""
-    number, names = (
-        overlap.overlapping,
-        ("equal", "nearly equal", "with the same prompt", "with 13 words in a row in common"),
-    )
-    parts = (overlap.equal, overlap.near, overlap.prompted, overlap.shared, overlap.worded)
+    number = overlap.overlapping
     text = f"None of the {count(overlap.rows)} test rows overlaps with a training row "
     text += "(equal, nearly equal, the same prompt, 13 words in a row)."
     if number:
-        named = zip(parts, (*names, "short, with the same words"), strict=True)
+        kinds = ", ".join(f"{count(part)} {name}" for _, name, part, _ in overlap_kinds(overlap) if part)
         verb = "overlaps" if number == 1 else "overlap"
         text = f"{count(number)} of {count(overlap.rows)} test rows ({share(number, overlap.rows)}) {verb} with a "
-        text += f"training row: {', '.join(f'{count(part)} {name}' for part, name in named if part)}."
+        text += f"training row: {kinds}."
     if overlap.prompted:
         text += (
             " Set data.split_by to a column that is equal for rows of one question, or take the questions of the test "
@@ -344,7 +354,7 @@ def overlap_sentence(overlap: Contamination) -> str:
 def flip_section(evaluation: Evaluation, task: str | None) -> Section:
     """How many rows changed sides each way, by right-or-wrong metric, and some of them folded away."""
     gained, lost = "wrong before, right now", "right before, wrong now"
-    rows: Rows = []
+    rows: TableRows = []
     folded: list[Block] = []
     for metric in rank_metrics(evaluation.flips):
         flips = evaluation.flips[metric]
@@ -354,8 +364,8 @@ def flip_section(evaluation: Evaluation, task: str | None) -> Section:
         for title, some, number in ((gained, flips.gained_rows, flips.gained), (lost, flips.lost_rows, flips.lost)):
             if some:
                 part = f"{len(some)} of " if len(some) != number else ""
-                samples = Samples(read_samples(some, evaluation, task))
-                folded.append(Details(f"{words([metric])}, {title}: {part}{count(number)}", [samples]))
+                samples = SampleList(present_samples(some, evaluation, task))
+                folded.append(Details(f"{spell_metrics([metric])}, {title}: {part}{count(number)}", [samples]))
     columns = [Column("metric"), *(Column(name, "number") for name in (gained, lost, "rows"))]
     who = "the baseline" if evaluation.baseline else "the base model"
     text = f"Rows that {who} and the tuned model do not both get right or wrong; those shown are spread evenly over "
@@ -365,14 +375,14 @@ def flip_section(evaluation: Evaluation, task: str | None) -> Section:
 
 def sample_section(evaluation: Evaluation, task: str | None) -> Section:
     """Rows with their reference and what either model said."""
-    samples = read_samples(evaluation.samples, evaluation, task)
+    samples = present_samples(evaluation.samples, evaluation, task)
     judged = "The numbers are log-likelihoods of the answers, or scores where the model gives scores. "
     told = "Spread evenly over the test rows, not chosen by how they look. All of them: `evaluation/predictions.jsonl`."
     text = judged + told if answer_kind(task) == "rating" else told
-    return Section("Samples", [Samples(samples), Text(text, "soft")] if samples else [])
+    return Section("Samples", [SampleList(samples), Text(text, "soft")] if samples else [])
 
 
-def signatures(evaluation: Evaluation) -> dict[str, str]:
+def list_signatures(evaluation: Evaluation) -> dict[str, str]:
     """Return how each number came about, those of the suites by the names that gates use."""
     texts = dict(evaluation.signatures)
     for name, suite in evaluation.studies.items():

@@ -58,7 +58,7 @@ def spread(metric: str, scores: Sequence[float], base: float | None) -> Spread:
 def describe_gain(metrics: Mapping[str, Spread], count: int, missing: Sequence[int]) -> str:
     """Say in one sentence whether the gain over the base is larger than the spread between seeds; costs do not count.
 
-    Seeds that have no scores yet are told in a second one.
+    A second sentence names seeds without scores.
     """
     judged = {name: one for name, one in metrics.items() if one.larger is not None and name not in COSTS}
     larger = [name for name, one in judged.items() if one.larger and one.better]
@@ -123,7 +123,7 @@ LITTLE = {
 SMALL_GAIN = 0.02
 """A gain of less than this share of the base's score is called small."""
 MUCH_OVERLAP = 0.1
-"""From this share of test rows on that stand in training, a gain may be memory."""
+"""If this share of the test rows is also in training, a gain may be memory."""
 GONE = 0.01
 """Share of the first loss below which there is nothing left to learn."""
 FALLING = {"validation_loss": 0.02, "loss": 0.05}
@@ -131,7 +131,7 @@ FALLING = {"validation_loss": 0.02, "loss": 0.05}
 
 
 @dataclass(frozen=True)
-class Findings:
+class MetricChanges:
     """What the differences show, metric by metric."""
 
     better: list[str]
@@ -279,7 +279,7 @@ def countable(differences: Differences) -> dict[str, Difference]:
 
 def find_changes(
     differences: Differences, gates: Sequence[GateResult], against: Opponent, chance: float = CHANCE
-) -> Findings:
+) -> MetricChanges:
     """Sort the metrics by what the differences from one opponent show.
 
     A metric with a gate on its interval was chosen beforehand, so its interval decides alone, as in the gate. All other
@@ -295,7 +295,7 @@ def find_changes(
     passed = [name for name, results in gated.items() if all(one.passed and not is_open(one) for one in results)]
     within = [name for name in passed if signs[name] <= 0]
     better, worse = ([name for name in differences if signs.get(name) == sign] for sign in (1, -1))
-    return Findings(
+    return MetricChanges(
         better=distinct(better, differences, ALIKE),
         worse=distinct([name for name in worse if name not in within], differences, ALIKE),
         within=within,
@@ -324,7 +324,7 @@ def speaking(differences: Differences, chance: float = CHANCE) -> dict[str, int]
     return {metric: sign for metric, sign in signs.items() if sign and metric in held}
 
 
-def weigh(findings: Findings, changes: Differences, opponent: str | None) -> Verdict:
+def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -> Verdict:
     """Return word and reason; `opponent` is named where it is not the base model."""
     better, worse, within = findings.better, findings.worse, findings.within
     than = f" than {opponent}" if opponent else ""
@@ -349,7 +349,7 @@ def weigh(findings: Findings, changes: Differences, opponent: str | None) -> Ver
     return Verdict(INCONCLUSIVE, f"{moved}: more held-out rows, or more training, would tell.")
 
 
-def name_within(findings: Findings) -> str:
+def name_within(findings: MetricChanges) -> str:
     """Return a sentence on the metrics that are within the margins of their gates, or an empty text."""
     parts = []
     if level := [name for name in findings.within if name not in findings.tolerated]:

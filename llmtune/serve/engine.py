@@ -1,7 +1,6 @@
-"""The one thread that works with the models: requests are answered in batches, and can leave.
+"""Continuous batching on one thread: prompts join a model's batch at any step and leave when their answer ends.
 
-Each model (an adapter, or the base) has its own batch; those that have something to do take turns of a few steps.
-Its prompts join at any step, and leave when their answer ends.
+Each model (an adapter, or the base) has a batch of its own. Batches with work take turns of a few steps.
 
 Shapes: B rows, N rows that join, T columns, V vocabulary. All rows end in the same column, whenever they came.
 """
@@ -11,22 +10,24 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.generation import cache_budget
-from llmtune.evaluate.greedy_decoding import Columns, Writing, column_bytes_of, run
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
+from llmtune.evaluate.greedy_decoding import KVCache, column_bytes_of, next_logits
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
+from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import is_out_of_memory, release_memory
-from llmtune.serve.request_queue import End, Event, Job, RequestQueue, Stopping
-from llmtune.serve.sampling import TokenSampler, recipe_for, sample_tokens
+from llmtune.serve.request_queue import AnswerJob, End, Event, RequestQueue, Stopping
 from llmtune.serve.schemas import ApiError
 from llmtune.serve.served_model import ServedModel
 
 HEADROOM = 128
-"""Columns that are reserved ahead: so many steps go by before all keys and values have to be copied."""
+"""Columns reserved ahead: after this many steps all keys and values are copied into wider columns."""
 
 
 class LiveRows:
@@ -35,31 +36,31 @@ class LiveRows:
     def __init__(self, model: torch.nn.Module, device: str) -> None:
         self.model, self.device = model, device
         self.lengths: list[int] = []
-        """Tokens that each row has keys and values of."""
-        self.columns = Columns(0, 0)
+        """Tokens of each row in the cache."""
+        self.columns = KVCache(0, 0)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def join(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read prompts, which take the slots behind those that are there; return the logits [N, V] that follow."""
-        reading = Writing(self.model, prompts, 1, self.device)
-        logits_NV = reading.read(0, budget_for(self.device, TOKEN_BUDGET))
-        first, sizes = len(self), [len(prompt) for prompt in prompts]
-        self.lengths += sizes
+        """Read prompts into the next slots; return the logits [N, V] that follow them."""
+        first = len(self)
+        self.lengths += map(len, prompts)
         self._make_room(first)
-        end = self.columns.end
-        for number, read in reading.columns.kept.items():
-            if number not in self.columns.kept:
-                parts = [self._reserve(part) for part in (read.keys, read.values)]
-                self.columns.kept[number] = replace(read, keys=parts[0], values=parts[1])
-            here = self.columns.kept[number]
-            for row, i in enumerate(reading.order):
-                slot, size = first + i, sizes[i]
-                here.keys[slot, :, end - size : end] = read.keys[row, :, reading.width - size :]
-                here.values[slot, :, end - size : end] = read.values[row, :, reading.width - size :]
-        slots = torch.tensor(reading.order, device=logits_NV.device).argsort()
-        return logits_NV[slots]
+        size = batch_size(max(map(len, prompts)), budget_for(self.device, TOKEN_BUDGET))
+        return torch.cat([self._read(prompts[i : i + size], first + i) for i in range(0, len(prompts), size)])
+
+    def _read(self, prompts: Sequence[Sequence[int]], first: int) -> torch.Tensor:
+        """Read some of the prompts, padded on the left; their rows begin at slot `first`."""
+        columns, end, width = self.columns, self.columns.end, max(map(len, prompts))
+        columns.active, columns.first = slice(first, first + len(prompts)), end - width
+        columns.end = columns.first
+        ids_NT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        positions_NT = torch.stack([torch.arange(width) - (width - len(prompt)) for prompt in prompts])
+        inputs = (ids_NT, positions_NT.clamp(0), (positions_NT >= 0).long())
+        logits_NV = next_logits(self.model, columns, *(part.to(self.device) for part in inputs))
+        columns.end = end
+        return logits_NV
 
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
         """Write a token to each row; return the logits [B, V] of what follows."""
@@ -67,90 +68,114 @@ class LiveRows:
         if columns.end == columns.width:
             self._lay(len(self), columns.rows)
         columns = self.columns
-        columns.at_work, columns.first = slice(0, len(self)), columns.end - max(self.lengths)
+        columns.active, columns.first = slice(0, len(self)), columns.end - max(self.lengths)
         lengths_B = torch.tensor(self.lengths, device=self.device)
         seen_T = torch.arange(columns.first, columns.end + 1, device=self.device)
         mask_BT = (seen_T[None] >= columns.end - lengths_B[:, None]).long()
-        logits_BV = run(self.model, columns, tokens_B[:, None], lengths_B[:, None], mask_BT)
+        logits_BV = next_logits(self.model, columns, tokens_B[:, None], lengths_B[:, None], mask_BT)
         columns.end += 1
         self.lengths = [length + 1 for length in self.lengths]
         return logits_BV
 
     def leave(self, ended: Sequence[int]) -> list[int]:
-        """Let rows go, by their slots; return the slots from which the rows that stay come, in their new order."""
-        stays, gone = len(self) - len(ended), set(ended)
-        holes = [slot for slot in sorted(gone) if slot < stays]
-        last = [slot for slot in range(stays, len(self)) if slot not in gone]
+        """Let rows leave, by their slots; return the old slots of the rows that stay, in their new order."""
+        stays, leaving = len(self) - len(ended), set(ended)
+        holes = [slot for slot in sorted(leaving) if slot < stays]
+        last = [slot for slot in range(stays, len(self)) if slot not in leaving]
         self.columns.first = self.columns.end - max(self.lengths)
         self.columns.move(holes, last)
         moved = dict(zip(holes, last, strict=True))
         taken = [moved.get(slot, slot) for slot in range(stays)]
         self.lengths = [self.lengths[slot] for slot in taken]
         if not taken:
-            self.columns = Columns(0, 0)  # what was reserved is given back
+            self.columns = KVCache(0, 0)  # free what was reserved
         return taken
 
     def _make_room(self, before: int) -> None:
-        """Give all rows a slot, and room for the longest where they all end; the first `before` are there already."""
+        """Make room for all rows, and for the longest; the first `before` already have theirs."""
         columns = self.columns
         if len(self) > columns.rows or max(self.lengths) > columns.end or columns.end == columns.width:
             self._lay(before, 1 << (len(self) - 1).bit_length())
 
     def _lay(self, before: int, rows: int) -> None:
-        """Copy the keys and values of the first `before` rows into new columns, as far to the left as they can be."""
+        """Copy the keys and values of the first `before` rows into new columns, as far left as possible."""
         old, end = self.columns, max(self.lengths)
-        new = Columns(rows, end + HEADROOM)
+        new = KVCache(rows, end + HEADROOM)
         new.end = end
         width = max(self.lengths[:before], default=0)
-        for number, layer in old.kept.items():
-            parts = []
-            for part in (layer.keys, layer.values):
-                moved = part.new_zeros(rows, part.shape[1], new.width, part.shape[3])
-                moved[:before, :, end - width : end] = part[:before, :, old.end - width : old.end]
-                parts.append(moved)
-            new.kept[number] = replace(layer, keys=parts[0], values=parts[1])
+        for number, (keys, values) in old.states.items():
+            keys, values = (part.new_zeros(rows, part.shape[1], new.width, part.shape[3]) for part in (keys, values))
+            for target, part in zip((keys, values), old.states[number], strict=True):
+                target[:before, :, end - width : end] = part[:before, :, old.end - width : old.end]
+            new.states[number] = keys, values
         self.columns = new
 
-    def _reserve(self, part: torch.Tensor) -> torch.Tensor:
-        """Return room for all rows; zeros, because what is masked is multiplied all the same."""
-        return part.new_zeros(self.columns.rows, part.shape[1], self.columns.width, part.shape[3])
+
+class TokenSampler:
+    """Choose the tokens of one answer as transformers does, with random draws of its own."""
+
+    def __init__(self, model: torch.nn.Module, settings: GenerationConfig, prompt: Sequence[int], seed: int) -> None:
+        inner = cast(PreTrainedModel, unwrap(model))
+        self.ids, self.do_sample = list(prompt), settings.do_sample
+        self.processors = inner._get_logits_processor(settings, input_ids_seq_length=len(prompt))
+        self.generator = torch.Generator(inner.device).manual_seed(seed)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether it always takes the likeliest token."""
+        return not self.do_sample and not self.processors
+
+    def sample(self, logits_V: torch.Tensor) -> int:
+        """Return the next token from its logits."""
+        scores_1V = logits_V[None].float()
+        if self.processors:
+            ids_1T = torch.tensor([self.ids], device=logits_V.device)
+            scores_1V = cast(torch.Tensor, self.processors(ids_1T, scores_1V.clone()))
+        if not self.do_sample:
+            return int(scores_1V.argmax())
+        return int(torch.multinomial(scores_1V.softmax(-1), 1, generator=self.generator))
+
+
+def sample_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> None:
+    """Append each row's next token to the ids of its sampler."""
+    for row, (likeliest, sampler) in enumerate(zip(logits_BV.argmax(-1).tolist(), samplers, strict=True)):
+        sampler.ids.append(likeliest if sampler.greedy else sampler.sample(logits_BV[row]))
 
 
 TURN_STEPS = 8
-"""Steps that one model takes before another has its turn."""
+"""Steps that one model takes before the next one's turn."""
 
 
 class OutOfMemory(ApiError):
-    """The answers that were being generated together did not fit into memory."""
+    """The answers of a batch did not fit into memory."""
 
     def __init__(self) -> None:
-        message = "Out of memory: the answer was given up. Ask for a shorter one, or again."
+        message = "Out of memory: the answer was given up. Request a shorter one, or retry."
         super().__init__(503, message, code="out_of_memory", headers={"Retry-After": "1"})
 
 
 @dataclass(eq=False)
-class _Batch:
-    """What one model has to do."""
+class DecodingBatch:
+    """The jobs of one model, and the state of their answers."""
 
     served: ServedModel
     budget: int | None
-    """Positions that its keys and values may take up; None where rows cannot be generated side by side."""
+    """Positions that its KV cache may have; None if its rows cannot be batched."""
     max_rows: int
     live: LiveRows
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[AnswerJob] = field(default_factory=list)
     """By row of `live`."""
     samplers: list[TokenSampler] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    """The last token of each row, which is still to be read."""
+    """By row as well; the last id of each is still to be read by the model."""
 
 
 class Engine:
-    """Answers jobs on a thread of its own, from `start` to `stop`."""
+    """Answer jobs on a thread of its own, from `start` until the queue stops."""
 
     def __init__(self, models: Mapping[str, ServedModel], *, max_batch: int, max_queue: int) -> None:
         self.models = models
         self.queue = RequestQueue(models, max_batch=max_batch, max_queue=max_queue)
-        self.batches: dict[ServedModel, _Batch] = {}
+        self.batches: dict[ServedModel, DecodingBatch] = {}
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     @property
@@ -159,7 +184,7 @@ class Engine:
         return self.thread.is_alive() and self.queue.deadline is None
 
     def start(self) -> None:
-        """Look at what each model can do, and begin."""
+        """Try on each model whether its rows can be batched, and start the thread."""
         for served in self.models.values():
             budget = None
             if served.generates and served.recipe.generation.num_beams == 1:
@@ -167,10 +192,10 @@ class Engine:
                     column_bytes = column_bytes_of(served.model, served.device)
                 budget = None if column_bytes is None else cache_budget(served.device, column_bytes)
             live = LiveRows(served.model, served.device)
-            self.batches[served] = _Batch(served, budget, self.queue.max_batch, live)
+            self.batches[served] = DecodingBatch(served, budget, self.queue.max_batch, live)
         self.thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: AnswerJob) -> None:
         """Put a job into the queue; raises QueueFull, or Stopping."""
         if not self.thread.is_alive():
             raise Stopping
@@ -185,108 +210,104 @@ class Engine:
                     if batch.jobs or self.queue.waiting[batch.served]:
                         self._take_turn(batch)
 
-    def _take_turn(self, batch: _Batch) -> None:
-        """Work for one model; an error goes to those whose answers it costs, and the next ones are served."""
-        served, jobs = batch.served, list[Job]()
+    def _take_turn(self, batch: DecodingBatch) -> None:
+        """Work for one model; an error goes to the jobs whose answers it costs, and the next ones are served."""
         try:
-            with served.activated():
+            with batch.served.activated():
                 if batch.budget is not None:
                     self._generate_steps(batch)
-                elif served.generates:
-                    jobs = self.queue.take(served, [], 1, None)
-                    for job in jobs:
-                        self._generate_alone(job)
+                elif batch.served.generates:
+                    self._generate_alone(batch)
                 else:
-                    alone = served.recipe.generation.do_sample  # draws of one row must not move another's
-                    jobs = self.queue.take(served, [], 1 if alone else batch.max_rows, None)
-                    self._predict(batch, jobs)
-        except Exception as error:  # noqa: BLE001 - goes to those who wait for an answer; the thread goes on
+                    self._predict(batch)
+        except Exception as error:  # noqa: BLE001 - delivered to the clients that wait; the thread continues
             memory = isinstance(error, RuntimeError | MemoryError | OSError) and is_out_of_memory(error)
             if memory:
-                batch.max_rows = max(1, len(batch.jobs or jobs) // 2)
+                batch.max_rows = max(1, len(batch.jobs) // 2)
             else:
                 traceback.print_exception(error)
-            event = OutOfMemory() if memory else error
-            for job in jobs:
-                self.queue.leave(job, event)
-            self._fail(batch, event)
+            self._fail(batch, OutOfMemory() if memory else error)
             if memory:
                 release_memory()
 
-    def _generate_steps(self, batch: _Batch) -> None:
-        """Take a few steps with the rows of a batch; those that wait join after each."""
+    def _generate_steps(self, batch: DecodingBatch) -> None:
+        """Take a few steps with the rows of a batch; waiting jobs join after each."""
         for _ in range(TURN_STEPS):
             self._remove(batch, {row: None for row, job in enumerate(batch.jobs) if job.cancelled.is_set()})
             if batch.jobs:
-                logits_BV = batch.live.step(torch.tensor(batch.tokens, device=batch.served.device))
-                batch.tokens = sample_tokens(logits_BV, batch.samplers)
+                tokens_B = torch.tensor([sampler.ids[-1] for sampler in batch.samplers], device=batch.served.device)
+                sample_tokens(batch.live.step(tokens_B), batch.samplers)
             if joining := self.queue.take(batch.served, batch.jobs, batch.max_rows, batch.budget):
                 batch.jobs += joining
-                samplers = [TokenSampler(job.sampling, job.ids, batch.served.device) for job in joining if job.sampling]
-                batch.tokens += sample_tokens(batch.live.join([job.ids for job in joining]), samplers)
+                model = batch.served.model
+                samplers = [TokenSampler(model, job.settings, job.ids, job.seed) for job in joining if job.settings]
+                sample_tokens(batch.live.join([job.ids for job in joining]), samplers)
                 batch.samplers += samplers
             self._deliver(batch)
             if not batch.jobs or self.queue.expired:
                 return
 
-    def _deliver(self, batch: _Batch) -> None:
+    def _deliver(self, batch: DecodingBatch) -> None:
         """Hand out the tokens of this step; rows whose answer ends leave."""
         ended: dict[int, Event | None] = {}
-        for row, (job, token) in enumerate(zip(batch.jobs, batch.tokens, strict=True)):
+        for row, (job, sampler) in enumerate(zip(batch.jobs, batch.samplers, strict=True)):
+            token = sampler.ids[-1]
             job.generated += 1
             job.deliver([token])
-            stopped = token in batch.served.stops
-            if stopped or job.generated == job.new_tokens:
-                ended[row] = End("stop" if stopped else "length")
+            if token in batch.served.stops or job.generated == job.new_tokens:
+                ended[row] = End("stop" if token in batch.served.stops else "length")
         self._remove(batch, ended)
 
-    def _remove(self, batch: _Batch, ended: Mapping[int, Event | None]) -> None:
+    def _remove(self, batch: DecodingBatch, ended: Mapping[int, Event | None]) -> None:
         """Let rows leave the batch, each with its last event."""
         if not ended:
             return
         for row, event in ended.items():
             self.queue.leave(batch.jobs[row], event)
-        kept = batch.live.leave(list(ended))
-        batch.jobs = [batch.jobs[row] for row in kept]
-        batch.samplers = [batch.samplers[row] for row in kept]
-        batch.tokens = [batch.tokens[row] for row in kept]
+        taken = batch.live.leave(list(ended))
+        batch.jobs = [batch.jobs[row] for row in taken]
+        batch.samplers = [batch.samplers[row] for row in taken]
 
-    def _generate_alone(self, job: Job) -> None:
-        """Answer by transformers' loop: beams, and models whose rows cannot be generated side by side by ours."""
-        served = job.served
-        assert job.sampling is not None, "only a job with a prompt is generated"
+    def _generate_alone(self, batch: DecodingBatch) -> None:
+        """Answer one job by transformers' loop: beams, and models whose rows cannot be batched by ours."""
+        served = batch.served
+        batch.jobs = self.queue.take(served, [], 1, None)
+        if not batch.jobs:
+            return
+        (job,) = batch.jobs
+        assert job.settings is not None, "only a job with a prompt is generated"
         ids = served.generate(
-            job.ids,
-            recipe_for(served.recipe, job.sampling),
-            job.sampling.seed,
-            job.deliver,
-            lambda: job.cancelled.is_set() or self.queue.expired,
+            job.ids, job.settings, job.seed, job.deliver, lambda: job.cancelled.is_set() or self.queue.expired
         )
         stopped = bool(ids) and ids[-1] in served.stops
         cut_off = self.queue.expired and not job.cancelled.is_set() and not stopped and len(ids) < job.new_tokens
         self.queue.leave(job, Stopping() if cut_off else End("stop" if stopped else "length"))
+        batch.jobs = []
 
-    def _predict(self, batch: _Batch, jobs: list[Job]) -> None:
-        """Predict from rows at once; where one of them cannot be used, from each by itself."""
-        if not jobs:
-            return
+    def _predict(self, batch: DecodingBatch) -> None:
+        """Predict from waiting rows in one batch; if one of them cannot be used, from each by itself."""
+        alone = batch.served.recipe.generation.do_sample  # draws of one row must not move another's
+        batch.jobs = self.queue.take(batch.served, [], 1 if alone else batch.max_rows, None)
         try:
-            predictions = batch.served.predict([job.row for job in jobs if job.row is not None])
+            predictions = batch.served.predict([job.row for job in batch.jobs if job.row is not None])
+            events: list[Event] = [End("answer", prediction) for prediction in predictions]
         except LlmtuneError as error:
-            if len(jobs) == 1:
-                self.queue.leave(jobs.pop(), error)
-                return
-            for job in list(jobs):
-                self._predict(batch, [job])
-                jobs.remove(job)
-            return
-        for job, prediction in zip(list(jobs), predictions, strict=True):
-            self.queue.leave(job, End("answer", prediction))
-            jobs.remove(job)
+            events = [error] if len(batch.jobs) == 1 else [self._predict_one(batch.served, job) for job in batch.jobs]
+        for job, event in zip(batch.jobs, events, strict=True):
+            self.queue.leave(job, event)
+        batch.jobs = []
 
-    def _fail(self, batch: _Batch, error: BaseException) -> None:
-        """Give up all answers that a batch is generating."""
+    def _predict_one(self, served: ServedModel, job: AnswerJob) -> Event:
+        assert job.row is not None, "only a job with a row is predicted"
+        try:
+            (prediction,) = served.predict([job.row])
+        except LlmtuneError as error:
+            return error
+        return End("answer", prediction)
+
+    def _fail(self, batch: DecodingBatch, error: BaseException) -> None:
+        """Give up all answers of a batch."""
         for job in batch.jobs:
             self.queue.leave(job, error)
-        batch.jobs, batch.samplers, batch.tokens = [], [], []
+        batch.jobs, batch.samplers = [], []
         batch.live = LiveRows(batch.served.model, batch.served.device)

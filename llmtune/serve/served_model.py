@@ -1,16 +1,22 @@
-"""What a server offers under one name: a model with one of its adapters active."""
+"""A model under the name by which clients choose it, with one of its adapters active."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from llmtune.data.chat_template import Tools
@@ -31,6 +37,9 @@ from llmtune.records import Row
 from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
 
+DRAWS = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}
+"""Settings of random draws, and the values at which they turn no draws on."""
+
 
 @dataclass(eq=False)
 class ServedModel:
@@ -42,7 +51,7 @@ class ServedModel:
     recipe: Recipe
     task: AnyTask
     adapter: str | None = None
-    """The adapter's name in the PEFT model; None: the base with all of them switched off, or a model without any."""
+    """The adapter's name in the PEFT model; None for the base, with all adapters off, or a model without any."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
@@ -51,17 +60,17 @@ class ServedModel:
         self.stops = set(answer_ends(self.model, self.processor, self.recipe))
         self.template = answer_template(self.processor, self.recipe) if self.task.free_prompt else None
         self.context = context_length(inner.config)
-        """Tokens that the model's positions reach; None where it does not say."""
+        """Tokens that the model's positions reach; None if it does not say."""
         self.vocabulary = int(inner.get_input_embeddings().weight.shape[0]) if self.generates else 0
 
     @property
     def device(self) -> str:
-        """Where the model lies."""
+        """The model's device."""
         return str(self.model.device)
 
     @property
     def generates(self) -> bool:
-        """Whether an answer is generated token by token behind its prompt; else `task.predict` gives it."""
+        """Whether answers are generated token by token; otherwise `task.predict` makes them."""
         return self.task.continues_text
 
     @contextmanager
@@ -78,7 +87,7 @@ class ServedModel:
             yield
 
     def predict(self, rows: Sequence[Row]) -> Sequence[object]:
-        """Return what the task predicts of rows, as in the evaluation."""
+        """Predict from rows, as the evaluation does."""
         dtype = resolve_dtype(self.recipe.model.dtype, self.model.device.type)
         with torch.inference_mode(), compute_context(dtype, self.device):
             return self.task.predict(rows, LoadedModel(self.model, self.processor, self.recipe, self.device))
@@ -90,22 +99,34 @@ class ServedModel:
     def stream(
         self, prompt: Sequence[int], *, chat: bool, tools: Tools = None, stops: Sequence[str] = ()
     ) -> AnswerStream:
-        """Return what takes the ids of an answer as they come; `chat` says that the template's parts are told apart."""
+        """Return the stream of an answer; with `chat`, it separates thoughts, text and calls by the template."""
         return AnswerStream(self.processor, self.stops, self.template if chat else None, tools, stops, prompt)
+
+    def request_settings(self, stated: Mapping[str, float], new_tokens: int) -> GenerationConfig:
+        """Return the recipe's generation settings with what a request states in their place.
+
+        A temperature of 0 takes the likeliest token each time. Any other setting of random draws turns them on.
+        """
+        section = self.recipe.generation
+        settings = {name: getattr(section, name) for name in DRAWS} | dict(stated)
+        asked = section.do_sample or any(stated.get(name, off) != off for name, off in DRAWS.items())
+        do_sample = asked and settings["temperature"] != 0
+        changes = settings if do_sample else settings | dict.fromkeys(DRAWS)
+        section = section.model_copy(update={**changes, "do_sample": do_sample, "max_new_tokens": new_tokens})
+        return generation_settings(self.model, self.processor, self.recipe.model_copy(update={"generation": section}))
 
     def generate(
         self,
         prompt: Sequence[int],
-        recipe: Recipe,
+        settings: GenerationConfig,
         seed: int,
         deliver: Callable[[list[int]], None],
         is_cancelled: Callable[[], bool],
     ) -> list[int]:
-        """Generate one answer by transformers' own loop, as the recipe's `generation` says, and return its ids.
+        """Generate one answer by transformers' own loop and return its ids.
 
-        `deliver` gets the tokens as they come, those of beams at the end.
+        `deliver` gets the tokens one by one, those of beams at the end.
         """
-        settings = generation_settings(self.model, self.processor, recipe)
         beams = settings.num_beams > 1
         ids_BT = torch.tensor([list(prompt)], device=self.model.device)
         with torch.random.fork_rng(), only_these_settings(self.model):
@@ -121,13 +142,13 @@ class ServedModel:
         if beams:
             stops = settings.eos_token_id or ()
             end = next((at for at, token in enumerate(ids) if token in stops), len(ids) - 1)
-            ids = ids[: end + 1]  # behind it is padding
+            ids = ids[: end + 1]  # the rest is padding
             deliver(ids)
         return ids
 
 
 def label_scores(prediction: object, recipe: Recipe) -> object:
-    """Return what a classifier predicts with its scores by the names of the classes; anything else as it is."""
+    """Return a classifier's prediction with its scores by class name; any other prediction unchanged."""
     labels = recipe.classify.labels if recipe.classify else None
     if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
         return prediction
@@ -135,7 +156,7 @@ def label_scores(prediction: object, recipe: Recipe) -> object:
 
 
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
-    """Delivers new tokens; what comes first is the prompt."""
+    """Deliver new tokens; the first call brings the prompt."""
 
     def __init__(self, deliver: Callable[[list[int]], None]) -> None:
         self.deliver = deliver
@@ -148,11 +169,11 @@ class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
         self.prompt_seen = True
 
     def end(self) -> None:
-        """There is no more: `generate` returns."""
+        """Nothing to flush."""
 
 
 class _Cancelled(StoppingCriteria):  # type: ignore[misc]
-    """Ends generation when nobody wants more."""
+    """End generation once the answer is cancelled."""
 
     def __init__(self, is_cancelled: Callable[[], bool]) -> None:
         self.is_cancelled = is_cancelled

@@ -90,10 +90,10 @@ def plain(value: object) -> Any:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of our own; None if it is missing or was damaged from outside."""
-    from llmtune.recipe.user_files import NotAFileError, read_text  # not for --help: it brings the recipe's schema
+    from llmtune.recipe.user_files import NotAFileError, read_text_file  # not for --help: it brings the recipe's schema
 
     try:
-        content = json.loads(read_text(path, MAX_JSON_BYTES))
+        content = json.loads(read_text_file(path, MAX_JSON_BYTES))
     except (FileNotFoundError, NotADirectoryError, NotAFileError, ValueError, RecursionError):
         return None
     return None if _too_deep(content) else content
@@ -119,13 +119,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises EnvironmentProblem where it may not be read.
     """
-    from llmtune.recipe.user_files import read_text
+    from llmtune.recipe.user_files import read_text_file
 
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
     with explained(path):
-        texts = read_text(path, MAX_JSON_BYTES, errors="replace").splitlines()
+        texts = read_text_file(path, MAX_JSON_BYTES, errors="replace").splitlines()
     for text in texts:
         try:
             line = json.loads(text)

@@ -24,7 +24,7 @@ Record = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Difference:
+class FirstDifference:
     """The first difference of one stage: rows, examples, step, weights, prediction, score."""
 
     stage: str
@@ -40,7 +40,7 @@ class Difference:
         return f"{self.stage}: {self.where}: was {was}, is {now}"
 
 
-def find_differences(was: Path, now: Path, trained: str) -> list[Difference]:
+def find_differences(was: Path, now: Path, trained: str) -> list[FirstDifference]:
     """Return the first difference of each stage in which two run folders differ, in the order of the stages.
 
     `trained` is the subfolder with what was trained: adapter or weights.
@@ -100,14 +100,16 @@ def _zip_lines(was: Sequence[Record], now: Sequence[Record]) -> Iterator[tuple[R
         yield before or {}, after or {}
 
 
-def _differing_content(was: Path, now: Path) -> Iterator[Difference]:
+def _differing_content(was: Path, now: Path) -> Iterator[FirstDifference]:
     for name in ("rows", "examples"):
         before, after = (read_json(run / "data" / name / f"{name}.json") or {} for run in (was, now))
         if before and before.get("content_hash") != after.get("content_hash"):
-            yield Difference(name, f"content of data/{name}", before.get("content_hash"), after.get("content_hash"))
+            yield FirstDifference(
+                name, f"content of data/{name}", before.get("content_hash"), after.get("content_hash")
+            )
 
 
-def _differing_steps(was: Path, now: Path) -> Iterator[Difference]:
+def _differing_steps(was: Path, now: Path) -> Iterator[FirstDifference]:
     last: object = 0
     for before, after in _zip_lines(read_curve(was), read_curve(now)):
         step = (before or after)["step"]
@@ -115,31 +117,31 @@ def _differing_steps(was: Path, now: Path) -> Iterator[Difference]:
             if before.get(key) != after.get(key):
                 begin = int(str(last)) + 1
                 steps = f"step {step}" if step == begin else f"steps {begin} to {step}"
-                yield Difference("training", f"{key} of {steps}", before.get(key), after.get(key))
+                yield FirstDifference("training", f"{key} of {steps}", before.get(key), after.get(key))
                 return
         last = step
 
 
-def _differing_weights(was: Path, now: Path) -> Iterator[Difference]:
+def _differing_weights(was: Path, now: Path) -> Iterator[FirstDifference]:
     before, after = list_folder(was), list_folder(now)
     for name in sorted(before.keys() | after.keys(), key=lambda name: (not name.endswith(".safetensors"), name)):
         if before.get(name) == after.get(name):
             continue
         if name not in before or name not in after:
-            yield Difference("files", name, before.get(name), after.get(name))
+            yield FirstDifference("files", name, before.get(name), after.get(name))
         elif name.endswith(".safetensors"):
             try:
                 yield from _differing_tensor(was / name, now / name)
             except SafetensorError:  # one of them is damaged
-                yield Difference("files", name, before[name], after[name])
+                yield FirstDifference("files", name, before[name], after[name])
         elif not same_but_paths(was / name, now / name):
-            yield Difference("files", name, before[name], after[name])
+            yield FirstDifference("files", name, before[name], after[name])
         else:
             continue
         return
 
 
-def _differing_tensor(was: Path, now: Path) -> Iterator[Difference]:
+def _differing_tensor(was: Path, now: Path) -> Iterator[FirstDifference]:
     import torch
     from safetensors import safe_open
 
@@ -149,7 +151,7 @@ def _differing_tensor(was: Path, now: Path) -> Iterator[Difference]:
             slices = [file.get_slice(name) if name in names else None for file, names in zip(files, keys, strict=True)]
             shapes = [part and f"{part.get_dtype()} {list(part.get_shape())}" for part in slices]
             if shapes[0] is None or shapes[0] != shapes[1]:
-                yield Difference("weights", name, *shapes)
+                yield FirstDifference("weights", name, *shapes)
                 return
             left, right = before.get_tensor(name), after.get_tensor(name)
             unequal = (left.flatten().view(torch.uint8) != right.flatten().view(torch.uint8)).nonzero()
@@ -157,12 +159,12 @@ def _differing_tensor(was: Path, now: Path) -> Iterator[Difference]:
                 at = int(unequal[0]) // left.element_size()
                 index = [int(i) for i in torch.unravel_index(torch.tensor(at), left.shape or (1,))]
                 values = (float(tensor.flatten()[at]) for tensor in (left, right))
-                yield Difference("weights", f"{name}[{', '.join(map(str, index))}]", *values)
+                yield FirstDifference("weights", f"{name}[{', '.join(map(str, index))}]", *values)
                 return
-    yield Difference("files", was.name, "its header", "another one")
+    yield FirstDifference("files", was.name, "its header", "another one")
 
 
-def _differing_predictions(was: Path, now: Path) -> Iterator[Difference]:
+def _differing_predictions(was: Path, now: Path) -> Iterator[FirstDifference]:
     name = "evaluation/predictions.jsonl"
     if not ((was / name).exists() and (now / name).exists()):
         return
@@ -170,12 +172,12 @@ def _differing_predictions(was: Path, now: Path) -> Iterator[Difference]:
         for key in [key for key in {**before, **after} if key != "origin"]:
             if before.get(key) != after.get(key):
                 origin = before.get("origin", after.get("origin"))
-                yield Difference("prediction", f"{key} of row {row} ({origin})", before.get(key), after.get(key))
+                yield FirstDifference("prediction", f"{key} of row {row} ({origin})", before.get(key), after.get(key))
                 return
 
 
-def _differing_scores(was: Path, now: Path) -> Iterator[Difference]:
+def _differing_scores(was: Path, now: Path) -> Iterator[FirstDifference]:
     for name, before, after in compare_scores(was, now):
         if before != after:
-            yield Difference("score", name, before, after)
+            yield FirstDifference("score", name, before, after)
             return

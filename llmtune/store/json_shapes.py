@@ -53,26 +53,43 @@ class EncodedFacts(TypedDict):
 
 
 class SelectedFacts(TypedDict):
-    """The model, and the plan of its memory."""
+    """The model, the ranking it comes from, and its `records.MemoryPlan`."""
 
     name: str
     revision: NotRequired[str | None]
     sha256: str
-    ranking: NotRequired[dict[str, object] | None]
-    plan: NotRequired[dict[str, object]]
+    ranking: NotRequired[dict[str, Any] | None]
+    plan: NotRequired[dict[str, Any]]
 
 
-class AdaptedFacts(TypedDict):
+class AdapterShape(TypedDict):
     """What was put into the model."""
 
     method: str
     trainable: Count
-    total: Count
     matched_modules: NotRequired[Count]
     targets: NotRequired[Counts]
-    adapter_bytes: NotRequired[Count]
     r: NotRequired[Count]
     lora_alpha: NotRequired[Number]
+
+
+class AdaptedFacts(AdapterShape):
+    """The same, as the step `adapt` notes it."""
+
+    total: Count
+    adapter_bytes: NotRequired[Count]
+
+
+class HardRow(TypedDict):
+    """A training row whose loss stayed above that of the steps it was in; in nats per prediction."""
+
+    origin: str
+    id: str
+    loss: Number
+    excess: Number
+    seen: Count
+    prompt: str
+    reference: str
 
 
 class TrainedFacts(TypedDict):
@@ -92,7 +109,8 @@ class TrainedFacts(TypedDict):
     processes: NotRequired[Count]
     strategy: NotRequired[str]
     stopped_early: NotRequired[str | None]
-    hardest_rows: NotRequired[list[dict[str, object]]]
+    resumed_from: NotRequired[Count | None]
+    hardest_rows: NotRequired[list[HardRow]]
 
 
 class EvaluatedFacts(TypedDict, total=False):

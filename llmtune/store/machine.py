@@ -1,4 +1,4 @@
-"""What this machine is, seen without torch: its processor, its cards, and how much memory a process may use."""
+"""The machine, seen without torch: its processor, cards and memory; and the time and memory that work takes on it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 CPUINFO = Path("/proc/cpuinfo")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_tile"}
 BFLOAT16_CAPABILITY = 8.0
 """Of an NVIDIA card: Ampere and later."""
@@ -67,7 +73,7 @@ def has_bfloat16(device: str) -> bool:
     return bool(flags and BFLOAT16_FLAGS & set(flags[1].split()))
 
 
-def memory_limit() -> int:
+def process_memory_limit() -> int:
     """Return the bytes that this process may use: the least of RAM, control group and address space (`ulimit -v`)."""
     limits = [psutil.virtual_memory().total]
     for file in _CGROUP_LIMITS:
@@ -82,3 +88,46 @@ def memory_limit() -> int:
         if address_space != resource.RLIM_INFINITY:
             limits.append(address_space)
     return min(limits)
+
+
+class Meter:
+    """Starts counting when made. On Linux the kernel's high-water mark is reset first: the peak is the step's own."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        with suppress(OSError):
+            CLEAR_REFS.write_text("5")  # proc(5): reset VmHWM
+        if (cuda := _cuda()) is not None:
+            cuda.reset_peak_memory_stats()
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds since the start."""
+        return time.perf_counter() - self.started
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak bytes on the GPU where one is in use, else resident in this process."""
+        if (cuda := _cuda()) is not None:
+            return int(cuda.max_memory_allocated())
+        return resident_peak_bytes()
+
+
+def seconds_of_process() -> float:
+    """Wall seconds since this process was started; the system counts its start in hundredths."""
+    return time.time() - psutil.Process().create_time()
+
+
+def resident_peak_bytes() -> int:
+    """The largest resident size since the last reset (Linux), else the resident size now."""
+    try:
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return int(psutil.Process().memory_info().rss)
+    return int(line.split()[1]) * 1024
+
+
+def _cuda() -> ModuleType | None:
+    """Return torch.cuda if a GPU is in use; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None

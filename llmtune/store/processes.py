@@ -177,7 +177,7 @@ def once(work: Callable[[], T]) -> T:
         _wait_until(lambda: bool(_here.store.check([key])))
         found = json.loads(_here.store.get(key))
         if "kind" in found:
-            raise rebuild(found)
+            raise rebuild_error(found)
         if "value" not in found:
             sys.exit(1)  # a bug, which rank 0 reports
         return cast(T, found["value"])
@@ -186,7 +186,7 @@ def once(work: Callable[[], T]) -> T:
         result = work()
         outcome = {"value": plain(result)}
     except LlmtuneError as error:
-        outcome = describe(error) | {"report": None}  # which only rank 0 prints
+        outcome = describe_error(error) | {"report": None}  # which only rank 0 prints
         raise
     finally:
         _here.alone = False
@@ -194,15 +194,15 @@ def once(work: Callable[[], T]) -> T:
     return result
 
 
-def describe(error: LlmtuneError) -> dict[str, Any]:
+def describe_error(error: LlmtuneError) -> dict[str, Any]:
     """Return an error as JSON holds it."""
     problems = [[problem.what, problem.where, problem.fix] for problem in error.problems]
     report = plain(error.report) if isinstance(error, GateFailed) else None
     return {"kind": type(error).__name__, "problems": problems, "exit": error.exit_code, "report": report}
 
 
-def rebuild(described: dict[str, Any]) -> LlmtuneError:
-    """Return the error that `describe` described."""
+def rebuild_error(described: dict[str, Any]) -> LlmtuneError:
+    """Return the error that `describe_error` described."""
     kind: type[LlmtuneError] = getattr(errors, described["kind"])
     error = kind(*(Problem(*problem) for problem in described["problems"]))
     error.exit_code = described["exit"]
@@ -223,7 +223,7 @@ def reports(error: BaseException) -> bool:
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))  # torch's agent ends the others
     if folder is not None:
         if isinstance(error, LlmtuneError):
-            write_json(Path(folder) / ERROR.format(rank()), describe(error))
+            write_json(Path(folder) / ERROR.format(rank()), describe_error(error))
         elif not isinstance(error, KeyboardInterrupt):
             text = "".join(traceback.format_exception(error))
             write_json(Path(folder) / ERROR.format(rank()), {"traceback": text})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +28,8 @@ from llmtune.store.atomic_files import (
     write_text,
 )
 from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
+from llmtune.store.machine import Meter
 from llmtune.store.processes import rank
-from llmtune.store.profile import Meter
 
 MANIFEST, METRICS = "run.json", "metrics.jsonl"
 BUDGET = ".micro_batch_tokens"
@@ -48,7 +48,7 @@ AFTER_TRAINING = ("evaluate", "generation", "deploy")
 """Keys of a recipe that can be set anew for a run that is trained."""
 STEPS = ("prepare", "encode", "select", "adapt", "train", "evaluate", "deploy")
 
-Facts = dict[str, Any]
+StepFacts = dict[str, Any]
 """What was found out on the way; each step knows its own."""
 
 
@@ -60,7 +60,7 @@ class StepRecord(TypedDict):
     started: Moment
     outputs: dict[str, str]
     """Hash of each output, a file or a folder of the run."""
-    facts: Facts
+    facts: StepFacts
     seconds: NotRequired[float]
     peak_bytes: NotRequired[int]
     files: NotRequired[dict[str, dict[str, str]]]
@@ -72,7 +72,7 @@ class Manifest(TypedDict):
 
     fingerprint: str
     steps: dict[str, StepRecord]
-    findings: Facts
+    findings: StepFacts
     """What must be kept for the next start, such as the micro-batch budget."""
     llmtune: NotRequired[str]
     """Version that wrote it last."""
@@ -83,11 +83,11 @@ class Manifest(TypedDict):
 
 
 @dataclass(frozen=True)
-class Step:
+class StepRun:
     """One step as it goes: whether it is skipped, and what it finds out."""
 
     skipped: bool
-    facts: Facts = field(default_factory=dict)
+    facts: StepFacts = field(default_factory=dict)
 
 
 @dataclass
@@ -96,9 +96,11 @@ class RunFolder:
 
     path: Path
     manifest: Manifest
+    ran: set[str] = field(default_factory=set)
+    """Steps that this process ran; the others were valid from before."""
 
     @property
-    def findings(self) -> Facts:
+    def findings(self) -> StepFacts:
         """What was found out on the way and must be kept, such as the micro-batch budget."""
         return self.manifest["findings"]
 
@@ -150,7 +152,7 @@ class RunFolder:
         *,
         always: bool = False,
         on_begin: Callable[[bool], None] = lambda skipped: None,
-    ) -> Iterator[Step]:
+    ) -> Iterator[StepRun]:
         """Run one step if its inputs or outputs changed: note that it runs, measure it, hash its outputs at the end.
 
         Args:
@@ -162,11 +164,12 @@ class RunFolder:
 
         Yields the step: the block does nothing if it is skipped, else it puts facts for the manifest into it.
         """
-        step = Step(skipped=not always and self.is_valid(name, inputs))
+        step = StepRun(skipped=not always and self.is_valid(name, inputs))
         on_begin(step.skipped)
         if step.skipped:
             yield step
             return
+        self.ran.add(name)
         record = StepRecord(state="running", inputs=inputs, started=time.time(), outputs={}, facts=step.facts)
         self.manifest["steps"][name] = record
         self.write()
@@ -189,7 +192,7 @@ class RunFolder:
         }
         self.write()
 
-    def facts(self, step: str) -> Facts:
+    def facts(self, step: str) -> StepFacts:
         """What a step that is done left in the manifest; nothing if it was not run.
 
         Raises EnvironmentProblem for facts of a finished step that are not what it writes.
@@ -201,7 +204,7 @@ class RunFolder:
             check_shape(facts, STEP_FACTS[step], self.path / MANIFEST, below=f"steps.{step}.facts.")
         return facts
 
-    def done_facts(self) -> dict[str, Facts]:
+    def done_facts(self) -> dict[str, StepFacts]:
         """What each finished step left in the manifest; raises as `facts` does."""
         return {step: self.facts(step) for step in self.manifest["steps"] if self.is_done(step)}
 
@@ -211,15 +214,12 @@ class RunFolder:
             fix = "finish it first: run the same recipe again"
             raise RecipeError.of("this run has no trained model yet", str(self.path), fix)
 
-    def timings(self, skipped: Mapping[str, bool]) -> list[StepTiming]:
-        """How each step went, in order; `skipped` tells which were not run this time."""
-        records = self.manifest["steps"]
+    def timings(self) -> list[StepTiming]:
+        """How each step went, in order."""
+        records = {name: self.manifest["steps"][name] for name in STEPS if self.is_done(name)}
         return [
-            StepTiming(
-                name, records[name].get("seconds", 0.0), records[name].get("peak_bytes", 0), skipped.get(name, True)
-            )
-            for name in STEPS
-            if self.is_done(name)
+            StepTiming(name, record.get("seconds", 0.0), record.get("peak_bytes", 0), name not in self.ran)
+            for name, record in records.items()
         ]
 
 

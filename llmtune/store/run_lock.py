@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe.evaluate_section import GATE_KEYS
-from llmtune.recipe.yaml_reader import read_text
+from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.store.atomic_files import hash_file, hash_value, list_folder, list_model, read_json, write_json
 from llmtune.store.json_shapes import find_misfit
 
@@ -167,7 +167,7 @@ def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
 
 def read_resolved(recipe: Path) -> dict[str, Any]:
     """Read the recipe.yaml of a run, as plain values; raises RecipeError where it is damaged."""
-    text = read_text(recipe)
+    text = read_recipe_text(recipe)
     try:
         content = YAML(typ="safe").load(text)
     except (YAMLError, ValueError, RecursionError) as error:

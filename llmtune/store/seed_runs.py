@@ -57,11 +57,17 @@ def share_rows(folder: RunFolder, out: Path, fingerprint: str) -> None:
     with explained(out):
         out.parent.mkdir(exist_ok=True)
         with staged(out) as target:
-            shutil.copytree(folder.path / "data", target / "data", copy_function=link)
+            shutil.copytree(folder.path / "data", target / "data", copy_function=hard_link)
             write_json(target / MANIFEST, {"fingerprint": fingerprint, "steps": steps, "findings": findings})
 
 
-def link(source: str, target: str) -> None:
+def kept_findings(folder: RunFolder) -> dict[str, object]:
+    """Return the findings of a run that its further seeds and its reproduction keep."""
+    names = ("micro_batch_tokens", "gradient_checkpointing")
+    return {name: folder.findings[name] for name in names if name in folder.findings}
+
+
+def hard_link(source: str, target: str) -> None:
     """Give a file a second name where the file system can, else copy it: a step never changes a file in place."""
     try:
         os.link(source, target)

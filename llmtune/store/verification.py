@@ -1,4 +1,4 @@
-"""What a run was made from and what it made, held against what is there now, file by file; without torch.
+"""Check the inputs and outputs of a run against their hashes, file by file; without torch.
 
 It finds accidents, not forgers: a changed file whose hash in run.json was changed too goes unnoticed.
 """
@@ -37,13 +37,13 @@ from llmtune.store.run_lock import (
 
 BUILTIN = "builtin:"
 TRAINED = ("adapter", "weights")
-"""The subfolders of which a run has one: what was trained."""
+"""Subfolders for the trained weights; a run has one of them."""
 Hashes = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One claim of a run, held against what is there."""
+    """One recorded hash or setting of a run, compared with its present value."""
 
     kind: str
     name: str
@@ -72,14 +72,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """All claims of a run, held against what is there."""
+    """All recorded hashes and settings of a run, compared with their present values."""
 
     run: Path
     findings: tuple[Finding, ...]
 
     @property
     def failed(self) -> list[Finding]:
-        """What is not as it was, of that which the result rests on."""
+        """Findings that invalidate the result."""
         return [finding for finding in self.findings if finding.failed]
 
     def to_dict(self) -> dict[str, object]:
@@ -92,8 +92,8 @@ class Verification:
         return [finding.to_problem() for finding in self.failed]
 
 
-def verify(run: Path, *, strict: bool = False) -> Verification:
-    """Hold every claim of a run's lock and manifest against what is there now; with `strict`, versions count as well.
+def verify_run(run: Path, *, strict: bool = False) -> Verification:
+    """Check a run against its lock and manifest; with `strict`, versions count as well.
 
     Raises:
         RecipeError: not a run folder, or not trained yet.
@@ -105,7 +105,9 @@ def verify(run: Path, *, strict: bool = False) -> Verification:
     lock = read_lock(run / LOCK)
     packages = package_versions(tuple(lock["packages"]))
     findings = [
-        compare("lock", str(run / LOCK), folder.manifest.get("lock"), hash_file(run / LOCK), unknown_if_new=True),
+        compare_hashes(
+            "lock", str(run / LOCK), folder.manifest.get("lock"), hash_file(run / LOCK), unknown_if_new=True
+        ),
         *_check_recipe(folder, lock),
         *_check_data(folder, lock),
         *_check_model(lock, run),
@@ -118,8 +120,8 @@ def verify(run: Path, *, strict: bool = False) -> Verification:
     return Verification(run, tuple(findings))
 
 
-def compare(kind: str, name: str, was: str | None, now: str | None, unknown_if_new: bool = False) -> Finding:
-    """Hold one hash against another; None is a thing that is not there, or (`unknown_if_new`) was not recorded."""
+def compare_hashes(kind: str, name: str, was: str | None, now: str | None, unknown_if_new: bool = False) -> Finding:
+    """Compare one hash with another; None is a thing that is not there, or (`unknown_if_new`) was not recorded."""
     if was == now:
         state = "same"
     elif now is None:
@@ -133,7 +135,7 @@ def compare(kind: str, name: str, was: str | None, now: str | None, unknown_if_n
 
 def _compare_all(kind: str, prefix: str, was: Hashes, now: Hashes) -> Iterator[Finding]:
     for name in sorted(was.keys() | now.keys()):
-        yield compare(kind, f"{prefix}{name}", was.get(name), now.get(name))
+        yield compare_hashes(kind, f"{prefix}{name}", was.get(name), now.get(name))
 
 
 def _compare_settings(
@@ -200,9 +202,9 @@ def _check_data(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
         known.setdefault(record["source"], set()).add(path)
         is_recording = "xxh3_128" in record
         now = (hash_recording if is_recording else hash_file)(path) if path.is_file() else None
-        yield compare("data", str(path), record["xxh3_128"] if is_recording else record["sha256"], now)
+        yield compare_hashes("data", str(path), record["xxh3_128"] if is_recording else record["sha256"], now)
     for source, paths in known.items():
-        for path in _added(source, paths, old_run, folder.path):
+        for path in _added_files(source, paths, old_run, folder.path):
             yield Finding("data", str(path), "added")
 
 
@@ -216,7 +218,7 @@ def _data_file(record: SourceRecord, old_run: str | None, run: Path) -> Path:
     return relocated(record["path"], old_run, run)
 
 
-def _added(source: str, known: set[Path], old_run: str | None, run: Path) -> Iterator[Path]:
+def _added_files(source: str, known: set[Path], old_run: str | None, run: Path) -> Iterator[Path]:
     """Yield files that a folder or a pattern has now and had not then, of the kinds that were read."""
     if source.startswith(BUILTIN) or any(path.name.startswith("metadata.") for path in known):
         return  # such a file names all of its folder
@@ -260,12 +262,12 @@ def _model_folder(model: LockedModel, old_run: str | None, run: Path) -> Path:
 
 
 def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
-    """Hold the template that lies beside what was trained against the one that it was trained with."""
+    """Compare the template saved with the weights with the one used in training."""
     known = lock["template"]["sha256"]
     for name in TRAINED if known != hash_value(None) else ():
         path = folder.path / name / "chat_template.jinja"
         if path.is_file():
-            yield compare("template", str(path), known, hash_value(path.read_text("utf-8", errors="replace")))
+            yield compare_hashes("template", str(path), known, hash_value(path.read_text("utf-8", errors="replace")))
 
 
 def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
@@ -277,7 +279,9 @@ def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
             if files:
                 yield from _compare_all(kind, f"{path}{os.sep}", files, list_folder(path))
             else:
-                yield compare(kind, str(path), known, hash_path(path) or None)
+                yield compare_hashes(kind, str(path), known, hash_path(path) or None)
     evaluated = folder.facts("evaluate").get("trained")
     for path in [folder.path / name for name in TRAINED if evaluated and (folder.path / name).is_dir()]:
-        yield compare("evaluated", str(path), evaluated, hash_path(path))  # what was trained is what was evaluated
+        yield compare_hashes(
+            "evaluated", str(path), evaluated, hash_path(path)
+        )  # what was trained is what was evaluated

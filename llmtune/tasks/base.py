@@ -12,11 +12,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
+from llmtune.data.example import Collate, Example
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Collate, Example, Loss, Rows
+from llmtune.records import Batch, Loss, Rows
 
 RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""
@@ -34,12 +35,12 @@ class Endpoint:
 
 
 class Task(EvaluatedTask, Generic[RowT, PredictionT]):
-    """A task for one kind of model; the defaults are those of a task that answers in text behind a prompt."""
+    """A task for one kind of model; the defaults are those of a task that answers a prompt in text."""
 
     required_inputs: tuple[str, ...] = ("prompt",)
-    """What a person must give to `llmtune generate`: prompt, context, audio, answer."""
+    """Inputs that a person must give to `llmtune generate`: prompt, context, audio, answer."""
     optional_inputs: tuple[str, ...] = ()
-    """What a person may give beside it: system, pair."""
+    """Further inputs that a person may give: system, pair."""
     free_prompt: bool = False
     """Whether a person's own words are the prompt, with no other text around them than the chat template's."""
     is_conversational: bool = False
@@ -83,7 +84,7 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
     def collate(
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
-        """Make one micro-batch; what is random in it, such as masks, is drawn by `draw`, 0 in evaluation."""
+        """Make one micro-batch; `draw` seeds anything random in it, such as masks; 0 in evaluation."""
         raise NotImplementedError
 
     def format_answer(self, prediction: PredictionT, row: RowT) -> str:
@@ -96,7 +97,7 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
 
 
 class DecoderTask(Task[RowT, str]):
-    """What a decoder does: it goes on from a prompt."""
+    """A decoder that continues a prompt."""
 
     auto_class = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
@@ -123,7 +124,7 @@ def next_steps(run: Path, task: Task[Any, Any]) -> str:
 
 
 def loss_of_rows(losses_R: torch.Tensor, correct_R: torch.Tensor, by_row: bool) -> Loss:
-    """Return the loss of rows that each stand for one prediction."""
+    """Return the loss of rows with one prediction each."""
     right_R = correct_R.to(losses_R.dtype)
     if not by_row:
         return Loss(losses_R.sum(), len(losses_R), right_R.sum(), losses_R.detach())

@@ -80,7 +80,7 @@ def weigh_classes(section: ClassifySection, names: Sequence[str], counts: Counte
     return {name: total / (len(names) * counts[name]) for name in names if counts[name]}
 
 
-def choose_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
+def choose_label_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
     """Return the metrics; the task's own choice gives way to that for this kind of label.
 
     Raises RecipeError for a metric that the kind does not have.

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmtune.data.collators import encoder_batch
+from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
@@ -33,15 +34,15 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.causal_lm_loss import read_inputs
+from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs, set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import ClassifySection
-from llmtune.records import SPLITS, AdaptedModel, Batch, Example, Loss, Rows
+from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.class_labels import (
     UNKNOWN_LABEL,
-    choose_metrics,
+    choose_label_metrics,
     idle_keys,
     infer_kind,
     names_of,
@@ -99,7 +100,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             RecipeError: a metric that this kind of label does not have, weights for classes that there are none of, or
                 a key of the section that has no effect on this kind.
         """
-        section = section_of(recipe)
+        section = classify_section(recipe)
         labels = {split: [row["label"] for _, row in iterate_rows(rows, split)] for split in SPLITS}
         every = [label for split in SPLITS for label in labels[split]]
         kind = infer_kind(every) if section.kind == "auto" else section.kind
@@ -114,12 +115,12 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             update["labels"] = tuple(names)
             if section.class_weights is not None:
                 update["class_weights"] = weigh_classes(section, names, counts)
-        evaluate = recipe.evaluate.model_copy(update={"metrics": choose_metrics(recipe.evaluate.metrics, kind)})
+        evaluate = recipe.evaluate.model_copy(update={"metrics": choose_label_metrics(recipe.evaluate.metrics, kind)})
         return recipe.model_copy(update={"classify": section.model_copy(update=update), "evaluate": evaluate})
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
         """Give the model the number of classes and their names."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         names = ("value",) if section.kind == "regression" else section.labels or ()
         name_outputs(config, names, PROBLEM_TYPES.get(section.kind))
 
@@ -156,7 +157,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         limit = recipe.data.max_length
         encoded: list[Encoded] = []
         for row, text in zip(rows, tokenize_texts(rows, processor), strict=True):
-            target = class_target(row["label"], section_of(recipe))
+            target = class_target(row["label"], classify_section(recipe))
             size = len(text.input_ids)
             if isinstance(target, str):
                 encoded.append(target)
@@ -167,7 +168,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             else:
                 kept = text if size <= limit else tokenize_texts([row], processor, limit)[0]
                 lost = Lost(size - len(kept.input_ids)) if size > limit else None
-                encoded.append([replace(kept, target_ids=target[0], values=target[1], counted=1, lost=lost)])
+                encoded.append([replace(kept, **target, counted=1, lost=lost)])
         return encoded
 
     def collate(
@@ -175,13 +176,13 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
     ) -> Batch:
         """Add `classes_R` [R] and maybe `weights_R` [R]; or `values_RK` [R, K] of `many` classes, or of a number."""
         batch, _ = encoder_batch(examples, processor.pad_token_id, packs)
-        kind = section_of(recipe).kind
+        kind = classify_section(recipe).kind
         if kind in ("multi", "regression"):
             values_RK = torch.tensor([list(example.values) for example in examples], dtype=torch.float32)
             return batch | {"values_RK": values_RK, "many": kind == "multi"}
-        batch["classes_R"] = torch.tensor([example.target_ids[0] for example in examples])
-        if any(len(example.values) for example in examples):
-            batch["weights_R"] = torch.tensor([example.values[0] for example in examples])
+        batch["classes_R"] = torch.tensor([example.class_ids[0] for example in examples])
+        if any(len(example.weights) for example in examples):
+            batch["weights_R"] = torch.tensor([example.weights[0] for example in examples])
         return batch
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
@@ -189,7 +190,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
         With `weights_R` each row counts so much in the sum, and once in the count.
         """
-        logits_RK = model(**read_inputs(model, batch)).logits.float()
+        logits_RK = model(**model_inputs(model, batch)).logits.float()
         if "classes_R" in batch:
             losses_R = functional.cross_entropy(logits_RK, batch["classes_R"], reduction="none")
             correct_R = logits_RK.argmax(-1) == batch["classes_R"]
@@ -206,7 +207,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
         """Let a new head for a number begin with the mean of the labels: far from it, training only moves the bias."""
-        if section_of(recipe).kind != "regression":
+        if classify_section(recipe).kind != "regression":
             return
         heads = head_names(adapted.selected.model)
         mean = float(np.mean([example.values[0] for example in examples]))
@@ -217,16 +218,16 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
         """Return the variance of the labels where they are numbers."""
-        if section_of(recipe).kind != "regression":
+        if classify_section(recipe).kind != "regression":
             return super().guessing_loss(config, examples, recipe)
         return float(np.var([example.values[0] for example in examples]))
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a text with its class, classes or number."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         labels = section.labels or ()
-        if example.target_ids:
-            target = labels[example.target_ids[0]]
+        if example.class_ids:
+            target = labels[example.class_ids[0]]
         elif section.kind == "multi":
             named = [name for name, value in zip(labels, example.values, strict=True) if value]
             target = ", ".join(named) or "(none)"
@@ -236,18 +237,17 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def predict(self, rows: Sequence[ClassifyRow], loaded: LoadedModel) -> list[ClassPrediction]:
         """Return the label of each text, and probabilities by class or the number."""
-        section = section_of(loaded.recipe)
+        section = classify_section(loaded.recipe)
         examples = tokenize_texts(rows, loaded.processor, loaded.recipe.data.max_length)
-        predictions: dict[int, ClassPrediction] = {}
 
-        def take(i: int, output: SequenceClassifierOutput, row: int) -> None:
+        def read(i: int, output: SequenceClassifierOutput, row: int) -> ClassPrediction:
             scores_K = output.logits[row].float()
             if section.kind != "regression":
                 scores_K = scores_K.sigmoid() if section.kind == "multi" else scores_K.softmax(-1)
-            predictions[i] = {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
+            return {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
 
-        run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, take, loaded.advance)
-        return [predictions[i] for i in range(len(rows))]
+        pad_id = loaded.processor.pad_token_id
+        return run_encoder(loaded.model, examples, pad_id, loaded.device, read, loaded.advance)
 
     def format_prediction(self, prediction: ClassPrediction) -> str:
         """Write the label."""
@@ -255,7 +255,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def compute_metric(self, metric: str, found: EvalPrediction[ClassPrediction], recipe: Recipe) -> Measure | None:
         """Measure predicted classes, or numbers."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         if section.kind == "auto" or metric not in CLASS_METRICS[section.kind]:
             return None
         targets = [as_target(label, section.kind) for label in found.references]
@@ -265,7 +265,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         self, references: Sequence[Label], prompts: Sequence[ClassifyRow], recipe: Recipe
     ) -> tuple[str, list[ClassPrediction]]:
         """Predict the most frequent class of the training rows every time, or their mean."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         assert section.kind != "auto"
         labels = section.labels or ()
         usable = [label for label in references if not isinstance(class_target(label, section), str)]
@@ -278,7 +278,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def as_prediction(self, reference: Label, recipe: Recipe) -> ClassPrediction | None:
         """Return the prediction that is sure of the right class or classes; None for a number."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         if section.kind == "regression" or section.kind == "auto" or isinstance(class_target(reference, section), str):
             return None
         scores_1K = true_classes(section.kind, [as_target(reference, section.kind)], section.labels or ())
@@ -286,7 +286,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def class_table(self, found: EvalPrediction[ClassPrediction], recipe: Recipe) -> dict[str, Any]:
         """Return the table of classes, and for one label a row the confusion matrix."""
-        section = section_of(recipe)
+        section = classify_section(recipe)
         if section.kind == "regression" or section.kind == "auto":
             return {}
         labels, scores = section.labels or (), scores_of(found.predictions)
@@ -298,7 +298,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def output_kind(self, recipe: Recipe) -> str:
         """Return what the head's outputs are."""
-        return OUTPUT_KINDS.get(section_of(recipe).kind, "choice")
+        return OUTPUT_KINDS.get(classify_section(recipe).kind, "choice")
 
 
 def tokenize_texts(
@@ -313,31 +313,31 @@ def tokenize_texts(
             texts = [[rows[i]["text"] for i in numbers], *([[rows[i]["pair"] for i in numbers]] if paired else [])]
             tokenized = processor(*texts, return_attention_mask=False, **cut)
             kinds = tokenized.get("token_type_ids") or [()] * len(numbers)
-            for i, ids, third in zip(numbers, tokenized["input_ids"], kinds, strict=True):
-                examples[i] = Example(ids, [], 0, third_ids=third if any(third) else ())
+            for i, ids, types in zip(numbers, tokenized["input_ids"], kinds, strict=True):
+                examples[i] = Example(ids, [], 0, token_type_ids=types if any(types) else ())
     return [examples[i] for i in range(len(rows))]
 
 
-def class_target(label: Label | None, section: ClassifySection) -> tuple[list[int], list[float]] | str:
-    """Return the number of a class with its weight, or the values to predict; or why there is none."""
+def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:
+    """Return the columns of an example that hold what to predict; or why there is nothing."""
     if section.kind == "regression":
         try:
             value = float(label)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             value = math.nan
-        return ([], [value]) if math.isfinite(value) else f"no number: the label is {label!r}"
+        return {"values": [value]} if math.isfinite(value) else f"no number: the label is {label!r}"
     labels = section.labels or ()
     named = label if isinstance(label, list) else [str(label)]
     wrong = next((name for name in named if name not in labels), None)
     if wrong is not None:
         return f"{UNKNOWN_LABEL}: {wrong!r} is none of {', '.join(labels[:20])}"
     if section.kind == "multi":
-        return [], [float(name in named) for name in labels]
+        return {"values": [float(name in named) for name in labels]}
     if len(named) != 1:
         return f"{len(named)} labels where classify.kind: single wants one"
     weights = section.class_weights
-    weight = [float(weights.get(named[0], 1.0))] if isinstance(weights, dict) else []
-    return [labels.index(named[0])], weight
+    weight = {"weights": [float(weights.get(named[0], 1.0))]} if isinstance(weights, dict) else {}
+    return {"class_ids": [labels.index(named[0])], **weight}
 
 
 def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label:
@@ -350,7 +350,7 @@ def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label
     return labels[int(scores_K.argmax())]
 
 
-def section_of(recipe: Recipe) -> ClassifySection:
+def classify_section(recipe: Recipe) -> ClassifySection:
     """Return the recipe's section, or its defaults."""
     return recipe.classify or ClassifySection()
 

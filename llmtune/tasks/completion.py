@@ -1,4 +1,4 @@
-"""Task completion: go on from a prompt, or from nothing, without a chat template; or fill in what is masked."""
+"""Task completion: continue a prompt, or start from nothing, without a chat template; or fill in masks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from llmtune.data.chat_rows import CompletionRow
 from llmtune.data.collators import encoder_batch, require_offsets
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
+from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem
@@ -24,14 +25,14 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import CompletionSection
-from llmtune.records import Batch, Example, Loss
+from llmtune.records import Batch, Loss
 from llmtune.tasks.base import DecoderTask, Endpoint, Task
 
-Ids: TypeAlias = npt.NDArray[np.int64]
+IdArray: TypeAlias = npt.NDArray[np.int64]
 
 
 class Completion(DecoderTask[CompletionRow]):
-    """A decoder that goes on from a text."""
+    """A decoder that continues a text."""
 
     name = "completion"
     free_prompt = True
@@ -41,7 +42,7 @@ class Completion(DecoderTask[CompletionRow]):
         return not recipe.variant.is_masked
 
     def make_row(self, given: Mapping[str, str | None]) -> CompletionRow:
-        """Return the row of a text to go on from."""
+        """Return the row of a text to continue."""
         return {"prompt": given["prompt"] or "", "completion": ""}
 
     def split_answer(self, row: CompletionRow) -> tuple[CompletionRow, str]:
@@ -137,17 +138,17 @@ class MaskedCompletion(Task[CompletionRow, str]):
         texts = [row["prompt"] + row["completion"] for row in rows]
         masked = [i for i, text in enumerate(texts) if str(processor.mask_token) in text]
         cut = [_cut_text(texts[i], processor, loaded.recipe.data.max_length) for i in masked]
-        filled = list(texts)
 
-        def take(at: int, output: MaskedLMOutput, row: int) -> None:
+        def fill(at: int, output: MaskedLMOutput, row: int) -> str:
             (ids, rest), best = cut[at], output.logits[row].argmax(-1).tolist()
             tokens = [best[i] if token == processor.mask_token_id else token for i, token in enumerate(ids)]
-            filled[masked[at]] = str(processor.decode(tokens, skip_special_tokens=True)) + rest
+            return str(processor.decode(tokens, skip_special_tokens=True)) + rest
 
         examples = [Example(ids, [], 0) for ids, _ in cut]
-        run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, take)
+        filled = run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, fill)
         loaded.advance(len(rows))
-        return filled
+        by_row = dict(zip(masked, filled, strict=True))
+        return [by_row.get(i, text) for i, text in enumerate(texts)]
 
 
 def hidden_example(ids: list[int], special: list[int], share: float) -> Example | None:
@@ -166,7 +167,7 @@ def hidden_example(ids: list[int], special: list[int], share: float) -> Example 
     return Example(ids, borders, 0, counted=min(max(1, round(share * words)), words - 1))
 
 
-def hide_tokens(example: Example, processor: PreTrainedTokenizerBase, seed: tuple[int, int]) -> tuple[Ids, Ids]:
+def hide_tokens(example: Example, processor: PreTrainedTokenizerBase, seed: tuple[int, int]) -> tuple[IdArray, IdArray]:
     """Return the ids with some hidden, and where they are.
 
     80 % of them become the mask, 10 % any token, 10 % stay (Devlin et al., "BERT", 2019, section 3.1).
@@ -184,7 +185,7 @@ def hide_tokens(example: Example, processor: PreTrainedTokenizerBase, seed: tupl
 
 
 def _cut_text(text: str, processor: PreTrainedTokenizerBase, room: int) -> tuple[list[int], str]:
-    """Return the ids of the first `room` tokens of a text, and the text behind them."""
+    """Return the ids of the first `room` tokens of a text, and the text after them."""
     ids: list[int] = processor(text)["input_ids"]
     if len(ids) <= room:
         return ids, ""

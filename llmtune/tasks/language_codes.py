@@ -1,4 +1,4 @@
-"""Languages as the tokenizers of mBART, M2M100 and NLLB write them: a token before a text or behind it."""
+"""Languages as the tokenizers of mBART, M2M100 and NLLB write them: a token before or after a text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def has_languages(processor: PreTrainedTokenizerBase) -> bool:
 def starts_with_language(processor: PreTrainedTokenizerBase) -> bool:
     """Whether the decoder's very first token is the language, in place of the model's own start, as in mBART of 2020.
 
-    The tokenizer puts the language behind the end of the text, and the model moves it to the front.
+    The tokenizer puts the language after the end of the text, and the model moves it to the front.
     """
     return has_languages(processor) and list(processor.suffix_tokens[-1:]) != [processor.eos_token_id]
 

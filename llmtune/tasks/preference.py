@@ -17,6 +17,7 @@ from llmtune.data.chat_rows import answer_message
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
+from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, highlight
@@ -28,7 +29,7 @@ from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.config import name_outputs, set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import PreferenceSection
-from llmtune.records import Batch, Example, Loss, Row, Rows
+from llmtune.records import Batch, Loss, Row, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.chat import question_messages
 from llmtune.tasks.preference_losses import (
@@ -70,7 +71,7 @@ class Preference(Task[Row, Ratings]):
 
         Raises DataError where no training row is of the kind that the loss learns from; `encode` refuses single ones.
         """
-        section = section_of(recipe)
+        section = preference_section(recipe)
         columns = answer_columns(section.loss)
         first: str | None = None
         for origin, row in iterate_rows(rows, "train"):
@@ -84,7 +85,7 @@ class Preference(Task[Row, Ratings]):
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
         """Whether the loss compares with the model as it was."""
-        return section_of(recipe).loss in ("dpo", "ipo", "kto")
+        return preference_section(recipe).loss in ("dpo", "ipo", "kto")
 
     def make_row(self, given: Mapping[str, str | None]) -> Row:
         """Return the conversation of one question, after a system message if one was given."""
@@ -104,7 +105,7 @@ class Preference(Task[Row, Ratings]):
         For KTO: the prompt with its answer, and with the answer to another of these rows, which the estimate of the KL
         divergence is made of; that one is cut at `data.max_length`, so that no row is lost for what another says.
         """
-        loss = section_of(recipe).loss
+        loss = preference_section(recipe).loss
         columns = answer_columns(loss)
         usable = [row for row in rows if all(name in row for name in columns)]
         if loss == "kto":
@@ -122,14 +123,14 @@ class Preference(Task[Row, Ratings]):
     ) -> Batch:
         """Pad answers: the chosen ones and then the rejected, or (KTO) single ones with the answers of others, `kl_*`.
 
-        The thumbs are `desirable_R` bool [R]; settings of the loss stand in the batch as `settings`.
+        The thumbs are `desirable_R` bool [R]; `settings` are those of the loss.
         """
-        section, pad_id = section_of(recipe), processor.pad_token_id
-        seconds = [Example(example.target_ids, example.target_spans, 0) for example in examples]
+        section, pad_id = preference_section(recipe), processor.pad_token_id
+        seconds = [Example(example.other_ids, example.other_spans, 0) for example in examples]
         if section.loss == "kto":
             batch = collate_padded(examples, pad_id)
             batch |= {f"kl_{name}": part for name, part in collate_padded(seconds, pad_id).items()}
-            batch["desirable_R"] = torch.tensor([example.values[0] > 0 for example in examples])
+            batch["desirable_R"] = torch.tensor([example.desirable[0] > 0 for example in examples])
         else:
             batch = collate_padded([*examples, *seconds], pad_id)
         if section.loss == "orpo":
@@ -149,14 +150,14 @@ class Preference(Task[Row, Ratings]):
         return [
             *highlight(example.input_ids, example.spans, processor),
             Segment("\n--- against ---\n", False),
-            *highlight(example.target_ids, example.target_spans, processor),
+            *highlight(example.other_ids, example.other_spans, processor),
         ]
 
     def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids to write an answer from."""
         if processor.chat_template:
             return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"))
-        return prompt_ids(with_answer(row, "", processor)["prompt"], processor)
+        return prompt_ids(training_row(row, "", processor)["prompt"], processor)
 
     def predict(self, rows: Sequence[Row], loaded: LoadedModel) -> list[Ratings]:
         """Return a row's log-probabilities of its answers (`chosen`, `rejected` or `answer`), or their scores.
@@ -167,7 +168,7 @@ class Preference(Task[Row, Ratings]):
         """
         model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
         scoring = recipe.variant.is_reward
-        single = section_of(recipe).loss == "kto" or (scoring and all("answer" in row for row in rows))
+        single = preference_section(recipe).loss == "kto" or (scoring and all("answer" in row for row in rows))
         names = ("answer",) if single else ("chosen", "rejected")
         if single:
             encoded = encode_answers(rows, [row["answer"] for row in rows], processor, recipe)
@@ -176,8 +177,6 @@ class Preference(Task[Row, Ratings]):
         refused = ((i, reason) for i, reason in enumerate(encoded, 1) if isinstance(reason, str))
         DataError.collect(Problem(reason, f"row {i} of those asked") for i, reason in refused)
         examples = [parts[0] for parts in encoded if not isinstance(parts, str)]
-        ratings: list[Ratings] = [{} for _ in rows]
-
         collate_pairs = self.collator(processor, recipe)
 
         def collate(batch: list[int], first_only: bool) -> Batch:
@@ -185,7 +184,7 @@ class Preference(Task[Row, Ratings]):
             padded = collate_padded(chosen, processor.pad_token_id) if first_only else collate_pairs(chosen, 0)
             return move_to(loaded.device, padded)
 
-        def work(batch: list[int]) -> None:
+        def work(batch: list[int]) -> list[Ratings]:
             tensors = collate(batch, single)
             if scoring:
                 values = {"": row_scores(model, tensors)}
@@ -199,13 +198,11 @@ class Preference(Task[Row, Ratings]):
             }
             if "kl" not in recipe.variant.unmeasured:
                 columns["kl"] = kl_per_token(model, tensors if single else collate(batch, True))
-            for row, i in enumerate(batch):
-                ratings[i] = {name: float(column[row]) for name, column in columns.items()}
-            loaded.advance(len(batch))
+            return [{name: float(column[row]) for name, column in columns.items()} for row in range(len(batch))]
 
         unwrap(model).eval()
-        run_in_batches([example.tokens for example in examples], budget_for(loaded.device, TOKEN_BUDGET), work)
-        return ratings
+        lengths = [example.tokens for example in examples]
+        return run_in_batches(lengths, budget_for(loaded.device, TOKEN_BUDGET), work, loaded.advance)
 
     def format_prediction(self, prediction: Ratings) -> str:
         """Write what a model makes of a row's answers."""
@@ -214,7 +211,7 @@ class Preference(Task[Row, Ratings]):
 
     def compute_metric(self, metric: str, found: EvalPrediction[Ratings], recipe: Recipe) -> Measure | None:
         """Measure what is made of the answers, against the untuned model where the loss is."""
-        return measure_preferences(metric, found.predictions, found.references, section_of(recipe), found.base)
+        return measure_preferences(metric, found.predictions, found.references, preference_section(recipe), found.base)
 
 
 class RewardModel(Preference):
@@ -259,13 +256,13 @@ class RewardModel(Preference):
         return "number"
 
 
-def section_of(recipe: Recipe) -> PreferenceSection:
+def preference_section(recipe: Recipe) -> PreferenceSection:
     """Return the recipe's section, or its defaults."""
     return recipe.preference or PreferenceSection()
 
 
 def answer_columns(loss: str) -> tuple[str, ...]:
-    """Return what a row must hold beside its prompt for this loss."""
+    """Return the columns that a row needs for this loss, besides its prompt."""
     return ("answer",) if loss == "kto" else ("chosen", "rejected")
 
 
@@ -287,14 +284,14 @@ def encode_answers(
     """Return one example a row: its prompt with one answer, which alone is supervised; or the reason why not."""
     data = recipe.data.model_copy(update={"train_on": "last", "on_overlong": "drop"})
     alone = recipe.model_copy(update={"data": data})
-    written: list[Any] = [with_answer(row, answer, processor) for row, answer in zip(rows, answers, strict=True)]
+    written: list[Any] = [training_row(row, answer, processor) for row, answer in zip(rows, answers, strict=True)]
     return (encode_chat if processor.chat_template else encode_completion)(written, processor, alone)
 
 
 def encode_mismatched(
     rows: Sequence[Row], answers: Sequence[str], processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[Encoded]:
-    """Encode each prompt with the next answer that is another, from the start again behind the end; its own if none is.
+    """Encode each prompt with the next answer that is another, starting over at the end; its own if none is.
 
     What is longer than `data.max_length` is cut.
     """
@@ -311,7 +308,7 @@ def cut_example(example: Example, limit: int) -> Example:
     return Example(example.input_ids[:limit], spans, example.target_bytes)
 
 
-def with_answer(row: Row, answer: str, processor: PreTrainedTokenizerBase) -> Row:
+def training_row(row: Row, answer: str, processor: PreTrainedTokenizerBase) -> Row:
     """Return a row of chat (of completion, for a model without a template) out of a prompt and an answer."""
     if processor.chat_template:
         tools = {"tools": row["tools"]} if row.get("tools") else {}
@@ -329,9 +326,9 @@ def join_answers(row: Row, left: Encoded, right: Encoded) -> Encoded:
         return "chosen equals rejected: both answers are the same tokens"
     example = replace(
         one,
-        target_ids=other.input_ids,
-        target_spans=other.spans,
-        values=[1.0 if row["good"] else -1.0] if "good" in row else [],
+        other_ids=other.input_ids,
+        other_spans=other.spans,
+        desirable=[int(row["good"])] if "good" in row else [],
         counted=1,
         cost=len(one.input_ids) + len(other.input_ids),
     )

@@ -42,8 +42,8 @@ from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, unwrap
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Loss
 
-Reference = Callable[[], AbstractContextManager[object]]
-"""Under what it returns, the model behaves as the reference: PEFT's `disable_adapter`, for instance."""
+ReferenceModel = Callable[[], AbstractContextManager[object]]
+"""Makes a context in which the model behaves as the reference, such as PEFT's `disable_adapter`."""
 
 _CHUNK_ELEMENTS = 1 << 22
 _SURE = -1e-30
@@ -51,7 +51,7 @@ _SURE = -1e-30
 
 
 def preference_loss(
-    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None = None
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None = None
 ) -> Loss:
     """Compute the summed loss of `batch` and its count: of pairs, for kto of rows.
 
@@ -63,7 +63,7 @@ def preference_loss(
 
 
 def step_statistics(
-    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None = None
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None = None
 ) -> list[float]:
     """Return what must be known of the whole step before the loss of any of its micro-batches.
 
@@ -105,7 +105,7 @@ def row_scores(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return scores_R
 
 
-def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: Reference) -> torch.Tensor:
+def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: ReferenceModel) -> torch.Tensor:
     """Return KL(policy || reference) over the full vocabulary, summed over each row's supervised positions: [R] nats.
 
     Without gradient or dropout. Exact at each position; over answers that the policy has not written itself, so no
@@ -121,7 +121,9 @@ def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: Reference) 
         return kl_S.new_zeros(batch["n_rows"]).index_add(0, batch["rows_S"], kl_S)
 
 
-def _direct(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
+def _direct(
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None
+) -> Loss:
     chosen_P, rejected_P = _log_ratios(model, batch, reference).chunk(2)
     if settings.loss == "ipo":
         chosen_counts_P, rejected_counts_P = count_tokens(batch).clamp(min=1).chunk(2)
@@ -133,7 +135,7 @@ def _direct(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, r
     return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum(), losses_P.detach())
 
 
-def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
+def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None) -> Loss:
     kl_sum, kl_rows = batch["totals"]
     desirable_R = batch["desirable_R"]
     gains_R = _log_ratios(model, batch, reference) - max(0.0, float(kl_sum) / float(kl_rows))
@@ -143,7 +145,7 @@ def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, refe
     return Loss(losses_R.sum(), len(losses_R), (gains_R > 0).sum(), losses_R.detach())
 
 
-def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
+def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None) -> Loss:
     """The first term, a mean over the step's tokens, is multiplied by the step's pairs: the count divides by them."""
     tokens, pairs = (float(total) for total in batch["totals"])
     logps_R, _ = sequence_logps(model, _with_prompts(batch))
@@ -156,7 +158,9 @@ def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, ref
     return Loss(loss, len(ratios_P), (chosen_mean_P > rejected_mean_P).sum())
 
 
-def _reward(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
+def _reward(
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None
+) -> Loss:
     chosen_P, rejected_P = row_scores(model, batch).chunk(2)
     losses_P = -logsigmoid(chosen_P - rejected_P)
     if settings.center_rewards_coefficient is not None:
@@ -164,7 +168,7 @@ def _reward(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, r
     return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum(), losses_P.detach())
 
 
-_LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSection, Reference | None], Loss]] = {
+_LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSection, ReferenceModel | None], Loss]] = {
     "dpo": _direct,
     "ipo": _direct,
     "kto": _kto,
@@ -174,9 +178,9 @@ _LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSection, Refer
 
 
 def _log_ratios(
-    model: torch.nn.Module, batch: Batch, reference: Reference | None, policy_gradient: bool = True
+    model: torch.nn.Module, batch: Batch, reference: ReferenceModel | None, policy_gradient: bool = True
 ) -> torch.Tensor:
-    """Return log p - log p_ref [R]; the reference goes first, while nothing of the policy's graph stands in memory."""
+    """Return log p - log p_ref [R]; the reference goes first, while none of the policy's graph is in memory."""
     assert reference is not None, "this loss has a reference"
     with _measure(model), reference():
         reference_R, _ = sequence_logps(model, batch)

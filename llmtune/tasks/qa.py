@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from llmtune.data.collators import encoder_batch, require_offsets
+from llmtune.data.example import Example
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
@@ -26,28 +27,28 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, Predict
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.causal_lm_loss import read_inputs
+from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import is_encoder
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import QaSection
-from llmtune.records import Batch, Example, Loss, Rows
+from llmtune.records import Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
-from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, fill_template
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, fill_template
 
 Characters = tuple[int, int]
-"""The first character and the one behind the last."""
+"""The first character and the one after the last."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a context behind its question, as the model reads it."""
+    """A stretch of a context after its question, as the model reads it."""
 
     ids: list[int]
     kinds: list[int]
     characters: list[Characters | None]
     """By token, its characters in the context without spaces around them; None for the question and special tokens."""
     null: int
-    """The token that stands for `no answer`: the one of the whole sequence, which comes first."""
+    """The token for `no answer`: the one of the whole sequence, which comes first."""
     opens: bool
     """Whether the context begins in it."""
     closes: bool
@@ -95,11 +96,11 @@ def trim(text: str, start: int, end: int) -> Characters:
 
 
 def answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | None:
-    """Return the first and last token of an answer, by its characters, that lies whole in a window.
+    """Return the first and last token of an answer, by its characters, that is completely in a window.
 
     A letter of it that the tokenizer drops is missed at the edge of a window alone: there it may be in the next one.
     """
-    seen = _visible(window)
+    seen = _context_tokens(window)
     inside = [token for token, (left, right) in seen if left < end and right > start]
     if not inside:
         return None
@@ -110,13 +111,13 @@ def answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | Non
 
 
 def explain_missing(windows: Sequence[Window], start: int, end: int) -> str:
-    """Return why an answer, by its characters, lies whole in no window."""
-    if any(left < end and right > start for window in windows for _, (left, right) in _visible(window)):
-        return "the answer lies whole in no window: raise qa.stride or data.max_length"
+    """Return why an answer, by its characters, is completely in no window."""
+    if any(left < end and right > start for window in windows for _, (left, right) in _context_tokens(window)):
+        return "no window holds the whole answer: raise qa.stride or data.max_length"
     return "the tokenizer makes nothing of the answer"
 
 
-def _visible(window: Window) -> list[tuple[int, Characters]]:
+def _context_tokens(window: Window) -> list[tuple[int, Characters]]:
     """Return the tokens of the context that have characters, and those."""
     return [(token, at) for token, at in enumerate(window.characters) if at is not None and at[1] > at[0]]
 
@@ -124,7 +125,7 @@ def _visible(window: Window) -> list[tuple[int, Characters]]:
 def find_span(
     starts_T: torch.Tensor, ends_T: torch.Tensor, window: Window, longest: int
 ) -> tuple[float, int, int] | None:
-    """Return the best answer of one window: its score, its first character in the context and the one behind it.
+    """Return the best answer of one window: its score, its first character in the context and the one after its last.
 
     Of all pairs of tokens in the context that are in order and no more than `longest` tokens apart, the one whose
     logits have the highest sum; the SQuAD scripts look at the 20 likeliest of either end alone.
@@ -194,7 +195,7 @@ class Qa(Task[QaRow, PredictionT]):
         """Measure answers as the SQuAD 2 script counts; the words for `no answer` are the empty answer."""
         if metric not in METRICS:
             return None
-        empty = section_of(recipe).no_answer.strip().lower().rstrip(".")
+        empty = qa_section(recipe).no_answer.strip().lower().rstrip(".")
         texts = [str(answer["text"] if isinstance(answer, dict) else answer) for answer in found.predictions]
         texts = ["" if text.strip().lower().rstrip(".") == empty else text for text in texts]
         return measure_squad(metric, texts, found.references)
@@ -211,7 +212,7 @@ class ExtractiveQa(Qa[Span]):
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe lets the model point."""
-        return section_of(recipe).style in ("auto", "extractive")
+        return qa_section(recipe).style in ("auto", "extractive")
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model is an encoder."""
@@ -219,7 +220,7 @@ class ExtractiveQa(Qa[Span]):
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Set the threshold of `no answer`, unless the recipe does: never, where every training row has an answer."""
-        section = section_of(recipe)
+        section = qa_section(recipe)
         if section.null_score_diff_threshold is not None:
             return recipe
         always = all(row["answers"] for _, row in iterate_rows(rows, "train"))
@@ -252,12 +253,12 @@ class ExtractiveQa(Qa[Span]):
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
         """Add the first and last token of the answers, `first_R` and `last_R` [R], counted within the window."""
-        first_R, last_R = torch.tensor([list(example.target_ids) for example in examples], dtype=torch.int64).T
+        first_R, last_R = torch.tensor([list(example.answer) for example in examples], dtype=torch.int64).T
         return encoder_batch(examples, processor.pad_token_id, packs)[0] | {"first_R": first_R, "last_R": last_R}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum, a window, the mean cross entropy of the first and the last token of the answer; padding is no choice."""
-        output = model(**read_inputs(model, batch))
+        output = model(**model_inputs(model, batch))
         starts_RT, ends_RT = (by_window(part.float(), batch) for part in (output.start_logits, output.end_logits))
         first_R, last_R = batch["first_R"], batch["last_R"]
         losses_R = (
@@ -268,8 +269,8 @@ class ExtractiveQa(Qa[Span]):
         return loss_of_rows(losses_R, correct_R, by_row)
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
-        """Show a window with its answer; where it has none, the token that stands for that."""
-        first, last = example.target_ids
+        """Show a window with its answer; where it has none, the token for `no answer`."""
+        first, last = example.answer
         return highlight(example.input_ids, [first, last + 1], processor)
 
     def predict(self, rows: Sequence[QaRow], loaded: LoadedModel) -> list[Span]:
@@ -278,7 +279,7 @@ class ExtractiveQa(Qa[Span]):
         An empty text is `no answer`: where its score is above the best answer's by more than
         `qa.null_score_diff_threshold`. A question without room for windows gets no answer.
         """
-        processor, section = loaded.processor, section_of(loaded.recipe)
+        processor, section = loaded.processor, qa_section(loaded.recipe)
         windows: list[tuple[int, Window]] = []
         for i, row in enumerate(rows):
             cut = windows_of(row, processor, loaded.recipe)
@@ -325,13 +326,13 @@ class ExtractiveQa(Qa[Span]):
 
 def windows_of(row: QaRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Window] | str:
     """Return the windows of a row, or why there are none."""
-    return cut_context(row["question"], row["context"], processor, section_of(recipe).stride, recipe.data.max_length)
+    return cut_context(row["question"], row["context"], processor, qa_section(recipe).stride, recipe.data.max_length)
 
 
 def window_example(window: Window, ends: tuple[int, int] | None) -> Example:
     """Return the example of a window with the tokens of its answer, or with those of `no answer`."""
-    third = window.kinds if any(window.kinds) else []
-    return Example(window.ids, [], 0, target_ids=list(ends or (window.null, window.null)), third_ids=third, counted=1)
+    types = window.kinds if any(window.kinds) else []
+    return Example(window.ids, [], 0, answer=list(ends or (window.null, window.null)), token_type_ids=types, counted=1)
 
 
 def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -349,14 +350,14 @@ class GenerativeQa(Qa[str]):
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe lets the model write."""
-        return section_of(recipe).style in ("auto", "generative")
+        return qa_section(recipe).style in ("auto", "generative")
 
-    def pair(self, row: QaRow, recipe: Recipe) -> Pair:
+    def pair(self, row: QaRow, recipe: Recipe) -> TextPair:
         """Return question and context in one text, and the first answer."""
-        section = section_of(recipe)
+        section = qa_section(recipe)
         template = section.prompt or self.default_prompt
         text = fill_template(template, question=row["question"], no_answer=section.no_answer, context=row["context"])
-        return Pair(text, answer_text(row, section.no_answer))
+        return TextPair(text, written_answer(row, section.no_answer))
 
 
 class QaEncoderDecoder(GenerativeQa, EncoderDecoder[QaRow]):
@@ -369,12 +370,12 @@ class QaDecoder(GenerativeQa, PromptedDecoder[QaRow]):
     default_prompt = PROMPT
 
 
-def section_of(recipe: Recipe) -> QaSection:
+def qa_section(recipe: Recipe) -> QaSection:
     """Return the recipe's section, or its defaults."""
     return recipe.qa or QaSection()
 
 
-def answer_text(row: QaRow, no_answer: str) -> str:
+def written_answer(row: QaRow, no_answer: str) -> str:
     """Return the first answer; `no_answer` where there is none; nothing for a row whose answers were taken away."""
     if row["answers"] is None:
         return ""

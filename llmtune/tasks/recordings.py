@@ -63,7 +63,7 @@ def extract_features(
         return dict(extract(floats, sampling_rate=extract.sampling_rate, return_tensors="pt", **options))
 
 
-def read_samples(row: SpeechRow, rate: int, longest: float) -> Waveform | str:
+def load_samples(row: SpeechRow, rate: int, longest: float) -> Waveform | str:
     """Return the samples of a row's recording at `rate` a second, or why it cannot be trained on."""
     try:
         samples = decode_recording(Path(row["audio"]), rate)
@@ -115,22 +115,20 @@ def transcribe(
 
     Out of memory makes batches smaller.
     """
-    texts = [""] * len(windows)
     left = [0] * count
     for i, _ in windows:
         left[i] += 1
     loaded.advance(left.count(0))
 
-    def work(batch: list[int]) -> None:
-        done = 0
-        for at, text in zip(batch, write(batch), strict=True):
-            texts[at] = text
+    def work(batch: list[int]) -> Sequence[str]:
+        written = write(batch)
+        for at in batch:
             row = windows[at][0]
             left[row] -= 1
-            done += left[row] == 0
-        loaded.advance(done)
+            loaded.advance(int(left[row] == 0))
+        return written
 
-    run_in_batches([1] * len(windows), budget_for(loaded.device, WINDOWS), work)
+    texts = run_in_batches([1] * len(windows), budget_for(loaded.device, WINDOWS), work)
     parts: list[list[str]] = [[] for _ in range(count)]
     for (i, _), text in zip(windows, texts, strict=True):
         if text.strip():
@@ -151,7 +149,7 @@ def set_speech(processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     processor.language = processor.task = None  # what the tokenizer's files say is not what this recipe says
     if not is_multilingual(processor):
         if (language or "en").lower() not in ("en", "english") or section.task != "transcribe":
-            what = "this model knows English alone, and writes down what is said"
+            what = "this model only transcribes English"
             raise RecipeError.of(what, "speech.language", "Remove language and task, or name a multilingual model.")
         processor.set_prefix_tokens(predict_timestamps=False)
         return
@@ -216,5 +214,5 @@ def spell(text: str, processor: PreTrainedTokenizerBase) -> list[int] | str:
 
 
 def is_heard(character: str) -> bool:
-    """Whether a character stands for a sound: it is neither white space nor punctuation."""
+    """Whether a character is pronounced: it is neither white space nor punctuation."""
     return character in SPOKEN or unicodedata.category(character)[0] not in "PZC"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from llmtune.errors import RecipeError, nearest
+from llmtune.errors import RecipeError
 from llmtune.model.config import NEEDS, describe_config, supports_task
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks import (
@@ -18,9 +18,7 @@ from llmtune.tasks import (
     token_classify,
     translate,
 )
-from llmtune.tasks.base import AnyTask, Task
-
-__all__ = ["VARIANTS", "AnyTask", "Task", "choose_variant", "get_task"]
+from llmtune.tasks.base import AnyTask
 
 _FILES = (chat, completion, translate, summarize, qa, classify, token_classify, speech, preference)
 VARIANTS: dict[str, tuple[AnyTask, ...]] = {file.VARIANTS[0].name: file.VARIANTS for file in _FILES}
@@ -28,16 +26,7 @@ VARIANTS: dict[str, tuple[AnyTask, ...]] = {file.VARIANTS[0].name: file.VARIANTS
 
 
 def get_task(name: str) -> AnyTask:
-    """Return the task called `name`, in its first variant.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if name not in VARIANTS:
-        known = tuple(VARIANTS)
-        raise RecipeError.of(
-            f"unknown task {name!r}.{nearest(name, known)}", where="task", fix=f"Choose one of: {', '.join(known)}."
-        )
+    """Return the first variant of a task."""
     return VARIANTS[name][0]
 
 
@@ -47,7 +36,6 @@ def choose_variant(recipe: Recipe, config: PretrainedConfig, model: str) -> AnyT
     Raises:
         RecipeError: there is none; it says what the task needs.
     """
-    get_task(recipe.task)
     variants = [variant for variant in VARIANTS[recipe.task] if variant.matches(recipe)]
     own = getattr(config, "auto_map", None) or {}
     for variant in variants:

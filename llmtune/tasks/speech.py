@@ -1,4 +1,4 @@
-"""Task speech: write down what is said, with Whisper or with a model of letters (wav2vec2 and its relatives).
+"""Task speech: transcribe recordings, with Whisper or with a model of letters (wav2vec2 and its relatives).
 
 Shapes: B rows of a batch, T positions or frames, V letters, R rows.
 """
@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmtune.data.audio import SpeechRow, Waveform
 from llmtune.data.collators import IGNORED, pad
+from llmtune.data.example import Collate, Example
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, highlight
@@ -23,15 +24,15 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
-from llmtune.model.causal_lm_loss import move_to, read_inputs, unwrap
+from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
-from llmtune.records import Batch, Collate, Example, Loss
+from llmtune.records import Batch, Loss
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.recordings import (
     extract_features,
     feature_extractor,
-    read_samples,
+    load_samples,
     read_windows,
     set_speech,
     spell,
@@ -43,7 +44,7 @@ from llmtune.tasks.text_to_text import (
     decoder_settings,
     decoder_targets,
     encoder_decoder_loss,
-    generate,
+    run_generation,
 )
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
@@ -107,7 +108,7 @@ class Whisper(Speech):
             raise EnvironmentProblem.of(what, str(processor.name_or_path), "The tokenizer is another model's.")
 
     def encode(self, rows: Sequence[SpeechRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return one example a row: the samples, and the transcript behind the tokens of language and task.
+        """Return one example a row: the samples, and the transcript after the tokens of language and task.
 
         Those are given at generation, so they are not learned.
         """
@@ -118,7 +119,7 @@ class Whisper(Speech):
         frames = extract.n_samples // extract.hop_length // 2
 
         def encode_one(row: SpeechRow) -> Encoded:
-            samples = read_samples(row, extract.sampling_rate, longest)
+            samples = load_samples(row, extract.sampling_rate, longest)
             if isinstance(samples, str):
                 return samples
             text = row["text"].strip()
@@ -162,10 +163,10 @@ class Whisper(Speech):
             def write(batch: list[int]) -> list[str]:
                 features = extract_features(extract, [windows[at][1] for at in batch])["input_features"]
                 begun_BT = torch.tensor([prefix] * len(batch))
-                all_BT = torch.ones((len(batch), features.shape[-1]), dtype=torch.int64)  # silence behind it is heard
+                all_BT = torch.ones((len(batch), features.shape[-1]), dtype=torch.int64)  # silence after it is heard
                 inputs = {"input_features": features, "attention_mask": all_BT, "decoder_input_ids": begun_BT}
                 begun = {key: part.to(loaded.device) for key, part in inputs.items()}
-                written = generate(model, begun, settings)[:, len(prefix) :].tolist()
+                written = run_generation(model, begun, settings)[:, len(prefix) :].tolist()
                 for at, ids in zip(batch, written, strict=True):
                     row = windows[at][0]
                     cut[row] = cut.get(row, False) or not {*settings.eos_token_id} & {*ids}
@@ -222,7 +223,7 @@ class Ctc(Speech):
             letters = spell(row["text"], processor)
             if isinstance(letters, str):
                 return letters
-            samples = read_samples(row, extract.sampling_rate, longest)
+            samples = load_samples(row, extract.sampling_rate, longest)
             if isinstance(samples, str):
                 return samples
             frames = count_frames(len(samples), config)
@@ -236,7 +237,7 @@ class Ctc(Speech):
         return [encode_one(row) for row in rows]
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what makes batches of sound waves; each is normed by itself before it is padded.
+        """Return what makes batches of sound waves; each is normalised before it is padded.
 
         `samples_R` [R] says how long each is.
         """
@@ -346,9 +347,9 @@ def masked_frames(config: PretrainedConfig) -> int:
 def heard_at_once(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, torch.Tensor], slice]]:
     """Return the whole batch, or its rows one by one without padding where the model cannot mask it.
 
-    A first layer that is normed over time hears padding, and so do convolutions behind the mask (Data2Vec, Conformer).
+    A first layer that is normed over time hears padding, and so do convolutions after the mask (Data2Vec, Conformer).
     """
-    inputs, config = read_inputs(model, batch), unwrap(model).config
+    inputs, config = model_inputs(model, batch), unwrap(model).config
     masked = config.model_type in MASKING and not getattr(config, "add_adapter", False)
     if masked and config.feat_extract_norm != "group":
         return [(inputs, slice(0, batch["n_rows"]))]

@@ -1,4 +1,4 @@
-"""Task summarize: say a text in fewer words, with an encoder-decoder or, by prompt, with a decoder."""
+"""Task summarize: shorten a text, with an encoder-decoder or, by prompt, with a decoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from llmtune.data.task_rows import SummarizeRow
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.base import Endpoint
-from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, TextToText, fill_template
 
 PROMPT = "{document}\n\nSummarize the text above."
 """The text comes first: where it is cut to `data.max_length`, its start goes, and the instruction stays."""
@@ -28,18 +28,18 @@ class Summarize(TextToText[SummarizeRow]):
         """Return the row without its summary, and the summary."""
         return {**row, "summary": ""}, row["summary"]
 
-    def pair(self, row: SummarizeRow, recipe: Recipe) -> Pair:
+    def pair(self, row: SummarizeRow, recipe: Recipe) -> TextPair:
         """Return the document, in its prompt, and the summary."""
         template = recipe.summarize.prompt if recipe.summarize and recipe.summarize.prompt else self.default_prompt
-        return Pair(fill_template(template, document=row["document"]), row["summary"])
+        return TextPair(fill_template(template, document=row["document"]), row["summary"])
 
 
 class SummarizeEncoderDecoder(Summarize, EncoderDecoder[SummarizeRow]):
-    """A model of two parts, which reads the document as it stands."""
+    """A model of two parts, which reads the document unchanged."""
 
 
 class SummarizeDecoder(Summarize, PromptedDecoder[SummarizeRow]):
-    """A decoder that is told to summarise."""
+    """A decoder prompted to summarise."""
 
     default_prompt = PROMPT
 

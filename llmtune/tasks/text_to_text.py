@@ -18,6 +18,7 @@ from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import IGNORED, pad, pad_texts
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
+from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, cut_start, decode_shortened, highlight
@@ -27,10 +28,10 @@ from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
-from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, read_inputs, token_losses, unwrap
+from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, token_losses, unwrap
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Example, Loss, Row
+from llmtune.records import Batch, Loss, Row
 from llmtune.tasks.base import DecoderTask, RowT, Task
 from llmtune.tasks.language_codes import has_languages, language_tokens, set_languages, starts_with_language
 
@@ -39,8 +40,8 @@ PROMPT_CUTS = 6
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What is read and what is written, with their languages where the tokenizer wants to know them."""
+class TextPair:
+    """Source and target, with their languages where the tokenizer needs them."""
 
     source: str
     target: str
@@ -51,8 +52,8 @@ class Pair:
 class TextToText(Task[RowT, str]):
     """A task whose answer is a text made of a text."""
 
-    def pair(self, row: RowT, recipe: Recipe) -> Pair:
-        """Return what is read, as the model's kind wants it, and what is written."""
+    def pair(self, row: RowT, recipe: Recipe) -> TextPair:
+        """Return the source, as this kind of model reads it, and the target."""
         raise NotImplementedError
 
     def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
@@ -76,7 +77,7 @@ class EncoderDecoder(TextToText[RowT]):
     peft_task_type = "SEQ_2_SEQ_LM"
 
     def supports(self, config: PretrainedConfig) -> bool:
-        """Whether the model has both parts: some of the class write behind what they heard, as a decoder."""
+        """Whether the model has both parts: some models of this class are decoder-only."""
         return bool(getattr(config, "is_encoder_decoder", False))
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -116,7 +117,7 @@ class EncoderDecoder(TextToText[RowT]):
         return encoder_decoder_loss(model, batch, by_row)
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
-        """Show what is read, and what of the written text is learned."""
+        """Show the source, and the learned part of the target."""
         read = decode_shortened(example.input_ids, processor)
         return [Segment(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
 
@@ -125,7 +126,7 @@ class EncoderDecoder(TextToText[RowT]):
         return write_targets([self.pair(row, loaded.recipe) for row in rows], loaded)
 
 
-def write_targets(pairs: Sequence[Pair], loaded: LoadedModel) -> list[str]:
+def write_targets(pairs: Sequence[TextPair], loaded: LoadedModel) -> list[str]:
     """Return what the decoder writes for each source, begun in the pair's language where the model wants that.
 
     A source is cut as for training; one that is longer than the model's positions even so, at its end.
@@ -141,24 +142,26 @@ def write_targets(pairs: Sequence[Pair], loaded: LoadedModel) -> list[str]:
             group = [i for i, token in enumerate(firsts) if token == first]
             settings = decoder_settings(own, model, processor, recipe, first)
 
-            def work(batch: list[int], group: list[int] = group, settings: GenerationConfig = settings) -> None:
+            def work(batch: list[int], group: list[int] = group, settings: GenerationConfig = settings) -> list[str]:
                 ids = [sources[group[i]] for i in batch]
                 read = {"input_ids": pad(ids, processor.pad_token_id or 0)}
                 read["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
-                written_BT = generate(model, {key: part.to(loaded.device) for key, part in read.items()}, settings)
+                written_BT = run_generation(
+                    model, {key: part.to(loaded.device) for key, part in read.items()}, settings
+                )
                 decoded = processor.batch_decode(written_BT, skip_special_tokens=True)
-                for i, text, row in zip(batch, decoded, written_BT[:, 1:].tolist(), strict=True):
-                    texts[group[i]] = text.strip()
+                for i, row in zip(batch, written_BT[:, 1:].tolist(), strict=True):
                     loaded.note_end(group[i], not {*settings.eos_token_id} & {*row})
-                loaded.advance(len(batch))
+                return [text.strip() for text in decoded]
 
             lengths = [len(sources[i]) + recipe.generation.max_new_tokens for i in group]
             budget = budget_for(loaded.device, GENERATION_BUDGET) // recipe.generation.num_beams
-            run_in_batches(lengths, budget, work)
+            for i, text in zip(group, run_in_batches(lengths, budget, work, loaded.advance), strict=True):
+                texts[i] = text
     return texts
 
 
-def _lost(pair: Pair, source: Sequence[int], processor: PreTrainedTokenizerBase, recipe: Recipe) -> Lost | None:
+def _lost(pair: TextPair, source: Sequence[int], processor: PreTrainedTokenizerBase, recipe: Recipe) -> Lost | None:
     """Return what was cut off a source; None where nothing was."""
     if recipe.data.on_overlong != "truncate" or len(source) < recipe.data.max_length:
         return None
@@ -170,7 +173,7 @@ def _cut_end(ids: list[int], limit: int | None) -> list[int]:
     return ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
-def source_ids(pair: Pair, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+def source_ids(pair: TextPair, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
     """Return what the encoder reads, in training and afterwards; its end is cut where `data.on_overlong` says so."""
     set_languages(pair.source_language, pair.target_language, processor)
     cut = recipe.data.on_overlong == "truncate"
@@ -178,10 +181,10 @@ def source_ids(pair: Pair, processor: PreTrainedTokenizerBase, recipe: Recipe) -
     return list(processor(pair.source, verbose=False, **options)["input_ids"])
 
 
-def target_ids(pair: Pair, processor: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:
+def target_ids(pair: TextPair, processor: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:
     """Return what the decoder writes, and the range of it that is learned.
 
-    A language code at its start is given at generation, so it is not learned; what stands behind the end is no text.
+    A language code at its start is given at generation, so it is not learned; tokens after the end are no text.
     """
     set_languages(pair.source_language, pair.target_language, processor)
     ids = list(processor(text_target=pair.target, verbose=False)["input_ids"])
@@ -192,7 +195,7 @@ def target_ids(pair: Pair, processor: PreTrainedTokenizerBase) -> tuple[list[int
     return ids, start, len(ids) - ids[::-1].index(end)
 
 
-def first_token(pair: Pair, processor: PreTrainedTokenizerBase) -> int | None:
+def first_token(pair: TextPair, processor: PreTrainedTokenizerBase) -> int | None:
     """Return the token that an answer in the target language has to begin with; None where there is none."""
     if not has_languages(processor):
         return None
@@ -220,7 +223,7 @@ def decoder_targets(examples: Sequence[Example]) -> Batch:
 
 def encoder_decoder_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
     """Sum the cross entropy of the supervised target tokens of an encoder-decoder that reads text or sound."""
-    inputs = read_inputs(model, batch)
+    inputs = model_inputs(model, batch)
     inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
     if "use_cache" in accepted_arguments(type(unwrap(model))):  # type: ignore[arg-type]
         inputs["use_cache"] = False
@@ -279,7 +282,7 @@ def decoder_settings(
     return settings
 
 
-def generate(model: torch.nn.Module, inputs: dict[str, torch.Tensor], settings: GenerationConfig) -> torch.Tensor:
+def run_generation(model: torch.nn.Module, inputs: dict[str, torch.Tensor], settings: GenerationConfig) -> torch.Tensor:
     """Generate by transformers' own loop, also for Whisper, whose class would put its own settings on top."""
     inner = unwrap(model)
     floating = {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in inputs.items()}
@@ -298,22 +301,22 @@ class PromptedDecoder(TextToText[RowT], DecoderTask[RowT]):
         return (encode_chat if processor.chat_template else encode_completion)(prompts, processor, recipe)
 
     def prompt_ids(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-        """Return the token ids to generate the target from.
+        """Return the token ids to run_generation the target from.
 
         With `data.on_overlong: truncate` the start of the prompt is cut as in training, to leave room for a whole
         answer.
         """
         prompt = as_prompt(self.pair(row, recipe), processor)
-        ids = _render(prompt, processor, recipe)
+        ids = _prompt_tokens(prompt, processor, recipe)
         room = max(recipe.data.max_length - recipe.generation.max_new_tokens, recipe.data.max_length // 2)
         cuts = PROMPT_CUTS if recipe.data.on_overlong == "truncate" else 0
         while len(ids) > room and cuts:
             prompt = _shorten(prompt, len(ids) - room, processor)
-            ids, cuts = _render(prompt, processor, recipe), cuts - 1
+            ids, cuts = _prompt_tokens(prompt, processor, recipe), cuts - 1
         return ids
 
 
-def as_prompt(pair: Pair, processor: PreTrainedTokenizerBase) -> Row:
+def as_prompt(pair: TextPair, processor: PreTrainedTokenizerBase) -> Row:
     """Return a row of chat where the model has a chat template, else one of completion; the target may be empty."""
     if processor.chat_template:
         answer = [{"role": "assistant", "content": pair.target}] if pair.target else []
@@ -321,7 +324,7 @@ def as_prompt(pair: Pair, processor: PreTrainedTokenizerBase) -> Row:
     return {"prompt": f"{pair.source}\n", "completion": pair.target}
 
 
-def _render(prompt: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+def _prompt_tokens(prompt: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
     if "messages" in prompt:
         return render_prompt(prompt["messages"], processor, recipe)
     return prompt_ids(prompt["prompt"], processor)

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from llmtune.data.collators import IGNORED, encoder_batch, require_offsets
+from llmtune.data.example import Example
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
@@ -22,12 +23,12 @@ from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entities_of,
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.causal_lm_loss import read_inputs, token_losses, unwrap
+from llmtune.model.causal_lm_loss import model_inputs, token_losses, unwrap
 from llmtune.model.config import is_encoder, name_outputs
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TokenClassifySection
-from llmtune.records import SPLITS, Batch, Example, Loss, Rows
+from llmtune.records import SPLITS, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.class_labels import UNKNOWN_LABEL
 
@@ -112,7 +113,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
                 targets = [IGNORED] * len(ids)
                 for first, tag in zip(firsts, row["tags"], strict=True):
                     targets[first or 0] = numbers[tag]
-                encoded.append([Example(ids, [], 0, target_ids=targets, counted=len(firsts))])
+                encoded.append([Example(ids, [], 0, tag_ids=targets, counted=len(firsts))])
         return encoded
 
     def collate(
@@ -123,7 +124,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         marked = [
             (start + at, tag, row)
             for row, (start, example) in enumerate(zip(starts, examples, strict=True))
-            for at, tag in enumerate(example.target_ids)
+            for at, tag in enumerate(example.tag_ids)
             if tag != IGNORED
         ]
         predict_S, targets_S, rows_S = torch.tensor(marked, dtype=torch.int64).reshape(-1, 3).T
@@ -131,14 +132,14 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the cross entropy of the tags at the first token of each word."""
-        logits_BTK = model(**read_inputs(model, batch)).logits
+        logits_BTK = model(**model_inputs(model, batch)).logits
         return token_losses(logits_BTK.flatten(0, 1)[batch["predict_S"]], batch, by_row)
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a text with the tags of its words; those outside any entity are learned too, and left out here."""
         names = tag_names(labels_of(recipe))
         pieces: list[Segment] = []
-        for token, tag in zip(example.input_ids, example.target_ids, strict=True):
+        for token, tag in zip(example.input_ids, example.tag_ids, strict=True):
             pieces.append(Segment(f"{decode_shortened([token], processor)} ", False))
             if tag > 0:
                 pieces.append(Segment(f"[{names[tag]}] ", True))
@@ -153,15 +154,14 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         limit = context_length(unwrap(loaded.model).config)
         parts = [(i, words) for i, row in enumerate(rows) for words in cut_words(row["tokens"], processor, limit)]
         tokenized = tokenize_words([words for _, words in parts], processor)
-        tags: list[list[str]] = [[] for _ in parts]
 
-        def take(at: int, output: TokenClassifierOutput, row: int) -> None:
+        def read(at: int, output: TokenClassifierOutput, row: int) -> list[str]:
             best = output.logits[row].argmax(-1).tolist()
             seen = [first if first is not None and first < len(best) else None for first in tokenized[at][1]]
-            tags[at] = [OUTSIDE if first is None else names[best[first]] for first in seen]
+            return [OUTSIDE if first is None else names[best[first]] for first in seen]
 
         examples = [Example(ids[:limit], [], 0) for ids, _ in tokenized]
-        run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, take)
+        tags = run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, read)
         predictions: list[list[str]] = [[] for _ in rows]
         for (i, _), part in zip(parts, tags, strict=True):
             predictions[i] += part

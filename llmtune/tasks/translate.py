@@ -12,7 +12,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TranslateSection
 from llmtune.tasks.base import Endpoint
 from llmtune.tasks.language_codes import has_languages
-from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, TextToText, fill_template
 
 PROMPT = "Translate from {source_language} into {target_language}.\n\n{source}"
 
@@ -32,13 +32,13 @@ class Translate(TextToText[TranslateRow]):
         """Return the row without its target, and the target."""
         return {**row, "target": ""}, row["target"]
 
-    def pair(self, row: TranslateRow, recipe: Recipe) -> Pair:
+    def pair(self, row: TranslateRow, recipe: Recipe) -> TextPair:
         """Return the source, in its prompt, and the target, with their languages."""
         source_language, target_language = languages_of(row, recipe)
         fields = {"source_language": source_language, "target_language": target_language}
         self.check_languages(fields, recipe)
         text = fill_template(self.template(recipe), **fields, source=row["source"])
-        return Pair(text, row["target"], source_language, target_language)
+        return TextPair(text, row["target"], source_language, target_language)
 
     def template(self, recipe: Recipe) -> str:
         """Return the recipe's prompt, or the variant's own."""
@@ -69,7 +69,7 @@ class TranslateEncoderDecoder(Translate, EncoderDecoder[TranslateRow]):
 
 
 class TranslateDecoder(Translate, PromptedDecoder[TranslateRow]):
-    """A decoder that is told to translate."""
+    """A decoder prompted to translate."""
 
     default_prompt = PROMPT
 

@@ -24,7 +24,12 @@ from llmtune.train.setup import TrainContext
 
 
 class MicroBatchTooLarge(Exception):
-    """Memory ran out in a micro-batch, in some process; all processes raise it together."""
+    """Memory ran out in a micro-batch, in some process; all processes raise it together, unless `alone`."""
+
+    def __init__(self, alone: bool = False) -> None:
+        super().__init__()
+        self.alone = alone
+        """Whether the other processes wait for this one, so that only a restart helps."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
         weight = scale if index < real else 0.0
-        work = partial(_backward, training, groups[index], weight, step, totals)
+        work = partial(_backward_pass, training, groups[index], weight, step, totals)
         return try_memory(training, lambda: losses.append(work()))
 
     fits = True
@@ -132,15 +137,14 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
     cut = [micro_batches(share, reader.lengths, budget, training.packed, training.pass_tokens) for share in shares]
     own, turns = cut[accelerator.process_index], max(len(groups) for groups in cut)
     sums: list[tuple[float, int]] = []
-    idle = np.asarray([int(reader.lengths.argmin())])
-    groups = own + [idle] * (turns - len(own) if training.sharded else 0)
+    groups = _with_idle(training, own, turns, np.asarray([int(reader.lengths.argmin())]))
     totals = _sum_step_statistics(training, reader, groups, len(own), 0)
     training.model.eval()
     try:
         for turn in range(turns):
             fits = True
             if turn < len(groups):
-                work = partial(_forward, training, groups[turn], turn < len(own), sums, totals)
+                work = partial(_validate_batch, training, groups[turn], turn < len(own), sums, totals)
                 fits = try_memory(training, work)
             stopped, failed = sum_over_processes(accelerator, [float(stop()), float(not fits)])
             if failed:
@@ -161,7 +165,7 @@ def try_memory(training: TrainContext, work: Callable[[], object]) -> bool:
     if fits_in_memory(work):
         return True
     if training.sharded:
-        raise MicroBatchTooLarge
+        raise MicroBatchTooLarge(alone=True)
     training.optimizer.zero_grad(set_to_none=True)
     release_memory()
     return False
@@ -189,22 +193,20 @@ def make_whole_batch(training: TrainContext, reader: ExampleReader, rows: Indexe
     return batch
 
 
-def find_guilty_rows(training: TrainContext, suspects: Indexes) -> list[int]:
+def find_guilty_rows(training: TrainContext, suspects: Sequence[int]) -> list[int]:
     """Return those of `suspects` whose loss alone, without training, is no number; all of them if none is.
 
-    All of a sharded model too, which no process can run by itself.
+    All processes look at the same rows, as a sharded model needs.
     """
-    if training.sharded:
-        return [int(row) for row in suspects]
     guilty = []
     training.model.eval()
     with torch.no_grad(), training.compute():
         for row in suspects:
             batch = make_whole_batch(training, training.examples, np.asarray([row]))
             if not math.isfinite(float(training.task.loss(training.adapted.model, batch, False).sum)):
-                guilty.append(int(row))
+                guilty.append(row)
     training.model.train()
-    return guilty or suspects.tolist()
+    return guilty or [*suspects]
 
 
 def _own_groups(training: TrainContext, rows: Indexes, budget: int) -> tuple[list[Indexes], int]:
@@ -216,9 +218,13 @@ def _own_groups(training: TrainContext, rows: Indexes, budget: int) -> tuple[lis
     shares = divide(rows, lengths, training.accelerator.num_processes)
     cut = [micro_batches(share, lengths, budget, training.packed, training.pass_tokens) for share in shares]
     own = cut[training.accelerator.process_index]
-    count = max(len(groups) for groups in cut) if training.sharded else max(1, len(own))
     idle = rows[[int(lengths[rows].argmin())]]
-    return own + [idle] * (count - len(own)), len(own)
+    return _with_idle(training, own or [idle], max(len(groups) for groups in cut), idle), len(own)
+
+
+def _with_idle(training: TrainContext, own: list[Indexes], count: int, idle: Indexes) -> list[Indexes]:
+    """Fill up this process's micro-batches to `count` if the model is sharded: each pass needs all processes."""
+    return own + [idle] * (count - len(own)) if training.sharded else own
 
 
 def _sum_step_statistics(
@@ -252,7 +258,7 @@ def _sum_step_statistics(
     return sum_over_processes(training.accelerator, sums)
 
 
-def _backward(training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
+def _backward_pass(training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
     batch = make_batch(training, training.examples, rows, step) | ({} if totals is None else {"totals": totals})
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
@@ -260,7 +266,7 @@ def _backward(training: TrainContext, rows: Indexes, weight: float, step: int, t
     return Loss(loss.sum.detach(), loss.count, row_sums=loss.row_sums)
 
 
-def _forward(
+def _validate_batch(
     training: TrainContext, rows: Indexes, real: bool, sums: list[tuple[float, int]], totals: list[float] | None
 ) -> None:
     """Add the loss's sum and count to `sums`, if it is a `real` one."""

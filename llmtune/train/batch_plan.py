@@ -130,11 +130,11 @@ def micro_batches(
     """
     if packed:
         groups = [rows[members] for members in best_fit(lengths[rows], budget)]
-        return sorted(groups, key=lambda group: -cost(group, lengths, packed))
+        return sorted(groups, key=lambda group: -occupied_tokens(group, lengths, packed))
     ordered = rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]
     ends = _cuts(lengths[ordered], budget, budget * len(rows) if pass_tokens is None else pass_tokens)
     groups = np.split(ordered, ends[:-1]) if ends else []
-    return sorted(groups, key=lambda group: -cost(group, lengths, packed))
+    return sorted(groups, key=lambda group: -occupied_tokens(group, lengths, packed))
 
 
 def _cuts(falling: npt.NDArray[np.int32], budget: int, pass_tokens: int) -> list[int]:
@@ -160,7 +160,7 @@ def _cuts(falling: npt.NDArray[np.int32], budget: int, pass_tokens: int) -> list
     return ends[::-1]
 
 
-def cost(rows: Indexes, lengths: npt.NDArray[np.int32], packed: bool) -> int:
+def occupied_tokens(rows: Indexes, lengths: npt.NDArray[np.int32], packed: bool) -> int:
     """Return the tokens that a micro-batch of `rows` occupies, padding counted."""
     sizes = lengths[rows].astype(np.int64)
     return int(sizes.sum()) if packed else int(sizes.max()) * len(sizes)
@@ -199,5 +199,5 @@ def padding_share(
         real += int(plan.lengths[rows].sum())
         for share in divide(rows, plan.lengths, processes):
             for group in micro_batches(share, plan.lengths, budget, packed, pass_tokens):
-                computed += cost(group, plan.lengths, packed)
+                computed += occupied_tokens(group, plan.lengths, packed)
     return 1 - real / computed if computed else 0.0

@@ -29,9 +29,8 @@ from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, system_errno
 from llmtune.model.device import MEMORY_ERRORS, is_out_of_memory
-from llmtune.recipe.user_files import read_text
+from llmtune.recipe.user_files import read_text_file
 from llmtune.store.atomic_files import hash_file, hash_value
-from llmtune.train.divergence import LossHistory
 from llmtune.train.metrics_log import METRICS
 
 WEIGHTS = "trainable.safetensors"
@@ -40,6 +39,14 @@ SHARDS = "shards"
 STATE = "state.json"
 _NAME = re.compile(r"step-([1-9][0-9]*)")
 _UNFINISHED = (".tmp-", ".removed-")
+
+
+class LossHistory(TypedDict, total=False):
+    """What a checkpoint keeps of a `Divergence`; nothing before the first step."""
+
+    first: float | None
+    best: float | None
+    recent: list[float]
 
 
 @dataclass
@@ -105,15 +112,10 @@ class Checkpoint:
     folder: Path
     state: TrainState
     weights: dict[str, torch.Tensor]
-    """Empty where they are in `shards`."""
+    """Empty for a sharded model, whose weights and optimiser state are in `shards/`."""
     optimizer: OptimizerState
     inputs: str
     """Hash of what training depended on."""
-
-    @property
-    def shards(self) -> Path | None:
-        """The folder of weights and optimiser state, of a sharded model."""
-        return self.folder / SHARDS if (self.folder / SHARDS).is_dir() else None
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,14 @@ class Damage:
     reason: str
 
 
-def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def named_trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return the trainable parameters by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def trainable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the trainable parameters by name, on the CPU (there itself, not copied); tied ones once."""
-    return {name: one.detach().to("cpu").contiguous() for name, one in trainable_parameters(model).items()}
+    return {name: one.detach().to("cpu").contiguous() for name, one in named_trainable(model).items()}
 
 
 def write_checkpoint(
@@ -193,7 +195,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what an interrupted write or removal left behind in `folder`."""
     for left in folder.glob(".*"):
         if left.name.startswith(_UNFINISHED):
@@ -222,7 +224,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | Damage:
 
 
 def _read(folder: Path) -> Checkpoint | Damage:
-    content = json.loads(read_text(folder / STATE))
+    content = json.loads(read_text_file(folder / STATE))
     known = content.pop("sha256", None)  # earlier versions wrote none
     if known is not None and known != hash_value(content):
         return Damage(folder, f"{STATE} is not what was written")
@@ -233,7 +235,7 @@ def _read(folder: Path) -> Checkpoint | Damage:
     if (named := _NAME.fullmatch(folder.name)) and int(named[1]) != state.step:
         return Damage(folder, f"{STATE} is of step {state.step}")
     optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    weights = {} if (folder / SHARDS).is_dir() else load_file(folder / WEIGHTS)
+    weights = load_file(folder / WEIGHTS) if WEIGHTS in content["files"] else {}
     return Checkpoint(folder, state, weights, optimizer, content["fingerprint"])
 
 

@@ -17,9 +17,9 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model.device import fits_in_memory
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, Examples, TrainedRun
+from llmtune.records import AdaptedModel, Examples
 from llmtune.report.metric_info import better_side
-from llmtune.store.profile import seconds_of_process
+from llmtune.store.machine import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
 from llmtune.train.batch_plan import padding_share
 from llmtune.train.checkpoint import (
@@ -31,8 +31,8 @@ from llmtune.train.checkpoint import (
     write_folder,
 )
 from llmtune.train.distributed import run_on_main, sum_over_processes
-from llmtune.train.divergence import Divergence
-from llmtune.train.failure_report import (
+from llmtune.train.divergence import (
+    Divergence,
     divergence_error,
     name_last_checkpoint,
     non_finite_error,
@@ -43,10 +43,11 @@ from llmtune.train.metrics_log import (
     METRICS,
     ON_VALIDATION,
     Display,
-    Line,
+    MetricsLine,
+    TrainedRun,
     append_line,
     end_trackers,
-    show_progress,
+    show_training,
 )
 from llmtune.train.optimizer import averaged_weights, set_mode
 from llmtune.train.preflight import restore_checkpoint, restore_weights, resume, run_preflight, save, shrink_budget
@@ -110,9 +111,6 @@ def train(
     with deterministic():
         training = set_up(adapted, examples, task, recipe, folder, console, inputs, sharded)
         measure = metrics_of_validation(training, examples)
-        main = training.accelerator.is_main_process
-        if not main and not training.sharded:  # else memory may run out in one process alone
-            on_budget = lambda tokens: None  # noqa: E731
         half = training.dtype == torch.float16
         state = TrainState(budget=max(budget, training.longest), loss_scale=FIRST_SCALE if half else 1.0)
         guessing = task.guessing_loss(adapted.selected.model.config, training.examples, recipe)
@@ -123,11 +121,11 @@ def train(
             if state.step < training.plan.total_steps and not state.stopped_early:
                 run_preflight(training, state, console, on_budget)
             rehearsed = time.perf_counter() - rehearsed
-            if main:
+            if training.accelerator.is_main_process:
                 on_budget(state.budget)
             if training.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(training.device)
-            with show_progress(console, state.step, training.plan.total_steps) as display:
+            with show_training(console, state.step, training.plan.total_steps) as display:
                 run = Run(
                     *(training, state, divergence, request, display, console, on_budget, rehearsed), measure=measure
                 )
@@ -188,8 +186,8 @@ def _gradients(run: Run, step: int) -> StepLoss:
     while True:
         try:
             loss = step_gradients(training, step, state.budget, state.loss_scale)
-        except MicroBatchTooLarge:
-            shrink_budget(training, state, run.console, run.on_budget, f"step {step}")
+        except MicroBatchTooLarge as error:
+            shrink_budget(training, state, run.console, run.on_budget, f"step {step}", error)
         else:
             if loss.finite or state.loss_scale <= 1 or not math.isfinite(loss.mean):
                 return loss
@@ -244,8 +242,8 @@ def _validate(run: Run) -> float | None:
     while True:
         try:
             loss = validation_loss(training, state.budget, lambda: run.request.signal_number is not None)
-        except MicroBatchTooLarge:
-            shrink_budget(training, state, run.console, run.on_budget, "validation")
+        except MicroBatchTooLarge as error:
+            shrink_budget(training, state, run.console, run.on_budget, "validation", error)
             continue
         if loss is not None and not math.isfinite(loss):
             raise TrainingError.of(
@@ -278,7 +276,7 @@ def _record_validation(run: Run, loss: float, scores: Scores) -> bool:
 def _log(run: Run, validated: bool) -> None:
     """Add a line to metrics.jsonl, to the trackers and to the display; figures are those since the line before."""
     training, state = run.training, run.state
-    line: Line = {
+    line: MetricsLine = {
         "step": state.step,
         "epoch": round(state.step / training.plan.steps_per_epoch, 6),
         "loss": state.log_sum / max(1, state.log_count),
@@ -356,7 +354,7 @@ def _finish(run: Run) -> Path:
     set_mode(training.optimizer.optimizer, "eval")
     full = training.adapted.method == "full"
     folder = training.folder / ("weights" if full else "adapter")
-    whole = whole_state(training.adapted.model, trained_only=not full) if training.sharded else None
+    whole = whole_state(training.adapted.model, trained_only=not full)
     run_on_main(
         training.accelerator,
         lambda: write_folder(folder, lambda target: save_adapter(training.adapted, target, whole)),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -16,6 +16,7 @@ from accelerate.utils import ProjectConfiguration
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from llmtune.records import Json
 from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import explained, plain, read_json, read_json_lines, write_json, write_text
 from llmtune.store.process_environment import LOCAL_TRACKERS
@@ -26,7 +27,7 @@ METRICS = "metrics.jsonl"
 """In the run folder: a line a log step."""
 
 
-class Line(TypedDict):
+class MetricsLine(TypedDict):
     """A line of metrics.jsonl: figures since the line before."""
 
     step: int
@@ -38,6 +39,38 @@ class Line(TypedDict):
     peak_bytes: int
     validation_loss: NotRequired[float | None]
     validation_metrics: NotRequired[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What training left behind: the final adapter (or weights) and its numbers."""
+
+    adapter: Path
+    """A plain PEFT folder; with `method: full` a plain model folder."""
+    steps: int
+    epochs: float
+    train_loss: float
+    """Mean over the last logged steps, nats per supervised token."""
+    first_loss: float
+    validation_loss: float | None
+    best_step: int | None
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    wall_seconds: float
+    peak_bytes: int
+    micro_batch_tokens: int
+    stopped_early: str | None = None
+    resumed_from: int | None = None
+    padding_share: float | None = None
+    """Of the positions that were computed, those that hold no token; 0 where rows were packed."""
+    rehearsal_seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    """From the start of the process to the end of its first optimiser step, without the rehearsal; None without one."""
+
+    def as_facts(self) -> Json:
+        """Return what the manifest keeps: JSON values, the adapter by the name of its folder in the run."""
+        return {**asdict(self), "adapter": self.adapter.name}
 
 
 @dataclass
@@ -54,7 +87,7 @@ class Display:
         figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {peak_bytes / 1e9:.2f} GB"
         self.bar.update(self.task, completed=step, figures=figures)
 
-    def line(self, line: Line) -> None:
+    def line(self, line: MetricsLine) -> None:
         """Show a line of metrics where there is no bar, and a validation in any case."""
         validation = line.get("validation_loss")
         scores = "".join(f"  {name} {value:.4f}" for name, value in line.get("validation_metrics", {}).items())
@@ -71,7 +104,7 @@ class Display:
 
 
 @contextmanager
-def show_progress(console: Console, done: int, total: int) -> Iterator[Display]:
+def show_training(console: Console, done: int, total: int) -> Iterator[Display]:
     """Show progress from step `done` on inside the block."""
     columns = (
         TextColumn("train"),
@@ -84,7 +117,7 @@ def show_progress(console: Console, done: int, total: int) -> Iterator[Display]:
         yield Display(console, bar, bar.add_task("train", completed=done, total=total, figures=""), total)
 
 
-def append_line(path: Path, line: Line) -> None:
+def append_line(path: Path, line: MetricsLine) -> None:
     """Add a line to metrics.jsonl and flush it to disk; numbers that JSON cannot hold become null.
 
     Raises EnvironmentProblem if the disk is full or does not let us write.
@@ -116,11 +149,11 @@ NAMED = {
 }
 """What a tracker calls the name of a run; the project has the name of the recipe. Others name runs themselves."""
 FOLDER, IDS = "trackers", "ids.json"
-Scalar = str | int | float | bool
+TrackedValue = str | int | float | bool
 
 
 def start_trackers(
-    accelerator: Accelerator, names: Sequence[str], project: str, run: Path, settings: Mapping[str, Scalar] | None
+    accelerator: Accelerator, names: Sequence[str], project: str, run: Path, settings: Mapping[str, TrackedValue] | None
 ) -> None:
     """Start the trackers of a run, or go on with what they have of it already; `settings` are shown with it."""
     ids = read_json(run / FOLDER / IDS) or {}

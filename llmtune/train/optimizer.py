@@ -42,7 +42,7 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device
             "train.optim",
             f"Set train.optim to {_UNPAGED.get(plain, plain)}.",
         )
-    optimizer_class, options = _find_class(model, recipe)
+    optimizer_class, options = _optimizer_class(model, recipe)
     if train.loraplus_lr_ratio is not None:
         from peft.optimizers import create_loraplus_optimizer
 
@@ -107,7 +107,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
                 weight.copy_(before)
 
 
-def _written(value: float | str) -> str:
+def _write_setting(value: float | str) -> str:
     """Return a value as transformers reads it: whole numbers without a point."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
@@ -123,7 +123,7 @@ def _admit_projectors() -> None:
             torch.serialization.add_safe_globals([getattr(module, name) for name in names])
 
 
-def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimizer, dict[str, object]]:
+def _optimizer_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimizer, dict[str, object]]:
     """Return the class that `train.optim` names in transformers, and the options that it takes from the recipe."""
     train = recipe.train
     if train.optim in _TORCH_ADAMW:
@@ -142,7 +142,7 @@ def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimizer, 
 
     arguments = SimpleNamespace(
         optim=train.optim,
-        optim_args=",".join(f"{name}={_written(value)}" for name, value in train.optim_args.items()) or None,
+        optim_args=",".join(f"{name}={_write_setting(value)}" for name, value in train.optim_args.items()) or None,
         optim_target_modules="all-linear",
         parallel_mode=None,
         weight_decay=train.weight_decay,

@@ -17,19 +17,20 @@ from rich.markup import escape
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
-from llmtune.model.device import memory_limit, release_memory
+from llmtune.model.device import device_memory, release_memory
 from llmtune.model.prefix_packing import whole_documents
 from llmtune.report.render_terminal import spinner
 from llmtune.train.accumulation import MicroBatchTooLarge, make_whole_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
 from llmtune.train.checkpoint import (
+    SHARDS,
     Checkpoint,
     Damage,
     TrainState,
+    named_trainable,
     newest_checkpoint,
     read_checkpoint,
-    sweep,
-    trainable_parameters,
+    remove_unfinished,
     trainable_weights,
     write_checkpoint,
 )
@@ -82,8 +83,8 @@ def _try_heaviest_work(
         try:
             while (pace := _rehearse(training, state, before, after)) is None:
                 shrink_budget(training, state, console, on_budget, "the rehearsal")
-        except MicroBatchTooLarge:
-            shrink_budget(training, state, console, on_budget, "the rehearsal")
+        except MicroBatchTooLarge as error:
+            shrink_budget(training, state, console, on_budget, "the rehearsal", error)
             raise
         except BaseException:
             if training.accelerator.is_main_process:
@@ -101,23 +102,27 @@ def _rehearse(training: TrainContext, state: TrainState, before: Path, after: Pa
     pace = _fits(training, state.budget)
     if pace is not None:
         save(training, state, after)
-        pace = pace if _put_back(training, after) else None
-    return pace if _put_back(training, before) else None
+        pace = pace if _read_back(training, after) else None
+    return pace if _read_back(training, before) else None
 
 
 def shrink_budget(
-    training: TrainContext, state: TrainState, console: Console, on_budget: Callable[[int], None], occasion: str
+    training: TrainContext,
+    state: TrainState,
+    console: Console,
+    on_budget: Callable[[int], None],
+    occasion: str,
+    error: MicroBatchTooLarge | None = None,
 ) -> None:
-    """Halve the token budget, down to the longest example at least, and say so.
+    """Halve the token budget, down to the longest example at least, and print it.
 
-    Raises TrainingError if it is there already, or if the model is sharded: the other processes wait for this one in
-    the middle of a step, which only starting again ends.
+    Raises TrainingError if it is there already, or if this process is `alone` with the `error`.
     """
     if state.budget <= training.longest:
         raise _does_not_fit(training)
     state.budget = max(state.budget // 2, training.longest)
     on_budget(state.budget)
-    if training.sharded:
+    if error is not None and error.alone:
         raise TrainingError.of(
             f"out of memory in {occasion}",
             f"process {training.accelerator.process_index}",
@@ -175,15 +180,16 @@ def save(training: TrainContext, state: TrainState, folder: Path) -> None:
 
     Raises EnvironmentProblem in every process if the main one cannot write.
     """
-    shards = write_shards(training, folder) if training.sharded else None
-    optimizer = training.optimizer.state_dict()
+    optimizer, shards = training.optimizer.state_dict(), None
+    if training.sharded:
+        optimizer, shards = {**optimizer, "state": {}}, write_shards(training, folder)
     run_on_main(
         training.accelerator,
         lambda: write_checkpoint(
             folder,
             shards or trainable_weights(training.adapted.model),
             {
-                "optimizer": {**optimizer, "state": {}} if shards else optimizer,
+                "optimizer": optimizer,
                 "schedule": training.schedule.state_dict(),
                 "row_losses": torch.from_numpy(training.row_losses),
             },
@@ -193,7 +199,7 @@ def save(training: TrainContext, state: TrainState, folder: Path) -> None:
     )
 
 
-def _put_back(training: TrainContext, folder: Path) -> bool:
+def _read_back(training: TrainContext, folder: Path) -> bool:
     """Return False if memory ran out in one of the processes."""
 
     def work() -> None:
@@ -214,24 +220,19 @@ def _put_back(training: TrainContext, folder: Path) -> bool:
 def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
     """Make weights, optimiser and schedule what they were when `found` was written, in place."""
     training.optimizer.optimizer.state.clear()
-    state = cast(Any, found.optimizer["optimizer"]["state"])
-    if found.shards:
-        state = read_shards(training, found.shards)
-    else:
-        load_whole(trainable_parameters(training.adapted.model), found.weights)
-        state = cut_state(training, state)
+    state = restore_weights(training, found)
     training.optimizer.load_state_dict({**found.optimizer["optimizer"], "state": state})
     training.schedule.load_state_dict(found.optimizer["schedule"])
     training.row_losses[:] = found.optimizer["row_losses"].numpy() if "row_losses" in found.optimizer else 0
     training.optimizer.zero_grad(set_to_none=True)
 
 
-def restore_weights(training: TrainContext, found: Checkpoint) -> None:
-    """Make the weights what they were when `found` was written, in place."""
-    if found.shards:
-        read_shards(training, found.shards, optimizer=False)
-    else:
-        load_whole(trainable_parameters(training.adapted.model), found.weights)
+def restore_weights(training: TrainContext, found: Checkpoint) -> dict[int, dict[str, Any]]:
+    """Make the weights what they were when `found` was written, in place; return the optimiser's state of then."""
+    if not found.weights:  # of a sharded model
+        return read_shards(training, found.folder / SHARDS)
+    load_whole(named_trainable(training.adapted.model), found.weights)
+    return cut_state(training, cast(Any, found.optimizer["optimizer"]["state"]))
 
 
 def resume(training: TrainContext, state: TrainState, divergence: Divergence, console: Console) -> int | None:
@@ -243,8 +244,8 @@ def resume(training: TrainContext, state: TrainState, divergence: Divergence, co
 
     def prepare() -> str | None:
         nonlocal found
-        sweep(training.checkpoints)
-        sweep(training.folder)
+        remove_unfinished(training.checkpoints)
+        remove_unfinished(training.folder)
         found = newest = newest_checkpoint(training.checkpoints, training.inputs, console)
         # A stop saves a step before its line is written: what goes on writes it, for the second time after a kill.
         cut_back(training.folder / METRICS, newest.state.closed if newest else 0)
@@ -266,7 +267,7 @@ def resume(training: TrainContext, state: TrainState, divergence: Divergence, co
 
 def _does_not_fit(training: TrainContext) -> LlmtuneError:
     reader, device = training.examples, training.device
-    limit = memory_limit(str(device))
+    limit = device_memory(str(device))
     has = f": {limit / 1e9:.2f} GB" if limit else " is full"
     ways = ["Lower data.max_length"]
     if training.recipe.train.gradient_checkpointing is not True:

@@ -22,13 +22,13 @@ from llmtune.train.accumulation import StepLoss
 
 FILE = "row_losses.npz"
 """In the run folder: `row` (which row of the training split an example is of), `loss`, `excess`, `seen`, [N] each."""
-Table = npt.NDArray[np.float32]
+LossTable = npt.NDArray[np.float32]
 """[N, 3]: sums over the times that an example was seen, of its loss, of its excess over its step, and the times."""
 MOST_LISTED, LONGEST = 10, 400
 FEWEST_ROWS = 20
 
 
-def add_step(table_N3: Table, loss: StepLoss, supervised: npt.NDArray[np.int32]) -> None:
+def add_step(table_N3: LossTable, loss: StepLoss, supervised: npt.NDArray[np.int32]) -> None:
     """Add what a step gave to the table, in place: nats per prediction of each row.
 
     The excess over the mean of the step takes out how far training was when a row came.
@@ -38,7 +38,7 @@ def add_step(table_N3: Table, loss: StepLoss, supervised: npt.NDArray[np.int32])
         table_N3[loss.rows] += np.stack([means, means - loss.mean, np.ones(len(means))], axis=1)
 
 
-def save_row_losses(table_N3: Table, examples: ExampleReader, folder: Path) -> None:
+def save_row_losses(table_N3: LossTable, examples: ExampleReader, folder: Path) -> None:
     """Write the file; nothing where no row has a loss of its own."""
     seen_N = table_N3[:, 2]
     if not seen_N.any():

@@ -22,14 +22,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.integrations.neftune import activate_neftune
 
 from llmtune import __version__
+from llmtune.data.example import Collate
 from llmtune.data.examples import ExampleReader
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.causal_lm_loss import DFT
 from llmtune.model.device import compute_context, pick_device, resolve_dtype
-from llmtune.records import AdaptedModel, Collate, Examples
+from llmtune.records import AdaptedModel, Examples
 from llmtune.store.atomic_files import hash_value
-from llmtune.store.profile import resident_peak_bytes
+from llmtune.store.machine import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
 from llmtune.train.distributed import SILENCE_SECONDS
 from llmtune.train.metrics_log import start_trackers, tracker_folder
@@ -63,7 +64,7 @@ class TrainContext:
     inputs: str
     """Hash of all that training depends on: a checkpoint of other inputs is not resumed from."""
     row_losses: npt.NDArray[np.float32]
-    """What each training example's loss was so far (`llmtune.train.row_losses.Table`)."""
+    """What each training example's loss was so far (`llmtune.train.row_losses.LossTable`)."""
     sharded: bool
     """Whether the model is sharded over the processes (FSDP2): each pass then needs all of them."""
 
@@ -150,21 +151,11 @@ def set_up(
 
     Raises RecipeError or EnvironmentProblem for an optimiser, schedule, tracker or `batch_tokens` that cannot be.
     """
-    train = recipe.train
-    reader = ExampleReader(examples, "train")
+    train, reader = recipe.train, ExampleReader(examples, "train")
     held_out = ExampleReader(examples, "validation") if examples.counts.get("validation") else None
     plan = StepPlan(
-        lengths=reader.lengths,
-        seed=recipe.seed,
-        batch_size=train.batch_size,
-        batch_tokens=train.batch_tokens,
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
+        reader.lengths, recipe.seed, train.batch_size, train.batch_tokens, train.num_train_epochs, train.max_steps
     )
-    sharded = sharded and torch.distributed.is_initialized()
-    # Weights that are to be sharded are in main memory, or nowhere yet.
-    device = torch.device(pick_device()) if sharded else next(adapted.model.parameters()).device
-    accelerator = build_accelerator(recipe, folder, device)
     if train.torch_compile:
         from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
 
@@ -175,8 +166,14 @@ def set_up(
     if recipe.adapter.start_from is None:
         task.start_head(adapted, reader, recipe)
     _mark_loss(adapted, task, recipe)
-    model, optimizer = _distribute(accelerator, adapted.model, recipe, sharded)
-    processor = adapted.selected.processor
+    if sharded:
+        shard_model(adapted.model, torch.device(pick_device()))  # by torch: Accelerate shards on GPUs alone
+    accelerator = build_accelerator(recipe, folder, next(adapted.model.parameters()).device)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(adapted.model, recipe, accelerator.device))
+    with warnings.catch_warnings():
+        # torch 2.13 wants another name for it, which Accelerate does not have yet.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model = accelerator.prepare_model(adapted.model, device_placement=not sharded, evaluation_mode=sharded)
     return TrainContext(
         adapted=adapted,
         accelerator=accelerator,
@@ -189,8 +186,8 @@ def set_up(
         plan=plan,
         examples=reader,
         validation=held_out,
-        dtype=resolve_dtype(recipe.model.dtype, device.type),
-        collate=task.collator(processor, recipe, adapted.selected.packs),
+        dtype=resolve_dtype(recipe.model.dtype, accelerator.device.type),
+        collate=task.collator(adapted.selected.processor, recipe, adapted.selected.packs),
         folder=folder,
         inputs=inputs,
         row_losses=np.zeros((len(reader), 3), dtype=np.float32),
@@ -211,23 +208,6 @@ def _mark_loss(adapted: AdaptedModel, task: TaskInterface, recipe: Recipe) -> No
         setattr(model, DFT, True)
     if recipe.train.neftune_noise_alpha is not None:
         activate_neftune(model, recipe.train.neftune_noise_alpha)
-
-
-def _distribute(
-    accelerator: Accelerator, model: torch.nn.Module, recipe: Recipe, sharded: bool
-) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
-    """Make a model and its optimiser those of all processes."""
-    device = torch.device(accelerator.device)
-    if sharded:
-        shard_model(model, device)  # by torch: Accelerate shards on GPUs alone
-        return model, accelerator.prepare_optimizer(build_optimizer(model, recipe, device))
-    with warnings.catch_warnings():
-        # torch 2.13 wants another name for it, which Accelerate does not have yet.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        prepared: tuple[torch.nn.Module, AcceleratedOptimizer] = accelerator.prepare(
-            model, build_optimizer(model, recipe, device)
-        )
-        return prepared
 
 
 def peak_bytes(device: torch.device) -> int:

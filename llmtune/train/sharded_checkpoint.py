@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from llmtune.train.checkpoint import disk_problems, trainable_parameters
+from llmtune.train.checkpoint import disk_problems, named_trainable
 from llmtune.train.distributed import run_on_main
 from llmtune.train.setup import TrainContext
 from llmtune.train.sharding import cut_like
@@ -36,7 +36,7 @@ def write_shards(training: TrainContext, checkpoint: Path) -> Path:
     """
     folder = checkpoint.with_name(f".tmp-shards-{checkpoint.name}")
     run_on_main(training.accelerator, lambda: shutil.rmtree(folder, ignore_errors=True))
-    parameters = trainable_parameters(training.adapted.model)
+    parameters = named_trainable(training.adapted.model)
     tensors: dict[str, torch.Tensor] = {WEIGHTS + name: parameter for name, parameter in parameters.items()}
     state = training.optimizer.optimizer.state
     for name, parameter in parameters.items():
@@ -51,12 +51,12 @@ def write_shards(training: TrainContext, checkpoint: Path) -> Path:
     return folder
 
 
-def read_shards(training: TrainContext, folder: Path, *, optimizer: bool = True) -> dict[int, dict[str, torch.Tensor]]:
+def read_shards(training: TrainContext, folder: Path) -> dict[int, dict[str, torch.Tensor]]:
     """Read weights in place; return the optimiser state, by the number of the parameter in its groups."""
-    parameters = trainable_parameters(training.adapted.model)
+    parameters = named_trainable(training.adapted.model)
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, torch.Tensor] = {WEIGHTS + name: parameter for name, parameter in parameters.items()}
-    for stored, known in reader.read_metadata().state_dict_metadata.items() if optimizer else ():
+    for stored, known in reader.read_metadata().state_dict_metadata.items():
         if stored.startswith(OPTIMIZER) and isinstance(known, TensorStorageMetadata):
             like = parameters[stored.removeprefix(OPTIMIZER).split(".", 1)[1]]
             tensors[stored] = (

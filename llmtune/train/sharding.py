@@ -29,13 +29,13 @@ def share_model(make: Callable[[], AdaptedModel]) -> AdaptedModel:
     adapted = make() if torch.distributed.get_rank() == 0 else None
     if adapted is not None and hasattr(adapted.model, KEPT):
         setattr(adapted.model, KEPT, {})  # each process keeps its part, once it has one
-    (packed,) = broadcast_object_list([None if adapted is None else _pack(adapted)])
+    (packed,) = broadcast_object_list([None if adapted is None else _pack_model(adapted)])
     if adapted is None:
         adapted = make() if packed is None else cast(AdaptedModel, _Unpacking(io.BytesIO(packed)).load())
     return adapted
 
 
-def _pack(adapted: AdaptedModel) -> bytes | None:
+def _pack_model(adapted: AdaptedModel) -> bytes | None:
     if any(is_parametrized(module) for module in adapted.model.modules()):
         return None
     file = io.BytesIO()
@@ -81,7 +81,7 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> None:
         fully_shard(piece, mesh=mesh, reshard_after_forward=True)
         fill_meta: Any = piece._apply  # `to_empty` would empty buffers too
         fill_meta(lambda own: torch.empty_like(own, device=device) if own.is_meta else own)
-        _fill(piece, whole, mesh)
+        _fill_parts(piece, whole, mesh)
     switch = getattr(model, "set_reduce_scatter_unused_params", None)  # of newer torch
     if switch is not None:  # weights that the rows of one process need and those of another do not, as an expert's
         switch(True)
@@ -90,7 +90,7 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _fill(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: DeviceMesh) -> None:
+def _fill_parts(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: DeviceMesh) -> None:
     """Give each process its part of the `whole` weights of the first; they are given up as they go."""
     for name in list(whole):
         parameter, here = piece.get_parameter(name), whole.pop(name)
@@ -107,11 +107,13 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
+def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor] | None:
     """Return the state of a sharded model put together again, on the CPU of the first process; all have to call it.
 
-    With `trained_only` the weights that are held still are left out. A weight of two names is one tensor.
+    With `trained_only` frozen weights are left out. A weight of two names is one tensor. None for any other model.
     """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
     state: dict[str, torch.Tensor] = {}
     known: dict[int, torch.Tensor] = {}
     first = torch.distributed.get_rank() == 0

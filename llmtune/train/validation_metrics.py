@@ -10,7 +10,7 @@ from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import EvaluatedTask
-from llmtune.evaluate.inference import Answers, measure, predict
+from llmtune.evaluate.inference import Answers, compute_metrics, predict
 from llmtune.recipe.evaluate_section import CHOICE, EvaluateSection
 from llmtune.recipe.task_facts import PREDICTED, TOOL_METRICS
 from llmtune.records import Examples
@@ -49,7 +49,7 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
             answers = predict(model, "validation", context, training.packed)
         finally:
             training.model.train()
-        measured = measure(context, answers, Answers(None, {}, {}))  # nothing is held against a base
+        measured = compute_metrics(context, answers, Answers(None, {}, {}))  # nothing is held against a base
         return {name: one.value for name, one in measured.items() if name in metrics}
 
     return score

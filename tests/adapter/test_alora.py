@@ -6,12 +6,12 @@ from peft import PeftModel
 from support.adapting import documents, open_model, padded, quiet, recipe_with
 from transformers import AutoModelForCausalLM
 
-from llmtune.adapter.injection import inject, trainable_parameters
-from llmtune.adapter.merging import merge
+from llmtune.adapter.injection import inject, trained_parameters
+from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.saving import save_adapter
+from llmtune.data.example import Example
 from llmtune.errors import RecipeError
 from llmtune.model.causal_lm_loss import causal_loss
-from llmtune.records import Example
 
 CALL = [41, 42]
 BEFORE, BEHIND = list(range(5, 20)), list(range(60, 75))
@@ -29,13 +29,13 @@ def test_activated_lora_is_the_base_until_its_tokens_and_comes_back_in_plain_pef
     adapted = inject(selected, recipe, quiet())
     assert torch.equal(read(adapted.model), base)
     called = [Example([*one.input_ids[:9], *CALL, *one.input_ids[9:]], [11, 11 + 8], 1) for one in documents([20, 26])]
-    optimizer = torch.optim.SGD(trainable_parameters(adapted.model), lr=0.5)
+    optimizer = torch.optim.SGD(trained_parameters(adapted.model), lr=0.5)
     losses = []
     adapted.model.train()
     for _ in range(8):
         loss = causal_loss(adapted.model, padded(called))
         (loss.sum / loss.count).backward()
-        assert all(p.grad.isfinite().all() for p in trainable_parameters(adapted.model))
+        assert all(p.grad.isfinite().all() for p in trained_parameters(adapted.model))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.sum.detach()))
@@ -50,4 +50,4 @@ def test_activated_lora_is_the_base_until_its_tokens_and_comes_back_in_plain_pef
     with pytest.raises(RecipeError, match=r"is an activated LoRA \(alora_invocation_tokens\)"):
         inject(open_model(recipe), recipe_with(tiny_llama, adapter={"start_from": str(tmp_path)}), quiet())
     with pytest.raises(RecipeError, match="cannot be merged: it begins in the middle of each row"):
-        merge(adapted)
+        merge_adapter(adapted)

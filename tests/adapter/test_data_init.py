@@ -3,12 +3,12 @@
 import pytest
 import torch
 from peft import PeftModel
-from support.adapting import logits, quiet
-from support.training import make_recipe, select, write_examples
+from support.adapting import logits, nudge, open_model, quiet
+from support.training import make_recipe, write_examples
 from transformers import AutoModelForCausalLM
 
 from llmtune.adapter.data_init import sample_rows
-from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.saving import save_adapter
 from llmtune.errors import RecipeError
 from llmtune.tasks.registry import get_task
@@ -18,7 +18,7 @@ STARTS = ("eva", "corda", "lora_ga")
 
 def adapt(folder, model, start, seed=0):
     recipe = make_recipe(folder, model, adapter={"init_lora_weights": start, "r": 4})
-    selected, examples = select(recipe), write_examples(folder / "examples", seed=seed, train=24)
+    selected, examples = open_model(recipe), write_examples(folder / "examples", seed=seed, train=24)
     before = logits(selected.model)
     return inject(selected, recipe, quiet(), sample_rows(examples, get_task("chat"), selected, recipe)), before
 
@@ -27,9 +27,7 @@ def adapt(folder, model, start, seed=0):
 def test_a_start_from_rows_is_the_base_and_reloads_in_plain_peft(tmp_path, tiny_llama, start):
     adapted, before = adapt(tmp_path, tiny_llama, start)
     torch.testing.assert_close(logits(adapted.model), before, atol=1e-5, rtol=1e-5)
-    with torch.no_grad():
-        for number, parameter in enumerate(trainable_parameters(adapted.model)):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    nudge(adapted.model)
     tuned = logits(adapted.model)
     assert (tuned - before).abs().max() > 0.01
     save_adapter(adapted, tmp_path / "adapter")
@@ -42,7 +40,7 @@ def test_a_start_from_rows_depends_on_the_rows_alone(tmp_path, tiny_llama, start
     starts = []
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         adapted, _ = adapt(tmp_path / name, tiny_llama, start, seed)
-        starts.append(torch.cat([p.detach().flatten() for p in trainable_parameters(adapted.model)]))
+        starts.append(torch.cat([p.detach().flatten() for p in trained_parameters(adapted.model)]))
     assert torch.equal(starts[0], starts[1])
     assert starts[0].shape != starts[2].shape or not torch.equal(starts[0], starts[2])
 

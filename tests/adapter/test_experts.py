@@ -6,10 +6,10 @@ from peft import PeftModel
 from support.adapting import build_family, logits, open_model, quiet, recipe_with, train_a_little
 from transformers import AutoModelForCausalLM
 
-from llmtune.adapter.injection import describe, inject
-from llmtune.adapter.merging import merge
+from llmtune.adapter.injection import describe_adapter, inject
+from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.saving import save_adapter
-from llmtune.deploy.gguf_adapter import check_adapter
+from llmtune.deploy.gguf_adapter import check_lora_only
 from llmtune.errors import RecipeError
 from llmtune.model.config import expert_parameters
 from llmtune.model.experts import count_quantized, unpacked_experts
@@ -75,20 +75,20 @@ def test_experts_are_adapted_and_plain_peft_gives_the_same(moe, family, tmp_path
     tuned = logits(adapted.model)
     with adapted.model.disable_adapter():
         assert (logits(adapted.model) - tuned).abs().max() > 0.01
-    assert describe(adapted)["share_under_adapter"] > 0.4
-    targets = describe(adapted)["targets"]
+    assert describe_adapter(adapted)["share_under_adapter"] > 0.4
+    targets = describe_adapter(adapted)["targets"]
     assert (targets["gate_up_proj"], targets["down_proj"]) == (2, 4 if family in SHARED else 2)
     save_adapter(adapted, tmp_path)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moe(family)), tmp_path)
     torch.testing.assert_close(logits(plain.eval()), tuned, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits(merge(adapted)), tuned, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits(merge_adapter(adapted)), tuned, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_in_4_bits_experts_are_quantised_too_and_adapted(moe, family, tmp_path):
     packing = {"packing": family not in APART}
     adapted = train_a_little(moe(family), method="qlora", target_parameters=EXPERTS, data=packing)
-    facts, experts = describe(adapted), expert_parameters(AutoModelForCausalLM.from_pretrained(moe(family)))
+    facts, experts = describe_adapter(adapted), expert_parameters(AutoModelForCausalLM.from_pretrained(moe(family)))
     assert count_quantized(adapted.model) > sum(shape.numel() for name, shape in experts.items() if shape[1] > 8)
     assert facts["share_quantized"] > 0.5
     assert facts["quantized_bits"] == 4
@@ -97,7 +97,7 @@ def test_in_4_bits_experts_are_quantised_too_and_adapted(moe, family, tmp_path):
     with adapted.model.disable_adapter():
         assert (logits(adapted.model) - tuned).abs().max() > 0.01
     assert unpacked_experts(adapted.model)
-    torch.testing.assert_close(logits(merge(adapted, "dequantized")), tuned, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits(merge_adapter(adapted, "dequantized")), tuned, atol=1e-3, rtol=1e-3)
 
 
 def test_a_step_trains_the_experts_of_a_base_in_4_bits(moe):
@@ -133,4 +133,4 @@ def test_a_target_that_no_parameter_is_called_by_is_refused(moe):
 
 def test_llama_cpp_s_adapters_cannot_hold_experts(moe):
     with pytest.raises(RecipeError, match="fused experts"):
-        check_adapter(train_a_little(moe("qwen3_moe"), target_parameters=EXPERTS).model)
+        check_lora_only(train_a_little(moe("qwen3_moe"), target_parameters=EXPERTS).model)

@@ -8,7 +8,7 @@ from support.families import build_bert, build_whisper
 from support.pairs import gradient, recipe_of, start_training
 from transformers import AutoModelForCausalLM
 
-from llmtune.adapter.injection import describe, inject, trainable_parameters
+from llmtune.adapter.injection import describe_adapter, inject, trained_parameters
 from llmtune.errors import RecipeError
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.device import compute_context
@@ -17,7 +17,7 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.report.number_format import size
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 
 QUESTIONS = [
     {"question": f"Which colour has the {thing}?", "context": f"The {thing} is {colour}.", "answer": colour}
@@ -65,7 +65,7 @@ def test_the_start_depends_on_the_seed_alone(tiny_llama):
         torch.randn(noise + 1)
         recipe = recipe_with(tiny_llama).model_copy(update={"seed": seed})
         adapted = inject(open_model(recipe), recipe, quiet())
-        starts.append((torch.cat([p.flatten() for p in trainable_parameters(adapted.model)]), torch.get_rng_state()))
+        starts.append((torch.cat([p.flatten() for p in trained_parameters(adapted.model)]), torch.get_rng_state()))
     assert torch.equal(starts[0][0], starts[1][0])
     assert torch.equal(starts[0][1], starts[1][1])
     assert not torch.equal(starts[0][0], starts[2][0])
@@ -74,7 +74,7 @@ def test_the_start_depends_on_the_seed_alone(tiny_llama):
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 def test_what_is_trained_is_float32_on_a_bfloat16_base(tiny_llama, method):
     adapted = adapt(tiny_llama, model={"dtype": "bfloat16"}, **METHODS[method])
-    trained = trainable_parameters(adapted.model)
+    trained = trained_parameters(adapted.model)
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert adapted.model.get_input_embeddings().weight.dtype == torch.bfloat16
     adapted.model.train()
@@ -89,7 +89,7 @@ def test_only_the_adapter_is_trained_and_with_full_every_weight(tiny_llama):
     trained = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all(".lora_" in name for name in trained)
-    assert adapted.trainable == sum(parameter.numel() for parameter in trainable_parameters(adapted.model))
+    assert adapted.trainable == sum(parameter.numel() for parameter in trained_parameters(adapted.model))
     assert adapt(tiny_llama, method="qlora").total == adapted.total, "weights in 4 bits are counted, not their bytes"
     full = adapt(tiny_llama, method="full")
     assert full.trainable == full.total == sum(parameter.numel() for parameter in full.model.parameters())
@@ -102,7 +102,7 @@ def test_matched_modules_share_and_size_are_printed(tiny_llama, console):
     assert "Adapter on 14 modules: q_proj × 2" in said
     assert f"{adapted.trainable:,} of {adapted.total:,} parameters" in said
     assert f"{size(adapted.adapter_bytes)} to save" in said
-    described = describe(adapted)
+    described = describe_adapter(adapted)
     assert described["targets"]["down_proj"] == 2
     assert described["share"] == adapted.trainable / adapted.total
     assert described["r"] == 8
@@ -118,7 +118,7 @@ def test_checkpointing_changes_memory_and_not_gradients(tiny_llama):
             loss = causal_loss(adapted.model, packed(documents([20, 30])))
         loss.sum.backward()
         kept.append(sum(sizes))
-        gradients.append(torch.cat([p.grad.flatten() for p in trainable_parameters(adapted.model)]))
+        gradients.append(torch.cat([p.grad.flatten() for p in trained_parameters(adapted.model)]))
     torch.testing.assert_close(*gradients)
     assert kept[1] < 0.6 * kept[0]
 
@@ -139,7 +139,7 @@ def test_added_tokens_are_trained_and_nothing_else_of_the_embedding(tiny_llama, 
     adapted = adapt(tiny_llama, model={"add_tokens": ["<tool>"]}, target_modules=["q_proj"])
     model = adapted.model
     new = model.get_base_model().config.vocab_size - 1
-    optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.1)
+    optimizer = torch.optim.SGD(trained_parameters(model), lr=0.1)
     example = documents([12])[0]
     example.input_ids[5] = new
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "original_module" not in name}
@@ -198,8 +198,8 @@ def test_an_embedding_and_a_head_that_come_apart_are_told(tiny_llama, console, a
 
 
 def test_of_added_tokens_their_rows_alone_count_as_adapted(tiny_llama):
-    share = describe(adapt(tiny_llama))["share_under_adapter"]
-    more = describe(adapt(tiny_llama, model={"add_tokens": ["<tool>"]}))["share_under_adapter"]
+    share = describe_adapter(adapt(tiny_llama))["share_under_adapter"]
+    more = describe_adapter(adapt(tiny_llama, model={"add_tokens": ["<tool>"]}))["share_under_adapter"]
     assert share < more < share + 0.002
 
 
@@ -217,7 +217,7 @@ def test_a_part_of_a_classifier_s_body_is_trained_whole_and_its_embedding_is_tie
     adapter = {"modules_to_save": ["pooler"], "target_modules": ["query", "word_embeddings"]}
     sections = {"adapter": adapter, "generation": {"max_new_tokens": None}, "data": {"deduplicate": "none"}}
     recipe = recipe_of(tmp_path, build_bert(tmp_path / "model"), rows, "classify", **sections)
-    run_pipeline(load_recipe(str(recipe)), Options(out=tmp_path / "run", until="adapt"), console)
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=tmp_path / "run", until="adapt"), console)
     said = console.file.getvalue()
     assert "query × 2" in said
     assert "share one weight" not in said

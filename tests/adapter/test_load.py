@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support.adapting import logits, open_model, quiet, recipe_with, train_a_little
 
-from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import save_adapter
 from llmtune.errors import EnvironmentProblem, RecipeError
@@ -33,7 +33,7 @@ def test_training_goes_on_where_the_adapter_stopped(tiny_llama, run, inner):
     folder, wanted = run
     adapted = go_on(tiny_llama, start_from=str(folder / inner))
     torch.testing.assert_close(logits(adapted.model), wanted)
-    assert len(trainable_parameters(adapted.model)) == 8
+    assert len(trained_parameters(adapted.model)) == 8
     assert adapted.method == "lora"
 
 

@@ -5,7 +5,7 @@ import torch
 from support.adapting import logits, open_model, recipe_with, train_a_little
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmtune.adapter.merging import merge
+from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.errors import EnvironmentProblem, RecipeError
 
@@ -31,7 +31,7 @@ def test_a_merged_model_is_plain_and_gives_the_same_logits(tiny_llama, tiny_gpt2
     named = {key: [renamed.get(name, name) for name in names] for key, names in options.items() if type(names) is list}
     adapted = train_a_little(folder, **{**options, **named})
     wanted = logits(adapted.model)
-    merged = merge(adapted)
+    merged = merge_adapter(adapted)
     assert isinstance(merged, PreTrainedModel)
     torch.testing.assert_close(logits(merged), wanted, atol=2e-5, rtol=0)
     merged.save_pretrained(tmp_path)
@@ -42,7 +42,7 @@ def test_a_merged_model_is_plain_and_gives_the_same_logits(tiny_llama, tiny_gpt2
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'.*invalid shape")  # PEFT's
 def test_what_peft_cannot_merge_is_refused_in_its_words(tiny_llama):
     with pytest.raises(RecipeError, match=r"PEFT cannot merge this adapter: .*the base layer has no bias"):
-        merge(train_a_little(tiny_llama, lora_bias=True))
+        merge_adapter(train_a_little(tiny_llama, lora_bias=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -55,10 +55,10 @@ def test_a_quantised_model_merges_onto_what_is_asked_for(tiny_llama, tiny_gpt2, 
         return load_adapter(open_model(recipe, training=False), tmp_path)
 
     on_four_bits = logits(load().model)
-    dequantized = merge(load(), "dequantized")
+    dequantized = merge_adapter(load(), "dequantized")
     torch.testing.assert_close(logits(dequantized), on_four_bits, atol=2e-5, rtol=0)
     beside_original = logits(load_adapter(open_model(recipe_with(folder), False), tmp_path).model)
-    original = merge(load(), "original")
+    original = merge_adapter(load(), "original")
     torch.testing.assert_close(logits(original), beside_original, atol=2e-5, rtol=0)
     assert (on_four_bits - beside_original).abs().max() > 1e-3
     for merged in (dequantized, original):
@@ -75,7 +75,7 @@ def test_a_merge_onto_the_original_keeps_added_tokens(tiny_llama, tmp_path):
     for onto in ("original", "dequantized"):
         adapted = load_adapter(open_model(recipe, training=False), tmp_path)
         wanted = adapted.model(input_ids=torch.tensor([[425, 7]])).logits[0, 0].detach()
-        merged = merge(adapted, onto)
+        merged = merge_adapter(adapted, onto)
         row = merged.get_input_embeddings().weight[425]
         assert merged.get_input_embeddings().weight.shape[0] == 426
         assert not torch.allclose(row, merged.get_input_embeddings().weight[:425].mean(0), atol=1e-3)
@@ -88,4 +88,4 @@ def test_a_merge_that_is_not_finite_is_told(tiny_llama):
     with torch.no_grad():
         next(p for name, p in adapted.model.named_parameters() if "lora_B" in name)[0, 0] = torch.nan
     with pytest.raises(EnvironmentProblem, match="not finite"):
-        merge(adapted)
+        merge_adapter(adapted)

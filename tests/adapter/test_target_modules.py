@@ -4,7 +4,7 @@ import pytest
 from support.adapting import build_family, open_model, quiet, recipe_with
 
 from llmtune.adapter.injection import inject
-from llmtune.adapter.target_modules import resolve_targets, shorten
+from llmtune.adapter.target_modules import resolve_targets, shorten_targets
 from llmtune.errors import RecipeError
 
 
@@ -118,9 +118,9 @@ def test_a_head_of_its_own_may_be_named_and_a_tied_one_may_not(model, tiny_llama
 
 
 def test_names_are_shortened_only_where_that_matches_the_same(model):
-    assert shorten(resolve(model, target_modules=["q_proj", "v_proj"]), model) == ["q_proj", "v_proj"]
+    assert shorten_targets(resolve(model, target_modules=["q_proj", "v_proj"]), model) == ["q_proj", "v_proj"]
     one = resolve(model, target_modules=["q_proj"], layers_to_transform=0)
-    assert shorten(one, model) == ["model.layers.0.self_attn.q_proj"]
+    assert shorten_targets(one, model) == ["model.layers.0.self_attn.q_proj"]
 
 
 @pytest.mark.parametrize(

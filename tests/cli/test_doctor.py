@@ -8,7 +8,7 @@ from importlib.metadata import requires
 import pytest
 from rich.console import Console
 
-from llmtune.cli.doctor import Check, _show, check_threads, count_cores
+from llmtune.cli.doctor import Check, check_threads, print_checks
 
 SCRIPT = """
 import json, sys, time
@@ -80,12 +80,7 @@ def test_a_library_outside_the_tested_versions_is_noted_with_what_to_type(tmp_pa
     assert found["seconds"] < 3
 
 
-def test_more_threads_than_a_quota_allows_are_noted_with_what_to_type(tmp_path) -> None:
-    quota = tmp_path / "cpu.max"
-    quota.write_text("100000 100000\n")
-    assert count_cores(quota) == 1
-    quota.write_text("max 100000\n")
-    assert count_cores(quota) == count_cores(tmp_path / "absent") >= 1
+def test_more_threads_than_cores_are_noted_with_what_to_type() -> None:
     noted = check_threads(threads=8, cores=2)
     assert noted.state == "note"
     assert noted.fix == "llmtune run RECIPE --threads 2"
@@ -95,5 +90,5 @@ def test_more_threads_than_a_quota_allows_are_noted_with_what_to_type(tmp_path) 
 def test_a_command_that_cures_is_never_cut_on_a_narrow_terminal() -> None:
     command = "pip install --no-deps 'a-package==1.0' && python /home/ada/" + "a-long-folder/" * 9 + "script.py"
     console = Console(file=io.StringIO(), width=60)
-    _show([Check("builtin:a-model", "note", "not installed; recipes that name it need it", command)], console)
+    print_checks([Check("builtin:a-model", "note", "not installed; recipes that name it need it", command)], console)
     assert f"-> {command}\n" in console.file.getvalue()

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 
 from llmtune.cli.app import EXIT_CODES
 from llmtune.report.blocks import Column, Table

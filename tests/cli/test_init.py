@@ -16,7 +16,7 @@ from llmtune.data.sources import local_input
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import SPLITS, Rows
-from llmtune.tasks.class_labels import REGRESSION_METRICS, choose_metrics
+from llmtune.tasks.class_labels import REGRESSION_METRICS, choose_label_metrics
 
 TICKETS = [(str(i), f"Order {i} late", f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
 
@@ -121,11 +121,14 @@ def test_half_a_character_makes_a_row_bad_and_the_others_count(here: Path) -> No
     assert init("rows.jsonl", "--out", "other.yaml").exit_code == 3
 
 
-def test_a_book_is_split_into_rows(here: Path) -> None:
-    (here / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 200)
+def test_a_book_is_split_into_rows_and_read_in_its_encoding() -> None:
+    Path("book.txt").write_bytes(
+        ("Où est le café de la meilleure des époques, et de la pire ?\n" * 200).encode("cp1252")
+    )
     assert init("book.txt").exit_code == 0
     recipe = load_recipe("book.yaml").recipe
     assert (recipe.task, recipe.data.max_length, recipe.data.on_overlong) == ("completion", 1024, "split")
+    assert recipe.data.train[0].encoding == "cp1252"
 
 
 @pytest.mark.parametrize(
@@ -225,10 +228,7 @@ ASKED = [(f"Where is parcel number {i}?", f"It comes in {i} days.") for i in ran
         ({"conversations": [{"question": q, "answer": a} for q, a in ASKED]}, {}, {}),
         ({"conversations": [{"messages": talk("user", q, "assistant", a)} for q, a in ASKED]}, {}, {}),
         (
-            {
-                "by": "desk",
-                "conversations": [{"thread": {"messages": talk("customer", q, "agent", a)}} for q, a in ASKED],
-            },
+            {"by": "", "conversations": [{"thread": {"messages": talk("customer", q, "agent", a)}} for q, a in ASKED]},
             {"messages": "thread.messages"},
             {"user": ("customer",), "assistant": ("agent",)},
         ),
@@ -301,12 +301,6 @@ def test_a_mark_of_utf8_before_another_encoding_is_no_part_of_the_first_column()
     assert "Päckchen" in str(rows_of(rows)[0])
 
 
-def test_a_text_file_in_another_encoding_is_read() -> None:
-    Path("book.txt").write_bytes(("Où est le café ? " * 200).encode("cp1252"))
-    assert init("book.txt").exit_code == 0
-    assert load_recipe("book.yaml").recipe.data.train[0].encoding == "cp1252"
-
-
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 @pytest.mark.parametrize("mark", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE], ids=["little", "big"])
 def test_excels_unicode_text_is_read_by_its_mark(encoding: str, mark: bytes) -> None:
@@ -324,7 +318,7 @@ def test_labels_that_are_numbers_get_metrics_of_numbers() -> None:
     write("scores.csv", "text,label", [(f"stay number {i}", f"{i % 40 / 10}") for i in range(1, 60)])
     assert init("scores.csv").exit_code == 0
     evaluate = load_recipe("scores.yaml").recipe.evaluate
-    assert choose_metrics(evaluate.metrics, "regression") == evaluate.metrics == REGRESSION_METRICS
+    assert choose_label_metrics(evaluate.metrics, "regression") == evaluate.metrics == REGRESSION_METRICS
 
 
 @pytest.mark.parametrize(

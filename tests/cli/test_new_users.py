@@ -40,10 +40,7 @@ def test_data_in_the_place_of_a_recipe_is_answered_with_what_to_type() -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (
-            [(f"Where is {i}?", "") for i in range(40)],
-            "40 of 40 rows are bad: 100.0%",
-        ),
+        ([(f"Where is {i}?", "") for i in range(40)], "40 of 40 rows are bad: 100.0%"),
         ([(f"Where is {i}?", "Here." if i % 4 else "") for i in range(40)], "10 of 40 rows are bad: 25.0%"),
         ([("Where?", "Here.")] * 40, "too few to leave"),
     ],

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.finished import finish_run
 from support.models import build_llama
+from support.runs import finish_run
 
 ESCAPES_OF_UP = "\x1b[A"
 

@@ -16,9 +16,11 @@ LIGHT = [
 ]
 
 
-def test_light_commands_and_errors_about_a_missing_recipe_or_run_import_nothing_heavy() -> None:
-    found = heavy_imports(*LIGHT)
-    assert found == {" ".join(command): [] for command in LIGHT}
+def test_light_commands_and_errors_about_a_missing_recipe_or_run_import_nothing_heavy(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, write_colours(tmp_path / "rows.jsonl"))
+    check = ("recipes", "check", str(recipe))
+    found = heavy_imports(*LIGHT, check)
+    assert found == {" ".join(command): [] for command in LIGHT} | {" ".join(check): [*ROWS]}
 
 
 def test_help_reads_no_schema_of_recipes() -> None:
@@ -44,12 +46,6 @@ def test_imports_at_once_leave_the_collector_as_it_was() -> None:
     assert not gc.isenabled()
     gc.enable()
     gc.unfreeze()
-
-
-def test_checking_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, write_colours(tmp_path / "rows.jsonl"))
-    command = ("recipes", "check", str(recipe))
-    assert heavy_imports(command) == {" ".join(command): [*ROWS]}
 
 
 def best_seconds(cwd: Path, *arguments: object) -> float:

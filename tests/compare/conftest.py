@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from support.finished import write_sums
-from support.runs import write_recipe
+from support.runs import write_recipe, write_sums
 
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 
 ROWS = 60
 SHORT = {"num_train_epochs": 3, "learning_rate": 1e-2}
@@ -36,7 +35,7 @@ def train(place: Path) -> Train:
     def run(name: str, *sets: str, until: str = "run") -> Path:
         torch.set_num_threads(1)
         if not (place / name).exists():
-            options = Options(out=place / name, until=until)
+            options = RunRequest(out=place / name, until=until)
             run_pipeline(load_recipe(place / "tiny.yaml", sets), options, Console(file=io.StringIO()))
         return place / name
 

@@ -16,12 +16,12 @@ from support.runs import invoke, llmtune, write_recipe
 from llmtune.compare.compare_methods import (
     MethodOptions,
     TrialBug,
-    check_folder,
+    check_out_folder,
     default_out,
-    explain,
     plan_trials,
     read_methods,
     read_rates,
+    trial_error,
 )
 from llmtune.errors import EnvironmentProblem, RecipeError, Stopped, TrainingError
 from llmtune.store.atomic_files import read_json
@@ -104,9 +104,9 @@ def test_other_learning_rates_have_another_folder(place: Path) -> None:
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RecipeError, match=r"thesis\.tex"):
-        check_folder(tmp_path)
+        check_out_folder(tmp_path)
     with pytest.raises(RecipeError, match="is a file"):
-        check_folder(tmp_path / "thesis.tex")
+        check_out_folder(tmp_path / "thesis.tex")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_how_a_trial_ended_is_told_with_its_method(
 ) -> None:
     (tmp_path / "said").write_text(json.dumps(said) if said else "")
     with (tmp_path / "said").open() as file:
-        error = explain("qlora", code, file)
+        error = trial_error("qlora", code, file)
     assert isinstance(error, kind)
     assert "qlora" in str(error)
     assert getattr(error, "exit_code", None) == exit_code

@@ -17,8 +17,8 @@ from llmtune.compare.compare_runs import (
     describe_pair,
     describe_pairs,
     finish,
-    shown_metrics,
 )
+from llmtune.compare.comparison_pictures import shown_metrics
 from llmtune.compare.run_comparison import make_comparison
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluation_file import EVALUATION

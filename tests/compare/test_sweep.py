@@ -44,11 +44,11 @@ def write_sweep(model: Path, seed: int = 1) -> Path:
 
 
 def run_sweep(out: str, trials: int = 5, **more: object) -> dict[str, object]:
-    from llmtune.compare.sweep import sweep
+    from llmtune.compare.sweep import run_sweep
     from llmtune.compare.sweep_trial import SweepOptions
 
     quiet = Console(quiet=True)
-    return sweep("recipe.yaml", SweepOptions(Path("space.yaml"), trials, out=Path(out), **more), quiet, quiet)
+    return run_sweep("recipe.yaml", SweepOptions(Path("space.yaml"), trials, out=Path(out), **more), quiet, quiet)
 
 
 @pytest.mark.slow

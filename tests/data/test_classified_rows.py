@@ -85,7 +85,7 @@ def test_rows_of_a_csv_file_are_read_with_their_pairs_and_lists(tmp_path):
 def test_a_class_is_its_number_in_the_order_of_the_labels(tokenizer):
     rows = [{"text": "red cat", "pair": None, "label": name} for name in ("b", "a", "c")]
     encoded = CLASSIFY.encode(rows, tokenizer, recipe_of(kind="single", labels=["c", "b", "a"]))
-    assert [example.target_ids for (example,) in encoded] == [[1], [2], [0]]
+    assert [example.class_ids for (example,) in encoded] == [[1], [2], [0]]
     assert [example.supervised for (example,) in encoded] == [1, 1, 1]
     assert all(example.input_ids == tokenizer("red cat").input_ids for (example,) in encoded)
 
@@ -105,7 +105,7 @@ def test_a_number_may_be_written_as_text(tokenizer):
 def test_weights_of_classes_stand_in_their_examples(tokenizer):
     rows = [{"text": "red cat", "pair": None, "label": label} for label in ("a", "b")]
     recipe = recipe_of(kind="single", labels=["a", "b"], class_weights={"b": 3.0})
-    assert [example.values for (example,) in CLASSIFY.encode(rows, tokenizer, recipe)] == [[1.0], [3.0]]
+    assert [example.weights for (example,) in CLASSIFY.encode(rows, tokenizer, recipe)] == [[1.0], [3.0]]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_long_text_is_told_or_cut(tokenizer):
     recipe = recipe_of(12, "truncate", kind="single", labels=["a", "b"])
     ((example,),) = CLASSIFY.encode([row], tokenizer, recipe)
     wanted = tokenizer(row["text"], row["pair"], truncation=True, max_length=12)
-    assert (example.input_ids, example.third_ids) == (wanted.input_ids, wanted.token_type_ids)
+    assert (example.input_ids, example.token_type_ids) == (wanted.input_ids, wanted.token_type_ids)
     assert len(example.input_ids) == 12
 
 
@@ -146,8 +146,8 @@ def test_the_second_text_of_a_pair_has_another_kind_of_token(tokenizer):
     (read,) = tokenize_texts([row], tokenizer)
     wanted = tokenizer("red cat", "blue dog")
     assert read.input_ids == wanted.input_ids
-    assert read.third_ids == wanted.token_type_ids
-    assert set(read.third_ids) == {0, 1}
+    assert read.token_type_ids == wanted.token_type_ids
+    assert set(read.token_type_ids) == {0, 1}
 
 
 @pytest.mark.parametrize("build", [build_bert, build_distilbert, build_roberta])

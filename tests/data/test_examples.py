@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 from support.families import build_t5
@@ -42,6 +43,20 @@ def test_examples_come_back_in_the_order_of_the_rows(chat_rows, tmp_path, consol
         (start, end) = example.spans
         assert tokenizer.decode(example.input_ids[start:end]) == row["messages"][1]["content"] + "<|im_end|>"
         assert row["messages"][0]["content"] in tokenizer.decode(example.input_ids[:start])
+
+
+def test_examples_of_another_version_are_refused_and_made_again(chat_rows, tmp_path, console):
+    _, examples = encode_file(chat_rows, tmp_path, console)
+    with pa.OSFile(str(examples.files["train"]), "rb") as source:
+        table = pa.ipc.open_file(source).read_all()
+    names = ["third_ids" if name == "other_ids" else name for name in table.column_names]
+    with pa.OSFile(str(examples.files["train"]), "wb") as sink:
+        renamed = table.rename_columns(names)
+        with pa.ipc.new_file(sink, renamed.schema) as file:
+            file.write_table(renamed)
+    with pytest.raises(EnvironmentProblem, match="written by another version") as found:
+        ExampleReader(examples, "train")
+    assert "Run the recipe again" in str(found.value)
 
 
 def test_counts_and_columns_agree_with_the_examples(chat_rows, tmp_path, console):

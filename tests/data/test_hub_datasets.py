@@ -16,8 +16,7 @@ import soundfile
 from datasets import Audio, ClassLabel, Dataset, Features, List, Value
 from rich.console import Console
 from support.audio import write_tone
-from support.http_server import Headers, answering
-from support.hub import read_repository
+from support.http_server import Headers, answering, read_repository
 from support.rows import make_recipe, read_file
 
 from llmtune.data.hub_datasets import as_files_hold_it

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support.cluster_work import die_once, node_of
 from support.models import CHATML
 from support.rows import write_jsonl
 from support.templates import conversation, recipe_for, tokenizer_with
+from support.workers import die_once, node_of
 
 from llmtune.data import deduplication, ingest, worker_pool
 from llmtune.data.examples import encode_rows

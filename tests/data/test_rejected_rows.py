@@ -12,7 +12,7 @@ from llmtune.data.rejected_rows import listed
 from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 
 BAD = '{"messages": [{"role": "user", "con'
 LONG = json.dumps({"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "yes"}]})
@@ -20,7 +20,7 @@ LONG = json.dumps({"messages": [{"role": "user", "content": "word " * 400}, {"ro
 
 def prepare(folder: Path, model: Path, rows: Path, console: Console, **data: object) -> None:
     recipe = write_recipe(folder / "tiny.yaml", model, rows, data=data)
-    run_pipeline(load_recipe(recipe), Options(out=folder / "run", until="prepare"), console)
+    run_pipeline(load_recipe(recipe), RunRequest(out=folder / "run", until="prepare"), console)
 
 
 def spoil(rows: Path, *lines: str) -> None:

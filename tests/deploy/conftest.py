@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.tuned import tuner
+from support.adapting import tuner
 
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.tasks.registry import get_task

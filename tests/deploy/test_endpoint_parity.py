@@ -5,8 +5,9 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 from rich.console import Console
-from support.finished import finish_run
 from support.http_server import answering
+from support.runs import finish_run
+from support.serving import load_served, serving
 from support.templates import EMPTY_THOUGHTS
 from transformers import AutoTokenizer
 
@@ -141,12 +142,7 @@ def test_an_answer_that_parts_at_a_tie_counts_as_the_same_and_log_probabilities_
 
 
 def test_our_own_server_passes(run, served, console):
-    support = pytest.importorskip("support.serving")
-    from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs
-
-    options = ServeOptions()
-    models = load_models(open_runs({"tiny": run}, options, console), options)
-    with support.serving(*models.values()) as url:
+    with serving(*load_served(tiny=run).values()) as url:
         certificate = certify(run, f"{url}/v1/", console, model="tiny")
     assert (certificate["passed"], certificate["measured"]["ids_known_by"]) == (True, "ids")
 

@@ -11,9 +11,9 @@ import llmtune.deploy.gguf_adapter as gguf_adapter
 import llmtune.deploy.gguf_export as exporting
 import llmtune.deploy.gguf_readers as gguf_reading
 from llmtune.adapter.injection import inject
+from llmtune.deploy.gguf_converter import NAMES
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_readers import check_reader
-from llmtune.deploy.gguf_vocabulary import NAMES
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model.config import read_model_config
@@ -71,17 +71,16 @@ def test_values_for_the_template_go_into_the_file_and_the_modelfile(tune, tmp_pa
     assert "<think>\\n\\n</think>" in (tmp_path / "gguf/Modelfile").read_text()
 
 
-def test_a_template_without_an_equal_in_go_is_left_out_and_that_is_said(tune, tmp_path, console):
+def test_a_template_without_an_equal_in_go_has_no_modelfile_as_ollama_would_guess_one(tune, tmp_path, console):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0]['content'] }}" + CHATML)
     certificate = export_gguf(tune(model={"chat_template": str(template)}), tmp_path / "gguf", console)
-    assert not certificate["modelfile_template"]
-    text = (tmp_path / "gguf/Modelfile").read_text()
-    assert "TEMPLATE" not in text.replace("chat template", "")
-    assert "no equal in Go" in console.file.getvalue()
+    assert certificate["modelfile"] is False
+    assert not (tmp_path / "gguf/Modelfile").exists()
+    assert "No Modelfile: Ollama's templates cannot write" in console.file.getvalue()
 
 
-def test_completion_of_another_family_is_certified_without_a_template_in_its_modelfile(tune, tmp_path, console):
+def test_completion_of_another_family_is_certified_and_its_modelfile_adds_nothing_to_a_prompt(tune, tmp_path, console):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')
     model = build_family("gemma3", tmp_path / "model")
@@ -90,7 +89,7 @@ def test_completion_of_another_family_is_certified_without_a_template_in_its_mod
     )
     assert certificate["measured"]["kl_mean"] < 1e-4
     assert certificate["measured"]["effect_kl"] > 1e-3
-    assert "TEMPLATE" not in (tmp_path / "gguf/Modelfile").read_text()
+    assert 'TEMPLATE """{{ .Prompt }}"""\n' in (tmp_path / "gguf/Modelfile").read_text()
 
 
 def test_an_adapter_that_does_nothing_is_not_taken_for_a_lost_one(tune, tmp_path, console):
@@ -132,8 +131,8 @@ def fails(tuned, out, console, said, **options):
 
 @pytest.mark.parametrize("wrong", [{NAMES.CHAT_TEMPLATE: CHATML.replace("assistant", "helper")}, {NAMES.ADD_BOS: True}])
 def test_a_file_with_another_template_or_start_token_fails_and_is_not_kept(tune, tmp_path, console, monkeypatch, wrong):
-    describe = exporting.describe_vocabulary
-    monkeypatch.setattr(exporting, "describe_vocabulary", lambda *given: describe(*given) | wrong)
+    describe = exporting.describe_tokenizer
+    monkeypatch.setattr(exporting, "describe_tokenizer", lambda *given: describe(*given) | wrong)
     certificate = json.loads(fails(tune(), tmp_path / "gguf", console, "other token ids").read_text())
     assert not certificate["passed"]
     assert not certificate["measured"]["same_ids"]

@@ -1,21 +1,25 @@
 """What llama.cpp itself makes of our files; `make test-slow` installs llama-cpp-python, which compiles it."""
 
 import importlib.metadata
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_pieces
-from transformers import AutoTokenizer, GenerationConfig
+from support import families
+from support.classifying import colour_rows, recipe_for
+from support.classifying import run as run_classifier
+from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_phi3, train_pieces
+from transformers import GenerationConfig
 
-from llmtune.adapter.merging import merge
+import llmtune.deploy.gguf_converter as gguf_converter
+from llmtune.adapter.merging import merge_adapter
+from llmtune.deploy.gguf_converter import NAMES, describe_tokenizer, write_model
 from llmtune.deploy.gguf_export import export_gguf
-from llmtune.deploy.gguf_file import write_model
-from llmtune.deploy.gguf_readers import LlamaReader
-from llmtune.deploy.gguf_vocabulary import NAMES, describe_vocabulary, read_vocabulary
+from llmtune.deploy.gguf_readers import LlamaReader, read_tokenizer
+from llmtune.errors import GateFailed, RecipeError
 from llmtune.evaluate.generation import answer_ends, generate_batch
-from llmtune.model.builtin_models import PACKAGED, resolve_builtin
+from llmtune.model.builtin_models import PACKAGED
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytestmark = pytest.mark.slow
@@ -53,7 +57,7 @@ def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_floa
     assert certificate["measured"]["effect_kl"] > 1e-3
     assert certificate["measured"]["kl_mean"] < 1e-4
     tuned = smollm2()
-    model, processor, task = merge(tuned.adapted), tuned.processor, tuned.task
+    model, processor, task = merge_adapter(tuned.adapted), tuned.processor, tuned.task
     stops = answer_ends(model, processor)
     asked = [f"What is the capital of {country}?" for country in COUNTRIES.split()]
     asked += [f"What does the word {word} mean?" for word in WORDS.split()]
@@ -82,13 +86,11 @@ def test_smollm2_in_fewer_bits_is_certified_by_wider_limits(smollm2, tmp_path, c
     assert 1e-5 < certificate["measured"]["kl_mean"] < kl
 
 
-def test_the_tokenizer_of_smollm2_is_described_as_in_its_makers_own_file():
-    if not installed():
-        pytest.skip(f"needs the model package: {PACKAGED[SMOLLM2].install}")
+def test_the_tokenizer_of_smollm2_is_described_as_in_its_makers_own_file(smollm2, tmp_path, console):
     package = importlib.metadata.distribution(PACKAGED[SMOLLM2].distribution)
-    theirs = read_vocabulary(Path(str(package.locate_file(PACKAGED[SMOLLM2].file))))
-    tokenizer = AutoTokenizer.from_pretrained(resolve_builtin(SMOLLM2, Console()))
-    ours = describe_vocabulary(tokenizer, len(theirs[NAMES.LIST]), [[1, 9690]], [2])
+    theirs = read_tokenizer(Path(str(package.locate_file(PACKAGED[SMOLLM2].file))))
+    certificate = export_gguf(smollm2(), tmp_path / "gguf", console)
+    ours = read_tokenizer(tmp_path / "gguf" / certificate["file"])
     for key in (NAMES.MODEL, NAMES.PRE, NAMES.ADD_BOS, NAMES.LIST, NAMES.TOKEN_TYPE, NAMES.MERGES, NAMES.EOS_ID):
         assert ours[key] == theirs[key], key
 
@@ -96,8 +98,7 @@ def test_the_tokenizer_of_smollm2_is_described_as_in_its_makers_own_file():
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_logits_of_every_family_are_those_of_the_model(name, tmp_path):
     tokenizer, model = make_family(name)
-    vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [[1, 100]], [2])
-    write_model(model, tokenizer, vocabulary, tmp_path / "model.gguf", "f32", name)
+    write_model(model, tokenizer, describe_tokenizer(tokenizer, [[1, 100]], [2]), tmp_path / "model.gguf", "f32", name)
     ids = tokenizer(TRICKY)["input_ids"]
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # else in F16
     reading = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=512, logits_all=True, verbose=False, **exact)
@@ -111,16 +112,21 @@ def test_logits_of_every_family_are_those_of_the_model(name, tmp_path):
     assert wanted.std() > 1
 
 
-@pytest.mark.parametrize("name", [*CUTS, "pieces", "pieces behind a space"])
+TRAINED = {"pieces": lambda: train_pieces(False), "pieces behind a space": lambda: train_pieces(True)}
+TRAINED |= {"phi": train_phi3} | {name: partial(train_cut, name) for name in CUTS}
+
+
+@pytest.mark.parametrize("name", list(TRAINED))
 def test_text_becomes_the_same_tokens(name, tmp_path):
-    tokenizer = train_cut(name) if name in CUTS else train_pieces("space" in name)
+    tokenizer = TRAINED[name]()
     _, model = make_family("qwen2", vocab_size=len(tokenizer))
-    vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [[5, 100]], [tokenizer.eos_token_id])
-    write_model(model, tokenizer, vocabulary, tmp_path / "model.gguf", "f16", name)
+    described = describe_tokenizer(tokenizer, [[5, 100]], [tokenizer.eos_token_id])
+    write_model(model, tokenizer, described, tmp_path / "model.gguf", "f16", name)
     reader = LlamaReader(tmp_path / "model.gguf", 64)
-    got = [reader.encode(text) for text in (TRICKY, "cat", " 12 cats\n")]
+    texts = (TRICKY, "cat", " 12 cats\n", "<|user|>\n cats<|end|>\n")
+    got = [reader.encode(text) for text in texts]
     reader.llm.close()
-    assert got == [tokenizer(text)["input_ids"] for text in (TRICKY, "cat", " 12 cats\n")]
+    assert got == [tokenizer(text)["input_ids"] for text in texts]
 
 
 def test_an_adapter_beside_its_base_says_what_was_trained(tune, tmp_path, console):
@@ -134,3 +140,42 @@ def test_an_adapter_beside_its_base_says_what_was_trained(tune, tmp_path, consol
         "certificate.json",
         "tiny-lora-F16.gguf",
     ]
+
+
+def classified(name, count=40):
+    rows = colour_rows(count)
+    if name == "several":
+        return [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(rows)]
+    if name == "number":
+        return [{**row, "label": i / 4} for i, row in enumerate(rows)]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("family", "labels"), [("bert", "one"), ("bert", "several"), ("bert", "number"), ("roberta", "one")]
+)
+def test_an_encoder_with_its_head_gives_the_scores_of_the_tuned_model(family, labels, tmp_path):
+    model = getattr(families, f"build_{family}")(tmp_path / "model")
+    path = recipe_for(tmp_path / "r.yaml", model, classified(labels), deploy=["gguf"], adapter={"r": 4})
+    report, out = run_classifier(path)
+    certificate = report["deploy"]["gguf"]
+    measured = certificate["measured"]
+    assert certificate["reader"] == "llama.cpp"
+    assert measured["effect_kl"] > 100 * measured["kl_mean"]
+    assert (measured["same_ids"], measured["answer_agreement"]) == (True, 1)
+    assert {file.name for file in (out / "gguf/f16").iterdir()} == {certificate["file"], "certificate.json"}
+
+
+def test_a_head_without_berts_pooler_is_another_model(tmp_path, monkeypatch):
+    """The converter alone drops that layer, and llama.cpp then computes other scores."""
+    monkeypatch.setattr(gguf_converter, "POOLER", "no such layer.")
+    path = recipe_for(tmp_path / "r.yaml", families.build_bert(tmp_path / "model"), classified("one"), deploy=["gguf"])
+    with pytest.raises(GateFailed, match="the GGUF file differs"):
+        run_classifier(path)
+
+
+def test_texts_in_pairs_are_refused(tmp_path):
+    rows = [{**row, "pair": "and another text"} for row in classified("one")]
+    path = recipe_for(tmp_path / "r.yaml", families.build_bert(tmp_path / "model"), rows, deploy=["gguf"])
+    with pytest.raises(RecipeError, match="read one text"):
+        run_classifier(path)

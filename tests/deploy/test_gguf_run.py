@@ -1,9 +1,8 @@
 import json
 
 import pytest
-from support.finished import finish_run
 from support.models import build_llama
-from support.runs import invoke
+from support.runs import finish_run, invoke
 
 from llmtune.store.atomic_files import read_json
 

@@ -7,21 +7,22 @@ import shutil
 import pytest
 import torch
 import transformers
-from support import families, pairs, served_tasks
+from support import families, pairs
 from support.classifying import colour_rows
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 import llmtune.deploy.merged_model as merging
-from llmtune.adapter.merging import merge as really_merge
-from llmtune.deploy.merged_model import merge as merge_run
-from llmtune.deploy.parity import compare_outputs
+from llmtune.adapter.merging import merge_adapter as really_merge
+from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.parity import measure_distance
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import Options, open_finished
+from llmtune.session import open_finished
+from llmtune.store.run_request import RunRequest
 
-ROWS = {task: rows for task, (_, rows) in served_tasks.TASKS.items()} | {"classify": colour_rows(40)}
+ROWS = {task: rows for task, (_, rows) in pairs.TASKS.items()} | {"classify": colour_rows(40)}
 NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for t in ("cat", "dog", "fox")]
 MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(ROWS["classify"])]
 TEXTS = [{"text": row["document"]} for row in pairs.DOCUMENTS]
@@ -33,7 +34,7 @@ JUDGED = [
 
 def spoken(folder):
     words = ("one", "two", "three", "four")
-    return [{**row, "text": f"it is {words[i % 4]}"} for i, row in enumerate(served_tasks.tones(folder))]
+    return [{**row, "text": f"it is {words[i % 4]}"} for i, row in enumerate(pairs.tones(folder))]
 
 
 SILENT = {"generation": {"max_new_tokens": None}}
@@ -64,7 +65,7 @@ def train(folder, tiny_llama, case):
     model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
     rows = rows(folder) if callable(rows) else rows
     recipe = pairs.recipe_of(folder, model, rows, task, **sections)
-    run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run", until="train"), pairs.quiet())
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run", until="train"), pairs.quiet())
     return folder / "run"
 
 
@@ -75,7 +76,7 @@ def trained(tmp_path_factory, tiny_llama):
 
 
 def merge(run, console):
-    return merge_run(*open_finished(run, console, offline=True))
+    return merge_run(open_finished(run, console, offline=True))
 
 
 @pytest.mark.parametrize(
@@ -143,12 +144,12 @@ def test_a_merge_that_lost_the_adapter_or_was_disturbed_fails_in_other_tasks_too
 
 def test_numbers_and_several_labels_are_compared_by_what_they_are():
     ones = [torch.tensor([[1.0]]), torch.tensor([[3.0]])]
-    moved = compare_outputs(ones, [one + 1 for one in ones], "number")
+    moved = measure_distance(ones, [one + 1 for one in ones], "number")
     assert (moved.kl_mean, moved.top1_agreement) == (pytest.approx(0.5), 0)
-    assert compare_outputs(ones, ones, "number").top1_agreement == 1
+    assert measure_distance(ones, ones, "number").top1_agreement == 1
     scores, other = torch.tensor([[2.0, -2.0]]), torch.tensor([[1.0, -2.0]])
-    assert compare_outputs([scores], [scores], "yes-no").kl_mean == 0
-    assert compare_outputs([scores], [-scores], "yes-no").top1_agreement == 0
+    assert measure_distance([scores], [scores], "yes-no").kl_mean == 0
+    assert measure_distance([scores], [-scores], "yes-no").top1_agreement == 0
     p, q = scores.sigmoid(), other.sigmoid()
     wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    assert compare_outputs([scores], [other], "yes-no").kl_mean == pytest.approx(float(wanted), rel=1e-4)
+    assert measure_distance([scores], [other], "yes-no").kl_mean == pytest.approx(float(wanted), rel=1e-4)

@@ -7,16 +7,16 @@ import pytest
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from support.adapting import build_family
-from support.finished import finish_run
 from support.models import build_llama
+from support.runs import finish_run
 from support.templates import EMPTY_THOUGHTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmtune.deploy.merged_model as merging
 import llmtune.model.processor as processor
-from llmtune.adapter.injection import trainable_parameters
-from llmtune.adapter.merging import merge as really_merge
-from llmtune.deploy.merged_model import merge, merge_model
+from llmtune.adapter.injection import trained_parameters
+from llmtune.adapter.merging import merge_adapter as really_merge
+from llmtune.deploy.merged_model import merge_model, merge_run
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
 from llmtune.deploy.tuned_model import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
@@ -61,7 +61,7 @@ def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's, of SHiRA
 def test_an_adapter_of_a_method_that_knows_of_no_biases_is_certified(tune, tmp_path, console):
     tuned = tune(adapter={"method": "shira", "r": 2, "lora_alpha": None})
-    for parameter in trainable_parameters(tuned.model):
+    for parameter in trained_parameters(tuned.model):
         parameter.data.add_(0.1)
     certificate = merge_model(tuned, tmp_path / "merged", console)
     assert certificate["passed"]
@@ -133,7 +133,7 @@ def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path
     run = finish_run(tmp_path, base, adapter={"method": "qlora"}, train=brief)
     build_llama(base, seed=9)
     with pytest.raises(EnvironmentProblem, match="the model's content differs from the lock"):
-        merge(*open_finished(run, console, offline=True), onto="original")
+        merge_run(open_finished(run, console, offline=True), onto="original")
     assert not (run / "merged").exists()
 
 
@@ -222,6 +222,6 @@ def test_all_mistakes_of_a_call_are_told_at_once(tune, tmp_path, console):
     with pytest.raises(RecipeError) as raised:
         merge_model(tune(), tmp_path / "mine", console, onto="dequantized", dtype="int3")
     assert len(raised.value.problems) == 3
-    with pytest.raises(RecipeError, match="a file stands where a folder is needed"):
+    with pytest.raises(RecipeError, match="expected a folder, found a file"):
         merge_model(tune(), tmp_path / "mine/thesis.txt/merged", console)
     assert (tmp_path / "mine/thesis.txt").exists()

@@ -11,12 +11,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from support import classifying
 from support.families import build_bert
-from support.finished import finish_run
-from support.hub import hub_at_work
+from support.http_server import hub_at_work
 from support.models import CHATML, build_llama
-from support.runs import llmtune
+from support.runs import finish_run, llmtune
 
-from llmtune.deploy.merged_model import merge
+from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.model_card import PublishOptions
 from llmtune.deploy.publish import publish_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
@@ -129,7 +128,7 @@ def test_a_published_merge_loads_without_its_base_and_has_its_parity(run, tmp_pa
 def test_nothing_that_is_published_names_a_place_a_person_or_a_secret(tmp_path, base, console):
     secret = "hf_" + "a1B2" * 8
     run = finish_run(tmp_path / "home" / "ann", base, name=f"tuned-{secret}", train={**BRIEF, "report_to": []})
-    merge(*open_finished(run, console, offline=True))
+    merge_run(open_finished(run, console, offline=True))
     for merged in (False, True):
         publish(run, tmp_path / "hub", console, merged=merged)
         for path in (tmp_path / "hub").iterdir():

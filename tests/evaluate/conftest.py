@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from support.runs import write_colours
 
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.data.preparation import prepare_rows
-from llmtune.evaluate.evaluator import evaluate
+from llmtune.evaluate import paired_statistics as statistics
+from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.scoring import score_run
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
@@ -84,18 +88,10 @@ class Bench:
         recipe = self.recipe.model_copy(
             update={"evaluate": self.recipe.evaluate.model_copy(update=settings)} if settings else {}
         )
-        models = {"tuned": self.model("tuned"), "base": self.model("base")}
-        return evaluate(
-            models,
-            self.processor,
-            self.rows,
-            self.examples,
-            self.task,
-            recipe,
-            self.console,
-            device="cpu",
-            folder=folder,
-        )
+        has_rows = self.examples.counts.get("test")
+        inputs = make_inputs(self.rows, self.examples, self.task, self.processor, recipe) if has_rows else None
+        context = EvalContext(recipe, self.task, self.processor, inputs, "cpu", self.console, folder)
+        return score_run(ModelLoaders(self.model("base"), self.model("tuned")), context, self.rows)
 
 
 def build_bench(folder: Path, rows: Path, model: Path, text: str = RECIPE, **data) -> Bench:
@@ -152,3 +148,16 @@ def measured(colours, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     bench = replace(colours, entered=[])
     return bench, bench.evaluate(folder, metrics=METRICS, gates=("loss < base",)), folder
+
+
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """The same resamples in each trial, as they cost most of the time: rows are new in each, so trials do not agree."""
+    draw = statistics.draw_counts
+    monkeypatch.setattr(statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw(rows, 0, resamples))))
+
+
+@pytest.fixture
+def without_p(monkeypatch):
+    """No permutations: gates look at intervals only."""
+    monkeypatch.setattr(statistics, "permutation_p", lambda *arguments: 1.0)

@@ -3,14 +3,29 @@
 import json
 
 import pytest
-from support.learning import LOOKS_LIKE_A_CALL, WEATHER, weather_row
+import torch
+from support.learning import LOOKS_LIKE_A_CALL, WEATHER, learn_by_heart, weather_row
 from support.models import build_llama
-from support.templates import EMPTY_THOUGHTS, HERMES, conversation, recipe_for, tokenizer_with
+from support.rows import write_jsonl
+from support.templates import (
+    EMPTY_THOUGHTS,
+    FAMILY_FILES,
+    HERMES,
+    conversation,
+    family_tokenizer,
+    recipe_for,
+    tokenizer_with,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtune.data.row_store import iterate_rows
-from llmtune.evaluate.eval_inputs import choose_metrics, warn_of_cuts
-from llmtune.evaluate.generation import answer_reader
+from llmtune.evaluate.eval_inputs import measured_metrics, warn_of_cuts
+from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.generation import answer_reader, generate_completions
+from llmtune.evaluate.text_metrics import TEXT_MEASURES
+from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import TASK_FACTS, TOOL_METRICS
+from llmtune.tasks.registry import get_task
 
 LONG = """
 recipe_version: 1
@@ -24,19 +39,17 @@ generation: {{max_new_tokens: 90}}
 
 def write_rows(folder, rows):
     """Write test rows, and beside them one to train on."""
-    path = folder / "rows.jsonl"
-    path.write_text(json.dumps(conversation("What is a fox?", "An animal.")) + "\n")
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    write_jsonl(folder / "test.jsonl", rows)
+    return write_jsonl(folder / "rows.jsonl", [conversation("What is a fox?", "An animal.")])
 
 
 def test_empty_thoughts_of_the_template_are_no_part_of_an_answer(tmp_path, build):
     model = build_llama(tmp_path / "model", EMPTY_THOUGHTS)
     rows = [conversation(f"Which colour is number {i}?", colour) for i, colour in enumerate(("red", "green", "blue"))]
     bench = build(tmp_path, write_rows(tmp_path, rows), model, text=LONG)
-    found = bench.evaluate(tmp_path, metrics=("exact_match", "chrf"), gates=("answers_cut <= 0.02",))
+    found = bench.evaluate(tmp_path, metrics=("exact_match", "chrf"))
     assert found.tuned == {"exact_match": 1.0, "chrf": 100.0, "answers_cut": 0.0}
-    assert found.gates[0].passed
+    assert check_gates(EvaluateSection(gates=("answers_cut <= 0.02",)), found)[0].passed
     for line in map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines()):
         assert line["tuned"] == line["reference"]
         assert line["tuned_right"]
@@ -116,17 +129,17 @@ def test_tools_without_a_valid_schema_are_reported_and_not_scored_as_valid(tmp_p
 
 
 def test_metrics_of_tools_are_left_out_where_no_row_has_tools(bench):
-    assert {*TOOL_METRICS} <= {*choose_metrics(bench.recipe, has_tools=True)}
-    assert not {*TOOL_METRICS} & {*choose_metrics(bench.recipe, has_tools=False)}
+    assert {*TOOL_METRICS} <= {*measured_metrics(bench.recipe, has_tools=True)}
+    assert not {*TOOL_METRICS} & {*measured_metrics(bench.recipe, has_tools=False)}
 
 
 def test_answers_that_were_cut_are_counted_and_told(bench, console):
     longer = bench.recipe.generation.model_copy(update={"max_new_tokens": 1})
     bench.recipe, bench.steps = bench.recipe.model_copy(update={"generation": longer}), 0
-    found = bench.evaluate(metrics=("exact_match",), gates=("answers_cut <= 0.02",))
+    found = bench.evaluate(metrics=("exact_match",))
     rows = bench.examples.counts["test"]
     assert found.tuned["answers_cut"] == 1
-    assert not found.gates[0].passed
+    assert not check_gates(EvaluateSection(gates=("answers_cut <= 0.02",)), found)[0].passed
     assert f"answers cut at generation.max_new_tokens (1): base {rows} of {rows}, tuned {rows} of {rows}" in " ".join(
         console.file.getvalue().split()
     )
@@ -144,3 +157,31 @@ def test_references_longer_than_answers_may_be_are_told_before_training(make_ben
     assert 0 < longer < len(lengths)
     assert f"{longer} of {len(lengths)} reference answers of the test rows have more than 6 tokens" in told
     assert f"generation.max_new_tokens: {max(lengths)} has room for all" in told
+
+
+QUICK = ("qwen-3", "gpt-oss")
+LEARNED = [
+    conversation(question, answer)
+    for question, answer in (("cat?", "It is red."), ("dog?", "Green."), ("fox?", "Blue!"))
+]
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY_FILES]
+)
+def test_a_model_that_learned_its_rows_is_right_on_all_of_them(family):
+    tokenizer, task = family_tokenizer(family), get_task("chat")
+    recipe = recipe_for(max_length=2048)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape))
+    examples = [example for encoded in task.encode(LEARNED, tokenizer, recipe) for example in encoded]
+    learn_by_heart(model, examples, task, tokenizer.pad_token_id, steps=300)
+    prompts = [task.prompt_ids(task.split_answer(row)[0], tokenizer, recipe) for row in LEARNED]
+    outputs = generate_completions(model.eval(), prompts, tokenizer, recipe, device="cpu")
+    read = answer_reader(tokenizer, recipe)
+    parsed = [read(output.token_ids, None, prompt) for output, prompt in zip(outputs, prompts, strict=True)]
+    references = [task.split_answer(row)[1] for row in LEARNED]
+    score = TEXT_MEASURES["exact_match"]([answer.text for answer in parsed], references).value
+    assert score == 1.0, [tokenizer.decode(output.token_ids) for output in outputs]
+    assert [output.finish_reason for output in outputs] == ["stop"] * 3

@@ -25,10 +25,10 @@ from llmtune.evaluate.benchmarks import measure_group, measure_task
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.lm_eval import quietly
 from llmtune.evaluate.lm_eval_model import BatchedLM
-from llmtune.evaluate.metric import compare
+from llmtune.evaluate.metric import paired_difference
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapter={"r": 32, "lora_alpha": 64},
         evaluate={"metrics": None, "benchmarks": ["choose.yaml", "write.yaml", "read.yaml"]},
     )
-    run_pipeline(load_recipe(str(recipe)), Options(out=place / "run", offline=True), Console(file=io.StringIO()))
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=place / "run", offline=True), Console(file=io.StringIO()))
     return place
 
 
@@ -174,7 +174,7 @@ def test_a_task_that_cannot_be_run_stops_a_run_before_training(done: Path) -> No
     (done / "exam.yaml").write_text(CHOOSE.replace("test_split: test", "test_split: exam"))
     loaded = load_recipe(str(done / "recipe.yaml"), [f"evaluate.benchmarks={done / 'exam.yaml'}"])
     with pytest.raises(DataError, match="'exam'"):
-        run_pipeline(loaded, Options(out=done / "stopped", offline=True), Console(file=io.StringIO()))
+        run_pipeline(loaded, RunRequest(out=done / "stopped", offline=True), Console(file=io.StringIO()))
     assert not (done / "stopped" / "adapter").exists()
 
 
@@ -214,7 +214,7 @@ def test_a_mean_over_tasks_is_compared_with_a_model_that_scores_zero_in_all_of_t
         measure = measure_group(group, "acc", (first + second) / 2, parts)
         assert measure is not None
         found.append(measure)
-    change = compare(*found, seed=1)
+    change = paired_difference(*found, seed=1)
     assert change.value == pytest.approx(0.75)
     assert change.low > 0.3
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.finished import finish_run, write_sums
-from support.runs import invoke, write_recipe
+from support.runs import finish_run, invoke, write_recipe, write_sums
 
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.deploy.releases import make_release
@@ -36,7 +35,7 @@ def champion(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
 def scored(right: list[bool], names: list[str]) -> tuple[Evaluation, PerRowScores]:
     measure = replace(measure_right(right, "accuracy"), at=tuple(range(len(right))))
     measures = PerRowScores({}, {"accuracy": measure}, tuple(names))
-    return Evaluation({}, {"accuracy": measure.value}, {}, (), (), len(right)), measures
+    return Evaluation({}, {"accuracy": measure.value}, {}, (), len(right)), measures
 
 
 def recipe_with(champion: Path, *sets: str) -> Any:

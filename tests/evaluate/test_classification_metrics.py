@@ -5,14 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
+from seqeval import metrics as seqeval
 from sklearn import metrics as sklearn
 
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
+    ENTITY_METRICS,
     class_table,
     confusion,
+    entity_table,
     majority_scores,
     measure_classes,
+    measure_entities,
 )
 
 LABELS = ("bad", "fair", "good")
@@ -147,3 +151,54 @@ def test_the_majority_of_numbers_is_their_mean():
     assert scores.tolist() == [[3.0]] * 4
     assert measure_classes("mse", "regression", scores, [3.0, 4.0, 3.0, 3.0], ()).value == 0.25
     assert measure_classes("spearman", "regression", scores, [3.0, 4.0, 2.0, 3.0], ()).value == 0
+
+
+REFERENCE = [
+    ["B-PER", "I-PER", "O", "B-LOC"],
+    ["O", "O", "B-ORG", "I-ORG", "I-ORG", "B-ORG"],
+    ["O", "O"],
+    ["B-LOC", "B-LOC", "O", "B-MISC"],
+]
+PREDICTED = [
+    ["B-PER", "I-PER", "O", "B-ORG"],
+    ["O", "I-ORG", "I-ORG", "I-ORG", "O", "B-ORG"],
+    ["O", "B-PER"],
+    ["B-LOC", "I-LOC", "O", "I-MISC"],
+]
+SEQEVAL = {
+    "precision": seqeval.precision_score,
+    "recall": seqeval.recall_score,
+    "f1": seqeval.f1_score,
+    "accuracy": seqeval.accuracy_score,
+}
+TAG = st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B", "B-x-y", "I-x-y"])
+TAGGED_ROWS = st.lists(st.lists(st.tuples(TAG, TAG), min_size=1, max_size=8), min_size=1, max_size=5)
+
+
+def entity_score(metric, predicted, reference):
+    options = {} if metric == "accuracy" else {"zero_division": 0}
+    return SEQEVAL[metric](reference, predicted, **options)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TAGGED_ROWS)
+def test_the_score_of_entities_is_that_of_seqeval_for_any_tags(rows):
+    predicted, reference = [[tag for tag, _ in row] for row in rows], [[tag for _, tag in row] for row in rows]
+    for metric in ENTITY_METRICS:
+        wanted = entity_score(metric, predicted, reference)
+        assert measure_entities(metric, predicted, reference).value == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_table_of_types_is_that_of_seqeval():
+    report = seqeval.classification_report(REFERENCE, PREDICTED, output_dict=True, zero_division=0)
+    found = entity_table(PREDICTED, REFERENCE)
+    assert [row["label"] for row in found] == ["LOC", "MISC", "ORG", "PER"]
+    for row in found:
+        wanted = report[row["label"]]
+        for ours, theirs in {
+            "precision": "precision",
+            "recall": "recall",
+            "f1": "f1-score",
+            "support": "support",
+        }.items():
+            assert row[ours] == pytest.approx(wanted[theirs], abs=1e-12)

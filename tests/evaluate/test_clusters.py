@@ -2,15 +2,15 @@
 
 import json
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
+from support.rows import write_jsonl
+from support.templates import conversation
 
-from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.metric import compare, measure_right, ratio
-from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, row_deviation, share_ends
+from llmtune.evaluate.metric import measure_right, paired_difference, ratio
+from llmtune.evaluate.paired_statistics import difference, difference_weighted, row_deviation, share_bounds
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Evaluation
@@ -41,16 +41,8 @@ def scores_that_move_together(generator, groups, size):
 DRAWS = {
     rows_that_flip_together: {"right_wrong": True},
     losses_that_move_together: {"right_wrong": False},
-    scores_that_move_together: {"right_wrong": False, "ends": share_ends},
+    scores_that_move_together: {"right_wrong": False, "bounds": share_bounds},
 }
-
-
-@pytest.fixture
-def drawn_once(monkeypatch):
-    """The same resamples in each trial, as they cost most of the time."""
-    monkeypatch.setattr(
-        statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw_counts(rows, 0, resamples)))
-    )
 
 
 def false_alarms(draw, groups, size, trials):
@@ -85,7 +77,7 @@ def test_rows_that_are_each_alone_have_the_same_digits_with_groups_and_without(r
         replace(measure_right(list(generator.random(40) < 0.5), "exact_match"), right_wrong=right_wrong)
         for _ in range(2)
     )
-    assert compare(base, replace(tuned, clusters=tuple(range(40))), 0) == compare(base, tuned, 0)
+    assert paired_difference(base, replace(tuned, clusters=tuple(range(40))), 0) == paired_difference(base, tuned, 0)
 
 
 def test_five_copies_of_each_row_say_no_more_than_the_rows():
@@ -126,9 +118,9 @@ def test_a_gate_that_cannot_tell_says_how_many_rows_in_how_many_groups_would():
     base, tuned = rows_that_flip_together(generator, 12, 5)
     clusters = tuple(np.repeat(np.arange(12), 5).tolist())
     models = [replace(measure_right(one.tolist(), "exact_match"), clusters=clusters) for one in (base, tuned)]
-    change, scores = compare(*models, seed=0), [{"exact_match": one.value} for one in models]
+    change, scores = paired_difference(*models, seed=0), [{"exact_match": one.value} for one in models]
     gates = EvaluateSection(gates=("exact_match.low > base - 0.05",), when_unsure="report")
-    (found,) = check_gates(gates, Evaluation(*scores, {"exact_match": change}, (), (), 60))
+    (found,) = check_gates(gates, Evaluation(*scores, {"exact_match": change}, (), 60))
     assert found.passed is None
     assert "60 rows in 12 groups are too few" in found.note
     assert " groups would tell" in found.note
@@ -145,16 +137,7 @@ generation: {{max_new_tokens: 6}}
 
 
 def test_groups_reach_scores_file_and_report(make_bench, tmp_path):
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {i}?"},
-                {"role": "assistant", "content": f"It is {i % 3}."},
-            ],
-            "page": f"page {i // 5}",
-        }
-        for i in range(100)
-    ]
+    rows = [{**conversation(f"What is {i}?", f"It is {i % 3}."), "page": f"page {i // 5}"} for i in range(100)]
     bench = make_bench(GROUPED, rows)
     bench.steps = 0
     found = bench.evaluate(metrics=("loss", "exact_match"), folder=tmp_path)
@@ -169,17 +152,10 @@ def test_groups_reach_scores_file_and_report(make_bench, tmp_path):
 
 
 def test_test_rows_of_a_file_have_groups_too(make_bench, tmp_path):
-    line = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
-    rows = [{**line, "page": f"page {i // 4}", "id": i} for i in range(40)]
-    for i, row in enumerate(rows):
-        row["messages"] = [{"role": "user", "content": f"What is {i}?"}, line["messages"][1]]
-    held_out = tmp_path / "test.jsonl"
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{**conversation(f"What is {i}?", "That."), "page": f"page {i // 4}"} for i in range(40)]
+    held_out = write_jsonl(tmp_path / "test.jsonl", rows)
     text = GROUPED.replace("test: 0.4", f"test: {held_out}")
-    training = [
-        {"messages": [{"role": "user", "content": f"Why {i}?"}, line["messages"][1]], "page": f"other {i}"}
-        for i in range(20)
-    ]
+    training = [{**conversation(f"Why {i}?", "That."), "page": f"other {i}"} for i in range(20)]
     bench = make_bench(text, training)
     bench.steps = 0
     change = bench.evaluate(metrics=("loss",)).difference["loss"]
@@ -187,13 +163,7 @@ def test_test_rows_of_a_file_have_groups_too(make_bench, tmp_path):
 
 
 def test_groups_of_one_row_each_are_named_as_such(make_bench):
-    rows = [
-        {
-            "messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}],
-            "page": f"page {i}",
-        }
-        for i in range(30)
-    ]
+    rows = [{**conversation(f"What is {i}?", f"It is {i}."), "page": f"page {i}"} for i in range(30)]
     bench = make_bench(GROUPED, rows)
     bench.steps = 0
     found = bench.evaluate(metrics=("loss",))

@@ -3,6 +3,7 @@ import json
 import math
 from collections import Counter
 from importlib import resources
+from itertools import accumulate
 
 import pytest
 import torch
@@ -10,19 +11,22 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from support import families
 from support.benchmark_tasks import CHOOSE
+from support.models import train_tokenizer
 from support.runs import write_recipe
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer
 
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.eval_inputs import EvalContext
-from llmtune.evaluate.forgetting import ForgettingSuite, read_questions
+from llmtune.evaluate.forgetting import ForgettingSuite, make_passages, make_text, read_questions, read_texts
 from llmtune.evaluate.lm_eval import quietly
 from llmtune.evaluate.metric import PairedMeasures
-from llmtune.evaluate.perplexity import read_texts
 from llmtune.evaluate.suite_registry import check_variant
+from llmtune.launch.dry_run import dry_run
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.eval_suites_section import ForgettingSection
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import VARIANTS
 
 
@@ -124,10 +128,9 @@ def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tm
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"task": "summarize", "evaluate": {"metrics": None, "forgetting": {}}}
     recipe = write_recipe(tmp_path / "recipe.yaml", "./t5", "rows.jsonl", **settings)
-    for dry_run in (True, False):
-        options = Options(out=tmp_path / "out", dry_run=dry_run)
+    for start in (dry_run, run_pipeline):
         with pytest.raises(RecipeError, match="is no decoder language model") as found:
-            run_pipeline(load_recipe(str(recipe)), options, console)
+            start(load_recipe(str(recipe)), RunRequest(tmp_path / "out"), console)
         assert "evaluate.forgetting" in str(found.value)
     assert "encode" not in console.file.getvalue()
     forms = {form.auto_class: form for form in VARIANTS["summarize"]}
@@ -166,3 +169,70 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, told):
     with pytest.raises(DataError, match=r"q\.jsonl:3") as found:
         read_questions((str(tmp_path / "q.jsonl"),))
     assert told in str(found.value)
+
+
+OFFSETS = "offset_mapping"
+
+
+def test_the_tokens_of_a_text_are_scored_once_and_count_for_their_paragraph(bench):
+    texts = [
+        make_text("a", "One two.\n\n \nÄ three four.\r\n\r\nfive"),
+        make_text("b", "x" * 5000),
+        *read_texts(["own"]),
+    ]
+    found = make_passages(texts, bench.processor, 40)
+    places = [place for window in found.paragraphs for place in window]
+    assert Counter(places) == {i: n for i, n in enumerate(found.tokens.astype(int).tolist()) if n}
+    assert places == sorted(places)
+    assert found.text_of[:6] == (0, 0, 0, 1, 1, 1)
+    for number, text in enumerate(texts):
+        ids = bench.processor("".join(text.paragraphs), add_special_tokens=False)["input_ids"]
+        counts = [found.tokens[i] for i, own in enumerate(found.text_of) if own == number]
+        assert sum(counts) == len(ids) - 1
+        begins = [left for left, _ in bench.processor("".join(text.paragraphs), return_offsets_mapping=True)[OFFSETS]]
+        ends = list(accumulate(map(len, text.paragraphs)))
+        for begin, end, count in zip([1, *ends], ends, counts, strict=False):
+            assert sum(begin <= left < end for left in begins) == count
+    assert all(len(window.input_ids) <= 40 for window in found.windows)
+    firsts = [window.spans[0] for window in found.windows if len(window.input_ids) == 40]
+    assert all(first >= 20 for first in firsts if first != 1)
+
+
+def test_windows_begin_with_the_start_token_where_the_tokenizer_puts_one():
+    tokenizer = train_tokenizer()
+    start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
+    )
+    text = make_text("a", "The quick brown fox jumps over the lazy dog. " * 20)
+    found = make_passages([text], tokenizer, 33)
+    ids = tokenizer("".join(text.paragraphs), add_special_tokens=False)["input_ids"]
+    assert all(window.input_ids[0] == start and start not in window.input_ids[1:] for window in found.windows)
+    assert sum(found.tokens) == len(ids)
+    assert found.sizes.sum() == len("".join(text.paragraphs))
+
+
+def test_a_tokenizer_without_offsets_reads_each_paragraph():
+    text = make_text("a", "One.\n\nTwo, three.")
+    found = make_passages([text], ByT5Tokenizer(), None)
+    assert found.tokens.tolist() == [5, 11]
+    assert found.sizes.tolist() == [5, 11]
+
+
+def test_the_texts_that_come_with_llmtune_are_of_several_kinds():
+    texts = read_texts(["own"])
+    assert [text.name for text in texts] == ["dictionary", "everyday", "novel", "play", "report"]
+    assert all(2000 < sum(map(len, text.paragraphs)) < 4000 for text in texts)
+    assert sum(len(text.paragraphs) for text in texts) > 60
+
+
+def test_texts_that_cannot_be_read_are_told_all_at_once(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("one\ntwo\ncafé".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    with pytest.raises(DataError) as found:
+        read_texts([str(tmp_path / name) for name in ("latin.txt", "empty.txt", "missing.txt")])
+    told = str(found.value)
+    assert "latin.txt:3" in told
+    assert "0xe9" in told
+    assert "there is no text in it" in told
+    assert "missing.txt: there is no such file" in told

@@ -16,7 +16,6 @@ EVALUATION = Evaluation(
         "loss": Difference(-0.5, -0.7, -0.3, 0.001, 100),
         "chrf": Difference(math.nan, math.nan, math.nan, 1, 100),
     },
-    gates=(),
     samples=(),
     rows=100,
     champion=Champion(

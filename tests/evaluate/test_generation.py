@@ -4,7 +4,14 @@ from support.adapting import build_family, sharpened
 from transformers import AutoTokenizer
 
 from llmtune.evaluate import generation
-from llmtune.evaluate.generation import CompletionOutput, answer_ends, cache_budget, end_output, generate, is_greedy
+from llmtune.evaluate.generation import (
+    CompletionOutput,
+    answer_ends,
+    cache_budget,
+    end_output,
+    generate_completions,
+    is_greedy,
+)
 
 LONGROPE = {
     "original_max_position_embeddings": 12,
@@ -33,9 +40,9 @@ def test_answers_come_back_in_the_order_of_the_prompts_whatever_the_batches(tiny
     model, tokenizer = load(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     recipe, advanced = settings(bench, max_new_tokens=5), []
-    together = generate(model, prompts, tokenizer, recipe, device="cpu")
+    together = generate_completions(model, prompts, tokenizer, recipe, device="cpu")
     monkeypatch.setattr(generation, "MOST_ROWS", {"cpu": 2})
-    assert generate(model, prompts, tokenizer, recipe, device="cpu", advance=advanced.append) == together
+    assert generate_completions(model, prompts, tokenizer, recipe, device="cpu", advance=advanced.append) == together
     assert sum(advanced) == len(prompts)
     assert len(advanced) > 1
 
@@ -55,10 +62,10 @@ def test_generation_settings_of_the_model_repository_do_not_count(tiny_llama, be
     model, tokenizer = load(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     recipe = settings(bench, max_new_tokens=12)
-    plain = generate(model, prompts, tokenizer, recipe, device="cpu")
+    plain = generate_completions(model, prompts, tokenizer, recipe, device="cpu")
     model.generation_config.repetition_penalty = 5.0
     own = model.generation_config
-    assert generate(model, prompts, tokenizer, recipe, device="cpu") == plain
+    assert generate_completions(model, prompts, tokenizer, recipe, device="cpu") == plain
     assert model.generation_config is own
 
 
@@ -68,12 +75,12 @@ def test_random_answers_follow_the_recipe_s_seed_and_leave_torch_s_alone(tiny_ll
     recipe = settings(bench, max_new_tokens=12, do_sample=True, temperature=1.5)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first = generate(model, prompts, tokenizer, recipe, device="cpu")
+    first = generate_completions(model, prompts, tokenizer, recipe, device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
-    assert generate(model, prompts, tokenizer, recipe, device="cpu") == first
+    assert generate_completions(model, prompts, tokenizer, recipe, device="cpu") == first
     other = recipe.model_copy(update={"seed": recipe.seed + 1})
-    assert generate(model, prompts, tokenizer, other, device="cpu") != first
+    assert generate_completions(model, prompts, tokenizer, other, device="cpu") != first
 
 
 def test_generation_stops_at_the_template_s_end_of_turn_where_the_tokenizer_ends_elsewhere(tiny_llama, bench):
@@ -98,7 +105,7 @@ def test_beams_and_penalties_go_through_transformers_and_plain_greedy_says_the_s
         options["eos_token_id"] = answer_ends(model, tokenizer, recipe)
         ids = model.generate(ids, **options)[0, len(prompt) :].tolist()
         wanted.append(end_output(ids, set(options["eos_token_id"])))
-    assert generate(model, prompts, tokenizer, recipe, device="cpu") == wanted
+    assert generate_completions(model, prompts, tokenizer, recipe, device="cpu") == wanted
 
 
 @pytest.mark.parametrize(
@@ -123,13 +130,15 @@ def test_answers_are_those_to_each_prompt_alone_in_models_that_padding_or_length
         lambda model, batch, *more: batches.append(len(batch)) or plain(model, batch, *more),
     )
     with torch.inference_mode():
-        together = generate(model, prompts, tokenizer, asked, device="cpu")
+        together = generate_completions(model, prompts, tokenizer, asked, device="cpu")
         assert (max(batches) > 1) == batched
-        assert together == [generate(model, [prompt], tokenizer, asked, device="cpu")[0] for prompt in prompts]
+        assert together == [
+            generate_completions(model, [prompt], tokenizer, asked, device="cpu")[0] for prompt in prompts
+        ]
 
 
 def test_a_batch_takes_up_a_share_of_the_memory_that_there_is(monkeypatch):
-    monkeypatch.setattr(generation, "memory_limit", lambda device: 8_000_000)
+    monkeypatch.setattr(generation, "device_memory", lambda device: 8_000_000)
     assert cache_budget("cpu", 1000) == 1000
-    monkeypatch.setattr(generation, "memory_limit", lambda device: None)
+    monkeypatch.setattr(generation, "device_memory", lambda device: None)
     assert cache_budget("cpu", 1000) == generation.GENERATION_BUDGET["cpu"]

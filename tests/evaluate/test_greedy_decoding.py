@@ -3,7 +3,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.evaluate import greedy_decoding as greedy
-from llmtune.evaluate.greedy_decoding import Columns, Writing, column_bytes_of, write_greedily
+from llmtune.evaluate.greedy_decoding import DecodeBatch, KVCache, column_bytes_of, decode_greedily
 from llmtune.model.packed_attention import PACKED, install_packed
 
 SIZE = 90
@@ -64,7 +64,7 @@ def by_transformers(model, prompts, new, stops):
 def check(model, prompts, new=14, stops=(5, 6, 7, 8, 9, 10, 11, 12)):
     with torch.inference_mode():
         wanted = by_transformers(model, prompts, new, stops)
-        found = write_greedily(model, prompts, new, set(stops), "cpu")
+        found = decode_greedily(model, prompts, new, set(stops), "cpu")
     assert found == wanted
     return wanted
 
@@ -90,15 +90,15 @@ def test_rows_end_at_different_steps_and_leave():
     kept = []
     written = check(model, prompts_of([3, 4, 5, 6, 7, 8, 9, 10]), new=20, stops=range(1, 20))
     assert len({len(row) for row in written}) > 3
-    original = Writing.step
+    original = DecodeBatch.step
 
     def step(self, tokens, count):
         kept.append(len(tokens))
         return original(self, tokens, count)
 
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(Writing, "step", step)
-        write_greedily(model, prompts_of([3, 4, 5, 6, 7, 8, 9, 10]), 20, set(range(1, 20)), "cpu")
+        patch.setattr(DecodeBatch, "step", step)
+        decode_greedily(model, prompts_of([3, 4, 5, 6, 7, 8, 9, 10]), 20, set(range(1, 20)), "cpu")
     assert kept == [sum(len(row) > count for row in written) for count in range(1, len(kept) + 1)]
 
 
@@ -110,7 +110,7 @@ def test_prompts_are_read_in_parts_and_what_they_share_only_once(monkeypatch):
     monkeypatch.setattr(greedy, "TOKEN_BUDGET", {"cpu": 24})
     prompts = prompts_of([4, 6, 6, 5, 6, 4, 2, 5], BEGINNING)
     with torch.inference_mode():
-        found = write_greedily(model, prompts, 1, set(), "cpu")
+        found = decode_greedily(model, prompts, 1, set(), "cpu")
     assert read == [(1, 12), (4, 6), (4, 5)]
     assert found == [[token] for token in (row[0] for row in by_transformers(model, prompts, 1, {0}))]
 
@@ -122,6 +122,6 @@ def test_a_model_that_keeps_a_state_is_left_to_transformers():
 
 def test_a_cache_that_hands_back_other_keys_is_found_out(monkeypatch):
     model = make("llama")
-    monkeypatch.setattr(Columns, "move", lambda self, places, rows: None)
+    monkeypatch.setattr(KVCache, "move", lambda self, places, rows: None)
     with torch.inference_mode():
         assert column_bytes_of(model, "cpu") is None

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import looks as simulated
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 
 from llmtune.deploy.releases import make_release
 from llmtune.errors import EnvironmentProblem, RecipeError
@@ -60,9 +59,9 @@ def test_the_intervals_of_these_simulations_are_those_of_gates(kind: str) -> Non
 
 def test_gates_and_plans_are_at_the_level_of_one_look() -> None:
     change = Difference(0.03, 0.001, 0.06, 0.04, 400)
-    evaluation = Evaluation({}, {"accuracy": 0.53}, {}, (), (), 400)
+    evaluation = Evaluation({}, {"accuracy": 0.53}, {}, (), 400)
     champion = Champion("releases/best.json", {"accuracy": 0.5}, {"accuracy": change}, {})
-    evaluation = Evaluation({}, {"accuracy": 0.53}, {}, (), (), 400, champion=champion)
+    evaluation = Evaluation({}, {"accuracy": 0.53}, {}, (), 400, champion=champion)
     once, weekly = (
         EvaluateSection(gates=("accuracy.low > champion",)),
         EvaluateSection(gates=("accuracy.low > champion",), looks=50, when_unsure="report"),

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from llmtune.evaluate.metric import Measure, compare
+from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.text_metrics import TEXT_MEASURES, measure_tokens
 
 
@@ -38,18 +38,21 @@ def test_a_measure_by_rows_has_the_value_of_every_row_drawn_once():
 
 
 def test_measures_by_rows_are_compared_over_the_same_draws():
-    found = compare(largest(np.arange(50)), largest(np.arange(50) + 3), seed=0)
+    found = paired_difference(largest(np.arange(50)), largest(np.arange(50) + 3), seed=0)
     assert (found.value, found.low, found.high, found.n) == (3, 3, 3, 50)
     assert found.p < 0.001
 
 
 def test_measures_by_rows_of_equal_answers_do_not_differ():
-    found = compare(largest([1, 5, 2]), largest([1, 5, 2]), seed=0)
+    found = paired_difference(largest([1, 5, 2]), largest([1, 5, 2]), seed=0)
     assert (found.value, found.low, found.high, found.p, found.n) == (0, 0, 0, 1, 3)
 
 
 def test_measures_by_rows_have_no_interval_with_one_row_and_no_value_with_none():
-    one, none = compare(largest([1]), largest([2]), seed=0), compare(largest([]), largest([]), seed=0)
+    one, none = (
+        paired_difference(largest([1]), largest([2]), seed=0),
+        paired_difference(largest([]), largest([]), seed=0),
+    )
     assert (one.value, one.p, one.n) == (1, 1, 1)
     assert math.isnan(one.low)
     assert math.isnan(none.value)

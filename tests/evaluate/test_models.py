@@ -15,15 +15,15 @@ from llmtune.session import Models, open_finished
 
 
 def opened(folder, console):
-    context, place = open_finished(folder, console, True)
-    processor = context.read_processor(place)
+    context = open_finished(folder, console, True)
+    processor = context.plan.processor
     rows, examples = (load(folder / "data" / name) for load, name in ((load_rows, "rows"), (load_examples, "examples")))
-    return Models(context, place, processor), make_inputs(rows, examples, context.task, processor, context.recipe)
+    return Models(context), make_inputs(rows, examples, context.plan.task, processor, context.plan.recipe)
 
 
 def ask(models, model, plan, console):
     context = models.context
-    asked = EvalContext(context.recipe, context.task, models.processor, plan, "cpu", console)
+    asked = EvalContext(context.plan.recipe, context.plan.task, context.plan.processor, plan, "cpu", console)
     return predict(model, "a model", asked, models.packs)
 
 

@@ -1,5 +1,5 @@
 import math
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import pytest
@@ -56,14 +56,6 @@ def scores_that_seldom_move(generator, rows):
     return ones(base), ones(base + (generator.random(rows) < 0.2) * generator.beta(1, 2, rows)), 0.2 / 3
 
 
-@pytest.fixture
-def drawn_once(monkeypatch):
-    """The same resamples in each trial, as they cost most of the time: rows are new in each, so trials do not agree."""
-    monkeypatch.setattr(
-        statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw_counts(rows, 0, resamples)))
-    )
-
-
 def coverage(draw, rows, right_wrong):
     """The share of intervals that hold the true difference."""
     generator, hits = np.random.default_rng(7), 0
@@ -104,7 +96,7 @@ def test_without_any_difference_one_verdict_in_twenty_is_wrong_at_most():
     for _ in range(TRIALS):
         base, tuned, _ = flips(generator, 100, 0.08, 0.08)
         change = difference(base, tuned, ratio, right_wrong=True, seed=0, resamples=1000)
-        evaluation = Evaluation({}, {}, {"exact_match": change}, (), (), 100)
+        evaluation = Evaluation({}, {}, {"exact_match": change}, (), 100)
         wrong += verdict(evaluation).word != "inconclusive"
     assert wrong / TRIALS <= 0.06
 

@@ -16,11 +16,11 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
     ENTITY_METRICS,
-    Kind,
+    LabelKind,
     measure_classes,
     measure_entities,
 )
-from llmtune.evaluate.metric import Measure, compare
+from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measures, name_rows, save_measures
 from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_cer, measure_tokens, measure_wer
 from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
@@ -47,7 +47,7 @@ def of(values: Sequence[Any], rows: Sequence[int]) -> list[Any]:
     return [values[row] for row in rows]
 
 
-def classes(kind: Kind, labels: tuple[str, ...]) -> dict[str, Callable[[list[int]], Measure]]:
+def classes(kind: LabelKind, labels: tuple[str, ...]) -> dict[str, Callable[[list[int]], Measure]]:
     scores = random.random((ROWS, 1 if kind == "regression" else len(labels)))
     right = [labels[i % len(labels)] for i in range(ROWS)]
     references: Any = {"single": right, "multi": [[one] for one in right], "regression": [i % 5.0 for i in range(ROWS)]}
@@ -140,7 +140,7 @@ def test_a_measure_comes_back_as_it_was(tmp_path: Path, name: str, drawn: np.nda
     np.testing.assert_array_equal(now.resampled(drawn), was.resampled(drawn))
     turned = replace(now, sums_NK=now.sums_NK[::-1])
     np.testing.assert_allclose(turned.resampled(drawn[:, ::-1]), was.resampled(drawn))
-    assert compare(now, was, 1).value == 0
+    assert paired_difference(now, was, 1).value == 0
 
 
 def test_every_metric_of_every_task_is_among_those_that_come_back() -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import pytest
 from scipy.stats import nct, t
 
-from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.gates import decide, list_power
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.paired_statistics import (
     difference,
-    draw_counts,
     row_deviation,
     rows_needed,
     smallest_difference,
@@ -24,15 +22,6 @@ from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Champion, Difference, Evaluation
 
 ROWS, TRIALS, MARGIN = 300, 1000, 0.02
-
-
-@pytest.fixture
-def drawn_once(monkeypatch):
-    """The same resamples in each trial, as they cost most of the time: rows are new in each, so trials do not agree."""
-    monkeypatch.setattr(
-        statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw_counts(rows, 0, resamples)))
-    )
-    monkeypatch.setattr(statistics, "permutation_p", lambda *arguments: 1.0)  # no gate looks at p
 
 
 def right_or_wrong(generator, rows, true):
@@ -73,7 +62,7 @@ def computed(deviation, true, limit):
     return passed, failed, 1 - passed - failed
 
 
-@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.usefixtures("drawn_once", "without_p")
 @pytest.mark.parametrize("draw", [right_or_wrong, losses])
 def test_gates_pass_fail_and_cannot_tell_as_often_as_an_earlier_run_promised(draw):
     earlier = measure(draw, np.random.default_rng(1), 3000, 0.0)
@@ -94,7 +83,7 @@ def test_gates_pass_fail_and_cannot_tell_as_often_as_an_earlier_run_promised(dra
     assert no_change == near(computed(deviation, 0.0, 0.0))
 
 
-@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.usefixtures("drawn_once", "without_p")
 def test_a_gate_with_a_margin_fails_a_worse_model_and_seldom_an_equal_one():
     """Two fifths of 300 rows change sides; the margin is 0.1, and one row in ten is 1.6 standard errors or so."""
     equal, within, at_the_margin, beyond = (
@@ -126,7 +115,6 @@ EVALUATION = Evaluation(
     {"accuracy": 0.4, "loss": 2.0},
     {"accuracy": 0.5, "loss": 2.0},
     {"accuracy": Difference(0.1, 0.05, 0.15, 0.01, 100), "loss": Difference(0.0, 0.0, 0.0, 1.0, 100)},
-    (),
     (),
     100,
     champion=Champion("runs/best", {"accuracy": 0.49}, {"accuracy": CHANGE}, {}),

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.templates import conversation
 
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
 from llmtune.evaluate.classification_metrics import measure_correlation
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
-from llmtune.evaluate.metric import Measure, PairedMeasures, compare, measure_right
+from llmtune.evaluate.metric import PairedMeasures, measure_right, paired_difference
 from llmtune.evaluate.slices import read_slices, score_slices, split_by_value
 from llmtune.recipe.loader import load_recipe
 
@@ -19,14 +20,13 @@ COLOURS = ("red", "green")
 
 
 def right(values, at=None):
-    found = measure_right(list(values), "exact_match")
-    return Measure(found.metric, found.sums_NK, found.formula, True, at=tuple(at or range(len(values))))
+    return replace(measure_right(list(values), "exact_match"), at=tuple(at or range(len(values))))
 
 
 def rows_of_two_kinds(extra=()):
     return [
         {
-            "messages": [{"role": "user", "content": f"{i} colour?"}, {"role": "assistant", "content": COLOURS[i % 2]}],
+            **conversation(f"{i} colour?", COLOURS[i % 2]),
             "topic": ["sea", "sky", "wood"][i % 3],
             "size": i * 10,
             **dict(extra),
@@ -76,7 +76,7 @@ def test_the_scores_of_a_slice_are_those_of_its_rows_alone():
     for start, one in enumerate(found):
         assert one.base["exact_match"] == pytest.approx(before[start::2].mean())
         assert one.tuned["exact_match"] == pytest.approx(after[start::2].mean())
-        assert one.difference["exact_match"] == compare(right(before[start::2]), right(after[start::2]), 7)
+        assert one.difference["exact_match"] == paired_difference(right(before[start::2]), right(after[start::2]), 7)
 
 
 def test_a_metric_of_some_rows_is_sliced_by_its_own_rows():
@@ -94,7 +94,7 @@ def test_a_correlation_of_a_slice_is_that_of_its_rows_alone():
     part = measure_correlation("spearman", found[::2], wanted[::2])
     sliced = replace(whole, at=tuple(range(40))).subset(range(0, 40, 2))
     assert sliced.value == pytest.approx(part.value)
-    assert compare(sliced, sliced, 0).n == 20
+    assert paired_difference(sliced, sliced, 0).n == 20
 
 
 def test_a_slice_of_few_rows_has_scores_and_no_interval():

@@ -7,10 +7,15 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.token_batches import cut_evenly, run_in_batches
 
 
+def note(batches):
+    """Work that notes its batches and returns the index of each row."""
+    return lambda batch: [batches.append(batch)][:0] + batch
+
+
 def test_every_row_is_done_once_and_no_batch_exceeds_the_budget():
     lengths = [5, 1, 9, 30, 2, 2, 7]
     batches = []
-    run_in_batches(lengths, 20, batches.append)
+    assert run_in_batches(lengths, 20, note(batches)) == list(range(len(lengths)))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert batches[0] == [3]  # longer than the budget, so alone
     assert all(max(lengths[i] for i in batch) * len(batch) <= 20 for batch in batches[1:])
@@ -27,6 +32,7 @@ def test_out_of_memory_halves_the_batch_and_nothing_is_left_out(error):
         if len(batch) > 3:
             raise error
         done.append(batch)
+        return batch
 
     run_in_batches([4] * 16, 64, work)
     assert sorted(i for batch in done for i in batch) == list(range(16))
@@ -66,6 +72,7 @@ def test_the_next_attempt_finds_the_tensors_of_the_failed_one_gone():
             tensor = torch.zeros(8)
             failed.append(weakref.ref(tensor))
             raise torch.OutOfMemoryError("cuda")
+        return batch
 
     run_in_batches([4] * 8, 64, work)
     assert len(failed) == 3  # 8, 4, 2
@@ -73,7 +80,7 @@ def test_the_next_attempt_finds_the_tensors_of_the_failed_one_gone():
 
 def test_packed_rows_fill_the_budget_with_the_sum_of_their_lengths():
     lengths, batches = [5, 1, 9, 30, 2, 2, 7, 4], []
-    run_in_batches(lengths, 20, batches.append, packed=True)
+    run_in_batches(lengths, 20, note(batches), packed=True)
     assert batches == [[3], [2, 6], [0, 7, 4, 5, 1]]
     done = []
 
@@ -81,6 +88,7 @@ def test_packed_rows_fill_the_budget_with_the_sum_of_their_lengths():
         if len(batch) > 2:
             raise torch.OutOfMemoryError("cuda")
         done.append(batch)
+        return batch
 
     run_in_batches(lengths, 60, work, packed=True)
     assert sorted(i for batch in done for i in batch) == list(range(len(lengths)))
@@ -88,5 +96,5 @@ def test_packed_rows_fill_the_budget_with_the_sum_of_their_lengths():
 
 def test_a_batch_has_no_more_rows_than_are_allowed():
     batches = []
-    run_in_batches([1] * 10, 100, batches.append, most=4)
+    run_in_batches([1] * 10, 100, note(batches), most=4)
     assert [len(batch) for batch in batches] == [4, 4, 2]

@@ -1,4 +1,4 @@
-"""Tiny models of every family, each built once; tests only read them."""
+"""Tiny models of every family and a run, each made once; tests only read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import families
+from support.explaining import ANSWERED, train
 from support.models import build_gpt2, build_llama
 
 
@@ -23,3 +24,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return builder(folder / family)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def chat_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model has learned to answer `blue`; its base is `model` in the same folder."""
+    folder = tmp_path_factory.mktemp("chat")
+    longer = {"num_train_epochs": 12}
+    return train(folder, build_llama(folder / "model"), ANSWERED, train=longer, evaluate={"metrics": ["loss"]})

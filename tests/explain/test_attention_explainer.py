@@ -11,15 +11,14 @@ import pytest
 import torch
 from peft import PeftModel
 from support.audio import write_tone
-from support.browser import browse, browser, with_script
+from support.browser import Page, browser, open_browser
 from support.explaining import expect, explain, open_quietly, page_data, quiet, train, values_of
 from support.families import build_t5
-from support.models import build_llama
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from llmtune.errors import RecipeError
 from llmtune.explain import attention_maps
-from llmtune.explain.attention_explainer import explain_attention
+from llmtune.explain.attention_explainer import AttentionExplainer
 from llmtune.explain.inputs import AttentionRequest
 from llmtune.model.library_logging import hushed
 from llmtune.recipe.loader import load_recipe
@@ -27,26 +26,16 @@ from llmtune.recipe.loader import load_recipe
 invoke = partial(explain, "attention")
 
 TEXT = "Which colour has the cat? The cat is blue."
-CHAT = [
-    {"messages": [{"role": "user", "content": f"Is {i} red?"}, {"role": "assistant", "content": "blue"}]}
-    for i in range(24)
-]
 PAIRS = [{"source": f"number {i} is red", "target": "blue"} for i in range(24)]
 QUICK = {"train": {"num_train_epochs": 2}, "evaluate": {"metrics": ["loss"]}}
 FIGURES = {"attention-heatmap.png", "attention-heatmap.svg", "attention-graph.svg", "attention-graph.graphml"}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chat")
-    return train(folder, build_llama(folder / "model"), CHAT, **QUICK)
-
-
-@pytest.fixture(scope="module")
-def explained(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def explained(chat_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What is printed of the run and the text, and where its files are."""
     out = tmp_path_factory.mktemp("explained")
-    return values_of(invoke(run, "--text", TEXT, "--out", out, "--json")), out
+    return values_of(invoke(chat_run, "--text", TEXT, "--out", out, "--json")), out
 
 
 def names(out: Path) -> set[str]:
@@ -74,22 +63,20 @@ def test_a_run_shows_base_tuned_and_difference_in_all_files(explained):
     assert all(layer["mean_change"] > 0 for layer in kind["by_layer"])
     page = page_data(out / "attention.html")["kinds"][0]
     base, tuned = (unpack(page, side, 1, "mean") for side in ("base", "tuned"))
-    assert np.abs(base.sum(-1) - 1).max() < 1e-3
-    assert np.abs(base - tuned).max() > 1e-3
     change = np.abs(tuned - base).sum() / 2 / len(base)
     assert change == pytest.approx(kind["by_layer"][1]["mean_change"], abs=1e-3)
     assert "".join(token["text"] for token in found["tokens"]["source"]) == TEXT
 
 
-def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(run, explained):
+def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(chat_run, explained):
     page = page_data(explained[1] / "attention.html")["kinds"][0]
-    name = str(load_recipe(str(run / "recipe.yaml")).recipe.model.name)
+    name = str(load_recipe(str(chat_run / "recipe.yaml")).recipe.model.name)
     ids = AutoTokenizer.from_pretrained(name)(TEXT, return_tensors="pt")
-    base = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager").eval()
-    for side, model in (("base", base), ("tuned", base)):
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager").eval()
+    for side in ("base", "tuned"):
         if side == "tuned":
             with hushed():
-                model = PeftModel.from_pretrained(base, run / "adapter").eval()
+                model = PeftModel.from_pretrained(model, chat_run / "adapter").eval()
         with torch.inference_mode():
             seen = model(**ids, output_attentions=True).attentions
         for layer in (0, 1):
@@ -109,13 +96,10 @@ def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(built, tmp_path):
     assert found["tokens"]["target"][0]["text"] == "<pad>"
     assert "".join(token["text"] for token in found["tokens"]["target"] if not token["special"]).strip() == "Der Himmel"
     assert "cross/0/rollout" not in str(kinds["cross"]["values"].keys())
-    for kind in ("self", "masked-self", "cross"):
-        for name in FIGURES:
-            stem, ending = name.split(".")
-            assert f"{stem}-{kind}.{ending}" in names(tmp_path)
-        assert f"attention, layer {found['attention'][kind]['shown']['layer']}" in (
-            tmp_path / f"attention-graph-{kind}.svg"
-        ).read_text("utf-8")
+    drawn = {
+        f"{stem}-{kind}.{ending}" for kind in kinds for stem, _, ending in (name.partition(".") for name in FIGURES)
+    }
+    assert names(tmp_path) == drawn | {"attention.html"}
 
 
 def test_without_a_target_an_encoder_decoder_writes_its_own_answer(built, tmp_path):
@@ -153,13 +137,10 @@ def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one
     source = [token["text"] for token in found["tokens"]["source"]]
     assert source == [*(f"{tenth / 10:.1f}s" for tenth in range(13)), "silence"]
     assert [token["text"] for token in found["tokens"]["target"]][:2] == ["<|startoftranscript|>", "<|de|>"]
-    cross = page_data(tmp_path / "attention.html")["kinds"][2]
-    for head in range(4):
-        assert np.abs(unpack(cross, "model", 1, head).sum(-1) - 1).max() < 1e-3
 
 
-def test_a_message_in_the_chat_template_is_what_the_run_was_trained_on(run, tmp_path):
-    found = values_of(invoke(run, "--text", "Is 3 red?", "--chat", "--out", tmp_path, "--json"))
+def test_a_message_in_the_chat_template_is_what_the_run_was_trained_on(chat_run, tmp_path):
+    found = values_of(invoke(chat_run, "--text", "Is 3 red?", "--chat", "--out", tmp_path, "--json"))
     read = [token["text"] for token in found["tokens"]["source"]]
     assert "".join(read) == "<|im_start|>user\nIs 3 red?<|im_end|>\n<|im_start|>assistant\n"
     assert [token["special"] for token in found["tokens"]["source"]].count(True) == 3
@@ -217,8 +198,8 @@ def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_f
     monkeypatch.setattr(attention_maps, "MOST_NUMBERS", 1000)
     target = open_quietly(built("bert"))
     with pytest.raises(RecipeError, match="too many to keep"):
-        explain_attention(target, AttentionRequest(text=TEXT, head="1"), tmp_path, quiet())
-    explain_attention(target, AttentionRequest(text=TEXT, layer=1, head="2"), tmp_path, quiet())
+        AttentionExplainer(target, quiet(), AttentionRequest(text=TEXT, head="1")).explain(tmp_path)
+    AttentionExplainer(target, quiet(), AttentionRequest(text=TEXT, layer=1, head="2")).explain(tmp_path)
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
     assert {"model/1/mean", "model/1/rollout", "model/1/2"} <= set(kind["values"])
     assert "model/0/2" not in kind["values"]
@@ -227,42 +208,47 @@ def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_f
 
 # The page in a browser
 
-
-def picture(shown: str) -> str:
-    found = re.search(r'<image[^>]* href="(data:image/png[^"]*)"', shown)
-    assert found is not None
-    return found[1]
-
-
 CHOOSE = """
-const choose = (id, value) => {
-  const select = document.getElementById(id);
-  select.value = value;
-  select.dispatchEvent(new Event("change"));
+const choose = (id, value, event) => {
+  const field = document.getElementById(id);
+  field.value = value;
+  field.dispatchEvent(new Event(event || "change"));
 };
 """
 
 
+@pytest.fixture
+def page(tmp_path):
+    with open_browser(tmp_path / "profile") as opened:
+        yield opened
+
+
+def shown_after(page: Page, script: str = "") -> str:
+    """What the page shows once a script has acted in it."""
+    return page.run(f"(() => {{ {CHOOSE} {script}; return document.documentElement.outerHTML; }})()")
+
+
 @browser
-def test_choosing_a_head_changes_the_picture(built, tmp_path):
+def test_choosing_a_head_changes_the_picture(built, tmp_path, page):
     values_of(invoke(built("bert"), "--text", "The cat sat", "--out", tmp_path, "--json"))
-    before = browse(tmp_path / "attention.html")
-    after = browse(with_script(tmp_path / "attention.html", CHOOSE + 'choose("layer", "1"); choose("head", "2");'))
-    assert picture(before) != picture(after)
+    page.open((tmp_path / "attention.html").as_uri())
+    before, after = shown_after(page), shown_after(page, 'choose("layer", "1"); choose("head", "2")')
+    pictures = [re.findall(r'<image[^>]* href="(data:image/png[^"]*)"', shown)[0] for shown in (before, after)]
+    assert pictures[0] != pictures[1]
     assert "Layer 1, head 2." in after
     assert "head 2." not in before
     assert ">[CLS]<title>" in before.replace("\n", "")
 
 
 @browser
-def test_the_page_of_a_run_stands_side_by_side_and_its_graph_follows_the_threshold(run, tmp_path):
-    values_of(invoke(run, "--text", "one two three four", "--out", tmp_path, "--json"))
-    script = CHOOSE + 'choose("side", "all"); const slider = document.getElementById("threshold"); '
+def test_the_page_of_a_run_stands_side_by_side_and_its_graph_follows_the_threshold(chat_run, tmp_path, page):
+    values_of(invoke(chat_run, "--text", "one two three four", "--out", tmp_path, "--json"))
+    page.open((tmp_path / "attention.html").as_uri())
     edges = {}
     for value in ("0.01", "0.99"):
-        move = f'slider.value = "{value}"; slider.dispatchEvent(new Event("input")); point(2, 1);'
-        shown = browse(with_script(tmp_path / "attention.html", script + move))
+        shown = shown_after(page, f'choose("side", "all"); choose("threshold", "{value}", "input"); point(2, 1)')
         edges[value] = shown.count('class="edge ')
         assert shown.count("<image ") == 3
         assert re.search(r"looks at <bdi>.*?</bdi>: base 0\.\d{3}, tuned 0\.\d{3}, difference [+−]?0\.\d{3}", shown)
     assert edges["0.01"] > edges["0.99"]
+    assert page.errors == []

@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 from support.explaining import quiet
 
-from llmtune.explain.attention_capture import CROSS, SELF, Kind
-from llmtune.explain.attention_figures import draw_figures, find_edges
-from llmtune.explain.attention_maps import EDGES_PER_WORD, MEAN, AttentionMaps, Lines, find_threshold
+from llmtune.explain.attention_figures import draw_attention, find_edges
+from llmtune.explain.attention_maps import (
+    CROSS,
+    EDGES_PER_WORD,
+    MEAN,
+    SELF,
+    AttentionKind,
+    AttentionMaps,
+    TextLines,
+    find_threshold,
+)
 from llmtune.explain.inputs import AttentionRequest
-from llmtune.explain.token_text import Line, Token
+from llmtune.explain.token_text import Token, TokenLine
 
 WORDS = ["[CLS]", "the", "cat", "שלום", "日本"]
 MATRIX = np.array(
@@ -27,18 +35,18 @@ MATRIX = np.array(
 )
 
 
-def line(words: list[str]) -> Line:
-    return Line.of([Token(i, word, special=word[0] == "[", continues=False) for i, word in enumerate(words)])
+def line(words: list[str]) -> TokenLine:
+    return TokenLine.of([Token(i, word, special=word[0] == "[", continues=False) for i, word in enumerate(words)])
 
 
-def maps_of(lines: Lines, kind: Kind = SELF, **models: np.ndarray) -> AttentionMaps:
+def maps_of(lines: TextLines, kind: AttentionKind = SELF, **models: np.ndarray) -> AttentionMaps:
     """One layer whose mean is what is given, and a threshold of 0.3."""
     kept = {model: {kind: {0: {MEAN: weights}}} for model, weights in models.items()}
     return AttentionMaps(tuple(models), lines, {kind: (1, 1)}, AttentionRequest(layer=0, threshold=0.3), kept)
 
 
 def test_edges_are_the_weights_from_the_threshold_on_of_any_model_but_not_to_where_attention_is_parked():
-    lines = Lines(line(WORDS))
+    lines = TextLines(line(WORDS))
     assert find_edges(maps_of(lines, model=MATRIX), SELF) == [(3, 4), (1, 2), (2, 3)]
     assert (4, 3) in find_edges(maps_of(lines, base=MATRIX, tuned=MATRIX.T.copy()), SELF)
 
@@ -50,8 +58,8 @@ def test_the_threshold_by_itself_leaves_about_the_edges_that_can_be_read():
 
 
 def test_graphml_and_picture_hold_words_weights_and_differences(tmp_path: Path):
-    maps = maps_of(Lines(line(WORDS)), base=MATRIX, tuned=MATRIX.T.copy())
-    _, _, svg, graphml = draw_figures(maps, tmp_path, quiet())
+    maps = maps_of(TextLines(line(WORDS)), base=MATRIX, tuned=MATRIX.T.copy())
+    _, _, svg, graphml = draw_attention(maps, tmp_path, quiet())
     made = networkx.read_graphml(graphml)
     assert [data["label"] for _, data in made.nodes(data=True)] == WORDS
     assert made.nodes["t0"]["special"] is True
@@ -63,9 +71,9 @@ def test_graphml_and_picture_hold_words_weights_and_differences(tmp_path: Path):
 
 
 def test_a_cross_graph_has_the_words_of_both_texts_even_those_that_xml_cannot_hold(tmp_path: Path):
-    lines = Lines(line(["the", "a\x00b", "\ud800"]), line(["<pad>", "<&\"'>"]))
+    lines = TextLines(line(["the", "a\x00b", "\ud800"]), line(["<pad>", "<&\"'>"]))
     maps = maps_of(lines, CROSS, model=np.full((2, 3), 1 / 3, dtype=np.float32))
-    _, _, svg, graphml = draw_figures(maps, tmp_path, quiet())
+    _, _, svg, graphml = draw_attention(maps, tmp_path, quiet())
     made = networkx.read_graphml(graphml)
     assert [(data["line"], data["label"]) for _, data in made.nodes(data=True)] == [
         *(("source", word) for word in ("the", "a<U+0000>b", "<U+D800>")),

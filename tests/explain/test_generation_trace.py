@@ -42,16 +42,6 @@ def generated(model: Any, prompt: ModelInputs, **settings: Any) -> list[int]:
     return out[0].tolist()
 
 
-def test_a_greedy_answer_is_the_one_that_the_model_gives(llama):
-    model, tokenizer = llama
-    prompt = prompt_for(tokenizer)
-    trace = trace_answer(model, prompt, tokenizer, GREEDY)
-    wanted = generated(model, prompt, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    assert trace.prefix + trace.ids == wanted
-    assert trace.prefix == prompt.ids
-    assert all(step.token == step.candidates[0].token for step in trace.steps)
-
-
 def test_a_drawn_answer_is_the_one_of_the_same_seed(llama):
     model, tokenizer = llama
     prompt = prompt_for(tokenizer)
@@ -97,28 +87,20 @@ def test_what_is_kept_is_what_sorting_and_adding_up_leaves(llama, temperature, t
         assert one.kept == pytest.approx(wanted.get(one.token.id, 0.0), rel=1e-3, abs=1e-9)
 
 
-@pytest.mark.parametrize("family", ["t5", "bart"])
-def test_an_encoder_decoder_answers_as_it_does_by_itself(built, family):
-    place = built(family)
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
-    prompt = prompt_for(tokenizer, "Which colour is the sky?", "summarize")
+@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+def test_a_greedy_answer_is_the_one_that_the_model_gives(built, family):
+    folder, task = built(family), "completion" if family == "llama" else "summarize"
+    auto = AutoModelForCausalLM if family == "llama" else AutoModelForSeq2SeqLM
+    model, tokenizer = auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    prompt = prompt_for(tokenizer, "Which colour is the sky?", task)
+    start = getattr(model.config, "decoder_start_token_id", None)
     trace = trace_answer(model, prompt, tokenizer, GREEDY)
-    start = model.config.decoder_start_token_id
-    wanted = generated(
-        model,
-        prompt,
-        do_sample=False,
-        decoder_start_token_id=start,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=0,
-    )
-    assert trace.prefix + trace.ids == wanted
-    assert trace.prefix == [start]
-    readings = score_answer(model, prompt, tokenizer, trace.prefix, trace.ids)
-    assert [reading.probability for reading in readings] == pytest.approx(
-        [s.probability for s in trace.steps], rel=1e-3
-    )
-    assert all(step.layers for step in trace.steps)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    assert trace.prefix + trace.ids == generated(model, prompt, do_sample=False, decoder_start_token_id=start, **ends)
+    assert trace.prefix == (prompt.ids if start is None else [start])
+    assert all(step.token == step.candidates[0].token and step.layers for step in trace.steps)
+    scores = score_answer(model, prompt, tokenizer, trace.prefix, trace.ids)
+    assert [score.probability for score in scores] == pytest.approx([s.probability for s in trace.steps], rel=1e-3)
 
 
 def test_a_mask_is_filled_with_the_likeliest_word(built):

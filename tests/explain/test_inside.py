@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 from support.families import build_bert, build_whisper
-from support.finished import finish_run
 from support.models import build_llama
+from support.runs import finish_run
 from typer.testing import CliRunner
 
 from llmtune.cli.app import app

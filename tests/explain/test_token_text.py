@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.models import train_tokenizer
 from transformers import AutoTokenizer
 
-from llmtune.explain.token_text import LONGEST, WORD, Token, label, name_tokens
+from llmtune.explain.token_text import LONGEST, WORD, Token, name_tokens, token_label
 
 TOKENIZER = train_tokenizer()
 
@@ -30,7 +30,7 @@ def test_each_kind_of_vocabulary_marks_what_is_special_and_where_a_word_goes_on(
     }
     for family, wanted in pieces.items():
         tokens = named(read(built, family), "jumpsuit?")
-        assert [label(token) for token in tokens] == wanted
+        assert [token_label(token) for token in tokens] == wanted
         assert [token.text for token in tokens if token.special] == [w for w in wanted if w[0] in "[<"]
 
 
@@ -70,7 +70,7 @@ def test_every_id_has_a_token_and_together_they_are_the_text(text):
 
 @given(st.text(min_size=1), st.booleans())
 def test_a_label_is_one_line_without_anything_that_turns_or_hides_the_text_around_it(text, continues):
-    shown = label(Token(1, text, special=False, continues=continues))
+    shown = token_label(Token(1, text, special=False, continues=continues))
     assert len(shown) <= LONGEST + 9
     assert not set(shown) & set("\n\r\t\x00\u202e\u2066\u2069\u200b\ufeff")
 
@@ -90,7 +90,7 @@ def test_a_label_is_one_line_without_anything_that_turns_or_hides_the_text_aroun
     ],
 )
 def test_labels(text, shown):
-    assert label(Token(1, text, special=False, continues=False)) == shown
+    assert token_label(Token(1, text, special=False, continues=False)) == shown
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmtune.explain.trained_modules import adapter_moves, compare, effective_rank
+from llmtune.explain.trained_modules import adapter_moves, compare_weights, effective_rank
 from llmtune.model.library_logging import hushed
 
 
@@ -145,6 +145,8 @@ def test_a_quantised_base_counts_as_it_is_used(tiny_llama: Path):
 
 def test_a_matrix_that_did_not_move_has_no_rank():
     weight = {"weight": torch.ones(4, 3)}
-    move = compare("head", "weights", weight, {"weight": torch.ones(4, 3)})
+    move = compare_weights("head", "weights", weight, {"weight": torch.ones(4, 3)})
     assert (move.change, move.effective_rank, move.rank) == (0.0, None, 3)
-    assert compare("head", "weights", {"weight": torch.zeros(2, 2)}, {"weight": torch.ones(2, 2)}).relative is None
+    assert (
+        compare_weights("head", "weights", {"weight": torch.zeros(2, 2)}, {"weight": torch.ones(2, 2)}).relative is None
+    )

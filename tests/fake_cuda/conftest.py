@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.fake_device import PRELOADED
+from fake_cuda.device import PRELOADED
 from tasks.conftest import clips  # noqa: F401  (a fixture)
 
 HERE = Path(__file__).parent

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.fake_device import HiddenRead, fake_cuda, move, set_up_there
+from fake_cuda.device import HiddenRead, fake_cuda, move, set_up_there
 from support.pairs import prepare_training, recipe_of
 from support.training import with_methods
 from tasks.test_contract import CASES, Case
 from torch._subclasses.fake_tensor import FakeTensor
 
-from llmtune.evaluate.generation import FEW_PROMPTS, generate
+from llmtune.evaluate.generation import FEW_PROMPTS, generate_completions
 from llmtune.model.packed_attention import _agrees_with_sdpa
 from llmtune.records import Loss
 from llmtune.tasks.registry import VARIANTS
@@ -83,7 +83,7 @@ def test_prompts_are_answered_on_the_device(prompts, tmp_path, clips):
     with fake_cuda(VERDICT | reads) as mode, torch.no_grad():
         adapted.model.eval()
         move(adapted.model, mode)
-        outputs = generate(adapted.model, prompts, adapted.selected.processor, recipe, device="cuda")
+        outputs = generate_completions(adapted.model, prompts, adapted.selected.processor, recipe, device="cuda")
     assert [set(output.token_ids) for output in outputs] == [{7}] * len(prompts)
     assert ("write_greedily" in mode.reads) == (len(prompts) > FEW_PROMPTS)
 

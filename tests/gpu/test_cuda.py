@@ -11,9 +11,10 @@ import bitsandbytes
 import pytest
 import torch
 from rich.console import Console
+from support.adapting import open_model
 from support.models import build_llama
 from support.runs import llmtune, write_recipe
-from support.training import adapt, make_recipe, run_training, select, write_examples
+from support.training import adapt, make_recipe, run_training, write_examples
 
 from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.deploy.merged_model import merge_model
@@ -87,7 +88,7 @@ def test_a_quantised_base_is_in_4_bits_and_its_adapter_reloads_on_it(tiny_llama:
     assert trained.train_loss < trained.first_loss
     wanted = logits_of(adapted)
     save_adapter(adapted, tmp_path / "saved")
-    again = load_adapter(select(recipe, "cuda", training=False), tmp_path / "saved")
+    again = load_adapter(open_model(recipe, training=False, device="cuda"), tmp_path / "saved")
     torch.testing.assert_close(logits_of(again), wanted, atol=1e-2, rtol=1e-2)
     tuned = TunedModel(again, recipe, get_task("chat"))
     certificate = merge_model(tuned, tmp_path / "merged", Console(file=io.StringIO()), onto="dequantized")

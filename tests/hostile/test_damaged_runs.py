@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import typer.main
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 
 from llmtune.cli.app import app
 from llmtune.compare.sweep_trial import validations
@@ -148,7 +147,7 @@ def whole_files(names: list[str], hows: tuple[str, ...]) -> Iterator[tuple[str, 
             yield name, how, lambda name=name, how=how: damage(RUN / name, how)  # type: ignore[misc]
 
 
-def wrong_values(name: str, each: int, share: float = 1.0) -> Iterator[tuple[str, str, Callable[[], None]]]:
+def wrong_values(name: str, each: int, share: float) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """Yield so many wrong values at (a share of) the keys of a JSON file, and the removal of each."""
     draw = random.Random(7)
     for path in keys(json.loads(Path("runs/tiny", name).read_text())):
@@ -173,27 +172,16 @@ READ_BY_MODELS = [
 
 
 @pytest.mark.usefixtures("place")
-def test_a_damaged_file_of_a_run_is_named_by_the_commands_that_read_it() -> None:
-    assert try_all(LIGHT, whole_files(FILES, ("missing", "cut", "not UTF-8", "list", "object", "folder"))) == []
+@pytest.mark.parametrize("hows", [("cut", "list"), pytest.param(DAMAGES, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_damaged_file_of_a_run_is_named_by_the_commands_that_read_it(hows: tuple[str, ...]) -> None:
+    assert try_all(LIGHT, whole_files(FILES, hows)) == []
 
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("name", ["run.json", "report.json", "llmtune.lock", "merged/certificate.json"])
-def test_a_wrong_value_in_a_file_of_a_run_is_named(name: str) -> None:
-    assert try_all(LIGHT, wrong_values(name, 1, share=0.03)) == []
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("place")
-def test_every_damage_of_every_file_is_named() -> None:
-    assert try_all(LIGHT, whole_files(FILES, DAMAGES)) == []
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("place")
-@pytest.mark.parametrize("name", ["run.json", "report.json", "llmtune.lock", "merged/certificate.json"])
-def test_every_wrong_value_of_every_key_is_named(name: str) -> None:
-    assert try_all(LIGHT, wrong_values(name, 4)) == []
+@pytest.mark.parametrize(("each", "share"), [(1, 0.01), pytest.param(4, 1.0, marks=pytest.mark.slow)])
+def test_a_wrong_value_in_a_file_of_a_run_is_named(name: str, each: int, share: float) -> None:
+    assert try_all(LIGHT, wrong_values(name, each, share)) == []
 
 
 @pytest.mark.slow

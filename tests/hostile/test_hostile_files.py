@@ -17,7 +17,8 @@ from support.hostile import attempt
 from support.runs import write_recipe
 
 from llmtune.cli.output_streams import print_json
-from llmtune.errors import STEERING
+from llmtune.errors import STEERING, EnvironmentProblem
+from llmtune.serve.server import bind_socket
 from llmtune.store.run_folder import open_run
 
 SPECIAL = ["fifo", "link", "/dev/zero", "/dev/random", "/proc/kmsg", "."]
@@ -35,7 +36,8 @@ def recipe(here: Path, chat_rows: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_a_recipe_that_is_a_pipe_or_a_device_is_refused(recipe: Path, name: str) -> None:
+def test_a_recipe_or_lock_that_is_a_pipe_or_a_device_is_refused(recipe: Path, name: str) -> None:
+    assert "not a readable llmtune.lock" in attempt("prepare", recipe, "--lock", name, "--out", "run", code=2)
     assert name in attempt("recipes", "check", name, code=2)
     recipe.write_text(f"{recipe.read_text()}extends: {name}\n")
     attempt("recipes", "check", recipe, code=2)
@@ -46,11 +48,6 @@ def test_init_on_what_is_not_a_regular_file_is_refused(recipe: Path, name: str) 
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind("socket")
         assert f"{name}: not a regular file -> Copy its rows into a file" in attempt("init", name, code=2)
-
-
-@pytest.mark.parametrize("name", SPECIAL)
-def test_a_lock_that_is_a_pipe_or_a_device_is_refused(recipe: Path, name: str) -> None:
-    assert "not a readable llmtune.lock" in attempt("prepare", recipe, "--lock", name, "--out", "run", code=2)
 
 
 @pytest.mark.parametrize("content", ["{}", "5", '{"model": 5, "data": {}}', '{"model": {}, "data": {}}', "[" * 9000])
@@ -129,11 +126,13 @@ def test_what_a_killed_search_for_near_rows_left_is_removed(here: Path) -> None:
         assert list((here / "run/data").iterdir()) == []
 
 
-def test_a_server_that_may_open_64_files_is_refused_before_anything_is_loaded() -> None:
-    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-    code += "from llmtune.serve.server import bind_socket\nbind_socket('127.0.0.1', 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "EnvironmentProblem: ulimit -n: only 64 files may be open at once" in done.stderr
+def test_a_server_that_may_open_64_files_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(64, 64)]
+    monkeypatch.setattr("resource.getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda kind, pair: limits.append(pair))
+    with pytest.raises(EnvironmentProblem, match="only 64 files may be open at once") as refused:
+        bind_socket("127.0.0.1", 0)
+    assert "ulimit -n" in str(refused.value)
 
 
 SERVER = """
@@ -161,6 +160,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_server_that_is_answering_without_a_traceback() -> None:
     done = subprocess.run([sys.executable, "-c", SERVER], capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout == "stopped\n", done.stderr

@@ -65,7 +65,7 @@ def test_neither_code_of_a_model_nor_a_pickle_runs_unasked(place, run, shows):
     shows="the token is [removed]",
     also=[
         "test_pipeline.py::test_no_file_of_a_run_holds_a_secret_of_the_environment",
-        "report/test_write.py::test_secrets_stand_in_none_of_the_files",
+        "recipe/test_secrets.py::test_values_of_secret_keys_are_removed_at_any_depth",
     ],
 )
 def test_a_token_in_a_row_stands_in_no_report(place, run, without, shows):
@@ -76,7 +76,6 @@ def test_a_token_in_a_row_stands_in_no_report(place, run, without, shows):
     rows = (place / "rows.jsonl").read_text().replace("Which colour has", f"the token is {TOKEN} has")
     (place / "rows.jsonl").write_text(rows)
     with (
-        without("llmtune.report.write.redact_all", lambda value, *known: value),
         without("llmtune.evaluate.run_report.redact_all", lambda value, *known: value),
         without("llmtune.data.data_report.redact_all", lambda value, *known: value),
     ):

@@ -31,7 +31,10 @@ from llmtune.adapter.injection import inject
 from llmtune.data.examples import encode_rows
 from llmtune.data.preparation import prepare_rows
 from llmtune.errors import LlmtuneError
-from llmtune.evaluate.evaluator import evaluate
+from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.scoring import score_run
+from llmtune.model.config import read_model_config
 from llmtune.model.kernels import check_kernels
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import check_memory
@@ -39,8 +42,8 @@ from llmtune.model.resolve import resolve_model
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.session import RunContext
-from llmtune.store.run_folder import default_path, peek_run
+from llmtune.session import Plan, find_variant
+from llmtune.store.run_folder import default_path
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.loop import train
 from llmtune.train.optimizer import build_optimizer
@@ -68,10 +71,9 @@ class Resolved:
         return prepare_rows(self.recipe, self.folder / "rows", QUIET)
 
     @cached_property
-    def context(self) -> RunContext:
-        context = RunContext(self.recipe, peek_run(self.folder, "none"), QUIET, offline=True)
-        context.infer_labels(self.model_ref, self.made_rows)
-        return context
+    def plan(self) -> Plan:
+        task, config = find_variant(self.recipe, self.model_ref), read_model_config(self.model_ref, self.recipe.model)
+        return Plan(task.infer_labels(self.recipe, self.made_rows, config), task, self.model_ref, "cpu")
 
     @cached_property
     def model_ref(self) -> Any:
@@ -79,22 +81,22 @@ class Resolved:
 
     @cached_property
     def made_examples(self) -> Any:
-        context, processor = self.context, self.context.read_processor(self.model_ref)
-        return encode_rows(self.made_rows, context.task, processor, context.recipe, self.folder / "examples", QUIET)
+        plan = self.plan
+        return encode_rows(self.made_rows, plan.task, plan.processor, plan.recipe, self.folder / "examples", QUIET)
 
     @cached_property
     def selected(self) -> Any:
-        context, processor = self.context, self.context.read_processor(self.model_ref)
-        return load_model(self.model_ref, context.recipe, context.task, processor, device="cpu", training=True)
+        plan = self.plan
+        return load_model(self.model_ref, plan.recipe, plan.task, plan.processor, device="cpu", training=True)
 
     @cached_property
     def adapted(self) -> Any:
-        return inject(self.selected, self.context.recipe, QUIET)
+        return inject(self.selected, self.plan.recipe, QUIET)
 
     @cached_property
     def training(self) -> Any:
-        context = self.context
-        return set_up(self.adapted, self.made_examples, context.task, context.recipe, self.folder, QUIET, "inputs")
+        plan = self.plan
+        return set_up(self.adapted, self.made_examples, plan.task, plan.recipe, self.folder, QUIET, "inputs")
 
     def name(self) -> object:
         return str(default_path(self.recipe.name, self.fingerprint))
@@ -109,7 +111,7 @@ class Resolved:
     def model(self) -> object:
         model = self.selected.model
         weights = [self.model_ref.content_hash, str(next(model.parameters()).dtype), len(self.selected.processor)]
-        return [*weights, str(self.context.task), str(model.config._attn_implementation)]
+        return [*weights, str(self.plan.task), str(model.config._attn_implementation)]
 
     def memory(self) -> object:
         return check_memory(self.selected.plan, self.recipe, QUIET)
@@ -145,7 +147,7 @@ class Resolved:
 
     def events(self) -> object:
         """When the loop validates, logs, saves and stops: only the loop itself reads these keys."""
-        task, recipe = self.context.task, self.context.recipe
+        task, recipe = self.plan.task, self.plan.recipe
         train(self.adapted, self.made_examples, task, recipe, self.folder, QUIET, budget=BUDGET, inputs="inputs")
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         curve = [(line["step"], line["loss"], line.get("validation_loss")) for line in lines]
@@ -154,11 +156,10 @@ class Resolved:
 
     def evaluation(self) -> object:
         """The untrained model stands for base and tuned model."""
-        context, processor = self.context, self.selected.processor
-        models = {name: partial(nullcontext, self.selected.model.eval()) for name in ("base", "tuned")}
-        found = evaluate(
-            models, processor, self.made_rows, self.made_examples, context.task, context.recipe, QUIET, device="cpu"
-        )
+        plan, load = self.plan, partial(nullcontext, self.selected.model.eval())
+        inputs = make_inputs(self.made_rows, self.made_examples, plan.task, self.selected.processor, plan.recipe)
+        context = EvalContext(plan.recipe, plan.task, self.selected.processor, inputs, "cpu", QUIET)
+        found = score_run(ModelLoaders(load, load), context, self.made_rows)
         return asdict(found)
 
 
@@ -296,7 +297,7 @@ ELSEWHERE = {
     "test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed",
     "evaluate.champion": "evaluate/test_champion.py::"
     "test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another",
-    "evaluate.benchmarks.network": "evaluate/test_lm_eval_tasks.py::"
+    "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
     "test_names_need_the_network_and_files_do_not_unless_the_recipe_says_otherwise",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_tells_worse_from_too_few_rows",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_are_at_the_level_of_one_look",
@@ -337,7 +338,7 @@ def test_no_key_of_the_schema_is_left_out() -> None:
 def test_a_flipped_key_changes_what_is_resolved(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")  # that there is work for a compiler counts
     if key == "model.check_memory":
-        monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: 1000)
+        monkeypatch.setattr("llmtune.model.memory_plan.device_memory", lambda device: 1000)
     flip = FLIPS[key]
     plain = look(place, flip, flip.also)
     flipped = look(place, flip, (*flip.also, f"{key.partition('@')[0]}={flip.value}"))

@@ -159,7 +159,7 @@ def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, show
     shows="Going on from step-2 of 4",
     also=[
         "train/test_checkpoint.py::test_killed_anywhere_and_continued_the_bytes_are_those_of_no_stop",
-        "test_pipeline.py::test_a_run_killed_at_ten_moments_ends_with_the_same_bytes",
+        "torture/test_torture.py",
     ],
 )
 def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(place, run, without, shows):

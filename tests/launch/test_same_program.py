@@ -46,6 +46,7 @@ def assert_like_one_process(here: Path, run: Path, strategy: str) -> None:
         assert scores[1][model] == pytest.approx(scores[0][model], rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_torchrun_reaches_the_report_and_output_appears_once(recipe, here):
     done = started(TORCHRUN, "-m", "llmtune", "run", "tiny.yaml", "--out", "run", "--json")
     assert done.returncode == 0, done.stderr
@@ -75,6 +76,7 @@ def test_the_strategy_comes_from_what_started_the_processes(command, environment
     assert_like_one_process(here, here / "run", strategy)
 
 
+@pytest.mark.slow
 def test_accelerate_that_starts_one_process_on_a_cpu_is_told(recipe, here):
     done = started([*ACCELERATE, "--cpu"], "-m", "llmtune", "run", "tiny.yaml", "--out", "run")
     assert done.returncode == 0, done.stderr
@@ -86,9 +88,12 @@ def test_accelerate_that_starts_one_process_on_a_cpu_is_told(recipe, here):
     ("words", "environment", "code", "said"),
     [
         (["run", "tiny.yaml", "--set", "data.train=none.jsonl"], {}, 3, "none.jsonl"),
-        (["run", "none.yaml"], {}, 2, "none.yaml"),
-        (["run", "tiny.yaml"], {"LLMTUNE_STRATEGY": "zero3"}, 2, "`--strategy zero3` was removed"),
-        (["runs"], {}, 2, "this command runs in one process"),
+        pytest.param(["run", "none.yaml"], {}, 2, "none.yaml", marks=pytest.mark.slow),
+        pytest.param(
+            *(["run", "tiny.yaml"], {"LLMTUNE_STRATEGY": "zero3"}, 2, "`--strategy zero3` was removed"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["runs"], {}, 2, "this command runs in one process", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_of_all_is_said_once(words, environment, code, said, recipe):
@@ -99,17 +104,21 @@ def test_an_error_of_all_is_said_once(words, environment, code, said, recipe):
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "said"),
-    [("fail_in_rank_one", 3, "row 7 has no answer"), ("crash_in_rank_one", 1, "ZeroDivisionError: a bug")],
+    ("how", "code", "said"),
+    [
+        ("mistake", 3, "row 7 has no answer"),
+        pytest.param("bug", 1, "ZeroDivisionError: a bug", marks=pytest.mark.slow),
+    ],
 )
-def test_an_error_of_one_process_ends_all_and_is_said_once(name, code, said, tmp_path):
-    done = started(TORCHRUN, "-m", "support.workers", tmp_path / "result", name)
+def test_an_error_of_one_process_ends_all_and_is_said_once(how, code, said, tmp_path):
+    done = started(TORCHRUN, "-m", "support.workers", tmp_path / "result", "end_rank_one", how)
     assert done.stderr.count(said) == 1, done.stderr
     assert f"exitcode  : {code} " in done.stderr
     assert "terminated" not in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(number, here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train=LONG)
     command = [*TORCHRUN, "-m", "llmtune", "run", "tiny.yaml", "--out", "run"]

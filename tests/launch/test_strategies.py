@@ -10,8 +10,17 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from support.models import build_llama
 from support.runs import invoke, llmtune, write_recipe
-from support.together import METHODS, TRAIN, assert_same, launch_work, leave_step_4, train
-from support.training import make_recipe, run_training, write_examples
+from support.training import (
+    METHODS,
+    TRAIN,
+    assert_same,
+    launch_work,
+    leave_step_4,
+    make_recipe,
+    run_training,
+    train_together,
+    write_examples,
+)
 
 from llmtune.launch.topology import Topology
 
@@ -41,7 +50,7 @@ SLOW = pytest.mark.slow
 def test_a_model_in_parts_learns_what_a_whole_one_learns(method, processes, strategy, tmp_path, tiny_llama, console):
     examples = write_examples(tmp_path / "examples", train=61, validation=7)
     recipe = make_recipe(tmp_path, tiny_llama, train=TRAIN | {"gradient_checkpointing": True}, adapter=METHODS[method])
-    together = train(tmp_path, "together", processes, strategy, console)
+    together = train_together(tmp_path, "together", processes, strategy, console)
     run_training(tmp_path / "alone", recipe, examples)
     assert_same(tmp_path / "alone", together)
     result = "weights" if method == "full" else "adapter"
@@ -70,11 +79,11 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then
     examples = write_examples(tmp_path / "examples", train=61, validation=7)
     recipe = make_recipe(tmp_path, tiny_llama, train=TRAIN, adapter=METHODS[method])
     run_training(tmp_path / "alone", recipe, examples)
-    run = train(tmp_path, "run", *first, console)
+    run = train_together(tmp_path, "run", *first, console)
     leave_step_4(run)
     content = json.loads((run / "checkpoints" / "step-4" / "state.json").read_text())
     assert any("shards/" in name for name in content["files"]) == (first[1] != "ddp")
-    train(tmp_path, "run", *then, console)
+    train_together(tmp_path, "run", *then, console)
     assert_same(tmp_path / "alone", run)
 
 

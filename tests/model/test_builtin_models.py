@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from support.adapting import open_model, quiet, recipe_with
-from support.scripts import load_script
+from support.runs import load_script
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from llmtune.adapter.injection import inject
-from llmtune.adapter.merging import merge
+from llmtune.adapter.merging import merge_adapter
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.builtin_models import PACKAGED, PackagedModel, build_once, resolve_builtin
 from llmtune.model.resolve import resolve_model
@@ -224,7 +224,7 @@ def test_in_four_bits_it_needs_less_than_half_and_takes_an_adapter(unpack, monke
     size = sum(p.numel() * p.element_size() for p in adapted.model.get_base_model().parameters() if not p.requires_grad)
     assert size < 0.5 * 269e6
     assert len(adapted.matched_modules) == 210
-    assert type(merge(adapted)).__name__ == "LlamaForCausalLM"
+    assert type(merge_adapter(adapted)).__name__ == "LlamaForCausalLM"
 
 
 @needs(MINILM)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.runs import invoke, write_colours, write_recipe
 
-from llmtune.model.catalogue import ModelQuery, find_model, read_catalogue, select_models
+from llmtune.model.catalogue import ModelQuery, find_catalogue_model, read_catalogue, select_models
 from llmtune.recipe.task_facts import TASK_FACTS
 
 PARAMETERS = {
@@ -56,7 +56,7 @@ def test_models_are_chosen_by_task_licence_and_language_with_a_reason_for_each_t
     assert left_out["google/gemma-2-2b-it"] == "its licence is gemma"
     assert left_out["google-bert/bert-base-uncased"] == "a model of the kind encoder cannot do task translate"
     assert left_out["facebook/bart-base"] == "its languages are en"
-    assert find_model("smollm2-135m").name == "HuggingFaceTB/SmolLM2-135M"
+    assert find_catalogue_model("smollm2-135m").name == "HuggingFaceTB/SmolLM2-135M"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.audio import make_tone
 from support.families import build_whisper
-from support.scripts import load_script
+from support.runs import load_script
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 
 SCRIPT = load_script("models/convert_whisper.py")

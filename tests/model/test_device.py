@@ -11,10 +11,10 @@ from support.process import run_in_child
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.device import (
     compute_context,
+    device_memory,
     explain_oom,
     has_fast_bfloat16,
     is_out_of_memory,
-    memory_limit,
     resolve_dtype,
 )
 
@@ -42,15 +42,15 @@ def test_the_compute_context_computes_in_its_format():
 
 
 def test_the_limit_is_total_memory_or_less():
-    limit = memory_limit("cpu")
+    limit = device_memory("cpu")
     assert limit is not None
     assert 0 < limit <= psutil.virtual_memory().total
 
 
 def test_the_address_space_that_ulimit_allows_is_a_limit(monkeypatch):
-    allowed = memory_limit("cpu") - 1
+    allowed = device_memory("cpu") - 1
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (allowed, allowed))
-    assert memory_limit("cpu") == allowed
+    assert device_memory("cpu") == allowed
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 60)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.adapting import build_family, documents, open_model, packed, quiet, recipe_with
 
-from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import build_skeleton, find_class
@@ -61,7 +61,7 @@ def test_planned_adapter_gradients_and_optimizer_are_those_that_training_has(fol
     recipe = recipe_with(folder, adapter=adapter)
     plan = plan_for(recipe)
     adapted = inject(open_model(recipe), recipe, quiet())
-    trained = trainable_parameters(adapted.model)
+    trained = trained_parameters(adapted.model)
     causal_loss(adapted.model, packed(documents([20]))).sum.backward()
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
@@ -125,9 +125,9 @@ def test_auto_checkpoints_only_where_a_micro_batch_of_the_longest_row_does_not_f
     assert recipe.train.gradient_checkpointing == "auto"
     place, task = resolve_model(recipe.model.name, recipe.model, quiet()), get_task(recipe.task)
     total = plan_for(recipe, tokens=512).total
-    monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: int(limit * total / 0.85))
+    monkeypatch.setattr("llmtune.model.memory_plan.device_memory", lambda device: int(limit * total / 0.85))
     assert resolve_checkpointing(place, recipe, task, 512, "cpu") is wanted
-    monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: None)
+    monkeypatch.setattr("llmtune.model.memory_plan.device_memory", lambda device: None)
     assert resolve_checkpointing(place, recipe, task, 512, "cpu") is False
 
 

@@ -95,7 +95,7 @@ def turn_into_gguf(folder: Path) -> None:
     ("damage", "message"),
     [
         (lose_weights, "no weight file"),
-        (break_header, "header that cannot be read"),
+        (break_header, "is damaged or is cut"),
         (write_pointer, "git lfs pull"),
         (lose_a_shard, "is missing, and model.safetensors.index.json names it"),
         (turn_into_an_adapter, "adapter.start_from"),

@@ -139,7 +139,7 @@ def test_those_that_cannot_be_used_are_left_out_with_the_reason(taught, rows_fil
 def test_one_that_cannot_fit_is_left_out(taught, rows_file, tmp_path, monkeypatch):
     from llmtune.model import memory_plan as plan
 
-    monkeypatch.setattr(plan, "memory_limit", lambda device: 1000)
+    monkeypatch.setattr(plan, "device_memory", lambda device: 1000)
     with pytest.raises(EnvironmentProblem, match="no candidate is left") as caught:
         rank(recipe_for(rows_file, taught), tmp_path)
     assert "cpu has 1 kB" in str(caught.value)

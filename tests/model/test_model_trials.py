@@ -8,21 +8,23 @@ from support.adapting import build_family, quiet
 from support.runs import invoke, write_colours, write_recipe
 
 from llmtune.errors import EnvironmentProblem, TrainingError
-from llmtune.model.model_selection import Candidate, Ranking
+from llmtune.model.model_selection import ModelRanking, RankedModel
 from llmtune.model.model_trials import successive_halving
 from llmtune.records import ModelRef
 
 
-def ranking(*names: str) -> Ranking:
+def ranking(*names: str) -> ModelRanking:
     refs = {name: ModelRef(name, Path(name), None, name) for name in names}
-    candidates = tuple(Candidate(name, float(number)) for number, name in enumerate(names))
-    return Ranking(refs[names[0]], (*candidates, Candidate("gone", None, "it is not there")), 8, "validation", refs)
+    candidates = tuple(RankedModel(name, float(number)) for number, name in enumerate(names))
+    return ModelRanking(
+        refs[names[0]], (*candidates, RankedModel("gone", None, "it is not there")), 8, "validation", refs
+    )
 
 
 def test_the_better_half_goes_on_with_twice_the_steps_until_one_is_left():
     calls: list[tuple[str, int]] = []
 
-    def tune(candidate: Candidate, steps: int) -> float:
+    def tune(candidate: RankedModel, steps: int) -> float:
         calls.append((candidate.name, steps))
         return {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0, "e": 5.0}[candidate.name] / steps
 
@@ -36,7 +38,7 @@ def test_the_better_half_goes_on_with_twice_the_steps_until_one_is_left():
 
 
 def test_a_trial_that_fails_leaves_its_candidate_out_and_the_run_ends_where_all_do():
-    def tune(candidate: Candidate, steps: int) -> float:
+    def tune(candidate: RankedModel, steps: int) -> float:
         if candidate.name != "b":
             raise TrainingError.of("the loss is nan")
         return 1.0

@@ -16,7 +16,7 @@ from llmtune.errors import RecipeError
 from llmtune.model import packed_attention
 from llmtune.model.block_attention import attend_documents, band
 from llmtune.model.causal_lm_loss import causal_loss, predicted_logits
-from llmtune.model.packed_attention import PACKED, Options, attend_runs
+from llmtune.model.packed_attention import PACKED, AttentionOptions, attend_runs
 
 WINDOWED = {"sliding_window": 4}
 FAMILIES = {
@@ -112,7 +112,7 @@ def test_documents_of_one_length_are_attended_to_at_once_as_each_alone(causal, w
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, heads, sum(lengths), 8) for heads in (4, kept, kept)]
     inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-    options = Options(scaling=0.3, window=window, causal=causal)
+    options = AttentionOptions(scaling=0.3, window=window, causal=causal)
     seen = block_mask(lengths) & band(sum(lengths), sum(lengths), window, causal, torch.device("cpu"))
     results = []
     wanted = scaled_dot_product_attention(*inputs, attn_mask=seen, scale=0.3, enable_gqa=True).transpose(1, 2)
@@ -149,9 +149,9 @@ def test_dropout_within_documents_keeps_the_mean():
     lengths = [5, 5, 3]
     query, key, value = (torch.randn(1, 2, 13, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     torch.manual_seed(0)
-    draws = torch.stack([attend_runs(query, key, value, lengths, Options(dropout=0.3)) for _ in range(600)])
+    draws = torch.stack([attend_runs(query, key, value, lengths, AttentionOptions(dropout=0.3)) for _ in range(600)])
     assert draws.std(0).mean() > 0.1
-    wanted = attend_runs(query, key, value, lengths, Options())
+    wanted = attend_runs(query, key, value, lengths, AttentionOptions())
     torch.testing.assert_close(draws.mean(0), wanted, atol=0.15, rtol=0)
 
 

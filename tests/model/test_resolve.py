@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 from support.adapting import quiet, recipe_with
-from support.http_server import Headers, answering
-from support.hub import read_repository
+from support.http_server import Headers, answering, read_repository
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.resolve import resolve_model

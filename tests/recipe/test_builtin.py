@@ -4,7 +4,7 @@ from llmtune.errors import RecipeError
 from llmtune.recipe.builtin import find_recipe, list_recipes, new_recipe
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe, json_schema
-from llmtune.recipe.section import Section, descriptions, find_section
+from llmtune.recipe.section import RecipeSection, descriptions, find_section
 from llmtune.recipe.task_facts import TASK_FACTS
 
 
@@ -53,7 +53,7 @@ def test_a_new_recipe_for_no_task_is_refused():
         new_recipe("chatt")
 
 
-def sections(section: type[Section] = Recipe) -> list[type[Section]]:
+def sections(section: type[RecipeSection] = Recipe) -> list[type[RecipeSection]]:
     inner = [find_section(field.annotation) for field in section.model_fields.values()]
     return [section, *(deeper for found in inner if found for deeper in sections(found))]
 

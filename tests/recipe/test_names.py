@@ -1,8 +1,10 @@
 """The closed lists of keys and values, held against the installed libraries."""
 
+import ast
 import dataclasses
 import inspect
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +127,30 @@ def test_row_formats_and_columns_are_those_that_step_1_reads():
     assert set(ROW_FORMATS) == set(FORMATS)
     for task in ("chat", "completion"):
         assert set(TASK_FACTS[task].formats) == {name for name, form in FORMATS.items() if form.parser(task)}
+
+
+NAMING_TASKS = {
+    "recipe/task_facts.py": "the facts",
+    "data/row_formats.py": "parsers of rows",
+    "data/column_mapping.py": "other names of columns",
+    "data/file_survey.py": "which task goes first where several can read a file",
+    "recipe/task_sections.py": "sections are called as their tasks",
+    "recipe/first_recipe.py": "a kind of model is called `speech`",
+    "explain/inputs.py": "the section `speech`",
+}
+
+
+def test_a_new_task_is_named_in_its_file_and_in_the_tables_alone():
+    import llmtune
+
+    package = Path(llmtune.__file__).parent
+    names = TASK_FACTS.keys() - {"chat", "completion"}  # a command and a column, too
+    found = set()
+    for file in package.rglob("*.py"):
+        texts = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+        if names & texts and file.parent.name != "tasks":
+            found.add(file.relative_to(package).as_posix())
+    assert found == {*NAMING_TASKS}
 
 
 def test_metrics_are_those_that_step_5_computes():

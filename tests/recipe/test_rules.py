@@ -165,7 +165,7 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["evaluate.metrics=[chrf]", "evaluate.gates=['loss < 1']"], "not computed", "Add loss"),
         (["adapter.method=full", "deploy=merged"], "'merged' has no effect", "weights/"),
         (["deploy=[merged, merged]"], "twice", "once"),
-        (["task=classify", "deploy=gguf"], "'deploy: gguf' has no effect with task: classify", "Remove it"),
+        (["task=token-classify", "deploy=gguf"], "'deploy: gguf' has no effect with task: token-classify", "Remove it"),
         (["data.train={path: rows.csv, encoding: nonsense}"], "which Python does not know", "cp1252"),
         (["data.train={path: hub:x, encoding: cp1252}"], "for a hub data set", "Remove it."),
         (["task=speech", "data.train=https://host/x.csv"], "recordings are read from disk", "Fetch them first."),

@@ -1,45 +1,49 @@
 """The report in a browser: plots drawn, nothing asked of the network, readable on a phone, in light and in dark."""
 
-import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser import PHONE_WIDTH, asked_of_the_network, browse, browser, on_a_phone, with_script
+from support.browser import Page, browser, open_browser
+from support.http_server import answering
 
-from llmtune.report.write import write_report
+from llmtune.report.report_page import write_report
 
 pytestmark = browser
+PHONE_WIDTH = 390
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 
 
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with open_browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
 @pytest.fixture
-def page(report: dict[str, Any], tmp_path: Path) -> Path:
+def written(report: dict[str, Any], tmp_path: Path) -> Path:
     write_report(report, tmp_path)
     return tmp_path / "report.html"
 
 
-def unlocked(page: Path) -> Path:
-    """The page without the rule that no script runs in it, for a visitor to measure it."""
-    copy = page.with_name("unlocked.html")
-    copy.write_text(POLICY.sub("", page.read_text("utf-8")), "utf-8")
-    return copy
+@pytest.fixture
+def shown(chromium: Page, written: Path) -> Page:
+    """The report in the browser, on a wide and light screen."""
+    chromium.resize(1000, 900)
+    chromium.open(written.as_uri())
+    return chromium
 
 
-def visitor(name: str) -> str:
-    """A script that looks at the page and leaves what it found in it."""
-    return (Path(__file__).parent / "visitors" / f"{name}.js").read_text("utf-8")
+def visit(page: Page, name: str) -> Any:
+    """Return what a script in `visitors` finds in the page."""
+    script = (Path(__file__).parent / "visitors" / f"{name}.js").read_text("utf-8")
+    return page.run(f"(() => {{ {script} }})()")
 
 
-def measured(shown: str) -> Any:
-    found = re.search(r'<pre id="measured">([^<]*)</pre>', shown)
-    assert found is not None, shown[-500:]
-    return json.loads(found[1].replace("&amp;", "&"))
-
-
-def test_every_plot_is_drawn(page: Path) -> None:
-    plots = measured(browse(with_script(unlocked(page), visitor("plots"))))
+def test_every_plot_is_drawn(shown: Page) -> None:
+    plots = visit(shown, "plots")
     assert len(plots) == 3 + 3 + 1, "an interval a metric; loss, rate and norm; lengths"
     for width, height, marks, inside in plots:
         assert width > 60
@@ -48,29 +52,37 @@ def test_every_plot_is_drawn(page: Path) -> None:
         assert inside == marks
 
 
-def test_no_request_leaves_the_page_even_if_one_is_smuggled_in(page: Path, tmp_path: Path) -> None:
-    log = tmp_path / "net.json"
-    browse(page, log)
-    assert asked_of_the_network(log) == set()
-    smuggled = page.read_text("utf-8").replace("</body>", '<img src="http://127.0.0.1:9/image"></body>')
-    page.write_text(smuggled, "utf-8")
-    browse(page, log)
-    assert asked_of_the_network(log) == set()
-    browse(unlocked(page), log)  # without the page's policy it would be seen
-    assert asked_of_the_network(log) == {"http://127.0.0.1:9/image"}
+def test_no_request_leaves_the_page_even_if_one_is_smuggled_in(shown: Page, written: Path) -> None:
+    assert all(address.startswith(("file:", "data:", "about:")) for address in shown.asked), shown.asked
+    arrived: list[str] = []
+
+    def answer(verb: str, path: str, *about: object) -> tuple[int, Any, dict[str, str]]:
+        arrived.append(path)
+        return 404, b"", {}
+
+    with answering(answer) as url:
+        smuggled = written.read_text("utf-8").replace("</body>", f'<img src="{url}/image"></body>')
+        written.write_text(smuggled, "utf-8")
+        shown.open(f"{written.as_uri()}?smuggled")
+        assert arrived == []
+        written.write_text(POLICY.sub("", smuggled), "utf-8")
+        shown.open(f"{written.as_uri()}?unlocked")
+        assert arrived == ["/image"], "without the page's policy it would arrive"
 
 
-def test_nothing_stands_out_of_a_phone(page: Path) -> None:
-    width, needed, out = measured(browse(on_a_phone(unlocked(page), visitor("phone"))))
+def test_nothing_stands_out_of_a_phone(shown: Page) -> None:
+    shown.resize(PHONE_WIDTH, 900)
+    width, needed, out = visit(shown, "phone")
     assert width == PHONE_WIDTH
     assert out == []
     assert needed <= width
 
 
-def test_text_can_be_read_in_light_and_in_dark(page: Path) -> None:
+def test_text_can_be_read_in_light_and_in_dark(shown: Page) -> None:
     grounds = []
     for dark in (False, True):
-        ground, contrasts = measured(browse(with_script(unlocked(page), visitor("contrast")), dark=dark))
+        shown.resize(1000, 900, dark)
+        ground, contrasts = visit(shown, "contrast")
         grounds.append(sum(map(int, re.findall(r"\d+", ground)[:3])) / 3)
         assert len(contrasts) > 60
         assert [text for contrast, text in contrasts if contrast < 1] == [], "WCAG 2.2, 1.4.3"

@@ -1,11 +1,10 @@
-"""Every metric that a recipe may name is explained, has a direction and a rank."""
+"""Every metric that a recipe may name is explained and has a direction."""
 
 import pytest
 
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Difference
 from llmtune.report.metric_info import (
-    HEADLINES,
     LOWER_IS_BETTER,
     METRIC_NOTES,
     NEAREST_TO_ONE,
@@ -25,17 +24,15 @@ HIGHER = {
 
 
 @pytest.mark.parametrize(("task", "metric"), EVERY)
-def test_every_metric_of_every_task_has_a_note_a_direction_and_a_rank(task, metric):
+def test_every_metric_of_every_task_has_a_note_and_a_direction(task, metric):
     assert metric_note(metric, task)
-    assert metric in HEADLINES
     assert [metric in side for side in (HIGHER, LOWER_IS_BETTER, NEAREST_TO_ONE)].count(True) == 1
     assert better_side(metric) == (metric in HIGHER) - (metric in LOWER_IS_BETTER)
 
 
 def test_no_metric_is_explained_that_no_task_has():
     known = {metric for _, metric in EVERY}
-    assert set(METRIC_NOTES) == set(HEADLINES) == known
-    assert len(HEADLINES) == len(known)
+    assert set(METRIC_NOTES) == known
     assert all((task, metric) in EVERY for task, facts in TASK_FACTS.items() for metric in facts.metric_notes)
     assert known >= LOWER_IS_BETTER | NEAREST_TO_ONE
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from support.page import Page as ParsedPage
+from support.browser import ParsedPage
 
 from llmtune.records import Difference
 from llmtune.report.blocks import (
@@ -30,7 +30,7 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import Curve, draw_curves, draw_meter
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import code, table, to_markdown
-from llmtune.report.render_terminal import follow, print_blocks, print_page, spinner
+from llmtune.report.render_terminal import print_blocks, print_page, spinner, track_items
 
 HOSTILE = (
     "<script>alert(1)</script> \"'><img src=x onerror=alert(1)> | `a``b` | </pre></style> {{ 7*7 }} {% raw %} "
@@ -142,7 +142,7 @@ def test_long_work_shows_how_far_it_is_on_a_terminal_and_nothing_elsewhere(termi
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=80)
     with spinner(console, "merging"):
-        assert list(follow(console, "abc", "answers")) == ["a", "b", "c"]
+        assert list(track_items(console, "abc", "answers")) == ["a", "b", "c"]
     said = file.getvalue()
     assert ("merging" in said, "3/3" in said, said == "") == (terminal, terminal, not terminal)
 

@@ -4,7 +4,7 @@ import pytest
 
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.report_page import make_page
+from llmtune.report.report_page import make_report_page
 from llmtune.report.run_sections import class_counts, data_section
 
 
@@ -16,7 +16,7 @@ def test_classes_are_counted_by_split_and_those_without_training_rows_are_marked
         ["300", "20", "43", "25.0 %"],
         ["0", "2", "14", "0.0 %"],
     ]
-    assert to_html(make_page(headed)).count("<small>not in training</small>") == 1
+    assert to_html(make_report_page(headed)).count("<small>not in training</small>") == 1
 
 
 @pytest.mark.parametrize(
@@ -29,14 +29,14 @@ def test_imbalance_is_said_in_words(counts, words):
 
 
 def test_no_share_of_tokens_is_given_where_no_tokens_are_guessed(report, headed):
-    assert "3.5 % of all tokens are learned." in to_html(make_page(report))
-    assert "tokens are learned" not in to_html(make_page(headed))
+    assert "3.5 % of all tokens are learned." in to_html(make_report_page(report))
+    assert "tokens are learned" not in to_html(make_report_page(headed))
     table = data_section(headed.data, "classify").blocks[0].left[0]
     assert [column.heading for column in table.heads] == ["split", "rows", "tokens", "predictions"]
 
 
 def test_the_summary_has_data_training_and_adapter_in_short(report):
-    text = to_markdown(make_page(report))
+    text = to_markdown(make_report_page(report))
     assert "| train | 1,290 | 118,230 | 3.6 % |" in text
     assert "first loss `1.440` · last training loss `0.3620`" in text
     assert "trained `4,884,480 of 139,399,488 parameters`" in text
@@ -46,6 +46,6 @@ def test_the_summary_has_data_training_and_adapter_in_short(report):
 def test_candidates_are_ranked_with_the_reason_of_those_left_out(report):
     best = {"name": "a", "bits_per_byte": 1.25, "lower_bound": 2_000_000, "reason": None}
     other = {"name": "b", "bits_per_byte": None, "lower_bound": None, "reason": "does not fit"}
-    page = to_html(make_page(replace(report, model={**report.model, "ranking": {"candidates": [best, other]}})))
+    page = to_html(make_report_page(replace(report, model={**report.model, "ranking": {"candidates": [best, other]}})))
     assert "left out: does not fit" in page
     assert ">1.250<" in page

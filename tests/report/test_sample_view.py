@@ -1,12 +1,12 @@
 import pytest
 
 from llmtune.records import Evaluation
-from llmtune.report.sample_view import LONGEST_SHOWN, cut, read_samples, read_tags
+from llmtune.report.sample_view import LONGEST_SHOWN, cut, present_samples, read_tags
 
 
 def shown(task, baseline=None, **sample):
-    evaluation = Evaluation({}, {}, {}, (), (), 1, baseline=baseline)
-    return read_samples([{"origin": "rows.jsonl:1", **sample}], evaluation, task)[0]
+    evaluation = Evaluation({}, {}, {}, (), 1, baseline=baseline)
+    return present_samples([{"origin": "rows.jsonl:1", **sample}], evaluation, task)[0]
 
 
 def rights(found):

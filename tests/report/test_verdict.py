@@ -15,7 +15,7 @@ LESS, MORE = (-0.3, -0.1), (0.1, 0.3)
 
 
 def judge_changes(baseline=None, **changes):
-    return verdict(Evaluation({}, {}, changes, (), (), 100, baseline=baseline))
+    return verdict(Evaluation({}, {}, changes, (), 100, baseline=baseline))
 
 
 def differences(n=100, **intervals):
@@ -59,14 +59,14 @@ def judge(n=100, baseline=None, **intervals):
 def test_the_verdict_follows_the_intervals_and_what_is_shown_first_bears_it_out(intervals, word, shown, tone):
     changes = differences(**intervals)
     assert judge_changes(**changes).word == word
-    row = headline(Evaluation({}, {}, changes, (), (), 100), word)
+    row = headline(Evaluation({}, {}, changes, (), 100), word)
     assert (row.name, row.tone) == (shown, tone)
 
 
 def test_a_gain_on_too_few_rows_is_not_what_the_verdict_stands_on():
     changes = {"exact_match": Difference(0.2, *BETTER, 0.1, 4), "loss": Difference(-0.2, *LESS, 0.01, 50)}
-    assert headline(Evaluation({}, {}, changes, (), (), 50), "better").name == "loss"
-    assert headline(Evaluation({}, {}, {}, (), (), 50), "inconclusive") is None
+    assert headline(Evaluation({}, {}, changes, (), 50), "better").name == "loss"
+    assert headline(Evaluation({}, {}, {}, (), 50), "inconclusive") is None
 
 
 def test_a_gain_that_choices_do_not_share_may_be_format_alone():
@@ -120,12 +120,12 @@ def test_micro_f1_is_named_beside_accuracy_only_where_it_is_another_number(micro
 
 
 def test_scores_of_the_tuned_model_alone_tell_nothing():
-    found = verdict(Evaluation({}, {"loss": 1.0}, {}, (), (), 100))
+    found = verdict(Evaluation({}, {"loss": 1.0}, {}, (), 100))
     assert found.word == "inconclusive"
     assert "nothing to compare them with" in found.reason
 
 
-@pytest.mark.parametrize("evaluation", [None, Evaluation({}, {}, {}, (), (), 0)])
+@pytest.mark.parametrize("evaluation", [None, Evaluation({}, {}, {}, (), 0)])
 def test_without_an_evaluation_one_cannot_tell(evaluation):
     assert verdict(evaluation).word == "inconclusive"
 
@@ -174,28 +174,28 @@ GAIN = {"rougeL": Difference(0.1, 0.05, 0.15, 0.001, 100)}
 
 def test_a_gain_to_answers_that_are_still_nonsense_is_no_help_yet():
     scores = {"rougeL": 0.139, "exact_match": 0.0, "loss": 1.2}
-    found = verdict(Evaluation({"rougeL": 0.039}, scores, GAIN, (), (), 100))
+    found = verdict(Evaluation({"rougeL": 0.039}, scores, GAIN, (), 100))
     assert found.word == "inconclusive"
     assert "little in common with their references (rougeL 0.139, exact_match 0)" in found.reason
-    assert verdict(Evaluation({"rougeL": 0.83}, {**scores, "rougeL": 0.93}, GAIN, (), (), 100)).word == "better"
+    assert verdict(Evaluation({"rougeL": 0.83}, {**scores, "rougeL": 0.93}, GAIN, (), 100)).word == "better"
 
 
 def test_a_gain_on_rows_that_were_trained_on_may_be_memory():
     overlap = Contamination(100, 900, 12, 0, 0, 0, 0, 12, 0, {}, (), ())
-    found = verdict(Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), (), 100, contamination=overlap))
+    found = verdict(Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), 100, contamination=overlap))
     assert found.word == "inconclusive"
     assert "12% of the test rows overlap with training rows" in found.reason
 
 
 def test_the_title_of_a_gain_that_may_be_memory_does_not_call_it_too_small(report):
-    scores = Evaluation({"rougeL": 0.12}, {"rougeL": 0.99}, GAIN, (), (), 100)
+    scores = Evaluation({"rougeL": 0.12}, {"rougeL": 0.99}, GAIN, (), 100)
     doubted = replace(report, evaluation=scores, verdict=Verdict("inconclusive", "But 77% of the test rows overlap."))
     assert verdict_card(doubted).title == "No clear difference from the base model"
 
 
 def test_a_gain_of_little_is_called_small():
     change = {"accuracy": Difference(0.005, 0.002, 0.008, 0.001, 5000)}
-    found = verdict(Evaluation({"accuracy": 0.8}, {"accuracy": 0.805}, change, (), (), 5000))
+    found = verdict(Evaluation({"accuracy": 0.8}, {"accuracy": 0.805}, change, (), 5000))
     assert (found.word, "The gain is small: 0.6%" in found.reason) == ("better", True)
 
 
@@ -214,14 +214,14 @@ def test_a_gain_of_little_is_called_small():
 def test_a_loss_that_fell_to_the_end_is_said(losses, validations, falling):
     curve = [{"loss": loss} for loss in losses] + [{"validation_loss": loss} for loss in validations]
     assert still_falling(curve) is falling
-    evaluation = Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), (), 100)
+    evaluation = Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), 100)
     assert ("still falling" in verdict(evaluation, None, curve).reason) is falling
 
 
 def scored(loss: float, match: float, **others: float) -> Evaluation:
     change = Difference(match - 0.1, match - 0.15, match - 0.05, 0.001, 100)
     tuned = {"loss": loss, "exact_match": match, **others}
-    return Evaluation({"loss": 3.0, "exact_match": 0.1}, tuned, {"exact_match": change}, (), (), 100)
+    return Evaluation({"loss": 3.0, "exact_match": 0.1}, tuned, {"exact_match": change}, (), 100)
 
 
 def challenged(*outcomes: bool | None, gates: tuple[str, ...], notes: str = "", **ends: tuple[float, float]) -> Verdict:
@@ -229,7 +229,7 @@ def challenged(*outcomes: bool | None, gates: tuple[str, ...], notes: str = "", 
     change = {name: Difference(sum(pair) / 2, *pair, 0.5 if pair == OPEN else 0.001, 48) for name, pair in ends.items()}
     champion = Champion("runs/best", {}, change, {}, rows=48)
     results = [GateResult(gate, "", "", passed, notes) for gate, passed in zip(gates, outcomes, strict=True)]
-    evaluation = Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), (), 60, champion=champion)
+    evaluation = Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), 60, champion=champion)
     return verdict(evaluation, gates=results)
 
 
@@ -272,7 +272,7 @@ def test_a_champion_without_common_metrics_is_inconclusive_whatever_the_base_say
 
 def test_a_metric_with_a_gate_on_its_interval_needs_no_correction_for_the_others():
     others = dict.fromkeys(["rouge1", "rouge2", "rougeL", "chrf"], Difference(0.1, *OPEN, 0.6, 80))
-    moved = Evaluation({}, {}, {**others, "exact_match": Difference(0.1, *BETTER, 0.03, 80)}, (), (), 80)
+    moved = Evaluation({}, {}, {**others, "exact_match": Difference(0.1, *BETTER, 0.03, 80)}, (), 80)
     assert verdict(moved).word == "inconclusive"
     gate = GateResult("exact_match.low > base", "", "", passed=True)
     assert verdict(moved, gates=[gate]).reason.startswith("Better in exact match.")
@@ -280,7 +280,7 @@ def test_a_metric_with_a_gate_on_its_interval_needs_no_correction_for_the_others
 
 def test_a_metric_that_a_guesser_would_win_too_does_not_count():
     change = differences(f1_macro=BETTER, accuracy=OPEN)
-    evaluation = Evaluation({}, {}, change, (), (), 100, baseline="the most frequent class")
+    evaluation = Evaluation({}, {}, change, (), 100, baseline="the most frequent class")
     assert verdict(evaluation).word == "better"
     found = verdict(replace(evaluation, guessable=("f1_macro",)))
     assert found.word == "inconclusive"

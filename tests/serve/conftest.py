@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.finished import finish_run
+from support.adapting import Tune, tuner
 from support.learning import LOOKS_LIKE_A_CALL, learn_by_heart, weather_row
 from support.models import build_llama
+from support.runs import finish_run
 from support.serving import serving
 from support.templates import HERMES, conversation, recipe_for
-from support.tuned import Tune, tuner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.serve.served_model import ServedModel

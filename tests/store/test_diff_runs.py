@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llmtune.store.diff_runs import Difference, far_apart, find_differences
+from llmtune.store.diff_runs import FirstDifference, far_apart, find_differences
 
 WEIGHTS = {
     "b.lora_A.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -35,7 +35,7 @@ def make_run(folder: Path, weights: dict[str, torch.Tensor] = WEIGHTS, place: st
     return folder
 
 
-def differences(tmp_path: Path, **changes: Any) -> list[Difference]:
+def differences(tmp_path: Path, **changes: Any) -> list[FirstDifference]:
     return find_differences(make_run(tmp_path / "was"), make_run(tmp_path / "now", **changes), "adapter")
 
 

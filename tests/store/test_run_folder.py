@@ -11,7 +11,7 @@ import pytest
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.store.run_folder import RunFolder, open_run, read_run, recipe_of_run
-from llmtune.store.verification import verify
+from llmtune.store.verification import verify_run
 
 FACTS = {"rows_in": 1, "kept": {"train": 1}, "dropped": {}}
 
@@ -114,7 +114,7 @@ def test_a_run_folder_of_version_0_1_0_is_read(tmp_path: Path) -> None:
     folder = read_run(run)
     assert folder.manifest["llmtune"] == "0.1.0"
     assert folder.is_valid("evaluate", folder.manifest["steps"]["evaluate"]["inputs"])
-    assert [timing.name for timing in folder.timings({})] == [
+    assert [timing.name for timing in folder.timings()] == [
         "prepare",
         "encode",
         "select",
@@ -129,6 +129,6 @@ def test_a_run_folder_of_version_0_1_0_is_read(tmp_path: Path) -> None:
     evaluation = load_evaluation(run / "evaluation")
     assert evaluation is not None
     assert evaluation.tuned["loss"] < evaluation.base["loss"]
-    states = {(finding.kind, finding.state) for finding in verify(run).findings}
+    states = {(finding.kind, finding.state) for finding in verify_run(run).findings}
     assert {("lock", "same"), ("recipe", "same"), ("evaluation", "same"), ("adapter", "missing")} <= states
     assert ("recipe", "changed") not in states

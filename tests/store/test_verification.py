@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 
 from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import hash_file
 from llmtune.store.run_lock import LOCK, read_pins
-from llmtune.store.verification import Verification, verify
+from llmtune.store.verification import Verification, verify_run
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def flip_byte(path: Path, at: int = -3) -> None:
 
 def test_a_run_is_verified_where_it_was_made_and_where_its_project_was_copied_to(made: Path, project: Path) -> None:
     for place in (made, project):
-        found = verify(place / "runs/tiny")
+        found = verify_run(place / "runs/tiny")
         assert failed(found) == []
         kinds = {finding.kind for finding in found.findings if finding.state == "same"}
         inputs = {"lock", "recipe", "data", "model", "template"}
@@ -63,7 +62,7 @@ def test_a_run_is_verified_where_it_was_made_and_where_its_project_was_copied_to
 
 def test_one_changed_byte_of_the_data_is_named_with_its_file_and_exit_code_6(project: Path) -> None:
     flip_byte(project / "rows.jsonl", 40)
-    assert failed(verify(project / "runs/tiny")) == [("data", "rows.jsonl", "changed")]
+    assert failed(verify_run(project / "runs/tiny")) == [("data", "rows.jsonl", "changed")]
     done = invoke("verify", project / "runs/tiny")
     assert done.exit_code == 6
     assert f"{project / 'rows.jsonl'}: data: changed since the run: its hash was" in done.stderr.replace("\n", "")
@@ -80,14 +79,14 @@ def test_one_changed_byte_of_any_other_file_is_named_with_its_file(project: Path
     ]
     for file, _ in changes:
         flip_byte(file)
-    assert failed(verify(run)) == [(kind, file.name, "changed") for file, kind in changes]
+    assert failed(verify_run(run)) == [(kind, file.name, "changed") for file, kind in changes]
 
 
 def test_a_changed_adapter_is_not_the_one_that_was_evaluated_and_another_template_is_named(project: Path) -> None:
     adapter = project / "runs/tiny/adapter"
     flip_byte(adapter / "adapter_model.safetensors")
     (adapter / "chat_template.jinja").write_text("other")
-    assert failed(verify(project / "runs/tiny")) == [
+    assert failed(verify_run(project / "runs/tiny")) == [
         ("template", "chat_template.jinja", "changed"),
         ("adapter", "adapter_model.safetensors", "changed"),
         ("adapter", "chat_template.jinja", "changed"),
@@ -100,18 +99,18 @@ def test_missing_and_added_files_are_named(project: Path) -> None:
     (project / "model/generation_config.json").unlink()
     (project / "model/vocab.txt").write_text("new")
     wanted = {("data", "rows.jsonl", "missing"), ("model", "generation_config.json", "missing")}
-    assert set(failed(verify(project / "runs/tiny"))) == wanted | {("model", "vocab.txt", "added")}
+    assert set(failed(verify_run(project / "runs/tiny"))) == wanted | {("model", "vocab.txt", "added")}
 
 
 def test_a_changed_key_of_the_recipe_is_named_and_a_gate_is_not_one(project: Path) -> None:
     path = project / "runs/tiny/recipe.yaml"
     text = path.read_text()
     path.write_text(text.replace("gates: []", 'gates: ["accuracy >= 0"]'))
-    assert failed(verify(project / "runs/tiny")) == []
+    assert failed(verify_run(project / "runs/tiny")) == []
     path.write_text(text.replace("learning_rate: 0.01", "learning_rate: 0.02"))
-    assert failed(verify(project / "runs/tiny")) == [("recipe", "recipe.yaml: train", "changed")]
+    assert failed(verify_run(project / "runs/tiny")) == [("recipe", "recipe.yaml: train", "changed")]
     path.write_text(text.replace("max_new_tokens: 8", "max_new_tokens: 9"))
-    assert failed(verify(project / "runs/tiny")) == [("recipe", "recipe.yaml: generation", "changed")]
+    assert failed(verify_run(project / "runs/tiny")) == [("recipe", "recipe.yaml: generation", "changed")]
 
 
 def test_another_version_of_a_package_is_reported_and_fails_with_strict_alone(project: Path) -> None:
@@ -119,10 +118,10 @@ def test_another_version_of_a_package_is_reported_and_fails_with_strict_alone(pr
     lock = json.loads(path.read_text())
     now, lock["packages"]["torch"] = lock["packages"]["torch"], "1.0"
     path.write_text(json.dumps(lock))
-    found = verify(project / "runs/tiny")
+    found = verify_run(project / "runs/tiny")
     assert failed(found) == [("lock", LOCK, "changed")]
     assert [(one.state, one.was, one.now) for one in found.findings if one.name == "torch"] == [("differs", "1.0", now)]
-    assert ("packages", "torch", "changed") in failed(verify(project / "runs/tiny", strict=True))
+    assert ("packages", "torch", "changed") in failed(verify_run(project / "runs/tiny", strict=True))
 
 
 def test_a_file_that_came_into_a_folder_of_rows_is_named(tmp_path: Path, project: Path) -> None:
@@ -134,10 +133,10 @@ def test_a_file_that_came_into_a_folder_of_rows_is_named(tmp_path: Path, project
         (tmp_path / "rows" / "more.jsonl").unlink(missing_ok=True)
         lock["data"]["files"][0] |= {"source": str(source), "path": str(tmp_path / "rows" / "rows.jsonl")}
         path.write_text(json.dumps(lock))
-        assert [kind for kind, _, _ in failed(verify(project / "runs/tiny"))] == ["lock"]
+        assert [kind for kind, _, _ in failed(verify_run(project / "runs/tiny"))] == ["lock"]
         (tmp_path / "rows" / "more.jsonl").write_text("{}\n")
         (tmp_path / "rows" / "more.txt").write_text("no data")
-        assert failed(verify(project / "runs/tiny"))[1:] == [("data", "more.jsonl", "added")]
+        assert failed(verify_run(project / "runs/tiny"))[1:] == [("data", "more.jsonl", "added")]
 
 
 def test_a_lock_of_an_older_llmtune_is_read_and_what_it_does_not_list_is_said(project: Path) -> None:
@@ -150,7 +149,7 @@ def test_a_lock_of_an_older_llmtune_is_read_and_what_it_does_not_list_is_said(pr
     manifest = json.loads((project / "runs/tiny/run.json").read_text())
     del manifest["lock"]
     (project / "runs/tiny/run.json").write_text(json.dumps(manifest))
-    found = verify(project / "runs/tiny")
+    found = verify_run(project / "runs/tiny")
     assert found.failed == []
     unknown = {finding.kind for finding in found.findings if finding.state == "unknown"}
     assert unknown == {"lock", "recipe", "data", "model"}
@@ -161,12 +160,12 @@ def test_a_later_lock_and_a_run_without_one_are_refused(project: Path, tmp_path:
     path = project / "runs/tiny" / LOCK
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lock_version": 99}))
     with pytest.raises(RecipeError, match="version 99"):
-        verify(project / "runs/tiny")
+        verify_run(project / "runs/tiny")
     path.unlink()
     with pytest.raises(RecipeError, match=r"no llmtune\.lock"):
-        verify(project / "runs/tiny")
+        verify_run(project / "runs/tiny")
     with pytest.raises(RecipeError, match="no such run folder"):
-        verify(tmp_path / "nothing")
+        verify_run(tmp_path / "nothing")
 
 
 def test_json_is_one_document_and_torch_is_not_imported(project: Path) -> None:

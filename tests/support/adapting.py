@@ -11,19 +11,22 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.data.collators import collate_packed, collate_padded
+from llmtune.data.example import Example
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
 from llmtune.model.packed_attention import PACKED, install_packed
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
+from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, Example, SelectedModel
+from llmtune.records import AdaptedModel, SelectedModel
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from support.models import train_tokenizer
+from support.runs import write_recipe
 
 SHAPE = {
     "vocab_size": 425,
@@ -69,14 +72,16 @@ def task_for(recipe: Recipe) -> AnyTask:
     return choose_variant(recipe, read_model_config(place, recipe.model), place.name)
 
 
-def open_model(recipe: Recipe, training: bool = True, console: Console | None = None) -> SelectedModel:
-    """Locate and load the recipe's model on the CPU."""
+def open_model(
+    recipe: Recipe, training: bool = True, console: Console | None = None, device: str = "cpu"
+) -> SelectedModel:
+    """Locate and load the recipe's model."""
     assert recipe.model.name is not None
     console = console or quiet()
     place = resolve_model(recipe.model.name, recipe.model, console)
     processor = load_processor(place, recipe.model)
     task = task_for(recipe)
-    return load_model(place, recipe, task, processor, device="cpu", training=training, console=console)
+    return load_model(place, recipe, task, processor, device=device, training=training, console=console)
 
 
 def sharpened(folder: Path, attention: str | None = None) -> Any:
@@ -114,11 +119,16 @@ def train_a_little(folder: Path, **adapter: object) -> AdaptedModel:
     sections = {name: adapter.pop(name) for name in ("model", "data") if name in adapter}
     recipe = recipe_with(folder, adapter={"r": 8, **adapter}, **sections)
     adapted = inject(open_model(recipe), recipe, quiet())
+    nudge(adapted.model)
+    return adapted
+
+
+def nudge(model: torch.nn.Module) -> None:
+    """Move every trained parameter a little."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trainable_parameters(adapted.model):
+        for parameter in trained_parameters(model):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return adapted
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -142,3 +152,22 @@ def load_without_room(small: str, large: str) -> None:
         except EnvironmentProblem as error:
             print(error)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+Tuned = tuple[AdaptedModel, Recipe]
+Tune = Callable[..., Tuned]
+
+
+def tuner(model: Path, rows: Path, folder: Path, console: Console) -> Tune:
+    """What makes `model`, or another base, with an adapter of `strength`, and the recipe in `folder` that says so."""
+
+    def build(base: Path = model, strength: float = 0.3, **sections: object) -> Tuned:
+        recipe = load_recipe(write_recipe(folder / "tiny.yaml", base, rows, **sections)).recipe
+        adapted = inject(open_model(recipe, training=False, console=console), recipe, console)
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in adapted.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = strength * torch.randn(parameter.shape, generator=generator)
+        return adapted, recipe
+
+    return build

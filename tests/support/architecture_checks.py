@@ -17,19 +17,20 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.saving import save_adapter
 from llmtune.data.collators import IGNORED
+from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.generation import end_output, generate, generation_settings
+from llmtune.evaluate.generation import end_output, generate_completions, generation_settings
 from llmtune.model.config import read_model_config
 from llmtune.model.library_logging import hushed
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, Example
+from llmtune.records import AdaptedModel
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.text_to_text import decoder_settings, source_ids
@@ -98,7 +99,7 @@ def _adapt(recipe: Recipe) -> tuple[AdaptedModel, AnyTask]:
     adapted = inject(selected, recipe, quiet())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trainable_parameters(adapted.model):
+        for parameter in trained_parameters(adapted.model):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return adapted, task
 
@@ -141,7 +142,7 @@ def _example(kind: str, length: int) -> Example:
         return Example(ids[0], [length // 3 + 1, length], length)
     if kind == "encoder":
         tags = [token % 3 if i % 2 else IGNORED for i, token in enumerate(ids[0])]
-        return Example(ids[0], [], 0, target_ids=tags, counted=length // 2)
+        return Example(ids[0], [], 0, tag_ids=tags, counted=length // 2)
     return Example(ids[0], [], 0, target_ids=ids[1][: length // 2], target_spans=[0, length // 2], counted=length // 2)
 
 
@@ -194,7 +195,7 @@ def _answers(kind: str, adapted: AdaptedModel, plain: PeftModel, task: AnyTask, 
         if failed:
             return _tell(failed[0]).replace("traceback", "plain transformers fails")
         if kind == "causal":
-            written = generate(model, prompts, processor, recipe, device="cpu")
+            written = generate_completions(model, prompts, processor, recipe, device="cpu")
             ours = [processor.decode(output.token_ids, skip_special_tokens=True) for output in written]
         else:
             predicted = task.predict(rows, LoadedModel(model, processor, recipe, "cpu"))

@@ -15,7 +15,7 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks import classify
 from support import families
 from support.models import build_gpt2, build_llama
@@ -68,14 +68,14 @@ def run(path: Path, out: Path | None = None, console: Console | None = None) -> 
     """Run a recipe to its end; returns the report and the run folder."""
     out = out or path.with_suffix(".run")
     console = console or Console(file=io.StringIO(), width=200)
-    return run_pipeline(load_recipe(str(path)), Options(out=out, offline=True), console), out
+    return run_pipeline(load_recipe(str(path)), RunRequest(out=out, offline=True), console), out
 
 
 def prepared(path: Path) -> tuple[Recipe, Examples]:
     """Prepare the rows of a recipe; returns it settled, and the examples."""
     loaded, out = load_recipe(str(path)), path.with_suffix(".prepared")
     quiet = Console(file=io.StringIO(), width=200)
-    run_pipeline(loaded, Options(out=out, offline=True, until="prepare"), quiet)
+    run_pipeline(loaded, RunRequest(out=out, offline=True, until="prepare"), quiet)
     config = AutoConfig.from_pretrained(str(loaded.recipe.model.name))
     recipe = classify.VARIANTS[0].infer_labels(loaded.recipe, load_rows(out / "data" / "rows"), config)
     return recipe, load_examples(out / "data" / "examples")

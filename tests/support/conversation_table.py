@@ -1,4 +1,4 @@
-"""What models of many families are asked to write, stated by hand; and the table of it in docs/conversations.md.
+"""What models of many families are asked to write, stated by hand; and the table of it in docs/template-families.md.
 
 `python tests/support/conversation_table.py` writes the table anew.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[2] / "docs" / "conversations.md"
+DOCS = Path(__file__).parents[2] / "docs" / "template-families.md"
 MARKS = re.compile(r"(<!-- table -->\n).*?(<!-- end of table -->)", re.DOTALL)
 TOOL = {
     "type": "function",

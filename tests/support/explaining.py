@@ -12,12 +12,22 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
-from llmtune.explain.target import Target, open_target
+from llmtune.explain.explainer import Target, open_target
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from support.rows import write_jsonl
 from support.runs import write_recipe
+
+ANSWERED = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Which colour has number {i}?"},
+            {"role": "assistant", "content": "blue"},
+        ]
+    }
+    for i in range(40)
+]
 
 
 def quiet() -> Console:
@@ -60,5 +70,5 @@ def page_data(path: Path) -> dict[str, Any]:
 def train(folder: Path, model: Path, rows: list[dict[str, Any]], **sections: Any) -> Path:
     """Run a recipe on rows; returns the run folder."""
     recipe = write_recipe(folder / "tiny.yaml", model, write_jsonl(folder / "rows.jsonl", rows), **sections)
-    run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
     return folder / "run"

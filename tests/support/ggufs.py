@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -19,6 +19,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -59,6 +61,7 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
         EXPERTS | {"num_experts": 4, "head_dim": 32, "norm_topk_prob": True},
     ),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, EXPERTS | {"num_experts": 4, "num_key_value_heads": 4}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"original_max_position_embeddings": 2048}),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"num_hidden_layers": 4}),
 }
 
@@ -147,7 +150,18 @@ def train_cut(name: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def train_pieces(prefix: bool) -> PreTrainedTokenizerFast:
+def train_phi3() -> PreTrainedTokenizerFast:
+    """A tokenizer as Phi-3's: pieces, and special tokens that take the white space after them."""
+    tokenizer = train_pieces(True, ["<unk>", "<s>", "</s>", "<|endoftext|>"])
+    tokens = [AddedToken(name, rstrip=True, normalized=False, special=True) for name in ("<|user|>", "<|end|>")]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens, "eos_token": tokens[1]})
+    return tokenizer
+
+
+PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", "<|im_start|>", "<|im_end|>"]
+
+
+def train_pieces(prefix: bool, special: list[str] = PIECES) -> PreTrainedTokenizerFast:
     """A tokenizer as sentencepiece makes them for Gemma, or with a space before text as for Llama 2."""
     before = [normalizers.Prepend("\u2581")] if prefix else []
     after = [decoders.Strip(" ", 1, 0)] if prefix else []
@@ -156,11 +170,11 @@ def train_pieces(prefix: bool) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
     )
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<|im_start|>", "<|im_end|>"]
     pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=pieces, show_progress=False)
     tokenizer.train_from_iterator([*CORPUS, *DIGITS], trainer)
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    names = {key: token for key, token in named.items() if token in special}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **names)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from llmtune.data.collators import collate_padded
-from llmtune.records import Example
+from llmtune.data.example import Example
 from llmtune.tasks.base import AnyTask
 
 LOOKS_LIKE_A_CALL = '<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>'

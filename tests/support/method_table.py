@@ -14,12 +14,12 @@ import torch
 from peft import PeftModel
 
 from llmtune.adapter.injection import inject
-from llmtune.adapter.merging import merge
+from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.errors import LlmtuneError
-from llmtune.model.causal_lm_loss import decoder_inputs, read_inputs, virtual_tokens
+from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, virtual_tokens
 from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
@@ -27,7 +27,7 @@ from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.peft_options import peft_methods
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.checkpoint import Checkpoint, TrainState, read_checkpoint, trainable_weights
@@ -153,7 +153,7 @@ class Bench:
 
     def __init__(self, recipe: Path, folder: Path) -> None:
         self.file, self.folder = recipe, folder
-        run_pipeline(load_recipe(recipe), Options(out=folder, until="prepare"), quiet())
+        run_pipeline(load_recipe(recipe), RunRequest(out=folder, until="prepare"), quiet())
         self.examples, self.rows = load_examples(folder / "data" / "examples"), load_rows(folder / "data" / "rows")
 
     def start(self, method: str) -> TrainContext:
@@ -178,7 +178,7 @@ class Bench:
 
         collate = self.task.collator(self.selected.processor, self.recipe, False)
         batch = collate([ExampleReader(self.examples, "train")[0]], 0)
-        inputs = read_inputs(model, batch)
+        inputs = model_inputs(model, batch)
         if self.selected.model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
         training = model.training
@@ -255,7 +255,7 @@ class Bench:
     def merged(self, training: TrainContext, method: str) -> str:
         tuned = self.scores(training.adapted.model)
         try:
-            merged = merge(replace(training.adapted, method=method), "dequantized")
+            merged = merge_adapter(replace(training.adapted, method=method), "dequantized")
         except LlmtuneError as error:
             return f"refused: {error.problems[0].what}"
         return "yes" if torch.allclose(self.scores(merged), tuned, rtol=1e-2, atol=1e-2) else "no"

@@ -12,21 +12,23 @@ from llmtune.adapter.injection import inject
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.model.config import read_model_config
-from llmtune.model.loading import load_model
-from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
-from llmtune.session import Options
+from llmtune.store.processes import world_size
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.distributed import join_processes
 from llmtune.train.setup import TrainContext, set_up
 from llmtune.train.sharding import share_model
-from support.adapting import quiet
+from support.adapting import open_model, quiet
+from support.audio import write_tone
+from support.families import build_bert, build_t5, build_whisper
+from support.models import build_llama
 from support.rows import write_jsonl
 from support.runs import write_recipe
 
@@ -71,13 +73,13 @@ def recipe_of(folder: Path, model: Path, rows: Iterable[object], task: str, /, *
 def run_recipe(folder: Path, *about: Any, **sections: Any) -> dict[str, Any]:
     """Run all steps of `recipe_of` in `folder / run`; returns the report."""
     recipe = recipe_of(folder, *about, **sections)
-    return run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
+    return run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
 
 
 def prepare_training(path: Path, folder: Path, sharded: bool = False) -> tuple[AdaptedModel, Examples, AnyTask, Recipe]:
     """Encode the rows of a recipe, and load its model with an adapter on the CPU, as the pipeline would."""
     loaded = load_recipe(str(path))
-    run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
+    run_pipeline(loaded, RunRequest(out=folder, until="prepare"), quiet())
     recipe = loaded.recipe
     place = resolve_model(str(recipe.model.name), recipe.model, quiet(), True)
     config = read_model_config(place, recipe.model)
@@ -85,11 +87,11 @@ def prepare_training(path: Path, folder: Path, sharded: bool = False) -> tuple[A
     recipe = task.infer_labels(recipe, load_rows(folder / "data" / "rows"), config)
 
     def make() -> AdaptedModel:
-        selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
-        return inject(selected, recipe, quiet())
+        return inject(open_model(recipe), recipe, quiet())
 
-    apart = sharded and join_processes("cpu") > 1
-    return share_model(make) if apart else make(), load_examples(folder / "data" / "examples"), task, recipe
+    if sharded:
+        join_processes("cpu")
+    return share_model(make) if sharded else make(), load_examples(folder / "data" / "examples"), task, recipe
 
 
 def start_training(path: Path, folder: Path) -> TrainContext:
@@ -105,6 +107,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def learn_a_little(path: Path, sharded: bool = False) -> list[list[float]]:
     """Take three steps without dropout and validate: losses and gradient norms, and how far the weights moved."""
     folder = path.parent / f"prepared-{os.getpid()}"
+    sharded = sharded and world_size() > 1
     training = set_up(*prepare_training(path, folder, sharded), folder, quiet(), "inputs", sharded)
     before = [whole(weight) for weight in training.parameters]
     numbers = []
@@ -127,3 +130,60 @@ def gradient(training: TrainContext, budget: int) -> tuple[float, torch.Tensor]:
     training.optimizer.zero_grad(set_to_none=True)
     found = step_gradients(training, 1, budget, 1.0)
     return found.mean, torch.cat([p.grad.flatten() for p in training.parameters if p.grad is not None])
+
+
+LABELS = ("red", "green", "blue")
+
+
+def tones(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"audio": str(write_tone(folder / f"{i}.wav", 0.3 + i / 50, pitch_hz=200 + 40 * i)), "text": f"number {i}"}
+        for i in range(12)
+    ]
+
+
+def entities(i: int) -> dict[str, Any]:
+    return {"tokens": ["the", LABELS[i % 3], "cat", str(i)], "tags": ["O", "B-COLOUR", "O", "O"]}
+
+
+def about(i: int) -> dict[str, Any]:
+    said = f"The cat number {i} is {LABELS[i % 3]}."
+    return {
+        "question": f"Which colour has cat {i}?",
+        "context": said,
+        "answers": [{"text": LABELS[i % 3], "answer_start": said.index(LABELS[i % 3])}],
+    }
+
+
+TASKS: dict[str, Any] = {
+    "classify": (build_bert, [{"text": f"{LABELS[i % 3]} cat {i}", "label": LABELS[i % 3]} for i in range(30)]),
+    "token-classify": (build_bert, [entities(i) for i in range(30)]),
+    "qa": (build_bert, [about(i) for i in range(30)]),
+    "translate": (build_t5, [{"source": f"number {i} is red", "target": "blue"} for i in range(24)]),
+    "summarize": (build_llama, [{"document": f"number {i} is red", "summary": "blue"} for i in range(24)]),
+    "speech": (build_whisper, tones),
+}
+
+
+def finish(task: str, folder: Path) -> Path:
+    """Train a model of `task`; returns the run folder."""
+    build, rows = TASKS[task]
+    rows = rows(folder) if callable(rows) else rows
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    sections: dict[str, Any] = {"task": task}
+    if task not in ("translate", "summarize", "speech"):
+        sections["generation"] = {"max_new_tokens": None}
+    if task == "qa":
+        sections["qa"] = {"stride": 32}
+    if task == "speech":
+        sections["speech"] = {"language": "en"}
+    return finish_with(folder, build(folder / "model"), path, **sections)
+
+
+def finish_with(folder: Path, model: Path, rows: Path, **sections: Any) -> Path:
+    """Train for one epoch; returns the run folder."""
+    folder.mkdir(exist_ok=True)
+    quick = {"train": {"num_train_epochs": 1}, "evaluate": {"metrics": ["loss"]}}
+    recipe = write_recipe(folder / "tiny.yaml", model, rows, **quick, **sections)
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
+    return folder / "run"

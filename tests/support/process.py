@@ -1,9 +1,11 @@
-"""A training in a process of its own: `python -m support.process FOLDER RUN [--kill EVENT:TEXT] [--memory MEGABYTES]`.
+"""A training in a process of its own, which is killed or starved there.
 
-FOLDER holds `recipe.yaml` and `examples`. `--kill line:TEXT` ends the process by SIGKILL when TEXT is printed,
-`--kill os.rename:TEXT` (or another audit event) when that event happens to a path that ends with TEXT.
-`--memory` limits the address space to so much more than is in use before training. `--fill TEXT FILE` fills the disk
-of FILE when TEXT is printed.
+`python -m support.process FOLDER RUN` trains from `recipe.yaml` and `examples` in FOLDER. Options:
+
+--kill line:TEXT       kill the process when it prints TEXT
+--kill os.rename:TEXT  kill it when that audit event happens to a path that ends with TEXT
+--memory MEGABYTES     limit the address space to so much more than is in use before training
+--fill TEXT FILE       fill the disk of FILE when TEXT is printed
 """
 
 import argparse

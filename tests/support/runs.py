@@ -1,17 +1,26 @@
 """Recipes for tests, and ways to run them: in this process, or as a user would."""
 
+import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
+from rich.console import Console
 from ruamel.yaml import YAML
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe.builtin import recipes_folder
+from llmtune.recipe.loader import load_recipe
+from llmtune.store.run_request import RunRequest
 
 FAST = {"max_steps": 2, "num_train_epochs": None}
 TINY: dict[str, Any] = {
@@ -98,3 +107,35 @@ for command in {commands!r}:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = [eval(line.removeprefix("HEAVY")) for line in done.stdout.splitlines() if line.startswith("HEAVY")]
     return {" ".join(command): names for command, names in zip(commands, found, strict=True)}
+
+
+def write_sums(path: Path, count: int = 40) -> Path:
+    """Chat rows, all different."""
+    with path.open("w") as file:
+        for i in range(count):
+            question = f"What comes after {i} and before {i + 2}?"
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": str(i + 1)}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def finish_run(folder: Path, model: Path, /, **sections: Any) -> Path:
+    """Write rows and recipe into `folder`, run it, and return the run folder: `folder/runs/tiny`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_sums(folder / "rows.jsonl")
+    recipe = write_recipe(folder / "tiny.yaml", model, "rows.jsonl", **sections)
+    run = folder / "runs" / "tiny"
+    torch.set_num_threads(1)
+    run_pipeline(load_recipe(recipe), RunRequest(out=run), Console(file=io.StringIO()))
+    return run
+
+
+def load_script(name: str) -> ModuleType:
+    """Import a script by its path below the folder of recipes; its `main` does not run."""
+    path = recipes_folder() / name
+    spec = importlib.util.spec_from_file_location(Path(name).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

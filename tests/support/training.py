@@ -2,7 +2,9 @@
 
 import io
 import json
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -11,21 +13,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from rich.console import Console
+from safetensors.torch import load_file
 
 from llmtune.adapter.injection import inject
+from llmtune.data.example import Example
 from llmtune.data.examples import SCHEMA, record_batch
-from llmtune.model.loading import load_model
-from llmtune.model.processor import load_processor
-from llmtune.model.resolve import resolve_model
+from llmtune.launch.local_processes import launch
+from llmtune.launch.topology import Topology
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, Example, Examples, SelectedModel, TrainedRun
+from llmtune.records import AdaptedModel, Examples
 from llmtune.store.atomic_files import hash_value
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import get_task
 from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
+from llmtune.train.metrics_log import TrainedRun
 from llmtune.train.sharding import share_model
+from support.adapting import open_model, quiet
 from support.runs import write_recipe
 
 
@@ -58,18 +63,9 @@ def make_recipe(folder: Path, model: Path, /, **sections: Any) -> Recipe:
     return load_recipe(str(write_recipe(folder / "recipe.yaml", model, rows, **sections))).recipe
 
 
-def select(recipe: Recipe, device: str = "cpu", *, training: bool = True) -> SelectedModel:
-    """Load the model of `recipe`."""
-    console = Console(file=io.StringIO())
-    assert recipe.model.name is not None
-    place = resolve_model(recipe.model.name, recipe.model, console, True)
-    processor = load_processor(place, recipe.model)
-    return load_model(place, recipe, get_task(recipe.task), processor, device=device, training=training)
-
-
 def adapt(recipe: Recipe, device: str = "cpu") -> AdaptedModel:
     """Load the model of `recipe` and put the adapter in."""
-    return inject(select(recipe, device), recipe, Console(file=io.StringIO()))
+    return inject(open_model(recipe, device=device), recipe, quiet())
 
 
 def run_training(
@@ -86,9 +82,9 @@ def run_training(
     sharded: bool = False,
 ) -> TrainedRun:
     """Train as the pipeline does; `folder` is the run folder."""
+    sharded = sharded and join_processes("cpu") > 1
     if adapted is None:
-        apart = sharded and join_processes("cpu") > 1
-        adapted = share_model(partial(adapt, recipe)) if apart else adapt(recipe)
+        adapted = share_model(partial(adapt, recipe)) if sharded else adapt(recipe)
     return train(
         adapted,
         examples,
@@ -124,3 +120,54 @@ def read_examples(folder: Path) -> Examples:
     """Read what `write_examples` wrote, in another process."""
     record = json.loads((folder / "record.json").read_text())
     return Examples(folder, {side: folder / f"{side}.arrow" for side in record["counts"]}, **record)
+
+
+TRAIN = {"batch_size": 6, "learning_rate": 1e-3, "save_steps": 4, "save_total_limit": 5, "max_steps": 12}
+METHODS = {
+    "lora": {},
+    "full": {"method": "full"},
+    "added": {"modules_to_save": ["norm"], "use_dora": True},
+    "scalar": {"method": "delora", "r": 3, "lora_alpha": None},
+}
+
+
+def launch_work(
+    name: str, words: Sequence[object], topology: Topology, console: Console, threads: int | None = None
+) -> Any:
+    """Run a function of `support.workers` in several processes; return what the first one returns."""
+    with tempfile.TemporaryDirectory() as place:
+        result = Path(place) / "result.json"
+        launch(["-m", "support.workers", str(result), name, *map(str, words)], topology, console, threads=threads)
+        return json.loads(result.read_text())
+
+
+def train_together(folder: Path, run: str, processes: int, strategy: str, console: Console) -> Path:
+    """Train the recipe in `folder` in so many processes; return the run folder."""
+    launch_work("train_tiny", [folder, folder / run, strategy], Topology(processes, strategy), console, 2)
+    return folder / run
+
+
+def leave_step_4(run: Path) -> None:
+    """Make a finished run one that ended after its first checkpoint."""
+    result = [run / name for name in ("adapter", "weights") if (run / name).is_dir()]
+    for gone in [*result, *(path for path in (run / "checkpoints").iterdir() if path.name != "step-4")]:
+        shutil.rmtree(gone)
+    assert (run / "checkpoints" / "step-4").is_dir()
+
+
+def losses(run: Path) -> list[float]:
+    return [line[key] for line in read_metrics(run) for key in ("loss", "validation_loss") if key in line]
+
+
+def weights(run: Path) -> dict:
+    (folder,) = [run / name for name in ("adapter", "weights") if (run / name).is_dir()]
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def assert_same(run: Path, other: Path) -> None:
+    np.testing.assert_allclose(losses(other), losses(run), rtol=1e-5)
+    expected, found = weights(run), weights(other)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert float((found[name] - tensor).abs().max()) < 1e-4, name

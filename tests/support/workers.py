@@ -46,7 +46,9 @@ def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]
     recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
     console = Console(file=sys.stderr, width=200)
     examples = read_examples(Path(folder) / "examples")
-    trained = run_training(Path(run), recipe, examples, console=console, sharded=strategy == "fsdp")
+    trained = run_training(
+        Path(run), recipe, examples, console=console, sharded=strategy == "fsdp" and world_size() > 1
+    )
     return {"steps": trained.steps, "train_loss": trained.train_loss}
 
 
@@ -91,7 +93,7 @@ def measure_training(folder: str, run: str, strategy: str) -> list[int]:
     from accelerate.utils import gather_object
 
     import support.training  # noqa: F401
-    from llmtune.store.profile import Meter
+    from llmtune.store.machine import Meter
     from llmtune.train.distributed import join_processes
 
     join_processes("cpu")
@@ -139,38 +141,41 @@ def post_code(folder: str) -> None:
 def agree_on_a_recipe(recipe: str) -> None:
     """Run a recipe that is another one in rank 1."""
     from llmtune.launch.python_api import make_console, run_recipe
+    from llmtune.store.run_request import RunRequest
 
     sets = ["train.max_steps=3"] if rank() else []
-    run_recipe(recipe, sets, out=Path(recipe).with_name("run"), until="train", console=make_console())
+    run_recipe(recipe, sets, RunRequest(Path(recipe).with_name("run"), "train"), make_console())
 
 
-def fail_in_rank_one() -> None:
-    """Meet a user's mistake in one process, while the other would go on for a long time."""
+def end_rank_one(how: str) -> None:
+    """End one process by a user's mistake, a bug, an abort in C or a signal; the other would run for a long time."""
     if os.environ["RANK"] == "1":
-        raise DataError.of("row 7 has no answer", "rows.jsonl:7", "Give it one.")
+        if how == "mistake":
+            raise DataError.of("row 7 has no answer", "rows.jsonl:7", "Give it one.")
+        if how == "bug":
+            raise ZeroDivisionError("a bug")
+        if how == "abort":
+            print("the disk is on fire", file=sys.stderr)
+            os.abort()
+        os.kill(os.getpid(), signal.Signals[how])
     time.sleep(60)
 
 
-def crash_in_rank_one() -> None:
-    """Meet a bug in one process."""
-    if os.environ["RANK"] == "1":
-        raise ZeroDivisionError("a bug")
-    time.sleep(60)
+def node_of(batch: list[int]) -> str:
+    """The node that the batch is worked on; nothing in the process that gives it."""
+    import ray
+
+    time.sleep(0.1)
+    return ray.get_runtime_context().get_node_id() if ray.get_runtime_context().worker.mode == ray.WORKER_MODE else ""
 
 
-def die_in_rank_one(name: str = "SIGKILL") -> None:
-    """Be killed by the system in one process."""
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.Signals[name])
-    time.sleep(60)
-
-
-def break_in_rank_one() -> None:
-    """Break in C, after saying why, in one process."""
-    if os.environ["RANK"] == "1":
-        print("the disk is on fire", file=sys.stderr)
-        os.abort()
-    time.sleep(60)
+def die_once(marker: Path, here: int, batch: list[int]) -> int:
+    """The sum of the batch; the first worker that is not the process `here` is killed over it."""
+    if os.getpid() != here and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return sum(batch)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,9 @@ def test_an_answer_is_found_in_the_windows_that_hold_it_whole_and_in_no_other(to
         whole = places[0][0] <= start and start + len(answer) <= places[-1][1]
         if whole:
             held += 1
-            assert said(window, *example.target_ids, CONTEXT) == answer
+            assert said(window, *example.answer, CONTEXT) == answer
         else:
-            assert example.target_ids == [window.null, window.null]
+            assert example.answer == [window.null, window.null]
         assert len(window.ids) <= 72
         assert example.counted == 1
     assert held >= 1
@@ -109,7 +109,7 @@ def test_the_place_of_an_answer_is_exact_to_the_letter(tokenizers, family, conte
     row = ask("which?", context, answer)
     ((example,),) = EXTRACTIVE_QA.encode([row], tokenizer, about)
     (window,) = windows_of(row, tokenizer, about)
-    assert said(window, *example.target_ids, context) == answer.strip()
+    assert said(window, *example.answer, context) == answer.strip()
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -129,7 +129,7 @@ def test_any_stretch_of_words_comes_back_from_its_tokens(tokenizers, family, dat
     tokenizer, about = tokenizers(family), recipe("qa", 256, stride=8)
     ((example,),) = EXTRACTIVE_QA.encode([row], tokenizer, about)
     (window,) = windows_of(row, tokenizer, about)
-    assert said(window, *example.target_ids, context) == answer
+    assert said(window, *example.answer, context) == answer
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -138,7 +138,7 @@ def test_a_question_without_an_answer_points_at_the_first_token_in_every_window(
     (examples,) = EXTRACTIVE_QA.encode([ask("Why?", CONTEXT)], tokenizer, recipe("qa", 72, stride=24))
     assert len(examples) > 4
     for example in examples:
-        assert example.target_ids == [0, 0]
+        assert example.answer == [0, 0]
         assert example.input_ids[0] == tokenizer.cls_token_id
 
 
@@ -149,7 +149,7 @@ def test_letters_that_the_tokenizer_drops_do_not_hide_an_answer(tokenizers):
     row = ask("which?", f"red {answer} green", answer)
     ((example,),) = EXTRACTIVE_QA.encode([row], tokenizer, about)
     (window,) = windows_of(row, tokenizer, about)
-    assert said(window, *example.target_ids, row["context"]) == "blue"
+    assert said(window, *example.answer, row["context"]) == "blue"
     row = ask("which?", "red \N{ZERO WIDTH SPACE} green", "\N{ZERO WIDTH SPACE}")
     assert EXTRACTIVE_QA.encode([row], tokenizer, about) == ["the tokenizer makes nothing of the answer"]
 
@@ -157,7 +157,7 @@ def test_letters_that_the_tokenizer_drops_do_not_hide_an_answer(tokenizers):
 def test_an_answer_longer_than_windows_share_may_lie_in_none(tokenizers):
     row = ask("Which door?", CONTEXT, CONTEXT[100:600])
     (reason,) = EXTRACTIVE_QA.encode([row], tokenizers("bert"), recipe("qa", 48, stride=8))
-    assert reason == "the answer lies whole in no window: raise qa.stride or data.max_length"
+    assert reason == "no window holds the whole answer: raise qa.stride or data.max_length"
 
 
 def test_long_contexts_are_dropped_on_request_and_long_questions_always(tokenizers):
@@ -234,11 +234,11 @@ def test_a_tag_stands_at_the_first_token_of_its_word_and_the_others_are_ignored(
     about = recipe("token-classify", labels=["PERSON", "PLACE"])
     row = {"tokens": ["Ada", "Lovelace", "in", "London"], "tags": ["B-PERSON", "I-PERSON", "O", "B-PLACE"]}
     ((example,),) = TOKEN_CLASSIFY.encode([row], tokenizer, about)
-    assert [tag for tag in example.target_ids if tag != IGNORED] == [1, 2, 0, 3]
+    assert [tag for tag in example.tag_ids if tag != IGNORED] == [1, 2, 0, 3]
     assert example.counted == 4
-    assert len(example.target_ids) == len(example.input_ids)
+    assert len(example.tag_ids) == len(example.input_ids)
     ((_, places),) = tokenize_words([row["tokens"]], tokenizer)
-    assert [example.target_ids[place] for place in places] == [1, 2, 0, 3]
+    assert [example.tag_ids[place] for place in places] == [1, 2, 0, 3]
     assert tag_names(["PERSON", "PLACE"]) == ["O", "B-PERSON", "I-PERSON", "B-PLACE", "I-PLACE"]
 
 

@@ -19,7 +19,7 @@ from llmtune.data.examples import ExampleReader
 from llmtune.errors import DataError, RecipeError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks import classify
 
 ONE_STEP = {"max_steps": 1, "num_train_epochs": None}
@@ -57,7 +57,7 @@ def test_the_rows_of_each_class_are_shown(models, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     rows = [row for row in colour_rows(120) if row["label"] != "blue" or int(row["text"].split()[-1]) % 4 == 0]
     path = recipe_for(tmp_path / "r.yaml", models("bert"), rows)
-    options = Options(out=tmp_path / "run", offline=True, until="prepare")
+    options = RunRequest(out=tmp_path / "run", offline=True, until="prepare")
     report = run_pipeline(load_recipe(str(path)), options, console)
     classes = report["data"]["classes"]
     assert {name: sum(sides.values()) for name, sides in classes.items()} == {"blue": 10, "green": 40, "red": 40}
@@ -239,7 +239,7 @@ def test_balanced_weights_are_those_of_scikit_learn(models, tmp_path):
     path = recipe_for(tmp_path / "r.yaml", models("bert"), rows, classify={"class_weights": "balanced"})
     recipe, examples = prepared(path)
     reader = ExampleReader(examples, "train")
-    labels = [recipe.classify.labels[reader[i].target_ids[0]] for i in range(len(reader))]
+    labels = [recipe.classify.labels[reader[i].class_ids[0]] for i in range(len(reader))]
     wanted = compute_class_weight("balanced", classes=np.array(recipe.classify.labels), y=labels)
     assert recipe.classify.class_weights == pytest.approx(dict(zip(recipe.classify.labels, wanted, strict=True)))
     stored = [reader[i].values[0] for i in range(len(reader))]

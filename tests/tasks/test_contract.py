@@ -18,21 +18,20 @@ from support import families
 from support.models import build_gpt2, build_llama
 from support.pairs import DOCUMENTS, LIKED, PAIRS, THUMBS, gradient, learn_a_little, quiet, recipe_of, start_training
 from support.runs import llmtune
-from support.together import launch_work
-from support.training import read_metrics
+from support.training import launch_work, read_metrics
 from support.variants import predict
 from transformers import AutoModelForCTC
 
-from llmtune.adapter.merging import merge
+from llmtune.adapter.merging import merge_adapter
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
-from llmtune.evaluate.generation import answer_reader, generate
+from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.launch.topology import Topology
-from llmtune.model.causal_lm_loss import decoder_inputs, read_inputs, unwrap
-from llmtune.model.processor import load_processor
+from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, unwrap
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Models, Options, open_finished
+from llmtune.session import Models, open_finished
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import VARIANTS
 
 COLOURS = ("red", "green", "blue", "black", "white")
@@ -139,8 +138,11 @@ VARIED = {
 }
 """The methods in which the default suite does not train a variant."""
 RELATED = {f"chat-{name}": replace(CASES["chat"], adapter=adapter) for name, adapter in RELATIVES.items()}
-SLOW = VARIED | RELATED
-CELLS = CASES | SLOW
+SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
+SECOND += ("whisper-full", "ctc-headless", "preference-orpo")
+"""Cases of a variant that the default suite has with another method, model or loss."""
+SLOW = {*VARIED, *RELATED, *SECOND}
+CELLS = CASES | VARIED | RELATED
 """All variants of tasks with LoRA, QLoRA and all weights, and a decoder with the relatives of LoRA."""
 BASELINES = {
     "qa-extractive": "no answer to every question",
@@ -186,7 +188,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recipe_file: Callable[...
         if name not in runs:
             folder = tmp_path_factory.mktemp(name)
             recipe = load_recipe(str(recipe_file(name, folder)))
-            runs[name] = folder / "run", run_pipeline(recipe, Options(out=folder / "run"), quiet())
+            runs[name] = folder / "run", run_pipeline(recipe, RunRequest(out=folder / "run"), quiet())
         return runs[name]
 
     return run
@@ -194,10 +196,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recipe_file: Callable[...
 
 def opened(run: Path) -> Any:
     """The context of a run, its models, and the test rows without their answers."""
-    context, model_ref = open_finished(run, quiet(), True)
-    processor = load_processor(model_ref, context.recipe.model)
-    rows = [context.task.split_answer(row)[0] for _, row in iterate_rows(load_rows(run / "data" / "rows"), "test")]
-    return context, Models(context, model_ref, processor), processor, rows
+    context = open_finished(run, quiet(), True)
+    processor = context.plan.processor
+    rows = [context.plan.task.split_answer(row)[0] for _, row in iterate_rows(load_rows(run / "data" / "rows"), "test")]
+    return context, Models(context), processor, rows
 
 
 @every_case
@@ -242,7 +244,7 @@ def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name
 @every_case
 def test_a_second_run_is_skipped(name, finished):
     run, report = finished(name)
-    again = run_pipeline(load_recipe(str(run.parent / "recipe.yaml")), Options(out=run), quiet())
+    again = run_pipeline(load_recipe(str(run.parent / "recipe.yaml")), RunRequest(out=run), quiet())
     assert all(step["skipped"] for step in again["steps"])
     assert again["evaluation"] == report["evaluation"]
 
@@ -254,11 +256,11 @@ def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name,
     lines = [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
 
     def answer(asked: list[Any]) -> list[Any]:
-        if context.task.predicts:
-            return predict(context.task, model, asked, processor, context.recipe)
-        prompts = [context.task.prompt_ids(row, processor, context.recipe) for row in asked]
-        outputs = generate(model, prompts, processor, context.recipe, device="cpu")
-        read = answer_reader(processor, context.recipe)
+        if context.plan.task.predicts:
+            return predict(context.plan.task, model, asked, processor, context.plan.recipe)
+        prompts = [context.plan.task.prompt_ids(row, processor, context.plan.recipe) for row in asked]
+        outputs = generate_completions(model, prompts, processor, context.plan.recipe, device="cpu")
+        read = answer_reader(processor, context.plan.recipe)
         return [read(output.token_ids, None).text for output in outputs]
 
     with models.tuned() as model, torch.inference_mode():
@@ -268,7 +270,7 @@ def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name,
     assert len(together) == len(rows) == len(lines) > 3
     for one, other in zip(alone, together, strict=False):
         compare(one, other)
-    texts = [context.task.format_prediction(one) for one in together]
+    texts = [context.plan.task.format_prediction(one) for one in together]
     assert [line.get("tuned", text) for line, text in zip(lines, texts, strict=True)] == texts
 
 
@@ -286,7 +288,7 @@ def compare(one: Any, other: Any) -> None:
 
 def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a model reads of a batch, and what its head gives."""
-    inputs = read_inputs(model, batch)
+    inputs = model_inputs(model, batch)
     if unwrap(model).config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
     with torch.no_grad():
@@ -299,14 +301,14 @@ def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, f
     run, _ = finished(name)
     context, models, processor, _ = opened(run)
     reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
-    batch = context.task.collator(processor, context.recipe, False)([reader[0], reader[1]], 0)
+    batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
     with models.base() as model:
         _, base = outputs(model, batch)
     adapted = models.adapted
     _, tuned = outputs(adapted.model, batch)
     with adapted.model.disable_adapter():
         _, off = outputs(adapted.model, batch)
-    _, merged = outputs(merge(adapted, "dequantized"), batch)
+    _, merged = outputs(merge_adapter(adapted, "dequantized"), batch)
     assert not any(torch.equal(tuned[key], base[key]) for key in base)
     assert all(torch.equal(off[key], base[key]) for key in base), "nothing is computed otherwise: not a bit differs"
     # A sum of two products in float32 is one product by now: digits of the logits, which are below 50, change.
@@ -324,7 +326,7 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(name, finished, tmp_p
     assert left
     shutil.rmtree(last)
     recipe = load_recipe(str(run.parent / "recipe.yaml"))
-    report = run_pipeline(recipe, Options(out=halved, until="train"), quiet())
+    report = run_pipeline(recipe, RunRequest(out=halved, until="train"), quiet())
     assert report["train"]["resumed_from"] == int(left[0].name.removeprefix("step-"))
     weights = [path.relative_to(run) for path in (run / result).glob("*.safetensors")]
     assert [(halved / path).read_bytes() for path in weights] == [(run / path).read_bytes() for path in weights] != []
@@ -421,7 +423,7 @@ def reloaded(finished: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
 
     def reload(name: str) -> Path:
         if name not in known:
-            together = list(SLOW if name in SLOW else CASES)
+            together = [cell for cell in CELLS if (cell in SLOW) == (name in SLOW)]
             read_in_plain_classes(together, finished, place)
             known.update(together)
         return place / name
@@ -436,7 +438,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
         run, _ = finished(name)
         context, models, processor, _ = opened(run)
         reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
-        batch = context.task.collator(processor, context.recipe, False)([reader[0], reader[1]], 0)
+        batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
         with models.tuned() as model:
             inputs, output = outputs(model, batch)
             quantized = getattr(unwrap(model).config, "quantization_config", None)
@@ -445,7 +447,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
         folder = run / ("weights" if CELLS[name].method == "full" else "adapter")
         files = [str(place / f"{name}.{part}") for part in ("inputs", "plain")]
         skipped = quantized and quantized.llm_int8_skip_modules
-        asked.append([str(folder), context.task.auto_class, CELLS[name].method, skipped, *files])
+        asked.append([str(folder), context.plan.task.auto_class, CELLS[name].method, skipped, *files])
     (place / "asked.json").write_text(json.dumps(asked))
     command = [sys.executable, "-c", RELOAD, str(place / "asked.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)

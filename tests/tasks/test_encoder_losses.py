@@ -12,9 +12,10 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from llmtune.data.collators import IGNORED
+from llmtune.data.example import Example
 from llmtune.model.packed_attention import PACKED, install_packed, pool_documents
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example, Loss
+from llmtune.records import Loss
 from llmtune.tasks.qa import by_window
 
 PACKING = ("bert", "roberta", "distilbert", "modernbert")
@@ -22,12 +23,12 @@ LENGTHS = (7, 23, 12, 4)
 KINDS = [[0, 0, 0, 1, 1, 1, 1], [], [0] * 6 + [1] * 6, []]
 CLASSES = [[0], [2], [1], [2]]
 TARGETS: dict[str, dict[str, Sequence[Any]]] = {
-    "classify": {"target_ids": CLASSES},
-    "pairs": {"target_ids": CLASSES, "third_ids": KINDS},
+    "classify": {"class_ids": CLASSES},
+    "pairs": {"class_ids": CLASSES, "token_type_ids": KINDS},
     "multi": {"values": [[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]},
     "regression": {"values": [[0.5], [-2.0], [3.25], [0.0]]},
-    "token-classify": {"target_ids": [[IGNORED, *(k % 3 for k in range(size - 2)), IGNORED] for size in LENGTHS]},
-    "qa": {"target_ids": [[2, 4], [20, 22], [0, 0], [1, 1]]},
+    "token-classify": {"tag_ids": [[IGNORED, *(k % 3 for k in range(size - 2)), IGNORED] for size in LENGTHS]},
+    "qa": {"answer": [[2, 4], [20, 22], [0, 0], [1, 1]]},
     "completion": {"spans": [[1, size - 1] for size in LENGTHS], "counted": [2] * 4},
 }
 VARIANT = {"token-classify": TOKEN_CLASSIFY, "qa": EXTRACTIVE_QA, "completion": MASKED}

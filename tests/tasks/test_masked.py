@@ -11,7 +11,6 @@ from support.variants import MASKED, predict
 from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, BertModel
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model.processor import load_processor
 from llmtune.recipe.schema import Recipe
 from llmtune.session import Models, open_finished
 from llmtune.tasks.registry import choose_variant
@@ -55,12 +54,12 @@ def test_other_words_are_hidden_in_every_step_of_training(built, tmp_path):
 
 
 def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished):
-    context, place = open_finished(finished, quiet(), True)
-    processor = load_processor(place, context.recipe.model)
+    context = open_finished(finished, quiet(), True)
+    processor = context.plan.processor
     texts = [f"The quick {processor.mask_token} is red.", "The quick fox is red. ", ""]
-    with Models(context, place, processor).tuned() as model, torch.no_grad():
+    with Models(context).tuned() as model, torch.no_grad():
         rows = [MASKED.make_row({"prompt": text}) for text in texts]
-        filled, whole, nothing = predict(MASKED, model, rows, processor, context.recipe)
+        filled, whole, nothing = predict(MASKED, model, rows, processor, context.plan.recipe)
         logits = model(**processor(texts[0], return_tensors="pt")).logits[0]
     ids = processor(texts[0])["input_ids"]
     ids[ids.index(processor.mask_token_id)] = int(logits[ids.index(processor.mask_token_id)].argmax())
@@ -69,11 +68,11 @@ def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished):
 
 
 def test_behind_the_longest_text_that_is_read_masks_come_back_as_they_are(finished):
-    context, place = open_finished(finished, quiet(), True)
-    processor = load_processor(place, context.recipe.model)
+    context = open_finished(finished, quiet(), True)
+    processor = context.plan.processor
     text = f"The quick {processor.mask_token} is red. " * 40
-    with Models(context, place, processor).tuned() as model, torch.no_grad():
-        (said,) = predict(MASKED, model, [MASKED.make_row({"prompt": text})], processor, context.recipe)
+    with Models(context).tuned() as model, torch.no_grad():
+        (said,) = predict(MASKED, model, [MASKED.make_row({"prompt": text})], processor, context.plan.recipe)
     left = said.count(processor.mask_token)
     assert 0 < left < 40
     assert said.endswith(f" {processor.mask_token} is red. ")

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.errors import DataError
-from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_facts import LOSS_METRICS
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import Models, Options, open_finished
+from llmtune.session import Models, open_finished
+from llmtune.store.run_request import RunRequest
 
 LOSSES = tuple(LOSS_METRICS)
 QUIET_HEAD = {"generation": {"max_new_tokens": None}}
@@ -154,10 +154,10 @@ def test_metrics_of_pairs_are_those_of_plain_models(name, runs):
 
 def score(run, rows):
     """What the model of a run says to rows, read back as llmtune reads it."""
-    context, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, context.recipe.model)
-    with Models(context, place, processor).tuned() as model, torch.inference_mode():
-        return predict(context.task, model, rows, processor, context.recipe)
+    context = open_finished(run, quiet(), True)
+    processor = context.plan.processor
+    with Models(context).tuned() as model, torch.inference_mode():
+        return predict(context.plan.task, model, rows, processor, context.plan.recipe)
 
 
 def test_a_single_answer_is_scored_from_the_ids_of_training(runs):
@@ -217,7 +217,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_reference_and_ends_with_
     train = {"max_steps": 6, "num_train_epochs": None, "save_steps": 4, "learning_rate": 1.0e-3}
     sections = sections_of("dpo", adapter=adapter.get(kind, {"init_lora_weights": "pissa"}), train=train)
     loaded = load_recipe(str(recipe_of(tmp_path, tiny_llama, LIKED, "preference", **sections)))
-    run_pipeline(loaded, Options(out=tmp_path / "run", until="prepare"), quiet())
+    run_pipeline(loaded, RunRequest(out=tmp_path / "run", until="prepare"), quiet())
     examples = load_examples(tmp_path / "run" / "data" / "examples")
     run_training(tmp_path / "whole", loaded.recipe, examples, budget=2048)
     lines = read_metrics(tmp_path / "whole")

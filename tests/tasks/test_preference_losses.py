@@ -13,8 +13,8 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmtune.data.collators import collate_padded
+from llmtune.data.example import Example
 from llmtune.recipe.task_sections import PreferenceSection
-from llmtune.records import Example
 from llmtune.tasks import preference_losses as preference
 from llmtune.tasks.preference_losses import (
     kl_to_reference,

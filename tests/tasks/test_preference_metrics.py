@@ -10,7 +10,7 @@ from support.variants import PREFERENCE
 from support.variants import predict as predict_rows
 from torch.nn.functional import logsigmoid
 
-from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.errors import DataError
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import PreferenceSection
@@ -120,7 +120,7 @@ def tuned(tiny_llama):
     adapted = inject(open_model(recipe), recipe, quiet())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trainable_parameters(adapted.model):
+        for parameter in trained_parameters(adapted.model):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return adapted
 

@@ -28,7 +28,8 @@ from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Models, Options, open_finished
+from llmtune.session import Models, open_finished
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.speech import VARIANTS
 from llmtune.train.accumulation import make_batch, seed_micro_batch
@@ -54,7 +55,7 @@ def recipe_file(folder, model, rows, speech, /, **sections):
 
 
 def run(folder, file, **options):
-    return run_pipeline(load_recipe(str(file)), Options(out=folder / "run", **options), quiet())
+    return run_pipeline(load_recipe(str(file)), RunRequest(out=folder / "run", **options), quiet())
 
 
 @pytest.fixture(scope="session")
@@ -134,11 +135,11 @@ def load(folder, clips, tmp_path, speech, /, training=True, **sections):
 @contextmanager
 def tuned(folder, speech=None):
     """The tuned model of a run, which has learned to write."""
-    context, place = open_finished(folder / "run", quiet(), True)
-    processor = load_processor(place, context.recipe.model)
-    section = context.recipe.speech.model_copy(update=speech or {})
-    with Models(context, place, processor).tuned() as model:
-        yield model, processor, context.recipe.model_copy(update={"speech": section})
+    context = open_finished(folder / "run", quiet(), True)
+    processor = context.plan.processor
+    section = context.plan.recipe.speech.model_copy(update=speech or {})
+    with Models(context).tuned() as model:
+        yield model, processor, context.plan.recipe.model_copy(update={"speech": section})
 
 
 def asked(path):

@@ -8,7 +8,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks import summarize
 
 METRICS = {"loss", "rouge1", "rouge2", "rougeL", "rougeLsum", "length_ratio"}
@@ -63,7 +63,7 @@ def test_a_long_document_is_refused_by_default_and_a_long_summary_always(t5, tmp
     for name, rows, data in (("document", DOCUMENTS, {"max_length": 16}), ("summary", wordy, SHORT)):
         recipe = recipe_of(tmp_path / name, t5, rows, "summarize", data=data)
         with pytest.raises(DataError) as caught:
-            run_pipeline(load_recipe(str(recipe)), Options(out=tmp_path / name / "run", until="prepare"), quiet())
+            run_pipeline(load_recipe(str(recipe)), RunRequest(out=tmp_path / name / "run", until="prepare"), quiet())
         assert caught.value.exit_code == 3
         assert "data.max_length is 16" in str(caught.value)
         assert f"{tmp_path / name / 'rows.jsonl'}:" in str(caught.value)

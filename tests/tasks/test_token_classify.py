@@ -9,11 +9,11 @@ from transformers import AutoConfig
 
 from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
-from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.session import Models, Options, open_finished
+from llmtune.session import Models, open_finished
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks import token_classify
 from llmtune.tasks.registry import get_task
 
@@ -67,18 +67,18 @@ def test_a_tuned_model_is_a_base_with_a_trained_head_for_the_same_kinds(finished
 
 def test_a_text_longer_than_the_model_reads_gets_a_tag_for_each_word(finished):
     run, _ = finished
-    context, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, context.recipe.model)
+    context = open_finished(run, quiet(), True)
+    processor = context.plan.processor
     words = ROWS[0]["tokens"] * 64
-    with Models(context, place, processor).tuned() as model, torch.no_grad():
+    with Models(context).tuned() as model, torch.no_grad():
         (said, dropped) = predict(
             TOKEN_CLASSIFY,
             model,
             [{"tokens": words, "tags": []}, {"tokens": ["\N{ZERO WIDTH SPACE}"], "tags": []}],
             processor,
-            context.recipe,
+            context.plan.recipe,
         )
-        (huge,) = predict(TOKEN_CLASSIFY, model, [{"tokens": ["1" * 999], "tags": []}], processor, context.recipe)
+        (huge,) = predict(TOKEN_CLASSIFY, model, [{"tokens": ["1" * 999], "tags": []}], processor, context.plan.recipe)
     assert len(processor(" ".join(words))["input_ids"]) > families.LONGEST
     assert len(said) == len(words)
     assert {"B-THING", "B-COLOUR"} <= set(said[-64:])
@@ -89,7 +89,7 @@ def test_a_text_longer_than_the_model_reads_gets_a_tag_for_each_word(finished):
 def test_labels_are_those_of_the_rows_unless_the_recipe_names_them(built, tmp_path):
     recipe = load_recipe(str(recipe_of(tmp_path, built("bert"), ROWS))).recipe
     config = AutoConfig.from_pretrained(built("bert"))
-    run_pipeline(load_recipe(str(tmp_path / "recipe.yaml")), Options(out=tmp_path / "run", until="prepare"), quiet())
+    run_pipeline(load_recipe(str(tmp_path / "recipe.yaml")), RunRequest(out=tmp_path / "run", until="prepare"), quiet())
     rows = load_rows(tmp_path / "run" / "data" / "rows")
     assert token_classify.VARIANTS[0].infer_labels(recipe, rows, config).token_classify.labels == ("COLOUR", "THING")
     named = Recipe.model_validate({**recipe.model_dump(), "token_classify": {"labels": ["THING", "COLOUR", "PLACE"]}})

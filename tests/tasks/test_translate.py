@@ -21,12 +21,11 @@ from llmtune.data.chat_template import stop_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_ends, only_these_settings
 from llmtune.model.causal_lm_loss import decoder_inputs
-from llmtune.model.processor import load_processor
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.session import Models, open_finished
 from llmtune.tasks import translate
-from llmtune.tasks.text_to_text import check_decoder_start, decoder_settings, first_token, generate
+from llmtune.tasks.text_to_text import check_decoder_start, decoder_settings, first_token, run_generation
 
 FAMILIES = ("t5", "mt5", "bart", "mbart", "nllb", "marian")
 STILL = {"t5": {"dropout_rate": 0.0}, "mt5": {"dropout_rate": 0.0}}
@@ -109,7 +108,7 @@ def test_an_answer_begins_as_the_targets_of_training_do(name, folders):
     read = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with only_these_settings(model) as own:
         settings = decoder_settings(own, model, processor, recipe, first)
-        written = generate(model, read, settings)
+        written = run_generation(model, read, settings)
     assert torch.equal(written[:, : given.shape[1]], given)
     assert written.shape[1] > given.shape[1]
 
@@ -154,7 +153,7 @@ def test_marian_never_writes_the_token_that_it_starts_with(folders, tmp_path):
         model.final_logits_bias[0, processor.pad_token_id] = 1e4  # what it would like best
     given = processor(ROWS[0]["source"], return_tensors="pt")
     with only_these_settings(model) as own:
-        written = generate(model, dict(given), decoder_settings(own, model, processor, recipe))
+        written = run_generation(model, dict(given), decoder_settings(own, model, processor, recipe))
     assert processor.pad_token_id not in written[0, 1:]
 
 
@@ -182,9 +181,9 @@ def test_qlora_leaves_the_output_layer_and_its_tied_embedding_alone(tmp_path):
     names = load_file(run / "adapter" / "adapter_model.safetensors")
     assert names
     assert not [name for name in names if "lm_head" in name or "shared" in name or "embed_tokens" in name]
-    context, place = open_finished(run, quiet(), True)
-    plain = AutoModelForSeq2SeqLM.from_pretrained(place.path)
-    models = Models(context, place, load_processor(place, context.recipe.model))
+    context = open_finished(run, quiet(), True)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(context.plan.model_ref.path)
+    models = Models(context)
     with models.base() as base:
         weights = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
         weights += sum(

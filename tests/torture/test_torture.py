@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.torture import DEFAULT_ROUNDS, Torture, plan
+from torture.rounds import DEFAULT_ROUNDS, Torture, plan
 
 ROUNDS = int(os.environ.get("TORTURE_ROUNDS", DEFAULT_ROUNDS))
 SEED = int(os.environ.get("TORTURE_SEED", 0))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.errors import RecipeError
-from llmtune.train.batch_plan import StepPlan, best_fit, cost, divide, heaviest, micro_batches, padding_share
+from llmtune.train.batch_plan import StepPlan, best_fit, divide, heaviest, micro_batches, occupied_tokens, padding_share
 
 lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(lambda sizes: np.asarray(sizes, dtype=np.int32))
 
@@ -87,7 +87,7 @@ def test_micro_batches_hold_each_row_once_within_the_budget_heaviest_first(lengt
     rows = np.arange(len(lengths))
     groups = micro_batches(rows, lengths, budget, packed, pass_tokens)
     assert sorted(np.concatenate(groups)) == rows.tolist()
-    costs = [cost(group, lengths, packed) for group in groups]
+    costs = [occupied_tokens(group, lengths, packed) for group in groups]
     assert max(costs) <= budget
     assert costs == sorted(costs, reverse=True)
 
@@ -99,7 +99,7 @@ def test_the_rehearsed_micro_batch_has_the_longest_row_and_the_most_supervised_o
     rehearsed = heaviest(lengths, supervised, budget, packed, size)
     for rows in rehearsed:
         assert len(rows) <= size
-        assert cost(rows, lengths, packed) <= budget
+        assert occupied_tokens(rows, lengths, packed) <= budget
     taken = np.concatenate(rehearsed)
     assert lengths[taken].max() == lengths.max()
     assert supervised[taken].max() == supervised.max()
@@ -110,7 +110,7 @@ def test_padded_rows_are_cut_where_padding_and_passes_cost_the_least(sizes, budg
     falling = np.asarray(sorted(sizes, reverse=True), dtype=np.int32)
 
     def price(groups):
-        costs = [cost(np.asarray(group), falling, False) for group in groups]
+        costs = [occupied_tokens(np.asarray(group), falling, False) for group in groups]
         return sum(costs) + pass_tokens * len(costs) if max(costs) <= budget else np.inf
 
     found = micro_batches(np.arange(len(falling)), falling, budget, False, pass_tokens)

@@ -266,6 +266,7 @@ def test_a_run_folder_that_cannot_be_written_is_a_problem_of_the_environment(tmp
     assert "--out" in caught.value.problems[0].fix
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_training_leaves_the_checkpoint_before(tmp_path, tiny_llama, examples):
     if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
         pytest.skip("user namespaces are not permitted here")

@@ -10,7 +10,7 @@ from support.pairs import quiet
 from llmtune.errors import TrainingError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Options
+from llmtune.store.run_request import RunRequest
 from llmtune.train.divergence import WINDOW, Divergence
 
 GUESSING = math.log(49152)
@@ -74,7 +74,7 @@ def regress(folder, **train):
     train = {"batch_size": 4, "num_train_epochs": None, "logging_steps": 100, **train}
     data = {"validation": 0, "test": 0.1, "deduplicate": "none", "packing": False}
     recipe = load_recipe(str(recipe_for(folder / "recipe.yaml", model, NUMBERS, train=train, data=data)))
-    return run_pipeline(recipe, Options(out=folder / "run", until="train"), quiet())
+    return run_pipeline(recipe, RunRequest(out=folder / "run", until="train"), quiet())
 
 
 @pytest.mark.slow

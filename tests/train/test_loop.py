@@ -14,7 +14,7 @@ from llmtune.train import loop
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.checkpoint import TrainState
 from llmtune.train.divergence import Divergence
-from llmtune.train.metrics_log import show_progress
+from llmtune.train.metrics_log import show_training
 from llmtune.train.setup import set_up
 from llmtune.train.signals import StopRequest
 
@@ -201,7 +201,7 @@ def started(examples, tmp_path, tiny_llama, console):
     recipe = make_recipe(tmp_path, tiny_llama)
     training = set_up(adapt(recipe), examples, get_task("chat"), recipe, tmp_path / "run", console, "inputs")
     state = TrainState(budget=128)
-    with show_progress(console, 0, training.plan.total_steps) as display:
+    with show_training(console, 0, training.plan.total_steps) as display:
         yield loop.Run(training, state, Divergence(math.inf), StopRequest(), display, console, lambda tokens: None)
 
 

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from support.finished import finish_run
-from support.runs import invoke
+from support.runs import finish_run, invoke
 from support.training import make_recipe, read_metrics, run_training, trained_bytes
 
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
-from llmtune.evaluate.inference import measure, predict
+from llmtune.evaluate.inference import compute_metrics, predict
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.session import Models, open_finished
 from llmtune.train import loop
@@ -42,16 +41,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 def test_metrics_of_validation_rows_are_those_that_evaluate_measures_of_that_checkpoint(run: Path) -> None:
     lines = [line for line in read_metrics(run) if "validation_loss" in line]
     assert [line["step"] for line in lines] == [3, 6]
-    context, model_ref = open_finished(run, Console(file=io.StringIO()), offline=True)
-    processor = context.read_processor(model_ref)
-    recipe = context.recipe.model_copy(update={"evaluate": EvaluateSection(metrics=tuple(METRICS))})
+    context = open_finished(run, Console(file=io.StringIO()), offline=True)
+    processor = context.plan.processor
+    recipe = context.plan.recipe.model_copy(update={"evaluate": EvaluateSection(metrics=tuple(METRICS))})
     rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
-    inputs = make_inputs(rows, examples, context.task, processor, recipe, "validation")
-    models = Models(context, model_ref, processor)
+    inputs = make_inputs(rows, examples, context.plan.task, processor, recipe, "validation")
+    models = Models(context)
     with models.tuned() as model:
-        asked = EvalContext(recipe, context.task, processor, inputs, "cpu", context.console)
+        asked = EvalContext(recipe, context.plan.task, processor, inputs, "cpu", context.console)
         answers = predict(model, "tuned", asked, models.packs)
-    found = {name: one.value for name, one in measure(asked, answers, answers).items() if name in METRICS}
+    found = {name: one.value for name, one in compute_metrics(asked, answers, answers).items() if name in METRICS}
     assert lines[-1]["validation_metrics"] == pytest.approx(found)
     assert found["answers_cut"] > 0
     report = (run / "report.html").read_text()

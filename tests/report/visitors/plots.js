@@ -5,7 +5,4 @@ const found = [...document.querySelectorAll("svg")].map(plot => {
   const inside = marks.filter(mark => mark.getBoundingClientRect().right <= box.right + 1);
   return [box.width, box.height, marks.length, inside.length];
 });
-const pre = document.createElement("pre");
-pre.id = "measured";
-pre.textContent = JSON.stringify(found);
-document.documentElement.append(pre);
+return found;

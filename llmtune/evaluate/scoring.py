@@ -1,0 +1,240 @@
+"""The evaluation of a run: its champion, its contamination and its files, around what `evaluate` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from llmtune.data.contamination import Overlap, compared_text, find_overlap, prompt_row
+from llmtune.data.examples import encode_rows
+from llmtune.data.row_store import iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
+from llmtune.errors import DataError
+from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, make_inputs, resolve_choices
+from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
+from llmtune.evaluate.evaluator import PIECES, ModelLoaders, evaluate, predict_baseline
+from llmtune.evaluate.inference import Answers, compute_metrics, predict
+from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
+from llmtune.evaluate.results import BaseAnswers, save_base, save_predictions
+from llmtune.evaluate.slices import one_line, score_slice
+from llmtune.evaluate.suite_registry import make_suites
+from llmtune.model.device import release_memory
+from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.schema import Recipe
+from llmtune.records import Champion, Contamination, Evaluation, Rows, Slice
+
+CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
+KINDS = {
+    "equal": "equal",
+    "near": "nearly equal",
+    "prompted": "the same prompt",
+    "worded": "the same words",
+    "shared": "13 words in a row",
+}
+"""Ways to overlap, the plainest first, by their name in `Overlap`."""
+SHOWN = 6
+LONGEST_SHOWN = 200
+
+
+@dataclass(frozen=True)
+class ChampionModel:
+    """A champion whose model can answer more rows."""
+
+    recipe: Recipe
+    task: EvaluatedTask
+    processor: PreTrainedTokenizerBase
+    device: str
+    models: ModelLoaders
+
+
+LoadChampion = Callable[[Path], ChampionModel]
+"""Opens the run in a folder."""
+Challenge = Callable[[Evaluation, PerRowScores], Champion | None]
+"""Compares with the champion, if there is one."""
+
+
+def score_run(
+    models: ModelLoaders,
+    context: EvalContext,
+    rows: Rows,
+    *,
+    headless: bool = False,
+    known: BaseAnswers | None = None,
+    challenge: Challenge = lambda evaluation, scores: None,
+) -> Evaluation:
+    """Evaluate a run: measure both models, compare the rows with the training rows and the model with the champion.
+
+    With `headless` the base model has no trained head: the task's trivial baseline replaces it. With `known`, what the
+    base model answers is kept for later evaluations, and it does not run again where that is known already. If the
+    context has a folder, every row's prompt, reference and both answers go to `predictions.jsonl` in it, its part in
+    each score to `measures.npz`, and the whole to `evaluation.json`.
+
+    Raises DataError for `evaluate.choices` that no reference answer is among and for `evaluate.slices` by columns that
+    were not kept, EnvironmentProblem where a single row does not fit in memory.
+    """
+    inputs, console, folder = context.inputs, context.console, context.folder
+    if inputs is None:
+        console.print("evaluate: there are no test rows (data.test), so nothing is measured on rows")
+    elif unmeasured := inputs.notes.get(SCHEMAS_NOTE):
+        console.print(f"tool_call_valid is {unmeasured}", style="yellow", highlight=False, markup=False)
+    suites, stand_in, base = make_suites(context), None, known.answers if known else None
+    if inputs is not None and headless:
+        stand_in, base = predict_baseline(context, inputs, rows)
+        console.print(f"base: the model has no trained head for this, so {stand_in} stands in its place")
+    elif inputs is not None and base is not None:
+        console.print("base: what it answered to these rows is known from an evaluation before")
+    scored = evaluate(models, context, suites, base, stand_in=stand_in, headless=headless)
+    evaluation, answers, measures = scored.evaluation, scored.answers, scored.measures
+    if inputs is not None:
+        names = name_test_rows(rows, inputs.rows)
+        per_row = PerRowScores(measures.base, measures.tuned, names, inputs.clusters)
+        if folder is not None:
+            save_predictions(folder, inputs, answers["base"], answers["tuned"])
+            save_measures(folder, per_row)
+            if known is not None and stand_in is None:
+                save_base(folder, answers["base"], known.inputs)
+        evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
+        evaluation = replace(evaluation, champion=challenge(evaluation, per_row))
+    if folder is not None:
+        save_evaluation(evaluation, folder)
+    print_scores(evaluation, console)
+    print_cautions(evaluation, answers, context.recipe, console)
+    return evaluation
+
+
+def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
+    """Print how many answers `generation.max_new_tokens` ended, and the warning of `compare_pieces`, if any."""
+    if PIECES in evaluation.signatures:
+        console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
+    counts = {name: sum(share > 0 for share in one.cut.values()) for name, one in answers.items()}
+    told = [f"{name} {count} of {len(answers[name].cut)}" for name, count in counts.items() if count]
+    if told:
+        new = recipe.generation.max_new_tokens
+        console.print(f"answers cut at generation.max_new_tokens ({new}): {', '.join(told)}", highlight=False)
+
+
+def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasures) -> Contamination:
+    """Compare the test rows with the training rows, and score both models without those that overlap.
+
+    Nearly equal rows are looked for where that was not done when rows were prepared.
+    """
+    recipe = context.recipe
+    with context.console.status("comparing test rows with training rows"):
+        overlap = find_overlap(rows, near=recipe.data.deduplicate != "near")
+    return Contamination(
+        rows=overlap.test_rows,
+        train_rows=overlap.train_rows,
+        equal=len(overlap.equal),
+        near=len(overlap.near),
+        prompted=len(overlap.prompted),
+        short=len(overlap.short),
+        worded=len(overlap.worded),
+        shared=len(overlap.shared),
+        overlapping=len(overlap.rows),
+        common=overlap.common,
+        dropped={reason: number for reason, number in rows.dropped.items() if reason.endswith(" a test row")},
+        examples=show_examples(rows, overlap),
+        scores=score_apart(overlap, context, measures),
+    )
+
+
+def score_apart(overlap: Overlap, context: EvalContext, measures: PairedMeasures) -> tuple[Slice, ...]:
+    """Score both models on the rows that overlap and on those that do not; nothing where none does."""
+    assert context.inputs is not None
+    numbers = context.inputs.rows
+    overlapping = {i for i, row in enumerate(numbers) if row in overlap.rows}
+    if not overlapping:
+        return ()
+    parts = {CLEAN: set(range(len(numbers))) - overlapping, OVERLAPPING: overlapping}
+    return tuple(score_slice(name, part, measures, context.recipe.seed) for name, part in parts.items() if part)
+
+
+def show_examples(rows: Rows, overlap: Overlap) -> tuple[dict[str, str], ...]:
+    """Return a few rows that overlap, of each kind some: where both stand, and what they have in common."""
+    pairs: dict[int, tuple[str, int]] = {}
+    for name in KINDS:
+        new = [(test, train) for test, train in getattr(overlap, name).items() if test not in pairs]
+        pairs |= {test: (name, train) for test, train in new[: max(1, SHOWN // 2)]}
+    chosen = list(pairs)[:SHOWN]
+    test_origins = origins(rows, SPLIT, set(chosen))
+    train_origins = origins(rows, "train", {pairs[test][1] for test in chosen})
+    alike = {
+        test: compared_text((pairs[test][0] == "prompted" and prompt_row(row)) or row)
+        for test, row in zip(chosen, read_rows(rows, SPLIT, chosen), strict=True)
+    }
+    return tuple(
+        {
+            "kind": KINDS[pairs[test][0]],
+            "test": test_origins[test],
+            "train": train_origins[pairs[test][1]],
+            "words": one_line(overlap.runs[test] if pairs[test][0] == "shared" else alike[test], LONGEST_SHOWN),
+        }
+        for test in chosen
+    )
+
+
+def origins(rows: Rows, split: str, numbers: set[int]) -> dict[int, str]:
+    """Return where rows come from, by number; nothing is read where none is asked for."""
+    if not numbers:
+        return {}
+    return {number: origin for number, (origin, _) in enumerate(iterate_texts(rows, split)) if number in numbers}
+
+
+def ask_champion(
+    load: LoadChampion, context: EvalContext, rows: Rows, folder: Path, run: Path, places: Sequence[int]
+) -> PerRowScores:
+    """Let the model of the run in the folder `run` answer test rows, and measure them as its own evaluation did.
+
+    Rows that are nearly equal to one of its training rows are left out, as `data.deduplicate: near` would leave them
+    out; so are rows that its recipe cannot encode. `places` are places among the test rows that have an example;
+    intermediate files go to `folder`.
+    """
+    assert context.inputs is not None
+    numbers = context.inputs.rows
+    names = name_test_rows(rows, numbers)
+    with TemporaryDirectory(dir=folder, prefix=".champion-") as name:
+        scratch, known = Path(name), load_rows(run / "data" / "rows")
+        picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
+        files, counts = known.files | picked.files, known.counts | picked.counts
+        found = find_overlap(replace(picked, files=files, counts=counts), near=True)
+        places = [at for place, at in enumerate(places) if place not in {*found.equal, *found.near}]
+        if not places:
+            return PerRowScores()
+        picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
+        context.console.print(f"champion: its model answers {len(places)} further test rows", highlight=False)
+        try:
+            measured, kept = measure_champion(load(run), known, picked, scratch / "examples", context.console)
+        except DataError as error:
+            context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
+            return PerRowScores()
+    return PerRowScores({}, measured, tuple(names[places[number]] for number in kept))
+
+
+def measure_champion(
+    champion: ChampionModel, known: Rows, picked: Rows, folder: Path, console: Console
+) -> tuple[dict[str, Measure], tuple[int, ...]]:
+    """Return the metrics of the champion on `picked` rows, and the numbers of those that could be encoded.
+
+    `known` are its own rows. Raises DataError where none can be encoded.
+    """
+    recipe, task, processor = champion.recipe, champion.task, champion.processor
+    references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
+    choices = resolve_choices(known, task, recipe, references, SPLIT)
+    answers = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
+    asked = EvaluateSection(metrics=recipe.evaluate.metrics, choices=choices if answers & {*choices} else None)
+    data = recipe.data.model_copy(update={"max_dropped": 1.0})
+    recipe = recipe.model_copy(update={"evaluate": asked, "data": data})
+    encoded = encode_rows(picked, task, processor, recipe, folder, Console(quiet=True))
+    inputs = make_inputs(picked, encoded, task, processor, recipe)
+    context = EvalContext(recipe, task, processor, inputs, champion.device, console)
+    with champion.models.tuned() as model:
+        answered = predict(model, "champion", context, champion.models.packs())
+    del model
+    release_memory()
+    return compute_metrics(context, answered, answered), inputs.rows

@@ -1,0 +1,260 @@
+"""The frame of all `llmtune explain` commands: the run or model that is looked at, and from its inputs to a page."""
+
+from __future__ import annotations
+
+import base64
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from markupsafe import Markup
+from rich.console import Console
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmtune.errors import LlmtuneError
+from llmtune.model.config import is_encoder, read_model_config
+from llmtune.model.device import pick_device
+from llmtune.model.loading import load_plain
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
+from llmtune.recipe.model_section import ModelSection
+from llmtune.recipe.schema import Recipe
+from llmtune.report.blocks import Html, Page, Section
+from llmtune.report.render_html import write_page
+from llmtune.session import Models, open_finished
+from llmtune.store.atomic_files import explained
+from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
+from llmtune.tasks.base import AnyTask
+from llmtune.tasks.chat import Chat
+from llmtune.tasks.completion import Completion
+from llmtune.tasks.speech import Speech
+from llmtune.tasks.summarize import Summarize
+
+Family = Literal["encoder", "decoder", "encoder-decoder"]
+MODEL, BASE, TUNED = "model", "base", "tuned"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A run or a model; weights are read only when one of its models is opened."""
+
+    name: str
+    """As given: a run folder, a model folder, a hub name, `builtin:NAME`."""
+    family: Family
+    config: PretrainedConfig
+    """The model's configuration; of a run, that of its base."""
+    processor: PreTrainedTokenizerBase
+    models: tuple[str, ...]
+    """("base", "tuned") of a run, else ("model",)."""
+    open_model: Callable[[str], AbstractContextManager[PreTrainedModel]]
+    """Loads one of `models` in eval mode with eager attention. They share weights: open them in this order, each once,
+    and close one before you open the next."""
+    folder: Path
+    """Where pages go by default."""
+    recipe: Recipe | None = None
+    """The resolved recipe of a run."""
+    task: AnyTask | None = None
+    """The task of a run, in the variant that its model supports."""
+
+    @property
+    def short_name(self) -> str:
+        """The name for a heading: of a run, its folder's own name."""
+        return Path(self.name).name if self.recipe else self.name
+
+    @property
+    def is_whisper(self) -> bool:
+        """Whether the model writes down speech by an encoder and a decoder."""
+        return bool(self.config.model_type == "whisper")
+
+    @property
+    def takes_audio(self) -> bool:
+        """Whether the model reads sound."""
+        return self.is_whisper or hasattr(self.config, "conv_kernel")
+
+    def default_recipe(self, *, chat: bool = True) -> Recipe:
+        """Return the recipe of a plain model: defaults, and the task whose encoding it needs."""
+        task = Speech.name if self.takes_audio else Completion.name
+        if self.family == "encoder-decoder" and not self.takes_audio:
+            task = Summarize.name
+        elif self.family == "decoder" and self.processor.chat_template and chat:
+            task = Chat.name
+        stated = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}}
+        return Recipe.model_validate({**stated, "model": {"name": self.name}})
+
+
+def open_target(name: str, console: Console, *, offline: bool = False, trust_remote_code: bool = False) -> Target:
+    """Open a run folder, or a model: a folder, a hub name, `builtin:NAME`. Weights are not read yet.
+
+    Numbers are float32 whatever the recipe says, so that they do not depend on rounding; attention is eager, so that
+    its weights can be read.
+
+    Raises:
+        RecipeError: neither a run nor a model; a run that was not trained.
+        EnvironmentProblem: the model is gone, was changed or is not whole.
+    """
+    path = Path(name).expanduser()
+    if (path / MANIFEST).is_file():
+        return _open_run(path, console, offline)
+    settings = ModelSection(name=name, trust_remote_code=trust_remote_code)
+    with _without_recipe(name):
+        model_ref = resolve_model(name, settings, console, offline)
+    config, device = read_model_config(model_ref, settings), pick_device()
+
+    @contextmanager
+    def open_model(model: str) -> Iterator[PreTrainedModel]:
+        assert model == MODEL
+        yield load_plain(model_ref, config, settings, dtype=torch.float32, device=device)
+
+    return Target(
+        name=name,
+        family=family_of(config),
+        config=config,
+        processor=load_processor(model_ref, settings),
+        models=(MODEL,),
+        open_model=open_model,
+        folder=Path("explain") / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or MODEL),
+    )
+
+
+@contextmanager
+def _without_recipe(name: str) -> Iterator[None]:
+    """Rewrite errors that name recipe keys: here the name is the argument, and there is no recipe."""
+    try:
+        yield
+    except LlmtuneError as error:
+        problems = []
+        for problem in error.problems:
+            fix = (problem.fix or "").replace("set model.trust_remote_code: true", "give --trust-remote-code")
+            fix = fix.replace(", or set model.use_safetensors: false if you trust where they come from", "")
+            where = name if problem.where == "model.name" else problem.where
+            problems.append(replace(problem, where=where, fix=fix or None))
+        raise type(error)(*problems) from error
+
+
+def _open_run(path: Path, console: Console, offline: bool) -> Target:
+    stated = recipe_of_run(read_run(path)).recipe
+    model = stated.model.model_copy(update={"attn_implementation": "eager", "dtype": "float32"})
+    data = stated.data.model_copy(update={"packing": False})
+    recipe = stated.model_copy(update={"model": model, "data": data})
+    context = open_finished(path, console, offline, recipe=recipe)
+    plan, models = context.plan, Models(context)
+
+    @contextmanager
+    def open_model(name: str) -> Iterator[PreTrainedModel]:
+        with {BASE: models.base, TUNED: models.tuned}[name]() as model:
+            yield model
+
+    config = read_model_config(plan.model_ref, plan.recipe.model)
+    return Target(
+        name=str(path),
+        family=family_of(config),
+        config=config,
+        processor=plan.processor,
+        models=(BASE, TUNED),
+        open_model=open_model,
+        folder=path / "explain",
+        recipe=plan.recipe,
+        task=plan.task,
+    )
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """Return whether a model reads in both directions, only backwards, or both in two halves."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    return "encoder" if is_encoder(config) or config.model_type in {"wav2vec2", "hubert"} else "decoder"
+
+
+# From inputs to a page
+
+PAGE_STYLE = """
+p { overflow-wrap: anywhere; } th.number { white-space: normal; }
+.heatmap td, .heatmap th { white-space: nowrap; overflow-wrap: normal; vertical-align: middle; }
+.figure { background: #fff; border-radius: 8px; overflow-x: auto; }
+.figure img { display: block; max-width: max(100%, 620px); }
+.many table:not(.stacked) { min-width: 620px; }
+"""
+"""CSS for pages: figures have the colours of paper also in the dark; on a phone they and wide tables scroll."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The result of a command."""
+
+    values: dict[str, object]
+    """What `--json` prints."""
+    page: Page
+    """Its brief sections are what the terminal shows."""
+    files: list[Path]
+    """What was written."""
+
+
+class Explainer(ABC):
+    """One command: it reads its inputs, runs the models, and shows the result as figures, a page and JSON."""
+
+    stem: str
+    """The name of the page's file, without .html; set by `read` at the latest."""
+    title: str
+    lead: str
+    """The paragraph at the top of the page."""
+
+    @abstractmethod
+    def read(self) -> None:
+        """Check the options and make the inputs; no weights are read yet."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Open the models and look at them."""
+
+    def draw(self, folder: Path) -> list[Path]:
+        """Draw the figures into `folder`; returns their files."""
+        return []
+
+    @abstractmethod
+    def sections(self, figures: Mapping[str, Path]) -> Iterable[Section]:
+        """Return what the page says; `figures` has the drawings by name."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, object]:
+        """Return the result as JSON values."""
+
+    def page(self, figures: Mapping[str, Path]) -> Page:
+        """Return the page."""
+        return Page(self.title, list(self.sections(figures)), lead=self.lead, navigation=False, style=PAGE_STYLE)
+
+    def explain(self, folder: Path) -> Explanation:
+        """Do all of it, and write page and figures into `folder`.
+
+        Raises:
+            RecipeError: an option is missing, out of range or of no use.
+            DataError: a text or a recording cannot be read, or is too long.
+            EnvironmentProblem: the model is gone, damaged or not of a kind that can be looked into; or the files cannot
+                be written.
+        """
+        self.read()
+        self.run()
+        with explained(folder):
+            files = self.draw(folder)
+            page = self.page({path.stem: path for path in files})
+            if (folder.parent / MANIFEST).is_file():  # the folder is `explain` of a run
+                back = Html(Markup('<p><a href="../report.html">Report of the run</a></p>'))
+                first, *others = page.sections
+                page = replace(page, sections=[replace(first, blocks=[back, *first.blocks]), *others])
+            return Explanation(self.to_json(), page, [write_page(folder / f"{self.stem}.html", page), *files])
+
+
+def figure_block(svg: Path, description: str) -> Html:
+    """Return an SVG file as a figure of a page, which holds all of it."""
+    data = base64.b64encode(svg.read_bytes()).decode("ascii")
+    image = Markup('<div class="figure"><img alt="{}" src="data:image/svg+xml;base64,{}"></div>')
+    return Html(image.format(description, data))
+
+
+def in_percent(value: float | None) -> str:
+    """Write a share in percent, in three digits."""
+    return "–" if value is None else f"{100 * value:.3g} %"

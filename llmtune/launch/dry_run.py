@@ -1,0 +1,144 @@
+"""`--dry-run`: which steps a recipe would run and what memory they need, without running them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.markup import escape
+
+from llmtune.data.examples import encode_rows, examples_inputs, row_lengths
+from llmtune.data.preparation import prepare_rows
+from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.champion import check_champion
+from llmtune.evaluate.eval_inputs import warn_of_cuts
+from llmtune.evaluate.gates import print_plan
+from llmtune.model.device import check_card
+from llmtune.model.memory_plan import check_memory, plan_training
+from llmtune.model.model_selection import peek_model, plan_candidates
+from llmtune.pipeline import check_first
+from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import Recipe
+from llmtune.records import SPLITS, Examples, Json, MemoryPlan, ModelRef, Rows
+from llmtune.session import (
+    Plan,
+    RunContext,
+    decide_checkpointing,
+    decide_rest,
+    draft_plan,
+    evaluation_hash,
+    find_variant,
+    finish_plan,
+    locate_pinned,
+    rows_hash,
+)
+from llmtune.store.processes import layout
+from llmtune.store.run_folder import default_path, peek_run
+from llmtune.store.run_lock import read_pins
+from llmtune.store.run_request import RunRequest
+from llmtune.store.seed_runs import seed_folder
+
+TRIED_BYTES = 2**22
+"""Files of less are prepared and encoded in a dry run: that takes seconds."""
+
+
+def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json:
+    """Check what is cheap, print which steps would run and what memory they need; change and download nothing."""
+    recipe, path = loaded.recipe, request.out or default_path(loaded.recipe.name, loaded.fingerprint)
+    check_first(recipe, request)
+    folder = peek_run(path, loaded.fingerprint, resume=request.resume, fresh=request.fresh)
+    context = RunContext(folder, console, replace(request, pins=read_pins(request.lock) if request.lock else None))
+    if request.device is not None:
+        check_card(request.device)
+        folder.findings.pop("gradient_checkpointing", None)  # decided for the device that is here
+    valid = {"prepare": folder.is_valid("prepare", rows_hash(context, recipe))}
+    if recipe.model.name:
+        memory = _plan_named(context, loaded, recipe.model.name, valid)
+        plans = {} if memory is None else {recipe.model.name: memory}
+    else:
+        choose, longest = partial(find_variant, recipe), _longest_row(context, recipe)
+        plans = plan_candidates(recipe, choose, longest, context.device, console, request.offline)
+    for seed in recipe.train.seeds:
+        console.print(f"seed {seed} would follow in {seed_folder(path, seed)}", markup=False)
+    power = print_plan(recipe, folder, console, prepared=valid["prepare"])
+    would_run = [step for step in ("prepare", "encode", "train", "evaluate") if not valid.get(step)]
+    totals = {name: {**asdict(memory), "total": memory.total} for name, memory in plans.items()}
+    return {"folder": str(path), "would_run": would_run, "plans": totals, "power": power}
+
+
+def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dict[str, bool]) -> MemoryPlan | None:
+    """Plan the one model of a recipe, and add to `valid` which of its steps are; None if it is not known yet."""
+    recipe, console, folder, request = loaded.recipe, context.console, context.folder, context.request
+    with TemporaryDirectory() as scratch:
+        try:
+            offline = replace(context, request=replace(request, offline=True))
+            model_ref = locate_pinned(offline, recipe.model, name)
+        except EnvironmentProblem:
+            described = peek_model(name, recipe, console, Path(scratch), request.offline)
+            console.print(f"{escape(name)} would be downloaded first")
+            if described is None:
+                return None
+            model_ref = described
+        rows = _find_rows(context, recipe, model_ref, valid, Path(scratch))
+        if rows is None:
+            task, processes = find_variant(recipe, model_ref), request.layout or layout()
+            draft, examples = Plan(recipe, task, model_ref, context.device, processes), None
+        else:
+            shown = context if valid["prepare"] else replace(context, console=Console(quiet=True))
+            draft, _ = draft_plan(shown, loaded, model_ref, rows)
+            examples = _find_examples(context, draft, rows, valid, Path(scratch))
+        if rows is None or examples is None:
+            longest, lengths = _longest_row(context, recipe), None
+            checkpointing = decide_checkpointing(context, draft, longest)
+            plan = finish_plan(draft, {"checkpointing": checkpointing, "inputs": {}})
+        else:
+            longest, lengths = max(examples.longest.values()), row_lengths(examples)
+            plan = finish_plan(draft, decide_rest(context, draft, rows, examples))
+        memory = plan_training(model_ref, plan.recipe, plan.task, longest, plan.device, lengths, plan.layout)
+    check_memory(memory, plan.recipe, console)
+    if valid.get("encode") and rows is not None and examples is not None:
+        warn_of_cuts(rows, examples, plan.task, plan.processor, plan.recipe, console)
+        check_champion(recipe, folder, rows, examples, console)
+        context.resolved = plan
+        valid["train"] = folder.is_valid("train", plan.inputs["train"])
+        valid["evaluate"] = folder.is_valid("evaluate", evaluation_hash(context))
+    return memory
+
+
+def _longest_row(context: RunContext, recipe: Recipe) -> int:
+    """Return the tokens of the longest example that the run encoded before; without one, what a row may have."""
+    known = context.folder.facts("encode").get("longest")
+    return max(known.values()) if known else recipe.data.max_length
+
+
+def _find_rows(
+    context: RunContext, recipe: Recipe, model_ref: ModelRef, valid: dict[str, bool], scratch: Path
+) -> Rows | None:
+    """Return the prepared rows of the run, or those of small files; None if neither or the model is not here yet."""
+    if not model_ref.content_hash:
+        return None
+    if valid["prepare"]:
+        return context.rows
+    return prepare_rows(recipe, scratch / "rows", Console(quiet=True)) if _is_small(recipe) else None
+
+
+def _find_examples(
+    context: RunContext, draft: Plan, rows: Rows, valid: dict[str, bool], scratch: Path
+) -> Examples | None:
+    """Return the encoded rows of the run, or those of small files, encoded as the run does it; else None."""
+    inputs = examples_inputs(draft.recipe, rows, draft.model_ref, draft.processor)
+    if valid["prepare"]:
+        valid["encode"] = context.folder.is_valid("encode", inputs)
+    if valid.get("encode"):
+        return context.examples
+    if not _is_small(draft.recipe):
+        return None
+    return encode_rows(rows, draft.task, draft.processor, draft.recipe, scratch / "examples", Console(quiet=True))
+
+
+def _is_small(recipe: Recipe) -> bool:
+    files = [Path(source.path) for split in SPLITS for source in recipe.data.sources(split)]
+    return all(file.is_file() and file.stat().st_size <= TRIED_BYTES for file in files)
