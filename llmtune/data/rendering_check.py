@@ -73,10 +73,12 @@ def find_missing(
             at = found + len(part)
         elif not (part in text or all(any(form in text for form in _forms(line)) for line in part.splitlines())):
             return f"the chat template leaves out or changes {name}"
-    said = Counter(unmark(message["content"].strip()) for message in messages)
-    for part, count in said.items():
-        if part and 0 < text.count(part) < count:
-            return f"the chat template leaves out one of {count} messages that say {part[:SHOWN]!r}"
+    texts = [unmark(message["content"].strip()) for message in messages]
+    conversation = "\0".join(texts)
+    for part in dict.fromkeys(filter(None, texts)):
+        wanted, found = conversation.count(part), sum(text.count(form) for form in {*_forms(part)})
+        if 0 < found < wanted:  # another message, or a part of one, stands in for the missing one
+            return f"the chat template leaves out one of {wanted} messages that say {part[:SHOWN]!r}"
     return None
 
 

@@ -180,6 +180,14 @@ def test_a_row_that_the_template_does_not_write_whole_says_what_is_lost():
     assert isinstance(encode(conversation("yes", "a", "no", "b"), tokenizer), list)
 
 
+def test_a_message_that_is_lost_is_found_although_a_longer_one_contains_it():
+    late = "{% set said = '' if loop.first and messages|length > 4 else message['content'] %}"
+    tokenizer = tokenizer_with(CHATML.replace("%}", "%}" + late, 1).replace("+ message['content']", "+ said"))
+    says = "yes", "a", "no", "b", "yes, please", "c"
+    assert "leaves out one of 2 messages that say 'yes'" in encode(conversation(*says), tokenizer)
+    assert isinstance(encode(conversation(*says[:4]), tokenizer), list)
+
+
 # Completion
 
 
