@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import cast
 
 import torch
 import transformers
@@ -141,20 +141,17 @@ def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedCon
             str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     prepare_reading(config)
+    text = config.get_text_config()
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
     wrong = (
         Problem(f"{name} is {value!r}, and must be a number from 1 to {most:,}", path, NEWER)
         for name, most in MOST.items()
-        for value in values_of_layers(config.get_text_config(), name)
+        for layer in layers
+        for value in as_list(getattr(layer, name, None))
         if type(value) is not int or not 1 <= value <= most
     )
     EnvironmentProblem.collect(dict.fromkeys(wrong))
     return config
-
-
-def values_of_layers(text: PreTrainedConfig, name: str) -> list[Any]:
-    """Return a setting of a decoder, once, or once a layer where layers differ."""
-    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
-    return [value for layer in layers for value in as_list(getattr(layer, name, None))]
 
 
 def as_list(value: object) -> list[object]:

@@ -10,7 +10,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError, first_line
-from llmtune.model.quantized_base import check_readable
+from llmtune.model.quantized_base import find_unreadable
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.user_files import check_regular, open_regular, read_text_file
 from llmtune.store.atomic_files import MODEL_ENDINGS
@@ -62,7 +62,8 @@ def read_config_file(folder: Path) -> dict[str, object]:
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise EnvironmentProblem.of(f"architectures is {named!r}, and must be a list of names", str(path), fix)
-    check_readable(config, str(path))
+    if config.get("quantization_config") is not None:
+        EnvironmentProblem.collect(find_unreadable(config["quantization_config"], str(path)))
     return config
 
 

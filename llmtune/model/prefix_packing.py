@@ -58,12 +58,8 @@ def takes_shared_prefixes(model: PreTrainedModel) -> bool:
 
     Dropout draws anew for each document; a shared beginning would have one draw for all.
     """
-    if (
-        _whole.get()
-        or not getattr(model, _MARK, False)
-        or model.device.type != "cpu"
-        or model.config._attn_implementation != PACKED
-    ):
+    on_cpu = model.device.type == "cpu" and model.config._attn_implementation == PACKED
+    if _whole.get() or not getattr(model, _MARK, False) or not on_cpu:
         return False
     return takes_head_loss(model) and not (model.training and any(map(_drops, model.modules())))
 

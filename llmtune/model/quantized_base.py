@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.errors import Problem, RecipeError
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 
 if TYPE_CHECKING:
@@ -61,13 +61,8 @@ class BaseQuantization:
         return self.bits / 8 + ((2 + self.bits / 8) / self.group_size if self.group_size else 0)
 
 
-def check_readable(config: Mapping[str, object], path: str) -> None:
-    """Raise EnvironmentProblem where config.json tells of quantised weights that cannot be read, and say why."""
-    if config.get("quantization_config") is not None:
-        EnvironmentProblem.collect(_find_unreadable(config["quantization_config"], path))
-
-
-def _find_unreadable(stated: object, path: str) -> Iterator[Problem]:
+def find_unreadable(stated: object, path: str) -> Iterator[Problem]:
+    """Yield why the quantised weights that config.json states cannot be read."""
     method = stated.get("quant_method") if isinstance(stated, dict) else None
     other = f"N{_ORIGINAL[1:]}"
     if not isinstance(stated, dict) or not isinstance(method, str):

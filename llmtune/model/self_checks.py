@@ -34,15 +34,13 @@ _WIDEST = 256
 """The widest window of an encoder over whose edge its proof looks; more tokens would take a slow machine too long."""
 
 
-def logits_agree(
-    found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, spread: torch.Tensor | None = None
-) -> bool:
+def logits_agree(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> bool:
     """Whether logits computed in two ways are equal up to rounding in `dtype`.
 
-    `spread` is the size that a difference is relative to, by default the standard deviation of what is expected.
+    Their difference is relative to `scale`, by default the standard deviation of the `other` ones.
     """
-    apart = (found - expected).square().mean().sqrt()
-    return bool(apart <= LOGIT_TOLERANCE.get(dtype, 0.1) * (expected.std() if spread is None else spread))
+    apart = (one - other).square().mean().sqrt()
+    return bool(apart <= LOGIT_TOLERANCE.get(dtype, 0.1) * (other.std() if scale is None else scale))
 
 
 def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool) -> bool:
@@ -59,8 +57,8 @@ def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool
             packed = [_pack_documents([document], model.device) for document in documents]
             alone = torch.cat([read(model, one).float() for one in packed])
         together = read(model, _pack_documents(documents, model.device)).float()
-        spread = None if decodes else alone.std(0).mean()
-        return together.shape == alone.shape and logits_agree(together, alone, dtype, spread)
+        scale = None if decodes else alone.std(0).mean()
+        return together.shape == alone.shape and logits_agree(together, alone, dtype, scale)
     return False
 
 
@@ -124,17 +122,14 @@ def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int,
         if is_out_of_memory(error):
             raise
         return f"cannot read text by itself: {first_line(error)}"
-    allowed = LOGIT_TOLERANCE[dtype] * _root_mean_square(alone)
-    if _root_mean_square(beside - alone) > allowed:
+    if not alone.isfinite().all():  # the proof of wiring reports it
+        return None
+    scale, same = alone.square().mean().sqrt(), min(len(ahead), len(alone))
+    if not logits_agree(beside, alone, dtype, scale):
         return "reads a row otherwise beside a longer one than alone: it does not leave the padding out"
-    same = min(len(ahead), len(alone))
-    if _root_mean_square(ahead[:same] - alone[:same]) > allowed:
+    if not logits_agree(ahead[:same], alone[:same], dtype, scale):
         return "sees the tokens that it is to predict: it is no decoder, or not set up as one"
     return None
-
-
-def _root_mean_square(numbers: torch.Tensor) -> float:
-    return float(numbers.square().mean().sqrt())
 
 
 def _scores_of_first(

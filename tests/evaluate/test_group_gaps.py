@@ -13,6 +13,12 @@ def right(values, metric="exact_match"):
     return replace(measure_right(list(values), metric), at=tuple(range(len(values))))
 
 
+def gaps_of(columns, base, tuned=None, seed=0):
+    """The gaps of one metric of two models, or of one model next to itself."""
+    tuned = base if tuned is None else tuned
+    return find_gaps(columns, PairedMeasures({base.metric: base}, {tuned.metric: tuned}), seed)
+
+
 def draws(shares, sizes, seed=0):
     """Right answers by group at given shares, and whose they are."""
     generator = np.random.default_rng(seed)
@@ -23,9 +29,7 @@ def draws(shares, sizes, seed=0):
 def test_a_gap_is_the_best_served_group_minus_the_worst():
     before, names = draws((0.6, 0.6, 0.6), (50, 40, 30))
     after, _ = draws((0.9, 0.5, 0.7), (50, 40, 30), seed=1)
-    (gap,) = find_gaps(
-        {"sex": split_by_value(names)}, PairedMeasures({"exact_match": right(before)}, {"exact_match": right(after)}), 0
-    )
+    (gap,) = gaps_of({"sex": split_by_value(names)}, right(before), right(after))
     means = {side: [v[:50].mean(), v[50:90].mean(), v[90:].mean()] for side, v in (("b", before), ("a", after))}
     score = score_gap([gap])
     assert score.tuned == pytest.approx(max(means["a"]) - min(means["a"]))
@@ -38,7 +42,7 @@ def test_a_gap_is_the_best_served_group_minus_the_worst():
 
 def test_a_gap_by_chance_is_above_zero_and_not_seldom():
     values, names = draws((0.5,) * 6, (12,) * 6, seed=2)
-    (gap,) = find_gaps({"town": split_by_value(names)}, PairedMeasures({"m": right(values)}, {"m": right(values)}), 0)
+    (gap,) = gaps_of({"town": split_by_value(names)}, right(values))
     score = score_gap([gap])
     assert 0.2 < score.chance < 0.5
     assert score.p > 0.05
@@ -49,7 +53,7 @@ def test_groups_of_few_rows_are_named_and_not_compared():
     names = ["a"] * 20 + ["b"] * 20 + ["c"] * 9 + [None] * 3
     values = [True] * 20 + [False] * 10 + [True] * 10 + [False] * 9 + [True] * 3
     columns = {"kind": split_by_value(names), "empty": split_by_value(["x"] * 52)}
-    gaps = find_gaps(columns, PairedMeasures({"m": right(values)}, {"m": right(values)}), 0)
+    gaps = gaps_of(columns, right(values, "m"))
     assert [gap.column for gap in gaps] == ["kind"]
     assert list(gaps[0].groups) == ["a", "b"]
     assert gaps[0].few == {"c": 9, "(none)": 3}
@@ -69,7 +73,7 @@ def test_a_metric_of_some_rows_has_the_groups_of_its_own_rows():
     some = replace(measure_right([True] * 24, "m"), at=tuple(range(0, 48, 2)))
     groups, _ = group_rows(parts, some)
     assert list(groups) == ["a"]
-    assert find_gaps({"k": parts}, PairedMeasures({"m": some}, {"m": some}), 0) == []
+    assert gaps_of({"k": parts}, some) == []
 
 
 def test_metrics_of_ranks_have_gaps_too():
@@ -77,9 +81,7 @@ def test_metrics_of_ranks_have_gaps_too():
     wanted = generator.random(80)
     found = np.where(np.arange(80) < 40, wanted, generator.random(80))
     measure = replace(measure_correlation("spearman", found, wanted), at=tuple(range(80)))
-    (gap,) = find_gaps(
-        {"k": split_by_value(["a"] * 40 + ["b"] * 40)}, PairedMeasures({"spearman": measure}, {"spearman": measure}), 0
-    )
+    (gap,) = gaps_of({"k": split_by_value(["a"] * 40 + ["b"] * 40)}, measure)
     alone = measure_correlation("spearman", found[40:], wanted[40:]).value
     score = score_gap([gap])
     assert score.tuned == pytest.approx(1 - alone)
@@ -89,7 +91,7 @@ def test_metrics_of_ranks_have_gaps_too():
 def test_the_largest_gap_of_several_columns_counts():
     values, names = draws((0.9, 0.3), (60, 60))
     columns = {"sex": split_by_value(names), "odd": split_by_value([str(i % 2) for i in range(120)])}
-    gaps = find_gaps(columns, PairedMeasures({"m": right(values)}, {"m": right(~values)}), 0)
+    gaps = gaps_of(columns, right(values), right(~values))
     assert score_gap(gaps).tuned == max(score_gap([gap]).tuned for gap in gaps) == score_gap(gaps[:1]).tuned
     assert score_gap(gaps).difference.value == pytest.approx(0)
 
@@ -103,7 +105,7 @@ def test_the_interval_of_a_change_holds_it_as_often_as_it_says():
         shares = np.repeat([[0.6, 0.5], [0.7, 0.3]], 120, axis=1)
         base, tuned = (right(easy < share) for share in shares)
         names = ["a"] * 120 + ["b"] * 120
-        (gap,) = find_gaps({"k": split_by_value(names)}, PairedMeasures({"m": base}, {"m": tuned}), seed)
+        (gap,) = gaps_of({"k": split_by_value(names)}, base, tuned, seed)
         change = score_gap([gap]).difference
         held += change.low <= 0.3 <= change.high
     assert held >= 36

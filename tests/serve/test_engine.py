@@ -8,7 +8,7 @@ from support.serving import served_of, wait_until
 from transformers import GenerationConfig
 
 from llmtune.evaluate.generation import only_these_settings
-from llmtune.evaluate.greedy_decoding import write_greedily
+from llmtune.evaluate.greedy_decoding import decode_greedily
 from llmtune.serve.engine import HEADROOM, Engine, LiveRows, OutOfMemory, TokenSampler, sample_tokens
 from llmtune.serve.finished_run import ChatSession
 from llmtune.serve.request_queue import AnswerJob, End, Stopping
@@ -221,9 +221,9 @@ def test_rows_that_join_and_leave_at_any_step_say_what_each_says_alone(tmp_path,
             names, tokens = [names[slot] for slot in taken], [tokens[slot] for slot in taken]
         if not names and step > max(ARRIVALS):
             break
-    assert answers == [write_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, LENGTHS, strict=True)]
+    assert answers == [decode_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, LENGTHS, strict=True)]
     assert len({tuple(answer) for answer in answers}) == len(answers)
-    assert (len(rows), rows.columns.kept) == (0, {}), "memory is kept after all have left"
+    assert (len(rows), rows.columns.states) == (0, {}), "memory is kept after all have left"
 
 
 SETTINGS = [
