@@ -38,7 +38,7 @@ def main() -> int:
     code = {name: count_code(text) for name, text in texts.items()}
     lines = {name: len(text.splitlines()) for name, text in texts.items()}
     if "--lower" in sys.argv[1:]:
-        lower(package_lines(code))
+        lower({**package_lines(code), "max_files": len(files), "max_duplicates": len(shared_names(files))})
         return 0
     problems = [
         *check_packages(package_lines(code), budget["packages"]),
@@ -109,7 +109,15 @@ def check_functions(files: dict[str, Path], rules: dict) -> Iterator[str]:
 
 
 def check_names(files: dict[str, Path], rules: dict) -> Iterator[str]:
-    """Yield the names that several modules define, if there are too many of them.
+    """Yield the names that several modules define, if there are too many of them."""
+    twice = shared_names(files)
+    if len(twice) > rules["max_duplicates"]:
+        yield f"{len(twice)} names are defined in several modules, more than {rules['max_duplicates']}: rename or merge"
+        yield from (f"  {name}: {', '.join(paths)}" for name, paths in sorted(twice.items()))
+
+
+def shared_names(files: dict[str, Path]) -> dict[str, list[str]]:
+    """Return the names that several modules define, with the modules.
 
     Names are top-level functions, classes, and variables that are not constants; private ones count too.
     """
@@ -118,10 +126,7 @@ def check_names(files: dict[str, Path], rules: dict) -> Iterator[str]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             for name in defined_names(node):
                 where[name].add(file)
-    twice = {name: sorted(paths) for name, paths in where.items() if len(paths) > 1 and name not in NO_NAMES}
-    if len(twice) > rules["max_duplicates"]:
-        yield f"{len(twice)} names are defined in several modules, more than {rules['max_duplicates']}: rename or merge"
-        yield from (f"  {name}: {', '.join(paths)}" for name, paths in sorted(twice.items()))
+    return {name: sorted(paths) for name, paths in where.items() if len(paths) > 1 and name not in NO_NAMES}
 
 
 def defined_names(node: ast.stmt) -> list[str]:
@@ -162,10 +167,10 @@ def but_for(broken: dict[str, str], exceptions: dict[str, str], rule: str, table
         yield f"{name!r} is no exception any more: remove it from [{table}.exceptions] in budget.toml"
 
 
-def lower(packages: dict[str, int]) -> None:
-    """Write the lines of packages that have shrunk into budget.toml."""
+def lower(counts: dict[str, int]) -> None:
+    """Write the counts that have shrunk into budget.toml."""
     text = BUDGET.read_text(encoding="utf-8")
-    for name, count in packages.items():
+    for name, count in counts.items():
         text = re.sub(
             rf"^{name} = (\d+)",
             lambda found, n=name, c=count: f"{n} = {min(int(found[1]), c)}",

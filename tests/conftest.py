@@ -1,5 +1,6 @@
 """Fixtures of all tests: tiny real models, chat rows, a quiet console. No network, one thread."""
 
+import functools
 import gc
 import io
 import json
@@ -17,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a 
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,10 +29,15 @@ def imports_are_no_garbage() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def disks_are_not_waited_for() -> Iterator[None]:
-    """Skip os.fsync, which a run calls 70 times: a killed process loses nothing by it, and no test cuts the power."""
+def waits_are_left_out() -> Iterator[None]:
+    """Skip what takes time and proves nothing here.
+
+    A run calls os.fsync 70 times; a killed process loses nothing without it, and no test cuts the power. Typer's test
+    runner builds the tree of commands for each call, in 50 ms; a process of a user builds it once.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr("typer.testing._get_command", functools.cache(get_command))
         yield
 
 

@@ -248,8 +248,9 @@ def test_every_command_of_a_job_is_one(name: str) -> None:
     text = re.sub(r"\$\{\{.*?\}\}", "VALUE", text)
     found = [shlex.split(line) for line in re.findall(r"llmtune (?:run|release|recipes) [^;|>\n]+", text)]
     assert {words[1] for words in found} == {"recipes", "run", "release"}
+    root = get_command(app)
     for words in found:
-        command, rest, context = get_command(app), words[1:], None
+        command, rest, context = root, words[1:], None
         while hasattr(command, "commands"):
             _, command, rest = command.resolve_command(typer.Context(command), rest)
         context = command.make_context(" ".join(words), list(rest), resilient_parsing=False)

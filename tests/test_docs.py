@@ -22,6 +22,7 @@ PAGES = [
     ROOT / "examples/ci/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+COMMAND = get_command(app)
 STAND_INS = {"RUN": "run", "RECIPE": "quickstart", "NAME": "quickstart", "FOLDER": "folder", "TEXT": "text", "N": "2"}
 
 
@@ -41,7 +42,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_a_command_in_the_docs_is_one(line: str) -> None:
     words = [STAND_INS.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", "", line))[1:]]
-    command, context = get_command(app), None
+    command, context = COMMAND, None
     while hasattr(command, "commands") and words:
         if words[0].startswith("-"):
             return

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-import torch
 from rich.console import Console
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -271,6 +270,7 @@ def quietly() -> Iterator[None]:
     import lm_eval.api.task
     import lm_eval.evaluator
     import lm_eval.models.huggingface
+    import torch
     from tqdm import tqdm
 
     log, hidden = logging.getLogger("lm_eval"), partial(tqdm, disable=True)  # its bars have no switch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.audio import write_tone
-from support.browser import browse, browser, with_script
+from support.browser import Page, browser, open_browser
 from support.explaining import expect, explain, open_quietly, page_data, quiet, train, values_of
 from support.families import build_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -208,42 +208,47 @@ def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_f
 
 # The page in a browser
 
-
-def picture(shown: str) -> str:
-    found = re.search(r'<image[^>]* href="(data:image/png[^"]*)"', shown)
-    assert found is not None
-    return found[1]
-
-
 CHOOSE = """
-const choose = (id, value) => {
-  const select = document.getElementById(id);
-  select.value = value;
-  select.dispatchEvent(new Event("change"));
+const choose = (id, value, event) => {
+  const field = document.getElementById(id);
+  field.value = value;
+  field.dispatchEvent(new Event(event || "change"));
 };
 """
 
 
+@pytest.fixture
+def page(tmp_path):
+    with open_browser(tmp_path / "profile") as opened:
+        yield opened
+
+
+def shown_after(page: Page, script: str = "") -> str:
+    """What the page shows once a script has acted in it."""
+    return page.run(f"(() => {{ {CHOOSE} {script}; return document.documentElement.outerHTML; }})()")
+
+
 @browser
-def test_choosing_a_head_changes_the_picture(built, tmp_path):
+def test_choosing_a_head_changes_the_picture(built, tmp_path, page):
     values_of(invoke(built("bert"), "--text", "The cat sat", "--out", tmp_path, "--json"))
-    before = browse(tmp_path / "attention.html")
-    after = browse(with_script(tmp_path / "attention.html", CHOOSE + 'choose("layer", "1"); choose("head", "2");'))
-    assert picture(before) != picture(after)
+    page.open((tmp_path / "attention.html").as_uri())
+    before, after = shown_after(page), shown_after(page, 'choose("layer", "1"); choose("head", "2")')
+    pictures = [re.findall(r'<image[^>]* href="(data:image/png[^"]*)"', shown)[0] for shown in (before, after)]
+    assert pictures[0] != pictures[1]
     assert "Layer 1, head 2." in after
     assert "head 2." not in before
     assert ">[CLS]<title>" in before.replace("\n", "")
 
 
 @browser
-def test_the_page_of_a_run_stands_side_by_side_and_its_graph_follows_the_threshold(chat_run, tmp_path):
+def test_the_page_of_a_run_stands_side_by_side_and_its_graph_follows_the_threshold(chat_run, tmp_path, page):
     values_of(invoke(chat_run, "--text", "one two three four", "--out", tmp_path, "--json"))
-    script = CHOOSE + 'choose("side", "all"); const slider = document.getElementById("threshold"); '
+    page.open((tmp_path / "attention.html").as_uri())
     edges = {}
     for value in ("0.01", "0.99"):
-        move = f'slider.value = "{value}"; slider.dispatchEvent(new Event("input")); point(2, 1);'
-        shown = browse(with_script(tmp_path / "attention.html", script + move))
+        shown = shown_after(page, f'choose("side", "all"); choose("threshold", "{value}", "input"); point(2, 1)')
         edges[value] = shown.count('class="edge ')
         assert shown.count("<image ") == 3
         assert re.search(r"looks at <bdi>.*?</bdi>: base 0\.\d{3}, tuned 0\.\d{3}, difference [+−]?0\.\d{3}", shown)
     assert edges["0.01"] > edges["0.99"]
+    assert page.errors == []

@@ -1,4 +1,4 @@
-"""Pages as their readers see them: parsed, rendered once by headless Chromium, or driven over its protocol."""
+"""Pages as their readers see them: parsed, or in headless Chromium, driven over its protocol."""
 
 import base64
 import contextlib
@@ -16,21 +16,6 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-
-
-def browse(page: Path) -> str:
-    """Return the document once its scripts have run."""
-    quiet = ("--disable-background-networking", "--disable-component-update", "--no-first-run")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", *quiet]
-    command = [str(CHROMIUM), *options, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-def with_script(page: Path, script: str) -> Path:
-    """The page with a visitor in it, who acts after all else."""
-    copy = page.with_name("visited.html")
-    copy.write_text(page.read_text("utf-8").replace("</body>", f"<script>{script}</script></body>"), "utf-8")
-    return copy
 
 
 class Page:
