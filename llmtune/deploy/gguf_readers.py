@@ -13,11 +13,10 @@ from typing import Any, cast
 
 import torch
 import transformers
-from gguf import GGUFReader, TokenType
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from llmtune.deploy.gguf_converter import NAMES, PRE_TOKENIZERS, SENTENCEPIECE, SPECIAL, TokenizerFacts, has_llama
+from llmtune.deploy.gguf_converter import has_llama
+from llmtune.deploy.gguf_tokenizer import NAMES, PRE_TOKENIZERS, SENTENCEPIECE, TokenizerFacts, build_tokenizer
 from llmtune.deploy.parity import load_product
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader
 from llmtune.errors import EnvironmentProblem
@@ -32,8 +31,6 @@ NOT_READ = (
 )
 """What transformers 5 does not read from GGUF files of some model types, and takes from the model here."""
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""What sentencepiece writes for a space."""
 
 
 def check_reader(model_type: str, pre_tokenizer: str) -> None:
@@ -147,49 +144,3 @@ def open_gguf(
     else:
         assert adapter is None
         yield TransformersGgufReader(file, facts, config)
-
-
-# The tokenizer of a file
-
-
-def read_tokenizer(file: Path) -> TokenizerFacts:
-    """Read the tokenizer's part of a GGUF file."""
-    return {key: field.contents() for key, field in GGUFReader(file).fields.items() if key.startswith("tokenizer.")}
-
-
-def build_tokenizer(facts: TokenizerFacts) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that reads text as llama.cpp does with this vocabulary; nothing is added to a text.
-
-    With a pre-tokenizer that is not in `PRE_TOKENIZERS` it decodes and renders only.
-    """
-    tokens, types, pre = facts[NAMES.LIST], facts[NAMES.TOKEN_TYPE], facts[NAMES.PRE]
-    ids = {token: index for index, token in enumerate(tokens)}
-    if facts[NAMES.MODEL] == "gpt2":
-        merges = [tuple(merge.split(" ", 1)) for merge in facts.get(NAMES.MERGES, ())]
-        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
-        tokenizer.pre_tokenizer = PRE_TOKENIZERS.get(pre)
-        tokenizer.decoder = decoders.ByteLevel()
-    else:
-        tokenizer = Tokenizer(models.BPE(ids, _rank_merges(facts, ids), byte_fallback=True, fuse_unk=True))
-        prepend = [normalizers.Prepend(SPACE)] if facts.get(NAMES.ADD_PREFIX) else []
-        tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    added = [index for index, kind in enumerate(types) if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)]
-    tokenizer.add_tokens(
-        [AddedToken(tokens[i], normalized=False, special=types[i] == TokenType.CONTROL) for i in added]
-    )
-    named = {f"{name}_token": tokens[facts[key]] for name, key in SPECIAL.items() if key in facts}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
-    fast.chat_template = facts.get(NAMES.CHAT_TEMPLATE)
-    return fast
-
-
-def _rank_merges(facts: TokenizerFacts, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Return the pairs of pieces that make a token, those with the highest score first."""
-    pairs = []
-    parts = (facts[key] for key in (NAMES.LIST, NAMES.SCORES, NAMES.TOKEN_TYPE))
-    for token, score, kind in zip(*parts, strict=True):
-        if kind == TokenType.NORMAL:
-            halves = ((token[:at], token[at:]) for at in range(1, len(token)))
-            pairs += [(-score, left, right) for left, right in halves if left in ids and right in ids]
-    return [(left, right) for _, left, right in sorted(pairs, key=lambda pair: pair[0])]

@@ -10,20 +10,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BioGptConfig, DistilBertConfig, PreTrainedTokenizerFast, Qwen2Config
 
 import llmtune.deploy.gguf_converter as gguf_converter
-from llmtune.deploy.gguf_converter import (
+from llmtune.deploy.gguf_converter import check_convertible, check_quantizer, find_ignored_window, write_model
+from llmtune.deploy.gguf_readers import READ_BY_TRANSFORMERS, TransformersGgufReader
+from llmtune.deploy.gguf_tokenizer import (
     NAMES,
-    check_convertible,
-    check_quantizer,
+    build_tokenizer,
     describe_tokenizer,
-    find_ignored_window,
     find_pre_tokenizer,
     model_name,
-    write_model,
-)
-from llmtune.deploy.gguf_readers import (
-    READ_BY_TRANSFORMERS,
-    TransformersGgufReader,
-    build_tokenizer,
     read_tokenizer,
 )
 from llmtune.errors import EnvironmentProblem

@@ -11,9 +11,9 @@ import llmtune.deploy.gguf_adapter as gguf_adapter
 import llmtune.deploy.gguf_export as exporting
 import llmtune.deploy.gguf_readers as gguf_reading
 from llmtune.adapter.injection import inject
-from llmtune.deploy.gguf_converter import NAMES
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_readers import check_reader
+from llmtune.deploy.gguf_tokenizer import NAMES
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model.config import read_model_config

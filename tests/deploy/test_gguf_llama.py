@@ -14,9 +14,10 @@ from transformers import GenerationConfig
 
 import llmtune.deploy.gguf_converter as gguf_converter
 from llmtune.adapter.merging import merge_adapter
-from llmtune.deploy.gguf_converter import NAMES, describe_tokenizer, write_model
+from llmtune.deploy.gguf_converter import write_model
 from llmtune.deploy.gguf_export import export_gguf
-from llmtune.deploy.gguf_readers import LlamaReader, read_tokenizer
+from llmtune.deploy.gguf_readers import LlamaReader
+from llmtune.deploy.gguf_tokenizer import NAMES, describe_tokenizer, read_tokenizer
 from llmtune.errors import GateFailed, RecipeError
 from llmtune.evaluate.generation import answer_ends, generate_batch
 from llmtune.model.builtin_models import PACKAGED
