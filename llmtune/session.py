@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
-from llmtune.evaluate.champion import make_challenge
+from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.results import load_base
@@ -62,20 +62,22 @@ class Plan:
     """What a run does: made once, as soon as its rows and its model are known, and never changed."""
 
     recipe: Recipe
-    """The recipe with all that it leaves open: class names, epochs, rate and batch, length, checkpointing."""
+    """With all that it left open: class names, epochs, rate and batch, length, checkpointing."""
     task: AnyTask
-    """The task, in the variant that the model supports."""
     model_ref: ModelRef
     device: str
     layout: Layout = ALONE
-    """The processes that train."""
     inputs: Mapping[str, str] = field(default_factory=dict)
     """By step, the hash of what it depends on; the evaluation depends on what was trained as well."""
+    loaded: list[PreTrainedTokenizerBase] = field(default_factory=list, compare=False)
+    """The processor once it was read; a draft and its plan share it."""
 
-    @cached_property
+    @property
     def processor(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer as the recipe wants it; shared by all steps, so not to be changed."""
-        return load_processor(self.model_ref, self.recipe.model, self.recipe.data.system_prompt)
+        if not self.loaded:
+            self.loaded.append(load_processor(self.model_ref, self.recipe.model, self.recipe.data.system_prompt))
+        return self.loaded[0]
 
 
 @dataclass
@@ -146,7 +148,7 @@ def find_variant(recipe: Recipe, model_ref: ModelRef) -> AnyTask:
 def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, rows: Rows) -> tuple[Plan, LoadedRecipe]:
     """Decide all that rows and model decide, and print it; return the draft, and the recipe that states it.
 
-    What `infer_labels` finds, such as class names, the recipe need not state: the rows say it each time.
+    The recipe does not state class names and the like, which are inferred each time.
 
     Raises RecipeError or DataError where model, rows and recipe do not go together.
     """
@@ -368,7 +370,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         rows,
         headless=head_is_new(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
-        challenge=make_challenge(context.folder, ask),
+        challenge=partial(face_champion, context.folder, ask),
     )
 
 
@@ -377,9 +379,8 @@ def lock_run(context: RunContext) -> None:
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     data_hash, files = list_sources(recipe.data, recipe.task)
     start = recipe.adapter.start_from
-    sources = [SourceRecord(source=file.source, path=str(file.path) if file.path else None) for file in files]
-    for record, file in zip(sources, files, strict=True):
-        record[file.kind] = file.hash
+    paths = [str(file.path) if file.path else None for file in files]
+    known = [{"source": one.source, "path": path, one.kind: one.hash} for one, path in zip(files, paths, strict=True)]
     write_lock(
         context.folder.path,
         Pins(model_ref.name, model_ref.revision, model_ref.content_hash, data_hash),
@@ -388,7 +389,7 @@ def lock_run(context: RunContext) -> None:
         seed=recipe.seed,
         threads=torch.get_num_threads(),
         model=model_ref.path,
-        sources=sources,
+        sources=cast(list[SourceRecord], known),
         start_from=find_adapter(Path(start)) if start else None,
         device=describe_device(plan.device),
     )

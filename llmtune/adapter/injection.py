@@ -189,8 +189,8 @@ def _explained_targets(adapter: AdapterSection) -> Iterator[None]:
 def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, sample: RowSample | None) -> PeftModel:
     adapter = recipe.adapter
     whole = _find_whole(selected, adapter)
-    found, left_out = find_targets(selected, recipe)
-    targets = [name for name in found if not in_heads(name, whole)]
+    reached, left_out = find_targets(selected, recipe)
+    targets = [name for name in reached if not in_heads(name, whole)]
     if left_out:
         groups = ", ".join(f"{ending} × {count}" for ending, count in group_by_ending(left_out).items())
         console.print(

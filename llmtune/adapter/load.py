@@ -150,8 +150,8 @@ def _fill_adapter(build: Callable[[], PeftModel], source: Path, name: str, base_
             str(source),
             "It is damaged, or it was made for another model.",
         ) from error
-    own = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
-    missing = [key for key in result.missing_keys if key in own]  # without the second name of a tied weight
+    present = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
+    missing = [key for key in result.missing_keys if key in present]  # without the second name of a tied weight
     left = list(result.unexpected_keys)
     if not isinstance(model.peft_config[name], LoraConfig):
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

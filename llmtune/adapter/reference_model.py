@@ -71,7 +71,7 @@ def _exchange(parameters: dict[str, torch.nn.Parameter], kept: dict[str, torch.T
     """Exchange the values of sharded parameters with those kept, in place: other code reads from their memory."""
     with torch.no_grad():
         for name in names:
-            own = own_part(parameters[name])
-            now = own.clone()
-            own.copy_(kept[name])
+            part = own_part(parameters[name])
+            now = part.clone()
+            part.copy_(kept[name])
             kept[name].copy_(now)

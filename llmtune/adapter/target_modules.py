@@ -148,16 +148,16 @@ def _match(
     if isinstance(patterns, str):
         try:
             with limited(PATTERN_SECONDS):
-                found = [name for name in names if re.fullmatch(patterns, name)]
+                matches = [name for name in names if re.fullmatch(patterns, name)]
         except (re.error, LimitExceeded) as error:
             return [], [Problem(f"{patterns!r} cannot be matched as a regular expression: {error}", key)]
         what = f"{patterns!r} matches the whole name of no module"
         fix = f"For name endings write a list: [{patterns}]. {_list_linears(known)}"
-        return found, [] if found else [Problem(what, key, fix)]
+        return matches, [] if matches else [Problem(what, key, fix)]
     matched = {entry: ends_with(names, entry) for entry in patterns}
-    hits = {name for found in matched.values() for name in found}
+    hits = {name for matches in matched.values() for name in matches}
     return [name for name in names if name in hits], [
-        _unmatched(e, key, known) for e, found in matched.items() if not found
+        _unmatched(e, key, known) for e, matches in matched.items() if not matches
     ]
 
 
@@ -175,7 +175,7 @@ def _list_linears(linears: Sequence[str]) -> str:
 
 def _keep_layers(targets: list[str], layers: int | Sequence[int]) -> tuple[list[str], list[Problem]]:
     chosen = {layers} if isinstance(layers, int) else set(layers)
-    numbers = {name: int(found.group(1)) for name in targets if (found := _LAYER.match(name))}
+    numbers = {name: int(match.group(1)) for name in targets if (match := _LAYER.match(name))}
     absent = sorted(chosen - set(numbers.values()))
     kept = [name for name in targets if numbers.get(name) in chosen]
     if not absent:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from llmtune.cli.options import AsJson, DryRun, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import Terminated, handled, print_json, stderr_console
-from llmtune.errors import EnvironmentProblem, Problem, RecipeError, nearest
+from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from llmtune.serve.serve_runs import ServeOptions
-
 ENGINES = ("own", "vllm")
-EXTRA = ("fastapi", "uvicorn", "starlette", "prometheus_client", "python_multipart")
-"""Packages that the server needs and the rest of llmtune does not."""
 
 app = typer.Typer(help="Merge, export, serve, certify or publish a run.", no_args_is_help=True)
 
@@ -61,11 +53,11 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve tuned models with OpenAI's endpoints; other tasks have one of their own. Ctrl-C or SIGTERM stops."""
-    own = {"--max-queue": max_queue != 64, "--max-batch": max_batch, "--max-body": max_body, "--grace": grace != 30.0}
-    _check_engine(engine, [name for name, stated in own.items() if stated])
+    ours = {"--max-queue": max_queue != 64, "--max-batch": max_batch, "--max-body": max_body, "--grace": grace != 30.0}
+    _check_engine(engine, [name for name, stated in ours.items() if stated])
     prepare_environment(network=False, threads=threads)
-    _import_server()
-    from llmtune.serve.serve_runs import ServeOptions, name_runs
+    with gc_paused():
+        from llmtune.serve.serve_runs import ServeOptions, parse_run_names, serve_runs
 
     options = ServeOptions(
         host=host,
@@ -78,38 +70,19 @@ def serve(
         grace_seconds=grace,
         offline=offline,
     )
-    named = name_runs(runs or [], adapter or [])
+    named = parse_run_names(runs or [], adapter or [])
     console = stderr_console()
     if engine == "vllm":
         from llmtune.serve.vllm_engine import serve_by_vllm
 
         serve_by_vllm(named, options, console)
         return
-    _serve_until_stopped(named, options, console, as_json)
-
-
-def _serve_until_stopped(runs: Mapping[str, Path], options: ServeOptions, console: Console, as_json: bool) -> None:
-    """Serve; Ctrl-C or SIGTERM ends with its exit code."""
-    from llmtune.serve.serve_runs import serve_runs
-
     try:
-        serve_runs(runs, options, console, print_json if as_json else lambda about: None)
+        serve_runs(named, options, console, print_json if as_json else lambda about: None)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
         console.print("terminated: no requests are taken any more" if terminated else "stopped")
         raise typer.Exit(143 if terminated else 130) from None
-
-
-def _import_server() -> None:
-    """Import what serving needs; raises EnvironmentProblem where a package of the extra is not installed."""
-    try:
-        with gc_paused():
-            import llmtune.serve.serve_runs  # noqa: F401
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA:
-            raise
-        what = f"the server needs the package {error.name}, which is not installed"
-        raise EnvironmentProblem.of(what, "deploy serve", "Install it: pip install 'llmtune-cli[serve]'") from error
 
 
 def _check_engine(engine: str, stated: list[str]) -> None:

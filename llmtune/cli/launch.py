@@ -35,45 +35,12 @@ Processes = Annotated[
 ]
 Strategy = Annotated[
     str,
-    typer.Option(
-        "--strategy",
-        help="What each process has of the model: ddp all of it, fsdp a part.",
-        metavar="NAME",
-    ),
-]
-Machines = Annotated[
-    int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
-]
-Rank = Annotated[int, typer.Option("--rank", min=0, help="The number of this machine, counted from 0.")]
-Address = Annotated[
-    str | None, typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT")
+    typer.Option("--strategy", help="What each process has of the model: ddp all of it, fsdp a part.", metavar="NAME"),
 ]
 MaxRestarts = Annotated[
     int,
     typer.Option("--max-restarts", min=0, help="How often all processes start again when one died, from a checkpoint."),
 ]
-NodeCount = Annotated[int, typer.Option("--machines", min=1, help="How many, with --processes on each.")]
-PrintScript = Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")]
-Follow = Annotated[bool, typer.Option("--follow", help="Show the log to the end, end as the job does.")]
-Partition = Annotated[str | None, typer.Option("--partition", help="Partition.")]
-PayingAccount = Annotated[str | None, typer.Option("--account", help="Account that pays.")]
-Qos = Annotated[str | None, typer.Option("--qos", help="Quality of service.")]
-TimeLimit = Annotated[
-    str | None,
-    typer.Option("--time", help="Time limit, such as 2:00:00; two minutes before, the job saves and is queued again."),
-]
-Gres = Annotated[str | None, typer.Option("--gres", help="Generic resources of each machine, such as gpu:8.")]
-Gpus = Annotated[str | None, typer.Option("--gpus-per-node", help="GPUs of each machine.")]
-Cpus = Annotated[
-    str | None, typer.Option("--cpus-per-task", help="CPUs of each machine (default: one for each process).")
-]
-Memory = Annotated[str | None, typer.Option("--mem", help="Memory of each machine, such as 64G.")]
-Constraint = Annotated[str | None, typer.Option("--constraint", help="Features that machines must have.")]
-Sbatch = Annotated[
-    list[str] | None,
-    typer.Option("--sbatch", metavar="OPTION", help="Any other option of sbatch: --sbatch=--exclude=n3."),
-]
-Requeue = Annotated[bool, typer.Option("--requeue/--no-requeue", help="Queue again what was preempted or out of time.")]
 
 
 @app.command()
@@ -82,9 +49,14 @@ def local(
     recipe: RecipeArgument,
     processes: Processes = 1,
     strategy: Strategy = "ddp",
-    machines: Machines = 1,
-    rank: Rank = 0,
-    address: Address = None,
+    machines: Annotated[
+        int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
+    ] = 1,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="The number of this machine, counted from 0.")] = 0,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT"),
+    ] = None,
     max_restarts: MaxRestarts = 0,
     out: RunFolderOption = None,
     sets: Sets = None,
@@ -122,7 +94,7 @@ def slurm(
     recipe: RecipeArgument,
     processes: Processes = 1,
     strategy: Strategy = "ddp",
-    machines: NodeCount = 1,
+    machines: Annotated[int, typer.Option("--machines", min=1, help="How many, with --processes on each.")] = 1,
     max_restarts: MaxRestarts = 0,
     out: RunFolderOption = None,
     sets: Sets = None,
@@ -130,21 +102,35 @@ def slurm(
     lock: LockFile = None,
     threads: Threads = None,
     offline: Offline = False,
-    dry_run: PrintScript = False,
-    follow: Follow = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the log to the end, end as the job does.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
-    partition: Partition = None,
-    account: PayingAccount = None,
-    qos: Qos = None,
-    time: TimeLimit = None,
-    gres: Gres = None,
-    gpus_per_node: Gpus = None,
-    cpus_per_task: Cpus = None,
-    mem: Memory = None,
-    constraint: Constraint = None,
-    sbatch: Sbatch = None,
-    requeue: Requeue = True,
+    partition: Annotated[str | None, typer.Option("--partition", help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Account that pays.")] = None,
+    qos: Annotated[str | None, typer.Option("--qos", help="Quality of service.")] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(
+            "--time", help="Time limit, such as 2:00:00; two minutes before, the job saves and is queued again."
+        ),
+    ] = None,
+    gres: Annotated[
+        str | None, typer.Option("--gres", help="Generic resources of each machine, such as gpu:8.")
+    ] = None,
+    gpus_per_node: Annotated[str | None, typer.Option("--gpus-per-node", help="GPUs of each machine.")] = None,
+    cpus_per_task: Annotated[
+        str | None, typer.Option("--cpus-per-task", help="CPUs of each machine (default: one for each process).")
+    ] = None,
+    mem: Annotated[str | None, typer.Option("--mem", help="Memory of each machine, such as 64G.")] = None,
+    constraint: Annotated[str | None, typer.Option("--constraint", help="Features that machines must have.")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch", metavar="OPTION", help="Any other option of sbatch: --sbatch=--exclude=n3."),
+    ] = None,
+    requeue: Annotated[
+        bool, typer.Option("--requeue/--no-requeue", help="Queue again what was preempted or out of time.")
+    ] = True,
 ) -> None:
     """Run on a Slurm cluster: a job script for sbatch. A job that was preempted or out of time is queued again."""
     from llmtune.launch import slurm as cluster

@@ -157,11 +157,11 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
     Known families first; other formats are inferred. `one` is an answer with one call, `two` one with two, if the
     template writes that.
     """
-    for field in KNOWN_CALLS:
-        opened = re.search(field["open_pattern"], one)
-        if opened and (field["content"] != "json" or one[opened.end() :].lstrip().startswith("{")):
-            around = one[: opened.start()].strip(), one.partition(field["close"])[2].strip()
-            return field, tuple(filter(None, around))
+    for known in KNOWN_CALLS:
+        opened = re.search(known["open_pattern"], one)
+        if opened and (known["content"] != "json" or re.match(r'\s*\{.*"arguments"', one[opened.end() :])):
+            around = one[: opened.start()].strip(), one.partition(known["close"])[2].strip()
+            return known, tuple(filter(None, around))
     call = _find_call(one, 0)
     if call is None:
         return None, ()

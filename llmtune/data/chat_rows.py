@@ -84,15 +84,18 @@ class CompletionRow(TypedDict):
 
 
 def chat_from_messages(row: Mapping[str, object]) -> ChatRow:
-    """Read `messages`, and `tools` (or `functions`) and `system` if they are there."""
+    """Read `messages` (or ShareGPT's `conversations`), and tools, system and thoughts as the row states them."""
     tools = row.get("tools")
-    tools = tools if tools is not None else row.get("functions")
-    return _with_override(canonical_messages(row["messages"], tools, row.get("system")), row)
-
-
-def chat_from_sharegpt(row: Mapping[str, object]) -> ChatRow:
-    """Read `conversations`."""
-    return _with_override(canonical_messages(row["conversations"], row.get("tools"), row.get("system")), row)
+    value = row["messages"] if "messages" in row else row["conversations"]
+    chat = canonical_messages(value, tools if tools is not None else row.get("functions"), row.get("system"))
+    stated = row.get("train_reasoning")
+    if stated is None:
+        return chat
+    if stated not in TRAIN_REASONING:
+        hint = nearest(str(stated), TRAIN_REASONING)
+        what = f"'train_reasoning' is {stated!r}; it must be {' or '.join(TRAIN_REASONING)}.{hint}"
+        raise RowError("wrong value", what)
+    return {**chat, "train_reasoning": str(stated)}
 
 
 def chat_from_alpaca(row: Mapping[str, object]) -> ChatRow:
@@ -101,7 +104,7 @@ def chat_from_alpaca(row: Mapping[str, object]) -> ChatRow:
     if not (isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history)):
         raise RowError("wrong type", "'history' must be a list of [question, answer] pairs")
     turns = [*(turn for pair in history for turn in pair), _alpaca_prompt(row), nonempty_text(row, "output")]
-    return _conversation(turns, row)
+    return chat_from_messages({**row, "messages": _alternate(turns)})
 
 
 def completion_from_alpaca(row: Mapping[str, object]) -> CompletionRow:
@@ -116,9 +119,9 @@ def chat_from_pair(row: Mapping[str, object]) -> ChatRow:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         context = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
-        whole = canonical_messages([*context, *completion], row.get("tools"), row.get("system"))
-        return _with_override(whole, row)
-    return _with_override(_conversation([nonempty_text(row, "prompt"), nonempty_text(row, "completion")], row), row)
+        return chat_from_messages({**row, "messages": [*context, *completion]})
+    texts = [nonempty_text(row, "prompt"), nonempty_text(row, "completion")]
+    return chat_from_messages({**row, "messages": _alternate(texts)})
 
 
 def completion_from_pair(row: Mapping[str, object]) -> CompletionRow:
@@ -131,19 +134,6 @@ def completion_from_text(row: Mapping[str, object]) -> CompletionRow:
     return {"prompt": "", "completion": nonempty_text(row, "text")}
 
 
-def _with_override(chat: ChatRow, row: Mapping[str, object]) -> ChatRow:
-    """Take over what the row itself says about its thoughts, in `train_reasoning`."""
-    value = row.get("train_reasoning")
-    if value is None:
-        return chat
-    if value not in TRAIN_REASONING:
-        hint = nearest(str(value), TRAIN_REASONING)
-        raise RowError(
-            "wrong value", f"'train_reasoning' is {value!r}; it must be {' or '.join(TRAIN_REASONING)}.{hint}"
-        )
-    return {**chat, "train_reasoning": str(value)}
-
-
 def _alpaca_prompt(row: Mapping[str, object]) -> str:
     extra = row.get("input")
     instruction = nonempty_text(row, "instruction")
@@ -152,10 +142,9 @@ def _alpaca_prompt(row: Mapping[str, object]) -> str:
     return instruction
 
 
-def _conversation(turns: Sequence[object], row: Mapping[str, object]) -> ChatRow:
-    roles = ("user", "assistant")
-    messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
-    return canonical_messages(messages, row.get("tools"), row.get("system"))
+def _alternate(turns: Sequence[object]) -> list[object]:
+    """Return messages of a user and an assistant in turn."""
+    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
 def canonical_messages(value: object, tools: object = None, system: object = None) -> ChatRow:

@@ -24,7 +24,7 @@ from llmtune import __version__
 from llmtune.data.example import Example
 from llmtune.data.ingest import progress_bars
 from llmtune.data.overlong import TOO_LONG, Lost
-from llmtune.data.rejected_rows import listed
+from llmtune.data.rejected_rows import listed, too_many_bad
 from llmtune.data.rendering_check import check_tools
 from llmtune.data.row_store import AGAIN, iterate_texts, open_arrow
 from llmtune.data.task_interface import Encoded, TaskInterface
@@ -367,11 +367,10 @@ def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, list_f
     bad = counted + sum(count for reason, count in rows.dropped.items() if reason.startswith("bad"))
     allowed = recipe.data.max_dropped
     if counted and bad > allowed * rows.rows_in:
-        what = f"{bad:,} of {rows.rows_in:,} rows cannot be used: {bad / max(rows.rows_in, 1):.1%}"
-        what += f", and data.max_dropped allows {allowed:.1%}"
-        fix = f"Fix them, or raise data.max_dropped. All of them: {list_file}."
+        looked, share = f"{bad:,} of {rows.rows_in:,} rows", bad / max(rows.rows_in, 1)
+        problem = too_many_bad(looked, share, allowed, f" All of them: {list_file}.")
         shown = [*tally.bad_rows, *(tally.long_rows if recipe.data.on_overlong != "drop" else [])]
-        raise DataError(Problem(what, fix=fix), *shown[:SHOWN])
+        raise DataError(problem, *shown[:SHOWN])
 
 
 def examples_inputs(recipe: Recipe, rows: Rows, model: ModelRef, processor: PreTrainedTokenizerBase) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -22,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from llmtune.data.arrow_rows import ArrowRow
 from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
-from llmtune.data.rejected_rows import RowError
+from llmtune.data.rejected_rows import RowError, too_many_bad
 from llmtune.data.row_formats import parse_row
 from llmtune.data.row_hash import hash_content, row_json
 from llmtune.data.row_store import BATCH_BYTES, BATCH_ROWS, HashedRow, Spool
@@ -188,10 +187,8 @@ def try_rows(inputs: Sequence[Detected], data: DataSection, task: str) -> int | 
     if share < 1 and (share <= data.max_dropped or not whole):
         return len(contents) if whole else None
     looked = f"{len(bad):,} of {rows_in:,} rows" if whole else f"the first {len(bad):,} rows"
-    what = f"{looked} are bad: {share:.1%}, and data.max_dropped allows {data.max_dropped:.1%}"
-    allow = f", or set data.max_dropped: {math.ceil(100 * share) / 100}" if share < 1 else ""
     first = [Problem(str(error), origin) for origin, error in bad[:SHOWN]]
-    raise DataError(Problem(what, fix=f"Fix them{allow}."), *first)
+    raise DataError(too_many_bad(looked, share, data.max_dropped), *first)
 
 
 def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:
@@ -337,8 +334,6 @@ def _check_share(account: IngestState, allowed: float) -> None:
     bad = account.bad.total()
     if account.rows_in and bad / account.rows_in <= allowed and bad < account.rows_in:
         return
-    share = bad / max(account.rows_in, 1)
-    what = f"{bad:,} of {account.rows_in:,} rows are bad: {share:.1%}, and data.max_dropped allows {allowed:.1%}"
-    allow = f", or set data.max_dropped: {math.ceil(100 * share) / 100}" if share < 1 else ""
-    fix = f"Fix them{allow}. All of them: {account.list_file}"
-    raise DataError(Problem(what, fix=fix), *account.problems())
+    looked, share = f"{bad:,} of {account.rows_in:,} rows", bad / max(account.rows_in, 1)
+    more = f" All of them: {account.list_file}"
+    raise DataError(too_many_bad(looked, share, allowed, more), *account.problems())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llmtune.errors import Problem
 from llmtune.store.atomic_files import atomic_file
 
 ANSWER_COLUMNS = ("completion", "output", "target", "summary", "chosen", "rejected")
@@ -57,6 +59,13 @@ def nonempty_text(row: Mapping[str, object], column: str) -> str:
 
 RawRow = tuple[str, dict[str, object] | RowError]
 """Where a row is from, and its columns or why they cannot be read."""
+
+
+def too_many_bad(looked: str, share: float, allowed: float, more: str = "") -> Problem:
+    """Return the problem of a share of bad rows above `data.max_dropped`; `more` is added to the fix."""
+    allow = f", or set data.max_dropped: {math.ceil(100 * share) / 100}" if share < 1 else ""
+    what = f"{looked} are bad: {share:.1%}, and data.max_dropped allows {allowed:.1%}"
+    return Problem(what, fix=f"Fix them{allow}.{more}")
 
 
 @contextmanager

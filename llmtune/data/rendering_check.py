@@ -40,6 +40,8 @@ from llmtune.records import Row, Rows
 KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
 """As rows have them on disk. Within a text, quotes have backslashes before them."""
 OTHER = "Set model.chat_template to a Jinja file that writes `tools`, `tool_calls` and messages of the role `tool`"
+SHOWN = 40
+"""Characters of a text that a reason names."""
 CHATML = "<|im_start|>"
 """A model whose own template writes it can learn tools by the template that comes with llmtune."""
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -71,6 +73,10 @@ def find_missing(
             at = found + len(part)
         elif not (part in text or all(any(form in text for form in _forms(line)) for line in part.splitlines())):
             return f"the chat template leaves out or changes {name}"
+    said = Counter(unmark(message["content"].strip()) for message in messages)
+    for part, count in said.items():
+        if part and 0 < text.count(part) < count:
+            return f"the chat template leaves out one of {count} messages that say {part[:SHOWN]!r}"
     return None
 
 

@@ -12,7 +12,6 @@ from llmtune.data.chat_rows import (
     chat_from_alpaca,
     chat_from_messages,
     chat_from_pair,
-    chat_from_sharegpt,
     completion_from_alpaca,
     completion_from_pair,
     completion_from_text,
@@ -80,21 +79,21 @@ class RowFormat:
         return self.parsers.get(task)
 
 
-_ROLES = ("system", "tools", "train_reasoning")
+_STATED = ("system", "tools", "functions", "train_reasoning")
 _KNOWN = (
-    RowFormat("messages", ("messages",), ("functions", *_ROLES), {"chat": chat_from_messages}),
-    RowFormat("sharegpt", ("conversations",), _ROLES, {"chat": chat_from_sharegpt}),
+    RowFormat("messages", ("messages",), _STATED, {"chat": chat_from_messages}),
+    RowFormat("sharegpt", ("conversations",), _STATED, {"chat": chat_from_messages}),
     RowFormat(
         "alpaca",
         ("instruction", "output"),
-        ("input", "system", "history", "tools"),
+        ("input", "history", *_STATED),
         {"chat": chat_from_alpaca, "completion": completion_from_alpaca},
         '{"instruction": "...", "input": "...", "output": "..."}',
     ),
     RowFormat(
         "prompt-completion",
         ("prompt", "completion"),
-        _ROLES,
+        _STATED,
         {"chat": chat_from_pair, "completion": completion_from_pair},
     ),
     RowFormat("text", ("text",), (), {"completion": completion_from_text}, '{"text": "..."}, or a text file'),

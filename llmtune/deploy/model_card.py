@@ -19,12 +19,11 @@ from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.model_files import read_json_object
 from llmtune.model.resolve import UNKNOWN, find_license
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.secrets import redact, redact_all
+from llmtune.recipe.secrets import hide_paths, is_local_path
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.metric_info import METRIC_NOTES
 from llmtune.report.number_format import missing
-from llmtune.report.redaction import hide_paths, is_local_path
 from llmtune.report.render_markdown import code, markdown_text, render_section
 from llmtune.report.report_record import Seeds
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
@@ -113,9 +112,8 @@ def write_card(published: Publication, console: Console) -> ModelCard:
     options, recipe, (base, base_name, notes) = published.options, published.recipe, published.base
     license_name, license_from = _find_license(published)
     _print_unknown(published, license_name, console)
-    name = redact(options.repo or recipe.name).rpartition("/")[2]
-    recipe_values = redact_all(recipe.model_dump(mode="json"))
-    report = cast(Document, hide_paths({**published.report, "recipe": recipe_values}))
+    name = (options.repo or recipe.name).rpartition("/")[2]
+    report = cast(Document, hide_paths({**published.report, "recipe": recipe.model_dump(mode="json")}))
     scores = TypeAdapter(Evaluation).validate_python(hide_paths(asdict(published.evaluation)))
     auto_class = find_auto_class(published.config)
     metadata = _metadata(published, scores, _source_names(report), auto_class)

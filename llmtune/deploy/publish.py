@@ -21,14 +21,13 @@ from llmtune.deploy.parity import CERTIFICATE, Certificate, read_certificate
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.model.resolve import LICENSES, NO_ANSWER
-from llmtune.recipe.secrets import redact
+from llmtune.recipe.secrets import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
 from llmtune.records import Evaluation
-from llmtune.report.redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
 from llmtune.report.report_record import read_report
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, staged, write_json, write_text
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
-from llmtune.store.run_lock import LOCK, read_lock
+from llmtune.store.run_lock import LOCK, read_lock, read_resolved
 
 
 def check_upload(offline: bool) -> None:
@@ -273,7 +272,7 @@ def _fill_folder(target: Path, run: Path, published: Publication) -> None:
         write_json(target / GGUF_CERTIFICATE, hide_paths(published.gguf))
     write_json(target / CERTIFICATE, hide_paths(published.certificate))
     write_json(target / LOCK, hide_paths(published.lock))
-    write_text(target / "recipe.yaml", recipe_to_share(run / "recipe.yaml"))
+    write_text(target / "recipe.yaml", recipe_to_share(read_resolved(run / "recipe.yaml")))
 
 
 def _read_card(path: Path) -> ModelCard:

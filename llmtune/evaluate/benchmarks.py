@@ -132,7 +132,7 @@ def run_benchmark(
     section = benchmark.section
     with quietly(), explain_errors(section, RUN_ERRORS):
         lm = BatchedLM(model, context, advance)
-        found: EvalResults | None = simple_evaluate(
+        results: EvalResults | None = simple_evaluate(
             model=lm,
             tasks=[*benchmark.run.values()],
             num_fewshot=section.num_fewshot,
@@ -142,7 +142,7 @@ def run_benchmark(
             bootstrap_iters=0,  # paired intervals replace its standard errors
             task_manager=TaskManager(include_defaults=False),
         )
-    return of_first_process(found), lm.truncated  # lm-eval gives the others none
+    return of_first_process(results), lm.truncated  # lm-eval gives the others none
 
 
 # Reading the results
@@ -173,8 +173,8 @@ def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> d
 
 def read_numbers(result: Mapping[str, object]) -> list[tuple[str, str, float]]:
     """Return (metric, filter, score) of lm-eval's `metric,filter: score`."""
-    found = {key.rpartition(",")[::2]: value for key, value in result.items() if "," in key}
-    return [(*name, float(value)) for name, value in found.items() if is_numeric(value)]
+    named = {key.rpartition(",")[::2]: value for key, value in result.items() if "," in key}
+    return [(*name, float(value)) for name, value in named.items() if is_numeric(value)]
 
 
 def is_numeric(value: object) -> TypeGuard[float]:

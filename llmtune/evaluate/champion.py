@@ -265,23 +265,18 @@ def note_look(run: RunFolder, console: Console) -> None:
 
 AskChampion = Callable[[Path, Sequence[int]], PerRowScores]
 """Lets the model of the run folder answer the test rows at these places, and measures the answers."""
-Challenge = Callable[[Evaluation, PerRowScores], Champion]
 
 
-def make_challenge(run: RunFolder, ask: AskChampion) -> Challenge | None:
-    """Return what compares the scores of a run with those of the champion that its recipe names, if it names one."""
+def face_champion(run: RunFolder, ask: AskChampion, evaluation: Evaluation, measures: PerRowScores) -> Champion | None:
+    """Compare the scores of a run with those of the champion that its recipe names; None where it names none."""
     recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
     if champion is None:
         return None
-
-    def challenge(evaluation: Evaluation, measures: PerRowScores) -> Champion:
-        folder = find_champion_run(recipe, run.path)
-        places = list_unseen(champion, folder, measures.rows)
-        asked = ask(folder, places) if folder and places else NONE_ASKED
-        return compare_with_champion(champion, recipe, evaluation, measures, asked)
-
-    return challenge
+    folder = find_champion_run(recipe, run.path)
+    places = list_unseen(champion, folder, measures.rows)
+    asked = ask(folder, places) if folder and places else NONE_ASKED
+    return compare_with_champion(champion, recipe, evaluation, measures, asked)
 
 
 def compare_with_champion(

@@ -360,16 +360,16 @@ def score_passages(model: torch.nn.Module, passages: Passages, device: str, adva
     """Return the nats of each paragraph [U]; several processes share the windows."""
     windows, paragraphs = passages.windows, len(passages.tokens)
 
-    def share(own: Sequence[int]) -> list[Floats]:
+    def share(indexes: Sequence[int]) -> list[Floats]:
         def work(batch: list[int]) -> list[Floats]:
-            chosen = [own[i] for i in batch]
+            chosen = [indexes[i] for i in batch]
             rows_S = torch.tensor([paragraph for i in chosen for paragraph in passages.paragraphs[i]])
             collated = collate_padded([windows[i] for i in chosen], None) | {"rows_S": rows_S, "n_rows": paragraphs}
             loss = causal_loss(model, move_to(device, collated), True)
             assert loss.row_sums is not None
             return [loss.row_sums.double().cpu().numpy(), *[np.zeros(paragraphs)] * (len(batch) - 1)]
 
-        lengths = [len(windows[i].input_ids) for i in own]
+        lengths = [len(windows[i].input_ids) for i in indexes]
         return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance)
 
     return np.asarray(np.sum([np.zeros(paragraphs), *over_processes(range(len(windows)), share)], axis=0))

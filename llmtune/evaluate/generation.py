@@ -14,12 +14,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
 from llmtune.data.tokenization import decode
-from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, decode_greedily
-from llmtune.evaluate.shared_prefix import computing_dtype
+from llmtune.evaluate.greedy_decoding import column_bytes_of, decode_greedily
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.device import SuppressRefusal, device_memory
-from llmtune.model.self_checks import positions_depend_on_neighbours
+from llmtune.model.device import SuppressRefusal, computing_dtype, device_memory
+from llmtune.model.self_checks import logits_agree, positions_depend_on_neighbours
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 
@@ -53,9 +52,9 @@ def answer_ends(model: torch.nn.Module, processor: PreTrainedTokenizerBase, reci
     the chat template, what that ends a turn with.
     """
     named = getattr(unwrap(model), "generation_config", None)
-    own = getattr(named, "eos_token_id", None)
+    stated = getattr(named, "eos_token_id", None)
     turn = stop_ids(processor, recipe) if recipe is not None and TASK_FACTS[recipe.task].templated else []
-    ids = [processor.eos_token_id, *(own if isinstance(own, list) else [own]), *turn]
+    ids = [processor.eos_token_id, *(stated if isinstance(stated, list) else [stated]), *turn]
     return sorted({int(i) for i in ids if i is not None})
 
 
@@ -202,8 +201,7 @@ def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: 
     batches = [prompts, *([prompt] for prompt in prompts)]
     with SuppressRefusal():
         together, *alone = (torch.stack(_generate(model, batch, greedy, device).logits, 1).float() for batch in batches)
-        apart = (together - torch.cat(alone)).square().mean().sqrt()
-        return bool(apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * together.std())
+        return logits_agree(torch.cat(alone), together, computing_dtype(model, device))
     return False
 
 

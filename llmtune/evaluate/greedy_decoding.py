@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from transformers import Cache
 
-from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
-from llmtune.model.device import SuppressRefusal
+from llmtune.model.device import SuppressRefusal, computing_dtype
+from llmtune.model.self_checks import logits_agree
 
 
 class KVCache(Cache):  # type: ignore[misc]
@@ -85,8 +85,6 @@ class KVCache(Cache):  # type: ignore[misc]
         return sum(part.element_size() * part.shape[1] * part.shape[3] for part in parts)
 
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""How far logits may lie from those of a plain forward pass, of their standard deviation (root mean square)."""
 WORTH_SHARING = 64
 """Tokens that a shared prefix must save: it takes a forward pass of its own."""
 
@@ -255,7 +253,5 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
         alone = [model(input_ids=row, use_cache=False).logits[0, -2:].float() for row in rows]
         expected = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in batch.order)])
         found = torch.cat([first_BV, second_BV]).float()
-        apart = (found - expected).square().mean().sqrt()
-        close = apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * expected.std()
-        return batch.cache.column_bytes if bool(close) else None
+        return batch.cache.column_bytes if logits_agree(found, expected, computing_dtype(model, device)) else None
     return None

@@ -116,14 +116,14 @@ def predict_rows(
     Several processes share the rows unless answers are sampled: a sample depends on the other rows of its batch.
     """
 
-    def work(own: Sequence[Mapping[str, Any]]) -> list[tuple[object, bool | None]]:
+    def work(part: Sequence[Mapping[str, Any]]) -> list[tuple[object, bool | None]]:
         ends: dict[int, bool] = {}
-        values = task.predict(own, replace(loaded, note_end=ends.__setitem__)) if own else []
+        values = task.predict(part, replace(loaded, note_end=ends.__setitem__)) if part else []
         return [(value, ends.get(i)) for i, value in enumerate(values)]
 
-    found = work(rows) if loaded.recipe.generation.do_sample else over_processes(rows, work)
-    ends = {i: float(end) for i, (_, end) in enumerate(found) if end is not None}
-    return [value for value, _ in found], ends
+    results = work(rows) if loaded.recipe.generation.do_sample else over_processes(rows, work)
+    ends = {i: float(end) for i, (_, end) in enumerate(results) if end is not None}
+    return [value for value, _ in results], ends
 
 
 def parse_outputs(
@@ -139,10 +139,10 @@ def parse_outputs(
     left = iter(outputs)
     for row, asked in prompts.items():
         assert read is not None
-        own, tools = [*islice(left, len(asked))], inputs.questions[row].get("tools")
-        parsed = [read(output.token_ids, tools, ids) for output, ids in zip(own, asked, strict=True)]
+        answered, tools = [*islice(left, len(asked))], inputs.questions[row].get("tools")
+        parsed = [read(output.token_ids, tools, ids) for output, ids in zip(answered, asked, strict=True)]
         answers.texts[row] = write_answer(parsed[-1].text, parsed[-1].tool_calls)
-        answers.cut[row] = sum(output.finish_reason == "length" for output in own) / len(own)
+        answers.cut[row] = sum(output.finish_reason == "length" for output in answered) / len(answered)
         if row in inputs.turns or parsed[-1].reasoning or parsed[-1].tool_calls:
             answers.parts[row] = parsed
     return answers
@@ -163,15 +163,15 @@ def score_tokens(
     """
     reader = inputs.reader
 
-    def score(own: Sequence[int]) -> list[list[float]]:
+    def score(indexes: Sequence[int]) -> list[list[float]]:
         def work(batch: list[int]) -> list[list[float]]:
-            loss = task.loss(model, move_to(device, collate([reader[own[i]] for i in batch], 0)), True)
+            loss = task.loss(model, move_to(device, collate([reader[indexes[i]] for i in batch], 0)), True)
             assert loss.row_sums is not None
             assert loss.row_correct is not None
             sums: list[list[float]] = torch.stack([loss.row_sums, loss.row_correct], 1).double().cpu().tolist()
             return sums
 
-        lengths = [int(reader.lengths[i]) for i in own]
+        lengths = [int(reader.lengths[i]) for i in indexes]
         return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance, packed=packed)
 
     nats, correct = np.asarray(over_processes(range(len(reader)), score)).reshape(-1, 2).T

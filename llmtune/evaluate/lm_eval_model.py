@@ -65,12 +65,12 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         sampled = any(isinstance(one.args[-1], dict) and one.args[-1].get("do_sample") for one in requests)
 
         def answer(questions: Sequence[list[Instance]]) -> list[Responses]:
-            own = list(chain.from_iterable(questions))
-            sizes = [min(lengths[id(one)], self.max_length) for one in own]
+            flat = list(chain.from_iterable(questions))
+            sizes = [min(lengths[id(one)], self.max_length) for one in flat]
 
             def work(batch: list[int]) -> Responses:
                 self.batch_size_per_gpu = batch_size(sizes[batch[0]], budget)
-                return ask([own[i] for i in batch])
+                return ask([flat[i] for i in batch])
 
             answers = iter(run_in_batches(sizes, budget, work, self.advance))
             return [[next(answers) for _ in question] for question in questions]

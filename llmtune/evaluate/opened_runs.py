@@ -282,13 +282,13 @@ def read_release(path: Path) -> Release:
         what = "not a release file" if path.exists() else "there is no such file"
         raise RecipeError.of(what, str(path), "Name a file that 'llmtune release RUN' wrote.")
     try:
-        found = TypeAdapter(Release).validate_python(restore_nan(content))
+        release = TypeAdapter(Release).validate_python(restore_nan(content))
     except ValidationError as error:
         raise RecipeError.of(f"not a release file ({_first_problem(error)})", str(path), RELEASE_FIX) from None
-    if found["release_version"] > RELEASE_VERSION:
-        what = f"a release of version {found['release_version']}, and this llmtune reads up to {RELEASE_VERSION}"
+    if release["release_version"] > RELEASE_VERSION:
+        what = f"a release of version {release['release_version']}, and this llmtune reads up to {RELEASE_VERSION}"
         raise RecipeError.of(what, str(path), "Update llmtune.")
-    return found
+    return release
 
 
 def is_release(content: object) -> bool:
@@ -306,13 +306,13 @@ def list_releases(folder: Path) -> list[tuple[Path, Release]]:
 
     Raises RecipeError for one that is damaged, which may be the newest.
     """
-    found = []
+    releases = []
     for path in folder.glob("*.json"):
         if (content := read_json(path)) is None:
             raise RecipeError.of("damaged: it holds no JSON", str(path), "Put it back as the repository has it.")
         if is_release(content):
-            found.append((path, read_release(path)))
-    return sorted(found, key=lambda one: one[1]["date"])
+            releases.append((path, read_release(path)))
+    return sorted(releases, key=lambda one: one[1]["date"])
 
 
 def find_release(path: Path, name: str) -> Path:
@@ -322,11 +322,11 @@ def find_release(path: Path, name: str) -> Path:
     """
     if path.is_file() or (path / MANIFEST).exists() or not path.is_dir():
         return path
-    found = [file for file, release in list_releases(path) if release["name"] == name]
-    if not found:
+    matching = [file for file, release in list_releases(path) if release["name"] == name]
+    if not matching:
         fix = f"Make the first, of a run without gates on the champion: llmtune release RUN --out {path}/first.json"
         raise RecipeError.of(f"neither a run nor a folder with a release of '{name}'", str(path), fix)
-    return found[-1]
+    return matching[-1]
 
 
 def open_release(path: Path, name: str) -> ScoredRun:
@@ -336,16 +336,16 @@ def open_release(path: Path, name: str) -> ScoredRun:
         RecipeError: not a release file.
         EnvironmentProblem: its scores by row are damaged.
     """
-    found = read_release(path)
+    release = read_release(path)
     try:
-        recipe = Recipe.model_validate_json(json.dumps(found["recipe"]))
-        packed = base64.b64decode(found["measures"], validate=True)
+        recipe = Recipe.model_validate_json(json.dumps(release["recipe"]))
+        packed = base64.b64decode(release["measures"], validate=True)
     except ValidationError as error:
         raise RecipeError.of(
             f"its recipe does not fit this llmtune ({_first_problem(error)})", str(path), RELEASE_FIX
         ) from None
     except ValueError as error:
         raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
-    scores = found["base"], found["tuned"], found["difference"]
-    evaluation = Evaluation(*scores, (), found["rows"], found["signatures"])
+    scores = release["base"], release["tuned"], release["difference"]
+    evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
     return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))

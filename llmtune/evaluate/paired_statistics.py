@@ -89,18 +89,18 @@ def difference(
     if bounds is None and np.array_equal(base_NK, tuned_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, SWAPS)
     bounds_22K = pair_bounds(bounds(np.concatenate([base_NK, tuned_NK]))) if bounds else paired_N2K[:0]
-    found = interval(value, resample(np.concatenate([paired_N2K, bounds_22K]), formula, seed, resamples), rows)
-    if not np.isfinite(found.low):
-        return found
+    change = interval(value, resample(np.concatenate([paired_N2K, bounds_22K]), formula, seed, resamples), rows)
+    if not np.isfinite(change.low):
+        return change
     if right_wrong:
-        return replace(found, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
+        return replace(change, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
     if bounds is not None:
         with_one, alone = (
             formula(sums[:, 1]) - formula(sums[:, 0]) for sums in (paired_N2K.sum(0) + bounds_22K, bounds_22K)
         )
-        found = move_apart(found, with_one, widest=float(np.abs(alone).max()))
+        change = move_apart(change, with_one, widest=float(np.abs(alone).max()))
     swapped = permutation_p(base_NK, tuned_NK, formula, seed, resamples)
-    return replace(found, p=max(swapped, skewed_p(base_NK, tuned_NK, formula)), test=SWAPS)
+    return replace(change, p=max(swapped, skewed_p(base_NK, tuned_NK, formula)), test=SWAPS)
 
 
 def difference_weighted(
@@ -133,10 +133,10 @@ def difference_weighted(
         return tuned(drawn_RN) - base(drawn_RN)
 
     drawn = draw_counts(units + 2 * (bounded is not None), seed, RESAMPLES)
-    found = interval(value, np.concatenate([values(counts_RU) for counts_RU in drawn]), units)
-    if bounded is not None and np.isfinite(found.low):
-        found = move_apart(found, values(np.concatenate([np.ones((2, units)), np.eye(2)], axis=1)))
-    return replace(found, n=rows, groups=groups)
+    change = interval(value, np.concatenate([values(counts_RU) for counts_RU in drawn]), units)
+    if bounded is not None and np.isfinite(change.low):
+        change = move_apart(change, values(np.concatenate([np.ones((2, units)), np.eye(2)], axis=1)))
+    return replace(change, n=rows, groups=groups)
 
 
 def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
@@ -159,16 +159,16 @@ def pair_bounds(bounds: tuple[Floats, Floats]) -> Floats:
     return np.array([[worst, best], [best, worst]])
 
 
-def move_apart(found: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
+def move_apart(change: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
     """Move the ends of an interval outwards by what one more row could change.
 
     `values_2` are the differences with one pseudo-row of either kind, `widest` the largest that is possible. This
     corrects a discrete count for continuity: the bootstrap's quantile of a few lost rows is about a row too small.
     """
-    changes = np.nan_to_num(values_2 - found.value)
+    changes = np.nan_to_num(values_2 - change.value)
     down, up = float(min(changes.min(), 0)), float(max(changes.max(), 0))
-    low, high = found.low + BEYOND * down, found.high + BEYOND * up
-    return replace(found, low=max(low, min(-widest, found.low)), high=min(high, max(widest, found.high)))
+    low, high = change.low + BEYOND * down, change.high + BEYOND * up
+    return replace(change, low=max(low, min(-widest, change.low)), high=min(high, max(widest, change.high)))
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:

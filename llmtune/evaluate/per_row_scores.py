@@ -83,11 +83,14 @@ class PerRowScores(PairedMeasures):
         """
         tuned = dict(self.tuned)
         for metric, more in others.tuned.items():
-            own = tuned.get(metric)
-            if own is not None and (own.signature, own.sums_NK.shape[1]) == (more.signature, more.sums_NK.shape[1]):
-                at = (*own.at, *(len(self.rows) + place for place in more.at))
-                sums_NK = np.concatenate([own.sums_NK, more.sums_NK])
-                tuned[metric] = replace(own, sums_NK=sums_NK, at=at, clusters=())
+            known = tuned.get(metric)
+            if known is not None and (known.signature, known.sums_NK.shape[1]) == (
+                more.signature,
+                more.sums_NK.shape[1],
+            ):
+                at = (*known.at, *(len(self.rows) + row for row in more.at))
+                sums_NK = np.concatenate([known.sums_NK, more.sums_NK])
+                tuned[metric] = replace(known, sums_NK=sums_NK, at=at, clusters=())
         return PerRowScores({}, tuned, (*self.rows, *others.rows))
 
 

@@ -14,7 +14,6 @@ from llmtune.data.contamination import Overlap, compared_text, find_overlap, pro
 from llmtune.data.examples import encode_rows
 from llmtune.data.row_store import iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
 from llmtune.errors import DataError
-from llmtune.evaluate.champion import Challenge
 from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, make_inputs, resolve_choices
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
@@ -28,7 +27,7 @@ from llmtune.evaluate.suite_registry import make_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Contamination, Evaluation, Rows, Slice
+from llmtune.records import Champion, Contamination, Evaluation, Rows, Slice
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
 KINDS = {
@@ -56,6 +55,8 @@ class ChampionModel:
 
 LoadChampion = Callable[[Path], ChampionModel]
 """Opens the run in a folder."""
+Challenge = Callable[[Evaluation, PerRowScores], Champion | None]
+"""Compares with the champion, if there is one."""
 
 
 def score_run(
@@ -65,7 +66,7 @@ def score_run(
     *,
     headless: bool = False,
     known: BaseAnswers | None = None,
-    challenge: Challenge | None = None,
+    challenge: Challenge = lambda evaluation, scores: None,
 ) -> Evaluation:
     """Evaluate a run: measure both models, compare the rows with the training rows and the model with the champion.
 
@@ -99,8 +100,7 @@ def score_run(
             if known is not None and stand_in is None:
                 save_base(folder, answers["base"], known.inputs)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
-        if challenge is not None:
-            evaluation = replace(evaluation, champion=challenge(evaluation, per_row))
+        evaluation = replace(evaluation, champion=challenge(evaluation, per_row))
     if folder is not None:
         save_evaluation(evaluation, folder)
     print_scores(evaluation, console)

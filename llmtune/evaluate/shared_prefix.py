@@ -18,7 +18,7 @@ from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
-from llmtune.model.device import SuppressRefusal
+from llmtune.model.device import SuppressRefusal, computing_dtype
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Row
 
@@ -107,12 +107,6 @@ def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
         apart = math.hypot(*(a - b for a, b in zip(joint, separate, strict=True)))
         return apart <= share * math.hypot(*separate) + share * FLOOR_NATS * len(separate)
     return False
-
-
-def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:
-    """Return the number format of the forward pass: autocast's where it is on, the weights' elsewhere."""
-    kind = device.split(":")[0]
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
 
 
 def score_as_trees(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
@@ -211,14 +205,14 @@ SIGNATURE = "the likeliest of {count} answers: sum of log-probabilities, end-of-
 
 def find_choices(answers: Iterable[str]) -> tuple[str, ...]:
     """Return the distinct answers, sorted, if they are few, short and repeated; none (and stop reading) if not."""
-    found: set[str] = set()
+    distinct: set[str] = set()
     rows = 0
     for answer in answers:
         rows += 1
-        found.add(answer)
-        if len(found) > MOST_CHOICES or not answer.strip() or len(answer) > LONGEST_CHOICE:
+        distinct.add(answer)
+        if len(distinct) > MOST_CHOICES or not answer.strip() or len(answer) > LONGEST_CHOICE:
             return ()
-    return tuple(sorted(found)) if 2 <= len(found) <= rows / ROWS_A_CHOICE else ()
+    return tuple(sorted(distinct)) if 2 <= len(distinct) <= rows / ROWS_A_CHOICE else ()
 
 
 def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ def compare_suites(suites: Sequence[tuple[str, Suite]], rows: PairedMeasures) ->
     """Return what each suite found of both models; `rows` are the measures of the test rows."""
     return {
         name: join_studies(
-            name.capitalize(), SUITE_KEYS.get(name, ()), [suite.compare(rows) for own, suite in suites if own == name]
+            name.capitalize(), SUITE_KEYS.get(name, ()), [suite.compare(rows) for key, suite in suites if key == name]
         )
         for name in dict.fromkeys(name for name, _ in suites)
     }

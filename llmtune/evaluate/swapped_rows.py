@@ -250,9 +250,9 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         """Answer the rows with one model; those that its context does not hold in both forms are left out."""
         if self.unmeasured:
             return
-        found = predict(model, f"{name}: fairness, swaps", self.asked)
-        choices = {i: found.choice(i, self.inputs.choices) for i in found.scores}
-        answers: Mapping[int, object] = found.predictions or choices or found.texts
+        predicted = predict(model, f"{name}: fairness, swaps", self.asked)
+        choices = {i: predicted.choice(i, self.inputs.choices) for i in predicted.scores}
+        answers: Mapping[int, object] = predicted.predictions or choices or predicted.texts
         pairs = ((row, at, at + len(self.rows)) for at, row in enumerate(self.rows))
         self.outputs[name] = {
             row: (answers[at], answers[swapped]) for row, at, swapped in pairs if at in answers and swapped in answers

@@ -312,13 +312,13 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
     from huggingface_hub import try_to_load_from_cache
 
     name = str(model.name)
-    found: object = Path(name) / SPELLINGS
+    source: object = Path(name) / SPELLINGS
     if not Path(name).is_dir():
         named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-        found = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
-    if not isinstance(found, str | Path) or not Path(found).is_file():
+        source = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
+    if not isinstance(source, str | Path) or not Path(source).is_file():
         return None
-    content = json.loads(read_text_file(Path(found)))
+    content = json.loads(read_text_file(Path(source)))
     return {str(british): str(american) for british, american in content.items()} if isinstance(content, dict) else None
 
 

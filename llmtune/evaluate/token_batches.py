@@ -115,9 +115,9 @@ def over_processes(items: Sequence[P], work: Callable[[Sequence[P]], Sequence[T]
     count = world_size()
     if count == 1:
         return list(work(items))
-    own = items[distributed.get_rank() :: count]
+    share = items[distributed.get_rank() :: count]
     parts: list[list[T]] = [[] for _ in range(count)]
-    distributed.all_gather_object(parts, list(work(own)) if own else [])
+    distributed.all_gather_object(parts, list(work(share)) if share else [])
     return [parts[i % count][i // count] for i in range(len(items))]
 
 

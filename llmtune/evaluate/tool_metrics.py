@@ -185,9 +185,9 @@ def score_silence(answer: ParsedAnswer, turn: ToolTurn) -> float:
     return float(not answer.tool_calls and not answer.error)
 
 
-CallScore = Callable[[ParsedAnswer, ToolTurn], float | None]
+CallScorer = Callable[[ParsedAnswer, ToolTurn], float | None]
 CALLING = "answers of rows with tools whose reference calls one, each asked behind the recorded turns before it"
-TOOL_SCORES: Mapping[str, tuple[CallScore, bool, str]] = {
+TOOL_SCORES: Mapping[str, tuple[CallScorer, bool, str]] = {
     "tool_call_valid": (score_valid, True, f"share with calls, all of them valid by JSON Schema; {CALLING}"),
     "tool_name": (score_names, True, f"share that call the same tools, in any order; {CALLING}"),
     "tool_arguments": (score_arguments, True, f"share whose calls equal the reference's by value; {CALLING}"),

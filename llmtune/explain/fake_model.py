@@ -276,7 +276,7 @@ def measure_block(
     try:
         modules = [block, block.get_submodule(attention)]
         arguments = {tokens: capture_arguments(fake, modules, tokens) for tokens in lengths}
-        block._apply(lambda fake: _constant(fake, 0.02, device))
+        block._apply(lambda fake: _filled(fake, 0.02, device))
         ends, least = time.perf_counter() + budget_seconds, min(RUN_SECONDS, budget_seconds / 20)
         for tokens in track_items(console, lengths, "measuring"):
             if points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
@@ -308,7 +308,7 @@ def time_module(module: torch.nn.Module, arguments: Arguments, device: str, leas
     """Return the seconds of the quickest run; a GPU is waited for."""
 
     def fill(part: object) -> object:
-        return _constant(part, 1, device) if isinstance(part, torch.Tensor) else part
+        return _filled(part, 1, device) if isinstance(part, torch.Tensor) else part
 
     args, kwargs = tree_map(fill, arguments)
     timer = Timer(
@@ -319,5 +319,5 @@ def time_module(module: torch.nn.Module, arguments: Arguments, device: str, leas
     return float(min(timer.blocked_autorange(min_run_time=least_seconds).times))
 
 
-def _constant(fake: torch.Tensor, value: float, device: str) -> torch.Tensor:
+def _filled(fake: torch.Tensor, value: float, device: str) -> torch.Tensor:
     return torch.full(fake.shape, value, dtype=fake.dtype, device=device)

@@ -95,13 +95,13 @@ def read_catalogue() -> dict[str, CatalogueModel]:
 def find_catalogue_model(name: str) -> CatalogueModel:
     """Return a model by its name, or the end of it. Raises RecipeError where there is none, or more than one."""
     known = read_catalogue()
-    found = [one for one in known if one.lower() == name.lower()] or [
+    matches = [one for one in known if one.lower() == name.lower()] or [
         one for one in known if one.lower().rpartition("/")[2] == name.lower()
     ]
-    if len(found) != 1:
+    if len(matches) != 1:
         fix = f"{nearest(name, list(known))} `llmtune models list` shows all; any other model can be named in a recipe."
         raise RecipeError.of(f"the catalogue has no model {name!r}", "llmtune models", fix.strip())
-    return known[found[0]]
+    return known[matches[0]]
 
 
 def select_models(query: ModelQuery) -> tuple[list[CatalogueModel], dict[str, str]]:
@@ -137,10 +137,10 @@ def candidate_names(recipe: Recipe) -> tuple[str, ...]:
         return wanted or ()
     query = ModelQuery(recipe.task, (), wanted.language, wanted.family, wanted.max_parameters)
     try:
-        found, _ = select_models(query)
+        models, _ = select_models(query)
     except RecipeError as error:
         raise RecipeError(*(replace(one, where="model.candidates") for one in error.problems)) from None
-    if not found:
+    if not models:
         fix = f"`llmtune models list --task {recipe.task}` shows what there is; ask for less."
         raise RecipeError.of("no model of the catalogue is all that is asked for", "model.candidates", fix)
-    return tuple(model.name for model in found)
+    return tuple(model.name for model in models)

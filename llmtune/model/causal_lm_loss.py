@@ -80,8 +80,8 @@ def _decoder_arguments(model: torch.nn.Module, batch: Batch) -> dict[str, object
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-    own = ("attention_mask", "position_ids") if _prompt_config(model) is None else ("attention_mask",)
-    inputs |= {key: batch[key] for key in own if key in batch and key in accepted}
+    keys = ("attention_mask", "position_ids") if _prompt_config(model) is None else ("attention_mask",)
+    inputs |= {key: batch[key] for key in keys if key in batch and key in accepted}
     if inner.config._attn_implementation == PACKED:
         inputs |= {key: batch[key] for key in _PACKING_KEYS if key in batch}
     return inputs

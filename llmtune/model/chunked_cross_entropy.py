@@ -46,9 +46,9 @@ def install_head_loss(model: PreTrainedModel) -> bool:
     head, backbone = model.get_output_embeddings(), model.base_model
     if backbone is model or type(head) is not torch.nn.Linear or not type(model).__module__.startswith("transformers."):
         return False
-    own = type(model).forward
+    original = type(model).forward
 
-    @wraps(own)
+    @wraps(original)
     def forward(
         self: PreTrainedModel,
         *args: object,
@@ -58,7 +58,7 @@ def install_head_loss(model: PreTrainedModel) -> bool:
         **kwargs: object,
     ) -> object:
         if targets_S is None:
-            return own(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         hidden_BTD = self.base_model(*args, **kwargs)[0]
         hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[predict_S]
         return head_loss(hidden_SD, self.get_output_embeddings(), targets_S, logit_shape(self.config), choices)

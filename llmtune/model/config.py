@@ -127,8 +127,8 @@ def _is_relative(named: list[str], class_name: str) -> bool:
 
 def architecture_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
     """Return the class that a configuration names: one of transformers', or the Auto class of the model's own."""
-    own = sorted(getattr(config, "auto_map", None) or (), key=lambda name: name == "AutoModel")  # heads first
-    names = [name for name in own if trust_remote_code and name.startswith("AutoModel")]
+    auto_classes = sorted(getattr(config, "auto_map", None) or (), key=lambda name: name == "AutoModel")  # heads first
+    names = [name for name in auto_classes if trust_remote_code and name.startswith("AutoModel")]
     known = [name for name in (*names, *_architectures(config)) if hasattr(transformers, name)]
     return cast(type[PreTrainedModel], getattr(transformers, known[0] if known else "AutoModel"))
 
@@ -224,9 +224,9 @@ def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
 def expert_parameters(model: torch.nn.Module) -> dict[str, torch.Size]:
     """Return the shapes of experts that are one parameter for all of them, [experts, ...], by full names."""
     return {
-        f"{name}.{own}": parameter.shape
+        f"{name}.{leaf}": parameter.shape
         for name, module in model.named_modules()
-        for own, parameter in module.named_parameters(recurse=False)
+        for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and "expert" in f"{name} {type(module).__name__}".lower()
     }
 
@@ -243,12 +243,12 @@ def name_outputs(config: PreTrainedConfig, names: Sequence[str], problem_type: s
     Where the model's files hold a head for other classes (or for as many that have no names), it is marked so: those
     weights know nothing of these classes. One for the same classes in another order is put in order when it is loaded.
     """
-    own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    stated = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     if names:
-        unnamed = all(name.startswith(_UNNAMED) for name in own)
-        same = len(own) == len(names) and set(own) == set(names)
+        unnamed = all(name.startswith(_UNNAMED) for name in stated)
+        same = len(stated) == len(names) and set(stated) == set(names)
         setattr(config, OTHER_CLASSES, not same and not (unnamed and len(names) == 1))
-        setattr(config, OTHER_ORDER, [own.index(name) for name in names] if same and own != list(names) else None)
+        setattr(config, OTHER_ORDER, [stated.index(name) for name in names] if same and stated != list(names) else None)
         config.num_labels = len(names)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}

@@ -92,6 +92,12 @@ def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[o
     return torch.autocast(device.split(":")[0], dtype=dtype)
 
 
+def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:
+    """Return the number format of the forward pass: autocast's where it is on, the weights' elsewhere."""
+    kind = device.split(":")[0]
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
+
+
 def device_memory(device: str) -> int | None:
     """Return the bytes that `device` has in total, free or not; None where it cannot be known.
 

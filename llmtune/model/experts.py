@@ -23,16 +23,16 @@ _PACKED = "packed_in_4_bits"
 def quantize_experts(model: torch.nn.Module, adapter: AdapterSection) -> None:
     """Keep the fused experts of `model` in 4 bits, in place: unpacked when their module is called, and freed again."""
     for name in expert_parameters(model):
-        module_name, _, own = name.rpartition(".")
+        module_name, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_name)
-        parameter = module.get_parameter(own)
+        parameter = module.get_parameter(leaf)
         packed, state = quantize_4bit(
             parameter.data.contiguous(),
             compress_statistics=adapter.bnb_4bit_use_double_quant,
             quant_type=adapter.bnb_4bit_quant_type,
         )
         parameter.requires_grad_(False)
-        vars(module).setdefault(_PACKED, {})[own] = (parameter, packed, state)
+        vars(module).setdefault(_PACKED, {})[leaf] = (parameter, packed, state)
         _free(parameter)
         if len(vars(module)[_PACKED]) == 1:
             module.register_forward_pre_hook(_unpack)
@@ -42,9 +42,9 @@ def quantize_experts(model: torch.nn.Module, adapter: AdapterSection) -> None:
 def unpacked_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return what 4 bits left of the experts of `model`, by the names of their parameters."""
     return {
-        f"{name}.{own}": dequantize_4bit(packed, state)
+        f"{name}.{leaf}": dequantize_4bit(packed, state)
         for name, module in model.named_modules()
-        for own, (_, packed, state) in vars(module).get(_PACKED, {}).items()
+        for leaf, (_, packed, state) in vars(module).get(_PACKED, {}).items()
     }
 
 
@@ -61,17 +61,17 @@ def _unpack(module: torch.nn.Module, inputs: object) -> None:
     Beneath an adapter they are the parameter's data, to which PEFT adds before anything is kept.
     """
     kept: dict[str, tuple[torch.nn.Parameter, torch.Tensor, QuantState]] = vars(module)[_PACKED]
-    for own, (parameter, packed, state) in kept.items():
+    for leaf, (parameter, packed, state) in kept.items():
         weights = dequantize_4bit(packed, state)
-        if own in getattr(module, "parametrizations", ()):
+        if leaf in getattr(module, "parametrizations", ()):
             parameter.data = weights
         else:
-            vars(module)[own] = weights
+            vars(module)[leaf] = weights
 
 
 def _pack_again(module: torch.nn.Module, inputs: object, output: object) -> None:
-    for own, (parameter, _, _) in vars(module)[_PACKED].items():
-        vars(module).pop(own, None)
+    for leaf, (parameter, _, _) in vars(module)[_PACKED].items():
+        vars(module).pop(leaf, None)
         _free(parameter)
 
 

@@ -106,8 +106,8 @@ def _is_plain(module: torch.nn.Module, eps: float) -> bool:
     generator = torch.Generator().manual_seed(0)
     like = cast(torch.Tensor, module.weight)
     x, weight = (torch.randn(shape, generator=generator).to(like) for shape in ((3, len(like)), (len(like),)))
-    own = functional_call(module, {"weight": weight}, (x,))
-    return torch.equal(own, _RootMeanSquare.apply(x, weight, eps))  # type: ignore[no-untyped-call]
+    expected = functional_call(module, {"weight": weight}, (x,))
+    return torch.equal(expected, _RootMeanSquare.apply(x, weight, eps))  # type: ignore[no-untyped-call]
 
 
 def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:

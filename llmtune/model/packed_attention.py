@@ -197,10 +197,10 @@ def attend_prefixed(
     """Attend a document at a time, each after its prefix: [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; causal alone."""
     outputs, begin = [], 0
     for length, (first, last) in zip(lengths, prefixes, strict=True):
-        own, ahead = slice(begin, begin + length), last - first
-        k, v = (torch.cat([part[:, :, first:last], part[:, :, own]], dim=2) for part in (key, value))
+        span, ahead = slice(begin, begin + length), last - first
+        k, v = (torch.cat([part[:, :, first:last], part[:, :, span]], dim=2) for part in (key, value))
         mask = band(length, ahead + length, options.window, True, query.device, ahead)
-        outputs.append(attend_scores(query[:, :, own], k, v, mask, options).transpose(1, 2))
+        outputs.append(attend_scores(query[:, :, span], k, v, mask, options).transpose(1, 2))
         begin += length
     return torch.cat(outputs, dim=1)
 

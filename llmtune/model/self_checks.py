@@ -23,13 +23,26 @@ from llmtune.model.packed_attention import PACKED
 from llmtune.model.prefix_packing import allow_shared_prefixes
 from llmtune.records import Batch
 
-_LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Of the logits' standard deviation; a leak or wrong positions move them by about as much as they are."""
+LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""How far logits of two ways may differ (root mean square), as a share of their standard deviation.
+
+A leak or wrong positions move them by about as much as they are."""
 _LOSS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of a token's nats; the formats round logits of a few units about so much."""
 _TOKENS = 6
 _WIDEST = 256
 """The widest window of an encoder over whose edge its proof looks; more tokens would take a slow machine too long."""
+
+
+def logits_agree(
+    found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, spread: torch.Tensor | None = None
+) -> bool:
+    """Whether logits computed in two ways are equal up to rounding in `dtype`.
+
+    `spread` is the size that a difference is relative to, by default the standard deviation of what is expected.
+    """
+    apart = (found - expected).square().mean().sqrt()
+    return bool(apart <= LOGIT_TOLERANCE.get(dtype, 0.1) * (expected.std() if spread is None else spread))
 
 
 def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool) -> bool:
@@ -46,8 +59,8 @@ def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool
             packed = [_pack_documents([document], model.device) for document in documents]
             alone = torch.cat([read(model, one).float() for one in packed])
         together = read(model, _pack_documents(documents, model.device)).float()
-        spread = alone.std() if decodes else alone.std(0).mean()
-        return together.shape == alone.shape and _root_mean_square(together - alone) <= _LEAK[dtype] * float(spread)
+        spread = None if decodes else alone.std(0).mean()
+        return together.shape == alone.shape and logits_agree(together, alone, dtype, spread)
     return False
 
 
@@ -78,19 +91,19 @@ def try_shared_prefixes(model: PreTrainedModel, dtype: torch.dtype) -> None:
     its loss at its head, and is in eval mode.
     """
     beginning = _documents(model, 2 * _TOKENS)[0]
-    documents = [[*beginning, *own] for own in _documents(model, _TOKENS)]
+    documents = [[*beginning, *rest] for rest in _documents(model, _TOKENS)]
     batch = _pack_documents(documents, model.device)
-    agree = False
+    allowed = False
     with SuppressRefusal(), torch.inference_mode(), compute_context(dtype, model.device.type):
         losses = []
-        for allowed in (False, True):
-            allow_shared_prefixes(model, allowed)
+        for shares in (False, True):
+            allow_shared_prefixes(model, shares)
             losses.append(causal_loss(model, batch, by_row=True).row_sums)
         apart, shared = losses
         assert apart is not None
         assert shared is not None
-        agree = _root_mean_square(shared - apart) <= _LEAK[dtype] * float(apart.std())
-    allow_shared_prefixes(model, agree)
+        allowed = logits_agree(shared, apart, dtype)
+    allow_shared_prefixes(model, allowed)
 
 
 def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int, writes: bool) -> str | None:
@@ -111,7 +124,7 @@ def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int,
         if is_out_of_memory(error):
             raise
         return f"cannot read text by itself: {first_line(error)}"
-    allowed = _LEAK[dtype] * _root_mean_square(alone)
+    allowed = LOGIT_TOLERANCE[dtype] * _root_mean_square(alone)
     if _root_mean_square(beside - alone) > allowed:
         return "reads a row otherwise beside a longer one than alone: it does not leave the padding out"
     same = min(len(ahead), len(alone))
@@ -157,8 +170,8 @@ def _rotate(rotary: torch.nn.Module, layer_type: str | None, lengths: Sequence[i
     """Return the sines and cosines of the first of some rows, by a copy: a module keeps the scale that it used last."""
     positions_1T = torch.cat([torch.arange(length) for length in lengths])[None]
     named = {} if layer_type is None else {"layer_type": layer_type}
-    found = copy.deepcopy(rotary).to("cpu")(torch.zeros(1), positions_1T, **named)
-    return [part[:, : lengths[0]] for part in (found if isinstance(found, tuple) else (found,))]
+    rotated = copy.deepcopy(rotary).to("cpu")(torch.zeros(1), positions_1T, **named)
+    return [part[:, : lengths[0]] for part in (rotated if isinstance(rotated, tuple) else (rotated,))]
 
 
 def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -1,14 +1,18 @@
-"""Secrets by name and by shape: recognised, and taken out of text that others read."""
+"""Secrets by name and by shape, and paths of this machine: recognised, and taken out of what others read."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from io import StringIO
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ruamel.yaml import YAML
+
+from llmtune.errors import EnvironmentProblem, Problem
 
 T = TypeVar("T")
 REMOVED = "[removed]"
@@ -136,3 +140,53 @@ def holds_secret(name: str, value: object) -> bool:
     if isinstance(value, list | tuple):
         return any(holds_secret(name, item) for item in value)
     return redact(str(value)) != str(value)
+
+
+# Paths of this machine
+
+
+TEXT_SUFFIXES = {".json", ".yaml", ".md", ".lock", ".jinja", ".txt", ""}
+"""Endings of files that people read; the last one is that of an Ollama Modelfile."""
+PATH_KEYS = ("folder",)
+"""Keys of a lock that hold nothing but a path."""
+
+
+def hide_paths(value: object) -> object:
+    """Return a JSON-able value with absolute paths cut to their last part, and secrets removed."""
+    return redact_all(_cut_paths(value))
+
+
+def _cut_paths(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _cut_paths(item) for key, item in value.items() if key not in PATH_KEYS}
+    if isinstance(value, list | tuple):
+        return [_cut_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and is_local_path(value) else value
+
+
+def is_local_path(text: str) -> bool:
+    """Whether a text is the absolute path of a file or folder, or one below a home."""
+    return os.path.isabs(text) or text.startswith("~")
+
+
+def recipe_to_share(values: Mapping[str, object]) -> str:
+    """Return a resolved recipe as YAML without its paths, and without comments on where its values come from."""
+    writer = YAML(typ="safe")
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    text = StringIO()
+    writer.dump(hide_paths(dict(values)), text)
+    head = "# What this model was made with. Paths are cut to their last part: put your own rows in their place.\n"
+    return head + text.getvalue()
+
+
+def refuse_paths(folder: Path, private: Iterable[Path]) -> None:
+    """Raise EnvironmentProblem if a file that people read still names one of the `private` paths."""
+    names = sorted({str(path) for path in private if len(path.parts) > 2})
+    texts = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in TEXT_SUFFIXES]
+    EnvironmentProblem.collect(
+        Problem(f"names a place on this machine: {name}", path.name, "Take it out of the model or its template.")
+        for path in texts
+        for name in names
+        if name in path.read_text("utf-8", errors="replace")
+    )

@@ -23,10 +23,7 @@ def to_junit(report: Report) -> str:
     failed, unsure = (sum(gate.passed is outcome for gate in gates) for outcome in (False, None))
     seconds = next((step.seconds for step in report.steps if step.name == "evaluate"), 0)
     counts = {"tests": str(len(gates)), "failures": str(failed), "errors": "0", "time": f"{seconds:.3f}"}
-    root = Tree.Element("testsuites", {"name": "llmtune", **counts})
-    suite = Tree.SubElement(
-        root, "testsuite", {"name": f"llmtune.{xml_text(report.name)}", "skipped": str(unsure), **counts}
-    )
+    root, suite = begin_suite(report.name, counts, skipped=unsure)
     add_properties(suite, list_scores(report))
     for gate in gates:
         case = Tree.SubElement(suite, "testcase", classname="llmtune.gates", name=xml_text(gate.name), time="0")
@@ -54,13 +51,18 @@ def failures_in_junit(folder: Path, name: str) -> Iterator[None]:
 
 def error_to_junit(name: str, error: LlmtuneError) -> str:
     """Return one test suite with a test case that could not end, and all problems as its text."""
-    counts = {"tests": "1", "failures": "0", "errors": "1", "time": "0"}
-    root = Tree.Element("testsuites", {"name": "llmtune", **counts})
-    suite = Tree.SubElement(root, "testsuite", {"name": f"llmtune.{xml_text(name)}", "skipped": "0", **counts})
+    root, suite = begin_suite(name, {"tests": "1", "failures": "0", "errors": "1", "time": "0"})
     case = Tree.SubElement(suite, "testcase", classname="llmtune.run", name=type(error).__name__, time="0")
     message = xml_text(redact_all(str(error)))
     Tree.SubElement(case, "error", message=message.splitlines()[0], type=type(error).__name__).text = message
     return write_xml(root)
+
+
+def begin_suite(name: str, counts: Mapping[str, str], skipped: int = 0) -> tuple[Tree.Element, Tree.Element]:
+    """Return the root of a file with one test suite, and the suite."""
+    root = Tree.Element("testsuites", {"name": "llmtune", **counts})
+    about = {"name": f"llmtune.{xml_text(name)}", "skipped": str(skipped), **counts}
+    return root, Tree.SubElement(root, "testsuite", about)
 
 
 def write_xml(root: Tree.Element) -> str:

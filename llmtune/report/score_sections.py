@@ -307,36 +307,39 @@ def overlap_section(evaluation: Evaluation) -> Section:
     return Section("Overlap with training data", [*blocks, Text(text, "soft")], "Overlap", "overlap")
 
 
+def overlap_kinds(overlap: Contamination) -> list[tuple[str, str, int, int]]:
+    """Return the ways to overlap: a name for the table, one for a sentence, test rows, and of how many."""
+    long, short = overlap.rows - overlap.short, overlap.short
+    passage = "13 words in a row in common"
+    return [
+        ("equal", "equal", overlap.equal, overlap.rows),
+        ("nearly equal (80 % of their word triples in common)", "nearly equal", overlap.near, overlap.rows),
+        ("the same prompt, whatever the answer", "with the same prompt", overlap.prompted, overlap.rows),
+        (f"{passage}, of rows that are so long", f"with {passage}", overlap.shared, long),
+        ("the same words in the same order, of shorter rows", "short, with the same words", overlap.worded, short),
+    ]
+
+
 def overlap_table(overlap: Contamination) -> Table:
     """How many test rows overlap in each way, and of how many."""
-    kinds = [
-        ("equal", overlap.equal, overlap.rows),
-        ("nearly equal (80 % of their word triples in common)", overlap.near, overlap.rows),
-        ("the same prompt, whatever the answer", overlap.prompted, overlap.rows),
-        ("13 words in a row in common, of rows that are so long", overlap.shared, overlap.rows - overlap.short),
-        ("the same words in the same order, of shorter rows", overlap.worded, overlap.short),
-    ]
     columns: TableColumns = [
         "test rows that are like a training row",
         *(Column(name, "number") for name in ("rows", "of", "share")),
     ]
-    return Table(columns, [[kind, count(part), count(whole), share(part, whole)] for kind, part, whole in kinds])
+    rows = [[name, count(part), count(of), share(part, of)] for name, _, part, of in overlap_kinds(overlap)]
+    return Table(columns, rows)
 
 
 def overlap_sentence(overlap: Contamination) -> str:
     """Return how many test rows overlap, how, and how many were left out before for that reason."""
-    number, names = (
-        overlap.overlapping,
-        ("equal", "nearly equal", "with the same prompt", "with 13 words in a row in common"),
-    )
-    parts = (overlap.equal, overlap.near, overlap.prompted, overlap.shared, overlap.worded)
+    number = overlap.overlapping
     text = f"None of the {count(overlap.rows)} test rows overlaps with a training row "
     text += "(equal, nearly equal, the same prompt, 13 words in a row)."
     if number:
-        named = zip(parts, (*names, "short, with the same words"), strict=True)
+        kinds = ", ".join(f"{count(part)} {name}" for _, name, part, _ in overlap_kinds(overlap) if part)
         verb = "overlaps" if number == 1 else "overlap"
         text = f"{count(number)} of {count(overlap.rows)} test rows ({share(number, overlap.rows)}) {verb} with a "
-        text += f"training row: {', '.join(f'{count(part)} {name}' for part, name in named if part)}."
+        text += f"training row: {kinds}."
     if overlap.prompted:
         text += (
             " Set data.split_by to a column that is equal for rows of one question, or take the questions of the test "

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TypeGuard
 
 from rich.progress import MofNCompleteColumn
 
@@ -19,7 +18,7 @@ from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
-from llmtune.serve.finished_run import FinishedRun
+from llmtune.serve.finished_run import FinishedRun, Inputs
 from llmtune.serve.served_model import ServedModel, label_scores
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -30,10 +29,9 @@ INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "answer": ("completion", "answer", "output"),
     "system": ("system",),
 }
-"""What a task is given -> the columns that may hold it, by our names."""
+"""Input of a task -> the columns that may hold it, by our names."""
 AT_ONCE = 512
-"""Rows that are answered before their lines are written."""
-Inputs = dict[str, str | None]
+"""Rows answered before their lines are written."""
 
 
 def answer_file(
@@ -46,7 +44,7 @@ def answer_file(
     read; those have an `error` in place of the answer.
 
     Raises:
-        RecipeError: the file lacks what the task asks for, or the model cannot be asked so.
+        RecipeError: the file lacks an input of the task, or the model cannot answer such inputs.
         DataError: the file cannot be read, or none of its rows.
     """
     raw = list(local_input(rows).raw_rows())
@@ -66,30 +64,27 @@ def answer_file(
         for first in range(0, len(raw), AT_ONCE):
             batch = raw[first : first + AT_ONCE]
             given = [
-                row if isinstance(row, RowError) else _inputs(row, columns, asked, rows.parent) for _, row in batch
+                row if isinstance(row, RowError) else _read_inputs(row, columns, asked, rows.parent) for _, row in batch
             ]
-            answers = _answer(served, [one for one in given if _is_inputs(one)], partial(progress.advance, bar))
+            usable = [one for one in given if not isinstance(one, RowError)]
+            answers = _answer_rows(served, usable, partial(progress.advance, bar))
             for (origin, row), one in zip(batch, given, strict=True):
                 line = {} if isinstance(row, RowError) else _own_columns(row)
-                said = next(answers) if _is_inputs(one) else {"error": f"{origin}: {one}"}
-                answered += "error" not in said
-                line |= said
+                answer = {"error": f"{origin}: {one}"} if isinstance(one, RowError) else next(answers)
+                answered += "error" not in answer
+                line |= answer
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             progress.update(bar, completed=first + len(batch))
     return answered, len(raw) - answered
 
 
 def _own_columns(row: Mapping[str, object]) -> dict[str, object]:
-    """Return the columns of a row, with the answer that it brings itself out of the model's way."""
+    """Return the columns of a row; its own answer becomes `reference`."""
     return {"reference" if name == "answer" and "reference" not in row else name: value for name, value in row.items()}
 
 
-def _is_inputs(one: Inputs | RowError) -> TypeGuard[Inputs]:
-    return not isinstance(one, RowError)
-
-
 def _columns_of(inputs: Mapping[str, bool], names: Sequence[str], where: str) -> dict[str, str]:
-    """Return the column of each input that the file has; raises RecipeError for one that is needed and missing."""
+    """Return the column of each input in the file; raises RecipeError for a missing one that the task needs."""
     found = {name: next((one for one in INPUT_COLUMNS[name] if one in names), None) for name in inputs}
     for name, required in inputs.items():
         if required and found[name] is None:
@@ -98,14 +93,12 @@ def _columns_of(inputs: Mapping[str, bool], names: Sequence[str], where: str) ->
     return {name: column for name, column in found.items() if column is not None}
 
 
-def _inputs(
+def _read_inputs(
     row: Mapping[str, object], columns: Mapping[str, str], asked: Mapping[str, str], folder: Path
 ) -> Inputs | RowError:
     try:
         named = rename(row, columns)
-        inputs: Inputs = {
-            name: str(value) for name, column in asked.items() if (value := named.get(column)) is not None
-        }
+        inputs = {name: str(value) for name, column in asked.items() if (value := named.get(column)) is not None}
         if "audio" in inputs:
             inputs["audio"] = str(folder / str(inputs["audio"]))
         empty = [
@@ -116,10 +109,10 @@ def _inputs(
     return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
 
 
-def _answer(
+def _answer_rows(
     served: ServedModel, given: Sequence[Inputs], advance: Callable[[int], None]
 ) -> Iterator[dict[str, object]]:
-    """Yield the answer of each, computed in batches; `advance` is told how many are done."""
+    """Yield the answer of each, computed in batches; `advance` gets the number of finished rows."""
     task, recipe = served.task, served.recipe
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:

@@ -14,26 +14,26 @@ from llmtune.data.chat_rows import ToolCall
 from llmtune.data.chat_template import ChatTemplate, Tools
 from llmtune.evaluate.generation import prompt_end
 
-Event = Mapping[str, object]
+ParserEvent = Mapping[str, object]
 CONTENT, REASONING, CALLS = "content", "reasoning_content", "tool_calls"
 FIELDS = {CONTENT: CONTENT, REASONING: REASONING, "thinking": REASONING, CALLS: CALLS}
 """By the fields of response templates, those of a message."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for the bytes of a character that lacks its rest; there are up to three of them."""
+"""What a decoder writes for each byte of an incomplete character, up to three times."""
 
 
 class Detokenizer:
-    """The text of one answer as it grows; it ends before the stop text that is complete first."""
+    """The text of one answer as it grows; it ends before the first stop text."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         self.decode, self.stops = decode, tuple(stops)
         self.ids: list[int] = []
         self.text = self.returned = ""
         self.stopped = False
-        """Whether one of the stop texts was generated: what follows is not part of the answer."""
+        """Whether a stop text was generated: what follows is not part of the answer."""
 
     def add(self, ids: Sequence[int]) -> str:
-        """Take new ids and return the text that is certain now; ids behind a stop text are not counted."""
+        """Take new ids and return the text that is now certain; ids after a stop text are ignored."""
         for some in [[token] for token in ids] if self.stops else [list(ids)]:
             if self.stopped:
                 break
@@ -49,9 +49,9 @@ class Detokenizer:
         return piece
 
     def close(self) -> str:
-        """Return what is left of the text when no more ids come.
+        """Return the rest of the text; no more ids come.
 
-        Where a decoder changes what was returned, it is all behind what still holds.
+        If the decoder changed text that was returned, that is everything after the part that still holds.
         """
         holds = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(self.text, self.returned, strict=False))))
         self.returned = self.text
@@ -72,7 +72,7 @@ class Detokenizer:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to an answer."""
+    """An addition to an answer; deltas add up to the answer."""
 
     content: str = ""
     reasoning: str = ""
@@ -81,25 +81,28 @@ class Delta:
     def __bool__(self) -> bool:
         return bool(self.content or self.reasoning or self.tool_calls)
 
+    def __add__(self, more: Delta) -> Delta:
+        return Delta(self.content + more.content, self.reasoning + more.reasoning, self.tool_calls + more.tool_calls)
+
 
 class _Part:
-    """Text that grows; blanks at its start are left out, and those at its end until more follows."""
+    """Growing text, without blanks at its start; those at its end wait until more text follows."""
 
     def __init__(self) -> None:
-        self.text = self.held = ""
+        self.text = self.pending = ""
 
     def add(self, text: str) -> str:
         """Take more text and return what is certain of it."""
-        text = self.held + text
+        text = self.pending + text
         text = text if self.text else text.lstrip()
         kept = text.rstrip()
-        self.held = text[len(kept) :]
+        self.pending = text[len(kept) :]
         self.text += kept
         return kept
 
 
 class AnswerStream:
-    """An answer in its parts as it grows; without a template all of it is text, blanks included."""
+    """A growing answer in its parts; without a template all of it is text, blanks included."""
 
     def __init__(
         self,
@@ -115,12 +118,12 @@ class AnswerStream:
         self.detokenizer = Detokenizer(self._decode, stops)
         self._parts = {CONTENT: _Part(), REASONING: _Part()}
         self._body = ""
-        """What was written of a call that is not complete."""
+        """The text of a call that is not complete."""
         self.tool_calls: list[ToolCall] = []
         special = processor.added_tokens_decoder.items() if template else ()
         self._special = {token: about.content for token, about in special if about.special}
         self._stray: set[str] = set()
-        """Special tokens that were generated: in the text they mark no part of an answer."""
+        """Special tokens that were generated and mark no part of an answer."""
 
     @property
     def content(self) -> str:
@@ -133,21 +136,21 @@ class AnswerStream:
         return self._parts[REASONING].text
 
     def add(self, ids: Sequence[int]) -> Delta:
-        """Take new ids and return what is certain now."""
+        """Take new ids and return what is now certain."""
         self._stray |= {self._special[token] for token in ids if token in self._special}
         return self._feed(self.detokenizer.add(ids))
 
     def close(self) -> Delta:
-        """Return what is left when no more ids come."""
+        """Return the rest; no more ids come."""
         last = self._feed(self.detokenizer.close())
         if self.parser is None:
             return last
         parser = self.parser
-        return _join((last, self._read(lambda: parser.finalize()[1], "")))
+        return last + self._read(lambda: parser.finalize()[1], "")
 
     def _decode(self, ids: Sequence[int]) -> str:
         written = list(takewhile(lambda token: token not in self.ends, ids))
-        # Special tokens mark parts of an answer; where there are no parts, they say nothing.
+        # Special tokens mark parts of an answer; without a template there are none.
         options = {"skip_special_tokens": self.template is None, "clean_up_tokenization_spaces": False}
         return str(self.processor.decode(written, **options))
 
@@ -159,16 +162,16 @@ class AnswerStream:
         parser = self.parser
         return self._read(lambda: parser.feed(text), text)
 
-    def _read(self, step: Callable[[], list[Event]], text: str) -> Delta:
-        """Take what a step of the parser brings; after a call that can't be read all goes on as text."""
+    def _read(self, step: Callable[[], list[ParserEvent]], text: str) -> Delta:
+        """Take the events of a parser's step; after an unreadable call, everything else is text."""
         try:
             return self._take(step())
         except (ValueError, KeyError, TypeError):
             self.parser = None
             return Delta(self._parts[CONTENT].add(self._body + text))
 
-    def _take(self, events: Iterable[Event]) -> Delta:
-        deltas = []
+    def _take(self, events: Iterable[ParserEvent]) -> Delta:
+        delta = Delta()
         for event in events:
             field, kind = FIELDS.get(str(event["field"])), event["type"]
             if kind == "region_chunk" and field in self._parts:
@@ -176,7 +179,7 @@ class AnswerStream:
                 for token in self._stray:
                     text = text.replace(token, "")
                 grown = self._parts[field].add(text)
-                deltas.append(Delta(grown) if field == CONTENT else Delta(reasoning=grown))
+                delta += Delta(grown) if field == CONTENT else Delta(reasoning=grown)
             elif kind == "region_chunk" and field == CALLS:
                 self._body += str(event["text"])
             elif kind == "region_close" and field == CALLS:
@@ -184,13 +187,5 @@ class AnswerStream:
                 calls = tuple(canonical_call(call) for call in (value if isinstance(value, list) else [value]))
                 self._body = ""
                 self.tool_calls += calls
-                deltas.append(Delta(tool_calls=calls))
-        return _join(deltas)
-
-
-def _join(deltas: Iterable[Delta]) -> Delta:
-    joined = Delta()
-    for one in deltas:
-        content, reasoning = joined.content + one.content, joined.reasoning + one.reasoning
-        joined = Delta(content, reasoning, joined.tool_calls + one.tool_calls)
-    return joined
+                delta += Delta(tool_calls=calls)
+        return delta

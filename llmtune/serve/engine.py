@@ -18,16 +18,16 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.generation import cache_budget
-from llmtune.evaluate.greedy_decoding import DecodeBatch, KVCache, column_bytes_of, next_logits
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
+from llmtune.evaluate.greedy_decoding import KVCache, column_bytes_of, next_logits
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import is_out_of_memory, release_memory
-from llmtune.serve.request_queue import End, Event, Job, RequestQueue, Stopping
+from llmtune.serve.request_queue import AnswerJob, End, Event, RequestQueue, Stopping
 from llmtune.serve.schemas import ApiError
 from llmtune.serve.served_model import ServedModel
 
 HEADROOM = 128
-"""Columns that are reserved ahead: so many steps go by before all keys and values have to be copied."""
+"""Columns reserved ahead: after this many steps all keys and values are copied into wider columns."""
 
 
 class LiveRows:
@@ -36,29 +36,31 @@ class LiveRows:
     def __init__(self, model: torch.nn.Module, device: str) -> None:
         self.model, self.device = model, device
         self.lengths: list[int] = []
-        """Tokens that each row has keys and values of."""
+        """Tokens of each row in the cache."""
         self.columns = KVCache(0, 0)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def join(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read prompts, which take the slots behind those that are there; return the logits [N, V] that follow."""
-        reading = DecodeBatch(self.model, prompts, 1, self.device)
-        logits_NV = reading.read(0, budget_for(self.device, TOKEN_BUDGET))
-        first, sizes = len(self), [len(prompt) for prompt in prompts]
-        self.lengths += sizes
+        """Read prompts into the next slots; return the logits [N, V] that follow them."""
+        first = len(self)
+        self.lengths += map(len, prompts)
         self._make_room(first)
-        end = self.columns.end
-        for number, read in reading.cache.states.items():
-            if number not in self.columns.states:
-                self.columns.states[number] = self._reserve(read[0]), self._reserve(read[1])
-            for target, part in zip(self.columns.states[number], read, strict=True):
-                for row, i in enumerate(reading.order):
-                    slot, size = first + i, sizes[i]
-                    target[slot, :, end - size : end] = part[row, :, reading.width - size :]
-        slots = torch.tensor(reading.order, device=logits_NV.device).argsort()
-        return logits_NV[slots]
+        size = batch_size(max(map(len, prompts)), budget_for(self.device, TOKEN_BUDGET))
+        return torch.cat([self._read(prompts[i : i + size], first + i) for i in range(0, len(prompts), size)])
+
+    def _read(self, prompts: Sequence[Sequence[int]], first: int) -> torch.Tensor:
+        """Read some of the prompts, padded on the left; their rows begin at slot `first`."""
+        columns, end, width = self.columns, self.columns.end, max(map(len, prompts))
+        columns.active, columns.first = slice(first, first + len(prompts)), end - width
+        columns.end = columns.first
+        ids_NT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        positions_NT = torch.stack([torch.arange(width) - (width - len(prompt)) for prompt in prompts])
+        inputs = (ids_NT, positions_NT.clamp(0), (positions_NT >= 0).long())
+        logits_NV = next_logits(self.model, columns, *(part.to(self.device) for part in inputs))
+        columns.end = end
+        return logits_NV
 
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
         """Write a token to each row; return the logits [B, V] of what follows."""
@@ -76,40 +78,37 @@ class LiveRows:
         return logits_BV
 
     def leave(self, ended: Sequence[int]) -> list[int]:
-        """Let rows go, by their slots; return the slots from which the rows that stay come, in their new order."""
-        stays, gone = len(self) - len(ended), set(ended)
-        holes = [slot for slot in sorted(gone) if slot < stays]
-        last = [slot for slot in range(stays, len(self)) if slot not in gone]
+        """Let rows leave, by their slots; return the old slots of the rows that stay, in their new order."""
+        stays, leaving = len(self) - len(ended), set(ended)
+        holes = [slot for slot in sorted(leaving) if slot < stays]
+        last = [slot for slot in range(stays, len(self)) if slot not in leaving]
         self.columns.first = self.columns.end - max(self.lengths)
         self.columns.move(holes, last)
         moved = dict(zip(holes, last, strict=True))
         taken = [moved.get(slot, slot) for slot in range(stays)]
         self.lengths = [self.lengths[slot] for slot in taken]
         if not taken:
-            self.columns = KVCache(0, 0)  # what was reserved is given back
+            self.columns = KVCache(0, 0)  # free what was reserved
         return taken
 
     def _make_room(self, before: int) -> None:
-        """Give all rows a slot, and room for the longest where they all end; the first `before` are there already."""
+        """Make room for all rows, and for the longest; the first `before` already have theirs."""
         columns = self.columns
         if len(self) > columns.rows or max(self.lengths) > columns.end or columns.end == columns.width:
             self._lay(before, 1 << (len(self) - 1).bit_length())
 
     def _lay(self, before: int, rows: int) -> None:
-        """Copy the keys and values of the first `before` rows into new columns, as far to the left as they can be."""
+        """Copy the keys and values of the first `before` rows into new columns, as far left as possible."""
         old, end = self.columns, max(self.lengths)
         new = KVCache(rows, end + HEADROOM)
         new.end = end
         width = max(self.lengths[:before], default=0)
-        self.columns = new
-        for number, layer in old.states.items():
-            new.states[number] = self._reserve(layer[0]), self._reserve(layer[1])
-            for target, part in zip(new.states[number], layer, strict=True):
+        for number, (keys, values) in old.states.items():
+            keys, values = (part.new_zeros(rows, part.shape[1], new.width, part.shape[3]) for part in (keys, values))
+            for target, part in zip((keys, values), old.states[number], strict=True):
                 target[:before, :, end - width : end] = part[:before, :, old.end - width : old.end]
-
-    def _reserve(self, part: torch.Tensor) -> torch.Tensor:
-        """Return room for all rows; zeros, because what is masked is multiplied all the same."""
-        return part.new_zeros(self.columns.rows, part.shape[1], self.columns.width, part.shape[3])
+            new.states[number] = keys, values
+        self.columns = new
 
 
 class TokenSampler:
@@ -137,50 +136,46 @@ class TokenSampler:
         return int(torch.multinomial(scores_1V.softmax(-1), 1, generator=self.generator))
 
 
-def sample_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    """Return each row's next token."""
-    tokens = []
+def sample_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> None:
+    """Append each row's next token to the ids of its sampler."""
     for row, (likeliest, sampler) in enumerate(zip(logits_BV.argmax(-1).tolist(), samplers, strict=True)):
-        tokens.append(likeliest if sampler.greedy else sampler.sample(logits_BV[row]))
-        sampler.ids.append(tokens[-1])
-    return tokens
+        sampler.ids.append(likeliest if sampler.greedy else sampler.sample(logits_BV[row]))
 
 
 TURN_STEPS = 8
-"""Steps that one model takes before another has its turn."""
+"""Steps that one model takes before the next one's turn."""
 
 
 class OutOfMemory(ApiError):
-    """The answers that were being generated together did not fit into memory."""
+    """The answers of a batch did not fit into memory."""
 
     def __init__(self) -> None:
-        message = "Out of memory: the answer was given up. Ask for a shorter one, or again."
+        message = "Out of memory: the answer was given up. Request a shorter one, or retry."
         super().__init__(503, message, code="out_of_memory", headers={"Retry-After": "1"})
 
 
 @dataclass(eq=False)
-class _Batch:
-    """What one model has to do."""
+class DecodingBatch:
+    """The jobs of one model, and the state of their answers."""
 
     served: ServedModel
     budget: int | None
-    """Positions that its keys and values may take up; None where rows cannot be generated side by side."""
+    """Positions that its KV cache may have; None if its rows cannot be batched."""
     max_rows: int
     live: LiveRows
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[AnswerJob] = field(default_factory=list)
     """By row of `live`."""
     samplers: list[TokenSampler] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    """The last token of each row, which is still to be read."""
+    """By row as well; the last id of each is still to be read by the model."""
 
 
 class Engine:
-    """Answers jobs on a thread of its own, from `start` to `stop`."""
+    """Answer jobs on a thread of its own, from `start` until the queue stops."""
 
     def __init__(self, models: Mapping[str, ServedModel], *, max_batch: int, max_queue: int) -> None:
         self.models = models
         self.queue = RequestQueue(models, max_batch=max_batch, max_queue=max_queue)
-        self.batches: dict[ServedModel, _Batch] = {}
+        self.batches: dict[ServedModel, DecodingBatch] = {}
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     @property
@@ -189,7 +184,7 @@ class Engine:
         return self.thread.is_alive() and self.queue.deadline is None
 
     def start(self) -> None:
-        """Look at what each model can do, and begin."""
+        """Try on each model whether its rows can be batched, and start the thread."""
         for served in self.models.values():
             budget = None
             if served.generates and served.recipe.generation.num_beams == 1:
@@ -197,10 +192,10 @@ class Engine:
                     column_bytes = column_bytes_of(served.model, served.device)
                 budget = None if column_bytes is None else cache_budget(served.device, column_bytes)
             live = LiveRows(served.model, served.device)
-            self.batches[served] = _Batch(served, budget, self.queue.max_batch, live)
+            self.batches[served] = DecodingBatch(served, budget, self.queue.max_batch, live)
         self.thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: AnswerJob) -> None:
         """Put a job into the queue; raises QueueFull, or Stopping."""
         if not self.thread.is_alive():
             raise Stopping
@@ -215,7 +210,7 @@ class Engine:
                     if batch.jobs or self.queue.waiting[batch.served]:
                         self._take_turn(batch)
 
-    def _take_turn(self, batch: _Batch) -> None:
+    def _take_turn(self, batch: DecodingBatch) -> None:
         """Work for one model; an error goes to the jobs whose answers it costs, and the next ones are served."""
         try:
             with batch.served.activated():
@@ -235,34 +230,35 @@ class Engine:
             if memory:
                 release_memory()
 
-    def _generate_steps(self, batch: _Batch) -> None:
+    def _generate_steps(self, batch: DecodingBatch) -> None:
         """Take a few steps with the rows of a batch; waiting jobs join after each."""
         for _ in range(TURN_STEPS):
             self._remove(batch, {row: None for row, job in enumerate(batch.jobs) if job.cancelled.is_set()})
             if batch.jobs:
-                logits_BV = batch.live.step(torch.tensor(batch.tokens, device=batch.served.device))
-                batch.tokens = sample_tokens(logits_BV, batch.samplers)
+                tokens_B = torch.tensor([sampler.ids[-1] for sampler in batch.samplers], device=batch.served.device)
+                sample_tokens(batch.live.step(tokens_B), batch.samplers)
             if joining := self.queue.take(batch.served, batch.jobs, batch.max_rows, batch.budget):
                 batch.jobs += joining
                 model = batch.served.model
                 samplers = [TokenSampler(model, job.settings, job.ids, job.seed) for job in joining if job.settings]
-                batch.tokens += sample_tokens(batch.live.join([job.ids for job in joining]), samplers)
+                sample_tokens(batch.live.join([job.ids for job in joining]), samplers)
                 batch.samplers += samplers
             self._deliver(batch)
             if not batch.jobs or self.queue.expired:
                 return
 
-    def _deliver(self, batch: _Batch) -> None:
+    def _deliver(self, batch: DecodingBatch) -> None:
         """Hand out the tokens of this step; rows whose answer ends leave."""
         ended: dict[int, Event | None] = {}
-        for row, (job, token) in enumerate(zip(batch.jobs, batch.tokens, strict=True)):
+        for row, (job, sampler) in enumerate(zip(batch.jobs, batch.samplers, strict=True)):
+            token = sampler.ids[-1]
             job.generated += 1
             job.deliver([token])
             if token in batch.served.stops or job.generated == job.new_tokens:
                 ended[row] = End("stop" if token in batch.served.stops else "length")
         self._remove(batch, ended)
 
-    def _remove(self, batch: _Batch, ended: Mapping[int, Event | None]) -> None:
+    def _remove(self, batch: DecodingBatch, ended: Mapping[int, Event | None]) -> None:
         """Let rows leave the batch, each with its last event."""
         if not ended:
             return
@@ -271,9 +267,8 @@ class Engine:
         taken = batch.live.leave(list(ended))
         batch.jobs = [batch.jobs[row] for row in taken]
         batch.samplers = [batch.samplers[row] for row in taken]
-        batch.tokens = [batch.tokens[row] for row in taken]
 
-    def _generate_alone(self, batch: _Batch) -> None:
+    def _generate_alone(self, batch: DecodingBatch) -> None:
         """Answer one job by transformers' loop: beams, and models whose rows cannot be batched by ours."""
         served = batch.served
         batch.jobs = self.queue.take(served, [], 1, None)
@@ -289,7 +284,7 @@ class Engine:
         self.queue.leave(job, Stopping() if cut_off else End("stop" if stopped else "length"))
         batch.jobs = []
 
-    def _predict(self, batch: _Batch) -> None:
+    def _predict(self, batch: DecodingBatch) -> None:
         """Predict from waiting rows in one batch; if one of them cannot be used, from each by itself."""
         alone = batch.served.recipe.generation.do_sample  # draws of one row must not move another's
         batch.jobs = self.queue.take(batch.served, [], 1 if alone else batch.max_rows, None)
@@ -302,7 +297,7 @@ class Engine:
             self.queue.leave(job, event)
         batch.jobs = []
 
-    def _predict_one(self, served: ServedModel, job: Job) -> Event:
+    def _predict_one(self, served: ServedModel, job: AnswerJob) -> Event:
         assert job.row is not None, "only a job with a row is predicted"
         try:
             (prediction,) = served.predict([job.row])
@@ -310,9 +305,9 @@ class Engine:
             return error
         return End("answer", prediction)
 
-    def _fail(self, batch: _Batch, error: BaseException) -> None:
+    def _fail(self, batch: DecodingBatch, error: BaseException) -> None:
         """Give up all answers of a batch."""
         for job in batch.jobs:
             self.queue.leave(job, error)
-        batch.jobs, batch.samplers, batch.tokens = [], [], []
+        batch.jobs, batch.samplers = [], []
         batch.live = LiveRows(batch.served.model, batch.served.device)

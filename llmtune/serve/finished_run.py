@@ -31,7 +31,7 @@ from llmtune.tasks.base import AnyTask
 
 
 class ChatSession:
-    """Answers prompts with one model, and remembers the conversation where it is asked to.
+    """Answer prompts with one model, and remember the conversation on request.
 
     Ids are made by `task.prompt_ids`, as in training and evaluation, and generation follows `recipe.generation`. With
     `do_sample` the random draws start from the recipe's seed and the number of messages before the answer: the same
@@ -42,7 +42,7 @@ class ChatSession:
         self.served, self.recipe, self.task, self.console = served, served.recipe, served.task, console
         self.history: list[dict[str, str]] = []
         self.forgotten = 0
-        """Messages at the start of the history that have no room in the model's context."""
+        """Messages at the start of the history that no longer fit the model's context."""
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -53,8 +53,8 @@ class ChatSession:
 
         Args:
             prompt: the user's message; in task completion the text to continue.
-            system: a system message before everything else (chat alone).
-            keep: go on from the history, and remember prompt and answer once it is complete (chat alone).
+            system: a system message before everything else (chat only).
+            keep: continue the history, and remember prompt and answer once it is complete (chat only).
 
         Raises:
             RecipeError: the task has no conversations, or the prompt has no room in the model's context.
@@ -70,14 +70,13 @@ class ChatSession:
         messages = [*(self.history if keep else []), {"role": "user", "content": prompt}]
         questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
         ids = self._fit([{"messages": [*head, *messages[at:]]} for at in questions])
-        pieces = []
+        answer = Delta()
         for piece in self._generate(ids, len(messages)):
-            pieces.append(piece)
+            answer += piece
             yield piece
         if keep:
-            answer = {"role": "assistant", "content": "".join(piece.content for piece in pieces)}
-            thoughts = "".join(piece.reasoning for piece in pieces)
-            self.history = [*messages, answer | ({"reasoning": thoughts} if thoughts else {})]
+            thoughts = {"reasoning": answer.reasoning} if answer.reasoning else {}
+            self.history = [*messages, {"role": "assistant", "content": answer.content, **thoughts}]
 
     def _fit(self, rows: list[Row]) -> list[int]:
         """Return the ids of the first row that leaves room for an answer; each next row remembers one question less."""
@@ -126,12 +125,12 @@ class ChatSession:
 
 
 Inputs = Mapping[str, str | None]
-"""What a task is given, by the names of `Task.inputs`."""
+"""Inputs of a task, by the names of `Task.inputs`."""
 
 
 @dataclass
 class FinishedRun:
-    """A run that was trained. Its model is loaded when it is used for the first time, and kept.
+    """A run that was trained. Its model is loaded at the first use, and kept.
 
     Example:
         ```python
@@ -156,23 +155,23 @@ class FinishedRun:
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        """What report.json holds."""
+        """The content of report.json."""
         return require_report(self.folder)
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
-        """Scores, differences with their intervals, samples; None where the run was not evaluated."""
+        """Scores, differences with their intervals, samples; None if the run was not evaluated."""
         return load_evaluation(self.folder / "evaluation")
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
-        """The scores of `base` and `tuned` model by the names that gates use; empty where there are none."""
+        """The scores of `base` and `tuned` model by the names that gates use; empty without an evaluation."""
         found = self.evaluation
         return {model: found.by_name(model) if found else {} for model in ("base", "tuned")}
 
     @property
     def gates(self) -> tuple[GateResult, ...]:
-        """What became of each gate of the recipe."""
+        """The result of each gate of the recipe."""
         return check_gates(self.recipe.evaluate, self.evaluation) if self.evaluation else ()
 
     def generate(
@@ -190,18 +189,18 @@ class FinishedRun:
         """Answer once with the tuned model, as `llmtune generate` does; each task takes what it asks for.
 
         Args:
-            prompt: a message, a question, or the text to go on from or to work on.
+            prompt: a message, a question, or the text to continue or to work on.
             system: a system message before everything else (chat).
             context: the text that holds the answer (qa).
             pair: the second text of a pair (classify).
             audio: a recording (speech).
             answer: the answer to score (preference, reward).
             base: use the base model without the adapter.
-            max_new_tokens: overrules the recipe's generation section.
+            max_new_tokens: overrides the recipe's generation section.
 
         Raises:
-            RecipeError: something is not given, or given and not used by this task.
-            DataError: what is given cannot be used.
+            RecipeError: an input is missing, or the task does not use it.
+            DataError: an input cannot be used.
         """
         check_arguments("run.generate", locals())
         inputs = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
@@ -217,9 +216,9 @@ class FinishedRun:
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
         task = served.task
         if task.free_prompt:
-            pieces = list(_ask(served, inputs))
-            text, thoughts = "".join(piece.content for piece in pieces), "".join(piece.reasoning for piece in pieces)
-            return {"text": text, "prediction": text, **({"reasoning": thoughts} if thoughts else {})}
+            whole = sum(_ask(served, inputs), Delta())
+            thoughts = {"reasoning": whole.reasoning} if whole.reasoning else {}
+            return {"text": whole.content, "prediction": whole.content, **thoughts}
         row = task.make_row(inputs)
         prediction: object
         if task.predicts:
@@ -239,7 +238,7 @@ class FinishedRun:
         yield from (piece.content for piece in _ask(served, inputs) if piece.content)
 
     def chat(self, *, base: bool = False) -> ChatSession:
-        """Begin a conversation; raises RecipeError where the task has none."""
+        """Begin a conversation; raises RecipeError if the task has none."""
         if not self.task.free_prompt:
             fix = "Use: llmtune generate RUN, which asks one thing at a time."
             raise RecipeError.of(f"a model of task {self.task.name} holds no conversation", str(self.folder), fix)
@@ -255,7 +254,7 @@ class FinishedRun:
         return self._load(base=False).processor
 
     def load(self, inputs: Inputs, *, base: bool, max_new_tokens: int | None) -> ServedModel:
-        """Load a model once it is known that it can be asked `inputs`; raises RecipeError where it cannot."""
+        """Load a model after checking that its task takes `inputs`; raises RecipeError if not."""
         plan = self._opened.plan
         _check_inputs(plan.task, inputs)
         if max_new_tokens is not None and not TASK_FACTS[plan.recipe.task].generates:
@@ -292,7 +291,7 @@ def _ask(served: ServedModel, inputs: Inputs) -> Iterator[Delta]:
 
 
 def _check_inputs(task: AnyTask, inputs: Inputs) -> None:
-    """Raise RecipeError for the inputs of a task that are missing, and for those that it does not use."""
+    """Raise RecipeError for missing inputs of a task, and for those that it does not use."""
     accepted = ", ".join(f"--{name}" for name in task.inputs)
     problems = [
         Problem(f"task {task.name} needs it", f"--{name}", f"Give {accepted}.")

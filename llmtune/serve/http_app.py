@@ -8,10 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from openai.types import Completion
-from openai.types.chat import ChatCompletion
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
@@ -20,76 +18,46 @@ from starlette.types import ASGIApp
 import llmtune
 from llmtune.errors import nearest
 from llmtune.serve.engine import Engine
-from llmtune.serve.middleware import CONTENT_TYPE, AccessRules, Gateway, Metrics, error_response
-from llmtune.serve.request_handler import RequestHandler, as_api_error
-from llmtune.serve.schemas import (
-    ERROR_RESPONSES,
-    NEUTRAL,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Health,
-    ModelCard,
-    ModelList,
-)
-from llmtune.serve.sse import ClientDisconnected, GeneratedAnswer, send_answer
+from llmtune.serve.generation_endpoints import ClientDisconnected, mount_generation, served_by_name
+from llmtune.serve.middleware import CONTENT_TYPE, Gateway, Metrics, error_response
+from llmtune.serve.schemas import ERROR_RESPONSES, NEUTRAL, ApiError, Health, ModelCard, ModelList
 from llmtune.serve.task_endpoints import mount_task
 
 ABOUT = """Models tuned with llmtune. `/v1/models` lists them; `model` in a request chooses one.
 
 Parameters that are not documented here are refused by name, never ignored. Where the server was started with an API
 key, every path under `/v1` and `/metrics` needs it: `Authorization: Bearer KEY`."""
-EVENT_STREAM = {"text/event-stream": {"example": "data: {...}\n\ndata: [DONE]\n\n"}}
-GENERATED: dict[int | str, dict[str, object]] = {
-    200: {"content": EVENT_STREAM, "description": "The answer; with `stream: true` as server-sent events."},
-    **ERROR_RESPONSES,
-}
-REFUSED: dict[int | str, dict[str, object]] = {status: ERROR_RESPONSES[status] for status in (401, 403)}
 
 
-def build_app(engine: Engine, rules: AccessRules) -> ASGIApp:
+def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASGIApp:
     """Build the application: the endpoints that fit the task of the models, behind the gateway."""
-    handler, metrics = RequestHandler(engine), Metrics(engine)
+    metrics, task = Metrics(engine), served_by_name(engine, None).task
     app = FastAPI(
         title="llmtune",
         version=llmtune.__version__,
         description=ABOUT,
+        responses=ERROR_RESPONSES,
         docs_url=None,
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    router, served = APIRouter(), handler.default
     page_kind = None
-    if served.task.free_prompt:
-        page_kind = "chat" if served.task.is_conversational else "completion"
-        _mount_generation(router, handler, metrics, chat=served.task.is_conversational)
+    if task.free_prompt:
+        page_kind = "chat" if task.is_conversational else "completion"
+        mount_generation(app, engine, metrics, chat=task.is_conversational)
     else:
-        mount_task(router, served.task, handler, metrics)
-    _mount_models(router, handler)
-    _mount_state(router, engine, metrics)
-    app.include_router(router)
-    _mount_pages(app, page_kind, needs_key=rules.key_digest is not None)
-    _mount_error_handlers(app)
-    return Gateway(app, rules=rules, metrics=metrics, paths={*app.openapi()["paths"], "/", "/docs"})
+        mount_task(app, task, engine, metrics)
+    _mount_models(app, engine)
+    _mount_state(app, engine, metrics)
+    _mount_pages(app, page_kind, needs_key=key is not None)
+    _mount_error_handlers(app, metrics)
+    paths = {*app.openapi()["paths"], "/", "/docs"}
+    return Gateway(app, body_bytes=body_bytes, key=key, metrics=metrics, paths=paths)
 
 
-def _mount_generation(router: APIRouter, handler: RequestHandler, metrics: Metrics, *, chat: bool) -> None:
-    if chat:
-
-        @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=GENERATED)
-        async def answer_a_conversation(body: ChatRequest, request: Request) -> Response:
-            """The messages become token ids by the function that made those of training."""
-            return await send_answer(GeneratedAnswer(await handler.chat(body), body, metrics, chat=True), request)
-
-    @router.post("/v1/completions", response_model=Completion, responses=GENERATED)
-    async def continue_a_text(body: CompletionRequest, request: Request) -> Response:
-        """No chat template is used. The tokenizer's start token is put first, unless the text begins with it."""
-        return await send_answer(GeneratedAnswer(await handler.complete(body), body, metrics, chat=False), request)
-
-
-def _mount_models(router: APIRouter, handler: RequestHandler) -> None:
+def _mount_models(app: FastAPI, engine: Engine) -> None:
     def card(name: str) -> ModelCard:
-        served = handler.find(name)
+        served = served_by_name(engine, name)
         return ModelCard(
             id=name,
             object="model",
@@ -99,54 +67,52 @@ def _mount_models(router: APIRouter, handler: RequestHandler) -> None:
             max_model_len=served.context,
         )
 
-    @router.get("/v1/models", response_model=ModelList, responses=REFUSED)
+    @app.get("/v1/models")
     async def list_models() -> ModelList:
-        return ModelList(data=[card(name) for name in handler.engine.models])
+        return ModelList(data=[card(name) for name in engine.models])
 
-    @router.get("/v1/models/{model:path}", response_model=ModelCard, responses={**REFUSED, 404: ERROR_RESPONSES[404]})
+    @app.get("/v1/models/{model:path}")
     async def show_a_model(model: str) -> ModelCard:
         return card(model)
 
 
-def _mount_state(router: APIRouter, engine: Engine, metrics: Metrics) -> None:
-    @router.get("/health/live", response_model=Health)
+def _mount_state(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+    @app.get("/health/live")
     async def live() -> Health:
         """Whether the process answers at all."""
         return Health(status="ok")
 
-    stopping: dict[int | str, dict[str, object]] = {503: {"model": Health, "description": "It is about to stop."}}
-
-    @router.get("/health/ready", response_model=Health, responses=stopping)
+    @app.get("/health/ready", response_model=Health, responses={503: {"model": Health, "description": "Stopping."}})
     async def ready() -> Response:
         """Whether requests are taken."""
         state = Health(status="ok" if engine.ready else "stopping")
         return JSONResponse(state.model_dump(), 200 if engine.ready else 503)
 
-    @router.get("/metrics", response_class=PlainTextResponse, responses=REFUSED)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         """Counts and times, as Prometheus reads them."""
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _mount_pages(app: FastAPI, kind: str | None, *, needs_key: bool) -> None:
-    """Mount what a person looks at: pages that hold all they need, and may ask for nothing but this server."""
+    """Mount the pages for people; they are self-contained and may load nothing from elsewhere."""
     folder = files("llmtune.serve")
     docs = folder.joinpath("docs.html").read_text("utf-8")
 
     @app.get("/docs", include_in_schema=False)
     async def docs_page() -> Response:
-        return _page(docs)
+        return page_response(docs)
 
     marks = f'data-kind="{kind}" data-key="{"yes" if needs_key else "no"}"'
     chat = folder.joinpath("chat.html").read_text("utf-8").replace('data-kind="chat" data-key="no"', marks)
 
     @app.get("/", include_in_schema=False)
     async def home_page() -> Response:
-        return _page(chat) if kind else RedirectResponse("/docs")
+        return page_response(chat) if kind else RedirectResponse("/docs")
 
 
-def _page(text: str) -> Response:
-    """Return a page with a policy under which its own script and style run, and nothing else."""
+def page_response(text: str) -> Response:
+    """Return a page with a policy that admits its own script and style only."""
     policy = {"default-src": "'none'", "connect-src": "'self'", "base-uri": "'none'", "form-action": "'none'"}
     policy |= {"frame-ancestors": "'none'", "img-src": "data:"}
     for tag in ("script", "style"):
@@ -161,12 +127,13 @@ def _page(text: str) -> Response:
     return HTMLResponse(text, headers=headers)
 
 
-def _mount_error_handlers(app: FastAPI) -> None:
+def _mount_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Give every error OpenAI's shape."""
 
     @app.exception_handler(ClientDisconnected)
     async def disconnected(request: Request, error: ClientDisconnected) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        metrics.disconnects.inc()
+        return Response(status_code=499)  # not sent: the client hung up
 
     @app.exception_handler(RequestValidationError)
     async def invalid_body(request: Request, error: RequestValidationError) -> Response:
@@ -188,11 +155,11 @@ def _mount_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     @app.exception_handler(Exception)
     async def other_error(request: Request, error: Exception) -> Response:
-        return error_response(as_api_error(error))
+        return error_response(ApiError.of(error))
 
 
 def describe_errors(errors: Iterable[Mapping[str, object]]) -> ApiError:
-    """Return what is wrong with a body: each parameter by name, and what it may be."""
+    """Return the error of an invalid body: each parameter by name, with its allowed values."""
     messages: dict[str, str] = {}
     code = None
     for error in errors:

@@ -1,14 +1,13 @@
-"""What every request passes first: host and origin, API key, size of its body; and what is counted of its answer."""
+"""The gateway that every request passes first: host, origin, API key, size of its body; and the metrics."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import re
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from hashlib import sha256
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
@@ -23,7 +22,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """What one server counts."""
+    """Prometheus metrics of one server."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
@@ -42,7 +41,7 @@ class Metrics:
         self.prompt_tokens = Counter("llmtune_prompt_tokens", "Tokens of prompts.", ["model"], registry=registry)
         self.answer_tokens = Counter("llmtune_generated_tokens", "Tokens of answers.", ["model"], registry=registry)
         self.disconnects = Counter(
-            "llmtune_disconnects", "Answers given up because the client was gone.", registry=registry
+            "llmtune_disconnects", "Answers given up because the client hung up.", registry=registry
         )
         waiting = Gauge("llmtune_queue_length", "Requests that wait in the queue.", registry=registry)
         waiting.set_function(lambda: len(engine.queue))
@@ -56,36 +55,27 @@ class Metrics:
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 PUBLIC_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")
-"""Paths that need no key: what they return is public anyway."""
+"""Paths that need no key: they return nothing secret."""
 HOST = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 BODY_SECONDS = 30
 """How long a body may take to arrive."""
 DRAIN_FACTOR = 8
-"""This many times the limit is read, and thrown away, before a body is refused: many clients read no answer sooner."""
-
-
-@dataclass(frozen=True)
-class AccessRules:
-    """Who may ask, and how much."""
-
-    body_bytes: int
-    key_digest: bytes | None = None
-    """sha256 of the API key; None: no key is needed."""
-    hosts: tuple[str, ...] | None = None
-    """Host names that the server answers to; None: any. A page on the web can give a name of its own the address of
-    this machine, and would then be of the same origin."""
-
-
-def digest(key: str) -> bytes:
-    """Return what keys are compared by: of equal length, whatever the key's."""
-    return hashlib.sha256(key.encode()).digest()
+"""A refused body is read, and discarded, up to this many times the limit: many clients send all before they read."""
 
 
 class Gateway:
-    """ASGI middleware around the application; `paths` are those that are counted by name."""
+    """ASGI middleware around the application; `paths` are those that are counted by name.
 
-    def __init__(self, app: ASGIApp, *, rules: AccessRules, metrics: Metrics, paths: Collection[str]) -> None:
-        self.app, self.rules, self.metrics, self.paths = app, rules, metrics, paths
+    Without a key it answers under loopback names only: a page on the web can point a name of its own at this machine,
+    and would then be of the same origin.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, body_bytes: int, key: str | None, metrics: Metrics, paths: Collection[str]
+    ) -> None:
+        self.app, self.body_bytes, self.metrics, self.paths = app, body_bytes, metrics, paths
+        self.key_hash = sha256(key.encode()).digest() if key else None
+        """Keys are compared by their hashes, which are of equal length."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -118,24 +108,24 @@ class Gateway:
         if not HOST.fullmatch(host):
             raise ApiError(400, "The Host header names no host.", code="invalid_host")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self.rules.hosts is not None and name.lower() not in self.rules.hosts:
+        if self.key_hash is None and name.lower() not in LOOPBACK:
             raise ApiError(403, f"This server does not answer to the name {host!r}.", code="foreign_host")
         if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "Pages of other origins may not ask this server.", code="foreign_origin")
-        if self.rules.key_digest is None or scope["path"] in PUBLIC_PATHS:
+        if self.key_hash is None or scope["path"] in PUBLIC_PATHS:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = digest(key.strip()) if scheme.lower() == "bearer" else b""
-        if not hmac.compare_digest(given, self.rules.key_digest):
+        given = sha256(key.strip().encode()).digest() if scheme.lower() == "bearer" else b""
+        if not hmac.compare_digest(given, self.key_hash):
             message = "The API key is wrong." if given else "An API key is needed: Authorization: Bearer KEY."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """Read the whole body, up to the limit; what is beyond is read too, up to a point, and thrown away.
+        """Read the body; beyond the limit, read on up to a point and discard it.
 
-        None where the client hung up before its request was whole.
+        None if the client hung up before its request was complete.
         """
-        limit, parts, size = self.rules.body_bytes, [], 0
+        limit, parts, size = self.body_bytes, [], 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while True:
@@ -155,12 +145,12 @@ class Gateway:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """Return the response that says what is wrong."""
+    """Return an error in OpenAI's shape."""
     return JSONResponse(error.content(), error.status, headers=error.headers)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the application the body that was read, and then what follows."""
+    """Give the application the body that was read, and then further messages."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -16,14 +16,14 @@ from llmtune.serve.schemas import ApiError
 from llmtune.serve.served_model import ServedModel
 
 MAX_RETRY_SECONDS = 60
-"""Seconds that a client is told to wait at most before it asks again."""
+"""Longest `Retry-After`, in seconds."""
 
 
 class QueueFull(ApiError):
-    """There is no room for another request, and when to ask again."""
+    """The queue is full; a client may retry after `seconds`."""
 
     def __init__(self, seconds: int) -> None:
-        message = f"The queue is full: ask again in {seconds} s."
+        message = f"The queue is full: retry in {seconds} s."
         super().__init__(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
 
 
@@ -36,18 +36,18 @@ class Stopping(ApiError):
 
 @dataclass(frozen=True)
 class End:
-    """An answer is complete: `stop` or `length` for one that was generated, `answer` with what a task predicts."""
+    """The end of an answer: `stop` or `length` for generated text, `answer` for the prediction of a task."""
 
     reason: str
     prediction: object = None
 
 
 Event = list[int] | End | BaseException
-"""New token ids; the end; or what went wrong."""
+"""New token ids, the end, or an error."""
 
 
 @dataclass(eq=False)
-class Job:
+class AnswerJob:
     """One request: a prompt to continue (`ids`, `settings`, `seed`), or a row to predict from."""
 
     served: ServedModel
@@ -59,7 +59,7 @@ class Job:
     deliver: Callable[[Event], None] = lambda event: None
     """Called in the model's thread."""
     cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set by a client that does not want the answer any more."""
+    """Set when the client no longer wants the answer."""
     started: float = 0.0
     generated: int = 0
 
@@ -70,37 +70,37 @@ class Job:
 
     @property
     def positions(self) -> int:
-        """Columns of keys and values that it may come to need."""
+        """Columns of the KV cache that it may need."""
         return len(self.ids) + self.new_tokens
 
 
 class RequestQueue:
-    """Jobs that wait, by model, and the count of those that are being answered."""
+    """Waiting jobs by model, and the number of running ones."""
 
     def __init__(self, models: Mapping[str, ServedModel], *, max_batch: int, max_queue: int) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
-        self.waiting: dict[ServedModel, deque[Job]] = {served: deque() for served in models.values()}
+        self.waiting: dict[ServedModel, deque[AnswerJob]] = {served: deque() for served in models.values()}
         self.changed = threading.Condition()
         self.running = 0
         self.deadline: float | None = None
-        """When answers that are being generated are ended, by the monotonic clock; None until the server stops."""
+        """When running answers are cut off, by the monotonic clock; None until the server stops."""
         self.answer_seconds = 1.0
-        """How long an answer took lately, the last ones counting most."""
+        """Moving average of how long an answer takes."""
 
     def __len__(self) -> int:
         return sum(map(len, self.waiting.values()))
 
     @property
     def expired(self) -> bool:
-        """Whether the time of grace is over."""
+        """Whether the grace period is over."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: AnswerJob) -> None:
         """Put a job into the queue.
 
         Raises:
-            QueueFull: there is no room.
-            Stopping: no new ones are taken.
+            QueueFull: it has `max_queue` jobs already.
+            Stopping: the server is about to stop.
         """
         with self.changed:
             if self.deadline is not None:
@@ -111,22 +111,22 @@ class RequestQueue:
             self.waiting[job.served].append(job)
             self.changed.notify()
 
-    def cancel(self, job: Job) -> None:
-        """Let a job go: it leaves the queue, or its batch at the next step."""
+    def cancel(self, job: AnswerJob) -> None:
+        """Cancel a job: it leaves the queue now, or its batch at the next step."""
         job.cancelled.set()
         with self.changed:
             if job in self.waiting[job.served]:
                 self.waiting[job.served].remove(job)
 
     def stop(self, grace_seconds: float) -> None:
-        """Take nothing new, turn away what waits, and give what is being generated this long to end."""
+        """Refuse new and waiting jobs; running ones have this long to end."""
         with self.changed:
             if self.deadline is None:
                 self.deadline = time.monotonic() + grace_seconds
             self.changed.notify()
 
     def wait(self) -> bool:
-        """Wait for something to do; whether there is any, or all is ended. When stopping, waiting jobs fail."""
+        """Block until there is work; return False once stopped and drained. Waiting jobs fail at a stop."""
         with self.changed:
             self.changed.wait_for(lambda: len(self) or self.running or self.deadline is not None)
             if self.deadline is None:
@@ -136,9 +136,11 @@ class RequestQueue:
                     jobs.popleft().deliver(Stopping())
             return self.running > 0
 
-    def take(self, served: ServedModel, running: Sequence[Job], limit: int, budget: int | None) -> list[Job]:
+    def take(
+        self, served: ServedModel, running: Sequence[AnswerJob], limit: int, budget: int | None
+    ) -> list[AnswerJob]:
         """Take jobs of a model: no more than `limit` with those that are `running`, in `budget` positions."""
-        taken: list[Job] = []
+        taken: list[AnswerJob] = []
         with self.changed:
             waiting = self.waiting[served]
             while waiting and len(running) + len(taken) < limit:
@@ -153,8 +155,8 @@ class RequestQueue:
             self.running += len(taken)
         return taken
 
-    def leave(self, job: Job, event: Event | None) -> None:
-        """Deliver the last event of a job that was running."""
+    def leave(self, job: AnswerJob, event: Event | None) -> None:
+        """Deliver the last event of a running job."""
         with self.changed:
             self.running -= 1
         if event is not None:

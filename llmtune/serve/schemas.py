@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
-from openai.types import Model
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from openai.types import ErrorObject, Model
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmtune.data.chat_rows import MAX_MESSAGES
+from llmtune.errors import DataError, LlmtuneError, RecipeError
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
@@ -26,33 +28,33 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "metadata": ({},),
     "service_tier": ("auto", "default"),
 }
-"""Parameters of OpenAI's that are not supported, and the values by which they ask for nothing."""
+"""Unsupported parameters of OpenAI's API, and their values that ask for nothing."""
 MIN_TEMPERATURE = 0.01
 """Temperatures below it are as good as 0, and numbers overflow."""
 
 
-def _no_surrogates(text: str) -> str:
-    """Refuse halves of characters, which JSON can hold (`\\ud800`) and no tokenizer reads."""
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("half of a character (a lone surrogate)")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_no_surrogates)]
-FilledText = Annotated[Text, Field(min_length=1)]
+FilledText = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class RequestModel(BaseModel):
-    """What a client may send; anything else is refused by name."""
+    """Parameters that a client may send; others are refused by name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, value: object) -> object:
+        """Drop parameters that ask for nothing; refuse halves of characters, which JSON can hold (`\\ud800`)."""
         if not isinstance(value, dict):
             return value
+        for key, one in value.items():
+            try:
+                json.dumps(one, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{key}: half of a character (a lone surrogate)") from None
+            except RecursionError:
+                raise ValueError(f"{key}: nested too deeply") from None
         return {key: one for key, one in value.items() if key in cls.model_fields or not _is_neutral(key, one)}
 
 
@@ -71,7 +73,7 @@ class StreamOptions(RequestModel):
 class GenerationRequest(RequestModel):
     """Parameters of every answer that is generated token by token."""
 
-    model: Text | None = None
+    model: str | None = None
     """A name of `/v1/models`; default: the first one."""
     max_tokens: PositiveInt | None = None
     """Longest answer in tokens; default: the recipe's `generation.max_new_tokens`."""
@@ -97,7 +99,7 @@ class GenerationRequest(RequestModel):
     """Only with `stream`."""
     return_token_ids: bool | None = None
     """Also return the token ids of prompt and answer. (Not in OpenAI's API.)"""
-    user: Text | None = None
+    user: str | None = None
     """Whom the request is for: accepted, and kept nowhere."""
 
     @model_validator(mode="after")
@@ -109,81 +111,40 @@ class GenerationRequest(RequestModel):
         return self
 
 
-class TextPart(RequestModel):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class FunctionCall(RequestModel):
-    """Which function an earlier answer called."""
-
-    name: Text
-    arguments: Text
-    """As JSON text."""
-
-
-class ToolCall(RequestModel):
-    """A call that an earlier answer made."""
-
-    id: Text | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(RequestModel):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
-    name: Text | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES)] | None = None
-    tool_call_id: Text | None = None
-    reasoning_content: Text | None = None
-    """The thoughts of an earlier answer, which the chat template may leave out. (Not in OpenAI's API.)"""
-
-
 class FunctionDefinition(RequestModel):
-    """What a tool does, and what it takes."""
+    """A tool's description and parameters."""
 
     name: FilledText
-    description: Text | None = None
+    description: str | None = None
     parameters: dict[str, object] | None = None
     """As JSON Schema."""
     strict: bool | None = None
-    """Accepted; what a model writes is not held to the schema."""
+    """Accepted; arguments are not forced into the schema."""
 
 
 class ToolDefinition(RequestModel):
-    """A tool that may be called."""
+    """A tool that may be called; in `tool_choice` its name is enough."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
-
-class FunctionName(RequestModel):
-    """The name of a function."""
-
-    name: FilledText
-
-
-class NamedToolChoice(RequestModel):
-    """The tool to call."""
-
-    type: Literal["function"]
-    function: FunctionName
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return self.function.name
 
 
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[dict[str, object]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    """Each has `role` and `content`: text, or a list of text parts. An answer may have `tool_calls`, and
+    `reasoning_content` (not in OpenAI's API)."""
     max_completion_tokens: PositiveInt | None = None
     """OpenAI's newer name of `max_tokens`."""
     tools: list[ToolDefinition] | None = None
     """Tools that the answer may call."""
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolDefinition | None = None
     """`none` shows the model no tool, `auto` (default) leaves it the choice; `required`, or a tool, begins the answer
     with a call."""
     chat_template_kwargs: dict[str, object] | None = None
@@ -201,22 +162,22 @@ class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=1)]
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=1)]
         | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     )
     """One text, or one list of token ids, to continue."""
 
 
 class ModelCard(Model):
-    """One model that can be asked."""
+    """One model that answers."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     task: str
-    """What it was tuned for."""
+    """The task it was tuned for."""
     max_model_len: int | None = None
-    """Tokens of prompt and answer together; null where the model does not say."""
+    """Tokens of prompt and answer together; null if the model does not say."""
 
 
 class ModelList(BaseModel):
@@ -226,19 +187,10 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class ErrorDetail(BaseModel):
-    """What is wrong."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
 class ErrorResponse(BaseModel):
     """Every response that is not a 200."""
 
-    error: ErrorDetail
+    error: ErrorObject
 
 
 class Health(BaseModel):
@@ -263,12 +215,23 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = headers or {}
 
+    @classmethod
+    def of(cls, error: BaseException, param: str | None = None) -> ApiError:
+        """Return an error as a client sees it."""
+        if isinstance(error, cls):
+            return error
+        if isinstance(error, LlmtuneError):
+            message = "; ".join(problem.what for problem in error.problems)
+            if isinstance(error, DataError | RecipeError):
+                return cls(400, message, param=param)
+            return cls(503, message, code="environment")
+        return cls(500, "Something went wrong in the server; see its log.", code="internal_error")
+
     def content(self) -> dict[str, object]:
         """Return the body."""
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        detail = ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code)
-        return ErrorResponse(error=detail).model_dump()
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
@@ -276,7 +239,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
     for status, description in {
         400: "A parameter is wrong, unknown or not supported: the message names it.",
         401: "The API key is missing or wrong.",
-        403: "Asked by a page of another origin, or under a foreign host name.",
+        403: "Requested by a page of another origin, or under a foreign host name.",
         404: "No such model.",
         408: "The body did not arrive in time.",
         413: "The body is larger than this server takes.",
@@ -284,4 +247,4 @@ ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
         503: "The server is about to stop, or out of memory.",
     }.items()
 }
-"""What any endpoint may respond instead; for the OpenAPI document."""
+"""Other responses of any endpoint, for the OpenAPI document."""

@@ -1,9 +1,9 @@
-"""Finished runs opened to be served: one base with the adapters of all of them, each under a name."""
+"""Finished runs served together: one base with all their adapters, each under a name."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,7 +21,7 @@ from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
-from llmtune.serve.middleware import LOOPBACK, AccessRules, digest
+from llmtune.serve.middleware import LOOPBACK
 from llmtune.serve.served_model import ServedModel
 from llmtune.serve.server import bind_socket, run_server
 from llmtune.session import Models, Plan, RunContext, open_finished
@@ -38,7 +38,7 @@ MAY_DIFFER = ("candidates", "chat_template", "chat_template_kwargs")
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How to serve, as opposed to what."""
+    """Options of the server, apart from the runs."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -46,16 +46,16 @@ class ServeOptions:
     merged: bool = False
     max_queue: int = 64
     max_batch: int | None = None
-    """Answers that are generated side by side; None: what suits the device."""
+    """Answers generated together; None for the device's default."""
     max_body: int | None = None
-    """Bytes of a request; None: what suits the task."""
+    """Bytes of a request; None for the task's default."""
     grace_seconds: float = 30.0
     offline: bool = False
 
 
 @dataclass(frozen=True)
-class OpenedRun:
-    """A run that is read, and not loaded yet."""
+class ServableRun:
+    """A run that was read; its weights are not loaded yet."""
 
     name: str
     path: Path
@@ -78,16 +78,16 @@ def serve_runs(
     console: Console,
     on_ready: Callable[[dict[str, object]], None] = lambda about: None,
 ) -> None:
-    """Serve finished runs until a signal; `on_ready` gets the address and the models once requests are taken.
+    """Serve finished runs until a signal; `on_ready` gets the address and the models once it listens.
 
     Raises:
-        RecipeError: runs that do not go together; an address beyond this machine without a key.
+        RecipeError: runs that cannot share a base; an address beyond this machine without a key.
         EnvironmentProblem: the port is taken, or a model cannot be loaded.
     """
     key = read_key(options)
     bound = bind_socket(options.host, options.port)
     try:
-        opened = open_runs(runs, options, console)
+        opened = open_servable_runs(runs, options, console)
         with console.status("loading the model"):
             models = load_models(opened, options)
             device = next(iter(models.values())).device.split(":")[0]
@@ -99,8 +99,7 @@ def serve_runs(
         raise
     task = opened[0].plan.task
     body_bytes = options.max_body or (RECORDING_BYTES if task.takes_audio else BODY_BYTES)
-    hosts = LOOPBACK if key is None else None
-    app = build_app(engine, AccessRules(body_bytes, digest(key) if key else None, hosts))
+    app = build_app(engine, body_bytes=body_bytes, key=key)
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -114,7 +113,7 @@ def serve_runs(
 def read_key(options: ServeOptions) -> str | None:
     """Return the API key, from a file or the environment.
 
-    Raises RecipeError where there is none and other machines could ask, or it is too short to be one.
+    Raises RecipeError if it is too short, or missing although other machines could reach the server.
     """
     key, source = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
     if options.key_file is not None:
@@ -135,12 +134,12 @@ def read_key(options: ServeOptions) -> str | None:
     return key
 
 
-def open_runs(runs: Mapping[str, Path], options: ServeOptions, console: Console) -> list[OpenedRun]:
-    """Read the runs, and check that one base can do them all; no weights are loaded.
+def open_servable_runs(runs: Mapping[str, Path], options: ServeOptions, console: Console) -> list[ServableRun]:
+    """Read the runs, and check that they can share a base; no weights are loaded.
 
-    Raises RecipeError where they do not go together.
+    Raises RecipeError if they cannot.
     """
-    opened = [OpenedRun(name, path, open_finished(path, console, options.offline)) for name, path in runs.items()]
+    opened = [ServableRun(name, path, open_finished(path, console, options.offline)) for name, path in runs.items()]
     problems = [problem for other in opened[1:] for problem in _differences(opened[0], other)]
     full = [run for run in opened if run.method == "full"]
     if options.merged and full:
@@ -149,40 +148,42 @@ def open_runs(runs: Mapping[str, Path], options: ServeOptions, console: Console)
         problems.append(Problem("one merged model has one adapter", "--merged", "Serve one run with --merged."))
     if full and len(opened) > 1:
         what = "it trained all weights (method: full): it shares no base with another run"
-        problems += [Problem(what, str(run.path), "Serve it by itself.") for run in full]
+        problems += [Problem(what, str(run.path), "Serve it alone.") for run in full]
     RecipeError.collect(problems)
     return opened
 
 
-def _differences(first: OpenedRun, other: OpenedRun) -> Iterator[Problem]:
-    """Yield what keeps two runs from sharing a base."""
+def _differences(first: ServableRun, other: ServableRun) -> list[Problem]:
+    """Return what keeps two runs from sharing a base."""
+    where, fix = str(other.path), "Serve runs that share all of this together, others on another port."
     if first.plan.model_ref.content_hash != other.plan.model_ref.content_hash:
         what = f"its base is {other.plan.model_ref.name}, and that of {first.name} is {first.plan.model_ref.name}"
-        yield Problem(what, str(other.path), "Serve runs of one base together, others on another port.")
-        return
-    one, two = first.plan.task, other.plan.task
-    if (one.name, one.auto_class) != (two.name, two.auto_class):
-        yield Problem(f"its task is {two.name}, and that of {first.name} is {one.name}", str(other.path))
-    if first.method != other.method:
-        what = f"its method is {other.method}, and that of {first.name} is {first.method}"
-        yield Problem(what, str(other.path), "Serve runs of one method together, others on another port.")
-    for key, value in first.plan.recipe.model:
-        its = getattr(other.plan.recipe.model, key)
-        if key not in MAY_DIFFER and value != its:
-            yield Problem(f"model.{key} is {its!r} there, and {value!r} in {first.name}", str(other.path))
+        return [Problem(what, where, fix)]
+    pairs = zip(_shared_facts(first).items(), _shared_facts(other).values(), strict=True)
+    return [
+        Problem(f"its {key} is {its}, and that of {first.name} is {value}", where, fix)
+        for (key, value), its in pairs
+        if its != value
+    ]
 
 
-def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str, ServedModel]:
+def _shared_facts(run: ServableRun) -> dict[str, object]:
+    """Return what must be the same in runs that share a base."""
+    recipe, task = run.plan.recipe, run.plan.task
+    facts = {"task": task.name, "kind of model": task.auto_class, "method": run.method}
+    return facts | {f"model.{key}": value for key, value in recipe.model if key not in MAY_DIFFER}
+
+
+def load_models(opened: Sequence[ServableRun], options: ServeOptions) -> dict[str, ServedModel]:
     """Load the base once, put all adapters on it, and return the models by name; the base comes last."""
     first, *others = opened
     recipe, task = first.plan.recipe, first.plan.task
     processor, adapted = first.plan.processor, Models(first.context).adapted
-    if options.merged:
-        merged = merge_adapter(adapted, "dequantized" if adapted.selected.quantized else "original")
-        return {first.name: ServedModel(first.name, merged.eval(), processor, recipe, task)}
-    if first.method == "full":
-        weights = cast("PreTrainedModel", adapted.model)
-        return {first.name: ServedModel(first.name, weights.eval(), processor, recipe, task)}
+    if options.merged or first.method == "full":
+        whole = adapted.model
+        if options.merged:
+            whole = merge_adapter(adapted, "dequantized" if adapted.selected.quantized else "original")
+        return {first.name: ServedModel(first.name, cast("PreTrainedModel", whole).eval(), processor, recipe, task)}
     model = cast(PeftModel, adapted.model)
     served = {first.name: ServedModel(first.name, model, processor, recipe, task, "default")}
     for number, run in enumerate(others, 2):
@@ -197,15 +198,15 @@ def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str,
 
 
 def public_name(model_ref: ModelRef) -> str:
-    """Return the base's name; of a folder its own, so that no path of this machine is sent."""
+    """Return the base's name; for a local folder only its last part, so no path of this machine is sent."""
     path = Path(model_ref.name)
     return path.name if path.is_absolute() or path.exists() else model_ref.name
 
 
-def name_runs(runs: Sequence[Path], named: Sequence[str]) -> dict[str, Path]:
-    """Return runs by name: those without one under that of their folder, and `NAME=RUN`.
+def parse_run_names(runs: Sequence[Path], named: Sequence[str]) -> dict[str, Path]:
+    """Return runs by name: `NAME=RUN`, and the others by the name of their folder.
 
-    Raises RecipeError for a name that is given twice, or none at all.
+    Raises RecipeError for a duplicate name, or no run at all.
     """
     pairs, problems = [(path.resolve().name, path) for path in runs], []
     for text in named:
@@ -220,6 +221,6 @@ def name_runs(runs: Sequence[Path], named: Sequence[str]) -> dict[str, Path]:
         if names.count(name) > 1
     ]
     if not pairs:
-        problems.append(Problem("there is nothing to serve", "RUN", "Name a run folder, or --adapter NAME=RUN."))
+        problems.append(Problem("nothing to serve", "RUN", "Name a run folder, or --adapter NAME=RUN."))
     RecipeError.collect(problems)
     return dict(pairs)

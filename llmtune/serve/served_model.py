@@ -1,4 +1,4 @@
-"""What a server offers under one name: a model with one of its adapters active."""
+"""A model under the name by which clients choose it, with one of its adapters active."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ServedModel:
     recipe: Recipe
     task: AnyTask
     adapter: str | None = None
-    """The adapter's name in the PEFT model; None: the base with all of them switched off, or a model without any."""
+    """The adapter's name in the PEFT model; None for the base, with all adapters off, or a model without any."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
@@ -60,17 +60,17 @@ class ServedModel:
         self.stops = set(answer_ends(self.model, self.processor, self.recipe))
         self.template = answer_template(self.processor, self.recipe) if self.task.free_prompt else None
         self.context = context_length(inner.config)
-        """Tokens that the model's positions reach; None where it does not say."""
+        """Tokens that the model's positions reach; None if it does not say."""
         self.vocabulary = int(inner.get_input_embeddings().weight.shape[0]) if self.generates else 0
 
     @property
     def device(self) -> str:
-        """Where the model lies."""
+        """The model's device."""
         return str(self.model.device)
 
     @property
     def generates(self) -> bool:
-        """Whether an answer is generated token by token behind its prompt; else `task.predict` gives it."""
+        """Whether answers are generated token by token; otherwise `task.predict` makes them."""
         return self.task.continues_text
 
     @contextmanager
@@ -87,7 +87,7 @@ class ServedModel:
             yield
 
     def predict(self, rows: Sequence[Row]) -> Sequence[object]:
-        """Return what the task predicts of rows, as in the evaluation."""
+        """Predict from rows, as the evaluation does."""
         dtype = resolve_dtype(self.recipe.model.dtype, self.model.device.type)
         with torch.inference_mode(), compute_context(dtype, self.device):
             return self.task.predict(rows, LoadedModel(self.model, self.processor, self.recipe, self.device))
@@ -99,7 +99,7 @@ class ServedModel:
     def stream(
         self, prompt: Sequence[int], *, chat: bool, tools: Tools = None, stops: Sequence[str] = ()
     ) -> AnswerStream:
-        """Return what takes the ids of an answer as they come; `chat` says that the template's parts are told apart."""
+        """Return the stream of an answer; with `chat`, it separates thoughts, text and calls by the template."""
         return AnswerStream(self.processor, self.stops, self.template if chat else None, tools, stops, prompt)
 
     def request_settings(self, stated: Mapping[str, float], new_tokens: int) -> GenerationConfig:
@@ -125,7 +125,7 @@ class ServedModel:
     ) -> list[int]:
         """Generate one answer by transformers' own loop and return its ids.
 
-        `deliver` gets the tokens as they come, those of beams at the end.
+        `deliver` gets the tokens one by one, those of beams at the end.
         """
         beams = settings.num_beams > 1
         ids_BT = torch.tensor([list(prompt)], device=self.model.device)
@@ -142,13 +142,13 @@ class ServedModel:
         if beams:
             stops = settings.eos_token_id or ()
             end = next((at for at, token in enumerate(ids) if token in stops), len(ids) - 1)
-            ids = ids[: end + 1]  # behind it is padding
+            ids = ids[: end + 1]  # the rest is padding
             deliver(ids)
         return ids
 
 
 def label_scores(prediction: object, recipe: Recipe) -> object:
-    """Return what a classifier predicts with its scores by the names of the classes; anything else as it is."""
+    """Return a classifier's prediction with its scores by class name; any other prediction unchanged."""
     labels = recipe.classify.labels if recipe.classify else None
     if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
         return prediction
@@ -156,7 +156,7 @@ def label_scores(prediction: object, recipe: Recipe) -> object:
 
 
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
-    """Delivers new tokens; what comes first is the prompt."""
+    """Deliver new tokens; the first call brings the prompt."""
 
     def __init__(self, deliver: Callable[[list[int]], None]) -> None:
         self.deliver = deliver
@@ -169,11 +169,11 @@ class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
         self.prompt_seen = True
 
     def end(self) -> None:
-        """There is no more: `generate` returns."""
+        """Nothing to flush."""
 
 
 class _Cancelled(StoppingCriteria):  # type: ignore[misc]
-    """Ends generation when nobody wants more."""
+    """End generation once the answer is cancelled."""
 
     def __init__(self, is_cancelled: Callable[[], bool]) -> None:
         self.is_cancelled = is_cancelled

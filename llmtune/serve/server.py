@@ -23,11 +23,11 @@ HEAD_SECONDS = 15
 """How long the head of a request may take to arrive, from the connection or from its first byte on."""
 OPEN_FILES = 4096
 OTHER_FILES = 128
-"""Open files that are no connections."""
+"""Open files other than connections."""
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's protocol, which closes connections that take too long to ask."""
+    """uvicorn's protocol; it closes connections that take too long to send a request."""
 
     waiting: asyncio.TimerHandle | None = None
     since = 0.0
@@ -40,7 +40,7 @@ class TimedProtocol(H11Protocol):
         return self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection; where there is no room, close the one that has been idle for longest, or else this one."""
+        """Take a connection; above the limit, close the one that has been idle for longest, or else this one."""
         super().connection_made(transport)
         self._watch()
         if len(self.connections) > self.limit:
@@ -56,7 +56,7 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes in; a head that has begun must be there in time."""
+        """Take bytes in; a head that has begun must be complete in time."""
         super().data_received(data)
         self._watch()
 
@@ -74,9 +74,9 @@ class TimedProtocol(H11Protocol):
 
 
 def allow_connections() -> None:
-    """Raise the limit on open files as far as is allowed and needed, and keep connections below it.
+    """Raise the limit on open files as far as allowed and needed, and keep connections below it.
 
-    Raises EnvironmentProblem where too few may be open: each connection refused would be logged, without end.
+    Raises EnvironmentProblem if too few may be open: each refused connection would be logged, without end.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
@@ -90,23 +90,23 @@ def allow_connections() -> None:
 
 
 SPARE_SECONDS = 5
-"""How long the server waits, beyond the time of grace, for connections to close."""
+"""How long the server waits, after the grace period, for connections to close."""
 IDLE_SECONDS = 75
-"""When an idle connection is closed: later than clients do it, so that none asks on one just closed."""
+"""When an idle connection is closed: later than clients close theirs, so no request meets a closed one."""
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
     """Bind an address before anything heavy is loaded; nothing is accepted yet.
 
     Raises:
-        RecipeError: there is no such host.
+        RecipeError: unknown host.
         EnvironmentProblem: the port is taken, or may not be used; or too few files may be open.
     """
     allow_connections()
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise RecipeError.of(f"there is no host {host!r}", "--host", "Name an address of this machine.") from error
+        raise RecipeError.of(f"unknown host {host!r}", "--host", "Name an address of this machine.") from error
     bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -120,19 +120,19 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """Leave out requests that a second Ctrl-C ends: uvicorn logs each as a bug of the application."""
+    """Whether a log record is not a cancelled request: uvicorn logs each as a bug of the application."""
     return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, whose stop begins with the engine's."""
+    """uvicorn; its stop begins with the engine's."""
 
     def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None], on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self.on_stop, self.on_ready = on_stop, on_ready
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop taking requests, and let those that are being answered end."""
+        """Refuse new requests, and let running answers end."""
         self.on_stop()
         super().handle_exit(sig, frame)
 
@@ -145,7 +145,7 @@ class _Server(uvicorn.Server):
 def run_server(
     app: ASGIApp, engine: Engine, bound: socket.socket, grace_seconds: float, on_ready: Callable[[], None]
 ) -> None:
-    """Answer requests until SIGINT or SIGTERM, whose own handlers run once all is ended."""
+    """Answer requests until SIGINT or SIGTERM; their own handlers run at the end."""
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -1,4 +1,4 @@
-"""The same server by vLLM, where that is installed: its command line, with the adapters of runs as LoRA modules."""
+"""Serve by vLLM, if it is installed: its command line, with the adapters of runs as LoRA modules."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.console import Console
 
 from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.serve.serve_runs import KEY_VARIABLE, OpenedRun, ServeOptions, open_runs, public_name, read_key
+from llmtune.serve.serve_runs import KEY_VARIABLE, ServableRun, ServeOptions, open_servable_runs, public_name, read_key
 from llmtune.session import trained_name
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)
-"""What vLLM accepts for --max-lora-rank; a higher one is left for it to refuse."""
+"""Values that vLLM accepts for --max-lora-rank; it refuses a higher one itself."""
 Parsers = Sequence[tuple[tuple[str, ...], str]]
-"""Marks that a template has all of, and the parser; the first that fits counts. Names are those of
+"""Marks that a template must all have, and the parser; the first match counts. Names are those of
 https://docs.vllm.ai/en/latest/features/tool_calling.html and `reasoning_outputs.html`."""
 TOOL_PARSERS: Parsers = (
     (("<|channel|>", "<|start|>"), "openai"),
@@ -60,18 +60,18 @@ REASONING_PARSERS: Parsers = (
 
 
 def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Console) -> None:
-    """Become vLLM: this process goes on as its command, with the key in its environment alone.
+    """Become vLLM: its command replaces this process, with the key in its environment only.
 
     Raises:
         EnvironmentProblem: it is not installed.
-        RecipeError: the runs are of a task, or of a kind, that vLLM does not serve.
+        RecipeError: vLLM does not serve this task, or these adapters.
     """
     program = shutil.which("vllm")
     if program is None:
         fix = "Install it (pip install vllm; it needs a GPU), or omit --engine: llmtune's own server needs none."
-        raise EnvironmentProblem.of("vLLM is not installed: there is no command vllm", "--engine", fix)
+        raise EnvironmentProblem.of("vLLM is not installed: command vllm not found", "--engine", fix)
     key = read_key(options)
-    opened = open_runs(runs, options, console)
+    opened = open_servable_runs(runs, options, console)
     task = opened[0].plan.task
     if not task.free_prompt:
         fix = "Omit --engine: llmtune's own server has an endpoint for it."
@@ -83,13 +83,13 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
     os.execve(program, command, environment)  # noqa: S606 - no shell is wanted
 
 
-def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str]:
+def vllm_command(opened: Sequence[ServableRun], options: ServeOptions) -> list[str]:
     """Return the command that serves the runs; the first run's folder has the tokenizer and chat template."""
     first = opened[0]
     recipe = first.plan.recipe
     whole = first.path / ("merged" if options.merged else trained_name(recipe))
     if options.merged and not (whole / "config.json").is_file():
-        raise RecipeError.of("there is no merged model yet", str(whole), f"Make it: llmtune deploy merge {first.path}")
+        raise RecipeError.of("no merged model found", str(whole), f"Make it: llmtune deploy merge {first.path}")
     served = [str(whole), "--tokenizer", str(whole), "--served-model-name", first.name]
     adapters: list[str] = []
     if not options.merged and first.method != "full":
@@ -99,7 +99,7 @@ def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str
         served = [*base, "--served-model-name", public_name(first.plan.model_ref)]
         configs = [read_config(folder) for folder in folders.values()]
         for folder, config in zip(folders.values(), configs, strict=True):
-            check_adapter(config, str(folder))
+            check_vllm_adapter(config, str(folder))
         rank = max(max(config.r, *(config.rank_pattern or {}).values(), 1) for config in configs)
         adapters = ["--enable-lora", "--max-lora-rank", str(next(known for known in RANKS if known >= rank))]
         adapters += ["--max-loras", str(len(folders)), "--lora-modules"]
@@ -119,11 +119,11 @@ def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str
     return [*command, *adapters]
 
 
-def check_adapter(config: PeftConfig, where: str) -> None:
-    """Raise RecipeError for an adapter that vLLM would not apply, or not as it was trained.
+def check_vllm_adapter(config: PeftConfig, where: str) -> None:
+    """Raise RecipeError for an adapter that vLLM would not apply as it was trained.
 
-    It refuses DoRA and modules that are trained whole once the base is loaded; of all else it reads `r`, `lora_alpha`,
-    `use_rslora` and the matrices of modules (its `PEFTHelper`).
+    vLLM refuses DoRA and fully trained modules only after loading the base. Otherwise it reads `r`, `lora_alpha`,
+    `use_rslora` and the matrices of modules (its `PEFTHelper`), and ignores the rest.
     """
     options = vars(config)
     biases = options.get("bias", "none") != "none" or options.get("lora_bias")
@@ -145,7 +145,7 @@ def check_adapter(config: PeftConfig, where: str) -> None:
 
 
 def _scales(options: Mapping[str, Any]) -> set[float]:
-    """Return how often the output of a LoRA counts, by module: PEFT goes by the patterns, vLLM by the whole adapter."""
+    """Return the scales of a LoRA's modules: PEFT follows the patterns, vLLM has one scale per adapter."""
     ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
     power = 0.5 if options.get("use_rslora") else 1.0
     sizes = [(ranks.get(key, options["r"]), alphas.get(key, options["lora_alpha"])) for key in ("", *ranks, *alphas)]
@@ -153,7 +153,7 @@ def _scales(options: Mapping[str, Any]) -> set[float]:
 
 
 def parser_options(template: str) -> list[str]:
-    """Return the options of `vllm serve` for a chat template; none for what no parser is known for."""
+    """Return the options of `vllm serve` for a chat template; none without a known parser."""
     tools, reasoning = (
         next((name for marks, name in parsers if all(mark in template for mark in marks)), None)
         for parsers in (TOOL_PARSERS, REASONING_PARSERS)

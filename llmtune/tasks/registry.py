@@ -18,9 +18,7 @@ from llmtune.tasks import (
     token_classify,
     translate,
 )
-from llmtune.tasks.base import AnyTask, Task
-
-__all__ = ["VARIANTS", "AnyTask", "Task", "choose_variant", "get_task"]
+from llmtune.tasks.base import AnyTask
 
 _FILES = (chat, completion, translate, summarize, qa, classify, token_classify, speech, preference)
 VARIANTS: dict[str, tuple[AnyTask, ...]] = {file.VARIANTS[0].name: file.VARIANTS for file in _FILES}

@@ -31,7 +31,6 @@ from llmtune.errors import EnvironmentProblem, system_errno
 from llmtune.model.device import MEMORY_ERRORS, is_out_of_memory
 from llmtune.recipe.user_files import read_text_file
 from llmtune.store.atomic_files import hash_file, hash_value
-from llmtune.train.divergence import LossHistory
 from llmtune.train.metrics_log import METRICS
 
 WEIGHTS = "trainable.safetensors"
@@ -40,6 +39,14 @@ SHARDS = "shards"
 STATE = "state.json"
 _NAME = re.compile(r"step-([1-9][0-9]*)")
 _UNFINISHED = (".tmp-", ".removed-")
+
+
+class LossHistory(TypedDict, total=False):
+    """What a checkpoint keeps of a `Divergence`; nothing before the first step."""
+
+    first: float | None
+    best: float | None
+    recent: list[float]
 
 
 @dataclass

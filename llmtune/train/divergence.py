@@ -1,27 +1,29 @@
-"""When training has gone wrong: a loss that is no number, or one that has left the ground it started from."""
+"""When training has gone wrong: a loss that is no number or left the ground it started from, and what to say then."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
-from typing_extensions import TypedDict
+import torch
 
+from llmtune.adapter.reference_model import own_part
+from llmtune.errors import Problem, TrainingError
+from llmtune.train.accumulation import StepLoss, find_guilty_rows
+from llmtune.train.checkpoint import LossHistory, list_checkpoints
+from llmtune.train.distributed import any_process, gather_lists
+from llmtune.train.setup import TrainContext
+
+SHOWN_ROWS = 10
 WINDOW = 10
 """Steps whose median is looked at: one bad batch, or four, do not count."""
 LEAST_RISE = 4.0
 """Nats above the best so far that a loss must stay; e^4: each token is held 50 times less likely."""
 FAR = 10
 """How many times the loss of the start counts as far above it, where losses have no scale of their own."""
-
-
-class LossHistory(TypedDict, total=False):
-    """What a checkpoint keeps of a `Divergence`; nothing before the first step."""
-
-    first: float | None
-    best: float | None
-    recent: list[float]
 
 
 @dataclass
@@ -77,3 +79,69 @@ class Divergence:
         """Go on from what `save` returned."""
         self.first, self.best = history["first"], history["best"]
         self.recent = deque(history["recent"], maxlen=WINDOW)
+
+
+def non_finite_error(training: TrainContext, step: int, loss: StepLoss, learning_rate: float) -> TrainingError:
+    """Explain a loss or gradient that is no number, with the training examples that make it so; asks all processes."""
+    figures = _figures(loss.mean, loss.grad_norm, learning_rate)
+    if not weights_are_numbers(training):
+        what = f"the trained weights are no numbers any more in step {step}: the update before it was too large"
+        return _describe_failure(training, step, figures, what, [])
+    if math.isfinite(loss.mean):
+        what = f"the gradient is {loss.grad_norm} in step {step}, though the loss is {loss.mean:.4f}"
+        return _describe_failure(training, step, figures, what, training.plan.rows(step).tolist())
+    guilty = find_guilty_rows(training, gather_lists(training.accelerator, loss.suspects.tolist()))
+    return _describe_failure(training, step, figures, f"the loss is {loss.mean} in step {step}", guilty)
+
+
+def weights_are_numbers(training: TrainContext) -> bool:
+    """Say whether all trained weights are finite, in every process."""
+    # The extremes rather than every weight: both carry NaN on, and neither needs memory of the model's size.
+    parts = [own_part(weight).detach() for weight in training.parameters]
+    finite = all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in parts if part.numel())
+    return not any_process(training.accelerator, not finite)
+
+
+def ruined_weights_error(
+    training: TrainContext, step: int, loss: float, grad_norm: float, learning_rate: float
+) -> TrainingError:
+    """Explain weights that the update of `step` has made no numbers; `loss` and `grad_norm` are those before it."""
+    what = f"the trained weights are no numbers after the update of step {step}: it was too large"
+    return _describe_failure(training, step, _figures(loss, grad_norm, learning_rate), what, [])
+
+
+def divergence_error(
+    training: TrainContext, step: int, loss: StepLoss, learning_rate: float, what: str
+) -> TrainingError:
+    """Explain a loss that left the ground it started from."""
+    figures = _figures(loss.mean, loss.grad_norm, learning_rate)
+    return _describe_failure(training, step, figures, f"{what}, in step {step}", [])
+
+
+def name_last_checkpoint(folder: Path) -> str:
+    """Name the newest checkpoint of a run."""
+    found = list_checkpoints(folder / "checkpoints")
+    return f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint yet."
+
+
+def _figures(loss: float, grad_norm: float, learning_rate: float) -> str:
+    return f"loss {loss:.4f}, learning rate {learning_rate:.2e}, gradient norm {grad_norm:.3g}"
+
+
+def _describe_failure(training: TrainContext, step: int, figures: str, what: str, guilty: list[int]) -> TrainingError:
+    train = training.recipe.train
+    ways = [f"lower train.learning_rate (now {train.learning_rate:g})"]
+    if not 0 < train.max_grad_norm <= 1:
+        ways.append("set train.max_grad_norm: 1.0")
+    if train.warmup_steps == 0:
+        ways.append("set train.warmup_steps: 0.03")
+    if training.dtype == torch.float16:
+        ways.append("set model.dtype: bfloat16 or float32")
+    problems = [
+        Problem(what, f"step {step}: {figures}", f"{name_last_checkpoint(training.folder)} Try: {'; '.join(ways)}.")
+    ]
+    if guilty:
+        rows = sorted({int(training.examples.rows[index]) for index in guilty})
+        shown = ", ".join(str(row) for row in rows[:SHOWN_ROWS]) + (", ..." if len(rows) > SHOWN_ROWS else "")
+        problems.append(Problem(f"rows of this step to look at: {shown}", "data (train split, counted from 0)"))
+    return TrainingError(*problems)

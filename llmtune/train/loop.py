@@ -31,8 +31,8 @@ from llmtune.train.checkpoint import (
     write_folder,
 )
 from llmtune.train.distributed import run_on_main, sum_over_processes
-from llmtune.train.divergence import Divergence
-from llmtune.train.failure_report import (
+from llmtune.train.divergence import (
+    Divergence,
     divergence_error,
     name_last_checkpoint,
     non_finite_error,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.adapting import logits, open_model, quiet, recipe_with, train_a_little
+from support.adapting import logits, nudge, open_model, quiet, recipe_with, train_a_little
 
 from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.reference_model import KEPT, keep_reference, reference_of, switches_off
@@ -31,20 +31,13 @@ def adapt(model, loss="dpo", **adapter):
     return inject(open_model(recipe), recipe, quiet()).model
 
 
-def move(model):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in trained_parameters(model):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-
-
 @pytest.mark.parametrize("kind", [*FRESH, *COPIED])
 def test_the_reference_is_the_model_before_training_and_leaves_what_was_trained_as_it_is(kind, tiny_llama, tiny_gpt2):
     model = adapt(tiny_gpt2 if kind == "bias" else tiny_llama, **{**FRESH, **COPIED}[kind])  # Llama has no biases
     assert switches_off(model) is (kind in FRESH)
     assert hasattr(model, KEPT) is (kind in COPIED), "weights are kept only where they have to be"
     before = logits(model)
-    move(model)
+    nudge(model)
     after = logits(model)
     assert not torch.allclose(after, before, atol=1e-2)
     weights = [parameter.detach().clone() for parameter in trained_parameters(model)]
@@ -68,7 +61,7 @@ def test_an_adapter_that_training_goes_on_from_is_the_reference_itself(tiny_llam
     content = {**recipe.model_dump(exclude_unset=True), "task": "preference"}
     recipe = Recipe.model_validate(content)
     model = inject(open_model(recipe), recipe, quiet()).model
-    move(model)
+    nudge(model)
     with reference_of(model):
         torch.testing.assert_close(logits(model), logits(start.model))
 
@@ -83,7 +76,7 @@ def test_a_gradient_is_that_of_the_policy_though_the_reference_stood_in_between(
     found = []
     for between in (False, True):
         model = adapt(tiny_llama, method="full")
-        move(model)
+        nudge(model)
         loss = model(input_ids=ids).logits.logsumexp(-1).sum()
         if between:
             with torch.no_grad(), reference_of(model):
@@ -99,7 +92,7 @@ def test_a_wrapped_model_is_looked_into_and_one_without_an_adapter_is_its_own_re
     wrapped = torch.nn.Module()
     wrapped.module = model
     before = logits(model)
-    move(model)
+    nudge(model)
     with reference_of(wrapped):
         torch.testing.assert_close(logits(model), before)
     delattr(model, KEPT)

@@ -7,12 +7,14 @@ import pytest
 from rich.console import Console
 from support.http_server import answering
 from support.runs import finish_run
+from support.serving import load_served, serving
 from support.templates import EMPTY_THOUGHTS
 from transformers import AutoTokenizer
 
 from llmtune.deploy.endpoint_parity import ask_all, certify_run, connect, find_endpoint_breaches
 from llmtune.deploy.tuned_model import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
+from llmtune.model.processor import load_processor
 from llmtune.session import Models, open_finished
 
 
@@ -29,9 +31,9 @@ def run(finished, tmp_path):
 @pytest.fixture(scope="module")
 def served(finished):
     """The tuned model and its tokenizer, as a server would hold them."""
-    context = open_finished(finished, Console(file=io.StringIO()), offline=True)
-    processor = context.plan.processor
-    return Models(context).adapted.model, processor
+    context, place = open_finished(finished, Console(file=io.StringIO()), offline=True)
+    processor = load_processor(place, context.recipe.model)
+    return Models(context, place, processor).adapted.model, processor
 
 
 @contextmanager
@@ -116,8 +118,8 @@ def test_an_endpoint_is_sent_no_values_for_its_template_which_has_to_hold_them(t
     (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
     model = {"chat_template": "mine.jinja", "chat_template_kwargs": {"enable_thinking": False}}
     run = finish_run(tmp_path, tiny_llama, train={"num_train_epochs": 1}, model=model)
-    context = open_finished(run, console, offline=True)
-    tuned = Models(context).adapted.model
+    context, place = open_finished(run, console, offline=True)
+    tuned = Models(context, place, load_processor(place, context.recipe.model)).adapted.model
     saved, plain = AutoTokenizer.from_pretrained(run / "adapter"), AutoTokenizer.from_pretrained(run / "adapter")
     plain.chat_template = EMPTY_THOUGHTS
     knows = (*ALL, "chat_template_kwargs")
@@ -140,12 +142,7 @@ def test_an_answer_that_parts_at_a_tie_counts_as_the_same_and_log_probabilities_
 
 
 def test_our_own_server_passes(run, served, console):
-    support = pytest.importorskip("support.serving")
-    from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs
-
-    options = ServeOptions()
-    models = load_models(open_runs({"tiny": run}, options, console), options)
-    with support.serving(*models.values()) as url:
+    with serving(*load_served(tiny=run).values()) as url:
         certificate = certify(run, f"{url}/v1/", console, model="tiny")
     assert (certificate["passed"], certificate["measured"]["ids_known_by"]) == (True, "ids")
 

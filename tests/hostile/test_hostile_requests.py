@@ -15,9 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from llmtune.serve.generation_endpoints import in_text_thread
 from llmtune.serve.http_app import Gateway
-from llmtune.serve.middleware import LOOPBACK, AccessRules
-from llmtune.serve.request_handler import beside_the_loop
 from llmtune.serve.server import TimedProtocol
 
 
@@ -41,7 +40,7 @@ class Metrics:
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
     request = Request(scope, receive)
     if request.url.path == "/slow":
-        await beside_the_loop(time.sleep, 1.5)
+        await in_text_thread(time.sleep, 1.5)
     await JSONResponse({"path": request.url.path})(scope, receive, send)
 
 
@@ -49,7 +48,7 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(TimedProtocol, "limit", 20)
     monkeypatch.setattr("llmtune.serve.server.HEAD_SECONDS", 1.0)
-    app = Gateway(answer, rules=AccessRules(1000, None, LOOPBACK), metrics=Metrics(), paths=())  # type: ignore[arg-type]
+    app = Gateway(answer, body_bytes=1000, key=None, metrics=Metrics(), paths=())  # type: ignore[arg-type]
     bound = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, http=TimedProtocol, lifespan="off", log_level="warning", ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))

@@ -10,7 +10,7 @@ from support.hostile import attempt
 from support.models import CHATML
 from support.runs import write_recipe
 
-from llmtune.data import chat_template, template_limits
+from llmtune.data import chat_template
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATES = {
@@ -53,8 +53,7 @@ BRIEF = ("loop", "a gigabyte of text", "a long text", "half a character", "deep 
 def test_a_hostile_template_is_refused(
     here: Path, tiny_llama: Path, chat_rows: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (template_limits, chat_template):
-        monkeypatch.setattr(module, "SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
     template, words = TEMPLATES[kind]
     (here / "template.jinja").write_text(template + CHATML)
     write_recipe(here / "recipe.yaml", tiny_llama, chat_rows, model={"chat_template": "template.jinja"})

@@ -5,11 +5,13 @@ import pytest
 import torch
 from support.adapting import build_family, open_model, recipe_with
 from support.serving import served_of, wait_until
+from transformers import GenerationConfig
 
-from llmtune.evaluate.greedy_decoding import decode_greedily
-from llmtune.serve.engine import HEADROOM, Engine, LiveRows, OutOfMemory
+from llmtune.evaluate.generation import only_these_settings
+from llmtune.evaluate.greedy_decoding import write_greedily
+from llmtune.serve.engine import HEADROOM, Engine, LiveRows, OutOfMemory, TokenSampler, sample_tokens
 from llmtune.serve.finished_run import ChatSession
-from llmtune.serve.request_queue import End, Job, Stopping
+from llmtune.serve.request_queue import AnswerJob, End, Stopping
 
 QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumerate(["cat", "dog", "fox", "fish", "x"])]
 
@@ -24,7 +26,7 @@ class Client:
         new = stated.pop("new_tokens", served.recipe.generation.max_new_tokens)
         settings = served.request_settings(stated, new)
         self.engine, self.served = engine, served
-        self.job = Job(served, ids=ids, settings=settings, seed=served.recipe.seed + 1, deliver=self.events.put)
+        self.job = AnswerJob(served, ids=ids, settings=settings, seed=served.recipe.seed + 1, deliver=self.events.put)
         self.ids = []
         engine.submit(self.job)
 
@@ -133,7 +135,7 @@ def test_who_gives_up_leaves_batch_and_queue_and_the_others_get_their_answers(tu
 def test_stopping_turns_away_what_waits_and_ends_the_rest_in_time(tune, start, beams):
     served = served_of(tune(generation={"num_beams": beams}))
     engine = start(served, max_batch=1)
-    short, endless, queued = (Client(engine, served, "one", new_tokens=n) for n in (40, 1900, 5))
+    short, endless, queued = (Client(engine, served, "one", new_tokens=n) for n in (12, 1900, 5))
     if beams == 1:
         short.first()
     wait_until(lambda: engine.queue.running)
@@ -181,13 +183,15 @@ def test_an_error_in_the_model_is_told_to_those_it_costs_and_the_next_is_served(
     assert engine.batches[served].max_rows == (1 if told is OutOfMemory else 4)
 
 
-ARRIVALS = {0: [9, 40], 3: [5], 4: [60, 2], 11: [17]}
+ARRIVALS = {0: [9, 40], 3: [5], 4: [60, 2], 11: [17], HEADROOM + 9: [30]}
 """By step, the lengths of the prompts that join."""
+LENGTHS = [12, HEADROOM * 2 + 5, 7, 1, 25, 14, 3]
+"""Of the answers; one is longer than what is reserved ahead."""
 FAMILIES = {
-    "llama": {},
+    "llama": {"max_position_embeddings": 512},
     "mistral": {"sliding_window": 16},
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "max_position_embeddings": 512},
 }
 
 
@@ -196,57 +200,83 @@ def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
     return [torch.randint(4, 400, (length,), generator=generator).tolist() for length in lengths]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def write_together(model, arrivals, answer_lengths):
-    """Greedy answers by LiveRows; row i leaves after `answer_lengths[i]` tokens."""
-    rows, names, tokens = LiveRows(model, "cpu"), [], []
-    prompts, answers = [], []
-    for step in range(400):
+def test_rows_that_join_and_leave_at_any_step_say_what_each_says_alone(tmp_path, family):
+    model = open_model(recipe_with(build_family(tmp_path / family, family, **FAMILIES[family])), training=False).model
+    rows, prompts, answers = LiveRows(model, "cpu"), [], []
+    names, tokens = [], []  # by slot
+    for step in range(2 * sum(LENGTHS)):
         if names:
             tokens = rows.step(torch.tensor(tokens)).argmax(-1).tolist()
-        if step in arrivals:
-            joining = prompts_of(arrivals[step], step)
+        if joining := prompts_of(ARRIVALS.get(step, []), step):
             names += range(len(prompts), len(prompts) + len(joining))
             prompts += joining
             answers += [[] for _ in joining]
             tokens += rows.join(joining).argmax(-1).tolist()
         for name, token in zip(names, tokens, strict=True):
             answers[name].append(token)
-        ended = [place for place, name in enumerate(names) if len(answers[name]) == answer_lengths[name]]
-        if ended:
+        if ended := [slot for slot, name in enumerate(names) if len(answers[name]) == LENGTHS[name]]:
             taken = rows.leave(ended)
-            names, tokens = [names[place] for place in taken], [tokens[place] for place in taken]
-        if not names and step > max(arrivals):
+            names, tokens = [names[slot] for slot in taken], [tokens[slot] for slot in taken]
+        if not names and step > max(ARRIVALS):
             break
-    return prompts, answers
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_join_and_leave_at_any_step_say_what_each_says_alone(tmp_path, family):
-    model = open_model(recipe_with(build_family(tmp_path / family, family, **FAMILIES[family])), training=False).model
-    lengths = [12, 30, 7, 1, 25, 14]
-    prompts, answers = write_together(model, ARRIVALS, lengths)
-    with torch.inference_mode():
-        alone = [decode_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, lengths, strict=True)]
-    assert answers == alone
+    assert answers == [write_greedily(model, [p], n, set(), "cpu")[0] for p, n in zip(prompts, LENGTHS, strict=True)]
     assert len({tuple(answer) for answer in answers}) == len(answers)
+    assert (len(rows), rows.columns.kept) == (0, {}), "memory is kept after all have left"
 
 
-def test_an_answer_longer_than_what_is_reserved_goes_on(tmp_path):
-    model = open_model(recipe_with(build_family(tmp_path / "llama", "llama", max_position_embeddings=512))).model
-    lengths = [HEADROOM * 2 + 5, 3]
-    prompts, answers = write_together(model.eval(), {0: [6], HEADROOM + 9: [30]}, lengths)
+SETTINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"top_k": 12},
+    {"temperature": 1.4, "min_p": 0.05, "repetition_penalty": 1.2},
+    {"temperature": 0, "repetition_penalty": 1.5},
+    {"temperature": 0},
+]
+
+
+def by_transformers(model, ids, stated, seed, new_tokens):
+    drawn = stated.get("temperature") != 0
+    own = {name: value for name, value in stated.items() if drawn or name == "repetition_penalty"}
+    own |= {"top_k": own.get("top_k", 0)} if drawn else {}
+    settings = GenerationConfig(do_sample=drawn, max_new_tokens=new_tokens, pad_token_id=3, **own)
+    with torch.random.fork_rng(), only_these_settings(model):
+        torch.manual_seed(seed)
+        out = model.generate(input_ids=torch.tensor([ids]), generation_config=settings)
+    return out[0, len(ids) :].tolist()
+
+
+def test_rows_of_one_batch_draw_what_each_draws_alone_by_transformers(tune):
+    served, new = served_of(tune()), 12
+    model = served.model
+    prompts = [[5, 9, 30 + i, 7][: 2 + i % 3] for i in range(len(SETTINGS))]
+    samplers = [
+        TokenSampler(model, served.request_settings(stated, new), ids, 100 + i)
+        for i, (stated, ids) in enumerate(zip(SETTINGS, prompts, strict=True))
+    ]
     with torch.inference_mode():
-        assert answers[0] == decode_greedily(model, [prompts[0]], lengths[0], set(), "cpu")[0]
-        assert answers[1] == decode_greedily(model, [prompts[1]], lengths[1], set(), "cpu")[0]
+        rows = LiveRows(model, "cpu")
+        sample_tokens(rows.join(prompts), samplers)
+        for _ in range(new - 1):
+            sample_tokens(rows.step(torch.tensor([sampler.ids[-1] for sampler in samplers])), samplers)
+    for i, (sampler, ids) in enumerate(zip(samplers, prompts, strict=True)):
+        assert sampler.ids[len(ids) :] == by_transformers(model, ids, SETTINGS[i], 100 + i, new), SETTINGS[i]
 
 
-def test_when_all_have_left_nothing_is_kept(tmp_path):
-    model = open_model(recipe_with(build_family(tmp_path / "llama", "llama")), training=False).model
-    rows = LiveRows(model, "cpu")
-    with torch.inference_mode():
-        rows.join(prompts_of([5, 9], 0))
-    assert rows.columns.states
-    assert rows.leave([1, 0]) == []
-    assert len(rows) == 0
-    assert not rows.columns.states
+@pytest.mark.parametrize(
+    ("section", "stated", "drawn", "temperature"),
+    [
+        ({}, {}, False, None),
+        ({}, {"temperature": 0.5}, True, 0.5),
+        ({}, {"top_p": 0.5}, True, None),
+        ({}, {"top_p": 1.0}, False, None),
+        ({"do_sample": True, "temperature": 0.3}, {}, True, 0.3),
+        ({"do_sample": True, "temperature": 0.3}, {"temperature": 0}, False, None),
+        ({"do_sample": True, "temperature": 0.3, "top_p": 0.9}, {"temperature": 0.6}, True, 0.6),
+    ],
+)
+def test_a_request_overrules_the_recipe_and_nothing_else(tune, section, stated, drawn, temperature):
+    settings = served_of(tune(generation=section)).request_settings(stated, 5)
+    assert (settings.do_sample, settings.temperature, settings.max_new_tokens) == (drawn, temperature, 5)
+    assert settings.top_p == (stated.get("top_p", section.get("top_p")) if drawn else None)

@@ -6,8 +6,6 @@ from support.browser import browser, open_browser
 from support.learning import WEATHER
 from support.serving import served_of, serving
 
-from llmtune.serve.middleware import digest
-
 pytestmark = browser
 SAID = "[...document.querySelectorAll('.model .said')].map(e => e.textContent)"
 DONE = "!document.querySelector('.writing') && document.querySelector('#stop').hidden"
@@ -118,7 +116,7 @@ def test_stop_ends_the_answer_and_its_row_leaves(tune, tmp_path):
 
 def test_where_a_key_is_needed_there_is_a_field_for_it(tune, tmp_path):
     served = served_of(tune())
-    with serving(served, key_digest=digest("correct-horse-battery")) as url, open_browser(tmp_path / "p") as page:
+    with serving(served, key="correct-horse-battery") as url, open_browser(tmp_path / "p") as page:
         page.open(url)
         page.type("#prompt", "Hello?")
         page.press_enter()

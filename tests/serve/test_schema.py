@@ -6,10 +6,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.pairs import finish, quiet
-from support.serving import served_of, serving
-
-from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs
+from support.pairs import finish
+from support.serving import load_served, served_of, serving
 
 
 def examine(url: str, examples: int, folder: Path) -> str:
@@ -38,8 +36,6 @@ def test_no_request_that_the_description_admits_or_forbids_is_a_server_error(tun
 
 @pytest.mark.slow
 def test_the_same_holds_of_the_endpoint_of_another_task(tmp_path):
-    options = ServeOptions()
-    models = load_models(open_runs({"mine": finish("classify", tmp_path)}, options, quiet()), options)
-    with serving(*models.values()) as url:
+    with serving(*load_served(mine=finish("classify", tmp_path)).values()) as url:
         examine(url, 3, tmp_path)
         assert 'status="5' not in httpx.get(f"{url}/metrics").text

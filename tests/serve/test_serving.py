@@ -10,14 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from support.models import build_llama
-from support.pairs import quiet
 from support.runs import finish_run
-from support.serving import serving
+from support.serving import load_served, serving
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs, read_key
+from llmtune.serve.serve_runs import ServeOptions, read_key
 
 KEY = "correct-horse-battery"
 BRIEF = {"num_train_epochs": None, "max_steps": 1}
@@ -29,8 +28,7 @@ def serve(*arguments: object, **environment: str) -> Result:
 
 
 def test_merged_weights_say_what_the_adapter_says(runs: dict[str, Path]) -> None:
-    options = ServeOptions(merged=True)
-    models = load_models(open_runs({"one": runs["plain"]}, options, quiet()), options)
+    models = load_served(ServeOptions(merged=True), one=runs["plain"])
     assert list(models) == ["one"]
     assert not any("lora" in name for name, _ in models["one"].model.named_parameters())
     question = {"role": "user", "content": "What comes after 3?"}
@@ -42,8 +40,7 @@ def test_merged_weights_say_what_the_adapter_says(runs: dict[str, Path]) -> None
 
 def test_a_run_of_all_weights_is_served_alone(tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]) -> None:
     full = finish_run(tmp_path, tiny_llama, adapter={"method": "full", "r": None, "lora_alpha": None}, train=BRIEF)
-    models = load_models(open_runs({"full": full}, ServeOptions(), quiet()), ServeOptions())
-    assert list(models) == ["full"]
+    assert list(load_served(full=full)) == ["full"]
     refused = serve(full, "--merged", "--port", 0)
     assert (refused.exit_code, "nothing to merge" in refused.output) == (2, True)
     refused = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={full}", "--port", 0)
@@ -54,8 +51,7 @@ def test_a_run_of_another_method_is_served_with_its_base_and_not_beside_lora(
     tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]
 ) -> None:
     other = finish_run(tmp_path, tiny_llama, adapter={"method": "ia3", "r": None, "lora_alpha": None}, train=BRIEF)
-    models = load_models(open_runs({"other": other}, ServeOptions(), quiet()), ServeOptions())
-    assert list(models) == ["other", tiny_llama.name]
+    assert list(load_served(other=other)) == ["other", tiny_llama.name]
     refused = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={other}", "--port", 0)
     assert (refused.exit_code, "its method is ia3, and that of a is lora" in refused.output) == (2, True)
 

@@ -13,12 +13,11 @@ import pytest
 from support.audio import write_tone
 from support.classifying import COLOURS
 from support.families import build_bert
-from support.pairs import finish, finish_with, quiet
+from support.pairs import finish, finish_with
 from support.rows import write_jsonl
-from support.serving import serving
+from support.serving import load_served, serving
 
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs
 
 CASES: dict[str, tuple[str, list[dict[str, str]]]] = {
     "classify": ("/v1/classify", [{"prompt": "red cat 4"}, {"prompt": "the blue cat 9 sits here"}]),
@@ -51,11 +50,6 @@ def rounded(prediction: Any) -> Any:
     return json.loads(json.dumps(prediction), parse_float=lambda text: round(float(text), 4))
 
 
-def served_models(run: Path) -> Any:
-    options = ServeOptions()
-    return load_models(open_runs({"mine": run}, options, quiet()), options).values()
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Callable[[str], Path]:
     """The run folder of a case, trained once for all tests."""
@@ -67,7 +61,7 @@ def test_an_endpoint_answers_what_generate_answers(case: str, finished: Callable
     run = finished(case)
     path, inputs = CASES[case]
     names = {"context": "context", "answer": "answer", "prompt": "text", **FIELDS.get(case, {})}
-    with serving(*served_models(run)) as url:
+    with serving(*load_served(mine=run).values()) as url:
         for given in inputs:
             expected = FinishedRun(run).answer(given)
             body = {names[key]: value for key, value in given.items()}
@@ -89,7 +83,7 @@ def test_an_endpoint_answers_what_generate_answers(case: str, finished: Callable
 def test_rows_asked_at_once_are_predicted_together_and_stay_apart(
     finished: Callable[[str], Path], monkeypatch: Any
 ) -> None:
-    (served, *_) = served_models(finished("classify"))
+    (served, *_) = load_served(mine=finished("classify")).values()
     predict, sizes = served.task.predict, []
 
     def counted(rows: Any, loaded: Any) -> Any:
@@ -116,7 +110,7 @@ def test_a_recording_is_transcribed_as_base64_or_as_a_file(tmp_path: Path) -> No
     run = finish("speech", tmp_path)
     recording = write_tone(tmp_path / "heard.wav", 0.7)
     expected = FinishedRun(run).answer({"audio": str(recording)})["text"]
-    with serving(*served_models(run)) as url:
+    with serving(*load_served(mine=run).values()) as url:
         address = f"{url}/v1/transcribe"
         encoded = base64.b64encode(recording.read_bytes()).decode()
         assert httpx.post(address, json={"audio": encoded}).json()["text"] == expected
@@ -139,7 +133,7 @@ def test_a_model_that_continues_a_text_has_openais_endpoint_for_that_alone(tmp_p
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"number {i} is red"} for i in range(30)])
     run = finish_with(tmp_path, tiny_gpt2, rows, task="completion")
     expected = FinishedRun(run).answer({"prompt": "Number 4?"})["text"]
-    with serving(*served_models(run)) as url:
+    with serving(*load_served(mine=run).values()) as url:
         chat = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "Number 4?"}]})
         assert chat.status_code == 404
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "Number 4?"}).json()

@@ -108,17 +108,3 @@ def test_without_tools_to_be_seen_no_call_is_made(client):
     made = client.chat.completions.create(model="tiny", messages=messages, tools=[WEATHER], tool_choice="none")
     plain = client.chat.completions.create(model="tiny", messages=messages)
     assert made.usage.prompt_tokens == plain.usage.prompt_tokens
-
-
-@pytest.mark.parametrize(
-    ("options", "about"),
-    [
-        ({"tool_choice": "required"}, "there are no tools"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "'clock'"),
-        ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls"),
-        ({"tools": [{"type": "function", "function": {}}]}, "name"),
-    ],
-)
-def test_what_cannot_be_done_about_tools_is_refused_by_name(client, options, about):
-    with pytest.raises(openai.BadRequestError, match=about):
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], **options)

@@ -4,7 +4,7 @@ from support.models import CHATML
 from support.templates import ALWAYS_THINKS, HERMES
 
 from llmtune.errors import RecipeError
-from llmtune.serve.vllm_engine import check_adapter, parser_options
+from llmtune.serve.vllm_engine import check_vllm_adapter, parser_options
 
 CALLS = ["--enable-auto-tool-choice", "--tool-call-parser"]
 
@@ -47,7 +47,7 @@ def test_vllm_gets_the_parsers_of_the_template_s_own_marks(template, options):
 )
 def test_adapters_that_vllm_would_not_apply_as_they_were_trained_are_refused(config, words):
     with pytest.raises(RecipeError, match=f"(?s){words}"):
-        check_adapter(config, "adapter")
-    check_adapter(LoraConfig(target_modules=["q_proj"]), "adapter")
+        check_vllm_adapter(config, "adapter")
+    check_vllm_adapter(LoraConfig(target_modules=["q_proj"]), "adapter")
     scaled = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 16}}
-    check_adapter(LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "k_proj"], **scaled), "adapter")
+    check_vllm_adapter(LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "k_proj"], **scaled), "adapter")

@@ -119,11 +119,16 @@ def train_a_little(folder: Path, **adapter: object) -> AdaptedModel:
     sections = {name: adapter.pop(name) for name in ("model", "data") if name in adapter}
     recipe = recipe_with(folder, adapter={"r": 8, **adapter}, **sections)
     adapted = inject(open_model(recipe), recipe, quiet())
+    nudge(adapted.model)
+    return adapted
+
+
+def nudge(model: torch.nn.Module) -> None:
+    """Move every trained parameter a little."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trained_parameters(adapted.model):
+        for parameter in trained_parameters(model):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return adapted
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

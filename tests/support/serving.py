@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import psutil
@@ -16,8 +17,10 @@ import uvicorn
 
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
-from llmtune.serve.middleware import AccessRules
+from llmtune.serve.serve_runs import ServeOptions, load_models, open_servable_runs
 from llmtune.serve.served_model import ServedModel
+from llmtune.tasks.registry import get_task
+from support.adapting import quiet
 
 
 class Process:
@@ -62,11 +65,11 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving(*models: ServedModel, max_batch: int = 8, max_queue: int = 64, **rules: Any) -> Iterator[str]:
+def serving(*models: ServedModel, max_batch: int = 8, max_queue: int = 64, key: str | None = None) -> Iterator[str]:
     """Serve in this process; gives the address."""
     engine = Engine({served.name: served for served in models}, max_batch=max_batch, max_queue=max_queue)
     engine.start()
-    with running(build_app(engine, AccessRules(**{"body_bytes": 2**20, **rules}))) as url:
+    with running(build_app(engine, body_bytes=2**20, key=key)) as url:
         yield url
     engine.queue.stop(0)
     engine.thread.join(10)
@@ -91,10 +94,14 @@ def running(app: Any) -> Iterator[str]:
         thread.join(10)
 
 
+def load_served(options: ServeOptions | None = None, **runs: Path) -> dict[str, ServedModel]:
+    """Load finished runs as `llmtune deploy serve` does."""
+    options = options or ServeOptions()
+    return load_models(open_servable_runs(runs, options, quiet()), options)
+
+
 def served_of(tuned: Any, name: str = "tiny", **changes: Any) -> ServedModel:
     """What a server offers of an adapted model and its recipe."""
-    from llmtune.tasks.registry import get_task
-
     adapted, recipe = tuned
     about = {"adapter": "default", **changes}
     return ServedModel(name, adapted.model.eval(), adapted.selected.processor, recipe, get_task(recipe.task), **about)

@@ -1,0 +1,128 @@
+"""A chat request into a prompt: its messages, values for the template, and the call that `tool_choice` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from llmtune.data.chat_rows import MESSAGE_KEYS, canonical_messages
+from llmtune.data.chat_template import Tools
+from llmtune.data.rejected_rows import RowError
+from llmtune.errors import LlmtuneError, nearest
+from llmtune.evaluate.generation import answer_template
+from llmtune.recipe.schema import Recipe
+from llmtune.records import Row
+from llmtune.serve.schemas import ApiError, ChatRequest, ToolDefinition
+from llmtune.serve.served_model import ServedModel
+
+ARGUMENTS: Sequence[dict[str, object]] = ({}, {"a": 1}, {"b": ""})
+"""Arguments to write calls with; what the calls have in common comes before any argument."""
+ANY_LENGTH = 1 << 30
+
+
+@dataclass(frozen=True)
+class ServedPrompt:
+    """The prompt of a request, and how its answer is read."""
+
+    ids: list[int]
+    begun: Sequence[int] = ()
+    """Ids after the prompt that begin the answer with a call; none if the model may choose."""
+    tools: Tools = None
+    turn: int = 0
+    """How many messages it has, the system's not counted."""
+
+
+def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
+    """Return the prompt of a conversation, made by the function that made those of training.
+
+    Raises ApiError naming the parameter that cannot be used.
+    """
+    row, recipe = read_messages(request), override_template_values(request, served)
+    task, processor = served.task, served.processor
+    try:
+        ids = task.prompt_ids(row, processor, recipe)
+        without = {key: value for key, value in row.items() if key != "tools"}
+        if row.get("tools") and task.prompt_ids(without, processor, recipe) == ids:
+            raise ApiError(400, "The chat template of this model shows it no tools.", param="tools")
+        begun = begin_call(row, request, served, recipe)
+    except LlmtuneError as error:
+        raise ApiError.of(error, param="messages") from error
+    turn = sum(message["role"] != "system" for message in row["messages"])
+    return ServedPrompt(ids, begun, row.get("tools"), turn)
+
+
+def read_messages(request: ChatRequest) -> Row:
+    """Return the row of a conversation that awaits an answer.
+
+    Messages are checked as rows are, and so is their order: a placeholder answer is appended for the check.
+    """
+    for number, message in enumerate(request.messages, 1):
+        for key, value in message.items():
+            if value is not None and key not in MESSAGE_KEYS:
+                what = f"messages: message {number} has an unknown key {key!r}.{nearest(key, [*MESSAGE_KEYS])}"
+                raise ApiError(400, what, param="messages")
+    if request.messages[-1].get("role") == "assistant":
+        raise ApiError(400, "The last message is the assistant's: there is nothing to answer.", param="messages")
+    tools = shown_tools(request)
+    try:
+        row = canonical_messages([*request.messages, {"role": "assistant", "content": "-"}], tools)
+    except RowError as error:
+        raise ApiError(400, f"messages: {error}", param="messages") from error
+    messages = row["messages"] = row["messages"][:-1]
+    if messages[-1]["role"] == "system":
+        raise ApiError(400, "messages: there is no question, only a system message.", param="messages")
+    return dict(row)
+
+
+def override_template_values(request: ChatRequest, served: ServedModel) -> Recipe:
+    """Return the recipe with the client's values for the chat template; raises ApiError for one it never reads."""
+    if not request.chat_template_kwargs:
+        return served.recipe
+    model = served.recipe.model
+    values = {**model.chat_template_kwargs, **request.chat_template_kwargs}
+    section = model.model_copy(update={"chat_template_kwargs": values})
+    recipe = served.recipe.model_copy(update={"model": section})
+    try:
+        answer_template(served.processor, recipe)
+    except LlmtuneError as error:
+        raise ApiError.of(error, param="chat_template_kwargs") from error
+    return recipe
+
+
+def shown_tools(request: ChatRequest) -> list[dict[str, object]]:
+    """Return the tools that the model sees; raises ApiError if `tool_choice` does not fit them."""
+    tools, choice = request.tools or [], request.tool_choice
+    if choice not in (None, "none", "auto") and not tools:
+        raise ApiError(400, "tool_choice asks for a call, and there are no tools.", param="tool_choice")
+    if isinstance(choice, ToolDefinition) and choice.name not in [tool.name for tool in tools]:
+        raise ApiError(400, f"tool_choice names {choice.name!r}, which is none of the tools.", param="tool_choice")
+    return [] if choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools]
+
+
+def begin_call(row: Row, request: ChatRequest, served: ServedModel, recipe: Recipe) -> list[int]:
+    """Return the ids that begin the answer with a call; none if the model may choose.
+
+    They are what all allowed calls have in common: up to the arguments of the tool that is named, or up to the name
+    of one of several. Raises ApiError if the chat template writes no calls.
+    """
+    choice = request.tool_choice
+    if choice in (None, "none", "auto"):
+        return []
+    names = [choice.name] if isinstance(choice, ToolDefinition) else [tool.name for tool in request.tools or ()]
+    calls = [{"name": name, "arguments": arguments} for name in names for arguments in ARGUMENTS]
+    answers = [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]} for call in calls
+    ]
+    rows = [{**row, "messages": [*row["messages"], answer]} for answer in answers]
+    data = recipe.data.model_copy(update={"train_on": "last", "max_length": ANY_LENGTH})
+    encoded = served.task.encode(rows, served.processor, recipe.model_copy(update={"data": data}))
+    refused = [examples for examples in encoded if isinstance(examples, str)]
+    if refused:
+        raise ApiError(400, f"tool_choice: {refused[0]}", param="tool_choice")
+    targets = [list(one[-1].input_ids[one[-1].spans[-2] :]) for one in encoded if not isinstance(one, str)]
+    begun = [token for token, *_ in takewhile(lambda same: len({*same}) == 1, zip(*targets, strict=False))]
+    if not begun:
+        message = "This model's calls begin in no common way: tool_choice may be none or auto."
+        raise ApiError(400, message, param="tool_choice")
+    return begun
