@@ -48,7 +48,7 @@ def draw_looks(path: Path) -> None:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from llmtune.compare.compare_runs import COLOURS, SETTINGS
+    from llmtune.compare.comparison_pictures import COLOURS, SETTINGS
 
     sys.path.insert(0, str(ROOT / "tests"))
     from support import looks

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llmtune.deploy import endpoint_parity
-from llmtune.deploy.endpoint_parity import _parts_at_tie, ask_all, choose_model, connect
+from llmtune.deploy.endpoint_parity import _parts_at_tie, ask_all, choose_served_model, connect
 from llmtune.errors import EnvironmentProblem, LlmtuneError
 
 Send = Callable[[bytes], None]
@@ -79,7 +79,7 @@ def ask(url: str) -> None:
     """Ask for the models, then for an answer."""
     with connect(url, None, offline=True) as client:
         with suppress(LlmtuneError):
-            choose_model(client, None, "tiny")
+            choose_served_model(client, None, "tiny")
         ask_all(client, "tiny", [QUESTION], chat=True, extras=[{}])
 
 

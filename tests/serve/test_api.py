@@ -5,10 +5,10 @@ import httpx
 import openai
 import pytest
 from rich.console import Console
+from support.adapting import tuner
 from support.learning import WEATHER
 from support.runs import write_colours
 from support.serving import served_of, serving, wait_until
-from support.tuned import tuner
 from tokenizers.processors import TemplateProcessing
 
 from llmtune.evaluate.generation import generate
