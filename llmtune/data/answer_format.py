@@ -1,7 +1,7 @@
-"""How a chat template writes the parts of an answer, found out by having it write answers whose parts are known.
+"""How thoughts and tool calls are written in answers: a table of known families, then what a template's probes show.
 
-Two things follow: what a model has to write of thoughts that the template leaves out, and a response template by which
-transformers reads what a model wrote (https://huggingface.co/docs/transformers/chat_response_parsing).
+This tells what a model has to write of thoughts that the template leaves out. It also gives the response template by
+which transformers reads answers (https://huggingface.co/docs/transformers/chat_response_parsing).
 """
 
 from __future__ import annotations

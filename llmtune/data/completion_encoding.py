@@ -1,4 +1,8 @@
-"""Prompts with completions, and plain text, into token ids and supervised spans."""
+"""Prompts with completions, and plain text, into token ids and supervised spans; also those above `data.max_length`.
+
+`truncate` cuts the start of a prompt; plain text, which has none, is left out. `split` cuts into windows: each starts
+as the tokenizer starts a text, then repeats the last token of the window before, so each token is predicted once.
+"""
 
 from __future__ import annotations
 

@@ -135,10 +135,6 @@ class _Tally:
     """The first rows that cannot be used for another reason."""
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
-    def begin(self, split: str) -> None:
-        for name in COUNTED:
-            getattr(self, name)[split] = 0
-
     def add(self, split: str, batch: pa.RecordBatch) -> None:
         """Count examples as `record_batch` returns them; the hash is over columns, which are few, not over rows."""
         self.digest.update(f"{split} {batch.num_rows}\n".encode())
@@ -193,7 +189,6 @@ def encode_rows(
             batches = (batch for split in rows.files for batch in _batches(split, iterate_texts(rows, split)))
             encoded = pool(_BatchEncoder(task.encode, processor, recipe)).map(batches, lambda b: len(b.rows), total)
             for split, results in groupby(encoded, key=lambda result: result.split):
-                tally.begin(split)
                 sink = pa.OSFile(str(folder / f"{split}.arrow"), "wb")
                 with sink, pa.ipc.new_file(sink, SCHEMA) as file:
                     for result in results:
@@ -206,7 +201,7 @@ def encode_rows(
                             file.write_batch(result.examples)
                         progress.advance(bar, result.rows)
         _check_left_out(tally, rows, recipe, folder.parent / LEFT_OUT)
-        counted = {name: dict(getattr(tally, name)) for name in COUNTED}
+        counted = {name: {split: getattr(tally, name)[split] for split in rows.files} for name in COUNTED}
         record = {
             "files": {split: f"{split}.arrow" for split in rows.files},
             **counted,
@@ -346,7 +341,7 @@ def _check_left_out(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) 
     too_long = tally.dropped[TOO_LONG]
     _refuse_long(tally, too_long, recipe, list_file)
     _refuse_bad(tally, too_long, rows, recipe, list_file)
-    empty = [split for split, count in tally.counts.items() if not count and (rows.counts[split] or split == "train")]
+    empty = [split for split in rows.files if not tally.counts[split] and (rows.counts[split] or split == "train")]
     fix = f"Give more rows, or raise data.max_length. All that were left out: {list_file}."
     DataError.collect(Problem(f"no row is left for {split}", fix=fix) for split in empty)
 

@@ -1,8 +1,8 @@
-"""Bytes in, raw rows out: JSON lines, JSON, CSV, Parquet and text, plain or compressed, a piece at a time.
+"""Bytes in, raw rows out: JSON Lines, CSV, Parquet and text a piece at a time, JSON as a whole; plain or compressed.
 
-A raw row is a pair: its origin (`file:line`, `file:row N (line M)` after cells with line breaks, or `file:row N` where
-lines mean nothing) and either the columns as a dict
-or a `RowError` with the reason why there are none. What makes the rest of a file unreadable is raised as a DataError.
+A raw row is a pair. Its origin is `file:line`, `file:row N (line M)` after cells with line breaks, or `file:row N`
+where lines mean nothing. Its value is the columns as a dict, or a `RowError` with the reason why there are none.
+What makes the rest of a file unreadable is raised as a DataError.
 """
 
 from __future__ import annotations

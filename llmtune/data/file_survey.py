@@ -1,4 +1,4 @@
-"""A look at files that no recipe names yet: their encoding, columns and copies, and which tasks could read them."""
+"""A look at files for `llmtune init`: encoding, columns and copies, tasks that read them, rows that look wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from llmtune.data.byte_streams import GUESSED_BYTES, guess_encoding, open_bytes
 from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_words, rename
 from llmtune.data.contamination import ANSWERS
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
-from llmtune.data.rejected_rows import RawRow, RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, iterate_strings, row_json
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
@@ -95,7 +95,8 @@ def survey_files(path: str) -> Survey:
     encoding = _encoding(inputs)
     if encoding:
         inputs = [replace(one, source=one.source.model_copy(update={"encoding": encoding})) for one in inputs]
-    found = list(islice(chain.from_iterable(_with_folder(one) for one in inputs), MOST_ROWS + 1))
+    rows_in = ((one.folder or Path(), row) for one in inputs for row in one.raw_rows())
+    found = list(islice(rows_in, MOST_ROWS + 1))
     good = [(row, folder) for folder, (_, row) in found[:MOST_ROWS] if not isinstance(row, RowError)]
     bad = [error for _, (_, error) in found[:MOST_ROWS] if isinstance(error, RowError)]
     if not good:
@@ -103,10 +104,6 @@ def survey_files(path: str) -> Survey:
     files = [one.path for one in inputs if isinstance(one.path, Path)]
     rows, folders = zip(*good, strict=True)
     return Survey(path, files, encoding, rows, folders, Counter(error.reason for error in bad), len(found) <= MOST_ROWS)
-
-
-def _with_folder(one: Input) -> Iterator[tuple[Path, RawRow]]:
-    return ((one.folder or Path(), row) for row in one.raw_rows())
 
 
 def _encoding(inputs: Sequence[Input]) -> str | None:

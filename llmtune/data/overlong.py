@@ -1,12 +1,10 @@
-"""Rows longer than `data.max_length`: refused, left out, cut where no target is lost, or split.
+"""Conversations longer than `data.max_length`: refused, left out, cut where no target is lost, or split.
 
-`truncate` keeps the last answer whole. Of a conversation the earliest exchanges go first (their answers with them), the
-system message stays, then the start of the last question goes; of a completion the start of its prompt goes. What
-still does not fit, and plain text, which has no prompt, is left out with the reason.
+`truncate` keeps the complete last answer. The earliest exchanges go first (their answers with them), the system message
+stays, then the start of the last question goes. What still does not fit is left out with the reason.
 
-`split` loses nothing that is learned: a conversation is cut before a user's turn, each part with the system message and
-as many exchanges as fit; a completion into windows. Each window starts as the tokenizer starts a text, then repeats the
-last token of the window before, so each token is predicted once.
+`split` loses nothing that is learned: it cuts before a user's turn. Each part has the system message and as many
+exchanges as fit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Step 1, first half: from the recipe's sources to checked, deduplicated, split rows in one Arrow file a split.
+"""Step 1, first half: sources to checked, deduplicated rows in one Arrow file per split; splits; test rows as a file.
 
 Near duplicates are looked for if `deduplicate: near` asks for it, in a split and across splits; rows that are equal
 across splits are dropped whatever it says.

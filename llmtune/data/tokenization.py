@@ -1,4 +1,4 @@
-"""Texts into token ids, many at a time; what several texts share is tokenized once.
+"""Texts into token ids, many at a time, and the text that a tokenizer does not know; shared pieces are tokenized once.
 
 Tokenizers cut a text at their added tokens (such as `<|im_end|>`) first, and each piece between them is tokenized by
 itself. So the ids of a text are those of its pieces, one after the other: a conversation of n turns costs n and not n²

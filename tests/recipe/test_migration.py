@@ -50,7 +50,7 @@ def test_configurations_of_three_tools_become_recipes_that_pass_the_check_and_no
         counts[tool]["files"] += 1
     assert len(configs) >= 40
     assert len(counts) == 3
-    pages = Path(__file__).parents[2] / "docs" / "migrate.md"
+    pages = Path(__file__).parents[2] / "docs" / "migrate-evidence.md"
     for tool, count in counts.items():
         numbers = " | ".join(str(count[name]) for name in ("files", "carried", "renamed", "not needed", "refused"))
         assert f"| {tables()[tool].tool} | {numbers} | 0 |" in pages.read_text("utf-8")
