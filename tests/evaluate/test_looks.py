@@ -25,9 +25,11 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Champion, Difference, Evaluation
 
 GATE = "loss.high < champion + 10"
+KINDS = [pytest.param(kind, marks=() if kind == "right or wrong" else pytest.mark.slow) for kind in simulated.KINDS]
+"""What is simulated 1,000 times; losses in the slow suite."""
 
 
-@pytest.mark.parametrize("kind", simulated.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_fifty_models_without_a_change_raise_a_false_alarm_in_no_more_than_5_of_100_series(kind: str) -> None:
     shared, alone = simulated.first_alarms(kind)
     assert len(shared) == 1000
@@ -35,7 +37,7 @@ def test_fifty_models_without_a_change_raise_a_false_alarm_in_no_more_than_5_of_
     assert np.mean(alone <= simulated.LOOKS) > 0.5  # without `looks`
 
 
-@pytest.mark.parametrize("kind", simulated.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_true_loss_is_found_with_the_power_that_was_promised(kind: str) -> None:
     generator = np.random.default_rng(1)
     deviation = np.concatenate([simulated.draw_series(kind, generator, 1) for _ in range(20)]).std()

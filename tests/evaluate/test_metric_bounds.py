@@ -180,7 +180,10 @@ def passes(metric, shape, rows, ties, trials):
 
 
 @pytest.mark.usefixtures("drawn_once", "without_p")
-@pytest.mark.parametrize(("rows", "ties"), [(8, 0.85), (20, 0.85), (60, 0.95), (200, 0.3)])
+@pytest.mark.parametrize(
+    ("rows", "ties"),
+    [(8, 0.85), (60, 0.95), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((20, 0.85), (200, 0.3)))],
+)
 @pytest.mark.parametrize("shape", ["either way", "few large"])
 def test_a_model_that_is_worse_by_exactly_the_margin_seldom_passes(shape, rows, ties):
     assert passes("mean", shape, rows, ties, 200) <= 0.04

@@ -67,7 +67,7 @@ def coverage(draw, rows, right_wrong):
 
 
 @pytest.mark.usefixtures("drawn_once")
-@pytest.mark.parametrize("rows", [60, 120, 300])
+@pytest.mark.parametrize("rows", [60, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (120, 300))])
 @pytest.mark.parametrize(
     "shares", [(0.35, 0.05), (0.25, 0.25), (0.12, 0.02)], ids=lambda shares: "{}-{}".format(*shares)
 )
@@ -76,7 +76,7 @@ def test_nineteen_of_twenty_intervals_of_right_or_wrong_hold_the_true_difference
 
 
 @pytest.mark.usefixtures("drawn_once")
-@pytest.mark.parametrize("rows", [60, 120, 300])
+@pytest.mark.parametrize("rows", [60, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (120, 300))])
 @pytest.mark.parametrize(
     "draw", [losses_of_rows_of_unequal_length, skewed_scores, a_few_long_tails, scores_that_seldom_move]
 )
@@ -101,7 +101,7 @@ def test_without_any_difference_one_verdict_in_twenty_is_wrong_at_most():
     assert wrong / TRIALS <= 0.06
 
 
-@pytest.mark.parametrize("rows", [8, 12, 20, 30, 60, 500])
+@pytest.mark.parametrize("rows", [8, 60, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (12, 20, 30, 500))])
 @pytest.mark.parametrize("kind", ["mean", "skewed mean", "ratio"])
 def test_where_nothing_changed_one_p_in_twenty_is_below_a_twentieth(rows, kind):
     generator, trials = np.random.default_rng(11), 1500 if rows < 100 else 600
