@@ -42,6 +42,11 @@ MaxRestarts = Annotated[
     typer.Option("--max-restarts", min=0, help="How often all processes start again when one died, from a checkpoint."),
 ]
 
+TimeLimit = Annotated[
+    str | None,
+    typer.Option("--time", help="Time limit, such as 2:00:00; two minutes before, the job saves and is queued again."),
+]
+
 
 @app.command()
 @handled
@@ -109,12 +114,7 @@ def slurm(
     partition: Annotated[str | None, typer.Option("--partition", help="Partition.")] = None,
     account: Annotated[str | None, typer.Option("--account", help="Account that pays.")] = None,
     qos: Annotated[str | None, typer.Option("--qos", help="Quality of service.")] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(
-            "--time", help="Time limit, such as 2:00:00; two minutes before, the job saves and is queued again."
-        ),
-    ] = None,
+    time: TimeLimit = None,
     gres: Annotated[
         str | None, typer.Option("--gres", help="Generic resources of each machine, such as gpu:8.")
     ] = None,
@@ -141,20 +141,18 @@ def slurm(
     topology = Topology(processes, strategy, machines, 0, address, max_restarts)
     request = RunRequest(out, lock=lock, threads=threads, offline=offline)
     job = cluster.plan_job(recipe, with_model(sets, model), request, topology)
-    own = {"partition": partition, "account": account, "qos": qos, "time": time, "gres": gres, "mem": mem}
-    own |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task, "constraint": constraint}
-    stated = {name: value for name, value in own.items() if value}
+    options = {"partition": partition, "account": account, "qos": qos, "time": time, "gres": gres, "mem": mem}
+    options |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task, "constraint": constraint}
+    stated = {name: value for name, value in options.items() if value}
     script = cluster.slurm_script(job, stated, sbatch or [], requeue=requeue)
     if dry_run:
-        sent = {"sent": script, "folder": str(job.folder)}
-    else:
-        sent = cluster.submit(job, script, console)
-        if follow:
-            _follow(sent["job"], lambda: cluster.follow_job(job, sent, console))
+        print_json({"sent": script, "folder": str(job.folder)}) if as_json else print_text(script)
+        return
+    sent = cluster.submit(job, script, console)
+    if follow:
+        _follow(sent["job"], lambda: cluster.follow_job(job, sent, console))
     if as_json:
         print_json(sent)
-    elif dry_run:
-        print_text(script)
 
 
 def _follow(job: str, follow: Callable[[], None]) -> None:

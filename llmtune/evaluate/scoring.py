@@ -83,11 +83,12 @@ def score_run(
         console.print("evaluate: there are no test rows (data.test), so nothing is measured on rows")
     elif unmeasured := inputs.notes.get(SCHEMAS_NOTE):
         console.print(f"tool_call_valid is {unmeasured}", style="yellow", highlight=False, markup=False)
-    suites, stand_in, base = make_suites(context), None, known.answers if known else None
+    suites, stand_in, base = make_suites(context), None, None
     if inputs is not None and headless:
         stand_in, base = predict_baseline(context, inputs, rows)
         console.print(f"base: the model has no trained head for this, so {stand_in} stands in its place")
-    elif inputs is not None and base is not None:
+    elif inputs is not None and known is not None and known.answers is not None:
+        base = known.answers
         console.print("base: what it answered to these rows is known from an evaluation before")
     scored = evaluate(models, context, suites, base, stand_in=stand_in, headless=headless)
     evaluation, answers, measures = scored.evaluation, scored.answers, scored.measures
@@ -113,10 +114,10 @@ def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recip
     if PIECES in evaluation.signatures:
         console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
     counts = {name: sum(share > 0 for share in one.cut.values()) for name, one in answers.items()}
-    told = [f"{name} {count} of {len(answers[name].cut)}" for name, count in counts.items() if count]
-    if told:
+    shown = [f"{name} {count} of {len(answers[name].cut)}" for name, count in counts.items() if count]
+    if shown:
         new = recipe.generation.max_new_tokens
-        console.print(f"answers cut at generation.max_new_tokens ({new}): {', '.join(told)}", highlight=False)
+        console.print(f"answers cut at generation.max_new_tokens ({new}): {', '.join(shown)}", highlight=False)
 
 
 def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasures) -> Contamination:

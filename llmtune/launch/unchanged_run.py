@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
+from llmtune.data.example import Example
 from llmtune.errors import GateFailed
 from llmtune.evaluate.cache_keys import evaluation_files
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
@@ -72,7 +73,7 @@ def _hash_command(loaded: LoadedRecipe, folder: RunFolder, until: str) -> str:
     template = [Path(recipe.model.chat_template)] if recipe.model.chat_template else []
     files = [hash_file(path) for path in (*evaluation_files(recipe), *template) if path.is_file()]
     inputs = {name: step["inputs"] for name, step in folder.manifest["steps"].items() if step["state"] == "done"}
-    machine = [likely_device(), package_versions(("lm-eval",))]
+    machine = [likely_device(), package_versions(("lm-eval",)), list(Example.__annotations__)]
     return hash_value([__version__, str(folder.path), until, recipe.model_dump(mode="json"), files, inputs, machine])
 
 

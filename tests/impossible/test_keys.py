@@ -33,6 +33,7 @@ from llmtune.data.preparation import prepare_rows
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.scoring import score_run
 from llmtune.model.config import read_model_config
 from llmtune.model.kernels import check_kernels
@@ -160,7 +161,7 @@ class Resolved:
         inputs = make_inputs(self.made_rows, self.made_examples, plan.task, self.selected.processor, plan.recipe)
         context = EvalContext(plan.recipe, plan.task, self.selected.processor, inputs, "cpu", QUIET)
         found = score_run(ModelLoaders(load, load), context, self.made_rows)
-        return asdict(found)
+        return {**asdict(found), "gates": [*map(asdict, check_gates(plan.recipe.evaluate, found))]}
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,6 @@ def test_balanced_weights_are_those_of_scikit_learn(models, tmp_path):
     labels = [recipe.classify.labels[reader[i].class_ids[0]] for i in range(len(reader))]
     wanted = compute_class_weight("balanced", classes=np.array(recipe.classify.labels), y=labels)
     assert recipe.classify.class_weights == pytest.approx(dict(zip(recipe.classify.labels, wanted, strict=True)))
-    stored = [reader[i].values[0] for i in range(len(reader))]
+    stored = [reader[i].weights[0] for i in range(len(reader))]
     assert stored == pytest.approx([recipe.classify.class_weights[label] for label in labels])
     assert sum(stored) == pytest.approx(len(stored), rel=1e-5)
