@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from llmtune.cli.options import AsJson, DryRun, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import Terminated, handled, print_json, stderr_console
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.store.process_environment import gc_paused, prepare_environment
+
+if TYPE_CHECKING:
+    from llmtune.serve.serve_runs import ServeOptions
 
 ENGINES = ("own", "vllm")
 
@@ -57,7 +61,7 @@ def serve(
     _check_engine(engine, [name for name, stated in ours.items() if stated])
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.serve.serve_runs import ServeOptions, parse_run_names, serve_runs
+        from llmtune.serve.serve_runs import ServeOptions, parse_run_names
 
     options = ServeOptions(
         host=host,
@@ -71,14 +75,21 @@ def serve(
         offline=offline,
     )
     named = parse_run_names(runs or [], adapter or [])
-    console = stderr_console()
     if engine == "vllm":
         from llmtune.serve.vllm_engine import serve_by_vllm
 
-        serve_by_vllm(named, options, console)
-        return
+        serve_by_vllm(named, options, stderr_console())
+    else:
+        _serve_until_stopped(named, options, as_json)
+
+
+def _serve_until_stopped(runs: Mapping[str, Path], options: ServeOptions, as_json: bool) -> None:
+    """Serve; Ctrl-C or SIGTERM ends with its exit code."""
+    from llmtune.serve.serve_runs import serve_runs
+
+    console = stderr_console()
     try:
-        serve_runs(named, options, console, print_json if as_json else lambda about: None)
+        serve_runs(runs, options, console, print_json if as_json else lambda about: None)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
         console.print("terminated: no requests are taken any more" if terminated else "stopped")
