@@ -232,7 +232,7 @@ def find_files(source: Source, key: str) -> list[Path]:
         if not matches:
             raise DataError.of(f"no file matches {source.path}", key, "Check the pattern; `**` crosses folders.")
         return _check_count(matches, key, source.path)
-    raise DataError.of(f"there is no file {source.path}", key, _missing_hint(path))
+    raise DataError.of(f"file not found: {source.path}", key, _missing_hint(path))
 
 
 def _builtin_path(name: str, key: str) -> Path:

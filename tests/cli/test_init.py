@@ -194,7 +194,7 @@ def test_recordings_that_are_not_there_are_named_and_never_become_another_task()
     )
     done = init()
     assert done.exit_code == 3
-    assert "as speech: audio missing: there is no file" in done.stderr
+    assert "as speech: audio missing: file not found:" in done.stderr
     assert not Path("metadata.yaml").exists()
 
 

@@ -102,7 +102,7 @@ def test_few_bad_rows_are_left_out_counted_and_shown(tmp_path, console):
     shown = console.file.getvalue()
     assert "62 rows read; train 60" in shown
     assert "2 left out: bad: empty content" in shown
-    assert "a.jsonl:62: empty content: message 2 (assistant) says nothing" in shown
+    assert "a.jsonl:62: empty content: message 2 (assistant) has no content" in shown
     write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(60)])
     prepare(tmp_path, "a.jsonl")
     assert not (tmp_path / "bad_rows.jsonl").exists()
@@ -129,7 +129,7 @@ def test_all_sources_that_cannot_be_read_are_told_at_once(tmp_path):
              "torn.parquet", "unknown.jsonl", "mixed", "builtin:nosuch", "saved"]  # fmt: skip
     message = fail(tmp_path, names)
     for said in (
-        f"data.train[0]: there is no file {tmp_path}/tikets.jsonl",
+        f"data.train[0]: file not found: {tmp_path}/tikets.jsonl",
         "Did you mean 'tickets.jsonl'?",
         f"Looked in {tmp_path}.",
         "no file matches",
@@ -306,7 +306,7 @@ def test_the_hash_of_the_sources_follows_their_bytes_names_and_settings(tmp_path
     assert digest() not in (first, renamed)
     shutil.copytree(tmp_path / "d", tmp_path / "elsewhere")
     assert digest("elsewhere") == digest()
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="file not found:"):
         digest("gone.jsonl")
 
 

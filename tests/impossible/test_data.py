@@ -306,7 +306,7 @@ def test_a_row_of_test_never_stands_in_train_or_validation(tmp_path, method):
     cannot="a bad row without file, line number and reason",
     kept="All bad rows are reported at once; above data.max_dropped they stop the run.",
     shows="error 25 of 85 rows are bad: 29.4%, and data.max_dropped allows 5.0% ... error rows.jsonl:31: empty "
-    "content: message 1 (user) says nothing error rows.jsonl:32: not valid JSON: ... error rows.jsonl:33: no "
+    "content: message 1 (user) has no content error rows.jsonl:32: not valid JSON: ... error rows.jsonl:33: no "
     "assistant answer",
 )
 def test_bad_rows_are_named_with_file_line_and_reason(place, run, shows):
