@@ -28,7 +28,7 @@ TEMPLATES = {
     "folded when compiled": ("{{ 'x' * 9999999999 }}", "more memory than it may"),
     "a long text": ("{{ 'x y ' * 1000000 }}", "may write"),
     "a wide field": ("{{ '%999999999d' % 1 }}", "the chat template"),
-    "half a character": ("{{ '\\ud800' }}", "writes what is no text"),
+    "half a character": ("{{ '\\ud800' }}", "writes invalid text"),
     "endless macro": ("{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}", "recursion"),
     "division": ("{{ 1/0 }}", "division by zero"),
     "too large a number": ("{{ 2.0**99999 }}", "refuses it"),
