@@ -83,7 +83,7 @@ def test_several_columns_are_joined_by_a_template(tmp_path):
     got = canonical(tmp_path, "subject,body,answer", *TICKETS, columns=columns)
     assert got[0]["messages"][0]["content"] == "Order 0\n\nWhere is parcel number 0, please?"
     said = refusal(tmp_path, {"path": str(tmp_path / "rows.csv"), "columns": {**columns, "prompt": "{subjekt}"}})
-    assert "there is no column 'subjekt'" in said
+    assert "column 'subjekt' not found" in said
     assert "Did you mean 'subject'?" in said
 
 

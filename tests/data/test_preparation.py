@@ -136,11 +136,11 @@ def test_all_sources_that_cannot_be_read_are_told_at_once(tmp_path):
         "empty.jsonl: the file is empty: no rows",
         "the folder is empty",
         "the folder holds no data file (1 others)",
-        "the ending '.xyz' does not say what it is",
+        "the ending '.xyz' does not show the file type",
         "not a readable Parquet file",
-        "the format is not known by the columns 'q', 'a'",
+        "unknown row format: the columns are 'q', 'a'",
         "data.train[9]: mixed formats: ",
-        "no data called builtin:nosuch",
+        "builtin:nosuch not found",
         "save_to_disk",
     ):
         assert said in message, said
@@ -158,7 +158,7 @@ def test_a_file_cut_in_the_middle_is_an_error_beside_its_bad_rows(tmp_path):
 def test_the_format_can_be_forced_where_columns_leave_a_choice(tmp_path):
     rows = [{**chat("one"), "prompt": "two", "completion": "yes"}]
     write_jsonl(tmp_path / "a.dat", rows)
-    assert "does not say what it is" in fail(tmp_path, "a.dat")
+    assert "does not show the file type" in fail(tmp_path, "a.dat")
     assert "fit messages and prompt-completion" in fail(tmp_path, {"path": "a.dat", "format": "jsonl"})
     shutil.copy(tmp_path / "a.dat", tmp_path / "a.jsonl")
     source = {"path": "a.jsonl", "format": "prompt-completion"}

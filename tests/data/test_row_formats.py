@@ -150,7 +150,7 @@ def test_parts_may_hold_thoughts_text_and_calls_as_llama_factory_writes_them():
 @pytest.mark.parametrize(("column", "mark"), [("images", "<image>"), ("image", "<image>"), ("videos", "<video>")])
 def test_a_row_whose_text_stands_around_a_picture_is_refused(column, mark):
     row = chat(f"{mark}What is this?") | {column: ["cat.jpg"]}
-    assert f"{mark} stands for what is in '{column}'" in refusal(row)
+    assert f"{mark} refers to the column '{column}'" in refusal(row)
     assert read_row(row | {column: []}) == chat(f"{mark}What is this?")
     assert read_row(chat("What is this?") | {column: ["cat.jpg"]}) == chat("What is this?")
 

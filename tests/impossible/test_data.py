@@ -157,7 +157,7 @@ def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_f
     cannot="an end-of-turn token that is not supervised",
     kept="What the template writes after an answer, up to the token that ends a turn, belongs to its span. A template "
     "without such a token is refused.",
-    shows="an assistant's turn does not end in a token of its own but in ...: answers could not end",
+    shows="an assistant's turn ends in ..., not in an end-of-turn token, so answers would never end",
     also=["test_each_answer_is_learned_with_its_end_and_nothing_else"],
 )
 def test_answers_are_learned_with_their_end_and_so_they_end(place, run, without, shows):
