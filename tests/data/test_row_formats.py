@@ -68,7 +68,7 @@ def test_columns_map_any_names_and_mistakes_in_them_are_named():
     columns = {"prompt": "question", "completion": "answer"}
     assert detected([row], columns=columns) == "prompt-completion"
     assert read_row(rename(row, columns), name="prompt-completion") == chat("q", "a")
-    assert "no column 'questoin'" in detected([row], columns={"prompt": "questoin"})
+    assert "column 'questoin' not found" in detected([row], columns={"prompt": "questoin"})
     assert "Did you mean 'question'?" in detected([row], columns={"prompt": "questoin"})
     assert "Did you mean 'prompt'?" in detected([row], columns={"promt": "question"})
 

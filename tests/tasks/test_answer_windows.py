@@ -157,7 +157,7 @@ def test_letters_that_the_tokenizer_drops_do_not_hide_an_answer(tokenizers):
 def test_an_answer_longer_than_windows_share_may_lie_in_none(tokenizers):
     row = ask("Which door?", CONTEXT, CONTEXT[100:600])
     (reason,) = EXTRACTIVE_QA.encode([row], tokenizers("bert"), recipe("qa", 48, stride=8))
-    assert reason == "no window holds the whole answer: raise qa.stride or data.max_length"
+    assert reason == "no window contains the complete answer: raise qa.stride or data.max_length"
 
 
 def test_long_contexts_are_dropped_on_request_and_long_questions_always(tokenizers):
