@@ -1,7 +1,7 @@
-"""How thoughts and tool calls are written in answers: a table of known families, then what a template's probes show.
+"""Infers how a template writes thoughts and tool calls: a table of known families, then probes of the template.
 
-This tells what a model has to write of thoughts that the template leaves out. It also gives the response template by
-which transformers reads answers (https://huggingface.co/docs/transformers/chat_response_parsing).
+The result supplies thoughts that the template omits. It also yields the response template with which transformers
+parses answers (https://huggingface.co/docs/transformers/chat_response_parsing).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ TOOL: Json = {
     },
 }
 TOOLS, CALLS, RESULTS = TOOL_PARTS = ("tools", "calls of tools", "results of calls")
-"""What a template may leave out of a conversation with tools."""
+"""The parts of a conversation with tools that a template may omit."""
 A_NAME = r"[\w.:/-]+"
-"""Names of tools, as a pattern."""
+"""A pattern for the names of tools."""
 BEGINNING = r"\A\s*"
 """An unmarked call may occur only at the start of an answer."""
 _NAMED: Json = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
@@ -44,7 +44,7 @@ _JSON = json.JSONDecoder()
 
 
 def call_message(calls: int = 1, texts: bool = False, call_id: str = CALL_ID) -> Json:
-    """Return an answer that calls the probe's tool, with its arguments as an object or as JSON text."""
+    """Return an answer that calls the probe's tool. Its arguments are an object, or JSON text."""
     arguments = dict(zip(KEYS, VALUES, strict=True))
     function = {"name": NAME, "arguments": json.dumps(arguments) if texts else arguments}
     call = {"id": call_id, "type": "function", "function": function}
@@ -56,15 +56,15 @@ def call_message(calls: int = 1, texts: bool = False, call_id: str = CALL_ID) ->
 
 @dataclass(frozen=True)
 class ThoughtFormat:
-    """How an answer holds thoughts."""
+    """How an answer contains thoughts."""
 
     written_by: Literal["template", "content", "prompt"] = "content"
-    """What puts them there: the template, out of the field for them; the text of the answer, which the template takes
-    with thoughts in it; or nothing, where the template leaves them out of what it renders, and only asks for them."""
+    """Where they come from. The template writes them from the field for thoughts, or takes them from the text of the
+    answer; or it only prompts for them and omits them from what it renders."""
     before: str = THINK_OPEN
     after: str = THINK_CLOSE
     opener: str = ""
-    """What the generation prompt has, and a rendered answer has not: `<think>`, or empty thoughts."""
+    """In the generation prompt, but not in a rendered answer: `<think>`, or empty thoughts."""
 
     def inline(self, reasoning: str, content: str) -> str:
         """Write thoughts into the text of an answer."""
@@ -72,7 +72,7 @@ class ThoughtFormat:
 
 
 INLINE_THOUGHTS = ThoughtFormat()
-"""How thoughts are written under templates that know nothing of them."""
+"""The format of thoughts for templates that do not know them."""
 
 
 def shared_start(one: str, other: str) -> str:
@@ -86,34 +86,34 @@ def shared_start(one: str, other: str) -> str:
 
 @dataclass(frozen=True)
 class CallFormat:
-    """How an answer holds calls of tools."""
+    """How an answer contains tool calls."""
 
     writes: frozenset[str]
-    """What of tools is written: of `TOOL_PARTS`."""
+    """Which of `TOOL_PARTS` the template writes."""
     argument_texts: bool = False
-    """Whether arguments have to be handed over as JSON texts."""
+    """Whether arguments must be passed as JSON text."""
     end: str = ""
-    """What follows the last call, up to the next message."""
+    """The text between the last call and the next message."""
     field: Mapping[str, object] | None = None
-    """The field `tool_calls` of a response template; None where the way of writing calls is not known."""
+    """The field `tool_calls` of a response template; None if the format of calls is unknown."""
     marks: tuple[str, ...] = ()
-    """Text around all calls of an answer."""
+    """The text around all calls of an answer."""
     short_ids: bool = False
-    """Whether ids of calls have to be nine letters and digits (Mistral)."""
+    """Whether ids of calls must be nine letters and digits (Mistral)."""
 
 
 NO_CALLS = CallFormat(frozenset())
-"""Nothing of tools is written, or known."""
+"""The template writes nothing about tools, or its format is unknown."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call in what a template wrote, up to the end of its arguments."""
+    """A call in the template's output, up to the end of its arguments."""
 
     start: int
     end: int
     field: Json
-    """How it is read, as a field of a response template without its marks."""
+    """The field of a response template that reads it, without the text around all calls."""
 
 
 def _tagged(opening: str, close: str, argument: str) -> Json:
@@ -148,14 +148,14 @@ KNOWN_CALLS: Sequence[Json] = (
         "transform": {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.arguments}"}},
     },
 )
-"""How calls of known families are read: fields of a response template."""
+"""The calls of known families, as fields of a response template."""
 
 
 def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]:
     """Return the field of a response template for calls, and the text around all of them.
 
-    Known families first; other formats are inferred. `one` is an answer with one call, `two` one with two, if the
-    template writes that.
+    Known families are tried first; other formats are inferred. `one` is an answer with one call. `two` has two calls,
+    if the template writes such answers.
     """
     for known in KNOWN_CALLS:
         opened = re.search(known["open_pattern"], one)
@@ -193,13 +193,13 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
 
 
 def _find_call(text: str, start: int) -> _Call | None:
-    """Find the call of the probe's tool from `start` on, in one of the ways in which templates write calls."""
+    """Find the call of the probe's tool at or after `start`, in any of the known styles."""
     name = text.index(NAME, start)
     return _as_object(text, name) or _with_object(text, name) or _as_python(text)
 
 
 def _as_object(text: str, name: int) -> _Call | None:
-    """Read a call that is a JSON object, or a list of them: `{"name": ..., "arguments": ...}`."""
+    """Read a call that is a JSON object, or a list of such objects: `{"name": ..., "arguments": ...}`."""
     for found in re.finditer(r"(\[\s*)?(?=\{)", text[:name]):
         value, end = _decoded(text, found.end())
         if not isinstance(value, dict) or end <= name:
@@ -220,7 +220,7 @@ def _as_object(text: str, name: int) -> _Call | None:
 
 
 def _with_object(text: str, name: int) -> _Call | None:
-    """Read a call whose name is before its arguments, which are a JSON object."""
+    """Read a call whose name precedes its arguments, which are a JSON object."""
     for found in re.finditer(r"\{", text[name:]):
         start = name + found.start()
         value, end = _decoded(text, start)
@@ -232,7 +232,7 @@ def _with_object(text: str, name: int) -> _Call | None:
 
 
 def _adjacent_objects(one: str) -> Json | None:
-    """Return the field of calls that are objects with nothing between them: each ends where the next begins."""
+    """Return the field for calls that are adjacent objects: each ends where the next begins."""
     name = one.index(NAME)
     call = _with_object(one, name)
     if call is None:
@@ -246,7 +246,7 @@ def _adjacent_objects(one: str) -> Json | None:
 
 
 def _as_python(text: str) -> _Call | None:
-    """Read calls that are a list in Python: `[name(key="value")]`."""
+    """Read calls that are a Python list: `[name(key="value")]`."""
     found = re.search(rf"\[\s*{NAME}\({KEYS[0]}\s*=", text)
     if found is None or "]" not in text:
         return None
@@ -257,7 +257,7 @@ def _as_python(text: str) -> _Call | None:
 
 
 def _decoded(text: str, start: int) -> tuple[object, int]:
-    """Read JSON that begins at `start`, and return it with where it ends; None where there is none."""
+    """Decode the JSON that begins at `start`. Return the value and its end, or None and `start`."""
     try:
         return cast(tuple[object, int], _JSON.raw_decode(text, start))
     except ValueError:
@@ -265,7 +265,7 @@ def _decoded(text: str, start: int) -> tuple[object, int]:
 
 
 def _path(value: object, found: Callable[[object], bool]) -> str | None:
-    """Return the keys, joined by dots, of a part of an object."""
+    """Return the key path, joined by dots, of the first part of an object for which `found` is true."""
     for key, part in value.items() if isinstance(value, dict) else ():
         if found(part):
             return str(key)
@@ -280,7 +280,7 @@ def _shared_end(one: str, other: str) -> str:
 
 
 def _from_mark(shared: str, whole: str) -> str:
-    """Cut what two texts share at their ends to whole marks: `></b>` of `<a></b>` and `<c></b>` is `</b>`."""
+    """Cut the common end of two texts to complete marks: `></b>` of `<a></b>` and `<c></b>` becomes `</b>`."""
     if shared == whole:
         return shared
     begin = re.search(r"[<\[\n]", shared)
@@ -291,10 +291,10 @@ def _from_mark(shared: str, whole: str) -> str:
 
 
 def make_response_template(thoughts: ThoughtFormat, calls: CallFormat, heading: str, ending: str) -> Json:
-    """Return what transformers' `ResponseParser` needs to find thoughts, calls and text in answers.
+    """Return the template with which transformers' `ResponseParser` finds thoughts, calls and text in answers.
 
-    `heading` and `ending` are what a rendered answer has around its text; marks that are no part of a text get a field
-    of their own, which stays empty.
+    `heading` and `ending` surround the text of a rendered answer. Marks outside texts get a field of their own, which
+    stays empty.
     """
     heading = heading.rpartition(thoughts.after.strip())[2].strip() if thoughts.after.strip() else heading.strip()
     begin, end = thoughts.before.strip(), thoughts.after.strip().removesuffix(heading).strip()

@@ -1,4 +1,4 @@
-"""Parses what a model wrote after its prompt into thoughts, calls of tools and text."""
+"""Parses generated text into thoughts, tool calls and text."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ from llmtune.records import Json
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """An answer in its parts."""
+    """The parts of an answer."""
 
     text: str
-    """What is said, without blanks around it."""
+    """The text, stripped of surrounding white space."""
     reasoning: str | None = None
-    """The thoughts before it; None where there are none, or empty ones."""
+    """The thoughts before the text; None if they are missing or empty."""
     tool_calls: tuple[ToolCall, ...] = ()
     complete: bool = True
-    """Whether it came to its end, and was not cut off."""
+    """Whether the answer ended; False if it was truncated."""
     error: str | None = None
-    """Why a call in it cannot be read. The text holds all that was written then."""
+    """Why a call cannot be parsed. In that case `content` has the complete text."""
 
 
 def parse_answer(
     generated: Sequence[int] | str, template: ChatTemplate, tools: Tools = None, prompt: str | None = None
 ) -> ParsedAnswer:
-    """Parse what was generated after the generation prompt, special tokens included.
+    """Parse the text after the generation prompt, special tokens included.
 
-    What the generation prompt supplies, such as `<think>`, is taken into account and is no part of the result. It is
-    looked for in `prompt`, where that is given: after a result of a tool some templates supply nothing. Calls are read
-    only if `tools` are offered, since any text may look like a call. Arguments that are written without types get
-    those of their declaration.
+    The result excludes what the generation prompt supplies, such as `<think>`. If `prompt` is given, the supplied text
+    is searched there: some templates supply nothing after a tool result. Calls are parsed only if `tools` are offered,
+    because any text may look like a call. Arguments written without types get the types of their declaration.
     """
     stray: Collection[str] = ()
     if isinstance(generated, str):
@@ -64,16 +63,16 @@ def parse_answer(
 
 
 def _remove_tokens(stray: Collection[str], text: str) -> str:
-    """Take out special tokens that mark no part of an answer, as a model that has not learned the template writes."""
+    """Remove special tokens that mark no part of an answer. Models that have not learned the template write them."""
     for token in stray:
         text = text.replace(token, "")
     return text.strip()
 
 
 def response_parser(template: ChatTemplate, tools: Tools = None, prompt: str | None = None) -> ResponseParser:
-    """Return transformers' parser for one answer as it comes: feed it pieces of text, and it returns events.
+    """Return transformers' parser for one streamed answer: it takes pieces of text and returns events.
 
-    Its fields are `content`, `reasoning_content` and, if `tools` are offered, `tool_calls`; a tokenizer's own response
+    The fields are `content`, `reasoning_content` and, if `tools` are offered, `tool_calls`. A tokenizer's own response
     template may name the thoughts `thinking`.
     """
     supplied = template.facts.supplied if prompt is None or prompt.endswith(template.facts.supplied) else ""
@@ -82,9 +81,9 @@ def response_parser(template: ChatTemplate, tools: Tools = None, prompt: str | N
 
 
 def response_template(template: ChatTemplate, calls: bool) -> Json:
-    """Return how transformers' `ResponseParser` reads answers: the tokenizer's own way, or as the facts show.
+    """Return the response template for `ResponseParser`: the tokenizer's own, or one made from the facts.
 
-    Without `calls`, what looks like a call of a tool is text.
+    Without `calls`, a tool call is parsed as text.
     """
     own: Json | None = getattr(template.processor, "response_template", None)
     if own is None:
@@ -96,7 +95,7 @@ def response_template(template: ChatTemplate, calls: bool) -> Json:
 
 
 def canonical_call(call: Mapping[str, object]) -> ToolCall:
-    """Return a call as rows have it. Raises ValueError for one without a name, or whose arguments are no object."""
+    """Return a call in the format of rows. Raises ValueError if it has no name or its arguments are no object."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"a call without a name: {call}")

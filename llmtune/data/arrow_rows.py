@@ -1,8 +1,8 @@
-"""Rows from Arrow: Parquet files, and what data sets on the hub share with them.
+"""Rows from Arrow: from Parquet files, and from data sets on the hub.
 
-A struct column has one set of keys for all rows: those of every row together. A call of `add` gets `city: null`
-because a call of `weather` has a city. Nothing marks those nulls, so every null key inside a column goes. Columns
-themselves stay, and so do nulls in lists.
+A struct column has the same keys in every row: the union of all rows' keys. A call of `add` gets `city: null`
+because a call of `weather` has a city. Arrow does not mark those nulls, so every null key inside a column is removed.
+Null columns and nulls in lists are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llmtune.records import Advance
 MAX_COLUMNS = 2000
 PARQUET_ROWS = 512
 PARQUET_BYTES = 2**27
-"""A batch of more is turned into rows one by one."""
+"""A longer batch is converted row by row."""
 UNREADABLE_VALUES = (ValueError, OverflowError, LookupError, ImportError, pa.ArrowException)
 
 
@@ -39,7 +39,7 @@ class ArrowRow(dict[str, object]):
 def drop_filled(row: Mapping[str, object], features: Mapping[str, object] | None = None) -> ArrowRow:
     """Return the row without the null keys inside its columns.
 
-    `features` are those of the datasets library. Its type `Json` keeps rows as their author wrote them.
+    `features` come from the datasets library. Its type `Json` keeps rows as their author wrote them.
     """
     kept = ArrowRow()
     for column, value in row.items():
@@ -49,7 +49,7 @@ def drop_filled(row: Mapping[str, object], features: Mapping[str, object] | None
 
 
 def _drop(value: object, feature: Any) -> tuple[object, int]:
-    """Return a value without the null keys of its structs, and how many those were."""
+    """Return a value without the null keys of its structs, and the number of removed keys."""
     if not isinstance(value, dict | list) or type(feature).__name__ == "Json":
         return value, 0
     if isinstance(value, list):
@@ -63,7 +63,7 @@ def _drop(value: object, feature: Any) -> tuple[object, int]:
 
 
 def read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Iterator[RawRow]:
-    """Yield the rows of a Parquet file, each with its origin; raises GrowthError for a bomb."""
+    """Yield the rows of a Parquet file with their origins. Raises GrowthError for a decompression bomb."""
     size = path.size if isinstance(path, RemoteFile) else check_regular(path).st_size
     with pq.ParquetFile(path.open() if isinstance(path, RemoteFile) else path) as file:
         check_column_names(file.schema_arrow.names, name)
@@ -88,7 +88,7 @@ def read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Iterat
 
 
 def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """Return the names of the classes that a column has as numbers, as the datasets library notes them in a file."""
+    """Return the class names of integer columns, from the metadata that the datasets library writes."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"].items()
         whole = {column: feature for column, feature in features if isinstance(feature, dict)}
@@ -100,21 +100,21 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
 
 
 def name_classes(names: Sequence[str], value: object) -> object:
-    """Return the name of a class, or of each in a list; what is no class, such as -1, is none."""
+    """Return the name of a class, or of each class in a list. Numbers outside the classes, such as -1, give None."""
     if isinstance(value, list):
         return [name_classes(names, one) for one in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """Return how many rows to read at a time: a text stored once in a column may be the value of all its rows."""
+    """Return how many rows to read at a time: one stored text may be the value of all rows of a column."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     largest = max((group.total_byte_size for group in groups), default=1)
     return max(4, min(PARQUET_ROWS, 2 * PARQUET_BYTES // max(largest, 1)))
 
 
 def _values(batch: pa.RecordBatch) -> list[dict[str, object]] | RowError:
-    """Return rows as Python has them, or why it cannot: times out of range, unknown zones, text that is not UTF-8."""
+    """Convert a batch to Python rows, or return the error: times out of range, unknown zones, text not in UTF-8."""
     try:
         rows: list[dict[str, object]] = batch.to_pylist()
     except UNREADABLE_VALUES as error:
@@ -127,7 +127,7 @@ def _values(batch: pa.RecordBatch) -> list[dict[str, object]] | RowError:
 
 
 def check_column_names(names: Sequence[str], where: str) -> None:
-    """Raise DataError for more columns than a row has, or two of one name."""
+    """Raise DataError for too many columns, or for two columns with the same name."""
     if len(names) > MAX_COLUMNS:
         what = f"{len(names):,} columns: rows have up to {MAX_COLUMNS:,}"
         raise DataError.of(what, where, "Keep the columns that the task reads.")

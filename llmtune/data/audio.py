@@ -1,7 +1,7 @@
-"""Recordings: where they lie, whether they can be heard, and their samples at a model's rate.
+"""Recordings: find their files, check them, and decode them to samples at the model's rate.
 
-Decoded by libsndfile (wav, flac, mp3, ogg), mixed to one channel, resampled by soxr. Waveform are kept as 16-bit
-numbers: what nearly all recordings are made in, and half the space of anything else. Shape: N samples.
+Decoded by libsndfile (wav, flac, mp3, ogg), mixed to one channel, resampled by soxr. Samples are kept as 16-bit
+integers: nearly all recordings are made in them, and they take half the space of float32. Shape: N samples.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 Waveform = npt.NDArray[np.int16]
 FULL_SCALE = 32768
 RATES = (1_000, 768_000)
-"""Samples a second that a recording may have: below is no speech, above no sound card."""
+"""Allowed sample rates: speech needs more than the lower bound; no sound card exceeds the upper one."""
 CUT = re.compile(r"^data : (?!0xFFFFFFFF|4294967295|2147483647)\S+ \(should be", re.MULTILINE)
-"""What libsndfile notes of a wav file that ends before its header says, but for headers that were left unfinished."""
+"""libsndfile's note on a wav file that is shorter than its header states, except for unfinished headers."""
 OGG_PAGE_BYTES = 27 + 255 + 255 * 255
 MP3_SLACK = 2 * 1152
-"""Samples that an MP3 file may lack at its end: two frames, as encoders count differently."""
+"""Samples that an MP3 file may lack at its end: two frames, because encoders count differently."""
 MP3_TAGS_BYTES = 4096
-"""Bytes after the sound of an MP3 file that need not be read: tags."""
+"""Bytes after the sound of an MP3 file that may stay unread: tags."""
 AUDIO_COLUMNS = ("audio", "file_name")
 
 
 class SpeechRow(TypedDict):
-    """A recording and what is said in it."""
+    """A recording and its transcript."""
 
     audio: str
-    """The file."""
+    """The file's path."""
     content: str
-    """Its hash."""
+    """The file's hash."""
     text: str
 
 
@@ -50,12 +50,12 @@ def speech_from_columns(row: Mapping[str, object]) -> SpeechRow:
 
 
 def speech_from_folder(row: Mapping[str, object]) -> SpeechRow:
-    """Read `file_name` and `text`, as the metadata of a folder of recordings has them."""
+    """Read `file_name` and `text`, the columns of an audio folder's metadata."""
     return _speech(row, "file_name")
 
 
 def find_recording(value: object) -> str | None:
-    """Return the file that a cell names: a text, or a mapping with a `path`."""
+    """Return the file that a cell names: text, or a mapping with a `path`."""
     if isinstance(value, Mapping):
         value = value.get("path")
     return value if isinstance(value, str) and value else None
@@ -71,11 +71,11 @@ def _speech(row: Mapping[str, object], column: str) -> SpeechRow:
 
 
 def check_recording(path: Path) -> None:
-    """Look at a recording's header; raises RowError where it is missing, empty, damaged or has an impossible rate."""
+    """Check a recording's header. Raises RowError if the file is missing, empty or damaged, or its rate impossible."""
     import soundfile
 
     if not path.is_file():
-        raise RowError("audio missing", f"there is no file {path}")
+        raise RowError("audio missing", f"file not found: {path}")
     if path.stat().st_size == 0:
         raise RowError("audio empty", f"{path} has no bytes")
     try:
@@ -94,13 +94,13 @@ def check_recording(path: Path) -> None:
 
 
 def _decoder_message(error: soundfile.LibsndfileError) -> str:
-    """Return what libsndfile says; of a file that is there and no MP3 it says that it is not there."""
+    """Return libsndfile's message. For an existing file that is no MP3 it says "does not exist"; correct that."""
     message = str(error.error_string)
     return "Format not recognised." if "does not exist" in message else message
 
 
 def _ends_with_a_page(path: Path) -> bool:
-    """Whether the last page of an Ogg file is whole: 27 bytes, a byte a segment with its size, and the segments.
+    """Whether the last page of an Ogg file is complete: 27 bytes, a byte per segment with its size, the segments.
 
     RFC 3533, section 6.
     """
@@ -112,7 +112,7 @@ def _ends_with_a_page(path: Path) -> bool:
 
 
 def _counts_its_frames(path: Path) -> bool:
-    """Whether an MP3 file says how long it is; of others libsndfile guesses that, badly, and reads no further."""
+    """Whether an MP3 file states its length. For others libsndfile guesses it, badly, and reads no further."""
     with path.open("rb") as file:
         head = file.read(2**18)
     return b"Xing" in head or b"Info" in head
@@ -121,7 +121,7 @@ def _counts_its_frames(path: Path) -> bool:
 def decode_recording(path: Path, rate: int) -> Waveform:
     """Return the samples [N] of a recording, one channel at `rate` samples a second.
 
-    Raises RowError where it cannot be decoded.
+    Raises RowError if the file cannot be decoded.
     """
     import soundfile
     import soxr
@@ -136,7 +136,7 @@ def decode_recording(path: Path, rate: int) -> Waveform:
         raise RowError("audio unreadable", f"{path}: {_decoder_message(error)}") from None
     if kind == "MP3" and not _counts_its_frames(path):
         if unread > MP3_TAGS_BYTES:
-            what = f"{path} does not say how long it is, and is heard for {len(sound_NC) / own_rate:.1f} s alone"
+            what = f"{path} does not state its length, and only {len(sound_NC) / own_rate:.1f} s of it can be decoded"
             raise RowError("audio unreadable", f"{what}; write it again, as FLAC or with a Xing header")
     elif announced - len(sound_NC) > max(MP3_SLACK, announced // 100):
         raise RowError("audio cut", f"{path} has {len(sound_NC):,} samples, and {announced:,} by its header")
@@ -152,12 +152,12 @@ def decode_recording(path: Path, rate: int) -> Waveform:
 
 
 def to_float(samples: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """Return samples between -1 and 1, as feature extractors take them."""
+    """Return samples between -1 and 1, the input of feature extractors."""
     return np.asarray(samples, dtype=np.float32) / np.float32(FULL_SCALE)
 
 
 def cut_windows(samples: Waveform, rate: int, seconds: float) -> Iterator[Waveform]:
-    """Cut a recording into stretches of at most `seconds`, at the quietest place in the last fifth of each."""
+    """Cut a recording into windows of at most `seconds`, at the quietest point in the last fifth of each."""
     size = int(seconds * rate)
     while len(samples) > size:
         end = _quietest(samples[size - size // 5 : size], rate) + size - size // 5

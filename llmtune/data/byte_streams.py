@@ -1,4 +1,4 @@
-"""Files as streams of bytes: unpacked on the way and brought to UTF-8; devices, bombs and archives are refused."""
+"""Files as byte streams: decompress, convert to UTF-8, and refuse devices, bombs and archives."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from llmtune.recipe.user_files import open_regular
 from llmtune.records import Advance
 
 MAX_GROWTH = 200
-"""So many times its size a packed file may unpack to: text packs to a tenth, and a bomb to a thousandth."""
+"""Largest allowed ratio of decompressed to compressed size. Text shrinks to a tenth, a bomb to a thousandth."""
 PROBED_BYTES = 2**20
 GROWN_BYTES = 4 * 2**20
-"""Below it, growth is no matter."""
+"""Smaller outputs are never checked for growth."""
 OTHER_FILES = {
     b"PAR1": ("Parquet", "Set `format: parquet`."),
     b"PK\x03\x04": ("a zip archive", "Unpack it."),
@@ -34,14 +34,14 @@ OTHER_FILES = {
     b"%PDF": ("a PDF", "Extract its text."),
 }
 TAR = slice(257, 262)
-"""Where a tar archive says that it is one: `ustar`."""
+"""Offset of a tar archive's magic number: `ustar`."""
 
 GUESSED_BYTES = 2**20
-"""How much of a file is looked at to guess its encoding."""
+"""How many bytes of a file the encoding guess reads."""
 WESTERN_SIGNS = "€‚„…†‡‰‹‘’“”•–—™›\xa0¡¢£§©ª«®°±²³´µ·º»¼½¾¿×÷"
 WIDE = ("utf-16", "utf_16", "utf16", "utf-32", "utf_32", "utf32")
 WIDE_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",  # before that of UTF-16, which begins the same
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is a prefix of this one
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -52,7 +52,7 @@ ByteStream: TypeAlias = "io.BufferedReader[io.RawIOBase]"
 
 
 class GrowthError(Exception):
-    """A packed file that unpacks to far more than any text does."""
+    """A compressed file decompresses to far more than text does."""
 
 
 class _CountedFile(io.RawIOBase):
@@ -78,13 +78,13 @@ class _CountedFile(io.RawIOBase):
 
 
 def skip_bom(stream: ByteStream) -> None:
-    """Step over the mark of UTF-8 at the start of a file; some programs write it before other encodings too."""
+    """Skip the byte order mark of UTF-8; some programs write it before other encodings too."""
     if stream.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
         stream.read(len(codecs.BOM_UTF8))
 
 
 class Transcoded(io.RawIOBase):
-    """The text of a stream in another encoding, as UTF-8."""
+    """Converts a stream in another encoding to UTF-8."""
 
     def __init__(self, stream: ByteStream, encoding: str) -> None:
         if not encoding.lower().startswith(WIDE):
@@ -107,7 +107,7 @@ class Transcoded(io.RawIOBase):
 
 
 class _Unpacked(io.RawIOBase):
-    """What a packed file unpacks to, up to a bound."""
+    """A decompressed stream, up to a size limit."""
 
     def __init__(self, raw: ByteStream, kind: str, packed: _CountedFile) -> None:
         self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind)
@@ -131,9 +131,9 @@ class _Unpacked(io.RawIOBase):
 
 @contextmanager
 def open_bytes(path: Path | RemoteFile, advance: Advance = lambda count: None) -> Iterator[ByteStream]:
-    """Open a file for reading bytes; gzip and zstandard are known by their first bytes and unpacked on the way.
+    """Open a file for reading bytes; gzip and zstandard are detected by their first bytes and decompressed.
 
-    Raises OSError for what is no regular file.
+    Raises OSError if the path is not a regular file.
     """
     packed = _CountedFile(path, advance)
     with io.BufferedReader(cast(io.RawIOBase, packed), 2**18) as raw:
@@ -147,16 +147,16 @@ def open_bytes(path: Path | RemoteFile, advance: Advance = lambda count: None) -
 
 
 def _refuse_bomb(path: Path | RemoteFile, kind: str) -> None:
-    """Unpack the start of a file, before its rows cost time; what comes later is counted as it is read."""
+    """Decompress the start of a file before its rows take time; the rest is counted while it is read."""
     packed = _CountedFile(path, lambda count: None)
-    is_cut = suppress(OSError)  # that is told once its rows have been read
+    is_cut = suppress(OSError)  # reported once its rows have been read
     with io.BufferedReader(cast(io.RawIOBase, packed), 2**16) as raw, is_cut, _Unpacked(raw, kind, packed) as stream:
         while packed.count < PROBED_BYTES and stream.read(2**20):
             pass
 
 
 def refuse_other_files(stream: ByteStream, name: str) -> None:
-    """Raise DataError for an archive, a database or text in another encoding, whatever the name of the file says."""
+    """Raise DataError for an archive, a database or UTF-16 text, whatever the file's name suggests."""
     start = stream.peek(TAR.stop)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError.of("the file is UTF-16", name, "Add `encoding: utf-16` to the source, or save it as UTF-8.")
@@ -168,7 +168,7 @@ def refuse_other_files(stream: ByteStream, name: str) -> None:
 
 
 def guess_encoding(path: Path | RemoteFile) -> str | None:
-    """Return the encoding that a file's mark names, or `cp1252` if it is not UTF-8 and reads as Western Europe's.
+    """Return the encoding of a file's byte order mark, or `cp1252` if the file is not UTF-8 and looks Western European.
 
     Excel writes "Unicode text" as UTF-16 with a mark, and CSV files as cp1252 without one.
     """
@@ -181,7 +181,7 @@ def guess_encoding(path: Path | RemoteFile) -> str | None:
         start.decode()
     except UnicodeDecodeError as error:
         if error.end >= len(start) - 3 and len(start) == GUESSED_BYTES:
-            return None  # a character that is cut in two
+            return None  # the last character is cut in two
     else:
         return None
     try:
@@ -189,5 +189,5 @@ def guess_encoding(path: Path | RemoteFile) -> str | None:
     except UnicodeDecodeError:
         return None
     rare = sum(not (sign.isalpha() or sign in WESTERN_SIGNS) for sign in signs)
-    words = len(signs) < len(start) / 3  # more is another alphabet
+    words = len(signs) < len(start) / 3  # more of them suggest another alphabet
     return "cp1252" if signs and words and rare <= len(signs) / 10 else None

@@ -1,6 +1,6 @@
-"""Conversations into token ids and supervised spans.
+"""Encodes conversations into token ids and supervised spans.
 
-A training text is a list of segments, each learned or not; its ids are counted up to each border between two of them.
+A training text is a list of segments, each supervised or not. Its ids are counted up to each border between segments.
 """
 
 from __future__ import annotations
@@ -40,35 +40,35 @@ from llmtune.data.tokenization import (
 from llmtune.recipe.schema import Recipe
 
 FEW_ANSWERS = 12
-"""Up to so many answers, each is rendered after all that is before it: windows would save nothing."""
+"""Up to this many answers, each is rendered with everything before it: windows would save nothing."""
 FIRST_TURNS = 4
-"""So many turns that windows gave are compared with the conversation's own, next to those further on."""
+"""How many turns from windows are compared with the complete rendering, in addition to sampled later ones."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """An answer, and its place after all that is before it."""
+    """An answer and its position in the rendered conversation."""
 
     index: int
     answer: str
-    """It ends with an end-of-turn token."""
+    """The answer's text; it ends with an end-of-turn token."""
     answer_bytes: int
-    """Bytes of the message in it, without what the template writes around the message."""
+    """Bytes of the message in `target`, without the text that the template adds around it."""
     history: str
-    """A text that begins with what is before the answer; the turns of a long conversation share it."""
+    """A text that starts with the answer's prompt; the turns of a long conversation share it."""
     upto: int
-    """How many characters of it are before the answer."""
+    """How many characters of `head` come before the answer."""
     lead: str
-    """What the prompt has after them: `<think>`, or thoughts that are not learned."""
+    """What the prompt adds after them: `<think>`, or thoughts that are not supervised."""
 
     @property
     def prompt(self) -> str:
-        """All that is before the answer."""
+        """Everything before the answer."""
         return self.history[: self.upto] + self.lead
 
     @property
     def start(self) -> int:
-        """Characters before the answer."""
+        """The number of characters before the answer."""
         return self.upto + len(self.lead)
 
     def is_in(self, text: str, last: Turn) -> bool:
@@ -79,14 +79,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Draft:
-    """A training text, before it is tokenized."""
+    """A training text before tokenization."""
 
     chat: PreparedChat
     messages: int
-    """How many messages of the conversation it renders."""
+    """How many messages of the conversation it contains."""
     segments: Sequence[Segment]
     answer_bytes: Sequence[int]
-    """Bytes of messages in each learned segment; one number for all where everything is learned."""
+    """Bytes of messages in each supervised segment; a single number if everything is supervised."""
 
     @cached_property
     def text(self) -> str:
@@ -95,7 +95,7 @@ class Draft:
 
     @property
     def borders(self) -> list[int]:
-        """Where segments begin and end."""
+        """Return the positions of the borders between segments, including both ends."""
         return list(accumulate((len(segment.text) for segment in self.segments), initial=0))
 
 
@@ -107,9 +107,9 @@ Assemble = Callable[[Draft, ChatTemplate, Bordered], Encoded]
 def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
     """Return the examples of each conversation, or the reason why it has none.
 
-    Usually a conversation makes one example. Where the template writes earlier answers otherwise than their prompts
-    did (it takes their thoughts out, say), each answer gets an example of its own, after its own prompt. With
-    `data.train_on: all` every token from token 1 on is supervised, but not messages with `train: false`.
+    A conversation usually makes one example. A template may write an earlier answer differently than after its own
+    prompt, for example without its thoughts. Then each answer gets its own example, after its own prompt. With
+    `data.train_on: all` every token from token 1 on is supervised, except messages with `train: false`.
 
     Raises:
         EnvironmentProblem: the model has no chat template, or one that cannot be split into turns.
@@ -128,7 +128,7 @@ def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, rec
 
 
 def _encode_drafts(rows: Sequence[Drafts], template: ChatTemplate, assemble: Assemble) -> list[Encoded]:
-    """Return what `assemble` makes of the texts of each row with their ids, or the reason why there is nothing."""
+    """Assemble the examples of each row from its tokenized texts, or return the reason why it has none."""
     plain = [draft for row in rows if not isinstance(row, str) for draft in row if not is_marked(draft.text)]
     borders = [draft.borders for draft in plain]
     found = tokenize_with_borders(template.processor, [draft.text for draft in plain], borders)
@@ -150,19 +150,19 @@ def _encode_drafts(rows: Sequence[Drafts], template: ChatTemplate, assemble: Ass
 
 
 def _encode_marked(draft: Draft, template: ChatTemplate) -> Bordered:
-    """Return the ids of a text with marked tokens, and how many are before each border."""
+    """Return the ids of a text with marked tokens, and the number of ids before each border."""
     ids = encode_marked(template.processor, draft.text)
     heads = [encode_marked(template.processor, draft.text[:border]) for border in draft.borders]
     return ids, [count_shared(ids, head) for head in heads]
 
 
-# What is learned of a conversation: its answers
+# train_on: assistant
 
 
 def _draft_turns(
     rows: Sequence[ChatRow], chats: Sequence[PreparedChat | str], template: ChatTemplate, train_on: str
 ) -> list[Drafts]:
-    """Supervise the answers that are to be learned."""
+    """Draft texts whose supervised segments are the trained answers."""
     asked: list[tuple[PreparedChat, list[int]] | str] = []
     for row, chat in zip(rows, chats, strict=True):
         answers = _trained_answers(row, train_on)
@@ -172,7 +172,7 @@ def _draft_turns(
 
 
 def _trained_answers(row: ChatRow, train_on: str) -> list[int] | str:
-    """Return the numbers of the answers to learn, or why there are none."""
+    """Return the indices of the answers to train on, or the reason why there are none."""
     answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant" and i > 0]
     if train_on == "last":
         answers = answers[-1:]
@@ -182,10 +182,10 @@ def _trained_answers(row: ChatRow, train_on: str) -> list[int] | str:
 
 
 def cut_turns(template: ChatTemplate, chats: Sequence[tuple[PreparedChat, Sequence[int]]]) -> list[list[Turn] | str]:
-    """Cut the answers with these numbers out of each conversation, or say why the template refuses one.
+    """Cut the answers at these indices out of each conversation, or return why the template refuses it.
 
-    An answer is what the template writes for the conversation up to it, after the prompt for it. Rendering all of that
-    for every answer would take the square of the time, so a long conversation is rendered in windows first.
+    An answer is what the template adds after the prompt for it. Rendering the conversation again for every answer would
+    take quadratic time, so a long conversation is first rendered in windows.
     """
     windows = [len(answers) > FEW_ANSWERS and _cut_windows(template, chat, answers) for chat, answers in chats]
     rest = [one for one, turns in zip(chats, windows, strict=True) if not turns]
@@ -199,11 +199,11 @@ def cut_turns(template: ChatTemplate, chats: Sequence[tuple[PreparedChat, Sequen
 
 
 def _cut_windows(template: ChatTemplate, chat: PreparedChat, answers: Sequence[int]) -> list[Turn] | None:
-    """Cut answers out of windows of a conversation; None where the template looks further than a window shows.
+    """Cut answers out of windows of a conversation; None if the template looks beyond the window.
 
-    A window is the start of the conversation up to its first answer, then an answer and all up to the next. What the
-    windows add is put together. Some turns of the result, the last one included, have to be what the template writes
-    for the conversation itself.
+    A window is the start of the conversation up to its first answer, then one answer and everything up to the next.
+    The additions of the windows are joined. Some turns of the result, including the last, are compared with the
+    rendering of the conversation.
     """
     steps = [i for i in range(1, answers[-1] + 1) if chat.messages[i]["role"] == "assistant"]
     start = chat.messages[: steps[0]]
@@ -232,7 +232,7 @@ def _cut_windows(template: ChatTemplate, chat: PreparedChat, answers: Sequence[i
 
 
 def _checked(turns: Sequence[Turn]) -> Iterator[Turn]:
-    """Yield the last turn, the one in the middle before it and so on, and all of the first few."""
+    """Yield the last turn, the middle one of the turns before it and so on, then all of the first few."""
     k = len(turns) - 1
     while k >= FIRST_TURNS:
         yield turns[k]
@@ -243,7 +243,7 @@ def _checked(turns: Sequence[Turn]) -> Iterator[Turn]:
 def _cut_last(
     template: ChatTemplate, asked: Sequence[tuple[PreparedChat, Sequence[Message], int]]
 ) -> Iterator[Turn | TemplateRefusal]:
-    """Yield the answer that is the last of some messages, by its number in the conversation; or why there is none."""
+    """Yield the final answer of each list of messages with its index, or the reason why it has none."""
     prompts = template.render_batch([(messages[:-1], chat.tools) for chat, messages, _ in asked], answer_next=True)
     answered = template.render_batch([(inline_thoughts(template, messages), chat.tools) for chat, messages, _ in asked])
     for (chat, messages, index), prompt, whole in zip(asked, prompts, answered, strict=True):
@@ -258,7 +258,7 @@ def _cut_last(
 
 
 def _join_turns(chat: PreparedChat, turns: list[Turn] | str, template: ChatTemplate) -> Drafts:
-    """Make one text of the turns that are in the text of a later one; all that the conversation says must be in it."""
+    """Merge turns whose text is a prefix of a later turn's. All texts of the conversation must be in the result."""
     if isinstance(turns, str):
         return turns
     drafts: list[Draft] = []
@@ -286,7 +286,7 @@ def _join_turns(chat: PreparedChat, turns: list[Turn] | str, template: ChatTempl
 
 
 def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) -> Encoded:
-    """Find the answers among the tokens; an answer whose first token would reach into its prompt is encoded apart."""
+    """Find the answers among the tokens; encode an answer separately if its first token would overlap its prompt."""
     ids, counts = bordered
     processor = template.processor
     examples: list[Example] = []
@@ -317,11 +317,11 @@ def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
     return examples
 
 
-# What is learned of a conversation: everything
+# train_on: all
 
 
 def _draft_whole(rows: Sequence[ChatRow], chats: Sequence[PreparedChat | str], template: ChatTemplate) -> list[Drafts]:
-    """Supervise every message but those with `train: false`."""
+    """Supervise every message except those with `train: false`."""
     asked = [(inline_thoughts(template, chat.messages), chat.tools) for chat in chats if isinstance(chat, PreparedChat)]
     rendered = iter(template.render_batch(asked))
     return [
@@ -331,7 +331,7 @@ def _draft_whole(rows: Sequence[ChatRow], chats: Sequence[PreparedChat | str], t
 
 
 def _draft_messages(row: ChatRow, chat: PreparedChat, template: ChatTemplate, rendered: Rendered) -> Drafts:
-    """Find the parts of a rendered conversation that are not learned."""
+    """Find the unsupervised parts of a rendered conversation."""
     messages = chat.messages
     skipped = [i for i, message in enumerate(row["messages"]) if not message.get("train", True)]
     if len(skipped) == len(messages):
@@ -355,7 +355,7 @@ def _draft_messages(row: ChatRow, chat: PreparedChat, template: ChatTemplate, re
         return reason + fix
     at = 0
     for reasoning in [message.get("reasoning_content") for message in messages if chat.keeps_reasoning]:
-        start = text.find(reasoning, at) if reasoning else -1  # the template leaves out some
+        start = text.find(reasoning, at) if reasoning else -1  # the template omits some thoughts
         if reasoning and start >= 0:
             at = start + len(reasoning)
             ranges.append((start, at))
@@ -365,7 +365,7 @@ def _draft_messages(row: ChatRow, chat: PreparedChat, template: ChatTemplate, re
 
 
 def _without(text: str, ranges: Sequence[tuple[int, int]]) -> list[Segment]:
-    """Cut a text into what is learned and the ranges that are not."""
+    """Split a text into supervised segments and the given unsupervised ranges."""
     segments: list[Segment] = []
     at = 0
     for start, end in sorted(ranges):
@@ -385,14 +385,14 @@ def _assemble_whole(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
     learned[:1] = [False]
     spans = [i for i in range(len(ids) + 1) if (i < len(ids) and learned[i]) != (i > 0 and learned[i - 1])]
     if not spans:
-        return f"{NOTHING}: what does not say train: false stands inside what does"
+        return f"{NOTHING}: every trained message is inside the range of one with train: false"
     return [Example(ids[: spans[-1]], spans, draft.answer_bytes[0])]
 
 
 def _range_of(index: int, text: str, chat: PreparedChat, template: ChatTemplate) -> tuple[int, int]:
-    """Return the range of a message in the rendered conversation, by difference."""
+    """Return the range of a message in the rendered conversation, by comparing renderings."""
     before = template.render(chat.messages[:index], chat.tools) if index else ""
     after = template.render(chat.messages[: index + 1], chat.tools)[: len(text)]
     if not (text.startswith(before) and text.startswith(after)):
-        raise TemplateRefusal("the chat template does not say where the message with train: false stands")
+        raise TemplateRefusal("the position of the message with train: false in the chat template's text is ambiguous")
     return len(before), len(after)

@@ -1,8 +1,8 @@
-"""Messages of rows as chat templates take them, special tokens in them written as plain text.
+"""Converts messages of rows to the templates' form, with special tokens in them as plain text.
 
-So nobody can write a turn marker. The marks around such tokens are transformers' own
-(`apply_chat_template(..., sanitize_control_tokens=True)`): private characters, which pass through the template and are
-gone from the ids.
+A row therefore cannot inject a turn marker. The marks around such tokens are transformers' own
+(`apply_chat_template(..., sanitize_control_tokens=True)`): private-use characters that pass through the template and
+are removed before encoding.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from llmtune.data.chat_rows import Message, ToolCall
 OURS = ("train", "reasoning")
 """Keys of a row's message that templates do not know."""
 SHORT_ID = 9
-"""Letters and digits of a call's id in Mistral's templates."""
+"""Length of a call's id in Mistral's templates: letters and digits."""
 
 
 def clean_messages(messages: Sequence[Mapping[str, object]], drop_reasoning: bool = False) -> list[Message]:
-    """Return messages as templates take them: text for content, arguments as objects, thoughts as `reasoning_content`.
+    """Return messages in the templates' form: content as text, arguments as objects, thoughts in `reasoning_content`.
 
-    transformers hands thoughts on under the other names that templates have for them.
+    transformers also passes the thoughts under the other names that templates use.
     """
     cleaned = []
     for message in messages:
@@ -42,7 +42,7 @@ def clean_messages(messages: Sequence[Mapping[str, object]], drop_reasoning: boo
 
 
 def with_argument_texts(message: Message) -> Message:
-    """Write the arguments of calls as JSON texts, for templates that copy them as they are."""
+    """Write the arguments of calls as JSON text, for templates that copy them unchanged."""
     if not message.get("tool_calls"):
         return message
     calls = []
@@ -53,7 +53,7 @@ def with_argument_texts(message: Message) -> Message:
 
 
 def with_short_ids(message: Message) -> Message:
-    """Make the ids of calls, here or answered here, nine letters and digits long, as Mistral's templates ask for."""
+    """Make the ids of calls and of their results nine letters and digits long, which Mistral's templates require."""
     copy = cast(Message, {**message})
     if "tool_call_id" in message:
         copy["tool_call_id"] = _short_id(message["tool_call_id"])
@@ -68,7 +68,7 @@ def _short_id(call_id: str) -> str:
 
 
 def _with_arguments(call: ToolCall) -> ToolCall:
-    """Return a tool call with its arguments as an object, as templates take them; OpenAI's format has JSON text."""
+    """Return a tool call with its arguments as an object; OpenAI's format has JSON text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
@@ -84,16 +84,16 @@ def _with_arguments(call: ToolCall) -> ToolCall:
 
 T = TypeVar("T")
 MARKS = tuple(mark_control_tokens("x", re.compile("x")).split("x"))
-"""Text before and after a token that is to be plain text."""
+"""Text before and after a token that is encoded as plain text."""
 TEXTS = ("content", "reasoning", "reasoning_content")
 
 
 class UnwritableTextError(Exception):
-    """The tokenizer makes a special token of text, whatever is done; the text names it."""
+    """The tokenizer turns the text into a special token despite its marks; the message names it."""
 
 
 def control_pattern(processor: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
-    """Return what finds the tokens that text must not write: special ones, and added ones that the template writes.
+    """Return a pattern for the tokens that text must not produce: special tokens, and added ones in the template.
 
     Other added tokens, such as words of `model.add_tokens`, are text.
     """
@@ -107,13 +107,13 @@ def control_pattern(processor: PreTrainedTokenizerBase, template: str) -> re.Pat
 def find_control_token(
     pattern: re.Pattern[str], messages: Sequence[Mapping[str, object]], tools: object = None
 ) -> str | None:
-    """Return the first special token that the texts of a conversation hold."""
+    """Return the first special token in the texts of a conversation."""
     found = pattern.search(joined_text(messages, tools))
     return found[0] if found else None
 
 
 def joined_text(messages: Sequence[Mapping[str, object]], tools: object = None) -> str:
-    """Return all texts of a conversation in one."""
+    """Return all texts of a conversation, joined."""
     texts = [str(message[key]) for message in messages for key in TEXTS if message.get(key)]
     calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
     if calls or tools:
@@ -127,7 +127,7 @@ def mark(value: T, pattern: re.Pattern[str]) -> T:
 
 
 def is_marked(text: str) -> bool:
-    """Whether there are marks in a text."""
+    """Whether a text contains marks."""
     return MARKS[0] in text or MARKS[1] in text
 
 
@@ -137,7 +137,7 @@ def unmark(text: str) -> str:
 
 
 def encode_marked(processor: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of a text, those of marked tokens as plain text.
+    """Return the ids of a text, with marked tokens encoded as plain text.
 
     Raises:
         UnwritableTextError: this tokenizer cannot write a special token as text.

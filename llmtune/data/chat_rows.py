@@ -1,4 +1,4 @@
-"""Rows of chat and completion: messages checked and brought into one dialect, prompts with completions, bare text."""
+"""Rows of chat and completion: conversations checked and normalised, prompts with completions, plain text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmtune.errors import nearest
 
 MAX_MESSAGES = 1000
 MAX_PREFIXES = 2**29
-"""Messages times characters: each answer is rendered with all that is before it."""
+"""Limit on messages times characters: each answer is rendered with everything before it."""
 MESSAGE_KEYS = frozenset(
     {*ROLE_KEYS, *CONTENT_KEYS, "train", "weight", "loss_weight"}
     | {"tool_calls", "function_call", "tool_call_id", "name", *REASONING_KEYS}
@@ -37,7 +37,7 @@ class Function(TypedDict):
 
 
 class ToolCall(TypedDict):
-    """A call of a tool, as chat templates expect it."""
+    """A tool call in the form that chat templates expect."""
 
     type: str
     function: Function
@@ -57,23 +57,23 @@ class Message(TypedDict):
     role: str
     content: str
     train: NotRequired[bool]
-    """Whether an answer is learned (yes, where it is missing)."""
+    """Whether to train on an answer; true if missing."""
     reasoning: NotRequired[str]
-    """The thoughts before an answer, without the marks around them; empty for thoughts that are stated to be none."""
+    """The thoughts before an answer, without their marks; empty if the row states that there were none."""
     reasoning_content: NotRequired[str]
-    """The same where templates look for it (`llmtune.data.chat_messages.clean_messages`); no row has it."""
+    """The same under the templates' name (`llmtune.data.chat_messages.clean_messages`); rows never have it."""
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
 
 
 class ChatRow(TypedDict):
-    """A conversation, and the tools that it may call."""
+    """A conversation and the tools available to it."""
 
     messages: list[Message]
     tools: NotRequired[list[Tool]]
     train_reasoning: NotRequired[str]
-    """What becomes of its thoughts, where that is not what `data.reasoning` says."""
+    """How to treat its thoughts; overrides `data.reasoning`."""
 
 
 class CompletionRow(TypedDict):
@@ -84,7 +84,7 @@ class CompletionRow(TypedDict):
 
 
 def chat_from_messages(row: Mapping[str, object]) -> ChatRow:
-    """Read `messages` (or ShareGPT's `conversations`), and tools, system and thoughts as the row states them."""
+    """Read `messages` (or ShareGPT's `conversations`) with the row's tools, system message and thoughts."""
     tools = row.get("tools")
     value = row["messages"] if "messages" in row else row["conversations"]
     chat = canonical_messages(value, tools if tools is not None else row.get("functions"), row.get("system"))
@@ -99,7 +99,7 @@ def chat_from_messages(row: Mapping[str, object]) -> ChatRow:
 
 
 def chat_from_alpaca(row: Mapping[str, object]) -> ChatRow:
-    """Read `instruction`, `input`, `output` and the turns before them in `history`."""
+    """Read `instruction`, `input`, `output`, and the earlier turns in `history`."""
     history = row.get("history") or []
     if not (isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history)):
         raise RowError("wrong type", "'history' must be a list of [question, answer] pairs")
@@ -108,14 +108,14 @@ def chat_from_alpaca(row: Mapping[str, object]) -> ChatRow:
 
 
 def completion_from_alpaca(row: Mapping[str, object]) -> CompletionRow:
-    """Read an instruction as text to go on from."""
+    """Read an instruction as a text to continue."""
     system = row.get("system")
     head = f"{text_of(system, repr('system'))}\n\n" if system else ""
     return {"prompt": f"{head}{_alpaca_prompt(row)}\n\n", "completion": nonempty_text(row, "output")}
 
 
 def chat_from_pair(row: Mapping[str, object]) -> ChatRow:
-    """Read `prompt` and `completion`, texts or lists of messages."""
+    """Read `prompt` and `completion`, each text or a list of messages."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         context = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
@@ -125,7 +125,7 @@ def chat_from_pair(row: Mapping[str, object]) -> ChatRow:
 
 
 def completion_from_pair(row: Mapping[str, object]) -> CompletionRow:
-    """Read `prompt` (may be empty) and `completion`."""
+    """Read `prompt`, which may be empty, and `completion`."""
     return {"prompt": text_of(row["prompt"], "'prompt'"), "completion": nonempty_text(row, "completion")}
 
 
@@ -143,12 +143,12 @@ def _alpaca_prompt(row: Mapping[str, object]) -> str:
 
 
 def _alternate(turns: Sequence[object]) -> list[object]:
-    """Return messages of a user and an assistant in turn."""
+    """Return messages with alternating roles, user first."""
     return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
 def canonical_messages(value: object, tools: object = None, system: object = None) -> ChatRow:
-    """Check a conversation and return the canonical chat row.
+    """Check a conversation and return it as a canonical chat row.
 
     Args:
         value: A list of messages, `role`/`content` (OpenAI) or `from`/`value` (ShareGPT), or the same as JSON text.
@@ -216,7 +216,7 @@ def _role_error(stated: object, where: str) -> RowError:
 
 
 def _said(turn: Mapping[str, object], content: object, where: str, role: str, calls: bool) -> Message:
-    """Return the message of what is said, and of what was thought before."""
+    """Return a message with its content, and its thoughts if it has any."""
     thoughts = ""
     if isinstance(content, list):
         thoughts = "\n\n".join(_thought(part, where) for part in content if _is_thought(part))
@@ -231,14 +231,14 @@ def _said(turn: Mapping[str, object], content: object, where: str, role: str, ca
         if reasoning is not None:
             message["reasoning"] = reasoning
     elif thoughts or any(turn.get(key) for key in REASONING_KEYS):
-        raise RowError("thoughts that are no answer's", f"{where} is from the {role}, and only answers have thoughts")
+        raise RowError("thoughts outside an answer", f"{where} is from the {role}, and only answers may have thoughts")
     if not message["content"].strip() and role in ("user", "assistant") and not calls:
-        raise RowError("empty content", f"{where} ({role}) says nothing")
+        raise RowError("empty content", f"{where} ({role}) has no content")
     return message
 
 
 def answer_as_text(answer: Message) -> str:
-    """Return an answer as one text, its thoughts within."""
+    """Return an answer as one text that includes its thoughts."""
     return (
         f"{THINK_OPEN}{answer['reasoning']}{THINK_CLOSE}{answer['content']}"
         if "reasoning" in answer
@@ -247,7 +247,7 @@ def answer_as_text(answer: Message) -> str:
 
 
 def answer_message(text: str) -> Message:
-    """Return the message of an answer that is one text."""
+    """Return the message for an answer given as one text."""
     reasoning, content = split_reasoning({}, text, "", "the answer")
     message: Message = {"role": "assistant", "content": content}
     return message if reasoning is None else {**message, "reasoning": reasoning}
@@ -262,7 +262,7 @@ def _is_call(part: object) -> bool:
 
 
 def _thought(part: Mapping[str, object], where: str) -> str:
-    """Read a part of content that holds thoughts, as Anthropic and Mistral write it."""
+    """Read a content part with thoughts, in Anthropic's or Mistral's format."""
     value = part.get("thinking", part.get("reasoning", part.get("text", part.get("value"))))
     if isinstance(value, list):
         return "".join(_part_text(inner, where) for inner in value)
@@ -296,7 +296,7 @@ def _tool_calls(turn: Mapping[str, object], where: str) -> list[ToolCall]:
 
 
 def _call(call: object, where: str) -> ToolCall:
-    """Return a call with its arguments as an object, which is what chat templates expect."""
+    """Return a call with its arguments as an object, the form that chat templates expect."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("malformed tool call", f"{where}: a tool call needs a function with a 'name' and 'arguments'")
@@ -343,7 +343,7 @@ def _check_order(messages: Sequence[Message]) -> None:
 
 
 def _json_cell(value: object, what: str) -> object:
-    """Read JSON text where tables have it in place of a list or object."""
+    """Parse JSON text, which tables use in place of a list or object."""
     if not isinstance(value, str):
         return value
     if not value.strip():

@@ -1,12 +1,12 @@
-"""The chat template: what the model reads before an answer, and what of an answer it has to learn.
+"""The chat template: renders the prompt of an answer, and determines which part of an answer is supervised.
 
-A turn is found by difference. The prompt of the assistant's turn i is the rendering of the messages before it with
-`add_generation_prompt`, which is what the model is given when it answers; its target is what the rendering of one
-message more adds to that, up to and including the token that ends a turn. So a model is trained on the prompts that it
-will see, whatever the template does to earlier turns. A template that writes something else is refused.
+A turn is the difference of two renderings. The prompt of the assistant's turn i is the rendering of the messages before
+it with `add_generation_prompt`; the model gets the same prompt when it answers. The target is the text that rendering
+one more message adds, up to and including the end-of-turn token. So the model is trained on the prompts that it will
+see, even if the template rewrites earlier turns. A template that does not fit this scheme is refused.
 
-Ids are those of `apply_chat_template(tokenize=True)`: the tokenizer adds no special token to what the template wrote.
-A template is a program of strangers: its time, its memory and its text are limited.
+Ids equal those of `apply_chat_template(tokenize=True)`: the tokenizer adds no special tokens to the rendering.
+A template is untrusted code: its time, memory and output are limited.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from llmtune.recipe.schema import Recipe
 from llmtune.store.resource_limits import LimitExceeded, limited
 
 Conversation = Sequence[Mapping[str, object]]
-"""Messages of whatever origin; `clean_messages` makes those that templates take."""
+"""Messages from any source; `clean_messages` converts them to the templates' form."""
 Tools = Sequence[Tool] | None
 Rendered = str | TemplateRefusal
-"""A rendered conversation, or why there is none."""
+"""A rendered conversation, or the error that prevented it."""
 
 SECONDS = 2.0
-"""For one conversation; a thousand messages take a tenth of it."""
+"""Seconds for one conversation; a thousand messages take a tenth of it."""
 SECONDS_MORE = 0.05
-"""For each further one in a batch."""
+"""Seconds for each further conversation of a batch."""
 EXTRA_BYTES = 2**29
 MAX_TEXT = 2**25
 SPELL_OUT = "data.special_tokens_in_text: text writes it as plain text."
@@ -68,12 +68,12 @@ _RENDER_ERRORS = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's template, and how it ends the assistant's turns."""
+    """A tokenizer's template with its facts, such as the token that ends the assistant's turns."""
 
     processor: PreTrainedTokenizerBase
     kwargs: dict[str, object]
     name: str
-    """What messages to people call it."""
+    """The template's name in messages to users."""
     facts: TemplateFacts = NO_FACTS
 
     def render(self, messages: Conversation, tools: Tools = None, answer_next: bool = False) -> str:
@@ -81,7 +81,7 @@ class ChatTemplate:
 
         Raises:
             EnvironmentProblem: the template takes too long or too much memory.
-            TemplateRefusal: the template does not take these messages.
+            TemplateRefusal: the template rejects these messages.
         """
         (rendered,) = self.render_batch([(messages, tools)], answer_next)
         if isinstance(rendered, TemplateRefusal):
@@ -89,7 +89,7 @@ class ChatTemplate:
         return rendered
 
     def render_batch(self, chats: Sequence[tuple[Conversation, Tools]], answer_next: bool = False) -> list[Rendered]:
-        """Render conversations, each as `render` does; neighbours with the same tools in one call if all can be."""
+        """Render each conversation as `render` does; neighbours with the same tools share a call if none fails."""
         rendered: list[Rendered] = []
         for _, group in groupby(chats, key=lambda chat: id(chat[1])):
             neighbours = list(group)
@@ -123,24 +123,24 @@ class ChatTemplate:
         return cast(list[str], texts)
 
     def _check_text(self, text: str) -> None:
-        """Refuse what no tokenizer should get: text without end, halves of characters."""
+        """Refuse a rendering that no tokenizer should get: endless text, or lone surrogates."""
         if len(text) > MAX_TEXT:
-            what = f"the chat template writes {len(text):,} characters, and may write {MAX_TEXT:,}"
+            what = f"the chat template writes {len(text):,} characters, but at most {MAX_TEXT:,} are allowed"
             raise EnvironmentProblem.of(what, self.name, ENDLESS)
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            what = f"the chat template writes what is no text: {error}"
+            what = f"the chat template writes invalid text: {error}"
             raise EnvironmentProblem.of(what, self.name, ENDLESS) from error
 
     def text(self, tools: Tools = None) -> str:
-        """Return the template itself; tokenizers may have another one for tools."""
+        """Return the template's source; a tokenizer may have a separate template for tools."""
         return cast(str, self.processor.get_chat_template(None, tools))
 
     def prepare(self, messages: Conversation, drop_reasoning: bool = False) -> list[Message]:
-        """Return messages as this template takes them."""
+        """Return messages in this template's form."""
         cleaned = clean_messages(messages, drop_reasoning)
-        if self.facts.closes_thoughts:  # no thoughts are what the prompt says already
+        if self.facts.closes_thoughts:  # the prompt already states that there are no thoughts
             for message in cleaned:
                 if message.get("reasoning_content") == "":
                     del message["reasoning_content"]
@@ -152,18 +152,18 @@ class ChatTemplate:
 
     @property
     def end_ids(self) -> list[int]:
-        """Ids at which generation has to stop: the end-of-turn token, and the tokenizer's own end."""
+        """The ids that stop generation: the end-of-turn token, and the tokenizer's own end token."""
         ends = [self.facts.end, *filter(None, [self.facts.calls.end])]
         ids = [*self.processor.convert_tokens_to_ids(ends), self.processor.eos_token_id]
         return list(dict.fromkeys(token for token in ids if token is not None))
 
 
 def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate:
-    """Return the template with what it does.
+    """Return the template with its facts.
 
     Raises:
-        EnvironmentProblem: there is no template, or it cannot be split into turns.
-        RecipeError: `model.chat_template_kwargs` has a name that the template never reads, or it omits
+        EnvironmentProblem: the template is missing, or cannot be split into turns.
+        RecipeError: `model.chat_template_kwargs` has a name that the template never reads, or the template omits
             `data.system_prompt`.
     """
     template = _without_facts(processor, recipe)
@@ -180,7 +180,7 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
 
 
 def with_kwargs(template: ChatTemplate, kwargs: Mapping[str, object]) -> ChatTemplate:
-    """Return the template with these switches, and what it does then. Raises as `read_template` does."""
+    """Return the template with these switches and the facts that result. Raises as `read_template` does."""
     switched = replace(template, kwargs={**kwargs})
 
     def render(messages: Conversation, tools: Sequence[Mapping[str, object]] | None, answer_next: bool) -> str:
@@ -198,33 +198,33 @@ def _without_facts(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTe
 
 
 def stop_ids(processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-    """Return the ids that end an answer in this template, and the tokenizer's own end.
+    """Return the ids that end an answer in this template, and the tokenizer's own end token.
 
-    A base model's tokenizer often ends at `<|endoftext|>` where the template ends a turn with `<|im_end|>`: generation
-    has to stop at both. Without a template it is the tokenizer's own end alone.
+    A base model's tokenizer often ends at `<|endoftext|>` but the template ends turns with `<|im_end|>`, so generation
+    must stop at both. Without a template, only the tokenizer's own end token counts.
     """
     if not processor.chat_template:
         return [processor.eos_token_id]
     return read_template(processor, recipe).end_ids
 
 
-# Conversations as the template takes them
+# Conversations in the template's form
 
 
 @dataclass(frozen=True)
 class PreparedChat:
-    """A conversation as its template takes it."""
+    """A conversation in the form that its template takes."""
 
     messages: list[Message]
     tools: Tools = None
     keeps_reasoning: bool = False
-    """Whether thoughts are read and not learned."""
+    """Whether thoughts are part of the prompt and not supervised."""
     marked: bool = False
-    """Whether special tokens in it are marked, which are to be plain text."""
+    """Whether it contains marked special tokens, which are encoded as plain text."""
 
 
 def prepare_chats(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recipe) -> list[PreparedChat | str]:
-    """Return each row's conversation, or the reason why it cannot be used."""
+    """Return each row's conversation, or the reason why it is unusable."""
     in_text = recipe.data.special_tokens_in_text
     pattern = control_pattern(template.processor, template.text() + template.text([]))
     texts = "\0".join(joined_text(row["messages"], row.get("tools")) for row in rows)
@@ -253,13 +253,13 @@ def render_prompt(
     tools: Tools = None,
     reasoning: str | None = None,
 ) -> list[int]:
-    """Return the token ids to generate an answer to `messages` from: the one place where they are made.
+    """Return the token ids of the prompt for an answer to `messages`. Every prompt is made here.
 
-    `reasoning` is what the row itself says about its thoughts, in place of `data.reasoning`.
+    `reasoning` is the row's own setting for its thoughts; it overrides `data.reasoning`.
 
     Raises:
-        DataError: the template does not take these messages, or they hold special tokens that cannot be text.
-        EnvironmentProblem: there is no template.
+        DataError: the template rejects these messages, or they contain special tokens that cannot be text.
+        EnvironmentProblem: the model has no template.
     """
     calls = any(message.get("tool_calls") or message.get("tool_call_id") for message in messages)
     template = read_template(processor, recipe) if calls else _without_facts(processor, recipe)
@@ -280,7 +280,7 @@ def render_prompt(
 
 
 def inline_thoughts(template: ChatTemplate, messages: Sequence[Message]) -> Sequence[Message]:
-    """Return messages with the thoughts of the last one where the template takes them from."""
+    """Return messages with the thoughts of the last one moved into its text, if the template reads them there."""
     *before, answer = messages
     reasoning = answer.get("reasoning_content")
     if reasoning is None or template.facts.thoughts.written_by != "content":
@@ -293,10 +293,11 @@ def inline_thoughts(template: ChatTemplate, messages: Sequence[Message]) -> Sequ
 def split_answer(
     facts: TemplateFacts, message: Message, prompt: str, whole: str, keep_reasoning: bool
 ) -> tuple[str, str, int]:
-    """Return what of an answer is read, what is learned, and how many bytes of the message that is.
+    """Return the prompt of an answer, its supervised text, and how many bytes of the message that contains.
 
-    `prompt` is the rendering up to the answer, `whole` with it. With `keep_reasoning` its thoughts are read; else all
-    of it is learned. What the template writes around the message is learned, and is no byte of it.
+    `prompt` is the rendering up to the answer, `whole` includes it. With `keep_reasoning` the thoughts belong to the
+    prompt; otherwise the complete answer is supervised. Text that the template adds around the message is supervised
+    too, but not counted in its bytes.
 
     Raises:
         TemplateRefusal: the two renderings do not show where this turn begins.
@@ -321,10 +322,10 @@ def split_answer(
 
 
 def _written_after(facts: TemplateFacts, reasoning: str | None, prompt: str, whole: str) -> str:
-    """Return what the model has to write after the prompt.
+    """Return what the model must write after the prompt.
 
-    It is the difference of the two renderings; thoughts that the template leaves out of what it renders are put in, and
-    so is the end of those that the prompt begins.
+    This is the difference of the two renderings. If the template omits the thoughts, they are inserted; if the prompt
+    opens them, so is their end.
     """
     form = facts.thoughts
     if reasoning and facts.closes_thoughts:
@@ -340,13 +341,13 @@ def _written_after(facts: TemplateFacts, reasoning: str | None, prompt: str, who
             return rest
         closed = rest.lstrip().startswith(form.after.strip())
         return (inserted or "") + ("" if closed else form.after) + rest
-    raise TemplateRefusal("the chat template does not begin this answer as it asks for one")
+    raise TemplateRefusal("this answer does not start with the chat template's generation prompt")
 
 
 def _split_end(facts: TemplateFacts, message: Message, difference: str) -> tuple[str, str]:
-    """Split a turn into its text and its end, which is cut after the end-of-turn token.
+    """Split a turn into its text and its end; the end stops after the end-of-turn token.
 
-    A turn that calls a tool may end in another token than an answer (Llama 3.1: `<|eom_id|>`), and in some formats the
+    A turn that calls a tool may end in another token than an answer (Llama 3.1: `<|eom_id|>`). In some formats the
     header of the next message is the end (GLM: `<|user|>`, `<|observation|>`).
     """
     if facts.ends_with_next:

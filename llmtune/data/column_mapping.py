@@ -1,4 +1,4 @@
-"""Columns of a file under our names: as the recipe maps them, by their usual other names, or guessed from values."""
+"""Maps a file's columns to our names: by the recipe, by usual aliases, or guessed from values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmtune.data.rejected_rows import RowError, json_kind
 from llmtune.recipe.task_facts import TASK_FACTS
 
 FIELD = re.compile(r"\{([^{}]+)\}")
-"""A column's name in a template."""
+"""A column name in a template."""
 _PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request", "problem")
 ANSWER_NAMES = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
 _CONVERSATION = {
@@ -60,23 +60,23 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "rejected": ("rejected_response", "rejected_messages", "dispreferred"),
     },
 }
-"""By task, our name of a column and what others call it."""
+"""By task, our column names and their aliases."""
 COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])
-"""Columns of answers of which one is the worse: no other task may learn from them."""
+"""Answer columns one of which is the worse answer: only preference tasks may learn from them."""
 
 NAMES_AT_ONCE = 200
-"""Columns and keys within them that a row is searched for."""
+"""How many columns and nested keys of a row are searched."""
 MISSING = object()
-"""What `find` returns where there is no such column or key."""
+"""Returned by `find` if the column or key is missing."""
 
 
 def rename(
     row: Mapping[str, object], columns: Mapping[str, str], roles: Mapping[str, Sequence[str]] | None = None
 ) -> Mapping[str, object]:
-    """Give mapped columns their canonical names, and messages our roles; a column that had the name before gives way.
+    """Give mapped columns their canonical names, and messages our roles. A column that had such a name is replaced.
 
-    A mapping names a column, a key within one (`thread.messages`), or is a template with such names in braces. Raises
-    RowError where a template meets something that is no text.
+    A mapping names a column or a nested key (`thread.messages`), or is a template with such names in braces. Raises
+    RowError if a template meets a value that is no text.
     """
     if columns:
         row = {
@@ -87,7 +87,7 @@ def rename(
 
 
 def find(row: Mapping[str, object], name: str) -> object:
-    """Return the value of a column, or of a key within it, such as `thread.messages`; else MISSING."""
+    """Return the value of a column or nested key, such as `thread.messages`; MISSING if not found."""
     if name in row:
         return row[name]
     value: object = row
@@ -99,15 +99,15 @@ def find(row: Mapping[str, object], name: str) -> object:
 
 
 def has_columns(row: Mapping[str, object], theirs: str) -> bool:
-    """Whether a row has all that a mapping names."""
+    """Whether a row has all columns that a mapping names."""
     return all(find(row, field) is not MISSING for field in fields(theirs, row))
 
 
 def flatten(row: Mapping[str, object]) -> dict[str, object]:
-    """Return a row with the keys of its objects as columns of their own, by their paths."""
+    """Return a row with nested keys as columns, named by their paths."""
     flat: dict[str, object] = {}
     waiting = list(row.items())
-    for name, value in waiting:  # grows
+    for name, value in waiting:  # grows in the loop
         if isinstance(value, dict) and value and len(waiting) < NAMES_AT_ONCE:
             waiting += [(f"{name}.{key}", inner) for key, inner in value.items()]
         else:
@@ -129,12 +129,12 @@ def _template_text(value: object, name: str) -> str:
 
 
 def fields(theirs: str, names: Collection[str]) -> set[str]:
-    """Return the columns, or keys within them, that a mapping names; `names` are those of the columns."""
+    """Return the columns or nested keys that a mapping names; `names` are the file's columns."""
     return {theirs} if theirs in names else set(FIELD.findall(theirs)) or {theirs}
 
 
 def used_columns(columns: Mapping[str, str], names: Collection[str]) -> set[str]:
-    """Return the file's own columns that a mapping reads; `names` are all that it has."""
+    """Return the file's columns that a mapping reads; `names` are all its columns."""
     found = {field for theirs in columns.values() for field in fields(theirs, names)}
     return {field if field in names or (top := field.split(".")[0]) not in names else top for field in found}
 
@@ -142,7 +142,7 @@ def used_columns(columns: Mapping[str, str], names: Collection[str]) -> set[str]
 def with_aliases(
     columns: Mapping[str, str], wanted: Collection[str], names: Collection[str], task: str
 ) -> dict[str, str]:
-    """Return `columns` with each of the `wanted` that the file has under another usual name, and under one alone."""
+    """Return `columns` plus each `wanted` column that the file has under exactly one other usual name."""
     taken = used_columns(columns, names)
     plain = {name: re.sub(r"[\s-]+", "_", name.strip().casefold()) for name in names if name not in taken}
     mapped = dict(columns)
@@ -156,18 +156,18 @@ def with_aliases(
     return mapped
 
 
-# Guessed: what a task could read in a file whose columns have names of their own
+# Guesses: which task could read a file with unknown column names?
 
 
 RawRows = Sequence[Mapping[str, object]]
 TEXT_SHARE = 0.5
 MANY_ROWS = 8
-"""Fewer say nothing about what repeats."""
+"""Fewer rows do not show which values repeat."""
 RECORDING = re.compile(r"\.(wav|flac|mp3|ogg|opus)$", re.IGNORECASE)
 
 
 def infer_columns(rows: RawRows, task: str) -> dict[str, str] | None:
-    """Guess a mapping of columns by which `task` could read these rows; None where no column would do."""
+    """Guess a mapping of columns by which `task` could read these rows; None if no column fits."""
     wanted = TASK_FACTS[task].columns
     if not wanted:
         return None
@@ -182,12 +182,12 @@ def infer_columns(rows: RawRows, task: str) -> dict[str, str] | None:
 
 
 def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str]) -> dict[str, str] | None:
-    """Give each wanted column the one that its name or its values speak for; what is left over joins the first."""
+    """Assign a column to each wanted name, by name or values; columns left over are added to the first."""
     left, columns = list(texts), dict[str, str]()
     for ours in reversed(wanted[1:]):
         named = _columns_called(task, ours, left)
         if ours in COMPARED and not named:
-            return None  # which of two answers is the better one cannot be seen
+            return None  # values do not show which of two answers is better
         columns[ours] = named[0] if named else _by_values(rows, ours, left)
         left.remove(columns[ours])
     if wanted[0] == "audio":
@@ -201,7 +201,7 @@ def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str
 
 
 def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
-    """Return the column whose values look like `ours`: classes repeat, a context is long, an answer is last."""
+    """Return the column whose values look like `ours`: classes repeat, a context is long, an answer comes last."""
     if ours == "label":
         return min(names, key=lambda name: len({str(row.get(name)) for row in rows}))
     if ours in ("context", "text"):
@@ -210,23 +210,23 @@ def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
 
 
 def _columns_called(task: str, ours: str, names: Sequence[str]) -> list[str]:
-    """Return the columns that are called so, or by a usual other name; else those with such a word in their names."""
+    """Return the columns with this name or a usual alias; else those whose names contain such a word."""
     known = {ours, *ALIASES.get(task, {}).get(ours, ())}
     return [name for name in names if name.lower() in known] or [name for name in names if name_words(name) & known]
 
 
 def name_words(name: str) -> set[str]:
-    """Return the words of a column's name."""
+    """Return the words in a column's name."""
     return set(re.findall(r"[a-z]+", name.lower()))
 
 
 def _repeats(rows: RawRows, name: str) -> bool:
-    """Whether a column has few values again and again, as a category does."""
+    """Whether a column repeats few values, as a category does."""
     return len(rows) >= MANY_ROWS and len({str(row.get(name)) for row in rows}) <= len(rows) / 4
 
 
 def _is_text(rows: RawRows, name: str) -> bool:
-    """Whether a column holds words that differ from row to row; numbers, dates and identifiers are none."""
+    """Whether a column has text that differs from row to row; numbers, dates and identifiers do not count."""
     values = [value for row in rows if isinstance(value := row.get(name), str) and value.strip()]
     if len(values) > 2 and len(set(values)) == 1:
         return False

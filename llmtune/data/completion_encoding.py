@@ -1,7 +1,8 @@
-"""Prompts with completions, and plain text, into token ids and supervised spans; also those above `data.max_length`.
+"""Encodes prompts with completions, and plain text, into token ids and supervised spans; also overlong ones.
 
-`truncate` cuts the start of a prompt; plain text, which has none, is left out. `split` cuts into windows: each starts
-as the tokenizer starts a text, then repeats the last token of the window before, so each token is predicted once.
+`truncate` cuts the start of a prompt; plain text has no prompt, so it is left out. `split` cuts a text into windows.
+Each starts as the tokenizer starts a text, then repeats the last token of the window before. So each token is
+predicted once.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def encode_completion(
 ) -> list[Encoded]:
     """Return the examples of each row of `prompt` and `completion`, or the reason why it has none.
 
-    The completion and the end token after it are learned; of plain text (no prompt) everything is, from token 1. What
-    the tokenizer puts before every text is never learned; each piece of a text that is split begins with it.
+    The completion and its end token are supervised. Plain text (no prompt) is supervised from token 1 on. The
+    tokenizer's start tokens are never supervised; each piece of a split text begins with them.
     """
     if processor.eos_token_id is None:
         raise EnvironmentProblem.of("the tokenizer has no end token", str(processor.name_or_path), "Set its eos_token.")
@@ -42,7 +43,7 @@ def encode_completion(
 def prompt_ids(prompt: str, processor: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids to complete `prompt` from: with the tokenizer's own start token, without an end token.
 
-    An empty prompt is what a text's first token is predicted from.
+    For an empty prompt, return the context that predicts a text's first token.
     """
     ids = _plain_ends(encode_texts(processor, [prompt], special=True)["input_ids"][0], processor)
     return ids or first_context(processor)
@@ -56,7 +57,7 @@ def _encode_row(
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
 ) -> Encoded:
-    """Encode one prompt (may be empty) and its completion."""
+    """Encode one prompt, which may be empty, and its completion."""
     text, completion = row["prompt"], row["completion"]
     if not completion.strip():
         return "the completion is empty" if text else "the text is empty"
@@ -68,7 +69,7 @@ def _encode_row(
             return "the tokenizer joins the end of the prompt and the start of the completion in one token"
         ids, encoding = [*prompt, *target], None
     elif ids != joint[: len(ids)]:
-        encoding = None  # its offsets count a start token that was taken away
+        encoding = None  # its offsets count a start token that was removed
     if not start and ids[0] == processor.bos_token_id:
         start = ids[:1]  # the author wrote it
     starts = len(start) if ids[: len(start)] == start else 0
@@ -85,7 +86,7 @@ def _encode_row(
 
 
 def _plain_ends(ids: list[int], processor: PreTrainedTokenizerBase) -> list[int]:
-    """Take away the end token that some tokenizers add, and a doubled start token."""
+    """Remove an end token that the tokenizer added, and a doubled start token."""
     end, start = processor.eos_token_id, processor.bos_token_id
     while ids and ids[-1] == end and len(ids) > 1:
         ids = ids[:-1]
@@ -95,7 +96,7 @@ def _plain_ends(ids: list[int], processor: PreTrainedTokenizerBase) -> list[int]
 def _byte_counter(
     text: str, ids: list[int], encoding: Encoding | None, processor: PreTrainedTokenizerBase, start: int
 ) -> Callable[[int], int]:
-    """Return a function that counts the bytes of `text` in the first k tokens; the first `start` tokens are no text."""
+    """Return a function that counts the bytes of `text` in the first k tokens; the first `start` tokens have none."""
 
     def by_text(tokens: int) -> int:
         return len(decode(processor, ids[start : min(tokens, len(ids))]).encode())
@@ -120,10 +121,10 @@ def _fit_completion(
     max_length: int,
     start: int,
 ) -> Encoded:
-    """Bring a completion below `max_length` tokens, or say why not.
+    """Fit a completion into `max_length` tokens, or return the reason why it does not fit.
 
-    `start` counts the first tokens that the tokenizer puts before every text; `byte_at(k)` is how many bytes of the
-    text the first k tokens hold.
+    `start` counts the tokens that the tokenizer puts before every text. `byte_at(k)` counts the bytes of the text in
+    the first k tokens.
     """
     tokens = len(example.input_ids)
     if tokens <= max_length:
@@ -147,7 +148,7 @@ def _fit_completion(
 
 
 def _windows(example: Example, byte_at: Callable[[int], int], max_length: int, start: int) -> list[Example]:
-    """Cut into windows; each begins with the `start` tokens and the last token of the one before, as context."""
+    """Cut into windows. Each begins with the `start` tokens and, as context, the last token of the window before."""
     ids, first = example.input_ids, example.spans[0]
     head: Sequence[int] = ()
     windows: list[Example] = []

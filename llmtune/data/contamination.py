@@ -1,9 +1,9 @@
-"""Test rows that are in the training rows: equal, nearly so, of the same prompt, or with thirteen words in common.
+"""Finds test rows that overlap training rows: equal, nearly equal, with the same prompt, or with 13 words in common.
 
-Runs of 13 words are the measure of Brown et al., "Language Models are Few-Shot Learners" (2020), appendix C; runs that
-are in more than ten training rows are left out there and here: they are boilerplate, or the template of all rows.
-Words are those of the search for near duplicates: letters and digits, Han and the like one by one. Texts are compared
-without regard to case, width and the kind of spaces (NFKC, case folding).
+13-word runs are the measure of Brown et al., "Language Models are Few-Shot Learners" (2020), appendix C. As there, runs
+in more than ten training rows are ignored: they are boilerplate, or the template of all rows. Words are those of the
+search for near duplicates: letters and digits, Han and similar characters one by one. Comparison ignores case, width
+and the kind of spaces (NFKC, case folding).
 
 Legend: W words, V runs of words, R texts of a batch, G distinct runs of the test rows.
 """
@@ -30,60 +30,60 @@ from llmtune.records import Row, Rows
 
 WORDS = 13
 COMMON_ROWS = 10
-"""A run in more training rows than this tells nothing of a single test row."""
+"""A run in more training rows than this is no evidence about a single test row."""
 COMMON_SHARE = 0.1
-"""A prompt in more than ten training rows and in more than this share of them is the task itself."""
+"""A prompt in more than ten training rows and more than this share of them is the task itself."""
 ANSWERS = ("completion", "target", "summary", "chosen", "rejected", "answer", "good")
-"""Keys of rows that are no part of a prompt."""
+"""Keys of rows that do not belong to the prompt."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Test rows by number, each with the first training row (by number) that it overlaps with."""
+    """Overlapping test rows by number, each with the first training row (by number) that it overlaps with."""
 
     test_rows: int
     train_rows: int
-    """Different ones: copies of a row by weight are one."""
+    """Number of distinct training rows: copies of a row by weight count once."""
     short: frozenset[int]
-    """Test rows of fewer than 13 words."""
+    """Number of test rows with fewer than 13 words."""
     equal: dict[int, int]
     near: dict[int, int]
     prompted: dict[int, int]
-    """Rows whose whole prompt is that of a training row, system message and tools included."""
+    """Rows whose complete prompt, with system message and tools, is that of a training row."""
     worded: dict[int, int]
-    """Short rows whose words are all those of a training row, in order."""
+    """Short rows whose words all appear in a training row, in order."""
     shared: dict[int, int]
-    """Rows that have 13 words in a row in common with a training row."""
+    """Rows that share 13 consecutive words with a training row."""
     runs: dict[int, str]
-    """Of each of `shared`, the first such run."""
+    """The first shared run of each row in `shared`."""
     common: int
-    """Distinct runs that were left out, since more than ten training rows have them."""
+    """Number of distinct runs that were ignored because more than ten training rows have them."""
 
     @property
     def rows(self) -> frozenset[int]:
-        """All test rows that overlap in one way or another."""
+        """All test rows that overlap in any way."""
         return frozenset((*self.equal, *self.near, *self.prompted, *self.worded, *self.shared))
 
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of some texts; of those that are too short for one, all their words."""
+    """The runs of some texts; texts too short for one have all their words instead."""
 
     runs: U64
     """[V] hash of each run."""
     texts: I64
-    """[V] which text each run is from, ascending; the runs of a text are in its order, none is missing."""
+    """[V] index of each run's text, ascending; the runs of a text are complete and in order."""
     short: dict[int, bytes]
     """Text -> the hashes of its words."""
 
 
 def find_overlap(rows: Rows, *, near: bool) -> Overlap:
-    """Compare every test row with all training rows; `near` also looks for nearly equal ones.
+    """Compare every test row with all training rows; `near` also searches for nearly equal ones.
 
-    What is compared is all that is said but for the system message; of questions about a text, questions and answers:
-    that several are about one text is usual. Takes some fifty bytes for each word of the test rows, and for each
-    training row.
+    The comparison covers all text except system messages. If rows are questions about a text, it covers questions and
+    answers: several rows about one text are usual. Memory: about fifty bytes for each word of the test rows, and for
+    each training row.
     """
     prompts = _PromptSearch(json.loads(text) for _, text in iterate_texts(rows, "test"))
     texts = [same_form(compared_text(json.loads(text))) for _, text in iterate_texts(rows, "test")]
@@ -129,7 +129,7 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
 
 
 def _first_copies(rows: Rows) -> npt.NDArray[np.bool_]:
-    """Return which training rows are no copy of an earlier one."""
+    """Return a mask of the training rows that are no copy of an earlier one."""
     batches = (batch.column("id").to_pylist() for _, batch in iterate_batches(rows, "train"))
     id_N = np.frombuffer(b"".join(bytes.fromhex("".join(ids)) for ids in batches), dtype="S16")
     first_N = np.zeros(len(id_N), dtype=bool)
@@ -138,19 +138,19 @@ def _first_copies(rows: Rows) -> npt.NDArray[np.bool_]:
 
 
 def compared_text(row: Row) -> str:
-    """Return what is said in a row, in the order of its parts."""
+    """Return the text of a row for comparison, in the order of its parts."""
     if "context" in row:
         return " ".join([row["question"], *(answer["text"] for answer in row["answers"])])
     return str(row["text"]) if "audio" in row else spoken_text(row)
 
 
 def same_form(text: str) -> str:
-    """Return a text without what makes no difference: case, full width, the kind and number of spaces."""
+    """Return a text normalised for comparison: case, full width, the kind and number of spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _same_forms(value: object) -> Any:
-    """Return a value with all of its texts as they are compared."""
+    """Return a value with all of its texts normalised."""
     if isinstance(value, dict):
         return {key: _same_forms(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -159,9 +159,9 @@ def _same_forms(value: object) -> Any:
 
 
 def prompt_row(row: Row) -> Row | None:
-    """Return a row with nothing for an answer; None where nothing is asked.
+    """Return a row with an empty answer; None if it has no prompt.
 
-    None too where several rows about one input are usual, or the comparison of words leaves out answers anyway.
+    Also None if several rows about one input are usual, or if the comparison of words ignores answers anyway.
     """
     prompt = {key: "" if key in ANSWERS else value for key, value in row.items()}
     if "messages" in row and prompt == row:
@@ -171,13 +171,13 @@ def prompt_row(row: Row) -> Row | None:
 
 
 def find_runs(texts: Sequence[str]) -> _Runs:
-    """Hash every run of 13 words, as a polynomial of its words' hashes modulo 2**64."""
+    """Hash every 13-word run, as a polynomial of its words' hashes modulo 2**64."""
     word_W, text_W, _ = hash_words(list(texts))
     count = max(len(word_W) - WORDS + 1, 0)
     run_V = np.zeros(count, dtype=np.uint64)
     for offset in range(WORDS):
         run_V = run_V * FACTOR + word_W[offset : count + offset]
-    inside_V = text_W[:count] == text_W[WORDS - 1 :]  # the first and the last word are of one text
+    inside_V = text_W[:count] == text_W[WORDS - 1 :]  # the first and the last word belong to the same text
     begin_R = np.searchsorted(text_W, np.arange(len(texts)))
     end_R = np.searchsorted(text_W, np.arange(len(texts)), side="right")
     short = np.flatnonzero(end_R - begin_R < WORDS).tolist()
@@ -189,7 +189,7 @@ def find_runs(texts: Sequence[str]) -> _Runs:
 
 
 class _PromptSearch:
-    """Counts the training rows that have the prompt of each test row."""
+    """Counts the training rows that have the same prompt as a test row."""
 
     def __init__(self, tests: Iterator[Row]) -> None:
         self._prompts = [self._hash(row) for row in tests]
@@ -204,29 +204,29 @@ class _PromptSearch:
             self._first.setdefault(prompt, number)
 
     def found(self, train_rows: int) -> dict[int, int]:
-        """Return by test row the first training row with its prompt, unless that is the task of too many rows."""
+        """Return, by test row, the first training row with its prompt. Ignore prompts shared by too many rows."""
         most = max(COMMON_ROWS, COMMON_SHARE * train_rows)
         tests = enumerate(self._prompts)
         return {i: self._first[prompt] for i, prompt in tests if prompt and 0 < self._count[prompt] <= most}
 
     @staticmethod
     def _hash(row: Row) -> bytes:
-        """Hash a prompt; nothing where there is none."""
+        """Hash a prompt; empty if the row has none."""
         prompt = prompt_row(row)
         return b"" if prompt is None else hash_content(_same_forms(prompt))
 
 
 class _RunSearch:
-    """Counts the training rows that hold each run of the test rows."""
+    """Counts the training rows that contain each run of the test rows."""
 
     def __init__(self, runs: U64) -> None:
         self.run_G = np.unique(runs)
         self.count_G = np.zeros(len(self.run_G), dtype=np.int64)
         self.first_G = np.full(len(self.run_G), -1, dtype=np.int64)
-        """[G] the first of them."""
+        """[G] the first of those training rows."""
 
     def add(self, run_V: U64, row_V: I64) -> None:
-        """Count the runs of training rows, each with the number of its row."""
+        """Count the runs of training rows, each given with its row's number."""
         slot_V = np.searchsorted(self.run_G, run_V)
         known_V = slot_V < len(self.run_G)
         known_V[known_V] = self.run_G[slot_V[known_V]] == run_V[known_V]
@@ -240,7 +240,7 @@ class _RunSearch:
 
 
 def _first_shared(tests: _Runs, search: _RunSearch, texts: Sequence[str]) -> tuple[dict[int, int], dict[int, str]]:
-    """Return by test row the first training row with a run of it that is not common, and the words of the run."""
+    """Return, by test row, the first training row with a run of it that is not common, and the run's words."""
     slot_V = np.searchsorted(search.run_G, tests.runs)
     rare_V = np.flatnonzero((search.count_G[slot_V] > 0) & (search.count_G[slot_V] <= COMMON_ROWS))
     rows, at = np.unique(tests.texts[rare_V], return_index=True)
@@ -252,7 +252,7 @@ def _first_shared(tests: _Runs, search: _RunSearch, texts: Sequence[str]) -> tup
 
 
 def _words_from(text: str, first: int) -> str:
-    """Return thirteen words of a text, in lower case."""
+    """Return thirteen words of a text in lower case, starting at word number `first`."""
     coded = text.lower().encode()
     byte_W = [*hash_words([text])[2].tolist(), len(coded)]
     piece = coded[byte_W[first] : byte_W[first + WORDS]].decode(errors="replace")
@@ -260,7 +260,7 @@ def _words_from(text: str, first: int) -> str:
 
 
 def _find_near(rows: Rows, kept: I64, tests: int) -> dict[int, int]:
-    """Return by test row a training row, of those at `kept`, that is nearly equal to it."""
+    """Return, by test row, a nearly equal training row among those at `kept`."""
     count = rows.counts["train"]
 
     def texts() -> Iterator[tuple[int, pa.Array]]:

@@ -1,4 +1,4 @@
-"""The data report: how many rows, why the others were left out, how long they are, and what of them is learned."""
+"""The data report: how many rows were kept, why others were dropped, their lengths, and the supervised share."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def describe_examples(
     task: TaskInterface,
     recipe: Recipe,
 ) -> dict[str, object]:
-    """Print the data report and return it as JSON can hold it.
+    """Print the data report and return it in a form that JSON can represent.
 
-    Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a split; `supervised_share` (None where no
-    tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what rows lost that were cut:
-    `rows`, `answers`, `tokens`, and `supervised` ones); `filled` (keys that Arrow filled in); `vanishing` (rows by
+    Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` by split; `supervised_share` (None if no
+    tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what truncated rows lost:
+    `rows`, `answers`, `tokens`, and `supervised` tokens); `filled` (null keys that Arrow added); `vanishing` (rows by
     character that the tokenizer drops); `histogram` (training examples: `edges` in tokens, `counts`); `example`, the
     first training example as pieces `[text, learned]`.
     """
@@ -87,7 +87,7 @@ def describe_examples(
 
 
 def _notes(rows: Rows, examples: Examples, vanishing: Mapping[str, int]) -> Iterator[Note]:
-    """Yield a note on each thing that rows lost on their way to the model."""
+    """Yield a note on each kind of content that rows lost on their way to the model."""
     if rows.filled:
         yield Note(filled_sentence(rows.filled), "note")
     if vanishing:
@@ -97,7 +97,7 @@ def _notes(rows: Rows, examples: Examples, vanishing: Mapping[str, int]) -> Iter
 
 
 def _name_unseen(classes: Mapping[str, Mapping[str, int]], console: Console) -> None:
-    """Name the classes that no training row has."""
+    """Print the classes that have no training rows."""
     if unseen := [name for name, counts in classes.items() if not counts["train"]]:
         what = f"{len(unseen)} of {len(classes)} classes have no training rows and cannot be learned"
         console.print(f"{what}: {escape(', '.join(unseen[:SHOWN]))}", style="yellow", highlight=False)
@@ -106,7 +106,7 @@ def _name_unseen(classes: Mapping[str, Mapping[str, int]], console: Console) -> 
 def _name_system_message(
     task: TaskInterface, processor: PreTrainedTokenizerBase, recipe: Recipe, example: str, console: Console
 ) -> None:
-    """Say which system message the template adds of itself, where the example has it."""
+    """Print the system message that the template adds by default, if the example contains it."""
     if not TASK_FACTS[task.name].templated or not processor.chat_template:
         return
     added = read_template(processor, recipe).facts.added_system
@@ -153,13 +153,13 @@ def _dropped(rows_in: int, dropped: dict[str, int]) -> Table | Note:
 def _bars(edges: list[int], counts: list[int]) -> Table:
     cells = []
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        width = -(-count * BAR_CELLS // max(counts))  # a bin that is not empty shows
+        width = -(-count * BAR_CELLS // max(counts))  # a bin that is not empty stays visible
         cells.append([f"{low:,} - {high - 1:,}", "█" * width, f"{count:,}"])
     return Table([*_numbers("tokens"), "", *_numbers("examples")], cells, "length of training examples")
 
 
 def _classes(classes: dict[str, dict[str, int]]) -> Table:
-    """Show how the classes are spread, the most frequent first."""
+    """Show the distribution of classes, the most frequent first."""
     splits = list(next(iter(classes.values())))
     total = sum(counts["train"] for counts in classes.values()) or 1
     cells = []

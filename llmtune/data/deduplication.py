@@ -1,4 +1,4 @@
-"""Equal and nearly equal rows, in one split and across splits; what stays does not depend on the order of files.
+"""Equal and nearly equal rows, within and across splits. Which rows are kept does not depend on the order of files.
 
 Two texts are near if their sets of word triples overlap by 0.8 (Jaccard), the measure and threshold of Lee et al.,
 "Deduplicating Training Data Makes Language Models Better" (2022). The overlap is estimated from 120 minima: Broder, "On
@@ -6,12 +6,12 @@ the resemblance and containment of documents" (1997); candidates come from 20 ba
 Ullman, "Mining of Massive Datasets", section 3.4. Pairs at 0.8 become candidates with 99.8 %, at 0.9 nearly always; the
 estimate's standard deviation at 0.8 is 0.037.
 
-Rows of one template (a long instruction, a short question) overlap by more than that and differ, so triples that
-a tenth of the rows share do not count, unless a row has no more than a word besides them.
+Rows made from one template (a long instruction, a short question) overlap by more than 0.8 and still differ. Triples in
+a tenth of all rows therefore do not count, except in a row with at most one word outside them.
 
-Minima are kept of candidates alone: rows that share a band with another row. Which those are is found out by the bands'
-keys; then the minima of these rows are computed again. Keys, minima and buckets are on disk: memory grows by
-some bytes a row, however many are near.
+Only candidates keep their minima. These are the rows that share a band with another row. The band keys identify them;
+then their minima are computed again. Keys, minima and buckets are on disk: memory grows by a few bytes per row, however
+many rows are near each other.
 
 Legend: W words (and word triples, as many), R rows of a batch, N rows, C candidates, P minima, L bands, G buckets.
 """
@@ -47,34 +47,34 @@ from llmtune.records import SPLITS
 from llmtune.store.atomic_files import atomic_file
 
 JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]
-"""Gives all rows, as JSON, in batches, each with the number of its first."""
+"""Yields all rows as JSON, in batches, each with the number of its first row."""
 
 NEAR = 0.8
 ENOUGH = round(NEAR * MINIMA)
-"""Equal minima of near rows, at least."""
+"""Minimum number of equal minima for near rows."""
 SAMPLE_ROWS = 4096
 COMMON_SHARE = 0.1
 COMMON_ROWS = 20
-"""A word triple in a tenth of all rows (and in 20 at least) is part of a template, and does not count."""
+"""A word triple in a tenth of all rows (and in at least 20) belongs to a template and does not count."""
 BUCKET_ROWS = 256
-"""Kept rows to which a row is compared for one band: a bucket as full as this holds texts of one template."""
+"""How many kept rows a row is compared with per band: a bucket this full contains texts of one template."""
 FILE_ROWS = 2**16
-"""Rows of which a file holds the band keys."""
+"""Rows per file of band keys."""
 SHARES = 16
-"""Keys are sorted in as many shares, one after the other, which takes less memory."""
+"""Keys are sorted in this many parts, one after the other, to save memory."""
 RELEASE_ROWS = 2**10
-"""Candidates after which the pages of files that were looked at are given back."""
+"""Number of candidates after which mapped file pages are released."""
 PRIORITY = np.array([2, 1, 0], dtype=np.int8)
-"""By split: test rows are kept first, then validation, then train."""
+"""Priority of splits: test rows are kept first, then validation, then train."""
 KEPT = ""
 
 
 def drop_equal(index: Index, split_N: npt.NDArray[np.int8], method: str) -> npt.NDArray[np.object_]:
-    """Find rows that equal another: across splits always, in one split unless `method` is none.
+    """Find rows that equal another row: across splits always, within a split unless `method` is none.
 
     Returns:
-        [N] the reason why a row is dropped, or KEPT. Of rows that are equal but for composition and outer white space,
-        the one whose bytes have the smallest hash stays.
+        [N] the reason why a row is dropped, or KEPT. Among rows that differ only in Unicode composition or outer white
+        space, the one whose bytes have the smallest hash is kept.
     """
     reason_N = np.full(len(index), KEPT, dtype=object)
     high_N, low_N = index.content.T
@@ -94,17 +94,17 @@ def drop_equal(index: Index, split_N: npt.NDArray[np.int8], method: str) -> npt.
 def drop_near(
     index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], rows: JsonRows, folder: Path
 ) -> None:
-    """Find rows that are nearly another that is kept, and write the reason into `reason_N` in place.
+    """Find rows that are nearly equal to a kept row, and write the reason into `reason_N` in place.
 
-    Test rows come first, then validation, then train, and in a split the smallest hash: a row is dropped if one before
-    it that was kept is near. So no two kept rows are near each other, and each dropped row is near a kept one.
+    Test rows come first, then validation, then train; within a split the smallest hash comes first. A row is dropped if
+    an earlier kept row is near it. So no two kept rows are near each other, and each dropped row is near a kept one.
 
     Args:
         index: The rows.
         split_N: [N] index into SPLITS.
-        reason_N: [N] why a row was dropped already; KEPT where it was not.
-        rows: Gives all rows in order.
-        folder: Takes what `find_near` keeps on disk; what is in it of the same rows is not computed again.
+        reason_N: [N] why a row was already dropped; otherwise KEPT.
+        rows: Yields all rows in order.
+        folder: Stores the files of `find_near`; files of the same rows found there are reused.
     """
     for row, near in find_near(_rank(index, split_N, reason_N), rows, folder):
         splits = split_N[near]
@@ -113,7 +113,7 @@ def drop_near(
 
 
 def _rank(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_]) -> I64:
-    """Return the numbers of the rows that are left, those first that are to be kept first."""
+    """Return the numbers of the remaining rows, those with priority first."""
     high_N, low_N = index.content.T
     order = np.lexsort((low_N, high_N, PRIORITY[split_N]))
     kept: I64 = order[reason_N[order] == KEPT]
@@ -121,13 +121,13 @@ def _rank(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.
 
 
 def find_near(order: I64, rows: JsonRows, folder: Path) -> Iterator[tuple[int, I64]]:
-    """Yield each row that is near a row that comes before it in `order` and is kept, with all such rows.
+    """Yield each row that is near an earlier kept row in `order`, with all such rows.
 
     Args:
-        order: [N] numbers of the rows that take part, those first that are to be kept first.
-        rows: Gives all rows.
-        folder: Takes band keys, 170 bytes a row, and 800 bytes for each candidate; empty, or with those of the same
-            rows and order.
+        order: [N] numbers of the rows to compare, those with priority first.
+        rows: Yields all rows.
+        folder: Stores band keys, 170 bytes per row, and 800 bytes per candidate; empty, or from the same rows and
+            order.
     """
     kept = _KeptRows(order, rows, folder)
     for rank in range(len(kept.order)):
@@ -139,13 +139,13 @@ def find_near(order: I64, rows: JsonRows, folder: Path) -> Iterator[tuple[int, I
 
 
 def match_near(known: I64, queries: I64, rows: JsonRows, folder: Path) -> Iterator[tuple[int, I64]]:
-    """Yield each row of `queries` that is near rows of `known`, with those; other pairs are not looked at.
+    """Yield each row of `queries` that is near rows of `known`, with those rows; other pairs are not compared.
 
     Args:
-        known: Numbers of rows, of which each band of minima holds the first 256.
+        known: Numbers of rows; each band uses the first 256.
         queries: Numbers of other rows.
-        rows: Gives all rows.
-        folder: Takes what `find_near` keeps on disk; empty.
+        rows: Yields all rows.
+        folder: Stores the files of `find_near`; must be empty.
     """
     kept = _KeptRows(np.concatenate([known, queries]), rows, folder, queries)
     is_query_C = np.isin(kept.order, queries)
@@ -158,7 +158,7 @@ def match_near(known: I64, queries: I64, rows: JsonRows, folder: Path) -> Iterat
 
 
 class _KeptRows:
-    """Candidates that are kept, by bucket, and the search for those that are near another one; all of it in files."""
+    """Kept candidates by bucket, and the search for kept rows near another one; all data is in files."""
 
     def __init__(self, order: I64, rows: JsonRows, folder: Path, queries: I64 | None = None) -> None:
         common = _common_triples(order, rows)
@@ -179,14 +179,14 @@ class _KeptRows:
         self._looked_at = 0
 
     def add(self, rank: int) -> None:
-        """Keep a row; a bucket as full as BUCKET_ROWS takes no more."""
+        """Keep a row; a bucket that already has BUCKET_ROWS rows does not take it."""
         slots, begins = self._slots.array, self._begins(rank)
         begins = begins[slots[begins] < BUCKET_ROWS]
         slots[begins] += 1
         slots[begins + slots[begins]] = rank
 
     def near(self, rank: int) -> I64:
-        """Return the kept rows that are near a row."""
+        """Return the kept rows near this one."""
         self._looked_at += 1
         if self._looked_at % RELEASE_ROWS == 0:
             for file in (self._minimum_CP, self._begin_LC, self._slots):
@@ -203,13 +203,13 @@ class _KeptRows:
         return near
 
     def _begins(self, rank: int) -> I64:
-        """Return where in the slots the buckets of a row begin: with the count of the ranks that follow."""
+        """Return the offset of a row's buckets in the slots: each starts with the count of the ranks that follow."""
         begin_L: I64 = self._begin_LC.array[:, rank]
         return begin_L[begin_L >= 0]
 
 
 class _File:
-    """An array in a file, whose pages are in memory while they are looked at."""
+    """An array in a file, mapped into memory on demand."""
 
     def __init__(self, path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
         with path.open("r+b") as file:
@@ -217,13 +217,13 @@ class _File:
         self.array: npt.NDArray[Any] = np.frombuffer(self._map, dtype).reshape(shape)
 
     def release(self) -> None:
-        """Give back its pages; what was written stays in the file."""
+        """Release its pages; written data stays in the file."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _common_triples(order: I64, rows: JsonRows) -> U32:
-    """Return, sorted, the word triples of many rows, seen in a sample that depends on the rows alone."""
+    """Return, sorted, the word triples that many rows share. The sample depends only on the rows."""
     seen: list[U32] = []
     for _, batch in _select(order[_sample_places(len(order))], rows):
         triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in batch])
@@ -235,7 +235,7 @@ def _common_triples(order: I64, rows: JsonRows) -> U32:
 
 
 def _select(order: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
-    """Yield the rows that are in `order`, as JSON, in batches, with their numbers."""
+    """Yield the rows in `order` as JSON, in batches, with their numbers."""
     if not len(order):
         return
     taken = np.zeros(int(order.max()) + 1, dtype=bool)
@@ -247,19 +247,19 @@ def _select(order: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
 
 
 def _sample_places(count: int) -> I64:
-    """Places of the sample in an order that is by split and hash: evenly over it."""
+    """Return evenly spaced sample positions in an order that is sorted by split and hash."""
     return np.unique(np.linspace(0, max(count - 1, 0), min(count, SAMPLE_ROWS)).astype(np.int64))
 
 
 class _Signer:
-    """Computes the minima of a batch of rows, or the keys of their bands; runs in every process."""
+    """Computes the minima of a batch of rows, or their band keys; runs in every process."""
 
     def __init__(self, common: U32, keys: bool) -> None:
         self._common = common
         self._keys = keys
 
     def __call__(self, batch: tuple[I64, list[str]]) -> tuple[I64, npt.NDArray[Any]]:
-        """Return the numbers of the rows that have words, and [R, P] their minima or [R, L] keys."""
+        """Return the numbers of the rows that contain words, and [R, P] their minima or [R, L] their keys."""
         numbers, rows = batch
         triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in rows])
         triple_W, row_W = without_common(self._common, triple_W, row_W)
@@ -268,18 +268,18 @@ class _Signer:
         return numbers[row_W[begins]], band_keys(minimum_RP) if self._keys else minimum_RP
 
     def map(self, order: I64, rows: JsonRows) -> Iterator[tuple[I64, npt.NDArray[Any]]]:
-        """Yield the results of the rows that are in `order`, on all cores."""
+        """Yield the results for the rows in `order`, using all cores."""
         return WorkerPool(self).map(_select(order, rows), lambda batch: len(batch[1]), len(order))
 
 
 def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
-    """Write the band keys of rows into files of [1 + L, R], with the rows' numbers; resume after those that exist."""
+    """Write the band keys and numbers of rows into files of [1 + L, R]; resume after existing files."""
     files = sorted(folder.glob("*.npy"))
     done = int(_read_line(files[-1], 0)[-1]) + 1 if files else 0
     waiting: list[U64] = []
 
     def write() -> None:
-        keys_LR = np.ascontiguousarray(np.concatenate(waiting, axis=1))  # a line is read without the others
+        keys_LR = np.ascontiguousarray(np.concatenate(waiting, axis=1))  # each line can be read alone
         with atomic_file(folder / f"{int(keys_LR[0, 0]):012}.npy") as partial, partial.open("wb") as file:
             np.save(file, keys_LR)
         waiting.clear()
@@ -294,12 +294,12 @@ def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
 
 
 def _read_keys(folder: Path, line: int) -> U64:
-    """Return the numbers of all rows that have words (line 0), in order, or their keys of a band (from line 1 on)."""
+    """Return the numbers of all rows that contain words (line 0), in order, or their keys of a band (line 1 on)."""
     return np.concatenate([np.zeros(0, np.uint64), *(_read_line(file, line) for file in sorted(folder.glob("*.npy")))])
 
 
 def _read_line(path: Path, line: int) -> U64:
-    """Return a line of an array in a file; a map of the file would count as memory."""
+    """Return a line of an array in a file; a memory map would count as used memory."""
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
         (_, columns), _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -308,7 +308,7 @@ def _read_line(path: Path, line: int) -> U64:
 
 
 def _find_alike(folder: Path, queries: I64 | None) -> npt.NDArray[np.bool_]:
-    """Return, by line of the keys, which rows share a band with another one; with `queries`, with one of these."""
+    """Return, by line of the keys, which rows share a band with another row, or with one of `queries` if given."""
     query_N = None if queries is None else np.isin(_read_keys(folder, 0).astype(np.int64), queries)
     alike_N = np.zeros(len(_read_keys(folder, 0)), dtype=bool)
     for band in range(BANDS):
@@ -326,7 +326,7 @@ def _find_alike(folder: Path, queries: I64 | None) -> npt.NDArray[np.bool_]:
 
 
 def _write_minima(number_C: I64, rows: JsonRows, common: U32, folder: Path) -> Path:
-    """Write the minima of the candidates [C, P] by their numbers, unless they are there; each has words."""
+    """Write the minima of the candidates [C, P] in the order of their numbers, unless the file exists."""
     path = folder / "minima"
     if not path.exists():
         with atomic_file(path) as partial, partial.open("wb") as file:
@@ -336,14 +336,14 @@ def _write_minima(number_C: I64, rows: JsonRows, common: U32, folder: Path) -> P
 
 
 def _write_buckets(folder: Path, alike_N: npt.NDArray[np.bool_], place_C: I64) -> tuple[Path, Path]:
-    """Write where the bucket of each candidate begins [L, C] by rank, -1 where it is alone, and their room."""
+    """Write, by rank, the start of each candidate's bucket [L, C], -1 if it is alone, and the buckets' space."""
     upto = 0
     paths = folder / "begins", folder / "slots"
     with paths[0].open("wb") as begins, paths[1].open("wb") as slots:
         for band in range(BANDS):
             key_C = _read_keys(folder, 1 + band)[alike_N][place_C]
             _, bucket_C, count_G = np.unique(key_C, return_inverse=True, return_counts=True)
-            size_G = np.where(count_G > 1, np.minimum(count_G, BUCKET_ROWS) + 1, 0)  # one for the count
+            size_G = np.where(count_G > 1, np.minimum(count_G, BUCKET_ROWS) + 1, 0)  # one slot for the count
             begin_G = np.where(count_G > 1, np.cumsum(size_G) - size_G + upto, -1)
             begins.write(begin_G[bucket_C].astype(np.int64).tobytes())
             slots.write(np.zeros(int(size_G.sum()), np.int32).tobytes())

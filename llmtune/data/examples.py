@@ -1,4 +1,4 @@
-"""Encoded rows on disk: written a batch at a time as rows are encoded, read through a memory map."""
+"""Encoded rows on disk: written in batches during encoding, read through a memory map."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from llmtune.store.run_lock import package_versions
 
 BATCH_ROWS = 512
 BATCH_RECORDINGS = 32
-"""Half a minute at 16 kHz is a megabyte."""
-BATCH_CHARACTERS = 1_000_000  # what the tokenizer holds at once: its offsets take 50 times the text
+"""Half a minute at 16 kHz takes a megabyte."""
+BATCH_CHARACTERS = 1_000_000  # per tokenizer call: its offsets take 50 times the text
 BATCH_RENDERED = 20_000_000
-"""Characters that templates write for a batch, about a second: each answer is rendered after all before it."""
+"""Characters of rendered templates per batch, about a second: each answer is rendered with everything before it."""
 SHOWN = 20
 RECORD = "examples.json"
 COUNTED = ("counts", "tokens", "supervised", "longest", "reach")
@@ -56,7 +56,7 @@ LISTS: dict[str, type[np.generic]] = {
     "desirable": np.int32,
     "audio": np.int16,
 }
-"""Columns of lists, by the names of `Example`."""
+"""List columns, named as in `Example`."""
 Numbers = npt.NDArray[np.int32 | np.float32 | np.int16]
 NUMBERS = ("target_bytes", "supervised", "tokens", "reach")
 SCHEMA = pa.schema(
@@ -69,13 +69,13 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class _RowBatch:
-    """Rows that are encoded at a time."""
+    """Rows that are encoded together."""
 
     split: str
     first: int
-    """The number of the first of them on its split."""
+    """The number of its first row within the split."""
     rows: list[tuple[str, str]]
-    """Origin and JSON of each."""
+    """Origin and JSON of each row."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,16 @@ class _EncodedBatch:
     split: str
     rows: int
     examples: pa.RecordBatch | None
-    """None where no row could be used."""
+    """None if no row could be used."""
     refused: list[tuple[str, str]]
-    """Origin and reason of each row that was not."""
+    """Origin and reason of each row that could not be used."""
     lost: Counter[str]
-    """What rows lost that were cut."""
+    """What truncated rows lost."""
 
 
 @dataclass(frozen=True)
 class _BatchEncoder:
-    """Encodes a batch; it is pickled for the workers."""
+    """Encodes a batch; pickled for the workers."""
 
     encode: Callable[..., list[Encoded]]
     processor: PreTrainedTokenizerBase
@@ -120,7 +120,7 @@ class _BatchEncoder:
 
 @dataclass
 class _Tally:
-    """What is counted while rows are encoded."""
+    """Counts collected while rows are encoded."""
 
     counts: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
@@ -136,7 +136,7 @@ class _Tally:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def add(self, split: str, batch: pa.RecordBatch) -> None:
-        """Count examples as `record_batch` returns them; the hash is over columns, which are few, not over rows."""
+        """Count examples from `record_batch`. The hash covers columns, not rows, because columns are few."""
         self.digest.update(f"{split} {batch.num_rows}\n".encode())
         for column in batch.columns:
             parts = (column.offsets, column.values) if pa.types.is_list(column.type) else (column,)
@@ -150,7 +150,7 @@ class _Tally:
         self.reach[split] = max(self.reach[split], int(reaches.max()))
 
     def refuse(self, origin: str, reason: str) -> None:
-        """Count a row that was left out; without its length or its words, which differ."""
+        """Count a row that was left out, under its reason without the part that differs from row to row."""
         too_long = reason.startswith(TOO_LONG)
         self.dropped[next((kind for kind in (TOO_LONG, UNKNOWN) if reason.startswith(kind)), reason)] += 1
         shown = self.long_rows if too_long else self.bad_rows
@@ -169,15 +169,15 @@ def encode_rows(
 ) -> Examples:
     """Encode all rows into one Arrow file a split in `folder`; `examples.json` next to them is written last.
 
-    Rows that cannot be encoded are left out, counted by reason in `Examples.dropped` and listed one by one, with file
-    and line, in `left_out.jsonl` next to `folder`. A row that `data.on_overlong` splits makes several examples with the
-    same `row`. All cores are used where that pays; what is written does not depend on their number.
+    Rows that cannot be encoded are counted by reason in `Examples.dropped` and listed with file and line in
+    `left_out.jsonl` next to `folder`. A row that `data.on_overlong` splits makes several examples with the same `row`.
+    All cores are used if that saves time; the output does not depend on their number.
 
     Raises:
-        DataError: a row is longer than `data.max_length` and `data.on_overlong` is error; more rows than
-            `data.max_dropped` allows are bad; or a split is left without a row.
-        EnvironmentProblem: the chat template cannot be split into turns, or leaves out tools that many rows have; the
-            disk is full; the folder is read-only.
+        DataError: a row is longer than `data.max_length` and `data.on_overlong` is error; more rows are bad than
+            `data.max_dropped` allows; or a split has no rows left.
+        EnvironmentProblem: the chat template cannot be split into turns, or omits tools that many rows have; the disk
+            is full; the folder is read-only.
     """
     check_tools(rows, processor, recipe)
     tally, total = _Tally(), sum(rows.counts.values())
@@ -214,7 +214,7 @@ def encode_rows(
 
 
 class ExamplesRecord(TypedDict):
-    """What examples.json holds, all of it by split."""
+    """The contents of examples.json, by split."""
 
     files: dict[str, str]
     counts: Counts
@@ -228,10 +228,10 @@ class ExamplesRecord(TypedDict):
 
 
 def load_examples(folder: Path) -> Examples:
-    """Read what `encode_rows` left in `folder`, wherever the folder is now.
+    """Read the output of `encode_rows` from `folder`, which may have been moved.
 
     Raises:
-        DataError: there are no examples.
+        DataError: `folder` has no examples.
         EnvironmentProblem: the record is damaged.
     """
     record = read_record(folder / RECORD, ExamplesRecord, fix=AGAIN)
@@ -245,12 +245,12 @@ def load_examples(folder: Path) -> Examples:
 
 
 def row_lengths(examples: Examples) -> npt.NDArray[np.int32]:
-    """Return what each training example costs, in tokens."""
+    """Return the cost of each training example, in tokens."""
     return ExampleReader(examples, "train").lengths
 
 
 class ExampleReader:
-    """The examples of one split in random access; nothing but the tokens asked for is read into memory."""
+    """Random access to the examples of one split; reads only the requested tokens into memory."""
 
     def __init__(self, examples: Examples, split: str) -> None:
         with open_arrow(examples.files[split]) as reader:
@@ -259,12 +259,12 @@ class ExampleReader:
                 raise EnvironmentProblem.of("written by another version of llmtune", str(examples.files[split]), AGAIN)
         parts = [(name, batch.column(name)) for batch in self._batches for name in LISTS]
         self._filled = dict.fromkeys(name for name, column in parts if len(column.flatten()))
-        """Columns of lists that any example fills."""
+        """List columns that at least one example fills."""
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
         self.lengths = self._column("tokens")
-        """int32 [n]: what each example costs, in tokens."""
+        """int32 [n]: the cost of each example, in tokens."""
         self.supervised = self._column("supervised")
-        """int32 [n]: predictions that each example is learned from."""
+        """int32 [n]: the number of supervised predictions of each example."""
         self.rows = self._column("row")
         """int32 [n]: the row of `Rows` that each example comes from."""
 
@@ -288,15 +288,15 @@ class ExampleReader:
         return (self[index] for index in range(len(self)))
 
     def _column(self, name: str) -> npt.NDArray[np.int32]:
-        # By DLPack, because `to_numpy` imports pandas, which a training has no other use for.
+        # Use DLPack: `to_numpy` imports pandas, which training does not need otherwise.
         parts = [np.from_dlpack(batch.column(name)) for batch in self._batches]
         return np.concatenate([np.empty(0, dtype=np.int32), *parts]).astype(np.int32)
 
 
 def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch]:
-    """Cut the rows of a split into batches of a count and a size that keep memory flat.
+    """Cut the rows of a split into batches whose count and size limits keep memory flat.
 
-    The last batch has two rows where there are two: what is learned from an answer that is another row's needs one.
+    The last batch has two rows if possible: KTO pairs an answer with another row's prompt.
     """
     first, characters, rendered = 0, 0, 0
     batch: list[tuple[str, str]] = []
@@ -317,7 +317,7 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
 
 
 def record_batch(examples: Sequence[tuple[int, Example]]) -> pa.RecordBatch:
-    """Return examples, each with the number of its row, as the file holds them."""
+    """Return examples, each with the number of its row, in the file's form."""
     lists = [_lists([getattr(example, name) for _, example in examples], kind) for name, kind in LISTS.items()]
     numbers = [[getattr(example, name) for _, example in examples] for name in NUMBERS]
     numbers.append([row for row, _ in examples])
@@ -326,7 +326,7 @@ def record_batch(examples: Sequence[tuple[int, Example]]) -> pa.RecordBatch:
 
 
 def _lists(parts: Sequence[Sequence[float] | Numbers], kind: type[np.generic]) -> pa.ListArray:
-    """Put lists of numbers end to end, as Arrow keeps a column of lists."""
+    """Join lists of numbers into one Arrow list column."""
     borders = np.zeros(len(parts) + 1, dtype=np.int32)
     np.cumsum([len(part) for part in parts], out=borders[1:])
     if any(isinstance(part, np.ndarray) for part in parts):
@@ -337,12 +337,12 @@ def _lists(parts: Sequence[Sequence[float] | Numbers], kind: type[np.generic]) -
 
 
 def _check_left_out(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
-    """Raise if what was left out is more than the recipe allows."""
+    """Raise if more was left out than the recipe allows."""
     too_long = tally.dropped[TOO_LONG]
     _refuse_long(tally, too_long, recipe, list_file)
     _refuse_bad(tally, too_long, rows, recipe, list_file)
     empty = [split for split in rows.files if not tally.counts[split] and (rows.counts[split] or split == "train")]
-    fix = f"Give more rows, or raise data.max_length. All that were left out: {list_file}."
+    fix = f"Give more rows, or raise data.max_length. All rows that were left out: {list_file}."
     DataError.collect(Problem(f"no row is left for {split}", fix=fix) for split in empty)
 
 
@@ -357,7 +357,7 @@ def _refuse_long(tally: _Tally, too_long: int, recipe: Recipe, list_file: Path) 
 
 
 def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, list_file: Path) -> None:
-    """Count what this half left out, and what the first half called bad, against `data.max_dropped`."""
+    """Check the bad rows of preparation and encoding together against `data.max_dropped`."""
     counted = sum(tally.dropped.values()) - (too_long if recipe.data.on_overlong == "drop" else 0)
     bad = counted + sum(count for reason, count in rows.dropped.items() if reason.startswith("bad"))
     allowed = recipe.data.max_dropped
@@ -369,7 +369,7 @@ def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, list_f
 
 
 def examples_inputs(recipe: Recipe, rows: Rows, model: ModelRef, processor: PreTrainedTokenizerBase) -> str:
-    """Hash what examples depend on: the rows, the tokenizer, the template and the task's own section."""
+    """Hash the inputs of examples: the rows, the tokenizer, the template and the task's own section."""
     about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
     settings = recipe.data.model_dump(mode="json", include={"max_dropped", *ENCODING_KEYS})
     settings |= {"section": recipe.task_section()}

@@ -1,8 +1,8 @@
-"""Bytes in, raw rows out: JSON Lines, CSV, Parquet and text a piece at a time, JSON as a whole; plain or compressed.
+"""Reads files into raw rows: JSON Lines, CSV, Parquet and text piece by piece, JSON at once; plain or compressed.
 
-A raw row is a pair. Its origin is `file:line`, `file:row N (line M)` after cells with line breaks, or `file:row N`
-where lines mean nothing. Its value is the columns as a dict, or a `RowError` with the reason why there are none.
-What makes the rest of a file unreadable is raised as a DataError.
+A raw row is a pair of origin and value. The origin is `file:line`, `file:row N (line M)` after cells with line breaks,
+or `file:row N` in formats without lines. The value is the columns as a dict, or a `RowError` with the reason. Damage
+that makes the rest of a file unreadable is raised as a DataError.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from llmtune.errors import DataError, first_line
 from llmtune.records import Advance
 
 MAX_ROW_BYTES = 8 * 2**20
-"""A line or field above this is a mistake in the file (no line ends, a quote that is never closed), not a row."""
+"""A longer line or field is a mistake in the file (missing line ends, an unclosed quote), not a row."""
 TEXT_PIECE = 2**16
-"""Characters above which a text file is cut into several rows, at the next blank line."""
+"""Length in characters above which a text file is cut into several rows, at the next blank line."""
 
 MAX_JSON_BYTES = 2**30
 ROW_COLUMNS = frozenset(
     {"messages", "conversations", "conversation", "tools", "functions", "history", "prompt", "completion"}
 )
-"""Columns of a row that may hold a list of objects: an object with one of these is a row, not a holder of rows."""
+"""Columns that may contain a list of objects: an object with one of these is a row, not a wrapper around rows."""
 CONVERSATION_COLUMNS = frozenset({"messages", "conversations", "conversation"})
-"""Of these, the ones whose items are messages; a list of other objects holds rows."""
+"""The columns among these whose items are messages; a list of other objects contains rows."""
 NOT_UTF8 = "not UTF-8"
 OTHER_ENCODING = "State its encoding in the source, such as `encoding: cp1252`, or save the file as UTF-8."
 _JSON = json.JSONDecoder()
@@ -52,13 +52,13 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonLine(NamedTuple):
-    """A line that is not parsed yet: that can be done on another core."""
+    """A line that is not parsed yet, so another core can do it."""
 
     line: bytes
     offset: int
 
     def parse(self) -> dict[str, object] | RowError:
-        """Return the row, or why there is none."""
+        """Return the row, or the error."""
         try:
             value = json.loads(self.line.decode())
         except UnicodeDecodeError as error:
@@ -79,7 +79,7 @@ LazyRow = tuple[str, dict[str, object] | RowError | JsonLine]
 
 
 def parse_lines(rows: Iterable[LazyRow]) -> Iterator[RawRow]:
-    """Yield rows whose lines of JSON are parsed."""
+    """Yield rows, with lines of JSON parsed."""
     for origin, value in rows:
         yield origin, value.parse() if isinstance(value, JsonLine) else value
 
@@ -91,9 +91,9 @@ def read_lazily(
     advance: Advance = lambda count: None,
     encoding: str | None = None,
 ) -> Iterator[LazyRow]:
-    """Yield the rows of a file, whose origins begin with `name`; lines of JSON are not parsed.
+    """Yield the rows of a file; their origins begin with `name`, and lines of JSON are not parsed.
 
-    `encoding` is that of its text, if not UTF-8. Raises DataError where the file cannot be read from some place on.
+    `encoding` is that of its text, if not UTF-8. Raises DataError if the file becomes unreadable at some point.
     """
     with data_errors(name), reached(path.url) if isinstance(path, RemoteFile) else nullcontext():
         if container == "parquet":
@@ -108,24 +108,22 @@ def read_lazily(
 
 @contextmanager
 def data_errors(name: str) -> Iterator[None]:
-    """Turn what the libraries raise on a damaged or unreadable file into a DataError that names it."""
+    """Turn the libraries' errors on a damaged or unreadable file into a DataError that names the file."""
     try:
         yield
     except PermissionError as error:
-        what = "the file may not be read (permission denied)"
+        what = "the file cannot be read (permission denied)"
         raise DataError.of(what, name, "Give yourself the right to read it.") from error
     except MemoryError as error:
-        what = "its rows need more memory than there is"
-        raise DataError.of(what, name, "Cut the file into smaller ones, or take out what makes a row large.") from error
+        what = "its rows need more memory than is available"
+        raise DataError.of(what, name, "Split the file, or remove the column that makes its rows large.") from error
     except GrowthError as error:
         what = f"it unpacks to more than {MAX_GROWTH} times its size"
-        raise DataError.of(what, name, "Unpack it by hand, if that is meant.") from error
+        raise DataError.of(what, name, "Unpack it by hand, if that is intended.") from error
     except pa.ArrowException as error:
         raise DataError.of(f"not a readable Parquet file: {first_line(error)}", name) from error
-    except UnicodeError as error:  # of an encoding that the recipe states; else bad bytes are errors of their rows
-        raise DataError.of(
-            f"the file is not in the encoding that is stated: {error}", name, "Correct `encoding:`."
-        ) from error
+    except UnicodeError as error:  # with a stated encoding; otherwise bad bytes are errors of their rows
+        raise DataError.of(f"the file is not in the stated encoding: {error}", name, "Correct `encoding:`.") from error
     except OSError as error:
         if is_damage(error):
             what = f"the compressed file is damaged or cut short ({error})"
@@ -148,12 +146,12 @@ def _read_lines(stream: ByteStream, name: str) -> Iterator[LazyRow]:
 
 
 def not_utf8(byte: int, offset: int) -> RowError:
-    """Say which byte is not UTF-8, and its offset in the (unpacked) file."""
+    """Return an error with the byte that is not UTF-8 and its offset in the (decompressed) file."""
     return RowError(NOT_UTF8, f"byte 0x{byte:02x} at offset {offset}")
 
 
 def _read_json_document(stream: ByteStream, name: str) -> Iterator[LazyRow]:
-    """Read a JSON file: a list of rows, an object that holds one, or objects one after the other."""
+    """Read a JSON file: a list of rows, an object that contains one, or objects one after the other."""
     if _looks_like_lines(stream.peek(1)):
         yield from _read_lines(stream, name)
         return
@@ -167,7 +165,7 @@ def _read_json_document(stream: ByteStream, name: str) -> Iterator[LazyRow]:
 
 
 def _json_rows(data: bytes, name: str) -> list[Any]:
-    """Return the rows of a JSON document; raises DataError at its first mistake, with the line."""
+    """Return the rows of a JSON document. Raises DataError at the first mistake, with its line."""
     try:
         values = _json_values(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -191,7 +189,7 @@ def _json_rows(data: bytes, name: str) -> list[Any]:
 
 
 def _json_values(text: str) -> list[Any]:
-    """Return the values that follow one another in a text; raises ValueError, also for more than one list."""
+    """Return the consecutive values in a text. Raises ValueError, also for more than one list."""
     values: list[Any] = []
     at = 0
     while (at := _SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # matches everywhere
@@ -203,7 +201,7 @@ def _json_values(text: str) -> list[Any]:
 
 
 def _lists_of_rows(document: Mapping[str, object]) -> dict[str, list[object]]:
-    """Return the lists of rows by key that an object holds; none of one that is a row itself."""
+    """Return an object's lists of rows by key; empty if the object is a row itself."""
     held = {
         key: value
         for key, value in document.items()
@@ -214,7 +212,7 @@ def _lists_of_rows(document: Mapping[str, object]) -> dict[str, list[object]]:
 
 
 def _looks_like_lines(start: bytes) -> bool:
-    """Whether a file whose name says JSON holds JSON lines, as many do: then a mistake costs a line, not the rest."""
+    """Whether a .json file actually contains JSON Lines, as many do; a mistake then costs one line, not the rest."""
     line, _, rest = start.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
     return not rest.isspace() and rest != b"" and isinstance(JsonLine(line, 0).parse(), dict)
 
@@ -228,7 +226,7 @@ def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
     try:
         header = _check_header(next(lines, []), name)
         line = lines.line_num + 1
-        for row, cells in enumerate(lines, 2):  # as spreadsheets count them: the header is row 1
+        for row, cells in enumerate(lines, 2):  # count as spreadsheets do: the header is row 1
             if cells:
                 place = f"{line}" if row == line else f"row {row} (line {line})"
                 yield f"{name}:{place}", _name_cells(cells, header)
@@ -239,7 +237,7 @@ def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
 
 
 def _short_lines(first: str, rest: io.TextIOWrapper, name: str) -> Iterator[str]:
-    """Yield lines, which hold a row or a part of one; raises DataError for one without an end."""
+    """Yield lines, each a row or part of one. Raises DataError for a line without an end."""
     line, number = first, 1
     while line:
         if len(line) >= MAX_ROW_BYTES:
@@ -268,9 +266,9 @@ def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowE
 
 
 def _read_text(stream: ByteStream, name: str) -> Iterator[RawRow]:
-    """Read a document; a long one in pieces of TEXT_PIECE characters and more, cut at blank lines (or at any line end).
+    """Read a document. Cut a long one into pieces of at least TEXT_PIECE characters, at blank lines or any line end.
 
-    Pieces are cut from the start, so that a file that grows at its end keeps all pieces but the last.
+    Cutting starts at the beginning. A file that grows at its end keeps all pieces but the last.
     """
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     piece: list[str] = []
@@ -293,7 +291,7 @@ def _read_text(stream: ByteStream, name: str) -> Iterator[RawRow]:
 
 
 def _escaped_byte(text: str) -> int | None:
-    """Where `text` holds a byte that was not UTF-8 when it was decoded with `surrogateescape`."""
+    """Return the position of a byte in `text` that was not UTF-8 when decoded with `surrogateescape`."""
     if text.isascii():
         return None
     return next((index for index, char in enumerate(text) if "\udc80" <= char <= "\udcff"), None)

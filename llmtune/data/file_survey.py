@@ -1,4 +1,4 @@
-"""A look at files for `llmtune init`: encoding, columns and copies, tasks that read them, rows that look wrong."""
+"""Surveys files for `llmtune init`: encoding, columns, copies, tasks that fit, and suspicious rows."""
 
 from __future__ import annotations
 
@@ -25,71 +25,71 @@ from llmtune.recipe.data_section import Source
 from llmtune.recipe.task_facts import TASK_FACTS
 
 MOST_ROWS = 5000
-"""Rows that are looked at."""
+"""How many rows are read."""
 BY_NAME = dict.fromkeys(
     (
         *("preference", "token-classify", "speech", "qa", "translate", "summarize", "chat", "classify", "completion"),
         *TASK_FACTS,
     )
 )
-"""Tasks in the order in which a file that fits several is taken for one of them."""
+"""Tasks in order of preference for a file that fits several."""
 BY_VALUES = ("speech", "qa", "translate", "classify", "chat")
 LANGUAGES = re.compile("(ar|cs|da|de|el|en|es|fi|fr|he|hi|hu|it|ja|ko|nl|no|pl|pt|ro|ru|sv|th|tr|uk|vi|zh)([-_]?..)?")
-"""Codes that a column of a translation is called by."""
+"""Language codes that name a column of a translation."""
 MOST_CLASSES = 50
 Roles = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a file, or all files of a folder or a glob, hold, as far as they were looked at."""
+    """The contents of a file, or of all files of a folder or glob, as far as they were read."""
 
     path: str
-    """As it was named."""
+    """The path as the user gave it."""
     files: Sequence[Path]
     encoding: str | None
-    """None for UTF-8."""
+    """None if the text is UTF-8."""
     rows: Sequence[Mapping[str, object]]
     folders: Sequence[Path]
-    """By row, the folder of its file."""
+    """The folder of each row's file."""
     bad: Mapping[str, int]
-    """Rows that have no columns to read, by the reason."""
+    """Unreadable rows by reason."""
     whole: bool
-    """Whether all of its rows were looked at."""
+    """Whether all rows were read."""
 
     @cached_property
     def columns(self) -> list[str]:
-        """The names of the columns, and of keys within them."""
+        """The names of the columns and of their nested keys."""
         return list(dict.fromkeys(name for row in self.rows[:LOOKED_AT] for name in flatten(row)))
 
     @property
     def first(self) -> Sequence[Mapping[str, object]]:
-        """The rows by which the format is detected."""
+        """The rows used to detect the format."""
         return self.rows[:LOOKED_AT]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A task that reads the file, the columns and roles to map for it, and its rows in canonical form."""
+    """A task that can read the file, with the columns and roles to map and the canonical rows."""
 
     task: str
     columns: Mapping[str, str]
-    """Empty where the file's own names are known."""
+    """Empty if the file's own names are known."""
     roles: Roles
     rows: Sequence[Mapping[str, object]]
     bad: Mapping[str, int]
-    """How many other rows cannot be read, by the reason, the commonest first."""
+    """The number of unreadable rows by reason, the most frequent first."""
 
     @property
     def copies(self) -> int:
-        """Rows that say the same as another one."""
+        """The number of rows that repeat another row's content."""
         return len(self.rows) - len({hash_content(row) for row in self.rows})
 
 
 def survey_files(path: str) -> Survey:
-    """Read the first rows of a file, or of the files of a folder or a glob.
+    """Read the first rows of a file, or of the files of a folder or glob.
 
-    Raises DataError where one cannot be read, or none holds a row.
+    Raises DataError if a file cannot be read, or if no file has rows.
     """
     inputs = [local_input(file) for file in find_files(Source(path=path), "llmtune init")]
     encoding = _encoding(inputs)
@@ -107,7 +107,7 @@ def survey_files(path: str) -> Survey:
 
 
 def _encoding(inputs: Sequence[Input]) -> str | None:
-    """Return the encoding of files that are not UTF-8; raises DataError if only some of a folder's files are not."""
+    """Return the encoding of files that are not UTF-8. Raises DataError if only some files of a folder are not."""
     guessed = {one.name: guess_encoding(one.path) for one in inputs if one.path and one.container != "parquet"}
     found = {name: encoding for name, encoding in guessed.items() if encoding}
     others = [one for one in inputs if one.path and not guessed.get(one.name) and not _is_ascii(one)]
@@ -119,7 +119,7 @@ def _encoding(inputs: Sequence[Input]) -> str | None:
 
 
 def _is_ascii(one: Input) -> bool:
-    """Whether a file reads the same in every encoding."""
+    """Whether a file starts with ASCII only, so its encoding does not matter."""
     if one.path is None or one.container == "parquet":
         return False
     with open_bytes(one.path) as stream:
@@ -127,9 +127,9 @@ def _is_ascii(one: Input) -> bool:
 
 
 def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[Reading]:
-    """Return the ways in which tasks, or the one that is named, read a file, the likeliest first.
+    """Return how the tasks, or the given one, can read a file, the most likely reading first.
 
-    `columns` are those that the user maps; raises DataError where the file does not have them.
+    `columns` is the user's mapping. Raises DataError if the file lacks one of its columns.
     """
     columns = columns or {}
     check_mapped(columns, survey.first, survey.path)
@@ -139,13 +139,13 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
     ]
     if not readings and task in (None, "chat"):
         readings = list(_conversations(survey, columns))
-    if not readings and not columns and not refusals(survey, task):  # known names count, even where values are bad
+    if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad
         readings = [_reading(survey, one, columns) for one, columns in _inferred(survey, task)]
     return [reading for reading in readings if reading.rows]
 
 
 def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[str]:
-    """Return what is wrong with the first row, by each task (or the one that is named) that knows its columns."""
+    """Return what is wrong with the first row, for each task (or the given one) that knows its columns."""
     found = []
     first, columns = survey.first, columns or {}
     for one in [one for one in BY_NAME if task in (None, one)]:
@@ -160,7 +160,7 @@ def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str]
 
 
 def _conversations(survey: Survey, columns: Mapping[str, str]) -> Iterator[Reading]:
-    """Read messages that lie within another column, or whose roles have other names."""
+    """Read messages nested in another column, or with unknown role names."""
     paths = [columns["messages"]] if "messages" in columns else [] if columns else survey.columns
     for path in paths:
         conversations = [read_turns(find(row, path)) for row in survey.rows]
@@ -186,7 +186,7 @@ def _inferred(survey: Survey, task: str | None) -> Iterator[tuple[str, dict[str,
 
 
 def _likely(columns: Mapping[str, str], survey: Survey) -> bool:
-    """Whether the values speak for a task that the names do not."""
+    """Whether the values support a task that the names do not suggest."""
     if "source" in columns:
         return all(LANGUAGES.fullmatch(name.lower()) for name in columns.values())
     if "label" in columns:
@@ -203,30 +203,31 @@ def _reading(survey: Survey, task: str, columns: Mapping[str, str], roles: Roles
     for row, folder in zip(survey.rows, survey.folders, strict=True):
         try:
             parsed = parse_row(rename(row, mapping, roles), row_format, task, folder)
-            row_json(parsed)  # what cannot be kept is bad
+            row_json(parsed)  # a row that cannot be stored is bad
             rows.append(parsed)
         except RowError as error:
             bad[error.reason] += 1
     return Reading(task, columns, roles or {}, rows, dict(bad.most_common()))
 
 
-# Rows that can be read and look wrong: one question with several answers, and what spreadsheets write for no value
+# Suspicious rows: one question with several answers, and placeholders that spreadsheets write for missing values
 
 
 MOST_QUESTIONS = 100_000
-"""Rows that are looked at: the memory of all their questions is bounded."""
+"""How many rows are checked; this bounds the memory for their questions."""
 LEARNED = (*ANSWERS, "label", "tags")
-"""Keys of rows that hold what is learned."""
+"""Keys of rows that contain supervised content."""
 NO_VALUES = frozenset(
     ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!", "N/A", "n/a", "nan", "NaN", "null", "NULL")
 )
-"""What Excel, pandas and databases write where there is no value."""
+"""Placeholders that Excel, pandas and databases write for missing values."""
 
 
 def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Return a sentence for each kind of suspicious rows; `rows` are canonical, each with its origin, or an empty one.
+    """Return a sentence for each kind of suspicious row; `rows` are canonical, each with its origin or an empty string.
 
-    Looks at the first MOST_QUESTIONS. Preferences and recordings repeat their prompts: there, only empty values count.
+    Checks the first MOST_QUESTIONS rows. Preferences and recordings repeat their prompts, so only empty values count
+    there.
     """
     answered: dict[bytes, tuple[bytes, str]] = {}
     several: set[bytes] = set()
@@ -243,7 +244,7 @@ def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
         if first != said:
             pair = pair if several else (where, origin)
             several.add(key)
-    found = [f"rows that hold {text!r}, which stands for no value: {count:,}" for text, count in empty.most_common()]
+    found = [f"rows with {text!r}, a placeholder for a missing value: {count:,}" for text, count in empty.most_common()]
     if several:
         where = f", first in {pair[0]} and {pair[1]}" if all(pair) else ""
         found.append(f"questions with different answers in different rows: {len(several):,}{where}")
@@ -251,7 +252,7 @@ def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def _split_answer(row: Mapping[str, Any]) -> tuple[object, object]:
-    """Return what a row gives, and what is learned from it."""
+    """Return the prompt of a row and its supervised content."""
     if "messages" in row:
         *before, last = row["messages"]
         return [one["content"] for one in before], {**last, "rest": [row.get(key) for key in LEARNED]}

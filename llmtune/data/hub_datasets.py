@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: the commit of a revision, and their rows."""
+"""Data sets of the Hugging Face hub: resolves the commit of a revision, and reads rows."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ HubRow = dict[str, object]
 
 
 class Recording(TypedDict):
-    """A recording that is not decoded."""
+    """An undecoded recording."""
 
     bytes: bytes | None
     path: str | None
 
 
 def dataset_name(source: Source) -> str | None:
-    """Return the hub's name for the data set, or None if the source is something else."""
+    """Return the data set's name on the hub, or None if the source is something else."""
     return source.path.removeprefix(HUB) if source.path.startswith(HUB) else None
 
 
 @cache
 def resolve_commit(name: str, revision: str | None) -> str:
-    """Return the commit of `revision` (the newest, if None); offline, the one that is in the cache.
+    """Return the commit of `revision` (the newest, if None); offline, the cached commit.
 
-    It is looked up once in a process, so that what is read is what was hashed.
+    It is looked up once per process, so the rows read are those that were hashed.
 
     Raises:
-        DataError: There is no such data set or revision, or it may not be read.
-        EnvironmentProblem: The hub cannot be reached, and the cache does not know.
+        DataError: The data set or revision does not exist or is not accessible.
+        EnvironmentProblem: The hub cannot be reached, and the cache has no commit.
     """
     from huggingface_hub import HfApi, constants
 
@@ -53,7 +53,7 @@ def resolve_commit(name: str, revision: str | None) -> str:
             return _cached_commit(name, revision)
         commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha
     assert commit, "the hub names the commit"
-    if commit != revision:  # rows are asked for by commit, so nothing else would note what the name stood for
+    if commit != revision:  # rows are requested by commit, so only this records the name's commit
         note = _cache_folder(name) / "refs" / (revision or "main")
         with explained(note):
             write_text(note, commit)
@@ -82,10 +82,11 @@ def _cached_commit(name: str, revision: str | None) -> str:
 def read_hub(name: str, source: Source) -> Iterator[RawRow]:
     """Yield the rows of a data set's split.
 
-    With `limit`, rows are streamed and no more is fetched than needed; else the split goes to the hub's cache once.
+    With `limit`, rows are streamed, so only the needed part is fetched. Otherwise the split is downloaded to the hub's
+    cache once.
 
     Raises:
-        DataError: There is no such data set, configuration or split, or its files are damaged.
+        DataError: The data set, configuration or split does not exist, or its files are damaged.
         EnvironmentProblem: The hub cannot be reached.
     """
     from datasets import load_dataset
@@ -106,20 +107,20 @@ def read_hub(name: str, source: Source) -> Iterator[RawRow]:
 def as_files_hold_it(
     rows: Dataset | IterableDataset,
 ) -> tuple[Dataset | IterableDataset, Callable[[HubRow], HubRow]]:
-    """Return rows whose recordings and pictures are not decoded, and what makes plain values of a row's.
+    """Return rows with undecoded recordings and pictures, and a function that makes a row's values plain.
 
-    Numbers of classes become their names; a recording becomes the name of a file with its bytes. Keys that Arrow
-    filled in are dropped.
+    Class numbers become class names; a recording becomes the name of a file with its bytes. Null keys that Arrow added
+    are dropped.
     """
     from datasets import Audio, ClassLabel
 
-    features = rows.features or {}  # None where rows are streamed from files that do not say
+    features = rows.features or {}  # None if rows are streamed from files without a schema
     makers: dict[str, Callable[..., object]] = {}
     for column, feature in features.items():
         inner = getattr(feature, "feature", feature)  # of a list
         if isinstance(inner, ClassLabel):
             makers[column] = partial(name_classes, inner.names)
-        if getattr(feature, "decode", False):  # a field of sounds, pictures, films
+        if getattr(feature, "decode", False):  # audio, image or video
             rows = rows.cast_column(column, replace(feature, decode=False))
         if isinstance(feature, Audio):
             makers[column] = store_recording
@@ -132,9 +133,9 @@ def as_files_hold_it(
 
 
 def store_recording(value: Recording | None) -> str | None:
-    """Write a recording's bytes next to the cache of data sets, named for them, and return the file.
+    """Write a recording's bytes next to the cache of data sets, named by their hash, and return the file.
 
-    A recording that lies in a file is left there.
+    A recording that is already a file stays in place.
     """
     from datasets import config
 
@@ -153,7 +154,7 @@ def store_recording(value: Recording | None) -> str | None:
 
 
 def _only_split(name: str, source: Source, commit: str) -> str:
-    """Return `train`, or the only split there is."""
+    """Return `train`, or the only split."""
     from datasets import get_dataset_split_names
 
     splits = get_dataset_split_names(name, source.config, revision=commit)
@@ -161,11 +162,11 @@ def _only_split(name: str, source: Source, commit: str) -> str:
         return "train"
     if len(splits) == 1:
         return str(splits[0])
-    raise DataError.of(f"there is no split 'train' but {', '.join(splits)}", HUB + name, "Say which with `split:`.")
+    raise DataError.of(f"no split 'train'; the splits are {', '.join(splits)}", HUB + name, "Choose one with `split:`.")
 
 
 def _check_cached(rows: Dataset, name: str, commit: str) -> None:
-    """Refuse rows of another commit: offline, the library takes the ones that it made last, whatever is asked for."""
+    """Refuse cached rows of another commit: offline, the library loads its newest cache entry, whatever the request."""
     commits = {Path(file["filename"]).parent.name for file in rows.cache_files}
     if commits - {commit}:
         what = f"the cache holds the rows of another commit: {min(commits)[:12]}, not {commit[:12]}"
@@ -175,7 +176,7 @@ def _check_cached(rows: Dataset, name: str, commit: str) -> None:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn what the hub's libraries raise into an error that says whose fault it is."""
+    """Turn errors of the hub's libraries into a DataError (user's fault) or an EnvironmentProblem."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's
         GatedRepoError,
@@ -191,10 +192,10 @@ def _explained(name: str) -> Iterator[None]:
         fix = "Accept its terms on the hub, and log in: `hf auth login`."
         raise DataError.of("the data set is gated, and you have no access to it", where, fix) from error
     except RevisionNotFoundError as error:
-        raise DataError.of("there is no such revision", where, "Check `revision`.") from error
+        raise DataError.of("the revision does not exist", where, "Check `revision`.") from error
     except (DatasetNotFoundError, RepositoryNotFoundError) as error:
         fix = "Check the name; log in with `hf auth login` if it is private."
-        raise DataError.of("there is no such data set on the hub", where, fix) from error
+        raise DataError.of("the data set does not exist on the hub", where, fix) from error
     except ValueError as error:
         raise DataError.of(f"it cannot be loaded: {error}", where, "Check `config`, `split` and `revision`.") from error
     except (DatasetsError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Reads all inputs into the spool, on all cores, and keeps account of every row that is bad."""
+"""Reads all inputs into the spool, on all cores, and records every bad row."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ from llmtune.store.atomic_files import atomic_file
 
 SHOWN = 20
 TRIED_ROWS = 5000
-"""Rows of each input that a check reads."""
+"""How many rows of each input a check reads."""
 _Parsed = tuple[int, tuple[str, HashedRow | RowError, tuple[str, ...]]]
-"""The place of a row in its input, where it is from, what it is, and the names of its columns if it may be tested."""
+"""A row's position in its input, its origin, the row, and its column names if it may be a test row."""
 
 
 @dataclass
 class IngestState:
-    """How far was read, how many rows were bad by reason, and the first of those."""
+    """Progress of reading, the number of bad rows by reason, and the first of them."""
 
     list_file: Path
-    """Gets all bad rows, once all are known."""
+    """The list of all bad rows, written at the end."""
     spooled_list: Path
-    """Has those that are known."""
+    """The list of the bad rows found so far."""
     rows_in: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     first: list[Problem] = field(default_factory=list)
     unreadable: list[Problem] = field(default_factory=list)
-    """What is wrong with whole files."""
+    """Errors that concern whole files."""
     columns: dict[str, None] = field(default_factory=dict)
-    """Columns of rows that may be tested, where some are asked for."""
+    """Columns of possible test rows, if `evaluate` requires some."""
     taken: Counter[int] = field(default_factory=Counter)
-    """Good rows by the number of their source."""
+    """Good rows by source number."""
     filled: int = 0
-    """Keys of good rows that Arrow had filled in, and that were dropped."""
+    """The number of null keys that Arrow added to good rows, and that were dropped."""
     position: tuple[int, int] = (0, 0)
-    """The input that is read, and how many of its rows were."""
+    """The input being read, and how many of its rows were read."""
     hints: list[Problem] = field(default_factory=list)
     """Likely causes of many bad rows at once."""
 
     @classmethod
     def restore(cls, list_file: Path, spool: Spool) -> IngestState:
-        """Go on from what `note` returned when the spool's last shard became whole."""
+        """Resume from the result of `note` when the spool's last shard was completed."""
         account, noted = cls(list_file, spool.folder / list_file.name), spool.noted
         account.spooled_list.touch()
         os.truncate(account.spooled_list, noted.get("listed", 0))
@@ -79,7 +79,7 @@ class IngestState:
         return account
 
     def note(self) -> Json:
-        """Return what `restore` needs."""
+        """Return the state that `restore` needs."""
         self._lines.flush()
         os.fsync(self._lines.fileno())
         names = ("rows_in", "filled", "position", "bad", "taken", "first", "unreadable")
@@ -88,12 +88,12 @@ class IngestState:
 
     @contextmanager
     def spooled(self) -> Iterator[None]:
-        """Keep the list open for bad rows."""
+        """Keep the list of bad rows open."""
         with self.spooled_list.open("ab") as self._lines:
             yield
 
     def add_bad(self, origin: str, error: RowError) -> None:
-        """Count a bad row and put it into the list."""
+        """Count a bad row and add it to the list."""
         self.bad[f"bad: {error.reason}"] += 1
         what = f"{error.reason}: {error.detail}" if error.detail else error.reason
         if len(self.first) < SHOWN:
@@ -102,7 +102,7 @@ class IngestState:
         self._lines.write(line.encode() + b"\n")
 
     def publish(self) -> None:
-        """Put the list of all bad rows in its place; an old one goes if there are none."""
+        """Move the list of all bad rows into place, or delete an old list if there are no bad rows."""
         if self.bad:
             with atomic_file(self.list_file) as partial:
                 shutil.copyfile(self.spooled_list, partial)
@@ -110,7 +110,7 @@ class IngestState:
             self.list_file.unlink(missing_ok=True)
 
     def problems(self) -> list[Problem]:
-        """Return likely causes of the bad rows, the first of them, and where to find the others."""
+        """Return likely causes of the bad rows, the first bad rows, and the path of their list."""
         more = self.bad.total() - len(self.first)
         tail = [Problem(f"and {more:,} more bad rows", str(self.list_file))] if more else []
         return [*self.hints, *self.first, *tail]
@@ -118,7 +118,7 @@ class IngestState:
 
 @contextmanager
 def progress_bars(console: Console, amount: ProgressColumn | None = None) -> Iterator[Progress]:
-    """Draw bars, of bytes if nothing else is given, where a person looks on."""
+    """Draw progress bars if the output is a terminal, in bytes by default."""
     columns = (TextColumn("{task.description}"), BarColumn(), amount or DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
@@ -136,17 +136,17 @@ def ingest_rows(
     """Read, check and parse every row into `spool`.
 
     Args:
-        inputs: What to read.
+        inputs: The inputs to read.
         data: The recipe's section, for `split_by` and `max_dropped`.
-        task: Whose canonical rows are made.
-        spool: Takes the good rows; what is in it already is not read again.
-        list_file: Gets all bad rows; removed if there are none.
+        task: The task whose canonical rows are made.
+        spool: Stores the good rows; rows already in it are not read again.
+        list_file: The list of all bad rows; removed if there are none.
         console: Shows the progress.
-        columns: Columns to keep with each row, each with the key that names it.
+        columns: Columns to keep with each row, each with the recipe key that names it.
 
     Raises:
-        DataError: A file cannot be read to its end, the share of bad rows is above `max_dropped`, or no row that may
-            be tested has one of `columns`.
+        DataError: A file cannot be read to its end, the share of bad rows exceeds `max_dropped`, or no possible test
+            row has one of `columns`.
     """
     account = IngestState.restore(list_file, spool)
     if not spool.ended:
@@ -166,12 +166,12 @@ def ingest_rows(
 
 
 def try_rows(inputs: Sequence[Detected], data: DataSection, task: str) -> int | None:
-    """Refuse rows that `ingest_rows` would refuse, by the first of each input.
+    """Refuse rows that `ingest_rows` would refuse, judging by the first rows of each input.
 
-    Returns how many different rows there are; None if there are more than were read.
+    Returns the number of distinct rows, or None if the inputs have more rows than were read.
 
     Raises:
-        DataError: too many rows are bad, or all of the first where there are more; or a file cannot be read.
+        DataError: too many rows are bad, or all of the first rows of longer inputs; or a file cannot be read.
     """
     parser = _RowParser(tuple(inputs), task, data.split_by, isinstance(data.test, tuple), ())
     rows_in, whole, contents, bad = 0, True, set[bytes](), []
@@ -192,7 +192,7 @@ def try_rows(inputs: Sequence[Detected], data: DataSection, task: str) -> int | 
 
 
 def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:
-    """Refuse `required` columns (by name, the key) that are not among `columns`. Raises DataError, for all at once."""
+    """Refuse `required` columns (name to key) that are missing in `columns`. Raises one DataError for all of them."""
     DataError.collect(
         Problem(
             f"no test row has a column {name!r}",
@@ -205,19 +205,19 @@ def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:
 
 
 class _InputBatch(NamedTuple):
-    """Rows of one input, in its order."""
+    """Consecutive rows of one input."""
 
     input: int
     first: int
-    """How many rows of the input are before them."""
+    """The number of the input's rows before these."""
     rows: list[LazyRow]
     bytes: int
 
 
 def _read_rows(parser: _RowParser, account: IngestState, spool: Spool, advance: Advance) -> None:
-    """Read on from where the account is."""
+    """Resume reading at the account's position."""
     limits = [one.input.source.limit for one in parser.inputs]
-    # The hub does not say how many bytes it will be.
+    # The hub does not report sizes in bytes.
     total = sum(one.input.size if one.input.path else sys.maxsize for one in parser.inputs)
     batches = _read_batches(parser.inputs, account, advance)
     for number, parsed in WorkerPool(parser).map(batches, lambda batch: batch.bytes, total):
@@ -239,7 +239,7 @@ def _read_rows(parser: _RowParser, account: IngestState, spool: Spool, advance: 
 def _read_batches(
     inputs: Sequence[Detected], account: IngestState, advance: Callable[[int], object]
 ) -> Iterator[_InputBatch]:
-    """Yield the rows after the account's position; what is wrong with a file ends it and goes into the account."""
+    """Yield the rows after the account's position. An error in a file ends it and goes into the account."""
     read = 0
 
     def count(size: int) -> None:
@@ -275,11 +275,11 @@ class _RowParser:
     task: str
     split_by: str | None
     has_tests: bool
-    """Whether test has sources of its own."""
+    """Whether the test split has its own sources."""
     kept_columns: tuple[str, ...]
 
     def __call__(self, batch: _InputBatch) -> tuple[int, list[_Parsed]]:
-        """Return the number of the input, and each row or what is wrong with it."""
+        """Return the number of the input, and each row or its error."""
         detected = self.inputs[batch.input]
         split = detected.input.split
         tested = bool(self.kept_columns) and (split == "test" or (split is None and not self.has_tests))
@@ -291,7 +291,7 @@ class _RowParser:
     def _parse(
         self, origin: str, value: dict[str, object] | RowError, detected: Detected, tested: bool
     ) -> tuple[str, HashedRow | RowError, tuple[str, ...]]:
-        """Return where a row is from, what it is, and the names of its columns if it may be tested."""
+        """Return a row's origin, the row or its error, and its column names if it may be a test row."""
         one = detected.input
         split = -1 if one.split is None else SPLITS.index(one.split)
         if isinstance(value, RowError):
@@ -307,7 +307,7 @@ class _RowParser:
         except RowError as error:
             return origin, error, ()
         except RecursionError:
-            return origin, RowError("nested too deeply", "lists and objects lie hundreds deep in it"), ()
+            return origin, RowError("nested too deeply", "lists and objects are nested hundreds deep"), ()
         kept = None
         if tested:
             kept = json.dumps({name: raw[name] for name in self.kept_columns if name in raw}, default=str)
@@ -318,7 +318,7 @@ class _RowParser:
 
 
 def _split_group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:
-    """Hash the value that decides the split; None where that is the row's own content."""
+    """Hash the value that decides the split; None if the row's content decides it."""
     if split_by is None:
         return None
     value = raw.get(split_by)

@@ -1,4 +1,4 @@
-"""Roles, contents and thoughts of messages, under all names and in all forms that rows have for them."""
+"""Roles, contents and thoughts of messages, under all names and forms that rows use."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ ROLES = {
 }
 ROLE_KEYS = ("role", "from", "sender", "author", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "message", "body")
-"""Keys of a message, the most usual first."""
+"""Keys of a message, the most common first."""
 CONVERSATIONS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 """Columns that may hold messages."""
 USERS = (
     *("customer", "client", "user", "visitor", "guest", "caller", "patient", "student", "requester", "buyer", "member"),
 )
 ASSISTANTS = ("agent", "support", "operator", "advisor", "staff", "teacher", "doctor", "expert", "seller", "ai", "llm")
-"""Usual names of the two who speak."""
+"""Common names of the two speakers."""
 
 
 def first_key(turn: Mapping[str, object], keys: Sequence[str]) -> str | None:
-    """Return the first of `keys` that a message has."""
+    """Return the first of `keys` that a message has, or None."""
     return next((key for key in keys if key in turn), None)
 
 
 def with_roles(row: Mapping[str, object], roles: Mapping[str, Sequence[str]]) -> Mapping[str, object]:
-    """Return a row whose messages have our roles; `roles` maps each of ours to the names that the rows use."""
+    """Return a row with our role names in its messages; `roles` maps each of ours to the names in the rows."""
     ours = {name.strip().lower(): role for role, names in roles.items() for name in names}
     turns = {name: read_turns(row[name]) for name in CONVERSATIONS if ours and name in row}
     return {**row, **{name: [_with_role(turn, ours) for turn in found] for name, found in turns.items() if found}}
@@ -56,18 +56,18 @@ def _with_role(turn: object, ours: Mapping[str, str]) -> object:
 
 
 def read_turns(value: object) -> list[object]:
-    """Return the items of a list, or of a list written as JSON text; none of anything else."""
+    """Return the items of a list, or of a list written as JSON text; empty for anything else."""
     value = parse_cell(value)
     return value if isinstance(value, list) else []
 
 
 def is_message(value: object) -> bool:
-    """Whether a value looks like a message: it says who speaks."""
+    """Whether a value looks like a message: it names a speaker."""
     return isinstance(value, dict) and first_key(value, ROLE_KEYS) is not None
 
 
 def propose_roles(conversations: Sequence[Sequence[object]]) -> dict[str, list[str]]:
-    """Return a mapping of the roles that are not known, by their names; else the one who speaks first is the user."""
+    """Return a mapping for unknown roles, guessed from their names; otherwise the first speaker is the user."""
     speakers = [list(_speakers(turns)) for turns in conversations]
     unknown = list(dict.fromkeys(name for names in speakers for name in names if name.strip().lower() not in ROLES))
     found: dict[str, list[str]] = {}
@@ -94,13 +94,13 @@ def _speakers(turns: Sequence[object]) -> Iterator[str]:
             yield name
 
 
-# Thoughts: a field, a part, `<think>`, Harmony's channels
+# Thoughts: as a field, a content part, `<think>`, or Harmony's channels
 
 
 REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
-"""What a message calls its thoughts, in data sets and programming interfaces."""
+"""Keys for the thoughts of a message, in data sets and APIs."""
 THINK_OPEN, THINK_CLOSE = "<think>\n", "\n</think>\n\n"
-"""How thoughts are written where a template does not show another way: as DeepSeek and Qwen do."""
+"""The format of thoughts if a template shows no other: that of DeepSeek and Qwen."""
 
 _THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _CHANNEL = re.compile(
@@ -114,13 +114,13 @@ def split_reasoning(turn: Mapping[str, object], content: str, parts: str, where:
     """Return the thoughts of an answer and its text without them.
 
     Args:
-        turn: The message as the row has it.
+        turn: The message as it appears in the row.
         content: Its text.
-        parts: The thoughts that stood as parts of its content.
-        where: Which message it is, for the problem.
+        parts: Thoughts from parts of its content.
+        where: The message's position, for the error.
 
     Raises:
-        RowError: Thoughts are no text, or are given twice and differ.
+        RowError: Thoughts are not text, or are given twice and differ.
     """
     stated = [text.strip() for key in REASONING_KEYS if (text := _thought_text(turn.get(key), f"{where}: {key!r}"))]
     stated += [parts.strip()] if parts.strip() else []
@@ -140,7 +140,7 @@ def _thought_text(value: object, what: str) -> str:
 
 
 def _split_content(content: str) -> tuple[str | None, str]:
-    """Take thoughts off the start of a text; an empty block of them is an empty text."""
+    """Split thoughts off the start of a text; an empty block of thoughts gives an empty text."""
     if block := _THINK_BLOCK.match(content):
         return block[1].strip(), block[2].lstrip()
     if "<|channel|>" not in content:

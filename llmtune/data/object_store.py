@@ -1,4 +1,4 @@
-"""Files of object stores and web servers, through fsspec: found, told from other versions, and read as streams."""
+"""Files of object stores and web servers, through fsspec: finds them, identifies versions, and streams contents."""
 
 from __future__ import annotations
 
@@ -27,46 +27,46 @@ CREDENTIALS = {
     "gs": "Log in: `gcloud auth application-default login`.",
 }
 AUTHORITIES = {"s3": "AWS_CA_BUNDLE"}
-"""Variables that name a file of trusted authorities; elsewhere it is OpenSSL's own, SSL_CERT_FILE."""
+"""Variables that name a file of trusted authorities; other protocols use OpenSSL's SSL_CERT_FILE."""
 TAGS = ("ETag", "etag")
 DAMAGED = ("Truncated compressed", "decompress failed", "inflate failed")
 
 
 def is_remote(path: str) -> bool:
-    """Whether a source's path is an address."""
+    """Whether a source's path is a URL."""
     return path.startswith(STORES)
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file that is read over the network, a block at a time."""
+    """A file read over the network, block by block."""
 
     url: str
     size: int
-    """Bytes; 0 where the server does not say."""
+    """Size in bytes; 0 if the server does not report it."""
     etag: str
-    """Stands for its content; empty where the server has none that does."""
+    """Identifies the content, such as a strong etag; empty if the server has none."""
 
     def open(self) -> Any:
-        """Open it for reading bytes; raises as `reached` says."""
+        """Open it for reading bytes. Raises the errors of `reached`."""
         with reached(self.url):
             return _filesystem(self.url).open(self.url, "rb")
 
     def hash(self) -> str:
-        """Return sha256 of its content, which is read to its end."""
+        """Return the sha256 of its content, which is read completely."""
         with reached(self.url), self.open() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_objects(url: str) -> list[RemoteFile]:
-    """Return the files that an address names, by name: one, those that match a pattern, or all below a folder.
+    """Return the files that a URL names, sorted by name: one file, the matches of a pattern, or all below a folder.
 
     Raises:
-        DataError: There are none, or they may not be read.
+        DataError: No file is found, or access is denied.
         EnvironmentProblem: The store cannot be reached, or the package that reads it is not installed.
     """
     protocol = url.partition("://")[0]
-    with reached(url, ValueError):  # of botocore, for an endpoint that is no address
+    with reached(url, ValueError):  # from botocore, for an endpoint that is no URL
         store = _filesystem(url)
         if protocol.startswith("http"):
             found = {url: store.info(url)}
@@ -78,33 +78,33 @@ def find_objects(url: str) -> list[RemoteFile]:
         if info["type"] == "file"
     ]
     if not files:
-        raise DataError.of("there is no such file or folder", url, "Check the address; `**` crosses folders.")
+        raise DataError.of("file or folder not found", url, "Check the address; `**` crosses folders.")
     return files
 
 
 def _etag(info: dict[str, Any]) -> str:
     tag = next((str(info[name]) for name in TAGS if info.get(name)), "")
-    return "" if tag.startswith("W/") else tag.strip('"')  # a weak one may stay while bytes change
+    return "" if tag.startswith("W/") else tag.strip('"')  # a weak etag may stay the same while bytes change
 
 
 def _filesystem(url: str) -> AbstractFileSystem:
-    from fsspec import filesystem  # not for --help
+    from fsspec import filesystem  # slow to import, and --help does not need it
 
     protocol = url.partition("://")[0]
-    for name in ("gcsfs", "google.auth"):  # they print the traceback of what they raise
+    for name in ("gcsfs", "google.auth"):  # they print tracebacks of the errors they raise
         logging.getLogger(name).setLevel(logging.CRITICAL)
     options = {"client_kwargs": {"trust_env": True}} if protocol.startswith("http") else {}  # proxies, ~/.netrc
     return filesystem(protocol, use_listings_cache=False, **options)
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether Arrow, and not the system or a store, could not go on in a compressed file."""
+    """Whether Arrow failed on a damaged compressed file, as opposed to a system or network error."""
     return isinstance(error, OSError) and error.errno is None and any(word in str(error) for word in DAMAGED)
 
 
 @contextmanager
 def reached(url: str, *more: type[Exception]) -> Iterator[None]:
-    """Turn what the libraries raise, and `more`, into an error that says whose fault it is, without secrets."""
+    """Turn errors of the libraries, and `more`, into a DataError or EnvironmentProblem without secrets."""
     protocol = url.partition("://")[0]
     try:
         yield
@@ -113,16 +113,16 @@ def reached(url: str, *more: type[Exception]) -> Iterator[None]:
         raise EnvironmentProblem.of(f"{protocol}:// needs a package", url, f"pip install {package}") from error
     except (*_errors(), *more) as error:
         if is_damage(error):
-            raise  # the store has done its part
-        # fsspec says "not found" of all that a web server answers, or does not.
+            raise  # not an error of the store
+        # fsspec raises "not found" for every failure of a web server.
         answer = error.__cause__ if protocol.startswith("http") and error.__cause__ else error
         status = answer.status if hasattr(answer, "status") else getattr(answer, "code", None)
-        denied = isinstance(answer, PermissionError) or str(answer).startswith("Forbidden")  # as gcsfs says it
+        denied = isinstance(answer, PermissionError) or str(answer).startswith("Forbidden")  # gcsfs's wording
         if denied or status in (401, 403):
             fix = CREDENTIALS.get(protocol, "Put the password into ~/.netrc.")
-            raise DataError.of("the file may not be read (permission denied)", url, fix) from error
+            raise DataError.of("the file cannot be read (permission denied)", url, fix) from error
         if isinstance(answer, FileNotFoundError) or status in (404, 410):
-            raise DataError.of("there is no such file", url, "Check the address.") from error
+            raise DataError.of("file not found", url, "Check the address.") from error
         if problem := _insecure(answer, AUTHORITIES.get(protocol, "SSL_CERT_FILE")):
             raise EnvironmentProblem.of(problem[0], url, problem[1]) from error
         what = redact(str(answer).partition("\n")[0]) or type(answer).__name__
@@ -131,16 +131,16 @@ def reached(url: str, *more: type[Exception]) -> Iterator[None]:
 
 
 def _insecure(error: BaseException | None, variable: str) -> tuple[str, str] | None:
-    """Return what is wrong with a certificate, and what to do about it, where that caused an error."""
+    """Return the problem with a certificate and its fix, if one caused the error."""
     fault = None
     while error is not None:
-        fault = error if isinstance(error, ssl.SSLError | FileNotFoundError) else fault  # the last one has the reason
+        fault = error if isinstance(error, ssl.SSLError | FileNotFoundError) else fault  # innermost
         error = error.__cause__ or error.__context__
     if fault is None:
         return None
     file = os.environ.get(variable)
     if file and not Path(file).exists():
-        return f"{variable} is {file!r}, and there is no such file", "Name a PEM file with trusted certificates."
+        return f"{variable} is {file!r}, which does not exist", "Name a PEM file with trusted certificates."
     reason = getattr(fault, "verify_message", None) or (getattr(fault, "reason", None) or str(fault)).replace("_", " ")
     now = f"now {file!r}" if file else "not set"
     return (
@@ -151,7 +151,7 @@ def _insecure(error: BaseException | None, variable: str) -> tuple[str, str] | N
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Return what is raised by the libraries that are in use."""
+    """Return the exception types of the libraries that are loaded."""
     known = (
         ("aiohttp", "ClientError"),
         ("botocore.exceptions", "BotoCoreError"),

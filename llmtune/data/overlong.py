@@ -1,10 +1,10 @@
-"""Conversations longer than `data.max_length`: refused, left out, cut where no target is lost, or split.
+"""Conversations longer than `data.max_length`: refused, left out, truncated without losing a target, or split.
 
-`truncate` keeps the complete last answer. The earliest exchanges go first (their answers with them), the system message
-stays, then the start of the last question goes. What still does not fit is left out with the reason.
+`truncate` keeps the complete last answer and the system message. It removes the earliest exchanges first, with their
+answers, then the start of the last question. A row that still does not fit is left out with the reason.
 
-`split` loses nothing that is learned: it cuts before a user's turn. Each part has the system message and as many
-exchanges as fit.
+`split` loses no supervised text: it cuts before a user's turn. Each part has the system message and as many exchanges
+as fit.
 """
 
 from __future__ import annotations
@@ -24,51 +24,51 @@ from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import cut_start, tokenize
 
 TOO_LONG = "too long"
-"""How the reason begins for a row that is left out because of its length."""
+"""Prefix of the reason for a row that is left out because of its length."""
 
 NOTHING = "nothing to learn"
-"""How the reason begins for a row without a supervised token."""
+"""Prefix of the reason for a row without a supervised token."""
 
 Encode = Callable[[Sequence[ChatRow]], list[Encoded]]
-"""Encode conversations whatever their lengths: the examples of each, or the reason why not."""
+"""Encodes conversations of any length: returns the examples of each, or the reason why it has none."""
 Cut: TypeAlias = Generator[ChatRow, Encoded, Encoded]
-"""Cuts one conversation: yields shorter ones, receives their encodings, returns its own."""
+"""Shortens one conversation: yields shorter versions, receives their encodings, returns its own."""
 
 _TRIES = 6
 _GUESSES = 4
-"""Estimates of how many exchanges fit, before the search halves what is left."""
+"""How often to estimate the number of exchanges that fit, before the search continues by bisection."""
 
 
 class Lost(NamedTuple):
-    """What was cut off a row that was too long."""
+    """What truncation removed from an overlong row."""
 
     tokens: int
     answers: int = 0
-    """Answers that are learned no more."""
+    """Number of answers that are no longer supervised."""
     supervised: int = 0
-    """Tokens that are learned no more."""
+    """Number of tokens that are no longer supervised."""
 
 
 def only_last(row: ChatRow) -> ChatRow:
-    """Mark all answers but the last as not learned, so that this holds in each part of a split row."""
+    """Mark all answers but the last as not trained. This then holds in each part of a split row."""
     messages = row["messages"]
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     return {**row, "messages": [m if i == last else {**m, "train": False} for i, m in enumerate(messages)]}
 
 
 def longest(examples: Sequence[Example]) -> int:
-    """Return the length in tokens of the longest example."""
+    """Return the length of the longest example, in tokens."""
     return max(len(example.input_ids) for example in examples)
 
 
 def too_long(tokens: int, max_length: int, why: str = "") -> str:
-    """Return the reason for a row of so many tokens."""
+    """Return the reason for a row with this many tokens."""
     return f"{TOO_LONG}: {tokens} tokens, data.max_length is {max_length}{why}"
 
 
 @dataclass(frozen=True)
 class ChatFit:
-    """How conversations are brought below `max_length` tokens."""
+    """Fits conversations into `max_length` tokens."""
 
     encode: Encode
     processor: PreTrainedTokenizerBase
@@ -76,9 +76,9 @@ class ChatFit:
     max_length: int
 
     def fit(self, rows: Sequence[ChatRow], encoded: Sequence[Encoded]) -> list[Encoded]:
-        """Return the examples of each conversation that fit, or the reason why there are none.
+        """Return the examples of each conversation that fit, or the reason why it has none.
 
-        All conversations are cut at the same time: each round encodes one shorter form of every one, in one call.
+        All conversations are shortened together: each round encodes one shorter version of each, in one call.
         """
         results = list(encoded)
         cuts: dict[int, Cut] = {}
@@ -90,7 +90,7 @@ class ChatFit:
                 cuts[k] = way(_Conversation(row, examples, self), self)
             else:
                 results[k] = too_long(longest(examples), self.max_length)
-        replies: dict[int, Any] = dict.fromkeys(cuts)  # None begins a generator
+        replies: dict[int, Any] = dict.fromkeys(cuts)  # None starts a generator
         while replies:
             asked: dict[int, ChatRow] = {}
             for k, reply in replies.items():
@@ -103,7 +103,7 @@ class ChatFit:
 
 
 class _Conversation:
-    """A conversation that is too long, in exchanges, with an estimate of the tokens of each."""
+    """An overlong conversation, in exchanges, with an estimated size in tokens for each."""
 
     def __init__(self, row: ChatRow, examples: Sequence[Example], fit: ChatFit) -> None:
         self.row, self.examples, self.tokens = row, examples, longest(examples)
@@ -116,7 +116,7 @@ class _Conversation:
         self._max_length = fit.max_length
 
     def part(self, first: int, end: int) -> ChatRow:
-        """Return the row with these exchanges alone, after its system messages."""
+        """Return the row with only these exchanges, after its system messages."""
         return {**self.row, "messages": [*self.system, *chain.from_iterable(self.exchanges[first:end])]}
 
     def most(
@@ -124,8 +124,8 @@ class _Conversation:
     ) -> Generator[ChatRow, Encoded, tuple[int, Encoded]]:
         """Return the highest number of exchanges that is not too long, with its encoding; 0 if none is.
 
-        `take(n)` is the conversation of n exchanges, whose estimated sizes are the first of `sizes`. An estimate only
-        says where to look first: the number is encoded, and one more is seen to be too long.
+        `take(n)` is the conversation of n exchanges; their estimated sizes are the first n of `sizes`. An estimate only
+        guides the search: the result is encoded, and one more exchange is verified to be too long.
         """
         estimates = list(accumulate(sizes, initial=self.base))
         fits, over, kept = 0, len(estimates), cast(Encoded, "")
@@ -134,7 +134,7 @@ class _Conversation:
             guess = min(max(guess, fits + 1), over - 1)
             encoded = yield take(guess)
             tries += 1
-            if isinstance(encoded, str):  # nothing to learn, mostly, which says nothing about the length
+            if isinstance(encoded, str):  # mostly "nothing to learn", which does not show the length
                 fits, kept, guess = guess, encoded, 2 * guess
                 continue
             size = longest(encoded)
@@ -148,13 +148,13 @@ class _Conversation:
 
 
 def _spoken(message: Message) -> str:
-    """Return the text of a message; its calls are text too."""
+    """Return the text of a message, including its calls."""
     calls = message.get("tool_calls")
     return message["content"] + (json.dumps(calls) if calls else "")
 
 
 def _with_loss(kept: list[Example], whole: Sequence[Example]) -> list[Example]:
-    """Note at the first example what is not there any more."""
+    """Record on the first example what was lost."""
 
     def counted(examples: Sequence[Example]) -> tuple[int, int, int]:
         spans = [example.spans for example in examples]
@@ -166,7 +166,7 @@ def _with_loss(kept: list[Example], whole: Sequence[Example]) -> list[Example]:
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """Split a conversation into its system messages and its exchanges: from a user's turn up to the next."""
+    """Split a conversation into its system messages and its exchanges: each runs from a user's turn to the next."""
     start = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
     exchanges: list[list[Message]] = []
     for i, message in enumerate(messages[start:], start):
@@ -178,7 +178,7 @@ def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Me
 
 
 def _truncate_chat(chat: _Conversation, fit: ChatFit) -> Cut:
-    """Keep as many of the last exchanges as fit, one at least, whose question is cut if it must be."""
+    """Keep as many of the last exchanges as fit, at least one; cut its question if necessary."""
     n, max_length = len(chat.exchanges), fit.max_length
     kept, examples = yield from chat.most(chat.sizes[:0:-1], lambda last: chat.part(n - last, n))
     if isinstance(examples, str) and kept:
@@ -186,7 +186,7 @@ def _truncate_chat(chat: _Conversation, fit: ChatFit) -> Cut:
     if not isinstance(examples, str):
         return _with_loss(examples, chat.examples)
     question, *rest = chat.exchanges[-1]
-    for _ in range(_TRIES):  # a cut text may take a token more than was counted
+    for _ in range(_TRIES):  # a cut text may take one token more than counted
         examples = yield {**chat.row, "messages": [*chat.system, question, *rest]}
         if isinstance(examples, str):
             return too_long(chat.tokens, max_length, f", and with its question cut: {examples}")
@@ -204,11 +204,11 @@ def _truncate_chat(chat: _Conversation, fit: ChatFit) -> Cut:
 
 
 def _split_chat(chat: _Conversation, fit: ChatFit) -> Cut:
-    """Fill parts with exchanges from the first to the last; exchanges with nothing to learn are passed over."""
+    """Fill parts with exchanges from first to last; skip exchanges without supervised text."""
     parts: list[Example] = []
     first, n = 0, len(chat.exchanges)
     while first < n:
-        sizes = chat.sizes[first:] if first else chat.sizes[:-1]  # all of them are known to be too long
+        sizes = chat.sizes[first:] if first else chat.sizes[:-1]  # all of them together are known to be too long
 
         def take(count: int, first: int = first) -> ChatRow:
             return chat.part(first, first + count)
@@ -221,4 +221,4 @@ def _split_chat(chat: _Conversation, fit: ChatFit) -> Cut:
         elif not examples.startswith(NOTHING):
             return too_long(chat.tokens, fit.max_length, f", and split at a turn: {examples}")
         first += taken
-    return parts or too_long(chat.tokens, fit.max_length, ", and what is left of it has nothing to learn")
+    return parts or too_long(chat.tokens, fit.max_length, ", and the rest has nothing to learn")

@@ -1,7 +1,7 @@
-"""Step 1, first half: sources to checked, deduplicated rows in one Arrow file per split; splits; test rows as a file.
+"""Step 1, first half: turns sources into checked, deduplicated rows in one Arrow file per split.
 
-Near duplicates are looked for if `deduplicate: near` asks for it, in a split and across splits; rows that are equal
-across splits are dropped whatever it says.
+It also assigns splits and writes test rows to a file. `deduplicate: near` adds a search for near duplicates within and
+across splits. Rows that are equal across splits are dropped whatever the setting.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ SPOOL = ".spool"
 def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | None = None) -> Rows:
     """Read, check, deduplicate and split the recipe's data into `folder`.
 
-    What is kept depends on the rows, not on the order of files. Memory grows by less than 100 bytes a row, whatever the
-    rows' length and however many are near one another. Splits keep the order of the sources. What was read and compared
-    is in `.spool` next to the folder until all is done. The same preparation resumes there if it was killed;
-    all cores are used where that pays.
+    The result depends on the rows, not on the order of files. Memory grows by less than 100 bytes per row, whatever
+    the rows' length and however many are near each other. Splits keep the order of the sources. Intermediate data is in
+    `.spool` next to the folder until the end, so the same preparation resumes after it was killed. All cores are used
+    if that saves time.
 
     Args:
-        recipe: Its `data`, `task` and the columns that `evaluate` names are used; paths are absolute.
+        recipe: Uses `data`, `task` and the columns that `evaluate` names; paths are absolute.
         folder: Gets `SIDE.rows.arrow` and `rows.json`. If rows are bad, `bad_rows.jsonl` next to it lists all of them.
-        console: Shows progress, bad rows and what was left out.
-        inputs: What `rows_inputs` returns for the recipe, if it is known.
+        console: Shows progress, bad rows and how many rows were left out.
+        inputs: The result of `rows_inputs` for the recipe, if known.
 
     Raises:
-        DataError: Missing or unreadable files, unknown formats, too many bad rows, a split without rows: all at once.
-        EnvironmentProblem: The folder cannot be written, or the hub not be reached.
+        DataError: Missing or unreadable files, unknown formats, too many bad rows, an empty split: all in one error.
+        EnvironmentProblem: The folder cannot be written, or the hub cannot be reached.
     """
     data, task = recipe.data, recipe.task
     detected = resolve_inputs(data, task)
@@ -70,7 +70,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)  # it must not outlive the files that it describes
-        names = [one.input.name for one in detected]  # as seen from the folder that the run is started in
+        names = [one.input.name for one in detected]  # relative to the folder that the run was started in
         spool = Spool(folder.parent / SPOOL, hash_value([inputs or rows_inputs(recipe), names]))
         if len(spool):
             console.print(f"resuming after {len(spool):,} rows that were already read", highlight=False)
@@ -100,7 +100,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
 def _decide(
     index: Index, data: DataSection, spool: Spool, console: Console
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.object_], list[str]]:
-    """Give each row its split and, if it is dropped, the reason."""
+    """Assign each row its split and, if it is dropped, the reason."""
     shares = {split: share for split in SPLITS[1:] if isinstance(share := getattr(data, split), float | int)}
     split_N, notes = assign_splits(index, shares.get("validation", 0.0), shares.get("test", 0.0))
     reason_N = drop_equal(index, split_N, data.deduplicate)
@@ -134,14 +134,14 @@ def _check_splits(
     copies_N: npt.NDArray[np.int64],
     reason_N: npt.NDArray[np.object_],
 ) -> None:
-    """Refuse a split that was asked for and has no row left."""
+    """Refuse a requested split that has no rows left."""
     problems = []
     for split, name in enumerate(SPLITS):
         required = split == TRAIN or isinstance(getattr(data, name), tuple) or getattr(data, name) > 0
         if required and not copies_N[split_N == split].any():
             lost = Counter(reason_N[split_N == split].tolist())
             why = ", ".join(f"{count} {reason}" for reason, count in lost.most_common()) or "none was read"
-            fix = "Give more rows, or set `deduplicate: exact` if rows that look alike are meant."
+            fix = "Give more rows, or set `deduplicate: exact` if similar rows are intended."
             problems.append(Problem(f"no row is left for {name}: {why}", f"data.{name}", fix))
     DataError.collect(problems)
 
@@ -194,40 +194,40 @@ def _print_rows(rows: Rows, account: IngestState, notes: Sequence[str], console:
 
 
 def rows_inputs(recipe: Recipe) -> str:
-    """Hash what rows depend on: the data section, its files, and the task."""
+    """Hash the inputs of the rows: the data section, its files, and the task."""
     settings = recipe.data.model_dump(mode="json", exclude={"packing", *ENCODING_KEYS})
     if recipe.evaluate.columns:  # kept with the rows
         settings["slices"] = tuple(recipe.evaluate.columns)
     if recipe.data.split_by is not None:
-        settings["groups"] = "kept"  # rows that were prepared without their groups are prepared again
+        settings["groups"] = "kept"  # rows prepared without groups must be prepared again
     return hash_value([__version__, recipe.task, settings, hash_sources(recipe.data, recipe.task)])
 
 
-# Splits: a row goes to train, validation or test by a hash, so that it stays where it is when the data grows
+# Splits: a hash assigns a row to train, validation or test, so it keeps its split when the data grows
 
 
 def assign_splits(index: Index, validation: float, test: float) -> tuple[npt.NDArray[np.int8], list[str]]:
-    """Give every row its split.
+    """Assign every row its split.
 
-    A group's position in [0, 1) is a hash; test takes the positions below `test`, validation the next. Where test has
-    sources of its own, validation takes the highest. A share that would get nothing, which happens with few rows, gets
-    the next group instead.
+    A group's position in [0, 1) is a hash. Test takes the positions below `test`, validation the next ones. If test has
+    its own sources, validation takes the highest positions. A share that rounds to no group, which happens with few
+    rows, gets the next group instead.
 
     Args:
         index: The rows.
-        validation: Share of the groups, 0 if there is to be none or it has sources of its own.
+        validation: Share of the groups; 0 if not wanted or if validation has its own sources.
         test: The same for test.
 
     Returns:
-        [N] index into SPLITS, and notes for a person.
+        [N] index into SPLITS, and notes for the user.
 
     Raises:
-        DataError: There are not enough groups for one on each split.
+        DataError: Too few groups for at least one in each split.
     """
     split_N = index.split.copy()
     open_N = split_N < 0
     position_N = fraction(index.group[open_N], salt=1)
-    if (split_N == TEST).any():  # they may be what a share took before, the lowest: validation would lose all its rows
+    if (split_N == TEST).any():  # a test file from an earlier share has the lowest positions
         position_N = 1 - position_N
     positions = np.unique(position_N)
     requested = [(split, share) for split, share in ((TEST, test), (VALIDATION, validation)) if share > 0]
@@ -241,7 +241,7 @@ def assign_splits(index: Index, validation: float, test: float) -> tuple[npt.NDA
         last = max(int(np.searchsorted(positions, upto)), first)
         if last == first:
             last = first + 1
-            notes.append(f"a share of {share:g} of {len(positions)} rows gave {SPLITS[split]} none; it got one")
+            notes.append(f"{SPLITS[split]}: {share:g} of {len(positions)} rows rounds to 0; using 1")
         ends.append(last)
         first = last
     if requested and first >= len(positions):
@@ -255,15 +255,15 @@ def assign_splits(index: Index, validation: float, test: float) -> tuple[npt.NDA
 
 def _too_few(groups: int, requested: list[tuple[int, float]]) -> DataError:
     names = " and ".join(f"{SPLITS[split]} ({share:g})" for split, share in requested)
-    what = f"{groups} different rows (or `split_by` values) are too few to leave some for {names} besides train"
-    fix = "Give more rows, or sources of their own, or set the share to 0. A short text file is one row."
+    what = f"{groups} different rows (or `split_by` values) are too few for {names} as well as train"
+    fix = "Give more rows, give each split its own sources, or set the share to 0. A short text file is one row."
     return DataError(*DataError.of(what, "data.train", fix).problems)
 
 
 def count_copies(index: Index, split_N: npt.NDArray[np.int8], weights: list[float]) -> npt.NDArray[np.int64]:
-    """Say how often each row is in its split: a train row as often as its source's weight says, others once.
+    """Return how often each row occurs in its split: a train row by its source's weight, other rows once.
 
-    A weight of 2.3 is two copies of each row and a third of three tenths of them, chosen by hash.
+    A weight of 2.3 makes two copies of each row, and a third copy of three tenths of them, chosen by hash.
     """
     weight_N = np.asarray(weights, dtype=np.float64)[index.source]
     whole_N = np.floor(weight_N)
@@ -274,26 +274,26 @@ def count_copies(index: Index, split_N: npt.NDArray[np.int8], weights: list[floa
 def drop_shared_groups(
     index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], split_by: str
 ) -> None:
-    """Drop rows whose `split_by` value is in a source that was given for test or validation, in place."""
+    """Drop rows whose `split_by` value occurs in a source given for test or validation, in place."""
     for split, below in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
         given = index.group[index.split == split]
         shared = np.isin(index.group, given) & np.isin(split_N, below) & (reason_N == "")
         reason_N[shared] = f"same {split_by} as a {SPLITS[split]} row"
 
 
-# `prepare --write-test`: the test rows as a JSON Lines file, which stay the same when the data grows
+# `prepare --write-test`: the test rows as a JSON Lines file, which does not change when the data grows
 
 
 KEPT_KEYS = {"path", "config", "split", "revision", "encoding", "weight", "limit"}
-"""Keys of a source that say where its rows come from; all others say what the rows are, and hold for the file too."""
+"""Keys of a source that locate its rows. All others describe the rows, so they apply to the written file too."""
 OPTION = "--write-test"
 
 
 def write_test_rows(recipe: Recipe, rows: Rows, file: Path, beside: Path) -> str:
-    """Write the test rows as their sources have them, and return the line by which a recipe in `beside` names them.
+    """Write the test rows as their sources have them; return the line that names them in a recipe in `beside`.
 
     Raises:
-        DataError: there are no test rows, or they come from sources that are read in different ways.
+        DataError: the test split is empty, or its rows come from sources that are read in different ways.
         EnvironmentProblem: the file cannot be written.
     """
     origins = {origin for origin, _ in iterate_texts(rows, "test")}
@@ -313,7 +313,7 @@ def write_test_rows(recipe: Recipe, rows: Rows, file: Path, beside: Path) -> str
             settings.setdefault(source_line("test", source), source)
             lines += found
     if not lines:
-        raise DataError.of("there are no test rows to write", "data.test", "Give it a share, such as data.test: 0.2.")
+        raise DataError.of("no test rows to write", "data.test", "Set a share, such as data.test: 0.2.")
     if len(settings) > 1:
         what = f"the test rows come from sources that are read in {len(settings)} ways: {'; '.join(settings)}"
         raise DataError.of(what, OPTION, "Write a test file for each of these sources by hand, and list them.")
@@ -327,7 +327,7 @@ def write_test_rows(recipe: Recipe, rows: Rows, file: Path, beside: Path) -> str
 
 
 def locate_recording(value: Mapping[str, object], detected: Detected, file: Path) -> Mapping[str, object]:
-    """Return a row whose recording, if it names one, is found from the folder of `file`."""
+    """Return a row whose recording, if it names one, has a path relative to the folder of `file`."""
     folder = detected.input.folder
     for column in AUDIO_COLUMNS:
         ours = detected.columns.get(column, column)

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: the reason of each, and the list of them next to the folder that a step replaces."""
+"""Unusable rows: the reason for each, and their list next to the folder that a step replaces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANSWER_COLUMNS = ("completion", "output", "target", "summary", "chosen", "reject
 
 
 class RowError(Exception):
-    """A bad row: `reason` is the kind of mistake, by which rows are counted; `detail` is what exactly is wrong."""
+    """A bad row: `reason` is the kind of mistake under which it is counted; `detail` is the exact mistake."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -24,13 +24,13 @@ class RowError(Exception):
 
 
 def json_kind(value: object) -> str:
-    """Name the kind of a JSON value, as a person would."""
+    """Return the kind of a JSON value in plain words."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
 def parse_cell(value: object) -> object:
-    """Return the list or object that a table has as JSON text; any other value as it is."""
+    """Parse a list or object that a table has as JSON text; return any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -41,7 +41,7 @@ def text_of(value: object, what: str) -> str:
     """Return `value` if it is text.
 
     Raises:
-        RowError: It is something else.
+        RowError: It is not text.
     """
     if not isinstance(value, str):
         raise RowError("wrong type", f"{what} is {json_kind(value)}; it must be text")
@@ -49,7 +49,7 @@ def text_of(value: object, what: str) -> str:
 
 
 def nonempty_text(row: Mapping[str, object], column: str) -> str:
-    """Return the text of a column that must not be empty; raises RowError."""
+    """Return the text of a column that must not be empty. Raises RowError if it is."""
     value = row.get(column)
     text = "" if value is None else text_of(value, f"'{column}'")
     if not text.strip():
@@ -58,11 +58,11 @@ def nonempty_text(row: Mapping[str, object], column: str) -> str:
 
 
 RawRow = tuple[str, dict[str, object] | RowError]
-"""Where a row is from, and its columns or why they cannot be read."""
+"""A row's origin, and its columns or the reason why they cannot be read."""
 
 
 def too_many_bad(looked: str, share: float, allowed: float, more: str = "") -> Problem:
-    """Return the problem of a share of bad rows above `data.max_dropped`; `more` is added to the fix."""
+    """Return the problem for a share of bad rows above `data.max_dropped`; `more` is appended to the fix."""
     allow = f", or set data.max_dropped: {math.ceil(100 * share) / 100}" if share < 1 else ""
     what = f"{looked} are bad: {share:.1%}, and data.max_dropped allows {allowed:.1%}"
     return Problem(what, fix=f"Fix them{allow}.{more}")
@@ -70,7 +70,7 @@ def too_many_bad(looked: str, share: float, allowed: float, more: str = "") -> P
 
 @contextmanager
 def listed(path: Path) -> Iterator[Callable[[dict[str, str]], object]]:
-    """Give a function that adds a line to a list, which replaces `path` at the end; without a line an old list goes."""
+    """Yield a function that adds a line to a list. The list replaces `path` at the end; an empty one removes it."""
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         yield lambda entry: file.write(json.dumps(entry) + "\n")
     if not path.stat().st_size:

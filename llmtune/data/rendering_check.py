@@ -1,8 +1,7 @@
-"""All that rows say shows in their renderings: nothing is lost on the way to the model, and answers are where marked.
+"""Checks that all contents of rows appear in their renderings, and that answers are where the template marks them.
 
-What a template leaves out whatever is said (a system message, calls, results, declarations of tools) is known from
-`TemplateFacts`. The texts themselves, looked for in the rendering, show what it cuts or changes because of what is
-said.
+`TemplateFacts` shows what a template always omits: a system message, calls, results, tool declarations. Searching the
+rendering for the texts themselves shows what it cuts or changes depending on the content.
 """
 
 from __future__ import annotations
@@ -38,28 +37,28 @@ from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row, Rows
 
 KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
-"""As rows have them on disk. Within a text, quotes have backslashes before them."""
+"""As stored in rows. Inside a text, quotes are escaped with backslashes."""
 OTHER = "Set model.chat_template to a Jinja file that writes `tools`, `tool_calls` and messages of the role `tool`"
 SHOWN = 40
-"""Characters of a text that a reason names."""
+"""How many characters of a text a reason quotes."""
 CHATML = "<|im_start|>"
-"""A model whose own template writes it can learn tools by the template that comes with llmtune."""
+"""A model whose own template writes this can learn tools with the template that comes with llmtune."""
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 Expected = tuple[str, str, bool]
-"""A text that has to show, what it is, and whether the template writes such texts at all."""
+"""A text that must appear, its name in messages, and whether the template writes such texts at all."""
 
 
 def find_missing(
     facts: TemplateFacts, messages: Sequence[Message], tools: Tools, text: str, thoughts: Collection[int]
 ) -> str | None:
-    """Return why a rendering is not the whole conversation; None where it is.
+    """Return what a rendering lacks of the conversation, or None if it is complete.
 
     Args:
-        facts: What the template does.
-        messages: Those that are rendered, as templates take them.
-        tools: The declarations of tools, if there are any.
+        facts: The template's facts.
+        messages: The rendered messages, in the templates' form.
+        tools: The tool declarations, if any.
         text: The rendering.
-        thoughts: Which answers' thoughts have to show: others' are left out where the template does so.
+        thoughts: The answers whose thoughts must appear; the template may omit the others.
     """
     text = unmark(text)
     parts = [*_message_parts(facts, messages, thoughts), *_tool_parts(facts, tools)]
@@ -68,7 +67,7 @@ def find_missing(
     at = 0
     for part, name, _ in parts:
         part = unmark(part)
-        found = text.find(part, at)  # most are after the one before
+        found = text.find(part, at)  # most follow the previous one
         if found >= 0:
             at = found + len(part)
         elif not (part in text or all(any(form in text for form in _forms(line)) for line in part.splitlines())):
@@ -77,13 +76,13 @@ def find_missing(
     conversation = "\0".join(texts)
     for part in dict.fromkeys(filter(None, texts)):
         wanted, found = conversation.count(part), sum(text.count(form) for form in {*_forms(part)})
-        if 0 < found < wanted:  # another message, or a part of one, stands in for the missing one
+        if 0 < found < wanted:  # the match may be another message, or a part of one
             return f"the chat template leaves out one of {wanted} messages that say {part[:SHOWN]!r}"
     return None
 
 
 def _forms(line: str) -> Iterator[str]:
-    """Yield the ways in which templates write a line of text: as it is, and within JSON."""
+    """Yield the forms in which templates write a line of text: unchanged, and escaped in JSON."""
     yield line.strip()
     yield json.dumps(line.strip(), ensure_ascii=False)[1:-1]
     yield json.dumps(line.strip())[1:-1]
@@ -103,13 +102,13 @@ def _message_parts(facts: TemplateFacts, messages: Sequence[Message], thoughts: 
             function = call["function"]
             what = f"the call of {function['name']!r}" if CALLS in writes else "the tool call"
             yield function["name"], f"{what} in {where}", CALLS in writes
-            arguments: object = function["arguments"]  # some templates are handed JSON text
+            arguments: object = function["arguments"]  # some templates get JSON text
             for text in _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments):
                 yield text, f"the arguments of {what} in {where}", True
 
 
 def _leaves(value: object) -> Iterator[str]:
-    """Yield keys and values of arguments; truth values and nothing are written in too many ways to look for."""
+    """Yield keys and values of arguments. Booleans and null have too many spellings to search for."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield str(key)
@@ -124,7 +123,7 @@ def _leaves(value: object) -> Iterator[str]:
 
 
 def _tool_parts(facts: TemplateFacts, tools: Tools) -> Iterator[Expected]:
-    """Yield name, description and parameters of each tool."""
+    """Yield the name, description and parameters of each tool."""
     for tool in tools or ():
         function = tool["function"]
         parameters = function.get("parameters")
@@ -139,7 +138,7 @@ def _tool_parts(facts: TemplateFacts, tools: Tools) -> Iterator[Expected]:
 def check_marks(example: Example, chat: PreparedChat, messages: int, template: ChatTemplate) -> str | None:
     """Compare the spans of the first `messages` of a conversation with the template's own `{% generation %}` marks.
 
-    Marks may leave out what is no text of the answer: a header, line breaks, the end-of-turn token.
+    Marks may omit whatever is not the answer's text: a header, line breaks, the end-of-turn token.
     """
     processor = template.processor
     if not processor.is_fast or not _GENERATION.search(template.text(chat.tools)) or chat.marked:
@@ -167,16 +166,16 @@ def check_marks(example: Example, chat: PreparedChat, messages: int, template: C
     return None
 
 
-# Before any row is encoded
+# Checks before any row is encoded
 
 
 def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Refuse a chat template that leaves out what rows have of tools, with what would fix it.
+    """Refuse a chat template that omits tool contents of the rows; the error names a fix.
 
-    Rows that it cannot write, no more than `data.max_dropped` allows, are left out one by one instead.
+    If no more rows are affected than `data.max_dropped` allows, they are left out one by one instead.
 
     Raises:
-        EnvironmentProblem: it leaves out declarations of tools, calls or results.
+        EnvironmentProblem: the template omits declarations of tools, calls or results.
     """
     if not TASK_FACTS[recipe.task].has_messages or not processor.chat_template:
         return
@@ -200,7 +199,7 @@ def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) 
 
 
 def _used_parts(row: Row) -> tuple[str, ...]:
-    """Return what a row has of tools."""
+    """Return the tool parts that a row has."""
     messages = row.get("messages", ())
     has = (
         row.get("tools"),
@@ -211,7 +210,7 @@ def _used_parts(row: Row) -> tuple[str, ...]:
 
 
 def _find_switch(template: ChatTemplate, used: Collection[str]) -> str | None:
-    """Return the switch of a template with which it writes all that is used, as a recipe has it."""
+    """Return a switch, as a recipe has it, with which the template writes every used part."""
     for name in sorted(template_variables(template.text([cast(Tool, TOOL)]))):
         for value in (True, False):
             with suppress(EnvironmentProblem):

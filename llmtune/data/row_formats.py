@@ -45,27 +45,27 @@ EXAMPLES = {
     "spans": '[{"start": 0, "end": 3, "label": "PERSON"}]',
     "audio": '"recordings/1.wav"',
 }
-"""Cells of columns, for examples in error messages; others hold text."""
+"""Example cells by column for error messages; other columns contain text."""
 RowParser = Callable[[Mapping[str, object]], Mapping[str, object]]
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A way in which rows are written: the columns that make it out, those that may be there, and a row's meaning."""
+    """A row format: required columns, optional ones, and a parser per task."""
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
     parsers: Mapping[str, RowParser]
-    """By task, what makes a canonical row."""
+    """By task, the parser that makes a canonical row."""
     stated: str = ""
-    """An example for error messages, where one made of the required columns would not do."""
+    """An example for error messages, if one made of the required columns is not enough."""
     files: tuple[str, ...] = ()
     """Columns that name files, relative to the file of the row."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All columns that it reads."""
+        """All columns that the format reads."""
         return (*self.required, *self.optional)
 
     @property
@@ -75,7 +75,7 @@ class RowFormat:
         return self.stated or f"{{{', '.join(cells)}}}"
 
     def parser(self, task: str) -> RowParser | None:
-        """Return what makes a canonical row for `task`, or None."""
+        """Return the parser for `task`, or None."""
         return self.parsers.get(task)
 
 
@@ -151,11 +151,11 @@ _KNOWN = (
 FORMATS = {one.name: one for one in _KNOWN}
 CONVERSATIONS = ("messages", "conversations")
 READABLE_SHARE = 0.5
-"""Share of the first rows that a reading must take: a file may have bad rows."""
+"""Share of the first rows that a reading must accept: a file may have bad rows."""
 MEDIA = {f"{kind}{s}": f"<{kind}>" for kind in ("image", "video", "audio") for s in ("", "s")}
-"""Columns of what is not text, and its mark in a text."""
+"""Columns with media, and the mark for each in a text."""
 COLUMNS = tuple(sorted({name for one in FORMATS.values() for name in one.columns}))
-"""Canonical column names: what the keys of `columns:` may be."""
+"""Canonical column names: the allowed keys of `columns:`."""
 
 
 def detect_format(
@@ -166,18 +166,18 @@ def detect_format(
     where: str,
     suggest: Callable[[], str | None] = lambda: None,
 ) -> RowFormat:
-    """Detect the format of a file by its first rows: by its own names of columns, else by other usual ones.
+    """Detect a file's format from its first rows: by the file's column names first, then by usual aliases.
 
     Args:
         rows: The first good rows; at least one.
-        task: The recipe's task, which rules formats out.
-        columns: The source's `columns`, canonical name to the file's own or a template of them.
-        forced: The row format that the source names, if it does.
-        where: The file, for the problem.
-        suggest: Gives a line of the recipe that would read the file, where one is known.
+        task: The recipe's task, which excludes some formats.
+        columns: The source's `columns`: canonical name to the file's name, or a template of names.
+        forced: The row format that the source names, if any.
+        where: The file, for the error.
+        suggest: Returns a line of the recipe that would read the file, if one is known.
 
     Raises:
-        DataError: No format fits, or several do; with a way to fix it.
+        DataError: No format fits, or several do. The error includes a fix.
     """
     present = list(dict.fromkeys(name for row in rows for name in row))
     check_mapped(columns, rows, where)
@@ -187,7 +187,7 @@ def detect_format(
     if forced:
         return _check_forced(FORMATS[forced], [*matching, *aliased], usable, task, present, where)
     fitting = [one for one in matching if one in usable]
-    if not fitting and aliased:  # the reading that leaves the fewest columns unused
+    if not fitting and aliased:  # prefer the reading that leaves the fewest columns unused
         read = [len(used_columns(map_columns(one, rows, task, columns), present)) for one in aliased]
         fitting = [one for one, count in zip(aliased, read, strict=True) if count == max(read)]
     if len(fitting) > 1:  # the longer list of columns wins: conversations next to chosen and rejected
@@ -196,7 +196,7 @@ def detect_format(
         return fitting[0]
     if fitting:
         names = " and ".join(one.name for one in fitting)
-        fix = f"Say which with `format: {fitting[0].name}` or `format: {fitting[1].name}`."
+        fix = f"Choose with `format: {fitting[0].name}` or `format: {fitting[1].name}`."
         raise DataError.of(f"the columns {_name_list(present)} fit {names}", where, fix)
     suggestion = suggest()
     if matching:
@@ -210,13 +210,13 @@ def detect_format(
 def map_columns(
     row_format: RowFormat, rows: Sequence[Mapping[str, object]], task: str, columns: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return what a file's columns are called in a format: what the recipe maps, and usual other names."""
+    """Return the file's column names for a format: by the recipe's mapping, then by usual aliases."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return with_aliases(columns, row_format.columns, names, task)
 
 
 def check_mapped(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]], where: str) -> None:
-    """Refuse a mapping of a column that llmtune does not know, or that no row has. Raises DataError."""
+    """Refuse a mapping of an unknown canonical column, or of a column that no row has. Raises DataError."""
     for ours, theirs in columns.items():
         if ours not in COLUMNS:
             known = f"({', '.join(COLUMNS)}).{nearest(ours, COLUMNS)}"
@@ -226,11 +226,11 @@ def check_mapped(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]
         if missing:
             present = list(dict.fromkeys(name for row in rows for name in flatten(row)))
             known = f"found {_name_list(present)}.{nearest(missing[0], present)}"
-            raise DataError.of(f"columns: there is no column {missing[0]!r}; {known}", where)
+            raise DataError.of(f"columns: column {missing[0]!r} not found; {known}", where)
 
 
 def _has_required(row_format: RowFormat, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> bool:
-    """Whether all rows have what the format needs; with `columns`, it must use what they map."""
+    """Whether all rows have the format's required columns; a mapping in `columns` must be used too."""
     if any(name not in row_format.columns for name in columns):
         return False
     mapped = set(columns)
@@ -272,10 +272,10 @@ def _unknown_format(
         names = f"row 1 is {kinds[0] or 'of no known format'}, row {other + 1} {kinds[other] or 'of no known format'}"
         return DataError.of(f"mixed formats: {names}", where, "Put each format into a file and a source of its own.")
     known = "\n    ".join(f"{one.name}: {one.example}" for one in usable)
-    what = f"the format is not known by the columns {_name_list(present)}"
+    what = f"unknown row format: the columns are {_name_list(present)}"
     if suggestion:
         return DataError.of(what, where, f"Map them; this line of the section `data` reads the file:\n    {suggestion}")
-    texts = max(reversed(usable), key=lambda one: min(len(one.required), len(present)))  # not messages, for two texts
+    texts = max(reversed(usable), key=lambda one: min(len(one.required), len(present)))  # no messages for two texts
     mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in texts.required)
     source = f"`train: {{path: {where}, columns: {{{mapped}}}}}`"
     return DataError.of(what, where, f"Formats:\n    {known}\n    or map columns in the section `data`: {source}.")
@@ -292,10 +292,10 @@ def parse_row(
     """Return the canonical row.
 
     Args:
-        row: Columns by their canonical names (see `rename`).
-        row_format: How the file is written.
-        task: Whose canonical row is made.
-        folder: What the names of files in the row are relative to.
+        row: Columns under their canonical names (see `rename`).
+        row_format: The file's format.
+        task: The task whose canonical row is made.
+        folder: Base of the file names in the row.
 
     Raises:
         RowError: The row cannot be trained on.
@@ -308,19 +308,19 @@ def parse_row(
     _refuse_media(row, row_format)
     parse = row_format.parser(task)
     assert parse is not None, "detect_format() returns formats that the task can parse"
-    if folder is not None:  # files that the row names get their whole path
+    if folder is not None:  # make the row's file names absolute
         files = {column: find_recording(row[column]) for column in row_format.files}
         row = {**row, **{column: str((folder / name).absolute()) for column, name in files.items() if name}}
     return parse(row)
 
 
 def _refuse_media(row: Mapping[str, object], row_format: RowFormat) -> None:
-    """Refuse a text around a picture, a film or a recording in another column; raises RowError."""
+    """Refuse a text that refers to a picture, video or recording in another column. Raises RowError."""
     for name, mark in MEDIA.items():
         if name in row_format.columns or not row.get(name):
             continue
         if any(mark in str(row[column]) for column in row_format.columns if column in row):
-            raise RowError("content that is not text", f"{mark} stands for what is in {name!r}; only text is learned")
+            raise RowError("content that is not text", f"{mark} refers to the column {name!r}; only text is learned")
 
 
 def reads_rows(
@@ -342,7 +342,7 @@ def reads_rows(
 
 
 def unused_keys(row: Mapping[str, object], row_format: RowFormat, columns: Mapping[str, str]) -> list[str]:
-    """Name the columns, and the keys of messages, that the canonical row does not hold."""
+    """Return the columns and message keys that are not part of the canonical row."""
     used = used_columns({name: columns.get(name, name) for name in row_format.columns}, row)
     unused = [name for name in row if name not in used]
     found = (find(row, columns.get(name, name)) for name in CONVERSATIONS)

@@ -1,4 +1,4 @@
-"""What a row says: as JSON, as a hash by which rows are equal, as the text by which they are nearly so, as words."""
+"""A row's content: as JSON, as a hash for equality, as text for near duplicates, and as words."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort
 
 
 def row_json(row: Mapping[str, object]) -> str:
-    """Write a canonical row as the Arrow file holds it.
+    """Write a canonical row as JSON for the Arrow file.
 
     Raises:
-        RowError: The text holds half of a surrogate pair, which is no character and cannot be encoded.
+        RowError: A text contains half of a surrogate pair, which cannot be encoded.
     """
     text = _dump(row)
     if not text.isascii():
@@ -35,7 +35,7 @@ def row_json(row: Mapping[str, object]) -> str:
 
 
 def hash_content(row: Mapping[str, object]) -> bytes:
-    """Hash what a row says: 16 bytes, equal for rows that differ in Unicode composition or outer white space alone."""
+    """Hash a row's content to 16 bytes; Unicode composition and outer white space make no difference."""
     text = _write_sorted(_stripped(row))
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
@@ -43,7 +43,7 @@ def hash_content(row: Mapping[str, object]) -> bytes:
 
 
 def _stripped(value: object) -> object:
-    """Strip every text in a row but the names of files."""
+    """Strip every text in a row except file names."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, list):
@@ -54,7 +54,7 @@ def _stripped(value: object) -> object:
 
 
 def iterate_strings(value: object) -> Iterator[str]:
-    """Yield every text within a value, however deep."""
+    """Yield every text in a value, at any depth."""
     if isinstance(value, str):
         yield value
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -62,10 +62,10 @@ def iterate_strings(value: object) -> Iterator[str]:
 
 
 def spoken_text(row: Row) -> str:
-    """Return what is compared in the search for near duplicates: all that is said, but for the system message.
+    """Return the text for the near-duplicate search: everything except system messages.
 
-    A long system message that all rows share would make them all look alike. Questions on one context, and texts of
-    different recordings, are no duplicates of one another however much they share: each word is tied to its context.
+    A long system message shared by all rows would make them all similar. Questions on different contexts, and texts of
+    different recordings, are never duplicates, whatever they share: each word is tagged with its context.
     """
     if "context" in row:
         return _tag_words(f"{row['question']} {' '.join(answer['text'] for answer in row['answers'])}", row["context"])
@@ -101,7 +101,7 @@ def _message_texts(messages: Sequence[Message]) -> list[str]:
     return parts
 
 
-# Words, word triples and the minima of these under scrambled orders, which overlap as the texts do.
+# Words, word triples, and their minima under scrambled orders; equal minima estimate the overlap of texts.
 # Legend: B bytes, W words (and word triples, as many), R rows of a batch, P minima, L bands.
 
 
@@ -110,14 +110,14 @@ BAND_SIZE = 6
 MINIMA = BANDS * BAND_SIZE
 TRIPLES_OF_A_WORD = 3
 BLOCK_WORDS = 2**15
-"""Word triples that are hashed at a time: they stay in the processor's cache."""
+"""How many word triples are hashed at a time: they fit in the CPU cache."""
 
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 POWERS = np.multiply.accumulate(np.full(2**12, 0x9E3779B97F4A7C15, dtype=np.uint64))
-"""Of an odd number, modulo 2**64: a factor for each place in a word."""
+"""Powers of an odd number modulo 2**64: a factor for each position in a word."""
 LETTERS = np.isin(np.arange(256), [*b"0123456789abcdefghijklmnopqrstuvwxyz", *range(0x80, 0x100)])
 
 
@@ -141,7 +141,7 @@ def fraction(values: U64, salt: int) -> npt.NDArray[np.float64]:
 
 
 def hash_triples(texts: list[str]) -> tuple[U32, I64]:
-    """Hash every run of three words; the last two words of a text begin shorter runs, so that short texts have some.
+    """Hash every run of three words; the last two words of a text start shorter runs, so short texts have some too.
 
     Words are runs of letters and digits in lower case; Chinese, Japanese, Thai, Lao and Burmese characters, which are
     written without spaces, are words of their own.
@@ -182,7 +182,7 @@ def hash_words(texts: list[str]) -> tuple[U64, I64, I64]:
 
 
 def _classify(byte_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Tell the bytes of UTF-8 that belong to words, and those that begin a character of three bytes which is a word."""
+    """Return masks of the UTF-8 bytes that belong to words, and of those that begin a three-byte one-character word."""
     inside_B = LETTERS[byte_B]
     next_B = np.append(byte_B[1:], np.uint8(0))
     mark_B = (byte_B == 0xE2) & ((next_B == 0x80) | (next_B == 0x81))  # U+2000 to U+207F: dashes, quotes, spaces
@@ -195,7 +195,7 @@ def _classify(byte_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt
 
 
 def without_common(common: U32, triple_W: U32, row_W: I64) -> tuple[U32, I64]:
-    """Leave out the triples of a template, but for rows that have no more than one word of their own."""
+    """Drop a template's triples, except from rows with at most one word of their own."""
     if not len(common) or not len(triple_W):
         return triple_W, row_W
     place_W = np.minimum(np.searchsorted(common, triple_W), len(common) - 1)
@@ -206,10 +206,10 @@ def without_common(common: U32, triple_W: U32, row_W: I64) -> tuple[U32, I64]:
 
 
 def take_minima(triple_W: U32, begins: I64) -> U32:
-    """Return [R, P] the smallest value of each of P scrambled orders over each row's triples.
+    """Return [R, P] the smallest value of each row's triples under each of P scrambled orders.
 
     Args:
-        triple_W: Hashes, rows one after the other.
+        triple_W: Hashes, row after row.
         begins: [R] where each row begins; no row is empty.
     """
     minimum_RP = np.empty((len(begins), MINIMA), dtype=np.uint32)
@@ -231,7 +231,7 @@ def take_minima(triple_W: U32, begins: I64) -> U32:
 
 
 def band_keys(minimum_RP: U32) -> U64:
-    """Return [R, L] a hash of the minima of each band, as many as there are."""
+    """Return [R, L] a hash of the minima of each complete band."""
     key_RL = np.zeros((len(minimum_RP), minimum_RP.shape[1] // BAND_SIZE), dtype=np.uint64)
     for place in range(BAND_SIZE):
         key_RL = mix(key_RL ^ minimum_RP[:, place::BAND_SIZE], 7)

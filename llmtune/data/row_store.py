@@ -1,4 +1,4 @@
-"""Rows on disk in Arrow files: all good rows while it is decided which are kept, then the prepared rows by split."""
+"""Rows on disk in Arrow files: all good rows until it is decided which to keep, then the prepared rows by split."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from llmtune.store.json_shapes import Count, Counts, read_record
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 2**22
-"""A batch ends at whichever comes first: rows can be long."""
-AGAIN = "Run the recipe again: what is missing or damaged is made again."
+"""A batch ends at whichever limit comes first: rows can be long."""
+AGAIN = "Run the recipe again to recreate missing or damaged files."
 RECORD = "rows.json"
 RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled")
 SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
 GROUP = pa.field("group", pa.uint64())
-"""Hash of the row's `data.split_by` value; only where the recipe names such a column."""
+"""Hash of the row's `data.split_by` value; only if the recipe names such a column."""
 U64 = npt.NDArray[np.uint64]
 
 
 class RowsRecord(TypedDict):
-    """What rows.json holds; earlier versions kept no columns."""
+    """The contents of rows.json; earlier versions stored no columns."""
 
     files: dict[str, str]
     counts: Counts
@@ -47,7 +47,7 @@ class RowsRecord(TypedDict):
 
 
 class RowWriter:
-    """Writes the file of one split; the record of all of them is written last."""
+    """Writes the file of one split; the common record is written last."""
 
     def __init__(self, path: Path, grouped: bool = False) -> None:
         self._schema = SCHEMA.append(GROUP) if grouped else SCHEMA
@@ -59,7 +59,7 @@ class RowWriter:
         self._has_columns = False
 
     def add(self, batch: pa.RecordBatch, content_R2: U64, group_R: U64) -> None:
-        """Write rows as the spool has them, with their content hashes and those of what decides their split."""
+        """Write rows from the spool, with hashes of their contents and of their groups."""
         ids = pa.array([f"{high:016x}{low:016x}" for high, low in content_R2.tolist()])
         groups = [pa.array(group_R)] if GROUP in self._schema else []
         self._batches.append(pa.record_batch([ids, *batch.columns, *groups], schema=self._schema))
@@ -75,7 +75,7 @@ class RowWriter:
 
     @property
     def columns_hash(self) -> str:
-        """Hash over `columns`; empty where no row has any."""
+        """Hash over `columns`; empty if no row has any."""
         return self._columns.hexdigest() if self._has_columns else ""
 
     def _flush(self) -> None:
@@ -92,22 +92,22 @@ class RowWriter:
 
 
 def save_rows(rows: Rows) -> None:
-    """Write the record of `rows` into its folder; file names are relative, so that the folder can be moved."""
+    """Write the record of `rows` into its folder; file names are relative, so the folder can be moved."""
     files = {split: path.name for split, path in rows.files.items()}
     write_json(rows.folder / RECORD, {"files": files, **{name: getattr(rows, name) for name in RECORDED}})
 
 
 def load_rows(folder: Path) -> Rows:
-    """Read what `prepare_rows` left in `folder`, wherever the folder is now.
+    """Read the output of `prepare_rows` from `folder`, which may have been moved.
 
     Raises:
-        DataError: Rows were never prepared there, or files are missing.
+        DataError: `folder` has no prepared rows, or files are missing.
         EnvironmentProblem: The record is damaged.
     """
     record = read_record(folder / RECORD, RowsRecord, fix=AGAIN)
     missing = [name for name in (record or {}).get("files", {}).values() if not (folder / name).is_file()]
     if record is None or missing:
-        what = f"{missing[0]} is missing" if missing else "there are no prepared rows"
+        what = f"{missing[0]} is missing" if missing else "no prepared rows here"
         raise DataError.of(what, str(folder), AGAIN)
     files = {split: folder / name for split, name in record["files"].items()}
     recorded = {name: record[name] for name in RECORDED if name in record}
@@ -116,7 +116,7 @@ def load_rows(folder: Path) -> Rows:
 
 @contextmanager
 def open_arrow(path: Path) -> Iterator[pa.ipc.RecordBatchFileReader]:
-    """Open an Arrow file of a run; raises EnvironmentProblem where it is damaged, also while it is read."""
+    """Open an Arrow file of a run. Raises EnvironmentProblem if it is damaged, even if that shows later."""
     try:
         with pa.memory_map(str(path)) as source:
             yield pa.ipc.open_file(source)
@@ -127,7 +127,7 @@ def open_arrow(path: Path) -> Iterator[pa.ipc.RecordBatchFileReader]:
 
 
 def pick_rows(rows: Rows, split: str, indexes: Sequence[int], folder: Path) -> Rows:
-    """Write the rows of a split at `indexes`, in that order, into `folder` and return them, as rows of that split."""
+    """Write the rows of a split at `indexes`, in that order, into `folder`; return them as rows of that split."""
     target = folder / f"{split}.rows.arrow"
     with pa.memory_map(str(rows.files[split])) as source, pa.OSFile(str(target), "wb") as file:
         picked = pa.ipc.open_file(source).read_all().take(pa.array(indexes, type=pa.int64()))
@@ -138,7 +138,7 @@ def pick_rows(rows: Rows, split: str, indexes: Sequence[int], folder: Path) -> R
 
 
 def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield the rows of a split as its file holds them, each batch with the number of its first row."""
+    """Yield the rows of a split in batches, each with the number of its first row."""
     if split not in rows.files:
         return
     first = 0
@@ -150,40 +150,40 @@ def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatc
 
 
 def iterate_rows(rows: Rows, split: str) -> Iterator[tuple[str, Row]]:
-    """Yield (origin, row) of a split in order; nothing for a split that has no rows."""
+    """Yield (origin, row) of a split in order; nothing for an empty split."""
     for origin, text in iterate_texts(rows, split):
         yield origin, json.loads(text)
 
 
 def iterate_ids(rows: Rows, split: str) -> Iterator[str]:
-    """Yield what each row of a split is known by: 32 hex digits of its content, wherever it is."""
+    """Yield each row's id: 32 hex digits that depend only on its content."""
     for _, batch in iterate_batches(rows, split):
         yield from batch.column("id").to_pylist()
 
 
 def iterate_groups(rows: Rows, split: str) -> Iterator[int]:
-    """Yield by row of a split what is equal for rows of one `data.split_by` value; nothing without `split_by`."""
+    """Yield each row's group, equal for rows with the same `data.split_by` value; nothing without `split_by`."""
     for _, batch in iterate_batches(rows, split):
         if GROUP in batch.schema:
             yield from batch.column("group").to_pylist()
 
 
 def iterate_texts(rows: Rows, split: str) -> Iterator[tuple[str, str]]:
-    """Yield (origin, row as JSON) of a split in order; nothing for a split that has no rows."""
+    """Yield (origin, row as JSON) of a split in order; nothing for an empty split."""
     for _, batch in iterate_batches(rows, split):
         yield from zip(batch.column("origin").to_pylist(), batch.column("row").to_pylist(), strict=True)
 
 
 def iterate_columns(rows: Rows, split: str) -> Iterator[dict[str, object]]:
-    """Yield by row of a split, in order, what its source says in the columns that were kept; mostly nothing."""
+    """Yield each row's values in the columns that were kept, in order; mostly empty."""
     for _, batch in iterate_batches(rows, split):
-        there = "columns" in batch.schema.names  # rows that an earlier version prepared have none
+        there = "columns" in batch.schema.names  # rows from earlier versions have none
         for text in batch.column("columns").to_pylist() if there else [None] * batch.num_rows:
             yield json.loads(text) if text else {}
 
 
 def read_rows(rows: Rows, split: str, indexes: Sequence[int]) -> list[Row]:
-    """Return the rows of a split at `indexes`, in that order; nothing else is read."""
+    """Return the rows of a split at `indexes`, in that order, without reading others."""
     if not len(indexes):
         return []
     firsts, batches = zip(*iterate_batches(rows, split), strict=True)
@@ -199,11 +199,11 @@ def read_rows(rows: Rows, split: str, indexes: Sequence[int]) -> list[Row]:
     return [json.loads(text) for text in texts]
 
 
-# Good rows: whole shards, so that a preparation that was killed resumes
+# The spool: good rows in complete shards, so that a killed preparation resumes
 
 
 SHARD_BATCHES = 64
-"""Of 1,024 rows that is some seconds of work."""
+"""Batches per shard; at 1,024 rows each, they take some seconds."""
 STATE = "state.json"
 TEXTS = pa.schema({"origin": pa.string(), "row": pa.string(), "columns": pa.string()})
 NUMBERS = np.dtype(
@@ -213,25 +213,25 @@ NUMBERS = np.dtype(
 
 @dataclass(frozen=True)
 class Index:
-    """Numbers of all good rows, in the order in which they were read. Legend: N rows."""
+    """Numbers of all good rows, in reading order. Legend: N rows."""
 
     content: U64
-    """[N, 2] content hash, two halves; equal for equal rows; it also puts rows in order."""
+    """[N, 2] content hash in two halves; equal for equal rows, and used as their sort order."""
     text: U64
-    """[N] hash of the row to the last byte: which of equal rows comes first must not depend on the order of files."""
+    """[N] hash of the row's exact bytes: the order of equal rows must not depend on the order of files."""
     group: U64
-    """[N] hash of what decides the split: of the content, or of the `split_by` value."""
+    """[N] hash of the value that decides the split: the content, or the `split_by` value."""
     source: npt.NDArray[np.int32]
-    """[N] number of the source among all of the recipe's."""
+    """[N] number of the source in the recipe."""
     split: npt.NDArray[np.int8]
-    """[N] index into SPLITS as its source says, or -1 where the split decides."""
+    """[N] index into SPLITS given by the source, or -1 if the split is decided by hash."""
 
     def __len__(self) -> int:
         return len(self.source)
 
 
 class HashedRow(NamedTuple):
-    """A good row as it was read; see `Index` for the numbers and `Rows` for the texts."""
+    """A good row after reading; see `Index` for the numbers and `Rows` for the texts."""
 
     origin: str
     row: str
@@ -242,17 +242,17 @@ class HashedRow(NamedTuple):
     source: int
     split: int
     filled: int = 0
-    """Keys that Arrow had filled in, and that were dropped."""
+    """The number of null keys that Arrow added, and that were dropped."""
 
 
 class Spool(AbstractContextManager["Spool"]):
-    """All good rows, written once; ended, they are read any number of times.
+    """All good rows, written once; after `end` they can be read any number of times.
 
-    `state.json` says which shards are whole, and what the caller noted when the last of them was.
+    `state.json` lists the complete shards, and the caller's note at the end of the last one.
     """
 
     def __init__(self, folder: Path, inputs: str) -> None:
-        """Open what an earlier process left in `folder` of the same `inputs`, or begin anew."""
+        """Resume an earlier process's spool of the same `inputs` in `folder`, or start an empty one."""
         self.folder = folder
         state = read_json(folder / STATE)
         if not isinstance(state, dict) or state.get("inputs") != inputs:
@@ -266,22 +266,22 @@ class Spool(AbstractContextManager["Spool"]):
         self._numbers: list[npt.NDArray[np.void]] = []
 
     def __len__(self) -> int:
-        """Rows in whole shards."""
+        """The number of rows in complete shards."""
         return sum(self._state["shards"])
 
     @property
     def ended(self) -> bool:
-        """Whether all rows are in it."""
+        """Whether the spool contains all rows."""
         return bool(self._state["ended"])
 
     @property
     def noted(self) -> Json:
-        """What was noted with the last whole shard."""
+        """The note saved with the last complete shard."""
         noted: Json = self._state["noted"]
         return noted
 
     def add(self, row: HashedRow, note: Callable[[], Json]) -> None:
-        """Append a row; if that makes a shard whole, `note` gives what is noted with it."""
+        """Append a row. When that completes a shard, `note()` is saved with it."""
         self._rows.append(row)
         self._bytes += len(row.row)
         if len(self._rows) >= BATCH_ROWS or self._bytes >= BATCH_BYTES:
@@ -290,18 +290,18 @@ class Spool(AbstractContextManager["Spool"]):
                 self._save(note())
 
     def end(self, note: Callable[[], Json]) -> None:
-        """Note that all rows are there; they can be read now."""
+        """Mark the spool as complete, so it can be read."""
         self._flush()
         self._state["ended"] = True
         self._save(note())
 
     def __exit__(self, *error: object) -> None:
-        """Let go of a shard that is not whole."""
+        """Abandon an incomplete shard."""
         if self._writer is not None:
             self._file.close()
 
     def remove(self) -> None:
-        """Delete all of it."""
+        """Delete the spool."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, shard: int, ending: str) -> Path:
@@ -324,7 +324,7 @@ class Spool(AbstractContextManager["Spool"]):
         self._rows, self._bytes = [], 0
 
     def _save(self, note: Json) -> None:
-        """Make what was written since the last shard the next one."""
+        """Turn the data written since the last shard into the next shard."""
         if self._writer is not None:
             self._writer.close()
             with self._file as file:
@@ -359,7 +359,7 @@ class Spool(AbstractContextManager["Spool"]):
         return index
 
     def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yield the rows, each batch with the number of its first row."""
+        """Yield the rows in batches, each with the number of its first row."""
         first = 0
         for shard in range(len(self._state["shards"])):
             with pa.OSFile(str(self._path(shard, "arrow")), "rb") as file, pa.ipc.open_stream(file) as reader:
@@ -369,5 +369,5 @@ class Spool(AbstractContextManager["Spool"]):
 
     @property
     def size(self) -> int:
-        """Bytes of its texts on disk."""
+        """Bytes of the texts on disk."""
         return sum(self._path(shard, "arrow").stat().st_size for shard in range(len(self._state["shards"])))

@@ -1,4 +1,4 @@
-"""The recipe's data sources, resolved to the files that are read and what each of them holds."""
+"""Resolves the recipe's data sources to files, and detects the format of each."""
 
 from __future__ import annotations
 
@@ -31,39 +31,39 @@ from llmtune.records import SPLITS, Advance
 from llmtune.store.atomic_files import hash_file, hash_recording
 
 IN_FOLDERS = tuple(ending for ending in DATA_ENDINGS if ending != ".md")
-"""What is taken from a folder: its README is no data."""
+"""File patterns taken from a folder: its README is no data."""
 CONTAINERS = ("jsonl", "json", "csv", "parquet", "text")
 METADATA = "metadata"
-"""Name (without ending) of the file that says all of a folder of recordings; others there are no rows."""
+"""Stem of the metadata file of a folder of recordings; other files there are no rows."""
 FileT = TypeVar("FileT", Path, RemoteFile)
 MAX_FILES = 20_000
 LOOKED_AT = 20
-"""Good rows by which a file's format is told."""
+"""How many good rows decide a file's format."""
 LOOKED_THROUGH = 1000
-"""Rows among which they must be found."""
+"""How many rows may be read to find them."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """A file (or hub data set) that is read, and for which split."""
+    """A file (or hub data set) to read, and its split."""
 
     source: Source
     number: int
-    """The source's position among all of the recipe's."""
+    """The source's number in the recipe."""
     split: str | None
-    """None where the split decides."""
+    """None if the split is decided by hash."""
     name: str
-    """How it is called in origins and messages."""
+    """Its name in origins and messages."""
     path: Path | RemoteFile | None
     """None for a hub data set."""
     container: str
 
     def raw_rows(self) -> Iterator[RawRow]:
-        """Read it from its start."""
+        """Read it from the start."""
         return parse_lines(self.lazy_rows(lambda count: None))
 
     def lazy_rows(self, advance: Advance) -> Iterator[LazyRow]:
-        """Read it from its start, lines of JSON unparsed; `advance` gets how many bytes were read."""
+        """Read it from the start, with lines of JSON unparsed; `advance` gets the number of bytes read."""
         if self.path is None:
             return iter(hub.read_hub(self.name.removeprefix(hub.HUB), self.source))
         return read_lazily(self.path, self.name, self.container, advance, self.source.encoding)
@@ -77,7 +77,7 @@ class Input:
 
     @property
     def folder(self) -> Path | None:
-        """What the names of files in its rows are relative to."""
+        """Base of the file names in its rows."""
         return self.path.parent if isinstance(self.path, Path) else None
 
 
@@ -88,24 +88,24 @@ class Detected:
     input: Input
     row_format: RowFormat
     columns: Mapping[str, str]
-    """What the recipe maps, and usual other names of columns."""
+    """The column mapping, from the recipe and usual aliases."""
     roles: Mapping[str, Sequence[str]]
-    """What the recipe maps: our roles, and their names in the rows."""
+    """The recipe's role mapping: our roles, and their names in the rows."""
     unused: tuple[str, ...]
     """Columns and message keys of the first rows that are not used."""
 
 
 def local_input(path: Path) -> Input:
-    """Return a file that no recipe names, as it is read. Raises DataError for an ending that is not known."""
+    """Return the input for a file outside any recipe. Raises DataError for an unknown ending."""
     source = Source(path=str(path))
     return Input(source, 0, None, written_path(str(path)), path, _container(path, source, "--input"))
 
 
 def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) -> list[Detected]:
-    """Find the files of every source and look at their first rows; with `local_only`, not at those of others.
+    """Find the files of every source and inspect their first rows; `local_only` skips the rows of remote ones.
 
     Raises:
-        DataError: All that is wrong with any of them: missing, empty, unreadable, of an unknown or mixed format.
+        DataError: All problems of all files: missing, empty, unreadable, unknown or mixed format.
     """
     detected: list[Detected] = []
     problems: list[Problem] = []
@@ -130,7 +130,7 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
 
 
 def _each_source(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
-    """Yield every source with its key and the split it is for."""
+    """Yield every source with its key and its split."""
     for split in SPLITS:
         sources = getattr(data, split)
         if isinstance(sources, tuple):
@@ -154,7 +154,7 @@ def _inputs_of(source: Source, number: int, split: str | None, key: str) -> list
 
 
 def _detect(one: Input, data: DataSection, task: str, problems: list[Problem]) -> Detected | None:
-    """Detect a file's row format by its first good rows; add what is wrong to `problems`."""
+    """Detect a file's row format from its first good rows; add problems to `problems`."""
     source = one.source
     rows: list[dict[str, object]] = []
     first_bad: str | None = None
@@ -168,7 +168,7 @@ def _detect(one: Input, data: DataSection, task: str, problems: list[Problem]) -
                     break
         if not rows:
             if first_bad is None:
-                what, fix = "the file is empty: no rows", "Give a file with rows, or take it out of the recipe."
+                what, fix = "the file is empty: no rows", "Give a file with rows, or remove it from the recipe."
                 raise DataError.of(what, one.name, fix)
             hint = encoding_hint(one) if NOT_UTF8 in first_bad else None
             what = f"none of the first rows can be read; {first_bad}"
@@ -185,19 +185,19 @@ def _detect(one: Input, data: DataSection, task: str, problems: list[Problem]) -
 
 
 def shared_columns(data: DataSection, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
-    """Return `data.columns` for a file that has one of them; another file is read by its own names."""
+    """Return `data.columns` if the file has one of them; other files are read by their own names."""
     return data.columns if any(has_columns(row, theirs) for theirs in data.columns.values() for row in rows) else {}
 
 
 def _suggest(one: Input, rows: Sequence[Mapping[str, object]], task: str) -> str | None:
-    """Return a line of the recipe by which the file can be read, tried on its first rows."""
+    """Return a line of the recipe that reads the file, tested on its first rows; None if none is found."""
     columns = infer_columns(rows, task)
     reads = columns and reads_rows(rows, task, columns, one.folder)
     return source_line(one.split or "train", one.source, columns=columns) if reads else None
 
 
 def encoding_hint(one: Input) -> Problem | None:
-    """Return what to write into the recipe for a file that is not UTF-8; None where its encoding cannot be guessed."""
+    """Return the recipe line for a file that is not UTF-8; None if its encoding cannot be guessed."""
     encoding = None if one.path is None or one.source.encoding else guess_encoding(one.path)
     if encoding is None:
         return None
@@ -206,7 +206,7 @@ def encoding_hint(one: Input) -> Problem | None:
 
 
 def _find_remote(source: Source, key: str) -> list[RemoteFile]:
-    """Return the files that an address names; of a folder, those that hold data."""
+    """Return the files that a URL names; for a folder, only its data files."""
     files = find_objects(source.path)
     known = [file for file in files if data_ending(PurePosixPath(file.url)) in IN_FOLDERS]
     return _check_count(files if len(files) == 1 else known or files, key, source.path)
@@ -216,7 +216,7 @@ def find_files(source: Source, key: str) -> list[Path]:
     """Return the files that a source names, sorted.
 
     Raises:
-        DataError: There is none.
+        DataError: No file is found.
     """
     if source.path.startswith("builtin:"):
         path = _builtin_path(source.path.removeprefix("builtin:"), key)
@@ -232,7 +232,7 @@ def find_files(source: Source, key: str) -> list[Path]:
         if not matches:
             raise DataError.of(f"no file matches {source.path}", key, "Check the pattern; `**` crosses folders.")
         return _check_count(matches, key, source.path)
-    raise DataError.of(f"there is no file {source.path}", key, _missing_hint(path))
+    raise DataError.of(f"file not found: {source.path}", key, _missing_hint(path))
 
 
 def _builtin_path(name: str, key: str) -> Path:
@@ -240,8 +240,8 @@ def _builtin_path(name: str, key: str) -> Path:
     files = [*folder.glob("*.jsonl*"), *(path.parent for path in folder.glob("*/metadata.csv"))]
     known = {path.name.split(".")[0]: path for path in sorted(files)}
     if name not in known:
-        fix = f"Those that come with llmtune: {', '.join(known) or 'none'}.{nearest(name, list(known))}"
-        raise DataError.of(f"no data called builtin:{name}", key, fix)
+        fix = f"llmtune comes with: {', '.join(known) or 'none'}.{nearest(name, list(known))}"
+        raise DataError.of(f"builtin:{name} not found", key, fix)
     return known[name]
 
 
@@ -252,7 +252,7 @@ def _files_in(folder: Path, key: str) -> list[Path]:
     names = [path for path in names if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)]
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         fix = "Write it as Parquet (`dataset.to_parquet(...)`) and give that file."
-        raise DataError.of("a data set written by save_to_disk, which is not read", f"{key}: {folder}", fix)
+        raise DataError.of("a data set written by save_to_disk, which cannot be read", f"{key}: {folder}", fix)
     known = [path for path in names if data_ending(path) in IN_FOLDERS]
     known = [path for path in known if path.name.split(".")[0] == METADATA] or known
     if not known:
@@ -263,18 +263,18 @@ def _files_in(folder: Path, key: str) -> list[Path]:
 
 @contextmanager
 def _walked(key: str, source: str) -> Iterator[None]:
-    """Turn what stops a walk through folders into a DataError."""
+    """Turn errors of a folder search into a DataError."""
     try:
         yield
     except PermissionError as error:
-        raise DataError.of("the folder may not be read (permission denied)", f"{key}: {error.filename}") from error
+        raise DataError.of("the folder cannot be read (permission denied)", f"{key}: {error.filename}") from error
     except OSError as error:
         fix = "Name the folder, or the files, that hold the rows."
         raise DataError.of(error.strerror or str(error), f"{key}: {source}", fix) from error
 
 
 def _check_count(files: list[FileT], key: str, source: str) -> list[FileT]:
-    """Refuse more files than a data set has, and names that no row could carry; raises DataError."""
+    """Refuse implausibly many files, and names with control characters or invalid UTF-8. Raises DataError."""
     if len(files) > MAX_FILES:
         fix = "Name the folder, or the files, that hold the rows."
         raise DataError.of(f"{len(files):,} data files are in it", f"{key}: {source}", fix)
@@ -299,13 +299,13 @@ def _missing_hint(path: Path) -> str:
 
 
 def _container(path: PurePath, source: Source, key: str) -> str:
-    """Tell how a file is read: as `format` says if that is a kind of file, else by its ending."""
+    """Return how to read a file: by `format` if that names a file type, else by its ending."""
     ending = DATA_ENDINGS.get(data_ending(path))
     if source.format in CONTAINERS and not (source.format == "text" and ending not in (None, "text")):
         return source.format
     if ending is None:
         fix = f"Set `format:` to one of {', '.join(CONTAINERS)}; known endings are {', '.join(DATA_ENDINGS)}."
-        raise DataError.of(f"the ending {data_ending(path)!r} does not say what it is", f"{key}: {path}", fix)
+        raise DataError.of(f"the ending {data_ending(path)!r} does not show the file type", f"{key}: {path}", fix)
     return ending
 
 
@@ -314,29 +314,29 @@ class SourceFile:
     """A file (or a commit of a hub data set) that rows come from, and its hash."""
 
     source: str
-    """What the recipe names: a path, a pattern, `builtin:NAME` or `hub:NAME`."""
+    """The recipe's name for it: a path, a pattern, `builtin:NAME` or `hub:NAME`."""
     name: str
     path: Path | None
-    """None for what is not on this machine."""
+    """None if it is not on this machine."""
     kind: Literal["sha256", "xxh3_128", "commit", "etag"]
-    """sha256; xxh3_128 for a recording; commit for a data set of the hub; etag, with the size, for an address."""
+    """sha256; xxh3_128 for a recording; the commit for a hub data set; etag and size for a URL."""
     hash: str
 
 
 def hash_sources(data: DataSection, task: str) -> str:
-    """Hash all that `prepare_rows` reads: sha256 over the sources, the names and bytes of their files, and hub commits.
+    """Hash everything that `prepare_rows` reads: sha256 over the sources, file names, file bytes, and hub commits.
 
-    With `task: speech` the recordings that the rows name belong to it.
+    With `task: speech` this includes the recordings that the rows name.
 
     Raises:
-        DataError: A source names nothing that can be read.
-        EnvironmentProblem: The commit of a hub data set cannot be found out.
+        DataError: A source cannot be read.
+        EnvironmentProblem: The commit of a hub data set cannot be determined.
     """
     return list_sources(data, task)[0]
 
 
 def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
-    """Return the hash of all sources, and each of their files; raises as `hash_sources` does."""
+    """Return the hash of all sources, and each of their files. Raises the errors of `hash_sources`."""
     digest = hashlib.sha256()
     if shared := {name: value for name in ("columns", "roles") if (value := getattr(data, name))}:
         digest.update(json.dumps(shared, sort_keys=True).encode())
@@ -373,7 +373,7 @@ def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iter
 
 
 def _hash_recordings(detected: Detected, path: Path) -> Iterator[SourceFile]:
-    """Yield each recording that the rows of a file name; what is missing or unreadable is told when it is read."""
+    """Yield each recording that a file's rows name. Missing or unreadable ones are reported when they are read."""
     source = detected.input.source
     for _, value in detected.input.raw_rows():
         row = {} if isinstance(value, RowError) else rename(value, detected.columns)

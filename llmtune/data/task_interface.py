@@ -1,4 +1,4 @@
-"""What data, model and training know of a task, with its defaults; the tasks are in `llmtune.tasks`."""
+"""The interface that data, model and training use for a task, with defaults; the tasks are in `llmtune.tasks`."""
 
 from __future__ import annotations
 
@@ -21,66 +21,66 @@ Encoded: TypeAlias = list[Example] | str
 
 
 class TaskInterface:
-    """How rows become examples, batches and a loss, and what loads the model."""
+    """Defines how rows become examples, batches and a loss, and how the model is loaded."""
 
     name: str
     auto_class: str
     """Name of the transformers class that loads the model."""
     peft_task_type: str | None = None
-    """PEFT's name for the task, which says how its plain classes load the adapter; None: `AutoPeftModel`."""
+    """PEFT's name for the task, which selects the plain class that loads the adapter; None: `AutoPeftModel`."""
     packs: bool = False
-    """Whether rows may be packed end to end in one micro-batch, where the model keeps them apart."""
+    """Whether rows may be packed end to end in one micro-batch, if the model separates them."""
     predicts_tokens: bool = True
-    """Whether the loss is that of predicting tokens of the vocabulary."""
+    """Whether the loss is token prediction over the vocabulary."""
     trains_head: bool = False
-    """Whether a head that the model does not bring is made new and trained whole."""
+    """Whether a head missing from the model is created and fully trained."""
     has_step_statistics: bool = False
-    """Whether the loss of a part of a step needs sums over the whole step."""
+    """Whether the loss of a micro-batch needs sums over the complete step."""
 
     def encode(self, rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each row, or the reason why it has none."""
         raise NotImplementedError
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what makes micro-batches; `packs` as in `SelectedModel`.
+        """Return the function that makes micro-batches; `packs` as in `SelectedModel`.
 
-        Without `packs`, rows of a decoder are packed if the recipe says so, and others are padded.
+        Without `packs`, a decoder's rows are packed if the recipe says so; other rows are padded.
         """
         raise NotImplementedError
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Return the summed loss and its count, of a model that PEFT or DDP may have wrapped."""
+        """Return the summed loss and its count; PEFT or DDP may have wrapped the model."""
         raise NotImplementedError
 
     def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
-        """Set in place where a new head starts, by the examples that it will be trained on."""
+        """Initialise a new head in place, from its training examples."""
 
     def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
-        """Return about what the loss is of guessing, whatever the input: a training is to stay below."""
+        """Estimate the loss of guessing without looking at the input; training should get below it."""
         return math.log(config.get_text_config().vocab_size) if self.predicts_tokens else 1.0
 
     def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
-        """Return sums that the loss needs of a whole step before it can be taken of a part of it."""
+        """Return sums over a complete step that the loss of each micro-batch needs."""
         return []
 
     def supports(self, config: PretrainedConfig) -> bool:
-        """Whether a model with this configuration will do, beyond having the class."""
+        """Whether the task can use a model with this configuration, beyond its class."""
         return True
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
-        """Set in place what the size of the head depends on."""
+        """Set in place the configuration that determines the head's size."""
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Refuse what would go wrong later; called once the model is loaded."""
+        """Refuse a model that would fail later; called after loading."""
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
-        """Whether training compares with the model as it was, which is kept next to what is trained."""
+        """Whether training needs a frozen copy of the original model as reference."""
         return False
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
-        """Return stretches of text, and whether they are learned, for a person to see."""
+        """Return pieces of text, each with whether it is supervised, for display."""
         return highlight(example.input_ids, example.spans, processor)
 
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
-        """Return, by label, its rows (or entities) in each split; nothing for a task without labels."""
+        """Return, by label, the number of rows (or entities) per split; empty for a task without labels."""
         return {}

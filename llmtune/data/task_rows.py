@@ -1,4 +1,4 @@
-"""Rows of all tasks but chat and completion: labels and tags, answers in a context, translations, preferences."""
+"""Rows of all tasks except chat and completion: labels, tags, answers in a context, translations, preferences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Label: TypeAlias = str | float | list[str]
 
 
 class ClassifyRow(TypedDict):
-    """A text, or two, with a label; a prompt has none."""
+    """One or two texts with a label; a prompt has no label."""
 
     text: str
     pair: str | None
@@ -30,7 +30,7 @@ class ClassifyRow(TypedDict):
 
 
 class TokenClassifyRow(TypedDict):
-    """Words with a tag each; a prompt has no tags."""
+    """Words, each with a tag; a prompt has no tags."""
 
     tokens: list[str]
     tags: list[str]
@@ -41,20 +41,20 @@ class AnswerSpan(TypedDict):
 
     text: str
     start: int | None
-    """Its first character in the context; None for an answer that was written."""
+    """Its first character in the context; None for a generated answer."""
 
 
 class QaRow(TypedDict):
-    """A question on a context."""
+    """A question about a context."""
 
     question: str
     context: str
     answers: list[AnswerSpan] | None
-    """All that are right; empty where the context holds none; None where they were taken away."""
+    """All correct answers; empty if the context has none; None if they were removed."""
 
 
 def classified(row: Mapping[str, object]) -> ClassifyRow:
-    """Read `text` (and `pair`, a second text) with `label`: a text, a number, or a list of texts."""
+    """Read `text` (and `pair`, a second text) with `label`: text, a number, or a list of texts."""
     pair = row.get("pair")
     return {
         "text": nonempty_text(row, "text"),
@@ -69,7 +69,7 @@ def _label(value: object) -> Label:
     if isinstance(value, list):
         names = [_label(item) for item in value if not isinstance(item, list)]
         if len(names) < len(value) or not all(isinstance(item, str) for item in names):
-            raise RowError("wrong type", "'label' holds something else than names of classes")
+            raise RowError("wrong type", "'label' contains values that are not class names")
         return sorted({str(item) for item in names})
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -86,14 +86,14 @@ def _label(value: object) -> Label:
 
 
 def tagged_tokens(row: Mapping[str, object]) -> TokenClassifyRow:
-    """Read `tokens` and `tags`, as many of one as of the other."""
+    """Read `tokens` and `tags`, which have the same length."""
     tokens, tags = parse_cell(row["tokens"]), parse_cell(row["tags"])
     if not isinstance(tokens, list) or not isinstance(tags, list):
         raise RowError("wrong type", "'tokens' and 'tags' must be lists of texts")
     if len(tokens) != len(tags):
         raise RowError("tags do not fit", f"{len(tokens)} tokens and {len(tags)} tags")
     if not tokens:
-        raise RowError("empty content", "there are no tokens")
+        raise RowError("empty content", "no tokens")
     words = [text_of(token, "'tokens'") for token in tokens]
     if blank := next((i for i, word in enumerate(words, 1) if not word.strip()), None):
         raise RowError("empty content", f"token {blank} is empty")
@@ -101,7 +101,7 @@ def tagged_tokens(row: Mapping[str, object]) -> TokenClassifyRow:
 
 
 def _checked_tags(tags: Sequence[object]) -> list[str]:
-    """Return tags in IOB2: an entity begins with `B-`; `I-` without its beginning is one (IOB1) and becomes `B-`."""
+    """Return tags in IOB2: an entity begins with `B-`. An `I-` that begins an entity (IOB1) becomes `B-`."""
     fixed: list[str] = []
     for number, tag in enumerate(tags, 1):
         if not isinstance(tag, str) or not TAG.fullmatch(tag):
@@ -113,7 +113,7 @@ def _checked_tags(tags: Sequence[object]) -> list[str]:
 
 
 def tagged_spans(row: Mapping[str, object]) -> TokenClassifyRow:
-    """Read `text` and `spans`, each `{start, end, label}` in characters; words are those of `find_words`."""
+    """Read `text` and `spans`, each `{start, end, label}` in characters; `find_words` splits the words."""
     text, spans = nonempty_text(row, "text"), parse_cell(row["spans"])
     if not isinstance(spans, list):
         raise RowError("wrong type", "'spans' must be a list of {start, end, label}")
@@ -133,7 +133,7 @@ def tagged_spans(row: Mapping[str, object]) -> TokenClassifyRow:
 
 
 def find_words(text: str) -> list[tuple[int, int]]:
-    """Return the ranges of the words of a text: letters and digits with their accents in a row, or one other sign."""
+    """Return the ranges of words in a text: consecutive letters and digits with accents, or one other character."""
     words: list[tuple[int, int]] = []
     for at, sign in enumerate(text):
         if sign.isspace():
@@ -144,7 +144,7 @@ def find_words(text: str) -> list[tuple[int, int]]:
 
 
 def _in_word(sign: str) -> bool:
-    """Whether a character continues a word; vowel signs and accents of their own (category M) are letters here."""
+    """Whether a character continues a word; combining vowel signs and accents (category M) count as letters."""
     return sign in JOINERS or unicodedata.category(sign)[0] in "LNM"
 
 
@@ -158,7 +158,7 @@ def _span(span: object, text: str) -> tuple[int, int, str]:
 
 
 def question_squad(row: Mapping[str, object]) -> QaRow:
-    """Read `question`, `context` and `answers` as SQuAD has them: texts and where they start; none is no answer."""
+    """Read `question`, `context` and SQuAD's `answers`: texts and their starts; no texts mean no answer."""
     answers = parse_cell(row["answers"])
     if isinstance(answers, list):
         pairs = [(_answer_part(answer, "text"), _answer_part(answer, "answer_start", "start")) for answer in answers]
@@ -173,7 +173,7 @@ def question_squad(row: Mapping[str, object]) -> QaRow:
 
 
 def question_answer(row: Mapping[str, object]) -> QaRow:
-    """Read `question`, `context` and `answer`, a text in the context; empty or null is no answer."""
+    """Read `question`, `context` and `answer`, a text in the context; empty or null means no answer."""
     answer = row["answer"]
     return _question(row, [] if answer is None or answer == "" else [(answer, None)])
 
@@ -196,7 +196,7 @@ def _question(row: Mapping[str, object], pairs: Sequence[tuple[object, object]])
             raise RowError("wrong type", f"'answer_start' is {json_kind(offset)}")
         if offset < 0 or context[offset : offset + len(text)] != text:
             there = "" if start is None else f" at character {start}"
-            raise RowError("answer not in the context", f"{text[:60]!r} does not stand in it{there}")
+            raise RowError("answer not in the context", f"{text[:60]!r} is not in it{there}")
         answers.append({"text": text, "start": offset})
     return {"question": nonempty_text(row, "question"), "context": context, "answers": answers}
 
@@ -208,9 +208,9 @@ THUMBS = {
     **dict.fromkeys(("true", "1", "1.0", "up", "yes", "good", "\N{THUMBS UP SIGN}"), True),
     **dict.fromkeys(("false", "0", "0.0", "down", "no", "bad", "\N{THUMBS DOWN SIGN}"), False),
 }
-"""How a thumb may be written where a file has no truth values."""
+"""Accepted spellings of a thumb in files without booleans."""
 TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-"""Begins a turn in a conversation that is written as one text, as Anthropic's HH-RLHF has it."""
+"""Begins a turn in a conversation written as one text, as in Anthropic's HH-RLHF."""
 
 
 class TranslateRow(TypedDict):
@@ -221,7 +221,7 @@ class TranslateRow(TypedDict):
     source_language: str | None
     target_language: str | None
     languages: NotRequired[Sequence[str]]
-    """What the data set calls the languages of source and target."""
+    """The data set's names for the languages of source and target."""
 
 
 class SummarizeRow(TypedDict):
@@ -232,7 +232,7 @@ class SummarizeRow(TypedDict):
 
 
 def translation_from_pair(row: Mapping[str, object]) -> TranslateRow:
-    """Read `source`, `target` and the languages of this row, if they are there."""
+    """Read `source`, `target` and this row's languages, if given."""
     return {
         "source": nonempty_text(row, "source"),
         "target": nonempty_text(row, "target"),
@@ -242,9 +242,9 @@ def translation_from_pair(row: Mapping[str, object]) -> TranslateRow:
 
 
 def translation_from_map(row: Mapping[str, object]) -> TranslateRow:
-    """Read `translation`, texts by language code in the order from source to target, as the hub's sets have it.
+    """Read `translation`: texts by language code, source first, as in data sets on the hub.
 
-    What the set calls its languages is not always what a model calls them: a recipe may say it otherwise.
+    The data set's language codes may differ from the model's; the recipe can override them.
     """
     texts = row["translation"]
     if not isinstance(texts, dict) or len(texts) != 2:
@@ -303,7 +303,7 @@ def thumb_from_conversation(row: Mapping[str, object]) -> Row:
 
 
 def _turns(value: object) -> object:
-    """Read messages in one text, as JSON or as a transcript; any other text is left as it is."""
+    """Read messages from one text, either JSON or a transcript; return any other text unchanged."""
     if not isinstance(value, str):
         return value
     before, *turns = TRANSCRIPT.split(value.lstrip())
@@ -315,7 +315,7 @@ def _turns(value: object) -> object:
 
 
 def _role(turn: object) -> str:
-    """Return the role of a message as templates know it; empty where it has none."""
+    """Return the role of a message in the templates' terms; empty if it has none."""
     role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     return ROLES.get(role.strip().lower(), role) if isinstance(role, str) else ""
 
@@ -325,17 +325,17 @@ def _content(turn: object) -> object:
 
 
 def _pair(prompt: object, row: Mapping[str, object]) -> Row:
-    """Return a row of two answers to `prompt`: a text, messages, or None where both columns hold it."""
+    """Return a row with two answers to `prompt`: text, messages, or None if both columns contain the prompt."""
     (conversation, chosen), (other, rejected) = (_split(prompt, row, column) for column in ("chosen", "rejected"))
     if conversation != other:
         raise RowError("two prompts", "'chosen' and 'rejected' differ before their last message")
     if chosen.strip() == rejected.strip():
-        raise RowError("chosen equals rejected", "both answers are the same: there is nothing to prefer")
+        raise RowError("chosen equals rejected", "both answers are the same")
     return {**conversation, "chosen": chosen, "rejected": rejected}
 
 
 def _split(prompt: object, row: Mapping[str, object], column: str) -> tuple[Row, str]:
-    """Return the conversation up to the answer in `column`, as a canonical row, and the answer."""
+    """Return the answer in `column`, and the conversation before it as a canonical row."""
     turns = _whole_conversation(prompt, _turns(row[column]), row, column)
     text = _content(turns[-1])
     if isinstance(turns[-1], dict) and not turns[-1].get("tool_calls") and (text is None or not str(text).strip()):
@@ -347,7 +347,7 @@ def _split(prompt: object, row: Mapping[str, object], column: str) -> tuple[Row,
     *before_answer, answer = whole["messages"]
     if not before_answer or before_answer[-1]["role"] not in ("user", "tool"):
         before = f"the {before_answer[-1]['role']}'s message" if before_answer else "nothing"
-        raise RowError("no question", f"before the answer in '{column}' stands {before}, and no question")
+        raise RowError("no question", f"the answer in '{column}' follows {before}, not a question")
     if "tool_calls" in answer:
         raise RowError("a tool call as answer", f"'{column}' calls a tool; only texts can be preferred so far")
     unmarked = [{key: value for key, value in message.items() if key != "train"} for message in before_answer]
@@ -355,7 +355,7 @@ def _split(prompt: object, row: Mapping[str, object], column: str) -> tuple[Row,
 
 
 def _whole_conversation(prompt: object, answer: object, row: Mapping[str, object], column: str) -> list[object]:
-    """Return the whole conversation: the prompt, unless the messages in `column` begin with it, and those messages."""
+    """Return the complete conversation: the messages in `column`, after the prompt unless they begin with it."""
     if not isinstance(answer, list):
         if prompt is None:
             raise RowError(
@@ -385,7 +385,7 @@ def _asked(prompt: object) -> list[object]:
 
 
 def _holds(turns: list[object], prompt: object) -> bool:
-    """Whether a conversation begins with a prompt of messages, or asks a prompt of one text somewhere."""
+    """Whether a conversation begins with a prompt of messages, or contains a prompt of one text."""
     if isinstance(prompt, list):
         first, expected = turns[: len(prompt)], prompt
         return [(_role(turn), _content(turn)) for turn in first] == [(_role(turn), _content(turn)) for turn in expected]

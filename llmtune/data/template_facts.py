@@ -1,6 +1,6 @@
-"""What a chat template does, read off a dozen conversations that every template is given to write.
+"""Facts about a chat template, inferred from a dozen probe conversations.
 
-The conversations are rendered once for a tokenizer and the switches of a recipe. All else that must know how a template
+The probes are rendered once for a tokenizer and the switches of a recipe. All code that needs to know how a template
 writes headers, ends, thoughts, calls or system messages reads the facts.
 """
 
@@ -47,7 +47,7 @@ from llmtune.store.atomic_files import hash_value
 FIX = "Set model.chat_template to a Jinja file that"
 SYSTEM = "Heed the probe's system message."
 MARK_PAIRS = (("<NAME>", "</NAME>"), ("[NAME]", "[/NAME]"), ("<|START_NAME|>", "<|END_NAME|>"))
-"""How thoughts are marked, in the ways of known families."""
+"""Marks around thoughts in known families."""
 _THINKING = re.compile(r"think|reason|thought|analysis|channel", re.IGNORECASE)
 _SAID: Json = {"role": "assistant", "content": ANSWER}
 _INLINE: Json = {**_SAID, "content": f"{THINK_OPEN}{THOUGHT}{THINK_CLOSE}{ANSWER}"}
@@ -55,7 +55,7 @@ _RESULT: Json = {"role": "tool", "content": RESULT, "tool_call_id": CALL_ID, "na
 
 
 def _with_tools(texts: bool) -> dict[str, list[Json]]:
-    """Return what is probed with calls whose arguments are objects, or JSON texts."""
+    """Return probes with calls whose arguments are objects, or JSON text."""
     call = call_message(texts=texts)
     return {
         f"call {texts}": [QUESTION, call],
@@ -80,24 +80,24 @@ PROBES: Mapping[str, list[Json]] = {
     "system turns": _TURNS,
 }
 TOOL_PROBES: Mapping[str, list[Json]] = {"tools": [QUESTION], **_with_tools(False), **_with_tools(True)}
-"""Rendered with the declaration of a tool."""
+"""Probes rendered with a tool declaration."""
 PROMPTS = ("prompt", "turns", "system turns", "tools")
-"""Probes that are rendered ready for an answer."""
+"""Probes rendered with a generation prompt."""
 
 
 NEEDED = ("question", "prompt", "answer")
-"""Probes that every template has to take."""
+"""Probes that every template must accept."""
 MAX_PROBE_TEXT = 2**17
 Written = Mapping[str, str | None]
-"""What a template writes for each probe; None where it refuses one."""
+"""The rendering of each probe; None if the template rejected it."""
 
 
 class TemplateRefusal(Exception):
-    """The template does not take these messages; the text says why."""
+    """The template rejects these messages; the text gives the reason."""
 
 
 Render = Callable[[Sequence[Json], Sequence[Json] | None, bool], str]
-"""Renders messages with tools, ready for an answer or not; raises TemplateRefusal."""
+"""Renders messages with tools, with or without a generation prompt. Raises TemplateRefusal."""
 
 
 @dataclass(frozen=True)
@@ -105,59 +105,59 @@ class TemplateFacts:
     """How a chat template writes conversations."""
 
     opening: str = ""
-    """What follows a question in its prompt: the header of an answer, and perhaps `<think>`."""
+    """What follows a question in its prompt: the header of an answer, and possibly `<think>`."""
     heading: str = ""
-    """What a rendered answer has between its prompt and its text."""
+    """The text between a rendered answer's prompt and its content."""
     tail: str = ""
-    """What follows the text of an answer, e.g. `<|im_end|>` and a line break."""
+    """The text after an answer, e.g. `<|im_end|>` and a line break."""
     end: str = ""
     """The end-of-turn token: the first token in `tail` that is not ordinary text."""
     ends_with_next: bool = False
-    """Whether the header of the next message ends an answer, since nothing else does (GLM)."""
+    """Whether the header of the next message ends an answer, because nothing else does (GLM)."""
     special: tuple[str, ...] = ()
-    """The tokens that are no ordinary text, longest first."""
+    """Tokens that are not ordinary text, longest first."""
     thoughts: ThoughtFormat = INLINE_THOUGHTS
     calls: CallFormat = NO_CALLS
-    """How it writes tools, calls of them and results."""
+    """How it writes tools, tool calls and results."""
     preamble: str = ""
-    """What it writes before a question without a system message."""
+    """What it writes before a question if the conversation has no system message."""
     writes_system: bool = True
-    """Whether it writes a system message, if it takes one."""
+    """Whether it writes a system message, if it accepts one."""
     added_system: str | None = None
     """The system message that it adds to a conversation without one."""
     between: Mapping[tuple[str, str], str] | None = None
-    """What it writes between messages of two roles; None if it does not write every message once, as given.
+    """The text between messages of two roles; None if it does not write every message once and unchanged.
 
-    The role before the first message is empty, as is the role of the answer to come. Without system messages if the
-    template refuses them."""
+    The role before the first message is empty, and so is the role of the next answer. Contains no system messages if
+    the template rejects them."""
 
     @property
     def closes_thoughts(self) -> bool:
-        """Whether the generation prompt ends the thoughts before an answer, so that it has none."""
+        """Whether the generation prompt closes the thoughts, so the answer has none."""
         return bool(self.thoughts.after.strip()) and self.opening.rstrip().endswith(self.thoughts.after.strip())
 
     @property
     def supplied(self) -> str:
-        """What the generation prompt writes of an answer: `<think>`, or empty thoughts."""
+        """The part of an answer that the generation prompt supplies: `<think>`, or empty thoughts."""
         mark = self.thoughts.before.strip()
         at = self.opening.find(mark) if mark else -1
         return self.opening[at:] if at >= 0 else ""
 
 
 NO_FACTS = TemplateFacts()
-"""Those of a template that was not probed."""
+"""The facts of a template that was not probed."""
 _known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, TemplateFacts]] = WeakKeyDictionary()
 
 
 def read_facts(
     processor: PreTrainedTokenizerBase, kwargs: Mapping[str, object], name: str, render: Render
 ) -> TemplateFacts:
-    """Return what a tokenizer's template does: rendered once for its text, its switches and the tokens it may write.
+    """Return a template's facts; cached by its text, its switches and the tokens it may write.
 
     Args:
         processor: The tokenizer.
-        kwargs: The switches, by which `render` renders.
-        name: What messages to people call the template.
+        kwargs: The switches that `render` uses.
+        name: The template's name in messages to users.
         render: Renders a probe.
 
     Raises:
@@ -172,7 +172,7 @@ def read_facts(
 
 
 def special_tokens(processor: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the tokens that are no ordinary text, longest first."""
+    """Return the tokens that are not ordinary text, longest first."""
     known = {*processor.all_special_tokens, *processor.get_added_vocab()}
     return tuple(sorted((token for token in known if token.strip()), key=lambda token: (-len(token), token)))
 
@@ -194,14 +194,14 @@ def _infer_facts(
 ) -> TemplateFacts:
     prompt, whole, question = texts["prompt"] or "", texts["answer"] or "", str(QUESTION["content"])
     if len(whole) > MAX_PROBE_TEXT:
-        what = f"the chat template writes {len(whole):,} characters, and may write {MAX_PROBE_TEXT:,}"
+        what = f"the chat template writes {len(whole):,} characters, but at most {MAX_PROBE_TEXT:,} are allowed"
         raise EnvironmentProblem.of(what, name, ENDLESS)
     thoughts = _infer_thoughts(texts, prompt, whole)
     difference = _difference(prompt.removesuffix(thoughts.opener), whole, name)
     heading, _, tail = difference.partition(ANSWER)
     if prompt == texts["question"] and heading.strip():
         what = f"the template ignores add_generation_prompt: a generated answer would have to begin with {heading!r}"
-        raise EnvironmentProblem.of(what, name, f"{FIX} ends with that where add_generation_prompt is set.")
+        raise EnvironmentProblem.of(what, name, f"{FIX} ends with that if add_generation_prompt is set.")
     end, ends_with_next = _turn_end(tail, special, processor.eos_token, texts["next"] or "", name)
     start = processor.bos_token_id
     if start is not None and tokenize(processor, [whole])[0][:2] == [start, start]:
@@ -224,12 +224,12 @@ def _infer_facts(
 
 
 def _difference(prompt: str, whole: str, name: str) -> str:
-    """Return what the probe's answer adds to its prompt."""
+    """Return the text that the probe's answer adds to its prompt."""
     if not whole.startswith(prompt):
         start = max(0, len(shared_start(prompt, whole)) - 20)
-        what = f"the template cannot be split into turns: it asks for an answer with {prompt[start:]!r}"
-        what += f" but writes one as {whole[start:]!r}"
-        raise EnvironmentProblem.of(what, name, f"{FIX} begins an answer as it asks for one.")
+        what = f"the template cannot be split into turns: its generation prompt is {prompt[start:]!r}"
+        what += f" but an answer starts with {whole[start:]!r}"
+        raise EnvironmentProblem.of(what, name, f"{FIX} begins an answer with its generation prompt.")
     difference = whole[len(prompt) :]
     if difference.count(ANSWER) != 1:
         what = f"the template cannot be split into turns: an answer is written as {difference!r}, not as given"
@@ -240,7 +240,8 @@ def _difference(prompt: str, whole: str, name: str) -> str:
 def _turn_end(tail: str, special: Sequence[str], eos_token: str, following: str, name: str) -> tuple[str, bool]:
     """Return the token that ends an answer, and whether it is the header of the next message.
 
-    Of tokens that follow one another directly, it is the tokenizer's own end, else the last: all of them are written.
+    If several tokens follow each other directly, take the tokenizer's own end token if it is one of them, else the
+    last: all of them are written.
     """
     end = min((token for token in special if token in tail), key=tail.index, default=None)
     if end is not None:
@@ -252,14 +253,14 @@ def _turn_end(tail: str, special: Sequence[str], eos_token: str, following: str,
     end = next((token for token in special if not tail.strip() and header.startswith(token)), None)
     if end is not None:
         return end, True
-    what = f"an assistant's turn does not end in a token of its own but in {tail!r}: answers could not end"
+    what = f"an assistant's turn ends in {tail!r}, not in an end-of-turn token, so answers would never end"
     fix = f"{FIX} writes {eos_token!r} after each answer"
     fix += ", or add the marker to model.add_tokens." if tail.strip() else "."
     raise EnvironmentProblem.of(what, name, fix)
 
 
 def _added_system(texts: Written) -> str | None:
-    """Return the system message that a template adds to a question alone; None where it adds none."""
+    """Return the system message that a template adds to a single question; None if it adds none."""
     alone, framed, question = texts["question"], texts["system"], str(QUESTION["content"])
     if alone is None or framed is None or SYSTEM not in framed:
         return None
@@ -271,10 +272,10 @@ def _added_system(texts: Written) -> str | None:
 
 
 def _between_roles(texts: Written) -> Mapping[tuple[str, str], str] | None:
-    """Return what is between messages of two roles; None where one is not written, or not once."""
+    """Return the text between messages of two roles; None if a message is missing or repeated."""
     parts: dict[tuple[str, str], str] = {}
     for first, text in ((0, texts["system turns"]), (1, texts["turns"])):
-        if text is None and first == 0:  # it may refuse system messages
+        if text is None and first == 0:  # it may reject system messages
             continue
         rest = text or ""
         for step, mark in zip(pairwise(["", *ROLES[first:]]), _MARKS[first:], strict=True):
@@ -286,7 +287,7 @@ def _between_roles(texts: Written) -> Mapping[tuple[str, str], str] | None:
 
 
 def _infer_thoughts(texts: Written, prompt: str, plain: str) -> ThoughtFormat:
-    """Find out how thoughts are written."""
+    """Infer how thoughts are written."""
     opener = _find_opener(prompt, plain)
     whole = texts["thought"]
     if whole is not None and whole.count(THOUGHT) == 1 and THOUGHT in whole[: whole.find(ANSWER)]:
@@ -305,9 +306,9 @@ def _infer_thoughts(texts: Written, prompt: str, plain: str) -> ThoughtFormat:
 
 
 def _find_opener(prompt: str, whole: str) -> str:
-    """Return the end of a generation prompt that a rendered answer does not have, where it is about thoughts.
+    """Return the end of a generation prompt that a rendered answer lacks, if it concerns thoughts.
 
-    Empty where the rendered answer begins as the prompt asks for it, or differs in something else.
+    Empty if the rendered answer begins with the prompt, or differs in something else.
     """
     if whole.startswith(prompt):
         return ""
@@ -317,7 +318,7 @@ def _find_opener(prompt: str, whole: str) -> str:
 
 
 def _counterpart(text: str, closing: bool) -> str | None:
-    """Return the mark that a closing mark in a text closes, or that an opening one is closed by."""
+    """Return the opening mark for a closing mark in a text, or the closing mark for an opening one."""
     for pair in MARK_PAIRS:
         known, other = pair[::-1] if closing else pair
         if found := re.search(re.escape(known).replace("NAME", r"(\w+)"), text):
@@ -326,12 +327,12 @@ def _counterpart(text: str, closing: bool) -> str | None:
 
 
 def _infer_calls(texts: Written, special: Sequence[str], thoughts: ThoughtFormat, ends_with_next: bool) -> CallFormat:
-    """Find out how tools, calls of them and results are written."""
+    """Infer how tools, tool calls and results are written."""
     asked = texts["tools"] or ""
     found = {TOOLS} if all(text in asked for text in (NAME, *KEYS)) else set()
 
     def calls_of(probe: str) -> str | None:
-        """Return what is written of an answer with calls, after its prompt."""
+        """Return the text of an answer with calls, after its prompt."""
         whole = texts[probe]
         prompts = (asked, asked.removesuffix(thoughts.opener))
         starts = (prompt for prompt in prompts if asked and whole is not None and whole.startswith(prompt))
@@ -355,7 +356,7 @@ def _infer_calls(texts: Written, special: Sequence[str], thoughts: ThoughtFormat
 
 
 def _prefers_texts(objects: str | None, texts: str | None) -> bool:
-    """Whether arguments come out as JSON only where they are handed over as text."""
+    """Whether arguments are rendered as JSON only if they are passed as text."""
     if objects is None or texts is None:
         return objects is None and texts is not None
     arguments = dict(zip(KEYS, VALUES, strict=True))
@@ -363,6 +364,6 @@ def _prefers_texts(objects: str | None, texts: str | None) -> bool:
 
 
 def _between(body: str, thought_end: str, end: str) -> str:
-    """Return the calls of an answer without the thoughts before them and the end after them."""
+    """Return the calls of an answer without the thoughts before and the end after them."""
     body = body.rpartition(thought_end)[2] if thought_end else body
     return body.rstrip().removesuffix(end)

@@ -1,4 +1,4 @@
-"""The text of a chat template: what it reads, and what a recipe writes into it."""
+"""The text of a chat template: which variables it reads, and edits that a recipe makes to it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from llmtune.errors import EnvironmentProblem, Problem, RecipeError, nearest
 from llmtune.recipe.secrets import REMOVED, hide
 
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
-"""What every template is given, whatever the recipe says."""
+"""Variables that every template gets, whatever the recipe says."""
 REMOVE = "Remove it; null takes back what an extended or shipped recipe sets: `model.chat_template_kwargs: null`."
 _GENERATION_TAGS = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
-"""Tags of transformers' own, which other readers of Jinja do not know."""
+"""transformers' own tags, which other Jinja implementations do not know."""
 
 
 TEMPLATE_BYTES = 2**17
-"""The longest templates of models have a quarter of it."""
+"""The longest templates of known models are a quarter of it."""
 ENDLESS = "Set model.chat_template to a Jinja file that renders a conversation in a moment."
-"""How to replace a template that takes too long."""
+"""Fix for a template that takes too long."""
 FIXED_DATE = datetime(2024, 7, 26)
-"""Replaces today's date in templates, so that a run can be repeated: as in Llama 3.1's template."""
+"""Replaces today's date in templates, so a run can be repeated; the date is from Llama 3.1's template."""
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.{0,200}?)\1\s*\)")
 
 
 def check_length(template: str, name: str) -> None:
-    """Raise EnvironmentProblem for a template that takes long to parse."""
+    """Raise EnvironmentProblem for a template that takes too long to parse."""
     if len(template) > TEMPLATE_BYTES:
-        what = f"the chat template has {len(template):,} characters, and may have {TEMPLATE_BYTES:,}"
+        what = f"the chat template has {len(template):,} characters, but at most {TEMPLATE_BYTES:,} are allowed"
         raise EnvironmentProblem.of(what, name, ENDLESS)
 
 
 def template_variables(template: str) -> set[str]:
-    """Return the names that a chat template reads, other than messages and tools."""
+    """Return the variables that a chat template reads, except messages and tools."""
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         parsed = environment.parse(_GENERATION_TAGS.sub("", template))
@@ -50,7 +50,7 @@ def template_variables(template: str) -> set[str]:
 def with_defaults(template: str, kwargs: Mapping[str, object]) -> str:
     """Return the template with `kwargs` as the defaults of its variables.
 
-    Every program that reads the template renders as in training, without being sent anything. A value that a client
+    Every program that reads the template then renders as in training, without extra parameters. A value that a client
     sends overrides the default.
     """
     head = "".join(
@@ -63,7 +63,7 @@ def with_defaults(template: str, kwargs: Mapping[str, object]) -> str:
 def with_system_prompt(template: str, prompt: str) -> str:
     """Return a chat template that puts `prompt` in front of conversations without a system message.
 
-    It is in the template itself, so that every program that reads it does the same.
+    It is part of the template, so every program that reads it behaves the same.
     """
     message = f'[{{"role": "system", "content": {json.dumps(prompt, ensure_ascii=False)}}}]'
     condition = "{%- if not messages or messages[0]['role'] != 'system' -%}"
@@ -71,12 +71,12 @@ def with_system_prompt(template: str, prompt: str) -> str:
 
 
 def without_secrets(kwargs: Mapping[str, object]) -> dict[str, object]:
-    """Return what may be stored in a template: others read it once it is published."""
+    """Return the values that may be stored in a template, which others can read once it is published."""
     return {name: value for name, value in kwargs.items() if REMOVED not in str(hide(name, value))}
 
 
 def _literal(value: object) -> str:
-    """Write a value as Jinja has it."""
+    """Write a value as a Jinja literal."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
@@ -87,10 +87,10 @@ def _literal(value: object) -> str:
 
 
 def refuse_unread(kwargs: Mapping[str, object], template: str | Mapping[str, str], taken: Collection[str] = ()) -> None:
-    """Raise RecipeError for names that the template (one of them, where there are several) never reads.
+    """Raise RecipeError for names that the template (or any of several) never reads.
 
-    A misspelt switch would do nothing, and nobody would know. Names that are `taken` have a value already, so a default
-    would do nothing either.
+    A misspelt switch would silently do nothing. Names in `taken` already have a value, so a default would do nothing
+    either.
     """
     if not kwargs:
         return
@@ -110,6 +110,6 @@ def refuse_unread(kwargs: Mapping[str, object], template: str | Mapping[str, str
 def fix_date(template: str) -> str:
     """Replace calls for today's date in a template by `FIXED_DATE`.
 
-    So it is part of the template, wherever that is saved, and the same on every day and in every program.
+    The date becomes part of the saved template, and is the same every day and in every program.
     """
     return _DATE_CALL.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)

@@ -1,9 +1,9 @@
-"""Texts into token ids, many at a time, and the text that a tokenizer does not know; shared pieces are tokenized once.
+"""Tokenizes texts in batches, tokenizes shared pieces once, and finds text that a tokenizer does not know.
 
-Tokenizers cut a text at their added tokens (such as `<|im_end|>`) first, and each piece between them is tokenized by
-itself. So the ids of a text are those of its pieces, one after the other: a conversation of n turns costs n and not n²
-turns. Byte-level tokenizers also cut before each word, so a piece may be as short as a word with its space; few are
-new after the first texts. Both are held against the tokenizer itself, on probes and on some texts of every call.
+Tokenizers first cut a text at their added tokens (such as `<|im_end|>`), then tokenize each piece separately. The ids
+of a text are therefore those of its pieces, joined: a conversation of n turns costs n turns, not n². Byte-level
+tokenizers also cut before each word, so a piece may be a word with its space; few pieces are new after the first texts.
+Both shortcuts are checked against the tokenizer itself, on probes and on some texts of every call.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ LOCAL_PRE_TOKENIZERS = re.compile(
     "BertPreTokenizer|ByteLevel|CharDelimiterSplit|Digits|Metaspace|Punctuation|Sequence|Split|UnicodeScripts"
     "|Whitespace|WhitespaceSplit"
 )
-"""Pre-tokenizers that see one piece at a time; `Metaspace` does unless it marks the first word of a text."""
+"""Pre-tokenizers that process one piece at a time; `Metaspace` does unless it marks the first word of a text."""
 CHECKED_TEXTS = 8
-"""Texts of a call that are tokenized whole as well, to see that both ways agree."""
+"""How many texts of a call are also tokenized in one piece, to compare the results."""
 FEWEST_TEXTS = 16
-"""Below this nothing is gained by pieces."""
+"""Shorter texts gain nothing from pieces."""
 MOST_PIECES = 2**17
-"""Pieces whose ids are kept; then all are forgotten: some 30 MB."""
+"""Size of the cache of piece ids, some 30 MB; a full cache is emptied."""
 JOINED_PIECES = 256
-"""New pieces that are tokenized as one text."""
+"""How many new pieces are tokenized as one text."""
 WORD_START = r" (?<=[A-Za-z,.;:!?] )(?=[A-Za-z])"
-"""A space where byte-level tokenizers cut: it belongs to the word after it."""
+"""A space at which byte-level tokenizers cut: it belongs to the following word."""
 PROBE_PARTS = (
     *"aBéß家'1½.,;:_-(“’–…$ \t\n\xa0\u0301",
     *("'s", "'RE", "'ll", "20", "!?", "  ", "\r\n", "Word", " the", " Of", " x", "a b", ". So", ", it"),
@@ -51,18 +51,18 @@ PROBES = 1000
 ID_BYTES = array("i").itemsize
 SHOWN_CHARACTERS = 2000
 Bordered: TypeAlias = tuple[list[int], list[int | None]]
-"""The ids of a text, and how many of them are before each border; None where a token reaches across the border."""
+"""The ids of a text, and the number of ids before each border; None if a token crosses the border."""
 
 
 class Segment(NamedTuple):
-    """A part of a text, and whether it is learned."""
+    """A part of a text, and whether it is supervised."""
 
     text: str
     learned: bool
 
 
 def encode_texts(processor: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = False) -> BatchEncoding:
-    """Tokenize texts in one call, with offsets where the tokenizer has them (`.encodings`)."""
+    """Tokenize texts in one call, with offsets if the tokenizer has them (`.encodings`)."""
     return processor(
         list(texts),
         add_special_tokens=special,
@@ -73,12 +73,12 @@ def encode_texts(processor: PreTrainedTokenizerBase, texts: Sequence[str], speci
 
 
 def tokenize(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text; no special token is added to it."""
+    """Return the ids of each text without adding special tokens."""
     return cast(list[list[int]], encode_texts(processor, texts)["input_ids"])
 
 
 def start_ids(processor: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer puts before every text; a text that is cut puts them before each piece."""
+    """Return the ids that the tokenizer puts before every text, and before each piece of a split text."""
     marked, plain = (encode_texts(processor, ["a"], special=special)["input_ids"][0] for special in (True, False))
     before = range(len(marked) - len(plain) + 1)
     return list(marked[: next((i for i in before if marked[i : i + len(plain)] == plain), 0)])
@@ -87,8 +87,8 @@ def start_ids(processor: PreTrainedTokenizerBase) -> list[int]:
 def first_context(processor: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that a text's first token is predicted from.
 
-    A tokenizer that puts none before a text has the start token, or else the end token, as GPT-2 was trained; without
-    either there are none.
+    If a tokenizer puts none before a text, this is its start token, or else its end token, as in GPT-2's training.
+    Without either it is empty.
     """
     ends = [token for token in (processor.bos_token_id, processor.eos_token_id) if token is not None]
     return start_ids(processor) or ends[:1]
@@ -97,7 +97,7 @@ def first_context(processor: PreTrainedTokenizerBase) -> list[int]:
 def tokenize_with_borders(
     processor: PreTrainedTokenizerBase, texts: Sequence[str], borders: Sequence[Sequence[int]]
 ) -> list[Bordered]:
-    """Return the ids of each text as `tokenize` does, and how many of them are before each of its borders."""
+    """Return the ids of each text as `tokenize` does, and the number of ids before each of its borders."""
     by_pieces = tokenize_by_pieces(processor, texts, borders)
     if by_pieces is not None:
         return by_pieces
@@ -111,16 +111,16 @@ def tokenize_with_borders(
 
 
 def count_shared(ids: Sequence[int], head: Sequence[int]) -> int | None:
-    """Return how many ids the beginning of a text has; None if they are not the first of the text's ids."""
+    """Return the number of ids of a text's head; None if they are not a prefix of the text's ids."""
     return len(head) if ids[: len(head)] == head else None
 
 
 def tokenize_by_pieces(
     processor: PreTrainedTokenizerBase, texts: Sequence[str], borders: Sequence[Sequence[int]]
 ) -> list[Bordered] | None:
-    """Return what `tokenize_with_borders` does, joined from pieces; None where this tokenizer needs complete texts.
+    """Return the result of `tokenize_with_borders`, joined from pieces; None if this tokenizer needs complete texts.
 
-    A tokenizer whose parts may look beyond a piece is left alone, and some texts are tokenized whole as a check.
+    Tokenizers that may look beyond a piece are excluded. Some texts are tokenized completely as a check.
     """
     if not processor.is_fast or len(texts) + sum(map(len, borders)) < FEWEST_TEXTS:
         return None
@@ -144,7 +144,7 @@ def tokenize_by_pieces(
 
 
 class _Pieces:
-    """The ids of pieces of texts, by one tokenizer as it was when this was made."""
+    """The ids of text pieces, for one tokenizer in one state."""
 
     def __init__(self, backend: Tokenizer, state: object) -> None:
         self.state = state
@@ -158,12 +158,12 @@ class _Pieces:
         words = self.usable and _cuts_before_words(backend)
         self._cut_words = re.compile(WORD_START if words else "(?!)").split
         self._first: dict[str, bytes] = {"": b""}
-        """Ids of what a piece begins with, as int32 in bytes, which join fast and are nothing to the collector."""
+        """Ids of the first piece of a text, as int32 bytes: they join fast, and the garbage collector ignores them."""
         self._word: dict[str, bytes] = {}
-        """Ids of a word with the space before it, by the word without."""
+        """Ids of a word with the space before it, by the bare word."""
 
     def join(self, texts: Sequence[str], borders: Sequence[Sequence[int]]) -> list[Bordered]:
-        """Return the ids of each text, and how many are before each of its borders."""
+        """Return the ids of each text, and the number of ids before each of its borders."""
         cut = [self._cut_added(text) for text in texts]
         placed = [_find_places(parts, ends) for parts, ends in zip(cut, borders, strict=True)]
         pieces = {piece: self._cut_words(piece) for parts in cut for piece in parts[::2]}
@@ -183,7 +183,7 @@ class _Pieces:
         return found
 
     def _learn(self, pieces: list[list[str]]) -> None:
-        """Tokenize the words that are new."""
+        """Tokenize new words."""
         if len(self._first) + len(self._word) > MOST_PIECES:
             self._first, self._word = {"": b""}, {}
         starts = {words[0] for words in pieces} - self._first.keys()
@@ -194,7 +194,7 @@ class _Pieces:
         self._word.update(zip(others, ids[len(starts) :], strict=True))
 
     def _encode(self, pieces: Sequence[str]) -> list[bytes]:
-        """Return the ids of each piece; many in one text, a special token between them, cost less than each alone."""
+        """Return the ids of each piece. Joining many pieces with a special token costs less than separate texts."""
         if self._separator is not None:
             number, content = self._separator
             texts = [content.join(pieces[i : i + JOINED_PIECES]) for i in range(0, len(pieces), JOINED_PIECES)]
@@ -207,14 +207,14 @@ class _Pieces:
 
 
 def _find_places(parts: Sequence[str], borders: Sequence[int]) -> list[tuple[int, str]]:
-    """Return the part that each border is in, and the beginning of that part up to the border."""
+    """Return the part that contains each border, and the start of that part up to the border."""
     starts = list(accumulate(map(len, parts), initial=0))
     places = [(bisect_right(starts, border) - 1, border) for border in borders]
     return [(k, parts[k][: border - starts[k]] if k < len(parts) else "") for k, border in places]
 
 
 def _split_ids(ids: Sequence[int], separator: int) -> list[bytes]:
-    """Return the ids between separators, as int32 in bytes."""
+    """Return the ids between separators, as int32 bytes."""
     joined = memoryview(_to_bytes(ids)).cast("i")
     ends = [*(i for i, number in enumerate(ids) if number == separator), len(ids)]
     return [joined[start:end].tobytes() for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
@@ -228,7 +228,7 @@ _pieces: WeakKeyDictionary[PreTrainedTokenizerBase, _Pieces] = WeakKeyDictionary
 
 
 def _pieces_of(processor: PreTrainedTokenizerBase) -> _Pieces:
-    """Return what is known of a tokenizer's pieces; nothing once the tokenizer has changed."""
+    """Return the cached pieces of a tokenizer; an empty cache once the tokenizer has changed."""
     backend = processor.backend_tokenizer
     parts = (backend.normalizer, backend.pre_tokenizer)
     state = (id(backend), backend.get_vocab_size(), len(backend.get_added_tokens_decoder()), *map(_state_of, parts))
@@ -239,12 +239,12 @@ def _pieces_of(processor: PreTrainedTokenizerBase) -> _Pieces:
 
 
 def _state_of(part: object) -> str | None:
-    """Return a part of a tokenizer as `tokenizer.json` has it; None for none."""
+    """Return a part of a tokenizer as in `tokenizer.json`; None for None."""
     return None if part is None else cast(bytes, part.__getstate__()).decode()
 
 
 def _tokenizes_pieces_alone(backend: Tokenizer) -> bool:
-    """Whether nothing in a tokenizer looks beyond a piece between two added tokens."""
+    """Whether no part of a tokenizer looks beyond a piece between two added tokens."""
     for token in backend.get_added_tokens_decoder().values():
         if not token.content or token.normalized or token.lstrip or token.rstrip or token.single_word:
             return False
@@ -260,7 +260,7 @@ def _tokenizes_pieces_alone(backend: Tokenizer) -> bool:
 
 
 def _cuts_before_words(backend: Tokenizer) -> bool:
-    """Whether a tokenizer always cuts before a space and a letter that follow a letter or a sign, as probes show."""
+    """Whether a tokenizer cuts, in all probes, before a space and letter that follow a letter or punctuation."""
     state, normalizer = _state_of(backend.pre_tokenizer), _state_of(backend.normalizer)
     if state is None or '"ByteLevel"' not in state or normalizer not in (None, '{"type":"NFC"}'):
         return False
@@ -274,7 +274,7 @@ def _cuts_before_words(backend: Tokenizer) -> bool:
 
 
 def _sees_one_piece(pre_tokenizer: Mapping[str, object]) -> bool:
-    """Whether a pre-tokenizer (as `tokenizer.json` has it) looks at nothing beyond the piece that it cuts."""
+    """Whether a pre-tokenizer (as in `tokenizer.json`) looks only at the piece that it cuts."""
     if not LOCAL_PRE_TOKENIZERS.fullmatch(str(pre_tokenizer["type"])) or pre_tokenizer.get("prepend_scheme") == "first":
         return False
     steps = cast(list[Mapping[str, object]], pre_tokenizer.get("pretokenizers", []))
@@ -287,7 +287,7 @@ def decode(processor: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def highlight(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTokenizerBase) -> list[Segment]:
-    """Cut token ids into stretches of text, and say of each whether it lies in `spans`."""
+    """Cut token ids into pieces of text, each with whether it is in `spans`."""
     learned = [False] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         learned[start:end] = [True] * (end - start)
@@ -298,7 +298,7 @@ def highlight(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTok
 
 
 def decode_shortened(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> str:
-    """Return the text of token ids, special ones too, without the middle of a long one."""
+    """Return the text of token ids with special tokens; shorten a long one in the middle."""
     text = decode(processor, list(ids))
     if len(text) <= SHOWN_CHARACTERS:
         return text
@@ -307,7 +307,7 @@ def decode_shortened(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> 
 
 
 def cut_start(processor: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
-    """Cut at least so many tokens from the start of a text."""
+    """Cut at least this many tokens from the start of a text."""
     encoded = encode_texts(processor, [text])
     if not processor.is_fast:
         return decode(processor, encoded["input_ids"][0][tokens:])
@@ -316,9 +316,9 @@ def cut_start(processor: PreTrainedTokenizerBase, text: str, tokens: int) -> str
 
 
 def continue_ids(processor: PreTrainedTokenizerBase, prompt_ids: list[int], prompt: str, text: str) -> list[int] | None:
-    """Return ids of `text` that go on from those of the prompt as if they had been generated; None if there are none.
+    """Return ids of `text` that continue the prompt's ids as if generated; None if that is impossible.
 
-    Some tokenizers put a space before every text; after a line break they do not.
+    Some tokenizers put a space before every text, but not after a line break.
     """
     line, alone, after_line, before, both = tokenize(processor, ["\n", text, f"\n{text}", prompt, prompt + text])
     expected = _added_text(processor, before, both)
@@ -333,24 +333,24 @@ def continue_ids(processor: PreTrainedTokenizerBase, prompt_ids: list[int], prom
 
 
 def _added_text(processor: PreTrainedTokenizerBase, before: list[int], both: list[int]) -> str | None:
-    """Return the text of ids beyond the text of those before."""
+    """Return the text of `both` beyond the text of `before`."""
     start, whole = decode(processor, before), decode(processor, both)
     return whole[len(start) :] if whole.startswith(start) else None
 
 
-# Text that a tokenizer does not know: a model that learns `<unk>` writes it; without `<unk>`, characters vanish
+# Unknown text: a model trained on `<unk>` writes it; without `<unk>`, characters vanish
 
 
-UNKNOWN = "text that the tokenizer does not know (<unk>) in what is learned"
-"""How the reason begins for a row with such a target."""
+UNKNOWN = "text that the tokenizer does not know (<unk>) in the supervised part"
+"""Prefix of the reason for a row with such a target."""
 SHOWN_WORDS, LONGEST_SHOWN = 5, 24
 PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 
 def refused_token(processor: PreTrainedTokenizerBase, recipe: Recipe) -> int | None:
-    """Return the id that no target may hold; None where the recipe allows it, or the tokenizer knows every character.
+    """Return the id that no target may contain; None if the recipe allows it or the tokenizer knows every character.
 
-    Some tokenizers that know every byte name their end token as the unknown one.
+    Some tokenizers that know every byte declare their end token as the unknown token.
     """
     if recipe.data.unknown_tokens == "allow" or not recipe.variant.generates or recipe.variant.facts.takes_audio:
         return None
@@ -359,7 +359,7 @@ def refused_token(processor: PreTrainedTokenizerBase, recipe: Recipe) -> int | N
 
 
 def find_unknown(examples: Sequence[Example], token: int, row: str, processor: PreTrainedTokenizerBase) -> str | None:
-    """Return why the examples of a row (given as JSON) cannot be learned; None where their targets are all known."""
+    """Return why a row's examples cannot be learned (the row is JSON); None if their targets are all known."""
     if not any(_learns(example, token) for example in examples):
         return None
     words = dict.fromkeys(word for text in iterate_strings(json.loads(row)) for word in text.split())
@@ -369,9 +369,9 @@ def find_unknown(examples: Sequence[Example], token: int, row: str, processor: P
 
 
 def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the characters that make no token, each with the number of rows (given as JSON) that hold it.
+    """Return the characters that make no token, each with the number of rows (given as JSON) that contain it.
 
-    Tokenizers without `<unk>` drop what they do not know, and some drop control characters whatever they know.
+    Tokenizers without `<unk>` drop unknown text, and some drop control characters in any case.
     """
     vanishes: dict[str, bool] = {}
     counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Batches through a function on every core that this process may use; results come in order, whatever the workers."""
+"""Maps a function over batches on every core available to this process; results keep the order of the batches."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ BatchT = TypeVar("BatchT")
 ResultT = TypeVar("ResultT")
 
 FIRST_SECONDS = 0.3
-"""How long this process works alone before what is left is estimated: the first batches load things."""
+"""How long this process works alone before it estimates the rest: the first batches load things."""
 WORTH_SECONDS = 8.0
-"""Work that a worker saves us must be more than its start (imports, its copy of the tokenizer) costs."""
+"""A worker must save more work than its start costs (imports, its copy of the tokenizer)."""
 AHEAD = 2
-"""Batches a worker that wait for it."""
+"""Queued batches per worker."""
 
 HELD = 64
-"""Results that wait for one before them, at most: they are in memory."""
+"""Limit on finished results that wait for an earlier one: they are in memory."""
 
 
 def usable_cores() -> int:
-    """Return the cores that this process may use: by affinity and control group, and no more than `--threads`."""
+    """Return the number of cores available to this process: by affinity, control group and `--threads`."""
     from joblib import cpu_count
 
     return min(int(cpu_count()), int(os.environ.get("RAYON_NUM_THREADS") or 2**16))
@@ -50,18 +50,17 @@ class Workers(NamedTuple):
 
     cores: int
     submit: Callable[[Any], Future[Any]]
-    """Gives a batch to one of them."""
+    """Submits a batch to one of them."""
 
 
 elsewhere: ContextVar[Callable[[bytes], AbstractContextManager[Workers]] | None] = ContextVar("elsewhere", default=None)
-"""Starts workers that are not processes of this machine, with a pickled function."""
+"""Starts workers outside this machine, with a pickled function."""
 
 
 class WorkerPool(Generic[BatchT, ResultT]):
-    """Maps a function over batches: in this process first, on the other cores as well once that is worth it.
+    """Maps a function over batches: in this process first, on the other cores as well once that saves time.
 
-    Workers are fresh processes, here or `elsewhere`, that are given a pickled copy of the function. This process works
-    with them.
+    Workers are fresh processes, here or `elsewhere`, with a pickled copy of the function. This process works too.
     """
 
     def __init__(self, function: Callable[[BatchT], ResultT], *, cores: int | None = None, eager: bool = False) -> None:
@@ -72,7 +71,7 @@ class WorkerPool(Generic[BatchT, ResultT]):
         self._eager = eager
 
     def map(self, batches: Iterable[BatchT], size: Callable[[BatchT], int], total: int) -> Iterator[ResultT]:
-        """Yield the result of each batch in order; sizes add up to `total`, by which the work left is estimated."""
+        """Yield the result of each batch in order; sizes add up to `total`, used to estimate the remaining work."""
         began, done = time.monotonic(), 0
         batches = iter(batches)
         if not self._eager or self._start is None:
@@ -104,7 +103,7 @@ class WorkerPool(Generic[BatchT, ResultT]):
 
 @contextmanager
 def _start_processes(count: int, function: bytes) -> Iterator[Workers]:
-    from joblib.externals.loky import (  # they do not run the user's script again
+    from joblib.externals.loky import (  # its processes do not run the user's script again
         BrokenProcessPool,
         ProcessPoolExecutor,
     )
@@ -120,20 +119,20 @@ def _start_processes(count: int, function: bytes) -> Iterator[Workers]:
 
 
 _function: Callable[[object], object]
-"""BatchT a worker: what it was started with."""
+"""The worker's function, in a worker process."""
 
 
 def _start_worker(parent: int, pickled: bytes) -> None:
     global _function
-    gc.freeze()  # what was imported is not looked through again
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is a core
+    gc.freeze()  # spare the garbage collector the imported modules
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     _function = pickle.loads(pickled)  # noqa: S301 - our own, from the parent process
 
 
 def _exit_with(parent: int) -> None:
-    """End this worker when its parent was killed; nobody else would."""
+    """Exit if the parent process was killed; otherwise the worker would remain."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -143,11 +142,11 @@ def _work(batch: object) -> object:
     return _function(batch)
 
 
-# A Ray cluster: its cores take the batches that processes of this machine would take
+# A Ray cluster: its cores take batches in place of local processes
 
 
 LOCAL = "local"
-"""As address: a cluster of this machine alone, that is started and ended here."""
+"""The address of a local cluster, started and stopped by this process."""
 INHERITED = (
     "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE",
@@ -160,11 +159,11 @@ CHECK = "Start one (`ray start --head`), or give its HOST:PORT; `local` starts o
 
 @contextmanager
 def spread_on_ray(address: str, *, offline: bool) -> Iterator[None]:
-    """Let the batches of every `WorkerPool` in the block be worked on by a Ray cluster, once that is worth it.
+    """Let a Ray cluster work on the batches of every `WorkerPool` in the block, once that saves time.
 
     Raises:
-        EnvironmentProblem: Ray is not installed, or `offline` forbids the address; in the block, that the cluster
-            cannot be reached, has another llmtune, or lost a batch.
+        EnvironmentProblem: Ray is not installed, or `offline` forbids the address; in the block: the cluster is
+            unreachable, has another llmtune version, or lost a batch.
     """
     if find_spec("ray") is None:
         raise EnvironmentProblem.of("Ray is not installed", "--ray", "pip install 'llmtune-cli[ray]'")
@@ -182,14 +181,14 @@ def spread_on_ray(address: str, *, offline: bool) -> Iterator[None]:
 
 def _connect(address: str) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster that is started here: this process waits for it
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a local cluster: this process waits for it
     import ray
 
     if ray.is_initialized():
         return
     _check_reachable(address)
     kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    environment = {"env_vars": {**kept, "TOKENIZERS_PARALLELISM": "false"}}  # a worker is a core
+    environment = {"env_vars": {**kept, "TOKENIZERS_PARALLELISM": "false"}}  # one core per worker
     more = {"include_dashboard": False} if address == LOCAL else {}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -202,7 +201,7 @@ def _connect(address: str) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise EnvironmentProblem where nothing answers at HOST:PORT: Ray would try for a minute and a half."""
+    """Raise EnvironmentProblem if nothing answers at HOST:PORT: Ray would try for a minute and a half."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdecimal()):
         return
@@ -227,18 +226,18 @@ def _workers(address: str, function: bytes) -> Iterator[Workers]:
     try:
         yield Workers(max(int(ray.cluster_resources().get("CPU", 1)), 1), submit)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error  # what the function raised there
+        raise error.cause from error  # the function's own error
     except ray.exceptions.RayError as error:
         what = f"the Ray cluster lost rows that it worked on ({type(error).__name__})"
         raise EnvironmentProblem.of(what, "--ray", "See its log. The same command resumes.") from error
 
 
 _functions: dict[str, Callable[[object], object]] = {}
-"""BatchT a worker: the function that it was given last, by name."""
+"""In a worker: its latest function, by name."""
 
 
 def _work_remotely(name: str, version: str, function: bytes, batch: object) -> object:
-    """Work on a batch, on any machine of the cluster."""
+    """Work on a batch on any machine of the cluster."""
     if version != __version__:
         what = f"{os.uname().nodename} of the Ray cluster has llmtune {__version__}, and this machine {version}"
         raise EnvironmentProblem.of(what, "--ray", "Install the same version on all machines.")

@@ -1,1 +1,1 @@
-"""What differs from task to task: a file each, and the registry of all of them."""
+"""The tasks, one per file, and their registry."""

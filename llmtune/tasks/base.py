@@ -1,4 +1,4 @@
-"""What differs from task to task: a class with its facts and methods. A variant is for another kind of model."""
+"""The base class of tasks: facts and methods that differ by task. A variant handles another kind of model."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a served model of a task answers; chat, and models that continue a text, have OpenAI's endpoints."""
+    """The HTTP endpoint of a served model; chat, and models that continue a text, use OpenAI's endpoints."""
 
     path: str
     prediction: str
-    """What the field `prediction` of an answer is."""
+    """Description of the answer's field `prediction`."""
     prompt_field: str = "text"
-    """The field for what `llmtune generate` calls the prompt."""
+    """The request field for the prompt of `llmtune generate`."""
 
 
 class Task(EvaluatedTask, Generic[RowT, PredictionT]):
-    """A task for one kind of model; the defaults are those of a task that answers a prompt in text."""
+    """A task for one kind of model; by default, a prompt is answered with text."""
 
     required_inputs: tuple[str, ...] = ("prompt",)
-    """Inputs that a person must give to `llmtune generate`: prompt, context, audio, answer."""
+    """Inputs that `llmtune generate` requires: prompt, context, audio, answer."""
     optional_inputs: tuple[str, ...] = ()
-    """Further inputs that a person may give: system, pair."""
+    """Optional inputs: system, pair."""
     free_prompt: bool = False
-    """Whether a person's own words are the prompt, with no other text around them than the chat template's."""
+    """Whether the user's own words are the prompt, with nothing around them except the chat template."""
     is_conversational: bool = False
     """Whether rows are conversations: lists of messages."""
     takes_audio: bool = False
@@ -50,19 +50,19 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
 
     @property
     def inputs(self) -> Mapping[str, bool]:
-        """What a person gives to `llmtune generate`, and whether it is needed."""
+        """The inputs of `llmtune generate`, and whether each is required."""
         return {**dict.fromkeys(self.required_inputs, True), **dict.fromkeys(self.optional_inputs, False)}
 
     def matches(self, recipe: Recipe) -> bool:
-        """Whether this variant is what the recipe asks for."""
+        """Whether the recipe selects this variant."""
         return True
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
-        """Return the recipe with what the rows decide, such as names of classes."""
+        """Return the recipe completed with values inferred from the rows, such as class names."""
         return recipe
 
     def make_row(self, given: Mapping[str, str | None]) -> RowT:
-        """Return the prompt row of what a person gave, by the names of `inputs`."""
+        """Return a prompt row from the user's inputs, named as in `inputs`."""
         raise NotImplementedError
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
@@ -70,11 +70,11 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         return [self.encode_row(row, processor, recipe) for row in rows]
 
     def encode_row(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
-        """Return the examples of one row, where rows are encoded one by one."""
+        """Return the examples of one row; for tasks that encode rows one by one."""
         raise NotImplementedError
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what makes micro-batches."""
+        """Return the function that makes micro-batches."""
 
         def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
             return self.collate(examples, processor, recipe, bool(packs), draw)
@@ -84,15 +84,15 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
     def collate(
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
-        """Make one micro-batch; `draw` seeds anything random in it, such as masks; 0 in evaluation."""
+        """Make one micro-batch; `draw` seeds random parts such as masks; evaluation passes 0."""
         raise NotImplementedError
 
     def format_answer(self, prediction: PredictionT, row: RowT) -> str:
-        """Write the prediction of one prompt row for the terminal, with more detail where there is any."""
+        """Write the prediction of one prompt row for the terminal, with details if available."""
         return self.format_prediction(prediction)
 
     def output_kind(self, recipe: Recipe) -> str:
-        """Return what the outputs of a head are: `choice` (one of K), `yes-no` (K questions) or `number`."""
+        """Return the kind of a head's outputs: `choice` (one of K), `yes-no` (K questions) or `number`."""
         return "choice"
 
 
@@ -106,16 +106,16 @@ class DecoderTask(Task[RowT, str]):
     continues_text = True
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what packs rows, or pads them."""
+        """Return a collator that packs rows, or pads them."""
         return causal_collator(processor, recipe, packs)
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the cross entropy of the tokens that are learned."""
+        """Sum the cross entropy of the supervised tokens."""
         return causal_loss(model, batch, by_row)
 
 
 def next_steps(run: Path, task: Task[Any, Any]) -> str:
-    """Return where the report of a run lies, and what a person types to use its model and to serve it."""
+    """Return the path of a run's report, and the commands to use and serve its model."""
     name = shlex.quote(str(run))
     given = " ".join('"TEXT"' if one == "prompt" else f"--{one} {one.upper()}" for one in task.required_inputs)
     talk = [f"llmtune chat {name}"] if task.is_conversational and task.free_prompt else []
@@ -124,7 +124,7 @@ def next_steps(run: Path, task: Task[Any, Any]) -> str:
 
 
 def loss_of_rows(losses_R: torch.Tensor, correct_R: torch.Tensor, by_row: bool) -> Loss:
-    """Return the loss of rows with one prediction each."""
+    """Return the loss of rows that have one prediction each."""
     right_R = correct_R.to(losses_R.dtype)
     if not by_row:
         return Loss(losses_R.sum(), len(losses_R), right_R.sum(), losses_R.detach())

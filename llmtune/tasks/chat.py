@@ -1,4 +1,4 @@
-"""Task chat: answer the conversation so far, in the model's own chat template."""
+"""Task chat: answer a conversation, in the model's own chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmtune.tasks.base import DecoderTask
 
 
 class Chat(DecoderTask[ChatRow]):
-    """A decoder that answers messages."""
+    """A decoder that answers conversations."""
 
     name = "chat"
     optional_inputs = ("system",)
@@ -24,13 +24,13 @@ class Chat(DecoderTask[ChatRow]):
     is_conversational = True
 
     def make_row(self, given: Mapping[str, str | None]) -> ChatRow:
-        """Return the conversation of one question, after a system message if one was given."""
+        """Return a conversation of one question, after the system message if given."""
         return {"messages": question_messages(given)}
 
     def split_answer(self, row: ChatRow) -> tuple[ChatRow, str]:
-        """Split a row at its last trained answer: the conversation before it, and the answer as text, its calls too.
+        """Split a row at its last trained answer: the conversation before it, and the answer as text, calls included.
 
-        Where no answer may be trained on (`train: false` on all), the last one is taken.
+        If no answer is trained (`train: false` on all), split at the last answer.
         """
         messages, answers = row["messages"], answers_of(row)
         if not answers:
@@ -40,7 +40,7 @@ class Chat(DecoderTask[ChatRow]):
         return {**row, "messages": messages[: answers[-1]]}, text
 
     def tool_turns(self, row: ChatRow, recipe: Recipe) -> list[ToolTurn]:
-        """Return all answers that are trained on, or with `train_on: last` the last; each has the recorded history."""
+        """Return all trained answers (with `train_on: last`, the last one), each with the recorded history."""
         if not row.get("tools"):
             return []
         messages, answers = row["messages"], answers_of(row)
@@ -61,14 +61,14 @@ class Chat(DecoderTask[ChatRow]):
 
 
 def answers_of(row: ChatRow) -> list[int]:
-    """Return which messages are answers that are trained on; all answers where none is."""
+    """Return the indices of trained answers; of all answers if none is trained."""
     messages = row["messages"]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return [i for i in answers if messages[i].get("train", True)] or answers
 
 
 def question_messages(given: Mapping[str, str | None]) -> list[Message]:
-    """Return the messages of a prompt, after those of a system message if one was given."""
+    """Return the messages of a prompt, after the system message if given."""
     head: list[Message] = [{"role": "system", "content": system}] if (system := given.get("system")) else []
     return [*head, {"role": "user", "content": given["prompt"] or ""}]
 

@@ -1,4 +1,4 @@
-"""Task classify: put a text into a class, into several, or on a scale."""
+"""Task classify: assign a text to a class, to several classes, or to a point on a scale."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from llmtune.tasks.class_labels import (
 )
 
 FEWEST = 2
-"""Classes that there must be."""
+"""Minimum number of classes."""
 PROBLEM_TYPES = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
     "regression": "regression",
 }
-"""By kind of label, what transformers calls it."""
+"""By kind of label, transformers' name for the problem type."""
 OUTPUT_KINDS = {"multi": "yes-no", "regression": "number"}
 BASELINES = {
     "single": "the most frequent class",
@@ -67,14 +67,14 @@ BASELINES = {
 
 
 class ClassPrediction(TypedDict):
-    """A label, and the probability of each class or the number."""
+    """A label, and the probability of each class, or the number."""
 
     label: Label
     scores: list[float]
 
 
 class Classify(Task[ClassifyRow, ClassPrediction]):
-    """An encoder, or a decoder, with a head on the whole text."""
+    """An encoder or decoder with a head on the complete text."""
 
     name = "classify"
     endpoint = Endpoint(
@@ -89,16 +89,16 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
     trains_head = True
 
     def supports(self, config: PretrainedConfig) -> bool:
-        """Whether a model has one part: the head of one of both wants an end token in each text."""
+        """Whether a model is an encoder or a decoder: an encoder-decoder's head needs an end token in each text."""
         return not getattr(config, "is_encoder_decoder", False)
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
-        """Find out what kind of labels there are, their names and weights.
+        """Infer the kind of labels, their names and weights.
 
         Raises:
             DataError: labels of several kinds, or fewer than two classes.
-            RecipeError: a metric that this kind of label does not have, weights for classes that there are none of, or
-                a key of the section that has no effect on this kind.
+            RecipeError: a metric that this kind of label does not support, weights for missing classes, or a key of the
+                section that has no effect on this kind.
         """
         section = classify_section(recipe)
         labels = {split: [row["label"] for _, row in iterate_rows(rows, split)] for split in SPLITS}
@@ -110,7 +110,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
             counts = Counter(name for label in labels["train"] for name in names_of(label))
             names = section.labels or sort_names({name for label in every for name in names_of(label)}, config)
             if len(names) < FEWEST:
-                fix = "Give rows of two classes at least."
+                fix = "Give rows of at least two classes."
                 raise DataError.of(f"all rows have the label {', '.join(names) or '(none)'}", "classify.labels", fix)
             update["labels"] = tuple(names)
             if section.class_weights is not None:
@@ -119,17 +119,17 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return recipe.model_copy(update={"classify": section.model_copy(update=update), "evaluate": evaluate})
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
-        """Give the model the number of classes and their names."""
+        """Give the model the number and names of classes."""
         section = classify_section(recipe)
         names = ("value",) if section.kind == "regression" else section.labels or ()
         name_outputs(config, names, PROBLEM_TYPES.get(section.kind))
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Give a decoder the token that rows are padded with."""
+        """Set the token that a decoder's rows are padded with."""
         set_padding(model, processor)
 
     def make_row(self, given: Mapping[str, str | None]) -> ClassifyRow:
-        """Return the row of a text (and its pair)."""
+        """Return the row of a text and its optional pair."""
         return {"text": given["prompt"] or "", "pair": given.get("pair"), "label": None}
 
     def split_answer(self, row: ClassifyRow) -> tuple[ClassifyRow, str]:
@@ -141,7 +141,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return row["label"]
 
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
-        """Count the rows of each class in each split; of numbers there is nothing to count."""
+        """Count the rows of each class in each split; empty for numbers."""
         if recipe.classify is None or recipe.classify.kind == "regression":
             return {}
         counts: dict[str, dict[str, int]] = {name: dict.fromkeys(SPLITS, 0) for name in recipe.classify.labels or ()}
@@ -153,7 +153,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return counts
 
     def encode(self, rows: Sequence[ClassifyRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return one example a row: the text (and its pair) with the number of its class, its classes, or its value."""
+        """Return one example per row: the text (and its pair) with its class number, its classes, or its value."""
         limit = recipe.data.max_length
         encoded: list[Encoded] = []
         for row, text in zip(rows, tokenize_texts(rows, processor), strict=True):
@@ -174,7 +174,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
     def collate(
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
-        """Add `classes_R` [R] and maybe `weights_R` [R]; or `values_RK` [R, K] of `many` classes, or of a number."""
+        """Add `classes_R` [R] and optional `weights_R` [R]; or `values_RK` [R, K] for `many` classes or a number."""
         batch, _ = encoder_batch(examples, processor.pad_token_id, packs)
         kind = classify_section(recipe).kind
         if kind in ("multi", "regression"):
@@ -186,9 +186,9 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return batch
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the loss over rows: cross entropy of one class, mean binary one of many, square of a number.
+        """Sum the loss over rows: cross entropy (single), mean binary cross entropy (multi), squared error (number).
 
-        With `weights_R` each row counts so much in the sum, and once in the count.
+        With `weights_R` each row is weighted in the sum, but counts once in the count.
         """
         logits_RK = model(**model_inputs(model, batch)).logits.float()
         if "classes_R" in batch:
@@ -206,7 +206,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return loss_of_rows(losses_R, correct_R, by_row)
 
     def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
-        """Let a new head for a number begin with the mean of the labels: far from it, training only moves the bias."""
+        """Initialise the bias of a new regression head to the mean label: far from it, training only moves the bias."""
         if classify_section(recipe).kind != "regression":
             return
         heads = head_names(adapted.selected.model)
@@ -217,7 +217,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
                 torch.nn.init.constant_(parameter, mean)
 
     def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
-        """Return the variance of the labels where they are numbers."""
+        """Return the variance of numeric labels."""
         if classify_section(recipe).kind != "regression":
             return super().guessing_loss(config, examples, recipe)
         return float(np.var([example.values[0] for example in examples]))
@@ -236,7 +236,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return [Segment(f"{decode_shortened(example.input_ids, processor)}\n", False), Segment(target, True)]
 
     def predict(self, rows: Sequence[ClassifyRow], loaded: LoadedModel) -> list[ClassPrediction]:
-        """Return the label of each text, and probabilities by class or the number."""
+        """Return the label of each text, with the probabilities of classes, or the number."""
         section = classify_section(loaded.recipe)
         examples = tokenize_texts(rows, loaded.processor, loaded.recipe.data.max_length)
 
@@ -254,7 +254,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return format_label(prediction["label"])
 
     def compute_metric(self, metric: str, found: EvalPrediction[ClassPrediction], recipe: Recipe) -> Measure | None:
-        """Measure predicted classes, or numbers."""
+        """Measure predicted classes or numbers."""
         section = classify_section(recipe)
         if section.kind == "auto" or metric not in CLASS_METRICS[section.kind]:
             return None
@@ -264,12 +264,12 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
     def baseline(
         self, references: Sequence[Label], prompts: Sequence[ClassifyRow], recipe: Recipe
     ) -> tuple[str, list[ClassPrediction]]:
-        """Predict the most frequent class of the training rows every time, or their mean."""
+        """Predict the most frequent class of the training rows, or their mean, for every row."""
         section = classify_section(recipe)
         assert section.kind != "auto"
         labels = section.labels or ()
         usable = [label for label in references if not isinstance(class_target(label, section), str)]
-        targets = [as_target(label, section.kind) for label in usable]  # others were left out
+        targets = [as_target(label, section.kind) for label in usable]  # rows with other labels were left out
         scores = majority_scores(targets, section.kind, labels, len(prompts))
         predictions: list[ClassPrediction] = [
             {"label": label_of(row, section), "scores": row.tolist()} for row in scores
@@ -277,7 +277,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return BASELINES[section.kind], predictions
 
     def as_prediction(self, reference: Label, recipe: Recipe) -> ClassPrediction | None:
-        """Return the prediction that is sure of the right class or classes; None for a number."""
+        """Return the prediction that assigns all probability to the right classes; None for a number."""
         section = classify_section(recipe)
         if section.kind == "regression" or section.kind == "auto" or isinstance(class_target(reference, section), str):
             return None
@@ -285,7 +285,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return {"label": reference, "scores": scores_1K[0].astype(float).tolist()}
 
     def class_table(self, found: EvalPrediction[ClassPrediction], recipe: Recipe) -> dict[str, Any]:
-        """Return the table of classes, and for one label a row the confusion matrix."""
+        """Return the table of classes; with single labels, also the confusion matrix."""
         section = classify_section(recipe)
         if section.kind == "regression" or section.kind == "auto":
             return {}
@@ -297,14 +297,14 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return tables
 
     def output_kind(self, recipe: Recipe) -> str:
-        """Return what the head's outputs are."""
+        """Return the kind of the head's outputs."""
         return OUTPUT_KINDS.get(classify_section(recipe).kind, "choice")
 
 
 def tokenize_texts(
     rows: Sequence[ClassifyRow], processor: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[Example]:
-    """Return what a model reads of each row's text (and its pair), cut to `max_length` tokens; by the row alone."""
+    """Return the model inputs of each row's text (and its pair), cut to `max_length` tokens, row by row."""
     cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
     examples: dict[int, Example] = {}
     for paired in (False, True):
@@ -319,7 +319,7 @@ def tokenize_texts(
 
 
 def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:
-    """Return the columns of an example that hold what to predict; or why there is nothing."""
+    """Return an example's target columns, or the reason why it has none."""
     if section.kind == "regression":
         try:
             value = float(label)  # type: ignore[arg-type]
@@ -334,14 +334,14 @@ def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any
     if section.kind == "multi":
         return {"values": [float(name in named) for name in labels]}
     if len(named) != 1:
-        return f"{len(named)} labels where classify.kind: single wants one"
+        return f"{len(named)} labels, but classify.kind: single allows one"
     weights = section.class_weights
     weight = {"weights": [float(weights.get(named[0], 1.0))]} if isinstance(weights, dict) else {}
     return {"class_ids": [labels.index(named[0])], **weight}
 
 
 def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label:
-    """Return the label of scores [K]: the likeliest class, all above one half, or the number itself."""
+    """Return the label of scores [K]: the most likely class, all above one half, or the number itself."""
     if section.kind == "regression":
         return float(scores_K[0])
     labels = section.labels or ()
@@ -356,14 +356,14 @@ def classify_section(recipe: Recipe) -> ClassifySection:
 
 
 def format_label(label: Label | None) -> str:
-    """Write a label, or several, or a number, as a person reads it."""
+    """Write one label, several labels, or a number in readable form."""
     if isinstance(label, list):
         return ", ".join(label) or "(none)"
     return f"{label:.4g}" if isinstance(label, float) else str(label)
 
 
 def as_target(label: Label, kind: str) -> Label:
-    """Return a label as its kind has it: a number, the names of several classes, or one name."""
+    """Return a label in the form of its kind: a number, a list of class names, or one name."""
     if kind == "regression":
         assert not isinstance(label, list)
         return float(label)

@@ -1,4 +1,4 @@
-"""Task completion: continue a prompt, or start from nothing, without a chat template; or fill in masks."""
+"""Task completion: continue a prompt, or generate from nothing, without a chat template; or fill in masks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Completion(DecoderTask[CompletionRow]):
     free_prompt = True
 
     def matches(self, recipe: Recipe) -> bool:
-        """Whether the next token is predicted."""
+        """Whether the objective is predicting the next token."""
         return not recipe.variant.is_masked
 
     def make_row(self, given: Mapping[str, str | None]) -> CompletionRow:
@@ -69,21 +69,21 @@ class MaskedCompletion(Task[CompletionRow, str]):
     packs = True
 
     def matches(self, recipe: Recipe) -> bool:
-        """Whether masked tokens are predicted."""
+        """Whether the objective is predicting masked tokens."""
         return recipe.variant.is_masked
 
     def make_row(self, given: Mapping[str, str | None]) -> CompletionRow:
-        """Return the row of a text with masks in it."""
+        """Return the row of a text with masks."""
         return {"prompt": given["prompt"] or "", "completion": ""}
 
     def split_answer(self, row: CompletionRow) -> tuple[CompletionRow, str]:
-        """Return the row itself: a text has no answer of its own."""
+        """Return the row itself: a plain text has no separate answer."""
         return row, ""
 
     def encode_row(self, row: CompletionRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
-        """Return examples of plain text, of which a share of the tokens is hidden when a batch is made.
+        """Return examples of plain text; a share of the tokens is masked when a batch is made.
 
-        With `data.on_overlong: split` a long text becomes several; with `truncate` its first part.
+        With `data.on_overlong: split` a long text makes several examples; with `truncate` only its start is used.
         """
         if processor.mask_token_id is None:
             what = "the tokenizer has no mask token, so nothing can be hidden"
@@ -114,7 +114,7 @@ class MaskedCompletion(Task[CompletionRow, str]):
     def collate(
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
-        """Hide tokens: a share of each text, drawn by the text, the seed and the draw alone."""
+        """Mask a share of each text's tokens, drawn from the text, the seed and the draw only."""
         hidden = [hide_tokens(example, processor, (recipe.seed, draw)) for example in examples]
         shown = [replace(e, input_ids=ids.tolist()) for e, (ids, _) in zip(examples, hidden, strict=True)]
         batch, starts = encoder_batch(shown, processor.pad_token_id, packs)
@@ -126,13 +126,13 @@ class MaskedCompletion(Task[CompletionRow, str]):
         return batch | {name: torch.from_numpy(values.astype(np.int64)) for name, values in named.items()}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the cross entropy of the hidden tokens."""
+        """Sum the cross entropy of the masked tokens."""
         return causal_loss(model, batch, by_row)
 
     def predict(self, rows: Sequence[CompletionRow], loaded: LoadedModel) -> list[str]:
-        """Return each text with its masks replaced by the likeliest tokens, all at once; others come back as they are.
+        """Return each text with its masks replaced by the most likely tokens, all at once; other texts are unchanged.
 
-        Of a text longer than `data.max_length` tokens, what lies beyond them comes back as it is, its masks too.
+        The part of a text beyond `data.max_length` tokens is unchanged, including its masks.
         """
         processor = loaded.processor
         texts = [row["prompt"] + row["completion"] for row in rows]
@@ -152,9 +152,9 @@ class MaskedCompletion(Task[CompletionRow, str]):
 
 
 def hidden_example(ids: list[int], special: list[int], share: float) -> Example | None:
-    """Return a text's example, the stretches between its special tokens as spans.
+    """Return a text's example; its spans are the stretches between special tokens.
 
-    At least one of its tokens is hidden, and one is left to see; None where there are fewer than two.
+    At least one token is masked and one stays visible. Returns None for fewer than two tokens.
     """
 
     def is_word(at: int) -> bool:
@@ -168,9 +168,9 @@ def hidden_example(ids: list[int], special: list[int], share: float) -> Example 
 
 
 def hide_tokens(example: Example, processor: PreTrainedTokenizerBase, seed: tuple[int, int]) -> tuple[IdArray, IdArray]:
-    """Return the ids with some hidden, and where they are.
+    """Return the ids after masking, and the masked positions.
 
-    80 % of them become the mask, 10 % any token, 10 % stay (Devlin et al., "BERT", 2019, section 3.1).
+    80 % of these become the mask, 10 % a random token, 10 % stay (Devlin et al., "BERT", 2019, section 3.1).
     """
     ids = np.asarray(example.input_ids, dtype=np.int64)
     generator = np.random.default_rng((*seed, xxhash.xxh3_64_intdigest(ids.tobytes())))

@@ -1,4 +1,4 @@
-"""Languages as the tokenizers of mBART, M2M100 and NLLB write them: a token before or after a text."""
+"""Language codes in the tokenizers of mBART, M2M100 and NLLB: a token before or after a text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.errors import Problem, RecipeError, nearest
 
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
-"""How mBART (`en_XX`) and NLLB (`eng_Latn`) write languages."""
+"""The language codes of mBART (`en_XX`) and NLLB (`eng_Latn`)."""
 
 
 def has_languages(processor: PreTrainedTokenizerBase) -> bool:
@@ -19,7 +19,7 @@ def has_languages(processor: PreTrainedTokenizerBase) -> bool:
 
 
 def starts_with_language(processor: PreTrainedTokenizerBase) -> bool:
-    """Whether the decoder's very first token is the language, in place of the model's own start, as in mBART of 2020.
+    """Whether the decoder's first token is the language instead of a start token, as in mBART of 2020.
 
     The tokenizer puts the language after the end of the text, and the model moves it to the front.
     """
@@ -27,8 +27,8 @@ def starts_with_language(processor: PreTrainedTokenizerBase) -> bool:
 
 
 def language_tokens(processor: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the token of each language by its code; words of the vocabulary that look like a code are none."""
-    if hasattr(processor, "lang_code_to_token"):  # M2M100: `fr` is written `__fr__`
+    """Return the token of each language by code, excluding ordinary words that look like a code."""
+    if hasattr(processor, "lang_code_to_token"):  # M2M100 writes `fr` as `__fr__`
         return {code: int(processor.get_lang_id(code)) for code in processor.lang_code_to_token}
     if hasattr(processor, "lang_code_to_id"):  # mBART
         known = {code: int(token) for code, token in processor.lang_code_to_id.items()}
@@ -38,9 +38,9 @@ def language_tokens(processor: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def set_languages(source: str | None, target: str | None, processor: PreTrainedTokenizerBase) -> None:
-    """Set the languages of the texts that a tokenizer reads next, in place.
+    """Set the languages of the texts that a tokenizer encodes next, in place.
 
-    Raises RecipeError for one that is missing or that it does not know.
+    Raises RecipeError for a language that is missing or unknown to the tokenizer.
     """
     if not has_languages(processor):
         return
@@ -51,7 +51,7 @@ def set_languages(source: str | None, target: str | None, processor: PreTrainedT
     problems = []
     for key, code in (("translate.source_language", source), ("translate.target_language", target)):
         if code is None:
-            what = "this model wants to know the language, and neither recipe nor row says it"
+            what = "this model needs the language, and neither recipe nor row states it"
             fix = "Set it to the model's own code, such as eng_Latn; or give the rows a column of that name."
             problems.append(Problem(what, key, fix))
         elif code not in codes:
@@ -62,7 +62,7 @@ def set_languages(source: str | None, target: str | None, processor: PreTrainedT
 
 
 def nearest_code(code: str, codes: Sequence[str]) -> str:
-    """Return ` Did you mean 'x'?` for the language that someone meant: `en` or `English` for `eng_Latn` or `en_XX`."""
+    """Return ` Did you mean 'x'?` with the model's code for `en` or `English`, such as `eng_Latn` or `en_XX`."""
     stem = re.split("[-_]", code.lower())[0]
     names = {known: known.partition("_")[0] for known in codes}
     alike = [known for known, name in names.items() if stem and (stem.startswith(name) or name.startswith(stem))]

@@ -1,4 +1,4 @@
-"""Task preference: learn from pairs of a better and a worse answer, or from thumbs; or train a model that scores."""
+"""Task preference: learn from pairs of a better and a worse answer, or from thumbs; or train a reward model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from llmtune.tasks.preference_metrics import Ratings, measure_preferences
 
 
 class Preference(Task[Row, Ratings]):
-    """A decoder that learns which answers to prefer, and answers."""
+    """A decoder that learns which answers to prefer, and writes answers."""
 
     name = "preference"
     endpoint = Endpoint(
@@ -63,13 +63,13 @@ class Preference(Task[Row, Ratings]):
     is_conversational = True
 
     def matches(self, recipe: Recipe) -> bool:
-        """Whether a model is trained that answers."""
+        """Whether the recipe trains a model that writes answers."""
         return not recipe.variant.is_reward
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
-        """Put the section's defaults in where the recipe has none.
+        """Fill in the section's defaults.
 
-        Raises DataError where no training row is of the kind that the loss learns from; `encode` refuses single ones.
+        Raises DataError if no training row is of the kind that the loss learns from; `encode` refuses single rows.
         """
         section = preference_section(recipe)
         columns = answer_columns(section.loss)
@@ -84,26 +84,26 @@ class Preference(Task[Row, Ratings]):
         return recipe.model_copy(update={"preference": section})
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
-        """Whether the loss compares with the model as it was."""
+        """Whether the loss compares with the original model."""
         return preference_section(recipe).loss in ("dpo", "ipo", "kto")
 
     def make_row(self, given: Mapping[str, str | None]) -> Row:
-        """Return the conversation of one question, after a system message if one was given."""
+        """Return a conversation of one question, after the system message if given."""
         return {"messages": question_messages(given)}
 
     def split_answer(self, row: Row) -> tuple[Row, str]:
-        """Return the row itself, whose answers are judged and not written, and the better of them."""
+        """Return the row itself, because its answers are rated, not generated, and the better answer."""
         return row, row.get("chosen") or row.get("answer") or ""
 
     def reference(self, row: Row) -> bool:
-        """Return the thumb, or that the first answer is the better one."""
+        """Return the thumb; for pairs True, because the first answer is the better one."""
         return bool(row.get("good", True))
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return one example a row: the prompt with the chosen and with the rejected answer, the answers supervised.
+        """Return one example per row: the prompt with the chosen and the rejected answer, both answers supervised.
 
-        For KTO: the prompt with its answer, and with the answer to another of these rows, which the estimate of the KL
-        divergence is made of; that one is cut at `data.max_length`, so that no row is lost for what another says.
+        For KTO: the prompt with its answer, and with the answer to another row. The second serves to estimate the KL
+        divergence. It is cut at `data.max_length`, so no row is lost because of another row's answer.
         """
         loss = preference_section(recipe).loss
         columns = answer_columns(loss)
@@ -121,9 +121,9 @@ class Preference(Task[Row, Ratings]):
     def collate(
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
-        """Pad answers: the chosen ones and then the rejected, or (KTO) single ones with the answers of others, `kl_*`.
+        """Pad answers: first the chosen, then the rejected; or (KTO) single answers, and other rows' answers as `kl_*`.
 
-        The thumbs are `desirable_R` bool [R]; `settings` are those of the loss.
+        The thumbs are `desirable_R` bool [R]; `settings` configures the loss.
         """
         section, pad_id = preference_section(recipe), processor.pad_token_id
         seconds = [Example(example.other_ids, example.other_spans, 0) for example in examples]
@@ -138,33 +138,33 @@ class Preference(Task[Row, Ratings]):
         return batch | {"settings": section, "pairs": len(examples)}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Return the summed loss over pairs (KTO: answers), and their count."""
+        """Return the summed loss over pairs (KTO: over answers), and their count."""
         return preference_loss(model, batch, batch["settings"], partial(reference_of, model))
 
     def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
-        """Return what the loss of KTO and ORPO has to know of a whole step."""
+        """Return the sums over a complete step that the losses of KTO and ORPO need."""
         return step_statistics(model, batch, batch["settings"], partial(reference_of, model))
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a prompt with both answers."""
         return [
             *highlight(example.input_ids, example.spans, processor),
-            Segment("\n--- against ---\n", False),
+            Segment("\n--- versus ---\n", False),
             *highlight(example.other_ids, example.other_spans, processor),
         ]
 
     def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-        """Return the token ids to write an answer from."""
+        """Return the token ids of the prompt for an answer."""
         if processor.chat_template:
             return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"))
         return prompt_ids(training_row(row, "", processor)["prompt"], processor)
 
     def predict(self, rows: Sequence[Row], loaded: LoadedModel) -> list[Ratings]:
-        """Return a row's log-probabilities of its answers (`chosen`, `rejected` or `answer`), or their scores.
+        """Return the log-probabilities of a row's answers (`chosen`, `rejected` or `answer`), or their scores.
 
-        Of likelihoods, `*_tokens` says over how many tokens, and `kl` how far the model is from itself without its
-        adapter, on the first answer, in nats per token; left out where the adapter does not hold all that training
-        changed. Raises DataError for a row that cannot be encoded.
+        For log-probabilities, `*_tokens` has the number of tokens. `kl` is the divergence from the model without its
+        adapter on the first answer, in nats per token; omitted if the adapter does not contain every trained weight.
+        Raises DataError for a row that cannot be encoded.
         """
         model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
         scoring = recipe.variant.is_reward
@@ -205,17 +205,17 @@ class Preference(Task[Row, Ratings]):
         return run_in_batches(lengths, budget_for(loaded.device, TOKEN_BUDGET), work, loaded.advance)
 
     def format_prediction(self, prediction: Ratings) -> str:
-        """Write what a model makes of a row's answers."""
+        """Write the ratings of a row's answers."""
         names = ("chosen", "rejected", "answer")
         return ", ".join(f"{name} {prediction[name]:.4g}" for name in names if name in prediction)
 
     def compute_metric(self, metric: str, found: EvalPrediction[Ratings], recipe: Recipe) -> Measure | None:
-        """Measure what is made of the answers, against the untuned model where the loss is."""
+        """Measure the ratings of answers, relative to the untuned model if the loss is."""
         return measure_preferences(metric, found.predictions, found.references, preference_section(recipe), found.base)
 
 
 class RewardModel(Preference):
-    """A model with one output that scores answers."""
+    """A reward model: one output that scores an answer."""
 
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
@@ -227,11 +227,11 @@ class RewardModel(Preference):
     free_prompt = False
 
     def matches(self, recipe: Recipe) -> bool:
-        """Whether a model is trained that scores answers."""
+        """Whether the recipe trains a reward model."""
         return recipe.variant.is_reward
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
-        """Scores are compared with nothing."""
+        """Return False: scores need no reference."""
         return False
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
@@ -239,11 +239,11 @@ class RewardModel(Preference):
         name_outputs(config, ("reward",), None)
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Give a decoder the token that rows are padded with."""
+        """Set the token that a decoder's rows are padded with."""
         set_padding(model, processor)
 
     def make_row(self, given: Mapping[str, str | None]) -> Row:
-        """Return the row of a prompt with the answer to be scored."""
+        """Return the row of a prompt with the answer to score."""
         return {**super().make_row(given), "answer": given.get("answer") or ""}
 
     def baseline(self, references: Sequence[bool], prompts: Sequence[Row], recipe: Recipe) -> tuple[str, list[Ratings]]:
@@ -252,7 +252,7 @@ class RewardModel(Preference):
         return "the same score for every answer", [{name: 0.0 for name in names if name in row} for row in prompts]
 
     def output_kind(self, recipe: Recipe) -> str:
-        """Return what the head's output is."""
+        """Return the kind of the head's output."""
         return "number"
 
 
@@ -262,17 +262,17 @@ def preference_section(recipe: Recipe) -> PreferenceSection:
 
 
 def answer_columns(loss: str) -> tuple[str, ...]:
-    """Return the columns that a row needs for this loss, besides its prompt."""
+    """Return the columns that a row needs for this loss, in addition to its prompt."""
     return ("answer",) if loss == "kto" else ("chosen", "rejected")
 
 
 def describe_rows(loss: str) -> str:
-    """Return what kind of rows a loss learns from."""
+    """Return the kind of rows that a loss learns from, in words."""
     return "single answers with a thumb" if loss == "kto" else "pairs of a chosen and a rejected answer"
 
 
 def other_rows(loss: str, origin: str) -> LlmtuneError:
-    """Return the error of rows and loss that do not go together."""
+    """Return the error for rows that do not match the loss."""
     there, others = ("dpo", "dpo, ipo, orpo or reward") if loss == "kto" else ("kto", "kto")
     what = f"preference.loss: {loss} learns from {describe_rows(loss)}, and the rows are {describe_rows(there)}"
     return DataError.of(what, origin, f"Set preference.loss to {others}, or give other rows.")
@@ -281,7 +281,7 @@ def other_rows(loss: str, origin: str) -> LlmtuneError:
 def encode_answers(
     rows: Sequence[Row], answers: Sequence[str], processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[Encoded]:
-    """Return one example a row: its prompt with one answer, which alone is supervised; or the reason why not."""
+    """Return one example per row: its prompt with one answer, supervised on the answer; or the reason why not."""
     data = recipe.data.model_copy(update={"train_on": "last", "on_overlong": "drop"})
     alone = recipe.model_copy(update={"data": data})
     written: list[Any] = [training_row(row, answer, processor) for row, answer in zip(rows, answers, strict=True)]
@@ -291,9 +291,9 @@ def encode_answers(
 def encode_mismatched(
     rows: Sequence[Row], answers: Sequence[str], processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[Encoded]:
-    """Encode each prompt with the next answer that is another, starting over at the end; its own if none is.
+    """Encode each prompt with the next differing answer, cyclically; with its own if all are equal.
 
-    What is longer than `data.max_length` is cut.
+    Longer examples are cut to `data.max_length`.
     """
     limit = recipe.data.max_length
     others = [next((a for a in (*answers[i + 1 :], *answers) if a != own), own) for i, own in enumerate(answers)]
@@ -309,7 +309,7 @@ def cut_example(example: Example, limit: int) -> Example:
 
 
 def training_row(row: Row, answer: str, processor: PreTrainedTokenizerBase) -> Row:
-    """Return a row of chat (of completion, for a model without a template) out of a prompt and an answer."""
+    """Return a chat row made of a prompt and an answer (a completion row for a model without a template)."""
     if processor.chat_template:
         tools = {"tools": row["tools"]} if row.get("tools") else {}
         return {"messages": [*row["messages"], answer_message(answer)], **tools}
@@ -318,7 +318,7 @@ def training_row(row: Row, answer: str, processor: PreTrainedTokenizerBase) -> R
 
 
 def join_answers(row: Row, left: Encoded, right: Encoded) -> Encoded:
-    """Put the examples of a prompt with one answer and with another into one."""
+    """Join the examples of a prompt with one answer and with another."""
     if isinstance(left, str) or isinstance(right, str):
         return left if isinstance(left, str) else right
     (one,), (other,) = left, right
@@ -336,7 +336,7 @@ def join_answers(row: Row, left: Encoded, right: Encoded) -> Encoded:
 
 
 def kl_per_token(model: torch.nn.Module, batch: Batch) -> list[float]:
-    """Return the divergence [R] from the model without its adapter, in nats per token; 0 for one that has none."""
+    """Return the divergence [R] from the model without its adapter, in nats per token; 0 without an adapter."""
     if not isinstance(model, PeftModel):
         return [0.0] * int(batch["n_rows"])
     counts_R = count_tokens(batch).clamp(min=1)

@@ -1,13 +1,13 @@
-"""Losses that learn from preferences: DPO, IPO, KTO, ORPO and the reward model, each as a sum and a count.
+"""Losses that learn from preferences: DPO, IPO, KTO, ORPO and the reward loss, each as a sum and a count.
 
 Shapes: B batch, T positions, S supervised tokens, V vocabulary, R rows, P pairs, c tokens of a chunk.
 
-A batch of pairs is one of `llmtune.data.collators.collate_padded` with 2P rows: first all chosen answers, then, in the
-same order, all rejected ones. Beyond its keys these are read:
+A batch of pairs comes from `llmtune.data.collators.collate_padded` with 2P rows: first all chosen answers, then all
+rejected ones in the same order. In addition to its keys, the losses read:
 
-    desirable_R     bool [R]     kto only, whose rows are answers with a thumb and no pairs: thumb up
-    kl_...          kto only: the keys of a second padded batch, its rows each prompt with the answer to another one
-    totals          kto and orpo: what `step_statistics` returns, added up over all micro-batches of the step
+    desirable_R     bool [R]     kto only, whose rows are single answers with a thumb: thumb up
+    kl_...          kto only: a second padded batch of each prompt with the answer to another one
+    totals          kto and orpo: the result of `step_statistics`, added up over all micro-batches of the step
 
 With the log-ratio r(y) = log p(y|x) - log p_ref(y|x) of an answer, w the chosen and l the rejected one, |y| its tokens,
 s the logistic function and b `beta`:
@@ -25,8 +25,8 @@ s the logistic function and b `beta`:
             Bradley and Terry 1952, as in Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the centre is
             Eisenstein et al. 2023, arXiv:2312.09244
 
-The first term of orpo covers the chosen row from its second token on, prompt included, as TRL's trainer has it; the
-paper's own covers the answer alone.
+The first term of orpo covers the chosen row from its second token on, prompt included, as in TRL's trainer; in the
+paper it covers the answer alone.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Loss
 
 ReferenceModel = Callable[[], AbstractContextManager[object]]
-"""Makes a context in which the model behaves as the reference, such as PEFT's `disable_adapter`."""
+"""Creates a context in which the model behaves as the reference, such as PEFT's `disable_adapter`."""
 
 _CHUNK_ELEMENTS = 1 << 22
 _SURE = -1e-30
-"""Log-probability that odds are taken of at most: at 0 they are infinite, and so would be their gradient."""
+"""Upper limit of log-probabilities before odds are taken: at 0 the odds and their gradient are infinite."""
 
 
 def preference_loss(
     model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None = None
 ) -> Loss:
-    """Compute the summed loss of `batch` and its count: of pairs, for kto of rows.
+    """Compute the summed loss of `batch` and its count: of pairs, or of rows for kto.
 
-    `correct` counts the pairs whose chosen answer has the higher reward; for kto the rows on the right side of z. The
-    sums of micro-batches with the same `totals` add up to that of the whole step. `reference` is for dpo, ipo and kto,
-    and runs without gradient or dropout.
+    `correct` counts the pairs whose chosen answer has the higher reward; for kto, the rows on the right side of z. With
+    the same `totals`, the sums of micro-batches add up to that of the complete step. dpo, ipo and kto need `reference`,
+    which runs without gradient or dropout.
     """
     return _LOSSES[settings.loss](model, batch, settings, reference)
 
@@ -65,10 +65,10 @@ def preference_loss(
 def step_statistics(
     model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None = None
 ) -> list[float]:
-    """Return what must be known of the whole step before the loss of any of its micro-batches.
+    """Return the sums over a complete step that the loss of each of its micro-batches needs.
 
     kto: the summed log-ratios of the mismatched answers (no gradient, no dropout), and their number. orpo, without a
-    forward pass: the tokens over which its first term is a mean, and the pairs. Other losses need nothing: [].
+    forward pass: the number of tokens in the mean of its first term, and the number of pairs. Other losses: [].
     """
     if settings.loss == "kto":
         mismatched = {key.removeprefix("kl_"): part for key, part in batch.items() if key.startswith("kl_")}
@@ -88,15 +88,15 @@ def sequence_logps(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, 
 
 
 def row_scores(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the rewards [R] that a sequence classifier with one label gives, with gradient.
+    """Return the rewards [R] of a sequence classifier with one label, with gradient.
 
-    A decoder's reward is read at the last token that is not its configuration's `pad_token_id`: that must be the token
-    that rows are padded with.
+    A decoder's reward is read at the last token that is not its configuration's `pad_token_id`, so rows must be padded
+    with that token.
     """
     inner = unwrap(model)
     ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
     is_pad_BT = ids_BT == inner.config.get_text_config().pad_token_id
-    padded = ids_BT.is_cuda or bool((is_pad_BT | (mask_BT != 0)).all())  # a GPU would be waited for
+    padded = ids_BT.is_cuda or bool((is_pad_BT | (mask_BT != 0)).all())  # skipped on a GPU, where it would synchronise
     assert padded, "rows are padded with the pad token of the model's configuration"
     options = {"use_cache": False} if "use_cache" in inspect.signature(type(inner).forward).parameters else {}
     logits_R1 = model(input_ids=ids_BT, attention_mask=mask_BT, **options).logits
@@ -108,8 +108,8 @@ def row_scores(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: ReferenceModel) -> torch.Tensor:
     """Return KL(policy || reference) over the full vocabulary, summed over each row's supervised positions: [R] nats.
 
-    Without gradient or dropout. Exact at each position; over answers that the policy has not written itself, so no
-    estimate of the KL of whole sequences.
+    Without gradient or dropout. Exact at each position. The policy has not sampled the answers itself, so this does not
+    estimate the KL of complete sequences.
     """
     with _measure(model):
         policy_SV = predicted_logits(model, batch)
@@ -146,7 +146,7 @@ def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, refe
 
 
 def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None) -> Loss:
-    """The first term, a mean over the step's tokens, is multiplied by the step's pairs: the count divides by them."""
+    """The first term is a mean over the step's tokens; multiply it by the step's pairs, because the count divides."""
     tokens, pairs = (float(total) for total in batch["totals"])
     logps_R, _ = sequence_logps(model, _with_prompts(batch))
     chosen_P, rejected_P, prompts_P = logps_R.chunk(3)
@@ -180,7 +180,7 @@ _LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSection, Refer
 def _log_ratios(
     model: torch.nn.Module, batch: Batch, reference: ReferenceModel | None, policy_gradient: bool = True
 ) -> torch.Tensor:
-    """Return log p - log p_ref [R]; the reference goes first, while none of the policy's graph is in memory."""
+    """Return log p - log p_ref [R]; run the reference first, before the policy's graph is in memory."""
     assert reference is not None, "this loss has a reference"
     with _measure(model), reference():
         reference_R, _ = sequence_logps(model, batch)
@@ -202,9 +202,9 @@ def _divergence(policy_cV: torch.Tensor, reference_cV: torch.Tensor) -> torch.Te
 
 
 def prompt_positions(batch: Batch) -> torch.Tensor:
-    """Return the flat index in B * T of the positions that predict a token of a chosen row that is not supervised.
+    """Return the flat index in B * T of the positions that predict unsupervised tokens of chosen rows.
 
-    Found on the CPU, where the batch is made: how many there are depends on numbers that a GPU would be waited for.
+    Computed on the CPU when the batch is made: their number depends on data, which would synchronise a GPU.
     """
     pairs = _count_pairs(batch)
     wanted_BT = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
@@ -214,7 +214,7 @@ def prompt_positions(batch: Batch) -> torch.Tensor:
 
 
 def _with_prompts(batch: Batch) -> Batch:
-    """Return `batch` with P rows more in `rows_S`: the tokens of each chosen row that are not supervised."""
+    """Return `batch` with P additional rows in `rows_S`: the unsupervised tokens of each chosen row."""
     ids_BT, pairs, predict_S = batch["input_ids"], _count_pairs(batch), batch["prompts_S"]
     targets_S = ids_BT.reshape(-1)[predict_S + 1]
     rows_S = predict_S // ids_BT.shape[1] + 2 * pairs
@@ -234,16 +234,16 @@ def _count_pairs(batch: Batch) -> int:
 
 
 def count_tokens(batch: Batch) -> torch.Tensor:
-    """Count each row's supervised tokens: [R]. `bincount` would wait for a GPU."""
+    """Count each row's supervised tokens: [R]. `bincount` would synchronise a GPU."""
     rows_S: torch.Tensor = batch["rows_S"]
     return rows_S.new_zeros(batch["n_rows"]).index_add(0, rows_S, torch.ones_like(rows_S))
 
 
 @contextmanager
 def _measure(model: torch.nn.Module) -> Iterator[None]:
-    """Run `model` without gradient and without dropout, then leave each of its modules in the mode it was in.
+    """Run `model` without gradient and dropout, then restore each module's mode.
 
-    With dropout the reference would be another one each time, and would draw the policy's random numbers.
+    With dropout the reference would differ each time, and would consume the policy's random numbers.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,4 +1,4 @@
-"""Metrics of preferences, out of what a model makes of better and worse answers: their likelihoods or scores.
+"""Metrics of preferences, computed from the model's ratings of better and worse answers.
 
 Shapes: N rows.
 """
@@ -16,22 +16,22 @@ from llmtune.evaluate.paired_statistics import Floats
 from llmtune.recipe.task_sections import PreferenceSection
 
 Ratings: TypeAlias = dict[str, float]
-"""What a model makes of a row's answers: log-probabilities or scores by name."""
+"""A model's ratings of a row's answers: log-probabilities or scores by name."""
 AGAINST = "a reward is beta times what training added to an answer's log-probability"
 REWARDS = {
     "orpo": "a reward is beta times an answer's mean log-probability per token",
     "reward": "a reward is the model's score",
 }
-"""What rewards are with losses that have no reference."""
+"""The definition of a reward for losses without a reference."""
 KL_SIGNATURE = "nats per token of the first answer from the model without any adapter, exact over the vocabulary"
 
 
 def rewards(
     ratings: Sequence[Ratings], name: str, settings: PreferenceSection, base: Sequence[Ratings] | None
 ) -> Floats | None:
-    """Return the reward [N] of each row's answer `name`: a score, or beta times what training made of its likelihood.
+    """Return the reward [N] of each row's answer `name`: a score, or beta times the change in log-probability.
 
-    None where there is no base to hold it against.
+    None if the loss needs a base and none is given.
     """
     values = np.array([one[name] for one in ratings])
     if settings.loss == "reward":
@@ -50,9 +50,10 @@ def measure_preferences(
     settings: PreferenceSection,
     base: Sequence[Ratings] | None,
 ) -> Measure | None:
-    """Build accuracy, margin, likelihood_accuracy, kl or loss; None for what this loss has no such thing of.
+    """Build accuracy, margin, likelihood_accuracy, kl or loss; None if this loss does not have the metric.
 
-    Rewards of DPO, IPO and KTO are against what training started from: its own are all 0, a tie, which counts half.
+    Rewards of DPO, IPO and KTO are relative to the start of training. The base's own rewards are all 0: ties, which
+    count half.
     """
     if metric == "kl":
         known = all("kl" in one for one in ratings)
@@ -85,7 +86,7 @@ def measure_preferences(
 
 
 def _measure_wins(metric: str, apart: Floats, signature: str) -> Measure:
-    """Measure the share [N] that is above 0; a tie is half, so that the reference itself, all ties, has one half."""
+    """Measure the share of [N] above 0; a tie counts half, so the reference, which has only ties, gets one half."""
     wins = np.where(apart == 0, 0.5, np.where(apart > 0, 1.0, 0.0))
     sums = columns(wins, np.ones(len(wins)))
     return Measure(metric, sums, ratio, right_wrong=True, signature=f"{signature}; a tie is half")
@@ -101,7 +102,7 @@ def _ipo(ratings: Sequence[Ratings], base: Sequence[Ratings], beta: float) -> Fl
 
 
 def _measure_thumbs(metric: str, rewards_N: Floats, good: npt.NDArray[np.bool_], reward: str) -> Measure | None:
-    """Measure single answers: whether good ones gained and bad ones lost, and how far both kinds are apart."""
+    """Measure single answers: whether good ones gained and bad ones lost, and the difference between both."""
     if metric == "accuracy":
         signature = f"share of answers whose reward has the sign of their thumb, {reward}"
         return _measure_wins(metric, np.where(good, rewards_N, -rewards_N), signature)

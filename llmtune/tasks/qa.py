@@ -1,4 +1,4 @@
-"""Task qa: find the answer in a text; an encoder points at it, a decoder or an encoder-decoder writes it.
+"""Task qa: find the answer in a text; an encoder points at it, a decoder or encoder-decoder writes it.
 
 Shapes: T positions of a window of a long context, L lengths of answers.
 """
@@ -41,24 +41,24 @@ Characters = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a context after its question, as the model reads it."""
+    """A window of a context after its question, as the model reads it."""
 
     ids: list[int]
     kinds: list[int]
     characters: list[Characters | None]
-    """By token, its characters in the context without spaces around them; None for the question and special tokens."""
+    """By token, its characters in the context without surrounding spaces; None for question and special tokens."""
     null: int
-    """The token for `no answer`: the one of the whole sequence, which comes first."""
+    """The token for `no answer`: the one that represents the sequence, at the start."""
     opens: bool
-    """Whether the context begins in it."""
+    """Whether it contains the start of the context."""
     closes: bool
-    """Whether the context ends in it."""
+    """Whether it contains the end of the context."""
 
 
 def cut_context(
     question: str, context: str, processor: PreTrainedTokenizerBase, stride: int, max_length: int
 ) -> list[Window] | str:
-    """Return the windows of a question's context, each with the whole question; or why there are none."""
+    """Return the windows of a question's context, each with the complete question; or why there are none."""
     question = question.strip()
     alone = len(processor(question, "")["input_ids"])
     if alone + stride >= max_length:
@@ -87,7 +87,7 @@ def cut_context(
 
 
 def trim(text: str, start: int, end: int) -> Characters:
-    """Leave spaces at either end of a range out: byte-level tokens and those of sentencepiece begin with one."""
+    """Strip spaces from both ends of a range: byte-level and sentencepiece tokens begin with one."""
     while start < end and text[start].isspace():
         start += 1
     while start < end and text[end - 1].isspace():
@@ -96,9 +96,9 @@ def trim(text: str, start: int, end: int) -> Characters:
 
 
 def answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | None:
-    """Return the first and last token of an answer, by its characters, that is completely in a window.
+    """Return the first and last token of an answer, given by its characters, if a window contains it completely.
 
-    A letter of it that the tokenizer drops is missed at the edge of a window alone: there it may be in the next one.
+    If the tokenizer drops a letter, the answer is only missed at the edge of a window: the next window may have it.
     """
     seen = _context_tokens(window)
     inside = [token for token, (left, right) in seen if left < end and right > start]
@@ -111,14 +111,14 @@ def answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | Non
 
 
 def explain_missing(windows: Sequence[Window], start: int, end: int) -> str:
-    """Return why an answer, by its characters, is completely in no window."""
+    """Return why no window contains the complete answer, given by its characters."""
     if any(left < end and right > start for window in windows for _, (left, right) in _context_tokens(window)):
-        return "no window holds the whole answer: raise qa.stride or data.max_length"
-    return "the tokenizer makes nothing of the answer"
+        return "no window contains the complete answer: raise qa.stride or data.max_length"
+    return "the tokenizer makes no token of the answer"
 
 
 def _context_tokens(window: Window) -> list[tuple[int, Characters]]:
-    """Return the tokens of the context that have characters, and those."""
+    """Return the tokens of the context that have characters, with these characters."""
     return [(token, at) for token, at in enumerate(window.characters) if at is not None and at[1] > at[0]]
 
 
@@ -127,8 +127,8 @@ def find_span(
 ) -> tuple[float, int, int] | None:
     """Return the best answer of one window: its score, its first character in the context and the one after its last.
 
-    Of all pairs of tokens in the context that are in order and no more than `longest` tokens apart, the one whose
-    logits have the highest sum; the SQuAD scripts look at the 20 likeliest of either end alone.
+    Of all ordered pairs of context tokens at most `longest` tokens apart, it is the pair with the highest sum of
+    logits. The SQuAD scripts consider only the 20 most likely tokens for each end.
     """
     inside_T = torch.tensor([at is not None and at[1] > at[0] for at in window.characters])
     if not inside_T.any():
@@ -146,16 +146,16 @@ def find_span(
 
 METRICS = ("exact_match", "f1")
 SOURCE = "question: {question} context: {context}"
-"""What an encoder-decoder reads, as T5 was trained on SQuAD."""
+"""The encoder-decoder's input, the format of T5's training on SQuAD."""
 PROMPT = (
     "{context}\n\nAnswer with words from the text above, or say {no_answer} if it holds no answer.\n"
     "Question: {question}"
 )
-"""The text comes first: where it is cut to `data.max_length`, its start goes, and the question stays."""
+"""The text comes first: truncation to `data.max_length` removes its start and keeps the question."""
 
 
 class Span(TypedDict):
-    """A predicted answer: characters of the context, with its score and that of `no answer`."""
+    """A predicted answer: a range of the context, with its score and that of `no answer`."""
 
     text: str
     start: int | None
@@ -180,19 +180,19 @@ class Qa(Task[QaRow, PredictionT]):
     required_inputs = ("prompt", "context")
 
     def make_row(self, given: Mapping[str, str | None]) -> QaRow:
-        """Return the row of a question on a context."""
+        """Return the row of a question about a context."""
         return {"question": given["prompt"] or "", "context": given["context"] or "", "answers": None}
 
     def split_answer(self, row: QaRow) -> tuple[QaRow, str]:
-        """Return the row without its answers, and the first of them as text."""
+        """Return the row without its answers, and the first answer as text."""
         return {**row, "answers": None}, row["answers"][0]["text"] if row["answers"] else "(no answer)"
 
     def reference(self, row: QaRow) -> list[str]:
-        """Return all answers; none is an empty list."""
+        """Return all answers; an empty list if the context has none."""
         return [answer["text"] for answer in row["answers"] or ()]
 
     def compute_metric(self, metric: str, found: EvalPrediction[PredictionT], recipe: Recipe) -> Measure | None:
-        """Measure answers as the SQuAD 2 script counts; the words for `no answer` are the empty answer."""
+        """Measure answers as the SQuAD 2 script does; the words for `no answer` are the empty answer."""
         if metric not in METRICS:
             return None
         empty = qa_section(recipe).no_answer.strip().lower().rstrip(".")
@@ -202,7 +202,7 @@ class Qa(Task[QaRow, PredictionT]):
 
 
 class ExtractiveQa(Qa[Span]):
-    """An encoder that points at the first and the last token of an answer."""
+    """An encoder that points at the first and last token of an answer."""
 
     auto_class = "AutoModelForQuestionAnswering"
     packs = True
@@ -211,7 +211,7 @@ class ExtractiveQa(Qa[Span]):
     trains_head = True
 
     def matches(self, recipe: Recipe) -> bool:
-        """Whether the recipe lets the model point."""
+        """Whether the recipe selects extraction."""
         return qa_section(recipe).style in ("auto", "extractive")
 
     def supports(self, config: PretrainedConfig) -> bool:
@@ -219,7 +219,7 @@ class ExtractiveQa(Qa[Span]):
         return is_encoder(config)
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
-        """Set the threshold of `no answer`, unless the recipe does: never, where every training row has an answer."""
+        """Set the threshold of `no answer` unless the recipe does; to never if every training row has an answer."""
         section = qa_section(recipe)
         if section.null_score_diff_threshold is not None:
             return recipe
@@ -228,7 +228,7 @@ class ExtractiveQa(Qa[Span]):
         return recipe.model_copy(update={"qa": section.model_copy(update={"null_score_diff_threshold": threshold})})
 
     def encode(self, rows: Sequence[QaRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return an example for each window of a row; one that does not hold the answer points at `no answer`."""
+        """Return an example for each window of a row; windows without the answer point at `no answer`."""
         require_offsets(processor)
         return super().encode(rows, processor, recipe)
 
@@ -257,7 +257,7 @@ class ExtractiveQa(Qa[Span]):
         return encoder_batch(examples, processor.pad_token_id, packs)[0] | {"first_R": first_R, "last_R": last_R}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum, a window, the mean cross entropy of the first and the last token of the answer; padding is no choice."""
+        """Sum over windows the mean cross entropy of the answer's first and last token; padding is excluded."""
         output = model(**model_inputs(model, batch))
         starts_RT, ends_RT = (by_window(part.float(), batch) for part in (output.start_logits, output.end_logits))
         first_R, last_R = batch["first_R"], batch["last_R"]
@@ -269,15 +269,15 @@ class ExtractiveQa(Qa[Span]):
         return loss_of_rows(losses_R, correct_R, by_row)
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
-        """Show a window with its answer; where it has none, the token for `no answer`."""
+        """Show a window with its answer; without an answer, show the token for `no answer`."""
         first, last = example.answer
         return highlight(example.input_ids, [first, last + 1], processor)
 
     def predict(self, rows: Sequence[QaRow], loaded: LoadedModel) -> list[Span]:
-        """Return the best stretch of each context over all windows; scores are sums of two logits.
+        """Return the best span of each context over all windows; scores are sums of two logits.
 
-        An empty text is `no answer`: where its score is above the best answer's by more than
-        `qa.null_score_diff_threshold`. A question without room for windows gets no answer.
+        An empty text means `no answer`: its score exceeds the best answer's by more than
+        `qa.null_score_diff_threshold`. A question that leaves no room for windows gets no answer.
         """
         processor, section = loaded.processor, qa_section(loaded.recipe)
         windows: list[tuple[int, Window]] = []
@@ -311,7 +311,7 @@ class ExtractiveQa(Qa[Span]):
         return prediction["text"] or "(no answer)"
 
     def format_answer(self, prediction: Span, row: QaRow) -> str:
-        """Write an answer with its characters in the context."""
+        """Write an answer with its position in the context."""
         text = self.format_prediction(prediction)
         if not prediction["text"]:
             return text
@@ -320,7 +320,7 @@ class ExtractiveQa(Qa[Span]):
     def baseline(
         self, references: Sequence[list[str]], prompts: Sequence[QaRow], recipe: Recipe
     ) -> tuple[str, list[Span]]:
-        """Answer no question."""
+        """Predict no answer to every question."""
         return "no answer to every question", [NO_SPAN.copy() for _ in prompts]
 
 
@@ -330,13 +330,13 @@ def windows_of(row: QaRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -
 
 
 def window_example(window: Window, ends: tuple[int, int] | None) -> Example:
-    """Return the example of a window with the tokens of its answer, or with those of `no answer`."""
+    """Return the example of a window with the first and last token of its answer, or of `no answer`."""
     types = window.kinds if any(window.kinds) else []
     return Example(window.ids, [], 0, answer=list(ends or (window.null, window.null)), token_type_ids=types, counted=1)
 
 
 def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Put the logits of each window in a row of its own, [R, T] with the lowest number where there is no token."""
+    """Return the logits of each window as a row of [R, T], with the lowest number at missing tokens."""
     lowest = torch.finfo(logits_BT.dtype).min
     if "document_lengths" not in batch:
         return logits_BT.masked_fill(~batch["attention_mask"].bool(), lowest)
@@ -344,16 +344,16 @@ def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 class GenerativeQa(Qa[str]):
-    """A model that writes its answers."""
+    """Qa with a model that writes its answers."""
 
     default_prompt = SOURCE
 
     def matches(self, recipe: Recipe) -> bool:
-        """Whether the recipe lets the model write."""
+        """Whether the recipe selects generation."""
         return qa_section(recipe).style in ("auto", "generative")
 
     def pair(self, row: QaRow, recipe: Recipe) -> TextPair:
-        """Return question and context in one text, and the first answer."""
+        """Return question and context as one text, and the first answer."""
         section = qa_section(recipe)
         template = section.prompt or self.default_prompt
         text = fill_template(template, question=row["question"], no_answer=section.no_answer, context=row["context"])
@@ -361,11 +361,11 @@ class GenerativeQa(Qa[str]):
 
 
 class QaEncoderDecoder(GenerativeQa, EncoderDecoder[QaRow]):
-    """A model of two parts that writes its answers."""
+    """An encoder-decoder that writes its answers."""
 
 
 class QaDecoder(GenerativeQa, PromptedDecoder[QaRow]):
-    """A decoder that is asked by prompt."""
+    """A decoder that answers a prompt."""
 
     default_prompt = PROMPT
 
@@ -376,7 +376,7 @@ def qa_section(recipe: Recipe) -> QaSection:
 
 
 def written_answer(row: QaRow, no_answer: str) -> str:
-    """Return the first answer; `no_answer` where there is none; nothing for a row whose answers were taken away."""
+    """Return the first answer; `no_answer` if the context has none; an empty text if the answers were removed."""
     if row["answers"] is None:
         return ""
     return row["answers"][0]["text"] if row["answers"] else no_answer

@@ -1,4 +1,4 @@
-"""Recordings of speech, whole for training and in windows for answers; transcripts as a model's tokens or letters."""
+"""Recordings of speech: complete for training, in windows for answers; transcripts as a model's tokens or letters."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 
 WINDOWS = {"cpu": 8, "cuda": 64}
-"""Windows that are heard at once."""
+"""How many windows are transcribed in one batch."""
 SPOKEN = "%&@#+"
-"""Signs that Unicode calls punctuation and that are said as words."""
+"""Characters that Unicode classifies as punctuation but that are spoken as words."""
 
 
 class FeatureExtractor(Protocol):
-    """What is used of transformers' feature extractors of sound."""
+    """The part of transformers' audio feature extractors that is used here."""
 
     sampling_rate: int
     n_samples: int
     hop_length: int
 
     def __call__(self, raw_speech: Sequence[object], **options: object) -> dict[str, torch.Tensor]:
-        """Return spectrograms, or waves that are normed."""
+        """Return spectrograms, or normalised waves."""
 
 
 def feature_extractor(processor: PreTrainedTokenizerBase) -> FeatureExtractor:
-    """Return what turns sound into a model's input, from the folder that its tokenizer came from.
+    """Return the feature extractor from the folder of its tokenizer.
 
-    Raises EnvironmentProblem where there is none.
+    Raises EnvironmentProblem if it has none.
     """
     from transformers import AutoFeatureExtractor
 
@@ -48,8 +48,8 @@ def feature_extractor(processor: PreTrainedTokenizerBase) -> FeatureExtractor:
     try:
         extract: FeatureExtractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"there is no feature extractor that can be read: {first_line(error)}"
-        fix = "The folder needs preprocessor_config.json: get it from where the model comes from."
+        what = f"the feature extractor cannot be read: {first_line(error)}"
+        fix = "The folder needs preprocessor_config.json: copy it from the original model."
         raise EnvironmentProblem.of(what, folder, fix) from error
     return extract
 
@@ -57,28 +57,28 @@ def feature_extractor(processor: PreTrainedTokenizerBase) -> FeatureExtractor:
 def extract_features(
     extract: FeatureExtractor, sounds: Sequence[Sequence[int] | Waveform], **options: object
 ) -> dict[str, torch.Tensor]:
-    """Make samples into what a model reads, in float32 whatever number format the model is computed in."""
+    """Convert samples to model inputs, in float32 whatever the model's dtype."""
     floats = [to_float(sound) for sound in sounds]
     with torch.autocast("cpu", enabled=False):
         return dict(extract(floats, sampling_rate=extract.sampling_rate, return_tensors="pt", **options))
 
 
 def load_samples(row: SpeechRow, rate: int, longest: float) -> Waveform | str:
-    """Return the samples of a row's recording at `rate` a second, or why it cannot be trained on."""
+    """Return the samples of a row's recording at `rate` per second, or why it cannot be trained on."""
     try:
         samples = decode_recording(Path(row["audio"]), rate)
     except RowError as error:
         return str(error)
     seconds = len(samples) / rate
     if seconds > longest:
-        return f"{TOO_LONG}: {seconds:.1f} s, and {longest:g} s are heard at once; its words have no times to cut it by"
+        return f"{TOO_LONG}: {seconds:.1f} s, but the limit is {longest:g} s, and its transcript has no timestamps"
     return samples
 
 
 def window_seconds(extract: FeatureExtractor, recipe: Recipe) -> float:
-    """Return the longest stretch that is heard at once; Whisper's windows have a length of their own.
+    """Return the longest input in seconds; Whisper's windows have a fixed length.
 
-    Raises RecipeError where the recipe wants more than that: the feature extractor would cut it off.
+    Raises RecipeError if the recipe asks for more, because the feature extractor would cut it off.
     """
     default = SpeechSection().window_seconds
     stated = recipe.speech.window_seconds if recipe.speech else default
@@ -90,7 +90,7 @@ def window_seconds(extract: FeatureExtractor, recipe: Recipe) -> float:
 
 
 def read_windows(rows: Sequence[SpeechRow], extract: FeatureExtractor, recipe: Recipe) -> list[tuple[int, Waveform]]:
-    """Return the windows of all recordings, each with the number of its row.
+    """Return the windows of all recordings, each with its row's number.
 
     Raises DataError for a recording that cannot be read.
     """
@@ -111,9 +111,9 @@ def transcribe(
     loaded: LoadedModel,
     write: Callable[[list[int]], list[str]],
 ) -> list[str]:
-    """Return the text of `count` rows, out of what `write` makes of batches of their windows, given by number.
+    """Return the text of `count` rows; `write` transcribes batches of their windows, given by number.
 
-    Out of memory makes batches smaller.
+    If memory runs out, batches become smaller.
     """
     left = [0] * count
     for i, _ in windows:
@@ -142,11 +142,11 @@ def transcribe(
 def set_speech(processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     """Set the recipe's language and task in a Whisper tokenizer, in place.
 
-    Raises RecipeError for a language that it does not know, one that is missing, or one where there is no choice.
+    Raises RecipeError for an unknown or missing language, or for a language given to an English-only model.
     """
     section = recipe.speech or SpeechSection()
     language = section.language
-    processor.language = processor.task = None  # what the tokenizer's files say is not what this recipe says
+    processor.language = processor.task = None  # discard the setting in the tokenizer's files
     if not is_multilingual(processor):
         if (language or "en").lower() not in ("en", "english") or section.task != "transcribe":
             what = "this model only transcribes English"
@@ -154,8 +154,8 @@ def set_speech(processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         processor.set_prefix_tokens(predict_timestamps=False)
         return
     if language is None:
-        fix = "Set it to what is spoken, such as en; the model would guess, and could guess wrongly in training."
-        raise RecipeError.of("this model knows many languages, and the recipe names none", "speech.language", fix)
+        fix = "Set it to the spoken language, such as en. Otherwise the model would guess it, maybe wrongly."
+        raise RecipeError.of("this model knows many languages, but the recipe names none", "speech.language", fix)
     code = language_code(language)
     if processor.convert_tokens_to_ids(f"<|{code}|>") in (None, processor.unk_token_id):
         fix = "Name a language that this model was made for, or another model."
@@ -166,7 +166,7 @@ def set_speech(processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
 
 
 def language_code(language: str) -> str:
-    """Return the code of a language named by code or in English; raises RecipeError for one unknown to Whisper."""
+    """Return the code of a language named by code or in English. Raises RecipeError if Whisper does not know it."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
     named = language.lower()
@@ -179,9 +179,9 @@ def language_code(language: str) -> str:
 
 
 def is_multilingual(processor: PreTrainedTokenizerBase) -> bool:
-    """Whether a Whisper model knows more than English: its vocabulary does not tell, since all have the same words.
+    """Whether a Whisper model is multilingual. The vocabulary does not show it, because all models have the same words.
 
-    Its generation settings say it; those made before there were such settings have one token less for English alone.
+    The generation settings show it. Older models without such settings have one token less if they are English-only.
     """
     folder = Path(str(processor.name_or_path))
     path = folder / "generation_config.json"
@@ -193,9 +193,10 @@ def is_multilingual(processor: PreTrainedTokenizerBase) -> bool:
 
 
 def spell(text: str, processor: PreTrainedTokenizerBase) -> list[int] | str:
-    """Return the letters of a transcript, in the case that the vocabulary has; or why there are none.
+    """Return the letters of a transcript, in the case of the vocabulary; or why there are none.
 
-    Punctuation that the vocabulary lacks is left out: it is not heard. Accents, digits and signs such as % are.
+    Punctuation that the vocabulary lacks is dropped, because it is not heard. Accents, digits and signs such as % are
+    heard, so they stay.
     """
     vocabulary = processor.get_vocab()
     composed = unicodedata.normalize("NFC", text)
@@ -203,13 +204,13 @@ def spell(text: str, processor: PreTrainedTokenizerBase) -> list[int] | str:
         kept = [c for c in cased if c in vocabulary or c.isspace() or is_heard(c)]
         known = all(c in vocabulary or c.isspace() for c in kept)
         ids = processor("".join(kept).strip(), add_special_tokens=False)["input_ids"] if known else []
-        if any(processor.convert_ids_to_tokens(i) in kept for i in ids):  # more than spaces
+        if any(processor.convert_ids_to_tokens(i) in kept for i in ids):  # contains more than spaces
             return list(ids)
     unknown = [c for c in composed if is_heard(c) and not {c, c.upper(), c.lower()} & vocabulary.keys()]
     if unknown:
         return f"a letter that the model does not know: {unknown[0]!r}"
     if any(map(is_heard, composed)):
-        return "the model knows some letters of the text in upper case alone, and others in lower case alone"
+        return "the model knows some letters of the text only in upper case, and others only in lower case"
     return "the transcript has no letters"
 
 

@@ -1,4 +1,4 @@
-"""The table of tasks, a file each; a task has a variant for each kind of model that can do it."""
+"""The table of tasks. A task has a variant for each kind of model that can do it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmtune.tasks.base import AnyTask
 
 _FILES = (chat, completion, translate, summarize, qa, classify, token_classify, speech, preference)
 VARIANTS: dict[str, tuple[AnyTask, ...]] = {file.VARIANTS[0].name: file.VARIANTS for file in _FILES}
-"""By task, its variants; the first that the recipe asks for and the model supports is taken."""
+"""By task, its variants in order: the first that matches the recipe and supports the model is chosen."""
 
 
 def get_task(name: str) -> AnyTask:
@@ -31,10 +31,10 @@ def get_task(name: str) -> AnyTask:
 
 
 def choose_variant(recipe: Recipe, config: PretrainedConfig, model: str) -> AnyTask:
-    """Return the variant of the recipe's task that a model with this configuration can do.
+    """Return the variant of the recipe's task for a model with this configuration.
 
     Raises:
-        RecipeError: there is none; it says what the task needs.
+        RecipeError: no variant supports the model. The error lists what the task needs.
     """
     variants = [variant for variant in VARIANTS[recipe.task] if variant.matches(recipe)]
     own = getattr(config, "auto_map", None) or {}

@@ -1,4 +1,4 @@
-"""Task speech: transcribe recordings, with Whisper or with a model of letters (wav2vec2 and its relatives).
+"""Task speech: transcribe recordings, with Whisper or with a CTC model (wav2vec2 and its relatives).
 
 Shapes: B rows of a batch, T positions or frames, V letters, R rows.
 """
@@ -49,7 +49,7 @@ from llmtune.tasks.text_to_text import (
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
 MASKING = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-"""Models of sound that padding does not change, but for a first layer that is normed over time."""
+"""Audio models whose output padding does not change, except through a first layer that normalises over time."""
 
 
 class Speech(Task[SpeechRow, str]):
@@ -69,7 +69,7 @@ class Speech(Task[SpeechRow, str]):
         return {**row, "text": ""}, row["text"]
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
-        """Show how long a recording is, and what of its transcript is learned."""
+        """Show the length of a recording, and the supervised part of its transcript."""
         spans = example.target_spans or [0, len(example.target_ids)]
         heard = Segment(f"[{len(example.audio):,} samples]\n", False)
         return [heard, *highlight(example.target_ids, spans, processor)]
@@ -85,7 +85,7 @@ class Speech(Task[SpeechRow, str]):
 
 
 class Whisper(Speech):
-    """A model whose decoder begins with tokens of language and task."""
+    """A model whose decoder begins with language and task tokens."""
 
     auto_class = "AutoModelForSpeechSeq2Seq"
 
@@ -94,23 +94,23 @@ class Whisper(Speech):
         return bool(config.model_type == "whisper")
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Set language and task, which are saved with the tokenizer; hold the tokens against those of the model.
+        """Set language and task, which are saved with the tokenizer, and compare the tokens with the model's.
 
-        Raises EnvironmentProblem where model and tokenizer do not belong together.
+        Raises EnvironmentProblem if model and tokenizer do not match.
         """
         check_decoder_start(model, processor)
         set_speech(processor, recipe)
         start = processor.prefix_tokens[0]
         if start != model.config.decoder_start_token_id:
             what = (
-                f"the decoder starts with token {model.config.decoder_start_token_id}, and the tokenizer's is {start}"
+                f"the decoder starts with token {model.config.decoder_start_token_id}, but the tokenizer's is {start}"
             )
-            raise EnvironmentProblem.of(what, str(processor.name_or_path), "The tokenizer is another model's.")
+            raise EnvironmentProblem.of(what, str(processor.name_or_path), "Use the tokenizer of this model.")
 
     def encode(self, rows: Sequence[SpeechRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return one example a row: the samples, and the transcript after the tokens of language and task.
+        """Return one example per row: the samples, and the transcript after the language and task tokens.
 
-        Those are given at generation, so they are not learned.
+        These tokens are given at generation, so they are not supervised.
         """
         extract = feature_extractor(processor)
         longest = window_seconds(extract, recipe)
@@ -133,7 +133,7 @@ class Whisper(Speech):
         return [encode_one(row) for row in rows]
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what makes log-mel spectrograms of samples."""
+        """Return the function that makes log-mel spectrograms of samples."""
         extract = feature_extractor(processor)
 
         def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
@@ -147,7 +147,7 @@ class Whisper(Speech):
         return encoder_decoder_loss(model, batch, by_row)
 
     def predict(self, rows: Sequence[SpeechRow], loaded: LoadedModel) -> list[str]:
-        """Return what Whisper writes down; language and task are given to it, not guessed."""
+        """Return Whisper's transcripts; language and task are given, not guessed."""
         model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
         extract = feature_extractor(processor)
         set_speech(processor, recipe)
@@ -163,7 +163,7 @@ class Whisper(Speech):
             def write(batch: list[int]) -> list[str]:
                 features = extract_features(extract, [windows[at][1] for at in batch])["input_features"]
                 begun_BT = torch.tensor([prefix] * len(batch))
-                all_BT = torch.ones((len(batch), features.shape[-1]), dtype=torch.int64)  # silence after it is heard
+                all_BT = torch.ones((len(batch), features.shape[-1]), dtype=torch.int64)  # the padding counts too
                 inputs = {"input_features": features, "attention_mask": all_BT, "decoder_input_ids": begun_BT}
                 begun = {key: part.to(loaded.device) for key, part in inputs.items()}
                 written = run_generation(model, begun, settings)[:, len(prefix) :].tolist()
@@ -180,7 +180,7 @@ class Whisper(Speech):
 
 
 class Ctc(Speech):
-    """A model that gives each frame of a recording a letter, or none."""
+    """A model that assigns each frame of a recording a letter or a blank."""
 
     auto_class = "AutoModelForCTC"
     loss_unit = "letters"
@@ -188,31 +188,31 @@ class Ctc(Speech):
     trains_head = True
 
     def supports(self, config: PretrainedConfig) -> bool:
-        """Whether the model makes its frames out of samples by convolutions; others want spectrograms."""
+        """Whether the model makes its frames from samples by convolutions; other models need spectrograms."""
         return hasattr(config, "conv_kernel")
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Hold the letters of a model against its tokenizer's.
+        """Compare the letters of a model with its tokenizer's.
 
-        Layers are no longer dropped whole, set in place: one without a gradient would stop training in several
-        processes. Raises EnvironmentProblem where model and tokenizer do not belong together.
+        Turns layer dropping off, in place: a layer without a gradient would block training in several processes. Raises
+        EnvironmentProblem if model and tokenizer do not match.
         """
         config, where = model.config, str(processor.name_or_path)
         config.layerdrop = 0.0
         if recipe.model.add_tokens:
-            raise RecipeError.of("this model writes letters alone", "model.add_tokens", "Remove it.")
+            raise RecipeError.of("this model writes only letters", "model.add_tokens", "Remove it.")
         if processor.vocab_size > config.vocab_size:
-            what = f"the tokenizer has {processor.vocab_size} letters, and the model tells {config.vocab_size} apart"
+            what = f"the tokenizer has {processor.vocab_size} letters, but the model has {config.vocab_size} outputs"
             fix = "Set vocab_size in config.json to the tokenizer's, for a new head."
             raise EnvironmentProblem.of(what, where, fix)
         if config.pad_token_id != processor.pad_token_id:
             ours, own = processor.pad_token_id, config.pad_token_id
             what = f"the blank is token {own} in config.json, and {ours} in the tokenizer"
-            fix = "Set pad_token_id in config.json to what the model was trained with."
+            fix = "Set pad_token_id in config.json to the value that the model was trained with."
             raise EnvironmentProblem.of(what, where, fix)
 
     def encode(self, rows: Sequence[SpeechRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return one example a row: the samples, and the letters of the transcript."""
+        """Return one example per row: the samples, and the letters of the transcript."""
         from transformers import AutoConfig
 
         extract = feature_extractor(processor)
@@ -227,7 +227,7 @@ class Ctc(Speech):
             if isinstance(samples, str):
                 return samples
             frames = count_frames(len(samples), config)
-            needed = len(letters) + sum(a == b for a, b in pairwise(letters))  # a blank between equals
+            needed = len(letters) + sum(a == b for a, b in pairwise(letters))  # equal neighbours need a blank
             if frames < needed:
                 return f"its text takes {needed} frames, and the recording has {frames}"
             if frames < (hidden := masked_frames(config)):
@@ -237,9 +237,9 @@ class Ctc(Speech):
         return [encode_one(row) for row in rows]
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what makes batches of sound waves; each is normalised before it is padded.
+        """Return the function that makes batches of sound waves; each wave is normalised before padding.
 
-        `samples_R` [R] says how long each is.
+        `samples_R` [R] has the length of each.
         """
         extract = feature_extractor(processor)
 
@@ -259,8 +259,8 @@ class Ctc(Speech):
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the negative log-likelihood of the transcripts over all alignments; the count is their tokens.
 
-        Graves et al., "Connectionist Temporal Classification", 2006. Where padding would change what a model hears (its
-        first layer is normed over time), rows are heard one by one.
+        Graves et al., "Connectionist Temporal Classification", 2006. If padding would change the model's input (its
+        first layer normalises over time), rows are processed one by one.
         """
         inner = unwrap(model)
         labels_BT, blank = batch["labels"], inner.config.pad_token_id
@@ -284,12 +284,12 @@ class Ctc(Speech):
         return Loss(losses_R.sum(), count, zero, losses_R, torch.zeros_like(losses_R))
 
     def predict(self, rows: Sequence[SpeechRow], loaded: LoadedModel) -> list[str]:
-        """Return the likeliest letter of each frame, repeats and blanks taken out."""
+        """Return the most likely letter of each frame, without repeats and blanks."""
         processor = loaded.processor
         config = unwrap(loaded.model).config
         collate = self.collator(processor, loaded.recipe)
         windows = read_windows(rows, feature_extractor(processor), loaded.recipe)
-        windows = [(i, window) for i, window in windows if count_frames(len(window), config)]  # else too short
+        windows = [(i, window) for i, window in windows if count_frames(len(window), config)]  # others are too short
 
         def write(at_once: list[int]) -> list[str]:
             sounds = [windows[at][1] for at in at_once]
@@ -308,7 +308,7 @@ class Ctc(Speech):
     def baseline(
         self, references: Sequence[str], prompts: Sequence[SpeechRow], recipe: Recipe
     ) -> tuple[str, list[str]]:
-        """Write nothing down."""
+        """Predict empty transcripts."""
         return "an empty transcript", [""] * len(prompts)
 
 
@@ -322,14 +322,14 @@ def spoken_example(
         len(text.encode()),
         target_ids=target,
         target_spans=learned,
-        audio=samples,  # type: ignore[arg-type]  # an array is as good as a list
+        audio=samples,  # type: ignore[arg-type]  # an array works like a list
         counted=counted,
         cost=cost,
     )
 
 
 def count_frames(samples: int, config: PretrainedConfig) -> int:
-    """Return how many frames a model with this configuration makes of so many samples, by its convolutions."""
+    """Return how many frames the convolutions of a model make of this many samples."""
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         samples = (samples - kernel) // stride + 1
     if getattr(config, "add_adapter", False):
@@ -339,15 +339,15 @@ def count_frames(samples: int, config: PretrainedConfig) -> int:
 
 
 def masked_frames(config: PretrainedConfig) -> int:
-    """Return how many frames on end SpecAugment hides in training (0: none); with fewer, transformers raises."""
+    """Return how many consecutive frames SpecAugment hides in training (0: none); transformers raises with fewer."""
     on = getattr(config, "apply_spec_augment", False) and getattr(config, "mask_time_prob", 0) > 0
     return int(config.mask_time_length) if on else 0
 
 
 def heard_at_once(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, torch.Tensor], slice]]:
-    """Return the whole batch, or its rows one by one without padding where the model cannot mask it.
+    """Return the complete batch, or its rows one by one without padding if the model cannot mask it.
 
-    A first layer that is normed over time hears padding, and so do convolutions after the mask (Data2Vec, Conformer).
+    Padding reaches a first layer that normalises over time, and convolutions after the mask (Data2Vec, Conformer).
     """
     inputs, config = model_inputs(model, batch), unwrap(model).config
     masked = config.model_type in MASKING and not getattr(config, "add_adapter", False)
@@ -359,9 +359,9 @@ def heard_at_once(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, 
 
 
 def without_marks(text: str, processor: PreTrainedTokenizerBase) -> str:
-    """Take special tokens such as `</s>` out of a text that was decoded with them.
+    """Remove special tokens such as `</s>` from a text that was decoded with them.
 
-    The tokenizer would do so before it looks for repeats, and take the blanks between two equal letters along.
+    The tokenizer would remove them before it merges repeats, and lose the blanks between two equal letters.
     """
     for mark in processor.all_special_tokens:
         if mark != getattr(processor, "word_delimiter_token", None):

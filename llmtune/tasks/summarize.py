@@ -1,4 +1,4 @@
-"""Task summarize: shorten a text, with an encoder-decoder or, by prompt, with a decoder."""
+"""Task summarize: shorten a text, with an encoder-decoder or a prompted decoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmtune.tasks.base import Endpoint
 from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, TextToText, fill_template
 
 PROMPT = "{document}\n\nSummarize the text above."
-"""The text comes first: where it is cut to `data.max_length`, its start goes, and the instruction stays."""
+"""The text comes first: truncation to `data.max_length` removes its start and keeps the instruction."""
 
 
 class Summarize(TextToText[SummarizeRow]):
@@ -35,7 +35,7 @@ class Summarize(TextToText[SummarizeRow]):
 
 
 class SummarizeEncoderDecoder(Summarize, EncoderDecoder[SummarizeRow]):
-    """A model of two parts, which reads the document unchanged."""
+    """An encoder-decoder, which reads the document unchanged."""
 
 
 class SummarizeDecoder(Summarize, PromptedDecoder[SummarizeRow]):

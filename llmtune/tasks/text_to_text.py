@@ -1,4 +1,4 @@
-"""What translate, summarize and generative qa share: a text is read, another is written.
+"""The common part of translate, summarize and generative qa: read one text, write another.
 
 Shapes: B rows of a batch, T positions, S predicted tokens, V vocabulary.
 """
@@ -36,12 +36,12 @@ from llmtune.tasks.base import DecoderTask, RowT, Task
 from llmtune.tasks.language_codes import has_languages, language_tokens, set_languages, starts_with_language
 
 PROMPT_CUTS = 6
-"""How often a prompt is cut: a cut text may take a token more than was counted."""
+"""How often a prompt is cut: a cut text may take one token more than counted."""
 
 
 @dataclass(frozen=True)
 class TextPair:
-    """Source and target, with their languages where the tokenizer needs them."""
+    """Source and target, with their languages if the tokenizer needs them."""
 
     source: str
     target: str
@@ -50,19 +50,19 @@ class TextPair:
 
 
 class TextToText(Task[RowT, str]):
-    """A task whose answer is a text made of a text."""
+    """A task that answers a text with a text."""
 
     def pair(self, row: RowT, recipe: Recipe) -> TextPair:
         """Return the source, as this kind of model reads it, and the target."""
         raise NotImplementedError
 
     def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
-        """Measure generated texts; metrics of tokens are not the task's own."""
+        """Measure generated texts; token metrics are computed elsewhere."""
         return TEXT_MEASURES[metric](found.predictions, found.references) if metric in TEXT_MEASURES else None
 
 
 def fill_template(template: str, **fields: str | None) -> str:
-    """Put fields into a prompt; braces that are no field stay, and so do those within a field."""
+    """Fill the fields of a prompt; other braces stay, including those within a field's value."""
     named = "|".join(map(re.escape, fields))
     return re.sub(f"{{({named})}}", lambda match: fields[match[1]] or "", template)
 
@@ -71,7 +71,7 @@ def fill_template(template: str, **fields: str | None) -> str:
 
 
 class EncoderDecoder(TextToText[RowT]):
-    """What an encoder-decoder does: the encoder reads the source, the decoder writes the target."""
+    """The encoder-decoder's version: the encoder reads the source, the decoder writes the target."""
 
     auto_class = "AutoModelForSeq2SeqLM"
     peft_task_type = "SEQ_2_SEQ_LM"
@@ -113,23 +113,23 @@ class EncoderDecoder(TextToText[RowT]):
         return pad_texts(examples, processor.pad_token_id) | decoder_targets(examples)
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the cross entropy of the target tokens that are learned."""
+        """Sum the cross entropy of the supervised target tokens."""
         return encoder_decoder_loss(model, batch, by_row)
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
-        """Show the source, and the learned part of the target."""
+        """Show the source, and the supervised part of the target."""
         read = decode_shortened(example.input_ids, processor)
         return [Segment(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
 
     def predict(self, rows: Sequence[RowT], loaded: LoadedModel) -> list[str]:
-        """Return what the decoder writes for each source."""
+        """Return the decoder's text for each source."""
         return write_targets([self.pair(row, loaded.recipe) for row in rows], loaded)
 
 
 def write_targets(pairs: Sequence[TextPair], loaded: LoadedModel) -> list[str]:
-    """Return what the decoder writes for each source, begun in the pair's language where the model wants that.
+    """Return the decoder's text for each source, begun in the pair's language if the model requires it.
 
-    A source is cut as for training; one that is longer than the model's positions even so, at its end.
+    A source is cut as in training; if it still exceeds the model's positions, its end is cut.
     """
     model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
     limit = context_length(unwrap(model).config)
@@ -162,7 +162,7 @@ def write_targets(pairs: Sequence[TextPair], loaded: LoadedModel) -> list[str]:
 
 
 def _lost(pair: TextPair, source: Sequence[int], processor: PreTrainedTokenizerBase, recipe: Recipe) -> Lost | None:
-    """Return what was cut off a source; None where nothing was."""
+    """Return what truncation removed from a source; None if nothing was removed."""
     if recipe.data.on_overlong != "truncate" or len(source) < recipe.data.max_length:
         return None
     cut = len(processor(pair.source, verbose=False)["input_ids"]) - len(source)
@@ -174,7 +174,7 @@ def _cut_end(ids: list[int], limit: int | None) -> list[int]:
 
 
 def source_ids(pair: TextPair, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-    """Return what the encoder reads, in training and afterwards; its end is cut where `data.on_overlong` says so."""
+    """Return the encoder's input, in training and at inference; its end is cut if `data.on_overlong` says so."""
     set_languages(pair.source_language, pair.target_language, processor)
     cut = recipe.data.on_overlong == "truncate"
     options = {"truncation": True, "max_length": recipe.data.max_length} if cut else {}
@@ -182,9 +182,9 @@ def source_ids(pair: TextPair, processor: PreTrainedTokenizerBase, recipe: Recip
 
 
 def target_ids(pair: TextPair, processor: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:
-    """Return what the decoder writes, and the range of it that is learned.
+    """Return the decoder's output, and the supervised range in it.
 
-    A language code at its start is given at generation, so it is not learned; tokens after the end are no text.
+    A language code at its start is given at generation, so it is not supervised. Tokens after the end are not text.
     """
     set_languages(pair.source_language, pair.target_language, processor)
     ids = list(processor(text_target=pair.target, verbose=False)["input_ids"])
@@ -196,16 +196,16 @@ def target_ids(pair: TextPair, processor: PreTrainedTokenizerBase) -> tuple[list
 
 
 def first_token(pair: TextPair, processor: PreTrainedTokenizerBase) -> int | None:
-    """Return the token that an answer in the target language has to begin with; None where there is none."""
+    """Return the token that an answer in the target language must begin with; None if the model has none."""
     if not has_languages(processor):
         return None
     return language_tokens(processor).get(str(pair.target_language))
 
 
 def decoder_targets(examples: Sequence[Example]) -> Batch:
-    """Return `labels` [B, T], and predict_S, targets_S and rows_S of the tokens that are learned.
+    """Return `labels` [B, T], and predict_S, targets_S and rows_S of the supervised tokens.
 
-    The target at a position is predicted from the same one: a decoder reads it moved right.
+    The target at a position is predicted from the same position: the decoder's input is shifted right.
     """
     labels_BT = pad([example.target_ids for example in examples], IGNORED)
     width = labels_BT.shape[1]
@@ -232,9 +232,9 @@ def encoder_decoder_loss(model: torch.nn.Module, batch: Batch, by_row: bool = Fa
 
 
 def check_decoder_start(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
-    """Raise EnvironmentProblem where the model's configuration does not say how its decoder starts.
+    """Raise EnvironmentProblem if the model's configuration does not define the decoder's start token.
 
-    A padding token that it lacks is set in place, to the tokenizer's.
+    A missing padding token is set in place, to the tokenizer's.
     """
     config = model.config
     size = config.get_text_config(decoder=True).vocab_size
@@ -246,11 +246,11 @@ def check_decoder_start(model: PreTrainedModel, processor: PreTrainedTokenizerBa
         elif token is None and starts_with_language(processor):
             continue
         elif token is None:
-            what = f"{name} is missing: what the decoder starts with is not known"
+            what = f"{name} is missing, so the decoder's first token is unknown"
             fix = "Set it in config.json: the padding token for T5, the end token for BART."
             problems.append(Problem(what, "config.json", fix))
         elif not 0 <= int(token) < size:
-            problems.append(Problem(f"{name} is {token}, and the decoder knows {size:,} tokens", "config.json"))
+            problems.append(Problem(f"{name} is {token}, but the decoder has only {size:,} tokens", "config.json"))
     EnvironmentProblem.collect(problems)
 
 
@@ -261,10 +261,10 @@ def decoder_settings(
     recipe: Recipe,
     first: int | None = None,
 ) -> GenerationConfig:
-    """Return the recipe's generation settings with what the model cannot write without: how its decoder starts.
+    """Return the recipe's generation settings with the model's required ones, such as the decoder's start token.
 
-    `own` are the model's settings; of them the start token, a first token that is forced, and tokens that are never
-    written are kept. `first` is the language that an answer begins with.
+    `own` are the model's settings. Its start token, forced first token and suppressed tokens are kept. `first` is the
+    language that an answer begins with.
     """
     config = unwrap(model).config
     settings = generation_settings(model, processor, recipe)
@@ -283,27 +283,27 @@ def decoder_settings(
 
 
 def run_generation(model: torch.nn.Module, inputs: dict[str, torch.Tensor], settings: GenerationConfig) -> torch.Tensor:
-    """Generate by transformers' own loop, also for Whisper, whose class would put its own settings on top."""
+    """Generate with transformers' own loop, also for Whisper, whose class would override the settings."""
     inner = unwrap(model)
     floating = {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in inputs.items()}
     return cast(torch.Tensor, GenerationMixin.generate(inner, **floating, generation_config=settings))
 
 
-# Decoders, by prompt
+# Prompted decoders
 
 
 class PromptedDecoder(TextToText[RowT], DecoderTask[RowT]):
-    """What a decoder does: it answers a prompt, in its chat template where it has one."""
+    """The decoder's version: it answers a prompt, in its chat template if it has one."""
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return one example a row: the prompt, and the target as the model's answer."""
+        """Return one example per row: the prompt, and the target as the model's answer."""
         prompts: list[Any] = [as_prompt(self.pair(row, recipe), processor) for row in rows]
         return (encode_chat if processor.chat_template else encode_completion)(prompts, processor, recipe)
 
     def prompt_ids(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-        """Return the token ids to run_generation the target from.
+        """Return the token ids to generate the target from.
 
-        With `data.on_overlong: truncate` the start of the prompt is cut as in training, to leave room for a whole
+        With `data.on_overlong: truncate` the start of the prompt is cut as in training, to leave room for a complete
         answer.
         """
         prompt = as_prompt(self.pair(row, recipe), processor)
@@ -317,7 +317,7 @@ class PromptedDecoder(TextToText[RowT], DecoderTask[RowT]):
 
 
 def as_prompt(pair: TextPair, processor: PreTrainedTokenizerBase) -> Row:
-    """Return a row of chat where the model has a chat template, else one of completion; the target may be empty."""
+    """Return a chat row if the model has a chat template, else a completion row; the target may be empty."""
     if processor.chat_template:
         answer = [{"role": "assistant", "content": pair.target}] if pair.target else []
         return {"messages": [{"role": "user", "content": pair.source}, *answer]}
@@ -331,7 +331,7 @@ def _prompt_tokens(prompt: Row, processor: PreTrainedTokenizerBase, recipe: Reci
 
 
 def _shorten(prompt: Row, tokens: int, processor: PreTrainedTokenizerBase) -> Row:
-    """Cut so many tokens from the start of a prompt."""
+    """Cut this many tokens from the start of a prompt."""
     if "messages" in prompt:
         (question,) = prompt["messages"]
         content = cut_start(processor, question["content"], tokens) or question["content"][-1:]

@@ -1,4 +1,4 @@
-"""Task token-classify: mark words in a text, such as names; tags in IOB2, each at its word's first token."""
+"""Task token-classify: tag words in a text, such as names; tags in IOB2, each at its word's first token."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from llmtune.tasks.class_labels import UNKNOWN_LABEL
 
 
 class TokenClassify(Task[TokenClassifyRow, list[str]]):
-    """An encoder that gives each word a tag."""
+    """An encoder that tags each word."""
 
     name = "token-classify"
     endpoint = Endpoint(
@@ -53,9 +53,9 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         return is_encoder(config)
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
-        """Find the kinds of entities in the rows, unless the recipe names them.
+        """Infer the entity types from the rows, unless the recipe names them.
 
-        Raises DataError where there are none.
+        Raises DataError if no row has an entity.
         """
         section = recipe.token_classify or TokenClassifySection()
         tags = (tag for split in SPLITS for _, row in iterate_rows(rows, split) for tag in row["tags"])
@@ -84,7 +84,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         return list(row["tags"])
 
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
-        """Count the entities of each kind in each split."""
+        """Count the entities of each type in each split."""
         counts = {
             split: Counter(
                 tag[2:] for _, row in iterate_rows(rows, split) for tag in row["tags"] if tag.startswith("B-")
@@ -96,7 +96,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
     def encode(
         self, rows: Sequence[TokenClassifyRow], processor: PreTrainedTokenizerBase, recipe: Recipe
     ) -> list[Encoded]:
-        """Return one example a row: its words with their tags, each at the word's first token."""
+        """Return one example per row: its words with their tags, each at the word's first token."""
         numbers = {name: i for i, name in enumerate(tag_names(labels_of(recipe)))}
         encoded: list[Encoded] = []
         for row, (ids, firsts) in zip(rows, tokenize_words([row["tokens"] for row in rows], processor), strict=True):
@@ -104,7 +104,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
             if unknown is not None:
                 encoded.append(f"{UNKNOWN_LABEL}: {unknown!r} is none of {', '.join(list(numbers)[:20])}")
             elif None in firsts:
-                encoded.append(f"the tokenizer makes nothing of the word {row['tokens'][firsts.index(None)]!r}")
+                encoded.append(f"the tokenizer makes no token of the word {row['tokens'][firsts.index(None)]!r}")
             elif len(set(firsts)) < len(firsts):
                 encoded.append("the tokenizer puts two words into one token, which can have one tag only")
             elif len(ids) > recipe.data.max_length:
@@ -119,7 +119,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
     def collate(
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
-        """Add where tags are predicted; those of a word's other tokens are ignored."""
+        """Add the positions of predicted tags; a word's other tokens are ignored."""
         batch, starts = encoder_batch(examples, processor.pad_token_id, packs)
         marked = [
             (start + at, tag, row)
@@ -136,7 +136,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         return token_losses(logits_BTK.flatten(0, 1)[batch["predict_S"]], batch, by_row)
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
-        """Show a text with the tags of its words; those outside any entity are learned too, and left out here."""
+        """Show a text with its entity tags; tags outside entities are supervised too, but not shown."""
         names = tag_names(labels_of(recipe))
         pieces: list[Segment] = []
         for token, tag in zip(example.input_ids, example.tag_ids, strict=True):
@@ -146,7 +146,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         return pieces
 
     def predict(self, rows: Sequence[TokenClassifyRow], loaded: LoadedModel) -> list[list[str]]:
-        """Return the tag of each word, by its first token; a word that the tokenizer makes nothing of is outside.
+        """Return the tag of each word, by its first token; `O` for a word without tokens.
 
         A text longer than the model's positions is read in parts.
         """
@@ -169,45 +169,45 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         return predictions
 
     def format_prediction(self, prediction: list[str]) -> str:
-        """Write tags in a row."""
+        """Write the tags, separated by spaces."""
         return " ".join(prediction)
 
     def format_answer(self, prediction: list[str], row: TokenClassifyRow) -> str:
-        """Name the entities of a text."""
+        """List the entities of a text."""
         return list_entities(row["tokens"], prediction)
 
     def compute_metric(self, metric: str, found: EvalPrediction[list[str]], recipe: Recipe) -> Measure | None:
-        """Measure entities, and with `accuracy` tags."""
+        """Measure entities, or tags for `accuracy`."""
         return measure_entities(metric, found.predictions, found.references) if metric in ENTITY_METRICS else None
 
     def baseline(
         self, references: Sequence[list[str]], prompts: Sequence[TokenClassifyRow], recipe: Recipe
     ) -> tuple[str, list[list[str]]]:
-        """Give every word the most frequent tag of the training rows."""
+        """Predict the most frequent tag of the training rows for every word."""
         tag = Counter(tag for tags in references for tag in tags).most_common(1)[0][0]
         return f"the most frequent tag ({tag}) on every word", [[tag] * len(row["tokens"]) for row in prompts]
 
     def class_table(self, found: EvalPrediction[list[str]], recipe: Recipe) -> dict[str, Any]:
-        """Return the table of kinds of entities."""
+        """Return the table of entity types."""
         return {"classes": entity_table(found.predictions, found.references)}
 
 
 def labels_of(recipe: Recipe) -> tuple[str, ...]:
-    """Return the kinds of entities that the recipe names, or the rows decided."""
+    """Return the entity types from the recipe, or those inferred from the rows."""
     return tuple((recipe.token_classify.labels if recipe.token_classify else None) or ())
 
 
 def tag_names(labels: Sequence[str]) -> list[str]:
-    """Return the tags of kinds of entities in IOB2, in the order of the model's outputs."""
+    """Return the IOB2 tags of entity types, in the order of the model's outputs."""
     return [OUTSIDE, *(f"{prefix}-{label}" for label in labels for prefix in "BI")]
 
 
 def tokenize_words(
     texts: Sequence[Sequence[str]], processor: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], list[int | None]]]:
-    """Return, for each text, the ids of its words with spaces between them, and the number of each word's first token.
+    """Return, for each text, the ids of its words joined by spaces, and the index of each word's first token.
 
-    Raises EnvironmentProblem for a tokenizer that cannot say where in the text its tokens come from.
+    Raises EnvironmentProblem for a tokenizer that does not report the offsets of its tokens.
     """
     require_offsets(processor)
     joined = [" ".join(words) for words in texts]
@@ -230,7 +230,7 @@ def tokenize_words(
 
 
 def cut_words(words: list[str], processor: PreTrainedTokenizerBase, limit: int | None) -> list[list[str]]:
-    """Halve a text until each part is within `limit` tokens, or one word."""
+    """Halve a text until each part fits into `limit` tokens, or is one word."""
     if limit is None or len(words) < 2 or len(processor(" ".join(words))["input_ids"]) <= limit:
         return [words]
     half = len(words) // 2
@@ -238,13 +238,13 @@ def cut_words(words: list[str], processor: PreTrainedTokenizerBase, limit: int |
 
 
 def list_entities(words: Sequence[str], tags: Sequence[str]) -> str:
-    """Write the entities of a text, each with its kind."""
+    """Write the entities of a text, each with its type."""
     entities = [f"{' '.join(words[first : last + 1])} ({kind})" for kind, first, last in entities_of(tags)]
     return ", ".join(entities) or "(none)"
 
 
 def kinds_of(config: PretrainedConfig) -> tuple[str, ...] | None:
-    """Return the kinds of entities that a model knows, where its outputs are in our order."""
+    """Return the entity types of a model, if its outputs are in our order."""
     own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     kinds = tuple(dict.fromkeys(name[2:] for name in own if name[:2] in ("B-", "I-")))
     return kinds if kinds and own == tag_names(kinds) else None

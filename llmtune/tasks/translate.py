@@ -1,4 +1,4 @@
-"""Task translate: put a text into another language, with an encoder-decoder or, by prompt, with a decoder."""
+"""Task translate: translate a text, with an encoder-decoder or a prompted decoder."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ class Translate(TextToText[TranslateRow]):
         return TextPair(text, row["target"], source_language, target_language)
 
     def template(self, recipe: Recipe) -> str:
-        """Return the recipe's prompt, or the variant's own."""
+        """Return the recipe's prompt, or the variant's default."""
         return recipe.translate.prompt if recipe.translate and recipe.translate.prompt else self.default_prompt
 
     def check_languages(self, languages: Mapping[str, str | None], recipe: Recipe) -> None:
-        """Refuse a row whose languages are not known and must be."""
+        """Refuse a row that lacks required languages."""
 
 
 class TranslateEncoderDecoder(Translate, EncoderDecoder[TranslateRow]):
-    """A translator of two parts; its tokenizer may write language codes."""
+    """An encoder-decoder translator; its tokenizer may write language codes."""
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Refuse a decoder without a start token, and languages that neither the tokenizer nor the prompt reads."""
+        """Refuse a decoder without a start token, and languages that neither the tokenizer nor the prompt uses."""
         super().check_model(model, processor, recipe)
         section = recipe.translate
         if section is None or has_languages(processor):
@@ -74,19 +74,19 @@ class TranslateDecoder(Translate, PromptedDecoder[TranslateRow]):
     default_prompt = PROMPT
 
     def check_languages(self, languages: Mapping[str, str | None], recipe: Recipe) -> None:
-        """Raise RecipeError where the prompt names a language that neither the recipe nor the row states."""
+        """Raise RecipeError if the prompt names a language that neither the recipe nor the row states."""
         for name, value in languages.items():
             if f"{{{name}}}" in self.template(recipe) and value is None:
                 fix = "Set it to a word, such as German; or give the rows a column of that name."
                 raise RecipeError.of(
-                    "the prompt names the language, and neither recipe nor row says it", f"translate.{name}", fix
+                    "the prompt needs the language, and neither recipe nor row states it", f"translate.{name}", fix
                 )
 
 
 def languages_of(row: TranslateRow, recipe: Recipe) -> tuple[str | None, str | None]:
-    """Return the languages of a row: its own, else the recipe's, else what the data set calls them.
+    """Return the languages of a row: its own, else the recipe's, else the data set's names for them.
 
-    Raises RecipeError where the recipe says them the other way round than the data set.
+    Raises RecipeError if the recipe has them in the opposite direction of the data set.
     """
     section = recipe.translate or TranslateSection()
     stated = (section.source_language, section.target_language)
@@ -96,7 +96,7 @@ def languages_of(row: TranslateRow, recipe: Recipe) -> tuple[str | None, str | N
         raise RecipeError.of(
             f"the rows go from {named[0]} into {named[1]}, and the recipe says from {stated[0]} into {stated[1]}",
             "translate.source_language",
-            "The first text of a row is its source: turn the languages round, or the texts in the file.",
+            "The first text of a row is its source: swap the languages in the recipe, or the texts in the file.",
         )
     source = row.get("source_language") or stated[0] or named[0]
     return source, row.get("target_language") or stated[1] or named[1]

@@ -194,7 +194,7 @@ def test_recordings_that_are_not_there_are_named_and_never_become_another_task()
     )
     done = init()
     assert done.exit_code == 3
-    assert "as speech: audio missing: there is no file" in done.stderr
+    assert "as speech: audio missing: file not found:" in done.stderr
     assert not Path("metadata.yaml").exists()
 
 
@@ -342,7 +342,7 @@ def test_columns_that_a_user_maps_are_taken() -> None:
     done = init("desk.csv", "--columns", "prompt={a} {c},completion=b")
     assert done.exit_code == 0, done.stderr
     assert load_recipe("desk.yaml").recipe.data.columns == {"prompt": "{a} {c}", "completion": "b"}
-    for given, code, words in (("prompt=d", 3, "there is no column 'd'"), ("prompt", 2, "Write OURS=THEIRS")):
+    for given, code, words in (("prompt=d", 3, "column 'd' not found"), ("prompt", 2, "Write OURS=THEIRS")):
         refused = init("desk.csv", "--columns", given, "--out", "other.yaml")
         assert (refused.exit_code, words in refused.stderr) == (code, True), refused.stderr
 

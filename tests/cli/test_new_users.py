@@ -42,7 +42,7 @@ def test_data_in_the_place_of_a_recipe_is_answered_with_what_to_type() -> None:
     [
         ([(f"Where is {i}?", "") for i in range(40)], "40 of 40 rows are bad: 100.0%"),
         ([(f"Where is {i}?", "Here." if i % 4 else "") for i in range(40)], "10 of 40 rows are bad: 25.0%"),
-        ([("Where?", "Here.")] * 40, "too few to leave"),
+        ([("Where?", "Here.")] * 40, "are too few for"),
     ],
 )
 def test_a_check_and_a_dry_run_refuse_what_prepare_refuses(rows: list[tuple[str, ...]], words: str) -> None:
@@ -67,7 +67,7 @@ def test_contradictions_and_what_stands_for_no_value_are_on_the_terminal() -> No
     write_rows("rows.csv", "question,answer", [*rows, ("Where is 3?", "Nowhere."), ("Which?", "#N/A")])
     for done in (invoke("init", "rows.csv"), invoke("prepare", "mine.yaml", "--out", "run")):
         assert "questions with different answers in different rows: 1" in done.stderr
-        assert "rows that hold '#N/A', which stands for no value: 1" in done.stderr
+        assert "rows with '#N/A', a placeholder for a missing value: 1" in done.stderr
     assert "rows.csv:5 and rows.csv:32" in done.stderr or "rows.csv:32 and rows.csv:5" in done.stderr
 
 

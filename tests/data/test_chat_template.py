@@ -60,7 +60,7 @@ def test_a_turn_that_calls_a_tool_may_end_in_another_token():
     ("template", "says"),
     [
         (CHATML.replace("assistant\n' }}", "assistant\nWell, ' }}"), "cannot be split into turns"),
-        (NO_END, "does not end in a token of its own"),
+        (NO_END, "not in an end-of-turn token"),
         (NO_PROMPT, "ignores add_generation_prompt"),
         (DOUBLED_START, "twice at the start"),
         (CHATML.replace("message['content']", "message['content'] | upper"), "not as given"),

@@ -83,7 +83,7 @@ def test_several_columns_are_joined_by_a_template(tmp_path):
     got = canonical(tmp_path, "subject,body,answer", *TICKETS, columns=columns)
     assert got[0]["messages"][0]["content"] == "Order 0\n\nWhere is parcel number 0, please?"
     said = refusal(tmp_path, {"path": str(tmp_path / "rows.csv"), "columns": {**columns, "prompt": "{subjekt}"}})
-    assert "there is no column 'subjekt'" in said
+    assert "column 'subjekt' not found" in said
     assert "Did you mean 'subject'?" in said
 
 
@@ -121,7 +121,7 @@ def test_of_a_file_that_is_not_utf_8_the_likely_encoding_is_said_and_with_it_the
     assert "train: {path: rows.csv, encoding: cp1252}" in refusal(tmp_path, "rows.csv")
     got = rows_of(prepare(tmp_path, {"path": "rows.csv", "encoding": "cp1252"}))
     assert got[0]["messages"][1]["content"] == "Elle est expédiée – déjà, 0."
-    assert "not in the encoding" in refusal(tmp_path, {"path": "rows.csv", "encoding": "utf-8"})
+    assert "not in the stated encoding" in refusal(tmp_path, {"path": "rows.csv", "encoding": "utf-8"})
 
 
 def test_aliases_stand_for_columns_that_there_are():

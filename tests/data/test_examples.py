@@ -240,7 +240,7 @@ def test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed(t
     encode_one = partial(encode_rows, rows, get_task("chat"), tokenizer)
     examples = encode_one(recipe_for(**keys), tmp_path / "examples", console)
     assert examples.counts["train"] == 1
-    assert examples.dropped == {"text that the tokenizer does not know (<unk>) in what is learned": 1}
+    assert examples.dropped == {"text that the tokenizer does not know (<unk>) in the supervised part": 1}
     (line,) = (tmp_path / "left_out.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"].endswith(": '{'")
     assert json.loads(line)["where"].endswith(":2")

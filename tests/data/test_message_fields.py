@@ -63,7 +63,7 @@ def test_thoughts_that_cannot_be_read_make_a_bad_row(message, reason):
 
 
 def test_only_answers_have_thoughts():
-    with pytest.raises(RowError, match="only answers have thoughts"):
+    with pytest.raises(RowError, match="only answers may have thoughts"):
         canonical_messages([{**QUESTION, "reasoning": "Hm."}, {"role": "assistant", "content": "Four."}])
 
 

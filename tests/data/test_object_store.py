@@ -126,7 +126,7 @@ def test_rows_of_googles_store_are_those_of_the_same_files_on_disk_and_told_apar
     gs.pipe("bucket/same/a.jsonl", json.dumps(ROWS[1]).encode())
     assert rows_inputs(recipe) != first
     for address in ("gs://bucket/none.jsonl", "gs://nobucket/none.jsonl", "gs://bucket/none-*.jsonl"):
-        with pytest.raises(DataError, match="there is no such file"):
+        with pytest.raises(DataError, match="not found"):
             prepare(tmp_path, address)
 
 
@@ -181,7 +181,7 @@ def test_a_store_whose_certificate_is_its_own_is_read_where_it_is_trusted_and_to
                 str(key),
                 r"NO CERTIFICATE OR CRL FOUND.*\n.*AWS_CA_BUNDLE \(now '.*key.pem'\) names the PEM file",
             ),
-            ("CA_BUNDLE", "/none.pem", "AWS_CA_BUNDLE is '/none.pem', and there is no such file"),
+            ("CA_BUNDLE", "/none.pem", "AWS_CA_BUNDLE is '/none.pem', which does not exist"),
             ("ENDPOINT_URL", f"https://localhost:{port}", "certificate is not valid for 'localhost'"),
             ("ENDPOINT_URL", f"127.0.0.1:{port}", r"Invalid endpoint.*\n.*AWS_ENDPOINT_URL \(https://HOST:PORT\)"),
         ):
@@ -208,7 +208,7 @@ def test_the_tag_of_an_object_decides_whether_rows_are_prepared_again(s3, tmp_pa
 
 def test_what_is_not_in_a_bucket_and_a_store_that_does_not_answer_are_told_without_secrets(s3, tmp_path, monkeypatch):
     for address in ("s3://bucket/none.jsonl", "s3://nobucket/a.jsonl", "s3://bucket/none-*.jsonl"):
-        with pytest.raises(DataError, match="there is no such file"):
+        with pytest.raises(DataError, match="not found"):
             prepare(tmp_path, address)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     s3.clear_instance_cache()
@@ -239,7 +239,7 @@ def test_rows_of_a_web_server_are_read_and_hashed_by_their_content_where_there_i
         assert rows_of(prepare(tmp_path, f"{address}/rows.jsonl.gz")) == ROWS[:100]
         files["/rows.jsonl.gz"] = (200, gzip.compress(json.dumps(ROWS[0]).encode()))
         assert rows_inputs(recipe) != first
-        with pytest.raises(DataError, match="there is no such file"):
+        with pytest.raises(DataError, match="not found"):
             prepare(tmp_path, f"{address}/none.jsonl")
         with pytest.raises(DataError, match="permission denied"):
             prepare(tmp_path, f"{address}/private.jsonl")

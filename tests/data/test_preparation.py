@@ -102,7 +102,7 @@ def test_few_bad_rows_are_left_out_counted_and_shown(tmp_path, console):
     shown = console.file.getvalue()
     assert "62 rows read; train 60" in shown
     assert "2 left out: bad: empty content" in shown
-    assert "a.jsonl:62: empty content: message 2 (assistant) says nothing" in shown
+    assert "a.jsonl:62: empty content: message 2 (assistant) has no content" in shown
     write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(60)])
     prepare(tmp_path, "a.jsonl")
     assert not (tmp_path / "bad_rows.jsonl").exists()
@@ -129,18 +129,18 @@ def test_all_sources_that_cannot_be_read_are_told_at_once(tmp_path):
              "torn.parquet", "unknown.jsonl", "mixed", "builtin:nosuch", "saved"]  # fmt: skip
     message = fail(tmp_path, names)
     for said in (
-        f"data.train[0]: there is no file {tmp_path}/tikets.jsonl",
+        f"data.train[0]: file not found: {tmp_path}/tikets.jsonl",
         "Did you mean 'tickets.jsonl'?",
         f"Looked in {tmp_path}.",
         "no file matches",
         "empty.jsonl: the file is empty: no rows",
         "the folder is empty",
         "the folder holds no data file (1 others)",
-        "the ending '.xyz' does not say what it is",
+        "the ending '.xyz' does not show the file type",
         "not a readable Parquet file",
-        "the format is not known by the columns 'q', 'a'",
+        "unknown row format: the columns are 'q', 'a'",
         "data.train[9]: mixed formats: ",
-        "no data called builtin:nosuch",
+        "builtin:nosuch not found",
         "save_to_disk",
     ):
         assert said in message, said
@@ -158,7 +158,7 @@ def test_a_file_cut_in_the_middle_is_an_error_beside_its_bad_rows(tmp_path):
 def test_the_format_can_be_forced_where_columns_leave_a_choice(tmp_path):
     rows = [{**chat("one"), "prompt": "two", "completion": "yes"}]
     write_jsonl(tmp_path / "a.dat", rows)
-    assert "does not say what it is" in fail(tmp_path, "a.dat")
+    assert "does not show the file type" in fail(tmp_path, "a.dat")
     assert "fit messages and prompt-completion" in fail(tmp_path, {"path": "a.dat", "format": "jsonl"})
     shutil.copy(tmp_path / "a.dat", tmp_path / "a.jsonl")
     source = {"path": "a.jsonl", "format": "prompt-completion"}
@@ -306,7 +306,7 @@ def test_the_hash_of_the_sources_follows_their_bytes_names_and_settings(tmp_path
     assert digest() not in (first, renamed)
     shutil.copytree(tmp_path / "d", tmp_path / "elsewhere")
     assert digest("elsewhere") == digest()
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="file not found:"):
         digest("gone.jsonl")
 
 

@@ -68,7 +68,7 @@ def test_columns_map_any_names_and_mistakes_in_them_are_named():
     columns = {"prompt": "question", "completion": "answer"}
     assert detected([row], columns=columns) == "prompt-completion"
     assert read_row(rename(row, columns), name="prompt-completion") == chat("q", "a")
-    assert "no column 'questoin'" in detected([row], columns={"prompt": "questoin"})
+    assert "column 'questoin' not found" in detected([row], columns={"prompt": "questoin"})
     assert "Did you mean 'question'?" in detected([row], columns={"prompt": "questoin"})
     assert "Did you mean 'prompt'?" in detected([row], columns={"promt": "question"})
 
@@ -150,7 +150,7 @@ def test_parts_may_hold_thoughts_text_and_calls_as_llama_factory_writes_them():
 @pytest.mark.parametrize(("column", "mark"), [("images", "<image>"), ("image", "<image>"), ("videos", "<video>")])
 def test_a_row_whose_text_stands_around_a_picture_is_refused(column, mark):
     row = chat(f"{mark}What is this?") | {column: ["cat.jpg"]}
-    assert f"{mark} stands for what is in '{column}'" in refusal(row)
+    assert f"{mark} refers to the column '{column}'" in refusal(row)
     assert read_row(row | {column: []}) == chat(f"{mark}What is this?")
     assert read_row(chat("What is this?") | {column: ["cat.jpg"]}) == chat("What is this?")
 
@@ -198,8 +198,8 @@ def calls(stated):
         (turns(("usr", "q"), ("assistant", "a")), "unknown role: message 1: 'usr' is none of .* Did you mean 'user'"),
         ({"messages": [{"content": "q"}]}, "unknown role: message 1 has no 'role'"),
         (turns((3, "q")), "wrong type: message 1: 'role' is a number"),
-        (turns(("user", " \n"), ("assistant", "a")), r"empty content: message 1 \(user\) says nothing"),
-        (turns(("user", "q"), ("assistant", "")), r"empty content: message 2 \(assistant\) says nothing"),
+        (turns(("user", " \n"), ("assistant", "a")), r"empty content: message 1 \(user\) has no content"),
+        (turns(("user", "q"), ("assistant", "")), r"empty content: message 2 \(assistant\) has no content"),
         (turns(("user", "q"), ("assistant", None)), r"empty content: message 2"),
         (turns(("user", 5), ("assistant", "a")), "wrong type: message 1: 'content' is a number"),
         (turns(("user", "q")), "no assistant answer"),

@@ -50,8 +50,8 @@ def test_a_single_answer_is_found_in_the_context(answer, answers):
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
-        ({"text": ["five"], "answer_start": [27]}, "'five' does not stand in it at character 27"),
-        ({"text": ["four"], "answer_start": [26]}, "'four' does not stand in it at character 26"),
+        ({"text": ["five"], "answer_start": [27]}, "'five' is not in it at character 27"),
+        ({"text": ["four"], "answer_start": [26]}, "'four' is not in it at character 26"),
         ({"text": ["four"], "answer_start": [-10]}, "answer not in the context"),
         ({"text": ["four"], "answer_start": [True]}, "'answer_start' is"),
         ({"text": ["four"], "answer_start": ["27"]}, "'answer_start' is"),
@@ -71,7 +71,7 @@ def test_bad_answers_say_what_is_wrong(answers, said):
 def test_questions_and_contexts_have_to_be_there():
     assert "'question'" in refusal({**QA, "question": " ", "answer": "four"}, "qa")
     assert "'context'" in refusal({**QA, "context": None, "answer": "four"}, "qa")
-    assert "'five' does not stand in it" in refusal({**QA, "answer": "five"}, "qa")
+    assert "'five' is not in it" in refusal({**QA, "answer": "five"}, "qa")
 
 
 TAGS = ["B-PERSON", "I-PERSON", "O"]
@@ -104,7 +104,7 @@ def test_iob1_becomes_iob2(first, second):
     ("tokens", "tags", "said"),
     [
         (TOKENS, TAGS[:2], "3 tokens and 2 tags"),
-        ([], [], "there are no tokens"),
+        ([], [], "no tokens"),
         (["Ada", " ", "wrote"], TAGS, "token 2 is empty"),
         (["Ada", 7, "wrote"], TAGS, "'tokens'"),
         (TOKENS, [1, 2, 0], "tag 1 is 1; tags are O, B-NAME and I-NAME; numbers need their names"),

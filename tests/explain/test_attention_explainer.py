@@ -182,7 +182,7 @@ def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(built, tmp_pa
     expect(invoke(built("llama"), "--text", "a", "--target", "b"), 2, "--target: it does not apply to this model")
     expect(invoke(built("bert"), "--text", "a", "--chat"), 2, "--chat: the model has no chat template")
     expect(invoke(built("whisper"), "--text", "a"), 2, "--audio: it is needed: this model reads recordings")
-    expect(invoke(built("whisper"), "--audio", tmp_path / "none.wav"), 3, "none.wav", "there is no file")
+    expect(invoke(built("whisper"), "--audio", tmp_path / "none.wav"), 3, "none.wav", "file not found:")
 
 
 def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(built):

@@ -1,4 +1,4 @@
-"""A folder to break things in, real commands in it, and the messages that docs/guarantees.md quotes."""
+"""A folder to break things in, real commands in it, and the messages quoted in docs/guarantees.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.runs import FAST, invoke, write_colours, write_recipe
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of a user: a model, rows of chats, room for a recipe."""
+    """A user's working folder: a model, chat rows, space for a recipe."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "4000")  # no message is cut into lines
     shutil.copytree(tiny_llama, tmp_path / "model")
@@ -25,7 +25,7 @@ def place(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def run(place: Path) -> Callable[..., str]:
-    """Write the tiny recipe with changes and give it to a command of llmtune; returns what a user reads."""
+    """Write the tiny recipe with changes and run a command of llmtune on it; returns the command's output."""
 
     def command(*words: object, code: int = 0, recipe: str = "tiny.yaml", out: str = "run", **sections: Any) -> str:
         write_recipe(place / recipe, "./model", "rows.jsonl", **{"train": FAST, **sections})
@@ -39,7 +39,7 @@ def run(place: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def without() -> Callable[[str, object], AbstractContextManager[None]]:
-    """Takes a guard away: another thing stands in its place while the block runs."""
+    """Disables a guard: a replacement is used while the block runs."""
 
     @contextmanager
     def take_away(guard: str, instead: object) -> Iterator[None]:
@@ -52,7 +52,7 @@ def without() -> Callable[[str, object], AbstractContextManager[None]]:
 
 @pytest.fixture
 def shows(request: pytest.FixtureRequest) -> Iterator[Callable[[object], None]]:
-    """Holds what a user reads against the message that the test's mark quotes; `...` stands for what differs."""
+    """Compares the output with the message quoted in the test's mark; `...` stands for any text."""
     quoted = request.node.get_closest_marker("guarantee").kwargs["shows"]
     pattern = ".*".join(map(re.escape, quoted.split("...")))
     checked: list[bool] = []
@@ -63,4 +63,4 @@ def shows(request: pytest.FixtureRequest) -> Iterator[Callable[[object], None]]:
         checked.append(True)
 
     yield check
-    assert checked, "the message on the page is what the test has seen"
+    assert checked, "the page quotes a message that the test has seen"

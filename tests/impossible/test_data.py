@@ -1,4 +1,4 @@
-"""What must be impossible with data: each failure is provoked first, with its guard taken away, then seen caught."""
+"""Failures that must be impossible in data: each test provokes one without its guard, then sees it caught."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def decoded(place: Path, example: int = 0) -> str:
 
 @pytest.mark.guarantee(
     0,
-    cannot="anything that a row says is lost in the rendering, or words of the template count as its answer",
-    kept="A conversation of the same shape, whose texts are words of their own, is rendered once; then each text of a "
-    "row is looked for in its rendering. Answers are read, and their bytes counted, without what the template writes.",
+    cannot="text of a row that is lost in the rendering, or template text that counts as its answer",
+    kept="llmtune renders a conversation of the same shape with marker texts once, then looks for each text of a "
+    "row in its rendering. Answers, and their byte counts, exclude the template's own text.",
     shows="error rows.jsonl:1: the chat template leaves out the system message",
 )
 def test_what_a_row_says_is_in_what_the_model_reads(place, run, without, shows):
@@ -58,7 +58,7 @@ def test_what_a_row_says_is_in_what_the_model_reads(place, run, without, shows):
     write_jsonl(place / "rows.jsonl", [conversation(f"q{i}", "yes", system="be kind") for i in range(9)])
     with without("llmtune.data.chat_encoding.find_missing", lambda *given: None):
         run("prepare")
-    assert "be kind" not in decoded(place), "lost, and nobody was told"
+    assert "be kind" not in decoded(place), "lost without an error"
     shows(run("prepare", "--fresh", code=3))
     named = tokenizer_with(
         CHATML.replace("'\n' + message", "'\n' + ('Say: ' if loop.index % 2 == 0 else '') + message")
@@ -72,21 +72,21 @@ def test_what_a_row_says_is_in_what_the_model_reads(place, run, without, shows):
 
 @pytest.mark.guarantee(
     1,
-    cannot="an assistant mask that is empty, or everything",
-    kept="Spans come from rendering the template with and without the turn, and are held against its own "
-    "`{% generation %}` marks. The share of supervised tokens and one coloured example are shown before step 1.",
+    cannot="an assistant mask that is empty or covers everything",
+    kept="Spans come from rendering the template with and without the turn, and are compared with its `{% "
+    "generation %}` marks. The share of supervised tokens and one coloured example are shown before step 1.",
     shows="the chat template's {% generation %} marks are not where its answers are",
 )
 def test_the_mask_of_a_conversation_is_its_answers(place, run, shows):
     def share(template: str) -> float:
-        """What of a conversation transformers' own mask has learned."""
+        """The share of a conversation that transformers' own mask supervises."""
         masked = tokenizer_with(template).apply_chat_template(
             CHAT["messages"], return_dict=True, return_assistant_tokens_mask=True
         )
         return float(np.mean(masked["assistant_masks"]))
 
     everything = "{% generation %}" + CHATML + "{% endgeneration %}"
-    assert (share(CHATML), share(everything)) == (0, 1), "nothing is learned by the one, and questions by the other"
+    assert (share(CHATML), share(everything)) == (0, 1), "one mask is empty, the other includes questions"
     assert "% of all tokens are learned. ╭─ one example: green is learned" in run("prepare")
     report = json.loads((place / "run/report.json").read_text())["data"]
     assert 0 < report["supervised_share"] < 0.5
@@ -96,9 +96,9 @@ def test_the_mask_of_a_conversation_is_its_answers(place, run, shows):
 
 @pytest.mark.guarantee(
     2,
-    cannot="a row whose target was cut away",
-    kept="A row that is too long is an error; or dropped and counted, cut where no target is lost, or split between "
-    "turns: data.on_overlong says which.",
+    cannot="a row whose target was truncated",
+    kept="An overlong row is an error by default. data.on_overlong can instead drop and count it, truncate it "
+    "without losing a target, or split it between turns.",
     shows="error rows.jsonl:40: too long: ... tokens, data.max_length is 60",
 )
 def test_no_choice_for_rows_that_are_too_long_cuts_a_target_away(place, run, shows):
@@ -106,7 +106,7 @@ def test_no_choice_for_rows_that_are_too_long_cuts_a_target_away(place, run, sho
     write_jsonl(place / "rows.jsonl", [*(chat(f"q{i}", "fox") for i in range(39)), long])
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     cut = tokenizer.apply_chat_template(long["messages"], truncation=True, max_length=60)["input_ids"]
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in cut[-20:], "an answer without its end, learned as one"
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in cut[-20:], "an answer without its end is supervised"
     data = {"test": 0.2, "validation": 0, "max_length": 60, "max_dropped": 0.0}
     for choice in ("error", "split", "truncate"):
         said = run("prepare", "--fresh", code=3, data={**data, "on_overlong": choice})
@@ -120,7 +120,7 @@ def test_no_choice_for_rows_that_are_too_long_cuts_a_target_away(place, run, sho
 @pytest.mark.guarantee(
     3,
     cannot="rows dropped without a count and a reason",
-    kept="Each row that is read is kept, or counted under a reason; rejected rows are listed with file and line.",
+    kept="Every row is either kept or counted under a reason; rejected rows are listed with file and line.",
     shows="42 rows read; ... 2 left out: bad: empty content",
     also=["test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_for"],
 )
@@ -133,7 +133,7 @@ def test_rows_are_dropped_with_a_count_and_a_reason(place, run, without, shows):
         file.write(json.dumps(chat("")) + "\n" + json.dumps(chat("x", "")) + "\n")
     with without("llmtune.data.ingest.IngestState.add_bad", lambda account, origin, error: None):
         assert "empty content" not in run("prepare")
-    assert lost() == 2, "dropped, and nobody was told"
+    assert lost() == 2, "dropped without a message"
     shows(run("prepare", "--fresh"))
     assert lost() == 0
 
@@ -155,14 +155,14 @@ def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_f
 @pytest.mark.guarantee(
     4,
     cannot="an end-of-turn token that is not supervised",
-    kept="What the template writes after an answer, up to the token that ends a turn, belongs to its span. A template "
-    "without such a token is refused.",
-    shows="an assistant's turn does not end in a token of its own but in ...: answers could not end",
+    kept="The template's text after an answer, up to the end-of-turn token, belongs to the answer's span. A "
+    "template without such a token is refused.",
+    shows="an assistant's turn ends in ..., not in an end-of-turn token, so answers would never end",
     also=["test_each_answer_is_learned_with_its_end_and_nothing_else"],
 )
 def test_answers_are_learned_with_their_end_and_so_they_end(place, run, without, shows):
     def cut() -> float:
-        """The share of answers that only the limit of tokens has ended."""
+        """The share of answers that ended only at the token limit."""
         return json.loads((place / "run/report.json").read_text())["evaluation"]["tuned"]["answers_cut"]
 
     really_split = chat_template._split_end
@@ -171,7 +171,7 @@ def test_answers_are_learned_with_their_end_and_so_they_end(place, run, without,
         run("run", **learn)
     assert cut() == 1, "no answer ever ends"
     run("run", "--fresh", **learn)
-    assert cut() < 0.5  # which answers have learned to end by now may differ from processor to processor
+    assert cut() < 0.5  # which answers end by now may differ between CPUs
     (place / "model/chat_template.jinja").write_text(NO_END)
     shows(run("prepare", "--fresh", code=4))
 
@@ -193,7 +193,7 @@ def test_each_answer_is_learned_with_its_end_and_nothing_else(name):
 @pytest.mark.guarantee(
     5,
     cannot="a doubled start token; different ids in training, evaluation, chat and serving for the same messages",
-    kept="One function renders the prompt for all of them, and it adds no token that the template has written.",
+    kept="One function renders the prompt for all of them, and it adds no token that the template already wrote.",
     shows="the template writes '<|endoftext|>' twice at the start",
     also=[
         "data/test_chat_encoding.py::test_an_answer_is_learned_from_the_very_ids_that_it_will_be_generated_from",
@@ -208,7 +208,7 @@ def test_the_start_token_stands_once_whatever_the_tokenizer_adds_by_itself(place
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
     )
     text = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
-    assert tokenizer(text)["input_ids"][:2] == [start, start], "what scripts do that tokenize a rendered text"
+    assert tokenizer(text)["input_ids"][:2] == [start, start], "the result of scripts that tokenize rendered text"
     (example,) = encode(CHAT, tokenizer)
     assert example.input_ids.count(start) == 1
     assert render_prompt(CHAT["messages"][:1], tokenizer, recipe_for()) == example.input_ids[: example.spans[0]]
@@ -219,7 +219,7 @@ def test_the_start_token_stands_once_whatever_the_tokenizer_adds_by_itself(place
 @pytest.mark.guarantee(
     6,
     cannot="attention or loss that leaks across packed rows",
-    kept="Packing is tried on the loaded model: each of three rows has to get the logits that it gets alone.",
+    kept="Packing is tested on the loaded model: each of three packed rows must get the same logits as alone.",
     shows="error data.packing: in ... rows that are packed together see one another: its architecture keeps no border "
     "between them -> Set data.packing: false.",
     also=["model/test_packed_attention.py::test_packed_logits_are_those_of_each_document_alone"],
@@ -237,14 +237,14 @@ def test_packed_and_unpacked_training_give_the_same_losses(place, run, without, 
     leaky = {"model": {"name": str(build_family(place / "leaky", "bloom", n_head=4))}}
     with without("llmtune.model.loading.isolates_documents", lambda model, dtype, decodes: True):
         packed, padded = losses(**leaky)
-    assert packed != pytest.approx(padded, abs=1e-4), "rows see one another"
+    assert packed != pytest.approx(padded, abs=1e-4), "rows see each other"
     shows(run("train", "--fresh", code=2, **leaky))
 
 
 @pytest.mark.guarantee(
     7,
     cannot="a stale cache",
-    kept="A step is skipped only if the hash of everything that it depends on is the one that it was made with.",
+    kept="A step is skipped only if the hash of all its inputs is unchanged.",
     shows="prepare unchanged, skipped ... train unchanged, skipped",
     also=["test_cache.py"],
 )
@@ -258,7 +258,7 @@ def test_rows_that_change_in_place_are_read_trained_and_scored_anew(place, run, 
     (place / "rows.jsonl").write_text(rows.replace("Which colour", "What colour"))
     with without("llmtune.store.run_folder.RunFolder.is_valid", lambda folder, step, inputs: folder.is_done(step)):
         run("run")
-    assert weights() == before, "the adapter of other rows"
+    assert weights() == before, "the adapter of the old rows"
     assert "skipped" not in run("run")
     assert weights() != before
 
@@ -266,8 +266,8 @@ def test_rows_that_change_in_place_are_read_trained_and_scored_anew(place, run, 
 @pytest.mark.guarantee(
     8,
     cannot="a row of the test split in the training rows",
-    kept="The split is a hash of the content. Rows that equal one of another split are dropped and counted, and by "
-    "data.deduplicate: near those that are nearly so.",
+    kept="A hash of the content assigns the split. Rows equal to a row of another split are dropped and counted; "
+    "with data.deduplicate: near, so are nearly equal rows.",
     shows="1 left out: equal to a test row",
     also=["test_a_row_of_test_never_stands_in_train_or_validation"],
 )
@@ -278,7 +278,7 @@ def test_a_row_of_test_that_stands_in_the_training_file_is_left_out(place, run, 
     with without("llmtune.data.preparation.drop_equal", everything):
         run("prepare", data=data)
     train, test = (questions(load_rows(place / "run/data/rows"))[split] for split in ("train", "test"))
-    assert set(test) < set(train), "what is measured was learned"
+    assert set(test) < set(train), "the test rows were trained on"
     shows(run("prepare", "--fresh", data=data))
     train, test = (questions(load_rows(place / "run/data/rows"))[split] for split in ("train", "test"))
     assert not set(test) & set(train)
@@ -304,9 +304,9 @@ def test_a_row_of_test_never_stands_in_train_or_validation(tmp_path, method):
 @pytest.mark.guarantee(
     9,
     cannot="a bad row without file, line number and reason",
-    kept="All bad rows are reported at once; above data.max_dropped they stop the run.",
+    kept="All bad rows are reported together; if their share exceeds data.max_dropped, the run stops.",
     shows="error 25 of 85 rows are bad: 29.4%, and data.max_dropped allows 5.0% ... error rows.jsonl:31: empty "
-    "content: message 1 (user) says nothing error rows.jsonl:32: not valid JSON: ... error rows.jsonl:33: no "
+    "content: message 1 (user) has no content error rows.jsonl:32: not valid JSON: ... error rows.jsonl:33: no "
     "assistant answer",
 )
 def test_bad_rows_are_named_with_file_line_and_reason(place, run, shows):
@@ -316,7 +316,7 @@ def test_bad_rows_are_named_with_file_line_and_reason(place, run, shows):
     (place / "rows.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\n")
     with pytest.raises(json.JSONDecodeError) as bare:
         json.loads(bad[1])
-    assert "rows.jsonl" not in str(bare.value), "what the parser alone says: neither file nor line"
+    assert "rows.jsonl" not in str(bare.value), "the parser alone reports neither file nor line"
     said = run("prepare", code=3)
     shows(said)
     assert "and 5 more bad rows" in said

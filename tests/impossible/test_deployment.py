@@ -1,4 +1,4 @@
-"""What must be impossible in deployment: each failure is provoked with its guard taken away, then seen caught."""
+"""Failures that must be impossible in deployment: each test provokes one without its guard, then sees it caught."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IDS = torch.arange(5, 25)[None]
 
 @pytest.fixture
 def finished(run, place: Path) -> Path:
-    """A run whose adapter does something."""
+    """A run whose adapter has an effect."""
     run("run", train={"num_train_epochs": 2, "learning_rate": 0.05})
     return place
 
@@ -34,7 +34,7 @@ def merge(code: int) -> str:
 
 @pytest.mark.guarantee(
     19,
-    cannot="a merged, quantised or exported model that differs from what was trained",
+    cannot="a merged, quantised or exported model that differs from the trained one",
     kept="Each export is read back from disk, compared with the trained model on its own rows, and gets a certificate; "
     "one that differs is not kept.",
     shows="error the merged model differs: mean KL is ... nats per position; the limit is ... -> Nothing was kept; the "
@@ -45,7 +45,7 @@ def test_a_merge_that_forgets_the_adapter_fails_and_leaves_no_model(finished, wi
     with without("llmtune.deploy.merged_model.merge_weights", lambda adapted, onto: adapted.model.unload()):
         with without("llmtune.deploy.merged_model.find_breaches", lambda parity, limits: []):
             merge(0)
-        torch.testing.assert_close(logits(finished / "run/merged"), logits(finished / "model"))  # nothing of the tuning
+        torch.testing.assert_close(logits(finished / "run/merged"), logits(finished / "model"))  # the tuning is lost
         (finished / "run/merged").rename(finished / "forgetful")
         shows(merge(6))
     assert not (finished / "run/merged").exists()
@@ -55,8 +55,8 @@ def test_a_merge_that_forgets_the_adapter_fails_and_leaves_no_model(finished, wi
 
 @pytest.mark.guarantee(
     20,
-    cannot="another chat template at serving than in training",
-    kept="Exports are read back as their users read them, and have to render the token ids that training had.",
+    cannot="a different chat template in serving than in training",
+    kept="Exports are read back as a user would read them, and must render the same token ids as in training.",
     shows="error the merged model differs: the saved tokenizer and chat template make other token ids -> Nothing was "
     "kept; the numbers are in run/merged.failed.json.",
     also=["serve/test_api.py::test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in"],
@@ -76,11 +76,11 @@ def test_an_export_with_another_template_fails(finished, without, shows):
     with without("llmtune.deploy.merged_model.save_tokenizer", save_another):
         with without("llmtune.deploy.merged_model.find_breaches", lambda parity, limits: []):
             merge(0)
-        assert rendered("run/merged") != rendered("model"), "a server asks otherwise than training did"
+        assert rendered("run/merged") != rendered("model"), "a server's prompts differ from training"
         (finished / "run/merged").rename(finished / "other")
         shows(merge(6))
         with without("llmtune.deploy.merged_model.load_processor", lambda model_ref, model: tuned_processor(finished)):
-            shows(merge(6))  # what is read back by us is right, and what a server reads is not
+            shows(merge(6))  # correct for llmtune, wrong for a server
 
 
 def tuned_processor(place: Path):

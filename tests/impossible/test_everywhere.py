@@ -1,4 +1,4 @@
-"""What must be impossible anywhere: each failure is provoked first, with its guard taken away, then seen caught."""
+"""Failures that must be impossible anywhere: each test provokes one without its guard, then sees it caught."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Evil:
 
 @pytest.mark.guarantee(
     21,
-    cannot="code of a model repository that runs, or pickled weights that load, without being asked for",
-    kept="Both are refused unless the recipe allows them (model.trust_remote_code, model.use_safetensors). Where "
-    "pickles are allowed, tensors are read and nothing else.",
+    cannot="a model repository's code that runs, or pickled weights that load, without permission",
+    kept="Both are refused unless the recipe allows them (model.trust_remote_code, model.use_safetensors). If "
+    "pickles are allowed, only tensors are read from them.",
     shows="model.trust_remote_code",
     also=["adapter/test_load.py::test_pickled_weights_are_refused_with_the_way"],
 )
@@ -52,7 +52,7 @@ def test_neither_code_of_a_model_nor_a_pickle_runs_unasked(place, run, shows):
     assert "use_safetensors" in said
     torch.save({"a": Evil()}, weights)
     torch.load(weights, weights_only=False)
-    (place / "ran").unlink()  # that is what a pickle can do
+    (place / "ran").unlink()  # a pickle can run code
     assert "cannot be loaded" in run("adapt", code=4, out="allowed", model={"use_safetensors": False})
     assert not (place / "ran").exists()
 
@@ -60,8 +60,8 @@ def test_neither_code_of_a_model_nor_a_pickle_runs_unasked(place, run, shows):
 @pytest.mark.guarantee(
     22,
     cannot="a secret in a log, lock or report",
-    kept="Everything written for others to read is redacted: tokens, keys, passwords in addresses, by their looks and "
-    "by the names of their keys.",
+    kept="Everything written for others to read is redacted: tokens, keys, and passwords in URLs, recognised by "
+    "their form and by the names of their keys.",
     shows="the token is [removed]",
     also=[
         "test_pipeline.py::test_no_file_of_a_run_holds_a_secret_of_the_environment",
@@ -132,7 +132,7 @@ MISTAKES = {
         (4, "model.safetensors", "cut"),
     ),
 }
-"""A recipe with a mistake, what the libraries make of it, and the exit code and words of ours."""
+"""A recipe with a mistake, the libraries' reaction, and llmtune's exit code and message."""
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -140,7 +140,7 @@ MISTAKES = {
     23,
     cannot="a traceback for a user's mistake",
     kept="Errors say what is wrong, where, and what to do; each kind has its exit code. Hostile files, models, "
-    "templates and clients are refused in time, in little memory.",
+    "templates and clients are refused quickly and in little memory.",
     shows="error ... -> ...",
     also=[
         "test_bad_input.py",

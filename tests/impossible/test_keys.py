@@ -1,7 +1,7 @@
-"""What must be impossible with recipes: a key that is accepted and does nothing.
+"""A failure that must be impossible in recipes: a key that is accepted and has no effect.
 
-Each key is flipped, and what is resolved from the recipe must change. Nothing goes through the pipeline: each key is
-looked for in the object that its step makes of it.
+Each key is flipped, and an object resolved from the recipe must change. The pipeline does not run: the test looks for
+each key in the object that its step makes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ BUDGET = 512
 
 
 class Resolved:
-    """What each step makes of a recipe, made when it is looked at."""
+    """The objects that each step makes from a recipe, made on first access."""
 
     def __init__(self, recipe_file: str, sets: tuple[str, ...], folder: Path) -> None:
         loaded = load_recipe(recipe_file, sets)
@@ -147,7 +147,7 @@ class Resolved:
         return validation_loss(self.training, BUDGET)
 
     def events(self) -> object:
-        """When the loop validates, logs, saves and stops: only the loop itself reads these keys."""
+        """When the loop validates, logs, saves and stops; only the loop itself reads these keys."""
         task, recipe = self.plan.task, self.plan.recipe
         train(self.adapted, self.made_examples, task, recipe, self.folder, QUIET, budget=BUDGET, inputs="inputs")
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -156,7 +156,7 @@ class Resolved:
         return [curve, sorted(path.name for path in (self.folder / "checkpoints").iterdir()), adapter]
 
     def evaluation(self) -> object:
-        """The untrained model stands for base and tuned model."""
+        """The untrained model serves as both base and tuned model."""
         plan, load = self.plan, partial(nullcontext, self.selected.model.eval())
         inputs = make_inputs(self.made_rows, self.made_examples, plan.task, self.selected.processor, plan.recipe)
         context = EvalContext(plan.recipe, plan.task, self.selected.processor, inputs, "cpu", QUIET)
@@ -166,7 +166,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Flip:
-    """One key, another value, what is looked at, and what else the recipe must say for it to count."""
+    """One key, another value, the object to check, and other settings that the key needs."""
 
     value: str
     look: str
@@ -177,7 +177,7 @@ class Flip:
 def flips(
     section: str, look: str, *also: str, recipe: str = "tiny.yaml", at: str = "", **values: str
 ) -> dict[str, Flip]:
-    """Flips of a section's keys; `at` names where else than in the first task a key is read, and is read anew."""
+    """Flips of a section's keys; `at` marks a further task in which the key is tested again."""
     return {f"{section}.{name}{at}": Flip(value, look, also, recipe) for name, value in values.items()}
 
 
@@ -309,7 +309,7 @@ ELSEWHERE = {
     "train.seeds": "test_seeds.py::test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives",
     "deploy": "deploy/test_gguf_run.py::test_a_recipe_makes_the_file_at_the_end_of_run",
 }
-"""Keys that have one value, or need a hub, several trainings or a trained model, each with the test that holds it."""
+"""Keys that have one value, or need a hub, several trainings or a trained model, each with its test."""
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -337,7 +337,7 @@ def test_no_key_of_the_schema_is_left_out() -> None:
 
 @pytest.mark.parametrize("key", FLIPS)
 def test_a_flipped_key_changes_what_is_resolved(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")  # that there is work for a compiler counts
+    monkeypatch.setenv("CXX", "no-such-compiler")  # only the request for a compiler matters
     if key == "model.check_memory":
         monkeypatch.setattr("llmtune.model.memory_plan.device_memory", lambda device: 1000)
     flip = FLIPS[key]
@@ -350,7 +350,7 @@ def test_a_flipped_key_changes_what_is_resolved(place: Path, key: str, monkeypat
 @pytest.mark.guarantee(
     10,
     cannot="a key that is accepted and does nothing",
-    kept="Every key of the schema is flipped, and an object that is resolved from the recipe has to change. A key "
+    kept="A test flips every key of the schema and checks that an object resolved from the recipe changes. A key "
     "without effect in a recipe is refused.",
     shows="error full.yaml:... 'adapter.r' has no effect with adapter.method: full -> ",
     also=["test_a_flipped_key_changes_what_is_resolved", "test_no_key_of_the_schema_is_left_out"],
@@ -365,7 +365,7 @@ def test_a_key_that_nothing_reads_is_found_by_flipping_it(place, run, without, s
 
     plain = resolved()
     with without("llmtune.train.setup.build_optimizer", forgetful):
-        assert resolved("train.adam_beta1=0.5") == plain, "accepted, and nothing done"
+        assert resolved("train.adam_beta1=0.5") == plain, "accepted without effect"
     assert resolved("train.adam_beta1=0.5") != plain
     shows(run("prepare", recipe="full.yaml", code=2, adapter={"method": "full", "r": 8}))
 
@@ -374,7 +374,7 @@ LOOKED: dict[tuple[str, ...], str] = {}
 
 
 def look(place: Path, flip: Flip, sets: tuple[str, ...]) -> str:
-    """What the recipe with these settings resolves to, as text."""
+    """The object that the recipe resolves to with these settings, as text."""
     known = (flip.recipe, flip.look, *sets)
     if known not in LOOKED or flip.look == "memory":
         folder = place / f"look-{len(LOOKED)}"
@@ -388,7 +388,7 @@ def look(place: Path, flip: Flip, sets: tuple[str, ...]) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that a flip may name."""
+    """A folder with all files that a flip may name."""
     place = tmp_path_factory.mktemp("keys")
     colours, things = ["red", "green", "blue", "black"], [f"{a} {b}" for a in ["cat", "dog", "fox"] for b in "1234"]
     rows = [
@@ -421,7 +421,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
-    """A small recipe with rows and a model for each task that has keys of its own."""
+    """A small recipe with rows and a model for each task that has its own keys."""
     families.build_bert(place / "encoder")
     families.build_whisper(place / "hearing", multilingual=True)
     told = [(question, f"{question} It is {answer} there.", answer) for question, answer in questions]
@@ -469,7 +469,7 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
 
 
 def _write_task(place: Path, name: str, task: str, model: str, rows: str, metrics: list[str], **sections: Any) -> None:
-    """Write a recipe of a task beside its rows; sections that the task does not read are left out."""
+    """Write a recipe of a task next to its rows; sections that the task does not read are omitted."""
     data = {"validation": 0.2, "test": 0.2, **sections.pop("data", {})}
     train = {"max_steps": 2, "num_train_epochs": None, "batch_size": 4, "logging_steps": 1}
     evaluation = {"metrics": metrics, "samples": 2, "choices": None}

@@ -1,4 +1,4 @@
-"""What must be impossible with recipes; that a key does nothing stands in test_keys.py."""
+"""Failures that must be impossible in recipes; test_keys.py covers keys without effect."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ RATE = "train.learning_rate"
 @pytest.mark.guarantee(
     11,
     cannot="an unknown key in a recipe",
-    kept="The list of keys is closed. An unknown one is an error with file, line, key path and the nearest match, "
-    "beside all else that is wrong.",
+    kept="The list of keys is closed. An unknown key is an error with file, line, key path and the nearest "
+    "match, reported together with all other mistakes.",
     shows="error tiny.yaml:... unknown key 'train.learning_rat' -> Did you mean 'learning_rate'?",
     also=["recipe/test_validation.py::test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure"],
 )
@@ -29,15 +29,15 @@ def test_a_misspelt_key_is_refused_with_the_nearest(run, without, shows):
     misspelt = {"train": {"learning_rate": None, "learning_rat": 0.25}}
     with without("llmtune.recipe.validation.schema_problems", let_pass):
         run("prepare", **misspelt)
-        assert load_recipe("tiny.yaml").recipe.train.learning_rate != 0.25, "nobody was told that it counts for nothing"
+        assert load_recipe("tiny.yaml").recipe.train.learning_rate != 0.25, "ignored without an error"
     shows(run("prepare", code=2, **misspelt))
 
 
 @pytest.mark.guarantee(
     12,
     cannot="a value whose origin cannot be shown",
-    kept="Values keep the place that they were read from: default, file and line, or `--set`. `recipes show --origin` "
-    "and the run's own recipe.yaml have it behind each of them.",
+    kept="Each value keeps its origin: default, file and line, or `--set`. `recipes show --origin` and the run's "
+    "own recipe.yaml show it after the value.",
     shows="seed: 7 # tiny.yaml:... learning_rate: 0.5 # --set ... max_steps: null # default",
     also=["recipe/test_loader.py::test_every_value_has_an_origin"],
 )

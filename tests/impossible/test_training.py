@@ -1,4 +1,4 @@
-"""What must be impossible in training: each failure is provoked first, with its guard taken away, then seen caught."""
+"""Failures that must be impossible in training: each test provokes one without its guard, then sees it caught."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ really_lose, really_update = DecoderTask.loss, loop._update
 
 
 def lose_on_a_device_for(tokens: int, validating: bool = False):
-    """The loss on a device that has memory for so many tokens, in validation or always."""
+    """The loss on a device with memory for this many tokens, in validation or always."""
 
     def loss(task, model, batch, by_row=False):
         if batch["input_ids"].numel() > tokens and not (validating and model.training):
@@ -37,8 +37,8 @@ def lose_on_a_device_for(tokens: int, validating: bool = False):
 @pytest.mark.guarantee(
     13,
     cannot="a first out-of-memory after minute one",
-    kept="The largest batch, a validation batch and a save and reload are rehearsed before step 1; then weights, "
-    "optimiser and random numbers are put back.",
+    kept="Before step 1 llmtune rehearses the largest batch, a validation batch, and a save and reload. Then it "
+    "restores weights, optimiser and random numbers.",
     shows="Out of memory in the rehearsal: micro-batches shrink to ... tokens. ... Rehearsed: micro-batches of ... "
     "tokens fit, peak ... GB; a checkpoint was written and read back. ... step 1/",
     also=[
@@ -59,7 +59,7 @@ def test_a_validation_batch_that_does_not_fit_is_found_before_step_1(run, withou
 @pytest.mark.guarantee(
     14,
     cannot="accumulation that differs from a large batch",
-    kept="The loss of a micro-batch is a sum; all of them are divided once, by the count over all micro-batches and "
+    kept="The loss of a micro-batch is a sum. The total is divided once, by the count over all micro-batches and "
     "processes. A model's own mean loss is never used.",
     shows="Out of memory in step 1: micro-batches shrink to ... tokens.",
     also=["tasks/test_contract.py::test_micro_batches_padding_and_packing_change_no_loss_and_no_gradient"],
@@ -94,9 +94,9 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, r
 
 @pytest.mark.guarantee(
     15,
-    cannot="the same seed with a different model",
-    kept="Every random draw is seeded from the recipe. The same recipe gives equal bytes on one machine; `reproduce` "
-    "trains a run again and names what differs first.",
+    cannot="the same seed and a different model",
+    kept="The recipe seeds every random draw. On one machine the same recipe gives equal bytes; `reproduce` "
+    "trains a run again and names the first difference.",
     shows="error ...drawn-reproduced: not the same; the first difference is in training: grad_norm of step 1: was ..., "
     "is ... -> versions, processor and threads are those of the lock: something outside of it decides",
     also=[
@@ -121,8 +121,8 @@ def test_a_run_comes_out_again_to_the_last_bit(place, run, without, shows):
 @pytest.mark.guarantee(
     16,
     cannot="a target module that matches nothing; an adapter that loads as a no-op",
-    kept="Targets are resolved to names that the model has. Each adapter is switched on and off on the loaded model, "
-    "and what is loaded must fill every weight.",
+    kept="Targets are resolved to module names of the model. Each adapter is switched on and off on the loaded "
+    "model, and loading must fill every weight.",
     shows="error adapter.target_modules: 'q_porj' matches no module of this model. Did you mean 'q_proj'? -> Modules "
     "here: q_proj (2), k_proj (2), v_proj (2), o_proj (2), gate_proj (2), up_proj (2), down_proj (2), lm_head (1).",
     also=[
@@ -134,7 +134,7 @@ def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, show
         return AutoModelForCausalLM.from_pretrained(place / "model")
 
     half = get_peft_model(plain(), LoraConfig(target_modules=["q_porj", "v_proj"]))
-    assert not any("q_p" in name for name, _ in half.named_parameters() if "lora" in name), "PEFT says nothing of it"
+    assert not any("q_p" in name for name, _ in half.named_parameters() if "lora" in name), "PEFT does not report it"
     shows(run("adapt", code=2, adapter={"target_modules": ["q_porj", "v_proj"]}))
     run("train", "--fresh", train={"max_steps": 4, "num_train_epochs": None})
     weights = place / "run/adapter/adapter_model.safetensors"
@@ -143,7 +143,7 @@ def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, show
     ids = torch.arange(5, 25)[None]
     with torch.no_grad(), pytest.warns(UserWarning, match="missing adapter keys"):
         loaded = PeftModel.from_pretrained(plain(), weights.parent)(ids).logits
-    assert torch.equal(loaded, plain()(ids).logits), "PEFT warns, and gives the base model"
+    assert torch.equal(loaded, plain()(ids).logits), "PEFT warns and returns the base model"
     go_on = {"start_from": str(weights.parent), "r": None, "lora_alpha": None}
     assert "have no counterpart" in run("adapt", code=4, out="next", adapter=go_on)
     del tensors[next(name for name in tensors if "lora_B" in name)]
@@ -153,9 +153,9 @@ def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, show
 
 @pytest.mark.guarantee(
     17,
-    cannot="a resume whose weights differ from those of no stop",
-    kept="Checkpoints hold weights, optimiser, schedule and position; what is drawn at random is a function of seed "
-    "and step. They are written to another name, flushed, hashed, then renamed.",
+    cannot="a resumed run whose weights differ from an uninterrupted one",
+    kept="Checkpoints contain weights, optimiser, schedule and position; random draws depend only on seed and "
+    "step. A checkpoint is written under a temporary name, flushed, hashed, then renamed.",
     shows="Going on from step-2 of 4",
     also=[
         "train/test_checkpoint.py::test_killed_anywhere_and_continued_the_bytes_are_those_of_no_stop",
@@ -177,15 +177,15 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(place, run, without, 
     (place / "run").mkdir()
     with without("llmtune.train.preflight.restore_checkpoint", preflight.restore_weights):
         go_on()
-    assert trained_bytes(place / "run") != trained_bytes(place / "whole"), "an optimiser that has forgotten everything"
+    assert trained_bytes(place / "run") != trained_bytes(place / "whole"), "an optimiser without its state"
     shows(go_on())
     assert trained_bytes(place / "run") == trained_bytes(place / "whole")
 
 
 @pytest.mark.guarantee(
     18,
-    cannot="a NaN that goes on",
-    kept="Losses, gradients and weights are checked in every step; training stops with a diagnosis, and ruined weights "
+    cannot="training that continues after a NaN",
+    kept="Every step checks losses, gradients and weights. Training stops with a diagnosis, and ruined weights "
     "are never saved.",
     shows="error step 3: loss nan, learning rate ..., gradient norm nan: the trained weights are no numbers any more "
     "in step 3: the update before it was too large -> There is no checkpoint yet. Try: lower train.learning_rate",

@@ -151,13 +151,13 @@ def test_letters_that_the_tokenizer_drops_do_not_hide_an_answer(tokenizers):
     (window,) = windows_of(row, tokenizer, about)
     assert said(window, *example.answer, row["context"]) == "blue"
     row = ask("which?", "red \N{ZERO WIDTH SPACE} green", "\N{ZERO WIDTH SPACE}")
-    assert EXTRACTIVE_QA.encode([row], tokenizer, about) == ["the tokenizer makes nothing of the answer"]
+    assert EXTRACTIVE_QA.encode([row], tokenizer, about) == ["the tokenizer makes no token of the answer"]
 
 
 def test_an_answer_longer_than_windows_share_may_lie_in_none(tokenizers):
     row = ask("Which door?", CONTEXT, CONTEXT[100:600])
     (reason,) = EXTRACTIVE_QA.encode([row], tokenizers("bert"), recipe("qa", 48, stride=8))
-    assert reason == "no window holds the whole answer: raise qa.stride or data.max_length"
+    assert reason == "no window contains the complete answer: raise qa.stride or data.max_length"
 
 
 def test_long_contexts_are_dropped_on_request_and_long_questions_always(tokenizers):
@@ -251,7 +251,7 @@ def test_rows_that_cannot_be_tagged_say_why(tokenizers):
     ]
     unknown, dropped, long = TOKEN_CLASSIFY.encode(rows, tokenizer, about)
     assert unknown == "label unknown: 'B-B' is none of O, B-A, I-A"
-    assert dropped == "the tokenizer makes nothing of the word '\\u200b'"
+    assert dropped == "the tokenizer makes no token of the word '\\u200b'"
     assert long == "too long: 22 tokens, data.max_length is 8"
 
 

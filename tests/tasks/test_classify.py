@@ -212,12 +212,17 @@ def test_rows_of_one_class_are_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("section", "label", "evaluate", "said"),
     [
-        ({}, 1.5, {"metrics": ["accuracy"]}, "the labels are of the kind 'regression', which has no accuracy"),
-        ({}, None, {"metrics": ["loss", "mse"]}, "the labels are of the kind 'single', which has no mse"),
+        (
+            {},
+            1.5,
+            {"metrics": ["accuracy"]},
+            "the labels are of the kind 'regression', which does not support accuracy",
+        ),
+        ({}, None, {"metrics": ["loss", "mse"]}, "the labels are of the kind 'single', which does not support mse"),
         ({"labels": ["a", "b"]}, 1.5, {}, "has no effect: the labels are of the kind 'regression'"),
         ({"class_weights": "balanced"}, 1.5, {}, "has no effect: the labels are of the kind 'regression'"),
         ({"class_weights": "balanced"}, ["red"], {}, "has no effect: the labels are of the kind 'multi'"),
-        ({"class_weights": {"pink": 2.0}}, None, {}, "weighs 'pink', which no row has"),
+        ({"class_weights": {"pink": 2.0}}, None, {}, "has a weight for 'pink', which no row has"),
     ],
 )
 def test_what_this_kind_of_label_does_not_have_is_refused(models, tmp_path, section, label, evaluate, said):

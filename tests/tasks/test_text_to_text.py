@@ -198,7 +198,7 @@ def test_a_decoder_is_told_the_languages_or_refuses():
     processor = tokenizer_with(CHATML)
     example = encode(ROW, processor, recipe_for(section=NAMED), translate.VARIANTS[1])
     assert "Translate from English into French." in processor.decode(example.input_ids)
-    with pytest.raises(RecipeError, match="the prompt names the language") as caught:
+    with pytest.raises(RecipeError, match="the prompt needs the language") as caught:
         encode(ROW, processor, recipe_for(section={"source_language": "English"}), translate.VARIANTS[1])
     assert caught.value.problems[0].where == "translate.target_language"
     own = recipe_for(section={"prompt": "In French, please: {source}"})

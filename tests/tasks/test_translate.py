@@ -161,7 +161,7 @@ def test_a_decoder_whose_start_is_not_known_is_refused(folders):
     model, processor, _ = opened(folders["t5"], "t5")
     check_decoder_start(model, processor)
     model.config.decoder_start_token_id = 10_000
-    with pytest.raises(EnvironmentProblem, match="decoder_start_token_id is 10000, and the decoder knows"):
+    with pytest.raises(EnvironmentProblem, match="decoder_start_token_id is 10000, but the decoder has only"):
         check_decoder_start(model, processor)
     model.config.decoder_start_token_id = None
     with pytest.raises(EnvironmentProblem, match="decoder_start_token_id is missing"):
