@@ -88,7 +88,7 @@ _KINDS = {
 }
 _WORDS = {
     "bool": "true or false",
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
     "str": "text",
     "list": "a list",

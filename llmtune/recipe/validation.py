@@ -142,7 +142,7 @@ PATTERNS = {
     "model.attn_implementation": "Name a kernel `owner/name`, optionally followed by `@revision` or `:function`.",
     "name": "Use up to 64 letters, digits, `.`, `-` and `_`, with a letter or digit first: it names a folder.",
     "adapter.init_lora_weights": "Allowed: true, false, gaussian, orthogonal, pissa, pissa_niter_N (N steps of "
-    "a fast SVD), olora, eva, corda, lora_ga. LoftQ is not supported: it rounds the base to weights that are not saved.",
+    "a fast SVD), olora, eva, corda, lora_ga. LoftQ is not supported: it rounds base weights without saving them.",
 }
 
 

@@ -22,7 +22,7 @@ SWAPS = "evaluate.fairness.swaps=[own]"
         (["task=classify"], "models of task: classify"),
         (["task=speech"], "models of task: speech"),
         (["task=completion", "completion.objective=masked"], "only fills in words"),
-        (["task=qa", "qa.style=extractive"], "points at answers"),
+        (["task=qa", "qa.style=extractive"], "marks answers"),
         (["task=preference", "preference.loss=reward"], "only gives scores"),
     ],
 )
