@@ -96,7 +96,7 @@ def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return f"`{scalar(schema['const'])}`"
     if schema.get("type") == "array":
         return f"list of {kind(schema.get('items', {}), definitions)}"
-    words = {"integer": "whole number", "string": "text", "boolean": "`true`, `false`", "object": "mapping"}
+    words = {"integer": "integer", "string": "text", "boolean": "`true`, `false`", "object": "mapping"}
     word = words.get(schema.get("type", ""), schema.get("type", "value"))
     return f"{word}{bounds(schema)}"
 

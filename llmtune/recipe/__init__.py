@@ -1,1 +1,1 @@
-"""The recipe: its schema, how it is read, checked and written, and each task's facts; without torch or transformers."""
+"""The recipe: schema, reading, checks, writing, and the facts of each task. Imports no torch or transformers."""

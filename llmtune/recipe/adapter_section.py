@@ -1,4 +1,4 @@
-"""The section `adapter`: what is trained, by PEFT's own option names."""
+"""The section `adapter`: the trained parameters, with PEFT's option names."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ Prompt = Literal["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge", "cpt
 Method = Literal["lora", "qlora", "full", LowRank, Shared, Spectral, Few, Prompt, "adalora", "poly", "xlora"]
 DATA_STARTS = ("eva", "corda", "lora_ga")
 MUTATING = ("pissa", "olora", "corda", "lora_ga")
-"""Starts that move a part of the base weights into the adapter."""
+"""Initialisations that move a part of the base weights into the adapter."""
 QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
 def _close(schema: dict[str, Any]) -> None:
-    """Name PEFT's further options in the JSON Schema, which has no others."""
+    """Add PEFT's other options to the JSON Schema and forbid all further keys."""
     schema["additionalProperties"] = False
     words = {"bool": "boolean", "int": "integer", "float": "number", "str": "string", "dict": "object"}
     for method, options in peft_methods().items():
@@ -66,69 +66,68 @@ def _close(schema: dict[str, Any]) -> None:
 
 
 class AdapterSection(RecipeSection):
-    """What is trained: an adapter by PEFT's own method and option names, or all weights."""
+    """The trained parameters: an adapter, with PEFT's method and option names, or all weights."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_close)
 
     method: Method = "lora"
-    """`lora` trains low-rank matrices beside frozen weights, `qlora` the same on a base in 4 bits, `full` trains every
-    weight; all others are PEFT's methods, with PEFT's own options and defaults ([adapter-methods](adapter-methods.md)).
-    Default `lora`: near the quality of `full` at a fraction of the memory."""
+    """`lora` trains low-rank matrices and freezes the base, `qlora` does the same on a 4-bit base, `full` trains every
+    weight. All others are PEFT's methods, with PEFT's options and defaults ([adapter-methods](adapter-methods.md)).
+    Default `lora`: close to the quality of `full` at a fraction of the memory."""
     r: int = Field(default=16, ge=1, le=4096)
-    """Rank of the low-rank matrices. Default 16: enough for most tasks of one domain. As all keys that LoRA shares with
-    other methods it has PEFT's default there."""
+    """Rank of the low-rank matrices. Default 16: enough for most tasks in one domain. For other methods, all keys they
+    share with LoRA have PEFT's defaults."""
     lora_alpha: Positive = 32
-    """Scale of the adapter: its output counts `lora_alpha / r` times. Default 32: twice the default rank, so that a
-    usual learning rate fits."""
+    """Scale of the adapter: its output is multiplied by `lora_alpha / r`. Default 32: twice the default rank, which
+    suits common learning rates."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of adapter inputs set to zero in training. Default 0: early stopping guards better against over-fitting,
-    and dropout costs speed."""
+    """Share of adapter inputs set to zero in training. Default 0: early stopping prevents overfitting better, and
+    dropout costs speed."""
     target_modules: OneOrMoreTexts = "all-linear"
-    """Modules that get an adapter: `all-linear`, a list of name endings, or a regular expression over whole names.
-    Default `all-linear`: adapters everywhere learn better than on attention alone."""
+    """Modules that get an adapter: `all-linear`, a list of name suffixes, or a regular expression for full names.
+    Default `all-linear`: adapters on all layers learn better than on attention alone."""
     exclude_modules: OneOrMoreTexts | None = None
-    """Modules that get none though they match: name endings or a regular expression. Default none."""
+    """Matching modules that get no adapter: name suffixes or a regular expression. Default none."""
     modules_to_save: Many[str] | None = None
-    """Modules that are trained whole and saved with the adapter. Default none: each costs its full size."""
+    """Modules that are fully trained and saved with the adapter. Default none: each adds its full size."""
     layers_to_transform: Layers | None = None
-    """Numbers of the layers that get an adapter, counted from 0. Default none: all layers."""
+    """Indices of the layers that get an adapter, from 0. Default none: all layers."""
     bias: Literal["none", "all", "lora_only", "oft_only", "delora_only"] = "none"
-    """Which biases are trained. Default `none`: with trained biases a model changes even when its adapter is switched
-    off."""
+    """Biases to train. Default `none`: trained biases change the model even with the adapter switched off."""
     use_dora: bool = False
     """Split weights into magnitude and direction (DoRA). Default false: better at low rank, but slower."""
     use_rslora: bool = False
-    """Scale by `lora_alpha / sqrt(r)` (rsLoRA), which keeps high ranks stable. Default false, as in PEFT."""
+    """Scale by `lora_alpha / sqrt(r)` (rsLoRA), which is stable at high ranks. Default false, as in PEFT."""
     init_lora_weights: InitWeights = True
-    """How the matrices start: true (B is zero, so the start is the base model), false (random, for tests of loading),
-    `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N`, `olora`, or from training rows `eva`, `corda`, `lora_ga`.
-    Default true: costs nothing and starts from the base."""
+    """Initialisation of the matrices: true (B is zero, so training starts from the base model), false (random, to test
+    loading), `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N`, `olora`, or from training rows `eva`, `corda`,
+    `lora_ga`. Default true: costs nothing and starts from the base model."""
     rank_pattern: dict[str, Positive] = Field(default={})
-    """Another rank for modules whose name matches the key. Default none: one rank for all."""
+    """Rank of modules whose name matches the key. Default none: `r` for all."""
     alpha_pattern: dict[str, Positive] = Field(default={})
-    """Another `lora_alpha` for modules whose name matches the key. Default none: one scale for all."""
+    """`lora_alpha` of modules whose name matches the key. Default none: one scale for all."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit number format of the base with `qlora`. Default `nf4`: made for weights that are normally distributed, and
-    closer to them than `fp4`."""
+    """4-bit number format of the base with `qlora`. Default `nf4`: made for normally distributed weights, and more
+    precise than `fp4` for them."""
     bnb_4bit_use_double_quant: bool = True
-    """With `qlora`, quantise the scales of the 4-bit blocks too. Default true: saves 0.4 bits a weight at no measured
-    loss."""
+    """With `qlora`, also quantise the scales of the 4-bit blocks. Default true: saves 0.4 bits per weight without a
+    measured loss."""
     start_from: NonEmpty | None = None
-    """A run folder or PEFT folder whose adapter training goes on from. Default none: a new adapter."""
+    """Run folder or PEFT folder whose adapter to continue training. Default none: a new adapter."""
 
     paths: ClassVar = {"start_from": absolute}
 
     @property
     def options(self) -> dict[str, Any]:
-        """PEFT's options that have no key of their own here, as stated."""
+        """Return the stated PEFT options that are not fields of this class."""
         return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, add_tokens: bool = False) -> None:
-        """Report settings that the method or the adapter in `start_from` ignores, and what PEFT cannot do."""
+        """Report settings that the method or `start_from` ignores, and combinations that PEFT does not support."""
         why, method = f"with adapter.method: {self.method}", "adapter.method"
         if self.method == "full":
             diagnostics.none_has_effect(self, "adapter", LORA_KEYS, why, "Remove it, or use lora or qlora.", method)
-            fix = "Name the run's `weights` folder as model.name."
+            fix = "Set model.name to the run's `weights` folder."
             diagnostics.none_has_effect(self, "adapter", ("start_from",), why, fix, method)
         elif self.start_from is not None:
             kept = [name for name in LORA_KEYS if _is_kept(name, diagnostics)]
@@ -147,26 +146,26 @@ class AdapterSection(RecipeSection):
 
     @property
     def is_lora(self) -> bool:
-        """Whether the method is LoRA, whatever the base's number format."""
+        """Return whether the method is LoRA, on a quantised base or not."""
         return self.method in ("lora", "qlora")
 
     @property
     def is_prompt(self) -> bool:
-        """Whether the method puts trained vectors before a text."""
+        """Return whether the method prepends trained vectors to a text."""
         return self.method in PROMPT_METHODS
 
     @property
     def unmergeable(self) -> str | None:
-        """Why this adapter cannot become a part of the base's weights; None where it can."""
+        """Return why the adapter cannot be merged into the base weights, or None."""
         return next((UNMERGEABLE[name] for name in (self.method, *self.options) if name in UNMERGEABLE), None)
 
     @property
     def needs_rows_apart(self) -> str | None:
         """Return why rows cannot be packed with this adapter, or None."""
         if self.is_prompt:
-            return f"{self.method} puts its vectors before each row"
+            return f"{self.method} prepends its vectors to each row"
         return (
-            "an adapter of alora_invocation_tokens begins in each row"
+            "an adapter with alora_invocation_tokens becomes active within each row"
             if "alora_invocation_tokens" in self.options
             else None
         )
@@ -191,31 +190,29 @@ class AdapterSection(RecipeSection):
                 diagnostics.add(key, f"{what} {', '.join(others)}", fix, "adapter.method")
 
     def _check_method(self, diagnostics: Diagnostics, variant: TaskVariant, add_tokens: bool) -> None:
-        """Report methods that cannot be trained here, and LoRA's keys that another method does not have."""
+        """Report methods that llmtune cannot train, and LoRA keys that the method does not have."""
         key, known = "adapter.method", options_of(self.method)
         if reason := REFUSED_METHODS.get(self.method):
-            what = f"'{key}' is {self.method}, which is not trained here: {reason}"
-            diagnostics.add(key, what, "Take another method, e.g. lora.")
+            what = f"'{key}' is {self.method}, which llmtune cannot train: {reason}"
+            diagnostics.add(key, what, "Use another method, e.g. lora.")
             return
         if self.method == "trainable_tokens" and not add_tokens and "token_indices" not in self.options:
-            what = f"'{key}' is trainable_tokens, and no token is named"
-            diagnostics.add(key, what, "Name them as model.add_tokens, or their ids as adapter.token_indices.")
+            what = f"'{key}' is trainable_tokens, but the recipe names no token"
+            diagnostics.add(key, what, "Set model.add_tokens, or adapter.token_indices to token ids.")
         elif add_tokens and self.method != "trainable_tokens":
-            what = f"'model.add_tokens' has no effect with {key}: {self.method}, which trains no embedding"
+            what = f"'model.add_tokens' has no effect with {key}: {self.method}, which trains no embeddings"
             diagnostics.add("model.add_tokens", what, "Use lora, qlora, trainable_tokens or full.", key)
         if self.method in OWN_TARGETS and self.target_modules == "all-linear":
-            why = f"with {key}: {self.method}, which goes on modules of its own choice"
+            why = f"with {key}: {self.method}, which selects its own modules"
             names = ("exclude_modules", "layers_to_transform")
-            diagnostics.none_has_effect(self, "adapter", names, why, "Name modules as adapter.target_modules.", key)
+            diagnostics.none_has_effect(self, "adapter", names, why, "Set adapter.target_modules to modules.", key)
         if self.is_prompt and (variant.without_decoder or variant.loss):
             what = (
-                f"'{key}' is {self.method}, which trains no model of task: {variant.task}: it puts its vectors before"
+                f"'{key}' is {self.method}, which cannot train models of task: {variant.task}: it prepends its vectors"
             )
-            diagnostics.add(key, f"{what} a text that a decoder goes on from", "Use lora.", "task")
+            diagnostics.add(key, f"{what} to the prompt of a decoder", "Use lora.", "task")
         if self.start_from is not None:
-            what = (
-                f"'adapter.start_from' does not go with {key}: {self.method}: only LoRA's adapters are trained further"
-            )
+            what = f"'adapter.start_from' does not work with {key}: {self.method}: it continues LoRA adapters only"
             diagnostics.add("adapter.start_from", what, "Use lora or qlora, or remove it.", key)
         for name in LORA_KEYS:
             idle = name not in known and not (name in RESOLVED_KEYS and "target_modules" in known)
@@ -236,17 +233,15 @@ class AdapterSection(RecipeSection):
                 "init_lora_weights": start is not True,
             }
             for name in [name for name, stated in wrong.items() if stated]:
-                what = (
-                    f"'adapter.{name}' does not go with adapter.target_parameters: PEFT's LoRA on parameters has it not"
-                )
-                diagnostics.add(f"adapter.{name}", what, "Omit one of them.", "adapter.target_parameters")
+                what = f"'adapter.{name}' does not work with adapter.target_parameters: PEFT does not support it there"
+                diagnostics.add(f"adapter.{name}", what, "Remove one of them.", "adapter.target_parameters")
         if self.method == "qlora" and isinstance(start, str) and start.startswith(MUTATING):
             what = f"'adapter.init_lora_weights' is '{start}', which needs weights that are not quantised"
-            fix = "Use adapter.method: lora with it, or omit it."
+            fix = "Use adapter.method: lora, or remove it."
             diagnostics.add("adapter.init_lora_weights", what, fix, "adapter.method")
         velora = self.options.get("velora_config")
         if isinstance(velora, dict) and velora.get("init_type") != "random":
-            what = "'adapter.velora_config' projects by averages of micro-batches, whose size depends on the memory"
+            what = "'adapter.velora_config' projects by micro-batch averages, which depend on the available memory"
             fix = "Set adapter.velora_config.init_type to random."
             diagnostics.add("adapter.velora_config", what, fix)
         if self.bias not in ("none", "all", "lora_only"):
@@ -261,11 +256,11 @@ class AdapterSection(RecipeSection):
                     re.compile(pattern)
                 except (re.error, OverflowError, RecursionError) as error:
                     what = f"'adapter.{name}' has {pattern!r}, which is not a regular expression: {error}"
-                    diagnostics.add(f"adapter.{name}", what, "For a name ending, write a list: [q_proj].")
+                    diagnostics.add(f"adapter.{name}", what, "For a name suffix, write a list: [q_proj].")
 
 
 def _option_text(value: object) -> str:
-    """Return an option's value as a recipe has it."""
+    """Return an option's value as written in a recipe."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -275,13 +270,13 @@ LORA_KEYS = tuple(
 
 
 RESOLVED_KEYS = ("target_modules", "exclude_modules", "layers_to_transform")
-"""Keys that llmtune resolves to module names, for every method with targets."""
+"""Keys that llmtune resolves to module names, for every method with target modules."""
 
 
 def _is_kept(name: str, diagnostics: Diagnostics) -> bool:
-    """Return whether a setting comes from the adapter in `start_from` and is not compared with it."""
+    """Return whether a setting is taken from the adapter in `start_from` without comparison."""
     if diagnostics.assume_stated:
-        return name != "lora_dropout"  # a default that is not stated gives way to the adapter's own
+        return name != "lora_dropout"  # the adapter's value overrides a default that is not stated
     if name in ("exclude_modules", "layers_to_transform"):
         return not diagnostics.stated("adapter.target_modules")
     return name in ("modules_to_save", "init_lora_weights")

@@ -1,4 +1,4 @@
-"""Arguments of the Python API, checked before anything is done: the wrong ones are named, all at once."""
+"""Type checks of the Python API's arguments, before any work; one error names every wrong argument."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llmtune.errors import Problem, RecipeError, nearest, visible
 from llmtune.recipe.section import Positive
 
 Until = Literal["prepare", "select", "adapt", "train", "evaluate", "run"]
-"""The last step to run; `run` is all of them, and deployment."""
+"""The last step to run; `run` means all steps and deployment."""
 SHOWN = 60
-"""Characters of a wrong value that a message repeats."""
+"""Maximum characters of a wrong value in a message."""
 
 
 class RunArguments(TypedDict):
@@ -43,7 +43,7 @@ class LoadArguments(TypedDict):
 
 
 class GenerateArguments(TypedDict):
-    """The arguments of `generate` of a finished run."""
+    """The arguments of a finished run's `generate`."""
 
     prompt: str | None
     system: str | None
@@ -63,7 +63,7 @@ SHAPES: dict[str, type[Any]] = {
 
 
 def check_arguments(function: str, given: Mapping[str, object]) -> None:
-    """Raise a RecipeError that names each argument of a function in SHAPES whose value does not have its type."""
+    """Raise RecipeError with every argument of a function in SHAPES that has the wrong type."""
     shape = SHAPES[function]
     arguments = {name: given[name] for name in shape.__annotations__}
     try:
@@ -74,9 +74,9 @@ def check_arguments(function: str, given: Mapping[str, object]) -> None:
             messages.setdefault(str(one["loc"][0]), []).append(one["msg"].removeprefix("Input should be "))
         RecipeError.collect(
             Problem(
-                f"{visible(repr(arguments[name]))[:SHOWN]} ({type(arguments[name]).__name__}) does not work here",
+                f"{visible(repr(arguments[name]))[:SHOWN]} ({type(arguments[name]).__name__}) has the wrong type",
                 f"{function}({name}=...)",
-                f"Give {' or '.join(dict.fromkeys(wanted))}.{_nearest(name, arguments[name])}",
+                f"Pass {' or '.join(dict.fromkeys(wanted))}.{_nearest(name, arguments[name])}",
             )
             for name, wanted in messages.items()
         )

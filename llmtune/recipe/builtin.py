@@ -1,4 +1,4 @@
-"""Finds recipes: a file by its path, one that comes with llmtune by its name, or one to start from by its task."""
+"""Finds recipes: files by path, shipped recipes by name, starter recipes by task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmtune.recipe.yaml_reader import file_label
 
 @dataclass(frozen=True)
 class Shipped:
-    """A recipe that comes with llmtune."""
+    """A recipe that ships with llmtune."""
 
     name: str
     task: str
@@ -48,7 +48,7 @@ def list_recipes() -> list[Shipped]:
 
 
 def describe_file(file: Path) -> str:
-    """Return the first comment line that is not for an editor."""
+    """Return the first comment line, ignoring editor directives."""
     for line in file.read_text(encoding="utf-8").splitlines():
         words = line.lstrip("#").strip()
         if line.startswith("#") and words and not words.startswith("yaml-language-server"):
@@ -57,9 +57,9 @@ def describe_file(file: Path) -> str:
 
 
 def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the file of a recipe, given by path or by the name of a shipped one.
+    """Return the file of a recipe, given a path or the name of a shipped recipe.
 
-    Raises RecipeError if there is none, with the nearest name.
+    Raises RecipeError with the nearest name if it does not exist.
     """
     name = os.fspath(name_or_path)
     path = Path(os.path.expanduser(name))
@@ -73,7 +73,7 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     if os.path.isdir(path) and name not in shipped:
         has_recipe = any(path.glob("*.y*ml"))
         fix = "Name the YAML file in it." if has_recipe else f"Write a recipe for its rows: llmtune init {name}"
-        raise RecipeError.of("a folder, not a recipe file", file_label(path), fix)
+        raise RecipeError.of("this is a folder, not a recipe file", file_label(path), fix)
     bare = name.removesuffix(".yaml")
     if bare in shipped:
         return shipped[bare]
@@ -83,23 +83,23 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
         hint = nearest(path.name, siblings) or nearest(bare, list(shipped))
         raise RecipeError.of(f"no such recipe file: {name}", None, f"Check the path.{hint} Shipped recipes: {known}.")
     fix = f"{nearest(name, list(shipped))} Shipped: {known}.".strip()
-    raise RecipeError.of(f"no recipe file and no shipped recipe is called {name!r}", None, fix)
+    raise RecipeError.of(f"recipe {name!r} not found: neither a file nor a shipped recipe", None, fix)
 
 
 def _looks_like_recipe(path: Path) -> bool:
-    """Whether a JSON file names a task and a section `data`, as recipes do: JSON is YAML."""
+    """Return whether a JSON file looks like a recipe, with `task` and `data`; JSON is valid YAML."""
     with path.open(errors="replace") as file:
         start = file.read(2**16)
     return all(f'"{key}"' in start for key in ("task", "data"))
 
 
 def new_recipe(task: str) -> str:
-    """Return the text of a recipe for `task` that passes the check, with `SET` where a person has to decide.
+    """Return the text of a valid starter recipe for `task`; `SET` marks the values to replace.
 
-    Raises RecipeError if there is no such task.
+    Raises RecipeError if the task is unknown.
     """
     starters = shipped_files(recipes_folder() / "starters")
     if task not in starters:
         fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
-        raise RecipeError.of(f"there is no task '{task}'", "--task", fix)
+        raise RecipeError.of(f"unknown task '{task}'", "--task", fix)
     return starters[task].read_text(encoding="utf-8")

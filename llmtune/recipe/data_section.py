@@ -1,4 +1,4 @@
-"""The section `data`: where the rows come from, how they are split, and what of them is learned."""
+"""The section `data`: sources of the rows, splits, and the tokens to learn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENCODING_KEYS = (
     *("max_length", "on_overlong", "train_on"),
     *("reasoning", "special_tokens_in_text", "unknown_tokens", "system_prompt"),
 )
-"""Keys that encoded examples depend on, and rows do not."""
+"""Keys that affect encoded examples but not rows."""
 Container = Literal["jsonl", "json", "csv", "parquet"]
 MessageRole = Literal["system", "user", "assistant", "tool"]
 DATA_ENDINGS: Mapping[str, str] = {
@@ -45,7 +45,7 @@ DATA_ENDINGS: Mapping[str, str] = {
     ".text": "text",
     ".md": "text",
 }
-"""How a file is read, by the ending of its name."""
+"""Reader of a file, by file extension."""
 PACKED = (".gz", ".zst", ".zstd")
 if TYPE_CHECKING:
     Format = str
@@ -54,47 +54,47 @@ else:
 
 
 def absolute_source(path: str, folder: Path) -> str:
-    """Make a source's path absolute unless it is `hub:NAME`, `builtin:NAME` or an address."""
+    """Make a source's path absolute unless it is `hub:NAME`, `builtin:NAME` or a URL."""
     return path if path.startswith((*REMOTE, *STORES)) else absolute(path, folder, pattern=True)
 
 
 class Source(RecipeSection):
-    """Where rows come from. A plain text stands for its `path`."""
+    """A source of rows. A plain string is its `path`."""
 
     path: NonEmpty
-    """A file, a glob, a folder, an address (`s3://`, `gs://`, `https://`), `hub:NAME` or `builtin:NAME`. Relative to
-    the file that states it."""
+    """A file, a glob, a folder, a URL (`s3://`, `gs://`, `https://`), `hub:NAME` or `builtin:NAME`. Relative to the
+    recipe file that sets it."""
     config: NonEmpty | None = None
-    """Configuration of a hub data set. Default none: the set's own default."""
+    """Configuration of a hub data set. Default none: the data set's default."""
     split: NonEmpty | None = None
-    """Split of a hub data set. Default none: `train`, or the only one there is."""
+    """Split of a hub data set. Default none: `train`, or the only split."""
     revision: NonEmpty | None = None
-    """Branch, tag or commit of a hub data set. Default none: the newest. The lock file notices when it has changed; a
-    commit keeps it still."""
+    """Branch, tag or commit of a hub data set. Default none: the newest commit. The lock file detects changes; name a
+    commit to pin it."""
     format: Format | None = None
-    """How a file is read (`jsonl`, `json`, `csv`, `parquet`, `text`) or what its rows are (such as `messages` or
-    `text-label`; each task knows its own). Default none: found out by looking."""
+    """File format (`jsonl`, `json`, `csv`, `parquet`, `text`) or row format (such as `messages` or `text-label`,
+    depending on the task). Default none: detected from the file."""
     columns: dict[str, str] = Field(default={})
-    """Names of columns: ours on the left, on the right the file's, a key within one such as `thread.messages`, or a
-    template of them such as `"{subject}\\n\\n{body}"`. Default none: `data.columns`."""
+    """Column mapping. The left side is llmtune's name. The right side is the file's column, a nested key such as
+    `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. Default none: `data.columns`."""
     encoding: NonEmpty | None = None
-    """Encoding of a text file, by its name in Python, such as `cp1252` or `utf-16`. Default none: UTF-8."""
+    """Encoding of a text file, by Python's name, such as `cp1252` or `utf-16`. Default none: UTF-8."""
     weight: float = Field(default=1.0, gt=0, le=1000)
-    """How often these rows count beside those of the other sources. Default 1: as they are."""
+    """Weight of these rows relative to other sources. Default 1: each row counts once."""
     limit: Positive | None = None
-    """Read at most so many rows. Default none: all of them."""
+    """Maximum number of rows to read. Default none: all."""
 
     paths: ClassVar = {"path": absolute_source}
 
     def check(self, diagnostics: Diagnostics, key: str, variant: TaskVariant) -> None:
-        """Report what is wrong with the source at `key`."""
+        """Report errors in the source at `key`."""
         kind, _, name = self.path.partition(":")
         if self.path.startswith(REMOTE) and not name.strip():
             diagnostics.add(f"{key}.path", f"'{key}.path' is {self.path!r}, without a name", f"Write {kind}:NAME.")
         elif self.path.startswith(STORES):
             self._check_address(diagnostics, f"{key}.path", variant)
         elif "://" in self.path:
-            what = f"'{key}.path' is {self.path!r}, an address that is not read"
+            what = f"'{key}.path' is {self.path!r}, a kind of address that llmtune cannot read"
             fix = f"Use a file, a glob, a folder, {', '.join(STORES)}, hub:NAME or builtin:NAME."
             diagnostics.add(f"{key}.path", what, fix)
         if kind != "hub":
@@ -108,47 +108,47 @@ class Source(RecipeSection):
             diagnostics.no_effect(f"{key}.encoding", "for a hub data set", "Remove it.", f"{key}.path")
         if self.encoding is not None and not _is_encoding(self.encoding):
             what = f"'{key}.encoding' is {self.encoding!r}, which Python does not know"
-            diagnostics.add(f"{key}.encoding", what, "Write its name in Python, such as cp1252, latin-1 or utf-16.")
+            diagnostics.add(f"{key}.encoding", what, "Use Python's name, such as cp1252, latin-1 or utf-16.")
         formats = variant.facts.formats
         if self.format in ROW_FORMATS and self.format not in formats:
             what = f"'{key}.format' is '{self.format}', which task: {variant.task} cannot use"
-            diagnostics.add(f"{key}.format", what, f"Row formats of this task: {', '.join(formats)}.", "task")
+            diagnostics.add(f"{key}.format", what, f"Use a row format of this task: {', '.join(formats)}.", "task")
         check_names(self.columns, f"{key}.columns", diagnostics)
 
     def _check_address(self, diagnostics: Diagnostics, key: str, variant: TaskVariant) -> None:
-        """Refuse what may be a secret, which does not belong into a recipe, and is not shown here either."""
+        """Report an address that may contain a secret, without showing it, and one that names no file."""
         address = urlsplit(self.path)
         web = address.scheme.startswith("http")
         if "@" in address.netloc or (web and (address.query or address.fragment)):
-            what = f"'{key}' is an address with a password or a query, which would stand in every report"
-            fix = "Put passwords into ~/.netrc; for signed addresses use s3:// or gs:// with credentials."
+            what = f"'{key}' is an address with a password or a query, which every report would show"
+            fix = "Put passwords in ~/.netrc. Instead of signed addresses, use s3:// or gs:// with credentials."
             diagnostics.add(key, what, fix)
         elif not address.netloc or not address.path.strip("/"):
-            diagnostics.add(key, f"'{key}' is {self.path!r}, which names no file", "Write BUCKET/FILE behind it.")
+            diagnostics.add(key, f"'{key}' is {self.path!r}, which names no file", "Append BUCKET/FILE.")
         elif web and ("*" in self.path or self.path.endswith("/")):
-            diagnostics.add(key, f"'{key}' is {self.path!r}: web servers list no files", "Name each file.")
+            diagnostics.add(key, f"'{key}' is {self.path!r}: web servers do not list files", "Name each file.")
         if variant.facts.takes_audio:
-            diagnostics.add(key, f"'{key}' is an address; recordings are read from disk", "Fetch them first.", "task")
+            diagnostics.add(key, f"'{key}' is an address; recordings are read from disk", "Download them.", "task")
 
 
 def data_ending(path: PurePath) -> str:
-    """Return the ending that tells the kind of file, with what it is packed in taken off."""
+    """Return the extension of the file's format, without the extension of its compression."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
 
 
 def check_names(columns: Mapping[str, str], key: str, diagnostics: Diagnostics) -> None:
-    """Report mapped columns that llmtune does not know."""
+    """Report mappings of columns that llmtune does not know."""
     for column in columns:
         if column not in COLUMNS:
             what = f"'{key}' maps '{column}', which is not a column that llmtune knows"
-            fix = f"{nearest(column, COLUMNS)} Write ours on the left: {', '.join(COLUMNS)}.".strip()
+            fix = f"{nearest(column, COLUMNS)} Write llmtune's name on the left: {', '.join(COLUMNS)}.".strip()
             diagnostics.add(f"{key}.{column}", what, fix)
 
 
 def _is_encoding(name: str) -> bool:
     try:
         "a".encode(name)
-    except LookupError:  # unknown, or an encoding of bytes
+    except LookupError:  # unknown, or a bytes-to-bytes codec
         return False
     return True
 
@@ -165,63 +165,64 @@ ShareOrSources = Annotated[
 
 
 class DataSection(RecipeSection):
-    """The rows: where they come from, how they are split, and what of them is learned."""
+    """The rows: their sources, their splits, and the tokens to learn."""
 
     train: Sources
-    """The rows to learn from: a source or a list of them. Required."""
+    """The training rows: a source or a list of sources. Required."""
     validation: ShareOrSources = 0.05
-    """All that training may look at (its loss, early stopping, best checkpoint): a share of the rows, or sources. 0 is
-    none. Default 0.05: enough for a steady loss."""
+    """Validation rows, for the loss during training, early stopping and the best checkpoint: a share of the rows, or
+    sources. 0 means none. Default 0.05: enough for a stable loss."""
     test: ShareOrSources = 0.1
-    """Read by `evaluate` alone: a share of the rows, or sources. 0 is none. Default 0.1: enough rows for an interval,
-    few enough to keep rows for training."""
+    """Test rows, used only by `evaluate`: a share of the rows, or sources. 0 means none. Default 0.1: enough rows for
+    a confidence interval, and most rows remain for training."""
     columns: dict[str, str] = Field(default={})
-    """Names of columns in all sources that do not map their own: ours on the left, on the right the file's, a key
-    within one such as `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. A file that has none of
-    them is read by its own names. Default none: found by looking at the rows; the usual names are known."""
+    """Column mapping for all sources without their own. The left side is llmtune's name. The right side is the file's
+    column, a nested key such as `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. Files without any
+    of these columns use their own names. Default none: columns are detected from the rows by their usual names."""
     roles: dict[MessageRole, Annotated[Many[NonEmpty], BeforeValidator(one_or_more)]] = Field(default={})
-    """Who speaks in messages: our role on the left, on the right its name in the rows, or a list of names, such as
-    `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are known."""
+    """Role mapping for messages: llmtune's role on the left, its name or names in the rows on the right, such as
+    `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are recognised."""
     split_by: NonEmpty | None = None
-    """Column whose equal values stay in one split, and are one group for intervals. Default none: each row is alone."""
+    """Column that groups rows. A group stays in one split and is resampled as one for confidence intervals. Default
+    none: rows are independent."""
     deduplicate: Literal["none", "exact", "near"] = "near"
-    """Drop rows that are equal, or nearly so. Default `near`: repeated rows are learned by heart, and a near copy in
-    test flatters the score."""
+    """Drop exact duplicates, or near duplicates too. Default `near`: the model memorises repeated rows, and a near
+    copy in test inflates the score."""
     max_dropped: float = Field(default=0.05, ge=0, le=1)
-    """Highest share of bad rows, and of over-long ones unless `on_overlong` says drop. Default 0.05: more than that is
-    a mistake in the data or in the recipe."""
+    """Highest share of bad rows, and of too long rows unless `on_overlong` is `drop`. Default 0.05: a higher share
+    means a mistake in the data or the recipe."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which turns are learned: all of the assistant's, its last one, or every token. A message may say `train: false`.
-    Default `assistant`: what the model has to say."""
+    """Turns to learn: all assistant turns, the last one, or every token. Exclude a message with `train: false`.
+    Default `assistant`: the turns that the model will write."""
     system_prompt: NonEmpty | None = None
-    """The system message of conversations that have none: in training, evaluation, chat and serving, and in the chat
-    template that is saved. Default none: what the template adds by itself, which the data report names."""
+    """System message of conversations without one: in training, evaluation, chat, serving and the saved chat template.
+    Default none: the template's own system message, if any; the data report shows it."""
     reasoning: Literal["learn", "keep", "drop"] = "learn"
-    """What becomes of the thoughts of answers: learned, read as context and not learned, or left out. A row may say
-    `train_reasoning`. Default `learn`: a model that is to think before it answers has to write its thoughts."""
+    """Reasoning in answers: learn it, keep it as context without learning it, or drop it. A row may override this with
+    `train_reasoning`. Default `learn`: a reasoning model has to write its reasoning."""
     special_tokens_in_text: Literal["text", "refuse", "allow"] = "text"
-    """What becomes of special tokens, such as `<|im_end|>`, that stand in what is said: encoded as plain text, refused
-    with the row, or allowed to be what they are. The same in training, evaluation and chat. Default `text`: nobody can
-    end a turn by talking about it."""
+    """Special tokens, such as `<|im_end|>`, in the text of messages: encode them as plain text, refuse the row, or
+    allow them as special tokens. Applies to training, evaluation and chat. Default `text`: message text cannot end a
+    turn."""
     unknown_tokens: Literal["refuse", "allow"] = "refuse"
-    """What becomes of a row whose target holds characters that the tokenizer does not know (`<unk>`). Default
-    `refuse`: a model that learns to write `<unk>` writes it."""
+    """Rows whose target has characters unknown to the tokenizer (`<unk>`): refuse or allow them. Default `refuse`: the
+    model would learn to write `<unk>`."""
     max_length: int = Field(default=1024, ge=8)
-    """Longest row in tokens. Default 1024: holds most chats; memory grows with it."""
+    """Longest row in tokens. Default 1024: most chats fit; memory grows with it."""
     on_overlong: Literal["error", "drop", "truncate", "split"] = "error"
-    """What becomes of a longer row. Default `error`: nothing is cut without being asked for."""
+    """What to do with rows longer than `max_length`. Default `error`: nothing is truncated unless you ask for it."""
     packing: bool = True
-    """Join rows of one step without padding; attention stays within each row. Encoders too, where that is proven for
-    the model; others are padded among rows of like length, and the run says why. Default true: the same loss, and no
-    work on padding."""
+    """Pack the rows of a step without padding; attention stays within each row. Encoders are packed if a check proves
+    it exact for the model. Otherwise rows of similar length are padded, and the run says why. Default true: the same
+    loss, and no computation on padding."""
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        """Report what is wrong with the rows and their split, and keys that the task does not read."""
+        """Report errors in sources and splits, and keys that the task ignores."""
         if not variant.facts.has_turns:
-            fix = "Remove it: what the row names as its answer is what is learned."
+            fix = "Remove it: the task learns the answer of each row."
             diagnostics.no_effect("data.train_on", f"with task: {variant.task}", fix, "task")
         if not variant.facts.templated or variant.is_extractive:
-            fix = "Remove it: no chat template is used."
+            fix = "Remove it: the task uses no chat template."
             diagnostics.none_has_effect(
                 self,
                 "data",
@@ -231,7 +232,7 @@ class DataSection(RecipeSection):
                 "task",
             )
         if not variant.generates:
-            fix = "Remove it: no text is learned."
+            fix = "Remove it: the task learns no text."
             diagnostics.no_effect("data.unknown_tokens", f"with task: {variant.task}", fix, "task")
         if not variant.facts.packs:
             fix = "Remove it: these rows are padded."
@@ -248,17 +249,17 @@ class DataSection(RecipeSection):
         if self.split_by is not None and not share and not isinstance(self.test, tuple):
             fix = "Give data.validation or data.test a share of the rows, or data.test a file, or remove it."
             because = ("data.validation", "data.test")
-            diagnostics.no_effect("data.split_by", "where no rows are split off", fix, *because)
+            diagnostics.no_effect("data.split_by", "if no rows are split off", fix, *because)
         if share >= 1:
             what = f"data.validation and data.test together take {share:g} of the rows"
             diagnostics.add("data.test", what, "Leave some for training.", "data.validation")
 
     def _check_mappings(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        """Report columns and roles that nothing reads, and a name mapped to two roles."""
+        """Report column and role mappings without effect, and a name mapped to two roles."""
         check_names(self.columns, "data.columns", diagnostics)
         if self.columns and all(source.columns for split in SPLITS for source in self.sources(split)):
             fix = "Remove it, or the `columns` of the sources."
-            diagnostics.no_effect("data.columns", "where every source maps its own", fix, "data.train.0.columns")
+            diagnostics.no_effect("data.columns", "if every source has its own mapping", fix, "data.train.0.columns")
         if not set(variant.facts.formats) & set(WITH_ROLES):
             diagnostics.no_effect("data.roles", f"with task: {variant.task}", "Remove it: rows have no roles.", "task")
         names = Counter(name.strip().lower() for theirs in self.roles.values() for name in theirs)
@@ -266,7 +267,7 @@ class DataSection(RecipeSection):
             diagnostics.add("data.roles", f"'data.roles' maps '{name}' to two roles", "Keep one of them.")
 
     def sources(self, split: str) -> tuple[Source, ...]:
-        """Return the sources of a split; none where it is a share of the rows."""
+        """Return the sources of a split; empty if it is a share of the rows."""
         value = getattr(self, split)
         return value if isinstance(value, tuple) else ()
 

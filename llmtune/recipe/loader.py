@@ -1,4 +1,4 @@
-"""Loads a recipe: the file, the files that it extends and `--set`, checked whole, with absolute paths and origins."""
+"""Loads a recipe from its file, the files it extends and `--set`; checks it, resolves paths and records origins."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ ADDED = (
     *(("train", name) for name in ("optim_args", "loss_type", "neftune_noise_alpha")),
     *(("data", "system_prompt"), ("data", "columns"), ("data", "roles"), ("model", "licences"), ("model", "trials")),
 )
-"""Keys that once were not there: runs from before keep their names, as their defaults are left out of the hash."""
+"""Keys added later. The hash omits their defaults, so older runs keep their fingerprints."""
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe that is whole and right, and how it came about."""
+    """A complete, valid recipe and the origins of its values."""
 
     recipe: Recipe
     """With absolute paths and the task's metrics filled in."""
     origins: dict[str, str]
-    """Dotted key -> `file:line`, `--set` or `default`; items of a list of sources are counted: `data.train.0.path`."""
+    """Dotted key -> `file:line`, `--set` or `default`; sources in a list have an index: `data.train.0.path`."""
     file: Path
     fingerprint: str
-    """Hex sha256 over all that decides what is trained, paths as written; see `fingerprint`."""
+    """Hex sha256 over everything that affects training, paths as written; see `fingerprint`."""
     without_effect: frozenset[str] = field(default_factory=frozenset)
     """Keys whose defaults have no effect in this recipe."""
 
     def to_yaml(self, with_origins: bool = True) -> str:
-        """Return YAML that loads to the same recipe, every value with its origin as a comment."""
+        """Return YAML that loads to the same recipe, with the origin of each value as a comment."""
         return write_yaml(self.recipe, self.origins, self.without_effect, with_origins)
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) -> LoadedRecipe:
-    """Load a recipe file, or a shipped recipe by name, with `KEY=VALUE` texts laid over it.
+    """Load a recipe file, or a shipped recipe by name, and apply `KEY=VALUE` overrides.
 
-    Raises RecipeError with every problem that was found, each with its place and what to do.
+    Raises RecipeError with every problem found, each with its place and fix.
     """
     file = find_recipe(name_or_path)
     return resolve_recipe(apply_sets(read_layers(file, Recipe.model_fields), sets), file)
 
 
 def resolve_recipe(root: Node, file: Path) -> LoadedRecipe:
-    """Check what a recipe states and fill in the rest. Raises RecipeError with every problem."""
+    """Check a recipe and fill in defaults. Raises RecipeError with every problem."""
     source_map = SourceMap(root)
     written = validate(root, default_name(file))
     recipe = fill_metrics(absolute_paths(written, source_map))
@@ -72,10 +72,10 @@ def resolve_recipe(root: Node, file: Path) -> LoadedRecipe:
 
 
 def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[str] = ()) -> LoadedRecipe:
-    """Load the resolved recipe of a run: the comment after a value is its origin.
+    """Load the resolved recipe of a run, with origins from the comments after its values.
 
-    What `--set` changes has `--set`, a value without a comment its line. Defaults in the
-    `changeable` sections count as not stated, so they never conflict with `sets`.
+    Values changed by `sets` have the origin `--set`, values without a comment their line. Defaults in the `changeable`
+    sections count as not stated, so they never conflict with `sets`.
 
     Raises RecipeError.
     """
@@ -92,10 +92,10 @@ def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[s
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Hash what decides the trained model: seed, task and its section, data, model, adapter, train.
+    """Hash everything that affects the trained model: seed, task and its section, data, model, adapter, train.
 
-    A new name, gate, metric or generation setting leaves it as it is, and so does a further seed: what is trained with
-    it lies in a folder of its own.
+    Name, gates, metrics and generation settings do not affect it. Neither do additional seeds, whose results are in
+    their own folders.
     """
     section = TASK_FACTS[recipe.task].section
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
@@ -115,7 +115,7 @@ def default_name(file: Path) -> str:
 
 
 def fill_metrics(recipe: Recipe) -> Recipe:
-    """Put the task's own choice of metrics where none are stated."""
+    """Fill in the task's default metrics if the recipe names none."""
     metrics = recipe.evaluate.metrics or recipe.variant.default_metrics
     return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": metrics})})
 
@@ -124,7 +124,7 @@ AnySection = TypeVar("AnySection", bound=RecipeSection)
 
 
 def absolute_paths(section: AnySection, source_map: SourceMap, prefix: str = "") -> AnySection:
-    """Return a section with absolute paths: they are relative to the file that states them, or the working folder."""
+    """Return a section with absolute paths, resolved against the recipe file or, for `--set`, the working folder."""
     update: dict[str, object] = {}
     for name, value in section:
         key, to_absolute = f"{prefix}{name}", type(section).paths.get(name)

@@ -1,4 +1,4 @@
-"""Another tool's configuration becomes a recipe: each key is carried, renamed, not needed, or refused with a reason."""
+"""Migrates another tool's configuration: each key is carried over, renamed, not needed, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llmtune.recipe.yaml_reader import Node
 from llmtune.recipe.yaml_writer import scalar
 
 HELD_OUT: dict[str, tuple[object, str]] = {
-    "data.validation": (0, "none are held out there; 0.05 lets training see how it does"),
-    "data.test": (0, "none are held out there; 0.1 measures what the tuning did"),
-    "data.deduplicate": ("none", "copies are learned there; near keeps one of them"),
+    "data.validation": (0, "that tool holds out no rows; 0.05 gives training a validation loss"),
+    "data.test": (0, "that tool holds out no rows; 0.1 measures the effect of tuning"),
+    "data.deduplicate": ("none", "that tool trains on duplicates; near keeps one of each"),
 }
-"""Defaults of a recipe that other tools do not share: what they do instead, and a note."""
+"""Recipe keys whose defaults differ from other tools: the other tools' behaviour, and a note."""
 REQUIRED = {
     "task": (DEFAULT_TASK, "SET: the task"),
     "data.train": ("rows.jsonl", "SET: the rows"),
@@ -35,9 +35,9 @@ REQUIRED = {
 def migrate_config(
     file: Path, out: Path, tool: str | None = None, task: str | None = None
 ) -> tuple[Migration, LoadedRecipe]:
-    """Make a recipe to be written to `out`; return it, with what became of each key.
+    """Migrate a configuration to a recipe for `out`; return the outcome of each key, and the recipe.
 
-    Raises RecipeError where the file cannot be read, is of no known tool, or asks for what cannot be done at all.
+    Raises RecipeError if the file cannot be read, no known tool matches, or no valid recipe is possible.
     """
     config = ForeignConfig.read(file, tool)
     table, migration = config.table, Migration(config, out.absolute().parent)
@@ -45,7 +45,7 @@ def migrate_config(
         migration.settings["task"] = Setting(task, ["--task"])
     for ours, value in config.facts.items():
         migration.settings.setdefault(ours, Setting(value, ["the command"]))
-    for key, value in config.values.items():  # those that decide on the task first
+    for key, value in config.values.items():  # keys that decide the task come first
         if '"task"' in json.dumps(table.find(key)):
             move(migration, key, value)
     for ours, value in (fact for key, facts in table.guesses.items() if key in config.values for fact in facts.items()):
@@ -68,7 +68,7 @@ def migrate_config(
 
 
 def _look_at_rows(migration: Migration) -> None:
-    """Let the first row of a local file decide what the table leaves to it, where nothing else has."""
+    """Set keys by the columns of a local file's first row if nothing else has set them."""
     path = migration.settings.get("data.train.0.path")
     row = read_first_row(migration.folder / str(path.value)) if path else {}
     for name, facts in migration.config.table.columns.items():
@@ -80,7 +80,7 @@ def _look_at_rows(migration: Migration) -> None:
 
 
 def _state_defaults(migration: Migration) -> None:
-    """State what the other tool does where its configuration is silent, and that it holds no rows out."""
+    """Set the other tool's defaults for keys that its configuration does not state."""
     table, config = migration.config.table, migration.config
     guess, mark = REQUIRED["task"]
     task = migration.settings.setdefault("task", Setting(guess, [mark])).value
@@ -115,12 +115,12 @@ def _state_defaults(migration: Migration) -> None:
 
 
 def _is_stated(config: ForeignConfig, key: str, rule: Mapping[str, Any]) -> bool:
-    """Whether a configuration states a key; null states nothing, unless the rule says what it means."""
+    """Return whether a configuration states a key; null counts only if the rule gives it a meaning."""
     return key in config.values and (config.values[key] is not None or "null" in rule.get("values", {}))
 
 
 def _count_tokens(migration: Migration) -> None:
-    """Where a step there counts packed sequences, state the tokens that they hold."""
+    """If the other tool counts packed sequences per step, set the equivalent number of tokens."""
     rows, length = (migration.settings.get(ours) for ours in ("train.batch_size", "data.max_length"))
     packing, task = migration.settings.get("data.packing"), migration.settings["task"].value
     if not migration.packed or packing is None or packing.value is not True or not TASK_FACTS[str(task)].splits_text:
@@ -135,7 +135,7 @@ def _count_tokens(migration: Migration) -> None:
 
 
 def _check(migration: Migration, out: Path) -> LoadedRecipe:
-    """Check the recipe; what it refuses is taken out, with the recipe's own reason, until it is good."""
+    """Remove every key that the recipe check refuses, noting the reason, until the recipe is valid."""
     while True:
         for ours, (value, what) in REQUIRED.items():
             if not any(one == ours or one.startswith(f"{ours}.") for one in migration.settings):
@@ -153,7 +153,7 @@ def _check(migration: Migration, out: Path) -> LoadedRecipe:
 
 
 def nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Nest dotted keys; items of a list are keyed by number."""
+    """Nest dotted keys; list items keep their index as key."""
     root: dict[str, Any] = {}
     for ours, setting in settings.items():
         here = root
@@ -165,7 +165,7 @@ def nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
 
 
 def _node(value: Any, key: str, folder: Path) -> Node:
-    """Make a node whose origin is its key, so that a problem names it."""
+    """Return a node whose origin is its key; problems then name the key."""
     if isinstance(value, Setting):
         return _plain(value.value, key, folder)
     items = {name: _node(inner, f"{key}.{name}".lstrip("."), folder) for name, inner in value.items()}
@@ -189,7 +189,7 @@ def write_migrated(migration: Migration) -> str:
     """Return the text of the recipe, with comments."""
     config = migration.config
     tree = nested(migration.settings)
-    first = f"# Made from {config.label} ({config.table.tool}). The comment after a value names its key there."
+    first = f"# Migrated from {config.label} ({config.table.tool}). The comment after a value is its original key."
     lines = [first, "recipe_version: 1"]
     for name in Recipe.model_fields:
         if name in tree:
@@ -197,12 +197,12 @@ def write_migrated(migration: Migration) -> str:
     refused = [one for one in migration.outcomes if one.state == "refused"]
     unneeded = [one for one in migration.outcomes if one.state == "not needed"]
     same = [one.key for one in migration.outcomes if one.state == "carried" and not one.to]
-    lines += ["", "# Not carried over:" if refused else "# Every key that matters is carried over."]
+    lines += ["", "# Not carried over:" if refused else "# All relevant keys are carried over."]
     lines += [f"#   {one.shown}: {one.why}" for one in refused]
     lines += ["# Not needed:"] if unneeded else []
     lines += [f"#   {one.shown}: {one.why}" for one in unneeded]
-    lines += [f"# The same here by default: {', '.join(same)}."] if same else []
-    lines += [f"# Look: {line}." for line in migration.looks]
+    lines += [f"# Same as llmtune's default: {', '.join(same)}."] if same else []
+    lines += [f"# Check: {line}." for line in migration.looks]
     return redact("".join(f"{''.join(c if c.isprintable() else '?' for c in line)}\n" for line in lines))
 
 

@@ -1,19 +1,20 @@
-"""What a rule of `migrations/TOOL.yaml` makes of one key of another tool's configuration.
+"""Applies a rule of `migrations/TOOL.yaml` to one key of another tool's configuration.
 
-A rule is one of our keys, or a mapping:
+A rule is a llmtune key, or a mapping. "Our" means llmtune's:
 
-- `to` or `times`: our key takes the value, or is multiplied with it; `positive`: why a number below 1 states nothing;
-- `values`: by value (`*`: any letters), our value, or `{our key: value}`, or `{refuse: reason}`; `{}` is as here;
-- `refuse`: the reason against every other value; `unneeded`: why the key changes nothing; `why`: a note on it;
-- `look`: a line for the user, where a value of `values` is taken;
-- `packs`: a step of the other tool counts packed sequences when this is true;
-- `each`: a key that every source takes;
-- `list`: our key takes a list, its items by `rename`;
-- `source`, `column`: a key or a column of the rows, by task if `of_task` says so; `append`: a list takes the value;
-- `sources`: a list of sources, with rules of its own; `listing`: the key with the folder of LLaMA-Factory's
-  dataset_info.json, where they are looked up by name;
+- `to` or `times`: our key gets the value, or is multiplied by it; `positive`: why a number below 1 has no meaning;
+- `values`: by value (`*` matches anything), our value, `{our key: value}` or `{refuse: reason}`; `{}` is our default;
+- `refuse`: the reason to refuse every other value; `unneeded`: why the key changes nothing; `why`: a note on it;
+- `look`: a line for the user if a value of `values` matches;
+- `packs`: a step of the other tool counts packed sequences if this is true;
+- `each`: a key to set on every source;
+- `list`: our key for a list, its items renamed by `rename`;
+- `source`, `column`: a key or a column of a source, by task in `of_task`; `append`: our list to append the value to;
+- `sources`: a list of sources, with its own rules; `listing`: the key with the folder of LLaMA-Factory's
+  dataset_info.json, in which their names are looked up;
 - `split_of`: a split of the same data set;
-- `path`: a `model` or `file`, seen from the recipe; `then`: what follows; `replaces`, `replaced`: who wins over whom.
+- `path`: a `model` or `file`, resolved against the recipe; `then`: further keys to set; `replaces`, `replaced`: which
+  of two values wins.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ from llmtune.recipe.yaml_writer import scalar
 OutcomeState = Literal["carried", "renamed", "not needed", "refused"]
 SOURCE_PATH = re.compile(r"data\.(?:train|validation)\.\d+\.path")
 VARIABLE = re.compile(r"\S*\$[A-Za-z_{(]")
-NO_SECRETS = "a recipe holds no secrets: log in, or set an environment variable"
+NO_SECRETS = "recipes must not contain secrets: log in, or set an environment variable"
 NO_EFFECT = "has no effect"
 UNKNOWN = "llmtune does not know this key of the tool"
-UNLISTED = "no dataset_info.json here lists it with a file or a hub name: write its path"
+UNLISTED = "dataset_info.json does not list it with a file or a hub name: write its path"
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 WIDEST = 60
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What became of one key of the other tool."""
+    """The outcome of one key of the other tool."""
 
     key: str
     value: object
@@ -55,14 +56,14 @@ class Moved:
 
     @property
     def shown(self) -> str:
-        """The key with its value, on one line; no secrets."""
+        """Return the key with its value on one line, without secrets."""
         text = REMOVED if holds_secret(self.key, self.value) else scalar(self.value)
         return f"{redact(self.key)}: {text if len(text) <= WIDEST else text[: WIDEST - 3] + '...'}"
 
 
 @dataclass
 class Setting:
-    """The value of one of our keys, and the keys that it comes from."""
+    """The value of one llmtune key, and the keys it comes from."""
 
     value: object
     keys: list[str]
@@ -71,7 +72,7 @@ class Setting:
 
 @dataclass
 class Migration:
-    """A recipe in the making, and what became of the keys so far."""
+    """A recipe under construction, and the outcome of each key so far."""
 
     config: ForeignConfig
     folder: Path
@@ -79,26 +80,26 @@ class Migration:
     settings: dict[str, Setting] = field(default_factory=dict)
     moved: dict[str, Moved] = field(default_factory=dict)
     looks: dict[str, None] = field(default_factory=dict)
-    """Lines for the user to look at, in order."""
+    """Lines for the user to check, in order."""
     packed: bool = False
     """Whether a step of the other tool counts packed sequences."""
     stated: frozenset[str] = frozenset()
-    """Our keys that the configuration sets: the tool's defaults, which come later, give way to them."""
+    """llmtune keys that the configuration sets; they override the tool's defaults, which come later."""
 
     @property
     def outcomes(self) -> list[Moved]:
-        """What became of the keys that the configuration states, in its order."""
+        """Return the outcomes of the configuration's keys, in its order."""
         return [*self.moved.values()]
 
     @property
     def unset(self) -> list[str]:
-        """Our keys that have to be set, since the configuration does not say them."""
+        """Return the llmtune keys that the user has to set, since the configuration does not."""
         return [ours for ours, one in self.settings.items() if any(key.startswith("SET:") for key in one.keys)]
 
     def settle(
         self, key: str, value: object, why: str | None = None, *, to: Sequence[str] = (), ok: bool = True
     ) -> None:
-        """Note that a key is carried or renamed, or refused unless `ok`."""
+        """Record that a key is carried or renamed, or refused unless `ok`."""
         tail = [name.rpartition(".")[2] for name in to]
         same = tail == [key.rpartition(".")[2]] or (ok and not to)
         self.moved[key] = Moved(
@@ -106,11 +107,11 @@ class Migration:
         )
 
     def put(self, ours: str, value: object, key: str, rule: Mapping[str, Any]) -> str | None:
-        """Set one of our keys; return why that cannot be. Rows that are named win over a share of them."""
+        """Set a llmtune key; return the reason if that fails. Named rows override a share of the rows."""
         if below := [key for one, old in self.settings.items() if one.startswith(f"{ours}.") for key in old.keys]:
-            return f"{ours} names its rows already, by {', '.join(dict.fromkeys(below))}"
+            return f"{', '.join(dict.fromkeys(below))} already names the rows of {ours}"
         for parent in [one for one in self.settings if ours.startswith(f"{one}.")]:
-            self.take_out(parent, f"{parent} names its rows, by {key}")
+            self.take_out(parent, f"{key} names the rows of {parent}")
         old, replaces = self.settings.get(ours), rule.get("replaces", ())
         if ours in self.stated and replaces != "any":
             return None
@@ -118,15 +119,15 @@ class Migration:
         if old is not None and not wins and old.value != value:
             if rule.get("replaced"):
                 return None
-            return f"{ours} is {scalar(old.value)} already, by {', '.join(old.keys)}"
+            return f"{', '.join(old.keys)} already sets {ours} to {scalar(old.value)}"
         keys = [*(old.keys if old and old.value == value else []), key]
         self.settings[ours] = Setting(value, keys, bool(rule.get("replaced")))
         return None
 
     def take_out(self, where: str, why: str) -> bool:
-        """Take out the keys at and below one, and say why; return whether there were any.
+        """Remove the llmtune keys at and below `where`, for the reason `why`; return whether any existed.
 
-        What they come from is refused, or not needed where it has no effect.
+        Their original keys become refused, or not needed if they have no effect.
         """
         found = [ours for ours in self.settings if ours == where or ours.startswith(f"{where}.")]
         for ours in found:
@@ -135,7 +136,7 @@ class Migration:
                 if key in self.moved:
                     kept = tuple(name for name in self.moved[key].to if name != ours)
                     state: OutcomeState = "not needed" if NO_EFFECT in why else "refused"
-                    if kept:  # a part of what the key says
+                    if kept:  # other llmtune keys from this key remain
                         self.moved[key] = replace(self.moved[key], to=kept)
                         part = f"{key} ({ours})"
                         self.moved[part] = Moved(part, setting.value, state, (), why)
@@ -145,11 +146,11 @@ class Migration:
 
 
 def move(migration: Migration, key: str, value: object) -> None:
-    """Apply the rule for a key; one that the table does not know is refused too."""
+    """Apply the rule for a key; refuse unknown keys."""
     rule = migration.config.table.find(key)
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, str) and VARIABLE.match(first):
-        migration.settle(key, value, "a variable, whose value is not known here: write it out", ok=False)
+        migration.settle(key, value, "it is a variable with unknown value: write the value", ok=False)
         return
     if rule is None:
         hint = nearest(key, list(migration.config.table.rules)).strip()
@@ -160,7 +161,7 @@ def move(migration: Migration, key: str, value: object) -> None:
 
 
 def apply_rule(migration: Migration, key: str, value: object, rule: Mapping[str, Any], source: str) -> None:
-    """Apply a rule to the value of a key; `source` is where keys of a source go."""
+    """Apply a rule to the value of a key; `source` is the llmtune key for keys of a source."""
     if "sources" not in rule and holds_secret(key, value):
         migration.settle(key, value, rule.get("refuse", NO_SECRETS), ok=False)
         return
@@ -174,10 +175,10 @@ def apply_rule(migration: Migration, key: str, value: object, rule: Mapping[str,
         migration.looks[named["look"]] = None
         named = {name: one for name, one in named.items() if name != "look"}
     if named == {}:
-        migration.settle(key, value, rule.get("why", "as here"))
+        migration.settle(key, value, rule.get("why", "same as the default"))
         return
     if named is None and value is None:
-        migration.settle(key, value, "it states nothing")
+        migration.settle(key, value, "it is null")
         return
     migration.packed |= bool(rule.get("packs")) and value is True
     if isinstance(named, Mapping):
@@ -203,11 +204,11 @@ def apply_rule(migration: Migration, key: str, value: object, rule: Mapping[str,
 def _targets(
     migration: Migration, key: str, value: Any, rule: Mapping[str, Any], source: str
 ) -> dict[str, object] | str:
-    """Return our keys with their values, or why there are none."""
+    """Return llmtune keys with values, or the reason to refuse the key."""
     if "times" in rule:
         ours, old = rule["times"], migration.settings.get(rule["times"])
         if not isinstance(value, int):
-            return f"it is {scalar(value)}, and rows are counted"
+            return f"it is {scalar(value)}, not a number of rows"
         if old is not None and isinstance(old.value, int):
             old.value *= value
             value = old.value
@@ -215,7 +216,7 @@ def _targets(
     if "list" in rule:
         items = value if isinstance(value, list) else [item for item in re.split(r"[,\s]+", str(value)) if item]
         if not all(isinstance(item, str) for item in items):
-            return f"it is {scalar(value)}, and names are wanted"
+            return f"it is {scalar(value)}, not a list of names"
         items = [renamed for item in items if (renamed := rule.get("rename", {}).get(item, item)) is not None]
         return {rule["list"]: "all-linear" if items in (["all-linear"], ["all"]) else items} if items else {}
     if "sources" in rule:
@@ -223,7 +224,7 @@ def _targets(
     if "split_of" in rule:
         path = migration.settings.get("data.train.0.path")
         if path is None or not str(path.value).startswith("hub:"):
-            return "a file has no splits: name its rows as data.validation"
+            return "files have no splits: set data.validation to a file"
         return {f"{rule['split_of']}.0.path": path.value, f"{rule['split_of']}.0.split": value}
     if "column" in rule:
         task = migration.settings.get("task")
@@ -245,7 +246,7 @@ def _targets(
 
 
 def _rule_of_value(values: Mapping[str, Any], value: object) -> Any:
-    """Return what a rule's `values` say about a value, by its text; None: nothing."""
+    """Return the entry of a rule's `values` for a value, by its text, or None."""
     text = scalar(value).strip('"').lower() if not isinstance(value, str) else value.lower()
     if text in values:
         return values[text]
@@ -267,16 +268,16 @@ def _put_all(
     if "sources" in rule:
         migration.settle(key, value, to=[rule["sources"]])
     else:
-        migration.settle(key, value, rule.get("why") if named else "as here", to=list(named))
+        migration.settle(key, value, rule.get("why") if named else "same as the default", to=list(named))
 
 
 def _move_sources(migration: Migration, parent: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
-    """Move each source of a list by the rule's own table; what became of its keys is noted one by one."""
+    """Migrate each source of a list with the rule's own table, and record the outcome of each of its keys."""
     inner, number = MigrationTable.from_mapping(rule), -1
     entries = value if isinstance(value, list) else [value]
     if "listing" in rule:
         if not all(isinstance(name, str | int) for name in entries):
-            return "name data sets, with commas between them"
+            return "write data set names, separated by commas"
         folder = str(migration.config.values.get(rule["listing"], "data"))
         entries = _look_up(migration, ",".join(map(str, entries)), folder)
     for index, entry in enumerate(entries):
@@ -286,7 +287,7 @@ def _move_sources(migration: Migration, parent: str, value: Any, rule: Mapping[s
             migration.settle(f"{parent}[{index}]", keys.get("name", entry), UNLISTED, ok=False)
             continue
         files = next((name for name in paths if isinstance(keys[name], list)), None)
-        for file in keys[files] if files else [None]:  # each file of a source is one of ours
+        for file in keys[files] if files else [None]:  # each file becomes its own source
             number += 1
             for key, item in (keys | ({files: file} if files else {})).items():
                 for name, one in inner.flatten({key: item}):
@@ -295,11 +296,11 @@ def _move_sources(migration: Migration, parent: str, value: Any, rule: Mapping[s
                         migration.settle(f"{parent}[{index}].{name}", one, UNKNOWN, ok=False)
                     elif known is not None:
                         apply_rule(migration, f"{parent}[{index}].{name}", one, known, f"{rule['sources']}.{number}")
-    return {} if number >= 0 else "no rows of it are known here"
+    return {} if number >= 0 else "it names no known rows"
 
 
 def _look_up(migration: Migration, names: str, folder: str) -> list[Any]:
-    """Return the entries of LLaMA-Factory's dataset_info.json by name; a name with an owner is one of the hub's."""
+    """Return the entries of LLaMA-Factory's dataset_info.json by name; `owner/name` is a hub data set."""
     places = [base / folder / "dataset_info.json" for base in (Path.cwd(), migration.config.folder)]
     listing = next((file for file in places if file.is_file()), None)
     listed = mapping(listing) if listing else {}
@@ -313,10 +314,10 @@ def _look_up(migration: Migration, names: str, folder: str) -> list[Any]:
 
 
 def _each(migration: Migration, value: Any, name: str) -> dict[str, object] | str:
-    """Return a key for every source; the lower number wins where a source has one already."""
+    """Return the key for every source; if a source already has a number, the lower one wins."""
     sources = [ours.removesuffix(".path") for ours in migration.settings if SOURCE_PATH.fullmatch(ours)]
     if not sources or type(value) is not int:
-        return f"state `{name}`, a number of rows, in each source"
+        return f"set `{name}`, a number of rows, in each source"
     stated = {source: migration.settings.get(f"{source}.{name}") for source in sources}
     return {
         f"{source}.{name}": min(value, old.value) if old is not None and isinstance(old.value, int) else value
@@ -325,7 +326,7 @@ def _each(migration: Migration, value: Any, name: str) -> dict[str, object] | st
 
 
 def _source_key(migration: Migration, value: Any, name: str, source: str) -> dict[str, object] | str:
-    """Return the key of a source; a path is local where it is there, else a data set of the hub."""
+    """Return the key of a source; a path that does not exist locally is a hub data set."""
     if name != "path":
         return {f"{source}.{name}": value}
     if not isinstance(value, str):
@@ -336,7 +337,7 @@ def _source_key(migration: Migration, value: Any, name: str, source: str) -> dic
     looks_local = path.startswith((".", "/", "~")) or path.lower().endswith(FILES)
     old = migration.settings.get(f"{source}.path")
     if old is not None and looks_local and str(old.value).startswith("hub:") and local is None:
-        return f"{path} is a file of {old.value}: download it, or name the data set alone"
+        return f"{path} is a file of {old.value}: download it, or name only the data set"
     if old is not None and local is not None:
         migration.settings.pop(f"{source}.path")
     if local is None and "://" in path:
@@ -344,12 +345,12 @@ def _source_key(migration: Migration, value: Any, name: str, source: str) -> dic
     elif local is None and looks_local:
         local = os.path.relpath(os.path.expanduser(path), migration.folder)
     if local is None and "/" not in path:
-        return f"{path} is neither a file here nor a data set OWNER/NAME of the hub: write its path"
+        return f"{path} is neither a local file nor a hub data set OWNER/NAME: write its path"
     return {f"{source}.path": local or f"hub:{path}"}
 
 
 def _local(migration: Migration, path: str) -> str | None:
-    """Return a path as seen from the recipe, if it is there: seen from here or from the configuration."""
+    """Return an existing path relative to the recipe; search the working folder and the configuration's folder."""
     for folder in (Path.cwd(), migration.config.folder):
         there = folder / os.path.expanduser(path)
         if path and os.path.exists(there):

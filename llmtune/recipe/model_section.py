@@ -24,32 +24,32 @@ Attention = Annotated[
 
 
 def is_folder(name: str, folder: Path) -> bool:
-    """Whether a model's name is a path: it looks like one, or a folder of that name is there."""
+    """Return whether a model's name looks like a path or is an existing folder."""
     looks_local = name.startswith(("./", "../", "/", "~")) or name in (".", "..")
     return not name.startswith(REMOTE) and (looks_local or os.path.isdir(os.path.join(folder, name)))
 
 
 def absolute_model(name: str, folder: Path) -> str:
-    """Make a model's name absolute if it is a folder; a name on the hub stays."""
+    """Make a model folder absolute; return hub names unchanged."""
     return absolute(name, folder) if is_folder(name, folder) else name
 
 
 def absolute_template(name: str, folder: Path) -> str:
-    """Return the path of a chat template: `builtin:NAME` comes with llmtune, anything else is seen from `folder`."""
+    """Return the path of a chat template: `builtin:NAME` ships with llmtune, other paths are relative to `folder`."""
     if name.startswith(BUILTIN):
         return str(recipes_folder() / "templates" / f"{name.removeprefix(BUILTIN)}.jinja")
     return absolute(name, folder)
 
 
 class CatalogueQuery(RecipeSection):
-    """What to look for in the catalogue of `llmtune models list`; models that cannot do the task are none anyway."""
+    """A query of the catalogue of `llmtune models list`. Models that cannot do the task never match."""
 
     family: Annotated[tuple[NonEmpty, ...], BeforeValidator(one_or_more)] = ()
-    """One or more families, such as `Qwen2.5`. Default none: all of them."""
+    """One or more model families, such as `Qwen2.5`. Default none: all."""
     language: NonEmpty | None = None
-    """A language that the model's card names: `en`, `de` ... Default none: any."""
+    """A language named in the model card, such as `en` or `de`. Default none: any."""
     max_parameters: float | None = Field(default=None, ge=1)
-    """Parameters at most, such as `2.0e9`. Default none: what fits into the memory."""
+    """Maximum number of parameters, such as `2.0e9`. Default none: memory is the only limit."""
 
 
 Candidates = Annotated[
@@ -59,52 +59,53 @@ Candidates = Annotated[
 
 
 class ModelSection(RecipeSection):
-    """The model to start from: one by name, or candidates among which the best for the rows is chosen."""
+    """The model to start from: a name, or candidates from which llmtune picks the best for the rows."""
 
     name: NonEmpty | None = None
     """A folder, a name on the hub (`owner/model`), or `builtin:NAME` for a packaged model. Required unless
-    `candidates` is given; no default, because the model is the first decision of a recipe."""
+    `candidates` is set: the model is your decision."""
     candidates: Candidates | None = None
-    """Models to choose from, in place of `name`: a list, or what to look for in the catalogue, such as
-    `{family: Qwen2.5, language: de, max_parameters: 2.0e9}`. Those that cannot do the task or do not fit are left out,
-    the rest are ranked by bits per byte on a sample of the rows. Default none: ranking loads every candidate."""
+    """Models to choose from, instead of `name`: a list, or a catalogue query such as
+    `{family: Qwen2.5, language: de, max_parameters: 2.0e9}`. Models that cannot do the task or do not fit in memory
+    are skipped. The rest are ranked by bits per byte on a sample of the rows. Default none: ranking loads every
+    candidate."""
     licences: Many[NonEmpty] = ()
-    """Licences that a candidate may have, under the hub's names, such as `apache-2.0`; one with another licence, or
-    with none that is known, is left out. Default none: any licence."""
+    """Licences that a candidate may have, by the hub's names, such as `apache-2.0`. Candidates with another or an
+    unknown licence are skipped. Default none: any licence."""
     trials: int = Field(default=0, ge=0)
-    """Steps of a short trial tuning of each candidate; the better half goes on with twice as many, until one is left,
-    which is taken. Needs `data.validation`. Default 0: bits per byte before any tuning decide, which takes seconds."""
+    """Steps of a short trial training of each candidate. The better half continues with twice as many steps until one
+    is left. Needs `data.validation`. Default 0: rank by bits per byte before training, which takes seconds."""
     revision: NonEmpty = "main"
-    """Branch, tag or commit on the hub. Default `main`; the lock file pins the commit it stood for."""
+    """Branch, tag or commit on the hub. Default `main`; the lock file pins its commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights and the computation. Default `auto`: bfloat16 where the device computes in it, else
+    """Number format of the weights and the computation. Default `auto`: bfloat16 if the device supports it, else
     float32, because float16 needs loss scaling."""
     chat_template: NonEmpty | None = None
-    """File with a Jinja chat template that replaces the model's own; `builtin:chatml` comes with llmtune, and writes
-    tools and thoughts. Default none: the template that the model was trained with is the right one for it."""
+    """File with a Jinja chat template that replaces the model's own. `builtin:chatml` ships with llmtune and supports
+    tools and reasoning. Default none: use the template the model was trained with."""
     chat_template_kwargs: dict[str, object] = Field(default={})
-    """Values for variables of the chat template, e.g. `enable_thinking: false`. They become defaults of the template
-    that is saved and served, so a client need not send them. Default none: what a template does by itself."""
+    """Values for variables of the chat template, e.g. `enable_thinking: false`. They become defaults of the saved and
+    served template, so clients need not send them. Default none: the template's own defaults."""
     add_tokens: Many[NonEmpty] = ()
     """Tokens to add to the vocabulary; their embeddings are trained with the adapter. Default none: new embeddings
-    start from nothing and make the adapter larger."""
+    start untrained and make the adapter larger."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Default false: that code can do anything on the machine."""
     use_safetensors: bool = True
-    """Load weights in the safetensors format only; false admits pickled weights. Default true: a pickle runs code when
-    it is loaded."""
+    """Load only weights in safetensors format; false also allows pickled weights. Default true: loading a pickle can
+    run code."""
     attn_implementation: Attention = "auto"
-    """How attention is computed: `eager`, `sdpa`, or a kernel on the hub (`kernels-community/NAME`, which needs the
-    package `kernels` and the network). Default `auto`: exact packed attention in training, the fastest that the model
-    offers elsewhere."""
+    """Attention implementation: `eager`, `sdpa`, or a kernel on the hub (`kernels-community/NAME`, which needs the
+    package `kernels` and the network). Default `auto`: exact packed attention in training, elsewhere the fastest one
+    the model supports."""
     check_memory: bool = True
-    """Refuse a model whose lower bound of memory exceeds the device. Default true; false overrules a plan that is
-    known to be wrong."""
+    """Refuse a model whose minimum memory exceeds the device. Default true; set false to override a plan that you know
+    is wrong."""
 
     paths: ClassVar = {"name": absolute_model, "candidates": absolute_model, "chat_template": absolute_template}
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, validates: bool) -> None:
-        """Report a model that is not named, or named twice, and settings that it or the task does not read."""
+        """Report a missing model, a model named twice, and settings that the model or the task ignores."""
         both = ("model.name", "model.candidates")
         if self.name is None and self.candidates is None:
             diagnostics.add("model", "neither 'model.name' nor 'model.candidates' is given", "Name a model.", *both)
@@ -118,7 +119,7 @@ class ModelSection(RecipeSection):
         diagnostics.repeated("model.candidates", listed, "a model")
         if self.name is not None:
             fix = "Remove it, or name model.candidates."
-            diagnostics.none_has_effect(self, "model", ("licences", "trials"), "beside 'model.name'", fix, "model.name")
+            diagnostics.none_has_effect(self, "model", ("licences", "trials"), "with 'model.name'", fix, "model.name")
         if locals_ and all(locals_):
             diagnostics.no_effect("model.revision", "except for a model on the hub", "Remove it.", *both)
         if not variant.facts.templated or variant.is_extractive:
@@ -126,15 +127,15 @@ class ModelSection(RecipeSection):
             why, fix = f"with task: {variant.task}", "Remove it, or use task: chat."
             diagnostics.none_has_effect(self, "model", template_keys, why, fix, "task")
         if self.candidates is not None and (not variant.facts.ranks or variant.is_masked):
-            what = f"'model.candidates' cannot be ranked for task: {variant.task}: its rows hold no text"
-            diagnostics.add("model.candidates", f"{what} that a model writes", "Name one model as model.name.", "task")
+            what = f"'model.candidates' cannot be ranked for task: {variant.task}: its models write no text"
+            diagnostics.add("model.candidates", what, "Set model.name to one model.", "task")
         if self.trials and not validates:
-            what = "'model.trials' ranks by validation rows, and 'data.validation' is 0"
+            what = "'model.trials' needs validation rows, but 'data.validation' is 0"
             diagnostics.add("model.trials", what, "Set data.validation, such as 0.1.", "data.validation")
 
 
 def _check_model_name(diagnostics: Diagnostics, key: str, name: str) -> bool:
-    """Whether a model's name is a packaged model or a folder; one that can be no model's is reported."""
+    """Return whether a model is packaged or a folder; report a name that cannot be a model's."""
     what, folder = f"'{key}' is {name!r}", diagnostics.source_map.folder(key)
     if name.startswith(BUILTIN):
         if not name.removeprefix(BUILTIN).strip():
@@ -143,8 +144,8 @@ def _check_model_name(diagnostics: Diagnostics, key: str, name: str) -> bool:
     if is_folder(name, folder):
         return True
     if name.startswith("hub:"):
-        diagnostics.add(key, what, f"Write a model on the hub without `hub:`: {name.removeprefix('hub:')}.")
+        diagnostics.add(key, what, f"Write hub models without `hub:`: {name.removeprefix('hub:')}.")
     elif not HUB_NAME.fullmatch(name):
-        fix = f"There is no such folder in {folder}, and a model on the hub is called `owner/name`."
+        fix = f"Name an existing folder (this one is not in {folder}), or a hub model as `owner/name`."
         diagnostics.add(key, what, fix)
     return False

@@ -1,4 +1,4 @@
-"""PEFT's methods and their options by its own names, from a table that `make docs` writes; PEFT is not imported."""
+"""PEFT's methods and options, from a table that `make docs` writes; does not import PEFT."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from typing import Any, cast
 from llmtune.errors import nearest
 
 Option = Mapping[str, Any]
-"""`types` by Python's names, `default`, and where there are any `choices` of a text or `options` of a mapping."""
+"""`types` by Python's names, `default`, and optionally `choices` of a string or `options` of a mapping."""
 
 PROMPT_METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning")
-"""They put trained vectors before a text, and change no layer."""
+"""Methods that prepend trained vectors to a text and change no layer."""
 OWN_TARGETS = ("ia3", "trainable_tokens", "adaption_prompt")
-"""Where no module is named, PEFT's table or the method itself says which they are."""
+"""Methods that choose their modules from PEFT's table or by themselves if the recipe names none."""
 REFUSED_METHODS = {
-    "adalora": "it takes ranks away by a rule of its own at each step, whose state no checkpoint holds",
+    "adalora": "it prunes ranks at each step, and checkpoints do not save the state of its pruning",
     "cartridge": "its vectors are distilled from a long text, not learned from rows",
-    "cpt": "it needs to know of each token whether it is instruction, input or answer",
-    "multitask_prompt_tuning": "each row needs the number of its task",
-    "shadow": "a second model with a loss of its own runs beside the base",
-    "poly": "each row needs the number of its task",
-    "xlora": "it mixes adapters that are trained already, and trains none",
+    "cpt": "it needs a type for each token: instruction, input or answer",
+    "multitask_prompt_tuning": "each row needs a task number",
+    "shadow": "it runs a second model with its own loss",
+    "poly": "each row needs a task number",
+    "xlora": "it mixes trained adapters, and trains none",
 }
-"""Methods of PEFT that rows of one task cannot be trained with, each with the reason."""
+"""PEFT methods that llmtune cannot train, each with the reason."""
 UNMERGEABLE = {
-    **dict.fromkeys(PROMPT_METHODS, "its vectors stand before the text, and no weight of the base changes"),
-    "adaption_prompt": "its vectors are read beside the text, and no weight of the base changes",
-    "lily": "which of its matrices is taken depends on the input",
-    "alora_invocation_tokens": "it begins in the middle of each row",
+    **dict.fromkeys(PROMPT_METHODS, "its vectors come before the text and change no base weight"),
+    "adaption_prompt": "its vectors are read with the text and change no base weight",
+    "lily": "it selects matrices by the input",
+    "alora_invocation_tokens": "it becomes active in the middle of each row",
 }
-"""Methods (and an option of LoRA) whose adapters are no change of the base's weights, each with the reason."""
+"""Methods, and a LoRA option, whose adapters cannot be merged into the base weights, each with the reason."""
 REFUSED_OPTIONS = {
-    "arrow_config": "it routes between adapters that are trained already",
-    "loftq_config": "LoftQ replaces the base's weights by rounded ones that are in no file",
-    "layers_pattern": "layers_to_transform finds the layers by itself",
-    "use_qalora": "PEFT has it for bases of GPTQ alone, and cannot merge it there",
-    "qalora_group_size": "it belongs to use_qalora, which is not taken",
-    "layer_replication": "the model would have other layers than its files",
-    "megatron_config": "models of Megatron are not read",
-    "megatron_core": "models of Megatron are not read",
-    "runtime_config": "it says where a model runs, which no recipe does",
+    "arrow_config": "it routes between trained adapters",
+    "loftq_config": "LoftQ replaces the base weights with rounded ones that are not saved",
+    "layers_pattern": "layers_to_transform detects the layers automatically",
+    "use_qalora": "PEFT supports it for GPTQ bases only, and cannot merge it",
+    "qalora_group_size": "it belongs to use_qalora, which is not supported",
+    "layer_replication": "the model would have more layers than its files",
+    "megatron_config": "Megatron models are not supported",
+    "megatron_core": "Megatron models are not supported",
+    "runtime_config": "it says where the model runs, which is not part of a recipe",
     "ensure_weight_tying": "PEFT 0.21 can neither save nor merge such an adapter of embedding and head",
-    "kasa_config": "its penalty is no part of llmtune's loss",
-    "monteclora_config": "its penalty is no part of llmtune's loss",
-    "use_bdlora": "it cuts the adapter for several serving processes",
-    "trainable_token_indices": "the rows of `model.add_tokens` are trained; write them there",
-    "use_asa": "subspaces would be chosen by a rule at each step, whose state no checkpoint holds",
+    "kasa_config": "llmtune's loss does not include its penalty",
+    "monteclora_config": "llmtune's loss does not include its penalty",
+    "use_bdlora": "it splits the adapter for several serving processes",
+    "trainable_token_indices": "use `model.add_tokens` to train tokens",
+    "use_asa": "it selects subspaces at each step, and checkpoints do not save the state of its selection",
 }
-"""Options of PEFT that are not taken, each with the reason."""
+"""PEFT options that llmtune does not support, each with the reason."""
 NEEDED = {
     "mini_r": ("init_weights", "mini"),
     "eps": ("coft", True),
@@ -65,7 +65,7 @@ NEEDED = {
     **dict.fromkeys(("encoder_num_layers", "encoder_dropout"), ("encoder_reparameterization_type", "LSTM")),
     **{f"{start}_config": ("init_lora_weights", start) for start in ("eva", "corda", "lora_ga")},
 }
-"""Options that PEFT reads only where another, if the method has it, has a certain value."""
+"""Options that PEFT reads only if another option has a certain value. Ignored if the method lacks that option."""
 _RATES = {
     "full": 0.1,
     "miss": 0.3,
@@ -73,9 +73,9 @@ _RATES = {
     **dict.fromkeys(("ln_tuning", "beft", "road", "trainable_tokens", "prompt_tuning", "p_tuning"), 5.0),
     **dict.fromkeys(("vera", "pvera", "tinylora", "unilora", "vblora"), 5.0),
 }
-"""Of a rate that suits LoRA: methods that train few numbers learn from larger steps, as in PEFT's own comparison.
+"""Learning rate relative to LoRA's: methods with few parameters need larger steps, as in PEFT's own comparison.
 
-MiSS does not learn at LoRA's own rate on MiniLM, and forgets most on SmolLM2 (docs/adapter.md).
+At LoRA's rate, MiSS does not learn on MiniLM and forgets most on SmolLM2 (docs/adapter.md).
 """
 _KINDS = {
     "bool": bool,
@@ -88,7 +88,7 @@ _KINDS = {
 }
 _WORDS = {
     "bool": "true or false",
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
     "str": "text",
     "list": "a list",
@@ -98,19 +98,19 @@ _WORDS = {
 
 @cache
 def peft_methods() -> Mapping[str, Mapping[str, Option]]:
-    """Return the options of each method by name."""
+    """Return the options of each method, by method and option name."""
     text = (resources.files("llmtune.recipe") / "peft_methods.json").read_text("utf-8")
     methods: Mapping[str, Mapping[str, Option]] = json.loads(text)
     return methods
 
 
 def options_of(method: str) -> Mapping[str, Option]:
-    """Return the options of `adapter.method`; of `qlora` those of `lora`, of `full` none."""
+    """Return the options of `adapter.method`: `qlora` has those of `lora`, `full` has none."""
     return peft_methods().get("lora" if method == "qlora" else method, {})
 
 
 def rate_factor(method: str) -> float:
-    """Return how many times LoRA's learning rate suits a method."""
+    """Return the factor from LoRA's learning rate to the method's."""
     return _RATES.get(method, 1.0)
 
 
@@ -120,9 +120,9 @@ def readers_of(option: str) -> list[str]:
 
 
 def find_misfits(name: str, value: object, option: Option) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with an option's value, and what to do."""
+    """Yield each error in an option's value, with its fix."""
     if name in REFUSED_OPTIONS:
-        yield f"'{name}' is not taken: {REFUSED_OPTIONS[name]}", "Remove it."
+        yield f"'{name}' is not supported: {REFUSED_OPTIONS[name]}", "Remove it."
         return
     allowed, choices = option["types"], option.get("choices", ())
     if not any(_is_kind(value, kind) for kind in allowed):

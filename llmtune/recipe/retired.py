@@ -1,4 +1,4 @@
-"""What earlier versions had (commands, options, recipe keys, metrics), and what to use instead: docs/retired.md."""
+"""Removed commands, options, recipe keys and metrics, with their replacements; see docs/retired.md."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ RETIRED = {
     "--strategy tp": "Use --strategy fsdp, which shards every model over any number of processes.",
     "launch sky": "Run `sky jobs launch` with examples/launch/skypilot.yaml, which starts torchrun.",
     "launch kubernetes": "Run `kubectl create -f` with examples/launch/trainjob.yaml, which starts torchrun.",
-    "doctor FOLDER": "Read trainer_state.json in the Trainer's folder. To train on from its adapter, set "
+    "doctor FOLDER": "Read trainer_state.json in the Trainer's folder. To continue training its adapter, set "
     "adapter.start_from to the folder.",
     "evaluate.fairness.pairs": PAIRS,
     **dict.fromkeys((f"fairness.{name}" for name in ("stereotype", "stereotype_distance", "lm_score", "icat")), PAIRS),
 }
-"""By what a user types (a command, an option, a recipe key, a metric of a gate): a sentence that says what to use."""
+"""The text a user types (command, option, recipe key, gate metric) -> a sentence naming the replacement."""
 
 
 def retired_problem(name: str, where: str | None) -> Problem:
-    """Return the problem of something in `RETIRED` that is used at `where`."""
+    """Return the problem of using an entry of `RETIRED` at `where`."""
     return Problem(f"`{name}` was removed", where, RETIRED[name])
 
 

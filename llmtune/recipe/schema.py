@@ -1,4 +1,4 @@
-"""The recipe: every key that one may have, and the JSON Schema that follows from it."""
+"""The recipe: all of its keys, and the JSON Schema generated from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     TaskName = str
 else:
     TaskName = Literal[tuple(TASK_FACTS)]
-EXTENDS = "A recipe file to start from, relative to this one: its values hold where this one states none."
+EXTENDS = "A recipe file to inherit from, relative to this one. Values set here override inherited ones."
 Product = Literal["merged", "gguf"]
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
 
@@ -41,22 +41,22 @@ class GenerationSection(RecipeSection):
     max_new_tokens: Positive = 128
     """Longest answer in tokens. Default 128: a paragraph."""
     do_sample: bool = False
-    """Draw tokens at random. Default false: the same answer each time, so that scores can be compared."""
+    """Sample tokens at random. Default false: answers repeat exactly, so scores can be compared."""
     temperature: float | None = Field(default=None, gt=0, le=100)
-    """Above 1 more random, below 1 less. Default none: 1. Only with `do_sample`."""
+    """Sampling temperature: above 1 is more random, below 1 less. Default none: 1. Only with `do_sample`."""
     top_k: Positive | None = None
-    """Draw among so many of the likeliest tokens. Default none: all. Only with `do_sample`."""
+    """Sample from this many of the likeliest tokens. Default none: all. Only with `do_sample`."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Draw among tokens that make up this probability. Default none: 1. Only with `do_sample`."""
+    """Sample from the likeliest tokens that reach this total probability. Default none: 1. Only with `do_sample`."""
     min_p: float | None = Field(default=None, ge=0, le=1)
-    """Draw among tokens at least so likely, relative to the likeliest. Default none: 0. Only with `do_sample`."""
+    """Sample from tokens at least this likely, relative to the likeliest. Default none: 0. Only with `do_sample`."""
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     """Above 1 makes repeated tokens less likely. Default none: 1, no penalty."""
     num_beams: int = Field(default=1, ge=1, le=64)
-    """Beams of beam search. Default 1: greedy, and the fastest."""
+    """Number of beams in beam search. Default 1: no beam search, which is fastest."""
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        """Report settings where nothing is generated, and settings of drawing at random where nothing is drawn."""
+        """Report settings if the task generates nothing, and sampling settings if `do_sample` is off."""
         if not variant.generates:
             for name in type(self).model_fields:
                 why, fix = f"with task: {variant.task}", "Remove it: nothing is generated."
@@ -68,16 +68,16 @@ class GenerationSection(RecipeSection):
 
 
 class Recipe(RecipeSection):
-    """A whole recipe: what is tuned, on what, how, and what is measured. Where it runs is no part of it."""
+    """A complete recipe: model, rows, training and evaluation. It does not say where to run."""
 
     recipe_version: Literal[1] = 1
-    """Version of the recipe format. Default 1, the only one so far."""
+    """Version of the recipe format. Default 1, the only version so far."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    """Name of the run and of its folder. Default: the recipe file's name without its ending."""
+    """Name of the run and its folder. Default: the recipe's file name without extension."""
     task: TaskName
-    """What the model learns to do. Required: rows, loss and metrics depend on it."""
+    """Task the model learns. Required: rows, loss and metrics depend on it."""
     seed: Seed = 42
-    """Start of every random choice. Default 42: any number does, as long as it is kept."""
+    """Seed of every random choice. Default 42: any number works; keep it to repeat a run."""
     data: DataSection
     """The rows. Required."""
     model: ModelSection
@@ -89,25 +89,25 @@ class Recipe(RecipeSection):
     generation: GenerationSection = GenerationSection()
     """How answers are generated. Default: greedily."""
     evaluate: EvaluateSection = EvaluateSection()
-    """What is measured, and what must hold. Default: the task's metrics, no gates."""
+    """Metrics to compute and gates to pass. Default: the task's metrics, no gates."""
     deploy: Products = ()
-    """What `run` makes at the end: `merged`, `gguf`. Default none: the adapter is the result."""
+    """Exports that `run` makes at the end: `merged`, `gguf`. Default none: the adapter is the result."""
     completion: CompletionSection | None = None
-    """What only `task: completion` has. Default none: its keys' own defaults."""
+    """Settings of `task: completion`. Default none: the defaults of its keys."""
     preference: PreferenceSection | None = None
-    """What only `task: preference` has. Default none: its keys' own defaults."""
+    """Settings of `task: preference`. Default none: the defaults of its keys."""
     qa: QaSection | None = None
-    """What only `task: qa` has. Default none: its keys' own defaults."""
+    """Settings of `task: qa`. Default none: the defaults of its keys."""
     translate: TranslateSection | None = None
-    """What only `task: translate` has. Default none: its keys' own defaults."""
+    """Settings of `task: translate`. Default none: the defaults of its keys."""
     summarize: SummarizeSection | None = None
-    """What only `task: summarize` has. Default none: its keys' own defaults."""
+    """Settings of `task: summarize`. Default none: the defaults of its keys."""
     classify: ClassifySection | None = None
-    """What only `task: classify` has. Default none: its keys' own defaults."""
+    """Settings of `task: classify`. Default none: the defaults of its keys."""
     token_classify: TokenClassifySection | None = None
-    """What only `task: token-classify` has. Default none: its keys' own defaults."""
+    """Settings of `task: token-classify`. Default none: the defaults of its keys."""
     speech: SpeechSection | None = None
-    """What only `task: speech` has. Default none: its keys' own defaults."""
+    """Settings of `task: speech`. Default none: the defaults of its keys."""
 
     @property
     def needs_rows_apart(self) -> str | None:
@@ -120,9 +120,9 @@ class Recipe(RecipeSection):
         """The task as this recipe trains it."""
         adapter, hindrance = self.adapter, None
         if adapter.method == "full":
-            hindrance = "with adapter.method: full there is no adapter that could be switched off"
+            hindrance = "with adapter.method: full no adapter can be switched off"
         elif adapter.bias != "none":
-            hindrance = f"with adapter.bias: {adapter.bias} a model differs from its base with its adapter off, too"
+            hindrance = f"with adapter.bias: {adapter.bias} a model differs from its base even with its adapter off"
         own = self._own_section()
         return TaskVariant(
             self.task,
@@ -133,12 +133,12 @@ class Recipe(RecipeSection):
         )
 
     def task_section(self) -> dict[str, object] | None:
-        """Return the section that only this task has; once labels are inferred it holds them too."""
+        """Return the task's own section, including inferred labels once they are known."""
         name = TASK_FACTS[self.task].section
         return self._own_section().model_dump(mode="json") if name and getattr(self, name) else None
 
     def _own_section(self) -> TaskSection:
-        """Return the section that only this task has, with its defaults where the recipe states none."""
+        """Return the task's own section; keys the recipe does not set have their defaults."""
         name = TASK_FACTS[self.task].section
         if name is None:
             return TaskSection()
@@ -149,7 +149,7 @@ class Recipe(RecipeSection):
         return section or kind()
 
     def check(self, diagnostics: Diagnostics) -> None:
-        """Report everything that is wrong with a recipe whose keys and values fit the schema."""
+        """Report every error in a recipe that already fits the schema."""
         variant = self.variant
         for task, facts in TASK_FACTS.items():
             section: TaskSection | None = getattr(self, facts.section) if facts.section else None
@@ -169,7 +169,7 @@ class Recipe(RecipeSection):
 
     def _check_deploy(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         if "merged" in self.deploy and self.adapter.method == "full":
-            fix = "Remove it: `weights/` in the run folder is the whole model."
+            fix = "Remove it: `weights/` in the run folder is already the complete model."
             diagnostics.add("deploy", "'merged' has no effect with adapter.method: full", fix, "adapter.method")
         reason = self.adapter.unmergeable
         for product in self.deploy if reason else ():
@@ -177,13 +177,13 @@ class Recipe(RecipeSection):
             diagnostics.add("deploy", what, "Remove it; the adapter is the result.", "adapter.method")
         readable = (variant.facts.decodes and not variant.is_masked) or variant.facts.answer_kind == "labels"
         if "gguf" in self.deploy and not readable:
-            what = f"'deploy: gguf' has no effect with task: {self.task}: llama.cpp has no such model"
+            what = f"'deploy: gguf' has no effect with task: {self.task}: llama.cpp does not support its models"
             diagnostics.add("deploy", what, "Remove it.", "task")
         diagnostics.repeated("deploy", self.deploy, "the same thing")
 
 
 def json_schema() -> dict[str, object]:
-    """Return the JSON Schema (2020-12). It is looser than `llmtune recipes check`, which knows what rests on what.
+    """Return the JSON Schema (2020-12). Only `llmtune recipes check` knows how keys depend on each other.
 
     Required keys may come from an extended recipe, so the schema requires them only without `extends`.
     """
@@ -202,7 +202,7 @@ def json_schema() -> dict[str, object]:
 
 
 def describe_keys(section: type[RecipeSection]) -> None:
-    """Put the text below each key into its description, in a section and all that are made from it."""
+    """Copy the docstring of each key to its description, in a section and its subclasses."""
     for inner in section.__subclasses__():
         describe_keys(inner)
     texts = descriptions(section)

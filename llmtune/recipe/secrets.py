@@ -1,4 +1,4 @@
-"""Secrets by name and by shape, and paths of this machine: recognised, and taken out of what others read."""
+"""Recognises secrets, by name and by format, and local paths, and removes them from shared text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTING = re.compile(
     r"(?<!(?:eos|bos|pad|unk|sep|cls)[_-])(?<!mask[_-])token$|secret|passw(?:or)?d|api[_-]?key|webhook|credential",
     re.IGNORECASE,
 )
-"""Names of secret settings in other tools' configurations; a report also has harmless keys of such names."""
+"""Names of secret settings in other tools' configurations. Not for reports, which have harmless keys of such names."""
 _KNOWN = (
     r"hf_[A-Za-z0-9]{16,}",  # Hugging Face
     r"api_org_[A-Za-z0-9]{16,}",
@@ -56,7 +56,7 @@ IN_QUERY = re.compile(
 )
 PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 SHORTEST = 4
-"""A shorter secret is not looked for in texts, which have such letters by chance."""
+"""Minimum length of secrets to remove from texts; shorter strings occur by chance."""
 
 
 def redact(text: str, known: Collection[str] = ()) -> str:
@@ -73,7 +73,7 @@ def redact(text: str, known: Collection[str] = ()) -> str:
 
 
 def redact_all(value: T, known: Collection[str] = ()) -> T:
-    """Redact every text in a value, all the way down, and whole values whose key says that they are secret."""
+    """Redact every string in a nested value, and replace the values of secret keys."""
     redacted: Any = value
     if isinstance(value, str):
         redacted = redact(value, known)
@@ -89,13 +89,13 @@ def redact_all(value: T, known: Collection[str] = ()) -> T:
 
 
 def hide(key: str, value: object, known: Collection[str] = ()) -> object:
-    """Redact the value of one key; of a secret one all of it, numbers, lists and objects too."""
+    """Redact the value of one key; replace the value of a secret key completely, whatever its type."""
     is_secret = bool(SECRET_KEY.fullmatch(key)) and not isinstance(value, bool) and value not in (None, "")
     return REMOVED if is_secret else redact_all(value, known)
 
 
 def secret_values(value: object, secret: bool = False) -> Iterator[str]:
-    """Yield the texts under secret keys, which may also be written elsewhere: in a prompt, in a file's text."""
+    """Yield the values of secret keys, to remove them elsewhere too: from prompts and file contents."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from secret_values(item, secret or bool(SECRET_KEY.fullmatch(str(key))))
@@ -107,7 +107,7 @@ def secret_values(value: object, secret: bool = False) -> Iterator[str]:
 
 
 def redact_yaml(text: str) -> str:
-    """Return a YAML file without its secrets, and with its comments."""
+    """Return YAML text without secrets; comments are kept."""
     writer = YAML()  # keeps comments
     writer.width = 10_000
     read = writer.load(text)
@@ -119,7 +119,7 @@ def redact_yaml(text: str) -> str:
 
 
 def _hide_within(node: object) -> bool:
-    """Replace the values of secret keys in place; returns whether there were any."""
+    """Replace the values of secret keys in place; return whether any existed."""
     found = False
     for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         if isinstance(key, str) and hide(key, item) == REMOVED:
@@ -130,7 +130,7 @@ def _hide_within(node: object) -> bool:
 
 
 def holds_secret(name: str, value: object) -> bool:
-    """Whether a setting is secret by its name, or by the shape of its value, at any depth."""
+    """Return whether a setting is secret by its name, or by the format of its value, at any depth."""
     if value is None or value == "" or isinstance(value, bool):
         return False
     if SETTING.search(name) or redact(name) != name:
@@ -142,17 +142,17 @@ def holds_secret(name: str, value: object) -> bool:
     return redact(str(value)) != str(value)
 
 
-# Paths of this machine
+# Local paths
 
 
 TEXT_SUFFIXES = {".json", ".yaml", ".md", ".lock", ".jinja", ".txt", ""}
-"""Endings of files that people read; the last one is that of an Ollama Modelfile."""
+"""Extensions of text files; the empty one is for an Ollama Modelfile."""
 PATH_KEYS = ("folder",)
-"""Keys of a lock that hold nothing but a path."""
+"""Keys of a lock whose value is only a path."""
 
 
 def hide_paths(value: object) -> object:
-    """Return a JSON-able value with absolute paths cut to their last part, and secrets removed."""
+    """Return a JSON-able value with absolute paths cut to their last part and secrets removed."""
     return redact_all(_cut_paths(value))
 
 
@@ -165,27 +165,27 @@ def _cut_paths(value: object) -> object:
 
 
 def is_local_path(text: str) -> bool:
-    """Whether a text is the absolute path of a file or folder, or one below a home."""
+    """Return whether a string is an absolute path or a path below a home folder."""
     return os.path.isabs(text) or text.startswith("~")
 
 
 def recipe_to_share(values: Mapping[str, object]) -> str:
-    """Return a resolved recipe as YAML without its paths, and without comments on where its values come from."""
+    """Return a resolved recipe as YAML, without local paths and origin comments."""
     writer = YAML(typ="safe")
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = StringIO()
     writer.dump(hide_paths(dict(values)), text)
-    head = "# What this model was made with. Paths are cut to their last part: put your own rows in their place.\n"
+    head = "# The recipe of this model. Paths are cut to their last part: replace them with your own.\n"
     return head + text.getvalue()
 
 
 def refuse_paths(folder: Path, private: Iterable[Path]) -> None:
-    """Raise EnvironmentProblem if a file that people read still names one of the `private` paths."""
+    """Raise EnvironmentProblem if a text file still contains one of the `private` paths."""
     names = sorted({str(path) for path in private if len(path.parts) > 2})
     texts = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in TEXT_SUFFIXES]
     EnvironmentProblem.collect(
-        Problem(f"names a place on this machine: {name}", path.name, "Take it out of the model or its template.")
+        Problem(f"contains a local path: {name}", path.name, "Remove it from the model or its template.")
         for path in texts
         for name in names
         if name in path.read_text("utf-8", errors="replace")

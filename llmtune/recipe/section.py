@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of: a frozen, closed model and the few shapes that its values have."""
+"""Base class of all recipe sections, a frozen model without extra keys, and the types of their values."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 ItemT = TypeVar("ItemT")
 REMOTE = ("hub:", "builtin:")
-"""Beginnings of a name that is no path."""
+"""Prefixes of names that are not paths."""
 STORES = ("s3://", "gs://", "https://", "http://")
-"""Beginnings of the address of a file in an object store or on a web server."""
+"""URL prefixes of files in an object store or on a web server."""
 
 
 class RecipeSection(BaseModel):
-    """A part of the recipe: its keys are a closed list, its values are never converted and never change.
+    """A section of the recipe. Unknown keys are refused; values are neither converted nor changed.
 
-    The text below a key describes it: meaning, unit, and the reason of its default. The section's
-    method `check` reports what a type cannot express, such as a key that another one makes ineffective.
+    The docstring of a key states its meaning, its unit and the reason for its default. The method `check` reports
+    errors that types cannot express, such as a key without effect next to another one.
     """
 
     model_config = ConfigDict(
@@ -37,31 +37,31 @@ class RecipeSection(BaseModel):
     )
 
     paths: ClassVar[Mapping[str, Callable[[str, Path], str]]] = {}
-    """Keys that hold paths -> how one is made absolute, seen from the folder of the file that states it."""
+    """Keys that contain paths -> the function that resolves them against the folder of the recipe file."""
 
 
 def absolute(path: str, folder: Path, pattern: bool = False) -> str:
-    """Return `path` seen from `folder`; `~` is the home folder. With `pattern`, the folder is no part of a glob."""
+    """Resolve `path` against `folder`; `~` is the home folder. With `pattern`, only `path` may be a glob."""
     path = os.path.expanduser(path)
     joined = os.path.join(folder, path)
     if pattern and glob.has_magic(path) and not os.path.lexists(joined) and not os.path.isabs(path):
         joined = os.path.join(glob.escape(str(folder)), path)
     normal = os.path.normpath(joined)
-    return normal if os.path.realpath(normal) == os.path.realpath(joined) else joined  # a link before `..` stays
+    return normal if os.path.realpath(normal) == os.path.realpath(joined) else joined  # keep `link/..`
 
 
 def as_tuple(value: object) -> object:
-    """Turn a list into a tuple and leave everything else to the validator."""
+    """Convert a list to a tuple; leave everything else to the validator."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def one_or_more(value: object) -> object:
-    """Turn a single text or mapping into a tuple of one."""
+    """Convert a single string or mapping to a tuple of one."""
     return (value,) if isinstance(value, str | Mapping) else as_tuple(value)
 
 
 def sections_by(key: str) -> Callable[[object], object]:
-    """Return a validator that turns one or more mappings into a tuple; a plain text is the value of `key`."""
+    """Return a validator that converts one or more mappings to a tuple; a plain string is the value of `key`."""
 
     def as_sections(value: object) -> object:
         items = one_or_more(value)
@@ -80,7 +80,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def by_type(tags: Mapping[type, str], otherwise: str) -> Discriminator:
-    """Choose a branch of a union by the type of the value, so that an error speaks of one branch only."""
+    """Choose the branch of a union by the type of the value; errors then name one branch only."""
 
     def choose(value: object) -> str:
         return next((tag for kind, tag in tags.items() if isinstance(value, kind)), otherwise)
@@ -89,11 +89,11 @@ def by_type(tags: Mapping[type, str], otherwise: str) -> Discriminator:
 
 
 BRANCHES = ("share", "sources", "text", "items", "switch", "number", "query")
-"""Names of union branches: part of pydantic's locations, but not of a recipe."""
+"""Names of union branches. They appear in pydantic's error locations, but not in a recipe."""
 
 
 def is_section(annotation: object) -> TypeGuard[type[RecipeSection]]:
-    """Whether a field's annotation is a section."""
+    """Return whether a field's annotation is a section."""
     return isinstance(annotation, type) and issubclass(annotation, RecipeSection)
 
 
@@ -106,9 +106,9 @@ def find_section(annotation: object) -> type[RecipeSection] | None:
 
 
 def descriptions(section: type[RecipeSection]) -> dict[str, str]:
-    """Return the text below each key, on one line; read from the source, so only where it is shown.
+    """Return the docstring of each key on one line, parsed from the source.
 
-    Nothing where the source is not installed.
+    Empty if the source is not installed. Slow: call it only to show the texts.
     """
     try:
         (node,) = ast.parse(inspect.getsource(section)).body

@@ -1,4 +1,4 @@
-"""Where the value of a key comes from: a file and line, `--set`, or its default; and what is wrong there, collected."""
+"""Origins of recipe values (file and line, `--set`, or default), and the collected problems with them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SET = "--set"
 
 @dataclass(frozen=True)
 class SourceMap:
-    """The values that a recipe states, by key path."""
+    """The values stated in a recipe, by key path."""
 
     root: Node
 
     def find(self, key: Key) -> tuple[Node, bool]:
-        """Return the deepest node on the path `key`, and whether it is the end of that path.
+        """Return the deepest existing node on the path `key`, and whether the complete path exists.
 
-        A single source counts as a list of one, and a text as a source's `path`, so `data.train.0.path` finds both.
+        A single source counts as a list of one, and a string as a source's `path`: `data.train.0.path` finds both.
         """
         node = self.root
         for step in key:
@@ -40,7 +40,7 @@ class SourceMap:
         return node, True
 
     def stated(self, key: str) -> bool:
-        """Whether a dotted key has a value other than null."""
+        """Return whether a dotted key has a value other than null."""
         node, exists = self.find(split(key))
         return exists and node.value is not None
 
@@ -50,17 +50,17 @@ class SourceMap:
         return node.origin if exists else DEFAULT
 
     def where(self, key: Key) -> str:
-        """Return the place to name in an error about `key`, stated or missing."""
+        """Return the place to report for an error in `key`, stated or missing."""
         origin = self.find(key)[0].origin
         return f"{SET} {dotted(key)}" if origin == SET else origin
 
     def folder(self, key: str) -> Path:
-        """Return what a path at a dotted key is relative to."""
+        """Return the folder that paths at a dotted key are relative to."""
         return self.find(split(key))[0].folder
 
 
 def split(key: str) -> list[str | int]:
-    """Take a dotted key apart; numbers count list items."""
+    """Split a dotted key; numbers are list indices."""
     return [int(step) if step.isdecimal() else step for step in key.split(".")]
 
 
@@ -70,7 +70,7 @@ def dotted(key: Key) -> str:
 
 
 def walk(value: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """Yield every dotted key that holds a value of its own: of sections and sources the keys in them."""
+    """Yield every dotted key with its value; sections and sources yield the keys in them."""
     if isinstance(value, RecipeSection):
         for name, inner in value:
             yield from walk(inner, f"{key}.{name}" if key else name)
@@ -82,7 +82,7 @@ def walk(value: object, key: str = "") -> Iterator[tuple[str, object]]:
 
 
 def list_origins(recipe: RecipeSection, source_map: SourceMap) -> dict[str, str]:
-    """Return the origin of every value by its dotted key; the keys of a mapping have their own."""
+    """Return the origin of every value by dotted key; keys of a mapping have separate origins."""
     origins: dict[str, str] = {}
     for key, value in walk(recipe):
         origins[key] = source_map.origin(split(key))
@@ -93,7 +93,7 @@ def list_origins(recipe: RecipeSection, source_map: SourceMap) -> dict[str, str]
 
 
 def restore_origins(origins: Mapping[str, str], recipe: RecipeSection, text: str) -> dict[str, str]:
-    """Return origins, replaced by the comments in `text`, a resolved recipe, except for what was set anew.
+    """Replace origins with the comments in `text`, a resolved recipe, except for values from `--set`.
 
     Raises RecipeError if `text` is not YAML.
     """
@@ -113,15 +113,15 @@ def restore_origins(origins: Mapping[str, str], recipe: RecipeSection, text: str
 
 
 class Diagnostics:
-    """The problems that the sections' `check` methods report, each with the keys that it rests on."""
+    """Collects the problems reported by the sections' `check` methods, each with the keys involved."""
 
     def __init__(self, source_map: SourceMap, broken: Collection[str] = (), assume_stated: bool = False) -> None:
-        """Collect problems of one recipe.
+        """Start without problems.
 
         Args:
-            source_map: where its values come from.
-            broken: keys that are wrong by themselves: a problem that rests on one of them is left out.
-            assume_stated: take every key for stated, to learn which defaults have no effect.
+            source_map: the origins of the recipe's values.
+            broken: keys with invalid values; problems that involve one of them are skipped.
+            assume_stated: treat every key as stated, to find the defaults without effect.
         """
         self.source_map = source_map
         self.assume_stated = assume_stated
@@ -130,11 +130,11 @@ class Diagnostics:
         self._broken = broken
 
     def stated(self, key: str) -> bool:
-        """Whether the recipe states a value other than null at a dotted key."""
+        """Return whether the recipe states a value other than null at a dotted key."""
         return self.assume_stated or self.source_map.stated(key)
 
     def add(self, key: str, what: str, fix: str, *because: str) -> None:
-        """Report what is wrong with a key and what to do; `because` are the other keys that this rests on."""
+        """Report a problem with a key and its fix; `because` has the other keys involved."""
         if not any(name == other or name.startswith(f"{other}.") for name in (key, *because) for other in self._broken):
             self.problems.append(Problem(what, self.source_map.where(split(key)), fix))
             self.keys.add(key)
@@ -147,12 +147,12 @@ class Diagnostics:
     def none_has_effect(
         self, section: RecipeSection, prefix: str, names: Iterable[str], why: str, fix: str, *because: str
     ) -> None:
-        """Report those keys of a section without effect that have a value."""
+        """Report each of `names` that has a value, as a key without effect."""
         for name in names:
             if getattr(section, name) is not None:
                 self.no_effect(f"{prefix}.{name}", why, fix, *because)
 
     def repeated(self, key: str, values: Collection[Hashable], noun: str) -> None:
-        """Report a list that names something twice."""
+        """Report a list with a duplicate value."""
         if len(set(values)) < len(values):
             self.add(key, f"'{key}' names {noun} twice", "Name each once.")

@@ -1,4 +1,4 @@
-"""The facts of each task that need no library: its metrics, its section, the rows it reads, and what has no effect."""
+"""Static facts of each task: metrics, recipe section, row formats, and settings without effect. Imports no library."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from dataclasses import dataclass, field
 LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy")
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 GENERATED = ("exact_match", *ROUGE, "chrf")
-"""Metrics that chat and completion take on generated answers."""
+"""Metrics of chat and completion on generated answers."""
 MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
 TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
 NEAREST_TO_ONE = frozenset({"length_ratio"})
-"""Neither more nor less is better."""
+"""Metrics that are best near 1: neither more nor less is better."""
 CUT_METRIC = "answers_cut"
-"""Measured wherever answers are generated for other metrics."""
+"""Share of truncated answers; measured whenever another metric generates answers."""
 PREDICTED = frozenset(
     {*GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"},
 )
-"""Metrics of answers whose number `evaluate.limit` bounds."""
+"""Metrics of generated answers, whose number `evaluate.limit` limits."""
 
 WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
-"""Formats whose rows may hold messages."""
+"""Formats whose rows may contain messages."""
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
     *("functions", "history", "input", "instruction", "label", "messages", "output", "pair", "prompt", "question"),
     *("rejected", "source", "source_language", "spans", "summary", "system", "tags", "target", "target_language"),
     *("text", "tokens", "tools", "train_reasoning", "translation"),
 )
-"""Names of columns that rows are made of: what the keys of a source's `columns` may be."""
+"""Names of row columns: the allowed keys of a source's `columns`."""
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What a recipe may say about one task."""
+    """Allowed recipe values and report words of one task."""
 
     name: str
     summary: str
@@ -42,55 +42,55 @@ class TaskFacts:
     formats: tuple[str, ...]
     """Row formats by name, as in a source's `format`."""
     models: tuple[str, ...]
-    """The kinds of models that do it: decoder, encoder, encoder-decoder, speech; `llmtune init` proposes the first."""
+    """Supported kinds of models: decoder, encoder, encoder-decoder, speech; `llmtune init` proposes the first."""
     columns: tuple[str, ...] = ()
-    """Columns that are looked for in files of other names: what is given first, what is learned last."""
+    """Columns to map from files with other column names: inputs first, the target last."""
     first_metrics: tuple[str, ...] = ()
-    """Metrics of the recipe that `llmtune init` writes; without them the default ones."""
+    """Metrics of the recipe that `llmtune init` writes; if empty, the default metrics."""
     first_lines: tuple[str, ...] = ()
     """Lines of the task's section in that recipe."""
     section: str | None = None
-    """Name of the section that only this task has."""
+    """Name of the task's own section."""
     packs: bool = False
-    """Whether some of its models train on packed rows."""
+    """Whether some models of the task train on packed rows."""
     templated: bool = False
-    """Whether the chat template is used, by some of its models."""
+    """Whether some models of the task use the chat template."""
     generates: bool = False
-    """Whether answers are generated."""
+    """Whether models of the task generate answers."""
     ranks: bool = False
-    """Whether candidates can be ranked by how well they know the answers."""
+    """Whether candidates can be ranked by the likelihood of the answers."""
     overlong: tuple[str, ...] = ("error", "drop")
-    """What may become of a row that is too long."""
+    """Allowed values of `data.on_overlong`."""
     decodes: bool = True
-    """Whether some of its models are decoders of written language."""
+    """Whether some models of the task are text decoders."""
     has_turns: bool = False
     """Whether `data.train_on` chooses among the turns of a row."""
     unswapped: str | None = None
-    """Why words for groups are not swapped in its rows; None where they are."""
+    """Why fairness does not swap group words in rows of the task; None if it does."""
     takes_audio: bool = False
     """Whether rows are recordings."""
     answer_kind: str = "text"
-    """What an answer is: `text`, `labels` (their order does not count), `tags` of words or a `rating`."""
+    """Type of an answer: `text`, `labels` (in any order), `tags` of words or a `rating`."""
     prompt_name: str = "prompt"
-    """What a prompt is called in the report."""
+    """Word for a prompt in the report."""
     metric_notes: Mapping[str, str] = field(default_factory=dict)
-    """What a metric is, where its name means something else than in other tasks."""
+    """Meaning of metrics that differs from other tasks."""
     pipeline: str | None = None
-    """The hub's name of the task, where the kind of model does not say it."""
+    """The hub's name of the task, if the kind of model does not imply it."""
 
     @property
     def has_messages(self) -> bool:
-        """Whether rows may be conversations that the chat template writes."""
+        """Return whether rows may be conversations, rendered by the chat template."""
         return self.templated and not set(WITH_ROLES).isdisjoint(self.formats)
 
     @property
     def splits_text(self) -> bool:
-        """Whether a long row can be split into several: tasks of a language model alone."""
+        """Return whether a long row can be split into several; only for language modelling tasks."""
         return "split" in self.overlong
 
 
 def answer_kind(task: str | None) -> str:
-    """Return the kind of a task's answers; `text` where the task is not known."""
+    """Return the type of a task's answers; `text` if the task is unknown."""
     return TASK_FACTS[task].answer_kind if task in TASK_FACTS else "text"
 
 
@@ -115,7 +115,7 @@ _TASKS = (
     ),
     TaskFacts(
         "completion",
-        "go on with a text, or fill in what is masked",
+        "continue a text, or fill in masked tokens",
         (*LANGUAGE, *GENERATED, "choice_accuracy", CUT_METRIC),
         LANGUAGE,
         formats=("prompt-completion", "alpaca", "text"),
@@ -130,15 +130,15 @@ _TASKS = (
     ),
     TaskFacts(
         "translate",
-        "put a text into another language",
+        "translate a text into another language",
         ("loss", "perplexity", "accuracy", *MACHINE_TRANSLATION, CUT_METRIC),
         ("loss", "bleu", "chrf"),
         formats=("source-target", "translation"),
         models=("decoder", "encoder-decoder"),
         columns=("source", "target"),
         first_lines=(
-            "source_language: English  # DECIDE: what you translate from",
-            "target_language: German  # DECIDE: and into",
+            "source_language: English  # DECIDE: the source language",
+            "target_language: German  # DECIDE: the target language",
         ),
         section="translate",
         packs=True,
@@ -151,7 +151,7 @@ _TASKS = (
     ),
     TaskFacts(
         "summarize",
-        "say a text in fewer words",
+        "summarize a text",
         ("loss", "perplexity", "accuracy", *ROUGE, "chrf", "length_ratio", CUT_METRIC),
         ("loss", *ROUGE, "length_ratio"),
         formats=("document-summary",),
@@ -182,12 +182,12 @@ _TASKS = (
         generates=True,
         prompt_name="question and context",
         metric_notes={
-            "loss": "nats of the right answer, by its ends or per token",
+            "loss": "nats of the right answer, by its start and end or per token",
         },
     ),
     TaskFacts(
         "classify",
-        "put a text into a class, into several, or on a scale",
+        "assign one class, several classes or a number to a text",
         (
             *("loss", "accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc"),
             *("mse", "mae", "pearson", "spearman"),
@@ -204,7 +204,7 @@ _TASKS = (
         prompt_name="text",
         metric_notes={
             "loss": "loss per row, as in training",
-            "accuracy": "label is right; of many, all of them",
+            "accuracy": "label is right; with several, all of them",
         },
         decodes=False,
     ),
@@ -222,16 +222,16 @@ _TASKS = (
         prompt_name="text",
         metric_notes={
             "loss": "nats per tag",
-            "accuracy": "tag is right; most words lie outside",
-            "f1": "entities found whole: precision and recall in one",
-            "precision": "share of entities found that are right",
-            "recall": "share of the right entities that were found",
+            "accuracy": "tag is right; most words are outside entities",
+            "f1": "harmonic mean of precision and recall",
+            "precision": "share of found entities that are right",
+            "recall": "share of true entities that were found",
         },
         decodes=False,
     ),
     TaskFacts(
         "speech",
-        "write down what is said",
+        "transcribe a recording",
         ("loss", "wer", "cer", CUT_METRIC),
         ("loss", "wer", "cer"),
         formats=("audio-text", "audio-folder"),
@@ -242,7 +242,7 @@ _TASKS = (
         takes_audio=True,
         prompt_name="recording",
         metric_notes={
-            "loss": "nats of the right transcript, by its tokens",
+            "loss": "nats per token of the right transcript",
         },
         decodes=False,
         unswapped="a recording has no words to swap",
@@ -271,7 +271,7 @@ ROW_FORMATS = tuple(dict.fromkeys(name for facts in _TASKS for name in facts.for
 
 
 MASKED_METRICS = ("loss", "perplexity", "accuracy")
-"""Metrics of masked tokens; bits per byte are of a whole text, and nothing is generated."""
+"""Metrics of masked tokens. Bits per byte needs the likelihood of a complete text; nothing is generated."""
 LOSS_METRICS = {
     "dpo": ("loss", "accuracy", "margin", "likelihood_accuracy", "kl"),
     "ipo": ("loss", "accuracy", "margin", "likelihood_accuracy", "kl"),
@@ -279,7 +279,7 @@ LOSS_METRICS = {
     "orpo": ("accuracy", "margin", "likelihood_accuracy", "kl"),
     "reward": ("loss", "accuracy", "margin"),
 }
-"""Metrics of task preference that each loss has: the loss of KTO and ORPO depends on which rows share a step."""
+"""Metrics of each preference loss. KTO and ORPO have no `loss`: theirs depends on the rows that share a step."""
 
 
 @dataclass(frozen=True)
@@ -288,53 +288,53 @@ class TaskVariant:
 
     task: str
     objective: str | None = None
-    """`completion.objective`; None for another task, as below."""
+    """`completion.objective`; None for other tasks. The same holds for `style` and `loss`."""
     style: str | None = None
-    """`qa.style`; with `auto` the model decides."""
+    """`qa.style`; with `auto` it depends on the model."""
     loss: str | None = None
     """`preference.loss`."""
     kl_hindrance: str | None = None
-    """Why the adapter cannot be switched off to compare with the base; None where it can."""
+    """Why the adapter cannot be switched off to compare with the base; None if it can."""
 
     @property
     def facts(self) -> TaskFacts:
-        """What holds for the task whatever the recipe."""
+        """Return the facts of the task."""
         return TASK_FACTS[self.task]
 
     @property
     def is_masked(self) -> bool:
-        """Whether masked tokens are predicted."""
+        """Return whether the model predicts masked tokens."""
         return self.objective == "masked"
 
     @property
     def is_extractive(self) -> bool:
-        """Whether answers are pointed at for certain."""
+        """Return whether the recipe sets `qa.style: extractive`."""
         return self.style == "extractive"
 
     @property
     def is_reward(self) -> bool:
-        """Whether a model is trained that scores answers and writes none."""
+        """Return whether the model scores answers and writes none."""
         return self.loss == "reward"
 
     @property
     def generates(self) -> bool:
-        """Whether answers are generated, if by `llmtune generate` alone."""
+        """Return whether the model can generate answers, in evaluation or only in `llmtune generate`."""
         if self.loss is not None:
             return not self.is_reward
         return self.facts.generates and not self.is_masked and not self.is_extractive
 
     @property
     def on_overlong(self) -> tuple[str, ...]:
-        """What may become of a row that is too long."""
+        """Return the allowed values of `data.on_overlong`."""
         return ("error", "drop") if self.is_extractive else self.facts.overlong
 
     @property
     def unmeasured(self) -> dict[str, str]:
-        """The metrics of task preference that its loss or its adapter does not have, each with the reason."""
+        """Return the preference metrics that the loss or the adapter does not have, each with the reason."""
         if self.loss is None:
             return {}
         known = LOSS_METRICS[self.loss]
-        reason = f"preference.loss: {self.loss} has no such thing"
+        reason = f"preference.loss: {self.loss} does not have it"
         missing = {name: reason for name in self.facts.metrics if name not in known}
         if self.kl_hindrance:
             missing.setdefault("kl", self.kl_hindrance)
@@ -342,31 +342,31 @@ class TaskVariant:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The task's metrics that can be measured."""
+        """Return the task's metrics that can be measured."""
         if self.is_masked:
             return MASKED_METRICS
         return tuple(name for name in self.facts.metrics if name not in self.unmeasured)
 
     @property
     def eval_metrics(self) -> tuple[str, ...]:
-        """Metrics that need no base model: measured while training, in addition to the loss."""
+        """Return the metrics that validation can measure as well as the loss; they need no base model."""
         of_two = {"accuracy", "margin"} if self.loss in ("dpo", "ipo", "kto") else set[str]()
         return tuple(name for name in self.metrics if name not in {"loss", *of_two})
 
     @property
     def default_metrics(self) -> tuple[str, ...]:
-        """The task's own choice of metrics, as far as they can be measured."""
+        """Return the task's default metrics that can be measured."""
         return tuple(name for name in self.facts.default_metrics if name in self.metrics)
 
     @property
     def without_decoder(self) -> tuple[str, str] | None:
-        """Return why no model of this recipe continues a text, and the key that decides it, or None."""
+        """Return why the recipe's model cannot continue a text, and the key that decides it, or None."""
         if not self.facts.decodes:
-            return f"models of task: {self.task} give text none", "task"
+            return f"models of task: {self.task} give no likelihood of text", "task"
         if self.is_masked:
             return "with completion.objective: masked a model only fills in words", "completion.objective"
         if self.is_extractive:
-            return "with qa.style: extractive a model only points at answers", "qa.style"
+            return "with qa.style: extractive a model only marks answers", "qa.style"
         if self.is_reward:
             return "with preference.loss: reward a model only gives scores", "preference.loss"
         return None

@@ -41,14 +41,14 @@ SCHEDULE_OPTIONS = {
     "inverse_sqrt": ("timescale",),
     "warmup_stable_decay": ("num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"),
 }
-"""Options of each schedule in transformers that are numbers and not set by the loop itself."""
+"""Numeric options of each transformers schedule that the training loop does not set itself."""
 
 EPSILON = (
     *("adamw", "paged_adamw", "ademamix", "paged_ademamix", "muon"),
     *("schedule_free_adamw", "schedule_free_radam", "apollo_adamw"),
 )
 BETAS = (*EPSILON, "lion", "paged_lion")
-"""Beginnings of the optimisers that read `adam_beta1` and `adam_beta2`."""
+"""Name prefixes of the optimisers that read `adam_beta1` and `adam_beta2`."""
 _ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")
 _PROJECTION = ("rank", "update_proj_gap", "scale", "proj_type")
 OPTIM_ARGS = {
@@ -62,44 +62,45 @@ OPTIM_ARGS = {
     "apollo": (*_PROJECTION, "proj", "scale_type"),
     "galore": _PROJECTION,
 }
-"""What optimisers read of `optim_args`, by the beginnings of their names; transformers passes over all else."""
+"""Keys of `optim_args` that optimisers read, by name prefix; transformers ignores all others."""
 
 
 class TrainSection(RecipeSection):
-    """How the training loop runs, by the names of `TrainingArguments` where the meaning is the same."""
+    """Settings of the training loop, named as in `TrainingArguments` if the meaning is the same."""
 
     learning_rate: float = Field(default=2e-4, gt=0, le=10)
-    """Highest learning rate of the schedule. Default: chosen by method and width of the model, 1e-3 or less for LoRA
-    and a tenth of that for full tuning; 2e-4 before the model is known."""
+    """Peak learning rate of the schedule. Default: chosen by the method and the model's width, at most 1e-3 for LoRA
+    and a tenth of that for full tuning; 2e-4 until the model is known."""
     num_train_epochs: float = Field(default=1.0, gt=0, le=100_000)
-    """How often the training rows are gone through. Default: chosen for about 100 steps, with a new head 300: 1 to 4
-    times, or to 20; 1 before the rows are known."""
+    """Passes over the training rows. Default: chosen for about 100 steps within 1 to 4 epochs; with a new head about
+    300 steps within 1 to 20 epochs; 1 until the rows are known."""
     max_steps: Positive | None = None
-    """Optimiser steps in all, in place of `num_train_epochs`. Default none: epochs decide."""
+    """Total optimiser steps, instead of `num_train_epochs`. Default none: epochs decide."""
     batch_size: Positive = 16
-    """Rows in one optimiser step over all processes, packed or not. Default: chosen by the training rows: 4, from 400
-    on 8, from 1,600 on 16, so that small sets give enough steps; 16 with a new head, and before the rows are known.
-    Memory does not depend on it."""
+    """Rows per optimiser step over all processes, packed or not. Memory does not depend on it. Default: chosen by the
+    number of training rows: 4, from 400 rows 8, from 1,600 rows 16; small data sets then get enough steps. With a new
+    head, or until the rows are known, 16."""
     batch_tokens: Positive | None = None
-    """Tokens in one optimiser step over all processes, in place of `batch_size`. Default none: rows are easier to
-    reason about."""
+    """Tokens per optimiser step over all processes, instead of `batch_size`. Default none: rows are easier to reason
+    about."""
     optim: Optimizer = "adamw_torch"
-    """Optimiser, by its name in transformers, and torch's `muon`; `schedule_free_*`, `apollo_*` and `galore_*`
-    need `llmtune-cli[optimizers]`. Default `adamw_torch`: runs everywhere; 8-bit ones save memory on a GPU."""
+    """Optimiser, by its name in transformers, or torch's `muon`. `schedule_free_*`, `apollo_*` and `galore_*` need
+    `llmtune-cli[optimizers]`. Default `adamw_torch`: runs everywhere; 8-bit optimisers save memory on a GPU."""
     optim_args: dict[str, float | str] = Field(default={})
-    """The optimiser's own options, by transformers' names, e.g. `rank` and `update_proj_gap` of GaLore. Default none:
-    the library's values."""
+    """Options of the optimiser, by their names in transformers, e.g. `rank` and `update_proj_gap` of GaLore. Default
+    none: the library's defaults."""
     loss_type: Literal["nll", "dft"] = "nll"
-    """`nll` is cross-entropy; `dft` multiplies each token's by its probability (dynamic fine-tuning), in training
-    alone. Default `nll`: what a language model is made with."""
+    """`nll` is cross-entropy. `dft` multiplies the loss of each token by its probability (dynamic fine-tuning), in
+    training only. Default `nll`: the usual loss of language models."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0, le=1000)
-    """Strength of random noise on the embeddings in training (NEFTune), e.g. 5; rows are then padded. Default none: it
-    helps open answers and harms exact ones."""
+    """Strength of random noise on the embeddings in training (NEFTune), e.g. 5; rows are then padded. Default none:
+    noise helps open-ended answers and harms exact ones."""
     loraplus_lr_ratio: float | None = Field(default=None, ge=1, le=1000)
-    """How many times faster than `learning_rate` the B matrices of the adapter, and biases with them, learn (LoRA+),
-    e.g. 16. Default none: one rate for all, at which `learning_rate` is usually stated."""
+    """Learning rate of the adapter's B matrices and biases as a multiple of `learning_rate` (LoRA+), e.g. 16. Default
+    none: one rate for all, as published learning rates assume."""
     weight_decay: float = Field(default=0.0, ge=0, le=1)
-    """Decoupled weight decay, as a share per learning rate. Default 0: an adapter is small and starts at zero."""
+    """Decoupled weight decay; each step shrinks weights by this times the learning rate. Default 0: an adapter is
+    small and starts at zero."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the gradient's running mean. Default 0.9, as in the Adam paper."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -107,69 +108,69 @@ class TrainSection(RecipeSection):
     adam_epsilon: float = Field(default=1e-8, gt=0, le=1)
     """Added to Adam's denominator. Default 1e-8, as in the Adam paper."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients longer than this are scaled down to it; 0 switches that off. Default 1.0: guards against a single bad
-    step."""
+    """Maximum gradient norm; larger gradients are scaled down to it. 0 disables clipping. Default 1.0: protects
+    against a single bad step."""
     lr_scheduler_type: Schedule = "linear"
-    """Course of the learning rate, by its name in transformers. Default `linear`: down to zero at the end, with nothing
-    to choose."""
+    """Learning rate schedule, by its name in transformers. Default `linear`: decays to zero and needs no options."""
     lr_scheduler_kwargs: dict[str, float] = Field(default={})
-    """The schedule's own options, e.g. `num_cycles` or `min_lr_rate`. Default none: the library's values."""
+    """Options of the schedule, e.g. `num_cycles` or `min_lr_rate`. Default none: the library's defaults."""
     warmup_steps: float = Field(default=0.03, ge=0, le=1_000_000_000)
-    """Steps over which the learning rate rises, to its full height in the last of them; below 1 a share of all steps.
-    The first step learns already, unlike in transformers. Default 0.03: Adam's first steps are its least certain."""
+    """Warm-up steps; the last one reaches the peak learning rate. Below 1, a share of all steps. Unlike in
+    transformers, the first step has a rate above zero. Default 0.03: Adam's first steps are the least reliable."""
     gradient_checkpointing: CheckpointingSwitch = "auto"
-    """Compute activations again in the backward pass to save memory; a fifth to a third slower, with the same result.
-    Default `auto`: only where the memory plan does not fit without it, and the run says so."""
+    """Recompute activations in the backward pass to save memory: 20 to 33 % slower, same result. Default `auto`: only
+    if the memory plan does not fit otherwise, and the run says so."""
     logging_steps: Positive = 10
-    """Optimiser steps between two lines of metrics. Default 10: smooth enough to read."""
+    """Optimiser steps between two logged lines of metrics. Default 10: smooth enough to read."""
     eval_steps: Positive | None = None
     """Optimiser steps between two validations. Default none: at the end of each epoch."""
     eval_metrics: Many[str] = ()
-    """Metrics of `evaluate.metrics` that each validation measures beside the loss, such as `exact_match` of generated
-    answers. Default none: answers take longer than a loss."""
+    """Metrics of `evaluate.metrics` that each validation measures as well as the loss, such as `exact_match` of
+    generated answers. Default none: generating answers takes longer than a loss."""
     metric_for_best_model: NonEmpty = "loss"
-    """What the best checkpoint and early stopping go by: `loss`, or one of `eval_metrics`. Default `loss`."""
+    """Metric for the best checkpoint and early stopping: `loss`, or one of `eval_metrics`. Default `loss`."""
     save_steps: Positive | None = None
     """Optimiser steps between two checkpoints. Default none: with each validation."""
     save_total_limit: Positive = 2
-    """Checkpoints that are kept, the best one apart. Default 2: one could be damaged by a bad disk."""
+    """Checkpoints to keep in addition to the best one. Default 2: a bad disk could damage one."""
     load_best_model_at_end: bool = True
-    """Take the checkpoint that is best by `metric_for_best_model` as the result. Default true: the last step is often
+    """Use the checkpoint that is best by `metric_for_best_model` as the result. Default true: the last step is often
     not the best."""
     early_stopping_patience: Positive | None = None
-    """Stop after so many validations that were not better by `metric_for_best_model`. Default none: run to the end."""
+    """Stop after this many validations without an improvement of `metric_for_best_model`. Default none: train to the
+    end."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
-    """How much better it must be to count, in nats or in units of the metric. Default 0: any gain counts."""
+    """Smallest change that counts as an improvement, in nats or in units of the metric. Default 0: any gain counts."""
     report_to: Trackers = ()
-    """Trackers that metrics are sent to. Default none: nothing leaves the machine unless it is asked to."""
+    """Experiment trackers to send metrics to. Default none: nothing leaves the machine unless you ask for it."""
     torch_compile: bool = False
     """Compile the model's layers before training, for rows of any length; needs a C++ compiler on a CPU and Triton on a
-    GPU. Default false: it takes seconds to minutes before step 1, and numbers differ in the last digits."""
+    GPU. Default false: compiling takes seconds to minutes, and results differ in the last digits."""
     use_liger_kernel: bool = False
-    """Use Liger's kernels for norms, rotary positions and gated layers in training, on a CUDA GPU with the package
-    `liger-kernel`; the loss stays llmtune's own. Default false: not every model type has them."""
+    """Use Liger's kernels for norms, rotary positions and gated layers in training. Needs a CUDA GPU and the package
+    `liger-kernel`; the loss stays llmtune's own. Default false: Liger does not support every model type."""
     seeds: Many[Seed] = ()
-    """Further seeds: the run trains once more with each, on the same rows, into `seeds/SEED/` of its folder, and the
-    report says how far the scores lie apart. Default none: each takes as long as the run itself."""
+    """Additional seeds. The run trains again with each, on the same rows, into `seeds/SEED/` of its folder, and the
+    report shows the spread of the scores. Default none: each takes as long as the run itself."""
 
     def check_task(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        """Report settings of the loss that the task does not read."""
+        """Report loss settings that the task ignores."""
         why = f"with task: {variant.task}"
         if variant.facts.takes_audio:
             diagnostics.no_effect("train.neftune_noise_alpha", why, "Remove it: recordings have no embeddings.", "task")
         if self.loss_type != "nll" and (variant.without_decoder or variant.loss):
-            diagnostics.no_effect("train.loss_type", why, "Remove it: it is for text that a decoder writes.", "task")
+            diagnostics.no_effect("train.loss_type", why, "Remove it: it applies to decoders only.", "task")
 
     def check(
         self, diagnostics: Diagnostics, data: DataSection, adapter: AdapterSection, seed: int, variant: TaskVariant
     ) -> None:
-        """Report settings of the loop that others leave without effect, and seeds that would train the same again."""
+        """Report settings that others make ineffective, and seeds that would repeat a training."""
         if self.batch_tokens is not None:
             fix, because = "Keep one of them.", "train.batch_tokens"
-            diagnostics.no_effect("train.batch_size", "beside train.batch_tokens", fix, because)
+            diagnostics.no_effect("train.batch_size", "with train.batch_tokens", fix, because)
         if self.max_steps is not None:
             fix, because = "Keep one of them.", "train.max_steps"
-            diagnostics.no_effect("train.num_train_epochs", "beside train.max_steps", fix, because)
+            diagnostics.no_effect("train.num_train_epochs", "with train.max_steps", fix, because)
         self._check_validation(diagnostics, data)
         self._check_metrics(diagnostics, variant)
         self._check_optimizer(diagnostics, adapter)
@@ -178,7 +179,7 @@ class TrainSection(RecipeSection):
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             diagnostics.add(key, f"'{key}' names a seed twice: {', '.join(map(str, repeated))}", "Name each once.")
         if seed in self.seeds:
-            fix = f"Remove it: these are further seeds, and the run trains with 'seed' ({seed}) as always."
+            fix = f"Remove it: the run already trains with 'seed' ({seed})."
             diagnostics.add(key, f"'{key}' names the recipe's own seed, {seed}, again", fix, "seed")
         diagnostics.repeated("train.report_to", self.report_to, "a tracker")
 
@@ -197,7 +198,7 @@ class TrainSection(RecipeSection):
         if not self.load_best_model_at_end and self.early_stopping_patience is None:
             fix = "Set train.load_best_model_at_end or train.early_stopping_patience, or remove it."
             key = "train.metric_for_best_model"
-            diagnostics.no_effect(key, "where nothing asks for the best", fix, "train.load_best_model_at_end")
+            diagnostics.no_effect(key, "if nothing uses the best checkpoint", fix, "train.load_best_model_at_end")
 
     def _check_metrics(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, known = "train.eval_metrics", variant.eval_metrics
@@ -205,14 +206,14 @@ class TrainSection(RecipeSection):
         for i, metric in enumerate(self.eval_metrics):
             if metric not in known:
                 lacking = "is measured anyway" if metric == "loss" else "cannot be measured while training"
-                fix = f"{nearest(metric, known)} What can be: {', '.join(known)}.".strip()
+                fix = f"{nearest(metric, known)} Allowed: {', '.join(known)}.".strip()
                 diagnostics.add(f"{key}.{i}", f"'{metric}' {lacking}", fix, "task")
         chosen = self.metric_for_best_model
         if chosen in NEAREST_TO_ONE:
             fix = "Choose another of train.eval_metrics, or loss."
-            diagnostics.add("train.metric_for_best_model", f"of {chosen} neither more nor less is better", fix)
+            diagnostics.add("train.metric_for_best_model", f"neither more nor less {chosen} is better", fix)
         elif chosen not in ("loss", *self.eval_metrics):
-            fix = f"Add {chosen} to {key}." if chosen in known else f"{nearest(chosen, known)} Or name it loss.".strip()
+            fix = f"Add {chosen} to {key}." if chosen in known else f"{nearest(chosen, known)} Or use loss.".strip()
             what = f"'train.metric_for_best_model' is {chosen!r}, which is not measured while training"
             diagnostics.add("train.metric_for_best_model", what, fix, key)
 
@@ -221,16 +222,16 @@ class TrainSection(RecipeSection):
             why, fix = f"with adapter.method: {adapter.method}", "Remove it, or use lora or qlora."
             diagnostics.no_effect("train.loraplus_lr_ratio", why, fix, "adapter.method")
         if self.optim.startswith(("apollo", "galore")) and adapter.method != "full":
-            what = f"'train.optim' is {self.optim}, which saves memory of whole weights, and an adapter has few"
+            what = f"'train.optim' is {self.optim}, which saves memory in full tuning only, and this trains an adapter"
             diagnostics.add("train.optim", what, "Use adapter.method: full, or adamw_torch.", "adapter.method")
         if self.optim.startswith("schedule_free") and not self.lr_scheduler_type.startswith("constant"):
-            what = f"'train.optim' is {self.optim}, which has no schedule but a warm-up of the learning rate"
+            what = f"'train.optim' is {self.optim}, which allows no learning rate schedule except a warm-up"
             fix = "Set train.lr_scheduler_type: constant_with_warmup."
             diagnostics.add("train.lr_scheduler_type", what, fix, "train.optim")
         known = next((names for name, names in OPTIM_ARGS.items() if self.optim.startswith(name)), ())
         for name in [name for name in self.optim_args if known and name not in known]:
             what = f"'train.optim_args.{name}' has no effect with train.optim: {self.optim}"
-            fix = f"{nearest(name, known)} What it reads: {', '.join(known)}.".strip()
+            fix = f"{nearest(name, known)} Allowed: {', '.join(known)}.".strip()
             diagnostics.add(f"train.optim_args.{name}", what, fix, "train.optim")
         readers = {"adam_beta1": BETAS, "adam_beta2": BETAS, "adam_epsilon": EPSILON}
         readers["optim_args"] = (self.optim,) if known else ()
@@ -258,5 +259,5 @@ class TrainSection(RecipeSection):
             fix = "Use constant_with_warmup, or remove it."
             diagnostics.no_effect("train.warmup_steps", f"with {because}: constant", fix, because)
         if self.warmup_steps >= 1 and not self.warmup_steps.is_integer():
-            fix = "Below 1 it is a share of all steps, else a whole number of steps."
+            fix = "Use a share of all steps below 1, or an integer number of steps."
             diagnostics.add("train.warmup_steps", f"'train.warmup_steps' is {self.warmup_steps:g}", fix)

@@ -1,10 +1,10 @@
-"""Epochs, learning rate and batch where a recipe states none: by rows, width of the model and method.
+"""Default epochs, learning rate and batch size, chosen by rows, model width and method.
 
-Sources. Rate: Schulman et al., "LoRA Without Regret", Thinking Machines Lab, 2025, whose cookbook takes 5e-4 for LoRA
-at a width of 2,000, falling with width to the power 0.78, and a tenth for full tuning; LoRA loses more than full tuning
-from large batches. Epochs: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023: up to four epochs of
-the same rows are nearly as good as new rows. New heads: Mosbach et al., "On the Stability of Fine-tuning BERT", 2021:
-small sets need many more steps, 20 epochs in the paper, in batches of 16 as BERT's.
+Sources. Rate: Schulman et al., "LoRA Without Regret", Thinking Machines Lab, 2025. Its cookbook uses 5e-4 for LoRA at a
+width of 2,000, falling with width to the power 0.78, and a tenth for full tuning. Large batches hurt LoRA more than
+full tuning. Epochs: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023: up to four epochs of the same
+rows are nearly as good as new rows. New heads: Mosbach et al., "On the Stability of Fine-tuning BERT", 2021: small sets
+need many more steps, 20 epochs in the paper, in batches of 16 as in BERT.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ LORA_RATE = 5e-4
 """At WIDTH."""
 EXPONENT = 0.78
 HIGHEST_LORA_RATE = 1e-3
-"""What narrow models take: the sources have none below a width of 1,000."""
+"""Cap for narrow models: the sources have none below a width of 1,000."""
 PREFERENCE_SHARE = 0.2
-"""Preferences start from a model that answers already, and leave it when pushed."""
+"""Preference tuning starts from a model that already answers, and large steps destroy its answers."""
 BATCHES = ((1600, 16), (400, 8), (0, 4))
-"""From so many rows on, so many in a step."""
+"""(minimum training rows, batch size), largest first."""
 STEPS, MOST_EPOCHS = 100, 4
 HEAD_BATCH, HEAD_STEPS, MOST_HEAD_EPOCHS = 16, 300, 20
 FEW_STEPS = 50
-"""Below this a run says so: a schedule has no time to work in."""
+"""A run with fewer steps warns: the schedule has too little time."""
 
 
 class Choice(NamedTuple):
-    """A value, and what it rests on."""
+    """A value and the reason for it."""
 
     value: float
     why: str
 
 
 def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool) -> dict[str, Choice]:
-    """Return what the rule says for those keys of `train` that the recipe does not state.
+    """Return the rule's values for keys of `train` that the recipe does not set.
 
     Args:
-        recipe: As loaded: stated values are distinguished from defaults.
+        recipe: As loaded; `model_fields_set` distinguishes stated values from defaults.
         rows: Training rows.
         width: Hidden size of the model, if its configuration names one.
-        new_head: Whether a head is trained from nothing.
+        new_head: Whether training starts with a new, random head.
     """
     train = recipe.train
     batch = HEAD_BATCH if new_head else next(size for least, size in BATCHES if rows >= least)
@@ -60,7 +60,7 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
     rate *= rate_factor(recipe.adapter.method)
     rate *= PREFERENCE_SHARE if recipe.variant.loss else 1
     choices = {
-        "learning_rate": Choice(float(f"{rate:.1e}"), f"{recipe.adapter.method}, width {width or 'not known'}"),
+        "learning_rate": Choice(float(f"{rate:.1e}"), f"{recipe.adapter.method}, width {width or 'unknown'}"),
         "num_train_epochs": Choice(float(epochs), f"{rows} rows, about {steps} steps, at most {most} epochs"),
         "batch_size": Choice(batch, f"{rows} rows"),
     }
@@ -71,7 +71,7 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
 
 
 def with_choices(loaded: LoadedRecipe, choices: Mapping[str, Choice]) -> LoadedRecipe:
-    """Return a recipe that states what was chosen, with the reasons as origins."""
+    """Return the recipe with the chosen values set, and their reasons as origins."""
     values = {key: int(one.value) if key == "batch_size" else one.value for key, one in choices.items()}
     train = loaded.recipe.train.model_copy(update=values)
     origins = {f"train.{key}": f"chosen: {one.why}" for key, one in choices.items()}
@@ -80,17 +80,17 @@ def with_choices(loaded: LoadedRecipe, choices: Mapping[str, Choice]) -> LoadedR
 
 
 def with_length(loaded: LoadedRecipe, length: int, model: str) -> LoadedRecipe:
-    """Return a recipe whose rows are no longer than the context of the candidate that was taken."""
+    """Return the recipe with `data.max_length` set to the context length of the chosen candidate."""
     data = loaded.recipe.data.model_copy(update={"max_length": length})
     origins = {**loaded.origins, "data.max_length": f"chosen: the context of {model}"}
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"data": data}), origins=origins)
 
 
 def few_steps(recipe: Recipe, rows: int) -> str | None:
-    """Return a warning where a recipe with so many training rows takes few steps that nobody asked for."""
+    """Return a warning if `rows` training rows give few steps and the recipe does not set the steps itself."""
     train = recipe.train
     if train.max_steps is not None or train.batch_tokens is not None:
         return None
     steps = math.ceil(train.num_train_epochs * math.ceil(rows / train.batch_size))
-    more = "more rows, more train.num_train_epochs or a smaller train.batch_size give more"
-    return f"{steps} steps are few: expect little; {more}." if steps < FEW_STEPS else None
+    more = "Add rows, raise train.num_train_epochs or lower train.batch_size"
+    return f"Only {steps} steps: expect little change. {more}." if steps < FEW_STEPS else None

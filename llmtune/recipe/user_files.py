@@ -1,4 +1,4 @@
-"""Files and folders that a user names: opened without waiting for a pipe or a device, read and walked up to a bound."""
+"""Reads and walks files and folders named by the user; never blocks on pipes or devices, and limits size and number."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing_extensions import Buffer
 
 MAX_FOLDERS = 20_000
-"""Folders that are looked into: a home folder has more, a data set has less."""
+"""Maximum folders to walk: a home folder has more, a data set fewer."""
 MAX_TEXT_BYTES = 16 * 2**20
-"""Templates, keys, configurations: all that is read whole and is no data."""
+"""Maximum size of files read at once: templates, keys, configurations, but not data."""
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -27,7 +27,7 @@ _KINDS = (
 
 
 class NotAFileError(OSError):
-    """What is named is there, and is no regular file: a read from it might never end."""
+    """The path exists but is not a regular file; reading it might never end."""
 
 
 def check_regular(path: Path) -> os.stat_result:
@@ -40,19 +40,19 @@ def check_regular(path: Path) -> os.stat_result:
 
 
 class RegularFile(io.FileIO):
-    """A file whose reads do not wait: some of /proc look regular and have nothing to read yet, which is their end."""
+    """A file with non-blocking reads. Some files in /proc look regular but have no data yet; that counts as the end."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read up to `size` bytes."""
+        """Read up to `size` bytes, or none if reading would block."""
         return super().read(size) or b""
 
     def readinto(self, buffer: Buffer, /) -> int:
-        """Read into a buffer."""
+        """Read into a buffer, 0 bytes if reading would block."""
         return super().readinto(buffer) or 0
 
 
 def open_regular(path: Path) -> RegularFile:
-    """Open a regular file for reading, unbuffered; raises OSError for anything that a read could hang on."""
+    """Open a regular file for unbuffered reading; raises OSError for anything else, which could block."""
     check_regular(path)
     return RegularFile(str(path), "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
@@ -76,10 +76,10 @@ def read_text_file(path: Path, limit: int = MAX_TEXT_BYTES, errors: str = "stric
 
 
 def walk_files(folder: Path, *, hidden: bool = False, follow: bool = False) -> Iterator[Path]:
-    """Yield the regular files below a folder; with `hidden` also those in folders whose names begin with a dot.
+    """Yield the regular files below a folder; with `hidden` also from folders whose names begin with a dot.
 
-    With `follow` it goes into folders that are links, too, into each once. Raises OSError: a folder may not be read, or
-    there are more than MAX_FOLDERS of them.
+    With `follow` it follows links to folders and visits each folder once. Raises OSError for an unreadable folder, or
+    for more than MAX_FOLDERS folders.
     """
     seen: set[tuple[int, int]] = set()
     below = [str(folder)]
@@ -90,7 +90,7 @@ def walk_files(folder: Path, *, hidden: bool = False, follow: bool = False) -> I
             continue
         seen.add((about.st_dev, about.st_ino))
         if len(seen) > MAX_FOLDERS:
-            raise OSError(errno.E2BIG, f"more than {MAX_FOLDERS:,} folders are in it", str(folder))
+            raise OSError(errno.E2BIG, f"it contains more than {MAX_FOLDERS:,} folders", str(folder))
         with os.scandir(name) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=follow):
@@ -101,7 +101,7 @@ def walk_files(folder: Path, *, hidden: bool = False, follow: bool = False) -> I
 
 
 def match_files(pattern: str) -> list[Path]:
-    """Return the regular files that a pattern of the shell names, sorted; `**` crosses folders.
+    """Return the regular files that match a shell pattern, sorted; `**` matches any number of folders.
 
     Raises OSError as `walk_files` does.
     """
@@ -118,7 +118,7 @@ def match_files(pattern: str) -> list[Path]:
 
 
 def _match_parts(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern; a star matches no leading dot."""
+    """Return whether the parts of a path match a pattern; a star does not match a leading dot."""
     if not pattern or not names:
         return not names and all(part == "**" for part in pattern)
     hidden = names[0].startswith(".")

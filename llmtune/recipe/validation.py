@@ -1,4 +1,4 @@
-"""Checks a recipe against schema and rules, and reports all that is wrong at once, in a person's words."""
+"""Checks a recipe against schema and rules, and reports all problems at once in plain words."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llmtune.recipe.source_map import Diagnostics, Key, SourceMap, dotted
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_reader import Node
 
-THREADS = "All cores are used, or as many as the option `--threads` says; omit it."
+THREADS = "Remove it: llmtune uses all cores, or the number given with `--threads`."
 _HINTS = {
-    "Use 'train.batch_size': rows in one step over all processes.": ("per_device_train_batch_size", "train_batch_size"),
-    "Evaluation finds its own batches; omit it.": ("per_device_eval_batch_size",),
-    "Use 'train.batch_size'; micro-batches are cut by what fits into memory.": ("micro_batch_size",),
-    "Use 'train.batch_size'; accumulation follows from what fits into memory.": ("gradient_accumulation_steps",),
+    "Use 'train.batch_size': rows per step over all processes.": ("per_device_train_batch_size", "train_batch_size"),
+    "Remove it: evaluation chooses its own batch size.": ("per_device_eval_batch_size",),
+    "Use 'train.batch_size'; the memory decides the size of micro-batches.": ("micro_batch_size",),
+    "Use 'train.batch_size'; the memory decides the number of accumulation steps.": ("gradient_accumulation_steps",),
     "Use 'train.num_train_epochs'.": ("epochs", "num_epochs"),
     "Use 'train.learning_rate'.": ("lr",),
     "Use 'train.lr_scheduler_type'.": ("lr_scheduler", "scheduler"),
@@ -44,7 +44,7 @@ _HINTS = {
     "Use 'train'.": ("training", "trainer"),
     "Use 'data'.": ("dataset",),
     "Use 'data.train': a source or a list of them.": ("datasets",),
-    "It belongs to a source: `train: {path: rows.csv, columns: {prompt: question, completion: answer}}`.": (
+    "Put it in a source: `train: {path: rows.csv, columns: {prompt: question, completion: answer}}`.": (
         "columns",
         "encoding",
         "format",
@@ -54,24 +54,24 @@ _HINTS = {
     "Use 'data.validation'.": ("val_set_size", "val_size"),
     "Use 'data.max_length'.": ("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"),
     "Use 'data.packing'.": ("sample_packing", "group_by_length", "length_column_name"),
-    "Rows are drawn in an order that 'seed' decides; omit it.": ("shuffle",),
+    "Remove it: 'seed' decides the order of rows.": ("shuffle",),
     THREADS: ("num_proc", "dataset_num_proc", "preprocessing_num_workers", "dataloader_num_workers"),
     "Use 'train.eval_steps'.": ("evaluation_strategy", "eval_strategy"),
     "Use 'train.save_steps'.": ("save_strategy",),
     "Use 'data.train_on': assistant, last or all.": ("train_on_inputs", "assistant_only_loss"),
     "Use `llmtune deploy publish RUN` after the run.": ("push_to_hub", "hub_model_id"),
-    "A recipe does not state where it runs: see `llmtune launch local --help`.": ("deepspeed", "fsdp", "local_rank"),
-    "A recipe does not state where it runs: use the option `--out`.": ("output_dir",),
-    "A recipe does not state where it runs: use `llmtune launch local --processes N`.": ("num_processes",),
-    "A recipe does not state where it runs: llmtune picks the device.": ("device",),
+    "Recipes do not say where to run: see `llmtune launch local --help`.": ("deepspeed", "fsdp", "local_rank"),
+    "Recipes do not say where to run: use the option `--out`.": ("output_dir",),
+    "Recipes do not say where to run: use `llmtune launch local --processes N`.": ("num_processes",),
+    "Recipes do not say where to run: llmtune picks the device.": ("device",),
     "Keep tokens out of a recipe: log in, or set HF_TOKEN.": ("hub_token", "token"),
 }
 ALIASES = {name: hint for hint, names in _HINTS.items() for name in names}
-"""Keys of other tools -> what to write here."""
+"""Keys of other tools -> the key to use instead."""
 
 
 def unknown_key(key: Key, source_map: SourceMap, others: Collection[str] = ()) -> Problem:
-    """Return the problem of an unknown key, with the nearest key and all allowed ones, `others` included."""
+    """Return the problem of an unknown key, with the nearest key and all allowed keys including `others`."""
     if dotted(key) in RETIRED:
         return retired_problem(dotted(key), source_map.where(key))
     *parents, last = [step for step in key if step not in BRANCHES]
@@ -89,7 +89,7 @@ def unknown_key(key: Key, source_map: SourceMap, others: Collection[str] = ()) -
 
 
 def section_at(key: Key) -> type[RecipeSection] | None:
-    """Return the section at a key path, or None where there is none."""
+    """Return the section at a key path, or None."""
     section: type[RecipeSection] | None = Recipe
     for step in key:
         if step not in BRANCHES and not isinstance(step, int):
@@ -114,11 +114,11 @@ PLACEHOLDERS: dict[str, object] = {
     "data": {"train": "rows.jsonl"},
     "model": {"name": "model"},
 }
-"""Stand in for what is missing or wrong, so that the rest can be checked in the same go."""
+"""Values for missing or wrong keys, to check the rest of the recipe in the same pass."""
 TYPES = {
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a smaller whole number",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_parsing_size": "a smaller integer",
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "text",
@@ -131,7 +131,7 @@ VARIANTS = {
     **{name: f"Write `method: lora` and `use_{name}: true`." for name in ("dora", "rslora")},
     **{name: f"Write `method: lora` and `init_lora_weights: {name}`." for name in ("pissa", "eva", "corda", "olora")},
 }
-"""Variants of LoRA that other tools call methods."""
+"""LoRA variants that are methods in other tools."""
 RANGES = {
     "greater_than": ("above", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -139,15 +139,15 @@ RANGES = {
     "less_than_equal": ("at most", "le"),
 }
 PATTERNS = {
-    "model.attn_implementation": "A kernel is named `owner/name`, with `@revision` or `:function` behind it at most.",
+    "model.attn_implementation": "Name a kernel `owner/name`, optionally followed by `@revision` or `:function`.",
     "name": "Use up to 64 letters, digits, `.`, `-` and `_`, with a letter or digit first: it names a folder.",
     "adapter.init_lora_weights": "Allowed: true, false, gaussian, orthogonal, pissa, pissa_niter_N (N steps of "
-    "a fast SVD), olora, eva, corda, lora_ga. PEFT's LoftQ rounds the base to weights that are in no file.",
+    "a fast SVD), olora, eva, corda, lora_ga. LoftQ is not supported: it rounds base weights without saving them.",
 }
 
 
 def validate(root: Node, name: str) -> Recipe:
-    """Return the recipe, paths as written, called `name` unless it names itself.
+    """Return the recipe with paths as written; `name` is its default name.
 
     Raises RecipeError with every problem.
     """
@@ -171,9 +171,9 @@ def validate(root: Node, name: str) -> Recipe:
 
 
 def plain_values(node: Node, section: type[RecipeSection]) -> dict[str, object]:
-    """Return plain values, without nulls that mean the default.
+    """Return plain values, without nulls that mean the default value.
 
-    That is so for a section without lines, and for a null that takes back what the extended recipe states.
+    Those are sections without keys, and nulls that reset a value of the extended recipe.
     """
     values: dict[str, object] = {}
     for key, item in node.value.items() if isinstance(node.value, dict) else ():
@@ -190,7 +190,7 @@ def plain_values(node: Node, section: type[RecipeSection]) -> dict[str, object]:
 
 
 def schema_problems(errors: Sequence[ErrorDetails], source_map: SourceMap) -> tuple[list[Key], list[Problem]]:
-    """Turn pydantic's errors into problems, each with its key; one that only follows from another is left out."""
+    """Convert pydantic's errors to problems, each with its key; skip errors that follow from another."""
     keys: list[Key] = []
     problems: list[Problem] = []
     for error in errors:
@@ -209,14 +209,14 @@ def schema_problems(errors: Sequence[ErrorDetails], source_map: SourceMap) -> tu
 
 
 def missing_key(key: Key, source_map: SourceMap) -> Problem:
-    """Return the problem of a required key that is not there, with what it means."""
+    """Return the problem of a missing required key, with its description."""
     section = section_at(key[:-1])
     meaning = descriptions(section).get(str(key[-1]), "") if section else ""
     return Problem(f"the key '{dotted(key)}' is missing", source_map.where(key), meaning)
 
 
 def wrong_value(error: ErrorDetails, key: Key, source_map: SourceMap) -> Problem:
-    """Return what is wrong with a value, from pydantic's error."""
+    """Return the problem of a wrong value, from pydantic's error."""
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     name = dotted(key)
     what = f"'{name}' is {show_value(value)}"
@@ -232,33 +232,33 @@ def wrong_value(error: ErrorDetails, key: Key, source_map: SourceMap) -> Problem
         fix = f"It must be {word} {context[bound]}."
     elif kind in ("string_too_short", "too_short"):
         what = what if value else f"'{name}' is empty"
-        fix = f"It needs at least {context['min_length']}; or omit the key."
+        fix = f"Give at least {context['min_length']}, or remove the key."
     elif kind == "string_pattern_mismatch":
         fix = PATTERNS.get(name, f"It must match {context['pattern']}.")
     else:
-        what, fix = f"{what}: {error['msg']}", "See `llmtune recipes schema` for what is allowed."
+        what, fix = f"{what}: {error['msg']}", "See `llmtune recipes schema` for allowed values."
     return Problem(what, source_map.where(key), fix)
 
 
 def show_value(value: object) -> str:
-    """Show a value as a person wrote it, cut to one line."""
+    """Return a value as text, truncated to one line."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def type_hint(kind: str, value: object) -> str:
-    """Return why something that looks like a number or a switch is not one."""
+    """Return a hint if a string looks like a number or a boolean."""
     if not isinstance(value, str):
         return ""
     if kind.startswith(("int", "float")) and value.strip().replace(".", "", 1).replace(",", "", 1).isdigit():
         return " Write it without quotes, with a dot for decimals."
     if kind == "bool_type" and value.lower() in ("yes", "no", "on", "off"):
-        return " YAML 1.2 knows `true` and `false` only."
+        return " In YAML 1.2 only `true` and `false` are booleans."
     return ""
 
 
 def replace_broken(values: dict[str, object], keys: Iterable[Key]) -> set[str]:
-    """Replace in place what is wrong at `keys` by a default or a placeholder; return the dotted keys replaced."""
+    """Replace wrong values at `keys` in place with defaults or placeholders; return the replaced dotted keys."""
     broken: set[str] = set()
     for key in keys:
         top = str(key[0])

@@ -1,7 +1,7 @@
-"""Reads YAML text into values that know their file and line; safe, bounded, YAML 1.2.
+"""Reads YAML 1.2 safely, with limits, into values that know their file and line.
 
-Values follow the core schema of YAML 1.2.2 (section 10.3): `1e-4` is a number, `no` and dates are text. Tags, merge
-keys and duplicate keys are refused; size, depth and the number of values (aliases expanded) are bounded.
+Values follow the core schema of YAML 1.2.2 (section 10.3): `1e-4` is a number, `no` and dates are strings. Tags, merge
+keys and duplicate keys are errors. Size, depth and the number of values (with aliases expanded) are limited.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ NOT_FINITE = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))")
 
 @dataclass(frozen=True)
 class Node:
-    """A value and its origin: mappings hold nodes by key, lists hold nodes, everything else is a scalar."""
+    """A value and its origin: a mapping of nodes, a list of nodes, or a scalar."""
 
     value: dict[str, Node] | list[Node] | YamlScalar
     origin: str
     """`file:line` of its key or list item, or `--set`."""
     folder: Path
-    """What paths in it are relative to."""
+    """Base folder of relative paths in it."""
     overrides: bool = False
-    """Whether it is a null that takes back what a recipe below states."""
+    """Whether it is a null that resets a value of the extended recipe."""
 
     def plain(self) -> object:
         """Return the value without origins."""
@@ -59,7 +59,7 @@ class Node:
 
 
 def resolve_scalar(text: str) -> YamlScalar:
-    """Give a plain (unquoted) scalar its value by the core schema of YAML 1.2."""
+    """Return the value of a plain (unquoted) scalar by the core schema of YAML 1.2."""
     if NULL.fullmatch(text):
         return None
     if BOOL.fullmatch(text):
@@ -74,16 +74,16 @@ def resolve_scalar(text: str) -> YamlScalar:
 
 
 class PlainResolver(VersionedResolver):
-    """Gives no scalar a type by its looks: what a node has for a tag was written, and values are resolved here."""
+    """Resolves no implicit types: a node's tag is always explicit, and `resolve_scalar` resolves plain values."""
 
     def resolve(self, kind: type[nodes.Node], value: str | None, implicit: object) -> Tag:
-        """Return the tag that a node of this kind has without one."""
+        """Return the default tag of this kind of node."""
         tag: Tag = super().resolve(kind, value, (False, False))
         return tag
 
 
 class NodeReader:
-    """Turns nodes of the YAML library into ours, counting as it goes."""
+    """Converts nodes of the YAML library to `Node`, and counts values."""
 
     def __init__(self, label: str, folder: Path, by_line: bool) -> None:
         self.label = label
@@ -93,24 +93,24 @@ class NodeReader:
         self.values = 0
 
     def where(self, mark: StreamMark | None) -> str:
-        """Return `file:line` of a mark, or the label alone where lines mean nothing."""
+        """Return `file:line` of a mark, or only the label without `by_line`."""
         return f"{self.label}:{mark.line + 1}" if self.by_line and mark is not None else self.label
 
     def report(self, node: nodes.Node, what: str, fix: str) -> None:
-        """Note a problem and read on."""
+        """Record a problem and continue."""
         self.problems.append(Problem(what, self.where(node.start_mark), fix))
 
     def read(self, node: nodes.Node, origin: str, depth: int = 0) -> Node:
-        """Read a node and all in it; an aliased node is read at every use."""
+        """Convert a node and its children; an aliased node is converted at every use."""
         self.values += 1
         if depth > MAX_DEPTH:
-            self.report(node, f"nested more than {MAX_DEPTH} deep", "No recipe key lies that deep.")
-            raise RecipeError(*self.problems)  # what follows cannot be trusted
+            self.report(node, f"nested more than {MAX_DEPTH} deep", "Remove it: no recipe key is that deep.")
+            raise RecipeError(*self.problems)  # too deep to continue
         if self.values > MAX_VALUES:
-            self.report(node, f"more than {MAX_VALUES:,} values", "A recipe is small; put rows into data files.")
+            self.report(node, f"more than {MAX_VALUES:,} values", "Put rows in data files; recipes are small.")
             raise RecipeError(*self.problems)
         if node.tag not in TAGS:
-            fix = "Write a plain value: a recipe makes no objects."
+            fix = "Write a plain value: recipes cannot create objects."
             self.report(node, f"the tag {node.tag!r} is not allowed", fix)
         if isinstance(node, nodes.MappingNode):
             return Node(self.mapping(node, depth), origin, self.folder)
@@ -121,7 +121,7 @@ class NodeReader:
         return Node(self.scalar(node), origin, self.folder)
 
     def mapping(self, node: nodes.MappingNode, depth: int) -> dict[str, Node]:
-        """Read a mapping whose keys are text and unique."""
+        """Convert a mapping; report keys that are not strings or not unique."""
         items: dict[str, Node] = {}
         for key, value in node.value:
             origin = self.where(key.start_mark)
@@ -129,22 +129,22 @@ class NodeReader:
             item = self.read(value, origin, depth + 1)
             name = key.value
             if not isinstance(key, nodes.ScalarNode):
-                self.report(key, "a key must be text", "Write `key: value`.")
+                self.report(key, "a key is not text", "Write `key: value`.")
             elif name == "<<" and key.style is None:
-                fix = "Use `extends` for a recipe to start from."
+                fix = "Use `extends` to inherit from a recipe."
                 self.report(key, "merge keys (`<<`) are not part of YAML 1.2", fix)
             elif name in items:
-                what = f"the key '{name}' stands twice (first: {items[name].origin})"
+                what = f"duplicate key '{name}' (first: {items[name].origin})"
                 self.report(key, what, "Keep one of them.")
             else:
                 items[name] = item
         return items
 
     def scalar(self, node: nodes.ScalarNode) -> YamlScalar:
-        """Give a scalar its value; a quoted one is text."""
+        """Return a scalar's value; a quoted scalar is a string."""
         text: str = node.value
         if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
-            self.report(node, "half a surrogate pair or a NUL is no text", "Write the character itself.")
+            self.report(node, "half a surrogate pair or a NUL is not text", "Write the character itself.")
             return ""
         if node.style is not None:
             return text
@@ -159,7 +159,7 @@ class NodeReader:
 
 
 def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Node:
-    """Read one YAML document; an empty one is None.
+    """Parse one YAML document; an empty document is None.
 
     `label` names the source in origins and errors; with `by_line` the line is added. Raises RecipeError.
     """
@@ -173,17 +173,17 @@ def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Nod
             root = yaml.compose(text)
     except ReusedAnchorWarning as warning:
         what = str(warning).strip().splitlines()[0]
-        raise RecipeError.of(f"not valid YAML: {what}", label, "Give each anchor a name of its own.") from None
+        raise RecipeError.of(f"not valid YAML: {what}", label, "Use a different name for each anchor.") from None
     except MarkedYAMLError as error:
         what = " ".join(part for part in (error.context, error.problem) if part)
         where = reader.where(error.problem_mark or error.context_mark)
         raise RecipeError.of(f"not valid YAML: {what}", where, "Fix the syntax at this line.") from None
     except RecursionError:
-        fix = "No recipe key lies that deep."
+        fix = "Remove it: no recipe key is that deep."
         raise RecipeError.of(f"nested more than {MAX_DEPTH} deep", label, fix) from None
     except (YAMLError, ValueError, OverflowError) as error:  # the last two: escapes beyond Unicode
         what = " ".join(str(error).split())
-        raise RecipeError.of(f"not valid YAML: {what}", label, "Remove what is not text.") from None
+        raise RecipeError.of(f"not valid YAML: {what}", label, "Remove characters that are not text.") from None
     origin = f"{label}:1" if by_line else label
     node = Node(None, origin, folder) if root is None else reader.read(root, origin)
     RecipeError.collect(reader.problems)
@@ -191,14 +191,14 @@ def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Nod
 
 
 def check_size(size_bytes: int, label: str) -> None:
-    """Raise RecipeError if a text is too large for a recipe."""
+    """Raise RecipeError if a recipe's text is too large."""
     if size_bytes > MAX_BYTES:
-        fix = "A recipe is small; put rows into data files."
+        fix = "Put rows in data files; recipes are small."
         raise RecipeError.of(f"more than {MAX_BYTES // 1024} KiB", label, fix)
 
 
 def file_label(path: Path) -> str:
-    """Return how a file is called in messages: relative to the working folder where it lies in it."""
+    """Return a file's name for messages, relative to the working folder if it is inside it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
@@ -210,7 +210,7 @@ def read_recipe_text(path: Path) -> str:
         raw = read_bytes(path, MAX_BYTES)
     except FileNotFoundError:
         fix = "Check the path, or see `llmtune recipes list`."
-        raise RecipeError.of("no such recipe file", name, fix) from None
+        raise RecipeError.of("recipe file not found", name, fix) from None
     except OSError as error:
         if error.errno == errno.EFBIG:
             check_size(MAX_BYTES + 1, name)

@@ -1,4 +1,4 @@
-"""Writes a recipe as YAML, every value with its origin as a comment."""
+"""Writes a recipe as YAML with the origin of each value as a comment."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llmtune.recipe.yaml_reader import resolve_scalar
 TASK_SECTIONS = {facts.section for facts in TASK_FACTS.values()}
 PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./+-]*")
 SWITCHES = ("y", "n", "yes", "no", "on", "off")
-"""Text that YAML 1.1 takes for true and false: quoted, so that any reader sees the same."""
+"""Strings that YAML 1.1 reads as booleans; quoted, so YAML 1.1 readers see strings too."""
 
 
 def scalar(value: object) -> str:
-    """Write one value on one line: YAML's flow style, which is JSON but for what JSON lacks."""
+    """Write a value on one line in YAML flow style: JSON, except for plain strings and non-finite numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     if isinstance(value, str):
@@ -36,13 +36,13 @@ def scalar(value: object) -> str:
 
 
 def source_line(split: str, source: Source, **changes: object) -> str:
-    """Return the line of a recipe for a source with some keys changed."""
+    """Return the recipe line of a source with some keys changed."""
     stated = source.model_dump(mode="json", exclude_defaults=True) | {"path": written_path(source.path)} | changes
     return f"{split}: {flow(stated)}"
 
 
 def written_path(path: str) -> str:
-    """Return how a source's path is written: relative where it lies below the working folder."""
+    """Return a source's path as written in a recipe, relative if it is below the working folder."""
     working = Path.cwd()
     below = not path.startswith(REMOTE) and Path(path).is_relative_to(working)
     return str(Path(path).relative_to(working)) if below else path
@@ -56,13 +56,13 @@ def flow(value: object) -> str:
 
 
 def plain_or_quoted(value: str) -> str:
-    """Write text plain where it stays text, else quoted."""
+    """Write a string without quotes if YAML still reads it as a string, else quoted."""
     plain = PLAIN.fullmatch(value) and isinstance(resolve_scalar(value), str) and value.lower() not in SWITCHES
     return value if plain else quoted(value)
 
 
 def quoted(value: str) -> str:
-    """Write text in double quotes; what does not print is escaped."""
+    """Write a string in double quotes; unprintable characters are escaped."""
     letters = (json.dumps(letter)[1:-1] if letter in '"\\' or letter < " " else letter for letter in value)
     escaped = (letter if letter.isprintable() or len(letter) > 1 else f"\\U{ord(letter):08x}" for letter in letters)
     return f'"{"".join(escaped)}"'
@@ -70,14 +70,14 @@ def quoted(value: str) -> str:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes sections, one value a line; without notes, only what has an effect."""
+    """Writes sections, one value per line; without notes, only keys that have an effect."""
 
     origins: dict[str, str]
     idle: frozenset[str]
     with_notes: bool
 
     def note(self, *keys: str) -> str:
-        """Return the comment after a value: the origin of the first key that has one."""
+        """Return the comment after a value: the origin of the first of `keys` that has one."""
         origin = next((self.origins[key] for key in keys if key in self.origins), None)
         return (
             ""
@@ -86,7 +86,7 @@ class Writer:
         )
 
     def section(self, section: RecipeSection, key: str, indent: str) -> Iterator[str]:
-        """Yield the lines of one section; those of tasks still to come are left out."""
+        """Yield the lines of one section, without the sections of other tasks."""
         for name in (*type(section).model_fields, *(section.model_extra or ())):
             value = getattr(section, name)
             path = f"{key}.{name}" if key else name
@@ -117,5 +117,5 @@ class Writer:
 
 
 def write_yaml(recipe: Recipe, origins: dict[str, str], without_effect: frozenset[str], with_notes: bool) -> str:
-    """Return YAML that loads to the same recipe; with notes, ineffective defaults become comments."""
+    """Return YAML that loads to the same recipe; with notes, defaults without effect become comments."""
     return "\n".join(Writer(origins, without_effect, with_notes).section(recipe, "", "")) + "\n"

@@ -49,5 +49,5 @@ def test_activated_lora_is_the_base_until_its_tokens_and_comes_back_in_plain_pef
     torch.testing.assert_close(read(plain.eval()), tuned, atol=1e-5, rtol=0)
     with pytest.raises(RecipeError, match=r"is an activated LoRA \(alora_invocation_tokens\)"):
         inject(open_model(recipe), recipe_with(tiny_llama, adapter={"start_from": str(tmp_path)}), quiet())
-    with pytest.raises(RecipeError, match="cannot be merged: it begins in the middle of each row"):
+    with pytest.raises(RecipeError, match="cannot be merged: it becomes active in the middle of each row"):
         merge_adapter(adapted)

@@ -57,7 +57,7 @@ def test_a_start_from_rows_is_found_by_the_process_that_makes_the_model_alone(tm
 @pytest.mark.parametrize(
     ("sets", "why"),
     [
-        ({"init_lora_weights": "loftq"}, "weights that are in no file"),
+        ({"init_lora_weights": "loftq"}, "LoftQ is not supported"),
         ({"method": "qlora", "init_lora_weights": "corda"}, "weights that are not quantised"),
     ],
 )

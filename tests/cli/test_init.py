@@ -208,7 +208,7 @@ def test_another_tools_configuration_becomes_the_same_recipe_by_init_and_by_migr
     Path("their.yaml").write_text(json.dumps({**keys, "adapter": "lora", "lora_r": 4, "hub_token": "hf_secret"}))
     done = invoke("recipes", "migrate", "their.yaml", "--out", "one.yaml")
     assert done.exit_code == 0, done.stderr
-    assert "refused  hub_token: [removed]: a recipe holds no secrets" in done.stderr
+    assert "refused  hub_token: [removed]: recipes must not contain secrets" in done.stderr
     assert done.stdout.endswith("next: llmtune recipes check one.yaml\n")
     assert invoke("init", "--from", "their.yaml", "--out", "two.yaml").exit_code == 0
     assert Path("one.yaml").read_text() == Path("two.yaml").read_text()

@@ -71,7 +71,7 @@ def test_an_adapter_of_a_method_that_knows_of_no_biases_is_certified(tune, tmp_p
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT's
 def test_vectors_before_a_text_are_refused_before_anything_is_asked(tune, tmp_path, console):
     tuned = tune(adapter={"method": "prompt_tuning", "r": None, "lora_alpha": None, "num_virtual_tokens": 4})
-    with pytest.raises(RecipeError, match="an adapter of prompt_tuning cannot be merged: its vectors stand before"):
+    with pytest.raises(RecipeError, match="an adapter of prompt_tuning cannot be merged: its vectors come before"):
         merge_model(tuned, tmp_path / "merged", console)
     assert make_reference(tuned).effect > 0
 

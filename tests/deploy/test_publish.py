@@ -146,7 +146,7 @@ def test_a_template_that_names_a_place_is_refused(run, tmp_path, console):
     manifest = json.loads((run / "run.json").read_text())
     manifest["steps"]["evaluate"]["facts"]["trained"] = hash_folder(run / "adapter")
     (run / "run.json").write_text(json.dumps(manifest))
-    refuse(run, tmp_path / "hub", console, EnvironmentProblem, "names a place on this machine")
+    refuse(run, tmp_path / "hub", console, EnvironmentProblem, "contains a local path")
 
 
 def test_a_failed_gate_stops_it_unless_that_is_wanted_and_then_the_card_shows_it(run, tmp_path, console):

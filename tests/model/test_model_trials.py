@@ -68,4 +68,4 @@ def test_a_run_takes_the_candidate_that_trials_find_and_tells_both_orders(tiny_l
     again = invoke("select", recipe, "--out", "out")
     assert "trial of" not in again.stderr
     done = invoke("select", recipe, "--out", "other-run", "--set", "data.validation=0")
-    assert (done.exit_code, "'model.trials' ranks by validation rows" in done.stderr) == (2, True)
+    assert (done.exit_code, "'model.trials' needs validation rows" in done.stderr) == (2, True)

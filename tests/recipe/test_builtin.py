@@ -24,7 +24,7 @@ def test_a_file_goes_before_a_shipped_recipe_of_that_name(write):
 
 def test_an_unknown_name_is_refused_with_the_nearest_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="no shipped recipe is called 'quikstart'") as caught:
+    with pytest.raises(RecipeError, match="recipe 'quikstart' not found") as caught:
         find_recipe("quikstart")
     assert "Did you mean 'quickstart'?" in caught.value.problems[0].fix
 

@@ -22,7 +22,7 @@ SWAPS = "evaluate.fairness.swaps=[own]"
         (["task=classify"], "models of task: classify"),
         (["task=speech"], "models of task: speech"),
         (["task=completion", "completion.objective=masked"], "only fills in words"),
-        (["task=qa", "qa.style=extractive"], "points at answers"),
+        (["task=qa", "qa.style=extractive"], "marks answers"),
         (["task=preference", "preference.loss=reward"], "only gives scores"),
     ],
 )
@@ -62,7 +62,7 @@ def test_what_is_not_stated_is_left_to_the_suite(write, task):
         (["evaluate.forgetting.texts=['hub:x/y']"], "'hub:x/y' is not a file", "files"),
         (["evaluate.fairness.swaps=['hub:x/y']"], "'hub:x/y' is not a file", "CSV"),
         (["evaluate.benchmarks=[own/a.yaml, other/a.yml]"], "would both be called a", "Name each once"),
-        (["evaluate.gates=['fairness.gap > 1']"], "a study that is not made", "State evaluate.fairness"),
+        (["evaluate.gates=['fairness.gap > 1']"], "a study that is not run", "Set evaluate.fairness"),
         (["evaluate.gates=['farness.gap > 1']"], "an unknown study", "Did you mean 'fairness'?"),
         ([FAIR, "evaluate.gates=['fairness.gap <= 0.05']"], "not measured", "evaluate.fairness.groups"),
         ([FAIR, "evaluate.gates=['fairness.swap_changes < base']", "data.test=0"], "not measured here", "Remove it"),

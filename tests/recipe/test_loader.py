@@ -171,10 +171,10 @@ def test_circles_and_missing_files_of_extends_are_refused_with_their_place(write
     with pytest.raises(RecipeError) as caught:
         load_recipe("a.yaml")
     (problem,) = caught.value.problems
-    assert "circle: a.yaml -> b.yaml -> a.yaml" in problem.what
+    assert "cycle: a.yaml -> b.yaml -> a.yaml" in problem.what
     assert problem.where == "b.yaml:1"
     write("task: chat\nextends: nowhere.yaml\n", "c.yaml", whole=True)
-    with pytest.raises(RecipeError, match=r"c\.yaml:2: the recipe to extend is not there"):
+    with pytest.raises(RecipeError, match=r"c\.yaml:2: the recipe to extend was not found"):
         load_recipe("c.yaml")
     write("extends: [a.yaml]\n", "d.yaml", whole=True)
     with pytest.raises(RecipeError, match="must be the path of one recipe file"):
@@ -184,7 +184,7 @@ def test_circles_and_missing_files_of_extends_are_refused_with_their_place(write
 def test_a_file_that_is_extended_and_no_recipe_is_refused_without_its_text(write):
     write("root:*:19000:0:99999:7::: \ndaemon:*:19000:::\n", "shadow", whole=True)
     write("task: chat\nextends: shadow\n", "a.yaml", whole=True)
-    with pytest.raises(RecipeError, match=r"a\.yaml:2: .*shadow is no recipe") as caught:
+    with pytest.raises(RecipeError, match=r"a\.yaml:2: .*shadow is not a recipe") as caught:
         load_recipe("a.yaml")
     assert "19000" not in str(caught.value)
 
@@ -204,7 +204,7 @@ def test_a_long_chain_of_extends_is_refused(write):
         ("a..b=3", "is not KEY=VALUE"),
         (".".join("a" * 99) + "=1", "is not KEY=VALUE"),
         ("seed=[1", "not valid YAML"),
-        ("extends=x.yaml", "cannot be set from outside"),
+        ("extends=x.yaml", "cannot set 'extends'"),
         ("seed.x=3", "has no keys"),
         ("data.train.path.x=3", "which has no keys"),
         ("deploy.0=merged", "is a list of 0"),

@@ -53,6 +53,6 @@ def test_choices_are_written_with_their_reasons_and_stay_when_read_again(write, 
 
 def test_few_steps_are_said_before_they_are_taken(write):
     few = load_recipe(write("train: {batch_size: 16, num_train_epochs: 1}\n")).recipe
-    assert few_steps(few, 218).startswith("14 steps are few")
+    assert few_steps(few, 218).startswith("Only 14 steps")
     assert few_steps(few, 2000) is None
     assert few_steps(load_recipe(write("train: {max_steps: 5}\n")).recipe, 218) is None

@@ -44,7 +44,7 @@ def test_plain_scalars_follow_the_core_schema_of_yaml_1_2(text, value):
 @pytest.mark.parametrize(
     ("text", "words", "place"),
     [
-        ("task: chat\ntask: chat\n", "the key 'task' stands twice (first: recipe.yaml:1)", "recipe.yaml:2"),
+        ("task: chat\ntask: chat\n", "duplicate key 'task' (first: recipe.yaml:1)", "recipe.yaml:2"),
         ("a:\n  b: [1, 2\n", "not valid YAML", "recipe.yaml:3"),
         ("a: b: c\n", "not valid YAML: mapping values are not allowed here", "recipe.yaml:1"),
         ("\tseed: 3\n", "not valid YAML", "recipe.yaml:1"),
@@ -52,7 +52,7 @@ def test_plain_scalars_follow_the_core_schema_of_yaml_1_2(text, value):
         ("x: !mine 3\n", "the tag '!mine' is not allowed", "recipe.yaml:1"),
         ("a: 1\n---\nb: 2\n", "expected a single document", "recipe.yaml:2"),
         ("a: &a {b: 1}\nc:\n  <<: *a\n", "merge keys", "recipe.yaml:3"),
-        ("? [a]\n: 3\n", "a key must be text", "recipe.yaml:1"),
+        ("? [a]\n: 3\n", "a key is not text", "recipe.yaml:1"),
         ("a: &x 1\nb: &x 2\n", "found duplicate anchor 'x'", "recipe.yaml"),
         ("a: *b\n", "undefined alias 'b'", "recipe.yaml:1"),
         ("a: &a [*a]\n", "nested more than 24 deep", "recipe.yaml:1"),
@@ -63,10 +63,10 @@ def test_plain_scalars_follow_the_core_schema_of_yaml_1_2(text, value):
         ('a: "\\UFFFFFFFF"\n', "not valid YAML", "recipe.yaml"),
         ("seed: " + "9" * 5000, "a number of 5000 digits", "recipe.yaml:1"),
         ("seed: 99999999999999999999", "is too large", "recipe.yaml:1"),
-        ("", "an empty recipe", "recipe.yaml"),
-        ("# nothing\n", "an empty recipe", "recipe.yaml"),
-        ("- a\n", "a recipe is a mapping of keys", "recipe.yaml:1"),
-        ("hello", "a recipe is a mapping of keys", "recipe.yaml:1"),
+        ("", "the recipe is empty", "recipe.yaml"),
+        ("# nothing\n", "the recipe is empty", "recipe.yaml"),
+        ("- a\n", "the recipe is not a mapping of keys", "recipe.yaml:1"),
+        ("hello", "the recipe is not a mapping of keys", "recipe.yaml:1"),
         ("x" * (MAX_BYTES + 1), "more than 256 KiB", "recipe.yaml"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(tmp_path, tiny_llama,
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"train": {"optim": "apollo_adamw"}}, "saves memory of whole weights"),
+        ({"train": {"optim": "apollo_adamw"}}, "saves memory in full tuning only"),
         ({"train": {"optim": "schedule_free_adamw"}}, "constant_with_warmup"),
         (
             {"train": {"optim": "galore_adamw", "optim_args": {"rnak": 4}}, "adapter": {"method": "full"}},

@@ -106,7 +106,7 @@ def test_the_best_checkpoint_and_early_stopping_go_by_the_metric_that_is_named(
         ),
         (
             ["train.eval_metrics=[chrf]", "train.metric_for_best_model=chrf", "train.load_best_model_at_end=false"],
-            "'train.metric_for_best_model' has no effect where nothing asks for the best",
+            "'train.metric_for_best_model' has no effect if nothing uses the best checkpoint",
         ),
     ],
 )
