@@ -156,7 +156,7 @@ def test_references_longer_than_answers_may_be_are_told_before_training(make_ben
     longer = sum(length > 6 for length in lengths)
     assert 0 < longer < len(lengths)
     assert f"{longer} of {len(lengths)} reference answers of the test rows have more than 6 tokens" in told
-    assert f"generation.max_new_tokens: {max(lengths)} has room for all" in told
+    assert f"generation.max_new_tokens: {max(lengths)} fits all" in told
 
 
 QUICK = ("qwen-3", "gpt-oss")
