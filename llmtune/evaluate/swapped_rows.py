@@ -1,4 +1,4 @@
-"""Swap words for groups in the user's test rows: does the answer change if only the group does?"""
+"""Swap words for groups in the user's test rows: a fair model's answer does not change with the group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of tool calls: are they valid, do they name the right tools and pass the right arguments?
+"""Metrics of tool calls: whether they are valid, name the right tools and pass the right arguments.
 
 A row has every answer that is generated for it, its own last; its sums add them up. Shapes: N rows.
 """

@@ -140,8 +140,9 @@ def test_answers_that_were_cut_are_counted_and_told(bench, console):
     rows = bench.examples.counts["test"]
     assert found.tuned["answers_cut"] == 1
     assert not check_gates(EvaluateSection(gates=("answers_cut <= 0.02",)), found)[0].passed
-    assert f"answers cut at generation.max_new_tokens (1): base {rows} of {rows}, tuned {rows} of {rows}" in " ".join(
-        console.file.getvalue().split()
+    assert (
+        f"answers truncated at generation.max_new_tokens (1): base {rows} of {rows}, tuned {rows} of {rows}"
+        in " ".join(console.file.getvalue().split())
     )
 
 

@@ -129,7 +129,7 @@ def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tm
     settings = {"task": "summarize", "evaluate": {"metrics": None, "forgetting": {}}}
     recipe = write_recipe(tmp_path / "recipe.yaml", "./t5", "rows.jsonl", **settings)
     for start in (dry_run, run_pipeline):
-        with pytest.raises(RecipeError, match="is no decoder language model") as found:
+        with pytest.raises(RecipeError, match="is not a decoder language model") as found:
             start(load_recipe(str(recipe)), RunRequest(tmp_path / "out"), console)
         assert "evaluate.forgetting" in str(found.value)
     assert "encode" not in console.file.getvalue()
