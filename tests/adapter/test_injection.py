@@ -194,7 +194,7 @@ def test_an_embedding_and_a_head_that_come_apart_are_told(tiny_llama, console, a
     recipe = recipe_with(tiny_llama, adapter=adapter)
     inject(open_model(recipe), recipe, console)
     said = " ".join(console.file.getvalue().split())
-    assert f"share one weight in the base; with this adapter they are two (trained: {trained})" in said
+    assert f"share one weight in the base; with this adapter they are separate (trained: {trained})" in said
 
 
 def test_of_added_tokens_their_rows_alone_count_as_adapted(tiny_llama):
