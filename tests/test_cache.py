@@ -168,7 +168,7 @@ def test_a_finished_run_is_shown_again_without_importing_anything_heavy(finished
     assert [line for line in again.stderr.splitlines() if line.endswith("unchanged, skipped")] == [
         f"{step} unchanged, skipped" for step in ("prepare", "encode", "select", "adapt", "train", "evaluate")
     ]
-    shown = [line for line in first.stderr[first.stderr.index("Scores") :].splitlines() if "answers cut" not in line]
+    shown = [line for line in first.stderr[first.stderr.index("Scores") :].splitlines() if "truncated" not in line]
     assert again.stderr[again.stderr.index("Scores") :].splitlines() == shown
 
 

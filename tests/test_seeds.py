@@ -91,7 +91,7 @@ def test_the_report_is_written_with_the_spread_and_the_base_is_asked_once(
     assert told in (path / "report.html").read_text()
     assert "## The same recipe with 3 seeds" in (path / "report.md").read_text()
     assert json.loads((path / "report.json").read_text())["evaluation"]["seeds"]["missing"] == []
-    assert said.count("known from an evaluation before") == 2
+    assert said.count("from an earlier evaluation") == 2
     assert verify_run(path).failed == verify_run(path / "seeds/8").failed == []
 
 

@@ -1,3 +1,3 @@
-"""Step 3: adapters put into a model, proven to be wired, saved as plain PEFT folders, merged in memory."""
+"""Step 3: put adapters into a model, check their wiring, save them as plain PEFT folders, merge them in memory."""
 
-import llmtune.model  # noqa: F401  # first: it mutes a library that PEFT imports
+import llmtune.model  # noqa: F401  # must be first: it mutes a library that PEFT imports

@@ -1,4 +1,4 @@
-"""Starts of LoRA that are found from training rows: EVA, CorDA and LoRA-GA, all computed by PEFT."""
+"""LoRA initializations computed from training rows by PEFT: EVA, CorDA and LoRA-GA."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Examples, Loss, SelectedModel
 
 SAMPLED, AT_ONCE = 64, 4
-"""Training rows that a start is found from, and those of them in one micro-batch."""
+"""Training rows used for an initialization, and rows per micro-batch."""
 
 
 @dataclass(frozen=True)
 class RowSample:
-    """Some training rows as micro-batches, and the loss that the task takes of one."""
+    """Some training rows as micro-batches, and the task's loss on one."""
 
     batches: Callable[[], Iterator[Batch]]
     loss: Callable[[torch.nn.Module, Batch], Loss]
 
     def read(self, model: torch.nn.Module) -> None:
-        """Let `model` read the rows, without gradients."""
+        """Run `model` on the rows, without gradients."""
         with torch.no_grad():
             for batch in self.batches():
                 self.loss(model, batch)
 
     def learn(self, model: torch.nn.Module) -> None:
-        """Add up the gradients of the rows in `model`."""
+        """Accumulate the gradients of the rows in `model`."""
         for batch in self.batches():
             loss = self.loss(model, batch)
             (loss.sum / max(1, loss.count)).backward()  # type: ignore[no-untyped-call]
 
 
 def sample_rows(examples: Examples, task: TaskInterface, selected: SelectedModel, recipe: Recipe) -> RowSample:
-    """Return SAMPLED training rows, spread over all, as the task makes micro-batches of them."""
+    """Return SAMPLED training rows, spread over all, in the task's micro-batches."""
     reader, collate = ExampleReader(examples, "train"), task.collator(selected.processor, recipe, selected.packs)
     rows = [len(reader) * i // SAMPLED for i in range(SAMPLED)] if len(reader) > SAMPLED else [*range(len(reader))]
     dtype, device = resolve_dtype(recipe.model.dtype, selected.model.device.type), selected.model.device
-    at_once = 1 if recipe.adapter.init_lora_weights == "corda" else AT_ONCE  # PEFT's CorDA reads row by row
+    at_once = 1 if recipe.adapter.init_lora_weights == "corda" else AT_ONCE  # PEFT's CorDA processes one row at a time
 
     def batches() -> Iterator[Batch]:
         for start in range(0, len(rows), at_once):
@@ -63,7 +63,7 @@ def sample_rows(examples: Examples, task: TaskInterface, selected: SelectedModel
 
 @dataclass(frozen=True)
 class _OnDevice:
-    """A micro-batch that is where it is read: PEFT moves what it is handed, and warns of numbers beside tensors."""
+    """A micro-batch that is already on its device: PEFT moves its input, and warns about numbers next to tensors."""
 
     batch: Batch
 
@@ -72,30 +72,30 @@ class _OnDevice:
 
 
 def prepare_start(model: torch.nn.Module, config: LoraConfig, sample: RowSample | None) -> None:
-    """Leave on the modules of `model` what CorDA and LoRA-GA start from; other starts need nothing."""
+    """Compute what CorDA and LoRA-GA start from and store it on the modules of `model`; other methods need nothing."""
     start = config.init_lora_weights
     if start not in DATA_STARTS:
         return
-    assert sample is not None, "a start from rows is made where rows are"
+    assert sample is not None, "an initialization from rows needs rows"
     if start == "corda":
         preprocess_corda(model, config, lambda: sample.read(model))
     elif start == "lora_ga":
-        with warnings.catch_warnings():  # of torch: the first layers read tokens, which have no gradient
+        with warnings.catch_warnings():  # torch warns: the first layers read tokens, which have no gradient
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
             preprocess_loraga(model, config, lambda: sample.learn(model))
 
 
 def finish_start(model: PeftModel, sample: RowSample | None) -> None:
-    """Let EVA choose the matrices A, and the rank of each module, from what the modules read of the rows."""
+    """Let EVA choose the matrices A and each module's rank from the modules' inputs on the rows."""
     if model.peft_config["default"].init_lora_weights != "eva":
         return
-    assert sample is not None, "a start from rows is made where rows are"
+    assert sample is not None, "an initialization from rows needs rows"
     initialize_lora_eva_weights(
         model,
         [_OnDevice(batch) for batch in sample.batches()],
         forward_fn=lambda model, read: sample.loss(model, read.batch),
         prepare_model_inputs_fn=None,
         prepare_layer_inputs_fn=None,
-        gather_distributed_inputs=False,  # the process that makes the model has all rows; the others wait for it
+        gather_distributed_inputs=False,  # the process that builds the model has all rows; the others wait for it
         show_progress_bar=False,
     )

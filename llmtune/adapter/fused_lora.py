@@ -1,7 +1,7 @@
-"""LoRA's products in one autograd function, instead of PEFT's chain of casts, products, a scaling and a sum.
+"""LoRA's products in one autograd function, instead of PEFT's chain of casts, products, scaling and a sum.
 
-The numbers are the same up to rounding; what goes is six passes over activations a layer and step, and copies in
-float32 of what is read. Shapes: N tokens, I and O features in and out, R rank.
+The results are equal up to rounding. This saves six passes over activations per layer and step, and float32 copies
+of the inputs. Shapes: N tokens, I and O features in and out, R rank.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 
 
 def fuse_products(model: torch.nn.Module) -> int:
-    """Let the plain LoRA layers of `model` compute by `FusedLinear`, in place; return how many there are.
+    """Make the plain LoRA layers of `model` use `FusedLinear`, in place; return their number.
 
-    Layers with more than two matrices and a linear layer (DoRA, a bias of their own, transposed weights) stay
-    PEFT's. A quantised base layer keeps its own product.
+    Layers with more than two matrices and a linear layer (DoRA, their own bias, transposed weights) keep PEFT's code.
+    A quantised base layer keeps its own product.
     """
     layers = [module for module in model.modules() if type(module) is Linear and not module.fan_in_fan_out]
     for layer in layers:
@@ -26,7 +26,7 @@ def fuse_products(model: torch.nn.Module) -> int:
 
 
 class FusedLinear(Linear):  # type: ignore[misc]
-    """PEFT's LoRA layer; one adapter at work on ordinary weights takes the short way, all else PEFT's own."""
+    """PEFT's LoRA layer; a single adapter on ordinary weights takes the short way, everything else PEFT's own."""
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """[..., I] -> [..., O]."""
@@ -45,13 +45,13 @@ class FusedLinear(Linear):  # type: ignore[misc]
         return cast(torch.Tensor, _LowRank.apply(*parts))  # type: ignore[no-untyped-call]
 
     def _short_way(self, x: torch.Tensor) -> str | None:
-        """Return the name of the adapter, if this layer is in its simplest state."""
+        """Return the adapter's name if this layer is in its simplest state."""
         if self.disable_adapters or self.merged or self.lora_variant:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
         base = self.get_base_layer()
         hooked = base._forward_hooks or base._forward_pre_hooks
-        trained = any(parameter.requires_grad for parameter in base.parameters())  # `bias: lora_only`, for one
+        trained = any(parameter.requires_grad for parameter in base.parameters())  # e.g. `bias: lora_only`
         if len(names) != 1 or type(base) is not torch.nn.Linear or hooked or trained:
             return None
         down, up = self.lora_A[names[0]], self.lora_B[names[0]]
@@ -62,7 +62,7 @@ class FusedLinear(Linear):  # type: ignore[misc]
 
 
 class _LinearWithLowRank(torch.autograd.Function):
-    """y = x W^T + bias + scale (x A^T) B^T, for weights W that are not trained."""
+    """y = x W^T + bias + scale (x A^T) B^T, for frozen weights W."""
 
     @staticmethod
     def forward(
@@ -112,7 +112,7 @@ class _LowRank(torch.autograd.Function):
         """[..., O], [..., I] -> [..., O]."""
         with torch.autocast(x.device.type, enabled=False):
             low_NR = x.reshape(-1, x.shape[-1]) @ a_RI.T
-            out = y.clone(memory_format=torch.contiguous_format)  # not a view: a layer may go on in place
+            out = y.clone(memory_format=torch.contiguous_format)  # not a view: a layer may modify it in place
             out.view(-1, y.shape[-1]).addmm_(low_NR, b_OR.T, alpha=scale)
         ctx.save_for_backward(x, a_RI, b_OR, low_NR)
         ctx.scale = scale

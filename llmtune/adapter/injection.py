@@ -1,4 +1,4 @@
-"""Step 3: a model with a new adapter, or one to continue from; seeded before it is made, proven to be wired."""
+"""Step 3: give a model a new adapter, or one to continue from; seed it, and check that it is wired."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.atomic_files import hash_folder, hash_value
 
-_OTHER = "Give the method other options or other target_modules, or take another method."
+_OTHER = "Change the method's options or target_modules, or use another method."
 
 
 def inject(
@@ -53,13 +53,13 @@ def inject(
 ) -> AdaptedModel:
     """Put the recipe's adapter into `selected.model` (in place), or make all of it trainable with `method: full`.
 
-    `sample` are rows for a start that is found from them. Adapter weights are float32. The model comes back in eval
-    mode, its random state untouched but for the seed.
+    `sample` has the rows for an initialization from rows. Adapter weights are float32. The model comes back in eval
+    mode; its random state changes only by the seed.
 
     Raises:
-        RecipeError: targets that match nothing, options that do not go together, a start that does not fit.
+        RecipeError: targets match nothing, options conflict, or the initialization does not fit.
         EnvironmentProblem: the adapter to start from is missing or damaged, or memory runs out.
-        RuntimeError: the adapter is there and does nothing; a bug of ours or of a library.
+        RuntimeError: the adapter has no effect; a bug of ours or of a library.
     """
     console = console or Console(stderr=True)
     torch.manual_seed(recipe.seed)
@@ -76,7 +76,7 @@ def inject(
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Let activations be computed again in the backward pass, where layers are in training mode."""
+    """Make layers in training mode recompute activations in the backward pass."""
     if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2x renamed it
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
@@ -89,7 +89,7 @@ def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def describe_adapter(adapted: AdaptedModel) -> dict[str, object]:
-    """Return what the report shows of the adapter, ready for JSON."""
+    """Return the report's facts about the adapter, ready for JSON."""
     config = getattr(adapted.model, "peft_config", {}).get("default")
     shape = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_dora") if hasattr(config, name)}
     return {
@@ -119,12 +119,12 @@ def show_adapter(adapted: AdaptedModel, console: Console) -> None:
     if shares := _weigh(adapted):
         packed = f", {shares['share_quantized']:.1%} in {shares['quantized_bits']} bits" if len(shares) > 1 else ""
         console.print(
-            f"Of the base's weights: {shares['share_under_adapter']:.1%} under an adapter{packed}", highlight=False
+            f"Adapters cover {shares['share_under_adapter']:.1%} of the base weights{packed}", highlight=False
         )
 
 
 def _weigh(adapted: AdaptedModel) -> dict[str, float]:
-    """Return the shares of the base's weights that have an adapter, and that are kept in 4 bits (or 2, 3, 8)."""
+    """Return the shares of the base's weights that have an adapter, and that are stored in 4 bits (or 2, 3, 8)."""
     if adapted.method == "full":
         return {}
     base = adapted.total - adapted.trainable
@@ -137,7 +137,7 @@ def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel
     """Count and describe a model with its adapter in place."""
     trainable, total = model.get_nb_trainable_parameters()
     packed = [module for module in model.modules() if is_quantized(module) and not [*module.parameters(recurse=False)]]
-    total += sum(math.prod(linear_shape(module) or ()) for module in packed)  # GPTQ and AWQ keep them as buffers
+    total += sum(math.prod(linear_shape(module) or ()) for module in packed)  # GPTQ and AWQ store them as buffers
     saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
     kinds = ("targeted_module_names", "targeted_parameter_names")  # the latter are fused experts
     matched = tuple(name for kind in kinds for name in getattr(model.base_model, kind, ()))
@@ -146,7 +146,7 @@ def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel
 
 
 def wrap_full(selected: SelectedModel) -> AdaptedModel:
-    """Count and describe a fully trained model; its class may freeze parts, such as sine tables."""
+    """Count and describe a fully trained model; its class may freeze some weights, such as sine tables."""
     model = selected.model
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in trained_parameters(model))
@@ -176,7 +176,7 @@ def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
 
 @contextmanager
 def _explained_targets(adapter: AdapterSection) -> Iterator[None]:
-    """Raise RecipeError for modules that are named, and that the model reads more from than PEFT's layer has."""
+    """Raise RecipeError if the model reads attributes from a named module that PEFT's layer lacks."""
     try:
         yield
     except (AttributeError, TypeError, ValueError) as error:
@@ -194,7 +194,7 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
     if left_out:
         groups = ", ".join(f"{ending} × {count}" for ending, count in group_by_ending(left_out).items())
         console.print(
-            f"all-linear leaves out {len(left_out)} modules that the input does not reach: {groups}", highlight=False
+            f"all-linear skips {len(left_out)} modules that the input does not reach: {groups}", highlight=False
         )
     problems = [*_find_heads(adapter, whole, selected), *_find_conflicts(selected, adapter, targets)]
     problems += find_unmatched_parameters(selected.model, adapter.options.get("target_parameters", ()))
@@ -208,25 +208,25 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
         model = wrap_model(selected.model, config)
         if isinstance(config, LoraConfig):
             finish_start(model, sample)
-    except UNREADABLE as error:  # a kind of module that PEFT cannot adapt, sizes that do not divide
+    except UNREADABLE as error:  # modules that PEFT cannot adapt, sizes that do not divide
         if is_out_of_memory(error):
             raise
         raise RecipeError.of(f"PEFT refuses this adapter: {first_line(error)}", "adapter", _OTHER) from error
     if str(adapter.init_lora_weights).startswith(MUTATING):
-        model.start_weights = {  # what PiSSA and OLoRA took out of the base
+        model.start_weights = {  # the weights that PiSSA and OLoRA took out of the base
             name: parameter.detach().to("cpu", torch.float32, copy=True)
             for name, parameter in model.named_parameters()
             if ".lora_A." in name or ".lora_B." in name
         }
     if not trained_parameters(model):
-        raise RecipeError.of(f"{adapter.method} finds no module here that it can adapt", "adapter", _OTHER)
+        raise RecipeError.of(f"{adapter.method} can adapt no module of this model", "adapter", _OTHER)
     _show_experts(model, targets, adapter, console)
     _show_untied(model, console)
     return model
 
 
 def _show_untied(model: PeftModel, console: Console) -> None:
-    """Say that embedding and head, which shared a weight, are two from now on, since one of them is adapted."""
+    """Print that embedding and head, tied in the base, are separate from now on because one of them is adapted."""
     inner = model.get_base_model()
     tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
     if not tied or inner.main_input_name == "input_values" or inner.get_output_embeddings() is None:
@@ -234,34 +234,34 @@ def _show_untied(model: PeftModel, console: Console) -> None:
     layers = {"embedding": inner.get_input_embeddings(), "head": inner.get_output_embeddings()}
     adapted = [name for name, layer in layers.items() if isinstance(layer, LoraLayer | ModulesToSaveWrapper)]
     if adapted:
-        what = "Embedding and head share one weight in the base; with this adapter they are two"
-        console.print(f"{what} (trained: {', '.join(adapted)}), and a merged model is larger by one of them.")
+        what = "Embedding and head share one weight in the base; with this adapter they are separate"
+        console.print(f"{what} (trained: {', '.join(adapted)}). A merged model is larger by one of them.")
 
 
 def _show_experts(model: PeftModel, targets: Sequence[str], adapter: AdapterSection, console: Console) -> None:
-    """Say what becomes of a mixture of experts whose weights are one tensor for all, where the recipe does not."""
+    """Print how fused experts (one tensor for all) are treated, if the recipe does not say."""
     experts = expert_parameters(model)
     if not experts or adapter.is_prompt:
         return
     if moved := sorted(set(targets) - set(model.targeted_module_names)):
         onto = ", ".join(getattr(model.peft_config["default"], "target_parameters", None) or ())
         what = (
-            f"PEFT puts the adapters of {len(moved)} modules, {moved[0]} for one, on the fused experts instead: {onto}"
+            f"PEFT puts the adapters of {len(moved)} modules, such as {moved[0]}, on the fused experts instead: {onto}"
         )
-        console.print(f"{what}. That is how it reads such names.", highlight=False, markup=False)
+        console.print(f"{what}. PEFT reads such names this way.", highlight=False, markup=False)
         return
     if adapter.target_modules != "all-linear" or "target_parameters" in adapter.options:
         return
     share = sum(shape.numel() for shape in experts.values()) / model.get_base_model().num_parameters()
     how = f"set adapter.target_parameters: [{', '.join(group_by_ending(experts))}]" if adapter.is_lora else "use lora"
-    what = f"all-linear leaves out the experts, {share:.0%} of the weights, which are no linear modules here"
+    what = f"all-linear skips the experts, {share:.0%} of the weights, which are not linear modules here"
     console.print(f"{what}: {how} to adapt them.", highlight=False, markup=False)
 
 
 def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
-    """Name the modules that are trained whole: those of the recipe, and of a task with a head of its own that head.
+    """Name the modules that are fully trained: those of the recipe, and the task's own head if it has one.
 
-    A layer of the body that starts at random (the pooling layer of an encoder that came without one) is one of them.
+    Body layers with random weights (the pooling layer of an encoder that came without one) are among them.
     """
     names = list(adapter.modules_to_save or ())
     if selected.trains_head:
@@ -273,14 +273,14 @@ def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
 
 
 def _find_heads(adapter: AdapterSection, whole: list[str], selected: SelectedModel) -> list[Problem]:
-    """Find targets that name nothing but modules which are trained whole, and so would get no adapter."""
+    """Find targets that name only fully trained modules, and so would get no adapter."""
     if not selected.trains_head or isinstance(adapter.target_modules, str):
         return []
     problems = []
     for entry in adapter.target_modules:
         matched = ends_with([name for name, _ in selected.model.named_modules()], entry)
         if matched and all(in_heads(name, whole) for name in matched):
-            what = f"{entry!r} is a head: it is trained whole, and never given a LoRA"
+            what = f"{entry!r} is a head: it is fully trained and gets no LoRA"
             problems.append(Problem(what, "adapter.target_modules", "Omit it."))
     return problems
 
@@ -291,18 +291,18 @@ def _find_conflicts(selected: SelectedModel, adapter: AdapterSection, targets: l
         return []
     where = "adapter.init_lora_weights"
     if selected.quantized:
-        what = f"{start} moves a part of the base weights into the adapter, which a base in 4 bits cannot undo exactly"
+        what = f"{start} moves some base weight into the adapter, which a 4-bit base cannot undo exactly"
         return [Problem(what, where, "Use adapter.method: lora with it, or init_lora_weights: true with qlora.")]
     if start == "olora" and are_transposed(selected.model):
         what = "olora cannot start from this model's transposed projections (Conv1D)"
         return [Problem(what, where, "Use pissa or true.")]
     shapes = linear_shapes(selected.model)
     if other := next((name for name in targets if name not in shapes), None):
-        what = f"{start} starts from the matrices of linear modules, and {other} is none"
-        return [Problem(what, where, "Take it out of adapter.target_modules, or use true.")]
+        what = f"{start} needs linear modules, and {other} is not one"
+        return [Problem(what, where, "Remove it from adapter.target_modules, or use true.")]
     smallest = min((min(shapes[name]) for name in targets), default=adapter.r)
     if max([adapter.r, *adapter.rank_pattern.values()]) > smallest:
-        what = f"{start} takes r directions of each matrix, and the smallest has {smallest}, fewer than r"
+        what = f"{start} takes r directions of each matrix, but the smallest has only {smallest}"
         return [Problem(what, "adapter.r", f"Set adapter.r to {smallest} or less.")]
     return []
 
@@ -320,46 +320,46 @@ def _find_added_tokens(selected: SelectedModel, recipe: Recipe) -> dict[str, lis
 
 
 def _find_unknown_tokens(selected: SelectedModel, adapter: AdapterSection) -> Iterator[Problem]:
-    """Find ids that are none of the model's, before a probe reads them, and activation in what is no causal decoder."""
+    """Find ids outside the vocabulary before a probe reads them, and activated LoRA on models other than decoders."""
     if "alora_invocation_tokens" in adapter.options and selected.peft_task_type != "CAUSAL_LM":
-        what = "the adapter would begin in a text that a decoder goes on from, which this model does not read"
+        what = "an activated LoRA starts at tokens within a decoder's prompt, and this model is not a decoder"
         yield Problem(what, "adapter.alora_invocation_tokens", "Omit it.")
-    elif selected.model.main_input_name != "input_values":  # those that read waves have no embedding
+    elif selected.model.main_input_name != "input_values":  # audio models have no token embedding
         size = selected.model.get_input_embeddings().weight.shape[0]
         for key in ("alora_invocation_tokens", "token_indices"):
             for token in adapter.options.get(key, ()):
                 if type(token) is not int or not 0 <= token < size:
-                    what = f"{token!r} is no token's number: this model has those from 0 to {size - 1:,}"
-                    yield Problem(what, f"adapter.{key}", "Name numbers of the tokenizer's vocabulary.")
+                    what = f"{token!r} is not a token id: this model has ids from 0 to {size - 1:,}"
+                    yield Problem(what, f"adapter.{key}", "Use ids of the tokenizer's vocabulary.")
 
 
 def _check_reload(model: PeftModel) -> None:
-    """Raise RecipeError where PEFT would lose weights when it reads the adapter again.
+    """Raise RecipeError if PEFT would lose weights when it reloads the adapter.
 
-    It takes their names for those of an older checkpoint, by transformers' table for the model type.
+    By transformers' table for the model type, PEFT may mistake their names for those of an older checkpoint.
     """
     result = set_peft_model_state_dict(model, get_peft_model_state_dict(model, save_embedding_layers=False))
     if result.unexpected_keys:
-        what = f"PEFT would not read {len(result.unexpected_keys)} of the adapter's weights again"
-        where, fix = "adapter.target_modules", "Exclude the modules of that name with adapter.exclude_modules."
+        what = f"PEFT would lose {len(result.unexpected_keys)} of the adapter's weights on reload"
+        where, fix = "adapter.target_modules", "Exclude the modules with that name in adapter.exclude_modules."
         if getattr(model.peft_config["default"], "bias", "none") == "all":
-            where, fix = "adapter.bias", "Modules that are trained whole keep their biases; use lora_only, or none."
-        raise RecipeError.of(f"{what}: it takes one for {result.unexpected_keys[0]}", where, fix)
+            where, fix = "adapter.bias", "Fully trained modules keep their biases; use lora_only or none."
+        raise RecipeError.of(f"{what}: it reads one as {result.unexpected_keys[0]}", where, fix)
 
 
 def _find_token_conflicts(
     model: PreTrainedModel, tokens: Iterable[str], targets: Sequence[str], whole: Sequence[str]
 ) -> list[Problem]:
-    """Find among what gets an adapter the layers of which only the rows of added `tokens` are trained.
+    """Find adapter targets in which only the rows of added `tokens` are trained.
 
-    That is the head too, where it shares the embedding's weight.
+    This includes a head that shares the embedding's weight.
     """
     layers = set(tokens)
     output = model.get_output_embeddings() if layers and model.config.tie_word_embeddings else None
     layers |= {name for name, module in model.named_modules() if output is not None and module is output}
     return [
         Problem(
-            f"{name} is trained in the rows of model.add_tokens alone, and here as a whole",
+            f"{name} is trained only in the rows of model.add_tokens, but fully here",
             "adapter.modules_to_save" if any(ends_with([name], entry) for entry in whole) else "adapter.target_modules",
             "Omit it here, or omit model.add_tokens.",
         )
@@ -369,13 +369,13 @@ def _find_token_conflicts(
 
 
 def adapter_settings(recipe: Recipe) -> list[object]:
-    """Return what an adapter is made from: its section, the number format, and the content of `start_from`."""
+    """Return the values that determine an adapter: its section, the dtype, and the content of `start_from`."""
     start = recipe.adapter.start_from
     content = hash_folder(find_adapter(Path(start))) if start else None
     return [recipe.adapter.model_dump(mode="json"), recipe.model.dtype, content]
 
 
 def adapter_inputs(recipe: Recipe, model: ModelRef, examples: Examples) -> str:
-    """Hash what the adapted model depends on: the model, the examples (their labels), the seed, the adapter section."""
+    """Hash the inputs of the adapted model: the model, the examples (their labels), the seed, the adapter section."""
     contents = [model.content_hash, examples.content_hash, recipe.task_section()]
     return hash_value([*contents, recipe.seed, adapter_settings(recipe)])

@@ -1,4 +1,4 @@
-"""An existing adapter, loaded to continue training, or to evaluate and generate with it."""
+"""Load an existing adapter to continue training, or to evaluate and generate with it."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ MAX_RANK = 2**14
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 SAVED = (".lora_", "trainable_tokens", ".modules_to_save.")
-"""Parts of the names of weights that an adapter consists of."""
+"""Substrings in the names of adapter weights."""
 _SHAPE_KEYS = ("r", "lora_alpha", "use_dora", "use_rslora", "bias", "rank_pattern", "alpha_pattern")
 
 
 def find_adapter(folder: Path) -> Path:
-    """Return the PEFT folder that `folder` is, or holds as `adapter/` if it is a run; headers are read, no weights.
+    """Return the PEFT folder at `folder`, or its `adapter/` if it is a run; reads headers, not weights.
 
     Raises:
-        EnvironmentProblem: there is none, or its weights are missing, damaged or cut.
+        EnvironmentProblem: none found, or its weights are missing, damaged or truncated.
         RecipeError: its weights are pickled.
     """
     for source in (folder, folder / "adapter"):
@@ -60,9 +60,9 @@ def find_adapter(folder: Path) -> Path:
         fix = f"Set model.name to {folder / 'weights'} and omit adapter.start_from."
         raise EnvironmentProblem.of(what, str(folder), fix)
     raise EnvironmentProblem.of(
-        "there is no adapter here" if folder.is_dir() else "there is no such folder",
+        "no adapter found" if folder.is_dir() else "folder not found",
         str(folder),
-        "Name a run folder that finished training, or a folder with adapter_config.json and adapter_model.safetensors.",
+        "Name a run folder with finished training, or a folder with adapter_config.json and adapter_model.safetensors.",
     )
 
 
@@ -72,29 +72,29 @@ def _check_weights(source: Path) -> None:
         EnvironmentProblem.collect(check_safetensors(path))
     elif (source / _PICKLED).is_file():
         raise RecipeError.of(
-            f"its weights are pickled ({_PICKLED}), and a pickle can run any code when it is loaded",
+            f"its weights are pickled ({_PICKLED}), and loading a pickle can run any code",
             str(source),
-            f"Where you trust it, load it with PEFT and save it again: save_pretrained writes {WEIGHTS}.",
+            f"If you trust it, load it with PEFT and save it again: save_pretrained writes {WEIGHTS}.",
         )
     else:
         raise EnvironmentProblem.of(
-            f"the adapter's weights are missing: there is no {WEIGHTS}",
+            f"the adapter's weights are missing: no {WEIGHTS} found",
             str(source),
-            "The folder is not whole: get it again, or train again.",
+            "The folder is incomplete: download it again, or train again.",
         )
 
 
 def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, console: Console) -> PeftModel:
-    """Put the adapter in `folder` into the model, ready to go on training. What the recipe states must agree with it.
+    """Put the adapter in `folder` into the model for further training. The recipe's stated values must match it.
 
-    Raises RecipeError for what does not agree; EnvironmentProblem for a folder that is missing or damaged.
+    Raises RecipeError for mismatches; EnvironmentProblem for a folder that is missing or damaged.
     """
     source, adapter = find_adapter(folder), recipe.adapter
     config = read_config(source)
     if not isinstance(config, LoraConfig):
         kind = config.peft_type.value.lower()
-        what = f"the adapter in {source} is of {kind}, and only those of LoRA are trained further"
-        raise RecipeError.of(what, "adapter.start_from", "Name a run that was trained with lora, or remove it.")
+        what = f"the adapter in {source} is of type {kind}, but only LoRA adapters can be trained further"
+        raise RecipeError.of(what, "adapter.start_from", "Name a run trained with lora, or remove the key.")
     problems = [*_compare_shape(config, adapter, source), *_compare_classes(selected, source)]
     if not problems and "target_modules" in adapter.model_fields_set:
         problems = list(_compare_targets(config, selected, recipe, source))
@@ -102,7 +102,7 @@ def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, cons
     made_for = config.base_model_name_or_path
     if made_for not in (selected.model_ref.name, str(selected.model_ref.path)):
         was, now = f"The adapter in {source} was trained on {made_for}", selected.model_ref.name
-        console.print(f"{was}; training goes on with {now}.", style="yellow", markup=False)
+        console.print(f"{was}; training continues with {now}.", style="yellow", markup=False)
     config.lora_dropout = adapter.lora_dropout
     return attach(selected, config, source, trainable=True)
 
@@ -110,7 +110,7 @@ def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, cons
 def attach(selected: SelectedModel, config: PeftConfig, source: Path, *, trainable: bool) -> PeftModel:
     """Build the adapter that `config` describes and fill it from `source`.
 
-    Raises EnvironmentProblem where weights are missing, left over, of another shape or damaged.
+    Raises EnvironmentProblem if weights are missing, superfluous, damaged or of another shape.
     """
     name = selected.model_ref.name
     config.task_type = selected.peft_task_type  # PEFT's class for extractive qa keeps token_type_ids from the model
@@ -148,10 +148,10 @@ def _fill_adapter(build: Callable[[], PeftModel], source: Path, name: str, base_
         raise EnvironmentProblem.of(
             f"the adapter cannot be loaded onto {base_name}: {first}",
             str(source),
-            "It is damaged, or it was made for another model.",
+            "The adapter is damaged, or was made for another model.",
         ) from error
     present = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
-    missing = [key for key in result.missing_keys if key in present]  # without the second name of a tied weight
+    missing = [key for key in result.missing_keys if key in present]  # excludes the second name of a tied weight
     left = list(result.unexpected_keys)
     if not isinstance(model.peft_config[name], LoraConfig):
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -159,21 +159,21 @@ def _fill_adapter(build: Callable[[], PeftModel], source: Path, name: str, base_
     wrong = missing or left
     if wrong:
         raise EnvironmentProblem.of(
-            f"{len(wrong)} weights of the adapter have no counterpart, {wrong[0]} for one",
+            f"{len(wrong)} weights of the adapter have no counterpart, such as {wrong[0]}",
             str(source),
-            "It is damaged, or it was made for another model.",
+            "The adapter is damaged, or was made for another model.",
         )
     fuse_products(model)
     return model
 
 
 def check_patterns(config: PeftConfig, names: Sequence[str], source: Path) -> None:
-    """Raise EnvironmentProblem for an expression of an adapter that is none, or that never ends on these modules."""
+    """Raise EnvironmentProblem if an adapter's regular expression is invalid, or does not end on these modules."""
     stated = vars(config)
     single = [one for one in map(stated.get, ("target_modules", "exclude_modules")) if isinstance(one, str)]
     patterns = [key for name, keys in stated.items() if name.endswith("_pattern") for key in keys or ()]
     endings = [rf"(.*\.)?({key})$" for key in patterns]
-    what, fix = "an expression in it cannot be matched", "It is damaged."
+    what, fix = "a regular expression in it cannot be matched", "The file is damaged."
     with readable(what, str(source / "adapter_config.json"), fix), limited(PATTERN_SECONDS):
         for pattern in (*single, *endings):
             for name in names:
@@ -181,44 +181,44 @@ def check_patterns(config: PeftConfig, names: Sequence[str], source: Path) -> No
 
 
 def _refuse_no_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Raise EnvironmentProblem where weights are integers, NaN or infinite, which no LoRA has.
+    """Raise EnvironmentProblem if weights are integers, NaN or infinite, which no LoRA has.
 
-    Methods that change single weights (SHiRA) hold where those are.
+    Methods that change single weights (SHiRA) store their positions as integers.
     """
     wrong = [name for name, weight in weights.items() if not weight.is_floating_point() or not weight.isfinite().all()]
     if wrong:
-        what = f"{len(wrong)} weights of the adapter are not finite numbers, {wrong[0]} for one"
-        raise EnvironmentProblem.of(what, str(source), "It is damaged: get it again, or train again.")
+        what = f"{len(wrong)} weights of the adapter are not finite numbers, such as {wrong[0]}"
+        raise EnvironmentProblem.of(what, str(source), "The adapter is damaged: download it again, or train again.")
 
 
 def _set_transposed(config: PeftConfig, model: torch.nn.Module) -> None:
-    """Say how projections keep their weights: of here, as in 4 bits those of GPT-2 are turned round."""
+    """Set how this model's projections store their weights: in 4 bits, those of GPT-2 are not transposed."""
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = are_transposed(model)
 
 
 def put_adapter(model: PreTrainedModel, config: PeftConfig, *, trainable: bool) -> PeftModel:
-    """Build the adapter that `config` describes around `model`, with weights that are still to be filled in."""
+    """Build the adapter that `config` describes around `model`; its weights are filled in later."""
     config.inference_mode = not trainable
     _set_transposed(config, model)
-    config.base_model_name_or_path = model.name_or_path  # of here, not of where it was trained
+    config.base_model_name_or_path = model.name_or_path  # the local name, not that of the training machine
     return wrap_model(model, config)
 
 
 def wrap_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Put an adapter around `model`; vectors before a text move its logits, so that the loss is taken from all."""
+    """Put an adapter around `model`; prompt vectors shift its logits, so the loss is computed from all of them."""
     if config.is_prompt_learning:
         remove_head_loss(model)
     with hushed(), warnings.catch_warnings():
-        # PEFT sets patterns for fused experts automatically, and looks for them only among modules.
+        # PEFT sets patterns for fused experts automatically, but looks for them only among modules.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         warnings.filterwarnings("ignore", "lora with eva initialization", UserWarning)
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # we say what follows
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # we print this
         return cast(PeftModel, get_peft_model(model, config))
 
 
 def read_config(source: Path) -> PeftConfig:
-    """Read `adapter_config.json`; raises EnvironmentProblem for a damaged file."""
+    """Read `adapter_config.json`; raises EnvironmentProblem if it is damaged."""
     path = source / "adapter_config.json"
     read_json_object(path)  # deeply nested JSON, a pipe
     with readable("cannot be read", str(path), "The file is damaged."):
@@ -229,15 +229,15 @@ def read_config(source: Path) -> PeftConfig:
 
 
 def _check_values(config: LoraConfig, where: str) -> Iterator[Problem]:
-    """Yield settings that PEFT takes and that make an adapter nothing, or no adapter."""
-    fix = "The file is damaged: get it again, or train again."
+    """Yield settings that PEFT accepts but that disable the adapter or make it invalid."""
+    fix = "The file is damaged: download it again, or train again."
     if type(config.r) is not int or not 1 <= config.r <= MAX_RANK:
-        yield Problem(f"r is {config.r!r}, and must be a number from 1 to {MAX_RANK:,}", where, fix)
+        yield Problem(f"r is {config.r!r}, but must be a number from 1 to {MAX_RANK:,}", where, fix)
     if type(config.lora_alpha) not in (int, float) or not 0 < config.lora_alpha < math.inf:
-        yield Problem(f"lora_alpha is {config.lora_alpha!r}, and must be a number above 0", where, fix)
+        yield Problem(f"lora_alpha is {config.lora_alpha!r}, but must be a number above 0", where, fix)
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(getattr(config, key) or {}, dict):
-            yield Problem(f"{key} is {getattr(config, key)!r}, and must be an object", where, fix)
+            yield Problem(f"{key} is {getattr(config, key)!r}, but must be an object", where, fix)
 
 
 def _compare_shape(config: LoraConfig, adapter: AdapterSection, source: Path) -> Iterator[Problem]:
@@ -248,33 +248,33 @@ def _compare_shape(config: LoraConfig, adapter: AdapterSection, source: Path) ->
         if key in stated and not same:
             fix = f"Set it to {actual!r} or omit it: an adapter keeps its shape."
             yield Problem(
-                f"the recipe says {expected!r}, and the adapter in {source} has {actual!r}", f"adapter.{key}", fix
+                f"the recipe has {expected!r}, but the adapter in {source} has {actual!r}", f"adapter.{key}", fix
             )
     if config.alora_invocation_tokens:
-        what = f"the adapter in {source} is an activated LoRA (alora_invocation_tokens), which is not trained further"
+        what = f"the adapter in {source} is an activated LoRA (alora_invocation_tokens): it cannot be trained on"
         yield Problem(
             what, "adapter.start_from", "Start from a plain LoRA, or train this one again without start_from."
         )
     if "init_lora_weights" in stated and adapter.init_lora_weights is not True:
-        what = "has no effect, because training goes on from an adapter that is there already"
+        what = "has no effect, because training continues from an existing adapter"
         yield Problem(what, "adapter.init_lora_weights", "Omit it.")
 
 
 def _compare_classes(selected: SelectedModel, source: Path) -> Iterator[Problem]:
-    """Compare the names of the head's outputs, saved with the adapter, with the current ones, in order."""
+    """Compare the head's output names, saved with the adapter, with the current ones, in order."""
     path = source / "config.json"
     if not selected.trains_head or not path.is_file():
         return
     actual = [str(name) for _, name in sorted(_read_names(path).items())]
     expected = [str(name) for _, name in sorted((selected.model.config.id2label or {}).items())]
     if actual and actual != expected:
-        what = f"its head was trained for {', '.join(actual)}, in this order, and the rows have {', '.join(expected)}"
-        fix = "State the labels of the adapter in its order; a head cannot be given other outputs."
+        what = f"its head was trained for {', '.join(actual)}, in this order, but the rows have {', '.join(expected)}"
+        fix = "List the adapter's labels in its order; a head's outputs cannot be changed."
         yield Problem(f"{what} ({source})", "adapter.start_from", fix)
 
 
 def _read_names(path: Path) -> dict[int, str]:
-    """Read the names of outputs by number; raises EnvironmentProblem for a damaged file."""
+    """Read the output names by number; raises EnvironmentProblem for a damaged file."""
     try:
         named = read_json_object(path).get("id2label") or {}
         assert isinstance(named, dict)
@@ -289,5 +289,5 @@ def _compare_targets(config: LoraConfig, selected: SelectedModel, recipe: Recipe
     names = [name for name, _ in selected.model.named_modules()]
     actual = {name for entry in named for name in ends_with(names, entry)}
     if not isinstance(named, str) and expected != actual:
-        what = f"the recipe matches {len(expected)} modules, and the adapter in {source} has {len(actual)}"
+        what = f"the recipe matches {len(expected)} modules, but the adapter in {source} has {len(actual)}"
         yield Problem(what, "adapter.target_modules", "Omit it: an adapter keeps its shape.")

@@ -1,4 +1,4 @@
-"""Adapter and base made one, in memory: onto the original weights, or onto what 4 bits left of them."""
+"""Merge an adapter into its base in memory: into the original weights, or into dequantized 4-bit weights."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from llmtune.model.quantized_base import unpack
 from llmtune.recipe.peft_options import UNMERGEABLE
 from llmtune.records import AdaptedModel, SelectedModel
 
-_SERVE = "Use it beside its base, with PEFT or with `llmtune generate` and `llmtune serve`."
+_SERVE = "Use it with its base, in PEFT or with `llmtune generate` and `llmtune serve`."
 
 
 def merge_adapter(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "original") -> PreTrainedModel:
-    """Return one plain model; `adapted` is used up.
+    """Return one plain model; `adapted` is consumed.
 
-    A model in 4 bits cannot take an adapter in: it is merged onto the `original` weights, loaded again from where they
-    came, or onto the `dequantized` ones, which are what the adapter was trained on. A model whose files are quantised
-    has no others.
+    A 4-bit model cannot absorb an adapter. It is merged into the `original` weights, reloaded from their source, or
+    into the `dequantized` ones, which the adapter was trained on. A model with quantised files has no original
+    weights.
 
-    Raises EnvironmentProblem where a merged weight is not finite, RecipeError for a method that cannot be merged.
+    Raises EnvironmentProblem if a merged weight is not finite, RecipeError for a method that cannot be merged.
     """
     if adapted.method == "full":
         return cast(PreTrainedModel, adapted.model)
@@ -62,7 +62,7 @@ def merge_adapter(adapted: AdaptedModel, onto: Literal["original", "dequantized"
 
 
 def check_mergeable(adapted: AdaptedModel) -> None:
-    """Raise RecipeError for a method whose adapters are no change of the base's weights."""
+    """Raise RecipeError for a method whose adapters do not change the base's weights."""
     config = getattr(adapted.model, "peft_config", {}).get("default")
     activated = getattr(config, "alora_invocation_tokens", None)
     if reason := UNMERGEABLE.get("alora_invocation_tokens" if activated else adapted.method):
@@ -70,9 +70,9 @@ def check_mergeable(adapted: AdaptedModel) -> None:
 
 
 def _untie_adapted_embedding(model: PeftModel) -> None:
-    """Give a head that shares an adapted embedding its own copy, in place: the adapter leaves the head as it was."""
+    """Give a head that shares an adapted embedding its own copy, in place: the adapter leaves the head unchanged."""
     inner = model.get_base_model()
-    if inner.main_input_name == "input_values":  # those that read waves have no embedding
+    if inner.main_input_name == "input_values":  # audio models have no token embedding
         return
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     if head is None or not isinstance(embedding, LoraLayer | ModulesToSaveWrapper):
@@ -84,7 +84,7 @@ def _untie_adapted_embedding(model: PeftModel) -> None:
 
 
 def _unpacked(model: PeftModel) -> PeftModel:
-    """Take the adapter off, give the base plain weights, and put it on again; `model` is used up."""
+    """Remove the adapter, give the base plain weights, and put it back; `model` is consumed."""
     config = replace(model.peft_config["default"])
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     base = cast(PreTrainedModel, model.unload())
@@ -95,7 +95,7 @@ def _unpacked(model: PeftModel) -> PeftModel:
 
 
 def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: str) -> PeftModel:
-    """Load the base in full, overwrite it with what 4 bits left if that is asked for, and move the adapter over."""
+    """Load the full base, overwrite it with the dequantized weights if requested, and move the adapter over."""
     inner = selected.model
     dtype = inner.config.quantization_config.bnb_4bit_compute_dtype
     with unreported():
@@ -104,10 +104,10 @@ def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: s
             config=_config_of(inner, selected),
             dtype=dtype,
             local_files_only=True,
-            ignore_mismatched_sizes=selected.trains_head,  # a head for other classes, which the trained one replaces
+            ignore_mismatched_sizes=selected.trains_head,  # the trained head replaces a head for other classes
         )
     base.to(inner.device)
-    if inner.main_input_name != "input_values":  # those that read waves have no embedding
+    if inner.main_input_name != "input_values":  # audio models have no token embedding
         rows = inner.get_input_embeddings().weight.shape[0]
         if base.get_input_embeddings().weight.shape[0] < rows:  # the recipe added tokens
             base.resize_token_embeddings(rows, mean_resizing=False)
@@ -119,7 +119,7 @@ def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: s
 
 
 def _config_of(inner: PreTrainedModel, selected: SelectedModel) -> PreTrainedConfig:
-    """Read the model's configuration anew, with the outputs of a head of ours."""
+    """Reload the model's configuration, with the outputs of our head."""
     config = type(inner.config).from_pretrained(str(selected.model_ref.path), local_files_only=True)
     if selected.trains_head:
         for name in ("id2label", "label2id", "problem_type", "pad_token_id"):

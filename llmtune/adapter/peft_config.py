@@ -1,4 +1,4 @@
-"""The recipe's adapter as PEFT's configuration: its options by their names, and the modules it adapts."""
+"""Translate the recipe's adapter section into PEFT's configuration: options by name, and the modules it adapts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmtune.records import SelectedModel
 
 
 def find_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], list[str]]:
-    """Return the modules that get an adapter, and those that `all-linear` leaves out because no input reaches them."""
+    """Return the modules that get an adapter, and those that `all-linear` skips because no input reaches them."""
     adapter = recipe.adapter
     if "target_modules" not in options_of(adapter.method) or _has_own_targets(selected, adapter):
         return [], []
@@ -32,7 +32,7 @@ def find_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], li
 
 
 def _has_own_targets(selected: SelectedModel, adapter: AdapterSection) -> bool:
-    """Whether PEFT knows best which modules a method is for: embeddings, attention, or what it has in its tables."""
+    """Whether PEFT chooses a method's modules best: embeddings, attention, or those in its tables."""
     if adapter.target_modules != "all-linear":
         return False
     if adapter.method == "adaption_prompt":
@@ -43,7 +43,7 @@ def _has_own_targets(selected: SelectedModel, adapter: AdapterSection) -> bool:
 
 def _find_embedding(model: PreTrainedModel) -> list[str]:
     if model.main_input_name == "input_values":
-        raise RecipeError.of("a model that reads waves has no tokens to train", "adapter.method", "Use lora.")
+        raise RecipeError.of("an audio model has no tokens to train", "adapter.method", "Use lora.")
     embedding = model.get_input_embeddings()
     return [name for name, module in model.named_modules() if module is embedding]
 
@@ -55,9 +55,9 @@ def make_config(
     whole: Sequence[str],
     tokens: dict[str, list[int]] | None,
 ) -> PeftConfig:
-    """Return the configuration of an adapter on `targets`, with the modules `whole` and the rows `tokens` trained too.
+    """Return the configuration of an adapter on `targets` that also trains the modules `whole` and the rows `tokens`.
 
-    Of what LoRA shares with other methods these take only what the recipe states: their defaults are PEFT's own.
+    Other methods take options shared with LoRA only if the recipe states them: their defaults are PEFT's own.
     """
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("LORA" if adapter.is_lora else adapter.method.upper())]
     hints = typing.get_type_hints(kind)
@@ -84,7 +84,7 @@ def make_config(
 
 
 def _as_peft(value: Any, hint: object) -> Any:
-    """Return lists for tuples, copies of mappings, and a mapping as the dataclass that PEFT has for it."""
+    """Return lists for tuples, copies of mappings, and PEFT's dataclass for a mapping that needs one."""
     if isinstance(value, tuple):
         return list(value)
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The model before training, kept with the one that is trained: the reference of preference losses."""
+"""The model before training, kept next to the trained one: the reference of preference losses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from llmtune.adapter.wiring_check import SWITCHES_OFF
 
 KEPT = "weights_before_training"
-"""On a model whose reference is not just its adapter switched off: what its trainable weights were, by name."""
+"""Attribute with the initial trainable weights by name, if switching the adapter off does not restore them."""
 
 
 def switches_off(model: torch.nn.Module) -> bool:
-    """Whether `model` is what it was before training once its adapter, made anew, is switched off.
+    """Whether switching off a fresh adapter restores `model` to its state before training.
 
-    It is not where biases are trained, nor where the adapter took a part of the base weights (PiSSA, OLoRA).
+    It does not if biases are trained, or if the adapter took over some of the base weights (PiSSA, OLoRA).
     """
     if not isinstance(model, PeftModel) or hasattr(model, "start_weights") or not getattr(model, SWITCHES_OFF, True):
         return False
@@ -27,21 +27,21 @@ def switches_off(model: torch.nn.Module) -> bool:
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a sharded tensor, or the tensor itself."""
+    """Return this process's shard of a sharded tensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def keep_reference(model: torch.nn.Module) -> None:
-    """Keep a copy of the trainable weights on the model, or of this process's part: as much memory as they take."""
+    """Keep a copy of the trainable weights on the model (of this process's shards), which needs as much memory."""
     trained = {name: own_part(p).detach() for name, p in model.named_parameters() if p.requires_grad}
     setattr(model, KEPT, {name: part.clone() for name, part in trained.items()})
 
 
 def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
-    """Return a context in which `model`, which DDP may have wrapped, is what it was before training.
+    """Return a context in which `model`, possibly wrapped by DDP, is in its state before training.
 
-    With a fresh adapter that is the adapter switched off; with one that training went on from, or with all weights
-    trained, the weights that were kept. A model that is neither is its own reference.
+    For a fresh adapter, the adapter is switched off. After continuing an adapter, or with all weights trained, the
+    kept weights are restored. Any other model is its own reference.
     """
     inner = cast(torch.nn.Module, getattr(model, "module", model))
     kept = getattr(inner, KEPT, None)
@@ -52,7 +52,7 @@ def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
 
 @contextmanager
 def _restored(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let parameters be other tensors for a while; nothing that autograd holds changes, and only shards are copied."""
+    """Swap the parameters' tensors for a while; autograd's tensors do not change, and only shards are copied."""
     parameters = dict(model.named_parameters())
     sharded = [name for name in kept if own_part(parameters[name]) is not parameters[name]]
     now = {name: parameters[name].data for name in kept if name not in sharded}
@@ -68,7 +68,7 @@ def _restored(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator
 
 
 def _exchange(parameters: dict[str, torch.nn.Parameter], kept: dict[str, torch.Tensor], names: list[str]) -> None:
-    """Exchange the values of sharded parameters with those kept, in place: other code reads from their memory."""
+    """Exchange the values of sharded parameters with those kept, in place: other code reads their memory."""
     with torch.no_grad():
         for name in names:
             part = own_part(parameters[name])

@@ -1,4 +1,4 @@
-"""The adapter on disk: a plain PEFT folder with tokenizer and template; equal weights are equal bytes."""
+"""The adapter on disk: a plain PEFT folder with tokenizer and template; equal weights give equal bytes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from llmtune.report.number_format import size as format_bytes
 def save_adapter(adapted: AdaptedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter into `folder` (made if absent), in a form that `AutoPeftModelForCausalLM` loads.
 
-    PiSSA and OLoRA become plain LoRA on the untouched base: `W_res + s B A = W + s [B, B0] [A; -A0]`, so their rank
-    doubles. With `method: full` the model itself is written, in the number format that it came in. `state` are the
-    model's weights by name where it does not hold them whole.
+    PiSSA and OLoRA become plain LoRA on the untouched base: `W_res + s B A = W + s [B, B0] [A; -A0]`, which doubles
+    their rank. With `method: full` the model itself is written, in its original dtype. `state` has the model's weights
+    by name if the model itself is sharded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if adapted.method == "full":
@@ -43,11 +43,11 @@ def save_adapter(adapted: AdaptedModel, folder: Path, state: dict[str, torch.Ten
 
 
 def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
-    """Put what `save_adapter` wrote onto `selected.model` (in place), in eval mode and without gradients.
+    """Put the output of `save_adapter` onto `selected.model` (in place), in eval mode and without gradients.
 
-    Raises EnvironmentProblem where the folder holds no adapter, or one for another model, or memory runs out.
+    Raises EnvironmentProblem if the folder has no adapter, or one for another model, or memory runs out.
     """
-    with explain_oom(f"loading what was trained onto {selected.model_ref.name}", str(selected.model.device)):
+    with explain_oom(f"loading the trained weights onto {selected.model_ref.name}", str(selected.model.device)):
         if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
             return _load_model(selected, folder)
         source = find_adapter(folder)
@@ -60,7 +60,7 @@ def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
 
 @contextmanager
 def writing_weights(folder: Path) -> Iterator[None]:
-    """Turn the error of safetensors for a full disk, which is no OSError, into one of ours.
+    """Turn the error of safetensors for a full disk, which is not an OSError, into one of ours.
 
     Raises EnvironmentProblem.
     """
@@ -69,7 +69,7 @@ def writing_weights(folder: Path) -> Iterator[None]:
     except SafetensorError as error:
         free = shutil.disk_usage(folder).free
         raise EnvironmentProblem.of(
-            f"the weights cannot be written ({first_line(error)}); {format_bytes(free)} are free there",
+            f"the weights cannot be written ({first_line(error)}); {format_bytes(free)} are free",
             str(folder),
             "Free space or choose another folder with --out.",
         ) from error
@@ -80,20 +80,20 @@ def _save_lora(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tenso
     config = model.peft_config["default"]
     state = get_peft_model_state_dict(model, whole, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    if not isinstance(config, LoraConfig):  # layers may share weights, which a file holds once each
+    if not isinstance(config, LoraConfig):  # layers may share weights, but a file needs one copy per name
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     described = config.to_dict()
     start = getattr(model, "start_weights", None)
     if start is not None:
         tensors = _subtract_start(tensors, start)
         described |= _double_rank(config)
-    if isinstance(config, LoraConfig):  # the weights say how it started; it is not to be found again from rows
+    if isinstance(config, LoraConfig):  # the weights contain the start, which must not be recomputed from rows
         described |= {"eva_config": None, "corda_config": None, "lora_ga_config": None}
         described |= {"init_lora_weights": True} if config.init_lora_weights == "eva" else {}
-    base = adapted.selected.model_ref  # as PEFT will look for it: the hub's name and commit, or the folder
+    base = adapted.selected.model_ref  # as PEFT looks it up: the hub's name and commit, or the folder
     name = str(base.path) if base.revision is None else base.name
     described |= {"inference_mode": True, "base_model_name_or_path": name, "revision": base.revision}
-    if config.task_type is None:  # `AutoPeftModel` then asks for the class
+    if config.task_type is None:  # `AutoPeftModel` then needs the class
         kind = type(adapted.selected.model)
         described["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     with writing_weights(folder):
@@ -149,14 +149,14 @@ def _save_model(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tens
     model = cast(PreTrainedModel, adapted.model)
     dtype = stored_dtype(adapted.selected)
     whole = model.state_dict() if whole is None else whole
-    tied = model.all_tied_weights_keys or {}  # of these one is written, though copies in another format are two
+    tied = model.all_tied_weights_keys or {}  # one of each pair is written; converted copies would be two
     twice = {name for name, source in tied.items() if whole[name].data_ptr() == whole[source].data_ptr()}
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in whole.items() if name not in twice}
     with writing_weights(folder):
         model.save_pretrained(folder, state_dict=state)
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
-    config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}  # those of training are others
+    config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}  # training uses other values
     for key in (OTHER_CLASSES, OTHER_ORDER):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -165,7 +165,7 @@ def _save_model(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tens
 
 
 def stored_dtype(selected: SelectedModel) -> torch.dtype:
-    """Return the number format that the model's files are in, by its config.json; float32 where it has none."""
+    """Return the dtype of the model's files, from its config.json; float32 by default."""
     config = read_config_file(selected.model_ref.path)
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return cast(torch.dtype, getattr(torch, name, torch.float32))
@@ -173,7 +173,7 @@ def stored_dtype(selected: SelectedModel) -> torch.dtype:
 
 def _load_model(selected: SelectedModel, folder: Path) -> AdaptedModel:
     model = selected.model
-    if selected.model_ref.path.resolve() != folder.resolve():  # else the weights are those already
+    if selected.model_ref.path.resolve() != folder.resolve():  # otherwise the weights are already loaded
         _read_weights(model, folder)
     adapted = wrap_full(selected)
     model.requires_grad_(False)
@@ -191,10 +191,10 @@ def _read_weights(model: PreTrainedModel, folder: Path) -> None:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise EnvironmentProblem.of(f"holds weights of another model: {error}", str(path)) from error
+            raise EnvironmentProblem.of(f"contains weights of another model: {error}", str(path)) from error
         if result.unexpected_keys:
-            raise EnvironmentProblem.of(f"holds unknown weights, {result.unexpected_keys[0]} for one", str(path))
+            raise EnvironmentProblem.of(f"contains unknown weights, such as {result.unexpected_keys[0]}", str(path))
         left -= set(tensors)
     left -= set(model.all_tied_weights_keys or {})
     if left:
-        raise EnvironmentProblem.of(f"the weights {min(left)} are missing", str(folder), "The folder is not whole.")
+        raise EnvironmentProblem.of(f"the weights {min(left)} are missing", str(folder), "The folder is incomplete.")

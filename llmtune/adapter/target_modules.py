@@ -1,4 +1,4 @@
-"""Which modules get an adapter: the recipe's words resolved to the names that this model has."""
+"""Resolve the recipe's target modules to the module names of this model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from llmtune.store.resource_limits import LimitExceeded, limited
 
 _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
 PATTERN_SECONDS = 2.0
-"""How long an expression may take over a model's names."""
+"""Time limit for matching an expression with a model's names."""
 _LAYER = re.compile(r"(?:^|.*?\.)[^.]*\.(\d+)\.")
-"""The first number between dots: the layer, where experts inside it have numbers too."""
+"""The first number between dots: the layer, even if experts inside it have numbers too."""
 
 
 def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str]:
     """Return the full names of all modules that get an adapter, in the model's order.
 
-    `all-linear` stands for every linear module that PEFT can adapt, but the heads (with `ln_tuning` every norm); a text
-    is a regular expression over whole names; a list holds name endings. `exclude_modules`, `modules_to_save` and
-    `layers_to_transform` take names away.
+    `all-linear` means every linear module that PEFT can adapt, except heads (with `ln_tuning`, every norm). A text is a
+    regular expression over complete names; a list has name endings. `exclude_modules`, `modules_to_save` and
+    `layers_to_transform` remove names.
 
-    Raises RecipeError that lists every entry which matches nothing, with the linear modules that there are.
+    Raises one RecipeError for all entries that match nothing, listing the model's linear modules.
     """
     heads = set(head_names(model))
     linears = list(linear_shapes(model))
@@ -63,10 +63,10 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     problems += [*_check_patterns(adapter, targets), *_check_bias(model, adapter, targets)]
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     output = getattr(model, "get_output_embeddings", None)
-    if tied and (output is None or output() is not None):  # a classifier's head is tied to nothing
+    if tied and (output is None or output() is not None):  # a classifier's head is not tied
         problems += [
             Problem(
-                f"{name!r} shares its weight with the embedding, which an adapter on it alone would pull apart",
+                f"{name!r} shares its weight with the embedding; an adapter on it alone would untie them",
                 "adapter.target_modules",
                 "Omit the head.",
             )
@@ -76,14 +76,12 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     RecipeError.collect(problems)
     kept = [name for name in targets if name not in set(excluded)]
     if not kept:
-        raise RecipeError.of(
-            "no module is left for the adapter", "adapter", f"{_list_linears(linears)} Exclude fewer of them."
-        )
+        raise RecipeError.of("no module is left for the adapter", "adapter", f"{_list_linears(linears)} Exclude fewer.")
     return kept
 
 
 def find_unmatched_parameters(model: torch.nn.Module, patterns: Sequence[str]) -> list[Problem]:
-    """Find entries of `target_parameters` that no parameter is called by; PEFT passes over them with a warning."""
+    """Find entries of `target_parameters` that match no parameter; PEFT only warns about them."""
     names = [name for name, _ in model.named_parameters()]
     experts = group_by_ending(expert_parameters(model))
     there = f"Fused experts here: {', '.join(experts)}." if experts else "This model has no fused experts."
@@ -100,18 +98,18 @@ def count_adapted(model: torch.nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, ParamWrapper):
             total += module.get_param().numel()
-        elif isinstance(module, TrainableTokensLayer):  # some rows of an embedding, counted once where a head has them
+        elif isinstance(module, TrainableTokensLayer):  # some rows of an embedding, counted once if a head shares them
             rows = () if module.tied_adapter else module.trainable_tokens_delta.values()
             total += sum(row.numel() for row in rows)
         elif isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
-            weight = getattr(base, "weight", None)  # in 4 bits it has another shape than its module
+            weight = getattr(base, "weight", None)  # in 4 bits its shape differs from the module's
             total += math.prod(linear_shape(base) or (() if weight is None else weight.shape) or (0,))
     return total
 
 
 def shorten_targets(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
-    """Return name endings that match exactly `targets` in `model` if there are any, else the full names; sorted."""
+    """Return name endings that match exactly `targets` in `model`, if any, else the full names; sorted."""
     endings = sorted({name.rpartition(".")[2] for name in targets})
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
     return endings if matched == set(targets) else sorted(targets)
@@ -123,17 +121,17 @@ def group_by_ending(names: Iterable[str]) -> dict[str, int]:
 
 
 def ends_with(names: Iterable[str], ending: str) -> list[str]:
-    """Return the names that are `ending` or end with it after a dot: how PEFT reads an entry of a list."""
+    """Return the names that are `ending` or end with it after a dot, as PEFT reads a list entry."""
     return [name for name in names if name == ending or name.endswith(f".{ending}")]
 
 
 def are_transposed(model: torch.nn.Module) -> bool:
-    """Whether projections keep their weights as [inputs, outputs], as GPT-2's Conv1D does."""
+    """Whether projections store their weights as [inputs, outputs], as GPT-2's Conv1D does."""
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def _is_adaptable(model: torch.nn.Module, name: str) -> bool:
-    """Whether PEFT puts a LoRA on this module: not where Mamba's kernels read its weights directly."""
+    """Whether PEFT can put a LoRA on this module; not if Mamba's kernels read its weights directly."""
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
     except ValueError:
@@ -144,15 +142,15 @@ def _is_adaptable(model: torch.nn.Module, name: str) -> bool:
 def _match(
     key: str, patterns: str | Sequence[str], names: Sequence[str], known: Sequence[str]
 ) -> tuple[list[str], list[Problem]]:
-    """Return the names that `patterns` matches, and a problem for each part of it that matches none."""
+    """Return the names that `patterns` match, and a problem for each pattern without a match."""
     if isinstance(patterns, str):
         try:
             with limited(PATTERN_SECONDS):
                 matches = [name for name in names if re.fullmatch(patterns, name)]
         except (re.error, LimitExceeded) as error:
             return [], [Problem(f"{patterns!r} cannot be matched as a regular expression: {error}", key)]
-        what = f"{patterns!r} matches the whole name of no module"
-        fix = f"For name endings write a list: [{patterns}]. {_list_linears(known)}"
+        what = f"{patterns!r} matches no complete module name"
+        fix = f"For name endings, write a list: [{patterns}]. {_list_linears(known)}"
         return matches, [] if matches else [Problem(what, key, fix)]
     matched = {entry: ends_with(names, entry) for entry in patterns}
     hits = {name for matches in matched.values() for name in matches}
@@ -181,11 +179,11 @@ def _keep_layers(targets: list[str], layers: int | Sequence[int]) -> tuple[list[
     if not absent:
         return kept, []
     there = f"Layers here: 0 to {max(numbers.values())}." if numbers else "This model has no numbered layers."
-    return kept, [Problem(f"there is no layer {absent[0]} to adapt", "adapter.layers_to_transform", there)]
+    return kept, [Problem(f"layer {absent[0]} does not exist", "adapter.layers_to_transform", there)]
 
 
 def _check_patterns(adapter: AdapterSection, targets: Sequence[str]) -> list[Problem]:
-    """Find keys of rank and alpha patterns that match no target; PEFT matches them as endings or expressions."""
+    """Find keys of rank and alpha patterns without a matching target; PEFT matches them as endings or expressions."""
     problems = []
     for key, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:
@@ -194,20 +192,20 @@ def _check_patterns(adapter: AdapterSection, targets: Sequence[str]) -> list[Pro
                     matches = any(_ends_with_pattern(pattern, name) for name in targets)
             except LimitExceeded as error:
                 what = f"{pattern!r} cannot be matched as a regular expression: {error}"
-                return [Problem(what, f"adapter.{key}", "Write a simpler one.")]
+                return [Problem(what, f"adapter.{key}", "Write a simpler expression.")]
             if not matches:
                 problems.append(_unmatched(pattern, f"adapter.{key}.{pattern}", targets))
     return problems
 
 
 def _check_bias(model: torch.nn.Module, adapter: AdapterSection, targets: Sequence[str]) -> list[Problem]:
-    """Find that there are no biases to train; PEFT takes every weight with `bias` in its name for one."""
+    """Find a bias setting without biases to train; for PEFT every weight with `bias` in its name is one."""
     if adapter.bias == "none":
         return []
     every = [name.rpartition(".")[0] for name, _ in model.named_parameters() if "bias" in name]
     if {*every} & {*targets} if adapter.bias.endswith("_only") else every:
         return []
-    where = "none of the modules that get an adapter has a bias" if every else "this model has no biases"
+    where = "no module with an adapter has a bias" if every else "this model has no biases"
     return [Problem(f"{adapter.bias!r} has no effect: {where}", "adapter.bias", "Omit it.")]
 
 

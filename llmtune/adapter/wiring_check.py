@@ -1,4 +1,4 @@
-"""Proof that an adapter is wired: it changes the output, it can be switched off, every weight gets a gradient."""
+"""Check that an adapter is wired: it changes the output, can be switched off, and all its weights get gradients."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from llmtune.records import SelectedModel
 
 _PROBE_TOKENS = 12
 _PROBE_SAMPLES = 8000
-"""Half a second at the rate of speech models."""
+"""Half a second at the sampling rate of speech models."""
 
 
 SWITCHES_OFF = "switches_off"
-"""Attribute of a model whose method was tried: whether it is its base when the adapter is switched off."""
+"""Attribute of a probed model: whether switching the adapter off restores the base."""
 _SAME = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far scores may differ by rounding, relative and absolute."""
+"""Tolerance for rounding differences of scores, relative and absolute."""
 
 
 class NotWiredError(RuntimeError):
-    """The adapter is in place and does nothing: a bug, ours or a library's."""
+    """The adapter has no effect: a bug, ours or a library's."""
 
 
 def probe_scores(model: torch.nn.Module, selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
-    """Return what the head of `model` gives for a few tokens, in eval mode and without gradients."""
+    """Return the head outputs of `model` for a few tokens, in eval mode and without gradients."""
     device = selected.model.device
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     modes = {module: module.training for module in model.modules()}
@@ -51,15 +51,15 @@ def probe_scores(model: torch.nn.Module, selected: SelectedModel, recipe: Recipe
 def prove_wiring(
     model: PeftModel, selected: SelectedModel, recipe: Recipe, before: torch.Tensor | None = None
 ) -> str | None:
-    """Run a few tokens through the model to see that its adapter works; put weights, modes and random state back.
+    """Run a few tokens through the model to check its adapter; restore weights, modes and random state.
 
-    `before` are the scores of the base, for a method of which it is not known that it starts as the base and leaves it
-    alone. Returns a sentence where it does not.
+    `before` are the scores of the base, for methods not known to start as the base and to leave it unchanged. Returns
+    a sentence if they do not.
 
     Raises:
-        NotWiredError: moving the adapter's weights leaves the output as it was, or they cannot be switched off.
-        EnvironmentProblem: the model computes nothing, with or without an adapter.
-        RecipeError: some adapters sit where no gradient arrives, such as the image tower of a model that reads text.
+        NotWiredError: moving the adapter's weights does not change the output, or the model has no adapter weights.
+        EnvironmentProblem: the model's outputs are constant or not finite.
+        RecipeError: some adapters get no gradient, such as those in the image tower of a model that reads text.
     """
     device = selected.model.device
     inputs = _probe_inputs(selected, recipe)
@@ -97,36 +97,36 @@ def prove_wiring(
 
 
 def _refuse_dead_base(scores: torch.Tensor, selected: SelectedModel) -> None:
-    """Raise EnvironmentProblem where the untouched model computes nothing: no adapter could be seen to work on it."""
+    """Raise EnvironmentProblem if the base's outputs are useless: no adapter could be checked on it."""
     finite = bool(scores.isfinite().all())
     if finite and (scores.numel() == 1 or bool(scores.min() != scores.max())):
         return
-    what = "its outputs are all the same" if finite else "its outputs are not finite numbers"
-    fix = "Its weights or its configuration are damaged: get it again from where it comes from, or set model.dtype."
+    what = "all its outputs are equal" if finite else "its outputs are not finite numbers"
+    fix = "Its weights or its configuration are damaged: download it again, or set model.dtype."
     raise EnvironmentProblem.of(f"the model computes nothing: {what}", str(selected.model_ref.path), fix)
 
 
 def find_reached_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], list[str]]:
-    """Return the modules that get an adapter, and those that `all-linear` leaves out because no input reaches them."""
+    """Return the modules that get an adapter, and those that `all-linear` skips because no input reaches them."""
     names = resolve_targets(selected.model, recipe.adapter)
     if recipe.adapter.target_modules != "all-linear" or recipe.adapter.method == "ln_tuning":
         return names, []
     reached = _find_reached(selected, recipe, names)
     if not reached:
-        raise RecipeError.of("no linear module is reached by the input", "adapter.target_modules", "Name the modules.")
+        raise RecipeError.of("the input reaches no linear module", "adapter.target_modules", "Name the modules.")
     return [name for name in names if name in reached], [name for name in names if name not in reached]
 
 
 def _find_reached(selected: SelectedModel, recipe: Recipe, names: Sequence[str]) -> set[str]:
-    """Return those of the modules `names` that take part in an answer to a text: a gradient arrives at what they give.
+    """Return the modules among `names` that contribute to an answer to a text: their outputs get a gradient.
 
-    It does not at the image tower of a model that reads images too, at a pooling layer that a head leaves out, or where
-    a layer reads a module's weights directly. Experts count as reached: a few tokens are not sent to all of them.
+    The image tower of a model that also reads images does not. Neither does a pooling layer that the head skips, or a
+    module whose weights another layer reads directly. Experts count as reached: not all of them get a token.
     """
     given: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
     def watch(name: str, _: object, inputs: tuple[torch.Tensor], output: object) -> torch.Tensor | None:
-        # PEFT adds to what a linear layer gives: not to a router's choice, nor to groups that are multiplied apart.
+        # PEFT adds to a linear layer's output: not to a router's choice, nor to groups that are multiplied separately.
         if not isinstance(output, torch.Tensor) or output.shape != (*inputs[0].shape[:-1], widths[name]):
             return None
         given[name].append(torch.zeros_like(output, requires_grad=True))
@@ -139,7 +139,7 @@ def _find_reached(selected: SelectedModel, recipe: Recipe, names: Sequence[str])
         with compute_context(resolve_dtype(recipe.model.dtype, device.type), device.type):
             scores = _head_outputs(model, _probe_inputs(selected, recipe))
             _refuse_dead_base(scores.detach(), selected)
-            if scores.requires_grad:  # else nothing was reached
+            if scores.requires_grad:  # otherwise nothing was reached
                 _send_gradient(scores)
     finally:
         for hook in hooks:
@@ -155,9 +155,9 @@ def _send_gradient(scores: torch.Tensor) -> None:
 
 @contextmanager
 def _moved(model: PeftModel) -> Iterator[list[str]]:
-    """Move the matrix of every adapter that starts at zero away from it; afterwards restore it to the bit.
+    """Move the matrix of every adapter that starts at zero away from it; afterwards restore it bit for bit.
 
-    That is B, and A at an embedding.
+    This is B, and A for an embedding.
     """
     generator = torch.Generator().manual_seed(0)
     zero = (".lora_B.", ".lora_embedding_A.") if isinstance(model.base_model, LoraModel) else ("",)
@@ -187,7 +187,7 @@ def _head_outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> to
 
 
 def _probe_inputs(selected: SelectedModel, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """A little of what the model reads: tokens, or noise in place of a recording, and tokens for a decoder."""
+    """Return a small model input: tokens, or noise as a recording, and tokens for a decoder."""
     config, name = selected.model.config, selected.model.main_input_name
     generator = torch.Generator().manual_seed(0)
     ids_BT = _probe_ids(selected, recipe)
@@ -203,19 +203,19 @@ def _probe_inputs(selected: SelectedModel, recipe: Recipe) -> dict[str, torch.Te
 
 
 def _probe_ids(selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
-    """Tokens spread over the vocabulary, and those that the recipe adds: [1, T]."""
+    """Return token ids spread over the vocabulary, and those that the recipe adds: [1, T]."""
     size = min(len(selected.processor), selected.model.config.get_text_config().vocab_size)
     ids = [size * (i + 1) // (_PROBE_TOKENS + 1) for i in range(_PROBE_TOKENS)]
-    own = recipe.adapter.options  # activated LoRA works after its tokens, others at theirs
+    own = recipe.adapter.options  # activated LoRA acts after its tokens, others at theirs
     ids = [*own.get("alora_invocation_tokens", ()), *own.get("token_indices", ())[:8], *ids]
     ids += selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens))
     return torch.tensor([ids])
 
 
 def _is_dead(name: str, parameter: torch.nn.Parameter, fused: tuple[str, ...]) -> bool:
-    """Experts that the probe's tokens are not sent to have no gradient, and neither have some biases.
+    """Whether a parameter wrongly lacks a gradient; unused experts and biases may lack one.
 
-    (GLoRA's D and E change one.) The names in `fused` begin those of adapters on all experts: some are reached.
+    GLoRA's D and E change a bias. `fused` are prefixes of adapters on all experts: some of those are reached.
     """
     apart = "expert" in name and not name.startswith(fused)
     if not parameter.requires_grad or apart or name.endswith("bias") or ".glora_D." in name or ".glora_E." in name:
@@ -226,7 +226,7 @@ def _is_dead(name: str, parameter: torch.nn.Parameter, fused: tuple[str, ...]) -
 def _describe_dead(dead: list[str]) -> Problem:
     names = [name.removeprefix("base_model.model.").split(".lora_")[0] for name in dead]
     return Problem(
-        f"{len(dead)} adapter weights get no gradient from text, those of {names[0]} for one",
+        f"{len(dead)} adapter weights get no gradient from text, such as those of {names[0]}",
         "adapter.target_modules",
-        "Exclude these modules with adapter.exclude_modules.",
+        "Exclude these modules in adapter.exclude_modules.",
     )

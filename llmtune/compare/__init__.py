@@ -1,1 +1,1 @@
-"""Runs side by side on the same held-out rows: runs that exist, or one recipe trained with several methods."""
+"""Compare runs on the same held-out rows: existing runs, or one recipe trained with several methods."""

@@ -1,7 +1,7 @@
 """`llmtune compare RECIPE --methods full,lora,qlora`: one recipe trained with each, on the same rows and budget.
 
-Each method runs in a process of its own. As a program (`python -m llmtune.compare.compare_methods run ...`) this module
-is llmtune itself, but stops when its parent is gone.
+Each method runs in its own process. Run as a program (`python -m llmtune.compare.compare_methods run ...`), this
+module is llmtune itself, but stops when its parent is gone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from llmtune.store.run_folder import MANIFEST
 
 METHODS = ("full", "lora", "qlora", *(name for name in peft_methods() if name not in (*REFUSED_METHODS, "lora")))
 TENTH = 10
-"""How much faster an adapter learns than all weights (`train.learning_rate` in the recipe reference)."""
+"""Factor from the learning rate of full tuning to that of an adapter (`train.learning_rate`, recipe reference)."""
 PARENT = "LLMTUNE_TRIAL_PARENT"
 """Environment variable: the process that a trial must not outlive."""
 SECONDS = 0.5
@@ -60,7 +60,7 @@ class MethodOptions:
 
     methods: tuple[str, ...]
     rates: Mapping[str, float]
-    """Learning rates by method, where they are stated."""
+    """Explicit learning rates by method."""
     sets: tuple[str, ...] = ()
     out: Path | None = None
     resume: bool = False
@@ -77,11 +77,11 @@ class Trial:
     loaded: LoadedRecipe
     sets: tuple[str, ...]
     rate: str
-    """Where its learning rate comes from."""
+    """Origin of its learning rate."""
 
 
 def read_methods(text: str) -> tuple[str, ...]:
-    """Read `full,lora,qlora`. Raises RecipeError for an unknown method, one that is named twice, or one alone."""
+    """Read `full,lora,qlora`. Raises RecipeError for an unknown method, a repeated one, or only one."""
     methods = tuple(name.strip() for name in text.split(",") if name.strip())
     problems = [
         (f"unknown method '{name}'", f"{nearest(name, METHODS)} Methods: {', '.join(METHODS)}.".strip())
@@ -91,7 +91,7 @@ def read_methods(text: str) -> tuple[str, ...]:
     if len(set(methods)) < len(methods):
         problems.append(("a method is named twice", "Name each once."))
     if len(set(methods)) < 2:
-        problems.append(("one method alone cannot be compared", "Name two or more, e.g. full,lora,qlora."))
+        problems.append(("a single method cannot be compared", "Name two or more, e.g. full,lora,qlora."))
     RecipeError.collect(Problem(what, "--methods", fix) for what, fix in problems)
     return methods
 
@@ -103,19 +103,19 @@ def read_rates(texts: Sequence[str], methods: Sequence[str]) -> dict[str, float]
         method, _, value = text.partition("=")
         fix = "Write METHOD=NUMBER, e.g. full=2e-5"
         if method.strip() not in methods:
-            what, fix = f"{text!r} names no method that is compared", f"{fix}; methods here: {', '.join(methods)}"
+            what, fix = f"{text!r} does not name a compared method", f"{fix}; methods here: {', '.join(methods)}"
             problems.append(Problem(what, "--learning-rate", f"{fix}."))
             continue
         try:
             rates[method.strip()] = float(value)
         except ValueError:
-            problems.append(Problem(f"{text!r} is no number", "--learning-rate", f"{fix}."))
+            problems.append(Problem(f"{text!r} is not a number", "--learning-rate", f"{fix}."))
     RecipeError.collect(problems)
     return rates
 
 
 def plan_trials(recipe: str, options: MethodOptions) -> tuple[LoadedRecipe, list[Trial]]:
-    """Load the recipe as it is, and once with each method; raises RecipeError with all that is wrong with any."""
+    """Load the recipe as it is, and once per method; raises one RecipeError with all problems."""
     loaded = load_recipe(recipe, options.sets)
     trials, problems = [], []
     for method in options.methods:
@@ -131,7 +131,7 @@ def plan_trials(recipe: str, options: MethodOptions) -> tuple[LoadedRecipe, list
 
 
 def choose_rate(loaded: LoadedRecipe, method: str, rates: Mapping[str, float]) -> tuple[float, str]:
-    """Return the learning rate of a method and where it comes from; the recipe's is meant for its own method."""
+    """Return a method's learning rate and its origin; the recipe's rate is meant for its own method."""
     own, stated = loaded.recipe.adapter.method, loaded.recipe.train.learning_rate
     if method in rates:
         return rates[method], "--learning-rate"
@@ -145,9 +145,9 @@ def choose_rate(loaded: LoadedRecipe, method: str, rates: Mapping[str, float]) -
 
 
 def change(loaded: LoadedRecipe, method: str) -> list[str]:
-    """Return what to set so that the recipe trains with `method`: keys that it does not read are taken back.
+    """Return the settings that make the recipe train with `method`; keys the method does not read are reset.
 
-    A method of PEFT has PEFT's own defaults: of what it shares with LoRA it takes what `--set` states alone.
+    PEFT methods use PEFT's own defaults: of the keys shared with LoRA they take only those set by `--set`.
     """
     known, origins = options_of(method), loaded.origins
     given = [*LORA_KEYS, *loaded.recipe.adapter.options]
@@ -165,19 +165,19 @@ def change(loaded: LoadedRecipe, method: str) -> list[str]:
 
 
 def default_out(loaded: LoadedRecipe, rates: Mapping[str, float]) -> Path:
-    """`runs/<name>-compare-<8 hex>`: the same for the same recipe, whichever methods are compared."""
+    """`runs/<name>-compare-<8 hex>`: the same for the same recipe, independent of the methods."""
     return Path("runs") / f"{loaded.recipe.name}-compare-{hash_value([loaded.fingerprint, dict(rates)])[:8]}"
 
 
 def compare_methods(recipe: str, options: MethodOptions, console: Console, shown: Console) -> Json:
-    """Train the recipe with each method in a process of its own, compare the runs, and return the comparison.
+    """Train the recipe with each method in its own process, compare the runs, and return the comparison.
 
     Progress goes to `console`, the comparison to `shown`.
 
     The runs are in `OUT/<method>/`; valid ones are skipped, stopped ones are resumed.
 
     Raises:
-        LlmtuneError: what the recipe, or the run of a method, ends with. Gates that fail end nothing here.
+        LlmtuneError: the error of the recipe, or of a method's run. Failed gates are not an error here.
     """
     loaded, trials = plan_trials(recipe, options)
     refuse_network(loaded.recipe, offline=options.offline)
@@ -198,7 +198,7 @@ def compare_methods(recipe: str, options: MethodOptions, console: Console, shown
 
 
 def command(recipe: str, trial: Trial, out: Path, options: MethodOptions) -> list[str]:
-    """Return what to type for one method."""
+    """Return the command line for one method."""
     words = ["run", recipe, "--out", str(out), "--json"]
     for item in trial.sets:
         words += ["--set", item]
@@ -209,17 +209,17 @@ def command(recipe: str, trial: Trial, out: Path, options: MethodOptions) -> lis
 
 
 def check_out_folder(out: Path) -> None:
-    """Refuse a folder that holds something else."""
+    """Refuse a folder with other contents."""
     if out.exists() and not out.is_dir():
-        raise RecipeError.of("the folder of the comparison is a file", str(out), "choose another one with --out")
+        raise RecipeError.of("the comparison's folder is a file", str(out), "choose another one with --out")
     names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")} if out.is_dir() else set()
     if strange := sorted(names - {*METHODS, *FILES}):
-        what = f"this folder is not empty and no comparison: it holds {', '.join(strange[:3])}"
+        what = f"this folder is not empty and not a comparison: it contains {', '.join(strange[:3])}"
         raise RecipeError.of(what, str(out), "choose an empty or new folder with --out")
 
 
 def compare_trials(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: Console) -> Json:
-    """Compare the runs that are there now; the libraries that this needs are loaded only here."""
+    """Compare the existing runs; the libraries for this are imported only here."""
     from llmtune.compare.compare_runs import finish
     from llmtune.compare.run_comparison import make_comparison
     from llmtune.evaluate.opened_runs import check_alike, open_runs
@@ -243,27 +243,27 @@ def compare_trials(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, con
     pairs = zip(runs, trials, strict=True)
     rates = ", ".join(f"{trial.method} {run.recipe.train.learning_rate:g} ({trial.rate})" for run, trial in pairs)
     notes = [
-        f"All were trained on the same {kept:,} rows, for {steps} steps of {unit}, with seed {first.recipe.seed}.",
+        f"All trained on the same {kept:,} rows, for {steps} steps of {unit}, with seed {first.recipe.seed}.",
         f"Learning rates: {rates}.",
-        "Each ran in a process of its own; peak memory is that of its training.",
+        "Each ran in its own process; peak memory is that of its training.",
     ]
     return finish(replace(made, runs=summaries, notes=[*notes, *made.notes]), out, console)
 
 
-# One method, in a process of its own
+# One method, in its own process
 
 
 class TrialBug(RuntimeError):
-    """A trial failed in a way that no user can fix; its traceback was printed."""
+    """A trial failed in a way that users cannot fix; its traceback was printed."""
 
 
 def train_method(method: str, arguments: Sequence[str]) -> None:
-    """Run `llmtune` with `arguments` in a process of its own; its messages go to stderr as they come.
+    """Run `llmtune` with `arguments` in a separate process; its messages go to stderr as they come.
 
-    SIGINT and SIGTERM are handed on: the trial saves a checkpoint and stops.
+    SIGINT and SIGTERM are forwarded: the trial saves a checkpoint and stops.
 
     Raises:
-        LlmtuneError: what the trial ended with, its method named. Failed gates are none of ours.
+        LlmtuneError: the trial's error, naming its method. Failed gates are ignored.
         TrialBug: it ended with a traceback.
     """
     words = [sys.executable, "-m", "llmtune.compare.compare_methods", *arguments]
@@ -280,7 +280,7 @@ def train_method(method: str, arguments: Sequence[str]) -> None:
 
 @contextmanager
 def handed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Hand signals on to the child inside the block, and wait for what it makes of them."""
+    """Forward signals to the child inside the block, and wait until it has handled them."""
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)
@@ -296,13 +296,13 @@ def handed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def trial_error(method: str, code: int, output: IO[str]) -> Exception:
     """Turn how a trial ended into an error."""
-    again = "The same command again goes on from there."
+    again = "Repeat the command to continue from there."
     if code < 0:
         name = signal.Signals(-code).name
-        fix = f"Most often the system had too little memory. {again}" if -code == signal.SIGKILL else again
+        fix = f"The system probably ran out of memory. {again}" if -code == signal.SIGKILL else again
         return EnvironmentProblem.of(f"the run was killed by {name}", method, fix)
     if code > 128:
-        return Stopped(Problem("stopped; what was done is saved", method, again), signal_number=code - 128)
+        return Stopped(Problem("stopped; progress is saved", method, again), signal_number=code - 128)
     output.seek(0)
     try:
         problems = json.loads(output.read())["error"]["problems"]

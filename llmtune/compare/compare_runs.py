@@ -1,4 +1,4 @@
-"""`llmtune compare RUN RUN...`: a comparison of runs, as a page, a picture and JSON."""
+"""`llmtune compare RUN RUN...`: compare runs, as a page, a picture and JSON."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ from llmtune.store.atomic_files import explained, hash_value, plain, write_json,
 WORDS = {
     BETTER: "{second} is better than {first}.",
     WORSE: "{second} is worse than {first}.",
-    MIXED: "{second} is better than {first} here and worse there.",
+    MIXED: "{second} is better than {first} in some metrics and worse in others.",
 }
 UNKNOWN = "There is no clear difference between {first} and {second}."
 METHOD = (
-    "All differences are paired: both models answered the same rows, joined by their content, whatever their order. "
-    "The intervals are 95 %, from a bootstrap over rows; “better” and “worse” also ask that the change holds among all "
-    "metrics that were looked at.",
-    "The intervals are about other rows of this kind. Another seed may give other scores: `train.seeds` says how far "
-    "they lie apart.",
-    "Seconds and memory are of one training on one machine.",
+    "All differences are paired: both models answered the same rows, matched by content in any order. "
+    "The intervals are 95 %, from a bootstrap over rows; “better” and “worse” also require that the change holds among "
+    "all metrics considered.",
+    "The intervals apply to other rows of this kind. Another seed may give other scores: `train.seeds` shows how much "
+    "they vary.",
+    "Seconds and memory are from one training on one machine.",
 )
 FEW = 6
-"""Up to so many pairs (four runs) are all shown and described."""
+"""Up to this many pairs (four runs) are all shown and described."""
 LONGEST = 60
 
 
@@ -61,13 +61,13 @@ def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> J
     """Compare runs, write the comparison into `out` (default: `runs/compare-<hash>`) and return it as JSON.
 
     Raises:
-        RecipeError: fewer than two runs, one that is none or has no scores, other tasks or settings of measurement.
+        RecipeError: fewer than two runs, one is not a run or has no scores, or tasks or measurement settings differ.
         DataError: they were not measured on the same rows.
         EnvironmentProblem: scores are damaged, or `out` cannot be written.
     """
     if len(paths) < 2:
-        fix = "Name two run folders or more; or a recipe with --methods full,lora,qlora."
-        raise RecipeError.of("one run alone cannot be compared", str(paths[0]) if paths else None, fix)
+        fix = "Name two or more run folders, or a recipe with --methods full,lora,qlora."
+        raise RecipeError.of("a single run cannot be compared", str(paths[0]) if paths else None, fix)
     runs = open_runs(paths)
     check_alike(runs)
     with spinner(console, "comparing the runs"):
@@ -79,12 +79,12 @@ def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> J
 def finish(comparison: Comparison, out: Path, console: Console) -> Json:
     """Print a comparison, write compare.json, .md, .html, .svg and .png into `out`, and return it as JSON.
 
-    Of three methods and more there is `pareto.svg` and .png too.
+    Three or more methods also get `pareto.svg` and .png.
     """
     comparison = redact_all(replace(comparison, folder=str(out)))
     page = make_comparison_page(comparison)
     content: Json = plain(comparison)
-    for run in content["runs"]:  # only where methods are compared runs have rates and gates
+    for run in content["runs"]:  # runs have rates and gates only if methods are compared
         for key in [key for key in ("rate", "gates") if run[key] is None]:
             del run[key]
     print_page(page, console)
@@ -126,12 +126,12 @@ def make_comparison_page(made: Comparison) -> Page:
         Section("What differs", [Table(["key", *names], settings, scroll=True)] if settings else [], brief=False),
         Section("Method and limits", [Bullets([*METHOD, *folders], soft=True)], anchor="method", brief=False),
     ]
-    footer = f"Made by llmtune {made.llmtune}. `compare.html` is complete in itself and needs no network."
+    footer = f"Made by llmtune {made.llmtune}. `compare.html` is self-contained and loads nothing from the network."
     return Page(f"{made.name}, compared", sections, [chip for chip in chips if chip[1]], footer=footer)
 
 
 def cost_table(runs: Sequence[RunSummary]) -> Table:
-    """A row a cost, and a column a run, with a bar relative to the largest."""
+    """Return a row per cost, and a column per run, with a bar relative to the largest."""
     rows: TableRows = []
     for name, (title, written) in COSTS.items():
         values: list[float | None] = [getattr(run, name) for run in runs]
@@ -143,7 +143,7 @@ def cost_table(runs: Sequence[RunSummary]) -> Table:
 
 
 def score_table(metric: str, made: Comparison) -> Table:
-    """Each run's score by one metric, and what it gained over its own base."""
+    """Return each run's score by one metric, and its gain over its own base."""
     rows = [
         Compared(run.name, run.base.get(metric), run.tuned.get(metric), run.difference.get(metric), better_side(metric))
         for run in made.runs
@@ -154,7 +154,7 @@ def score_table(metric: str, made: Comparison) -> Table:
 
 
 def pair_section(pair: RunPair, metrics: Sequence[str], task: str) -> Section:
-    """Two runs: the verdict, and a row a metric."""
+    """Return the verdict on two runs, and a row per metric."""
     rows = [
         Compared(metric, None, None, pair.difference[metric], better_side(metric), full_note(metric, task))
         for metric in metrics
@@ -162,12 +162,12 @@ def pair_section(pair: RunPair, metrics: Sequence[str], task: str) -> Section:
     ]
     blocks: list[Block] = [Text(pair.verdict.reason)]
     blocks += [difference_table(rows, base=None)] if rows else []
-    blocks += [Text(f"{metric} is left out: {why}.") for metric, why in sorted(pair.left_out.items())]
+    blocks += [Text(f"{metric} is omitted: {why}.") for metric, why in sorted(pair.left_out.items())]
     return Section(f"{pair.second} minus {pair.first}: {pair.verdict.word}", blocks)
 
 
 def describe_pairs(pairs: Sequence[RunPair]) -> list[str]:
-    """Say which run of each pair is better; of many pairs, those without a clear difference are counted in one line."""
+    """Say which run of each pair is better; if there are many, unclear pairs are counted in one line."""
     clear = [pair for pair in pairs if pair.verdict.word in WORDS or len(pairs) <= FEW]
     others = len(pairs) - len(clear)
     text = (
@@ -183,25 +183,25 @@ def describe_pair(pair: RunPair) -> str:
 
 
 def describe_costs(runs: Sequence[RunSummary]) -> list[str]:
-    """Say what each run of another method costs, relative to the first."""
+    """Describe each run's costs relative to the first, if the method differs."""
     first, *others = runs
     sentences = []
     for run in (one for one in others if one.method != first.method):
         pairs = [(title, getattr(run, name), getattr(first, name)) for name, title in RATIOS.items()]
         parts = [f"{ratio_text(part / whole)} {title}" for title, part, whole in pairs if whole and not missing(part)]
         if parts:
-            sentences.append(f"Beside {first.name}, {run.name} takes {', '.join(parts)}.")
+            sentences.append(f"Compared with {first.name}, {run.name} takes {', '.join(parts)}.")
     return sentences
 
 
 def ratio_text(ratio: float) -> str:
-    """A part of a whole: times where it is more, percent where it is less."""
+    """Write a ratio as a multiple, or as a percentage if it is below 1."""
     if ratio >= 1.95:
         return f"{ratio:.1f} times the"
     return f"{100 * ratio:.{2 if ratio < 0.01 else 1 if ratio < 0.1 else 0}f} % of the"
 
 
 def shorten_value(value: object) -> str:
-    """A value of a recipe, short enough for a table."""
+    """Shorten a recipe's value for a table."""
     text = "none" if value is None else str(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"

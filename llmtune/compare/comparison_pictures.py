@@ -1,4 +1,4 @@
-"""The pictures of a comparison: costs and gains of each run, and quality against cost with the Pareto front."""
+"""Pictures of a comparison: costs and gains of each run, and quality against cost with the Pareto front."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "train_seconds": ("training", duration),
-    "run_seconds": ("whole run", duration),
+    "run_seconds": ("complete run", duration),
     "peak_bytes": ("peak memory in training", size),
     "trainable": ("trained parameters", count),
     "share": ("of all parameters", lambda part: DASH if part is None else f"{100 * part:.2f} %"),
     "disk_bytes": ("weights on disk", size),
-    "forgotten": ("forgotten of general text, bits a byte", score),
+    "forgotten": ("forgotten on general text, bits per byte", score),
 }
-"""What a run costs, by its name in `compare.json`: its name for people, and how it is written."""
+"""Costs of a run by name in `compare.json`: display name and format."""
 RATIOS = {
     "train_seconds": "training time",
     "peak_bytes": "peak memory",
     "trainable": "trained parameters",
     "disk_bytes": "size on disk",
 }
-"""Costs that are given relative to the first run."""
+"""Costs shown relative to the first run."""
 COLOURS = ("#2563c9", "#0f9d8a", "#8e5bd0", "#d9822b", "#c2417c", "#64748b")
 PANEL_IN, ROW_IN, DPI = 1.9, 0.32, 130
 """Width of a panel and height of a run in inches."""
 MOST_SCORES = 2
-"""Panels of scores: the metrics that say most."""
+"""Panels of scores: the most informative metrics."""
 ROOM = 1.75
 """Width of a panel in longest bars, with room for the number after the bar."""
 SETTINGS: Any = {
@@ -87,7 +87,7 @@ def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair]
         figure.suptitle(
             f"{metric.replace('_', ' ')} of the tuned model; thin lines: 95 % interval of its difference "
             f"from {best.name} ({score(best.tuned[metric])}, dashed)\n"
-            f"blue: no clear difference from {best.name}; grey: clearly behind; orange: none is better and cheaper",
+            f"blue: no clear difference from {best.name}; grey: clearly worse; orange: none is better and cheaper",
             fontsize=8.5,
         )
         _place_names(figure, names)
@@ -95,7 +95,7 @@ def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair]
 
 
 def find_intervals(best: str, pairs: Sequence[RunPair], metric: str) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Yield each run with the interval of its `metric` minus that of the run `best`, where there is one."""
+    """Yield each run with the interval of its `metric` minus that of the run `best`, if it has one."""
     for pair in pairs:
         change = pair.difference.get(metric)
         if best in (pair.first, pair.second) and change is not None and not math.isnan(change.low):
@@ -104,7 +104,7 @@ def find_intervals(best: str, pairs: Sequence[RunPair], metric: str) -> Iterator
 
 
 def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indexes of the points (cost, quality) that no other is as cheap and as good as, by cost."""
+    """Return the indexes of the points (cost, quality) on the Pareto front, by cost."""
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[index][1] > points[front[-1]][1]:
@@ -147,7 +147,7 @@ def _draw_cost(
 
 
 def _place_names(figure: Figure, names: Sequence[Annotation]) -> None:
-    """Move each name to the first of its places where it covers no other name or dot and stays in its picture."""
+    """Move each name to its first position that covers no other name or dot and is inside its picture."""
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
@@ -183,7 +183,7 @@ def draw_comparison(path: Path, runs: Sequence[RunSummary]) -> None:
 
 
 def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
-    """Return the metrics that say most and have a better side, of those that every run has with an interval."""
+    """Return the most informative metrics that have a better side and an interval in every run."""
     metrics = [metric for metric in rank_metrics(runs[0].difference) if better_side(metric)]
     changes = {metric: [run.difference.get(metric) for run in runs] for metric in metrics}
 
@@ -194,7 +194,7 @@ def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def draw_bars(axes: Axes, runs: Sequence[RunSummary], name: str) -> None:
-    """Draw one cost as a bar a run, with its number after it."""
+    """Draw one cost as a bar per run, with its number after it."""
     title, written = COSTS[name]
     known = [getattr(run, name) for run in runs]
     bars = axes.barh(range(len(runs)), [value or 0 for value in known], height=0.56, color=COLOURS)
@@ -203,7 +203,7 @@ def draw_bars(axes: Axes, runs: Sequence[RunSummary], name: str) -> None:
 
 
 def draw_gains(axes: Axes, runs: Sequence[RunSummary], metric: str) -> None:
-    """Draw what each run gained over its base by one metric, with its 95 % interval; better is on the right."""
+    """Draw each run's gain over its base by one metric, with its 95 % interval; better is on the right."""
     axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     for at, run in enumerate(runs):
         change, colour = run.difference[metric], COLOURS[at % len(COLOURS)]
@@ -219,6 +219,6 @@ def draw_gains(axes: Axes, runs: Sequence[RunSummary], metric: str) -> None:
 
 
 def _save_picture(figure: Figure, path: Path) -> None:
-    """Write a picture as .png and .svg, the same bytes each time."""
+    """Write a picture as .png and .svg, byte for byte reproducible."""
     figure.savefig(path.with_suffix(".png"), dpi=DPI, metadata={"Software": None})
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})

@@ -1,6 +1,6 @@
-"""What can be tuned in so much memory: models of the catalogue by method and length, or one recipe by method and card.
+"""What fits in memory: the catalogue's models by method and length, or one recipe by method and card.
 
-The plan is that of `--dry-run` and `select` (`llmtune.model.memory_plan`), for the shapes that the catalogue states.
+The plan is that of `--dry-run` and `select` (`llmtune.model.memory_plan`), for the shapes in the catalogue.
 """
 
 from __future__ import annotations
@@ -31,40 +31,40 @@ from llmtune.tasks.registry import choose_variant
 METHODS = ("full", "lora", "qlora")
 MILLION = 10**6
 EFFICIENCY = 0.35
-"""Share of those operations that training reaches; 0.3 to 0.45 is usual on one card."""
+"""Fraction of peak operations that training reaches; 0.3 to 0.45 is usual on one card."""
 FLOPS = {"full": 6, "lora": 4, "qlora": 4}
-"""Operations a parameter and token: forward 2, backward 4; 2 where weights are frozen."""
+"""Operations per parameter and token: forward 2, backward 4; 2 if weights are frozen."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One model with one method: what it needs at least, and what fits."""
+    """One model with one method: its minimum needs, and what fits."""
 
     model: str
     method: str
     parameters: int
     lower_bound: int
     needed: int
-    """Bytes that the plan has for one row of the asked length, by the way that fits."""
+    """Planned bytes for one row of the requested length, in the way that fits."""
     longest: int
-    """Tokens of the longest row that fits, at most the model's context; 0 where none does."""
+    """Tokens of the longest row that fits, at most the model's context; 0 if none does."""
     rows: int
-    """Rows of the asked length in one micro-batch."""
+    """Rows of the requested length in one micro-batch."""
     checkpointing: bool
-    """Whether a row of the asked length needs `train.gradient_checkpointing`."""
+    """Whether a row of the requested length needs `train.gradient_checkpointing`."""
     seconds: float | None
-    """Of a million tokens, where the card is known."""
+    """Per million tokens, if the card is known."""
     card: str | None = None
     hours: float | None = None
-    """Of the training, where its tokens are known."""
+    """Of the training, if its number of tokens is known."""
     cost: float | None = None
-    """Of those hours, or of a million tokens, where the card has a price."""
+    """For those hours, or for a million tokens, if the card has a price."""
 
 
 def list_fits(
     models: Sequence[CatalogueModel], task: str, memory: float, length: int, card: str | None, device: str
 ) -> Iterator[Fit]:
-    """Yield what fits, a model and method at a time; `device` is cpu or cuda. What cannot be built is left out."""
+    """Yield what fits, one model and method at a time; `device` is cpu or cuda. Unbuildable models are skipped."""
     with tempfile.TemporaryDirectory() as name:
         for number, model in enumerate(models):
             model_ref = model.write_config(Path(name) / str(number))
@@ -83,20 +83,20 @@ def list_fits(
 def list_recipe_fits(
     recipe: str, sets: Sequence[str], prices: Mapping[str, float], console: Console
 ) -> tuple[list[Fit], dict[str, object]]:
-    """Return what a recipe takes with each method on each card and on this machine's CPU, and what that rests on.
+    """Return a recipe's needs with each method on each card and on this machine's CPU, and the assumptions.
 
-    Raises RecipeError where the recipe names no model, or one whose shape is not known.
+    Raises RecipeError if the recipe names no model, or one of unknown shape.
     """
     loaded = load_recipe(recipe, sets)
     name = loaded.recipe.model.name
     if name is None:
-        fix = "Name one of them: --set model.candidates=null --set model.name=NAME. `llmtune run --dry-run` shows all."
+        fix = "Choose one: --set model.candidates=null --set model.name=NAME. `llmtune run --dry-run` shows all."
         raise RecipeError.of("the recipe names several models", "model.candidates", fix)
     fits: list[Fit] = []
     with tempfile.TemporaryDirectory() as folder:
         model_ref = peek_model(name, loaded.recipe, console, Path(folder), offline=False)
         if model_ref is None:
-            fix = "Bring it here with `llmtune select`, or name a model of `llmtune models list`."
+            fix = "Download it with `llmtune select`, or name a model from `llmtune models list`."
             raise RecipeError.of(f"the shape of {name} is not known without its files", "model.name", fix)
         config = read_model_config(model_ref, loaded.recipe.model)
         variant = choose_variant(loaded.recipe, config, name)
@@ -108,7 +108,7 @@ def list_recipe_fits(
             try:
                 changed = load_recipe(recipe, [*sets, *change(loaded, method)]).recipe
             except RecipeError:
-                continue  # the task or another key does not go with this method
+                continue  # the task or another key excludes this method
             for card in (*CARDS, "cpu"):
                 fit = _fit(skeleton, changed, variant, device_memory(card) or 0, length, card, card)
                 timed = None if fit.seconds is None else fit.seconds * (tokens or MILLION) / 3600 / MILLION
@@ -120,7 +120,7 @@ def list_recipe_fits(
 
 
 def _trained_tokens(loaded: LoadedRecipe) -> tuple[int | None, int]:
-    """Return the tokens of all steps, None before the rows are prepared, and those of the longest row."""
+    """Return the tokens of all steps (None before rows are prepared), and those of the longest row."""
     recipe = loaded.recipe
     path = default_path(recipe.name, loaded.fingerprint)
     manifest = read_manifest(path)
@@ -138,7 +138,7 @@ def _trained_tokens(loaded: LoadedRecipe) -> tuple[int | None, int]:
 
 
 def cheapest(fits: Sequence[Fit]) -> Fit | None:
-    """Return what costs least of what fits; without prices, the fastest method on the card with the least memory."""
+    """Return the cheapest fit; without prices, the fastest method on the card with the least memory."""
     fitting = [fit for fit in fits if fit.rows and fit.card in CARDS]
     priced = [fit for fit in fitting if fit.cost is not None]
     if priced:
@@ -195,7 +195,7 @@ def _recipe(task: str, method: str) -> Recipe:
 
 
 def _largest_batch(plan: MemoryPlan, length: int, room: int) -> int:
-    """Return the tokens of the largest micro-batch that leaves room for all that does not grow with it."""
+    """Return the tokens of the largest micro-batch that leaves room for all fixed needs."""
     growing = plan.parts["activations"] / length
     fixed = plan.total - plan.parts["activations"]
     return max(0, int((room - fixed) / growing))

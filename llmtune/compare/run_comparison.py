@@ -1,4 +1,4 @@
-"""What is known of runs side by side: what each cost and scored, each pair row by row, and which of two is better."""
+"""Compare runs: what each cost and scored, each pair row by row, and which of two is better."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ UNTRAINED = (
     *("data.train", "data.validation", "data.test", "evaluate.", "generation.", "seed", "train.seeds", "model.name"),
     *("train.logging_steps", "train.report_to", "train.save_total_limit"),
 )
-"""Keys that leave what is trained on the same rows as it is, but for chance."""
+"""Keys that change only the randomness of training on the same rows."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What one run cost and what it scored, against its own base; None where that is not known."""
+    """A run's costs and scores, with those of its own base; None if unknown."""
 
     name: str
     folder: str
@@ -45,14 +45,14 @@ class RunSummary:
     share: float | None
     disk_bytes: int | None
     forgotten: float | None
-    """Bits per byte of general text, tuned minus base, where the recipe asks for `evaluate.forgetting`."""
+    """Bits per byte of general text, tuned minus base, if the recipe has `evaluate.forgetting`."""
     baseline: str | None
     base: Mapping[str, float]
     tuned: Mapping[str, float]
     difference: Mapping[str, Difference]
     verdict: Verdict
     rate: str | None = None
-    """Where its learning rate comes from, if methods are compared."""
+    """Origin of its learning rate, if methods are compared."""
     gates: Sequence[GateResult] | None = None
 
 
@@ -64,9 +64,9 @@ class RunPair:
     second: str
     difference: Mapping[str, Difference]
     left_out: Mapping[str, str]
-    """By metric, why it could not be compared."""
+    """By metric, the reason it could not be compared."""
     verdict: Verdict
-    """better, worse, mixed or inconclusive: of the second run."""
+    """better, worse, mixed or inconclusive, for the second run."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class DifferingKey:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side."""
+    """Several runs, compared."""
 
     llmtune: str
     task: str
     rows: int
-    """Test rows."""
+    """Number of test rows."""
     runs: Sequence[RunSummary]
     pairs: Sequence[RunPair]
     settings: Sequence[DifferingKey]
@@ -96,7 +96,7 @@ class Comparison:
 
 
 def make_comparison(runs: Sequence[OpenedRun], kind: str, name: str) -> Comparison:
-    """Return what is known of each run, of each pair, and of what differs between the recipes."""
+    """Return each run's summary, each pair, and the differences between the recipes."""
     first, *others = runs
     keys = dict.fromkeys(key for one in others for key in find_differing(first, one))
     return Comparison(
@@ -113,7 +113,7 @@ def make_comparison(runs: Sequence[OpenedRun], kind: str, name: str) -> Comparis
 
 
 def summarize(run: OpenedRun) -> RunSummary:
-    """Return what one run cost and what it scored."""
+    """Return a run's costs and scores."""
     train, adapt, evaluation = run.folder.facts("train"), run.folder.facts("adapt"), run.evaluation
     steps = run.folder.manifest["steps"]
     study = evaluation.studies.get("forgetting")
@@ -146,7 +146,7 @@ def summarize(run: OpenedRun) -> RunSummary:
 
 
 def find_notes(runs: Sequence[OpenedRun]) -> Iterator[str]:
-    """Yield what a reader has to know to read the numbers rightly."""
+    """Yield notes needed to read the numbers correctly."""
     trained = [run.folder.facts("train") for run in runs]
     for run, train in zip(runs, trained, strict=True):
         if train.get("resumed_from"):
@@ -156,48 +156,46 @@ def find_notes(runs: Sequence[OpenedRun]) -> Iterator[str]:
     if len({train.get("steps") for train in trained}) > 1:
         yield "The runs were not trained for the same number of steps."
     scores = {str(sorted(run.evaluation.base.items())) for run in runs}
-    if len(scores) > 1 and len({base_identity(run) for run in runs}) > 1:  # of one base they differ by rounding
-        text = "The base scores differ: each run is held against the base that it was trained on, with qlora that is "
+    if len(scores) > 1 and len({base_identity(run) for run in runs}) > 1:  # with one base they differ only by rounding
+        text = "The base scores differ: each run is compared with the base it was trained on; with qlora that is "
         yield text + "the model in 4 bits. The pairs compare the tuned models themselves."
 
 
 def compare_pair(first: OpenedRun, second: OpenedRun) -> RunPair:
-    """Return paired differences, second minus first, with the verdict and what had to be left out."""
+    """Return paired differences, second minus first, with the verdict and the omitted metrics."""
     difference, left_out = pair_metrics(first, second)
     return RunPair(first.name, second.name, difference, left_out, judge(first, second, difference))
 
 
 def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]) -> Verdict:
-    """Return one word (better, worse, mixed, inconclusive: of the second run) and the reason.
+    """Return the verdict on the second run (better, worse, mixed, inconclusive) and the reason.
 
-    The same tuned model twice, and two trainings of one recipe on the same rows, cannot be better or worse, whatever
-    rounding, seed or the order of rows make of their scores.
+    The same tuned model twice, or two trainings of one recipe on the same rows, cannot be better or worse. Rounding,
+    the seed or the row order may still change their scores.
     """
     alike = base_identity(first) == base_identity(second)
     trained, other = (run.folder.manifest["steps"]["evaluate"]["facts"].get("trained") for run in (first, second))
     if alike and trained and trained == other:
-        return Verdict(INCONCLUSIVE, "Both are one and the same model, byte for byte.")
-    alone = {} if difference else second.evaluation.tuned  # how low scores are by themselves is not about the pair
+        return Verdict(INCONCLUSIVE, "Both are the same model, byte for byte.")
+    alone = {} if difference else second.evaluation.tuned  # low scores alone say nothing about the pair
     found = verdict(Evaluation({}, alone, difference, (), 0))
     alike = alike and all(key.startswith(UNTRAINED) for key in find_differing(first, second))
     if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
         return found
-    reason = (
-        "These are two trainings of one recipe on the same rows, which differ in seed, order of rows or where they ran"
-    )
+    reason = "These are two trainings of one recipe on the same rows, which differ in seed, row order or machine"
     moved = "" if found.word == INCONCLUSIVE else f" Between these two: {found.reason[0].lower()}{found.reason[1:]}"
-    return Verdict(INCONCLUSIVE, f"{reason}: what lies between them is the chance of training.{moved}")
+    return Verdict(INCONCLUSIVE, f"{reason}: the difference between them is training noise.{moved}")
 
 
 def base_identity(run: OpenedRun) -> tuple[object, ...]:
-    """Return the hash of the base model, and how it is loaded: equal for the same weights below an adapter."""
+    """Return the hash of the base model, and how it is loaded; equal means the same weights below an adapter."""
     adapter = run.recipe.adapter
     form = (adapter.method, adapter.bnb_4bit_quant_type, adapter.bnb_4bit_use_double_quant)
     return (run.folder.facts("select")["sha256"], run.recipe.model.dtype, *form)
 
 
 def learned_rows(run: OpenedRun) -> list[str] | None:
-    """Return what was learned from and chosen by, as sorted hashes of rows; None where the rows are gone."""
+    """Return the rows used for training and selection, as sorted hashes; None if the rows are gone."""
     try:
         rows = load_rows(run.folder.path / "data" / "rows")
         return sorted(f"{side} {row}" for side in ("train", "validation") for row in iterate_ids(rows, side))

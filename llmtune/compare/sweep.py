@@ -1,8 +1,8 @@
-"""`llmtune sweep RECIPE --space FILE`: the values of a recipe's keys with which validation goes best.
+"""`llmtune sweep RECIPE --space FILE`: find the values of a recipe's keys with the lowest validation loss.
 
-The first trial is the recipe as it is. Test rows are read once, when all trials are done, for it and the winner.
-A trial's sampler starts from the seed and the trial's number, and trials count for each other only when a round of them
-is over: a sweep that was killed ends as one that was not.
+The first trial is the unchanged recipe. Test rows are read once, after all trials, for the recipe and the winner.
+A trial's sampler is seeded by the seed and the trial's number, and trials see one another's results only after a
+complete round. A killed and resumed sweep therefore ends like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The end of a sweep."""
+    """Final result of a sweep."""
 
     trials: list[Json]
     winner: int
@@ -62,20 +62,20 @@ class SweepResult:
     validation_gain: float
     """How much lower the winner's validation loss is than the recipe's, in nats."""
     test_gain: float | None
-    """The same on the test rows; None where the recipe itself won."""
+    """The same on the test rows; None if the recipe itself won."""
     luck: float | None
-    """What of the validation gain is not there on the test rows."""
+    """The part of the validation gain that is missing on the test rows."""
     difference: dict[str, Difference]
     """By metric, winner minus recipe on the test rows."""
     word: str
-    """better, worse or inconclusive: the winner, by the interval of its loss on the test rows."""
+    """better, worse or inconclusive: the winner, by its loss interval on the test rows."""
     summary: str
 
 
 def conclude_sweep(
     study: Study, recipe: str, options: SweepOptions, out: Path, console: Console, shown: Console
 ) -> Json:
-    """Measure the winner and the recipe on the test rows, once; write sweep.json, .md, .html and best.yaml."""
+    """Measure the winner and the recipe once on the test rows; write sweep.json, .md, .html and best.yaml."""
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     winner = min(complete, key=lambda trial: (trial.value, trial.number))
     console.rule("the recipe and the winner on the test rows", align="left")
@@ -119,7 +119,7 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> SweepResult:
     gain = float(first.value or 0) - float(winner.value or 0)
     found = SweepResult(trials, winner.number, dict(winner.params), gain, None, None, {}, INCONCLUSIVE, "")
     if winner.number == 0:
-        return replace(found, summary="No trial was better than the recipe itself on the validation rows: keep it.")
+        return replace(found, summary="No trial beat the recipe on the validation rows: keep the recipe.")
     runs = open_runs([sweep_trial_folder(out, 0), sweep_trial_folder(out, winner.number)])
     check_alike(runs)
     difference, _ = pair_metrics(*runs)
@@ -131,9 +131,9 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> SweepResult:
     test_gain = -loss.value
     luck = gain - test_gain
     share = f" ({100 * luck / gain:.0f} %)" if gain > 0 and luck > 0 else ""
-    held = f"Of {gain:.4f} nats that it gained on the validation rows, {test_gain:.4f} are there on {loss.n} test rows"
+    held = f"Of {gain:.4f} nats gained on the validation rows, {test_gain:.4f} remain on {loss.n} test rows"
     interval = f"[{-loss.high:.4f}, {-loss.low:.4f}]"
-    luck_text = f"{luck:.4f}{share} were luck of the selection" if luck > 0 else "none was luck of the selection"
+    luck_text = f"{luck:.4f}{share} were selection luck" if luck > 0 else "none was selection luck"
     claim = {
         BETTER: "The winner is better than the recipe.",
         WORSE: "The winner is worse than the recipe: keep the recipe.",
@@ -152,7 +152,7 @@ def _sweep_page(found: SweepResult, recipe: str, complete: int) -> Page:
     rows: TableRows = [
         [
             f"{'→ ' if one['number'] == found.winner else ''}{one['number']}",
-            ", ".join(f"{key} {_short_value(value)}" for key, value in one["values"].items()) or "the recipe as it is",
+            ", ".join(f"{key} {_short_value(value)}" for key, value in one["values"].items()) or "the unchanged recipe",
             one["state"],
             "" if one["validation_loss"] is None else f"{one['validation_loss']:.4f}",
         ]
@@ -164,9 +164,9 @@ def _sweep_page(found: SweepResult, recipe: str, complete: int) -> Page:
     ]
     table = Table(["trial", "values", "ended", Column("validation loss", "number")], rows, scroll=True)
     method = [
-        f"{complete} of {len(found.trials)} trials went to their end; pruned ones were worse than most of the others.",
-        "Trials saw training and validation rows alone. The test rows were read once, at the end, for two of them.",
-        "The lowest of many losses is low by chance too: what the test rows do not show was luck of the selection.",
+        f"{complete} of {len(found.trials)} trials ran to the end; pruned ones had a loss above the median.",
+        "Trials saw only training and validation rows. The test rows were read once, at the end, for two of them.",
+        "The lowest of many losses is partly luck: any gain missing on the test rows was selection luck.",
     ]
     sections = [
         Section("What it says", [Text(found.summary)]),
@@ -184,7 +184,7 @@ def _short_value(value: object) -> str:
 
 
 def _best_recipe(found: SweepResult, recipe: str, options: SweepOptions, out: Path) -> str:
-    """Return a recipe that extends the one that was searched, with the evidence as comments."""
+    """Return a recipe that extends the searched one, with the evidence as comments."""
     stated = {key: scalar(value) for key, value in found.values.items()}
     stated |= {
         key.strip(): value for key, _, value in (text.partition("=") for text in options.sets) if key not in stated
@@ -213,9 +213,9 @@ def _best_recipe(found: SweepResult, recipe: str, options: SweepOptions, out: Pa
 
 
 def run_sweep(recipe: str, options: SweepOptions, console: Console, shown: Console) -> Json:
-    """Search, measure the winner once on the test rows, write the report and the best recipe, and return what is known.
+    """Search, measure the winner once on the test rows, write the report and the best recipe; return the results.
 
-    Raises RecipeError for a space or a recipe that cannot be searched; what the recipe itself ends with; Stopped.
+    Raises RecipeError for a space or recipe that cannot be searched, the recipe's own error, or Stopped.
     """
     loaded = load_recipe(recipe, options.sets)
     _check_searchable(loaded)
@@ -236,10 +236,10 @@ def _check_searchable(loaded: LoadedRecipe) -> None:
     data = loaded.recipe.data
     if not data.validation or not data.test:
         missing = "data.validation" if not data.validation else "data.test"
-        fix = "Trials are ranked by validation rows, and the winner is measured once on test rows: give both a share."
+        fix = "Trials are ranked on validation rows, and the winner is measured once on test rows: give both a share."
         raise RecipeError.of(f"a sweep needs {missing}", missing, fix)
     if loaded.recipe.train.metric_for_best_model != "loss":
-        fix = "Trials are ranked by validation loss: leave train.metric_for_best_model at loss."
+        fix = "Trials are ranked by validation loss: set train.metric_for_best_model: loss."
         raise RecipeError.of("a sweep keeps the checkpoint with the lowest loss", "train.metric_for_best_model", fix)
     if "loss" not in loaded.recipe.evaluate.metrics:
         raise RecipeError.of("a sweep needs the metric loss", "evaluate.metrics", "Add loss to evaluate.metrics.")
@@ -250,7 +250,7 @@ def _ended(study: Study) -> list[FrozenTrial]:
 
 
 def _next_round(study: Study, count: int) -> list[int]:
-    """Return the numbers of the trials to run now: those that were stopped, and new ones."""
+    """Return the numbers of the trials to run now: stopped ones, then new ones."""
     waiting = [trial.number for trial in study.trials if not trial.state.is_finished()]
     while len(waiting) < count:
         waiting.append(study.ask().number)
@@ -260,7 +260,7 @@ def _next_round(study: Study, count: int) -> list[int]:
 def _run_round(
     study: Study, numbers: Sequence[int], recipe: str, options: SweepOptions, out: Path, console: Console
 ) -> None:
-    """Run trials side by side, and tell the study how they ended once all have."""
+    """Run trials in parallel, and report their results to the study once all have ended."""
     from optuna.trial import TrialState
 
     work = [(str(out.absolute()), recipe, options, number) for number in numbers]
@@ -270,7 +270,7 @@ def _run_round(
     for number, (loss, why) in zip(numbers, results, strict=True):
         trial = study.trials[number]
         if why and number == 0:
-            raise EnvironmentProblem.of(f"the recipe itself does not train: {why}", recipe, "Correct it, then search.")
+            raise EnvironmentProblem.of(f"the recipe itself does not train: {why}", recipe, "Fix it, then search.")
         state = TrialState.COMPLETE if why is None else TrialState.PRUNED if why == "pruned" else TrialState.FAIL
         study.tell(number, loss if state is TrialState.COMPLETE else None, state=state)
         values = ", ".join(f"{key} {value}" for key, value in study.trials[number].params.items()) or "the recipe"
@@ -279,10 +279,10 @@ def _run_round(
 
 
 def _run_side_by_side(work: Sequence[tuple[str, str, SweepOptions, int]]) -> list[tuple[float | None, str | None]]:
-    """Run each trial in a process of its own; raises EnvironmentProblem where the system killed one."""
+    """Run each trial in its own process; raises EnvironmentProblem if the system killed one."""
     try:
         with ProcessPoolExecutor(len(work), mp_context=get_context("spawn")) as pool:
             return list(pool.map(run_trial, *zip(*work, strict=True)))
     except BrokenProcessPool as error:
-        fix = "Set --processes lower; the same command goes on."
-        raise EnvironmentProblem.of("a trial was killed, most likely for lack of memory", "--processes", fix) from error
+        fix = "Lower --processes and repeat the command to continue."
+        raise EnvironmentProblem.of("a trial was killed, probably for lack of memory", "--processes", fix) from error

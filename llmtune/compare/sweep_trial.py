@@ -1,4 +1,4 @@
-"""The search space of a sweep, and one trial: trained with some values, and stopped where validation goes badly."""
+"""The search space of a sweep, and one trial: trained with some values, stopped early if validation is bad."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 JOURNAL, SEARCHED = "journal.log", "space.json"
-FIX = "Put it back, or choose another folder with --out."
+FIX = "Restore it, or choose another folder with --out."
 STARTUP = 4
-"""Trials that are drawn at random, and that end before any is pruned."""
+"""Trials with random values, all of which end before any is pruned."""
 
 
 SEARCHED_SECTIONS = ("adapter.", "train.", "preference.")
-"""Sections whose keys leave the rows, and so the validation loss of each trial, comparable."""
+"""Sections whose keys leave the rows unchanged, which keeps the trials' validation losses comparable."""
 KEPT = frozenset(
     {
         "train.eval_metrics",
@@ -65,21 +65,21 @@ class SweepOptions:
 
 
 class Searched(TypedDict):
-    """What space.json holds."""
+    """Contents of space.json."""
 
     searched: str
     """Hash of recipe and space."""
 
 
 class Pruned(Exception):
-    """Validation goes worse than in the middle of the trials before, at the same step."""
+    """Validation loss is above the median of earlier trials at the same step."""
 
 
 def read_space(file: Path, recipe: str, sets: Sequence[str]) -> dict[str, BaseDistribution]:
-    """Read a space; raises RecipeError with all that is wrong with it, values that the recipe refuses among it."""
+    """Read a space; raises one RecipeError with all problems, including values that the recipe refuses."""
     root = parse_yaml(read_recipe_text(file), file_label(file), file.parent)
     if not isinstance(root.value, dict) or not root.value:
-        raise RecipeError.of("a search space is a mapping of a recipe's keys", file_label(file), EXAMPLE)
+        raise RecipeError.of("a search space must be a mapping of recipe keys", file_label(file), EXAMPLE)
     space, problems = {}, []
     for key, node in root.value.items():
         try:
@@ -97,13 +97,13 @@ def _distribution(key: str, node: Node) -> BaseDistribution:
 
     known = [path for path in key_paths() if path.startswith(SEARCHED_SECTIONS) and path not in KEPT]
     if key not in known:
-        fix = f"{nearest(key, known)} Keys of adapter, train and preference can be searched: rows stay as they are."
+        fix = f"{nearest(key, known)} Search only keys of adapter, train and preference, which leave rows as is."
         raise RecipeError.of(f"'{key}' cannot be searched", node.origin, fix.strip())
     value: Any = node.plain()
     if isinstance(value, list) and len(value) > 1 and not any(isinstance(one, list | dict) for one in value):
         return CategoricalDistribution(value)
     if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= set(PARTS):
-        raise RecipeError.of(f"'{key}' has {scalar(value)} for values", node.origin, EXAMPLE)
+        raise RecipeError.of(f"'{key}' cannot have the values {scalar(value)}", node.origin, EXAMPLE)
     low, high, log, step = (value.get(name) for name in PARTS)
     numbers = [one for one in (low, high) if isinstance(one, int | float) and not isinstance(one, bool)]
     if len(numbers) < 2 or not all(map(math.isfinite, numbers)) or numbers[0] >= numbers[1]:
@@ -112,10 +112,10 @@ def _distribution(key: str, node: Node) -> BaseDistribution:
     if step is not None and not (
         isinstance(step, int if whole else int | float) and 0 < step <= numbers[1] - numbers[0]
     ):
-        fix = "Write a number above 0 and at most `high` - `low`, whole if they are."
-        raise RecipeError.of(f"'{key}' has {scalar(step)} for its step", node.origin, fix)
+        fix = "Write a number above 0 and at most `high` - `low`; an integer if they are integers."
+        raise RecipeError.of(f"'{key}' cannot have the step {scalar(step)}", node.origin, fix)
     if not isinstance(log, bool | None):
-        raise RecipeError.of(f"'{key}' has {scalar(log)} for log", node.origin, "Write `log: true` or omit it.")
+        raise RecipeError.of(f"'{key}' cannot have the log {scalar(log)}", node.origin, "Write `log: true` or omit it.")
     if log and (numbers[0] <= 0 or step is not None):
         raise RecipeError.of(f"'{key}' is logarithmic, which needs low above 0 and no step", node.origin, EXAMPLE)
     if whole:
@@ -130,26 +130,26 @@ def _ends(distribution: BaseDistribution) -> Sequence[Any]:
 
 
 def suggest(trial: Trial, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
-    """Return the values of a trial, those that it has already as they are."""
+    """Return a trial's values; values it already has are kept."""
     return {key: trial._suggest(key, distribution) for key, distribution in space.items()}
 
 
 def load_with_values(recipe: str, sets: Sequence[str], values: Mapping[str, Any]) -> LoadedRecipe:
-    """Load the recipe with the values of a trial. Raises RecipeError where they do not go together."""
+    """Load the recipe with a trial's values. Raises RecipeError for values that conflict."""
     return load_recipe(recipe, [*sets, *(f"{key}={scalar(value)}" for key, value in values.items())])
 
 
 def require_optuna() -> None:
-    """Raise EnvironmentProblem where Optuna is not installed."""
+    """Raise EnvironmentProblem if Optuna is not installed."""
     try:
-        import optuna  # noqa: F401 - an installation that is broken counts too
+        import optuna  # noqa: F401 - a broken installation counts too
     except ImportError:
         fix = "pip install 'llmtune-cli[sweep]'"
         raise EnvironmentProblem.of("Optuna is not installed", "llmtune sweep", fix) from None
 
 
 def open_study(out: Path, searched: str) -> Study:
-    """Open the storage of a sweep, or begin one; a folder of another sweep is refused."""
+    """Open the storage of a sweep, or create it; refuse another sweep's folder."""
     import optuna
     from optuna.pruners import MedianPruner
     from optuna.storages import JournalStorage
@@ -158,10 +158,10 @@ def open_study(out: Path, searched: str) -> Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
     if names and SEARCHED not in names:
-        raise RecipeError.of("this folder is not empty and no sweep", str(out), "Choose another one with --out.")
+        raise RecipeError.of("this folder is not empty and not a sweep", str(out), "Choose another one with --out.")
     if names and read_searched(out) != searched:
-        fix = "Choose another folder with --out: this one holds the trials of another recipe or space."
-        raise RecipeError.of("the recipe or the space is another one than before", str(out), fix)
+        fix = "Choose another folder with --out: this one has the trials of another recipe or space."
+        raise RecipeError.of("the recipe or the space has changed", str(out), fix)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         if not names:
@@ -176,7 +176,7 @@ def open_study(out: Path, searched: str) -> Study:
 
 @contextmanager
 def _readable_journal(journal: Path) -> Iterator[None]:
-    """Name the journal where Optuna cannot read it: it raises whatever the damaged line leads to."""
+    """Name the journal if Optuna cannot read it: Optuna raises whatever error the damaged line causes."""
     if journal.exists() and not journal.is_file():
         raise EnvironmentProblem.of("not a regular file", str(journal), FIX)
     try:
@@ -187,7 +187,7 @@ def _readable_journal(journal: Path) -> Iterator[None]:
 
 
 def read_searched(out: Path) -> str:
-    """Return the hash of what a sweep searches; raises EnvironmentProblem where its file is damaged."""
+    """Return the hash of a sweep's recipe and space; raises EnvironmentProblem if its file is damaged."""
     content = read_record(out / SEARCHED, Searched, fix=FIX)
     if content is None:
         raise EnvironmentProblem.of("damaged, or missing", str(out / SEARCHED), FIX)
@@ -195,7 +195,7 @@ def read_searched(out: Path) -> str:
 
 
 def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tuple[float | None, str | None]:
-    """Train with the values of one trial; return its validation loss, or why there is none."""
+    """Train with the values of one trial; return its validation loss, or why it has none."""
     from optuna.samplers import TPESampler
     from optuna.trial import Trial
 
@@ -227,7 +227,7 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
         _share(folder, run, loaded)
         token = ON_VALIDATION.set(watch)
         try:
-            for step, loss in validations(run).items():  # of a run that was stopped, maybe before it told them
+            for step, loss in validations(run).items():  # a stopped run may not have reported them
                 watch(step, loss)
             run_pipeline(loaded, RunRequest(out=run, offline=options.offline, until="train"), Console(file=StringIO()))
         finally:
@@ -254,7 +254,7 @@ def alone(loaded: LoadedRecipe) -> LoadedRecipe:
 
 
 def _share(out: Path, run: Path, loaded: LoadedRecipe) -> None:
-    """Let a trial begin with the rows and examples of the first."""
+    """Let a trial reuse the rows and examples of the first."""
     first = sweep_trial_folder(out, 0)
     manifest = read_manifest(first) if (first / MANIFEST).exists() else None
     if run != first and manifest is not None and not (run / MANIFEST).exists():
@@ -264,7 +264,7 @@ def _share(out: Path, run: Path, loaded: LoadedRecipe) -> None:
 
 
 def validations(run: Path) -> dict[int, float]:
-    """Return the validation losses of a run by step."""
+    """Return a run's validation losses by step."""
     return {
         line["step"]: line["validation_loss"] for line in read_curve(run) if line.get("validation_loss") is not None
     }

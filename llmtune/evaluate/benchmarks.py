@@ -1,4 +1,4 @@
-"""Benchmarks: tasks of lm-eval on base and tuned model, its own scores, and each question's part in them.
+"""Benchmarks: run lm-eval tasks on base and tuned model; return the scores and each question's contribution.
 
 Shapes: N questions, K sums a question, G tasks of a group.
 """
@@ -34,27 +34,27 @@ if TYPE_CHECKING:
     from lm_eval.result_schema import EvalResults
 
 MEANINGS = {
-    "acc": "share of questions whose right answer is the likeliest",
-    "acc_norm": "share of questions whose right answer is the likeliest for its length",
-    "acc_bytes": "share of questions whose right answer is the likeliest for its bytes",
+    "acc": "share of questions whose right answer is the most likely",
+    "acc_norm": "share of questions whose right answer is the most likely, normalized by length",
+    "acc_bytes": "share of questions whose right answer is the most likely, normalized by bytes",
     "exact_match": "share of answers that equal the reference",
-    "perplexity": "how many tokens a choice is among",
-    "word_perplexity": "perplexity a word",
-    "byte_perplexity": "perplexity a byte",
-    "bits_per_byte": "bits a byte of text",
+    "perplexity": "number of tokens the model effectively chooses between",
+    "word_perplexity": "perplexity per word",
+    "byte_perplexity": "perplexity per byte",
+    "bits_per_byte": "bits per byte of text",
     "bleu": "shared n-grams with the references",
     "chrf": "shared character n-grams with the references",
-    "ter": "edits to the reference, a word",
+    "ter": "edits per word of the reference",
     "f1": "harmonic mean of precision and recall",
     "mcc": "Matthews correlation",
 }
 LIMITS = (
-    "A benchmark measures what its questions ask, in the form in which they are put, and nothing else. The models may "
-    "have seen public questions in training. Of many scores, one in twenty has an interval that excludes zero by "
-    "chance alone; a score without an interval does not add up question by question."
+    "A benchmark measures only what its questions ask, in the form in which they are put. The models may "
+    "have seen public questions in training. By chance alone, about one score in twenty has an interval that "
+    "excludes zero. A score without an interval is not a sum over questions."
 )
 NO_VERSION = (None, "Yaml", "N/A")
-"""What lm-eval calls the version of a task or group that states none."""
+"""Versions that lm-eval reports for a task or group that states none."""
 NO_FILTER = "none"
 CLOSE = 1e-9
 
@@ -66,16 +66,16 @@ class BenchmarkScore:
     metric: str
     value: float
     better: int
-    """1 where more is better, -1 where less is, 0 where lm-eval does not know."""
+    """1 if higher is better, -1 if lower is, 0 if lm-eval does not say."""
     measure: Measure | None
-    """From each question's part; its rows are numbered by lm-eval. None where the score does not add up so."""
+    """Built from each question's contribution, with lm-eval's row numbers. None if the score is not such a sum."""
     signature: str
 
 
 class BenchmarkSuite(EvalSuite[dict[str, BenchmarkScore]]):
-    """Scores by the name that a gate calls them."""
+    """Scores by the name that gates use for them."""
 
-    decoder_input = "the likelihood of answers, or answers that are written behind a prompt"
+    decoder_input = "the likelihood of answers, or answers generated from a prompt"
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
@@ -87,7 +87,7 @@ class BenchmarkSuite(EvalSuite[dict[str, BenchmarkScore]]):
         check_task_names(recipe)
 
     def run(self, name: str, model: torch.nn.Module) -> None:
-        """Run all benchmarks on one model, and keep lm-eval's own results."""
+        """Run all benchmarks on one model and save lm-eval's own results."""
         scores: dict[str, BenchmarkScore] = {}
         with counting_bars(self.context.console) as bars:
             for benchmark in self.benchmarks:
@@ -123,7 +123,7 @@ class BenchmarkSuite(EvalSuite[dict[str, BenchmarkScore]]):
 def run_benchmark(
     benchmark: Benchmark, model: torch.nn.Module, context: EvalContext, advance: Advance
 ) -> tuple[EvalResults, int]:
-    """Run a benchmark; return lm-eval's results and how many requests lost their beginning to fit the context."""
+    """Run a benchmark; return lm-eval's results and how many requests were truncated on the left."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -142,14 +142,14 @@ def run_benchmark(
             bootstrap_iters=0,  # paired intervals replace its standard errors
             task_manager=TaskManager(include_defaults=False),
         )
-    return of_first_process(results), lm.truncated  # lm-eval gives the others none
+    return of_first_process(results), lm.truncated  # lm-eval returns None on the other processes
 
 
 # Reading the results
 
 
 def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> dict[str, BenchmarkScore]:
-    """Return the scores of a benchmark's tasks and groups by what a gate calls them: `task.metric`, `.filter`."""
+    """Return a benchmark's scores by gate name: `task.metric` or `task.metric.filter`."""
     scores: dict[str, BenchmarkScore] = {}
     measures: dict[tuple[str, str, str], Measure | None] = {}
     for name in (*benchmark.tasks, *benchmark.groups):
@@ -178,12 +178,12 @@ def read_numbers(result: Mapping[str, object]) -> list[tuple[str, str, float]]:
 
 
 def is_numeric(value: object) -> TypeGuard[float]:
-    """Whether a value is a number or a truth value."""
+    """Whether a value is a number or a boolean."""
     return isinstance(value, bool | int | float | np.number | np.bool_)
 
 
 def measure_task(metric: str, value: float, samples: Sequence[Mapping[str, object]]) -> Measure | None:
-    """Return a metric from each question's part in it; None where no such sum gives lm-eval's own value."""
+    """Build a metric from each question's contribution; None if no such sum reproduces lm-eval's value."""
     parts = [one[metric] for one in samples]
     at = tuple(int(str(one["doc_id"])) for one in samples)
     numbers = [float(part) for part in parts if is_numeric(part)]
@@ -200,7 +200,7 @@ def measure_task(metric: str, value: float, samples: Sequence[Mapping[str, objec
 
 
 def measure_group(group: Group, metric: str, value: float, parts: Sequence[Measure | None]) -> Measure | None:
-    """Return a group's mean over all questions or over its tasks; None where it is not lm-eval's own value."""
+    """Build a group's mean over its questions or over its tasks; None if neither reproduces lm-eval's value."""
     means = [one for one in parts if one is not None and one.formula is ratio]
     if not means or len(means) < len(parts):
         return None
@@ -214,7 +214,7 @@ def measure_group(group: Group, metric: str, value: float, parts: Sequence[Measu
 
 
 def first_equal(value: float, *measures: Measure) -> Measure | None:
-    """Return the first measure whose value is lm-eval's, or None."""
+    """Return the first measure whose value equals lm-eval's, or None."""
     return next((one for one in measures if math.isclose(one.value, value, rel_tol=CLOSE, abs_tol=CLOSE)), None)
 
 
@@ -230,7 +230,7 @@ def bits(sums: Floats) -> Floats:
 
 
 def mean_of_ratios(sums: Floats) -> Floats:
-    """[..., 2 G] -> [...]: the mean over G tasks, each a sum over its questions."""
+    """[..., 2 G] -> [...]: the mean of G task means."""
     by_task = sums.reshape(*sums.shape[:-1], -1, 2)
     return np.asarray(ratio(by_task).mean(-1), dtype=np.float64)
 
@@ -248,13 +248,13 @@ def describe_score(benchmark: Benchmark, task: str, results: EvalResults, trunca
         tasks = len(benchmark.groups[task].get_all_tasks())
         parts.append(f"mean over {tasks} task{'s' * (tasks > 1)}")
     parts += ["chat template"] if benchmark.section.apply_chat_template else []
-    parts += [f"{truncated} requests without their beginning, to fit the context"] if truncated else []
-    parts += [] if adds_up else ["no interval: it does not add up question by question"]
+    parts += [f"{truncated} requests truncated on the left to fit the context"] if truncated else []
+    parts += [] if adds_up else ["no interval: not a sum over questions"]
     return ", ".join(parts)
 
 
 def save_results(path: Path, results: EvalResults) -> None:
-    """Write one model's results of a benchmark as lm-eval's own command line does."""
+    """Write one model's benchmark results in the format of lm-eval's command line."""
     from lm_eval.utils import handle_non_serializable
 
     path.parent.mkdir(parents=True, exist_ok=True)

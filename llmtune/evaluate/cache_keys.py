@@ -1,4 +1,4 @@
-"""What an evaluation depends on, as a hash: one whose hash is the one it was made with is not made again."""
+"""Hashes of everything an evaluation depends on; an evaluation with an unchanged hash is reused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmtune.store.run_lock import package_versions
 
 
 def evaluation_inputs(recipe: Recipe, model: ModelRef, rows: Rows, examples: Examples) -> str:
-    """Hash what scores depend on besides what was trained: the rows, and how answers are made and measured."""
+    """Hash the inputs of scores other than the trained weights: the rows, generation and measurement settings."""
     settings: list[Any] = [
         recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS}),
         recipe.generation.model_dump(mode="json"),
@@ -36,9 +36,9 @@ def evaluation_inputs(recipe: Recipe, model: ModelRef, rows: Rows, examples: Exa
 def base_inputs(
     recipe: Recipe, adapter: list[Any], model: ModelRef, rows: Rows, examples: Examples, device: str
 ) -> str:
-    """Hash what the base's answers depend on: all that scores do but what was trained, and how the base is loaded.
+    """Hash the inputs of the base's answers: those of the scores without the trained weights, and how the base loads.
 
-    `adapter` is what `adapter_settings` returns.
+    `adapter` is the return value of `adapter_settings`.
     """
     sections = (recipe.generation, recipe.model)
     settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS}), device]
@@ -49,7 +49,7 @@ def base_inputs(
 
 
 def evaluation_files(recipe: Recipe) -> list[Path]:
-    """Return the files that the evaluation reads besides the run's own; one that is not there is reported elsewhere."""
+    """Return the files that the evaluation reads outside the run; missing files are skipped and reported elsewhere."""
     forgetting, fairness, champion = recipe.evaluate.forgetting, recipe.evaluate.fairness, recipe.evaluate.champion
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
     named += [str(find_release(Path(champion), recipe.name)), f"{champion}/evaluation/{MEASURES}"] if champion else []

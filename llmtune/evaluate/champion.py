@@ -1,4 +1,4 @@
-"""`evaluate.champion`: the run that the tuned model is compared with, row by row; without torch."""
+"""`evaluate.champion`: the run that the tuned model is compared with, row by row. Does not import torch."""
 
 from __future__ import annotations
 
@@ -55,51 +55,51 @@ class LedgerLine(TypedDict):
 
 @dataclass(frozen=True)
 class Ledger:
-    """What `releases.jsonl` next to the champion says of one set of test rows, or of one that grows with the data."""
+    """Lines of `releases.jsonl` next to the champion for one set of test rows, or for one that grows with the data."""
 
     path: Path
     tests: str
-    """Hash of the test rows, whatever their order."""
+    """Hash of the test rows in any order."""
     champion: str
-    """Hash of what the champion's run trained."""
+    """Hash of the champion's trained weights."""
     lines: tuple[LedgerLine, ...]
 
     def spent(self, trained: str = "") -> float:
-        """Return the error that models have spent; without that of `trained` against this champion."""
+        """Return the error budget spent so far, without the share of `trained` against this champion."""
         spent = defaultdict[tuple[str, str], float](float)
         for line in self.lines:
             spent[line["trained"], line["champion"]] = max(spent[line["trained"], line["champion"]], line["alpha"])
         return sum(alpha for looked, alpha in spent.items() if looked != (trained, self.champion))
 
     def require_left(self, alpha: float, trained: str = "") -> None:
-        """Raise RecipeError where less than `alpha` of the error is left."""
+        """Raise RecipeError if less than `alpha` of the error budget is left."""
         left = ERROR - self.spent(trained)
         if alpha <= left + ROUNDING:
             return
         looked = len({(line["trained"], line["champion"]) for line in self.lines})
         what = f"{looked} models were already compared on these test rows; the 5 % false-positive budget is used up"
-        fix = "Set data.test to a file of new rows: the count begins anew with them."
+        fix = "Set data.test to a file of new rows: the count restarts with them."
         if left > ROUNDING:
-            fix = f"Set it to {int(ERROR / left) + 1} or more, for wider intervals; or set data.test to new rows."
+            fix = f"Set it to {int(ERROR / left) + 1} or more, for wider intervals, or set data.test to new rows."
         raise RecipeError.of(what, f"{LOOKS}: {self.path}", fix)
 
 
 def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
-    """Open the ledger beside the champion of a recipe; None where it wants no looks counted.
+    """Open the ledger next to a recipe's champion; None if the recipe does not count looks.
 
     Raises:
-        RecipeError: the champion is no release, beside which the ledger lies.
-        EnvironmentProblem: it cannot be written, or one of its lines is damaged.
+        RecipeError: the champion is not a release file, so it has no ledger.
+        EnvironmentProblem: the ledger cannot be written, or one of its lines is damaged.
     """
     if recipe.evaluate.looks is None:
         return None
     release = find_release(Path(recipe.evaluate.champion or ""), recipe.name)
     if not release.is_file():
-        what = "looks are counted beside a release file, and the champion is a run folder"
-        raise RecipeError.of(what, LOOKS, f"Write one, and name it as evaluate.champion: llmtune release {release}")
+        what = "looks are counted next to a release file, but the champion is a run folder"
+        raise RecipeError.of(what, LOOKS, f"Write one and name it as evaluate.champion: llmtune release {release}")
     path = release.parent / LEDGER
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        fix = "Give the job a copy of the folder that it may write, and keep the file that it leaves there."
+        fix = "Give the job a writable copy of the folder, and keep the file that it writes there."
         raise EnvironmentProblem.of("cannot be written, so this look would not be counted", str(path), fix)
     tests = hash_value(sorted(champion.measures.rows))
     with explained(path):
@@ -107,32 +107,32 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
     try:
         lines = [TypeAdapter(LedgerLine).validate_json(text) for text in texts if text.strip()]
     except ValidationError:
-        fix = "Put it back as the repository has it; of a merge, keep the lines of both sides."
-        raise EnvironmentProblem.of("damaged: a line is not what llmtune wrote", str(path), fix) from None
-    grows = not isinstance(recipe.data.test, tuple)  # then each week's test rows are mostly those of the week before
+        fix = "Restore it from the repository. After a merge, keep the lines of both sides."
+        raise EnvironmentProblem.of("damaged: a line was not written by llmtune", str(path), fix) from None
+    grows = not isinstance(recipe.data.test, tuple)  # then most of a week's test rows are in the next week's too
     own = tuple(line for line in lines if line["tests"] == tests or (grows and line.get("name") == recipe.name))
     return Ledger(path, tests, read_release(release)["trained"], own)
 
 
 def hash_weights(run: Path) -> str:
-    """Hash what a run trained, without what names folders of this machine."""
+    """Hash a run's trained weights, independent of the machine's folder names."""
     files = [*run.glob("adapter/*.safetensors"), *run.glob("weights/*.safetensors")]
     return hash_value([hash_file(file) for file in sorted(files)])
 
 
 def check_looks(recipe: Recipe, champion: ScoredRun, fingerprint: str) -> None:
-    """Refuse, before training, a run for which no error is left; one that has been counted may come again."""
+    """Refuse, before training, a run for which no error budget is left; a run already counted may continue."""
     ledger = open_ledger(recipe, champion)
     if ledger and fingerprint not in {line.get("run") for line in ledger.lines}:
         ledger.require_left(recipe.evaluate.alpha)
 
 
 def count_look(recipe: Recipe, champion: ScoredRun, fingerprint: str, trained: str) -> str | None:
-    """Add a look to the ledger, before its scores are seen, and return which it is; None where none is counted.
+    """Add a look to the ledger before its scores are seen; return its number, or None if looks are not counted.
 
-    The same model against the same champion is counted once, and the champion itself is not.
+    The same model against the same champion counts once; the champion itself does not count.
 
-    Raises as `open_ledger` does, and RecipeError where the error is spent.
+    Raises as `open_ledger` does, and RecipeError if the error budget is used up.
     """
     ledger = open_ledger(recipe, champion)
     if ledger is None or trained == ledger.champion:
@@ -156,16 +156,16 @@ NAME, OWN = "the champion", "this run"
 NOTHING = Evaluation({}, {}, {}, (), 0)
 NONE_ASKED = PerRowScores()
 ROWS_FIX = (
-    "Keep the test rows in a file, the same for both: write it with llmtune prepare RECIPE --write-test FILE, and set "
+    "Keep the test rows in one file for both runs: write it with llmtune prepare RECIPE --write-test FILE, and set "
     "data.test: FILE."
 )
 
 
 def open_champion(recipe: Recipe, run: Path | None = None) -> ScoredRun | None:
-    """Open the champion that a recipe names for the run in the folder `run`; None where it names none.
+    """Open the champion that a recipe names for the run in folder `run`; None if it names none.
 
     Raises:
-        RecipeError: no run with scores or release file is there, it has another task, or it is `run` itself.
+        RecipeError: no scored run or release file found, it has another task, or it is `run` itself.
         EnvironmentProblem: its scores are damaged.
     """
     if recipe.evaluate.champion is None:
@@ -175,14 +175,14 @@ def open_champion(recipe: Recipe, run: Path | None = None) -> ScoredRun | None:
     except RecipeError as error:
         raise _about_champion(error) from None
     if run is not None and os.path.realpath(run) == os.path.realpath(path):
-        fix = "Copy the folder of the champion to another place, and name that."
+        fix = "Copy the champion's folder elsewhere and name the copy."
         raise RecipeError.of("the champion is the folder of this run: it would be compared with itself", KEY, fix)
     try:
         champion = open_release(path, NAME) if path.is_file() else open_run_scores(path, NAME)
     except LlmtuneError as error:
         raise _about_champion(error) from None
     if champion.recipe.task != recipe.task:
-        what = f"the champion has task {champion.recipe.task}, and this recipe task {recipe.task}"
+        what = f"the champion has task {champion.recipe.task}, but this recipe has task {recipe.task}"
         raise RecipeError.of(what, f"{KEY}: {path}", "Name a run of the same task.")
     return champion
 
@@ -192,13 +192,13 @@ def _about_champion(error: LlmtuneError) -> LlmtuneError:
 
 
 def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Examples, console: Console) -> None:
-    """Refuse a champion without common test rows or with other settings of measurement, as far as is known by then.
+    """Refuse a champion with no common test rows or with other measurement settings, as far as known before training.
 
-    Prints how many rows can be compared where they are not all. `recipe` is that of `recipe.yaml` in the folder `run`.
+    Prints how many rows can be compared if not all can. `recipe` is that of `recipe.yaml` in the folder `run`.
 
     Raises:
-        DataError: no test row of this run is one that the champion was not trained on.
-        RecipeError: other settings, or more looks than `evaluate.looks`; and as `open_champion` does.
+        DataError: the champion was trained on every test row of this run.
+        RecipeError: settings differ, or more looks than `evaluate.looks`; also as `open_champion` does.
         EnvironmentProblem: looks cannot be counted.
     """
     from llmtune.data.examples import ExampleReader  # it imports transformers
@@ -214,20 +214,20 @@ def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Example
         what = f"none of the {total} test rows can be compared: the champion was trained on them or did not answer them"
         raise DataError.of(what, KEY, ROWS_FIX)
     if shared < total:
-        asked = f"; its model answers {further} more that it was not trained on" if further else ""
+        asked = f"; its model answers {further} more rows that it was not trained on" if further else ""
         text = f"champion: {shared} of {total} test rows are test rows of the champion too{asked}"
         console.print(text, highlight=False, markup=False)
     own = ScoredRun(OWN, recipe, NOTHING, PerRowScores(rows=names))
     metrics = [metric for metric in champion.measures.tuned if metric in recipe.evaluate.metrics]
-    fix = "Give both the same value, or score the champion again: llmtune evaluate RUN --set ..."
+    fix = "Use the same value for both, or rescore the champion: llmtune evaluate RUN --set ..."
     RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, metrics))
     check_looks(recipe, champion, run.manifest["fingerprint"])
 
 
 def find_champion_run(recipe: Recipe, run: Path) -> Path | None:
-    """Return the run folder of the champion, where its model and its rows are; None where that is gone.
+    """Return the champion's run folder, which has its model and rows; None if it is gone.
 
-    Of a release file it is the folder of its name next to `run`, if it holds the weights that were released.
+    For a release file this is the folder of that name next to `run`, if it has the released weights.
     """
     path = find_release(Path(recipe.evaluate.champion or ""), recipe.name)
     if path.is_file():
@@ -239,9 +239,9 @@ def find_champion_run(recipe: Recipe, run: Path) -> Path | None:
 
 
 def list_unseen(champion: ScoredRun, folder: Path | None, names: Sequence[str]) -> list[int]:
-    """Return the places of those test rows that the champion neither answered nor had in training or validation.
+    """Return the positions of test rows that the champion neither answered nor saw in training or validation.
 
-    `folder` is its run folder; without one they cannot be known.
+    `folder` is its run folder; without it the result is empty.
     """
     if folder is None:
         return []
@@ -253,7 +253,7 @@ def list_unseen(champion: ScoredRun, folder: Path | None, names: Sequence[str]) 
 
 
 def note_look(run: RunFolder, console: Console) -> None:
-    """Count the look at the scores of a trained run, before they are seen, and note it in the run."""
+    """Count the look at a trained run's scores before they are seen, and record it in the run."""
     recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
     look = count_look(recipe, champion, run.manifest["fingerprint"], hash_weights(run.path)) if champion else None
@@ -264,11 +264,11 @@ def note_look(run: RunFolder, console: Console) -> None:
 
 
 AskChampion = Callable[[Path, Sequence[int]], PerRowScores]
-"""Lets the model of the run folder answer the test rows at these places, and measures the answers."""
+"""Lets the model of a run folder answer the test rows at these positions, and scores the answers."""
 
 
 def face_champion(run: RunFolder, ask: AskChampion, evaluation: Evaluation, measures: PerRowScores) -> Champion | None:
-    """Compare the scores of a run with those of the champion that its recipe names; None where it names none."""
+    """Compare a run's scores with those of its recipe's champion; None if the recipe names none."""
     recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
     if champion is None:
@@ -286,22 +286,22 @@ def compare_with_champion(
     measures: PerRowScores,
     asked: PerRowScores = NONE_ASKED,
 ) -> Champion:
-    """Compare the tuned model with the champion on the rows of both.
+    """Compare the tuned model with the champion on the rows they share.
 
-    `asked` is what the champion's model answered to further test rows of this run. A metric that is not measured in the
-    same way is left out.
+    `asked` holds the champion's answers to further test rows of this run. Metrics that the two runs measure
+    differently are omitted.
 
     Raises:
-        RecipeError: settings of measurement differ.
-        DataError: no row is common to both.
+        RecipeError: measurement settings differ.
+        DataError: the runs share no row.
     """
     champion = replace(champion, measures=champion.measures.with_rows(asked))
     own = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe))
     both = {*champion.measures.rows} & {*own.measures.rows}
     if not both:
-        raise DataError.of("no test row is one of the champion's too", KEY, ROWS_FIX)
+        raise DataError.of("no test row is also a test row of the champion", KEY, ROWS_FIX)
     pairs, left_out = pair_measures(champion, own)
-    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
+    fix = "Rescore one of them with the other's settings: llmtune evaluate RUN --set KEY=VALUE"
     RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, pairs))
     for metric in [*pairs]:
         if (other := find_other_measure(champion, own, metric)) is not None:

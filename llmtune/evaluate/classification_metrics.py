@@ -1,10 +1,10 @@
-"""Metrics of classes and numbers that a model predicts: one label, many labels, regression, tags.
+"""Metrics of predicted classes and numbers: one label, many labels, regression, tags.
 
-They equal those of scikit-learn, and of seqeval for tags.
+They equal those of scikit-learn, and those of seqeval for tags.
 
-Scores are probabilities of K classes a row (one label), K probabilities that do not depend on one another (many
-labels), or one number (regression). No sums by row are enough for AUROC and correlations: they are functions of how
-often each row is drawn. Shapes: N rows, K classes, R resamples, G groups of rows with equal numbers; T rows of a class
+Scores are probabilities of K classes per row (one label), K independent probabilities (many labels), or one
+number (regression). AUROC and correlations cannot be computed from sums per row: they are functions of how often
+each row is drawn. Shapes: N rows, K classes, R resamples, G groups of rows with equal numbers; T rows of a class
 and O others.
 """
 
@@ -33,7 +33,7 @@ from llmtune.evaluate.paired_statistics import Floats, RankStatistic, Weighted, 
 
 LabelKind = Literal["single", "multi", "regression"]
 TrueLabel = str | float | Sequence[str]
-"""The right label, or the right number, or all right labels of one row."""
+"""The right label, number, or labels of one row."""
 F1_METRICS = ("f1_macro", "f1_micro", "f1_weighted")
 CLASS_METRICS: dict[LabelKind, tuple[str, ...]] = {
     "single": ("accuracy", *F1_METRICS, "matthews", "auroc"),
@@ -41,17 +41,17 @@ CLASS_METRICS: dict[LabelKind, tuple[str, ...]] = {
     "regression": ("mse", "mae", "pearson", "spearman"),
 }
 THRESHOLD = 0.5
-"""A label of many is predicted above this probability."""
+"""A multi-label row gets each label above this probability."""
 BINARY = "second label against the first"
 """The signature of an AUROC of two classes."""
 NEARLY_CONSTANT = 1e-12
-"""A spread below this part of the largest number is rounding."""
+"""A spread below this fraction of the largest number is rounding."""
 
 
 def measure_classes(
     metric: str, kind: LabelKind, scores_NK: Floats, references: Sequence[TrueLabel], labels: Sequence[str]
 ) -> Measure:
-    """Build a metric of `CLASS_METRICS[kind]`; `references` hold names out of `labels` [K] (regression: numbers)."""
+    """Build a metric of `CLASS_METRICS[kind]`; `references` are names from `labels` [K] (regression: numbers)."""
     assert metric in CLASS_METRICS[kind]
     assert len(scores_NK) == len(references)
     if kind == "regression":
@@ -84,7 +84,7 @@ def true_classes(kind: LabelKind, references: Sequence[TrueLabel], labels: Seque
 
 
 def predicted_classes(kind: LabelKind, scores_NK: Floats) -> NDArray[np.bool_]:
-    """Return which classes [N, K] are predicted: the first of the likeliest, or of many all above the threshold."""
+    """Return which classes [N, K] are predicted: the first most likely one, or for "multi" all above the threshold."""
     if kind == "multi":
         return np.asarray(scores_NK > THRESHOLD)
     classes = np.arange(scores_NK.shape[1])
@@ -94,7 +94,7 @@ def predicted_classes(kind: LabelKind, scores_NK: Floats) -> NDArray[np.bool_]:
 
 
 def class_sums(predicted_NK: NDArray[np.bool_], true_NK: NDArray[np.bool_]) -> Floats:
-    """Return [N, 3K]: by class whether it is rightly predicted, predicted, and right."""
+    """Return [N, 3K]: per class whether it is a hit, predicted, and right."""
     return np.concatenate([predicted_NK & true_NK, predicted_NK, true_NK], axis=1).astype(np.float64)
 
 
@@ -105,7 +105,7 @@ def split_sums(sums: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def measure_f1(metric: str, predicted_NK: NDArray[np.bool_], true_NK: NDArray[np.bool_]) -> Measure:
-    """Build a metric of `F1_METRICS`; the micro average needs no sums by class."""
+    """Build a metric of `F1_METRICS`; the micro average needs no sums per class."""
     sums = class_sums(predicted_NK, true_NK)
     if metric == "f1_micro":
         pooled = columns(*(part.sum(1) for part in split_sums(sums)))
@@ -119,26 +119,26 @@ def measure_f1(metric: str, predicted_NK: NDArray[np.bool_], true_NK: NDArray[np
 
 
 def f1_by_class(sums: Floats) -> Floats:
-    """[..., 3K] -> F1 by class [..., K]; 0 for a class that is neither right nor predicted anywhere."""
+    """[..., 3K] -> F1 per class [..., K]; 0 for a class that is neither right nor predicted anywhere."""
     hits, predicted, true = split_sums(sums)
     return np.asarray(2 * hits / np.maximum(predicted + true, 1), dtype=np.float64)
 
 
 def f1_macro_formula(sums: Floats) -> Floats:
-    """[..., 3K] -> mean F1 [...] of the classes that occur; 0 where none does."""
+    """[..., 3K] -> mean F1 [...] of the classes that occur; 0 if none does."""
     _, predicted, true = split_sums(sums)
     occurring = ((predicted + true) > 0).sum(-1)
     return np.asarray(f1_by_class(sums).sum(-1) / np.maximum(occurring, 1), dtype=np.float64)
 
 
 def f1_weighted_formula(sums: Floats) -> Floats:
-    """[..., 3K] -> mean F1 [...], a class weighted by the rows it is right in; 0 where there are none."""
+    """[..., 3K] -> mean F1 [...], each class weighted by its rows; 0 without rows."""
     _, _, true = split_sums(sums)
     return np.asarray((f1_by_class(sums) * true).sum(-1) / np.maximum(true.sum(-1), 1), dtype=np.float64)
 
 
 def matthews_formula(sums: Floats) -> Floats:
-    """[..., 3K] -> Matthews' correlation [...] of K classes; 0 where all rows have one class on either side.
+    """[..., 3K] -> Matthews' correlation [...] of K classes; 0 if all predictions or all labels are one class.
 
     Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient", 2004.
     """
@@ -181,9 +181,9 @@ def confusion(scores_NK: Floats, references: Sequence[TrueLabel], labels: Sequen
 
 
 def majority_scores(references: Sequence[TrueLabel], kind: LabelKind, labels: Sequence[str], count: int) -> Floats:
-    """Return the scores [count, K] of a baseline that knows only the training references; each row gets the same.
+    """Return the scores [count, K] of a baseline that knows only the training references, the same for each row.
 
-    They are the labels' shares: the most frequent label is predicted, and of many those of more than half of the rows.
+    They are the labels' shares, so the most frequent label is predicted ("multi": labels of more than half the rows).
     Regression: the mean number, [count, 1].
     """
     assert references
@@ -196,9 +196,9 @@ def majority_scores(references: Sequence[TrueLabel], kind: LabelKind, labels: Se
 
 
 def measure_auroc(scores_NK: Floats, true_NK: NDArray[np.bool_], *, binary: bool) -> Measure:
-    """Build the area under the ROC curve: of the second class, or the mean over the classes, each against the rest.
+    """Build the area under the ROC curve of the second class, or the mean over the classes, each against the rest.
 
-    A class that all rows or none belong to has no area and is left out of the mean; NaN where that is so for all.
+    Classes with all rows or none have no area and are excluded from the mean; NaN if no class has an area.
     """
     signature = BINARY if binary else "mean over the labels, each against the rest"
     seen_NK = np.concatenate([scores_NK, true_NK], axis=1).astype(np.float64)
@@ -207,7 +207,7 @@ def measure_auroc(scores_NK: Floats, true_NK: NDArray[np.bool_], *, binary: bool
 
 
 def second_area(seen_NK: Floats) -> Weighted:
-    """Return the area of the second class, of [N, 2 K]: scores, then which class is right."""
+    """Return the area of the second class from [N, 2 K]: scores, then which class is right."""
     return area(seen_NK[:, 1], seen_NK[:, seen_NK.shape[1] // 2 + 1] > 0)
 
 
@@ -227,7 +227,7 @@ def mean_area(seen_NK: Floats) -> Weighted:
 
 
 def area(scores_N: Floats, true_N: NDArray[np.bool_]) -> Weighted:
-    """Return the area under one ROC curve as the share of (true, other) pairs that are in order; ties count half."""
+    """Return the area under one ROC curve as the share of ordered (true, other) pairs; ties count half."""
     true_T, other_O = np.flatnonzero(true_N), np.flatnonzero(~true_N)
     other_O = other_O[np.argsort(scores_N[other_O])]
     first_T = np.searchsorted(scores_N[other_O], scores_N[true_T], side="left")
@@ -246,10 +246,9 @@ def area(scores_N: Floats, true_N: NDArray[np.bool_]) -> Weighted:
 
 
 def measure_correlation(metric: str, predicted_N: Floats, reference_N: Floats) -> Measure:
-    """Build "pearson", or "spearman": the same of ranks, where equal numbers share the mean of their ranks.
+    """Build "pearson" or "spearman" (Pearson on ranks; equal numbers share their mean rank).
 
-    Predictions that are all the same count as 0 (a mean has no correlation with anything); references that are all the
-    same as NaN.
+    Constant predictions give 0 (a mean correlates with nothing); constant references give NaN.
     """
     signature = "0 where all predictions are the same"
     seen_N2, ranking = columns(predicted_N, reference_N), RANKINGS[metric]
@@ -273,11 +272,11 @@ RANKINGS: dict[str, RankStatistic] = {
     "pearson": correlation,
     "spearman": rank_correlation,
 }
-"""By metric, or by the signature of the one that has two."""
+"""By metric, or by signature for the one metric that has two."""
 
 
 def group(numbers_N: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-    """Return the order of numbers [N], where groups of equal ones start in it [G], and the group of each row [N]."""
+    """Return the order of numbers [N], the start of each group of equal ones in it [G], and each row's group [N]."""
     order = np.argsort(numbers_N, kind="stable")
     new_N = np.concatenate([[True], np.diff(numbers_N[order]) != 0])[: len(order)]
     group_N = np.empty(len(order), dtype=np.intp)
@@ -286,7 +285,7 @@ def group(numbers_N: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArra
 
 
 def ranks(grouped: tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]], counts_RN: Floats) -> Floats:
-    """Return the rank [R, N] of each row among the drawn ones; equal numbers share the mean of their ranks."""
+    """Return the rank [R, N] of each row among the drawn ones; equal numbers share their mean rank."""
     order, starts_G, group_N = grouped
     drawn_RG = np.add.reduceat(counts_RN[:, order], starts_G, axis=1)
     ranks_RG = drawn_RG.cumsum(1) - (drawn_RG - 1) / 2
@@ -294,7 +293,7 @@ def ranks(grouped: tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]], 
 
 
 def pearson(predicted: Floats, reference: Floats, counts_RN: Floats) -> Floats:
-    """Return Pearson's correlation [R] of numbers [N] or [R, N] with rows counted as often as they are drawn."""
+    """Return Pearson's correlation [R] of numbers [N] or [R, N], each row weighted by how often it was drawn."""
     predicted_RN, predicted_R = centred(predicted, counts_RN)
     reference_RN, reference_R = centred(reference, counts_RN)
     covariance_R = (counts_RN * predicted_RN * reference_RN).sum(1)
@@ -304,7 +303,7 @@ def pearson(predicted: Floats, reference: Floats, counts_RN: Floats) -> Floats:
 
 
 def centred(numbers: Floats, counts_RN: Floats) -> tuple[Floats, Floats]:
-    """Return numbers less their mean [R, N], and the root of their squares' sum [R]; 0 where they are all the same."""
+    """Return numbers minus their mean [R, N], and their norm [R]; 0 if they are constant."""
     drawn_R = counts_RN.sum(1)
     mean_R = (counts_RN * numbers).sum(1) / drawn_R
     centred_RN = numbers - mean_R[:, None]
@@ -313,7 +312,7 @@ def centred(numbers: Floats, counts_RN: Floats) -> tuple[Floats, Floats]:
     return centred_RN, np.where(length_R > rounding, length_R, 0.0)
 
 
-# Tagged tokens: entities that are found whole and with the right type
+# Tagged tokens: an entity counts if its span and type are right
 
 
 Entity = tuple[str, int, int]
@@ -323,14 +322,14 @@ Tags = Sequence[Sequence[str]]
 
 
 def entities_of(tags: Sequence[str]) -> list[Entity]:
-    """Return the entities of one row, read as leniently as conlleval does: an I- without its B- starts one too."""
+    """Return the entities of one row, as lenient as conlleval: an I- without its B- starts an entity too."""
     from seqeval.metrics.sequence_labeling import get_entities
 
     return [(kind, int(first), int(last)) for kind, first, last in get_entities(list(tags))]
 
 
 def measure_entities(metric: str, predicted_tags: Tags, reference_tags: Tags) -> Measure:
-    """Build a metric of `ENTITY_METRICS` from two tags for each token of N rows."""
+    """Build a metric of `ENTITY_METRICS` from the predicted and reference tags of N rows."""
     rows = list(zip(predicted_tags, reference_tags, strict=True))
     assert all(len(predicted) == len(reference) for predicted, reference in rows)
     if metric == "accuracy":
@@ -340,7 +339,7 @@ def measure_entities(metric: str, predicted_tags: Tags, reference_tags: Tags) ->
     entities = [(set(entities_of(predicted)), set(entities_of(reference))) for predicted, reference in rows]
     counts = [(len(found & expected), len(found), len(expected)) for found, expected in entities]
     sums_N3 = np.array(counts, dtype=np.float64).reshape(-1, 3)
-    signature = "entities of all types together, right where type, first and last token are; 0 where there are none"
+    signature = "entities of all types together, right if type, first and last token match; 0 without entities"
     return Measure(metric, sums_N3, ENTITY_FORMULAS[metric], signature=signature, bounds=hit_bounds)
 
 

@@ -1,4 +1,4 @@
-"""What both models are evaluated on: rows, prompts, answers to choose from; made once, before a model is loaded."""
+"""Inputs of an evaluation: rows, prompts and answer choices. Made once, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -27,52 +27,52 @@ SCHEMAS_NOTE = "tool_call_valid.schemas"
 
 @dataclass(frozen=True)
 class EvalInputs:
-    """N rows of the test split (while training goes on, of the validation split), in the order of `Rows`."""
+    """N rows of the test split (during training, of the validation split), in the order of `Rows`."""
 
     reader: ExampleReader
     rows: tuple[int, ...]
     """[N] numbers of the rows that have at least one example."""
     origins: tuple[str, ...]
     prompts: tuple[str, ...]
-    """[N] as a person reads them."""
+    """[N] prompts for display."""
     references: tuple[str, ...]
     questions: tuple[Row, ...]
     """[N] the rows without their answers."""
     targets: tuple[object, ...]
-    """[N] what predictions are compared with: the reference, as the task has it."""
+    """[N] references that predictions are compared with, in the task's own form."""
     answered: tuple[int, ...]
-    """Indexes into the rows above of those that answers are predicted for."""
+    """Indexes into the rows above: the rows that get a predicted answer."""
     prompt_ids: dict[int, list[list[int]]]
-    """Index into the rows above -> what to generate from: for the row's own answer, after the other `turns`."""
+    """Index into the rows above -> prompts to generate from; the row's own answer comes last, after other `turns`."""
     turns: dict[int, list[ToolTurn]]
-    """Index into the rows above -> all answers of a row that has tools, its own last."""
+    """Index into the rows above -> all answers of a row with tools, its own last."""
     choices: tuple[str, ...]
     trees: dict[int, Tree]
     """Index into the rows above -> the prompt with every choice."""
     metrics: tuple[str, ...]
     notes: dict[str, str]
-    """What was left out and why; goes to the report beside the metrics' signatures."""
+    """Omissions and their reasons; shown in the report with the metrics' signatures."""
     slices: dict[str, Parts]
     """By column of `evaluate.slices`."""
     groups: dict[str, Parts]
     """By column of `evaluate.fairness.groups`."""
     clusters: tuple[int, ...] = ()
-    """[N] equal for rows that belong together (`data.split_by`); empty where each row is alone."""
+    """[N] equal for rows that belong together (`data.split_by`); empty if no rows do."""
 
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What every part of an evaluation has to know."""
+    """Data that every part of an evaluation needs."""
 
     recipe: Recipe
     task: EvaluatedTask
     processor: PreTrainedTokenizerBase
     inputs: EvalInputs | None
-    """The test rows; None where there are none."""
+    """The test rows, or None."""
     device: str
     console: Console
     folder: Path | None = None
-    """Where files of the evaluation go; None where nothing is kept."""
+    """Where files of the evaluation go; None to keep nothing."""
 
 
 def make_inputs(
@@ -83,9 +83,9 @@ def make_inputs(
     recipe: Recipe,
     split: str = SPLIT,
 ) -> EvalInputs:
-    """Read the test rows that were encoded, render their prompts, look for choices.
+    """Read the encoded test rows, render their prompts, look for choices.
 
-    Raises DataError for choices that no reference answer is among, and for slices by columns that were not kept.
+    Raises DataError if no reference answer is among the choices, or if a column of slices was not kept.
     """
     reader = ExampleReader(examples, split)
     numbers = sorted({int(row) for row in reader.rows})
@@ -138,14 +138,14 @@ def make_inputs(
 
 
 def read_clusters(rows: Rows, split: str, kept: Set[int]) -> tuple[int, ...]:
-    """Return a number for each of the `kept` rows, the same for those with one `data.split_by` value."""
+    """Return a number for each of the `kept` rows, equal for rows with the same `data.split_by` value."""
     groups = [group for number, group in enumerate(iterate_groups(rows, split)) if number in kept]
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     return tuple(numbers[group] for group in groups) if len(numbers) < len(groups) else ()
 
 
 def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:
-    """Return what the recipe alone says of the metrics: which are not measured and why, and what the base is."""
+    """Return the notes that follow from the recipe alone: unmeasured metrics with reasons, and the base used."""
     known = TASK_FACTS[recipe.task].default_metrics
     notes = {name: f"not measured: {why}" for name, why in recipe.variant.unmeasured.items() if name in known}
     if task.needs_reference_model(recipe) and recipe.adapter.start_from is not None:
@@ -154,14 +154,14 @@ def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:
 
 
 def schema_notes(metrics: Sequence[str], turns: Sequence[Sequence[ToolTurn]]) -> dict[str, str]:
-    """Return which tools `tool_call_valid` leaves out, if it is measured."""
+    """Return a note on the tools that `tool_call_valid` cannot check, if it is measured."""
     wrong = uncheckable_tools(turn for of_row in turns for turn in of_row) if "tool_call_valid" in metrics else {}
     listed = "; ".join(f"{name} ({why})" for name, why in wrong.items())
     return {SCHEMAS_NOTE: f"not measured for tools without a valid JSON Schema: {listed}"} if wrong else {}
 
 
 def measured_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:
-    """Return what is measured; of the task's own choice metrics of tools are left out where no row has any."""
+    """Return the metrics to measure; a task's default tool metrics are dropped if no row has tools."""
     metrics = tuple(recipe.evaluate.metrics) or TASK_FACTS[recipe.task].default_metrics
     if has_tools or metrics != recipe.variant.default_metrics:
         return metrics
@@ -171,7 +171,7 @@ def measured_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:
 def resolve_choices(
     rows: Rows, task: EvaluatedTask, recipe: Recipe, references: Sequence[str], split: str
 ) -> tuple[str, ...]:
-    """Return the answers to choose from: those that the recipe lists, or those that the rows show to be few."""
+    """Return the answers to choose from: the recipe's list, or the rows' answers if they are few."""
     stated = recipe.evaluate.choices
     if stated is None:
         return ()
@@ -200,7 +200,7 @@ def describe_choices(
 def answer_lengths(
     rows: Rows, examples: Examples, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[int]:
-    """Return the tokens of each reference answer of the test rows, its end among them, as training counts them."""
+    """Return the tokens of each reference answer of the test rows, including its end token, as training counts them."""
     reader = ExampleReader(examples, SPLIT)
     lengths: dict[int, list[int]] = {}
     for number, example in zip(reader.rows.tolist(), reader, strict=True):
@@ -225,7 +225,7 @@ def warn_of_cuts(
     recipe: Recipe,
     console: Console,
 ) -> None:
-    """Print how many reference answers are longer than answers may be; nothing where none is, or none is generated."""
+    """Print how many reference answers exceed max_new_tokens; nothing if none does or nothing is generated."""
     metrics = recipe.evaluate.chosen_metrics(recipe.variant)
     if not (examples.counts.get(SPLIT) and recipe.variant.generates and PREDICTED & set(metrics)):
         return
@@ -233,13 +233,13 @@ def warn_of_cuts(
     longer = sum(length > room for length in lengths)
     if longer:
         what = f"{longer} of {len(lengths)} reference answers of the test rows have more than {room} tokens"
-        fix = f"generation.max_new_tokens: {max(lengths)} has room for all"
-        text = f"{what}, so answers like them will be cut and counted as such (answers_cut): {fix}"
+        fix = f"generation.max_new_tokens: {max(lengths)} fits all"
+        text = f"{what}, so answers this long will be truncated and counted in answers_cut: {fix}"
         console.print(f"[yellow]{text}[/]", highlight=False)
 
 
 def write_prompt(row: Row) -> str:
-    """Write a prompt for a person: the text alone where there is one message, else each with its role."""
+    """Return a prompt for display: plain text for a single message, else each message with its role."""
     if "context" in row:
         return f"{row['question']}\n{row['context']}"
     if "audio" in row:
@@ -259,7 +259,7 @@ def write_prompt(row: Row) -> str:
 
 
 def plain_text(content: object) -> str:
-    """Return the text of a message, which may come in parts."""
+    """Return the text of a message, whose content may be a list of parts."""
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return "" if content is None else str(content)

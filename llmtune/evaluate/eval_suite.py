@@ -1,4 +1,4 @@
-"""An evaluation suite: further questions to base and tuned model, and the study of their answers."""
+"""An evaluation suite: further questions to base and tuned model, and a study of the answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmtune.records import Advance, Difference, Study, StudyTable
 OWN_FILES = resources.files("llmtune.evaluate")
 """Inputs that ship with llmtune: `general` and `groups`."""
 MOST_SHOWN = 20
-"""Problems that are named; further ones are counted."""
+"""Problems listed; the rest are counted."""
 T = TypeVar("T")
 SuiteOutput = TypeVar("SuiteOutput")
 Bar = Callable[[str, int], Advance]
@@ -30,7 +30,7 @@ Bar = Callable[[str, int], Advance]
 
 
 class EvalSuite(Generic[SuiteOutput]):
-    """A suite, or one part of it: it runs on one model after the other, then compares their outputs.
+    """A suite, or one part of it: runs on one model after the other, then compares their outputs.
 
     The constructor reads its inputs, before a model is loaded. A base model without a trained head is
     skipped: a trivial baseline replaces it.
@@ -39,26 +39,26 @@ class EvalSuite(Generic[SuiteOutput]):
     metrics: ClassVar[Mapping[str, tuple[str, int]]] = {}
     """By metric, a short meaning, and 1 if more is better, -1 if less is, 0 if neither."""
     decoder_input: ClassVar[str] = ""
-    """What the suite needs and only a decoder language model provides; empty if other models can run it."""
+    """A need of the suite that only a decoder language model meets; empty if other models can run it."""
     fewest_rows: ClassVar[int] = 0
-    """Rows that a difference needs for an interval."""
+    """Rows needed to give a difference an interval."""
 
     def __init__(self, context: EvalContext) -> None:
         self.context = context
         self.outputs: dict[str, SuiteOutput] = {}
         """By "base" and "tuned"."""
         self.unmeasured = ""
-        """Why its first metric cannot be measured, as the report says it."""
+        """Why its first metric cannot be measured, for the report."""
 
     @classmethod
     def read(cls, recipe: Recipe) -> object:
-        """Read and check the inputs; also called when a run starts, so that a missing file shows before training.
+        """Read and check the inputs; also called when a run starts, to report missing files before training.
 
         Raises DataError.
         """
 
     def run(self, name: str, model: torch.nn.Module) -> None:
-        """Run on the "base" or "tuned" model, which is loaded and on its device, and keep the output."""
+        """Run on the "base" or "tuned" model, already loaded on its device, and keep the output."""
         if not self.outputs:
             self.fit(context_limit(model))
         if not self.unmeasured:
@@ -106,7 +106,7 @@ class EvalSuite(Generic[SuiteOutput]):
         return Study("", base, tuned, difference, meanings, better, signatures, limits, tuple(tables))
 
     def limits(self) -> str:
-        """Return, in plain words, what the numbers can show and what they cannot."""
+        """Return, in plain words, what the numbers can and cannot show."""
         return ""
 
     def tables(self, measured: PairedMeasures) -> Iterable[StudyTable]:
@@ -115,7 +115,7 @@ class EvalSuite(Generic[SuiteOutput]):
 
 
 def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> Study:
-    """Join the parts of a suite to one study; metrics follow `order`, further ones come last."""
+    """Join the parts of a suite into one study; metrics follow `order`, the rest come last."""
 
     def join(field: str) -> dict[str, object]:
         values = {metric: value for part in parts for metric, value in getattr(part, field).items()}
@@ -124,7 +124,7 @@ def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> St
     joined = {field: join(field) for field in ("base", "tuned", "difference", "meanings", "better")}
     return Study(
         title=title,
-        **joined,  # type: ignore[arg-type]  # each is as in the parts
+        **joined,  # type: ignore[arg-type]  # same types as in the parts
         signatures={metric: text for part in parts for metric, text in part.signatures.items()},
         limits=" ".join(part.limits for part in parts if part.limits),
         tables=tuple(table for part in parts for table in part.tables),
@@ -132,9 +132,9 @@ def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> St
 
 
 def read_sources(sources: Sequence[str], read: Callable[[str], Sequence[T | Problem]], kind: str, fix: str) -> list[T]:
-    """Read items of a `kind` from all sources; `read` gives the items of one, and a Problem for each bad one.
+    """Read items of a `kind` from all sources; `read` returns a source's items, and a Problem for each bad one.
 
-    Raises DataError for sources that cannot be read, hold a bad item, or hold none.
+    Raises DataError for sources that cannot be read, have a bad item, or are empty.
     """
     items: list[T] = []
     problems: list[Problem] = []
@@ -146,7 +146,7 @@ def read_sources(sources: Sequence[str], read: Callable[[str], Sequence[T | Prob
             continue
         bad = [part for part in parts if isinstance(part, Problem)]
         items += [part for part in parts if not isinstance(part, Problem)]
-        problems += bad if parts else [Problem(f"there is no {kind} in it", source, fix)]
+        problems += bad if parts else [Problem(f"no {kind} found", source, fix)]
     if len(problems) > MOST_SHOWN:
         problems[MOST_SHOWN:] = [Problem(f"{len(problems) - MOST_SHOWN} more problems like these")]
     DataError.collect(problems)
@@ -154,9 +154,9 @@ def read_sources(sources: Sequence[str], read: Callable[[str], Sequence[T | Prob
 
 
 def read_utf8(path: Path, fix: str) -> str:
-    """Read a text file, which may be compressed. Raises DataError where it is missing or not UTF-8."""
+    """Read a text file, which may be compressed. Raises DataError if it is missing or not UTF-8."""
     if not path.is_file():
-        raise DataError.of("there is no such file", str(path), fix)
+        raise DataError.of("file not found", str(path), fix)
     with data_errors(str(path)), open_bytes(path) as stream:
         content = stream.read()
     try:

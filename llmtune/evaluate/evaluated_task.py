@@ -1,4 +1,4 @@
-"""What evaluation needs of a task beyond `TaskInterface`, with its defaults: prompts, predictions and their metrics."""
+"""Evaluation's interface to a task, on top of `TaskInterface`: prompts, predictions and metrics, with defaults."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
 
 PredictionT = TypeVar("PredictionT")
-"""What a task predicts of a row: a JSON value."""
+"""A task's prediction for a row: a JSON value."""
 
 
 @dataclass(frozen=True)
 class EvalPrediction(Generic[PredictionT]):
-    """What one model predicted of some rows, beside what is right."""
+    """One model's predictions for some rows, with their references."""
 
     predictions: Sequence[PredictionT]
     references: Sequence[Any]
     base: Sequence[PredictionT] | None = None
-    """What the base model predicted of them; None where that is not known of all."""
+    """The base model's predictions for them; None unless all are known."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that predicts, with what that takes."""
+    """A model with everything needed to predict."""
 
     model: torch.nn.Module
     processor: PreTrainedTokenizerBase
     recipe: Recipe
     device: str
     advance: Advance = lambda rows: None
-    """Called with a number of rows whenever so many are done."""
+    """Called with the number of rows finished since the last call."""
     note_end: Callable[[int, bool], None] = lambda row, is_cut: None
-    """Called for each answer that is written token by token: the row's position, and whether it was cut."""
+    """Called for each generated answer with the row's position and whether the answer was truncated."""
 
 
 class EvaluatedTask(TaskInterface):
     """A task that is evaluated."""
 
     loss_unit: str = "rows"
-    """What the loss is a mean over, where that is not tokens."""
+    """Unit that the loss is a mean over."""
     has_row_loss: bool = True
-    """Whether the loss of a row can be taken by itself."""
+    """Whether the loss of a single row can be computed."""
     continues_text: bool = False
-    """Whether an answer is written token by token behind a prompt: `prompt_ids` gives it."""
+    """Whether answers are generated token by token from `prompt_ids`."""
     predicts: bool = True
-    """Whether `predict` gives what is evaluated; else it is generated from `prompt_ids`."""
+    """Whether `predict` returns what is evaluated; otherwise it is generated from `prompt_ids`."""
     rates_answers: bool = False
-    """Whether a row brings answers, and a prediction rates them."""
+    """Whether rows come with answers that a prediction rates."""
 
     def split_answer(self, row: Any) -> tuple[Any, str]:
         """Return the row without its answer, and the answer as text."""
         raise NotImplementedError
 
     def reference(self, row: Any) -> Any:
-        """Return what predictions are compared with."""
+        """Return the value that predictions are compared with."""
         return self.split_answer(row)[1]
 
     def tool_turns(self, row: Any, recipe: Recipe) -> list[ToolTurn]:
-        """Return all answers of a row that has tools, its own last; each is generated and scored by its calls."""
+        """Return all answers of a row with tools, its own last; each is generated and scored by its calls."""
         return []
 
     def prompt_ids(self, row: Any, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
@@ -76,25 +76,25 @@ class EvaluatedTask(TaskInterface):
         raise NotImplementedError
 
     def predict(self, rows: Sequence[Any], loaded: LoadedModel) -> list[Any]:
-        """Return a prediction for each prompt row, in their order."""
+        """Return a prediction for each prompt row, in order."""
         raise NotImplementedError
 
     def format_prediction(self, prediction: Any) -> str:
-        """Write a prediction as a person reads it."""
+        """Return a prediction as text for display."""
         return str(prediction)
 
     def compute_metric(self, metric: str, found: EvalPrediction[Any], recipe: Recipe) -> Measure | None:
-        """Return a metric that is the task's own; None for one that it has not."""
+        """Return a metric of the task's own; None for an unknown one."""
         return None
 
     def baseline(self, references: Sequence[Any], prompts: Sequence[Any], recipe: Recipe) -> tuple[str, list[Any]]:
-        """Return name and predictions of what stands for a base model whose head is new, from training references."""
+        """Return name and predictions of the baseline that replaces a base model without a trained head."""
         raise NotImplementedError
 
     def as_prediction(self, reference: Any, recipe: Recipe) -> Any:
-        """Return the prediction that equals a reference, of a task whose rows have classes; None for any other."""
+        """Return the prediction that equals a reference; None for tasks without classes."""
         return None
 
     def class_table(self, found: EvalPrediction[Any], recipe: Recipe) -> dict[str, Any] | None:
-        """Return what the report shows beside the scores (classes, confusion); None for a task without classes."""
+        """Return the class table and confusion matrix for the report; None for tasks without classes."""
         return None

@@ -1,4 +1,4 @@
-"""The evaluation as a run keeps and shows it: `evaluation.json`, and the scores on the terminal; without torch."""
+"""Save, load and print an evaluation: `evaluation.json` and the scores on the terminal. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from llmtune.store.atomic_files import explained, read_json, write_json
 
 EVALUATION = "evaluation.json"
 WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: f"[yellow]{INCONCLUSIVE}[/]"}
-"""What a gate comes to."""
+"""Printed results of a gate."""
 SCORES = ("base", "tuned", "difference", "scores")
-"""Keys of `evaluation.json` below which null is a score that is no number."""
+"""Keys of `evaluation.json` below which null means NaN."""
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json`, in one step."""
+    """Write `evaluation.json` atomically."""
     with explained(folder):
         write_json(folder / EVALUATION, asdict(evaluation))
 
 
 def load_evaluation(folder: Path) -> Evaluation | None:
-    """Read `evaluation.json`; None if there is none or it was damaged."""
+    """Read `evaluation.json`; None if it is missing or damaged."""
     saved = read_json(folder / EVALUATION)
     if saved is None:
         return None
@@ -43,7 +43,7 @@ def load_evaluation(folder: Path) -> Evaluation | None:
 
 
 def restore_nan(value: object, numeric: bool = False) -> object:
-    """Put NaN back where JSON has null for a score; what a task shows in `details` stays as it is."""
+    """Turn null back into NaN for scores; a task's `details` stay unchanged."""
     if isinstance(value, dict):
         return {
             key: part if key == "details" else restore_nan(part, numeric or key in SCORES)
@@ -55,14 +55,14 @@ def restore_nan(value: object, numeric: bool = False) -> object:
 
 
 def print_scores(evaluation: Evaluation, console: Console) -> None:
-    """Print base (or what stands for it, by name), tuned and the difference with its interval."""
+    """Print base (or the baseline's name), tuned and the difference with its interval."""
     if not evaluation.tuned and not evaluation.studies:
         console.print("evaluate: none of the metrics could be measured")
     print_sections(score_sections(evaluation, None), console)
 
 
 def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Console) -> None:
-    """Print the gates, and on one line the verdict and how many of them passed or did not."""
+    """Print the gates, then one line with the verdict and how many gates passed."""
     for gate in gates:
         word = WORDS[gate.passed]
         note = f"; {gate.note}" if gate.note else ""

@@ -1,4 +1,4 @@
-"""Step 5: base and tuned model on the same held-out rows, one after the other, and what the difference is worth."""
+"""Step 5: run base and tuned model on the same held-out rows, one after the other, and measure the difference."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from llmtune.records import Evaluation, Row, Rows
 from llmtune.report.metric_info import better_side
 
 PIECES = "loss.pieces"
-"""Name of the note on the base model's losses by piece of a text."""
+"""Name of the note on the base model's loss per piece of a text."""
 PIECES_APART = 0.5
 """Nats per token by which later pieces may be worse."""
 GUESSED_ROWS = 400_000
-"""Rows that are guessed in all, so that many test rows cost seconds."""
+"""Cap on guessed rows, which keeps large test splits fast."""
 
 
 @dataclass(frozen=True)
 class ModelLoaders:
-    """What loads the models of a run; each is a context, and is entered once."""
+    """Loads the models of a run; each is a context manager, entered once."""
 
     base: Callable[[], AbstractContextManager[torch.nn.Module]]
     tuned: Callable[[], AbstractContextManager[torch.nn.Module]]
     packs: Callable[[], bool | None] = lambda: None
-    """Whether the model that was entered last takes losses of packed rows; None leaves that to the recipe."""
+    """Whether the model entered last supports losses of packed rows; None leaves the choice to the recipe."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """An evaluation, and what it was made from."""
+    """An evaluation with the answers and measures behind it."""
 
     evaluation: Evaluation
     answers: dict[str, Answers]
     measures: PairedMeasures
-    """What each test row adds to each score."""
+    """Contribution of each test row to each score."""
 
 
 def evaluate(
@@ -65,11 +65,11 @@ def evaluate(
 ) -> Scored:
     """Score base and tuned model on the test rows of `context` and by `suites`; write and print nothing.
 
-    The base model is not asked for the rows where its answers are known (`base`). Where it has no trained head
-    (`headless`) it is not entered: `stand_in` names what `base` comes from then. Without test rows the evaluation holds
-    what the suites measured.
+    `base` holds known answers of the base model, which is then not run on the rows. A base model without a trained
+    head (`headless`) is not loaded: `stand_in` names the source of `base`. Without test rows the evaluation contains
+    only the suites' results.
 
-    Raises EnvironmentProblem where a single row does not fit in memory.
+    Raises EnvironmentProblem if a single row does not fit in memory.
     """
     answers = {} if base is None else {"base": base}
     run_models(models, context, [suite for _, suite in suites], answers, headless=headless)
@@ -83,7 +83,7 @@ def evaluate(
 
 
 def compare_pieces(base: TokenSums | None, recipe: Recipe) -> dict[str, str]:
-    """Return a warning where the base is much worse on later pieces of split texts than on first pieces; else nothing.
+    """Return a warning if the base is much worse on later pieces of split texts than on first pieces, else nothing.
 
     Training then teaches the model to read pieces, and the gain in loss is no gain on complete texts.
     """
@@ -105,7 +105,7 @@ def compare_pieces(base: TokenSums | None, recipe: Recipe) -> dict[str, str]:
 def run_models(
     models: ModelLoaders, context: EvalContext, suites: Sequence[Suite], answers: dict[str, Answers], *, headless: bool
 ) -> None:
-    """Run the rows and the suites on base and tuned model; `answers` that are known stay, others are added."""
+    """Run the rows and suites on base and tuned model; add answers that are missing from `answers`."""
     for name, load in (("base", models.base), ("tuned", models.tuned)):
         predicts = context.inputs is not None and name not in answers
         running = () if name == "base" and headless else suites
@@ -116,12 +116,12 @@ def run_models(
                 answers[name] = predict(model, name, context, models.packs())
             for suite in running:
                 suite.run(name, model)
-        del model  # else the base's weights stay while the tuned ones are loaded
+        del model  # frees the base's weights before the tuned ones are loaded
         release_memory()
 
 
 def predict_baseline(context: EvalContext, inputs: EvalInputs, rows: Rows) -> tuple[str, Answers]:
-    """Return the name of what stands for a base model without a head, and its predictions."""
+    """Return name and predictions of the baseline that replaces a base model without a head."""
     task = context.task
     references = [task.reference(row) for _, row in iterate_rows(rows, "train")]
     name, values = task.baseline(references, [inputs.questions[i] for i in inputs.answered], context.recipe)
@@ -134,8 +134,8 @@ def find_guessable(
 ) -> tuple[str, ...]:
     """Return the metrics in which guessing by class frequency beats the task's trivial baseline on these rows.
 
-    A guess shuffles the references. It and the baseline know the class frequencies of these very rows, so neither is
-    luckier. Guessing beats the baseline if its mean over the shuffles is better by three standard errors.
+    A guess shuffles the references. Both the guess and the baseline know the class frequencies of these rows, so
+    neither has an edge. Guessing wins if its mean over the shuffles is better by three standard errors.
     """
     right = [task.as_prediction(reference, recipe) for reference in references]
     if not right or None in right:
@@ -193,8 +193,8 @@ def compare_answers(
 def describe_metrics(
     measures: Mapping[str, Measure], inputs: EvalInputs, answers: Answers, recipe: Recipe
 ) -> dict[str, str]:
-    """Describe how each metric was computed, and what was left out."""
-    by_metric = dict.fromkeys(inputs.metrics, "not measured: these rows do not have what it is made of")
+    """Describe how each metric was computed, and what was omitted."""
+    by_metric = dict.fromkeys(inputs.metrics, "not measured: these rows lack its inputs")
     by_metric |= {metric: one.signature for metric, one in measures.items()} | {"intervals": METHOD} | inputs.notes
     if recipe.data.split_by is not None and not inputs.clusters:
         by_metric["intervals.groups"] = "no two test rows have the same data.split_by value: rows are drawn one by one"
@@ -203,7 +203,7 @@ def describe_metrics(
         by_metric["generation"] = ", ".join(f"{key} {value}" for key, value in settings.items())
     if inputs.turns:
         answered = sum(map(len, inputs.turns.values()))
-        by_metric["generated.turns"] = f"{answered} answers to {len(inputs.turns)} rows with tools, each of its turns"
+        by_metric["generated.turns"] = f"{answered} answers to {len(inputs.turns)} rows with tools, one per turn"
     if outside := max(0, len(inputs.prompt_ids) - len(answers.texts)):
-        by_metric["generated.outside"] = f"{outside} prompts and their answers exceed the model's context; left out"
+        by_metric["generated.outside"] = f"{outside} prompts skipped: they exceed the context with their answers"
     return by_metric

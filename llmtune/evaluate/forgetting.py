@@ -39,16 +39,16 @@ from llmtune.records import Advance, StudyTable
 from llmtune.report.number_format import DASH, count, score
 
 PROMPT = "Question: {question}\nAnswer:"
-"""As lm-eval puts ARC and its like; what follows is a space and the answer."""
+"""The format of lm-eval's ARC tasks; a space and the answer follow."""
 FIX = 'Write a line like {"question": "What do cows eat?", "choices": ["grass", "stones"], "answer": 0}.'
 SHOWN_QUESTIONS = 12
 """Questions that the base got right and the tuned model wrong, listed one by one."""
 LIMITS = (
-    "These numbers say whether general language and common knowledge got worse, as far as {amount} can tell. Their "
-    "intervals are about other text and questions of this kind. That nothing moved does not show that nothing was "
-    "forgotten: other languages, code, long contexts, instructions and safety are not asked. The base model may know "
-    "the text by heart, so a score by itself says little, and the difference is what counts. Text and questions stand "
-    "plain, without a chat template: a model that was tuned to chat may have moved more, or less, in its own form."
+    "These numbers show whether general language and common knowledge got worse, within the resolution of {amount}. "
+    "The intervals apply to other text and questions of this kind. No change does not prove that nothing was lost: "
+    "other languages, code, long contexts, instructions and safety are not tested. The base model may have memorized "
+    "the text, so a score alone says little; the difference is what counts. Text and questions are used "
+    "plain, without a chat template. A chat-tuned model may have changed more, or less, within its template."
 )
 
 
@@ -63,13 +63,13 @@ class Likelihoods:
 
 
 class ForgettingSuite(EvalSuite[Likelihoods]):
-    """General texts and questions; the first model's context decides how they are cut into windows."""
+    """General texts and questions; the context of the first model sets the window size."""
 
     metrics: ClassVar = {
         "perplexity": ("of general text", -1),
         "bits_per_byte": ("of general text", -1),
-        "accuracy": ("general questions: the right answer is the likeliest", 1),
-        "accuracy_norm": ("the same, likelihoods by length", 1),
+        "accuracy": ("general questions: the right answer is the most likely", 1),
+        "accuracy_norm": ("the same, likelihoods normalized by length", 1),
     }
     decoder_input = "the likelihood of general text and of answers to general questions"
 
@@ -79,17 +79,17 @@ class ForgettingSuite(EvalSuite[Likelihoods]):
         self.passages: Passages
         self.trees = [question_tree(question, context.processor) for question in self.questions]
         self.too_long = 0
-        """Questions that exceed the model's context; they are left out."""
+        """Number of questions skipped because they exceed the model's context."""
 
     @classmethod
     def read(cls, recipe: Recipe) -> tuple[tuple[GeneralText, ...], list[Question]]:
-        """Read texts and questions. Raises DataError where that cannot be done."""
+        """Read texts and questions. Raises DataError if a source is bad."""
         section = recipe.evaluate.forgetting
         assert section is not None
         return read_texts(section.texts), read_questions(section.questions)
 
     def fit(self, limit: int) -> None:
-        """Lay windows over the texts, and leave out questions that are longer than the context."""
+        """Cut the texts into windows, and skip questions longer than the context."""
         self.passages = make_passages(self.texts, self.context.processor, limit)
         kept = [i for i, tree in enumerate(self.trees) if tree.longest <= limit]
         self.too_long = len(self.trees) - len(kept)
@@ -115,9 +115,9 @@ class ForgettingSuite(EvalSuite[Likelihoods]):
             yield Measure("bits_per_byte", sums, ratio, signature=f"bits by UTF-8 bytes of plain text; {how}")
         if self.questions:
             how = "'Question: ...\\nAnswer:' and ' CHOICE', no chat template"
-            how += f"; {self.too_long} questions longer than the model's context are left out" if self.too_long else ""
+            how += f"; {self.too_long} questions skipped: longer than the model's context" if self.too_long else ""
             for metric, by_length, signature in (
-                ("accuracy", False, f"the choice of the highest log-likelihood, as lm-eval's acc; {how}"),
+                ("accuracy", False, f"the choice with the highest log-likelihood, as lm-eval's acc; {how}"),
                 ("accuracy_norm", True, f"log-likelihoods divided by characters, as lm-eval's acc_norm; {how}"),
             ):
                 asked = zip(self.questions, output.choices, strict=True)
@@ -125,13 +125,13 @@ class ForgettingSuite(EvalSuite[Likelihoods]):
                 yield measure_right(right, metric, signature)
 
     def limits(self) -> str:
-        """Write what the numbers can show, and how much was read."""
+        """Describe what the numbers can show, and how much was read."""
         parts = [f"{self.passages.sizes.sum() / 1000:.0f} kB of text"] if self.texts else []
         parts += [f"{len(self.questions)} questions"] if self.questions else []
         return LIMITS.format(amount=" and ".join(parts))
 
     def tables(self, measured: PairedMeasures) -> Iterator[StudyTable]:
-        """Show the perplexity of each text, the right answers by topic, and the questions that got lost."""
+        """Show the perplexity of each text, the right answers by topic, and the questions now answered wrong."""
         texts = [(self.texts[number].name, rows) for number, rows in rows_by(self.passages.text_of).items()]
         if len(texts) > 1:
             rows = part_rows("perplexity", texts, measured, lambda one: score(one.value))
@@ -166,31 +166,31 @@ def part_rows(
 
 
 def not_blank(text: str) -> str:
-    """Refuse a text of white space alone."""
+    """Refuse a blank text."""
     if not text.strip():
-        raise ValueError("there is no text")
+        raise ValueError("empty text")
     return text
 
 
 class Question(BaseModel):
-    """One question, and which of its choices is right."""
+    """A question with its choices and the right one."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     question: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     choices: Annotated[tuple[Annotated[str, AfterValidator(not_blank)], ...], Field(min_length=2, max_length=26)]
     answer: int | str
-    """Its number from 0, or the choice itself."""
+    """Its number, from 0, or the choice itself."""
     topic: str = ""
 
     @model_validator(mode="after")
     def check(self) -> Question:
-        """Refuse choices that are equal, and an answer that is none of them."""
+        """Refuse equal choices, and an answer that is not one of them."""
         if len(set(self.choices)) < len(self.choices):
             raise ValueError("two choices are equal")
         known = self.answer in self.choices if isinstance(self.answer, str) else 0 <= self.answer < len(self.choices)
         if not known:
-            raise ValueError(f"'answer' is {self.answer!r}; name a choice, or its number from 0 on")
+            raise ValueError(f"'answer' is {self.answer!r}; use a choice, or its number counted from 0")
         return self
 
     @property
@@ -199,17 +199,16 @@ class Question(BaseModel):
         return self.choices.index(self.answer) if isinstance(self.answer, str) else self.answer
 
     def pick(self, scores: Sequence[float], *, by_length: bool = False) -> int:
-        """Return the number of the likeliest choice, the first of equals; `by_length` divides by its characters."""
+        """Return the number of the most likely choice, the first of equals; `by_length` divides by characters."""
         sizes = [len(choice) if by_length else 1 for choice in self.choices]
         values = [score / size for score, size in zip(scores, sizes, strict=True)]
         return values.index(max(values))
 
 
 def read_questions(sources: Sequence[str]) -> list[Question]:
-    """Read JSON lines files of `question`, `choices`, `answer` and `topic`; `own` are those that come with llmtune.
+    """Read JSON lines files of `question`, `choices`, `answer` and `topic`; `own` means the questions of llmtune.
 
-    Paths are absolute. Raises DataError for files that are missing or empty and for lines that are no questions: all
-    of them at once.
+    Paths are absolute. Raises one DataError for all missing or empty files and all bad lines.
     """
     return read_sources(sources, read_lines, "question", FIX)
 
@@ -232,27 +231,27 @@ def read_lines(source: str) -> list[Question | Problem]:
 
 
 def question_tree(question: Question, processor: PreTrainedTokenizerBase) -> Tree:
-    """Join a question, without a chat template, with each of its choices after a space."""
+    """Join a question with each of its choices, separated by a space, without a chat template."""
     prompt = PROMPT.format(question=question.question)
     start = max(1, len(prompt_ids(prompt, processor)))
     texts = [prompt_ids(f"{prompt} {choice}", processor) for choice in question.choices]
     return make_tree(texts, [start] * len(texts))
 
 
-# General text in windows of tokens, and the nats of each of its paragraphs
+# General text in windows of tokens, and the nats of each paragraph
 
 
 WINDOW = 512
-"""Tokens that are read together, where the model's context holds as many."""
+"""Window size in tokens, if the model's context is as large."""
 LONGEST_PARAGRAPH = 2000
-"""Characters; a longer one is cut at white space."""
+"""Longest paragraph in characters; a longer one is split at white space."""
 BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
-TEXT_FIX = "Name a plain text file in UTF-8."
+TEXT_FIX = "Use a plain text file in UTF-8."
 
 
 @dataclass(frozen=True)
 class GeneralText:
-    """One text in paragraphs; put together they are the text."""
+    """A text as paragraphs; joined, they give the text."""
 
     name: str
     paragraphs: tuple[str, ...]
@@ -260,30 +259,30 @@ class GeneralText:
 
 @dataclass(frozen=True)
 class Passages:
-    """Texts as one model's tokens."""
+    """Texts as tokens of one model."""
 
     windows: tuple[Example, ...]
-    """Tokens of one forward pass; those in the span are scored."""
+    """Tokens of one forward pass, and the span of them that is scored."""
     paragraphs: tuple[tuple[int, ...], ...]
-    """By window, the number of the paragraph of each scored token, over all texts."""
+    """Per window, the paragraph number of each scored token, counted over all texts."""
     tokens: Floats
     """[U] scored tokens."""
     sizes: Floats
     """[U] UTF-8 bytes of the scored text."""
     text_of: tuple[int, ...]
-    """[U] which text each paragraph is from."""
+    """[U] the text each paragraph is from."""
 
 
 def read_texts(sources: Sequence[str]) -> tuple[GeneralText, ...]:
-    """Read text files, and for `own` those that come with llmtune; paths are absolute.
+    """Read text files; `own` means the texts that ship with llmtune. Paths are absolute.
 
-    Raises DataError for files that are missing, empty or not UTF-8: all of them at once.
+    Raises one DataError for all files that are missing, empty or not UTF-8.
     """
     return tuple(read_sources(sources, read_source, "text", TEXT_FIX))
 
 
 def read_source(source: str) -> list[GeneralText]:
-    """Read one text file, or for `own` those that ship with llmtune."""
+    """Read one text file; `own` means those that ship with llmtune."""
     if source != OWN:
         text = make_text(Path(source).name, read_utf8(Path(source), TEXT_FIX))
         return [text] if text.paragraphs else []
@@ -301,7 +300,7 @@ def make_text(name: str, text: str) -> GeneralText:
 
 
 def cut_long(block: str) -> list[str]:
-    """Cut an overlong paragraph at white space, or anywhere if it has none."""
+    """Split an overlong paragraph at white space, or anywhere if it has none."""
     parts = []
     while len(block) > LONGEST_PARAGRAPH:
         at = block.rfind(" ", 1, LONGEST_PARAGRAPH)
@@ -312,11 +311,11 @@ def cut_long(block: str) -> list[str]:
 
 
 def make_passages(texts: Sequence[GeneralText], processor: PreTrainedTokenizerBase, context: int | None) -> Passages:
-    """Read texts as tokens and lay windows over them, so that each token is scored once.
+    """Tokenize texts and lay windows over them that score each token once.
 
-    As in the guide "Perplexity of fixed-length models" of transformers, a window is as long as the context, but no
-    longer than 512 tokens, and the next begins half a window later and scores what is new in it. It begins with the
-    start token where the tokenizer puts one before every text; without one, a text's first token is not scored.
+    This follows the guide "Perplexity of fixed-length models" of transformers. A window is as long as the context, at
+    most 512 tokens. The next one starts half a window later and scores only its new tokens. Windows begin with the
+    start token if the tokenizer adds one to every text; otherwise a text's first token is not scored.
     """
     start = start_ids(processor)
     room = min(context or WINDOW, WINDOW) - len(start)
@@ -342,7 +341,7 @@ def make_passages(texts: Sequence[GeneralText], processor: PreTrainedTokenizerBa
 
 
 def to_tokens(text: GeneralText, processor: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids of a text, and the number of the paragraph that each begins in.
+    """Return the ids of a text, and the number of the paragraph in which each begins.
 
     A tokenizer without offsets encodes each paragraph on its own.
     """

@@ -1,4 +1,4 @@
-"""Gates: whether what the recipe wants of the scores holds, fails, or is inconclusive with these rows."""
+"""Gates: decide whether the recipe's requirements on the scores pass, fail or are inconclusive on these rows."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ COUNTED: dict[WhenUnsure, bool | None] = {"fail": False, "pass": True, "report":
 
 
 def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateResult, ...]:
-    """Check each gate of `evaluate.gates`; one whose metric was not measured does not pass.
+    """Check each gate of `evaluate.gates`; a gate on an unmeasured metric does not pass.
 
-    `X > base` compares the scores. `X.low > base` compares the low end of the paired interval of the difference (95 %,
-    with `evaluate.looks` wider) with zero. `champion` is the run that `evaluate.champion` names; scores compared with
-    it are those on the rows of both. `decide` has the rule for the ends of an interval, and `when_unsure` says what an
-    inconclusive gate counts as.
+    `X > base` compares the scores. `X.low > base` compares the low end of the difference's paired interval (95 %, wider
+    with `evaluate.looks`) with zero. `champion` is the run named by `evaluate.champion`; scores are then compared on
+    the rows that both runs share. `decide` has the rule for interval ends. `when_unsure` sets how an inconclusive gate
+    counts.
 
     Raises RecipeError for a text that is not a gate.
     """
@@ -73,11 +73,11 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
 
 
 def decide(op: Operator, actual: float, change: Difference, limit: float) -> bool | None:
-    """Whether a gate on one end of an interval holds; None if the rows show neither that it holds nor that it fails.
+    """Whether a gate on one end of an interval passes; None if the rows are inconclusive.
 
-    A gate fails if the whole interval is beyond the limit. A gate with a margin, which equal models pass, also fails if
-    the whole interval is on the worse side of zero: the tuned model is shown to be worse, and not shown to be within
-    the margin.
+    A gate fails if the entire interval is beyond the limit. A gate with a margin, which equal models pass, also fails
+    if the entire interval is on the worse side of zero: the tuned model is shown to be worse, and not shown to be
+    within the margin.
     """
     if is_met(op, actual, limit):
         return True
@@ -88,18 +88,18 @@ def decide(op: Operator, actual: float, change: Difference, limit: float) -> boo
 
 
 def is_worse(op: Operator, change: Difference) -> bool:
-    """Whether the whole interval is on the side of zero that a gate with this operator calls worse."""
+    """Whether the entire interval is on the side of zero that this operator's gates call worse."""
     return change.high < 0 if op in (">", ">=") else op in ("<", "<=") and change.low > 0
 
 
 def explain_unsure(op: Operator, change: Difference, limit: float, alpha: float) -> str:
-    """Return how many rows would tell, and of which true difference; `change` has its 95 % interval."""
+    """Return how many rows would decide the gate, and at which true difference; `change` has its 95 % interval."""
     if math.isnan(change.low):
-        return f"there is no interval of these {change.n} rows"
+        return f"{change.n} rows are too few for an interval"
     assumed, needed = plan_rows(op, change, limit, alpha)
     if needed is None:
-        return f"the difference is at the limit, {number(limit)}, where no number of rows would tell"
-    if needed <= change.n:  # enough in four of five cases, and this is the fifth, or something did change
+        return f"the difference is at the limit, {number(limit)}, so no number of rows would decide it"
+    if needed <= change.n:  # the plan has 80 % power: this is the other 20 %, or there was a change
         assumed, needed = change.value, rows_needed(row_deviation(change), abs(change.value - limit), alpha)
     case = "nothing changed" if assumed == 0 else f"the difference is {number(assumed)}"
     few = f"{change.n} rows{name_groups(change.n, change)} are too few"
@@ -111,16 +111,16 @@ def explain_unsure(op: Operator, change: Difference, limit: float, alpha: float)
 
 
 def plan_rows(op: Operator, change: Difference, limit: float, alpha: float) -> tuple[float, int | None]:
-    """Return a true difference to plan with, and the rows that tell with 80 % power whether it meets a limit.
+    """Return a true difference to plan with, and the rows needed to decide a gate with 80 % power.
 
-    Where a gate leaves a margin it is meant for models that do not differ: zero. Else it is what was seen.
+    A gate with a margin is meant for models that do not differ: zero. Otherwise it is the observed difference.
     """
     assumed = 0.0 if limit != 0 and is_met(op, 0.0, limit) else change.value
     return assumed, rows_needed(row_deviation(change), abs(assumed - limit), alpha)
 
 
 def is_met(op: Operator, actual: float, limit: float) -> bool:
-    """Whether a comparison of two numbers holds; of what is no number it does not."""
+    """Whether a comparison of two numbers holds; False for NaN."""
     return not (math.isnan(actual) or math.isnan(limit)) and COMPARE[op](actual, limit)
 
 
@@ -132,7 +132,7 @@ def margin(gate: Gate, other: float) -> float:
 def compared_scores(
     gate: Gate, evaluation: Evaluation
 ) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, Difference]]:
-    """Return the scores of the tuned model and of the model that the gate names, on the same rows; the differences."""
+    """Return scores of the tuned model and of the gate's other model on the same rows, and the differences."""
     if gate.against != "champion":
         return evaluation.by_name("tuned"), evaluation.by_name("base"), evaluation.differences()
     champion = evaluation.champion
@@ -149,7 +149,7 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
 
 def require_gates(gates: Sequence[GateResult], report: Json) -> None:
     """Raise GateFailed if any gate failed, else GateUnsure if any is inconclusive; the error has the run's report."""
-    fix = "Give data.test more rows, or the gate a wider margin; evaluate.when_unsure says what this counts as."
+    fix = "Add rows to data.test or widen the gate's margin; evaluate.when_unsure sets how this counts."
     failed = [Problem(f"gate failed: wanted {outcome(gate)}", gate.name) for gate in gates if gate.passed is False]
     unsure = [Problem(f"wanted {outcome(gate)}", gate.name, fix) for gate in gates if gate.passed is None]
     if failed or unsure:
@@ -159,12 +159,12 @@ def require_gates(gates: Sequence[GateResult], report: Json) -> None:
 
 
 def outcome(gate: GateResult) -> str:
-    """Return what was wanted, what was got, and the note."""
+    """Return the wanted value, the actual value and the note."""
     return "; ".join(part for part in (f"{gate.wanted}, got {gate.got}", gate.note) if part)
 
 
 def threshold(gate: Gate, other: float) -> float:
-    """Return the right-hand side of the gate as a score; `other` is that of the model it compares with."""
+    """Return the right-hand side of the gate as a score; `other` is the score of the model it compares with."""
     return other * gate.factor + gate.offset if gate.number is None else gate.number
 
 
@@ -173,19 +173,19 @@ def number(value: float) -> str:
     return "not a number" if math.isnan(value) else f"{value:.4g}"
 
 
-# What the test rows can show
+# Resolution of the test rows
 
 
 OF_RUN = "the tuned model and the base differed row by row in this run's last evaluation"
 OF_CHAMPION = "the champion and its own base differ row by row"
-UNKNOWN = "What the test rows can show is not known yet: no run was evaluated here, and there is no champion."
+UNKNOWN = "What the test rows can show is not known yet: no evaluated run and no champion found."
 
 
 def list_power(section: EvaluateSection, evaluation: Evaluation, rows: int | None = None) -> list[Power]:
-    """Return what the test rows can show, gates on intervals first, then the metrics that no such gate is about.
+    """Return what the test rows can show: gates on intervals first, then metrics without such a gate.
 
-    `rows` is how many test rows there are now, where that is another number than the evaluation had. Where no row
-    differed at all, nothing is known.
+    `rows` is the current number of test rows, if it differs from the evaluation's. Metrics without any row
+    differences are skipped.
     """
     found = []
     for gate in map(parse_gate, section.gates):
@@ -205,23 +205,23 @@ def list_power(section: EvaluateSection, evaluation: Evaluation, rows: int | Non
 
 
 def has_spread(change: Difference) -> bool:
-    """Whether an interval says how much rows differ."""
+    """Whether an interval shows how much rows differ."""
     return math.isfinite(change.low) and change.high > change.low
 
 
 def measure_power(
     metric: str, against: str, change: Difference, evaluation: Evaluation, rows: int | None, alpha: float = ERROR
 ) -> Power:
-    """Return the smallest difference that the rows of one metric show."""
+    """Return the smallest difference that one metric's rows can detect."""
     rows = rows if rows is not None and change.n == evaluation.rows else change.n
     return Power(metric, against, rows, smallest_difference(row_deviation(change), rows, alpha))
 
 
 def print_plan(recipe: Recipe, run: RunFolder, console: Console, *, prepared: bool) -> Json:
-    """Print what the test rows will be able to show, by an evaluation that is there, and return it.
+    """Print what the test rows will be able to show, based on an existing evaluation, and return it.
 
-    It is that of the run itself, else that of the champion, whose difference from its base stands for the tuned model's
-    from base and champion. The number of test rows is that of the run where they are `prepared`.
+    Uses the run's own evaluation, else the champion's: the champion's difference from its base then replaces the
+    tuned model's differences from base and champion. The number of test rows is the run's if they are `prepared`.
     """
     rows = run.facts("prepare")["kept"].get("test") if prepared else None
     own = load_evaluation(run.path / "evaluation") if run.is_done("evaluate") else None

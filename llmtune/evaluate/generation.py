@@ -1,4 +1,4 @@
-"""Answers to many prompts, generated in batches: the greedy ones by our own loop, others by transformers'."""
+"""Generate answers to many prompts in batches: greedy ones by our own loop, others by that of transformers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 
 CACHE_SHARE = 1 / 8
-"""Of the device's memory, what the keys and values of one batch may take up."""
+"""Share of the device's memory for the keys and values of one batch."""
 MOST_ROWS = {"cpu": 256, "cuda": 512}
-"""Rows of one batch: matrix products with more rows are no faster a row."""
+"""Largest batch: more rows do not make matrix products faster per row."""
 PROMPT_END = 64
-"""Tokens at the end of a prompt that hold all that a template begins an answer with."""
+"""Tokens at the end of a prompt that contain everything a template adds to begin an answer."""
 FEW_PROMPTS = 2
-"""Up to so many prompts transformers' loop is used: ours is tried on the model first, which costs more."""
+"""Up to this many prompts use transformers' loop: trying ours on the model first would cost more."""
 
 
 def generation_settings(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe: Recipe) -> GenerationConfig:
-    """Return the recipe's generation settings as transformers takes them, with every token that ends an answer.
+    """Return the recipe's generation settings for transformers, with every token that ends an answer.
 
-    Settings of the model repository (a temperature, a repetition penalty) are ignored: the recipe decides.
+    Settings from the model repository (a temperature, a repetition penalty) are ignored: the recipe decides.
     """
     options = {key: value for key, value in recipe.generation.model_dump().items() if value is not None}
     if options["do_sample"]:
@@ -48,8 +48,8 @@ def generation_settings(model: torch.nn.Module, processor: PreTrainedTokenizerBa
 def answer_ends(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe: Recipe | None = None) -> list[int]:
     """Return the ids that end an answer.
 
-    They are the tokenizer's end of text, what the model names as its own, and, where a recipe is given whose task uses
-    the chat template, what that ends a turn with.
+    These are the tokenizer's end of text and the model's own end tokens. If `recipe` has a task with a chat template,
+    the template's end of turn is added.
     """
     named = getattr(unwrap(model), "generation_config", None)
     stated = getattr(named, "eos_token_id", None)
@@ -59,12 +59,12 @@ def answer_ends(model: torch.nn.Module, processor: PreTrainedTokenizerBase, reci
 
 
 def answer_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate | None:
-    """Return the template that answers are written in; None where they are text alone."""
+    """Return the template of answers; None if answers are plain text."""
     return read_template(processor, recipe) if TASK_FACTS[recipe.task].templated and processor.chat_template else None
 
 
 def answer_reader(processor: PreTrainedTokenizerBase, recipe: Recipe) -> AnswerReader:
-    """Return what reads the generated ids of an answer, given the tools that it may call and the ids of its prompt."""
+    """Return a reader for generated ids; it also takes the tools that may be called and the prompt's ids."""
     template = answer_template(processor, recipe)
 
     def read(ids: Sequence[int], tools: Tools, prompt: Sequence[int] = ()) -> ParsedAnswer:
@@ -76,7 +76,7 @@ def answer_reader(processor: PreTrainedTokenizerBase, recipe: Recipe) -> AnswerR
 
 
 def prompt_end(processor: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str | None:
-    """Return the end of a prompt as text, where the template may have begun the answer; None without a prompt."""
+    """Return the end of a prompt as text, in case the template began the answer there; None without a prompt."""
     return decode(processor, prompt[-PROMPT_END:]) if len(prompt) else None
 
 
@@ -84,7 +84,7 @@ class AnswerReader(Protocol):
     """Reads generated ids."""
 
     def __call__(self, ids: Sequence[int], tools: Tools, prompt: Sequence[int] = ()) -> ParsedAnswer:
-        """Return the answer in its parts."""
+        """Return the answer split into its parts."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class CompletionOutput:
     token_ids: list[int]
     """Without the end token."""
     finish_reason: Literal["stop", "length"]
-    """`length` where `generation.max_new_tokens` ended it."""
+    """`length` if `generation.max_new_tokens` ended it."""
 
 
 def generate_completions(
@@ -108,8 +108,8 @@ def generate_completions(
 ) -> list[CompletionOutput]:
     """Generate an answer to each prompt (token ids), in batches of similar length padded on the left.
 
-    Sampling starts from the recipe's seed and leaves torch's generators as they were. Several processes share the
-    prompts unless answers are sampled: a sample depends on the other prompts of its batch.
+    Sampling uses the recipe's seed and restores torch's random state. Processes share the prompts unless answers
+    are sampled: a sample depends on the other prompts of its batch.
     """
     work = partial(_generate_here, model, processor=processor, recipe=recipe, device=device, advance=advance)
     return work(prompts) if recipe.generation.do_sample else over_processes(prompts, work)
@@ -151,19 +151,19 @@ def _generate_here(
 
 
 def end_output(ids: Sequence[int], stops: set[int]) -> CompletionOutput:
-    """Cut generated ids before the first that ends an answer."""
+    """Cut generated ids before the first end token."""
     end = next((at for at, token in enumerate(ids) if token in stops), None)
     return CompletionOutput(list(ids[:end]), "length" if end is None else "stop")
 
 
 def is_greedy(recipe: Recipe) -> bool:
-    """Whether the recipe asks for nothing but the likeliest token each time."""
+    """Whether the recipe always picks the most likely token."""
     stated = recipe.generation.model_dump(exclude_none=True)
     return stated == {"max_new_tokens": recipe.generation.max_new_tokens, "do_sample": False, "num_beams": 1}
 
 
 def cache_budget(device: str, column_bytes: int) -> int:
-    """Return how many positions one batch may have, by the device's total memory, not by what is free."""
+    """Return how many positions one batch may have, based on the device's total memory, not its free memory."""
     limit = device_memory(device)
     if limit is None:
         return budget_for(device, GENERATION_BUDGET)
@@ -190,9 +190,9 @@ def _generate(model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings
 
 
 def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: str) -> bool:
-    """Whether a padded batch gives the logits of each prompt alone; tried on a few tokens.
+    """Whether a padded batch gives the same logits as each prompt alone; tested on a few tokens.
 
-    It does not where a recurrent state runs over the padding.
+    It does not if a recurrent state runs over the padding.
     """
     size = unwrap(model).get_input_embeddings().weight.shape[0]
     prompts = [[size * (7 * (i % 6) + 3 * length % 5 + 1) // 50 for i in range(length)] for length in (9, 4)]
@@ -207,7 +207,7 @@ def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: 
 
 @contextmanager
 def only_these_settings(model: torch.nn.Module) -> Iterator[GenerationConfig | None]:
-    """Clear the model's own generation settings, which `generate` uses where the recipe says nothing; yields them."""
+    """Clear the model's own generation settings, which `generate` uses as defaults; yields them."""
     holders = [holder for holder in (model, unwrap(model)) if hasattr(holder, "generation_config")]
     kept = [holder.generation_config for holder in holders]
     for holder in holders:

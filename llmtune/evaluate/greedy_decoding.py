@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts: their shared prefix is read once, and a row leaves the batch when its answer ends.
+"""Greedy decoding of many prompts: a shared prefix is read once; a row leaves the batch when its answer ends.
 
 Shapes: B rows of a batch, T columns, V vocabulary, K key/value heads, D head width, N active rows. Rows are
 right-aligned.
@@ -20,29 +20,29 @@ from llmtune.model.self_checks import logits_agree
 
 
 class KVCache(Cache):  # type: ignore[misc]
-    """A cache whose rows end in the same column, so that each step writes one column of all of them.
+    """A KV cache whose rows end in the same column, so each step writes one column for all rows.
 
-    `DynamicCache` copies all it has for every token, and keeps rows that have ended. Sliding windows need no handling:
-    the model builds its mask from the columns, which lie as far apart within a row as its tokens.
+    `DynamicCache` copies its full contents for every token, and keeps finished rows. Sliding windows need no handling:
+    the model builds its mask from the columns, which have the same distances within a row as its tokens.
     """
 
     def __init__(self, rows: int, width: int) -> None:
-        """Make room for `rows` rows of `width` columns; memory is taken as layers write for the first time."""
+        """Reserve `rows` rows of `width` columns; layers allocate memory on their first write."""
         super().__init__(layers=[])
         self.rows, self.width = rows, width
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """By layer, its keys [B, K, T, D] and its values [B, K, T, D], whose D may differ."""
+        """Per layer, its keys [B, K, T, D] and values [B, K, T, D]; their D may differ."""
         self.active = slice(0, rows)
         """The rows of the next forward pass."""
         self.first = 0
-        """The first column that it sees."""
+        """The first column that it attends to."""
         self.end = 0
-        """The column that it writes first; those before it are filled."""
+        """The first column that it writes; earlier ones are filled."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values [N, K, t, D] of the active rows; return all that they see [N, K, t + before, D]."""
+        """Write keys and values [N, K, t, D] of the active rows; return all they attend to [N, K, t + before, D]."""
         keys, values = self._layer(layer_idx, (key_states, value_states))
         stop = self.end + key_states.shape[2]
         keys[self.active, :, self.end : stop] = key_states
@@ -51,28 +51,28 @@ class KVCache(Cache):  # type: ignore[misc]
         return keys[seen], values[seen]
 
     def _layer(self, number: int, like: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's states, allocated at its first use; zeros, because masked columns are multiplied as well."""
+        """Return a layer's states, allocated on first use; zeros, because masked columns are multiplied too."""
         if number not in self.states:
             keys, values = (part.new_zeros(self.rows, part.shape[1], self.width, part.shape[3]) for part in like)
             self.states[number] = keys, values
         return self.states[number]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many columns precede those of the next forward pass."""
+        """Return the number of columns before the next forward pass."""
         return self.end - self.first
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return how many keys `query_length` queries see at most, and the number of the first."""
+        """Return the maximum number of keys that `query_length` queries attend to, and the number of the first."""
         return self.get_seq_length() + query_length, 0
 
     def copy_prefix(self, source: KVCache, rows: slice, start: int, count: int) -> None:
-        """Copy the first `count` columns of `source`, which has one row, to `rows` from column `start` on."""
+        """Copy the first `count` columns of the one-row cache `source` to `rows`, starting at column `start`."""
         for number, prefix in source.states.items():
             for target, part in zip(self._layer(number, prefix), prefix, strict=True):
                 target[rows, :, start : start + count] = part[:, :, :count]
 
     def move(self, slots: Sequence[int], rows: Sequence[int]) -> None:
-        """Overwrite the slots of rows that ended with other rows, in the columns that are seen."""
+        """Overwrite the slots of finished rows with other rows, in the columns still attended to."""
         if slots:
             columns = slice(self.first, self.end)
             for part in chain.from_iterable(self.states.values()):
@@ -86,17 +86,17 @@ class KVCache(Cache):  # type: ignore[misc]
 
 
 WORTH_SHARING = 64
-"""Tokens that a shared prefix must save: it takes a forward pass of its own."""
+"""Minimum number of tokens a shared prefix must save, since it takes a forward pass of its own."""
 
 
 class DecodeBatch:
-    """Prompts that are being answered, with their cache; a row leaves when its answer ends.
+    """Prompts being answered, with their cache; a row leaves when its answer ends.
 
-    Rows are known by their index in `prompts`; `order` lists them by slot.
+    Rows are identified by their index in `prompts`; `order` lists them by slot.
     """
 
     def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, device: str) -> None:
-        """Make room for `prompts` and answers of up to `new_tokens` tokens."""
+        """Reserve space for `prompts` and answers of up to `new_tokens` tokens."""
         self.model, self.prompts, self.device = model, prompts, device
         self.order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.width = len(prompts[self.order[0]])
@@ -107,9 +107,9 @@ class DecodeBatch:
         self.mask_BT = self.mask_BT.to(device)
 
     def read(self, shared: int, budget: int) -> torch.Tensor:
-        """Read the prompts, at most `budget` tokens at a time; return the logits [B, V] of what follows them.
+        """Read the prompts, at most `budget` tokens at a time; return the next-token logits [B, V].
 
-        All prompts begin with the same `shared` tokens, which are read once, and each is longer than that.
+        All prompts begin with the same `shared` tokens, which are read once, and each has at least one more.
         """
         prefix = KVCache(1, shared)
         if shared:
@@ -120,7 +120,7 @@ class DecodeBatch:
         return torch.cat(logits)
 
     def _cut(self, shared: int, budget: int) -> Iterator[slice]:
-        """Yield groups of rows to read at once; the longest rows come first."""
+        """Yield groups of rows to read together; the longest rows come first."""
         start = 0
         while start < len(self.order):
             longest = len(self.prompts[self.order[start]]) - shared
@@ -129,10 +129,10 @@ class DecodeBatch:
             start = stop
 
     def _read_rows(self, rows: slice, shared: int, prefix: KVCache) -> torch.Tensor:
-        """Read some rows after their shared prefix; return the logits [rows, V] of what follows them.
+        """Read some rows after their shared prefix; return the next-token logits [rows, V].
 
-        The prefix ends in the same column for all of them, as in the longest row. A shorter row has room for a part of
-        its prefix before that column, or for none; it reads the rest again, so that no row has padding within it.
+        The prefix ends in the same column for all of them, as in the longest row. A shorter row has space for only a
+        part of its prefix, or none; it reads the rest again, which avoids padding within the row.
         """
         cache, chosen = self.cache, self.order[rows]
         cache.active = rows
@@ -154,7 +154,7 @@ class DecodeBatch:
         return next_logits(self.model, cache, ids_BT.to(self.device), positions_BT.clamp_(0).to(self.device), mask_BT)
 
     def step(self, tokens_B: torch.Tensor, written: int) -> torch.Tensor:
-        """Append a token to each row, after `written` others; return the logits [B, V] of what follows."""
+        """Append a token to each row, after `written` others; return the next-token logits [B, V]."""
         cache = self.cache
         mask_BT = self.mask_BT[cache.active, cache.first : cache.end + 1]
         positions = torch.tensor([len(self.prompts[i]) + written for i in self.order], device=self.device)
@@ -184,9 +184,9 @@ def next_logits(
     positions_BT: torch.Tensor,
     mask_BT: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Run `model` on tokens after those in `cache`; return the logits [B, V] of what follows the last of each row.
+    """Run `model` on tokens after those in `cache`; return the next-token logits [B, V].
 
-    `mask_BT` is 0 where a column that is seen holds padding; None where none does.
+    `mask_BT` is 0 at attended columns that hold padding; None without padding.
     """
     accepted = accepted_arguments(type(unwrap(model)))  # type: ignore[arg-type]
     inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": True}
@@ -203,7 +203,7 @@ def next_logits(
 def decode_greedily(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, stops: set[int], device: str
 ) -> list[list[int]]:
-    """Return the likeliest tokens, one after the other, that follow each prompt: up to `new_tokens`, or a stop."""
+    """Return the greedy continuation of each prompt: up to `new_tokens` tokens, or a stop token."""
     batch = DecodeBatch(model, prompts, new_tokens, device)
     shared = common_beginning(prompts)
     if shared * (len(prompts) - 1) < WORTH_SHARING:
@@ -231,10 +231,10 @@ def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
-    """Return the bytes of cache that a token takes; None if `model` cannot use this cache.
+    """Return the cache bytes per token; None if `model` cannot use this cache.
 
-    A dozen tokens decide it: rows of different length with a shared prefix are read, one leaves, and the logits are
-    compared with plain forward passes. They differ in models with a recurrent state or a cache format of their own.
+    A test on a dozen tokens decides: rows of different lengths with a shared prefix are read, one leaves, and the
+    logits are compared with plain forward passes. Models with a recurrent state or their own cache format fail.
     """
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and (adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None)):

@@ -1,4 +1,4 @@
-"""Gaps between groups: how far apart the best and the worst served slice of a column are, by any metric.
+"""Gaps between groups: how far apart the best and worst served slices of a column are, by any metric.
 
 Shapes: N rows, G groups, R resamples, M rows of a group.
 """
@@ -25,30 +25,30 @@ from llmtune.report.verdict import FEWEST_ROWS
 RESAMPLES = 2000
 PERMUTATIONS = 2000
 OF_RANKS = 300
-"""Resamples and permutations of rank metrics, each of which takes a sort."""
+"""Resamples and permutations of rank metrics, each of which needs a sort."""
 METHOD = (
     f"largest minus smallest of the groups with at least {FEWEST_ROWS} rows; intervals by {RESAMPLES} resamples of "
     "rows within each group; by chance: mean and p of shuffled group labels"
 )
 LIMITS = (
-    "A gap is the largest difference, so it lies above zero by chance alone, the more so the more groups and the fewer "
-    "rows there are. It says that groups are served differently, and not why: their rows may be harder."
+    "A gap is the largest difference, so chance alone puts it above zero, more so with more groups and fewer "
+    "rows. It shows that groups are served differently, not why: their rows may be harder."
 )
 NO_GROUP = {OTHER: "several values", MISSING: "no value"}
-"""Slices that are no group, with the reason."""
+"""Slices that are not a group, with the reason."""
 Ints = NDArray[np.int64]
 
 
 class GroupGapSuite(EvalSuite[None]):
-    """Gaps between groups of the test rows, from scores that are there already."""
+    """Gaps between groups of the test rows, computed from existing scores."""
 
     metrics: ClassVar = {"gap": ("between best and worst served group", -1)}
 
     def run(self, name: str, model: torch.nn.Module) -> None:
-        """Ask nothing."""
+        """Do nothing: the test rows' scores suffice."""
 
     def compare(self, rows: PairedMeasures) -> Study:
-        """Return the largest gap of the metric that says most."""
+        """Return the largest gap of the most informative metric."""
         columns = self.context.inputs.groups if self.context.inputs else {}
         gaps = find_gaps(columns, rows, self.context.recipe.seed)
         without = [column for column in columns if column not in {gap.column for gap in gaps}]
@@ -59,7 +59,7 @@ class GroupGapSuite(EvalSuite[None]):
         largest = [gap for gap in gaps if gap.metric == gaps[0].metric]
         score = score_gap(largest)
         by_chance = (
-            f"groups of these sizes drawn by lot have a gap of {score.chance:.3g} on average, "
+            f"random groups of these sizes have a gap of {score.chance:.3g} on average, "
             f"and one as large as the tuned model's in {100 * score.p:.2g} of 100 draws"
         )
         what = f"{gaps[0].metric} by {', '.join(gap.column for gap in largest)}"
@@ -75,9 +75,9 @@ class GroupGap:
     column: str
     metric: str
     groups: Mapping[str, Ints]
-    """[G] by name, the numbers of the metric's rows in it."""
+    """[G] by name, the numbers of the metric's rows in the group."""
     few: Mapping[str, int]
-    """Slices that are not compared, and how many rows they have."""
+    """Slices that are not compared, with their sizes."""
     base_G: Floats  # noqa: N815
     tuned_G: Floats  # noqa: N815
     base_R: Floats  # noqa: N815
@@ -96,13 +96,13 @@ class GapScore:
     tuned: float
     difference: Difference
     chance: float
-    """Its mean for the tuned model with random groups."""
+    """Mean gap of the tuned model with random groups."""
     p: float
-    """How often a random gap is as large as the tuned model's, never below 1 / (R + 1)."""
+    """Share of random gaps as large as the tuned model's, at least 1 / (R + 1)."""
 
 
 def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int) -> list[GroupGap]:
-    """Measure the gap of every metric between the groups of every column that has two of them."""
+    """Measure the gap of every metric between the groups of every column with at least two."""
     gaps = []
     for column, parts in columns.items():
         for metric in rank_metrics([name for name in measures.tuned if name in measures.base]):
@@ -120,7 +120,7 @@ def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int)
 
 
 def group_rows(parts: Parts, measure: Measure) -> tuple[dict[str, Ints], dict[str, int]]:
-    """Return the numbers of a metric's rows by group, and the sizes of the slices that are too small or no group."""
+    """Return the metric's row numbers by group, and the sizes of slices that are too small or not a group."""
     slices = {name: np.flatnonzero(np.isin(measure.at, list(rows))) for name, rows in parts.items()}
     groups = {name: rows for name, rows in slices.items() if name not in NO_GROUP and len(rows) >= FEWEST_ROWS}
     others = {name: len(rows) for name, rows in slices.items() if name not in groups}
@@ -128,7 +128,7 @@ def group_rows(parts: Parts, measure: Measure) -> tuple[dict[str, Ints], dict[st
 
 
 def score_gap(gaps: Sequence[GroupGap]) -> GapScore:
-    """Return the largest gap over columns, which are drawn and shuffled one by one."""
+    """Return the largest gap over columns, each of which is resampled and shuffled on its own."""
     base = float(max(np.ptp(gap.base_G) for gap in gaps))
     tuned = float(max(np.ptp(gap.tuned_G) for gap in gaps))
     base_R = np.max([gap.base_R for gap in gaps], axis=0)
@@ -142,7 +142,7 @@ def score_gap(gaps: Sequence[GroupGap]) -> GapScore:
 
 
 def resample_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floats:
-    """Return the metric [R, G] of groups with resampled rows; the same draws for every metric and model."""
+    """Return the metric [R, G] of groups with resampled rows; all metrics and models use the same draws."""
     resamples = RESAMPLES if measure.ranking is None else OF_RANKS
     values = []
     for number, rows in enumerate(groups):
@@ -166,7 +166,7 @@ def shuffle_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Float
 
 
 def value_of_rows(measure: Measure, rows_RM: Ints) -> Floats:
-    """Return the metric [R] of M rows each time."""
+    """Return the metric [R] of M rows each."""
     if measure.formula is not None:
         return measure.formula(measure.sums_NK[rows_RM].sum(1))
     counts_RN = np.zeros((len(rows_RM), len(measure.sums_NK)))
@@ -175,7 +175,7 @@ def value_of_rows(measure: Measure, rows_RM: Ints) -> Floats:
 
 
 def gap_tables(gaps: Sequence[GroupGap]) -> Iterator[StudyTable]:
-    """Show the gaps, a row per column and metric, and the scores of each group by the metric that says most."""
+    """Show the gaps, one row per column and metric, and each group's scores by the most informative metric."""
     heads = ("column", "metric", "lowest", "highest", "base", "tuned", "change", "95 % interval", "by chance", "p")
     if gaps:
         yield StudyTable("Gaps between groups", heads, tuple(map(gap_row, gaps)))
@@ -191,7 +191,7 @@ def gap_tables(gaps: Sequence[GroupGap]) -> Iterator[StudyTable]:
 
 
 def gap_row(gap: GroupGap) -> tuple[str, ...]:
-    """Show one gap, the groups at its ends, and what chance makes of it."""
+    """Show one gap, the groups at its ends, and its chance level."""
     names, low, high = list(gap.groups), int(np.argmin(gap.tuned_G)), int(np.argmax(gap.tuned_G))
     ends = [f"{names[at]} {gap.tuned_G[at]:.3g}" for at in (low, high)] if low != high else ["none", "none"]
     score = score_gap([gap])

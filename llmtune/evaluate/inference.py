@@ -1,4 +1,4 @@
-"""One model on the evaluation's inputs: losses of the references, predictions, likelihoods of the choices."""
+"""Run one model on the evaluation's inputs: reference losses, predictions, likelihoods of the choices."""
 
 from __future__ import annotations
 
@@ -41,39 +41,39 @@ class TokenSums:
     tokens: Floats
     target_bytes: Floats
     first_nats: Floats
-    """Of a row that was split into several examples, those of its first."""
+    """For a row split into several examples, the sums of the first."""
     first_tokens: Floats
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model answered; keys are indexes into the evaluated rows."""
+    """One model's answers; keys are indexes into the evaluated rows."""
 
     sums: TokenSums | None
     texts: dict[int, str]
-    """Answers as shown to people."""
+    """Answers as text for display."""
     scores: dict[int, list[float]]
     """Log-likelihood of each choice, nats."""
     predictions: dict[int, object] = field(default_factory=dict)
-    """Answers as the task has them; of tasks whose answers are texts those are in `texts`."""
+    """Answers in the task's own form; for tasks that answer in text they are in `texts`."""
     parts: dict[int, list[ParsedAnswer]] = field(default_factory=dict)
-    """Generated answers that are more than text: all answers of a row with tools, its own last."""
+    """Generated answers with more than text: all answers of a row with tools, its own last."""
     cut: dict[int, float] = field(default_factory=dict)
-    """Of rows whose answers are generated, the share of them that `generation.max_new_tokens` ended."""
+    """Per row with generated answers, the share that `generation.max_new_tokens` truncated."""
 
     def text(self, row: int) -> str:
         """Return the text of an answer, without reasoning and tool calls."""
         return self.parts[row][-1].text if row in self.parts else self.texts[row]
 
     def choice(self, row: int, choices: Sequence[str]) -> str:
-        """Return the likeliest choice of a row, the first of equals, or an empty text where none was scored."""
+        """Return the most likely choice of a row, the first of equals, or an empty text if none was scored."""
         return choices[int(np.argmax(self.scores[row]))] if row in self.scores else ""
 
 
 def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool | None = None) -> Answers:
     """Run one model on the inputs; sets it to evaluation mode.
 
-    `packs` says whether rows are packed for the loss, as in `SelectedModel`.
+    `packs` is whether rows are packed for the loss, as in `SelectedModel`.
     """
     inputs, task, recipe, device = context.inputs, context.task, context.recipe, context.device
     assert inputs is not None
@@ -111,9 +111,9 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
 def predict_rows(
     task: EvaluatedTask, rows: Sequence[Mapping[str, Any]], loaded: LoadedModel
 ) -> tuple[list[object], dict[int, float]]:
-    """Return the prediction of each row, and 1 or 0 by the rows whose answer ends: whether it was cut.
+    """Return each row's prediction, and for rows whose answers end, 1 if the answer was truncated, else 0.
 
-    Several processes share the rows unless answers are sampled: a sample depends on the other rows of its batch.
+    Processes share the rows unless answers are sampled: a sample depends on the other rows of its batch.
     """
 
     def work(part: Sequence[Mapping[str, Any]]) -> list[tuple[object, bool | None]]:
@@ -132,7 +132,7 @@ def parse_outputs(
     outputs: Sequence[CompletionOutput],
     context: EvalContext,
 ) -> Answers:
-    """Add the answers to rows: of each row as many outputs as it has prompts, one after the other."""
+    """Add the answers to rows: each row takes as many consecutive outputs as it has prompts."""
     inputs = context.inputs
     assert inputs is not None
     read = answer_reader(context.processor, context.recipe) if outputs else None
@@ -157,9 +157,9 @@ def score_tokens(
     advance: Advance = lambda rows: None,
     packed: bool = False,
 ) -> TokenSums:
-    """Add up loss and first choices over the supervised tokens of each row; examples of a split row count together.
+    """Add up loss and first choices over the supervised tokens of each row; examples of a split row are summed.
 
-    `packed` says that `collate` puts examples end to end, so that a batch costs the sum of their lengths.
+    With `packed`, `collate` concatenates examples, and a batch costs the sum of their lengths.
     """
     reader = inputs.reader
 
@@ -189,9 +189,9 @@ def score_tokens(
 
 
 def compute_metrics(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
-    """Turn answers into the metrics of the inputs; one without rows, or that means nothing here, is left out.
+    """Compute the metrics of the inputs from answers; metrics without rows or without meaning here are omitted.
 
-    Where answers were generated, the share of those that were cut is always among them.
+    Generated answers always add the share of truncated ones.
     """
     inputs = context.inputs
     assert inputs is not None
@@ -207,9 +207,9 @@ def compute_metrics(context: EvalContext, answers: Answers, base: Answers) -> di
 def measure_one(
     metric: str, context: EvalContext, inputs: EvalInputs, answers: Answers, base: Answers
 ) -> Measure | None:
-    """Turn answers into one metric; None where it means nothing here."""
+    """Compute one metric from answers; None if it has no meaning here."""
     if metric == CUT_METRIC:
-        cut = measure_shares(metric, [*answers.cut.values()], "share of answers that max_new_tokens ended")
+        cut = measure_shares(metric, [*answers.cut.values()], "share of answers truncated at max_new_tokens")
         return replace(cut, at=tuple(answers.cut))
     if metric in TOOL_SCORES:
         return measure_tools(metric, answers.parts, inputs.turns)
@@ -226,7 +226,7 @@ def measure_one(
 
 
 def measure_sums(metric: str, context: EvalContext, sums: TokenSums | None) -> Measure | None:
-    """Return a metric of the supervised tokens; None where there are no sums for it."""
+    """Return a metric of the supervised tokens; None without sums for it."""
     if sums is None or (metric == "bits_per_byte" and not sums.target_bytes.any()):
         return None
     measured = measure_tokens(metric, sums.nats, sums.correct, sums.tokens, sums.target_bytes)
@@ -236,10 +236,10 @@ def measure_sums(metric: str, context: EvalContext, sums: TokenSums | None) -> M
 
 
 def measure_answers(metric: str, inputs: EvalInputs, answers: Answers) -> Measure:
-    """Return a metric of the likeliest choices, or of generated texts."""
+    """Return a metric of the most likely choices, or of generated texts."""
     if metric == CHOICE_METRIC:
         right = [answers.choice(i, inputs.choices) == inputs.references[i] for i in answers.scores]
-        measured = measure_right(right, metric, "share of rows whose reference answer is the likeliest choice")
+        measured = measure_right(right, metric, "share of rows whose reference answer is the most likely choice")
         return replace(measured, at=tuple(answers.scores))
     rows = [i for i in answers.texts if not calls_tool(inputs.turns.get(i, ()))]
     texts, references = [answers.text(i) for i in rows], [inputs.references[i] for i in rows]
@@ -247,23 +247,23 @@ def measure_answers(metric: str, inputs: EvalInputs, answers: Answers) -> Measur
 
 
 def task_signature(metric: str, context: EvalContext) -> str:
-    """Describe what the loss of a task that does not guess tokens is a mean over."""
+    """Describe what the loss is a mean over, for a task that does not predict tokens."""
     if metric != "loss":
-        return f"{metric} of what is predicted"
+        return f"{metric} of the predictions"
     classify = context.recipe.classify
-    weighted = ", weighed by class_weights" if classify is not None and classify.class_weights is not None else ""
+    weighted = ", weighted by class_weights" if classify is not None and classify.class_weights is not None else ""
     return f"mean of the {context.task.name} loss over {context.task.loss_unit}{weighted}"
 
 
 def context_limit(model: torch.nn.Module) -> int:
-    """Return how many positions a model reads at most; a very large number where it names none."""
+    """Return the model's maximum number of positions; a very large number if it states none."""
     return context_length(unwrap(model).config) or 1 << 60
 
 
 @contextmanager
 def inference_on(model: torch.nn.Module, context: EvalContext) -> Iterator[Progress]:
-    """Set a model to evaluation mode, compute in the recipe's number format, and show progress bars."""
-    trains = model.training  # and continues after this, so what it caches here must work with gradients
+    """Set a model to evaluation mode, compute in the recipe's dtype, and show progress bars."""
+    trains = model.training  # training continues after this, so its caches must work with gradients
     model.eval()
     dtype = resolve_dtype(context.recipe.model.dtype, context.device)
     with (
@@ -275,7 +275,7 @@ def inference_on(model: torch.nn.Module, context: EvalContext) -> Iterator[Progr
 
 
 def add_bar(bars: Progress, name: str, total: int) -> Callable[[int], None]:
-    """Add a bar and return what moves it; where there is no terminal, a line says what begins."""
+    """Add a bar and return the function that advances it; without a terminal, print one line."""
     if not bars.console.is_terminal:
         bars.console.print(f"{name}: {total:,} rows", highlight=False)
     bar = bars.add_task(name, total=-(-total // world_size()))

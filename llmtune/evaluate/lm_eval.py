@@ -1,4 +1,4 @@
-"""Tasks of lm-eval by name or from files: found, read with their rows, and checked before a model is loaded."""
+"""Find, read and check tasks of lm-eval by name or file, with their rows, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 PACKAGE, KEY = "lm_eval", "evaluate.benchmarks"
 RUN_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError)
-"""What a mistake in a task makes lm-eval raise while it runs."""
+"""Errors that lm-eval raises while running a faulty task."""
 READ_ERRORS = (*RUN_ERRORS, RuntimeError, StopIteration)
-"""What a mistake in a task makes lm-eval, and the libraries under it, raise while it reads the rows."""
+"""Errors that lm-eval and its libraries raise while reading the rows of a faulty task."""
 MOST_NAMED = 20
 
 
@@ -48,28 +48,28 @@ class Benchmark:
 
     section: BenchmarkSection
     run: dict[str, Task | Group]
-    """The tasks and groups to run, by lm-eval's name as below."""
+    """The tasks and groups to run, by the lm-eval names used below."""
     tasks: dict[str, Task]
-    """Every task, those of groups too."""
+    """Every task, including those of groups."""
     groups: dict[str, Group]
 
     @property
     def name(self) -> str:
-        """The name of its scores."""
+        """Name of its scores."""
         return suite_name(self.section.task)
 
     def plain(self, name: str) -> str:
-        """Return the report's name of a task or group of lm-eval; the only one of a file is called by the file."""
+        """Return the report name of a task or group; a file's only task is named after the file."""
         return self.name if is_task_file(self.section.task) and [*self.run] == [name] else plain_name(name)
 
 
 def check_task_names(recipe: Recipe) -> None:
-    """Check the names and files of `evaluate.benchmarks`, without the network and, if all is well, without lm-eval.
+    """Check the names and files of `evaluate.benchmarks` offline; names that look right do not even need lm-eval.
 
     Raises:
         EnvironmentProblem: lm-eval is not installed.
-        DataError: a task file is missing or is none.
-        RecipeError: a task that lm-eval does not know.
+        DataError: a task file is missing or not a task file.
+        RecipeError: lm-eval does not know a task.
     """
     names = [one.task for one in recipe.evaluate.benchmarks]
     if names and find_spec(PACKAGE) is None:
@@ -77,7 +77,7 @@ def check_task_names(recipe: Recipe) -> None:
         raise EnvironmentProblem.of("benchmarks need lm-eval, which is not installed", KEY, fix)
     for name in filter(is_task_file, names):
         list_task_files(Path(name))
-    if {name for name in names if not is_task_file(name)} - shipped_names():  # the index has the last word
+    if {name for name in names if not is_task_file(name)} - shipped_names():  # the index decides
         with quietly():
             known = index_shipped().all_tasks
         problems = []
@@ -89,13 +89,13 @@ def check_task_names(recipe: Recipe) -> None:
 
 
 def load_benchmarks(recipe: Recipe, console: Console) -> tuple[Benchmark, ...]:
-    """Read the tasks of `evaluate.benchmarks`, with their rows; those of named tasks may come over the network.
+    """Read the tasks of `evaluate.benchmarks` with their rows; named tasks may download theirs.
 
     Raises:
-        RecipeError: a task that lm-eval does not know or that cannot be run here, a setting without effect, a gate on a
-            score that will not exist.
+        RecipeError: a task is unknown or cannot run here, a setting has no effect, or a gate names a score that will
+        not exist.
         DataError: a task file or its rows are missing or bad.
-        EnvironmentProblem: lm-eval, or a package of a task, is not installed; or rows cannot be reached.
+        EnvironmentProblem: lm-eval or a package of a task is not installed, or rows cannot be reached.
     """
     check_task_names(recipe)
     sections = recipe.evaluate.benchmarks
@@ -110,14 +110,14 @@ def load_benchmarks(recipe: Recipe, console: Console) -> tuple[Benchmark, ...]:
 
 @cache
 def index_shipped() -> TaskManager:
-    """Return what finds the tasks that come with lm-eval; it takes seconds."""
+    """Return the index of the tasks that ship with lm-eval; it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def load_benchmark(section: BenchmarkSection) -> Benchmark:
-    """Read one task, group, or tag (several tasks by one name)."""
+    """Read one task, group, or tag (one name for several tasks)."""
     with explain_errors(section, READ_ERRORS):
         loaded = load_file(section) if is_task_file(section.task) else index_shipped().load([section.task])
     tasks, groups = loaded["tasks"], loaded.get("groups") or {}
@@ -129,12 +129,12 @@ def load_benchmark(section: BenchmarkSection) -> Benchmark:
 
 
 def load_file(section: BenchmarkSection) -> TaskDict:
-    """Read a task file; relative paths of rows are seen from its folder, or else from the working folder."""
+    """Read a task file; relative paths of rows start at its folder, else at the working folder."""
     from lm_eval.tasks import TaskManager
 
     path = Path(section.task)
     manager, spec = TaskManager(include_defaults=False), str(path)
-    if group := read_task_file(path).get("group"):  # lm-eval finds its tasks in an index alone, by their names
+    if group := read_task_file(path).get("group"):  # lm-eval finds a group's tasks only by name, in an index
         manager, spec = TaskManager(include_defaults=section.needs_network, include_path=str(path.parent)), str(group)
     try:
         with contextlib.chdir(path.parent):
@@ -150,31 +150,31 @@ def find_problems(benchmark: Benchmark) -> Iterator[Problem]:
     where = f"{KEY}: {benchmark.section.task}"
     shots = benchmark.section.num_fewshot
     if not benchmark.tasks:
-        yield Problem("it holds no task", where, "Remove it.")
+        yield Problem("the benchmark contains no task", where, "Remove it.")
     for name, task in benchmark.tasks.items():
         if getattr(task, "UNSAFE_CODE", False):
-            what = f"{name} runs the code that a model writes, on this machine"
-            yield Problem(what, where, "Remove it; run lm-eval itself in a place where nothing can be harmed.")
+            what = f"{name} runs model-written code on this machine"
+            yield Problem(what, where, "Remove it, and run lm-eval itself in a sandbox.")
         if getattr(task, "MULTIMODAL", False):
             yield Problem(f"{name} asks about pictures or sounds", where, "Remove it: only text is supported.")
         if shots is not None and task.get_config("num_fewshot") == 0 != shots:
-            what = f"num_fewshot: {shots} would have no effect: {name} sets it to 0, and lm-eval keeps to that"
+            what = f"num_fewshot: {shots} would have no effect: {name} sets it to 0, which takes precedence in lm-eval"
             yield Problem(what, where, "Remove num_fewshot.")
 
 
 def find_twice(benchmarks: Sequence[Benchmark]) -> Iterator[Problem]:
-    """Yield tasks that two benchmarks hold, since their scores would have one name."""
+    """Yield tasks that are in two benchmarks, since their scores would share a name."""
     seen: dict[str, Benchmark] = {}
     for one in benchmarks:
         for name in map(one.plain, (*one.groups, *one.tasks)):
             other = seen.setdefault(name, one)
             if other is not one:
                 what = f"the task {name} is in both {other.section.task} and {one.section.task}"
-                yield Problem(what, KEY, "Name one of them.")
+                yield Problem(what, KEY, "Keep one of them.")
 
 
 def find_lost_gates(recipe: Recipe, benchmarks: Sequence[Benchmark]) -> Iterator[Problem]:
-    """Yield gates about tasks or metrics that are not among the benchmarks."""
+    """Yield gates on tasks or metrics that the benchmarks do not have."""
     tasks = [(one.plain(name), task) for one in benchmarks for name, task in one.tasks.items()]
     metrics = {name: sorted(set(map(plain_name, task.aggregation()))) for name, task in tasks}
     groups = {one.plain(name) for one in benchmarks for name in one.groups}
@@ -188,10 +188,10 @@ def find_lost_gates(recipe: Recipe, benchmarks: Sequence[Benchmark]) -> Iterator
             known = sorted({*metrics, *groups})
             listed = ", ".join(known[:MOST_NAMED]) + ("" if len(known) <= MOST_NAMED else ", ...")
             fix = f"{nearest(task, known)} Tasks: {listed}.".strip()
-            yield Problem(f"the gate {text!r} is about no task of {KEY}", where, fix)
+            yield Problem(f"the gate {text!r} names no task of {KEY}", where, fix)
         elif metric.partition(".")[0] not in metrics[task]:
             fix = f"Metrics of {task}: {', '.join(metrics[task])}."
-            yield Problem(f"the gate {text!r} is about a metric that the task does not have", where, fix)
+            yield Problem(f"the gate {text!r} names a metric that the task does not have", where, fix)
 
 
 # Task files, read without lm-eval
@@ -199,16 +199,16 @@ def find_lost_gates(recipe: Recipe, benchmarks: Sequence[Benchmark]) -> Iterator
 
 @cache
 def shipped_names() -> frozenset[str]:
-    """Return the names of files and folders among lm-eval's tasks: most tasks are called like one of them."""
+    """Return the names of files and folders among lm-eval's tasks; most tasks are named after one of them."""
     spec = find_spec(PACKAGE)
     folders = (spec and spec.submodule_search_locations) or ()
     return frozenset(path.stem for folder in folders for path in (Path(folder) / "tasks").rglob("*"))
 
 
 def read_task_file(path: Path) -> dict[str, object]:
-    """Return the mapping in a task file, without the files that it includes.
+    """Return the mapping in a task file, without included files.
 
-    Raises DataError where it is missing or is no task file.
+    Raises DataError if it is missing or not a task file.
     """
     reader = YAML(typ="rt", pure=True)
     reader.allow_duplicate_keys = True
@@ -230,9 +230,9 @@ def read_task_file(path: Path) -> dict[str, object]:
 
 
 def list_task_files(path: Path) -> set[Path]:
-    """Return a task file and every file that it may read: those that it names, and the Python next to it.
+    """Return a task file and every file that it may read: the files it names, and the Python files next to it.
 
-    A group brings in all task files next to it. Raises DataError as `read_task_file` does.
+    A group includes all task files next to it. Raises DataError as `read_task_file` does.
     """
     files: set[Path] = set()
     left = [path]
@@ -241,7 +241,7 @@ def list_task_files(path: Path) -> set[Path]:
         if file in files or (files and not file.is_file()):
             continue
         content: dict[str, object] = {}
-        with contextlib.suppress(*[DataError] * bool(files)):  # any YAML file may lie next to a group
+        with contextlib.suppress(*[DataError] * bool(files)):  # any YAML file may be next to a group
             content = read_task_file(file) if is_task_file(file.name) else {}
         files.add(file)
         names = [os.path.expanduser(name) for name in texts_in(content)]
@@ -252,7 +252,7 @@ def list_task_files(path: Path) -> set[Path]:
 
 
 def texts_in(value: object) -> Iterator[str]:
-    """Yield the texts in a value, at any depth; keys are left out."""
+    """Yield the texts in a value, at any depth, without keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -260,12 +260,12 @@ def texts_in(value: object) -> Iterator[str]:
             yield from texts_in(item)
 
 
-# How lm-eval is run
+# Running lm-eval
 
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Run lm-eval in the block: it prints nothing, and the random states are as before afterwards."""
+    """Run lm-eval in the block: it prints nothing, and random states are restored afterwards."""
     import datasets
     import lm_eval.api.task
     import lm_eval.evaluator
@@ -273,7 +273,7 @@ def quietly() -> Iterator[None]:
     import torch
     from tqdm import tqdm
 
-    log, hidden = logging.getLogger("lm_eval"), partial(tqdm, disable=True)  # its bars have no switch
+    log, hidden = logging.getLogger("lm_eval"), partial(tqdm, disable=True)  # its bars cannot be switched off
     level, bars = log.level, datasets.are_progress_bars_disabled()
     states = random.getstate(), np.random.get_state()
     log.setLevel(logging.CRITICAL)
@@ -283,7 +283,7 @@ def quietly() -> Iterator[None]:
         contextlib.redirect_stdout(io.StringIO()),
         replaced(lm_eval.api.task, "tqdm", hidden),
         replaced(lm_eval.models.huggingface, "tqdm", hidden),
-        replaced(lm_eval.evaluator, "add_env_info", lambda *_: None),  # it takes seconds, and the lock has it
+        replaced(lm_eval.evaluator, "add_env_info", lambda *_: None),  # it takes seconds; the lock has the facts
     ):
         try:
             yield
@@ -312,9 +312,9 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_errors(section: BenchmarkSection, faults: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Turn errors of lm-eval and its tasks into llmtune's, and refuse code of a hub.
+    """Turn errors of lm-eval and its tasks into llmtune's, and refuse code from a hub.
 
-    `faults` are what a mistake in a task makes them raise.
+    `faults` are the errors that a faulty task makes them raise.
     """
     import evaluate
     from datasets.exceptions import DatasetsError
@@ -323,7 +323,7 @@ def explain_errors(section: BenchmarkSection, faults: tuple[type[Exception], ...
 
     def refuse(name: str, *_: object, **__: object) -> NoReturn:
         fetched.append(str(name))
-        raise ValueError(f"metric {name} is code of a hub")
+        raise ValueError(f"metric {name} is code from a hub")
 
     fetched: list[str] = []
     where = f"{KEY}: {section.task}"
@@ -341,8 +341,8 @@ def explain_errors(section: BenchmarkSection, faults: tuple[type[Exception], ...
             what = f"lm-eval cannot use the task: {one_line_of(error)}"
             raise DataError.of(what, where, "Fix it, or remove it.") from error
     if fetched:
-        what = f"the metric {fetched[0]} is none of lm-eval's own: it would be fetched from a hub as code, and run"
-        raise RecipeError.of(what, where, "Take a metric of lm-eval, or a Python function next to the task file.")
+        what = f"the metric {fetched[0]} is not part of lm-eval: its code would be downloaded from a hub and run"
+        raise RecipeError.of(what, where, "Use a metric of lm-eval, or a Python function next to the task file.")
 
 
 def unreachable(section: BenchmarkSection, where: str, error: Exception) -> EnvironmentProblem:
@@ -351,11 +351,11 @@ def unreachable(section: BenchmarkSection, where: str, error: Exception) -> Envi
     if offline_switches():
         what, fix = "its rows are not in the cache", "Run once without --offline (HF_HUB_OFFLINE)"
         fix = fix if section.needs_network else f"Set network: true for this entry of {KEY}"
-    return EnvironmentProblem(Problem(what, where, f"{fix}, or take a task file with rows of your own."))
+    return EnvironmentProblem(Problem(what, where, f"{fix}, or use a task file with rows of your own."))
 
 
 def one_line_of(error: BaseException) -> str:
-    """Return an error in one line, with its kind where that says what is wrong."""
+    """Return an error as one line, with its type if that tells what is wrong."""
     if isinstance(error, StopIteration):
         return "it has no rows"
     text = " ".join(str(error).split()) or type(error).__name__

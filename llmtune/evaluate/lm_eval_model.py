@@ -1,4 +1,4 @@
-"""A loaded model as lm-eval takes one: its own class for transformers, in batches of our token budgets."""
+"""Wrap a loaded model for lm-eval: its transformers class, with batches by our token budgets."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from llmtune.model.device import resolve_dtype
 from llmtune.records import Advance
 
 Responses = list[Any]
-"""One for each request: (nats, whether each token is the likeliest), nats, or a text."""
+"""One per request: (nats, whether each token is the most likely), nats, or a text."""
 Ask = Callable[[Sequence[Instance]], Responses]
 
 
 class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
-    """lm-eval's transformers model around one that is loaded already; several processes divide the questions."""
+    """lm-eval's transformers model around one already loaded; processes divide the questions."""
 
     def __init__(self, model: torch.nn.Module, context: EvalContext, advance: Advance) -> None:
         dtype = resolve_dtype(context.recipe.model.dtype, context.device)
-        tokenizer = copy.deepcopy(context.processor)  # lm-eval sets its padding
+        tokenizer = copy.deepcopy(context.processor)  # lm-eval changes its padding
         autocast = None if dtype == torch.float32 else dtype
-        # lm-eval ties weights anew, which would undo or break an adapter on the embeddings or the head.
+        # lm-eval ties weights again, which would undo or break an adapter on the embeddings or the head.
         with replaced(model, "tie_weights", lambda *_, **__: None):
             super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, mixed_precision_dtype=autocast)
         self.where, self.advance = context.device, advance
         self.truncated = 0
-        """Requests that lost their beginning, since they are longer than the model's context."""
+        """Number of requests truncated on the left because they exceed the model's context."""
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Responses:
-        """Return (nats, whether each token is the likeliest) of continuations."""
+        """Return (nats, whether each token is the most likely) of continuations."""
         return self._answer(super().loglikelihood, requests, TOKEN_BUDGET)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Responses:
@@ -57,9 +57,9 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         return self._answer(super().generate_until, requests, GENERATION_BUDGET)
 
     def _answer(self, ask: Ask, requests: Sequence[Instance], budgets: dict[str, int]) -> Responses:
-        """Answer requests in batches; those of one question stay together, since many differ in their end alone.
+        """Answer requests in batches; those of one question stay together, since many differ only at the end.
 
-        Every process answers all of them where any is sampled: a sample depends on the others in its batch.
+        If any is sampled, every process answers all of them: a sample depends on the others in its batch.
         """
         budget, lengths = budget_for(self.where, budgets), {id(one): self._count_tokens(one) for one in requests}
         sampled = any(isinstance(one.args[-1], dict) and one.args[-1].get("do_sample") for one in requests)
@@ -79,7 +79,7 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         return list(chain.from_iterable(answer(questions) if sampled else over_processes(questions, answer)))
 
     def _count_tokens(self, request: Instance) -> int:
-        """Return how many positions a request takes, and note a truncated one; lm-eval reads texts in windows."""
+        """Return how many positions a request takes, and count a truncated one; lm-eval reads texts in windows."""
         text, *rest = request.args
         if not rest:
             return len(self.tok_encode(text))

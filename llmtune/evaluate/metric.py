@@ -1,6 +1,6 @@
-"""One metric of one model on N rows: sums that add up row by row and a formula over them, or a ranking of the rows.
+"""One metric of one model on N rows: per-row sums with a formula over their totals, or a ranking of the rows.
 
-Shapes: N rows, K sums a row, R resamples.
+Shapes: N rows, K sums per row, R resamples.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from llmtune.records import Difference
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric of one model on N rows, by `formula`, or by `ranking` where that is there."""
+    """One metric of one model on N rows, computed by `ranking` if set, else by `formula`."""
 
     metric: str
     sums_NK: Floats  # noqa: N815
-    """Sums by row; with `ranking`, the numbers of each row that it reads: where they are equal, the values are."""
+    """Sums per row; with `ranking`, the numbers it reads. Measures with equal sums have equal values."""
     formula: Formula | None
     right_wrong: bool = False
     signature: str = ""
@@ -43,9 +43,9 @@ class Measure:
     at: tuple[int, ...] = ()
     """[N] indexes of these rows into the evaluated rows."""
     bounds: Bounds | None = None
-    """A row at either end of the metric's range; None where it has no bounds."""
+    """A row at either end of the metric's range; None if it is unbounded."""
     clusters: tuple[int, ...] = ()
-    """[N] equal for rows that belong together, which are drawn and swapped together; empty where each is alone."""
+    """[N] equal for rows that belong together and are drawn and swapped together; empty if no rows do."""
 
     @property
     def value(self) -> float:
@@ -58,7 +58,7 @@ class Measure:
 
     @cached_property
     def resampled(self) -> Weighted:
-        """The metric [R] of rows that are drawn counts_RN[r, n] times."""
+        """The metric [R] with row n drawn counts_RN[r, n] times."""
         if self.ranking is not None:
             return self.ranking(self.sums_NK)
         assert self.formula is not None
@@ -66,16 +66,16 @@ class Measure:
         return lambda counts_RN: formula(counts_RN @ self.sums_NK)
 
     def subset(self, rows: Collection[int]) -> Measure:
-        """Return the metric of those rows alone whose index is in `rows`."""
+        """Return the metric on the rows whose index is in `rows`."""
         return self.take([n for n, row in enumerate(self.at) if row in rows])
 
     def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> Measure:
-        """Return the metric of its rows of these numbers, in that order."""
+        """Return the metric on the rows with these numbers, in that order."""
         at, clusters = (tuple(part[n] for n in numbers) if part else () for part in (self.at, self.clusters))
         return replace(self, sums_NK=self.sums_NK[list(numbers)], at=at, clusters=clusters)
 
     def in_clusters(self, clusters: Sequence[int]) -> Measure:
-        """Return it with what belongs together, by index into the evaluated rows as in `at`."""
+        """Return it with the clusters of its rows; `clusters` is indexed by evaluated row, as `at` is."""
         return replace(self, clusters=tuple(clusters[row] for row in self.at)) if clusters else self
 
 
@@ -87,7 +87,7 @@ class PairedMeasures:
     tuned: Mapping[str, Measure] = field(default_factory=dict)
 
     def subset(self, rows: Collection[int]) -> PairedMeasures:
-        """Return the measures of some rows, by index; a metric without any of them is left out."""
+        """Return the measures of some rows, by index; metrics without any of them are dropped."""
         parts = [
             {metric: one.subset(rows) for metric, one in one_model.items()} for one_model in (self.base, self.tuned)
         ]
@@ -102,7 +102,7 @@ class PairedMeasures:
         return base, tuned
 
     def differences(self, seed: int, fewest: int = 0) -> dict[str, Difference]:
-        """Return tuned minus base by metric; without an interval where there are fewer than `fewest` rows."""
+        """Return tuned minus base by metric; no interval with fewer than `fewest` rows."""
         return {
             metric: paired_difference(self.base[metric], tuned, seed)
             if len(tuned.sums_NK) >= fewest
@@ -113,9 +113,9 @@ class PairedMeasures:
 
 
 def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
-    """Return tuned minus base with its 95 % interval; both must hold the same rows in the same order.
+    """Return tuned minus base with its 95 % interval; both need the same rows in the same order.
 
-    What belongs together is drawn together, as `tuned` has it, or `base` where that alone knows.
+    Rows that belong together are drawn together, by the clusters of `tuned`, else those of `base`.
     """
     assert base.metric == tuned.metric
     rows = len(base.sums_NK)
@@ -140,10 +140,10 @@ def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
 
 
 def with_rows(sums_NK: Floats, bounds_2K: Floats) -> Floats:
-    """Return the rows of a model with two pseudo-rows, in which constants stay.
+    """Add two pseudo-rows to a model's rows; constant columns stay constant.
 
-    A baseline without a model predicts the same number for every row. A pseudo-row with another number would be its
-    only one, and give it a correlation that it cannot have.
+    A baseline without a model predicts the same number for every row. A pseudo-row with another number would
+    give it a correlation that it cannot have.
     """
     constant_K = np.ptp(sums_NK, axis=0) == 0
     return np.concatenate([sums_NK, np.where(constant_K, sums_NK[:1], bounds_2K)])
@@ -158,17 +158,17 @@ def ratio(sums: Floats) -> Floats:
 def measure_right(
     right: Sequence[bool], metric: str, signature: str = "texts equal once outer white space is stripped"
 ) -> Measure:
-    """Build a right-or-wrong metric from one answer a row."""
+    """Build a right-or-wrong metric from one answer per row."""
     return replace(measure_shares(metric, [float(one) for one in right], signature), right_wrong=True)
 
 
 def measure_shares(metric: str, values: Sequence[float], signature: str) -> Measure:
-    """Build a metric that is the mean of one number a row, from 0 to 1."""
+    """Build a metric that is the mean of one number per row, from 0 to 1."""
     return replace(measure_means(metric, values, signature), bounds=share_bounds)
 
 
 def measure_means(metric: str, values: Sequence[float], signature: str) -> Measure:
-    """Build a metric that is the mean of one number a row."""
+    """Build a metric that is the mean of one number per row."""
     numbers = np.asarray(values, dtype=np.float64)
     return Measure(metric, columns(numbers, np.ones(len(numbers))), ratio, signature=signature)
 
@@ -179,19 +179,19 @@ def columns(*parts: Floats) -> Floats:
 
 
 def difference_of_ratios(sums: Floats) -> Floats:
-    """[..., (numerator, denominator, numerator, denominator)] -> the first ratio less the second [...]."""
+    """[..., (numerator, denominator, numerator, denominator)] -> the first ratio minus the second [...]."""
     return ratio(sums[..., :2]) - ratio(sums[..., 2:])
 
 
 # Bounds: a row at either end of a metric's range.
 #
-# Ten rows with equal answers do not prove that all rows have equal answers. So intervals of bounded metrics resample
-# two more rows, in which one model is as bad as the metric allows and the other as good (`difference`).
+# Ten rows with equal answers do not prove that all rows have equal answers. Intervals of bounded metrics therefore
+# resample two more rows, in which one model is as bad as the metric allows and the other as good (`difference`).
 # Shapes: M rows of both models, or groups of rows added up.
 
 
 def mean_share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
-    """(right, counted) of several tasks: a question of the task with the fewest, where one counts most."""
+    """(right, counted) of several tasks: a question of the smallest task, where one counts most."""
     counted = sums_MK[:, 1::2].sum(0)
     task = 2 * int(np.argmin(counted))
     worst, best = np.zeros((2, sums_MK.shape[1]))
@@ -202,14 +202,14 @@ def mean_share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
 def error_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
     """(errors, reference length): as many errors as the reference is long, or as the worst row has; and none.
 
-    An error rate has no upper end: an answer may go on for ever. The lower bound of the first row is an empty answer.
+    An error rate has no upper bound: an answer may never end. The lower bound of the first row is an empty answer.
     """
     length = float(sums_MK[:, 1].mean())
     return np.array([max(length, float(sums_MK[:, 0].max())), length]), np.array([0.0, length])
 
 
 def chrf_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
-    """(answer, reference, match) by order of n-gram: an average reference against no match, and against itself."""
+    """(answer, reference, match) by n-gram order: an average reference without a match, and matched by itself."""
     reference = sums_MK.mean(0)[1::3]
     worst, best = np.repeat(reference, 3), np.repeat(reference, 3)
     worst[2::3] = 0
@@ -217,7 +217,7 @@ def chrf_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
 
 
 def bleu_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
-    """(length, reference length, matches by order, n-grams by order): no match, and nothing but matches."""
+    """(length, reference length, matches by order, n-grams by order): no match, and only matches."""
     length, orders = float(sums_MK[:, 1].mean()), (sums_MK.shape[1] - 2) // 2
     grams = np.maximum(length - np.arange(orders), 0)
     lengths = [length, length]
@@ -231,7 +231,7 @@ def hit_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
 
 
 def class_bounds(sums_M3K: Floats) -> tuple[Floats, Floats]:
-    """(hits, predicted, right) by class: a row of the rarest class, where one counts most, taken for the commonest."""
+    """(hits, predicted, right) by class: a row of the rarest class, which counts most, predicted as the commonest."""
     right = np.split(sums_M3K, 3, axis=1)[2].sum(0)
     classes, size = len(right), float(right.sum()) / len(sums_M3K)
     worst, best = np.zeros((2, 3, classes))
@@ -241,7 +241,7 @@ def class_bounds(sums_M3K: Floats) -> tuple[Floats, Floats]:
 
 
 def rank_bounds(seen_MK: Floats) -> tuple[Floats, Floats]:
-    """(scores, right) by class: a row of the rarest class with the lowest score of it, or the highest."""
+    """(scores, right) by class: a row of the rarest class with its lowest score, or its highest."""
     scores, right = np.split(seen_MK, 2, axis=1)
     counts = right.sum(0)
     true = np.arange(len(counts)) == int(np.argmin(np.where(counts > 0, counts, np.inf)))
@@ -266,4 +266,4 @@ BOUNDS: Mapping[str, Bounds] = {
     "ranks": rank_bounds,
     "correlation": correlation_bounds,
 }
-"""By the names that they have on disk."""
+"""By their names on disk."""

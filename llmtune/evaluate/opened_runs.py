@@ -1,4 +1,4 @@
-"""Runs and releases opened for comparison: their scores by row, whether they were measured the same way, and pairs."""
+"""Open runs and releases for comparison: scores by row, a check that both were measured the same way, and pairs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llmtune.store.atomic_files import explained, read_json
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_run, recipe_of_run
 
 DECIDES_NOTHING = ("name", "deploy", *(f"evaluate.{key}" for key in GATE_KEYS))
-"""Keys that change neither what is trained nor how it is measured."""
+"""Keys that affect neither training nor measurement."""
 ROWS_FIX = "Run both on the same data, with the same data.test and data.split_by."
 
 
@@ -43,7 +43,7 @@ class ScoredRun:
 
     @cached_property
     def settings(self) -> Json:
-        """Every value of the recipe by its dotted key, but for those that decide nothing here."""
+        """Return every value of the recipe by dotted key, without keys irrelevant to the comparison."""
         return {key: value for key, value in walk(self.recipe) if key not in DECIDES_NOTHING}
 
     def row_names(self, metric: str) -> list[str]:
@@ -53,17 +53,17 @@ class ScoredRun:
 
 @dataclass(frozen=True)
 class OpenedRun(ScoredRun):
-    """One run with its scores, from its folder."""
+    """A run with its scores, opened from its folder."""
 
     folder: RunFolder
 
 
 def open_runs(paths: Sequence[Path]) -> list[OpenedRun]:
-    """Open runs for comparison, each under a name of its own.
+    """Open runs for comparison, each under a unique name.
 
     Raises:
         RecipeError: a folder is not a run, or the run has no scores yet.
-        EnvironmentProblem: its scores are damaged, or not what the run left.
+        EnvironmentProblem: its scores are damaged, or were changed after the run.
     """
     opened, refused = [], []
     for path, name in zip(paths, name_runs(paths), strict=True):
@@ -85,23 +85,23 @@ def open_run_scores(path: Path, name: str) -> OpenedRun:
     folder = path / "evaluation"
     evaluation = load_evaluation(folder) if run.is_whole("evaluate") else None
     if evaluation is None:
-        what = "damaged: the scores are not what the run left there"
+        what = "damaged: the scores changed after the run"
         raise EnvironmentProblem.of(what, str(folder), f"Score it again: llmtune evaluate {path}")
     if not evaluation.tuned:
-        fix = "Give data.test a share of the rows, and run it again."
+        fix = "Give data.test a share of the rows and run it again."
         raise RecipeError.of("nothing was measured in this run: it has no test rows", str(path), fix)
     recipe = recipe_of_run(run).recipe
     return OpenedRun(name, recipe, evaluation, keep_asked(load_measures(folder), recipe), run)
 
 
 def keep_asked(measures: PerRowScores, recipe: Recipe) -> PerRowScores:
-    """Leave cut answers out unless they are asked for: they are counted on rows that are only shown, too."""
+    """Drop the truncation metric unless the recipe asks for it: it also counts rows that are only shown."""
     unasked = {CUT_METRIC} - {*recipe.evaluate.metrics}
     return replace(measures, tuned={name: one for name, one in measures.tuned.items() if name not in unasked})
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that tell them apart; a folder that is named twice is counted."""
+    """Return the shortest distinct suffixes of the paths; a folder named twice gets a number."""
     whole = [path.absolute().parts for path in paths]
     for size in range(1, max(map(len, whole)) + 1):
         names = ["/".join(parts[-size:]) for parts in whole]
@@ -115,16 +115,16 @@ def name_runs(paths: Sequence[Path]) -> list[str]:
 
 
 def check_alike(runs: Sequence[ScoredRun]) -> None:
-    """Refuse runs that were not measured on the same rows in the same way, with all that differs.
+    """Refuse runs that were not measured on the same rows in the same way, listing all differences.
 
     Raises:
-        RecipeError: other tasks, or other settings of measurement.
-        DataError: other test rows.
+        RecipeError: the runs have different tasks or measurement settings.
+        DataError: the test rows differ.
     """
     first, *others = runs
     task, rows = first.recipe.task, set(first.measures.rows)
     RecipeError.collect(
-        Problem(f"task {one.recipe.task}, and {first.name} has task {task}", one.name, "Compare like with like.")
+        Problem(f"task {one.recipe.task}, but {first.name} has task {task}", one.name, "Compare runs of one task.")
         for one in others
         if one.recipe.task != task
     )
@@ -132,17 +132,17 @@ def check_alike(runs: Sequence[ScoredRun]) -> None:
     for one in others:
         if (other := set(one.measures.rows)) != rows:
             what = f"not measured on the same rows: of {len(rows | other)} test rows {len(rows & other)} are in both, "
-            what += f"{len(rows - other)} are in {first.name} alone, {len(other - rows)} in {one.name} alone"
+            what += f"{len(rows - other)} are only in {first.name}, {len(other - rows)} only in {one.name}"
             problems.append(Problem(what, one.name, ROWS_FIX))
     DataError.collect(problems)
-    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
+    fix = "Rescore one of them with the other's settings: llmtune evaluate RUN --set KEY=VALUE"
     RecipeError.collect(
         Problem(what, one.name, fix + keys) for one in others for what, keys in find_other_settings(first, one)
     )
 
 
 def find_other_settings(first: ScoredRun, second: ScoredRun) -> Iterator[tuple[str, str]]:
-    """Yield what differs in how two runs were measured, and the keys that decide it where they are not in that."""
+    """Yield differences in how two runs were measured, with the deciding keys if the text does not name them."""
     before, after, name = first.measures.tuned, second.measures.tuned, first.name
     shared = [metric for metric in before if metric in after]
     yield from ((what, "") for what in find_other_keys(first, second, shared))
@@ -150,27 +150,27 @@ def find_other_settings(first: ScoredRun, second: ScoredRun) -> Iterator[tuple[s
         if (other := find_other_measure(first, second, metric)) is not None:
             yield other
         elif set(first.row_names(metric)) != set(second.row_names(metric)):
-            counts = f"{len(after[metric].at)} rows, and in {name} on {len(before[metric].at)}"
+            counts = f"{len(after[metric].at)} rows, but in {name} on {len(before[metric].at)}"
             yield (
-                f"{metric} was measured on {counts}, which are not the same ones",
+                f"{metric} was measured on {counts}, and the rows differ",
                 " (evaluate.limit, evaluate.choices)",
             )
     if not shared:
-        yield f"no metric in common: {', '.join(after)}, and {name} has {', '.join(before)}", ""
+        yield f"no metric in common: {', '.join(after)}, but {name} has {', '.join(before)}", ""
 
 
 def find_other_measure(first: ScoredRun, second: ScoredRun, metric: str) -> tuple[str, str] | None:
-    """Return how a metric of both runs is not the same one, and the keys that decide it; None if it is the same."""
+    """Return how a metric of both runs differs, and the keys that decide it; None if it is the same."""
     signatures = [run.measures.tuned[metric].signature for run in (first, second)]
     if signatures[0] != signatures[1]:
-        return f"{metric} is '{signatures[1]}', and in {first.name} '{signatures[0]}'", ""
+        return f"{metric} is '{signatures[1]}', but in {first.name} '{signatures[0]}'", ""
     if choices_of(first, metric) != choices_of(second, metric):
-        return f"{metric} is among other choices than in {first.name}", " (evaluate.choices)"
+        return f"{metric} chooses among other answers than in {first.name}", " (evaluate.choices)"
     return None
 
 
 def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str]) -> Iterator[str]:
-    """Yield the keys of two recipes that make another measurement of some metrics, with both values."""
+    """Yield the keys of two recipes that change how some metrics are measured, with both values."""
     facts = TASK_FACTS[first.recipe.task]
     keys = ["data.train_on", *([f"{facts.section}."] if facts.section else [])]
     keys += ["generation."] if PREDICTED & set(metrics) and facts.generates else []
@@ -178,11 +178,11 @@ def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str
         keys += ["data.max_length", "data.on_overlong"]
     for key, (one, other) in find_differing(first, second).items():
         if key.startswith(tuple(keys)):
-            yield f"measured with {key}: {other}, and {first.name} with {one}"
+            yield f"measured with {key}: {other}, but {first.name} with {one}"
 
 
 def choices_of(run: ScoredRun, metric: str) -> list[str]:
-    """Return the words that describe the answers which a metric chooses among, in any order."""
+    """Return the words that describe a metric's answer choices, sorted."""
     return sorted(run.evaluation.signatures.get(f"{metric}.choices", "").replace(",", " ").split())
 
 
@@ -194,7 +194,7 @@ def find_differing(first: ScoredRun, second: ScoredRun) -> dict[str, tuple[objec
 
 
 def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Difference], dict[str, str]]:
-    """Return paired differences by metric, second minus first; and by metric why another could not be compared."""
+    """Return paired differences by metric, second minus first, and the reason for each metric not compared."""
     pairs, left_out = pair_measures(first, second)
     return {
         metric: paired_difference(before, after, first.recipe.seed) for metric, (before, after) in pairs.items()
@@ -202,39 +202,39 @@ def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Differe
 
 
 def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[Measure, Measure]], dict[str, str]]:
-    """Return each metric of both runs on the rows of both, in one order; and by metric why another is left out."""
+    """Return each metric of both runs on their common rows in one order, and the reason for each metric left out."""
     pairs: dict[str, tuple[Measure, Measure]] = {}
     left_out = {}
     for metric in dict.fromkeys([*first.measures.tuned, *second.measures.tuned]):
         having = [run for run in (first, second) if metric in run.measures.tuned]
         if len(having) == 1:
-            left_out[metric] = f"measured in {having[0].name} alone"
+            left_out[metric] = f"measured only in {having[0].name}"
             continue
         shared = set(first.row_names(metric)) & set(second.row_names(metric))
         before, after = (join_rows(run, metric, shared) for run in having)
         if not shared:
-            left_out[metric] = "measured on no row of both"
+            left_out[metric] = "no row in common"
         elif before.sums_NK.shape[1] != after.sums_NK.shape[1]:
             left_out[metric] = "measured with other classes"
         elif before.formula is ratio and not np.array_equal(before.sums_NK[:, 1], after.sums_NK[:, 1]):
-            left_out[metric] = "counted in other units by row, such as tokens of another tokenizer"
+            left_out[metric] = "counted in other units per row, such as tokens of another tokenizer"
         else:
             pairs[metric] = before, after
     return pairs, left_out
 
 
 def join_rows(run: ScoredRun, metric: str, shared: Collection[str]) -> Measure:
-    """Return a metric on the rows of these names, in the order of the names, the same for every run."""
+    """Return a metric on the rows with these names, in the order of the names, which is the same for every run."""
     names, measure = run.row_names(metric), run.measures.tuned[metric]
     order = sorted((at for at, name in enumerate(names) if name in shared), key=names.__getitem__)
     return replace(measure.take(order), at=tuple(range(len(order))))
 
 
-# Releases: what one run scored, row by row, in a file small enough for git; without text of rows and without paths
+# Releases: one run's scores by row in a file small enough for git, without row texts or paths
 
 
 RELEASE_VERSION = 1
-RELEASE_FIX = "Make it again from its run: llmtune release RUN"
+RELEASE_FIX = "Write it again from its run: llmtune release RUN"
 
 
 def _with_text(key: str) -> AfterValidator:
@@ -247,7 +247,7 @@ def _with_text(key: str) -> AfterValidator:
 
 
 class Release(TypedDict):
-    """What the file holds."""
+    """Contents of a release file."""
 
     release_version: int
     llmtune: str
@@ -260,7 +260,7 @@ class Release(TypedDict):
     trained: str
     """Hash of the adapter or the weights."""
     recipe: Annotated[Json, _with_text("task")]
-    """Resolved; of paths the last part."""
+    """Resolved; paths are reduced to their last part."""
     verdict: Annotated[Json, _with_text("word")]
     base: dict[str, float]
     tuned: dict[str, float]
@@ -268,73 +268,73 @@ class Release(TypedDict):
     signatures: dict[str, str]
     gates: list[GateResult]
     certificates: dict[str, Json]
-    """What was merged, exported or served, with the numbers of its parity check."""
+    """The merged, exported or served model, with the numbers of its parity check."""
     rows: int
     measures: str
-    """`measures.npz` of the tuned model, in base64: each row by its hash, and its part in each score."""
+    """`measures.npz` of the tuned model, in base64: each row's hash, and its contribution to each score."""
 
 
 def read_release(path: Path) -> Release:
-    """Read a release file; raises RecipeError where it is none, or of a later version."""
+    """Read a release file; raises RecipeError if it is not one, or from a later version."""
     with explained(path):
         content = read_json(path)
     if content is None:
-        what = "not a release file" if path.exists() else "there is no such file"
-        raise RecipeError.of(what, str(path), "Name a file that 'llmtune release RUN' wrote.")
+        what = "not a release file" if path.exists() else "file not found"
+        raise RecipeError.of(what, str(path), "Name a file written by 'llmtune release RUN'.")
     try:
         release = TypeAdapter(Release).validate_python(restore_nan(content))
     except ValidationError as error:
         raise RecipeError.of(f"not a release file ({_first_problem(error)})", str(path), RELEASE_FIX) from None
     if release["release_version"] > RELEASE_VERSION:
-        what = f"a release of version {release['release_version']}, and this llmtune reads up to {RELEASE_VERSION}"
+        what = f"release version {release['release_version']}, but this llmtune reads up to {RELEASE_VERSION}"
         raise RecipeError.of(what, str(path), "Update llmtune.")
     return release
 
 
 def is_release(content: object) -> bool:
-    """Whether the content of a JSON file is that of a release, of whatever version."""
+    """Whether a JSON file's content is a release, of any version."""
     return isinstance(content, dict) and "release_version" in content
 
 
 def _first_problem(error: ValidationError) -> str:
     first: Any = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
 
 
 def list_releases(folder: Path) -> list[tuple[Path, Release]]:
-    """Return the releases in a folder, the oldest first; other files are left out.
+    """Return the releases in a folder, oldest first, skipping other files.
 
-    Raises RecipeError for one that is damaged, which may be the newest.
+    Raises RecipeError for a damaged one, which may be the newest.
     """
     releases = []
     for path in folder.glob("*.json"):
         if (content := read_json(path)) is None:
-            raise RecipeError.of("damaged: it holds no JSON", str(path), "Put it back as the repository has it.")
+            raise RecipeError.of("damaged: not JSON", str(path), "Restore it from the repository.")
         if is_release(content):
             releases.append((path, read_release(path)))
     return sorted(releases, key=lambda one: one[1]["date"])
 
 
 def find_release(path: Path, name: str) -> Path:
-    """Return the newest release of the recipe `name` in a folder of releases; any other path is itself.
+    """Return the newest release of the recipe `name` if `path` is a folder of releases, else `path`.
 
-    Raises RecipeError for a folder of releases that has none of that name.
+    Raises RecipeError for a folder of releases without that name.
     """
     if path.is_file() or (path / MANIFEST).exists() or not path.is_dir():
         return path
     matching = [file for file, release in list_releases(path) if release["name"] == name]
     if not matching:
-        fix = f"Make the first, of a run without gates on the champion: llmtune release RUN --out {path}/first.json"
+        fix = f"Write one from a run without gates on the champion: llmtune release RUN --out {path}/first.json"
         raise RecipeError.of(f"neither a run nor a folder with a release of '{name}'", str(path), fix)
     return matching[-1]
 
 
 def open_release(path: Path, name: str) -> ScoredRun:
-    """Open a release to be compared, under a name of its own.
+    """Open a release for comparison under a unique name.
 
     Raises:
         RecipeError: not a release file.
-        EnvironmentProblem: its scores by row are damaged.
+        EnvironmentProblem: its row scores are damaged.
     """
     release = read_release(path)
     try:

@@ -1,8 +1,8 @@
 """Paired statistics on the rows that both models answered: an interval and a p-value for tuned minus base.
 
-Nearly every metric is a formula over sums that add up row by row (nats and tokens, right answers and answers, n-gram
-counts), so one resampling serves means, ratios and corpus scores. Rank metrics have no such sums; they are a
-function of how often each row was drawn. Shapes: R resamples, N rows, K sums.
+Nearly every metric is a formula over per-row sums (nats and tokens, right answers and answers, n-gram counts). One
+resampling therefore serves means, ratios and corpus scores. Rank metrics have no such sums; they depend on how
+often each row was drawn. Shapes: R resamples, N rows, K sums.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ Formula = Callable[[Floats], Floats]
 Weighted = Callable[[Floats], Floats]
 """Maps how often each row is drawn [R, N] to the metric's values [R]."""
 RankStatistic = Callable[[Floats], Weighted]
-"""Makes that of the numbers of each row [N, K], for a metric that no sums are enough for."""
+"""Builds a weighted statistic from the numbers of each row [N, K], for metrics without sums."""
 Bounds = Callable[[Floats], tuple[Floats, Floats]]
 """Maps the rows of both models [M, K] to a worst and a best row [K] (`metric.py`)."""
 
 RESAMPLES = 5000
 CHUNK_CELLS = 200_000
-"""Counts held at a time: few enough for a processor's cache, many enough for its matrix product."""
+"""Counts held at a time: small enough for a CPU cache, large enough for its matrix product."""
 UNDEFINED_SHARE = 0.01
-"""Of the resamples, those that may be without a value (no row of a rare class was drawn) and are left out."""
+"""Share of resamples that may lack a value (no row of a rare class was drawn) and are skipped."""
 ALL_SWAPS = 12
-"""Rows up to which every way of swapping the two models' answers is tried."""
+"""Up to this many rows, every way of swapping the two models' answers is tried."""
 POWER = 0.8
-"""Share of repetitions in which a difference that is there is shown."""
+"""Share of repetitions in which an existing difference is shown."""
 MOST_STEPS = 20
 BEYOND = 1.0
-"""How far an end of an interval moves, in rows: counts of lost rows are whole numbers, and quantiles fall between."""
+"""How far an end of an interval moves, in rows: lost rows are whole numbers, quantiles fall between them."""
 EQUAL = 1e-9
-"""Share of a difference below which rows are apart by rounding alone."""
+"""Share of a difference below which rows differ only by rounding."""
 SWAPS, BOOTSTRAP, MCNEMAR = "paired permutation", "paired bootstrap", "McNemar mid-p"
 METHOD = (
     f"95 %, paired bootstrap over rows (with data.split_by over its groups), {RESAMPLES} resamples, expanded "
-    "percentiles; resamples without a value are left out if they are no more than 1 in 100; bounded metrics with one "
+    "percentiles; resamples without a value are skipped if they are at most 1 in 100; bounded metrics with one "
     f"pseudo-row at either end of their range; p by {RESAMPLES} paired permutations, at least that of Johnson's t for "
     "skewed differences (ranks: by the bootstrap); right-or-wrong metrics with p by McNemar's test, mid-p (groups: by "
     "permutations)"
@@ -64,16 +64,16 @@ def difference(
 ) -> Difference:
     """Compare two models on the same rows.
 
-    `base_NK` and `tuned_NK` hold each row's sums. The interval is the bootstrap percentile interval with the tails
+    `base_NK` and `tuned_NK` contain each row's sums. The interval is the bootstrap percentile interval with the tails
     widened for small samples as in Hesterberg, "What Teachers Should Know About the Bootstrap", 2015.
-    Bounded metrics (`bounds`) get two pseudo-rows in the resampling, in which the models lie as far apart as the metric
+    Bounded metrics (`bounds`) get two pseudo-rows in the resampling, in which the models differ as much as the metric
     allows, either way. Right-or-wrong metrics (`right_wrong`, sums [right, 1]) get them after Bonett and Price,
     "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data", 2012: without
     them the interval of ten rows that all got better would be a single point. The ends of other bounded metrics also
-    move apart by one row, so that a model that is worse by exactly the margin of a gate passes it in at most
-    4 of 100 runs, whatever the share of equal answers. The p of right-or-wrong metrics is McNemar's; that of all others
-    comes from swapping the answers of the two models, row by row, and is never below that of `skewed_p`.
-    Rows with equal numbers in `clusters` [N] belong together: they are added up, and these groups drawn and swapped.
+    move out by one row. A model that is worse by exactly the margin of a gate then passes in at most 4 of 100 runs,
+    whatever the share of equal answers. The p of right-or-wrong metrics is McNemar's; for all others it comes from
+    swapping the answers of the two models, row by row, and is never below that of `skewed_p`.
+    Rows with equal numbers in `clusters` [N] belong together: they are summed, and these groups drawn and swapped.
     With fewer than two of them, or more than one in a hundred resamples without a finite value, the interval is NaN and
     p is 1.
     """
@@ -112,9 +112,9 @@ def difference_weighted(
     bounded: tuple[Weighted, Weighted] | None = None,
     clusters: Sequence[int] = (),
 ) -> Difference:
-    """Compare two models on the same N rows as `difference` does, by a metric that no sums are enough for.
+    """Compare two models on the same N rows as `difference` does, by a metric that sums cannot express.
 
-    `bounded` are the two of a bounded metric over two rows more, the pairs of `pair_bounds`.
+    `bounded` is the pair of statistics of a bounded metric on two more rows, the pairs of `pair_bounds`.
     """
     once_1N = np.ones((1, rows))
     value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
@@ -140,7 +140,7 @@ def difference_weighted(
 
 
 def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
-    """Return the sums [G, K] of the rows that belong together."""
+    """Return the sums [G, K] of rows that belong together."""
     groups, group_N = np.unique(clusters, return_inverse=True)
     sums_GK = np.zeros((len(groups), sums_NK.shape[1]))
     np.add.at(sums_GK, group_N, sums_NK)
@@ -160,10 +160,10 @@ def pair_bounds(bounds: tuple[Floats, Floats]) -> Floats:
 
 
 def move_apart(change: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
-    """Move the ends of an interval outwards by what one more row could change.
+    """Move the ends of an interval outwards by the effect of one more row.
 
-    `values_2` are the differences with one pseudo-row of either kind, `widest` the largest that is possible. This
-    corrects a discrete count for continuity: the bootstrap's quantile of a few lost rows is about a row too small.
+    `values_2` are the differences with one pseudo-row of either kind, `widest` the largest possible difference. This
+    corrects a discrete count for continuity: the bootstrap's quantile of a few lost rows is about one row too small.
     """
     changes = np.nan_to_num(values_2 - change.value)
     down, up = float(min(changes.min(), 0)), float(max(changes.max(), 0))
@@ -172,7 +172,7 @@ def move_apart(change: Difference, values_2: Floats, widest: float = math.inf) -
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:
-    """Make an interval of resampled differences, with widened tails, and a p-value."""
+    """Return the interval of resampled differences, with widened tails, and a p-value."""
     defined = values_R[np.isfinite(values_R)]
     if not np.isfinite(value) or len(defined) < (1 - UNDEFINED_SHARE) * len(values_R):
         return unknown(value, rows)
@@ -184,12 +184,12 @@ def interval(value: float, values_R: Floats, rows: int) -> Difference:
 
 
 def unknown(value: float, rows: int) -> Difference:
-    """Return a difference that no interval can be given for."""
+    """Return a difference without an interval."""
     return Difference(value, float("nan"), float("nan"), 1.0, rows)
 
 
 def discordant(base_NK: Floats, tuned_NK: Floats) -> tuple[int, int]:
-    """Count the rows that only the base model got right, and those that only the tuned one did; half right is less."""
+    """Count the rows that the base model scored higher on, and those that the tuned one did (right, half, wrong)."""
     base_N, tuned_N = base_NK[:, 0], tuned_NK[:, 0]
     return int(np.sum(base_N > tuned_N)), int(np.sum(tuned_N > base_N))
 
@@ -206,7 +206,7 @@ def resample(paired_N2K: Floats, formula: Formula, seed: int, resamples: int = R
 
 
 def draw_counts(rows: int, seed: int, resamples: int) -> Iterator[Floats]:
-    """Yield how often each row is drawn [R, N], some resamples at a time, so that memory stays flat in N."""
+    """Yield how often each row is drawn [R, N], some resamples at a time, which keeps memory flat in N."""
     generator = np.random.default_rng(seed)
     chunk = max(1, min(resamples, CHUNK_CELLS // rows))
     for start in range(0, resamples, chunk):
@@ -222,9 +222,9 @@ def two_sided_p(values_R: Floats) -> float:
 
 
 def row_deviation(change: Difference) -> float:
-    """Return the standard deviation of a row's paired difference, for a mean with an interval as wide as this one.
+    """Return the standard deviation of a row's paired difference that gives a mean an interval of this width.
 
-    Of rows in groups it is larger than that of one row alone: so much as to give the same interval to rows apart.
+    For grouped rows it is larger than the actual one: the value at which ungrouped rows would give the same interval.
     """
     import scipy.stats
 
@@ -235,14 +235,14 @@ def row_deviation(change: Difference) -> float:
 
 
 def name_groups(rows: int, change: Difference) -> str:
-    """Return ` in 12 groups` for so many rows in groups of the size of those that were compared; else nothing."""
+    """Return ` in 12 groups` for this many rows in groups of the compared size; empty without groups."""
     return f" in {math.ceil(rows * change.groups / change.n):,} groups" if change.groups else ""
 
 
 def widen(change: Difference, alpha: float) -> Difference:
-    """Return a difference whose interval has the error `alpha` in place of 5 %.
+    """Return a difference whose interval has error `alpha` instead of 5 %.
 
-    Either end moves away from the value as the quantiles of Student's t do: resamples are too few for ends so far out.
+    Both ends move out as the quantiles of Student's t do: there are too few resamples for such extreme quantiles.
     """
     import scipy.stats
 
@@ -254,7 +254,7 @@ def widen(change: Difference, alpha: float) -> Difference:
 
 
 def smallest_difference(deviation: float, rows: int, alpha: float = ERROR) -> float:
-    """Return the true difference that so many rows show with 80 % power: their interval then leaves zero out.
+    """Return the true difference that this many rows show with 80 % power, with an interval that excludes zero.
 
     The usual formula of a paired t test, (t of 97.5 % + t of 80 %) standard errors for an interval with 5 % error.
     """
@@ -266,9 +266,9 @@ def smallest_difference(deviation: float, rows: int, alpha: float = ERROR) -> fl
 
 
 def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int | None:
-    """Return how many rows show, with 80 % power, on which side of a gate's limit the true difference lies.
+    """Return how many rows show, with 80 % power, on which side of a gate's limit the true difference is.
 
-    `distance` is how far from the limit it lies; None where no number of rows would do.
+    `distance` is its distance from the limit; returns None if no number of rows is enough.
     """
     import scipy.stats
 
@@ -276,7 +276,7 @@ def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int 
         return None
     normal = float(sum(scipy.stats.norm.ppf((1 - alpha / 2, POWER))))
     rows = max(2, math.ceil((normal * deviation / distance) ** 2))
-    for _ in range(MOST_STEPS):  # t asks for two or three rows more
+    for _ in range(MOST_STEPS):  # t needs two or three more rows
         if smallest_difference(deviation, rows, alpha) <= distance:
             break
         rows += 1
@@ -284,9 +284,9 @@ def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int 
 
 
 def permutation_p(base_NK: Floats, tuned_NK: Floats, formula: Formula, seed: int, resamples: int = RESAMPLES) -> float:
-    """Return the share of swaps of the two models' answers that differ as much as what was seen, and itself.
+    """Return the share of answer swaps with a difference as large as the observed one, counting the observed one.
 
-    Where the models do not differ, each row could as well have had its two answers the other way round. Noreen,
+    If the models do not differ, each row's two answers are exchangeable. Noreen,
     "Computer-Intensive Methods for Testing Hypotheses", 1989. A bootstrap's p is far too small below thirty rows.
     """
     rows = len(base_NK)
@@ -306,10 +306,10 @@ def permutation_p(base_NK: Floats, tuned_NK: Floats, formula: Formula, seed: int
 
 
 def skewed_p(base_NK: Floats, tuned_NK: Floats, formula: Formula) -> float:
-    """Return the p-value of a t test that corrects for skewed differences; 0 where there is none.
+    """Return the p-value of a t test corrected for skewed differences; 0 if the differences do not vary.
 
-    Swaps assume that differences are as often above zero as below. Where they are skewed with a mean of zero, such as
-    many small gains and a few large losses, their p is too small. Each row's part is its jackknife value. Johnson,
+    Swaps assume that differences are as often above zero as below. For skewed differences with a mean of zero, such as
+    many small gains and a few large losses, their p is too small. Each row contributes its jackknife value. Johnson,
     "Modified t Tests and Confidence Intervals for Asymmetrical Populations", 1978.
     """
     import scipy.stats
@@ -328,9 +328,9 @@ def skewed_p(base_NK: Floats, tuned_NK: Floats, formula: Formula) -> float:
 
 
 def mcnemar(only_base: int, only_tuned: int) -> float:
-    """Return the mid-p-value of McNemar's test, of rows that are right in one model only.
+    """Return the mid-p-value of McNemar's test on the rows that only one model got right.
 
-    The exact test keeps far below its level with few such rows: Fagerland, Lydersen and Laake, "The McNemar test for
+    The exact test is far below its level with few such rows: Fagerland, Lydersen and Laake, "The McNemar test for
     binary matched-pairs data: mid-p and asymptotic are better than exact conditional", 2013.
     """
     discordant = only_base + only_tuned

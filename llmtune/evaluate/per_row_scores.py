@@ -1,6 +1,6 @@
-"""Every row's part in every score on disk, `measures.npz`, so that runs can be compared row by row later on.
+"""Every row's contribution to every score on disk (`measures.npz`), for later row-by-row comparison of runs.
 
-Shapes: N rows of a metric, K sums a row, P evaluated rows.
+Shapes: N rows of a metric, K sums per row, P evaluated rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ UNREADABLE = (
     *(ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
 )
-"""What numpy, zipfile and json raise on a file with damaged bytes."""
+"""Errors that numpy, zipfile and json raise for damaged files."""
 FORMULAS: dict[str, Formula] = {
     "ratio": ratio,
     "exponential_ratio": exponential_ratio,
@@ -54,32 +54,32 @@ FORMULAS: dict[str, Formula] = {
     "error_rate": error_rate,
     "apart": difference_of_ratios,
 }
-"""Formulas by the names that they have on disk."""
+"""Formulas by their names on disk."""
 
 
 class Description(TypedDict):
-    """How a metric is computed from its sums, as it is on disk."""
+    """How to compute a metric from its sums, as stored on disk."""
 
     formula: str
     right_wrong: bool
     signature: str
     ends: NotRequired[str | None]
-    """Name of the rows at the ends of its range; earlier versions had none."""
+    """Name of the function for the range's end rows; absent in earlier versions."""
 
 
 @dataclass(frozen=True)
 class PerRowScores(PairedMeasures):
-    """What was measured of one run; `at` of a measure are indexes into `rows`."""
+    """Measures of one run; `at` of a measure are indexes into `rows`."""
 
     rows: tuple[str, ...] = ()
-    """[P] names of the test rows: a hash of the content and a number among equal rows, wherever a row is."""
+    """[P] names of the test rows: a content hash and a number among equal rows, independent of position."""
     clusters: tuple[int, ...] = ()
-    """[P] equal for rows that belong together; empty where each row is alone."""
+    """[P] equal for rows that belong together; empty if no rows do."""
 
     def with_rows(self, others: PerRowScores) -> PerRowScores:
-        """Return the tuned model's scores on the rows of both; a metric that `others` lacks keeps its own rows.
+        """Return the tuned model's scores on the rows of both; a metric missing from `others` keeps its own rows.
 
-        Groups are dropped: their numbers mean something else in each run, and a comparison has those of the other run.
+        Clusters are dropped: their numbers differ between runs, and a comparison uses those of the other run.
         """
         tuned = dict(self.tuned)
         for metric, more in others.tuned.items():
@@ -95,7 +95,7 @@ class PerRowScores(PairedMeasures):
 
 
 def name_rows(ids: Sequence[str]) -> tuple[str, ...]:
-    """Tell equal rows apart by counting them."""
+    """Give rows unique names by numbering equal ones."""
     seen = Counter[str]()
     named = []
     for row in ids:
@@ -105,7 +105,7 @@ def name_rows(ids: Sequence[str]) -> tuple[str, ...]:
 
 
 def name_test_rows(rows: Rows, numbers: Sequence[int]) -> tuple[str, ...]:
-    """Return what the test rows of these numbers are known by."""
+    """Return the names of the test rows with these numbers."""
     ids = list(iterate_ids(rows, "test"))
     return name_rows([ids[number] for number in numbers])
 
@@ -117,7 +117,7 @@ def save_measures(folder: Path, scores: PerRowScores) -> None:
 
 
 def pack_measures(scores: PerRowScores) -> bytes:
-    """Return what `measures.npz` holds."""
+    """Return the contents of `measures.npz`."""
     arrays: dict[str, NDArray[np.generic]] = {"rows": np.asarray(scores.rows, dtype=np.str_)}
     if scores.clusters:
         arrays["clusters"] = np.asarray(scores.clusters, dtype=np.int64)
@@ -134,7 +134,7 @@ def pack_measures(scores: PerRowScores) -> bytes:
 
 
 def describe_measure(measure: Measure) -> Description:
-    """Describe how a metric is computed from its sums: by the name of its formula, or its own for one of ranks."""
+    """Describe how to compute a metric from its sums: by formula name, or by ranking name for rank metrics."""
     formula = next((name for name, known in FORMULAS.items() if known is measure.formula), measure.metric)
     bounds = next((name for name, known in BOUNDS.items() if known is measure.bounds), None)
     return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature, "ends": bounds}
@@ -144,20 +144,20 @@ def load_measures(folder: Path) -> PerRowScores:
     """Read `measures.npz`.
 
     Raises:
-        EnvironmentProblem: it is missing, damaged, or of a later version.
+        EnvironmentProblem: the file is missing, damaged, or from a later version.
     """
     path = folder / MEASURES
-    fix = "Score the run again: llmtune evaluate RUN"
+    fix = "Rescore the run: llmtune evaluate RUN"
     try:
         return unpack_measures(path.read_bytes(), path, fix)
     except FileNotFoundError:
-        raise EnvironmentProblem.of("the run has no scores by row", str(path), fix) from None
+        raise EnvironmentProblem.of("the run has no row scores", str(path), fix) from None
     except OSError as error:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
 
 def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
-    """Read what `pack_measures` made; raises EnvironmentProblem about `path` as `load_measures` does."""
+    """Read the output of `pack_measures`; raises EnvironmentProblem about `path` as `load_measures` does."""
     try:
         with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
             record = json.loads(str(arrays["record"]))
@@ -182,7 +182,7 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
 
 
 def restore_measure(metric: str, sums_NK: Floats, at: tuple[int, ...], described: Description) -> Measure:
-    """Make one metric again from its sums and the name of its formula."""
+    """Rebuild a metric from its sums and the name of its formula."""
     name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]
     ranking = RANKINGS.get(BINARY if signature == BINARY else name)
     formula = FORMULAS[name] if ranking is None else None

@@ -1,4 +1,4 @@
-"""Answers on disk (`predictions.jsonl`, `base.json`), and samples of them for the report.
+"""Answers on disk (`predictions.jsonl`, `base.json`), and sample answers for the report.
 
 Shapes: N rows.
 """
@@ -24,7 +24,7 @@ from llmtune.store.json_shapes import find_misfit
 
 PREDICTIONS, BASE = "predictions.jsonl", "base.json"
 BY_ROW = ("texts", "scores", "predictions", "parts", "cut")
-"""Fields of `Answers` by row, as `base.json` has them."""
+"""Row-wise fields of `Answers`, as named in `base.json`."""
 
 
 class SavedPart(TypedDict):
@@ -40,7 +40,7 @@ class SavedPart(TypedDict):
 
 
 class SavedAnswers(TypedDict):
-    """What base.json holds; each row's part with its index."""
+    """Contents of base.json; each row's part has the row's index."""
 
     inputs: str
     sums: dict[str, list[float | None]] | None
@@ -57,14 +57,14 @@ class BaseAnswers:
     """The base model's answers, reused by later runs with the same inputs."""
 
     inputs: str
-    """Hash of all that these answers depend on."""
+    """Hash of everything that these answers depend on."""
     answers: Answers | None = None
-    """None where they are not known yet."""
+    """None until they are known."""
 
 
 def save_predictions(folder: Path, inputs: EvalInputs, base: Answers, tuned: Answers) -> None:
     """Write a line for each test row: origin, prompt, reference, and both models' answers."""
-    # Nothing is redacted: these are the user's own rows, next to the copy in `data/`. Reports, which are shared, are.
+    # Nothing is redacted: these are the user's own rows, next to the copy in `data/`. Only shared reports are redacted.
     answers = {"base": base, "tuned": tuned}
     lines = [json.dumps(plain(prediction_row(i, inputs, answers)), ensure_ascii=False) for i in range(len(inputs.rows))]
     with explained(folder):
@@ -72,7 +72,7 @@ def save_predictions(folder: Path, inputs: EvalInputs, base: Answers, tuned: Ans
 
 
 def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> dict[str, object]:
-    """Return one row's line; what the models were not evaluated on is absent."""
+    """Return one row's line, without keys for what was not evaluated."""
     reference = inputs.references[i]
     line: dict[str, object] = {"origin": inputs.origins[i], "prompt": inputs.prompts[i], "reference": reference}
     for name, answers in models.items():
@@ -103,7 +103,7 @@ def save_base(folder: Path, answers: Answers, inputs: str) -> None:
 
 
 def load_base(folder: Path | None, inputs: str) -> BaseAnswers:
-    """Read `base.json`; without answers where there are none, or none from these inputs."""
+    """Read `base.json`; without answers if it has none for these inputs."""
     saved = read_json(folder / BASE) if folder else None
     if saved is None or find_misfit(saved, SavedAnswers) or saved["inputs"] != inputs:
         return BaseAnswers(inputs)
@@ -116,20 +116,20 @@ def load_base(folder: Path | None, inputs: str) -> BaseAnswers:
 
 
 SAMPLE = ("origin", "prompt", "reference", "base", "tuned", "base_choice", "tuned_choice")
-"""What a sample shows of a row."""
+"""Keys of a sample row."""
 MOST_SHOWN = 5
 HALF = 0.5
-"""What a tie counts."""
+"""Value of a tie."""
 
 
 def pick_samples(inputs: EvalInputs, base: Answers, tuned: Answers, count: int) -> tuple[dict[str, str], ...]:
-    """Return rows side by side, spread evenly over those that were answered; never chosen by how the answers look."""
+    """Return sample rows, spread evenly over the answered ones; never chosen by how the answers look."""
     shown = list(base.texts or base.scores)
     return tuple(sample_row(shown[at], inputs, base, tuned) for at in cut_evenly(len(shown), count))
 
 
 def sample_row(i: int, inputs: EvalInputs, base: Answers, tuned: Answers) -> dict[str, str]:
-    """Return row `i` with the answers of both models; what they did not give is absent."""
+    """Return row `i` with the answers of both models; missing answers are absent."""
     line = prediction_row(i, inputs, {"base": base, "tuned": tuned})
     return {key: str(line[key]) for key in SAMPLE if key in line}
 
@@ -137,10 +137,10 @@ def sample_row(i: int, inputs: EvalInputs, base: Answers, tuned: Answers) -> dic
 def find_flips(
     measures: PairedMeasures, inputs: EvalInputs, base: Answers, tuned: Answers, count: int
 ) -> dict[str, Flips]:
-    """Return the rows that one model got right and the other wrong, by right-or-wrong metric.
+    """Return the rows that only one of the models got right, by right-or-wrong metric.
 
-    A tie, half right, is no flip, and a metric whose base is all ties (rewards against the base itself) is left out. Of
-    either way at most `count` rows, and never more than five, are shown, spread evenly over all that flipped.
+    A tie, half right, is no flip. Metrics whose base is all ties (rewards against the base itself) are skipped. At
+    most `count` rows per direction, and never more than five, are shown, spread evenly over all flips.
     """
     flips = {}
     for metric, after in measures.tuned.items():

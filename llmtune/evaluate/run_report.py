@@ -1,4 +1,4 @@
-"""The report of a run, put together from its folder."""
+"""Assemble the report of a run from its folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llmtune.store.seed_runs import is_done, seed_folder
 
 
 def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
-    """Put together everything that a run found out, without its secrets."""
+    """Assemble all findings of a run, without its secrets."""
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
     settings = recipe.model_dump(mode="json")
@@ -58,7 +58,7 @@ def judge_run(
     seeds: Seeds | None = None,
     curve: Sequence[Mapping[str, object]] = (),
 ) -> Verdict:
-    """Return the verdict on a run; differences from a champion have the intervals of the gates, with error `alpha`."""
+    """Return the verdict on a run; champion differences get the gates' intervals, with error `alpha`."""
     champion = evaluation.champion if evaluation else None
     if evaluation is not None and champion is not None:
         wide = {metric: widen(change, alpha) for metric, change in champion.difference.items()}
@@ -67,7 +67,7 @@ def judge_run(
 
 
 def collect_seeds(run: Path, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
-    """Return what the scores of all seeds come to; None without further seeds or without scores of the run's own."""
+    """Return the combined scores of all seeds; None without further seeds or without the run's own scores."""
     if not recipe.train.seeds or own is None or not own.tuned:
         return None
     scored = {recipe.seed: own}

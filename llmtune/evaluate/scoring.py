@@ -1,4 +1,4 @@
-"""The evaluation of a run: its champion, its contamination and its files, around what `evaluate` measures."""
+"""Evaluate a run: wrap `evaluate` with the champion, the contamination check and the files."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ KINDS = {
     "worded": "the same words",
     "shared": "13 words in a row",
 }
-"""Ways to overlap, the plainest first, by their name in `Overlap`."""
+"""Ways to overlap, the most obvious first, by their name in `Overlap`."""
 SHOWN = 6
 LONGEST_SHOWN = 200
 
 
 @dataclass(frozen=True)
 class ChampionModel:
-    """A champion whose model can answer more rows."""
+    """A champion whose model can answer further rows."""
 
     recipe: Recipe
     task: EvaluatedTask
@@ -56,7 +56,7 @@ class ChampionModel:
 LoadChampion = Callable[[Path], ChampionModel]
 """Opens the run in a folder."""
 Challenge = Callable[[Evaluation, PerRowScores], Champion | None]
-"""Compares with the champion, if there is one."""
+"""Compares with the champion, if any."""
 
 
 def score_run(
@@ -68,28 +68,28 @@ def score_run(
     known: BaseAnswers | None = None,
     challenge: Challenge = lambda evaluation, scores: None,
 ) -> Evaluation:
-    """Evaluate a run: measure both models, compare the rows with the training rows and the model with the champion.
+    """Evaluate a run: measure both models, compare test with training rows and the model with the champion.
 
-    With `headless` the base model has no trained head: the task's trivial baseline replaces it. With `known`, what the
-    base model answers is kept for later evaluations, and it does not run again where that is known already. If the
-    context has a folder, every row's prompt, reference and both answers go to `predictions.jsonl` in it, its part in
-    each score to `measures.npz`, and the whole to `evaluation.json`.
+    With `headless` the base model has no trained head and the task's trivial baseline replaces it. With `known`, the
+    base model's answers are saved for later evaluations, and reused if already saved. If the context has a folder, it
+    gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's contribution
+    to each score) and `evaluation.json`.
 
-    Raises DataError for `evaluate.choices` that no reference answer is among and for `evaluate.slices` by columns that
-    were not kept, EnvironmentProblem where a single row does not fit in memory.
+    Raises DataError if no reference answer is in `evaluate.choices`, or if a column of `evaluate.slices` was not kept;
+    EnvironmentProblem if a single row does not fit in memory.
     """
     inputs, console, folder = context.inputs, context.console, context.folder
     if inputs is None:
-        console.print("evaluate: there are no test rows (data.test), so nothing is measured on rows")
+        console.print("evaluate: no test rows (data.test), so nothing is measured on rows")
     elif unmeasured := inputs.notes.get(SCHEMAS_NOTE):
         console.print(f"tool_call_valid is {unmeasured}", style="yellow", highlight=False, markup=False)
     suites, stand_in, base = make_suites(context), None, None
     if inputs is not None and headless:
         stand_in, base = predict_baseline(context, inputs, rows)
-        console.print(f"base: the model has no trained head for this, so {stand_in} stands in its place")
+        console.print(f"base: the model has no trained head for this task, so {stand_in} replaces it")
     elif inputs is not None and known is not None and known.answers is not None:
         base = known.answers
-        console.print("base: what it answered to these rows is known from an evaluation before")
+        console.print("base: reusing its answers to these rows from an earlier evaluation")
     scored = evaluate(models, context, suites, base, stand_in=stand_in, headless=headless)
     evaluation, answers, measures = scored.evaluation, scored.answers, scored.measures
     if inputs is not None:
@@ -110,20 +110,20 @@ def score_run(
 
 
 def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
-    """Print how many answers `generation.max_new_tokens` ended, and the warning of `compare_pieces`, if any."""
+    """Print how many answers `generation.max_new_tokens` truncated, and the warning of `compare_pieces`, if any."""
     if PIECES in evaluation.signatures:
         console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
     counts = {name: sum(share > 0 for share in one.cut.values()) for name, one in answers.items()}
     shown = [f"{name} {count} of {len(answers[name].cut)}" for name, count in counts.items() if count]
     if shown:
         new = recipe.generation.max_new_tokens
-        console.print(f"answers cut at generation.max_new_tokens ({new}): {', '.join(shown)}", highlight=False)
+        console.print(f"answers truncated at generation.max_new_tokens ({new}): {', '.join(shown)}", highlight=False)
 
 
 def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasures) -> Contamination:
-    """Compare the test rows with the training rows, and score both models without those that overlap.
+    """Compare the test rows with the training rows, and score both models without overlapping ones.
 
-    Nearly equal rows are looked for where that was not done when rows were prepared.
+    Looks for nearly equal rows unless preparation already did.
     """
     recipe = context.recipe
     with context.console.status("comparing test rows with training rows"):
@@ -146,7 +146,7 @@ def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasure
 
 
 def score_apart(overlap: Overlap, context: EvalContext, measures: PairedMeasures) -> tuple[Slice, ...]:
-    """Score both models on the rows that overlap and on those that do not; nothing where none does."""
+    """Score both models on overlapping and other rows separately; empty without overlap."""
     assert context.inputs is not None
     numbers = context.inputs.rows
     overlapping = {i for i, row in enumerate(numbers) if row in overlap.rows}
@@ -157,7 +157,7 @@ def score_apart(overlap: Overlap, context: EvalContext, measures: PairedMeasures
 
 
 def show_examples(rows: Rows, overlap: Overlap) -> tuple[dict[str, str], ...]:
-    """Return a few rows that overlap, of each kind some: where both stand, and what they have in common."""
+    """Return example overlapping rows of each kind: the origins of both rows, and their common text."""
     pairs: dict[int, tuple[str, int]] = {}
     for name in KINDS:
         new = [(test, train) for test, train in getattr(overlap, name).items() if test not in pairs]
@@ -181,7 +181,7 @@ def show_examples(rows: Rows, overlap: Overlap) -> tuple[dict[str, str], ...]:
 
 
 def origins(rows: Rows, split: str, numbers: set[int]) -> dict[int, str]:
-    """Return where rows come from, by number; nothing is read where none is asked for."""
+    """Return the origins of rows by number; reads nothing if `numbers` is empty."""
     if not numbers:
         return {}
     return {number: origin for number, (origin, _) in enumerate(iterate_texts(rows, split)) if number in numbers}
@@ -190,11 +190,11 @@ def origins(rows: Rows, split: str, numbers: set[int]) -> dict[int, str]:
 def ask_champion(
     load: LoadChampion, context: EvalContext, rows: Rows, folder: Path, run: Path, places: Sequence[int]
 ) -> PerRowScores:
-    """Let the model of the run in the folder `run` answer test rows, and measure them as its own evaluation did.
+    """Let the model of the run in folder `run` answer test rows, scored as its own evaluation did.
 
-    Rows that are nearly equal to one of its training rows are left out, as `data.deduplicate: near` would leave them
-    out; so are rows that its recipe cannot encode. `places` are places among the test rows that have an example;
-    intermediate files go to `folder`.
+    Rows nearly equal to one of its training rows are skipped, as `data.deduplicate: near` would do; so are rows that
+    its recipe cannot encode. `places` are positions among the test rows that have an example; intermediate files go
+    to `folder`.
     """
     assert context.inputs is not None
     numbers = context.inputs.rows
@@ -220,9 +220,9 @@ def ask_champion(
 def measure_champion(
     champion: ChampionModel, known: Rows, picked: Rows, folder: Path, console: Console
 ) -> tuple[dict[str, Measure], tuple[int, ...]]:
-    """Return the metrics of the champion on `picked` rows, and the numbers of those that could be encoded.
+    """Return the champion's metrics on `picked` rows, and the numbers of those that could be encoded.
 
-    `known` are its own rows. Raises DataError where none can be encoded.
+    `known` are its own rows. Raises DataError if none can be encoded.
     """
     recipe, task, processor = champion.recipe, champion.task, champion.processor
     references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]

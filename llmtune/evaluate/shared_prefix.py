@@ -1,4 +1,4 @@
-"""The likelihood of several continuations of one text from one forward pass, and choices among a few answers by it.
+"""Score several continuations of one text in a single forward pass, and choose among a few answers by likelihood.
 
 Shapes: B trees of a batch, T positions, C branches (continuations) of a tree, S predicted tokens, V vocabulary.
 """
@@ -24,9 +24,9 @@ from llmtune.records import Batch, Row
 
 PREFIX, PADDING = 0, -1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}
-"""How far, relative to their size, a tree's log-likelihoods may lie from those of separate rows (root mean square)."""
+"""Relative tolerance between a tree's log-likelihoods and those of separate rows (root mean square)."""
 FLOOR_NATS = 0.1
-"""Added to that on either side: likelihoods near 1 have no size to be relative to. A wrong mask costs whole nats."""
+"""Added on both sides, since likelihoods near 1 have no size for a relative error. A wrong mask costs full nats."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class Tree:
     prefix: tuple[int, ...]
     """At least one token."""
     branches: tuple[tuple[int, ...], ...]
-    """[C] the tokens after the prefix, each at least one."""
+    """[C] the tokens after the prefix, at least one each."""
     unscored: tuple[int, ...]
     """[C] how many tokens at the start of each branch are not part of the answer."""
 
     @property
     def length(self) -> int:
-        """Positions that the tree takes up: the last token of a branch is predicted, but predicts nothing."""
+        """Positions that the tree uses: the last token of a branch is predicted, but predicts nothing."""
         return len(self.prefix) + sum(len(branch) - 1 for branch in self.branches)
 
     @property
     def longest(self) -> int:
-        """Tokens of the prefix with the longest branch."""
+        """Tokens of the prefix plus the longest branch."""
         return len(self.prefix) + max(map(len, self.branches))
 
 
 def make_tree(texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tree:
-    """Join C encoded texts; `starts` says where the scored tokens of each begin (1 or later)."""
+    """Join C encoded texts; `starts` has the first scored token of each (1 or later)."""
     shared = min(starts)
     first = texts[0]
     for text in texts[1:]:
@@ -73,11 +73,11 @@ def score_trees(
     advance: Callable[[int], None] = lambda rows: None,
     budget: int | None = None,
 ) -> list[list[float]]:
-    """Return the log-likelihood in nats of each branch's scored tokens, [C] a tree, in batches of a token budget.
+    """Return the log-likelihood in nats of each branch's scored tokens, [C] per tree, in batches of a token budget.
 
-    Trees need a model that takes any attention mask. The longest tree is scored both ways: if they disagree (recurrent
-    layers, a sliding window, ALiBi) or the model refuses the mask, every branch is scored as a row of its own. Several
-    processes share the trees.
+    Trees need a model that accepts any attention mask. The longest tree is scored both ways: if the results differ
+    (recurrent layers, a sliding window, ALiBi) or the model refuses the mask, every branch is scored as its own row.
+    Processes share the trees.
     """
     return over_processes(trees, lambda own: _score_here(model, own, device, advance, budget))
 
@@ -96,7 +96,7 @@ def _score_here(
 
 
 def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
-    """Score one tree both ways and compare; no where a sliding window is shorter than the tree."""
+    """Score one tree both ways and compare; False if a sliding window is shorter than the tree."""
     window = getattr(unwrap(model).config.get_text_config(), "sliding_window", None)
     if window is not None and window < tree.length:
         return False
@@ -135,9 +135,10 @@ def score_as_trees(model: torch.nn.Module, trees: Sequence[Tree], device: str) -
 
 
 def tree_mask(branch_BT: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
-    """Return the attention mask [B, 1, T, T]: a position sees the prefix, its own branch up to itself, and no padding.
+    """Return the attention mask [B, 1, T, T]: a position attends to the prefix and to its own branch up to itself.
 
-    True is "sees" for SDPA; eager attention adds its mask to the scores. Padding sees itself, or softmax makes it NaN.
+    For SDPA, True means "attends"; eager attention adds its mask to the scores. Padding attends only to itself: a
+    softmax over nothing would be NaN.
     """
     query_BT1, key_B1T = branch_BT[:, :, None], branch_BT[:, None, :]
     eye_TT = torch.eye(branch_BT.shape[1], dtype=torch.bool, device=branch_BT.device)
@@ -152,7 +153,7 @@ def tree_mask(branch_BT: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
 
 
 def score_as_rows(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
-    """Score every branch as a row of its own, padded on the right: the reference for trees."""
+    """Score every branch as its own row, padded on the right: the reference for trees."""
     texts = [tree.prefix + branch[:-1] for tree in trees for branch in tree.branches]
     ids_BT, mask_BT = pad(texts, 0), pad([[1] * len(ids) for ids in texts], 0)
     width = ids_BT.shape[1]
@@ -176,7 +177,7 @@ def score_branches(
 ) -> list[list[float]]:
     """Add up the log-probabilities of each branch's scored tokens.
 
-    `predict` are the positions that predict them, in order of trees and branches, in the flattened batch.
+    `predict` are the positions that predict them, in the order of trees and branches, in the flattened batch.
     """
     batch: Batch = {
         "input_ids": ids_BT.to(device),
@@ -195,16 +196,16 @@ def score_branches(
 
 MOST_CHOICES = 20
 LONGEST_CHOICE = 80
-"""Characters of an answer that still counts as one of a few."""
+"""Longest answer, in characters, that can be a choice."""
 ENCODED_CHARACTERS = 1_000_000
-"""What is encoded at once: the tokenizer's offsets take 50 times the text."""
+"""Characters encoded at once: the tokenizer's offsets take 50 times the size of the text."""
 ROWS_A_CHOICE = 2
-"""Answers that appear less often than this on average are not a list of choices."""
-SIGNATURE = "the likeliest of {count} answers: sum of log-probabilities, end-of-turn included, not divided by length"
+"""Minimum average number of rows per answer for the answers to count as choices."""
+SIGNATURE = "the most likely of {count} answers: sum of log-probabilities, end-of-turn included, not divided by length"
 
 
 def find_choices(answers: Iterable[str]) -> tuple[str, ...]:
-    """Return the distinct answers, sorted, if they are few, short and repeated; none (and stop reading) if not."""
+    """Return the distinct answers, sorted, if they are few, short and repeated; else stop reading and return none."""
     distinct: set[str] = set()
     rows = 0
     for answer in answers:
@@ -216,7 +217,7 @@ def find_choices(answers: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:
-    """Refuse a list of choices that holds none of the reference answers.
+    """Refuse a list of choices without any of the reference answers.
 
     Raises DataError.
     """
@@ -224,7 +225,7 @@ def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:
         raise DataError.of(
             f"no reference answer is one of the choices; the first reference is {references[0]!r}",
             "evaluate.choices",
-            f"List the answers as they stand in the data, or set it to auto; given: {', '.join(map(repr, choices))}.",
+            f"List the answers as in the data, or set it to auto; given: {', '.join(map(repr, choices))}.",
         )
 
 
@@ -242,7 +243,7 @@ def choice_trees(
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
 ) -> list[Tree | None]:
-    """Encode each prompt with each choice as the task encodes its rows; None where one of them is too long.
+    """Encode each prompt with each choice as the task encodes its rows; None for a prompt with one that is too long.
 
     The scored tokens are those of the last supervised span: with `train_on: last`, exactly the answer.
     """

@@ -1,6 +1,6 @@
-"""Scores by slice: the test rows split by the values of a column, and both models' scores on each part.
+"""Scores by slice: the test rows split by a column's values, and both models' scores on each part.
 
-A difference on a slice is about the rows of that slice alone, with an interval of its own. Shapes: N test rows,
+A slice's difference covers only its own rows, with its own interval. Shapes: N test rows,
 Q inner edges.
 """
 
@@ -28,7 +28,7 @@ OTHER, MISSING = "(other)", "(none)"
 QUARTERS = (0.25, 0.5, 0.75)
 Name = TypeVar("Name", int, str)
 Parts = Mapping[str, Set[int]]
-"""The test rows apart by one column: the indexes of the rows of each slice, by its name.
+"""The test rows split by one column: row indexes of each slice, by slice name.
 
 Numbers and ranges are in ascending order, other values by frequency; the rest comes last."""
 
@@ -36,9 +36,9 @@ Numbers and ranges are in ascending order, other values by frequency; the rest c
 def read_slices(
     rows: Rows, columns: Sequence[str], numbers: Sequence[int], key: str = "evaluate.slices"
 ) -> dict[str, Parts]:
-    """Part the test rows of these ascending `numbers` by each column, which the recipe names in `key`.
+    """Split the test rows with these ascending `numbers` by each column that the recipe lists in `key`.
 
-    Raises DataError for columns that were not kept when the rows were prepared.
+    Raises DataError for columns that preparation did not keep.
     """
     if not columns:
         return {}
@@ -46,7 +46,7 @@ def read_slices(
         Problem(
             f"the rows were prepared without their column {name!r}",
             key,
-            f"{nearest(name, rows.columns)} Run the recipe again with it: the rows are read anew, and training, if "
+            f"{nearest(name, rows.columns)} Run the recipe again with it: the rows are read again, and training, if "
             "nothing else has changed, is skipped.".strip(),
         )
         for name in columns
@@ -58,10 +58,10 @@ def read_slices(
 
 
 def split_by_value(values: Sequence[object]) -> Parts:
-    """Put each row into the slice of its value [N], of a range of numbers, or of the rest.
+    """Put each row into the slice of its value [N], of a range of numbers, or of other values.
 
-    Numbers of more than twelve values are put into four ranges of about as many rows each. Of other values the twelve
-    most frequent get a slice each.
+    More than twelve different numbers are put into four ranges with about as many rows each. Of other values the
+    twelve most frequent get a slice each.
     """
     names = [write_value(value) for value in values]
     numbers = [value for value in values if is_number(value)]
@@ -81,7 +81,7 @@ def split_by_value(values: Sequence[object]) -> Parts:
 
 
 def name_ranges(edges_Q: Sequence[float]) -> list[str]:
-    """Name the Q + 1 ranges between inner edges, upwards; a range holds its upper end."""
+    """Name the Q + 1 ranges between inner edges, in ascending order; a range includes its upper end."""
     texts = [f"{edge:.0f}" if edge.is_integer() and abs(edge) < LONGEST_WHOLE else f"{edge:g}" for edge in edges_Q]
     inner = [f"above {low}, up to {high}" for low, high in pairwise(texts)]
     return [f"up to {texts[0]}", *inner, f"above {texts[-1]}"]
@@ -101,7 +101,7 @@ def one_line(text: str, longest: int) -> str:
 
 
 def rows_by(names: Iterable[Name]) -> dict[Name, set[int]]:
-    """Return the rows of each name, in the order in which the names appear."""
+    """Return the rows of each name, in the order in which names first appear."""
     rows: dict[Name, set[int]] = {}
     for number, name in enumerate(names):
         rows.setdefault(name, set()).add(number)
@@ -117,6 +117,6 @@ def score_slices(columns: Mapping[str, Parts], measures: PairedMeasures, seed: i
 
 
 def score_slice(value: str, rows: Collection[int], measures: PairedMeasures, seed: int) -> Slice:
-    """Score both models on some rows, by index; a metric without any of them is left out."""
+    """Score both models on some rows, by index; metrics without any of them are dropped."""
     part = measures.subset(rows)
     return Slice(value, len(rows), *part.scores(), part.differences(seed, FEWEST_ROWS))

@@ -1,4 +1,4 @@
-"""The table of evaluation suites by their key in the recipe, and whether they can run: known before anything heavy."""
+"""The evaluation suites by recipe key, and whether they can run: checked before anything heavy."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ SUITES: dict[str, dict[str, type[Suite]]] = {
     "fairness": {"swaps": SwapSuite, "groups": GroupGapSuite},
     "benchmarks": {"": BenchmarkSuite},
 }
-"""By key of `evaluate`, a suite in parts by the key in its section that asks for them; one without is always run."""
+"""By key of `evaluate`, a suite's parts by the section key that requests them; a part without a key always runs."""
 DECODER = "AutoModelForCausalLM"
 
 
 def stated_suites(recipe: Recipe) -> Iterator[tuple[str, type[Suite]]]:
-    """Yield the suites that the recipe names, in parts, each with its key."""
+    """Yield the suites that the recipe names, part by part, each with its key."""
     for name, parts in SUITES.items():
         section = getattr(recipe.evaluate, name)
         yield from ((name, part) for key, part in parts.items() if section and (not key or getattr(section, key)))
 
 
 def make_suites(context: EvalContext) -> list[tuple[str, Suite]]:
-    """Return the suites that the recipe names, their own inputs read and checked before a model is loaded.
+    """Return the suites that the recipe names, with inputs read and checked before a model is loaded.
 
     Raises DataError for inputs that cannot be read or used.
     """
@@ -49,7 +49,7 @@ def make_suites(context: EvalContext) -> list[tuple[str, Suite]]:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Read what suites read besides the rows, at the beginning of a run: a missing file shows before training.
+    """Read the suites' own inputs when a run starts, to report missing files before training.
 
     Raises:
         DataError: inputs that cannot be read or used.
@@ -60,13 +60,13 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
-    """Refuse suites that this variant of the task cannot run; known once the model's configuration is.
+    """Refuse suites that this variant of the task cannot run; called once the model's configuration is known.
 
     Raises RecipeError.
     """
     RecipeError.collect(
         Problem(
-            f"{model} is no decoder language model, and this suite takes {suite.decoder_input}",
+            f"{model} is not a decoder language model, but this suite needs {suite.decoder_input}",
             f"evaluate.{name}",
             f"Remove evaluate.{name}, or set model.name to a decoder, such as a Llama or a Qwen.",
         )
@@ -76,7 +76,7 @@ def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
 
 
 def compare_suites(suites: Sequence[tuple[str, Suite]], rows: PairedMeasures) -> dict[str, Study]:
-    """Return what each suite found of both models; `rows` are the measures of the test rows."""
+    """Return each suite's findings on both models; `rows` are the measures of the test rows."""
     return {
         name: join_studies(
             name.capitalize(), SUITE_KEYS.get(name, ()), [suite.compare(rows) for key, suite in suites if key == name]

@@ -1,4 +1,4 @@
-"""The user's own test rows with the words for groups swapped: whether the answer changes when only the group does."""
+"""Swap words for groups in the user's test rows: a fair model's answer does not change with the group."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row, StudyTable
 from llmtune.report.verdict import FEWEST_ROWS
 
-FIX = "Write two different words a line: woman,man"
+FIX = "Write two different words per line: woman,man"
 TEXTS = (
     *("prompt", "completion", "source", "document", "question", "context"),
     *("text", "pair", "tokens", "chosen", "rejected"),
 )
-"""Keys of a row without its answer that hold text; of a conversation it is each message."""
+"""Keys of an unanswered row that contain text; in a conversation, each message does."""
 MOVED = 0.1
-"""Of the standard deviation of the reference numbers: a prediction that moves by more has changed."""
+"""In standard deviations of the reference numbers: a prediction that moves by more has changed."""
 METRIC = "swap_changes"
-NO_ANSWERS = "no test row asks for an answer that could change: a prompt, a mask, the better of two"
+NO_ANSWERS = "no test row has a prompt, a mask or a pair whose answer could change"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 LIMITS = (
-    "Swaps see words for groups alone, not names or hints, and an answer that changes rightly counts too. Answers that "
-    "hang by a thread change with any word, whatever it stands for."
+    "Swaps cover only words for groups, not names or hints. Answers that change rightly count too. Borderline "
+    "answers change with any word, whatever it means."
 )
 SwapAnswers = dict[int, tuple[object, object]]
-"""By index of the evaluated row, the answers to the original and the swapped row."""
+"""By index of the evaluated row, its answers to the original and the swapped row."""
 
 
 @dataclass(frozen=True)
 class Swaps:
-    """Pairs of words; one with several partners is ambiguous in that direction."""
+    """Pairs of words; a word with several partners is ambiguous in that direction."""
 
     partners: Mapping[str, Sequence[str]]
-    """By word in lower case."""
+    """By lowercase word."""
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the words, the longest first, as whole words."""
+        """Regex for the words as complete words, longest first."""
         words = sorted(self.partners, key=len, reverse=True)
         return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
 
@@ -74,7 +74,7 @@ class Swaps:
         return self.pattern.sub(partner, text)
 
     def is_swapped(self, before: str, after: str) -> bool:
-        """Whether `after` is `before` with every word swapped; an ambiguous one for any of its partners."""
+        """Whether `after` is `before` with every word swapped; an ambiguous word may become any of its partners."""
         parts, end = [], 0
         for match in self.pattern.finditer(before):
             partners = [re.escape(in_case_of(match[0], one)) for one in self.partners[match[0].lower()]]
@@ -83,7 +83,7 @@ class Swaps:
         return re.fullmatch("".join(parts) + re.escape(before[end:]), after) is not None
 
     def swap_row(self, row: Row) -> tuple[Row, list[str]]:
-        """Return a row with the words swapped in all that is read, and the words."""
+        """Return a row with the words swapped in all its inputs, and the words."""
         words: list[str] = []
 
         def swap(value: object) -> object:
@@ -110,7 +110,7 @@ def in_case_of(model: str, word: str) -> str:
 
 
 def read_swaps(sources: Sequence[str]) -> Swaps:
-    """Read pairs of words; each source is `own` or a CSV file of two columns.
+    """Read pairs of words; each source is `own` or a two-column CSV file.
 
     Raises DataError for files that cannot be read or used, with all bad lines.
     """
@@ -144,18 +144,18 @@ def read_pairs_of_words(source: str) -> list[tuple[str, str] | Problem]:
 
 
 class SwapSuite(EvalSuite[SwapAnswers]):
-    """Test rows answered as they are and with words swapped, in one batch run: rounding then differs least."""
+    """Answer test rows as they are and with words swapped, in one batched run to minimize rounding differences."""
 
     metrics: ClassVar = {METRIC: ("rows whose answer changes when only the group is swapped", -1)}
     fewest_rows = FEWEST_ROWS
     inputs: EvalInputs
     """The test rows."""
     rows: dict[int, Row]
-    """By index among them, the rows that are asked, swapped."""
+    """By index among them, the swapped versions of the rows to answer."""
     asked: EvalContext
-    """Its rows are the original ones, followed by the same rows swapped."""
+    """Its rows are the original ones, then the same rows swapped."""
     how: str
-    """How many rows are answered, why others are not, and what is compared."""
+    """How many rows are answered, why others are not, and how answers are compared."""
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
@@ -165,7 +165,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
     def prepare(self) -> str:
         """Choose and encode the rows to answer; return why nothing can be measured, or an empty text."""
         if self.context.inputs is None:
-            return "not measured: there are no test rows"
+            return "not measured: no test rows"
         self.inputs = self.context.inputs
         if reason := TASK_FACTS[self.context.recipe.task].unswapped:
             return f"not measured: {reason}"
@@ -180,12 +180,12 @@ class SwapSuite(EvalSuite[SwapAnswers]):
 
     @classmethod
     def read(cls, recipe: Recipe) -> Swaps:
-        """Read the words. Raises DataError where that cannot be done."""
+        """Read the words. Raises DataError if that fails."""
         assert recipe.evaluate.fairness is not None
         return read_swaps(recipe.evaluate.fairness.swaps)
 
     def swap_rows(self) -> tuple[dict[int, Row], Counter[str]]:
-        """Return the test rows that are asked, swapped, and how many there are of each kind."""
+        """Return the test rows to answer, swapped, and how many there are of each kind."""
         context, task, recipe = self.context, self.context.task, self.context.recipe
         rows: dict[int, Row] = {}
         counts: Counter[str] = Counter()
@@ -210,7 +210,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         return rows, counts
 
     def make_inputs(self) -> EvalContext:
-        """Return what both kinds of rows are answered from; of `rows` those stay whose choices fit."""
+        """Return the inputs for both versions of the rows; `rows` keeps only those whose choices fit."""
         inputs, task, processor, recipe = self.inputs, self.context.task, self.context.processor, self.context.recipe
         trees = []
         if inputs.trees:
@@ -233,10 +233,10 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         return replace(self.context, inputs=both, recipe=greedy(recipe))
 
     def find_kind(self) -> tuple[AnswerKind, str]:
-        """Return what the answers are, which says when two of them differ, and a description of what is compared."""
+        """Return the kind of answers, which defines when two of them differ, and a description of the comparison."""
         inputs, classify = self.inputs, self.context.recipe.classify
         if inputs.trees:
-            compared = f"the likeliest of {len(inputs.choices)} answers compared"
+            compared = f"the most likely of {len(inputs.choices)} answers compared"
             return AnswerKind(self.swaps, labels=inputs.choices), compared
         if not self.context.task.predicts:
             return AnswerKind(self.swaps), "answers compared, generated greedily"
@@ -247,7 +247,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         return AnswerKind(self.swaps, tolerance, labels), compared
 
     def run(self, name: str, model: torch.nn.Module) -> None:
-        """Answer the rows with one model; those that its context does not hold in both forms are left out."""
+        """Answer the rows with one model; skip those that exceed its context in either version."""
         if self.unmeasured:
             return
         predicted = predict(model, f"{name}: fairness, swaps", self.asked)
@@ -266,7 +266,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         yield measure_right(changed, METRIC, f"{len(output)} of {self.how}")
 
     def limits(self) -> str:
-        """Write what the numbers can show."""
+        """Describe what the numbers can show."""
         return LIMITS
 
     def tables(self, measured: PairedMeasures) -> Iterator[StudyTable]:
@@ -280,9 +280,9 @@ class SwapSuite(EvalSuite[SwapAnswers]):
             too = ["yes" if self.answers.differ(*base[i]) else "no"] if base else []
             swapped = ", ".join(f"{word} → {self.swaps.swap(word)}" for word in words)
             cells.append((self.inputs.origins[i], swapped, *shown, *too))
-        heads = ("row", "swapped", "tuned: as it stands", "tuned: swapped", *(("base changes too",) if base else ()))
+        heads = ("row", "swapped", "tuned: original", "tuned: swapped", *(("base changes too",) if base else ()))
         if cells:
-            yield StudyTable("Answers that change with the group alone: a few of them", heads, tuple(cells))
+            yield StudyTable("Examples of answers that change only with the group", heads, tuple(cells))
 
     def write_answer(self, answer: object) -> str:
         """Format an answer for display."""
@@ -293,16 +293,16 @@ class SwapSuite(EvalSuite[SwapAnswers]):
 
 @dataclass(frozen=True)
 class AnswerKind:
-    """What answers are, and so when two of them differ by more than the words that were swapped."""
+    """The kind of answers, which defines when two of them differ by more than the swapped words."""
 
     swaps: Swaps
     tolerance: float = 0.0
-    """Of predicted numbers: from where on two of them differ."""
+    """Two predicted numbers differ if they are further apart than this."""
     labels: tuple[str, ...] = ()
-    """What answers are chosen from; empty where they are free."""
+    """Answers to choose from; empty for free answers."""
 
     def differ(self, before: object, after: object) -> bool:
-        """Whether the answer is another one. A word for a group in it is expected to be swapped as in the prompt."""
+        """Whether the answer changed. A word for a group in it is expected to be swapped as in the prompt."""
         if isinstance(before, dict) and isinstance(after, dict):
             if "rejected" in before:
                 return prefers_chosen(before) != prefers_chosen(after)
@@ -319,7 +319,7 @@ class AnswerKind:
         return before != after
 
     def expected_label(self, label: str) -> str:
-        """Return the label that is right once the words are swapped: another one only if it names a group."""
+        """Return the right label after the swap: a different one only if it names a group."""
         swapped = self.swaps.swap(label)
         return swapped if swapped in self.labels else label
 
@@ -330,7 +330,7 @@ def prefers_chosen(scores: Mapping[str, float]) -> bool:
 
 
 def is_answerable(question: Row, context: EvalContext) -> bool:
-    """Whether a row asks anything that can be answered: a prompt, a mask, two answers to judge."""
+    """Whether a row can be answered: it has a prompt, a mask, or two answers to judge."""
     if context.task.rates_answers:
         return "chosen" in question
     if context.task.auto_class == "AutoModelForMaskedLM":
@@ -339,6 +339,6 @@ def is_answerable(question: Row, context: EvalContext) -> bool:
 
 
 def greedy(recipe: Recipe) -> Recipe:
-    """Return the recipe without sampling, which changes answers by chance."""
+    """Return the recipe without sampling, which changes answers randomly."""
     plain = {"do_sample": False, **dict.fromkeys(SAMPLING)}
     return recipe.model_copy(update={"generation": recipe.generation.model_copy(update=plain)})

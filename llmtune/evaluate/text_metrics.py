@@ -1,4 +1,4 @@
-"""The metrics of language models by name: of supervised tokens, and of generated texts against their references.
+"""Metrics of language models by name: on supervised tokens, and on generated texts against references.
 
 Text metrics equal their reference library or script. Shapes: N rows.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 TOKEN_METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy")
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TEXT_METRICS = ("exact_match", *ROUGE_METRICS, "chrf")
-"""Of `TEXT_MEASURES`, those of chat and completion."""
+"""The metrics of `TEXT_MEASURES` for chat and completion."""
 CHOICE_METRIC = "choice_accuracy"
 METRICS = (*TOKEN_METRICS, *TEXT_METRICS, CHOICE_METRIC)
 SQUAD_METRICS = ("exact_match", "f1")
@@ -62,7 +62,7 @@ def measure_tokens(metric: str, nats: Floats, correct: Floats, tokens: Floats, t
     if metric == "perplexity":
         return Measure(metric, columns(nats, tokens), exponential_ratio, signature="exp(loss)")
     if metric == "bits_per_byte":
-        signature = "bits of the supervised tokens by UTF-8 bytes of their text, end-of-turn left out of the bytes"
+        signature = "bits of the supervised tokens by UTF-8 bytes of their text, end-of-turn not counted in the bytes"
         return Measure(metric, columns(nats / math.log(2), target_bytes), ratio, signature=signature)
     assert metric == "accuracy"
     signature = "share of supervised tokens predicted first"
@@ -70,7 +70,7 @@ def measure_tokens(metric: str, nats: Floats, correct: Floats, tokens: Floats, t
 
 
 def measure_same(texts: Sequence[str], references: Sequence[str]) -> Measure:
-    """Build the share of texts that are their reference; outer white space does not count."""
+    """Build the share of texts that equal their reference after stripping outer white space."""
     equal = [text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)]
     return measure_right(equal, "exact_match")
 
@@ -87,13 +87,13 @@ def measure_rouge(texts: Sequence[str], references: Sequence[str], *, metric: st
 
 
 def measure_bleu(texts: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> Measure:
-    """Build corpus BLEU, 0 to 100: n-gram counts are summed over the rows before the score is taken.
+    """Build corpus BLEU, 0 to 100: n-gram counts are summed over the rows before scoring.
 
-    `tokenize` is sacrebleu's: "13a" for languages that put spaces between words, "zh" for Chinese, "char" for others.
+    `tokenize` is sacrebleu's: "13a" for languages with spaces between words, "zh" for Chinese, "char" for others.
     """
     from sacrebleu.metrics.bleu import BLEU
 
-    # `force` silences a remark on texts that end in " ."; it has no effect on the score.
+    # `force` silences a warning about texts that end in " ."; it has no effect on the score.
     scorer = BLEU(tokenize=tokenize, force=True)
     return measure_corpus("bleu", "BLEU", scorer, 2 + 2 * BLEU_ORDER, bleu_formula, bleu_bounds, texts, references)
 
@@ -115,7 +115,7 @@ def bleu_formula(sums: Floats) -> Floats:
 
 
 def measure_chrf(texts: Sequence[str], references: Sequence[str]) -> Measure:
-    """Build corpus chrF, 0 to 100: n-gram counts are summed over the rows before the score is taken."""
+    """Build corpus chrF, 0 to 100: n-gram counts are summed over the rows before scoring."""
     from sacrebleu.metrics.chrf import CHRF
 
     scorer = CHRF()
@@ -123,10 +123,10 @@ def measure_chrf(texts: Sequence[str], references: Sequence[str]) -> Measure:
 
 
 def chrf_formula(sums: Floats) -> Floats:
-    """[..., 18] n-gram counts (hypothesis, reference, match; orders 1 to 6) -> chrF2 [...], as sacrebleu computes it.
+    """[..., 18] n-gram counts (hypothesis, reference, match; orders 1 to 6) -> chrF2 [...], computed as in sacrebleu.
 
-    Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015; averages over the
-    orders that both sides have.
+    Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015; averages over the orders that both
+    sides have.
     """
     counts = sums.reshape(*sums.shape[:-1], -1, 3)
     hypothesis, reference, match = counts[..., 0], counts[..., 1], counts[..., 2]
@@ -138,7 +138,7 @@ def chrf_formula(sums: Floats) -> Floats:
 
 
 def measure_ter(texts: Sequence[str], references: Sequence[str]) -> Measure:
-    """Build corpus TER, edits by 100 reference words: lower is better, and it may pass 100."""
+    """Build corpus TER, edits per 100 reference words: lower is better, and it may exceed 100."""
     from sacrebleu.metrics.ter import TER
 
     return measure_corpus("ter", "TER", TER(), 2, ter_formula, error_bounds, texts, references)
@@ -163,19 +163,19 @@ def measure_corpus(
     texts: Sequence[str],
     references: Sequence[str],
 ) -> Measure:
-    """Build a corpus score from the statistics [N, sums] that a scorer of sacrebleu adds up over the rows."""
+    """Build a corpus score from the statistics [N, sums] that a sacrebleu scorer sums over the rows."""
     if not texts:
         return Measure(metric, np.empty((0, sums)), formula)
-    # They have no public name; tests hold their formulas against `corpus_score`.
+    # They have no public name; tests compare their formulas with `corpus_score`.
     sums_NK = np.asarray(scorer._extract_corpus_statistics(list(texts), [list(references)]), dtype=np.float64)
     signature = f"corpus {title}, sacrebleu {scorer.get_signature()}"
     return Measure(metric, sums_NK, formula, signature=signature, bounds=bounds)
 
 
 def measure_length_ratio(texts: Sequence[str], references: Sequence[str]) -> Measure:
-    """Build the number of words in all texts by that in all references."""
+    """Build the ratio of words in all texts to words in all references."""
     words = [np.array([len(text.split()) for text in side], dtype=np.float64) for side in (texts, references)]
-    signature = "words of the texts by words of the references, parted by white space"
+    signature = "words of the texts per word of the references, split at white space"
     return Measure("length_ratio", columns(*words), ratio, signature=signature)
 
 
@@ -187,20 +187,20 @@ TEXT_MEASURES: dict[str, Callable[[Sequence[str], Sequence[str]], Measure]] = {
     "ter": measure_ter,
     "length_ratio": measure_length_ratio,
 }
-"""Metrics of N texts against one reference each, by name."""
+"""Metrics of N texts with one reference each, by name."""
 
 
 def measure_squad(metric: str, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> Measure:
-    """Build a metric of `SQUAD_METRICS` from one text a row and any number of right answers a row.
+    """Build a metric of `SQUAD_METRICS` from one text per row and any number of right answers per row.
 
-    No right answer means that the question has none, and an empty text says so. Values are the script's by 100.
+    No right answer means that the question is unanswerable; an empty text is then right. Values are the script's / 100.
     Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", 2018, official evaluation script.
     """
     known = ([answer for answer in right if bare(answer)] or [""] for right in answers)
     rows = zip(texts, known, strict=True)
     signature = (
         "SQuAD 2.0, share of 1: lower case, without punctuation and articles; the best of several answers; "
-        "an empty text is right where there is no answer"
+        "an empty text is right if the question has no answer"
     )
     if metric == "exact_match":
         return measure_right([bare(text) in map(bare, right) for text, right in rows], metric, signature)
@@ -210,13 +210,13 @@ def measure_squad(metric: str, texts: Sequence[str], answers: Sequence[Sequence[
 
 
 def bare(text: str) -> str:
-    """Lower the case; take out punctuation, English articles and superfluous white space."""
+    """Lowercase; remove punctuation, English articles and superfluous white space."""
     letters = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", letters).split())
 
 
 def shared_words(text: str, answer: str) -> float:
-    """F1 of the words that text and answer have in common; where one of them has none, 1 if both have none."""
+    """F1 of the words shared by text and answer; if either has none, 1 if both have none, else 0."""
     given, expected = bare(text).split(), bare(answer).split()
     if not given or not expected:
         return float(given == expected)
@@ -224,7 +224,7 @@ def shared_words(text: str, answer: str) -> float:
     return 2 * shared / (len(given) + len(expected))
 
 
-# Word and character error rate of transcripts, after a named normaliser
+# Word and character error rate of transcripts, after normalisation
 
 
 SPELLINGS = "normalizer.json"
@@ -244,7 +244,7 @@ def measure_error_rate(
     """Build the word error rate (`wer`) or character error rate (`cer`, spaces between words included).
 
     It is the number of substitutions, deletions and insertions in all rows divided by the length of all references: 0
-    is without errors, it may exceed 1, and it is NaN if no reference has a word. See `make_normaliser` for the rest.
+    means no errors, it may exceed 1, and it is NaN if no reference has a word. See `make_normaliser` for the rest.
     """
     import jiwer
 
@@ -258,8 +258,8 @@ def measure_error_rate(
         sums_N2 = errors_and_lengths(aligned.alignments, aligned.references)
     cleaned = name_normaliser(normaliser, language, spellings)
     signature = (
-        f"errors by reference {unit}, normaliser {cleaned}, jiwer {version('jiwer')};"
-        " what is written where the reference is empty counts as errors"
+        f"errors per reference {unit}, normaliser {cleaned}, jiwer {version('jiwer')};"
+        " any text for an empty reference counts as errors"
     )
     return Measure(metric, sums_N2, error_rate, signature=signature, bounds=error_bounds)
 
@@ -275,7 +275,7 @@ def error_rate(sums: Floats) -> Floats:
 
 
 def errors_and_lengths(alignments: Sequence[Sequence[AlignmentChunk]], references: Sequence[Sequence[str]]) -> Floats:
-    """Return [N, (errors, reference length)] of what jiwer aligned."""
+    """Return [N, (errors, reference length)] from jiwer's alignments."""
     rows = []
     for chunks, words in zip(alignments, references, strict=True):
         wrong = [chunk for chunk in chunks if chunk.type != "equal"]
@@ -285,11 +285,11 @@ def errors_and_lengths(alignments: Sequence[Sequence[AlignmentChunk]], reference
 
 
 def make_normaliser(name: str, language: str = "", spellings: Mapping[str, str] | None = None) -> Normaliser:
-    """Return the normaliser of a name of `NORMALISERS`.
+    """Return the normaliser with a name of `NORMALISERS`.
 
-    "none" leaves a text as it is; jiwer parts it at spaces. "basic" is Unicode's lower case without punctuation, where
-    dashes and white space of any kind become one space. "whisper" is the one of OpenAI's Whisper: for English it also
-    writes out contractions, turns number words into digits and, with `spellings` (British to American, in Whisper's
+    "none" leaves texts unchanged; jiwer splits at spaces. "basic" is Unicode lowercase without punctuation; dashes and
+    white space of any kind become one space. "whisper" is the normaliser of OpenAI's Whisper: for English it also
+    expands contractions, turns number words into digits and, with `spellings` (British to American, in Whisper's
     tokenizer as `english_spelling_normalizer`), unifies spellings.
     """
     if name == "none":
@@ -305,9 +305,9 @@ def make_normaliser(name: str, language: str = "", spellings: Mapping[str, str] 
 
 
 def find_spellings(model: ModelSection) -> dict[str, str] | None:
-    """Return the spellings that a Whisper model brings in `normalizer.json`; None where it has none, or lies elsewhere.
+    """Return the spellings in a Whisper model's `normalizer.json`; None if not found.
 
-    Looked for in a folder and in the hub's cache, where the model is by the time that its answers are measured.
+    Looks in a folder and in the hub's cache, which has the model by the time its answers are measured.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -323,7 +323,7 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
 
 
 def lower_without_punctuation(text: str) -> str:
-    """Lower the case, make dashes spaces, take out other punctuation, join white space; composed letters (NFC)."""
+    """Lowercase, turn dashes into spaces, drop other punctuation, collapse white space; NFC-composed letters."""
     lowered = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
     kinds = ((letter, unicodedata.category(letter)) for letter in lowered)
     kept = (" " if kind == "Pd" else letter for letter, kind in kinds if kind == "Pd" or not kind.startswith("P"))

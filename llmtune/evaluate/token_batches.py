@@ -1,4 +1,4 @@
-"""Rows of different length in batches of a token budget; running out of memory only shrinks the budget."""
+"""Run rows of different lengths in batches of a token budget; out of memory only shrinks the budget."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ P = TypeVar("P")
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 """Positions in one batch, padding included, for losses and likelihoods."""
 GENERATION_BUDGET = {"cpu": 8192, "cuda": 65536}
-"""Positions in one batch of generated answers, prompt and answer; only keys and values are kept."""
+"""Positions in one batch of generated answers, prompt plus answer; only keys and values are kept."""
 
 
 def run_in_batches(
@@ -36,10 +36,10 @@ def run_in_batches(
     most: int | None = None,
     packed: bool = False,
 ) -> list[T]:
-    """Return what `work` gives for each row; it gets lists of indexes into `lengths`, the longest rows first.
+    """Return the results of `work` for each row; it gets lists of indexes into `lengths`, longest rows first.
 
-    A batch has as many rows as fit into `budget` positions, end to end if `packed`, else each as long as the longest;
-    and `most` at most. A batch that runs out of memory is cut in halves, and the budget stays at half from then on.
+    A batch has as many rows as fit into `budget` positions, concatenated if `packed`, else padded to the longest; at
+    most `most` rows. A batch that runs out of memory is halved, and the budget stays halved from then on.
     Raises EnvironmentProblem when a single row does not fit.
     """
     results: dict[int, T] = {}
@@ -58,7 +58,7 @@ def run_in_batches(
         if len(batch) == 1:
             raise EnvironmentProblem.of(
                 f"out of memory while evaluating a single row of {lengths[batch[0]]} tokens",
-                fix="Set data.max_length or generation.max_new_tokens lower, or use a larger device.",
+                fix="Lower data.max_length or generation.max_new_tokens, or use a larger device.",
             )
         half = batch[: len(batch) // 2]
         budget = sum(lengths[i] for i in half) if packed else lengths[left[0]] * len(half)
@@ -67,12 +67,12 @@ def run_in_batches(
 
 
 def batch_size(longest: int, budget: int) -> int:
-    """Return how many rows padded to `longest` fit into `budget` positions; one at least."""
+    """Return how many rows padded to `longest` fit into `budget` positions; at least one."""
     return max(1, budget // max(1, longest))
 
 
 def count_packed(lengths: Sequence[int], left: Sequence[int], budget: int) -> int:
-    """Return how many of the first rows in `left` fit into `budget` positions end to end; one at least."""
+    """Return how many of the first rows in `left` fit into `budget` positions concatenated; at least one."""
     totals = accumulate(lengths[i] for i in left)
     return max(1, sum(1 for _ in takewhile(lambda total: total <= budget, totals)))
 
@@ -83,7 +83,7 @@ def budget_for(device: str, budgets: dict[str, int]) -> int:
 
 
 def cut_evenly(count: int, limit: int | None) -> Iterator[int]:
-    """Yield at most `limit` indexes out of `count`, spread evenly: similar rows of a file are often neighbours."""
+    """Yield at most `limit` indexes out of `count`, spread evenly: neighbouring rows of a file are often similar."""
     taken = count if limit is None else min(limit, count)
     return (i * count // taken for i in range(taken))
 
@@ -96,7 +96,7 @@ def run_encoder(
     read: Callable[[int, ModelOutput, int], T],
     advance: Advance = lambda rows: None,
 ) -> list[T]:
-    """Run encoded texts through a model without gradient; `read(i, output, row of the batch)` gives each result."""
+    """Run encoded texts through a model without gradients; `read(i, output, row of the batch)` returns each result."""
 
     def work(batch: list[int]) -> list[T]:
         tensors = move_to(device, pad_texts([examples[i] for i in batch], pad_id))
@@ -107,11 +107,11 @@ def run_encoder(
     return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance)
 
 
-# Rows divided over processes
+# Rows divided among processes
 
 
 def over_processes(items: Sequence[P], work: Callable[[Sequence[P]], Sequence[T]]) -> list[T]:
-    """Return `work(items)`, a result for each, where every process does every Nth item; all of them have to call it."""
+    """Return `work(items)`, one result each; every process does every Nth item, so all of them must call this."""
     count = world_size()
     if count == 1:
         return list(work(items))
@@ -122,7 +122,7 @@ def over_processes(items: Sequence[P], work: Callable[[Sequence[P]], Sequence[T]
 
 
 def of_first_process(value: T | None) -> T:
-    """Return the `value` of the first process in all of them; all have to call it."""
+    """Return the first process's `value` in all processes; all must call this."""
     values = [value]
     if world_size() > 1:
         distributed.broadcast_object_list(values)

@@ -1,6 +1,6 @@
-"""Metrics of tool calls: whether they can be made, name the right tools and pass the right arguments.
+"""Metrics of tool calls: whether they are valid, name the right tools and pass the right arguments.
 
-A row brings every answer that was asked of it, its own last; its sums add up over them. Shapes: N rows.
+A row has every answer that is generated for it, its own last; its sums add them up. Shapes: N rows.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class ToolTurn:
 
     @property
     def tools(self) -> Sequence[Tool]:
-        """What may be called."""
+        """Tools that may be called."""
         tools: Sequence[Tool] = self.question["tools"]
         return tools
 
 
 def calls_tool(turns: Sequence[ToolTurn]) -> bool:
-    """Whether the last of these answers, a row's own, calls a tool: then it is no text to compare texts with."""
+    """Whether the last answer, the row's own, calls a tool: then text metrics do not apply."""
     return bool(turns) and bool(turns[-1].calls)
 
 
@@ -58,9 +58,9 @@ def read_call(call: ToolCall) -> tuple[str, dict[str, object]]:
 
 
 def is_valid_call(call: ToolCall, tools: Sequence[Tool]) -> bool:
-    """Whether a call names one of the tools, with arguments that its JSON Schema takes.
+    """Whether a call names one of the tools, with arguments that match its JSON Schema.
 
-    Arguments cannot be shown to be valid by a schema that is not valid itself, or that refers to another document.
+    Arguments cannot be validated against a schema that is invalid itself, or that refers to another document.
     """
     name, arguments = read_call(call)
     schemas = schemas_of(tools)
@@ -68,7 +68,7 @@ def is_valid_call(call: ToolCall, tools: Sequence[Tool]) -> bool:
         return False
     try:
         return bool(_validator(schemas[name]).is_valid(arguments))
-    except (re.error, RecursionError):  # a pattern that is none; a schema that refers to itself alone
+    except (re.error, RecursionError):  # an invalid pattern; a schema that only refers to itself
         return False
 
 
@@ -78,7 +78,7 @@ def schemas_of(tools: Sequence[Tool]) -> dict[str, Any]:
 
 
 def schema_problem(schema: Any) -> str | None:
-    """Return why a JSON Schema cannot be used to check arguments; None where it can."""
+    """Return why a JSON Schema cannot be used to check arguments; None if it can."""
     return _problem_of(json.dumps(schema))
 
 
@@ -86,7 +86,7 @@ def schema_problem(schema: Any) -> str | None:
 def _problem_of(text: str) -> str | None:
     schema: Any = json.loads(text)
     if not isinstance(schema, dict | bool):
-        return "it is no object"
+        return "not an object"
     try:
         _validator(schema).check_schema(schema)
         resolver = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
@@ -113,7 +113,7 @@ def _references(schema: object) -> Iterator[str]:
 
 
 def uncheckable_tools(turns: Iterable[ToolTurn]) -> dict[str, str]:
-    """Return the tools whose calls cannot be checked, each with what is wrong with its schema."""
+    """Return the tools whose calls cannot be checked, each with the error in its schema."""
     wrong: dict[str, str] = {}
     for turn in turns:
         for name, schema in schemas_of(turn.tools).items():
@@ -123,7 +123,7 @@ def uncheckable_tools(turns: Iterable[ToolTurn]) -> dict[str, str]:
 
 
 def is_same_value(one: object, other: object) -> bool:
-    """Whether two JSON values are equal; 1 and 1.0 are, 1 and true are not, and the order of keys does not count."""
+    """Whether two JSON values are equal: 1 equals 1.0 but not true, and the order of keys does not matter."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, dict) and isinstance(other, dict):
@@ -134,7 +134,7 @@ def is_same_value(one: object, other: object) -> bool:
 
 
 def score_valid(answer: ParsedAnswer, turn: ToolTurn) -> float | None:
-    """1 for at least one call, all of them to be read and valid; None where the tool to call has no valid schema."""
+    """1 for at least one call, all readable and valid; None if the tool to call has no valid schema."""
     calls, schemas = answer.tool_calls, schemas_of(turn.tools)
     if any(schema_problem(schemas.get(read_call(call)[0], {})) is not None for call in turn.calls):
         return None
@@ -142,13 +142,13 @@ def score_valid(answer: ParsedAnswer, turn: ToolTurn) -> float | None:
 
 
 def score_names(answer: ParsedAnswer, turn: ToolTurn) -> float:
-    """1 where the same tools are called, each as often, in any order."""
+    """1 if the same tools are called, equally often, in any order."""
     given, expected = (Counter(read_call(call)[0] for call in calls) for calls in (answer.tool_calls, turn.calls))
     return float(given == expected)
 
 
 def score_arguments(answer: ParsedAnswer, turn: ToolTurn) -> float:
-    """1 where the calls are those of the reference, in any order."""
+    """1 if the calls equal those of the reference, in any order."""
     left = [[*read_call(call)] for call in answer.tool_calls]
     for expected in ([*read_call(call)] for call in turn.calls):
         equal = next((i for i, call in enumerate(left) if is_same_value(call, expected)), None)
@@ -159,7 +159,7 @@ def score_arguments(answer: ParsedAnswer, turn: ToolTurn) -> float:
 
 
 def score_argument_values(answer: ParsedAnswer, turn: ToolTurn) -> float:
-    """F1 of the arguments, by name and value; 1 where neither side has any and the names agree.
+    """F1 of the arguments, by name and value; 1 if neither side has any and the names agree.
 
     Each call of the reference is compared with the most similar call of the same tool.
     """
@@ -175,18 +175,18 @@ def score_argument_values(answer: ParsedAnswer, turn: ToolTurn) -> float:
 
 
 def count_equal_arguments(one: ToolCall, other: ToolCall) -> int:
-    """Count the arguments that two calls have in common, values included."""
+    """Count the arguments that two calls share, values included."""
     given, expected = read_call(one)[1], read_call(other)[1]
     return sum(name in given and is_same_value(given[name], value) for name, value in expected.items())
 
 
 def score_silence(answer: ParsedAnswer, turn: ToolTurn) -> float:
-    """1 where nothing is called, and no unreadable text looks like a call."""
+    """1 if nothing is called, and no unreadable text looks like a call."""
     return float(not answer.tool_calls and not answer.error)
 
 
 CallScorer = Callable[[ParsedAnswer, ToolTurn], float | None]
-CALLING = "answers of rows with tools whose reference calls one, each asked behind the recorded turns before it"
+CALLING = "answers of rows with tools whose reference calls one, each after its recorded turns"
 TOOL_SCORES: Mapping[str, tuple[CallScorer, bool, str]] = {
     "tool_call_valid": (score_valid, True, f"share with calls, all of them valid by JSON Schema; {CALLING}"),
     "tool_name": (score_names, True, f"share that call the same tools, in any order; {CALLING}"),
@@ -194,13 +194,13 @@ TOOL_SCORES: Mapping[str, tuple[CallScorer, bool, str]] = {
     "tool_arguments_f1": (score_argument_values, True, f"F1 of argument values, mean; {CALLING}"),
     "no_call": (score_silence, False, "share without a call; answers of rows with tools whose reference calls none"),
 }
-"""By metric: the score of one answer, whether it is about references that call, and what it is."""
+"""By metric: the score of one answer, whether it covers references with calls, and a description."""
 
 
 def measure_tools(
     metric: str, answers: Mapping[int, Sequence[ParsedAnswer]], turns: Mapping[int, Sequence[ToolTurn]]
 ) -> Measure:
-    """Build a metric of `TOOL_SCORES` from the answers of each row, both by its index: all that were asked of it."""
+    """Build a metric of `TOOL_SCORES` from all answers of each row, both given by row index."""
     score, calling, signature = TOOL_SCORES[metric]
     sums: dict[int, tuple[float, int]] = {}
     for row, asked in turns.items():

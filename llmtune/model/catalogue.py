@@ -1,4 +1,4 @@
-"""Models of today as data: what they are, what they may be used for, and the shapes that a memory plan needs."""
+"""The catalogue of current models as data: kind, licence, and the shapes that a memory plan needs."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class CatalogueModel:
     parameters: int
     model_type: str
     config: Mapping[str, Any]
-    """Sizes under the names of the model's own configuration."""
+    """Sizes, named as in the model's own configuration."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that it can be tuned for."""
+        """Return the tasks that the model can be tuned for."""
         return tuple(task for task, facts in TASK_FACTS.items() if self.kind in facts.models)
 
     def write_config(self, folder: Path) -> ModelRef:
-        """Write its configuration as transformers reads it; returns a reference that has no weights."""
+        """Write its configuration for transformers; return a reference without weights."""
         folder.mkdir(parents=True, exist_ok=True)
         values = {"model_type": self.model_type, "max_position_embeddings": self.context, **self.config}
         (folder / "config.json").write_text(json.dumps(values), "utf-8")
         return ModelRef(self.name, folder, None, "")
 
     def hindrance(self, query: ModelQuery) -> str | None:
-        """Return why it is none for a query; None where it may be."""
+        """Return why the model does not match a query; None if it does."""
         if query.task is not None and query.task not in self.tasks:
             return f"a model of the kind {self.kind} cannot do task {query.task}"
         if (reason := refuse_licence(self.licence, query.licences)) is not None:
@@ -65,7 +65,7 @@ class CatalogueModel:
 
 @dataclass(frozen=True)
 class ModelQuery:
-    """What is looked for in the catalogue."""
+    """A search of the catalogue."""
 
     task: str | None = None
     licences: Sequence[str] = ()
@@ -75,15 +75,15 @@ class ModelQuery:
 
 
 def refuse_licence(licence: str | None, allowed: Sequence[str]) -> str | None:
-    """Return why a model with this licence may not be used where only some are allowed."""
+    """Return why a model with this licence may not be used if only `allowed` ones may."""
     if not allowed or (licence or "").lower() in {name.lower() for name in allowed}:
         return None
-    return f"its licence is {licence}" if licence else "its licence is not known"
+    return f"its licence is {licence}" if licence else "its licence is unknown"
 
 
 @cache
 def read_catalogue() -> dict[str, CatalogueModel]:
-    """Return the models that llmtune knows, by name."""
+    """Return the models in the catalogue, by name."""
     text = (resources.files("llmtune.model") / "catalogue.yaml").read_text("utf-8")
     entries = YAML(typ="safe").load(text)
     return {
@@ -93,7 +93,7 @@ def read_catalogue() -> dict[str, CatalogueModel]:
 
 
 def find_catalogue_model(name: str) -> CatalogueModel:
-    """Return a model by its name, or the end of it. Raises RecipeError where there is none, or more than one."""
+    """Return a model by its name or the end of it. Raises RecipeError if none or several match."""
     known = read_catalogue()
     matches = [one for one in known if one.lower() == name.lower()] or [
         one for one in known if one.lower().rpartition("/")[2] == name.lower()
@@ -105,11 +105,11 @@ def find_catalogue_model(name: str) -> CatalogueModel:
 
 
 def select_models(query: ModelQuery) -> tuple[list[CatalogueModel], dict[str, str]]:
-    """Return the models that may be used, and by name why others may not. Raises RecipeError for what nobody has."""
+    """Return the matching models, and the reasons against the others by name. Raises RecipeError for unknown values."""
     known = read_catalogue().values()
     if query.task is not None and query.task not in TASK_FACTS:
         fix = f"{nearest(query.task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
-        raise RecipeError.of(f"there is no task '{query.task}'", "--task", fix)
+        raise RecipeError.of(f"unknown task '{query.task}'", "--task", fix)
     languages = () if query.language is None else (query.language,)
     for noun, wanted, there in (
         ("language", languages, {one for model in known for one in model.languages}),
@@ -119,7 +119,7 @@ def select_models(query: ModelQuery) -> tuple[list[CatalogueModel], dict[str, st
         for one in wanted:
             if one.lower() not in {name.lower() for name in there}:
                 fix = f"{nearest(one, sorted(there))} The catalogue has: {', '.join(sorted(there))}.".strip()
-                raise RecipeError.of(f"no model of the catalogue has the {noun} '{one}'", f"--{noun}", fix)
+                raise RecipeError.of(f"no model in the catalogue has the {noun} '{one}'", f"--{noun}", fix)
     reasons = {model.name: model.hindrance(query) for model in known}
     return [model for model in known if reasons[model.name] is None], {
         name: why for name, why in reasons.items() if why
@@ -127,10 +127,10 @@ def select_models(query: ModelQuery) -> tuple[list[CatalogueModel], dict[str, st
 
 
 def candidate_names(recipe: Recipe) -> tuple[str, ...]:
-    """Return the candidates of a recipe by name: those that it lists, or those that its query finds in the catalogue.
+    """Return the names of a recipe's candidates: its list, or the catalogue's matches for its query.
 
-    Licences are no part of the search: one that is not allowed is left out later, with the reason. Raises RecipeError
-    where nothing is found.
+    The search ignores licences: a forbidden one is dropped later, with the reason. Raises RecipeError if nothing
+    matches.
     """
     wanted = recipe.model.candidates
     if wanted is None or isinstance(wanted, tuple):
@@ -141,6 +141,6 @@ def candidate_names(recipe: Recipe) -> tuple[str, ...]:
     except RecipeError as error:
         raise RecipeError(*(replace(one, where="model.candidates") for one in error.problems)) from None
     if not models:
-        fix = f"`llmtune models list --task {recipe.task}` shows what there is; ask for less."
-        raise RecipeError.of("no model of the catalogue is all that is asked for", "model.candidates", fix)
+        fix = f"See `llmtune models list --task {recipe.task}`, and relax the query."
+        raise RecipeError.of("no model in the catalogue matches the query", "model.candidates", fix)
     return tuple(model.name for model in models)

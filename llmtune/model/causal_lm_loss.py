@@ -1,6 +1,6 @@
-"""What a model reads of a batch, and the loss of a causal one as a sum and a count, at the predicted positions only.
+"""A model's inputs from a batch, and a causal model's loss as a sum and a count, only at the predicted positions.
 
-Shapes: B batch, T positions, C columns that are predicted from in any row, S supervised tokens, V vocabulary, R rows.
+Shapes: B batch, T positions, C columns with a prediction in any row, S supervised tokens, V vocabulary, R rows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from llmtune.model.prefix_packing import share_prefixes, takes_shared_prefixes
 from llmtune.records import Batch, Loss
 
 DFT = "loss_weighed_by_probability"
-"""Set on a model that is trained with `train.loss_type: dft`."""
+"""Set on a model trained with `train.loss_type: dft`."""
 _PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", LENGTHS, PREFIXES)
 
 
 def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
     """Compute the summed cross-entropy of the supervised tokens of `batch` (see `llmtune.data.collators`).
 
-    `model` may be wrapped by PEFT or DDP. With `by_row` losses and right first choices are also given per row.
+    `model` may be wrapped by PEFT or DDP. With `by_row`, losses and correct first choices are also given per row.
     """
     if not takes_head_loss(unwrap(model)):
         losses_S, correct_S = CrossEntropy.apply(predicted_logits(model, batch), batch["targets_S"])  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> L
 
 
 def weigh_by_probability(losses_S: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
-    """Return losses times the probabilities of their tokens, where `model` is marked so and trained (DFT, eq. 9).
+    """Return losses times their tokens' probabilities, if `model` is marked for DFT and in training mode (eq. 9).
 
     Wu et al., "On the Generalization of SFT", 2025: no gradient goes through the factor.
     """
@@ -48,7 +48,7 @@ def weigh_by_probability(losses_S: torch.Tensor, model: torch.nn.Module) -> torc
 
 
 def token_losses(logits_SV: torch.Tensor, batch: Batch, by_row: bool = False) -> Loss:
-    """Sum the cross-entropy of `targets_S` under their logits [S, V]; `rows_S` and `n_rows` say whose they are."""
+    """Sum the cross-entropy of `targets_S` under their logits [S, V]; `rows_S` and `n_rows` map tokens to rows."""
     losses_S, correct_S = CrossEntropy.apply(logits_SV, batch["targets_S"])  # type: ignore[no-untyped-call]
     return _sum_up(losses_S, correct_S if by_row else None, batch)
 
@@ -63,7 +63,7 @@ def _sum_up(losses_S: torch.Tensor, correct_S: torch.Tensor | None, batch: Batch
 
 
 def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the logits [S, V] from which the supervised tokens of `batch` are predicted, as the model gives them."""
+    """Return the logits [S, V] that predict the supervised tokens of `batch`, as the model returns them."""
     accepted = accepted_arguments(type(unwrap(model)))  # type: ignore[arg-type]
     predict_S, width = batch["predict_S"], batch["input_ids"].shape[1]
     inputs = _decoder_arguments(model, batch)
@@ -88,7 +88,7 @@ def _decoder_arguments(model: torch.nn.Module, batch: Batch) -> dict[str, object
 
 
 def virtual_tokens(model: torch.nn.Module) -> int:
-    """Return how many logits precede those of the text: one for each virtual token of prompt tuning."""
+    """Return the number of logits before those of the text: one per virtual token of prompt tuning."""
     config = _prompt_config(model)
     decodes = config is not None and config.task_type == "CAUSAL_LM"
     before = decodes and config.peft_type in ("PROMPT_TUNING", "P_TUNING")
@@ -96,7 +96,7 @@ def virtual_tokens(model: torch.nn.Module) -> int:
 
 
 def _prompt_config(model: torch.nn.Module) -> Any:
-    """Return PEFT's settings of the vectors that it puts before a text; None where it does not, or they are off."""
+    """Return PEFT's settings for vectors before a text; None without them, or if they are off."""
     inner = getattr(model, "module", model)
     config = getattr(inner, "active_peft_config", None)
     active = config is not None and config.is_prompt_learning and not inner._adapters_disabled
@@ -111,18 +111,18 @@ def unwrap(model: torch.nn.Module) -> PreTrainedModel:
 
 @cache
 def accepted_arguments(model_class: type[torch.nn.Module]) -> frozenset[str]:
-    """Return the names of what a model's forward takes."""
+    """Return the argument names of a model's forward."""
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 READ = ("input_ids", "attention_mask", "token_type_ids", "input_features", "input_values")
-"""What models read, by its name in a batch."""
+"""Model inputs, by name in a batch."""
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", LENGTHS)
-"""Further inputs of a packed row; positions follow from them."""
+"""Further inputs of a packed row; they imply the positions."""
 
 
 def move_to(device: torch.device | str, batch: Batch) -> Batch:
-    """Return a batch whose tensors are on the device; other values stay as they are."""
+    """Return a batch with its tensors on the device; other values are unchanged."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
@@ -130,19 +130,19 @@ def move_to(device: torch.device | str, batch: Batch) -> Batch:
 
 
 def model_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
-    """Return what of a batch this model reads; features of sound in the number format of its weights."""
+    """Return the parts of a batch that this model reads; audio features in the dtype of its weights."""
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
     parts = {key: batch[key] for key in READ if key in batch and key in accepted}
     inputs = {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in parts.items()}
     if "cu_seq_lens_q" in batch:
-        assert inner.config._attn_implementation == PACKED, "rows are packed for a model that keeps them apart"
+        assert inner.config._attn_implementation == PACKED, "packed rows need a model that isolates them"
         inputs |= {key: batch[key] for key in DOCUMENTS}
     return inputs
 
 
 def decoder_inputs(model: torch.nn.Module, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Return what the decoder reads to predict `labels_BT` (-100 is padding): moved right, as this model starts."""
+    """Return the decoder inputs that predict `labels_BT` (-100 is padding): shifted right after the start token."""
     inner = unwrap(model)
     shift = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:

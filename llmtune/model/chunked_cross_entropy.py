@@ -1,8 +1,8 @@
-"""The output head and the cross-entropy in one, a chunk of tokens at a time, so that logits never fill the memory.
+"""Fused output head and cross-entropy, a chunk of tokens at a time, which keeps logits from filling the memory.
 
-It is taken inside the model's own `forward`, so that PEFT, DDP and FSDP wrap it with the rest. Where the head is frozen
-the gradient of what it reads is made in the forward pass, while a chunk's logits are at hand; where it is trained, its
-logits are computed again in the backward pass.
+It runs inside the model's own `forward`, so PEFT, DDP and FSDP wrap it like the rest. For a frozen head the forward
+pass also computes the gradient of the head's input while a chunk's logits are available. For a trained head the
+backward pass recomputes the logits.
 
 Shapes: B batch, T positions, S supervised tokens, c tokens of one chunk, V vocabulary, D width.
 """
@@ -21,27 +21,27 @@ from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 
 CHUNK_ELEMENTS = 1 << 24
-"""Logits in the compute format at a time: 32 MiB in 16 bits."""
+"""Logits in the compute dtype at a time: 32 MiB in 16 bits."""
 _FLOAT32_ELEMENTS = 1 << 22
-"""Complete logits that are copied to float32 at a time: 16 MiB."""
+"""Full logits copied to float32 at a time: 16 MiB."""
 _PIECE_ELEMENTS = 1 << 19
-"""Logits in float32 at a time on a CPU: they fit its cache."""
+"""Float32 logits at a time on a CPU: they fit its cache."""
 _MARK = "_llmtune_head_loss"
 
 
 @dataclass(frozen=True)
 class LogitShape:
-    """What a model does to its logits: multiplied by `scale`, then pressed into -cap .. cap."""
+    """A model's transformation of its logits: multiplied by `scale`, then capped to -cap .. cap."""
 
     scale: float = 1.0
     cap: float | None = None
 
 
 def install_head_loss(model: PreTrainedModel) -> bool:
-    """Let `model.forward` also take `targets_S` and `predict_S`, and return losses in place of logits; in place.
+    """Make `model.forward` also accept `targets_S` and `predict_S`, and then return losses instead of logits; in place.
 
-    Returns whether it could be done: the model is a backbone and a linear head, and its class is transformers' own.
-    What the forward pass then gives is {losses_S: float32 nats, correct_S: bool, or empty without `choices`}.
+    Returns False, without changes, unless the model is a backbone with a linear head and a class of transformers. The
+    forward pass then returns {losses_S: float32 nats, correct_S: bool, or empty without `choices`}.
     """
     head, backbone = model.get_output_embeddings(), model.base_model
     if backbone is model or type(head) is not torch.nn.Linear or not type(model).__module__.startswith("transformers."):
@@ -69,7 +69,7 @@ def install_head_loss(model: PreTrainedModel) -> bool:
 
 
 def remove_head_loss(model: PreTrainedModel) -> None:
-    """Give `model` its own forward back, in place."""
+    """Restore the original forward of `model`, in place."""
     if getattr(model, _MARK, False):
         del model.forward
         setattr(model, _MARK, False)
@@ -78,7 +78,7 @@ def remove_head_loss(model: PreTrainedModel) -> None:
 def takes_head_loss(model: PreTrainedModel) -> bool:
     """Whether the model inside all wrappers currently takes its loss at the head.
 
-    A head with an adapter of its own, or one with a hook, is called as any other module.
+    A head with its own adapter, or one with a hook, is called like any other module.
     """
     if not getattr(model, _MARK, False):
         return False
@@ -87,7 +87,7 @@ def takes_head_loss(model: PreTrainedModel) -> bool:
 
 
 def logit_shape(config: PreTrainedConfig) -> LogitShape:
-    """Read from a model's configuration what it does to its logits (Cohere and Granite scale, Gemma 2 caps)."""
+    """Read a model's logit transformation from its configuration (Cohere and Granite scale, Gemma 2 caps)."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
     return LogitShape(scale, getattr(text, "final_logit_softcapping", None))
@@ -96,7 +96,7 @@ def logit_shape(config: PreTrainedConfig) -> LogitShape:
 def head_loss(
     hidden_SD: torch.Tensor, head: torch.nn.Linear, targets_S: torch.Tensor, shape: LogitShape, choices: bool
 ) -> dict[str, torch.Tensor]:
-    """Return the cross-entropy of each target, float32 nats, with gradient, and whether it was the first choice."""
+    """Return each target's cross-entropy, float32 nats, with gradient, and whether it was the first choice."""
     kind = hidden_SD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
@@ -118,7 +118,7 @@ class _HeadLoss(torch.autograd.Function):
         shape: LogitShape,
         choices: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return nats [S] float32, and first choices [S] bool (empty if they are not asked for)."""
+        """Return nats [S] float32, and first choices [S] bool (empty unless requested)."""
         count = len(targets_S)
         losses_S = torch.empty(count, dtype=torch.float32, device=hidden_SD.device)
         correct_S = torch.empty(count if choices else 0, dtype=torch.bool, device=hidden_SD.device)
@@ -132,7 +132,7 @@ class _HeadLoss(torch.autograd.Function):
                     correct_S[part] = logits_cV.argmax(1) == targets_S[part]
                 slopes_c = _losses(logits_cV, targets_S[part], shape, losses_S[part], keep=eager)
                 if gradient_SD is not None:
-                    into_cD = logits_cV @ weight_VD  # by now they are the gradient, but for the target's own part
+                    into_cD = logits_cV @ weight_VD  # these are the gradient by now, except for the target's own part
                     own_cD = weight_VD[targets_S[part]].float() * slopes_c[:, None]
                     gradient_SD[part] = (into_cD.float() - own_cD).to(hidden_SD.dtype)
         if trained:
@@ -173,9 +173,9 @@ class _HeadLoss(torch.autograd.Function):
 def _losses(
     logits_cV: torch.Tensor, targets_c: torch.Tensor, shape: LogitShape, losses_c: torch.Tensor, *, keep: bool
 ) -> torch.Tensor:
-    """Write each token's loss to `losses_c`; with `keep` make `logits_cV` the gradient of log-sum-exp, in place.
+    """Write each token's loss to `losses_c`; with `keep`, turn `logits_cV` into the gradient of log-sum-exp, in place.
 
-    Returns the slope [c] of each target's own logit, which that gradient lacks still.
+    Returns the slope [c] of each target's own logit, which that gradient does not include yet.
     """
     slopes_c = torch.full_like(losses_c, shape.scale)
     step = len(logits_cV) if logits_cV.is_cuda else max(1, _PIECE_ELEMENTS // logits_cV.shape[1])
@@ -201,9 +201,9 @@ def _losses(
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Cross-entropy per token of whole logits in float32, a chunk at a time; what is kept are the logits and a sum.
+    """Cross-entropy per token from full logits in float32, a chunk at a time; keeps only the logits and a sum.
 
-    Against `cross_entropy(logits.float(), targets)` it saves three float32 copies of the logits.
+    Compared with `cross_entropy(logits.float(), targets)` it saves three float32 copies of the logits.
     """
 
     @staticmethod

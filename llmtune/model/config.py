@@ -1,4 +1,4 @@
-"""What a model is before its weights are there: its configuration, its class, modules, their shapes, its head."""
+"""Facts about a model without its weights: configuration, class, modules, shapes, head."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from llmtune.store.resource_limits import LimitExceeded
 
 NEWER = "The file is damaged, or the model is newer than the installed transformers: pip install -U transformers."
 OTHER_CLASSES = "llmtune_other_classes"
-"""Set on a configuration whose trained head is for other classes than the recipe's."""
+"""Set on a configuration whose trained head has other classes than the recipe."""
 OTHER_ORDER = "llmtune_other_order"
-"""Set on a configuration whose trained head has the recipe's classes in another order: where each is in the files."""
+"""Set on a configuration whose trained head has the recipe's classes in another order: each one's position there."""
 UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError),
     *(AssertionError, EOFError, StrictDataclassError, SafetensorError, UnpicklingError, re.error, LimitExceeded),
 )
-"""What libraries raise for files that are damaged or that they do not know."""
+"""Errors that libraries raise for files that are damaged or unknown to them."""
 MOST = {
     "vocab_size": 2**24,
     "hidden_size": 2**17,
@@ -43,16 +43,16 @@ MOST = {
     "num_attention_heads": 2**13,
     "num_key_value_heads": 2**13,
 }
-"""Counts of a configuration, and more than any model has: building one with more would not end."""
+"""Counts of a configuration with upper bounds that no model reaches: building one with more would not end."""
 
 
 def find_class(
     model_ref: ModelRef, recipe: Recipe, task: TaskInterface
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """Return the class that loads this model for `task`, and the model's configuration, its head's size set.
+    """Return the class that loads this model for `task`, and the model's configuration with its head's size set.
 
-    It is an Auto class for a model that brings its own code. Raises RecipeError where the model cannot do the task,
-    such as an encoder for chat.
+    For a model with its own code this is an Auto class. Raises RecipeError if the model cannot do the task, such as an
+    encoder for chat.
     """
     config = read_model_config(model_ref, recipe.model)
     auto_class = getattr(transformers, task.auto_class)
@@ -65,8 +65,8 @@ def find_class(
             NEEDS[task.auto_class],
         )
     if recipe.adapter.is_prompt and task.auto_class != "AutoModelForCausalLM":
-        what = f"{recipe.adapter.method} puts its vectors before a text that a decoder goes on from"
-        raise RecipeError.of(f"{what}, and {model_ref.name} is none", "adapter.method", "Use lora.")
+        what = f"{recipe.adapter.method} puts its vectors before a decoder's prompt"
+        raise RecipeError.of(f"{what}, but {model_ref.name} is not a decoder", "adapter.method", "Use lora.")
     check_training(config, recipe.adapter, task.trains_head, model_ref.name)
     task.configure_head(config, recipe)
     return auto_class if own_code else auto_class._model_mapping[type(config)], config
@@ -80,15 +80,15 @@ NEEDS = {
     "AutoModelForSeq2SeqLM": "Name an encoder-decoder model, such as T5, BART, Marian or NLLB.",
     "AutoModelForQuestionAnswering": "Name an encoder, such as BERT or RoBERTa.",
     "AutoModelForSequenceClassification": "Name an encoder, such as BERT or ModernBERT, or a decoder.",
-    "AutoModelForTokenClassification": "Name a model that transformers can mark tokens with, such as BERT.",
+    "AutoModelForTokenClassification": "Name a model with a transformers class for token classification, such as BERT.",
     "AutoModelForSpeechSeq2Seq": "Name a Whisper model.",
     "AutoModelForCTC": "Name a wav2vec2 model or one of its relatives.",
 }
-"""By Auto class, the fix for a model of another kind."""
+"""By Auto class, the fix for a model of the wrong kind."""
 
 
 def describe_config(config: PreTrainedConfig) -> str:
-    """Name what a model is, by its configuration."""
+    """Describe a model by its configuration."""
     named = _architectures(config)
     return named[0] if named else f"model type {config.model_type}"
 
@@ -100,7 +100,7 @@ def _architectures(config: PreTrainedConfig) -> list[str]:
 def supports_task(config: PreTrainedConfig, task: TaskInterface) -> bool:
     """Whether a model with this configuration can do this variant of the task.
 
-    Where the task brings a head of its own, any model of a kind that takes one does; else the model must have the head.
+    If the task adds its own head, any model of a kind that takes one does; otherwise the model must have the head.
     """
     model_class = getattr(transformers, task.auto_class)._model_mapping.get(type(config), None)
     if model_class is None or not task.supports(config):
@@ -110,7 +110,7 @@ def supports_task(config: PreTrainedConfig, task: TaskInterface) -> bool:
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether a model reads a text in both directions and writes none: BERT and its relatives."""
+    """Whether a model reads text in both directions and generates none: BERT and its relatives."""
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
         return False
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in _architectures(config)):
@@ -126,7 +126,7 @@ def _is_relative(named: list[str], class_name: str) -> bool:
 
 
 def architecture_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
-    """Return the class that a configuration names: one of transformers', or the Auto class of the model's own."""
+    """Return the class named in a configuration: one of transformers', or the Auto class for the model's own code."""
     auto_classes = sorted(getattr(config, "auto_map", None) or (), key=lambda name: name == "AutoModel")  # heads first
     names = [name for name in auto_classes if trust_remote_code and name.startswith("AutoModel")]
     known = [name for name in (*names, *_architectures(config)) if hasattr(transformers, name)]
@@ -134,7 +134,7 @@ def architecture_class(config: PreTrainedConfig, trust_remote_code: bool) -> typ
 
 
 def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedConfig:
-    """Read the configuration as transformers' own class; raises EnvironmentProblem where it cannot."""
+    """Read the configuration with transformers' own class; raises EnvironmentProblem if that fails."""
     path = str(model_ref.path / "config.json")
     with readable(f"transformers {transformers.__version__} cannot read this configuration", path, NEWER):
         config = AutoConfig.from_pretrained(
@@ -144,7 +144,7 @@ def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedCon
     text = config.get_text_config()
     layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
     wrong = (
-        Problem(f"{name} is {value!r}, and must be a number from 1 to {most:,}", path, NEWER)
+        Problem(f"{name} is {value!r}, but must be a number from 1 to {most:,}", path, NEWER)
         for name, most in MOST.items()
         for layer in layers
         for value in as_list(getattr(layer, name, None))
@@ -155,13 +155,13 @@ def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedCon
 
 
 def as_list(value: object) -> list[object]:
-    """Return the values of a setting that some models have once and some per layer; none if it is not set."""
+    """Return the values of a setting that is per model or per layer; none if it is not set."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
 @contextmanager
 def readable(what: str, where: str, fix: str) -> Iterator[None]:
-    """Turn what a library raises on a damaged or unknown file into an EnvironmentProblem."""
+    """Turn a library's errors on a damaged or unknown file into an EnvironmentProblem."""
     try:
         yield
     except Exception as error:
@@ -174,7 +174,7 @@ def readable(what: str, where: str, fix: str) -> Iterator[None]:
 def head_names(model: torch.nn.Module) -> list[str]:
     """Return the names of the modules that turn hidden states into scores: never quantised, never given a LoRA.
 
-    They are the children of a model other than its body; a model without a separate body (T5) has its output layer.
+    They are a model's children other than its body; for a model without a separate body (T5), its output layer.
     """
     if not isinstance(model, PreTrainedModel):
         return ["lm_head"]
@@ -188,17 +188,17 @@ def head_names(model: torch.nn.Module) -> list[str]:
 
 
 def in_heads(name: str, heads: Iterable[str]) -> bool:
-    """Whether a module (or parameter) is one of the heads or a part of one."""
+    """Whether a module (or parameter) is one of the heads or inside one."""
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
 def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
     """Build the model on the meta device: names and shapes, no memory.
 
-    Raises EnvironmentProblem where no model can be built from this configuration.
+    Raises EnvironmentProblem if this configuration does not give a model.
     """
     where = os.path.join(str(config.name_or_path), "config.json")
-    with readable("no model can be built from this configuration", where, NEWER), torch.device("meta"):
+    with readable("cannot build a model from this configuration", where, NEWER), torch.device("meta"):
         if hasattr(model_class, "from_config"):  # an Auto class, for a model with its own code
             trust = recipe.model.trust_remote_code
             return cast(PreTrainedModel, model_class.from_config(config, trust_remote_code=trust))
@@ -206,12 +206,12 @@ def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig,
 
 
 def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (inputs, outputs) of every linear module by its name, quantised ones too."""
+    """Return (inputs, outputs) of every linear module by name, including quantised ones."""
     return {name: shape for name, module in model.named_modules() if (shape := linear_shape(module))}
 
 
 def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
-    """Return inputs and outputs of a linear module; None for others."""
+    """Return inputs and outputs of a linear module; None for other modules."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     linear = isinstance(module, torch.nn.Linear) or is_quantized(module)
@@ -219,7 +219,7 @@ def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
 
 
 def expert_parameters(model: torch.nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of experts that are one parameter for all of them, [experts, ...], by full names."""
+    """Return the shapes of fused experts, [experts, ...], by parameter name."""
     return {
         f"{name}.{leaf}": parameter.shape
         for name, module in model.named_modules()
@@ -235,10 +235,10 @@ _UNNAMED = "LABEL_"
 
 
 def name_outputs(config: PreTrainedConfig, names: Sequence[str], problem_type: str | None) -> None:
-    """Set number and names of a head's outputs in a configuration, in model_ref.
+    """Set the number and names of a head's outputs in a configuration, in place.
 
-    Where the model's files hold a head for other classes (or for as many that have no names), it is marked so: those
-    weights know nothing of these classes. One for the same classes in another order is put in order when it is loaded.
+    If the model's files have a head for other classes (or for as many without names), the configuration is marked:
+    those weights do not fit these classes. A head for the same classes in another order is reordered when loaded.
     """
     stated = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     if names:
@@ -254,15 +254,15 @@ def name_outputs(config: PreTrainedConfig, names: Sequence[str], problem_type: s
 
 
 def set_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
-    """Set the token that a decoder's rows are padded with, in place: its head reads the last one that is none."""
+    """Set the token that pads a decoder's rows, in place: its head reads the last token that is not padding."""
     model.config.get_text_config().pad_token_id = processor.pad_token_id
     model.config.pad_token_id = processor.pad_token_id
 
 
 def head_is_new(model_ref: ModelRef, recipe: Recipe, task: TaskInterface) -> bool:
-    """Whether the model's files hold no trained head for what the recipe wants; headers are read, no weights.
+    """Whether the model's files lack a trained head for the recipe; reads headers, not weights.
 
-    Pickled weights cannot be read without loading them: there the configuration decides.
+    Pickled weights cannot be inspected without loading them: for those the configuration decides.
     """
     if not task.trains_head:
         return False

@@ -1,4 +1,4 @@
-"""The device: number format, memory, and what happens when that runs out."""
+"""The device: dtype, memory, and handling of out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ CARDS: Mapping[str, tuple[float, float]] = {
     "3090": (24e9, 71e12),
     "t4": (16e9, 65e12),
 }
-"""Cards by name: bytes of memory, and operations a second in 16 bits, dense, by their makers' data sheets."""
+"""Cards by name: bytes of memory, and dense 16-bit operations per second, from the makers' data sheets."""
 DRIVER_BYTES = 600_000_000
-"""What CUDA and its libraries keep on a card."""
+"""Bytes that CUDA and its libraries reserve on a card."""
 _WITHOUT_BFLOAT16 = ("t4",)
 
 
 def pick_device() -> str:
-    """Return the device that computes here: `cuda` (under a launcher the process's own card), `mps` or `cpu`."""
+    """Return the device to compute on: `cuda` (under a launcher the process's own card), `mps` or `cpu`."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def describe_device(device: str) -> dict[str, str]:
-    """Name what computes, as far as it decides the last bits of a result: the card, or the processor's vector units."""
+    """Name the hardware that decides the last bits of a result: the card, or the CPU's vector units."""
     if device.startswith("cuda"):
         return {"device": "cuda", "card": torch.cuda.get_device_name()}
     return {"device": device, "vector_units": torch.backends.cpu.get_cpu_capability()}
@@ -61,7 +61,7 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """Turn `model.dtype` into a torch dtype; `auto` is bfloat16 where the device has it fast and float32 elsewhere.
+    """Turn `model.dtype` into a torch dtype; `auto` is bfloat16 if the device computes it fast, else float32.
 
     Raises RecipeError for float16 on a CPU, where torch lacks kernels for it.
     """
@@ -75,9 +75,9 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 def loading_device(recipe: Recipe, device: str) -> tuple[str, Recipe]:
-    """Return where a model that is cut over devices is loaded, and the recipe with the number format of `device`.
+    """Return the device to load a sharded model on, and the recipe with the dtype of `device`.
 
-    Main memory, unless a kernel or dtype is unavailable on CPU.
+    This is main memory, unless a kernel or dtype is unavailable on CPU.
     """
     dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     named = recipe.model.model_copy(update={"dtype": dtype})
@@ -86,23 +86,23 @@ def loading_device(recipe: Recipe, device: str) -> tuple[str, Recipe]:
 
 
 def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[object]:
-    """Return the context in which losses and logits are computed: autocast to `dtype`, or nothing for float32."""
+    """Return the context for computing losses and logits: autocast to `dtype`, or a null context for float32."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.split(":")[0], dtype=dtype)
 
 
 def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:
-    """Return the number format of the forward pass: autocast's where it is on, the weights' elsewhere."""
+    """Return the dtype of the forward pass: autocast's if enabled, else that of the weights."""
     kind = device.split(":")[0]
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
 
 
 def device_memory(device: str) -> int | None:
-    """Return the bytes that `device` has in total, free or not; None where it cannot be known.
+    """Return the total bytes of `device`, free or not; None if unknown.
 
-    Of a card by name, which need not be here, what its driver leaves. On a CPU: the least of RAM, the control group's
-    limit and the address space that `ulimit -v` allows.
+    For a card by name, which may be absent, this is what its driver leaves. On a CPU: the minimum of RAM, the control
+    group's limit and the address space that `ulimit -v` allows.
     """
     if device in CARDS:
         return int(CARDS[device][0]) - DRIVER_BYTES
@@ -112,20 +112,20 @@ def device_memory(device: str) -> int | None:
 
 
 def check_card(name: str) -> None:
-    """Raise RecipeError unless `name` is a card that is known, or `cpu`."""
+    """Raise RecipeError unless `name` is a known card, or `cpu`."""
     if name not in (*CARDS, "cpu"):
         fix = f"{nearest(name, list(CARDS))} Cards: {', '.join(CARDS)}, cpu.".strip()
-        raise RecipeError.of(f"the card {name!r} is not known", "--device", fix)
+        raise RecipeError.of(f"unknown card {name!r}", "--device", fix)
 
 
 # Out of memory
 
 
 MEMORY_ERRORS = (MemoryError, RuntimeError, OSError)
-"""What an allocation can fail with (torch.OutOfMemoryError is a RuntimeError): ask `is_out_of_memory` which it was."""
+"""Errors that an allocation can raise (torch.OutOfMemoryError is a RuntimeError); see `is_out_of_memory`."""
 _ALLOCATOR_WORDS = (
     "can't allocate memory",  # torch's CPU allocator
-    "cannot allocate memory",  # the system's word for ENOMEM
+    "cannot allocate memory",  # the system's text for ENOMEM
     "not enough memory",
     "out of memory",  # CUDA errors that are not torch.OutOfMemoryError, e.g. from cuBLAS
     "bad allocation",
@@ -148,7 +148,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def fits_in_memory(work: Callable[[], object]) -> bool:
-    """Run `work`; return False if memory ran out. `release_memory` then frees what it left."""
+    """Run `work`; return False if memory ran out. `release_memory` then frees the remains."""
     try:
         work()
     except MEMORY_ERRORS as error:
@@ -159,11 +159,11 @@ def fits_in_memory(work: Callable[[], object]) -> bool:
 
 
 REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-"""What models raise for inputs that they were not made for."""
+"""Errors that models raise for unsupported inputs."""
 
 
 class SuppressRefusal(AbstractContextManager[None]):
-    """End the block early where a model refuses inputs that are tried on it; running out of memory passes."""
+    """End the block early if a model refuses trial inputs; out-of-memory errors propagate."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         """Return whether the error is suppressed."""
@@ -182,7 +182,7 @@ def release_memory() -> None:
 def explain_oom(doing: str, device: str) -> Iterator[None]:
     """Run a block that allocates on `device`; `doing` names the work, such as "loading NAME".
 
-    Raises EnvironmentProblem where memory runs out; any other error passes.
+    Raises EnvironmentProblem if memory runs out; other errors propagate.
     """
     try:
         yield
@@ -197,5 +197,5 @@ def explain_oom(doing: str, device: str) -> Iterator[None]:
         raise EnvironmentProblem.of(
             f"out of memory while {doing}: {device} has {memory}",
             "model.name",
-            "End other programs that use this memory, name a smaller model, or set adapter.method: qlora.",
+            "Close other programs that use this memory, choose a smaller model, or set adapter.method: qlora.",
         ) from error

@@ -1,7 +1,7 @@
-"""Experts whose weights are one tensor for all: found by name, and kept in 4 bits between two uses.
+"""Fused experts (one tensor for all): find them by name, and keep them in 4 bits between uses.
 
-bitsandbytes quantises linear modules alone; most mixtures of experts in transformers have parameters of three
-dimensions instead, [experts, ...], which stay in 16 bits without a word.
+bitsandbytes quantises only linear modules. Most mixtures of experts in transformers have three-dimensional parameters
+instead, [experts, ...], which silently stay in 16 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PACKED = "packed_in_4_bits"
 
 @torch.no_grad()
 def quantize_experts(model: torch.nn.Module, adapter: AdapterSection) -> None:
-    """Keep the fused experts of `model` in 4 bits, in place: unpacked when their module is called, and freed again."""
+    """Keep the fused experts of `model` in 4 bits, in place: unpacked when their module is called, then freed again."""
     for name in expert_parameters(model):
         module_name, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_name)
@@ -40,7 +40,7 @@ def quantize_experts(model: torch.nn.Module, adapter: AdapterSection) -> None:
 
 
 def unpacked_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return what 4 bits left of the experts of `model`, by the names of their parameters."""
+    """Return the dequantized experts of `model`, by parameter name."""
     return {
         f"{name}.{leaf}": dequantize_4bit(packed, state)
         for name, module in model.named_modules()
@@ -49,16 +49,16 @@ def unpacked_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def count_quantized(model: torch.nn.Module) -> int:
-    """Return how many weights of `model` are kept in fewer bits than they are computed with."""
+    """Return how many weights of `model` are stored in fewer bits than they compute with."""
     linear = sum(math.prod(linear_shape(module) or ()) for module in model.modules() if is_quantized(module))
     packed = [state.shape for module in model.modules() for _, _, state in vars(module).get(_PACKED, {}).values()]
     return int(linear + sum(shape.numel() for shape in packed))
 
 
 def _unpack(module: torch.nn.Module, inputs: object) -> None:
-    """Let `module` see its weights: as tensors of its own, since what autograd keeps of a parameter is not its data.
+    """Give `module` its unpacked weights, as tensors of their own: autograd does not save a parameter's data.
 
-    Beneath an adapter they are the parameter's data, to which PEFT adds before anything is kept.
+    Under an adapter they become the parameter's data, which PEFT adds to before anything is saved.
     """
     kept: dict[str, tuple[torch.nn.Parameter, torch.Tensor, QuantState]] = vars(module)[_PACKED]
     for leaf, (parameter, packed, state) in kept.items():
@@ -76,5 +76,5 @@ def _pack_again(module: torch.nn.Module, inputs: object, output: object) -> None
 
 
 def _free(parameter: torch.nn.Parameter) -> None:
-    """Leave of a parameter its shape and number format, and one number."""
+    """Reduce a parameter to its shape, dtype and a single number."""
     parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)

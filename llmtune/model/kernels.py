@@ -1,4 +1,4 @@
-"""Faster kernels that a recipe asks for: missing requirements, Liger's kernels, and fused norms."""
+"""Faster kernels that a recipe requests: missing requirements, Liger's kernels, and fused norms."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.recipe.schema import Recipe
 
 _OWN_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
-"""Liger's options for the loss, which is llmtune's own: on the supervised tokens only, with a sum and a count."""
+"""Liger's loss options, unused: llmtune has its own loss on supervised tokens only, as a sum and a count."""
 
 
 def check_kernels(recipe: Recipe, device: str) -> None:
-    """Raise EnvironmentProblem for kernels that training on `device` cannot have, all of them at once."""
+    """Raise one EnvironmentProblem for all requested kernels that are unavailable on `device`."""
     EnvironmentProblem.collect(_find_missing(recipe, device))
 
 
@@ -36,26 +36,26 @@ def _find_missing(recipe: Recipe, device: str) -> Iterator[Problem]:
         elif on_gpu and find_spec("triton") is None:
             yield Problem("torch.compile needs the package triton", where, "pip install triton, or remove it.")
         elif not on_gpu and not any(map(shutil.which, compilers)):
-            what = f"torch.compile needs a C++ compiler on a CPU, and there is no {' or '.join(compilers)}"
-            fix = "Install g++ (Debian: apt install g++), name one in the variable CXX, or remove it."
+            what = f"torch.compile needs a C++ compiler on a CPU, but {' or '.join(compilers)} was not found"
+            fix = "Install g++ (Debian: apt install g++), set the variable CXX, or remove the key."
             yield Problem(what, where, fix)
     if recipe.train.use_liger_kernel:
         where = "train.use_liger_kernel"
         if not on_gpu:
-            what = f"Liger's kernels run on a CUDA GPU, and this machine computes on {device}"
+            what = f"Liger's kernels need a CUDA GPU, but this machine computes on {device}"
             yield Problem(what, where, "Remove it.")
         elif find_spec("liger_kernel") is None:
             yield Problem("the package liger-kernel is not installed", where, "pip install liger-kernel, or remove it.")
     if "/" in attention and find_spec("kernels") is None:
-        what = f"{attention} is a kernel on the hub, and the package that fetches it, kernels, is not installed"
+        what = f"{attention} is a kernel from the hub, but the package kernels, which downloads it, is not installed"
         yield Problem(what, "model.attn_implementation", "pip install kernels, or set it to auto.")
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Replace norms, rotary positions and gated layers of `model` by Liger's, in place; the loss stays as it is.
+    """Replace norms, rotary positions and gated layers of `model` by Liger's, in place; the loss is unchanged.
 
     Liger also changes the classes of this model type, for the rest of the process. Raises RecipeError for a model type
-    that it does not know.
+    that Liger does not support.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # as transformers does it
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -66,22 +66,22 @@ def apply_liger(model: PreTrainedModel) -> None:
         raise RecipeError.of(
             f"Liger has no kernels for models of type {kind}",
             "train.use_liger_kernel",
-            f"Remove it. It knows: {known}.",
+            f"Remove the key. Liger supports: {known}.",
         )
     _apply_liger_kernel_to_instance(model, **dict.fromkeys(_OWN_LOSSES, False))
 
 
 # Root-mean-square norms with frozen weights, in one autograd function that keeps only its input for the backward pass.
-# Left to autograd, a norm keeps copies of its input in float32, and goes over them a dozen times. Zhang and Sennrich,
+# With plain autograd, a norm keeps float32 copies of its input, and passes over them a dozen times. Zhang and Sennrich,
 # "Root Mean Square Layer Normalization", 2019. Shapes: N tokens, D width.
 
 
 def fuse_norms(model: torch.nn.Module) -> int:
-    """Let norms that compute as Llama's do so by one function, in place; return how many there are.
+    """Make norms that compute as Llama's do use one fused function, in place; return their number.
 
-    Each kind of norm is tried on a few numbers first, in the format of its weights. One that gives others (Gemma's adds
-    one to its weights) stays as it is, as does one that takes more than its input, such as a gate, and one that has
-    been replaced already.
+    Each kind of norm is first tried on a few numbers, in the dtype of its weights. One with different results (Gemma's
+    adds one to its weights) is unchanged, as is one that takes more than its input, such as a gate, and one that was
+    replaced already.
     """
     count = 0
     verdicts: dict[tuple[type, float, torch.dtype], bool] = {}

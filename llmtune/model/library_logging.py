@@ -1,4 +1,4 @@
-"""Library messages that a user can neither fix nor use, kept off the console."""
+"""Hide library messages that a user can neither fix nor use."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
-# It looks for an optional hub kernel when it is imported, and warns where there is none.
+# On import it looks for an optional hub kernel, and warns if none is found.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextmanager
 def unreported() -> Iterator[None]:
-    """Hide transformers' table of weights that were missing or left over: we check them, and say what matters.
+    """Hide transformers' table of missing or superfluous weights: we check them, and report what matters.
 
-    A filter, not a level: at another level transformers logs more. Standard output, which is for results, is hidden
-    too: gptqmodel prints a banner.
+    This is a filter, not a level: at another level transformers logs more. It hides standard output too, which is for
+    results: gptqmodel prints a banner.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_no_report)
@@ -34,9 +34,9 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Hide a deprecation that PEFT runs into with this transformers, and its word on trained biases.
+    """Hide a deprecation that PEFT triggers with this transformers, and PEFT's warning about trained biases.
 
-    With trained biases PEFT's switch does not give the base back; the base is always evaluated as a model of its own.
+    With trained biases PEFT's switch does not restore the base; the base is therefore always evaluated separately.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

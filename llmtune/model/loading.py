@@ -1,4 +1,4 @@
-"""Weights into memory: number format, quantisation, attention, added tokens; always the same for the same recipe."""
+"""Load weights: dtype, quantisation, attention, added tokens; the same recipe always gives the same model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 
 NOT_LOADED = "the weights cannot be loaded"
-AGAIN = "Get the model again from where it comes from; `llmtune doctor` shows what this machine has."
+AGAIN = "Download the model again; `llmtune doctor` shows this machine's packages and hardware."
 CAUSAL, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
 
@@ -60,13 +60,13 @@ def load_model(
     plan: MemoryPlan | None = None,
     console: Console | None = None,
 ) -> SelectedModel:
-    """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora, or as they are.
+    """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora, else unchanged.
 
-    With `training` and `method: full` weights are float32 masters. The embedding grows to the tokens of `processor`.
+    With `training` and `method: full` weights are float32 masters. The embedding grows for the tokens of `processor`.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, some are missing, or memory runs out.
-        RecipeError: the model does not do this task, or cannot keep packed rows apart.
+        RecipeError: the model does not support this task, or cannot isolate packed rows.
     """
     console = console or Console(quiet=True)
     with explain_oom(f"loading {model_ref.name}", device):
@@ -114,23 +114,23 @@ def load_model(
 def _check_readable(
     model: PreTrainedModel, model_ref: ModelRef, recipe: Recipe, task: TaskInterface, processor: PreTrainedTokenizerBase
 ) -> None:
-    """Raise RecipeError for a model that cannot read text, sees padding, or sees the tokens that it is to predict."""
+    """Raise RecipeError for a model that cannot read text, sees padding, or sees the tokens it should predict."""
     dtype = resolve_dtype(recipe.model.dtype, model.device.type)
     writes = task.auto_class == CAUSAL or model.config.is_encoder_decoder
     reason = explain_unreadable(model, dtype, processor.pad_token_id or 0, writes)
     if reason is not None:
         what = f"{model_ref.name} is a {type(model).__name__}, which {reason}"
-        raise RecipeError.of(what, "model.name", "Take another model.")
+        raise RecipeError.of(what, "model.name", "Use another model.")
 
 
 def _check_positions(model: PreTrainedModel, model_ref: ModelRef, recipe: Recipe) -> None:
-    """Raise RecipeError where rows as long as the recipe allows change the positions of other rows in the batch."""
+    """Raise RecipeError if rows of the maximum length change the positions of other rows in the batch."""
     longest = recipe.data.max_length
     if positions_depend_on_neighbours(model, longest):
         first = bisect_left(range(longest), True, key=lambda length: positions_depend_on_neighbours(model, length))
         raise RecipeError.of(
-            f"in {model_ref.name} a row's rotary positions depend on how long the rows beside it are, once one has "
-            f"more than {first - 1:,} tokens; data.max_length is {longest:,}",
+            f"in {model_ref.name} a row's rotary positions depend on the length of the other rows once one has "
+            f"more than {first - 1:,} tokens, but data.max_length is {longest:,}",
             "data.max_length",
             f"Set data.max_length to {first - 1} or less.",
         )
@@ -145,27 +145,26 @@ def _check_packing(
     reason: str | None,
     console: Console,
 ) -> bool:
-    """Return whether rows are packed, once it is proven that this model keeps them apart; `reason` is why they are not.
+    """Return whether rows are packed, after a check that this model isolates them; `reason` is why they are not.
 
-    Raises RecipeError for a decoder that does not: a recurrent state or a private mask carries one row into the next.
+    Raises RecipeError for a decoder that fails: a recurrent state or its own mask carries one row into the next.
     """
     dtype = resolve_dtype(recipe.model.dtype, model.device.type)
     packs, decodes = task.packs and recipe.data.packing, task.auto_class == CAUSAL
     if packs and (apart := recipe.needs_rows_apart):
         packs, reason = False, apart
     if decodes and recipe.adapter.is_prompt:  # the loss at the head does not count virtual tokens
-        console.print(f"Rows are padded, those of like length together, because {reason}.", highlight=False)
+        console.print(f"Rows are padded, in batches of similar length, because {reason}.", highlight=False)
         return packs
     if decodes:
         at_head = take_loss_at_head(model, dtype)
         if not at_head:
             console.print(
-                "Loss: from whole logits, because the model's head is not a linear layer on top of its backbone."
+                "Loss: from full logits, because the model's head is not a linear layer on top of its backbone."
             )
         if packs and not isolates_documents(model, dtype, decodes):
             raise RecipeError.of(
-                f"in {model_ref.name} rows that are packed together see one another: its architecture keeps no border "
-                "between them",
+                f"in {model_ref.name} packed rows see one another: its architecture does not isolate them",
                 "data.packing",
                 "Set data.packing: false.",
             )
@@ -173,16 +172,16 @@ def _check_packing(
             try_shared_prefixes(model, dtype)
         return packs
     if packs and attention == PACKED and not isolates_documents(model, dtype, decodes):
-        reason = f"{type(model).__name__} reads rows that stand in one line otherwise than each alone"
+        reason = f"{type(model).__name__} reads packed rows differently from single rows"
     if reason:
-        console.print(f"Rows are padded, those of like length together, because {reason}.", highlight=False)
+        console.print(f"Rows are padded, in batches of similar length, because {reason}.", highlight=False)
     return packs and reason is None
 
 
 def load_plain(
     model_ref: ModelRef, config: PreTrainedConfig, section: ModelSection, *, dtype: torch.dtype, device: str
 ) -> PreTrainedModel:
-    """Load a model as its files have it, without a recipe, to look at it: with eager attention, in eval mode.
+    """Load a model as stored, without a recipe, for inspection: with eager attention, in eval mode.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, or memory runs out.
@@ -214,7 +213,7 @@ def _load_weights(
     training: bool,
     device: str,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the model, and the names of its parameters that the files do not hold."""
+    """Return the model, and the names of parameters that are missing in the files."""
     dtype = resolve_dtype(recipe.model.dtype, device)
     if recipe.adapter.method == "full" and training:
         dtype = torch.float32
@@ -230,12 +229,12 @@ def _load_weights(
         options["device_map"] = {"": torch.cuda.current_device()}
     if hasattr(model_class, "from_config"):
         options["trust_remote_code"] = recipe.model.trust_remote_code
-    torch.manual_seed(recipe.seed)  # for a head that has no weights yet
+    torch.manual_seed(recipe.seed)  # for a head without weights
     transformers.utils.logging.disable_progress_bar()
     what, where, fix = NOT_LOADED, str(model_ref.path), AGAIN
     if attention is not None and "/" in attention:
-        what, where = f"the model cannot be loaded with the attention of {attention}", "model.attn_implementation"
-        fix = "It must be on the hub for this device and this version of torch; or set it to auto."
+        what, where = f"the model cannot be loaded with attention {attention}", "model.attn_implementation"
+        fix = "Use one that the hub has for this device and this version of torch, or set it to auto."
     with readable(what, where, fix), unreported():
         model, info = model_class.from_pretrained(
             str(model_ref.path),
@@ -252,9 +251,9 @@ def _load_weights(
     new = _initialize_head(model, absent, config, task)
     if missing := sorted(absent - new):
         raise EnvironmentProblem.of(
-            f"{len(missing)} weights are missing in the files, {missing[0]} for one: they would start at random",
+            f"{len(missing)} weights are missing in the files, such as {missing[0]}: they would be random",
             str(model_ref.path),
-            "The folder is not whole, or it holds another kind of model than config.json says.",
+            "The folder is incomplete, or contains another kind of model than config.json says.",
         )
     _check_finite(model, model_ref)
     if recipe.adapter.method == "qlora":
@@ -264,14 +263,14 @@ def _load_weights(
 
 @torch.no_grad()
 def _check_finite(model: PreTrainedModel, model_ref: ModelRef) -> None:
-    """Raise EnvironmentProblem where weights are NaN or infinite: whatever is computed with them is, too."""
+    """Raise EnvironmentProblem if weights are NaN or infinite, which spoils every result."""
     packed = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
     whole = [(name, weight) for name, weight in model.named_parameters() if not name.startswith(packed)]
     floats = [(name, weight) for name, weight in whole if weight.is_floating_point()]
     wrong = [name for name, weight in floats if not weight.sum(dtype=torch.float32).isfinite()]
     wrong = [name for name, weight in floats if name in wrong and not weight.isfinite().all()]  # a sum may overflow
     if wrong:
-        what = f"{len(wrong)} weights hold NaN or infinities, {wrong[0]} for one"
+        what = f"{len(wrong)} weights are NaN or infinite, such as {wrong[0]}"
         raise EnvironmentProblem.of(what, str(model_ref.path), AGAIN)
 
 
@@ -282,7 +281,7 @@ def _quantization(
     config: PreTrainedConfig,
     dtype: torch.dtype,
 ) -> BitsAndBytesConfig:
-    """Leave heads as they are, and a pooling layer, which is made new where the files have none."""
+    """Return settings that do not quantise heads, nor a pooling layer that is new if the files have none."""
     skeleton = build_skeleton(model_class, config, recipe)
     heads = head_names(skeleton)
     names = [name for name, _ in skeleton.named_modules()]
@@ -299,10 +298,10 @@ def _quantization(
 def _initialize_head(
     model: PreTrainedModel, absent: set[str], config: PreTrainedConfig, task: TaskInterface
 ) -> set[str]:
-    """Return the names of a head's weights that start at random; put a trained head's outputs in order, in place.
+    """Return the names of a head's random weights; put a trained head's outputs in order, in place.
 
-    `absent` are the weights that the files do not hold. A head that was trained for other classes is drawn anew; one
-    for the same classes gets the recipe's order.
+    `absent` are the weights that are missing in the files. A head that was trained for other classes is reinitialized;
+    one for the same classes gets the recipe's order.
     """
     heads = head_names(model)
     in_head = {name: p for name, p in model.named_parameters() if in_heads(name, heads)}
@@ -331,12 +330,12 @@ def put_in_order(model: PreTrainedModel, heads: Sequence[str], order: Sequence[i
 
 
 def is_new_part(name: str, heads: Sequence[str]) -> bool:
-    """Whether a parameter that the files do not hold may start at random: a head, or the pooling layer before it."""
+    """Whether a parameter missing in the files may start at random: a head, or the pooling layer before it."""
     return in_heads(name, heads) or "pooler" in name.split(".")
 
 
 def _disable_layerdrop(model: PreTrainedModel) -> None:
-    """Switch layerdrop off, in place: a layer that is left out at random has no gradient, and DDP stops on that."""
+    """Switch layerdrop off, in place: a randomly skipped layer has no gradient, which stops DDP."""
     for module in model.modules():
         if isinstance(getattr(module, "layerdrop", None), float):
             module.layerdrop = 0.0
@@ -346,8 +345,8 @@ def _disable_layerdrop(model: PreTrainedModel) -> None:
 
 
 def _grow_embedding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Make room for the tokens that the recipe adds; a new row starts as the mean of the others."""
-    if model.main_input_name == "input_values":  # it reads waves
+    """Add embedding rows for the tokens that the recipe adds; a new row starts as the mean of the others."""
+    if model.main_input_name == "input_values":  # it reads audio
         return
     rows, needed = model.get_input_embeddings().weight.shape[0], count_ids(processor)
     if recipe.model.add_tokens and needed > rows:
@@ -360,17 +359,17 @@ def _grow_embedding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, 
     elif needed > rows:
         ids = "" if needed == len(processor) else f", with ids up to {needed - 1:,},"
         raise EnvironmentProblem.of(
-            f"the tokenizer has {len(processor):,} tokens{ids} and the model has room for {rows:,}",
+            f"the tokenizer has {len(processor):,} tokens{ids} but the model has room for {rows:,}",
             str(recipe.model.name),
-            "They do not belong together: get the tokenizer that comes with the model.",
+            "Use the tokenizer that belongs to the model.",
         )
 
 
 def _make_head_inputs_contiguous(model: PreTrainedModel) -> None:
-    """Make what generation hands to the output head contiguous; changes `model` in place, by a hook.
+    """Make the output head's input contiguous during generation; changes `model` in place, by a hook.
 
-    It is the last position of each row, a slice. Without gradients torch.matmul does not fold a slice into one product
-    but copies the head's weights once a row: 57 MB each for SmolLM2.
+    It is a slice, the last position of each row. Without gradients torch.matmul does not fold a slice into one product
+    but copies the head's weights once per row: 57 MB each for SmolLM2.
     """
     head = model.get_output_embeddings()
     if head is not None:
@@ -378,14 +377,14 @@ def _make_head_inputs_contiguous(model: PreTrainedModel) -> None:
 
 
 def _align_generation_config(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
-    """Let the model's generation settings name the tokenizer's tokens, and hold nothing that contradicts itself."""
+    """Make the model's generation settings use the tokenizer's tokens, without contradictions."""
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return
     stated = as_list(settings.eos_token_id)
     if any(type(end) is not int for end in stated):
         where = os.path.join(str(model.name_or_path), "generation_config.json")
-        raise EnvironmentProblem.of(f"eos_token_id is {settings.eos_token_id!r}, and must be numbers", where, AGAIN)
+        raise EnvironmentProblem.of(f"eos_token_id is {settings.eos_token_id!r}, but must be numbers", where, AGAIN)
     settings.pad_token_id = processor.pad_token_id
     settings.eos_token_id = sorted({*stated, *as_list(processor.eos_token_id)})
     if not settings.do_sample:

@@ -1,4 +1,4 @@
-"""How much memory training will take, part by part, computed on the meta device before weights are loaded."""
+"""Plan the memory of training, part by part, on the meta device before weights are loaded."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ _OPTIMIZER_BYTES = {
     "rmsprop": 4.0,
     "ademamix": 12.0,
 }
-"""State bytes per trained parameter, by the start of the optimiser's name; AdamW's two moments are 8."""
+"""State bytes per trained parameter, by prefix of the optimiser's name; AdamW's two moments are 8."""
 _SMALL = 4096
 """Matrices below this size keep their state in 32 bits in the 8-bit optimisers of bitsandbytes."""
 _QUANTIZED_BYTES = {True: 0.516, False: 0.5625}
 """Bytes per 4-bit weight: blocks of 64 with a float32 scale each, or 8-bit scales with double quantisation."""
 USABLE = 0.85
-"""Share of the device's memory that a plan may fill: the rest is for kernels, fragments and the process itself."""
+"""Fraction of the device's memory that a plan may fill: the rest is for kernels, fragmentation and the process."""
 _LIBRARIES_BYTES = 650_000_000
-"""What Python, torch and transformers take in memory that a process shares with them: on a CPU; 0.63 GB measured."""
+"""Bytes that Python, torch and transformers take of shared memory, on a CPU; 0.63 GB measured."""
 _CPU_TOKENS = 2048
-"""Largest first micro-batch on a CPU: beyond that caches overflow and nothing becomes faster."""
+"""Largest first micro-batch on a CPU: above it caches overflow and nothing gets faster."""
 _CUDA_TOKENS = 32768
 
 
 def plan_memory(
     model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens: int, device: str, layout: Layout = ALONE
 ) -> MemoryPlan:
-    """Estimate the bytes of training with `tokens` in a micro-batch, in one process of those that there are.
+    """Estimate the bytes of training with `tokens` in a micro-batch, in one of the processes.
 
-    Raises RecipeError or EnvironmentProblem where the model cannot do the task or its configuration cannot be read.
+    Raises RecipeError or EnvironmentProblem if the model cannot do the task or its configuration cannot be read.
     """
     model_class, config = find_class(model_ref, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
@@ -65,17 +65,17 @@ def plan_memory(
 def plan_skeleton(
     skeleton: PreTrainedModel, recipe: Recipe, task: TaskInterface, tokens: int, device: str, limit: int | None
 ) -> MemoryPlan:
-    """Do the same for a model without weights, and for a device that has `limit` bytes, this machine's or another."""
+    """Do the same for a model without weights, and a device with `limit` bytes, this machine's or another."""
     config = skeleton.config
     weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
     inner, trained = _trained_sizes(skeleton, recipe, task)
     trained_total = sum(trained)
     causal, text = task.auto_class == "AutoModelForCausalLM", config.get_text_config()
-    # Preferences are of likelihoods; the few logits of a classifier do not count.
+    # Preferences compare likelihoods; a classifier's few logits are negligible.
     vocabulary = int(getattr(text, "vocab_size", 0)) if causal or task.predicts_tokens else 0
     # A decoder's loss keeps the logits of one chunk in memory.
     logits_at_once = min(tokens, max(1, CHUNK_ELEMENTS // vocabulary)) if causal and vocabulary else tokens
-    logit_bytes = 3 * vocabulary * weight_bytes  # the logits, the gradient kept for them and the one handed on
+    logit_bytes = 3 * vocabulary * weight_bytes  # the logits, the gradient kept for them and the one passed on
     full, kept = recipe.adapter.method == "full", kept_quantization(config)
     small = 0 if full else sum(size for size in trained if size < _SMALL)
     optimizer = (trained_total - small) * optimizer_bytes(recipe.train.optim)
@@ -89,26 +89,24 @@ def plan_skeleton(
         "activations": tokens * weight_bytes * _kept_activations(text, inner, recipe, device, kept is not None),
         "logits": logits_at_once * logit_bytes,
     }
-    if (
-        recipe.adapter.method == "qlora" and device == "cpu"
-    ):  # the weights before they are quantised, in the same memory
+    if recipe.adapter.method == "qlora" and device == "cpu":  # the weights before quantisation, in the same memory
         parts["loading"] = weight_bytes * _quantized(skeleton, inner)
     if task.needs_reference_model(recipe) and (full or recipe.adapter.start_from is not None):
         parts["reference"] = 4 * trained_total
-    lower_bound = _fixed(parts) + logit_bytes - parts.get("loading", 0)  # loading is over when training begins
+    lower_bound = _fixed(parts) + logit_bytes - parts.get("loading", 0)  # loading ends before training begins
     if recipe.train.optim.startswith("paged_"):
-        lower_bound -= parts["optimizer"]  # moves to the host where it must
+        lower_bound -= parts["optimizer"]  # moves to the host if necessary
     return MemoryPlan(parts, lower_bound, limit, device, base_quantization=kept.method if kept else None)
 
 
 def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, layout: Layout) -> MemoryPlan:
-    """Return the plan of one of several processes; those of a machine without cards share its memory.
+    """Return the plan of one of several processes; on a machine without cards they share its memory.
 
     Raises RecipeError for a model that stays quantised.
 
-    Under DDP gradients are summed in buckets, which together are a copy of them.
-    Under FSDP it has a part, a layer and the next one whole while they compute, and what is in no layer
-    whole for a pass. The gradients of one layer, and of what is in none, are whole until they are summed.
+    Under DDP, gradients are summed in buckets, which together are a copy of the gradients. Under FSDP, each process
+    has a shard. While a layer computes, it and the next are complete; weights outside layers are complete for a pass.
+    The gradients of one layer, and of weights outside layers, are complete until they are summed.
     """
     limit = plan.limit // layout.of_machine if plan.limit and plan.device == "cpu" else plan.limit
     plan = replace(plan, limit=limit, processes=layout.processes)
@@ -116,8 +114,8 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
         buckets = plan.parts["gradients"]
         return replace(plan, parts=plan.parts | {"buckets": buckets}, lower_bound=plan.lower_bound + buckets)
     if plan.base_quantization:
-        what = "the base's files are quantised, and weights as packed bytes are not cut over processes"
-        raise RecipeError.of(what, "model.name", "Use --strategy ddp, or name the model that it was made from.")
+        what = "the base's files are quantised, and packed weights cannot be sharded"
+        raise RecipeError.of(what, "model.name", "Use --strategy ddp, or name the original model.")
     full = recipe.adapter.method == "full"
     compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in kept_together(skeleton)]
@@ -131,11 +129,11 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
 
 
 _WHOLE = {"libraries", "activations", "logits"}
-"""Parts of a plan that sharding does not cut."""
+"""Parts of a plan that are not sharded."""
 
 
 def kept_together(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers of a model that it must not be split within (`_no_split_modules`): what FSDP cuts as one."""
+    """Return the layers that a model must not be split within (`_no_split_modules`), which FSDP shards as units."""
     names = set(getattr(unwrap(model), "_no_split_modules", None) or ())
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return [child for one in lists for child in one if type(child).__name__ in names]
@@ -150,10 +148,10 @@ def plan_training(
     lengths: npt.NDArray[np.int32] | None = None,
     layout: Layout = ALONE,
 ) -> MemoryPlan:
-    """Plan the first micro-batches of rows of at most `longest` tokens; `tokens` is their budget.
+    """Plan the first micro-batches of rows with at most `longest` tokens; `tokens` is their budget.
 
-    With the `lengths` of the encoded rows a step is planned with the longest of them that packing can join, else with
-    rows that are all as long as the longest. Raises what `plan_memory` raises.
+    With the `lengths` of encoded rows, a step is planned with the longest rows that packing can join, else with all
+    rows as long as the longest. Raises as `plan_memory` does.
     """
     budget = micro_batch_tokens(plan_memory(model_ref, recipe, task, longest, device, layout), longest, longest)
     step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
@@ -166,9 +164,9 @@ def plan_training(
 def resolve_checkpointing(
     model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str, layout: Layout = ALONE
 ) -> bool:
-    """Decide `gradient_checkpointing: auto`: only if a micro-batch of one row of `longest` tokens does not fit without.
+    """Resolve `gradient_checkpointing: auto`: on only if one row of `longest` tokens does not fit without it.
 
-    Never for a model that cannot do it. Raises what `plan_memory` raises.
+    Off for a model that does not support it. Raises as `plan_memory` does.
     """
     model_class, _ = find_class(model_ref, recipe, task)
     if not getattr(model_class, "supports_gradient_checkpointing", True):
@@ -178,7 +176,7 @@ def resolve_checkpointing(
 
 
 def _fixed(parts: Mapping[str, int]) -> int:
-    """Add up what does not grow with a micro-batch."""
+    """Add up the parts that do not grow with a micro-batch."""
     return sum(size for part, size in parts.items() if part not in ("activations", "logits", "evaluation"))
 
 
@@ -187,13 +185,13 @@ def check_context(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, long
     _, config = find_class(model_ref, recipe, task)
     context = context_length(config)
     if context is not None and longest > context:
-        what = f"a row has {longest:,} tokens, and the context of {model_ref.name} is {context:,}"
-        fix = f"Set data.max_length: {context} and say in data.on_overlong what becomes of longer rows."
+        what = f"a row has {longest:,} tokens, but the context of {model_ref.name} is {context:,}"
+        fix = f"Set data.max_length: {context} and choose in data.on_overlong how to treat longer rows."
         raise DataError.of(what, "data.max_length", fix)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model's positions reach; None where they have no end, or it is not stated.
+    """Return the number of tokens that a model's positions cover; None if unlimited or not stated.
 
     RoBERTa and its relatives number positions from the padding token's id plus one.
     """
@@ -225,9 +223,9 @@ def _trained_sizes(
 
 
 def optimizer_bytes(optim: str, small: bool = False) -> float:
-    """Return the bytes of state a trained parameter costs, by the optimiser's name in transformers.
+    """Return the optimiser's state bytes per trained parameter, by its name in transformers.
 
-    In 8 bits there is a float32 scale for each block of 256; a `small` matrix (below 4,096) keeps 32 bits.
+    8-bit optimisers have a float32 scale per block of 256; a `small` matrix (below 4,096) keeps 32 bits.
     """
     kind = optim.removeprefix("paged_")
     full = next((size for name, size in _OPTIMIZER_BYTES.items() if kind.startswith(name)), 8.0)
@@ -255,20 +253,20 @@ def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = Non
     each = "" if plan.processes == 1 else " in each process" if plan.device == "cpu" else " on each card"
     what = (
         f"{recipe.model.name or 'the model'} needs at least {format_bytes(plan.lower_bound)}{each} to train with "
-        f"adapter.method {recipe.adapter.method}, and {plan.device} has {format_bytes(plan.limit)}{each}"
+        f"adapter.method {recipe.adapter.method}, but {plan.device} has {format_bytes(plan.limit)}{each}"
     )
     if recipe.model.check_memory:
         fix = suggest_recipe(plan, recipe) if plan.processes == 1 else _MORE
-        fix = f"{fix} model.check_memory: false tries it all the same."
+        fix = f"{fix} Set model.check_memory: false to try anyway."
         raise EnvironmentProblem.of(what, "model.name", fix)
-    console.print(f"[yellow]{what}[/yellow]; going on, because model.check_memory is false.")
+    console.print(f"[yellow]{what}[/yellow]; continuing, because model.check_memory is false.")
 
 
 _MORE = "Use --strategy fsdp, or more machines with it; or choose a smaller model."
 
 
 def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
-    """Name the nearest change of the recipe whose lower bound should fit, by arithmetic on the plan's parts."""
+    """Name the smallest change of the recipe whose lower bound should fit, by arithmetic on the plan's parts."""
     assert plan.limit is not None
     weights, optimizer, full = plan.parts["weights"], plan.parts["optimizer"], recipe.adapter.method == "full"
     libraries = plan.parts.get("libraries", 0)
@@ -279,7 +277,7 @@ def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
         return "Set train.optim: adamw_8bit, which should fit."
     if full and compute_bytes * parameters + rest <= plan.limit:
         return "Set adapter.method: lora, which should fit."
-    # In 4 bits, with a tenth of the weights, the embedding, left whole.
+    # In 4 bits, with a tenth of the weights, the embedding, not quantised.
     quantized = recipe.adapter.method == "qlora" or plan.base_quantization is not None
     if not quantized and (0.55 + 0.1 * compute_bytes) * parameters + rest <= plan.limit:
         return "Set adapter.method: qlora, which should fit."
@@ -287,9 +285,9 @@ def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
 
 
 def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:
-    """Return the first token budget of a micro-batch: a function of hardware and recipe, never of what is free now.
+    """Return the first token budget of a micro-batch, a function of hardware and recipe, not of memory free now.
 
-    `tokens` is what the plan was made for; `longest` the longest row, below which no budget makes sense.
+    `tokens` is the plan's budget; `longest` is the longest row, the minimum for a budget.
     """
     cap = _CPU_TOKENS if plan.device == "cpu" else _CUDA_TOKENS
     per_token = max(1, (plan.parts["activations"] + plan.parts["logits"]) // tokens)
@@ -321,20 +319,20 @@ def _weight_bytes(
 
 
 def _quantized(skeleton: PreTrainedModel, inner: dict[str, tuple[int, int]]) -> int:
-    """Count the weights that are quantised."""
-    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
+    """Count the quantised weights."""
+    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, not quantised by transformers
     linear = sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")})
     return linear + sum(shape.numel() for shape in expert_parameters(skeleton).values())
 
 
 _FEW_WEIGHTS = ("ia3", "ln_tuning", "beft", "trainable_tokens", "adaption_prompt")
-"""Methods that train next to nothing."""
+"""Methods that train almost nothing."""
 
 
 def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -> list[int]:
-    """Return the sizes of the low-rank matrices; targets are resolved exactly when the adapter is made.
+    """Return the sizes of the low-rank matrices; exact targets are resolved when the adapter is created.
 
-    Other methods than LoRA are taken to train about as much as it does with their rank, or with 16.
+    Methods other than LoRA are assumed to train about as much as LoRA with their rank, or with 16.
     """
     targeted = adapter.target_modules
     if targeted == "all-linear":
@@ -342,7 +340,7 @@ def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -
     elif isinstance(targeted, str):
         try:
             targets = [shape for name, shape in inner.items() if re.fullmatch(targeted, name)]
-        except re.error:  # reported when the adapter is made
+        except re.error:  # reported when the adapter is created
             targets = []
     else:
         targets = [shape for name, shape in inner.items() if name.split(".")[-1] in targeted or name in targeted]
@@ -355,9 +353,9 @@ def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -
 def _kept_activations(
     text: PreTrainedConfig, inner: dict[str, tuple[int, int]], recipe: Recipe, device: str, kept: bool
 ) -> int:
-    """Estimate the numbers that the backward pass needs a token: about 10 hidden and 4 intermediate vectors a layer.
+    """Estimate the numbers per token kept for the backward pass: about 10 hidden and 4 intermediate vectors per layer.
 
-    Beside a quantised base it is 6 intermediate ones. What checkpointing gives back on a CPU stays with the process:
+    With a quantised base it is 6 intermediate ones. On a CPU the process keeps the memory that checkpointing frees:
     docs/memory.md has the measurements.
     """
     layers = int(getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0))

@@ -1,4 +1,4 @@
-"""A model folder on disk: complete, undamaged, and safe to load."""
+"""Check a model folder on disk: complete, undamaged, and safe to load."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from llmtune.store.atomic_files import MODEL_ENDINGS
 
 MAX_JSON_BYTES = 2**28
 SMALL_JSON_BYTES = 2**22
-"""Vocabularies above it are left to the library that reads them."""
+"""Larger vocabularies are left to the library that reads them."""
 MAX_JSON_DEPTH = 32
 _PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "model*.ckpt")
 
 
 def check_model_folder(folder: Path, model: ModelSection) -> None:
-    """Check that `folder` holds a complete model that may be loaded, reading headers only.
+    """Check that `folder` has a complete model that may be loaded, reading headers only.
 
     Raises:
-        EnvironmentProblem: a file is missing, damaged or cut.
-        RecipeError: the model wants its own code run, or has pickled weights only, and the recipe does not allow it.
+        EnvironmentProblem: a file is missing, damaged or truncated.
+        RecipeError: the model needs its own code, or has only pickled weights, and the recipe does not allow that.
     """
     EnvironmentProblem.collect(_check_entries(folder))
     config = read_config_file(folder)
@@ -44,24 +44,24 @@ def check_model_folder(folder: Path, model: ModelSection) -> None:
             raise pickled_weights(pickled, str(folder))
     else:
         raise EnvironmentProblem.of(
-            "there is no weight file (*.safetensors) in this folder",
+            "no weight file (*.safetensors) in this folder",
             str(folder),
-            "Get the model again from where it comes from.",
+            "Download the model again.",
         )
 
 
 def read_config_file(folder: Path) -> dict[str, object]:
-    """Read `config.json`; raises EnvironmentProblem that says what the folder is instead, or what is wrong with it."""
+    """Read `config.json`; raises EnvironmentProblem that names the problem, or what the folder is instead."""
     path = folder / "config.json"
     if not path.is_file():
         raise EnvironmentProblem(_describe_missing_config(folder))
     config = read_json_object(path)
-    fix = "Get the file again from where the model comes from."
+    fix = "Download the file again."
     if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
-        raise EnvironmentProblem.of("it names no model_type", str(path), fix)
+        raise EnvironmentProblem.of("model_type is missing", str(path), fix)
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise EnvironmentProblem.of(f"architectures is {named!r}, and must be a list of names", str(path), fix)
+        raise EnvironmentProblem.of(f"architectures is {named!r}, but must be a list of names", str(path), fix)
     if config.get("quantization_config") is not None:
         EnvironmentProblem.collect(find_unreadable(config["quantization_config"], str(path)))
     return config
@@ -71,41 +71,41 @@ def _describe_missing_config(folder: Path) -> Problem:
     where = str(folder)
     if (folder / "adapter_config.json").is_file():
         fix = "Set model.name to the model it was made for, and adapter.start_from to this folder."
-        return Problem("this folder holds an adapter, not a model", where, fix)
+        return Problem("this folder contains an adapter, not a model", where, fix)
     if any(folder.glob("*.gguf")):
-        fix = "Use the model's original folder or hub name: what is trained are unpacked weights."
-        return Problem("this folder holds a GGUF file, not a Hugging Face model", where, fix)
-    fix = "A model folder holds config.json, tokenizer files and *.safetensors."
-    return Problem("there is no config.json in this folder", where, fix)
+        fix = "Use the model's original folder or hub name: training needs unpacked weights."
+        return Problem("this folder contains a GGUF file, not a Hugging Face model", where, fix)
+    fix = "A model folder has config.json, tokenizer files and *.safetensors."
+    return Problem("no config.json in this folder", where, fix)
 
 
 def read_json_object(path: Path) -> dict[str, object]:
-    """Read a JSON file of a model or an adapter; raises EnvironmentProblem where it is damaged or no object."""
+    """Read a JSON file of a model or adapter; raises EnvironmentProblem if it is damaged or not an object."""
     content = _parse_json_file(path)
     if isinstance(content, Problem):
         raise EnvironmentProblem(content)
     if not isinstance(content, dict):
-        raise EnvironmentProblem.of(f"holds a {type(content).__name__} where an object is expected", str(path))
+        raise EnvironmentProblem.of(f"contains a {type(content).__name__}, but an object is expected", str(path))
     return content
 
 
 def _parse_json_file(path: Path) -> object:
-    """Return what a JSON file holds, or what is wrong with the file."""
+    """Return the content of a JSON file, or the problem with it."""
     try:
         content: object = json.loads(read_text_file(path, MAX_JSON_BYTES))
     except OSError as error:
-        return Problem(f"cannot be read: {error.strerror}", str(path), "Get it again from where the model comes from.")
+        return Problem(f"cannot be read: {error.strerror}", str(path), "Download the file again.")
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        fix = "The file is damaged: get it again from where the model comes from."
+        fix = "The file is damaged: download it again."
         return Problem(f"is not valid JSON: {what}", str(path), fix)
     if _depth(content) > MAX_JSON_DEPTH:
-        return Problem(f"is nested more than {MAX_JSON_DEPTH} deep", str(path), "No file of a model is.")
+        return Problem(f"is nested more than {MAX_JSON_DEPTH} deep", str(path), "Download the file again.")
     return content
 
 
 def _depth(content: object) -> int:
-    """Count how deep lists and objects lie within one another; stops after MAX_JSON_DEPTH."""
+    """Return the nesting depth of lists and objects; stops after MAX_JSON_DEPTH."""
     level, depth = [content], 0
     while level and depth <= MAX_JSON_DEPTH:
         inner = [one for one in level if isinstance(one, dict | list)]
@@ -115,12 +115,12 @@ def _depth(content: object) -> int:
 
 
 def _check_entries(folder: Path) -> Iterator[Problem]:
-    """Yield files of a folder that a read could wait for, and JSON that no library reads."""
+    """Yield files that could block a read, and JSON that no library reads."""
     for path in sorted(path for path in folder.iterdir() if path.suffix in MODEL_ENDINGS and not path.is_dir()):
         try:
             size = check_regular(path).st_size
         except OSError as error:
-            yield Problem(f"cannot be read: {error.strerror}", str(path), "Remove it, or get it again.")
+            yield Problem(f"cannot be read: {error.strerror}", str(path), "Remove it, or download it again.")
             continue
         if (
             path.suffix == ".json"
@@ -131,17 +131,17 @@ def _check_entries(folder: Path) -> Iterator[Problem]:
 
 
 def _refuse_remote_code(folder: Path, config: dict[str, object]) -> None:
-    """Raise RecipeError if the model cannot be loaded without code of its own.
+    """Raise RecipeError if the model cannot be loaded without its own code.
 
-    A folder may name code for classes that transformers has itself by now, under the same names: those are taken.
+    A folder may name code for classes that transformers now has under the same names: those are used instead.
     """
     path = folder / "tokenizer_config.json"
     tokenizer = read_json_object(path) if path.is_file() else {}
     RecipeError.collect(
         Problem(
-            f"the model wants code from its own folder to be run: {code}",
+            f"the model needs code from its own folder: {code}",
             f"{folder / file}: auto_map",
-            "Read that code, and set model.trust_remote_code: true if you trust it; or choose another model.",
+            "Read that code, and set model.trust_remote_code: true if you trust it, or choose another model.",
         )
         for file, content in (("config.json", config), ("tokenizer_config.json", tokenizer))
         if (code := ", ".join(_own_classes(content.get("auto_map"))))
@@ -149,7 +149,7 @@ def _refuse_remote_code(folder: Path, config: dict[str, object]) -> None:
 
 
 def _own_classes(auto_map: object) -> Iterator[str]:
-    """Yield the classes that `auto_map` names, in values and lists, and that transformers does not have itself."""
+    """Yield the classes in `auto_map`, in values and lists, that transformers does not have."""
     if isinstance(auto_map, str):
         if not hasattr(transformers, auto_map.rpartition(".")[2]):
             yield auto_map
@@ -159,31 +159,31 @@ def _own_classes(auto_map: object) -> Iterator[str]:
 
 
 def pickled_weights(files: list[str], where: str) -> LlmtuneError:
-    """Return the error for weights that are pickled files alone; it names the key that allows them."""
+    """Return the error for weights that are only in pickled files; it names the key that allows them."""
     return RecipeError.of(
-        f"the weights are pickled ({', '.join(files[:3])}), and a pickle can run any code when it is loaded",
+        f"the weights are pickled ({', '.join(files[:3])}), and loading a pickle can run any code",
         where,
-        "Convert them to safetensors, or set model.use_safetensors: false if you trust where they come from.",
+        "Convert them to safetensors, or set model.use_safetensors: false if you trust their source.",
     )
 
 
 def _check_shards(folder: Path, index: Path) -> Iterator[Problem]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        yield Problem("it has no weight_map", str(index), "Get the file again from where the model comes from.")
+        yield Problem("weight_map is missing", str(index), "Download the file again.")
         return
     for name in sorted(set(map(str, weight_map.values()))):
         path = folder / name
         if path.is_file():
             yield from check_safetensors(path)
         else:
-            fix = "The model is not complete: get this file from where the model comes from."
-            yield Problem(f"is missing, and {index.name} names it", str(path), fix)
+            fix = "The model is incomplete: download this file."
+            yield Problem(f"is missing, but {index.name} names it", str(path), fix)
 
 
 def check_safetensors(path: Path) -> Iterator[Problem]:
-    """Yield what is wrong with a safetensors file, by its header and its size."""
-    fix = "The file is damaged or its download was cut: get it again from where the model comes from."
+    """Yield the problems of a safetensors file, from its header and size."""
+    fix = "The file is damaged or its download was interrupted: download it again."
     try:
         size = check_regular(path).st_size
         with open_regular(path) as file:
@@ -192,15 +192,15 @@ def check_safetensors(path: Path) -> Iterator[Problem]:
                 return
         with safe_open(str(path), "np"):
             pass
-    except MemoryError:  # the library maps the file; without room for that, loading it says so
+    except MemoryError:  # the library maps the file; if that fails, loading reports it
         return
     except OSError as error:
         yield Problem(f"cannot be read: {error.strerror or error}", str(path), fix)
     except SafetensorError as error:
         reason = first_line(error).removeprefix("Error while deserializing header: ")
-        yield Problem(f"is damaged or is cut at {size:,} bytes: {reason}", str(path), fix)
+        yield Problem(f"is damaged or truncated at {size:,} bytes: {reason}", str(path), fix)
 
 
 def share_file(path: Path, like: Path) -> None:
-    """Give `path` the permissions of `like`: safetensors writes files that their owner alone can read."""
+    """Give `path` the permissions of `like`: safetensors writes files that only their owner can read."""
     path.chmod(like.stat().st_mode)

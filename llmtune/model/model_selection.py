@@ -1,4 +1,4 @@
-"""Which of several models predicts the user's rows best: bits per byte of the answers, on a sample."""
+"""Find which of several models predicts the user's rows best: bits per byte of the answers, on a sample."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ from llmtune.report.number_format import size as format_bytes
 from llmtune.store.process_environment import is_remote_model
 
 ChooseTask = Callable[[ModelRef], TaskInterface]
-"""Gives the form of the task that a model can do; raises RecipeError where there is none."""
+"""Returns the task variant that a model can do; raises RecipeError if there is none."""
 _SAMPLE_ROWS = 64
-"""Enough to distinguish models by more than a few per cent, few enough to take seconds."""
+"""Enough to separate models by more than a few per cent, few enough to take seconds."""
 _MEASURED_ROWS = 1000
-"""Training rows whose lengths are compared with a model's context."""
+"""Number of training rows whose lengths are compared with a model's context."""
 
 
 @dataclass(frozen=True)
 class RankedModel:
-    """One model in the ranking: its measure, or the reason why it is left out."""
+    """One model in the ranking: its score, or why it is skipped."""
 
     name: str
     bits_per_byte: float | None = None
     reason: str | None = None
     lower_bound: int | None = None
-    """Bytes that training it takes at least."""
+    """Minimum bytes to train it."""
     context: int | None = None
     tuned: float | None = None
     """Bits per byte of the validation rows after its last trial."""
@@ -67,18 +67,18 @@ class RankedModel:
 
 @dataclass(frozen=True)
 class ModelRanking:
-    """All candidates, the best first and those left out last, and the best."""
+    """All candidates, best first and skipped ones last, and the winner."""
 
     chosen: ModelRef
     candidates: tuple[RankedModel, ...]
     rows: int
-    """Rows that every candidate was measured on."""
+    """Number of rows that every candidate was scored on."""
     split: str
     model_refs: Mapping[str, ModelRef]
-    """Those that were measured, by name."""
+    """The scored candidates, by name."""
 
     def to_dict(self) -> dict[str, object]:
-        """Return what the report shows, ready for JSON."""
+        """Return the report's data, ready for JSON."""
         return {
             "chosen": self.chosen.name,
             "revision": self.chosen.revision,
@@ -89,7 +89,7 @@ class ModelRanking:
 
 
 def read_ranking(described: Json) -> ModelRanking:
-    """Return what JSON holds of a ranking."""
+    """Rebuild a ranking from JSON."""
     refs = {name: read_model_ref(one) for name, one in described["model_refs"].items()}
     candidates = tuple(RankedModel(**one) for one in described["candidates"])
     return ModelRanking(refs[described["chosen"]["name"]], candidates, described["rows"], described["split"], refs)
@@ -110,12 +110,12 @@ class _Entrant:
 def rank_candidates(
     recipe: Recipe, choose: ChooseTask, rows: Rows, console: Console, folder: Path, device: str, offline: bool = False
 ) -> ModelRanking:
-    """Measure `model.candidates` on a seeded sample of the validation rows (of train if there are none), best first.
+    """Score `model.candidates` on a seeded sample of validation rows (training rows without any), best first.
 
     Models are loaded one after the other. The ranking is printed and written to `ranking.json` in `folder`.
 
     Raises:
-        RecipeError, EnvironmentProblem: a candidate is damaged, or none is left.
+        RecipeError, EnvironmentProblem: a candidate is damaged, or none remains.
     """
     split = "validation" if rows.counts.get("validation", 0) else "train"
     sample, many = _sample(rows, split, _SAMPLE_ROWS, recipe.seed), _sample(rows, "train", _MEASURED_ROWS, recipe.seed)
@@ -129,7 +129,7 @@ def rank_candidates(
             out.append(entrant)
     shared = sorted(set.intersection(*(set(entrant.examples) for entrant in entrants))) if entrants else []
     if not shared:
-        problems = [Problem("there is no row that all candidates can encode")] if entrants else []
+        problems = [Problem("no row can be encoded by all candidates")] if entrants else []
         raise none_left(out, *problems)
     measured: list[RankedModel] = []
     for entrant in entrants:
@@ -143,9 +143,9 @@ def rank_candidates(
 
 
 def none_left(out: Sequence[RankedModel], *problems: Problem) -> EnvironmentProblem:
-    """Return the error where every candidate was left out, with the reason of each."""
-    reasons = [Problem(f"{candidate.name} is left out: {candidate.reason}") for candidate in out]
-    first = Problem("no candidate is left", "model.candidates", "Name other models.")
+    """Return the error if every candidate was skipped, with the reasons."""
+    reasons = [Problem(f"{candidate.name} is skipped: {candidate.reason}") for candidate in out]
+    first = Problem("no candidate remains", "model.candidates", "Name other models.")
     return EnvironmentProblem(first, *reasons, *problems)
 
 
@@ -163,14 +163,14 @@ def show_ranking(ranking: ModelRanking, console: Console, folder: Path) -> None:
 
 
 def _draw_ranking(ranking: ModelRanking) -> Table:
-    """Draw the table that shows why the first was taken."""
+    """Draw the table that shows why the first was chosen."""
     title = f"Candidates by bits per byte on {ranking.rows} {ranking.split} rows (lower knows the rows better)"
     tried = any(candidate.steps for candidate in ranking.candidates)
     if tried:
-        title += "; those with a trial by the bits after it, on all validation rows"
+        title += "; candidates with a trial by the bits after it, on all validation rows"
     table = Table(title=title, title_justify="left")
     numbers = ("bits per byte", *(["tuned", "steps"] if tried else []), "needs at least", "context")
-    for column in ("", "model", *numbers, "left out because"):
+    for column in ("", "model", *numbers, "skipped because"):
         table.add_column(column, justify="right" if column in numbers else "left")
     for candidate in ranking.candidates:
         table.add_row(
@@ -192,9 +192,9 @@ def _number(value: float | None, form: str) -> str:
 def resolve_candidates(
     recipe: Recipe, choose: ChooseTask, console: Console, device: str, offline: bool
 ) -> tuple[list[ModelRef], list[RankedModel]]:
-    """Find every candidate; one that is not there, or cannot be used by what is known of it, is left out.
+    """Find every candidate; unavailable or unusable ones are skipped, with the reason.
 
-    Raises RecipeError for keys that have to be set first, EnvironmentProblem with all reasons where none is there.
+    Raises RecipeError for keys that must be set first, EnvironmentProblem with all reasons if none is found.
     """
     refs: list[ModelRef] = []
     out: list[RankedModel] = []
@@ -218,7 +218,7 @@ def resolve_candidates(
 
 
 def _reason_against(name: str, recipe: Recipe, choose: ChooseTask, device: str, offline: bool) -> str | None:
-    """Return why a candidate is left out before it is brought here: its licence, or what the catalogue has of it."""
+    """Return why a candidate is skipped before its download: its licence, or a fact in the catalogue."""
     known, allowed = read_catalogue().get(name), recipe.model.licences
     if allowed:
         base = name if is_remote_model(name) else None
@@ -239,15 +239,15 @@ def _reason_against(name: str, recipe: Recipe, choose: ChooseTask, device: str, 
 def _too_large(plan: MemoryPlan, recipe: Recipe) -> str | None:
     if not recipe.model.check_memory or plan.limit is None or plan.lower_bound <= plan.limit:
         return None
-    return f"it needs {format_bytes(plan.lower_bound)}, and {plan.device} has {format_bytes(plan.limit)}"
+    return f"it needs {format_bytes(plan.lower_bound)}, but {plan.device} has {format_bytes(plan.limit)}"
 
 
 def plan_candidates(
     recipe: Recipe, choose: ChooseTask, longest: int, device: str, console: Console, offline: bool
 ) -> dict[str, MemoryPlan]:
-    """Show which candidates would be ranked or left out, without downloads; return the plans of those that are known.
+    """Show which candidates would be ranked or skipped, without downloads; return the plans of the known ones.
 
-    Raises RecipeError where a query finds nothing, EnvironmentProblem where none would be left.
+    Raises RecipeError if a query matches nothing, EnvironmentProblem if no candidate would remain.
     """
     plans: dict[str, MemoryPlan] = {}
     out: list[RankedModel] = []
@@ -266,7 +266,7 @@ def plan_candidates(
             reason = error.problems[0].what
         sizes = [format_bytes(plan.total), format_bytes(plan.lower_bound)] if plan else ["", ""]
         there = model_ref is not None and model_ref.content_hash
-        table.add_row(name, *sizes, f"left out: {reason}" if reason else "" if there else "would be downloaded first")
+        table.add_row(name, *sizes, f"skipped: {reason}" if reason else "" if there else "would be downloaded first")
         out += [RankedModel(name, None, reason)] if reason else []
     console.print(table)
     if len(out) == len(names):
@@ -275,7 +275,7 @@ def plan_candidates(
 
 
 def peek_model(name: str, recipe: Recipe, console: Console, folder: Path, offline: bool) -> ModelRef | None:
-    """Return a local model, or the catalogue's shape of one that would be downloaded (without a hash), or None.
+    """Return a local model, or the catalogue's shape of one to download (without a hash), or None.
 
     Raises EnvironmentProblem if it is unavailable.
     """
@@ -289,7 +289,7 @@ def peek_model(name: str, recipe: Recipe, console: Console, folder: Path, offlin
 
 
 def plan_candidate(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> MemoryPlan:
-    """Plan a training as it would be, `gradient_checkpointing: auto` decided. Raises what `plan_memory` raises."""
+    """Plan training with `gradient_checkpointing: auto` resolved. Raises as `plan_memory` does."""
     if recipe.train.gradient_checkpointing == "auto":
         on = resolve_checkpointing(model_ref, recipe, task, longest, device)
         train = recipe.train.model_copy(update={"gradient_checkpointing": on})
@@ -305,7 +305,7 @@ def _admit(
     many: Mapping[int, Row],
     device: str,
 ) -> _Entrant | RankedModel:
-    """Return the candidate ready to be measured, or left out with the reason."""
+    """Return the candidate ready to be scored, or skipped with the reason."""
     try:
         task = choose(model_ref)
         _, config = find_class(model_ref, recipe, task)
@@ -331,12 +331,12 @@ def _admit(
 
 
 def _longest(row: list[Example] | str) -> int:
-    """Return the longest example of an encoded row; 0 for one that cannot be used."""
+    """Return the longest example of an encoded row; 0 for an unusable row."""
     return 0 if isinstance(row, str) else max((example.reach for example in row), default=0)
 
 
 def _too_short(context: int, lengths: Sequence[int], recipe: Recipe) -> str | None:
-    """Say so where a context is too short for the rows: for all of them, or for 99 % if longer ones may be changed."""
+    """Return why a context is too short for the rows: all of them, or 99 % if longer ones may be changed."""
     longest, usual = max(lengths), int(np.percentile(lengths, 99, method="higher"))
     if usual > context:
         return f"its context of {context:,} tokens is shorter than the 99th percentile of the rows, {usual:,}"
@@ -346,7 +346,7 @@ def _too_short(context: int, lengths: Sequence[int], recipe: Recipe) -> str | No
 
 
 def _bits_per_byte(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, device: str, console: Console) -> float:
-    """Return bits per byte of the supervised text: the cost of its end markers counts, their bytes do not."""
+    """Return bits per byte of the supervised text; end markers count as cost, not as bytes."""
     task = entrant.task
     collate = task.collator(entrant.processor, recipe)
     examples = [example for index in shared for example in entrant.examples[index]]
@@ -373,7 +373,7 @@ def _bits_per_byte(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, dev
 
 
 def _batches_within(examples: Sequence[Example], budget: int) -> Iterator[list[Example]]:
-    """Put neighbours together as long as they stay within `budget` tokens."""
+    """Group neighbours as long as they fit into `budget` tokens."""
     group: list[Example] = []
     for example in examples:
         if group and sum(other.tokens for other in group) + example.tokens > budget:

@@ -1,7 +1,7 @@
-"""Candidates tuned for a few steps: the better half continues with more, until one is left (successive halving).
+"""Tune candidates for a few steps; the better half continues with more, until one is left (successive halving).
 
 Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016. Each round
-trains anew, with a schedule of its own length.
+trains from scratch, with a schedule of its own length.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ FOLDER = "trials"
 def successive_halving(
     ranking: ModelRanking, steps: int, tune: Callable[[RankedModel, int], float], console: Console
 ) -> ModelRanking:
-    """Return the ranking by trials: `tune` gives the bits per byte of a candidate after so many steps.
+    """Return the ranking by trials: `tune` returns a candidate's bits per byte after a number of steps.
 
-    A trial that fails leaves its candidate out, with the reason. Raises EnvironmentProblem where none is left; Stopped.
+    A candidate whose trial fails is dropped, with the reason. Raises EnvironmentProblem if none remains; Stopped.
     """
     running = [candidate for candidate in ranking.candidates if candidate.reason is None]
     out = [candidate for candidate in ranking.candidates if candidate.reason is not None]
@@ -69,7 +69,7 @@ def successive_halving(
 def known_or_ranked(
     recipe: Recipe, choose: ChooseTask, rows: Rows, console: Console, run: RunFolder, device: str, offline: bool
 ) -> Json:
-    """Return the hash of what a choice depends on, with the model that was chosen by the same, or a ranking of all."""
+    """Return the hash of a choice's inputs, with the model chosen earlier from the same inputs, or a ranking of all."""
     model = recipe.model
     there, _ = resolve_candidates(recipe, choose, console, device, offline)
     template = hash_file(Path(model.chat_template)) if model.chat_template else None
@@ -90,9 +90,9 @@ def choose_candidate(
     run_trial: Callable[[LoadedRecipe, Path], None],
     once: Callable[[Callable[[], None]], None],
 ) -> str:
-    """Return the name of the best candidate of a ranking, after trials if the recipe wants them.
+    """Return the best candidate of a ranking by name, after trials if the recipe asks for them.
 
-    `known` is what `known_or_ranked` returned, `run_trial` trains a recipe in a folder, and rank 0 does what is `once`.
+    `known` comes from `known_or_ranked`; `run_trial` trains a recipe in a folder; `once` runs something on rank 0 only.
     """
     ranking, steps = read_ranking(known["ranking"]), loaded.recipe.model.trials
 
@@ -108,7 +108,7 @@ def choose_candidate(
 
 
 def note_ranking(ranking: ModelRanking, inputs: str, run: RunFolder, console: Console) -> None:
-    """Keep what was chosen from which inputs; after trials, show the ranking that they made and remove them."""
+    """Record the choice and its inputs; after trials, show their ranking and remove them."""
     if any(candidate.steps for candidate in ranking.candidates):
         show_ranking(ranking, console, run.path / "model")
     run.note(ranking={"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()})
@@ -121,7 +121,7 @@ def candidate_folder(run: Path, name: str, steps: int) -> Path:
 
 
 def with_candidate(loaded: LoadedRecipe, candidate: RankedModel, steps: int) -> LoadedRecipe:
-    """Return the recipe of a trial: one model, so many steps, no gates, further seeds, trackers or deployment."""
+    """Return the recipe of a trial: one model and number of steps, no gates, further seeds, trackers or deployment."""
     alone, name = without_gates(without_seeds(loaded)), candidate.name
     if candidate.context is not None and candidate.context < loaded.recipe.data.max_length:
         alone = with_length(alone, candidate.context, name)
@@ -136,7 +136,7 @@ def with_candidate(loaded: LoadedRecipe, candidate: RankedModel, steps: int) -> 
 
 
 def validation_bits(run: Path) -> float:
-    """Return bits per byte of the validation rows, by the loss that a run has noted."""
+    """Return bits per byte of the validation rows, from the loss that a run recorded."""
     reader = ExampleReader(load_examples(run / "data" / "examples"), "validation")
     nats = read_run(run).facts("train")["validation_loss"] * int(reader.supervised.sum())
     return float(nats / math.log(2) / max(1, sum(example.target_bytes for example in reader)))

@@ -121,7 +121,7 @@ def test_all_linear_says_that_it_leaves_the_experts_out(moe, console):
     recipe = recipe_with(moe("qwen3_moe"))
     inject(open_model(recipe), recipe, console)
     said = " ".join(console.file.getvalue().split())
-    assert "all-linear leaves out the experts" in said
+    assert "all-linear skips the experts" in said
     assert "set adapter.target_parameters: [gate_up_proj, down_proj] to adapt them" in said
 
 

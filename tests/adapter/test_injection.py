@@ -127,7 +127,7 @@ def test_checkpointing_changes_memory_and_not_gradients(tiny_llama):
 def test_starts_that_change_the_base_are_refused_on_four_bits_above_the_rank_of_a_matrix_and_on_embeddings(
     tiny_llama, start
 ):
-    with pytest.raises(RecipeError, match="4 bits cannot undo"):
+    with pytest.raises(RecipeError, match="4-bit base cannot undo"):
         adapt(tiny_llama, method="qlora", init_lora_weights=start)
     with pytest.raises(RecipeError, match=r"Set adapter\.r to 32 or less"):
         adapt(tiny_llama, init_lora_weights=start, r=33)
@@ -177,7 +177,7 @@ def test_a_plain_peft_model_with_the_same_seed_is_the_same(tiny_llama):
     ],
 )
 def test_an_embedding_cannot_be_trained_as_a_whole_and_in_the_rows_of_added_tokens(tiny_llama, adapter, where, name):
-    with pytest.raises(RecipeError, match=rf"{name} is trained in the rows of model\.add_tokens") as caught:
+    with pytest.raises(RecipeError, match=rf"{name} is trained only in the rows of model\.add_tokens") as caught:
         adapt(tiny_llama, model={"add_tokens": ["<tool>"]}, **adapter)
     assert caught.value.problems[0].where == f"adapter.{where}"
 
@@ -194,7 +194,7 @@ def test_an_embedding_and_a_head_that_come_apart_are_told(tiny_llama, console, a
     recipe = recipe_with(tiny_llama, adapter=adapter)
     inject(open_model(recipe), recipe, console)
     said = " ".join(console.file.getvalue().split())
-    assert f"share one weight in the base; with this adapter they are two (trained: {trained})" in said
+    assert f"share one weight in the base; with this adapter they are separate (trained: {trained})" in said
 
 
 def test_of_added_tokens_their_rows_alone_count_as_adapted(tiny_llama):

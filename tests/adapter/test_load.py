@@ -52,7 +52,7 @@ def test_every_disagreement_is_told_at_once(tiny_llama, run):
 
 def test_the_same_targets_may_be_stated_and_others_are_a_disagreement(tiny_llama, run):
     go_on(tiny_llama, start_from=str(run[0]), r=8, target_modules=["v_proj", "q_proj"], lora_dropout=0.1)
-    with pytest.raises(RecipeError, match=r"matches 14 modules, and the adapter in .* has 4"):
+    with pytest.raises(RecipeError, match=r"matches 14 modules, but the adapter in .* has 4"):
         go_on(tiny_llama, start_from=str(run[0]), target_modules="all-linear")
 
 
@@ -70,7 +70,7 @@ def test_a_converted_pissa_adapter_goes_on_as_plain_lora(tiny_llama, tmp_path):
 def test_an_adapter_of_another_method_is_not_trained_further(tiny_llama, tmp_path):
     recipe = recipe_with(tiny_llama, adapter={"method": "ia3"})
     save_adapter(inject(open_model(recipe), recipe, quiet()), tmp_path)
-    with pytest.raises(RecipeError, match="is of ia3, and only those of LoRA are trained further"):
+    with pytest.raises(RecipeError, match="is of type ia3, but only LoRA adapters can be trained further"):
         go_on(tiny_llama, start_from=str(tmp_path))
 
 

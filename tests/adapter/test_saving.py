@@ -160,8 +160,8 @@ def test_an_adapter_for_another_model_and_a_folder_without_one_are_refused(tiny_
     other = build_family(tmp_path / "other", "llama", intermediate_size=32)
     save_adapter(train_a_little(other), tmp_path / "a")
     assert "made for another model" in load_damaged(tiny_llama, tmp_path / "a")
-    assert "no adapter here" in load_damaged(tiny_llama, tmp_path)
-    assert "no such folder" in load_damaged(tiny_llama, tmp_path / "gone")
+    assert "no adapter found" in load_damaged(tiny_llama, tmp_path)
+    assert "folder not found" in load_damaged(tiny_llama, tmp_path / "gone")
 
 
 @pytest.mark.parametrize("content", ["{", '{"peft_type": "IA4"}', '{"r": 8}'])

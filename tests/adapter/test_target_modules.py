@@ -96,8 +96,8 @@ def test_norms_are_named_and_left_out_like_other_modules(model):
 
 def test_a_name_ending_that_is_no_list_is_told_to_be_one(model):
     (problem,) = problems(model, target_modules="q_proj")
-    assert problem.what == "'q_proj' matches the whole name of no module"
-    assert problem.fix.startswith("For name endings write a list: [q_proj].")
+    assert problem.what == "'q_proj' matches no complete module name"
+    assert problem.fix.startswith("For name endings, write a list: [q_proj].")
 
 
 def test_biases_are_not_trained_where_there_are_none(model, tiny_gpt2):
@@ -107,7 +107,7 @@ def test_biases_are_not_trained_where_there_are_none(model, tiny_gpt2):
     with_biases = open_model(recipe_with(tiny_gpt2)).model
     assert resolve(with_biases, bias="lora_only")
     (problem,) = problems(with_biases, bias="lora_only", target_modules=["wte"])
-    assert "none of the modules that get an adapter has a bias" in problem.what
+    assert "no module with an adapter has a bias" in problem.what
 
 
 def test_a_head_of_its_own_may_be_named_and_a_tied_one_may_not(model, tiny_llama):

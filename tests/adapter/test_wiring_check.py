@@ -61,7 +61,7 @@ def test_all_linear_leaves_out_what_no_input_reaches_and_says_so(tiny_llama, con
     adapted = inject(selected, recipe, console)
     assert len(adapted.matched_modules) == 14
     said = " ".join(console.file.getvalue().split())
-    assert "all-linear leaves out 3 modules that the input does not reach: tower × 1, ignored × 1, router × 1" in said
+    assert "all-linear skips 3 modules that the input does not reach: tower × 1, ignored × 1, router × 1" in said
 
 
 def test_the_proof_puts_back_weights_modes_gradients_and_random_state(tiny_llama):

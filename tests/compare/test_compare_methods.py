@@ -74,7 +74,7 @@ def test_what_a_method_cannot_do_is_told_before_anything_is_trained(place: Path)
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("lora,ful", "unknown method 'ful'"), ("lora", "one method alone"), ("lora,lora", "named twice"), ("", "alone")],
+    [("lora,ful", "unknown method 'ful'"), ("lora", "a single method"), ("lora,lora", "named twice"), ("", "single")],
 )
 def test_methods_that_are_none_are_refused(text: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):

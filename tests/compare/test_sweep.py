@@ -119,7 +119,7 @@ def test_trials_side_by_side_are_those_of_a_round_and_the_test_rows_are_read_at_
     assert [one["number"] for one in found["trials"]] == [0, 1, 2]
     measured = {path.parent.name for path in Path("out/trials").glob("*/evaluation")}
     assert measured == {"000", f"{found['winner']:03d}"}
-    assert "Trials saw training and validation rows alone" in Path("out/sweep.html").read_text()
+    assert "Trials saw only training and validation rows" in Path("out/sweep.html").read_text()
 
 
 @pytest.mark.usefixtures("here")
@@ -144,11 +144,11 @@ def test_a_space_that_cannot_be_searched_is_refused_with_all_that_is_wrong(tiny_
         "Did you mean 'train.learning_rate'?",
         "'adapter.r' is 0",
         "goes from 2 to 1",
-        "'train.learning_rate' has x for its step",
-        "'train.warmup_steps' has 0 for its step",
-        "has [2.5] for its step",
-        "'adapter.lora_dropout' has .nan for its step",
-        "'train.weight_decay' has maybe for log",
+        "'train.learning_rate' cannot have the step x",
+        "'train.warmup_steps' cannot have the step 0",
+        "cannot have the step [2.5]",
+        "'adapter.lora_dropout' cannot have the step .nan",
+        "'train.weight_decay' cannot have the log maybe",
     ):
         assert words in done.stderr
 

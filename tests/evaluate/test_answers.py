@@ -140,8 +140,9 @@ def test_answers_that_were_cut_are_counted_and_told(bench, console):
     rows = bench.examples.counts["test"]
     assert found.tuned["answers_cut"] == 1
     assert not check_gates(EvaluateSection(gates=("answers_cut <= 0.02",)), found)[0].passed
-    assert f"answers cut at generation.max_new_tokens (1): base {rows} of {rows}, tuned {rows} of {rows}" in " ".join(
-        console.file.getvalue().split()
+    assert (
+        f"answers truncated at generation.max_new_tokens (1): base {rows} of {rows}, tuned {rows} of {rows}"
+        in " ".join(console.file.getvalue().split())
     )
 
 
@@ -156,7 +157,7 @@ def test_references_longer_than_answers_may_be_are_told_before_training(make_ben
     longer = sum(length > 6 for length in lengths)
     assert 0 < longer < len(lengths)
     assert f"{longer} of {len(lengths)} reference answers of the test rows have more than 6 tokens" in told
-    assert f"generation.max_new_tokens: {max(lengths)} has room for all" in told
+    assert f"generation.max_new_tokens: {max(lengths)} fits all" in told
 
 
 QUICK = ("qwen-3", "gpt-oss")

@@ -149,8 +149,8 @@ def test_limit_examples_and_template_are_heeded_by_each_benchmark_alone(done: Pa
 def test_requests_that_are_cut_to_fit_the_context_are_counted(done: Path) -> None:
     (done / "long.yaml").write_text(CHOOSE + f"description: {'the sky is blue and ' * 600}\n")
     long = again(done, f"evaluate.benchmarks=[{{task: {done / 'long.yaml'}, limit: 2}}]")
-    assert "8 requests without their beginning" in long["signatures"]["long.acc"]
-    assert "without their beginning" not in study(done)["signatures"]["choose.acc"]
+    assert "8 requests truncated on the left" in long["signatures"]["long.acc"]
+    assert "truncated on the left" not in study(done)["signatures"]["choose.acc"]
 
 
 def test_trained_tokens_of_tied_embeddings_are_scored_as_they_are(bench: Any) -> None:

@@ -94,7 +94,7 @@ def test_rows_that_belong_together_are_drawn_together_against_a_champion_too(cha
 
 def test_another_task_and_the_run_itself_are_no_champion(champion: Path) -> None:
     other = recipe_with(champion).model_copy(update={"task": "completion"})
-    with pytest.raises(RecipeError, match="has task chat, and this recipe task completion"):
+    with pytest.raises(RecipeError, match="has task chat, but this recipe has task completion"):
         open_champion(other)
     with pytest.raises(RecipeError, match="compared with itself"):
         open_champion(recipe_with(champion), champion)

@@ -119,7 +119,7 @@ def test_questions_that_the_context_does_not_hold_are_left_out_and_told(bench, t
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = ask(bench, texts=(), questions=(str(tmp_path / "q.jsonl"),))
     assert found.difference["accuracy"].n == 1
-    assert "1 questions longer than the model's context are left out" in found.signatures["accuracy"]
+    assert "1 questions skipped: longer than the model's context" in found.signatures["accuracy"]
 
 
 def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tmp_path, console):
@@ -129,7 +129,7 @@ def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tm
     settings = {"task": "summarize", "evaluate": {"metrics": None, "forgetting": {}}}
     recipe = write_recipe(tmp_path / "recipe.yaml", "./t5", "rows.jsonl", **settings)
     for start in (dry_run, run_pipeline):
-        with pytest.raises(RecipeError, match="is no decoder language model") as found:
+        with pytest.raises(RecipeError, match="is not a decoder language model") as found:
             start(load_recipe(str(recipe)), RunRequest(tmp_path / "out"), console)
         assert "evaluate.forgetting" in str(found.value)
     assert "encode" not in console.file.getvalue()
@@ -156,7 +156,7 @@ def test_the_questions_that_come_with_llmtune_have_no_pattern():
 BAD_QUESTIONS = [
     ("{", "Invalid JSON"),
     ('{"question": "a?", "choices": ["x", "x"], "answer": 0}', "two choices are equal"),
-    ('{"question": "a?", "choices": ["x", " "], "answer": 0}', "choices.1: there is no text"),
+    ('{"question": "a?", "choices": ["x", " "], "answer": 0}', "choices.1: empty text"),
     ('{"question": "a?", "choices": ["x", "y"], "answer": 2}', "'answer' is 2; name a choice"),
     ('{"question": "a?", "choices": ["x", "y"], "answer": "z"}', "'answer' is 'z'; name a choice"),
     ('{"question": "a?", "choices": ["x", "y"], "answer": 0, "label": 0}', "label: Extra inputs are not permitted"),
@@ -234,5 +234,5 @@ def test_texts_that_cannot_be_read_are_told_all_at_once(tmp_path):
     told = str(found.value)
     assert "latin.txt:3" in told
     assert "0xe9" in told
-    assert "there is no text in it" in told
-    assert "missing.txt: there is no such file" in told
+    assert "no text found" in told
+    assert "missing.txt: file not found" in told

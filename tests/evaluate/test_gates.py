@@ -22,7 +22,7 @@ EVALUATION = Evaluation(
         "runs/best",
         {"exact_match": 0.79},
         {"exact_match": Difference(0.01, -0.02, 0.04, 0.5, 100)},
-        {"loss": "counted in other units by row"},
+        {"loss": "counted in other units per row"},
     ),
 )
 
@@ -153,7 +153,7 @@ def test_gates_end_a_run_by_the_worst_of_them():
 
 def test_a_gate_on_what_cannot_be_compared_with_the_champion_fails_and_says_why():
     left_out, unknown = check(EVALUATION, "loss.high < champion", "chrf.low > champion")
-    assert (left_out.passed, left_out.got) == (False, "not comparable: counted in other units by row")
+    assert (left_out.passed, left_out.got) == (False, "not comparable: counted in other units per row")
     assert (unknown.passed, unknown.got) == (False, "not measured")
 
 

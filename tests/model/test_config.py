@@ -144,7 +144,7 @@ def test_what_is_new_is_never_in_4_bits_and_learns(built, family):
 
 
 def test_a_target_that_is_a_head_is_refused_by_name(built):
-    with pytest.raises(RecipeError, match="'classifier' is a head: it is trained whole"):
+    with pytest.raises(RecipeError, match="'classifier' is a head: it is fully trained"):
         adapt(recipe_of(built("bert"), r=4, target_modules=["query", "classifier"]))
     with pytest.raises(RecipeError, match="'out_proj' is a head"):
         adapt(recipe_of(built("roberta"), r=4, target_modules=["out_proj"]))

@@ -37,7 +37,7 @@ def test_a_t5_is_tuned_on_cut_documents_and_measured_beside_its_base(finished):
     for metric in METRICS - {"loss", "length_ratio"}:
         assert scores["signatures"][metric].startswith("rouge-score F1, no stemmer")
     assert scores["signatures"]["rougeLsum"].endswith("sentences by line")
-    assert scores["signatures"]["length_ratio"].startswith("words of the texts by words of the references")
+    assert scores["signatures"]["length_ratio"].startswith("words of the texts per word of the references")
     assert report["data"]["dropped"] == {}
     assert report["data"]["longest"]["train"] > 16  # a document of 16 and its summary
     learned = report["data"]["example"]
