@@ -163,7 +163,7 @@ def shape_inputs(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]
     return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
 
-# What a text costs
+# Cost of a text
 
 
 @dataclass(frozen=True)

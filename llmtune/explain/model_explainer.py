@@ -76,7 +76,7 @@ class ModelExplainer(Explainer):
             raise EnvironmentProblem.of(
                 f"the model cannot be built from its configuration: {first_line(error)}",
                 str(self.target.config.name_or_path),
-                "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
+                "Download the model again; `llmtune doctor` shows the versions on this machine.",
             ) from error
         self.cost: Cost | str
         with spinner(self.console, "reading the architecture"):

@@ -35,11 +35,11 @@ LABELLED = 40
 WIDTH_IN, HEIGHT_IN = 11.0, 4.2
 NONE_FOUND = (
     "No position table, rotation or bias found in this model. It represents the order of words in another way "
-    "(convolutions, recurrence), or in one that llmtune does not detect."
+    "(convolutions, recurrence), or by a method that llmtune does not detect."
 )
 MEANINGS = {
-    "sinusoidal": "Each row is a position; each wavelength has a column of sines and one of cosines. Short waves separate "
-    "neighbours, long waves separate near from far. The row is added to the word’s embedding.",
+    "sinusoidal": "Each row is a position; each wavelength has a column of sines and one of cosines. Short waves tell "
+    "neighbours apart, long waves near from far. The row is added to the word’s embedding.",
     "learned": "Each row is a position, learned in training like a word’s embedding and added to it. The last row "
     "is the last possible position.",
     "rotary": "Each pair of dimensions of queries and keys is rotated by an angle that grows with the position. "

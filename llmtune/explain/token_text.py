@@ -92,7 +92,7 @@ def _read_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[_Pi
     added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
     special = {int(i) for i in tokenizer.all_special_ids} | {i for i, token in added.items() if token.special}
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    unknown = {tokenizer.unk_token_id} - ends  # stands for a word of the text
+    unknown = {tokenizer.unk_token_id} - ends  # represents a word of the text
     read, delimiter = _reader(tokenizer), getattr(tokenizer, "word_delimiter_token", None)
     pieces = []
     for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):

@@ -28,7 +28,7 @@ from llmtune.report.number_format import share
 TrainingKind = Literal["LoRA", "DoRA", "whole", "tokens", "bias", "weights"]
 """How a module was trained: `whole` next to an adapter, `tokens` for some rows, `weights` in full training."""
 WORDS: dict[TrainingKind, str] = {
-    "whole": "trained whole",
+    "whole": "fully trained",
     "tokens": "new rows",
     "bias": "bias",
     "weights": "all weights",

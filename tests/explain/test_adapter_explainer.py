@@ -113,7 +113,7 @@ def test_the_drawing_marks_what_was_trained(class_run: Path, tmp_path: Path):
     expect(result, 0)
     drawing = (tmp_path / "model.svg").read_text()
     assert drawing.count("LoRA r 4") == 6
-    assert drawing.count("trained whole") >= 1
+    assert drawing.count("fully trained") >= 1
     assert "LoRA on 12 modules" in result.stdout
 
 
