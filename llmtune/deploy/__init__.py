@@ -1,1 +1,1 @@
-"""After training: merged models, GGUF files and publications, each certified against what was trained."""
+"""After training: merged models, GGUF files and publications, each certified against the tuned model."""

@@ -1,4 +1,4 @@
-"""A served OpenAI-compatible endpoint compared with what was trained: token ids, greedy answers, log-probabilities."""
+"""Compare an OpenAI-compatible endpoint with the tuned model: token ids, greedy answers, log-probabilities."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from llmtune.store.atomic_files import explained, write_json
 
 ENDPOINT_CERTIFICATE = "endpoint.certificate.json"
 MIN_AGREEMENT = 0.9
-"""Share of prompts whose greedy answer must be the same."""
+"""Minimum share of prompts with the same greedy answer."""
 MAX_LOGPROB_DIFFERENCE = 0.1
-"""How far the log-probabilities of chosen tokens may be off on average, in nats."""
+"""Maximum mean difference of the chosen tokens' log-probabilities, in nats."""
 TIE = 0.25
-"""Logits this close are a tie, which rounding may decide either way."""
+"""Logits closer than this are a tie, which rounding may decide either way."""
 TIMEOUT_SECONDS = 120
-"""For a whole answer, and for the silence before it."""
+"""Time limit for a complete answer, and for the wait before its first byte."""
 MAX_ANSWER_BYTES = 8 * 2**20
-"""An answer has a few tokens; the longest list of models and the ids of the longest prompt take less than 2 MiB."""
+"""Answers have few tokens; a long model list or the ids of a long prompt take less than 2 MiB."""
 RETRIES = 4
-"""How often an endpoint that is busy is asked again."""
+"""Retries of a busy endpoint."""
 
 Parameters = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What an endpoint answered; what it leaves out is None or empty."""
+    """An endpoint's answer; missing fields are None or empty."""
 
     text: str
     prompt_ids: list[int] | None
@@ -61,12 +61,12 @@ class Reply:
 def certify_run(
     run: Path, *, url: str, model: str | None, key_file: Path | None, offline: bool, console: Console
 ) -> Certificate:
-    """Ask a served endpoint and the model of a finished run the same, greedily; the certificate is written either way.
+    """Ask an endpoint and the model of a finished run the same prompts greedily; write the certificate in any case.
 
     Raises:
-        RecipeError: no URL, no such model there, a task whose models are not asked by messages or texts to continue.
-        GateFailed: the endpoint differs from what was trained by more than the limits.
-        EnvironmentProblem: it does not answer.
+        RecipeError: no URL, an unknown model, or a task without messages or texts to continue.
+        GateFailed: the endpoint differs from the tuned model by more than the limits.
+        EnvironmentProblem: the endpoint does not answer.
     """
     try:
         key = read_text_file(key_file).strip() if key_file else None
@@ -104,7 +104,7 @@ def certify_run(
 
 
 def _is_plain_text(row: Row) -> bool:
-    """Whether a row's messages hold nothing but texts."""
+    """Whether a row's messages contain only text."""
     messages: Sequence[Mapping[str, object]] = row.get("messages", ())
     return not row.get("tools") and all(
         set(message) <= {"role", "content", "train"} and isinstance(message.get("content"), str) for message in messages
@@ -115,9 +115,9 @@ def _is_plain_text(row: Row) -> bool:
 
 
 def connect(url: str, key: str | None, offline: bool) -> openai.OpenAI:
-    """Return a client of one endpoint; `url` with or without `/v1`. Redirects are not followed: a key would go along.
+    """Return a client of one endpoint, `url` with or without `/v1`. It follows no redirect, which could leak the key.
 
-    Raises RecipeError for what is not an HTTP URL; EnvironmentProblem where `offline` forbids the host.
+    Raises RecipeError if `url` is not an HTTP URL, EnvironmentProblem if `offline` forbids the host.
     """
     parsed = urlsplit(url.strip().rstrip("/"))
     if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.username or parsed.query:
@@ -139,15 +139,15 @@ def connect(url: str, key: str | None, offline: bool) -> openai.OpenAI:
 
 
 class AnswerRefusedError(BaseException):
-    """An answer beyond the bounds; no Exception, because the client asks again after any of those."""
+    """An answer beyond the bounds. Not an Exception, because the client retries after any Exception."""
 
 
 def bound_answer(response: Any) -> None:
-    """Bound what is read of an answer; raises AnswerRefusedError for a packed one, which was not asked for."""
+    """Limit the size and time of an answer; raises AnswerRefusedError if it is compressed, which was not requested."""
     if (packed := response.headers.get("content-encoding", "identity")) != "identity":
-        raise AnswerRefusedError(f"its answer is packed ({packed}), which was not asked for")
+        raise AnswerRefusedError(f"its answer is compressed ({packed}), which was not requested")
     stream, kind = response.stream, type(response.stream)
-    # The client has an httpx of its own, which reads no stream but one of its own kind.
+    # The client bundles its own httpx, which reads only its own kind of stream.
     methods = {
         "__init__": lambda own: None,
         "__iter__": lambda own: _limit_bytes(stream),
@@ -176,15 +176,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: str) -> str:
-    """Return the model to ask: the one requested, the one called like the run, or the only one.
+    """Return the model to ask: the requested one, the one named like the run, or the only one.
 
-    Raises RecipeError where there is no such model, or several.
+    Raises RecipeError if no model or several models match.
     """
     known: list[str] = []
     with _explained_errors(client):
         try:
             known = [str(model.id) for model in client.with_options(max_retries=0).models.list().data or ()]
-        except (openai.APIStatusError, AttributeError) as error:  # not every endpoint lists its models
+        except (openai.APIStatusError, AttributeError) as error:  # some endpoints do not list their models
             if requested is None and isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
                 raise
     if requested is not None and known and requested not in known:
@@ -194,16 +194,16 @@ def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: 
     if len(known) == 1:
         return known[0]
     several = f"the endpoint has several models: {', '.join(known)}"
-    what = several if known else "the endpoint does not list its models"
+    what = several if known else "the endpoint lists no models"
     raise RecipeError.of(what, "--model", "Name the one to certify with --model.")
 
 
 def ask_all(
     client: openai.OpenAI, model: str, questions: Sequence[Row], chat: bool, extras: Sequence[Parameters]
 ) -> list[Reply]:
-    """Ask greedily; `extras` are parameters that not every server knows: the first that it takes are sent.
+    """Ask greedily, with the first of `extras` that the server accepts: parameters that some servers do not know.
 
-    Raises EnvironmentProblem where no answer comes.
+    Raises EnvironmentProblem if no answer comes.
     """
     replies: list[Reply] = []
     with _explained_errors(client):
@@ -240,7 +240,7 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
         pairs = zip(listed.tokens or (), listed.token_logprobs or (), strict=True) if listed else ()
         logprobs = [(token, value) for token, value in pairs if value is not None]
     own, of_choice = completion.model_extra or {}, completion.choices[0].model_extra or {}
-    return Reply(  # which checks types, as the client does not
+    return Reply(  # checks types, unlike the client
         text=text,
         prompt_ids=own.get("prompt_token_ids") or of_choice.get("prompt_token_ids"),
         prompt_tokens=completion.usage.prompt_tokens if completion.usage else None,
@@ -251,7 +251,7 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
 
 @contextmanager
 def _explained_errors(client: openai.OpenAI) -> Iterator[None]:
-    """Turn what goes wrong with an endpoint into an EnvironmentProblem."""
+    """Turn an endpoint's errors into an EnvironmentProblem."""
     try:
         yield
     except openai.OpenAIError as error:
@@ -268,7 +268,7 @@ def _explain_status(error: openai.OpenAIError, url: str) -> LlmtuneError:
         fix = "Start it, for example: llmtune deploy serve RUN"
         return EnvironmentProblem.of(f"the endpoint does not answer: {error.__cause__ or error}", url, fix)
     if error.status_code in (401, 403):
-        what = f"the endpoint wants another key: {error.message[:300]}"
+        what = f"the endpoint rejects the API key: {error.message[:300]}"
         return EnvironmentProblem.of(what, url, "Use --api-key-file.")
     return EnvironmentProblem.of(f"the endpoint answered with status {error.status_code}: {error.message[:300]}", url)
 
@@ -277,7 +277,7 @@ def _explain_status(error: openai.OpenAIError, url: str) -> LlmtuneError:
 
 
 def _compare_replies(reference: TextReference, replies: Sequence[Reply]) -> Certificate:
-    """Return how far an endpoint is from the tuned model; an answer that parts at a tie counts as the same."""
+    """Measure how far an endpoint is from the tuned model; an answer that diverges at a tie counts as the same."""
     tuned = reference.tuned
     stops = set(answer_ends(tuned.model, tuned.processor, tuned.recipe))
     read = answer_reader(tuned.processor, tuned.recipe)
@@ -286,10 +286,10 @@ def _compare_replies(reference: TextReference, replies: Sequence[Reply]) -> Cert
     same, equal, ties, differences = 0, 0, 0, []
     for number, reply in enumerate(replies):
         prompt, answer = reference.prompts[number], reference.answers[number]
-        logits_TV = reference.logits[number][len(prompt) - 1 :]  # of the answer's tokens
+        logits_TV = reference.logits[number][len(prompt) - 1 :]  # for the answer's tokens
         same += reply.prompt_ids == prompt if by_ids else by_count and reply.prompt_tokens == len(prompt)
         ids = end_output(answer, stops).token_ids
-        # A server that reads no thoughts and no calls returns them within the text.
+        # A server that does not parse thoughts and calls returns them within the text.
         texts = (read(ids, None).text, tuned.processor.decode(ids, skip_special_tokens=True))
         equal += (same_text := reply.text.rstrip("\ufffd") in [text.rstrip("\ufffd") for text in texts])
         ties += not same_text and _parts_at_tie(answer, reply.answer_ids, logits_TV, stops)
@@ -310,7 +310,7 @@ def _compare_replies(reference: TextReference, replies: Sequence[Reply]) -> Cert
 
 
 def _parts_at_tie(answer: Sequence[int], other: Sequence[int], logits_TV: torch.Tensor, stops: set[int]) -> bool:
-    """Whether another answer parts from ours where two tokens were as good as equal."""
+    """Whether another answer diverges from ours at a tie between two tokens."""
     for ours, theirs, logits_V in zip(answer, other, logits_TV, strict=False):
         if ours != theirs:
             if not 0 <= theirs < len(logits_V):
@@ -322,14 +322,14 @@ def _parts_at_tie(answer: Sequence[int], other: Sequence[int], logits_TV: torch.
 
 
 def find_endpoint_breaches(measured: Certificate) -> list[str]:
-    """Describe the limits that are broken."""
+    """Describe the violated limits."""
     breaches = []
     if measured["ids_known_by"] == "nothing":
-        breaches.append("it returns neither the token ids of a prompt nor their number: its template is unproven")
+        breaches.append("it returns neither a prompt's token ids nor their number, so its template cannot be checked")
     elif measured["same_ids"] < 1:
-        what = "other token ids" if measured["ids_known_by"] == "ids" else "another number of tokens"
+        what = "other token ids" if measured["ids_known_by"] == "ids" else "a different number of tokens"
         share = f"{1 - measured['same_ids']:.0%} of prompts"
-        breaches.append(f"it makes {what} of {share}: another chat template, or a start token too many")
+        breaches.append(f"it makes {what} of {share}: another chat template, or an extra start token")
     if not measured["answer_agreement"] >= MIN_AGREEMENT:
         share = f"{measured['answer_agreement']:.0%} of its greedy answers are the same"
         breaches.append(f"{share}; at least {MIN_AGREEMENT:.0%} is required")
@@ -341,10 +341,10 @@ def find_endpoint_breaches(measured: Certificate) -> list[str]:
 
 
 def _describe_endpoint(measured: Certificate) -> str:
-    ids = {"ids": "token ids of all prompts equal", "count": "as many tokens in all prompts (ids are not returned)"}
+    ids = {"ids": "token ids of all prompts equal", "count": "equal token counts of all prompts (ids are not returned)"}
     parts = [ids[measured["ids_known_by"]], f"same greedy answers {measured['answer_agreement']:.0%}"]
     if measured["ties"]:
-        parts.append(f"{measured['ties']} of them part at a tie")
+        parts.append(f"{measured['ties']} of them diverge at a tie")
     if measured["logprob_mean_difference"] is not None:
         parts.append(f"log-probabilities off by {measured['logprob_mean_difference']:.2g} nats on average")
     return f"parity with the adapter over {measured['prompts']} prompts: {', '.join(parts)}"

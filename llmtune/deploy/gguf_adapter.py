@@ -1,4 +1,4 @@
-"""A LoRA adapter in a GGUF file that llama.cpp reads with the base model's: `llama-cli -m BASE --lora ADAPTER`."""
+"""A LoRA adapter as a GGUF file, used with the base model's file: `llama-cli -m BASE --lora ADAPTER`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from llmtune.model.causal_lm_loss import unwrap
 
 ADAPTER_FORMATS = ("f32", "f16")
 ROUNDING = {"f32": 1e-5, "f16": 2e-3}
-"""How far a product of the file may be from what was trained, as a share of its size: two roundings of 2^-11 in F16."""
-_FIX = "Omit --adapter-only: the whole model is written."
+"""Maximum relative error of a product in the file: two roundings of 2^-11 in F16."""
+_FIX = "Omit --adapter-only to write the complete model."
 
 
 def check_lora_only(model: PreTrainedModel | PeftModel) -> None:
-    """Raise RecipeError with everything of an adapter that llama.cpp's adapters cannot hold."""
+    """Raise RecipeError listing all parts of an adapter that llama.cpp's adapters cannot store."""
     if not isinstance(model, PeftModel):
-        raise RecipeError.of("this run trained all weights: there is no adapter", "--adapter-only", _FIX)
+        raise RecipeError.of("this run trained all weights and has no adapter", "--adapter-only", _FIX)
     kind = model.peft_config["default"].peft_type
     if kind != PeftType.LORA:
         raise RecipeError.of(
-            f"llama.cpp's adapters are LoRA's, and this one is of {kind.lower()}", "--adapter-only", _FIX
+            f"llama.cpp supports only LoRA adapters, and this one is {kind.lower()}", "--adapter-only", _FIX
         )
     config, inner = _lora_config(model), unwrap(model)
     embeddings = [inner.get_input_embeddings()]
@@ -38,15 +38,15 @@ def check_lora_only(model: PreTrainedModel | PeftModel) -> None:
     unsupported = {
         "DoRA (use_dora)": config.use_dora,
         "trained biases (bias)": config.bias != "none" or config.lora_bias,
-        "modules that are trained whole (modules_to_save)": bool(config.modules_to_save),
-        "tokens that are trained (trainable_token_indices)": bool(config.trainable_token_indices),
+        "fully trained modules (modules_to_save)": bool(config.modules_to_save),
+        "trained tokens (trainable_token_indices)": bool(config.trainable_token_indices),
         "an adapter on fused experts (target_parameters)": bool(config.target_parameters),
         "activated LoRA (alora_invocation_tokens)": bool(config.alora_invocation_tokens),
         "an adapter on the embedding": any(isinstance(layer, LoraLayer) for layer in embeddings),
     }
     problems = [what for what, present in unsupported.items() if present]
     RecipeError.collect(
-        Problem(f"llama.cpp's adapters cannot hold {what}", "--adapter-only", _FIX) for what in problems
+        Problem(f"llama.cpp's adapters cannot store {what}", "--adapter-only", _FIX) for what in problems
     )
 
 
@@ -57,7 +57,7 @@ def _lora_config(model: PeftModel) -> LoraConfig:
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the modules that have an adapter, by the names of their weights."""
+    """Yield the modules with an adapter, by the names of their weights."""
     for module, layer in unwrap(model).named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
             yield f"{module}.weight", layer
@@ -66,8 +66,8 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 def lora_tensors(model: PeftModel, layout: TensorLayout) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the matrices A [rank, in] and B [out, rank] of each module by llama.cpp's names, in float32 on the CPU.
 
-    llama.cpp scales each product by alpha / rank with one alpha for all. Where a module has another scaling (rsLoRA,
-    alpha_pattern), B takes the rest of it.
+    llama.cpp scales each product by alpha / rank with one alpha for all. If a module has another scaling (rsLoRA,
+    alpha_pattern), B absorbs the difference.
     """
     alpha = float(_lora_config(model).lora_alpha)
     for weight, layer in lora_layers(model):
@@ -79,7 +79,7 @@ def lora_tensors(model: PeftModel, layout: TensorLayout) -> Iterator[tuple[str, 
 
 
 def write_adapter(model: PeftModel, file: Path, number_format: str, name: str) -> None:
-    """Write the adapter; raises EnvironmentProblem where llama.cpp has no name for a module."""
+    """Write the adapter; raises EnvironmentProblem if llama.cpp has no name for a module."""
     layout = TensorLayout(unwrap(model).config)
     writer = GGUFWriter(file, layout.architecture)
     writer.add_type(GGUFType.ADAPTER)
@@ -102,7 +102,7 @@ def compare_adapter(model: PeftModel, file: Path, number_format: str) -> dict[st
     """Read the file back and compare each module's product with what PEFT adds to its weight.
 
     Returns:
-        `modules`, and `largest_difference` as a share of the product's size.
+        `modules`, and `largest_difference` relative to the product's norm.
 
     Raises:
         GateFailed: a module is missing, or its product differs by more than the rounding of the format.
@@ -118,8 +118,8 @@ def compare_adapter(model: PeftModel, file: Path, number_format: str) -> dict[st
         differences[name] = float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
     worst = max(differences, key=lambda name: differences[name])
     if not differences[worst] <= ROUNDING[number_format]:
-        what = f"what the file adds to {worst} differs from what was trained by {differences[worst]:.2g} of its size"
+        what = f"the file's change of {worst} differs from the trained one by {differences[worst]:.2g} of its size"
         raise GateFailed.of(f"{what}; the limit is {ROUNDING[number_format]:.2g}")
     if len(tensors) != 2 * len(differences):
-        raise EnvironmentProblem.of("the file holds other modules than were trained", str(file))
+        raise EnvironmentProblem.of("the file contains other modules than were trained", str(file))
     return {"modules": len(differences), "largest_difference": differences[worst]}

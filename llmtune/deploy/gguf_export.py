@@ -1,4 +1,4 @@
-"""A tuned model, or its adapter, as a GGUF file with Ollama's Modelfile, certified against what was trained."""
+"""A tuned model or its adapter as a GGUF file with an Ollama Modelfile, certified against the tuned model."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ FORMAT_LIMITS = {
     "q8_0": Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9),
     "q4_k_m": Limits(kl_floor=2.5e-1, kl_cap=2.5e-1, top1=0.75),
 }
-"""What the rounding of a format may do: twice what it does to SmolLM2 of 135M or more, since small models suffer most.
-There mean KL by llama.cpp is 5e-6 in F16, 2e-4 in BF16, 0.011 in Q8_0 (0.003 by the weights, the rest by the inputs of
-products, which llama.cpp rounds as well) and 0.11 in Q4_K_M. F32 has F16's limits, since llama.cpp keeps keys and
-values in F16 and takes functions from tables. `find_lost_adapter` checks whether there is an adapter at all."""
+"""Limits for a format's rounding: at least twice its effect on SmolLM2 135M, since small models suffer most.
+Its mean KL in llama.cpp is 5e-6 in F16, 2e-4 in BF16, 0.011 in Q8_0 (0.003 from the weights, the rest from inputs of
+products, which llama.cpp rounds too) and 0.11 in Q4_K_M. F32 has F16's limits, since llama.cpp keeps keys and
+values in F16 and looks up functions in tables. `find_lost_adapter` detects a missing adapter."""
 NEGLIGIBLE = 100
-"""An effect of tuning that is smaller than the rounding by this factor is not looked for."""
+"""If tuning's effect is smaller than the rounding by this factor, a lost adapter is not checked for."""
 
 
 def make_gguf(
@@ -97,24 +97,24 @@ def make_gguf(
     adapter_only: bool = False,
     onto: str | None = None,
 ) -> Certificate:
-    """Write the model of a run, or its adapter alone, as a GGUF file; without `out`, into `gguf/FORMAT` of the run.
+    """Write a run's model, or only its adapter, as a GGUF file, by default into `gguf/FORMAT` of the run.
 
     Raises:
-        RecipeError: an option that does not fit, or a task whose models cannot be GGUF files.
-        EnvironmentProblem: a model or tokenizer that GGUF files cannot hold.
-        GateFailed: the file differs from what was trained by more than the limits.
+        RecipeError: an invalid option, or a task whose models cannot be GGUF files.
+        EnvironmentProblem: a model or tokenizer that GGUF files cannot store.
+        GateFailed: the file differs from the tuned model by more than the limits.
     """
     known = ADAPTER_FORMATS if adapter_only else tuple(FORMATS)
     if number_format not in known:
         kind = "an adapter" if adapter_only else "a GGUF file"
-        what = f"{number_format!r} is no number format of {kind}.{nearest(number_format, known)}"
+        what = f"{number_format!r} is not a number format of {kind}.{nearest(number_format, known)}"
         raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(known)}.")
     if number_format in K_QUANTS:
-        check_quantizer()  # before anything is loaded
+        check_quantizer()  # before loading anything
     plan = context.plan
     trained_on = training_base(plan.recipe, plan.model_ref)
     if onto is not None and (adapter_only or trained_on == "original"):
-        what = "an adapter alone has no base to go onto" if adapter_only else "the base was not quantised in training"
+        what = "an adapter without its base ignores it" if adapter_only else "the base was not quantised in training"
         raise RecipeError.of(what, "--onto", "Omit --onto.")
     onto = onto or trained_on
     RecipeError.collect(check_onto(onto, True, trained_on == "original" or plan.recipe.adapter.method == "qlora"))
@@ -126,17 +126,17 @@ def make_gguf(
 
 
 def check_gguf(plan: Plan) -> None:
-    """Check, without loading weights, that a model can be written.
+    """Check without loading weights that a model can be written.
 
     Raises:
         RecipeError: the model neither continues a text nor classifies it.
-        EnvironmentProblem: GGUF files cannot hold the model or its tokenizer.
+        EnvironmentProblem: GGUF files cannot store the model or its tokenizer.
     """
     task = plan.task
     encoder = task.auto_class == "AutoModelForSequenceClassification" and task.required_inputs == ("prompt",)
     if not task.continues_text and not encoder:
-        what = f"a model of task {task.name} that neither continues a text nor classifies it cannot be written as GGUF"
-        raise RecipeError.of(what, "deploy", "Use the adapter as it is, or what `deploy merge` makes.")
+        what = f"GGUF export supports models that continue or classify a text, not this one of task {task.name}"
+        raise RecipeError.of(what, "deploy", "Use the adapter, or the merged model of `llmtune deploy merge`.")
     config = read_model_config(plan.model_ref, plan.recipe.model)
     check_convertible(config, task.auto_class)
     check_reader(config.model_type, find_pre_tokenizer(plan.processor, encoder))
@@ -153,16 +153,16 @@ def export_gguf(
 ) -> Certificate:
     """Write `<name>-<FORMAT>.gguf`, a Modelfile and a certificate into the folder `out`.
 
-    `tuned` is used up. Returns the certificate; where it fails nothing is left in `out`.
+    This consumes `tuned`. Return the certificate; on failure `out` stays empty.
 
     Raises:
-        RecipeError: `out` holds something else, or the adapter has what llama.cpp's adapters cannot hold.
-        GateFailed: the file, read back, differs from what was trained by more than the limits.
-        EnvironmentProblem: the model cannot be written or read back; no room on disk or in memory.
+        RecipeError: `out` contains something else, or llama.cpp cannot store the adapter.
+        GateFailed: the file, read back, differs from the tuned model by more than the limits.
+        EnvironmentProblem: the model cannot be written or read back, or disk or memory is full.
     """
     RecipeError.collect(check_output(out))
     if not tuned.task.continues_text and any(row.get("pair") for row in tuned.rows):
-        raise RecipeError.of("llama.cpp's classifiers read one text, and rows have a pair", "data.test", MERGE_INSTEAD)
+        raise RecipeError.of("llama.cpp's classifiers read one text, these rows have pairs", "data.test", MERGE_INSTEAD)
     selected = tuned.adapted.selected
     if adapter_only:
         check_lora_only(tuned.model)
@@ -182,7 +182,7 @@ def export_gguf(
 
 
 class _Export:
-    """One export: what the tuned model answered before it is taken apart, and the files made from it."""
+    """One export: the tuned model's answers, recorded before it is merged, and the files made from it."""
 
     def __init__(self, tuned: TunedModel, console: Console, number_format: str) -> None:
         self.tuned, self.console, self.number_format = tuned, console, number_format
@@ -194,7 +194,7 @@ class _Export:
             self.tokenizer = describe_tokenizer(tuned.processor, self.reference.prompts, self.stops)
 
     def write_model(self, folder: Path, onto: Onto) -> Certificate:
-        """Merge, write the whole model, and read it back."""
+        """Merge, write the complete model, and read it back."""
         file = folder / f"{self.name}-{self.number_format.upper()}.gguf"
         with spinner(self.console, "merging"):
             merged = merge_weights(self.tuned.adapted, onto)
@@ -211,7 +211,7 @@ class _Export:
         return {**facts, **self._certify(file, config, limits)}
 
     def write_adapter(self, folder: Path) -> Certificate:
-        """Write the adapter, and read it back; with llama.cpp also on the base, where that is not in 4 bits."""
+        """Write the adapter and read it back; with llama.cpp also on the base, unless that is in 4 bits."""
         file = folder / f"{self.name}-lora-{self.number_format.upper()}.gguf"
         model, selected = cast(PeftModel, self.tuned.model), self.tuned.adapted.selected
         with spinner(self.console, "writing the adapter"):
@@ -229,7 +229,7 @@ class _Export:
             whole.unlink()
 
     def _file_facts(self, file: Path, onto: str, *notes: str) -> Certificate:
-        """Write the Modelfile, and return the certificate of a file that no program has read yet."""
+        """Write the Modelfile, and return the certificate before any program reads the file."""
         tuned = self.tuned
         written = None
         if self.tokenizer is not None:
@@ -254,7 +254,7 @@ class _Export:
     def _certify(
         self, whole: Path, config: PretrainedConfig, limits: Limits, adapter: Path | None = None
     ) -> Certificate:
-        """Read `whole` back, with `adapter` on it, and compare it with the tuned model; returns what was measured."""
+        """Read `whole` back, with `adapter` on it, and return its comparison with the tuned model."""
         facts, reference = read_tokenizer(whole), cast(TextReference, self.reference)
         length = max(map(len, reference.prompts)) + 2 * ANSWER_TOKENS
         opened = open_gguf(whole, facts, config, length, adapter)
@@ -264,7 +264,7 @@ class _Export:
         return self._judge(reader, logits, same_answers, same_ids, limits)
 
     def _certify_classifier(self, file: Path, config: PretrainedConfig, limits: Limits) -> Certificate:
-        """The same for an encoder with a head; texts that were cut are not read by the file's tokenizer."""
+        """Certify an encoder with a head; the file's tokenizer does not read truncated texts."""
         reference = cast(HeadReference, self.reference)
         asked = [cast(torch.Tensor, batch["input_ids"])[0].tolist() for batch in reference.batches]
         reader = LlamaClassifier(file, max(map(len, asked)), config.num_labels)
@@ -304,15 +304,15 @@ def _wider(one: Limits, other: Limits) -> Limits:
 
 
 def served_prompts(tuned: TunedModel, facts: TokenizerFacts, reader: GgufReader) -> list[list[int]]:
-    """Return the ids of the prompts as a server makes them that knows the file alone.
+    """Return the prompts' ids as a server makes them from the file alone.
 
-    It renders with the template in the file, and lets the reader write the start token where the file says so.
+    It renders with the file's template, and the reader adds the start token if the file says so.
     """
     tokenizer = build_tokenizer(facts)
     texts = render_chats(tuned, tokenizer)
     if texts is None and tuned.task.free_prompt and not tuned.task.is_conversational:
         texts = [str(row["prompt"]) for row in tuned.questions]
-    elif texts is None:  # a client of such a model writes its prompt himself
+    elif texts is None:  # the client of such a model writes the prompt
         texts = [tokenizer.decode(ids) for ids in render_prompts(tuned, tokenizer)]
         texts = [text.removeprefix(" ") for text in texts] if facts.get(NAMES.ADD_PREFIX) else texts
     start = facts[NAMES.LIST][facts[NAMES.BOS_ID]] if facts[NAMES.ADD_BOS] else ""
@@ -320,14 +320,14 @@ def served_prompts(tuned: TunedModel, facts: TokenizerFacts, reader: GgufReader)
 
 
 def find_lost_adapter(trained_kl: float, base_kl: float | None, effect: float | None) -> list[str]:
-    """Return a breach if a file is nearer to the base than to what was trained, by mean KL, however coarse it is.
+    """Return a breach if a file of any format is nearer to the base than to the tuned model, by mean KL.
 
-    With its adapter a file is nearer to what was trained by the `effect` of tuning, and without it farther by as much;
-    an effect far below the rounding cannot be distinguished from it.
+    With its adapter a file is nearer to the tuned model by the `effect` of tuning; without it, farther by as much.
+    An effect far below the rounding cannot be distinguished from it.
     """
     if base_kl is None or effect is None or effect < trained_kl / NEGLIGIBLE or trained_kl - base_kl <= effect / 2:
         return []
-    numbers = f"mean KL {base_kl:.2g} nats per position, and {trained_kl:.2g} to what was trained"
+    numbers = f"mean KL {base_kl:.2g} nats per position, and {trained_kl:.2g} to the tuned model"
     return [f"the file is nearer to the base model ({numbers}): the adapter is lost"]
 
 
@@ -339,11 +339,11 @@ def _print_export(certificate: Certificate, out: Path, console: Console) -> None
         lines.append(f"adapter, read back: {compared['modules']} modules, {largest}")
     if measured := certificate["measured"]:
         parity = describe_parity(measured)
-        lines.append(f"parity with what was trained, read by {certificate['reader']}, {parity}")
+        lines.append(f"parity with the tuned model, read by {certificate['reader']}, {parity}")
     if window := certificate.get("ignored_window"):
-        lines.append(f"context: {window:,} tokens, the model's sliding window, because llama.cpp lets no window slide")
+        lines.append(f"context: {window:,} tokens, the model's sliding window, which llama.cpp ignores")
     if certificate["modelfile"] is False:
-        lines.append("No Modelfile: Ollama's templates cannot write what this chat template does. Use llama-server.")
+        lines.append("No Modelfile: Ollama's templates cannot express this chat template. Use llama-server.")
     elif certificate["modelfile"]:
         lines.append(f"Ollama: ollama create NAME -f {out / MODELFILE}")
     for line in lines:

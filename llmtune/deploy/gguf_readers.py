@@ -1,4 +1,4 @@
-"""Programs that read a GGUF file back, to prove it: llama.cpp where it is installed, else transformers.
+"""Readers that verify a GGUF file: llama.cpp if installed, otherwise transformers.
 
 Shapes: T positions, V vocabulary.
 """
@@ -29,12 +29,12 @@ NOT_READ = (
     "final_logit_softcapping",
     "layer_types",
 )
-"""What transformers 5 does not read from GGUF files of some model types, and takes from the model here."""
+"""Settings that transformers 5 does not read from GGUF files of some model types; taken from the model instead."""
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 def check_reader(model_type: str, pre_tokenizer: str) -> None:
-    """Raise EnvironmentProblem if nothing is installed that reads a file of this type, which its certificate needs."""
+    """Raise EnvironmentProblem if no installed program can read, and so certify, a file of this type."""
     known = model_type in READ_BY_TRANSFORMERS and pre_tokenizer in (*PRE_TOKENIZERS, SENTENCEPIECE)
     if not has_llama() and not known:
         what = f"only llama.cpp reads GGUF files of type {model_type!r} with pre-tokenizer {pre_tokenizer!r}"
@@ -42,7 +42,7 @@ def check_reader(model_type: str, pre_tokenizer: str) -> None:
 
 
 class LlamaReader:
-    """llama.cpp, as a user has it; on the CPU, so that the same file gives the same numbers everywhere."""
+    """llama.cpp as installed by users, on the CPU, where a file gives the same numbers everywhere."""
 
     name = "llama.cpp"
 
@@ -59,7 +59,7 @@ class LlamaReader:
             raise EnvironmentProblem.of(f"llama.cpp cannot read the GGUF file: {error}", str(file)) from error
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with the start token before it if the file adds one."""
+        """Return the ids of `text`, with a leading start token if the file adds one."""
         return list(self.llm.tokenize(text.encode(), add_bos=True, special=True))
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -81,7 +81,7 @@ class LlamaReader:
 
 
 class LlamaClassifier(LlamaReader):
-    """llama.cpp with an encoder and its classification head."""
+    """llama.cpp for an encoder with a classification head."""
 
     def __init__(self, file: Path, length: int, outputs: int) -> None:
         super().__init__(file, length, embedding=True)
@@ -91,15 +91,15 @@ class LlamaClassifier(LlamaReader):
         """Return the logits [1, K] of a text, in float32."""
         import llama_cpp
 
-        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # kept here, as the batch only points to them
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # kept alive here, since the batch only points to them
         batch = llama_cpp.llama_batch_get_one(tokens, len(ids))
-        batch.logits = (ctypes.c_int8 * len(ids))(*[1] * len(ids))  # an encoder has outputs for every token
+        batch.logits = (ctypes.c_int8 * len(ids))(*[1] * len(ids))  # an encoder outputs every token
         llama_cpp.llama_encode(self.llm.ctx, batch)
         return torch.tensor([llama_cpp.llama_get_embeddings_seq(self.llm.ctx, 0)[: self.outputs]])
 
 
 class TransformersGgufReader(TransformersReader):
-    """transformers, in float32; text is split as the file describes its tokenizer."""
+    """transformers in float32, with the tokenizer described by the file."""
 
     def __init__(self, file: Path, facts: TokenizerFacts, known: PretrainedConfig) -> None:
         transformers.utils.logging.disable_progress_bar()
@@ -118,7 +118,7 @@ class TransformersGgufReader(TransformersReader):
         self.start = [facts[NAMES.BOS_ID]] if facts[NAMES.ADD_BOS] else []
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with the start token before it if the file adds one."""
+        """Return the ids of `text`, with a leading start token if the file adds one."""
         return [*self.start, *cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])]
 
 
@@ -129,11 +129,11 @@ GgufReader = LlamaReader | TransformersGgufReader
 def open_gguf(
     file: Path, facts: TokenizerFacts, config: PretrainedConfig, length: int, adapter: Path | None = None
 ) -> Iterator[GgufReader]:
-    """Read `file` (and `adapter` on it, which llama.cpp alone can) for texts of up to `length` tokens.
+    """Open `file` for texts of up to `length` tokens, with `adapter` on it (llama.cpp only).
 
     Raises:
         EnvironmentProblem: the file cannot be read.
-        GateFailed: weights are missing in it.
+        GateFailed: weights are missing in the file.
     """
     if has_llama():
         reader = LlamaReader(file, length, lora_path=str(adapter) if adapter else None)

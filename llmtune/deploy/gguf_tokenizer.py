@@ -1,8 +1,8 @@
-"""A tokenizer as llama.cpp reads it: what its converter would not find, pieces with scores, and the way back.
+"""Tokenizers in GGUF files: fields that llama.cpp's converter cannot determine, scored pieces, and reading back.
 
-The converter knows a tokenizer by a fingerprint of the ids of a text, which a start token or new words change. It reads
-the scores of sentencepiece from a file that transformers 5 no longer saves. Only the name of the pre-tokenizer, these
-scores and the ids of special tokens are found here; the converter writes the rest.
+The converter identifies a tokenizer by a fingerprint of a text's ids, which a start token or new words change. It reads
+sentencepiece's scores from a file that transformers 5 no longer saves. This module determines only the name of the
+pre-tokenizer, these scores and the ids of special tokens; the converter writes the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llmtune.errors import EnvironmentProblem
 MERGE_INSTEAD = "Use: llmtune deploy merge RUN."
 PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""What sentencepiece writes for a space."""
+"""sentencepiece's character for a space."""
 
 
 def _split_words(digits: str) -> pre_tokenizers.PreTokenizer:
@@ -42,11 +42,11 @@ PRE_TOKENIZERS = {
     "llama-bpe": _split_words(r"\p{N}{1,3}"),
     "smaug-bpe": _split_words(r"\p{N}{1,3}"),
 }
-"""What splits text into words, by llama.cpp's name for it; of `llama-bpe`, words that are tokens are not merged."""
+"""Pre-tokenizers by llama.cpp's name; with `llama-bpe`, words that are tokens are not merged."""
 SENTENCEPIECE = "default"
-"""The name for tokenizers of pieces with a byte for unknown letters: they split nothing."""
+"""The name for sentencepiece tokenizers with byte fallback, which do not split text."""
 DECISIVE = ("type", "add_prefix_space", "use_regex", "individual_digits", "pattern")
-"""Keys of a step of a pre-tokenizer that decide how text is split."""
+"""Keys of a pre-tokenizer step that determine how it splits text."""
 NAMES = Keys.Tokenizer
 SPECIAL = {"bos": NAMES.BOS_ID, "eos": NAMES.EOS_ID, "unk": NAMES.UNK_ID, "pad": NAMES.PAD_ID}
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -55,16 +55,16 @@ VALUE_TYPES = {str: GGUFValueType.STRING, bool: GGUFValueType.BOOL, int: GGUFVal
 TokenizerJson = dict[str, Any]
 """The content of a tokenizer.json, or a step of it."""
 TokenizerFacts = dict[str, Any]
-"""What a file says of a tokenizer, by the names of `gguf.Keys.Tokenizer`."""
+"""A file's tokenizer fields, by the names of `gguf.Keys.Tokenizer`."""
 
 
 def find_pre_tokenizer(processor: PreTrainedTokenizerBase, encoder: bool = False) -> str:
     """Return `tokenizer.ggml.pre` of a tokenizer.
 
-    The name follows from how the tokenizer splits text, so that it holds for tokenizers trained on the spot; where that
-    is not one of `PRE_TOKENIZERS`, from the fingerprints of llama.cpp's converter.
+    The name follows from how the tokenizer splits text, which also works for newly trained tokenizers. If that
+    is not one of `PRE_TOKENIZERS`, it follows from the fingerprints of llama.cpp's converter.
 
-    Raises EnvironmentProblem where neither knows the tokenizer.
+    Raises EnvironmentProblem if neither knows the tokenizer.
     """
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is None:
@@ -73,7 +73,7 @@ def find_pre_tokenizer(processor: PreTrainedTokenizerBase, encoder: bool = False
     content: TokenizerJson = json.loads(backend.to_str())
     kind = content["model"].get("type")
     if kind in ("WordPiece", "Unigram") and encoder:
-        return "default"  # of these tokenizers llama.cpp knows one way to split
+        return "default"  # llama.cpp splits text for these tokenizers in one way
     if kind != "BPE":
         raise EnvironmentProblem.of(f"a tokenizer of type {kind} cannot be written as GGUF", None, MERGE_INSTEAD)
     if content["model"].get("byte_fallback"):
@@ -84,7 +84,7 @@ def find_pre_tokenizer(processor: PreTrainedTokenizerBase, encoder: bool = False
         return names[0 if content["model"].get("ignore_merges") else -1]
     from conversion.base import TextModel
 
-    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)  # it draws a box of stars around what the error says
+    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)  # it logs a box of stars around the error's text
     try:
         return cast(str, TextModel.get_vocab_base_pre(None, processor))
     except NotImplementedError as error:
@@ -94,7 +94,7 @@ def find_pre_tokenizer(processor: PreTrainedTokenizerBase, encoder: bool = False
 
 
 def _list_steps(node: TokenizerJson | None) -> list[TokenizerJson]:
-    """Return what decides how a pre-tokenizer splits, step by step, nested steps included."""
+    """Return the splitting settings of a pre-tokenizer step by step, including nested steps."""
     if node is None:
         return []
     steps = [step for inner in node.get("pretokenizers", ()) for step in _list_steps(inner)]
@@ -104,12 +104,12 @@ def _list_steps(node: TokenizerJson | None) -> list[TokenizerJson]:
 def describe_tokenizer(
     processor: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], stops: Sequence[int]
 ) -> TokenizerFacts:
-    """Return what the converter would not find: the pre-tokenizer, the ids of special tokens, and who writes them.
+    """Return fields that the converter cannot determine: pre-tokenizer, special tokens' ids, and who writes them.
 
-    Whether a program writes the start token follows from `prompts`, the ids as the model was trained on them. `stops`
-    are the ids that end an answer: one that is not the end of a text is the end of a turn.
+    `prompts`, the ids as in training, decide whether a program writes the start token. `stops`
+    are the ids that end an answer; one that does not end a text ends a turn.
 
-    Raises EnvironmentProblem where llama.cpp has nothing that splits text as this tokenizer does.
+    Raises EnvironmentProblem if llama.cpp cannot split text as this tokenizer does.
     """
     bos = processor.bos_token_id
     writes_bos = bos is not None and processor("a")["input_ids"][:1] == [bos]
@@ -124,7 +124,7 @@ def describe_tokenizer(
 
 
 def write_pieces(converter: Any) -> None:
-    """Write sentencepiece's tokens: what is merged earlier has the higher score; letters come last."""
+    """Write sentencepiece's tokens: earlier merges get higher scores; letters come last."""
     content: TokenizerJson = json.loads((converter.dir_model / "tokenizer.json").read_text("utf-8"))
     tokens, types, _ = converter.get_vocab_base()
     for index, token in enumerate(tokens):
@@ -145,7 +145,7 @@ def write_pieces(converter: Any) -> None:
 
 
 def _prepends_space(content: TokenizerJson) -> bool:
-    """Whether a space goes before text: by a normaliser, or by a pre-tokenizer of sentencepiece."""
+    """Whether a normaliser or a sentencepiece pre-tokenizer puts a space before the text."""
     normalizer = content.get("normalizer") or {}
     before = [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
     before_words = content.get("pre_tokenizer") or {}
@@ -154,9 +154,9 @@ def _prepends_space(content: TokenizerJson) -> bool:
 
 
 def model_name(name: str, processor: PreTrainedTokenizerBase) -> str:
-    """Return the name of a model in its file, where "phi-3" tells llama.cpp that special tokens take spaces after them.
+    """Return the model's name in its file; "phi-3" makes llama.cpp take spaces after special tokens.
 
-    llama.cpp looks for that in the name alone, and then for `PHI3_TOKENS`, without which it cannot load the file.
+    llama.cpp looks only at the name, and then needs `PHI3_TOKENS` to load the file.
     """
     plain = re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
     strips = any(token.rstrip for token in processor.added_tokens_decoder.values())
@@ -167,14 +167,14 @@ def model_name(name: str, processor: PreTrainedTokenizerBase) -> str:
 
 
 def read_tokenizer(file: Path) -> TokenizerFacts:
-    """Read the tokenizer's part of a GGUF file."""
+    """Read the tokenizer fields of a GGUF file."""
     return {key: field.contents() for key, field in GGUFReader(file).fields.items() if key.startswith("tokenizer.")}
 
 
 def build_tokenizer(facts: TokenizerFacts) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that reads text as llama.cpp does with this vocabulary; nothing is added to a text.
+    """Return a tokenizer that splits text as llama.cpp does with this vocabulary, without adding tokens.
 
-    With a pre-tokenizer that is not in `PRE_TOKENIZERS` it decodes and renders only.
+    With a pre-tokenizer outside `PRE_TOKENIZERS` it only decodes and renders.
     """
     tokens, types, pre = facts[NAMES.LIST], facts[NAMES.TOKEN_TYPE], facts[NAMES.PRE]
     ids = {token: index for index, token in enumerate(tokens)}
@@ -199,7 +199,7 @@ def build_tokenizer(facts: TokenizerFacts) -> PreTrainedTokenizerFast:
 
 
 def _rank_merges(facts: TokenizerFacts, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Return the pairs of pieces that make a token, those with the highest score first."""
+    """Return the pairs of pieces that form a token, highest score first."""
     pairs = []
     parts = (facts[key] for key in (NAMES.LIST, NAMES.SCORES, NAMES.TOKEN_TYPE))
     for token, score, kind in zip(*parts, strict=True):

@@ -45,7 +45,7 @@ SHARD_SIZE = "5GB"
 def merge_run(
     context: RunContext, out: Path | None = None, *, onto: str | None = None, dtype: str = "auto"
 ) -> Certificate:
-    """Merge the adapter of a finished run, by default into `merged` of the run, and onto what it was trained on."""
+    """Merge the adapter of a finished run, by default into the run's `merged` and onto its training base."""
     tuned = load_tuned(context, splits=("test", "validation", "train"))
     folder = out or context.folder.path / "merged"
     return merge_model(
@@ -60,14 +60,14 @@ def merge_run(
 def merge_model(
     tuned: TunedModel, out: Path, console: Console, *, onto: str = "original", dtype: str = "auto"
 ) -> Certificate:
-    """Merge, save into `out` (safetensors, tokenizer, template, certificate), and reload to compare with the adapter.
+    """Merge, save to `out` (safetensors, tokenizer, template, certificate), reload, and compare with the adapter.
 
-    `tuned` is used up. Returns the certificate; where it fails nothing is left in `out`.
+    This consumes `tuned`. Return the certificate; on failure `out` stays empty.
 
     Raises:
-        RecipeError: unknown `onto` or `dtype`, or `out` holds something else.
-        GateFailed: the merged model differs from what was trained by more than the limits.
-        EnvironmentProblem: what was saved cannot be loaded again; no room on disk or in memory, or no permission.
+        RecipeError: unknown `onto` or `dtype`, or `out` contains something else.
+        GateFailed: the merged model differs from the tuned model by more than the limits.
+        EnvironmentProblem: the saved folder cannot be loaded; disk or memory is full, or permission is denied.
     """
     target_dtype = _check_merge(tuned, out, onto, dtype)
     base = cast(Onto, onto)
@@ -88,7 +88,7 @@ def merge_model(
                 "chat_template": None,
                 "chat_template_kwargs": {},
                 "add_tokens": (),
-            }  # the folder has them
+            }  # weights in the folder
             saved_section = tuned.recipe.model.model_copy(update=unset)
             parity = reference.parity(merged, load_processor(replace(model_ref, path=folder), saved_section), folder)
         weights = sorted(folder.glob("*.safetensors"))
@@ -132,7 +132,7 @@ def _trained_dtype(tuned: TunedModel) -> torch.dtype:
 
 def _advice(certificate: Certificate, quantized: bool) -> str:
     if quantized and certificate["onto"] == "original":
-        return "Merge onto the weights that it was trained on: --onto dequantized. "
+        return "Merge onto the training weights: --onto dequantized. "
     return "" if certificate["dtype"] == "float32" else "Merge without rounding: --dtype float32. "
 
 
@@ -144,11 +144,11 @@ def _merge(tuned: TunedModel, onto: Onto, dtype: torch.dtype) -> PreTrainedModel
 
 
 def _compare_other_base(tuned: TunedModel, onto: Onto, reference: TunedReference, console: Console) -> Certificate:
-    """Merge a 4-bit adapter onto the other weights too, in memory, and measure how far that model would be."""
+    """Merge a 4-bit adapter onto the other weights in memory, and measure how far that model is."""
     other: Onto = "original" if onto == "dequantized" else "dequantized"
     needed = tuned.adapted.total * _trained_dtype(tuned).itemsize
     if tuned.adapted.selected.model.device.type == "cpu" and needed > psutil.virtual_memory().available:
-        return {"onto": other, "not_measured": f"the model needs {needed / 1e9:,.1f} GB, and less is free"}
+        return {"onto": other, "not_measured": f"the model needs {needed / 1e9:,.1f} GB, more than is free"}
     started = time.perf_counter()
     with spinner(console, f"merging onto the {other} weights as well, to compare"):
         try:
@@ -166,7 +166,7 @@ def _save(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch
     if merged.can_generate():
         merged.generation_config = _generation_config(merged, tuned)
     merged.config.dtype = dtype
-    for name in (OTHER_CLASSES, OTHER_ORDER):  # marks of ours, while it was loaded
+    for name in (OTHER_CLASSES, OTHER_ORDER):  # llmtune's marks on the loaded model
         vars(merged.config).pop(name, None)
     with writing_weights(folder):
         merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -174,9 +174,9 @@ def _save(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch
 
 
 def _generation_config(merged: PreTrainedModel, tuned: TunedModel) -> GenerationConfig:
-    """Return the recipe's generation settings, and those without which the model cannot generate.
+    """Return the recipe's generation settings, plus those that the model needs to generate.
 
-    Whisper's class looks up languages and tasks in its own: they stay, with the recipe's language and task.
+    Whisper's class looks up languages and tasks in its own settings. They stay, with the recipe's language and task.
     """
     recipe, own = tuned.recipe, merged.generation_config
     if recipe.speech is not None or merged.config.model_type == "whisper":
@@ -187,12 +187,12 @@ def _generation_config(merged: PreTrainedModel, tuned: TunedModel) -> Generation
         settings = decoder_settings(own, merged, tuned.processor, recipe)
     else:
         settings = generation_settings(merged, tuned.processor, recipe)
-    settings.max_new_tokens = None  # a server takes it for the most that anyone may ask for
+    settings.max_new_tokens = None  # servers treat it as a maximum for requests
     return settings
 
 
 def _load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    on_cpu_half = device == "cpu" and dtype == torch.float16  # read as 16 bits, computed in 32
+    on_cpu_half = device == "cpu" and dtype == torch.float16  # loaded in 16 bits, computed in 32
     options = {
         "dtype": torch.float32 if on_cpu_half else dtype,
         "local_files_only": True,
@@ -207,7 +207,7 @@ def _load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype)
 def _print_merge(certificate: Certificate, out: Path, console: Console) -> None:
     size = f"{certificate['weights_bytes'] / 1e6:,.0f} MB, {certificate['dtype']}"
     console.print(f"merged model: {out} ({size})", highlight=False)
-    within = "good: within all limits of its certificate" if certificate["passed"] else "not good"
+    within = "within all limits of its certificate" if certificate["passed"] else "outside the limits"
     console.print(f"parity with the adapter is {within}", highlight=False)
     console.print(f"  {describe_parity(certificate['measured'])}", highlight=False)
     if other := certificate["other"]:

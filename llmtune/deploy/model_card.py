@@ -1,4 +1,4 @@
-"""The model card: the hub's metadata, and what a reader must know before using the model (model_card.md.jinja)."""
+"""The model card: the hub's metadata, and facts to know before using the model (model_card.md.jinja)."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ MODEL_CLASSES = {
     "AutoModelForSpeechSeq2Seq": (r"^Whisper", "automatic-speech-recognition"),
     "AutoModelForSeq2SeqLM": (r"SEQ_2_SEQ_LM|ForConditionalGeneration$|MTModel$", "text-generation"),
 }
-"""By Auto class: a pattern of PEFT's name for its task or of a model's class, and the hub's name of what it does."""
+"""By Auto class: a pattern of PEFT's task name or of a model's class, and the hub's name of the task."""
 HUB_METRICS = {r"f1.*": "f1", r"rouge.*": "rouge", r"matthews": "matthews_correlation", r"auroc": "roc_auc"}
-"""By a pattern of our name of a metric the hub's, where they differ."""
+"""The hub's metric names by a pattern of ours, if they differ."""
 
 
 Document = Mapping[str, Any]
@@ -49,7 +49,7 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """What the publisher wants and states; nothing of it can be found in a run."""
+    """The publisher's options and statements, which no run contains."""
 
     to: Path | None = None
     repo: str | None = None
@@ -67,7 +67,7 @@ class PublishOptions:
 
 @dataclass(frozen=True)
 class Publication:
-    """A finished run as published: its model with certificates, its records, and the options of the publisher."""
+    """A finished run as published: model, certificates, records, and the publisher's options."""
 
     kind: str
     """adapter, weights (a full tuning) or merged."""
@@ -87,28 +87,28 @@ class Publication:
 
     @property
     def base(self) -> tuple[str | None, str, list[str]]:
-        """The base's name on the hub, if it has one, its name as a reader may see it, and notes on it."""
+        """The base's name on the hub (if any), its public name, and notes on it."""
         name = str(self.lock["model"]["name"])
         if self.options.base_model:
             return self.options.base_model, self.options.base_model, []
         packaged = PACKAGED.get(name.removeprefix("builtin:")) if name.startswith("builtin:") else None
         if packaged is not None:
-            note = f"It was trained on {name}, which is {packaged.origin} as a package has it ({packaged.difference}): "
+            note = f"It was trained on {name}, the packaged copy of {packaged.origin} ({packaged.difference}): "
             return packaged.origin, name, [note + "numbers were measured on that copy."]
         if is_local_path(name):
-            note = "Its base model is known by its hash alone: the publisher has not named its model of the hub."
+            note = "Its base model is known only by its hash: the publisher has not named it on the hub."
             return None, Path(name).name, [note]
         return None if name.startswith("builtin:") else name, name, []
 
     @property
     def revision(self) -> str | None:
-        """The commit of the base on the hub, where it is that model."""
+        """The commit of the base on the hub, if it is a hub model."""
         revision: str | None = self.lock["model"]["revision"]
         return revision if self.base[0] == self.lock["model"]["name"] else None
 
 
 def write_card(published: Publication, console: Console) -> ModelCard:
-    """Render the card; everything in it comes from the run's report and lock, and from what the publisher states."""
+    """Render the card from the run's report and lock, and the publisher's statements."""
     options, recipe, (base, base_name, notes) = published.options, published.recipe, published.base
     license_name, license_from = _find_license(published)
     _print_unknown(published, license_name, console)
@@ -146,7 +146,7 @@ def write_card(published: Publication, console: Console) -> ModelCard:
 
 
 def _find_license(published: Publication) -> tuple[str, str]:
-    """Return the licence, and who states it."""
+    """Return the licence and its source."""
     options, model = published.options, published.lock["model"]
     if options.license:
         return options.license, "stated by the publisher"
@@ -159,11 +159,11 @@ def _find_license(published: Publication) -> tuple[str, str]:
 
 def _print_unknown(published: Publication, license_name: str, console: Console) -> None:
     if published.base[0] is None and is_local_path(str(published.lock["model"]["name"])):
-        console.print("The base model is a local folder: name its model of the hub with --base-model OWNER/NAME.")
+        console.print("The base model is a local folder. Name it on the hub with --base-model OWNER/NAME.")
     if license_name == UNKNOWN:
-        console.print("The licence of the base model is not known: state it with --license.")
+        console.print("The licence of the base model is unknown. State it with --license.")
     if published.options.data_license is None:
-        console.print("The licence of the data is not stated (--data-license): the card says so.")
+        console.print("The licence of the data is unknown, and the card says so. State it with --data-license.")
 
 
 def find_auto_class(config: Document) -> str:
@@ -176,7 +176,7 @@ def find_auto_class(config: Document) -> str:
 
 
 def _metadata(published: Publication, scores: Evaluation, sources: list[str], auto_class: str) -> dict[str, Any]:
-    """Return the metadata, by the hub's names."""
+    """Return the metadata by the hub's names."""
     task, options = published.recipe.task, published.options
     pipeline = TASK_FACTS[task].pipeline or MODEL_CLASSES.get(auto_class, ("", None))[1]
     hub_data = [source.removeprefix("hub:") for source in sources if source.startswith("hub:")]
@@ -194,7 +194,7 @@ def _metadata(published: Publication, scores: Evaluation, sources: list[str], au
 
 
 def _source_names(report: Document) -> list[str]:
-    """Return the training data: a data set of the hub by its name, a file by the last part of its path."""
+    """Return the training data: hub data sets by name, files by the last part of the path."""
     paths = [str(source["path"]) for source in report["recipe"]["data"]["train"]]
     return [path if path.startswith(("hub:", "builtin:")) else Path(path).name for path in paths]
 
@@ -209,7 +209,7 @@ def _hub_metric(metric: str) -> str:
 
 
 def _eval_results(scores: Evaluation, sources: list[str], hub_data: list[str], pipeline: str) -> Iterator[EvalResult]:
-    """Yield a result per metric of the tuned model; its name holds base and interval, which have no fields."""
+    """Yield a result per metric of the tuned model; base and interval are in its name, for lack of fields."""
     names = ", ".join(sources)
     for metric, value in _known_scores(scores).items():
         yield EvalResult(
@@ -233,7 +233,7 @@ def _long_name(metric: str, scores: Evaluation) -> str:
 
 
 def _measured(report: Document, scores: Evaluation) -> str:
-    """Return scores against the base with intervals, gates, several seeds, other studies."""
+    """Return the scores compared with the base, with intervals, gates, seeds and other studies."""
     seeds = TypeAdapter(Seeds | None).validate_python(report["evaluation"].get("seeds"))
     sections = (
         gate_section([GateResult(**gate) for gate in report["gates"]]),

@@ -1,9 +1,9 @@
-"""Ollama's Modelfile: the chat template as a Go template that is proven to write the same, stop tokens, sampling.
+"""Ollama's Modelfile: stop tokens, sampling, and the chat template as a Go template proven to render the same.
 
-Without TEMPLATE, Ollama takes whichever of its own templates differs from the file's chat template in fewer than 100
-letters, else none at all, and reports neither. So each Modelfile has a template: the parts that the chat template
-writes between messages, where texts put together from them are, letter by letter, what the chat template writes for a
-set of conversations. Where they are not, no Modelfile is written.
+Without TEMPLATE, Ollama takes one of its own templates that differs from the file's chat template in fewer than 100
+characters, or none, and reports neither. Each Modelfile therefore has a template, made from the texts that the chat
+template writes between messages. On a set of conversations it must equal the chat template's output, character by
+character. Otherwise no Modelfile is written.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from llmtune.store.atomic_files import write_text
 
 Messages = Sequence[dict[str, str]]
 TemplateParts = dict[tuple[str, str], str]
-"""What a chat template writes between a message of one role and the next. The role before the first message is empty,
-as is the one of the answer to come; system messages are left out where the template takes none."""
+"""The texts that a chat template writes between two messages, by their roles. The role before the first message and
+that of the coming answer are empty. System messages are omitted if the template does not support them."""
 
 MODELFILE = "Modelfile"
 SAMPLES: tuple[tuple[str, ...], ...] = (
@@ -37,14 +37,14 @@ SAMPLES: tuple[tuple[str, ...], ...] = (
     ("user", "assistant", "user", "assistant", "user"),
     ("system", "user", "assistant", "user", "assistant", "user"),
 )
-"""Roles of the conversations on which a Go template must write what the chat template writes."""
+"""Roles of the conversations on which the Go template must equal the chat template."""
 _TEXTS = ("Name the capital of {}.", "It's 7 \"o'clock\"\nin {{ place }} {}!", "{} \\ <ok> 4.2 % ünïcode 12")
 
 
 def split_template(processor: PreTrainedTokenizerBase, recipe: Recipe, add_bos: bool) -> TemplateParts | None:
-    """Take the chat template apart; None where it does more than to write something between messages.
+    """Split the chat template into parts; return None if it does more than write text between messages.
 
-    With `add_bos` the start token is left out, since programs that read the file write it by themselves.
+    With `add_bos` the start token is omitted, since programs that read the file add it.
     """
     template = read_template(processor, recipe)
     template = with_kwargs(template, without_secrets(template.kwargs))
@@ -59,7 +59,7 @@ def split_template(processor: PreTrainedTokenizerBase, recipe: Recipe, add_bos: 
 
 
 def sample_conversations(parts: TemplateParts) -> list[Messages]:
-    """Return the conversations of `SAMPLES` that the template takes."""
+    """Return the conversations of `SAMPLES` that the template supports."""
     return [
         [{"role": role, "content": _TEXTS[k % 3].replace("{}", f"({k})")} for k, role in enumerate(roles)]
         for roles in SAMPLES
@@ -75,7 +75,7 @@ def write_chat(parts: TemplateParts, messages: Messages) -> str:
 
 
 def go_template(parts: TemplateParts) -> str:
-    """Return the parts as Ollama's template; it joins messages of one role, so questions and answers alternate."""
+    """Return the parts as an Ollama template. Ollama joins messages of one role, so questions and answers alternate."""
     put = {step: "{{ " + _quote(text) + " }}" for step, text in parts.items()}
     system, first = "", "{{ if or (eq $i 0) (and (eq $i 1) $.System) }}" + put["", "user"]
     if ("", "system") in put:
@@ -95,9 +95,9 @@ def _quote(text: str) -> str:
 def write_modelfile(
     file: Path, tuned: TunedModel, stops: Sequence[int], notes: Sequence[str], *, adds_bos: bool, adapter: bool
 ) -> bool:
-    """Write a Modelfile next to a GGUF file, a whole model or an adapter; returns whether its template can be written.
+    """Write a Modelfile next to a GGUF file, model or adapter; return whether its template can be expressed.
 
-    `adds_bos`: programs that read the file write the start token.
+    `adds_bos`: programs that read the file add the start token.
     """
     template = "{{ .Prompt }}"
     if TASK_FACTS[tuned.task.name].templated and tuned.processor.chat_template:
@@ -117,7 +117,7 @@ def write_modelfile(
 
 
 def sampling_parameters(recipe: Recipe) -> dict[str, float]:
-    """Return the recipe's generation settings by Ollama's names; all of them, since Ollama has defaults of its own."""
+    """Return all generation settings of the recipe by Ollama's names, to override Ollama's own defaults."""
     generation = recipe.generation
     settings = {"temperature": 0.0}
     if generation.do_sample:

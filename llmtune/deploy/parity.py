@@ -1,4 +1,4 @@
-"""How far a product is from the tuned model: distances between outputs, limits, and the certificate.
+"""The parity of a product with the tuned model: distances between outputs, limits, and the certificate.
 
 Shapes: T positions of a prompt and its answer, V vocabulary; N distributions over K outputs.
 """
@@ -22,46 +22,46 @@ from llmtune.store.json_shapes import read_record
 
 CERTIFICATE = "certificate.json"
 SAME_NUMBER = 0.1
-"""Two numbers count as the same first choice up to this share of the spread of all rows."""
+"""Two numbers count as the same first choice within this share of the spread over all rows."""
 EFFECT_SHARE = 0.05
 """A merge may undo this share of what tuning did."""
 
 Onto = Literal["original", "dequantized"]
 Certificate = dict[str, Any]
-"""The JSON document `certificate.json`; docs/deploy.md has its keys."""
+"""The JSON document `certificate.json`; docs/deploy.md lists its keys."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far the outputs of one model are from those of another; KL in nats per position."""
+    """The distance between the outputs of two models; KL in nats per position."""
 
     largest_logit_difference: float
     kl_mean: float
     kl_max: float
     top1_agreement: float
-    """Share of positions where both have the same first choice."""
+    """Share of positions with the same first choice."""
 
 
 @dataclass(frozen=True)
 class Parity(Distance):
-    """How far a product is from the tuned model."""
+    """The distance of a product from the tuned model."""
 
     prompts: int
     positions: int
     answer_agreement: float
     """Share of prompts with the same greedy answer."""
     same_ids: bool
-    """Whether the saved tokenizer and template make the same token ids."""
+    """Whether the saved tokenizer and template produce the same token ids."""
     effect_kl: float | None
-    """How far tuning had moved the model from its base on the same positions; None where that cannot be measured."""
+    """Mean KL between the tuned model and its base on the same positions; None if it cannot be measured."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits: a mean KL of a share of what tuning did, but at least `kl_floor` and at most `kl_cap`.
+    """Limits. The mean KL may be a share of tuning's effect, but at least `kl_floor` and at most `kl_cap`.
 
-    With `noise`, at most half of what tuning did, or `noise` if that is more: otherwise a product that lost the adapter
-    of a gentle tuning would pass.
+    With `noise`, it may be at most half of tuning's effect, or `noise` if that is more. Otherwise a product that lost
+    the adapter of a weak tuning would pass.
     """
 
     kl_floor: float
@@ -83,7 +83,7 @@ LIMITS = {
     "rounded": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.9, noise=5e-3),
     "other base": Limits(kl_floor=2e-2, kl_cap=1e-1, top1=0.85),
 }
-"""exact: float32 throughout. rounded: 16 bits in one of them, which alone moves SmolLM2 in bfloat16 by 3e-3 to 5e-3.
+"""exact: float32 throughout. rounded: one model in 16 bits, which alone moves SmolLM2 in bfloat16 by 3e-3 to 5e-3.
 other base: a 4-bit adapter on the original weights."""
 
 
@@ -92,8 +92,8 @@ def measure_distance(
 ) -> Distance:
     """Compare logits [N, K] with others of the same inputs.
 
-    `kind` is a task's `output_kind`. The KL of numbers is that of two normal distributions around them, as wide as the
-    numbers of all rows are spread.
+    `kind` is a task's `output_kind`. The KL of numbers is that of two normal distributions around them, with the
+    spread of the numbers over all rows as width.
     """
     pairs = list(zip(expected, actual, strict=True))
     largest = max(float((one - other).abs().max()) for one, other in pairs)
@@ -107,7 +107,7 @@ def measure_distance(
 
 
 def _compare_choices(expected_NK: torch.Tensor, actual_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(expected || actual) of each position, in nats, and where both have the same first choice."""
+    """Return KL(expected || actual) of each position in nats, and whether both have the same first choice."""
     expected, actual = expected_NK.log_softmax(-1), actual_NK.log_softmax(-1)
     kl_N = (expected.exp() * (expected - actual)).sum(-1).clamp_min(0)
     return kl_N, expected_NK.argmax(-1) == actual_NK.argmax(-1)
@@ -128,10 +128,10 @@ def _compare_numbers(expected_NK: torch.Tensor, actual_NK: torch.Tensor) -> tupl
 
 
 def find_breaches(parity: Parity, limits: Limits) -> list[str]:
-    """Describe the limits that are broken."""
+    """Describe the violated limits."""
     breaches = []
     if not parity.same_ids:
-        breaches.append("the saved tokenizer and chat template make other token ids")
+        breaches.append("the saved tokenizer and chat template produce other token ids")
     kl = limits.kl(parity.effect_kl)
     if not parity.kl_mean <= kl:  # NaN is a breach
         breaches.append(f"mean KL is {parity.kl_mean:.2g} nats per position; the limit is {kl:.2g}")
@@ -158,7 +158,7 @@ class ParityNumbers(TypedDict):
 
 
 class CertificateDocument(TypedDict, total=False):
-    """What other commands read of a certificate."""
+    """The certificate fields that other commands read."""
 
     passed: bool
     breaches: list[str]
@@ -178,7 +178,7 @@ def read_certificate(folder: Path, name: str = CERTIFICATE) -> Certificate | Non
 
 
 def describe_parity(measured: Certificate) -> str:
-    """Return a certificate's numbers as a line for a person."""
+    """Format a certificate's numbers as one readable line."""
     effect = "" if measured.get("effect_kl") is None else f" (tuning had moved it by {measured['effect_kl']:.2g})"
     return (
         f"over {measured['positions']} positions mean KL {measured['kl_mean']:.2g} nats{effect}, largest logit "
@@ -188,30 +188,30 @@ def describe_parity(measured: Certificate) -> str:
 
 
 def check_output(out: Path) -> Iterator[Problem]:
-    """Yield what keeps a product from being written into the folder `out`."""
+    """Yield problems with writing a product to the folder `out`."""
     if out.is_dir() and any(out.iterdir()) and read_json(out / CERTIFICATE) is None:
-        yield Problem("the folder holds something else", str(out), "Choose another folder with --out.")
+        yield Problem("the folder contains something else", str(out), "Choose another folder with --out.")
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         yield Problem("expected a folder, found a file", str(existing), "Choose another --out.")
 
 
 def check_onto(onto: str, quantized: bool, original: bool = True) -> Iterator[Problem]:
-    """Yield problems with the weights to merge onto; not all models have `original` ones."""
+    """Yield problems with the weights to merge onto; some models have no `original` ones."""
     if onto not in ("original", "dequantized"):
-        yield Problem(f"{onto!r} is neither original nor dequantized", "--onto")
+        yield Problem(f"{onto!r} is unknown", "--onto", "Use original or dequantized.")
     elif onto == "dequantized" and not quantized:
         yield Problem("the base was not quantised in training", "--onto", "Omit --onto.")
     elif onto == "original" and not original:
-        yield Problem("the base's files are quantised: there are no other weights of it", "--onto", "Omit --onto.")
+        yield Problem("the base's files are quantised, so it has no other weights", "--onto", "Omit --onto.")
 
 
 def load_product(load: Callable[[], tuple[PreTrainedModel, dict[str, set[str]]]], product: str) -> PreTrainedModel:
-    """Load a product as a user would, without anything of llmtune; `load` gives the model and its loading info.
+    """Load a product as a user would, without llmtune; `load` returns the model and its loading info.
 
     Raises:
-        EnvironmentProblem: it cannot be loaded; what the system refuses passes as it is.
-        GateFailed: weights are missing in it, or left over.
+        EnvironmentProblem: the product cannot be loaded. Errors of the system pass unchanged.
+        GateFailed: the product has missing or unexpected weights.
     """
     try:
         model, info = load()
@@ -220,19 +220,19 @@ def load_product(load: Callable[[], tuple[PreTrainedModel, dict[str, set[str]]]]
             raise
         raise EnvironmentProblem.of(f"{product} cannot be loaded again: {error}") from error
     if lost := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
-        raise GateFailed.of(f"{len(lost)} weights of {product} are lost on the way to disk, {lost[0]} for one")
+        raise GateFailed.of(f"{len(lost)} weights of {product} were lost in saving, such as {lost[0]}")
     return model.eval()
 
 
 def write_certificate(certificate: Certificate, folder: Path, out: Path, product: str, fix: str = "") -> None:
-    """Write the certificate into `folder`, which is to become `out`.
+    """Write the certificate into `folder`, which will become `out`.
 
-    Raises GateFailed for one that did not pass; its numbers are written to `<out>.failed.json`.
+    Raises GateFailed if it did not pass, after writing its numbers to `<out>.failed.json`.
     """
     failed = out.with_name(f"{out.name}.failed.json")
     if not certificate["passed"]:
         write_json(failed, certificate)
-        fix = f"{fix}Nothing was kept; the numbers are in {failed}."
+        fix = f"{fix}The product was deleted; the numbers are in {failed}."
         raise GateFailed(*(Problem(f"{product} differs: {breach}", None, fix) for breach in certificate["breaches"]))
     write_json(folder / CERTIFICATE, certificate)
     failed.unlink(missing_ok=True)

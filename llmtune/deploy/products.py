@@ -1,4 +1,4 @@
-"""What `llmtune run` makes at its end, where the recipe names it in `deploy`."""
+"""The products that `llmtune run` makes at its end, as listed in the recipe's `deploy`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmtune.store.atomic_files import hash_folder, hash_value
 
 
 def make_products(context: RunContext) -> None:
-    """Make the merged model and the GGUF file, each certified, unless they are there from the same inputs."""
+    """Make and certify the merged model and the GGUF file, unless they exist from the same inputs."""
     recipe, trained = context.plan.recipe, hash_folder(context.trained_folder)
     settings, products = recipe.generation.model_dump(mode="json"), recipe.deploy
     inputs = hash_value([__version__, trained, context.plan.model_ref.content_hash, settings, sorted(products)])

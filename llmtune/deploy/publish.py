@@ -1,4 +1,4 @@
-"""A run made into a folder as the hub has it: model, card, certificate, lock and recipe; kept, or uploaded."""
+"""Publish a run as a hub folder with model, card, certificate, lock and recipe: keep it locally or upload it."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from llmtune.store.run_lock import LOCK, read_lock, read_resolved
 
 
 def check_upload(offline: bool) -> None:
-    """Refuse what cannot work, before anything is done.
+    """Check that an upload can work before doing anything.
 
-    Raises EnvironmentProblem: the network is forbidden, or there is no token.
+    Raises EnvironmentProblem: the network is forbidden, or no token is set.
     """
     forbidden = "--offline" if offline else next(iter(offline_switches()), None)
     if forbidden:
         fix = f"{'Omit' if offline else 'Unset'} it, or make a folder with --to FOLDER."
         raise EnvironmentProblem.of(f"an upload needs the network, which {forbidden} forbids", "--repo", fix)
     if get_token() is None:
-        fix = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
-        raise EnvironmentProblem.of("there is no token for the hub", "--repo", fix)
+        fix = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access."
+        raise EnvironmentProblem.of("no token for the hub found", "--repo", fix)
 
 
 def upload(folder: Path, repo: str, *, private: bool, card: ModelCard, name: str) -> None:
-    """Let the hub check the card, create the repository if there is none, and upload all files in one commit.
+    """Let the hub check the card, create the repository if needed, and upload all files in one commit.
 
-    Raises EnvironmentProblem where the hub refuses or cannot be reached.
+    Raises EnvironmentProblem if the hub refuses or cannot be reached.
     """
     api = HfApi()
     try:
@@ -63,26 +63,26 @@ def upload(folder: Path, repo: str, *, private: bool, card: ModelCard, name: str
 def _explain_hub_error(error: Exception, repo: str) -> LlmtuneError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        fix = "Make a token that may write there (https://huggingface.co/settings/tokens), then: hf auth login"
+        fix = "Create a token with write access (https://huggingface.co/settings/tokens), then run: hf auth login"
         return EnvironmentProblem.of(f"the token may not write to {repo} (status {status})", "--repo", fix)
     if status is not None:
         return EnvironmentProblem.of(f"the hub answered with status {status}", repo, "Try again later.")
-    fix = "HTTPS_PROXY names a proxy, HF_ENDPOINT another hub; or make a folder with --to FOLDER."
+    fix = "Set HTTPS_PROXY for a proxy or HF_ENDPOINT for another hub, or make a folder with --to FOLDER."
     return EnvironmentProblem.of("the hub cannot be reached", repo, fix)
 
 
 CARD, GGUF_CERTIFICATE = "README.md", "gguf-certificate.json"
 REWRITTEN = {CARD, CERTIFICATE, "adapter_config.json"}
-"""Files of a model's folder that are written anew."""
+"""Files of a model's folder that are not copied but rewritten."""
 
 
 def publish_run(run: Path, options: PublishOptions, console: Console) -> dict[str, object]:
-    """Publish a finished run; returns where to, the files with their sizes, and the card's metadata.
+    """Publish a finished run; return the target, the files with their sizes, and the card's metadata.
 
     Raises:
-        RecipeError: options that do not go together, a run without an evaluation, a folder that holds something else.
-        GateFailed: a gate of the run failed, or what would be published is not what was evaluated.
-        EnvironmentProblem: --offline, no token, or the hub refuses.
+        RecipeError: conflicting options, a run without an evaluation, a folder with other contents.
+        GateFailed: a gate of the run failed, or the files are not the evaluated ones.
+        EnvironmentProblem: --offline is set, no token is found, or the hub refuses.
     """
     _check_options(options)
     folder = read_run(run)
@@ -112,17 +112,17 @@ def _check_options(options: PublishOptions) -> None:
     if (options.to is None) == (options.repo is None):
         problems.append(Problem("give one of --to FOLDER and --repo OWNER/NAME", "--to"))
     if options.private and options.repo is None:
-        problems.append(Problem("a folder has no --private", "--private", "Omit it, or give --repo."))
+        problems.append(Problem("it does not apply to a folder", "--private", "Omit it, or use --repo."))
     for option, name in (("--repo", options.repo), ("--base-model", options.base_model)):
         if name is not None:
             problems += _check_name(option, name)
     if options.license is not None and options.license not in LICENSES:
-        what = f"{options.license!r} is none of the hub's licences"
+        what = f"{options.license!r} is not a licence of the hub"
         problems.append(Problem(what, "--license", "Use the hub's short name, such as apache-2.0, mit or other."))
     if options.to is not None and options.to.exists() and not _is_publication(options.to):
-        problems.append(Problem("the folder holds something else", str(options.to), "Choose another folder with --to."))
+        problems.append(Problem("the folder contains something else", str(options.to), "Choose another --to."))
     if options.gguf is not None and not options.gguf.is_file():
-        problems.append(Problem("there is no such file", str(options.gguf), "Make one with: llmtune deploy gguf RUN"))
+        problems.append(Problem("file not found", str(options.gguf), "Make one: llmtune deploy gguf RUN"))
     RecipeError.collect(problems)
     if options.repo and not options.dry_run:
         check_upload(options.offline)
@@ -132,31 +132,31 @@ def _check_name(option: str, name: str) -> Iterator[Problem]:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        yield Problem(f"{name!r} is no name on the hub: {error}", option, "Give it as OWNER/NAME.")
+        yield Problem(f"{name!r} is not a valid name on the hub: {error}", option, "Use the form OWNER/NAME.")
         return
     if "/" not in name and option == "--repo":
-        yield Problem(f"{name!r} has no owner", option, "Give it as OWNER/NAME.")
+        yield Problem(f"{name!r} has no owner", option, "Use the form OWNER/NAME.")
 
 
 def _is_publication(folder: Path) -> bool:
-    """Whether a folder is empty, or holds what was published before."""
+    """Whether a folder is empty or an older publication."""
     if not folder.is_dir():
         return False
     return not any(folder.iterdir()) or all((folder / name).is_file() for name in (CARD, CERTIFICATE, LOCK))
 
 
 def _read_scores(folder: RunFolder) -> tuple[Document, Evaluation]:
-    """Return the report of a run, and its evaluation; raises RecipeError where there is none."""
+    """Return a run's report and evaluation; raises RecipeError if it was not evaluated."""
     report = read_report(folder.path)
     evaluation = load_evaluation(folder.path / "evaluation")
     if not report or not report.get("evaluation") or evaluation is None or not folder.is_done("evaluate"):
-        what = "this run was not evaluated: a card without numbers helps nobody"
+        what = "this run was not evaluated, so its card would have no scores"
         raise RecipeError.of(what, str(folder.path), f"Run: llmtune evaluate {folder.path}")
     return report, evaluation
 
 
 def _check_gates(report: Document) -> None:
-    fix = "Publish it all the same with --despite-gates: the card then shows them."
+    fix = "To publish anyway, add --despite-gates. The card then shows the gates."
     GateFailed.collect(
         Problem(
             f"gate {'failed' if gate['passed'] is False else 'not passed'}: wanted {gate['wanted']}, got {gate['got']}",
@@ -168,23 +168,23 @@ def _check_gates(report: Document) -> None:
     )
 
 
-# The model, and the proof that it is what was evaluated
+# The model, and the proof that it is the evaluated one
 
 
 def find_published_model(
     folder: RunFolder, report: Document, options: PublishOptions
 ) -> tuple[str, Path, Certificate, Certificate | None]:
-    """Find the model to publish, and prove it; returns its kind, folder and certificate, and that of the GGUF file.
+    """Find and verify the model to publish; return its kind, folder and certificate, and the GGUF file's certificate.
 
     Raises:
-        RecipeError: there is no merged model.
-        GateFailed: its certificate failed or is of another training; the trained weights are not those evaluated.
+        RecipeError: the merged model is missing.
+        GateFailed: its certificate failed or is of another training, or the trained weights were not evaluated.
     """
     kind = "weights" if report["adapter"]["method"] == "full" else "adapter"
     trained = hash_folder(folder.path / kind)
     evaluated = folder.facts("evaluate").get("trained")
     if trained != evaluated:
-        what = f"{kind}/ is not what was evaluated: {str(evaluated)[:12]} then, {trained[:12]} now"
+        what = f"{kind}/ changed since it was evaluated: {str(evaluated)[:12]} then, {trained[:12]} now"
         raise GateFailed.of(what, str(folder.path), f"Evaluate it again: llmtune evaluate {folder.path}")
     gguf = None if options.gguf is None else _read_gguf(options.gguf, report, trained)
     merged = _read_merged(folder.path, trained, required=options.merged)
@@ -198,18 +198,18 @@ def find_published_model(
 
 
 def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
-    """Return the certificate of the merged model where it is of these weights."""
+    """Return the merged model's certificate if it is of these weights."""
     folder, again = str(run / "merged"), f"Merge again: llmtune deploy merge {run}"
     certificate = read_certificate(run / "merged")
     if certificate is None and required:
         breaches = (read_certificate(run, "merged.failed.json") or {}).get("breaches", ())
         GateFailed.collect(Problem(f"the merge failed: {breach}", "merged", again) for breach in breaches)
-        raise RecipeError.of("there is no merged model", folder, f"Run: llmtune deploy merge {run}")
+        raise RecipeError.of("merged model not found", folder, f"Run: llmtune deploy merge {run}")
     if certificate is None:
         return None
     checks = {
         "its certificate did not pass": certificate.get("passed"),
-        "it was made of other weights than the run has now": certificate.get("trained_sha256") == trained,
+        "it was made from other weights than the run has now": certificate.get("trained_sha256") == trained,
     }
     if required:
         for name, expected in (certificate.get("files_sha256") or {}).items():
@@ -221,10 +221,10 @@ def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
 
 
 def _read_gguf(file: Path, report: Document, trained: str) -> Certificate:
-    """Return the certificate of a GGUF file, which is in its folder."""
+    """Return a GGUF file's certificate from its folder."""
     certificate: Certificate = read_certificate(file.parent) or {}
     checks = {
-        "a GGUF file without a certificate that passed is not published": certificate.get("passed"),
+        "the file has no certificate that passed": certificate.get("passed"),
         "the file changed since it was certified": certificate.get("file_sha256") == hash_path(file),
         "the file was made from another base model": certificate.get("base_sha256") == report["model"]["sha256"],
         "the file was made from another training": certificate.get("trained_sha256") == trained,
@@ -249,14 +249,14 @@ def _target_folder(options: PublishOptions) -> Iterator[Path]:
 
 
 def _private_paths(run: Path, lock: Document) -> list[Path]:
-    """Return the paths of this machine that nothing published may name."""
+    """Return paths of this machine that published files must not contain."""
     files = [file["path"] for file in lock["data"]["files"]]
     data = [Path(file).parent for file in files if file and is_local_path(file)]
     return [run.absolute(), run.resolve(), Path.home(), Path.cwd(), Path(lock["model"]["folder"]), *data]
 
 
 def _fill_folder(target: Path, run: Path, published: Publication) -> None:
-    """Write everything but the card."""
+    """Write all files except the card."""
     for path in sorted(published.folder.iterdir()):
         if path.is_file() and path.name not in REWRITTEN:
             shutil.copyfile(path, target / path.name)
@@ -276,7 +276,7 @@ def _fill_folder(target: Path, run: Path, published: Publication) -> None:
 
 
 def _read_card(path: Path) -> ModelCard:
-    """Read a card as the hub's library does; raises EnvironmentProblem where it cannot."""
+    """Read a card with the hub's library; raises EnvironmentProblem if it cannot."""
     try:
         card: ModelCard = ModelCard.load(path)
     except (ValueError, TypeError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""`llmtune release`: a finished run as a small file for git, and such files listed and compared."""
+"""`llmtune release`: write a finished run as a small file for git; list and compare such files."""
 
 from __future__ import annotations
 
@@ -40,52 +40,52 @@ INSTALL = {"ssh-keygen": "Install OpenSSH 8.1 or later.", SIGSTORE: "pip install
 
 @dataclass(frozen=True)
 class Signature:
-    """What is known of a release's signature."""
+    """A release's signature."""
 
     kind: str
     file: str
     by: str
-    """Whose it is, where that was checked; else the fingerprint of the key, or how to check it."""
+    """The signer if checked; otherwise the key's fingerprint, or how to check it."""
     checked: bool
-    """Whether it was checked against the keys of those who may sign."""
+    """Whether it was checked against the allowed signers."""
 
 
 def sign(path: Path, how: str) -> Path:
-    """Sign a release by the SSH key in the file `how`, or by Sigstore; return the file with the signature.
+    """Sign a release with the SSH key in the file `how`, or with Sigstore; return the signature file.
 
     Raises:
-        RecipeError: there is no such key.
-        EnvironmentProblem: the program is not installed, or refused.
+        RecipeError: the key does not exist.
+        EnvironmentProblem: the signing program is not installed or failed.
     """
     remove_signatures(path)
     if how == SIGSTORE:
         _call_program([SIGSTORE, "sign", "--bundle", str(signature_file(path, SIGSTORE)), str(path)])
         return signature_file(path, SIGSTORE)
     if not Path(how).is_file():
-        fix = "Name the file of an SSH key, such as ~/.ssh/id_ed25519, or write sigstore."
-        raise RecipeError.of(f"there is no SSH key {how}", "--sign", fix)
+        fix = "Give the file of an SSH key, such as ~/.ssh/id_ed25519, or sigstore."
+        raise RecipeError.of(f"SSH key {how} not found", "--sign", fix)
     _call_program(["ssh-keygen", "-Y", "sign", "-f", how, "-n", NAMESPACE, str(path)])
     return signature_file(path, "ssh")
 
 
 def check_signature(path: Path, signers: Path | None) -> Signature | None:
-    """Check the signature of a release, if it has one; `signers` is a file of keys as ssh-keygen's ALLOWED SIGNERS are.
+    """Check the signature of a release, if any; `signers` is an ALLOWED SIGNERS file of ssh-keygen.
 
     Raises:
-        GateFailed: the file is not what was signed; or, with `signers`, nobody of them signed it.
+        GateFailed: the file differs from the signed one, or with `signers`, none of them signed it.
         EnvironmentProblem: ssh-keygen is not installed.
     """
     found = {kind: file for kind in ENDINGS if (file := signature_file(path, kind)).exists()}
     asked = [file for file in (signers, found.get("ssh")) if file is not None]
     RecipeError.collect(problem for file in asked if (problem := _unreadable(file)))
     if signers is not None and "ssh" not in found:
-        raise GateFailed.of("nobody signed this with an SSH key", str(path), "Sign it: llmtune release RUN --sign KEY")
+        raise GateFailed.of("this file has no SSH signature", str(path), "Sign it: llmtune release RUN --sign KEY")
     if "ssh" in found:
         words, content = ["-n", NAMESPACE, "-s", str(found["ssh"])], path.read_bytes()
         valid = _run_program(["ssh-keygen", "-Y", "check-novalidate", *words], content)
         if valid.returncode:
-            fix = "Take the file and its signature as they were released."
-            raise GateFailed.of("this is not the file that was signed", str(path), fix)
+            fix = "Restore the file and its signature as they were released."
+            raise GateFailed.of("the file changed since it was signed", str(path), fix)
         if signers is None:
             return Signature("ssh", found["ssh"].name, valid.stdout.decode().strip().rpartition(" ")[2], checked=False)
         names = _run_program(["ssh-keygen", "-Y", "find-principals", "-f", str(signers), "-s", str(found["ssh"])])
@@ -102,7 +102,7 @@ def check_signature(path: Path, signers: Path | None) -> Signature | None:
 
 
 def _unreadable(file: Path) -> Problem | None:
-    """Return why ssh-keygen cannot read a file: it waits for a pipe, and reads a device without end."""
+    """Return why ssh-keygen must not read a file: a pipe would block it, and a device would never end."""
     try:
         read_bytes(file)
     except OSError as error:
@@ -111,18 +111,18 @@ def _unreadable(file: Path) -> Problem | None:
 
 
 def signature_file(path: Path, kind: str) -> Path:
-    """Return where the signature of a release lies."""
+    """Return the path of a release's signature."""
     return path.with_name(path.name + ENDINGS[kind])
 
 
 def remove_signatures(path: Path) -> None:
-    """Remove the signatures of an earlier content."""
+    """Remove signatures of an earlier version."""
     for kind in ENDINGS:
         signature_file(path, kind).unlink(missing_ok=True)
 
 
 def _run_program(words: list[str], given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Run a program; raises EnvironmentProblem where it is not installed."""
+    """Run a program; raises EnvironmentProblem if it is not installed."""
     if shutil.which(words[0]) is None:
         raise EnvironmentProblem.of(f"{words[0]} is not installed", "--sign", INSTALL[words[0]])
     return subprocess.run(words, input=given, capture_output=True, check=False)  # noqa: S603
@@ -142,8 +142,8 @@ FOLDER = Path("releases")
 def make_release(run: Path, out: Path | None, signing: str | None = None) -> Path:
     """Write the release file of a run, by default `releases/<name of the run folder>.json`, and return its path.
 
-    `signing` is as `sign` takes it. Raises as it does, and:
-        RecipeError: the run has no scores or no report, or `out` is a file that is not a release.
+    `signing` is the argument of `sign`. Raises the errors of `sign`, and:
+        RecipeError: the run has no scores or no report, or `out` exists and is not a release.
         EnvironmentProblem: its scores are damaged, or the file cannot be written.
     """
     target = out or FOLDER / f"{run.absolute().name}.json"
@@ -174,7 +174,7 @@ def make_release(run: Path, out: Path | None, signing: str | None = None) -> Pat
     )
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        packed = base64.b64encode(pack_measures(measures)).decode()  # nothing in it is a path or a secret
+        packed = base64.b64encode(pack_measures(measures)).decode()  # contains no path or secret
         write_json(target, {**_without_paths(content), "measures": packed})
         remove_signatures(target)
     if signing:
@@ -188,16 +188,16 @@ def _without_paths(content: Release) -> Json:
 
 
 def find_certificates(run: Path) -> dict[str, Json]:
-    """Return the certificates of a run's products, by path in its folder."""
+    """Return the certificates of a run's products by path in its folder."""
     files = [*run.glob(f"*/{CERTIFICATE}"), *run.glob(f"*/*/{CERTIFICATE}"), run / ENDPOINT_CERTIFICATE]
     found = {str(file.relative_to(run)): read_json(file) for file in files}
     return {name: content for name, content in found.items() if isinstance(content, dict)}
 
 
 def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dict[str, str]]:
-    """Return paired differences by metric, second minus first, and why others could not be compared.
+    """Return paired differences by metric (second minus first), and reasons for metrics without one.
 
-    Raises DataError or RecipeError where they were not measured on the same rows in the same way.
+    Raises DataError or RecipeError if the releases were not measured on the same rows in the same way.
     """
     names = name_runs([first, second])
     before, after = (open_release(path, name) for path, name in zip((first, second), names, strict=True))
@@ -205,7 +205,7 @@ def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dic
     difference, left_out = pair_metrics(before, after)
     for metric in dict.fromkeys([*before.evaluation.tuned, *after.evaluation.tuned]):
         having = [one.name for one in (before, after) if metric in one.evaluation.tuned]
-        why = "has no scores by row" if len(having) == 2 else f"measured in {having[0]} alone"
+        why = "has no scores by row" if len(having) == 2 else f"measured only in {having[0]}"
         left_out |= {} if metric in {*difference, *left_out} else {metric: why}
     return difference, left_out
 

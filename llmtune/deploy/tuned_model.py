@@ -1,4 +1,4 @@
-"""The tuned model that products are compared with, the questions it is asked, and its outputs.
+"""The tuned model as reference for products: the questions it is asked, and its outputs.
 
 Shapes: T positions of a prompt and its answer, V vocabulary; N distributions over K outputs: one per row for classes,
 one per token for tags and words, two for an answer's ends.
@@ -48,24 +48,24 @@ PROMPTS = (
     "Once upon a time there was a small town by the sea, and",
 )
 CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'clock, and 30 apples cost 15 euros."
-"""What the fixed prompts are asked about, where a task finds answers in a text."""
+"""The context of the fixed prompts, for tasks that find answers in a text."""
 ANSWER_TOKENS = 16
 CERTIFIED_ROWS = 8
-"""Rows of the run that a product is asked, after the fixed prompts."""
+"""Rows of the run to ask after the fixed prompts."""
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """The model that products are made from and compared with, and the run's rows that it is asked."""
+    """The model that products are made from and compared with, and the run's rows to ask it."""
 
     adapted: AdaptedModel
     recipe: Recipe
     task: AnyTask
     rows: Sequence[Row] = ()
     trained_sha256: str | None = None
-    """Hash of the run's folder of what was trained; None where that is in memory alone."""
+    """Hash of the trained files in the run folder; None if they exist only in memory."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
-    """Where progress is shown."""
+    """The console for progress."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -74,7 +74,7 @@ class TunedModel:
 
     @property
     def processor(self) -> PreTrainedTokenizerBase:
-        """The tokenizer (or processor) it was trained with."""
+        """The tokenizer or processor used in training."""
         return self.adapted.selected.processor
 
     @property
@@ -84,7 +84,7 @@ class TunedModel:
         return [*fixed, *(self.task.split_answer(row)[0] for row in self.rows)]
 
     def certificate(self, breaches: Sequence[str]) -> Certificate:
-        """Return what every certificate begins with."""
+        """Return the first fields of every certificate."""
         ref = self.adapted.selected.model_ref
         return {
             "passed": not breaches,
@@ -97,7 +97,7 @@ class TunedModel:
 
 
 def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedModel:
-    """Load the model of a finished run, and a few rows of the first of `splits` that has any."""
+    """Load the model of a finished run, and a few rows of the first non-empty split."""
     rows = context.rows
     split = next((name for name in splits if rows.counts[name]), splits[0])
     return TunedModel(
@@ -111,13 +111,13 @@ def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedM
 
 
 def training_base(recipe: Recipe, model_ref: ModelRef) -> Onto:
-    """Return the weights that the adapter was trained on, as `--onto` calls them: there both models agree best."""
+    """Return the `--onto` name of the weights used in training: on them both models agree best."""
     quantized = recipe.adapter.method == "qlora" or kept_quantization(read_model_config(model_ref, recipe.model))
     return "dequantized" if quantized else "original"
 
 
 class TunedReference(ABC):
-    """What the tuned model makes of its questions; products are compared with it."""
+    """The tuned model's outputs on its questions, to compare products with."""
 
     kind = "choice"
     """The task's `output_kind`."""
@@ -126,7 +126,7 @@ class TunedReference(ABC):
         self.tuned = tuned
         self.logits = self.read_logits(tuned.model)
         self.base_logits = self.read_base_logits()
-        """Those of the base model; None where no adapter can be switched off."""
+        """The base model's logits; None if no adapter can be disabled."""
         self.effect = None if self.base_logits is None else self.compare(self.base_logits).kl_mean
         """Mean KL from the tuned model to its own base."""
 
@@ -140,10 +140,10 @@ class TunedReference(ABC):
 
     @abstractmethod
     def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
-        """Compare a product: its logits, its answers, and the inputs that its saved `processor` and `folder` make."""
+        """Compare a product: its logits, its answers, and the inputs from its saved `processor` and `folder`."""
 
     def read_base_logits(self) -> list[torch.Tensor] | None:
-        """Return the logits of the base model; None where no adapter can be switched off."""
+        """Return the base model's logits; None if no adapter can be disabled."""
         model = self.tuned.adapted.model
         if not switches_off(model):  # trained biases stay
             return None
@@ -155,7 +155,7 @@ class TunedReference(ABC):
         return measure_distance(self.logits, logits, self.kind)
 
     def judge(self, logits: Sequence[torch.Tensor], same_answers: Sequence[bool], same_ids: bool) -> Parity:
-        """Return the parity of a product by its logits, by which answers are the same, and whether all inputs are."""
+        """Return a product's parity from its logits, equal answers, and whether all inputs are equal."""
         return Parity(
             **asdict(self.compare(logits)),
             prompts=len(same_answers),
@@ -167,7 +167,7 @@ class TunedReference(ABC):
 
 
 def make_reference(tuned: TunedModel) -> TunedReference:
-    """Ask the tuned model the fixed prompts and its rows; the rows alone if it does not continue a text."""
+    """Ask the tuned model the fixed prompts and its rows; only the rows if it does not continue a text."""
     return TextReference(tuned) if tuned.task.continues_text else HeadReference(tuned)
 
 
@@ -175,7 +175,7 @@ def make_reference(tuned: TunedModel) -> TunedReference:
 
 
 class TransformersReader:
-    """A model of transformers or PEFT that continues a text."""
+    """A transformers or PEFT model that continues a text."""
 
     name = "transformers"
 
@@ -187,7 +187,7 @@ class TransformersReader:
         """Return the logits [T, V] of every position, on the CPU in float32."""
         ids_BT = torch.tensor([list(ids)], device=self.model.device)
         logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV[0, -len(ids) :].float().cpu()  # vectors before a text have logits too
+        return logits_BTV[0, -len(ids) :].float().cpu()  # prefix vectors have logits too
 
     def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
         """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
@@ -210,21 +210,21 @@ class TextReference(TunedReference):
         super().__init__(tuned)
 
     def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
-        """Return the logits over each prompt and the tuned model's answer to it."""
+        """Return the logits over each prompt with the tuned model's answer."""
         return self.read_by(TransformersReader(model).logits)
 
     def read_by(self, logits_of: Callable[[Sequence[int]], torch.Tensor]) -> list[torch.Tensor]:
-        """Return what a reader's `logits` are over each prompt and the tuned model's answer to it."""
+        """Return a reader's logits over each prompt with the tuned model's answer."""
         pairs = list(zip(self.prompts, self.answers, strict=True))
         return [logits_of([*prompt, *answer]) for prompt, answer in self.follow(pairs, "likelihoods")]
 
     def same_answers(self, answer: Callable[[Sequence[int], Sequence[int]], list[int]]) -> list[bool]:
-        """Return whether a reader's `answer` to each prompt is that of the tuned model."""
+        """Return whether a reader's `answer` to each prompt equals the tuned model's."""
         pairs = list(zip(self.prompts, self.answers, strict=True))
         return [answer(prompt, self.stops) == expected for prompt, expected in self.follow(pairs, "answers")]
 
     def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
-        """Compare a folder of transformers; its prompts are made as in training and as a server makes them."""
+        """Compare a transformers folder, with prompts made as in training and as by a server."""
         trust = self.tuned.recipe.model.trust_remote_code
         saved = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
         texts = render_chats(self.tuned, saved)
@@ -238,14 +238,14 @@ class TextReference(TunedReference):
 
 
 def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the ids of the questions, as the task makes them."""
+    """Return the ids of the questions, encoded by the task."""
     return [tuned.task.prompt_ids(row, processor, tuned.recipe) for row in tuned.questions]
 
 
 def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-    """Return the prompts as a server renders them that knows the saved tokenizer alone, and is sent no switches.
+    """Return the prompts as a server renders them from the saved tokenizer alone, without template options.
 
-    None where a client writes the prompt himself.
+    Return None if the client writes the prompt.
     """
     if not tuned.task.is_conversational or not tokenizer.chat_template:
         return None
@@ -260,18 +260,18 @@ def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 class HeadReference(TunedReference):
-    """Outputs and predictions of a model with a head, an encoder-decoder or a speech model, on rows of the run."""
+    """Outputs and predictions on the run's rows, for models with a head, encoder-decoders and speech models."""
 
     def __init__(self, tuned: TunedModel) -> None:
         self.tuned = tuned
         self.kind = tuned.task.output_kind(tuned.recipe)
         device = str(tuned.model.device)
         dtype = resolve_dtype(tuned.recipe.model.dtype, device.split(":")[0])
-        with compute_context(dtype, device):  # as in evaluation: a head in float32 on top of a body in 16 bits
+        with compute_context(dtype, device):  # as in evaluation: a float32 head on a 16-bit body
             self.predictions = self._predict(tuned.model, tuned.processor)
             self.batches = list(self._make_batches(tuned.processor))
             if not self.batches:
-                what = "none of the run's rows can be asked: there is nothing to compare two models by"
+                what = "none of the run's test rows can be encoded, so the models cannot be compared"
                 raise DataError.of(what, "data.test", "Give test rows that fit into data.max_length.")
             super().__init__(tuned)
 
@@ -280,7 +280,7 @@ class HeadReference(TunedReference):
         return [read_head_outputs(model, batch) for batch in self.follow(self.batches, "outputs")]
 
     def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
-        """Compare a folder of transformers; predictions are compared as they are written out."""
+        """Compare a transformers folder; predictions are compared in their written form."""
         write = self.tuned.task.format_prediction
         pairs = zip(self._predict(model, processor), self.predictions, strict=True)
         same = [write(actual) == write(expected) for actual, expected in pairs]
@@ -295,22 +295,22 @@ class HeadReference(TunedReference):
             return task.predict(questions, LoadedModel(model, processor, self.tuned.recipe, str(model.device)))
 
     def _make_batches(self, processor: PreTrainedTokenizerBase) -> Iterator[Batch]:
-        """Yield a batch per example, so that nothing is padded; rows that cannot be encoded are left out.
+        """Yield one batch per example, to avoid padding; rows that cannot be encoded are skipped.
 
-        An encoder-decoder is compared at each token of what it predicted.
+        An encoder-decoder is compared at each token of its prediction.
         """
         task, recipe = self.tuned.task, self.tuned.recipe
         collate = task.collator(processor, recipe, False)
         for row, prediction in zip(self.tuned.rows, self.predictions, strict=True):
             for candidate in (fill_answer(task, row, prediction), row):
                 (examples,) = task.encode([candidate], processor, recipe)
-                if not isinstance(examples, str):  # a text is why the row has none
+                if not isinstance(examples, str):  # a string is the reason why the row has none
                     yield from (collate([example], 0) for example in examples)
                     break
 
 
 def fill_answer(task: AnyTask, row: Row, prediction: object) -> Row:
-    """Return a row whose answer, where it is one text, is what a model predicted."""
+    """Return the row with a model's prediction as its answer, if answers are single texts."""
     question, answer = task.split_answer(row)
     if not isinstance(prediction, str) or task.trains_head:
         return row
@@ -322,7 +322,7 @@ def fill_answer(task: AnyTask, row: Row, prediction: object) -> Row:
 
 @torch.inference_mode()
 def read_head_outputs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the logits [N, K] that `model` has for one batch, on the CPU in float32."""
+    """Return the model's logits [N, K] for one batch, on the CPU in float32."""
     inner = unwrap(model)
     moved = move_to(inner.device, batch)
     if "samples_R" in moved:

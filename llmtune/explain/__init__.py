@@ -1,1 +1,1 @@
-"""Looking inside a model: attention, generation, positions, architecture, and where the tuning went."""
+"""Look inside a model: attention, generation, positions, architecture, and which modules the tuning changed."""

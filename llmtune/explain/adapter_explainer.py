@@ -1,4 +1,4 @@
-"""`llmtune explain adapter`: how far each layer and module of a run's model moved: where the tuning went."""
+"""`llmtune explain adapter`: how far the tuning moved each layer and module of a run's model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 Axis = Literal["layer", "column"]
 STRONGEST = 20
 CELL_IN, WIDE_IN, MOST_IN, WRITTEN_IN = 0.21, 0.5, 14.0, 0.17
-"""Height and width of a cell; height of the deepest map; height of a cell from which its number is written into it."""
+"""Cell height and width; maximum height of a map; minimum height of a cell that shows its number."""
 MEASURES: Sequence[tuple[str, str, Callable[[Move], float | None]]] = (
     (
         "Moved, % of the weights’ norm",
@@ -46,8 +46,8 @@ MEASURES: Sequence[tuple[str, str, Callable[[Move], float | None]]] = (
     ),
     (
         "Effective rank of the change",
-        "How many directions the change really uses: exp of the entropy of its singular values. At most the adapter’s "
-        "rank; far below it, a smaller rank would have done.",
+        "The number of directions the change uses: exp of the entropy of its singular values. At most the adapter’s "
+        "rank. If it is far below, a smaller rank is enough.",
         lambda move: move.effective_rank,
     ),
 )
@@ -64,12 +64,12 @@ class AdapterExplainer(Explainer):
 
     stem = "adapter"
     lead = (
-        "How far each part of the model moved in training: the size of what was added to a weight matrix against the "
-        "size of the matrix itself. Strong colours are where the tuning went."
+        "How far each part of the model moved in training: the norm of a matrix's change relative to the norm of "
+        "the matrix. Strong colours mark the largest changes."
     )
 
     def read(self) -> None:
-        """Check that the run's adapter is there, and of a kind that can be measured."""
+        """Check that the run's adapter exists and can be measured."""
         self.title = f"Where the tuning went: {self.target.short_name}"
         trained = find_trained(self.target)  # headers alone
         assert trained is not None, "the command line asks for a run"
@@ -77,7 +77,7 @@ class AdapterExplainer(Explainer):
         _refuse_other_methods(self.target)
 
     def run(self) -> None:
-        """Measure how far each module moved; those in layers come first, in their order."""
+        """Measure how far each module moved; list modules in layers first, in order."""
         with spinner(self.console, "measuring"):
             moves = (full_moves if self.trained.method == "full" else lora_moves)(self.target)
             self.moves = arrange(list(moves))
@@ -90,7 +90,7 @@ class AdapterExplainer(Explainer):
 
     @property
     def in_layers(self) -> list[Move]:
-        """The moves in layers; heads and embeddings are in none."""
+        """The moves of modules in layers, without heads and embeddings."""
         return [move for move in self.moves if move.layer is not None]
 
     def by(self, axis: Axis) -> dict[str, list[Move]]:
@@ -105,7 +105,7 @@ class AdapterExplainer(Explainer):
         return {name: together(moves) or 0.0 for name, moves in self.by(axis).items()}
 
     def values(self, measure: Callable[[Move], float | None]) -> Values:
-        """Return a measure by layer and kind of module, [rows, columns]; NaN where there is none."""
+        """Return a measure by layer and kind of module, [rows, columns]; NaN if missing."""
         found = {(move.layer, move.column): measure(move) for move in self.in_layers}
         rows = [[found.get((layer, column)) for column in self.by("column")] for layer in self.by("layer")]
         return np.array(rows, dtype=np.float64)
@@ -124,7 +124,7 @@ class AdapterExplainer(Explainer):
         }
 
     def draw(self, folder: Path) -> list[Path]:
-        """Draw movement next to effective rank; nothing without layers."""
+        """Draw movement next to effective rank; draw nothing if the model has no layers."""
         if not self.in_layers:
             return []
         rows, columns = Ticks("layer", list(self.by("layer"))), Ticks("", list(self.by("column")))
@@ -136,7 +136,7 @@ class AdapterExplainer(Explainer):
         return draw_heatmaps(folder / "adapter", panels, rows, columns, title=title, cell=cell)[0]
 
     def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
-        """Yield what moved: by module, by layer, and which modules moved most."""
+        """Yield the movement by module and by layer, and the modules that moved most."""
         base = KeyValues([("base model", self.model), ("method", self.trained.method)])
         yield Section("", [*map(Text, self._summary()), base])
         if figures:
@@ -150,18 +150,18 @@ class AdapterExplainer(Explainer):
             rows = [[name, in_percent(together(moves)), _mean_rank(moves)] for name, moves in groups]
             yield Section("By module", [Table(columns, rows)])
         strongest = sorted(self.moves, key=lambda move: -(move.relative or 0.0))[:STRONGEST]
-        yield Section("What moved most", [_list_moves(strongest)])
+        yield Section("Largest changes", [_list_moves(strongest)])
         if beside := [move for move in self.moves if move.layer is None]:
-            yield Section("Outside of the layers", [_list_moves(beside)], brief=False)
+            yield Section("Outside the layers", [_list_moves(beside)], brief=False)
 
     def _summary(self) -> Iterator[str]:
-        """Say in sentences where the tuning went."""
+        """Summarise in sentences which modules moved."""
         whole = together(self.moves)
         if not whole:
             yield "Nothing moved: the adapter adds nothing to the weights."
             return
         full = self.trained.method == "full"
-        what = "The weights" if full else f"The {len(self.moves)} modules that were trained"
+        what = "The weights" if full else f"The {len(self.moves)} trained modules"
         yield f"{what} moved by {in_percent(whole)} of their norm, taken together."
         for kind, sizes in (("layer", self.sizes("layer")), ("module", self.sizes("column"))):
             if len(sizes) > 1:
@@ -169,19 +169,19 @@ class AdapterExplainer(Explainer):
                 first, last = (f"{key} ({in_percent(sizes[key])})" for key in (order[0], order[-1]))
                 yield f"By {kind}: most in {first}, least in {last}."
         if any(move.rank for move in self.moves):
-            yield f"A change uses {_mean_rank(self.moves)} directions at most, on the mean."
+            yield f"Mean effective rank: {_mean_rank(self.moves)}."
         if self.new_head:
-            yield "The head was made by this run: it moved from a random start, not from trained weights."
+            yield "This run created the head: it moved from random weights, not from trained ones."
 
 
 def together(moves: Sequence[Move]) -> float | None:
-    """Return how far modules moved as one: the norm of all their changes against that of all their weights."""
+    """Return how far modules moved together: the norm of all changes divided by the norm of all weights."""
     weight = sum(move.weight**2 for move in moves) ** 0.5
     return sum(move.change**2 for move in moves) ** 0.5 / weight if weight else None
 
 
 def _refuse_other_methods(target: Target) -> None:
-    """Raise RecipeError for an adapter that is not a product of two matrices next to each module."""
+    """Raise RecipeError if the adapter is not a LoRA: a product of two matrices per module."""
     assert target.recipe is not None
     adapter = target.recipe.adapter
     kind = "experts (target_parameters)" if adapter.options.get("target_parameters") else adapter.method
@@ -191,7 +191,7 @@ def _refuse_other_methods(target: Target) -> None:
 
 
 def lora_moves(target: Target) -> Iterator[Move]:
-    """Measure what an adapter adds, and biases that were trained with it, which PEFT changes in place."""
+    """Measure what an adapter adds, and the trained biases, which PEFT changes in place."""
     assert target.recipe is not None
     biases: dict[str, torch.Tensor] = {}
     if target.recipe.adapter.bias != "none":
@@ -207,14 +207,14 @@ def lora_moves(target: Target) -> Iterator[Move]:
 
 
 def full_moves(target: Target) -> Iterator[Move]:
-    """Hold the tuned weights, a module at a time from their files, against the base in memory.
+    """Compare the tuned weights, read from file one module at a time, with the base in memory.
 
-    Raises EnvironmentProblem where they are gone or damaged.
+    Raises EnvironmentProblem if they are missing or damaged.
     """
     folder = Path(target.name) / "weights"
     files = tensor_files(folder)
     if not files:
-        raise EnvironmentProblem.of("the run's tuned weights are gone", str(folder), "Run the recipe again.")
+        raise EnvironmentProblem.of("the run's tuned weights are missing", str(folder), "Run the recipe again.")
     with target.open_model(BASE) as model:
         modules: dict[str, dict[str, torch.Tensor]] = {}
         for name, parameter in model.named_parameters():
@@ -225,12 +225,12 @@ def full_moves(target: Target) -> Iterator[Move]:
             after = {last: read_tensor(files[name], name) for last, name in names.items() if name in files}
             if not after:
                 what = f"the tuned weights of {owner} are missing"
-                raise EnvironmentProblem.of(what, str(folder), "The folder is not whole: run again.")
+                raise EnvironmentProblem.of(what, str(folder), "The folder is incomplete: run the recipe again.")
             yield compare_weights(owner, "weights", before, after)
 
 
 def arrange(moves: Sequence[Move]) -> list[Move]:
-    """Give each move its layer and its kind of module; modules outside layers follow, without both."""
+    """Assign each move its layer and kind of module; moves outside layers come last, without either."""
     parts = {move.module: match.groups() for move in moves if (match := LAYER.fullmatch(move.module))}
     below = list(dict.fromkeys(rest for _, _, rest in parts.values()))
     lists = list(dict.fromkeys(prefix for prefix, _, _ in parts.values()))

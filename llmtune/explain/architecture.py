@@ -1,4 +1,4 @@
-"""The parts of a model in the order of their use: embeddings, blocks, norms, head; by its modules and configuration."""
+"""The parts of a model in execution order: embeddings, blocks, norms, head; read from modules and configuration."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ PART_TITLES = {
     "convolution": "Convolution",
 }
 BIASES = ("relative_attention_bias", "rel_embeddings", "relative_attention_bias_embedding")
-"""Last parts of the names of modules that hold a bias by distance."""
+"""Last parts of the names of modules with a relative position bias."""
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation")
 """Keys of a configuration that name the activation."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One module with weights, or one parameter of a module that holds several matrices."""
+    """One module with weights, or one parameter of a module with several matrices."""
 
     name: str
-    """Within a block below the block."""
+    """In a block: relative to the block."""
     shape: str
     parameters: int
-    """Its own: a weight that another part uses before it is counted there."""
+    """Its own parameters; a shared weight counts for the part that uses it first."""
 
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A part of a model, as it is drawn."""
+    """One drawn part of a model."""
 
     kind: str
-    """embedding, positions, norm, linear, convolutions, other, or the role of a part of a block."""
+    """embedding, positions, norm, linear, convolutions, other, or a role within a block."""
     title: str
     about: str = ""
     weights: tuple[Weights, ...] = ()
     place: Place = ""
-    """Within a block how it is reached."""
+    """How the part is connected within its block."""
     added: bool = False
-    """Whether it is added to what comes from below; in a block, to the residual path."""
+    """Whether its output is added to its input from below; in a block, to the residual path."""
     tied: bool = False
-    """Whether it uses the weights of a part before it."""
+    """Whether it shares the weights of an earlier part."""
 
     @property
     def names(self) -> list[str]:
-        """Of its modules."""
+        """The names of its modules."""
         return [weights.name for weights in self.weights]
 
     @property
@@ -71,25 +71,25 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Equal blocks, one after the other."""
+    """A run of identical blocks."""
 
     list_name: str
     numbers: tuple[int, ...]
-    """Which they are in their list, from 0."""
+    """Their indices in the module list, from 0."""
     runs: int
-    """How often a text passes through one of them; more than once where weights are shared."""
+    """How often a text passes through each block; more than once if weights are shared."""
     parts: tuple[ModelPart, ...]
     bias_table: int = 0
-    """Parameters of the bias by distance that the first one holds for all, as T5's does."""
+    """Parameters of the relative position bias that the first block holds for all, as in T5."""
 
     @property
     def typical(self) -> int:
-        """Parameters of one of them."""
+        """Parameters of one block."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def title(self) -> str:
-        """Which blocks they are."""
+        """The heading, such as "blocks 0 to 29"."""
         first, last = self.numbers[0], self.numbers[-1]
         which = f"block {first}" if first == last else f"blocks {first} to {last}"
         return f"{which}; one holds a bias table" if self.bias_table else which
@@ -104,20 +104,20 @@ class Stack:
     """Blocks, and the parts before and after them."""
 
     name: str
-    """encoder or decoder; of other models the name of the module."""
+    """encoder, decoder, or for other models the name of the module."""
     orders: tuple[str, ...]
-    """How it knows the order of words."""
+    """How it represents the order of tokens."""
     before: tuple[ModelPart, ...]
     blocks: tuple[Blocks, ...]
     behind: tuple[ModelPart, ...]
     reads: str
     gives: str
-    """What comes out; empty where another stack reads it."""
+    """Its output in words; empty if another stack reads it."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model as its configuration and its modules say."""
+    """A model as described by its configuration and modules."""
 
     name: str
     model_class: str
@@ -127,16 +127,16 @@ class Architecture:
     width: int | None
     vocabulary: int | None
     context: int | None
-    """Tokens that its positions reach; None where they have no end."""
+    """Maximum number of tokens; None if unlimited."""
     stacks: tuple[Stack, ...]
     other: int
-    """Parameters of what is part of no stack, or is not used for a text."""
+    """Parameters outside every stack, or not used for a text."""
     untraced: str | None
-    """Why the model could not be run on shapes: then its parts are in declared order, and no path is drawn."""
+    """Why the model could not run on shapes. Its parts are then in declared order, and no path is drawn."""
 
 
 def describe_architecture(target: Target, fake: FakeModel) -> Architecture:
-    """Describe the model of `target`; every parameter is counted in exactly one part."""
+    """Describe the model of `target`; each parameter counts for exactly one part."""
     model = fake.model
     config, context = model.config.get_text_config(), context_length(model.config)
     reader = _Reader(fake, target.family)
@@ -158,7 +158,7 @@ def describe_architecture(target: Target, fake: FakeModel) -> Architecture:
 
 
 class _Reader:
-    """A model with its units in the order of their use, and what was counted of it."""
+    """A model with its units in execution order, and the weights counted so far."""
 
     def __init__(self, fake: FakeModel, family: str) -> None:
         self.model, self.family = fake.model, family
@@ -176,7 +176,7 @@ class _Reader:
         self.lists = self._find_lists()
 
     def _find_lists(self) -> list[str]:
-        """Return the names of the lists of blocks in the order of their use; the outermost alone."""
+        """Return the names of the outermost block lists, in execution order."""
         attends = {
             name
             for name, part in self.model.named_modules()
@@ -190,7 +190,7 @@ class _Reader:
         return list(dict.fromkeys(found))
 
     def describe_stack(self, name: str) -> Stack:
-        """Describe the stack whose blocks are in the list `name`."""
+        """Describe the stack with the block list `name`."""
         owner = name.rpartition(".")[0]
         role = next((half for half in ("encoder", "decoder") if half in owner.split(".")), None)
         word = role if self.family == "encoder-decoder" and role else self.family if len(self.lists) == 1 else owner
@@ -210,7 +210,7 @@ class _Reader:
         return Stack(word, orders, before, blocks, behind, reads, self._describe_output(behind) if final else "")
 
     def _stack_of(self, module: str) -> str:
-        """Return the stack that a module belongs to: that of the half that it is part of, else the last."""
+        """Return the stack of a module: that of its half, else the last."""
         halves = (name for name in self.lists if module.startswith(f"{name.rpartition('.')[0]}."))
         return next(halves, self.lists[-1])
 
@@ -227,7 +227,7 @@ class _Reader:
     # Blocks
 
     def _group_blocks(self, name: str, stack: str, orders: Sequence[str]) -> list[Blocks]:
-        """Return runs of blocks that are built alike."""
+        """Group consecutive blocks with the same structure."""
         found: list[Blocks] = []
         inside = [unit for unit in self.units if unit.name.startswith(f"{name}.")]
         for number in sorted({int(unit.name[len(name) + 1 :].split(".")[0]) for unit in inside}):
@@ -265,7 +265,7 @@ class _Reader:
         return ModelPart(kind, title, "; ".join(filter(None, about)), weights, group.place, group.added)
 
     def _read_weights(self, unit: Unit, block: str = "") -> Iterator[Weights]:
-        """Yield the weights of a module; parameters count for the part that uses them first."""
+        """Yield the weights of a module; shared parameters count for their first user."""
         module = unit.module
         groups = {unit.name: list(module.parameters())}
         if not isinstance(module, PLAIN) and not unit.is_norm:
@@ -279,7 +279,7 @@ class _Reader:
     # Outside the blocks
 
     def _describe_pieces(self, units: Sequence[Unit], before: int = 0) -> tuple[ModelPart, ...]:
-        """Describe the parts before or after the blocks; a list of convolutions is drawn as one."""
+        """Describe the parts before or after the blocks; draw a list of convolutions as one part."""
         pieces: dict[str, ModelPart] = {}
         for unit in units:
             listed = re.match(r"(.+?)\.\d+\.", unit.name)
@@ -294,7 +294,7 @@ class _Reader:
         return tuple(pieces.values())
 
     def _describe_piece(self, unit: Unit, *, first: bool) -> ModelPart:
-        """Describe a part outside the blocks; positions and types of tokens are added to what comes before them."""
+        """Describe a part outside the blocks; positions and token types are added to the previous part."""
         module, last = unit.module, unit.name.rpartition(".")[2]
         known = any(id(value) in self.counted for value in module.parameters())
         weights = tuple(self._read_weights(unit))
@@ -320,11 +320,11 @@ class _Reader:
         )
 
 
-# What is written on them
+# Texts of the boxes
 
 
 def describe_heads(config: PretrainedConfig, half: str) -> str:
-    """Say how many heads there are, and how many of them for keys and values where these are fewer."""
+    """Describe the number and size of heads, and the number of key-value heads if smaller."""
     keys = (f"{half}_attention_heads", "num_attention_heads", "num_heads", "n_head")
     heads = next((number for key in keys if isinstance(number := getattr(config, key, None), int)), 0)
     if not heads:
@@ -336,7 +336,7 @@ def describe_heads(config: PretrainedConfig, half: str) -> str:
 
 
 def describe_feed_forward(config: PretrainedConfig, units: Sequence[Unit]) -> str:
-    """Say how wide it is, how many experts it has, its activation, and whether two projections are multiplied."""
+    """Describe width, number of experts, activation, and whether the layer is gated."""
     shapes = [shape for unit in units if (shape := linear_shape(unit.module))]
     experts = [part.shape[0] for unit in units for part in unit.module.parameters() if part.ndim == 3]
     wide = shapes[-1][0] if shapes else 0
@@ -347,7 +347,7 @@ def describe_feed_forward(config: PretrainedConfig, units: Sequence[Unit]) -> st
 
 
 def describe_window(config: PretrainedConfig, *, causal: bool) -> str:
-    """Say how far attention reaches where a configuration has a sliding window."""
+    """Describe the sliding window of a configuration, if it has one."""
     window = getattr(config, "sliding_window", None)
     kinds = list(getattr(config, "layer_types", None) or [])
     sliding = sum(bool(re.search("sliding|local|chunked", kind)) for kind in kinds)
@@ -358,13 +358,13 @@ def describe_window(config: PretrainedConfig, *, causal: bool) -> str:
 
 
 def is_positions(unit: Unit) -> bool:
-    """Whether a module adds positions to what it is given."""
+    """Whether a module adds positions to its input."""
     last = unit.name.rpartition(".")[2].lower()
     return "pos" in last or last == "wpe" or "Positional" in type(unit.module).__name__ or "pos_conv" in unit.name
 
 
 def find_orders(config: PretrainedConfig, owner: nn.Module, before: Sequence[Unit]) -> Iterator[str]:
-    """Yield how a stack knows the order of words, from its modules and its configuration."""
+    """Yield a stack's position encodings, from its modules and configuration."""
     for unit in filter(is_positions, before):
         weight = getattr(unit.module, "weight", None)
         if "pos_conv" in unit.name:

@@ -1,6 +1,6 @@
-"""The architecture as a figure: words come in below, scores come out above, and equal blocks are drawn once.
+"""The architecture as a figure: words enter at the bottom, scores leave at the top, and equal blocks are drawn once.
 
-Lengths are in points at the size at which the figure is saved; y grows upwards.
+Lengths are in points of the saved figure; y grows upwards.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from llmtune.explain.figures import BLUE, GREY, INK, MUTED, figure_settings, sav
 from llmtune.explain.trained_modules import TrainedModules, short_module_name
 
 BOX, HEAD, LINE, GAP = 276.0, 25.0, 16.0, 20.0
-"""Width of a box, heights of its title and of a line in it, and space between boxes."""
+"""Width of a box, height of its title and of a line, and the space between boxes."""
 RAIL, BESIDE, BETWEEN = 40.0, 96.0, 24.0
-"""Space left of the boxes for the residual path, right of a block for how often it comes, and between two stacks."""
+"""Space left of boxes for the residual path, right of a block for its count, and between stacks."""
 LETTERS = 46
-"""Of a line in a box."""
+"""Font size of a line in a box."""
 POINTS = 96.0
-"""Of an inch."""
+"""Points per inch."""
 LILAC = "#a88be0"
 COLOURS = {
     "attention": ("#dce8fd", "#6d9ae8"),
@@ -50,7 +50,7 @@ def draw_architecture(stem: Path, architecture: Architecture, trained: TrainedMo
             columns[-1].draw(stack, ordered=architecture.untraced is None)
         for before, after in pairwise(columns):
             x, up = after.left - RAIL - BETWEEN / 2, before.y + 14
-            for y in after.doors:  # what the encoder gives goes to each cross-attention of the decoder
+            for y in after.doors:  # the encoder's output goes to each cross-attention of the decoder
                 way = ((before.middle, before.y), (before.middle, up), (x, up), (x, y), (after.left - 1, y))
                 after.line(*way, colour=LILAC, width=1.8, arrow=True)
         width = max((column.left + BOX + BESIDE for column in columns), default=10.0)
@@ -62,7 +62,7 @@ def draw_architecture(stem: Path, architecture: Architecture, trained: TrainedMo
 
 
 class _Column:
-    """One stack, drawn from below: `y` is how far it has come."""
+    """One stack, drawn upwards; `y` is the current height."""
 
     def __init__(self, axes: Axes, x: float, trained: TrainedModules | None) -> None:
         self.axes, self.trained = axes, trained
@@ -70,10 +70,10 @@ class _Column:
         self.middle = self.left + BOX / 2
         self.y = 0.0
         self.doors: list[float] = []
-        """Where the boxes of cross-attention end."""
+        """y of the cross-attention boxes."""
 
     def draw(self, stack: Stack, *, ordered: bool) -> None:
-        """Draw all of it; a stack whose order is not known gets no residual path."""
+        """Draw the stack; without a known order it gets no residual path."""
         self.text(self.middle, self.y, stack.reads, anchor="center", color=MUTED)
         self.y += 10
         for part in stack.before:
@@ -88,18 +88,18 @@ class _Column:
             self.y += 18
 
     def text(self, x: float, y: float, words: str, *, size: float = 9, anchor: str = "left", **style: object) -> None:
-        """Write in the middle of a line at y."""
+        """Write text vertically centred at y."""
         self.axes.text(x, y, words, fontsize=size, ha=anchor, va="center", **style)  # type: ignore[arg-type]
 
     def line(self, *points: tuple[float, float], colour: str = INK, width: float = 1.0, arrow: bool = False) -> None:
-        """Draw a way through points, with an arrow's head at its end."""
+        """Draw a line through points, with an arrowhead at its end."""
         if arrow:
             style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
             self.axes.annotate("", points[-1], points[-2], arrowprops=style)
         self.axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, solid_joinstyle="round")
 
     def arrow(self, tall: float = GAP) -> None:
-        """Go up to the next box."""
+        """Draw an arrow up to the next box."""
         self.line((self.middle, self.y), (self.middle, self.y + tall - 1), arrow=True)
         self.y += tall
 
@@ -117,7 +117,7 @@ class _Column:
         self.axes.add_patch(box)
 
     def box(self, part: ModelPart, names: Callable[[str], Sequence[str]]) -> None:
-        """Draw a part: its title, what it is, and its modules with what was trained at each."""
+        """Draw a part: title, description, and its modules with the trained ones marked."""
         about = [line for words in part.about.split("; ") for line in textwrap.wrap(words, LETTERS)]
         inside = part.names
         marks = [self.trained.mark(names(name)) if self.trained else "" for name in inside]
@@ -142,7 +142,7 @@ class _Column:
         self.y += tall
 
     def piece(self, part: ModelPart) -> None:
-        """Draw a part outside the blocks; a part that is added to the path is at the right of a sum."""
+        """Draw a part outside the blocks; a part added to the path is right of a sum."""
         if not part.added:
             self.arrow()
             self.box(part, lambda name: [name])
@@ -160,7 +160,7 @@ class _Column:
         self.sum()
 
     def blocks(self, blocks: Blocks, *, ordered: bool) -> None:
-        """Draw a block in its frame, with how often it comes, and its residual path at the left of its parts."""
+        """Draw a framed block with its count, and the residual path left of its parts."""
         self.arrow()
         bottom = start = self.y
         for part in blocks.parts:
@@ -195,7 +195,7 @@ class _Column:
 
 
 def briefly(number: float) -> str:
-    """Write a number in three digits: 134,515,008 is 135 M."""
+    """Write a number in three digits, such as 135 M for 134,515,008."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:.0f} {unit}"
@@ -203,5 +203,5 @@ def briefly(number: float) -> str:
 
 
 def brief_size(number: float) -> str:
-    """Write a number of parameters in three digits, none as nothing; a thousand million is B, as usual for models."""
+    """Write a number of parameters in three digits (B for billions); return "" for 0."""
     return briefly(number).replace("G", "B") if number else ""

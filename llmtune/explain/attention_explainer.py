@@ -1,4 +1,4 @@
-"""`llmtune explain attention`: which words look at which, by layer and head; base, tuned and the difference.
+"""`llmtune explain attention`: which tokens attend to which, by layer and head; base, tuned and difference.
 
 Shapes: Q queries (rows), T keys (columns).
 """
@@ -48,30 +48,30 @@ from llmtune.report.render_terminal import spinner, track_items
 from llmtune.tasks.text_to_text import target_ids
 
 LONGEST_ANSWER = 64
-"""Tokens that an encoder-decoder writes where there is no --target."""
+"""Tokens that an encoder-decoder generates without --target."""
 FULL = 65535
-"""What 1 is written as in the page, in 16 bits: weights are right to 0.00001."""
+"""The 16-bit integer for weight 1 in the page; weights are accurate to 0.00001."""
 STRONGEST = 2
-"""Pairs of words that are listed of each layer."""
+"""Pairs of words listed per layer."""
 ISOLATE, POP = "\u2068", "\u2069"
-"""Around words that may be written from right to left, so that their neighbours keep their places."""
+"""Marks around right-to-left words, to keep their neighbours in place."""
 READING = (
-    "Special tokens, such as the start and the end of a text, are slanted. Models park attention that they have no use "
-    "for on them, or on the first token: it says little about the text.",
-    "A dot in front (·ing) marks a piece that continues the word before it. ␣ is a space, ⏎ the end of a line.",
-    "Heads are the several ways in which one layer looks; each has its own queries and keys. The mean is over all "
+    "Special tokens, such as the start and end of a text, are slanted. Models park unused attention on them or on "
+    "the first token. That attention says little about the text.",
+    "A leading dot (·ing) marks a piece that continues the previous word. ␣ is a space, ⏎ the end of a line.",
+    "Heads are the parallel attentions of one layer, each with its own queries and keys. The mean is over all "
     "heads of a layer.",
-    "Rollout follows attention through all layers up to the one chosen, half of each step being the token itself: "
+    "Rollout follows attention through all layers up to the chosen one, with half of each step from the token itself: "
     "how much of each input word has reached this position (Abnar and Zuidema, 2020).",
-    "Masked self-attention sees no later token, since that is what the model learns to predict.",
-    "Attention says where a model looks, not why it answers as it does.",
+    "Masked self-attention sees no later token, because the model learns to predict it.",
+    "Attention shows where a model looks, not why it gives its answer.",
 )
-NO_ROOM = "The text is long: this page has the heads of one layer at most. --layer names it; a shorter text has room."
+NO_ROOM = "The text is long, so this page has heads of at most one layer. Choose it with --layer, or shorten the text."
 
 
 @dataclass
 class AttentionExplainer(Explainer):
-    """Runs each model once on the same tokens, and shows who looks at whom."""
+    """Runs each model once on the same tokens and shows its attention."""
 
     target: Target
     console: Console
@@ -79,12 +79,12 @@ class AttentionExplainer(Explainer):
 
     stem = STEM
     lead = (
-        "Each token of a text looks at others to find out what it means here. A row says where one token looks: its "
+        "Each token of a text looks at others to find its meaning in context. A row shows where one token looks: its "
         "numbers sum to 1, and brighter is stronger. Choose a layer and a head, and point at a cell to read it."
     )
 
     def read(self) -> None:
-        """Check the options against what the model has, and make its inputs."""
+        """Check the options against the model's layers and heads, and make its inputs."""
         self.title = f"Attention in {self.target.name}"
         self.shape = shape_of(self.target.config, self.target.family)
         check_selection(self.shape, self.request)
@@ -93,7 +93,7 @@ class AttentionExplainer(Explainer):
             self.console.print(f"attention: {self.inputs.note}", markup=False)
 
     def run(self) -> None:
-        """Run each model once on the same tokens: what it attends to, and what the decoder wrote."""
+        """Run each model once on the same tokens, and keep its attention and the decoder's answer."""
         target, inputs, tensors = self.target, self.inputs, self.inputs.text_tensors
         source = inputs.frames or TokenLine.of(name_tokens(target.processor, inputs.ids))
         self.answer: str | None = None
@@ -119,7 +119,7 @@ class AttentionExplainer(Explainer):
             return draw_attention(self.maps, folder, self.console)
 
     def to_json(self) -> dict[str, object]:
-        """Return tokens, and of each kind of attention the strongest pairs of each layer."""
+        """Return the tokens, and the strongest pairs of each layer for each kind of attention."""
         maps = self.maps
         lines = {"source": maps.lines.source, "target": maps.lines.target}
         kinds = {
@@ -142,7 +142,7 @@ class AttentionExplainer(Explainer):
         }
 
     def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
-        """Yield the interactive maps, a table of strongest pairs, and how to read them."""
+        """Yield the interactive maps, a table of the strongest pairs, and a reading guide."""
         interactive: list[Block] = [Html(Markup(_asset("attention.html")))]  # noqa: S704 - the program's own
         complete = self.maps.keeps_all_heads and self._count_numbers() <= MOST_NUMBERS
         yield Section("", [*interactive, *([] if complete else [Text(NO_ROOM, "note")])], brief=False)
@@ -150,7 +150,7 @@ class AttentionExplainer(Explainer):
         yield Section("How to read it", [Bullets(READING, soft=True)], brief=False)
 
     def page(self, figures: Mapping[str, Path]) -> Page:
-        """Return the page: any layer and head that was kept by choice, or where these are too many the layer drawn."""
+        """Return the page with every kept layer and head, or only the drawn layer if those are too many."""
         few = self._count_numbers() <= MOST_NUMBERS
         kinds = {kind: self.maps.layers(kind) if few else [layer] for kind, layer in self.maps.drawn_layers.items()}
         data = {
@@ -171,7 +171,7 @@ class AttentionExplainer(Explainer):
         )
 
     def _tables(self) -> Iterator[Block]:
-        """Yield a table for each kind: a layer's strongest pairs of words, where the rest goes, how far it moved."""
+        """Yield a table per kind: each layer's strongest word pairs, the rest, and its change."""
         maps = self.maps
         counts = [("source", maps.lines.source), ("target", maps.lines.target)]
         counted = ", ".join(f"{name} {len(line)}" for name, line in counts if line)
@@ -194,7 +194,7 @@ class AttentionExplainer(Explainer):
             yield Text(f"drawn: {kind}, layer {maps.drawn_layers[kind]}, {head}")
 
     def _pack_kind(self, kind: AttentionKind, layers: Sequence[int]) -> dict[str, object]:
-        """Return what the page's script reads of one kind of attention."""
+        """Return the data of one kind of attention for the page's script."""
         maps = self.maps
         rows, columns = maps.lines.of(kind)
         values = {
@@ -230,7 +230,7 @@ def _asset(name: str) -> str:
 def decode_target(
     model: PreTrainedModel, inputs: ModelInputs, target: Target, request: AttentionRequest
 ) -> tuple[list[int], str]:
-    """Return the tokens that the decoder reads, and the text: --target, or the model's own greedy answer."""
+    """Return the decoder's tokens and their text: --target, or the model's own greedy answer."""
     assert inputs.pair is not None, "an encoder-decoder reads and writes"
     text = inputs.pair.target
     if not text:
@@ -246,9 +246,9 @@ def decode_target(
 
 
 def list_strongest(maps: AttentionMaps, kind: AttentionKind, layer: int) -> dict[str, Any]:
-    """Return the strongest pairs of words of a layer's mean, and the shares of what goes elsewhere.
+    """Return the strongest word pairs of a layer's mean, and the shares of all other attention.
 
-    `first` goes to the first token (not of cross-attention); `mean_change` is what the tuning moved, of a run.
+    `first` is the share of the first token (not for cross-attention). `mean_change` is the change by tuning, for runs.
     """
     mean_QT, words_QT = maps.weights(maps.models[-1], kind, layer, MEAN), maps.lines.among_words(kind)
     rows, columns = (line.labels for line in maps.lines.of(kind))
@@ -271,21 +271,21 @@ def list_strongest(maps: AttentionMaps, kind: AttentionKind, layer: int) -> dict
 def kind_title(kind: AttentionKind, family: Family) -> str:
     """Return the heading of a kind of attention."""
     if kind == CROSS:
-        return "Cross-attention: the decoder looks at what the encoder read"
+        return "Cross-attention: the decoder looks at the encoder's text"
     if kind == MASKED:
-        return "Masked self-attention: each token looks at itself and those before"
+        return "Masked self-attention: each token looks at itself and earlier tokens"
     whose = " of the encoder" if family == "encoder-decoder" else ""
-    return f"Self-attention{whose}: each token looks at all of them"
+    return f"Self-attention{whose}: each token looks at all tokens"
 
 
 def isolated(word: str) -> str:
-    """Put marks around a word that is written from right to left; terminals that know none may show them."""
+    """Put marks around a right-to-left word; terminals without support may show them."""
     turned = any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in word)
     return f"{ISOLATE}{word}{POP}" if turned else word
 
 
 def pack(weights_QT: Matrix, *, masked: bool) -> str:
-    """Write weights as 16-bit numbers, low byte first, in base64: row by row, masked ones up to the diagonal."""
+    """Encode weights as base64 of little-endian 16-bit integers, row by row; masked ones up to the diagonal."""
     shown = weights_QT[np.tril_indices(len(weights_QT))] if masked else weights_QT
     rounded = np.rint(np.clip(shown, 0, 1) * FULL).astype("<u2")
     return base64.b64encode(rounded.tobytes()).decode()

@@ -1,4 +1,4 @@
-"""The figures of `llmtune explain attention`: a heatmap, and a graph of who looks at what.
+"""The figures of `llmtune explain attention`: a heatmap, and a graph of the strongest weights.
 
 Shapes: Q queries (rows), T keys (columns).
 """
@@ -52,22 +52,22 @@ KIND_NAMES: dict[AttentionKind, str] = {
 }
 MODEL_TITLES = {MODEL: "", BASE: "base", TUNED: "tuned", DIFFERENCE: "difference: tuned − base"}
 AXES: dict[AttentionKind, tuple[str, str]] = {
-    SELF: ("who looks", "what is looked at"),
-    MASKED: ("who looks", "what is looked at"),
-    CROSS: ("decoder: who looks", "encoder: what is looked at"),
+    SELF: ("token that looks", "token that is looked at"),
+    MASKED: ("token that looks", "token that is looked at"),
+    CROSS: ("decoder: token that looks", "encoder: token that is looked at"),
 }
 LARGEST_IN, SMALLEST_IN = 0.3, 0.012
 """Edge of a cell in inches."""
 MAP_IN, BESIDE_IN = 7.0, 5.6
-"""Edge of a whole map, alone and next to others, unless its cells reach the largest size."""
+"""Maximum edge of a map in inches, alone and next to others."""
 MOST_EDGES = 600
-"""Of one graph; those that are left out are the weakest."""
+"""Edges per graph; the weakest are omitted."""
 ROW_IN, GAP_IN = 0.21, 2.2
-"""Inches: a row's height, the space between two columns of words."""
+"""Row height and the space between two columns of words, in inches."""
 
 
 def draw_attention(maps: AttentionMaps, out: Path, console: Console) -> list[Path]:
-    """Draw a heatmap and a graph of the layer and head that are selected, of each kind of attention."""
+    """Draw a heatmap and a graph of the selected layer and head for each kind of attention."""
     files: list[Path] = []
     missing: set[str] = set()
     for kind in maps.kinds:
@@ -80,8 +80,8 @@ def draw_attention(maps: AttentionMaps, out: Path, console: Console) -> list[Pat
         missing |= set(letters)
         files += [*drawn, *_draw_graph(maps, kind, out / f"{STEM}-graph{end}", title)]
     if missing:
-        what = f"no font of this machine has {' '.join(sorted(missing)[:10])}"
-        console.print(f"{what}: the PNG shows boxes for them, {STEM}.html shows them rightly", markup=False)
+        what = f"no font on this machine has {' '.join(sorted(missing)[:10])}"
+        console.print(f"{what}: the PNG shows boxes for them, {STEM}.html shows them correctly", markup=False)
     return files
 
 
@@ -91,7 +91,7 @@ def _draw_heatmap(maps: AttentionMaps, kind: AttentionKind, stem: Path, title: s
     for model in maps.shown:
         weights_QT = maps.drawn(model, kind).copy()
         if kind == MASKED:
-            weights_QT[np.triu_indices_from(weights_QT, 1)] = np.nan  # which is drawn as blank
+            weights_QT[np.triu_indices_from(weights_QT, 1)] = np.nan  # drawn as blank
         panels.append(Panel(MODEL_TITLES[model], weights_QT, model == DIFFERENCE))
     edge = MAP_IN if len(panels) == 1 else BESIDE_IN
     cell = min(LARGEST_IN, max(SMALLEST_IN, edge / max(len(rows), len(columns))))
@@ -103,9 +103,9 @@ def _draw_heatmap(maps: AttentionMaps, kind: AttentionKind, stem: Path, title: s
 
 
 def find_edges(maps: AttentionMaps, kind: AttentionKind) -> list[tuple[int, int]]:
-    """Return row and column of the weights that are edges, the strongest first.
+    """Return row and column of the weights that become edges, the strongest first.
 
-    They reach the threshold in one of the models, and none leads to where models park attention.
+    An edge reaches the threshold in at least one model. Edges to tokens where models park attention are omitted.
     """
     strongest_QT = np.max([maps.drawn(model, kind) for model in maps.models], axis=0)
     parked_T = np.array(maps.lines.of(kind)[1].special)
@@ -115,7 +115,7 @@ def find_edges(maps: AttentionMaps, kind: AttentionKind) -> list[tuple[int, int]
 
 
 def _draw_graph(maps: AttentionMaps, kind: AttentionKind, stem: Path, title: str) -> list[Path]:
-    """Draw a graph as SVG, models side by side, and write it as GraphML."""
+    """Draw a graph as SVG with the models side by side, and write it as GraphML."""
     rows, columns = maps.lines.of(kind)
     edges, graph_file = find_edges(maps, kind), stem.with_name(f"{stem.name}.graphml")
     write_text(graph_file, "\n".join(networkx.generate_graphml(build_graph(maps, kind, edges))) + "\n")
@@ -137,7 +137,7 @@ def _draw_graph(maps: AttentionMaps, kind: AttentionKind, stem: Path, title: str
 
 
 def build_graph(maps: AttentionMaps, kind: AttentionKind, edges: list[tuple[int, int]]) -> networkx.DiGraph:
-    """Return words as nodes, with their text and place, and as edges the weights of each model and their difference."""
+    """Return a graph: nodes are words with text and position, edges have each model's weight and the difference."""
     rows, columns = maps.lines.of(kind)
     graph = networkx.DiGraph(attention=kind, threshold=maps.threshold(kind))
     lines = (("t", columns, "source"), ("q", rows, "target")) if kind == CROSS else (("t", rows, "text"),)
@@ -152,7 +152,7 @@ def build_graph(maps: AttentionMaps, kind: AttentionKind, edges: list[tuple[int,
 
 
 def _draw_edges(axes: Axes, weights_QT: Matrix, edges: list[tuple[int, int]], model: str, left: float) -> None:
-    """Draw weights as lines, the stronger the wider and above others; differences in two colours."""
+    """Draw weights as lines, stronger ones wider and on top; differences in two colours."""
     drawn = sorted(((float(weights_QT[i, k]), i, k) for i, k in edges), key=lambda edge: abs(edge[0]))
     drawn = [edge for edge in drawn if edge[0]]
     most = abs(drawn[-1][0]) if drawn and model == DIFFERENCE else 1.0

@@ -1,6 +1,6 @@
-"""A model's attention weights, read a layer at a time while it runs, and what is kept and drawn of them.
+"""A model's attention weights, read layer by layer while it runs, and the part that is kept and drawn.
 
-Shapes: H heads, Q queries (rows), T keys (columns), both in tokens or, of a recording, in stretches.
+Shapes: H heads, Q queries (rows), T keys (columns), both in tokens or, for a recording, in stretches.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ MEAN, ROLLOUT = "mean", "rollout"
 Head = int | str
 """A head by its number, or MEAN or ROLLOUT."""
 Shape = Mapping[AttentionKind, tuple[int, int]]
-"""Layers and heads of each kind of attention."""
+"""Number of layers and heads per kind of attention."""
 DIFFERENCE = "difference"
-"""Shown next to the models of a run: tuned minus base."""
+"""The third map of a run: tuned minus base."""
 MOST_NUMBERS = 12_000_000
-"""Weights that are kept and in the page, 2.7 bytes each: 32 MB. Where there are more, heads are those of one layer."""
+"""Maximum of weights kept and written to the page, 2.7 bytes each: 32 MB. Beyond it, only one layer keeps its heads."""
 EDGES_PER_WORD = 1.5
-"""About how many edges a graph has where no threshold is given."""
+"""Approximate edges per word in a graph without a given threshold."""
 LOWEST = 0.01
 
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention of one layer, as the model has just computed it; copy what you keep."""
+    """The attention of one layer, just computed by the model. Copy what you keep."""
 
     kind: AttentionKind
     layer: int
-    """Counted from 0 within its half of the model, as in the names of its modules."""
+    """Index within its half of the model, from 0, as in module names."""
     weights: torch.Tensor
-    """[H, Q, T] float32; each row sums to 1, but for models with a sink (gpt-oss), where the rest goes there."""
+    """[H, Q, T] float32. Each row sums to 1, except in models with a sink (gpt-oss), which takes the rest."""
 
 
 def attend(
     model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], family: Family, look: Callable[[Attended], None]
 ) -> None:
-    """Run `model` (PEFT may have wrapped it) once on one text, and give each layer's attention to `look`, in order.
+    """Run `model` (possibly wrapped by PEFT) once on one text, and call `look` with each layer's attention, in order.
 
-    A layer's weights are freed before the next one's are made, unless `look` keeps them. Models that do not compute
-    their attention through transformers' interface (DeBERTa) give all layers at once, after the pass.
+    Each layer's weights are freed before the next are computed, unless `look` keeps them. Models that do not compute
+    their attention through transformers' interface (DeBERTa) return all layers at once, after the pass.
 
     Raises:
         EnvironmentProblem: the model does not show its attention.
@@ -86,7 +86,7 @@ def attend(
             kind = SELF if module in encoder else MASKED if is_causal(module, weights) else CROSS if encoder else SELF
             before = layers.setdefault(kind, [])
             own = getattr(module, "layer_idx", None)
-            before.append(own if isinstance(own, int) and own not in before else len(before))  # ALBERT's are all one
+            before.append(own if isinstance(own, int) and own not in before else len(before))  # ALBERT shares one layer
             look(Attended(kind, before[-1], weights[0].float()))
         return output, weights
 
@@ -97,7 +97,7 @@ def attend(
 
 
 def is_causal(module: torch.nn.Module, weights_1HQT: torch.Tensor) -> bool:
-    """Whether no query sees a later key."""
+    """Whether every query sees only itself and earlier keys."""
     queries, keys = weights_1HQT.shape[2:]
     if queries == keys > 1:
         return not bool(weights_1HQT[0].triu(1).any())
@@ -106,10 +106,10 @@ def is_causal(module: torch.nn.Module, weights_1HQT: torch.Tensor) -> bool:
 
 @contextmanager
 def _as_eager(attention: Callable[..., object]) -> Iterator[None]:
-    """Stand between models and their own eager attention.
+    """Intercept the eager attention of models.
 
-    transformers looks up the name of the attention in its interface before it falls back on the model's own function,
-    which `eager` has no entry for: with one, the model still believes that it is eager, as it is.
+    transformers looks up the attention's name in its interface, then falls back on the model's own function. It
+    has no entry for `eager`; adding one leaves the model in eager mode.
     """
     assert EAGER not in ALL_ATTENTION_FUNCTIONS, "attention is captured already"
     ALL_ATTENTION_FUNCTIONS[EAGER] = attention
@@ -122,7 +122,7 @@ def _as_eager(attention: Callable[..., object]) -> Iterator[None]:
 def _read_outputs(
     body: PreTrainedModel, options: Mapping[str, object], family: Family, look: Callable[[Attended], None]
 ) -> None:
-    """Let the model return all of its attention at once."""
+    """Read the attention that the model returns as outputs."""
     returns = "output_attentions" in accepted_arguments(body.__class__)
     outputs = body(**options, output_attentions=True) if returns else None
     own: AttentionKind = MASKED if family == "decoder" else SELF
@@ -135,14 +135,14 @@ def _read_outputs(
     ]
     if not seen:
         what = f"{type(body).__name__} does not show its attention weights"
-        fix = "It computes its attention in a way of its own; models of the usual kinds do show theirs."
+        fix = "It computes attention in its own way. Use a model of a common architecture."
         raise EnvironmentProblem.of(what, getattr(body, "name_or_path", None) or None, fix)
     for attended in seen:
         look(attended)
 
 
 def shape_of(config: PretrainedConfig, family: Family) -> dict[AttentionKind, tuple[int, int]]:
-    """Return how many layers and heads each kind of attention has, as the configuration says."""
+    """Return the number of layers and heads of each kind of attention, from the configuration."""
     if family != "encoder-decoder":
         text = config.get_text_config()
         kind = MASKED if family == "decoder" else SELF
@@ -162,26 +162,26 @@ def shape_of(config: PretrainedConfig, family: Family) -> dict[AttentionKind, tu
     }
 
 
-# What is kept of it
+# Kept and drawn weights
 
 
 def check_selection(shape: Shape, request: AttentionRequest) -> tuple[tuple[AttentionKind, ...], Head]:
-    """Check the options against what the model has; returns the kinds of attention that are drawn, and the head.
+    """Check the options against the model's layers and heads; return the kinds of attention to draw, and the head.
 
-    Raises RecipeError for a kind, a layer or a head that is not there.
+    Raises RecipeError for a kind, layer or head that the model does not have.
     """
     kinds = [kind for kind in shape if request.kind in (None, kind)]
     if not kinds:
         fix = f"This model has {', '.join(shape)}.{nearest(str(request.kind), list(shape))}"
-        raise RecipeError.of(f"there is no attention called {request.kind!r}", "--kind", fix)
+        raise RecipeError.of(f"unknown kind of attention {request.kind!r}", "--kind", fix)
     layers, heads = (max(shape[kind][which] for kind in kinds) for which in (0, 1))
     if request.layer is not None and request.layer >= layers:
-        what = f"there is no layer {request.layer}: the model has {layers}"
+        what = f"layer {request.layer} not found: the model has {layers}"
         raise RecipeError.of(what, "--layer", f"Use a number from 0 to {layers - 1}.")
     head: Head = int(request.head) if request.head.isdigit() else request.head
     if head not in (MEAN, ROLLOUT, *range(heads)):
         fix = f"Use a number from 0 to {heads - 1}, {MEAN} or {ROLLOUT}.{nearest(request.head, [MEAN, ROLLOUT])}"
-        raise RecipeError.of(f"there is no head {request.head!r}: a layer has {heads}", "--head", fix)
+        raise RecipeError.of(f"head {request.head!r} not found: a layer has {heads}", "--head", fix)
     if head == ROLLOUT:
         kinds = [kind for kind in kinds if kind != CROSS]
     # an encoder may have more layers, or heads, than its decoder
@@ -195,7 +195,7 @@ def check_selection(shape: Shape, request: AttentionRequest) -> tuple[tuple[Atte
 
 @dataclass(frozen=True)
 class TextLines:
-    """What the model reads, and (encoder-decoders) what its decoder reads."""
+    """The text that the model reads, and for encoder-decoders the decoder's text."""
 
     source: TokenLine
     target: TokenLine | None = None
@@ -207,12 +207,12 @@ class TextLines:
         return (self.target, self.source) if kind == CROSS else (self.target, self.target)
 
     def count(self, kind: AttentionKind) -> int:
-        """Return how many weights a head has, of masked attention those that are not hidden."""
+        """Return the number of weights per head; masked ones do not count."""
         rows, columns = map(len, self.of(kind))
         return rows * (rows + 1) // 2 if kind == MASKED else rows * columns
 
     def among_words(self, kind: AttentionKind) -> Mask:
-        """Return where a word looks at another one [Q, T]: neither is special, nor the first, nor are they the same."""
+        """Return a mask [Q, T] of pairs of different words, without special tokens and the first token."""
         rows, columns = self.of(kind)
         words_QT: Mask = ~np.array(rows.special)[:, None] & ~np.array(columns.special)[None, :]
         if kind != CROSS:
@@ -223,15 +223,15 @@ class TextLines:
 
 @dataclass
 class AttentionMaps:
-    """The weights of all models; `add` takes them in while a model runs."""
+    """The weights of all models; `add` collects them while a model runs."""
 
     models: tuple[str, ...]
     lines: TextLines
     shape: Shape
     request: AttentionRequest
-    """What is drawn: without a layer the one that shows most, without a threshold about EDGES_PER_WORD edges a word."""
+    """The selection to draw. Defaults: the most telling layer, and about EDGES_PER_WORD edges per word."""
     kept: dict[str, dict[AttentionKind, dict[int, dict[Head, Matrix]]]] = field(default_factory=dict)
-    """By model, kind, layer and head [Q, T]: MEAN over the heads, ROLLOUT (not of cross-attention), heads by number."""
+    """Weights [Q, T] by model, kind, layer and head: MEAN, ROLLOUT (not for cross-attention), or a head's number."""
     _rolled: dict[tuple[str, AttentionKind], Matrix] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -244,7 +244,7 @@ class AttentionMaps:
             raise RecipeError.of(what, "--layer", "Name a layer, or give a shorter text.")
 
     def add(self, model: str, seen: Attended) -> None:
-        """Keep mean and rollout of one layer, and its heads where there is room, or it is the layer that is drawn."""
+        """Keep mean and rollout of one layer; keep its heads if they fit or if the layer is drawn."""
         rows, columns = self.lines.of(seen.kind)
         weights_HQT = seen.weights.cpu().numpy()
         mean_QT = weights_HQT.mean(axis=0)
@@ -262,11 +262,11 @@ class AttentionMaps:
         return (*self.models, DIFFERENCE) if self.models == (BASE, TUNED) else self.models
 
     def layers(self, kind: AttentionKind) -> list[int]:
-        """Return the layers that have this kind of attention: in some models only every fourth one."""
+        """Return the layers with this kind of attention; some models have it only in every fourth layer."""
         return sorted(self.kept[self.models[0]].get(kind, ()))
 
     def heads(self, kind: AttentionKind, layer: int) -> list[Head]:
-        """Return what was kept of a layer: MEAN, ROLLOUT and heads by number."""
+        """Return the kept heads of a layer: MEAN, ROLLOUT and numbers."""
         return list(self.kept[self.models[0]][kind][layer])
 
     def weights(self, model: str, kind: AttentionKind, layer: int, head: Head) -> Matrix:
@@ -277,12 +277,12 @@ class AttentionMaps:
 
     @cached_property
     def drawn_layers(self) -> dict[AttentionKind, int]:
-        """The layer that is drawn of each kind; raises RecipeError for one that has no such attention."""
+        """The drawn layer of each kind; raises RecipeError if that layer does not have this attention."""
         chosen: dict[AttentionKind, int] = {}
         for kind in self.kinds:
             known, layer = self.layers(kind), self.request.layer
             if layer is not None and layer not in known:
-                fix = f"Those that have: {', '.join(map(str, known))}."
+                fix = f"Layers that have it: {', '.join(map(str, known))}."
                 raise RecipeError.of(f"layer {layer} has no {kind} attention", "--layer", fix)
             means = [{at: self.weights(model, kind, at, MEAN) for at in known} for model in self.models]
             base, words_QT = means[0] if len(means) > 1 else None, self.lines.among_words(kind)
@@ -290,20 +290,20 @@ class AttentionMaps:
         return chosen
 
     def drawn(self, model: str, kind: AttentionKind) -> Matrix:
-        """Return weights [Q, T] of the layer and head that are drawn."""
+        """Return the weights [Q, T] of the drawn layer and head."""
         return self.weights(model, kind, self.drawn_layers[kind], self.head)
 
     def threshold(self, kind: AttentionKind) -> float:
-        """Return the weight from which a graph has an edge."""
+        """Return the minimum weight of an edge."""
         if self.request.threshold is not None:
             return self.request.threshold
         return find_threshold(self.drawn(self.models[-1], kind), self.lines.among_words(kind))
 
 
 def merge_stretches(weights: Matrix, rows: TokenLine, columns: TokenLine) -> Matrix:
-    """Bring [..., positions, positions] to [..., Q, T]: columns of a stretch are added, its rows averaged.
+    """Reduce [..., positions, positions] to [..., Q, T]: add the columns of a stretch and average its rows.
 
-    So rows go on summing to 1 (Clark et al., "What Does BERT Look At?", 2019, section 4.1).
+    Rows still sum to 1 (Clark et al., "What Does BERT Look At?", 2019, section 4.1).
     """
     if weights.shape[-2:] == (len(rows), len(columns)):
         return weights
@@ -317,8 +317,8 @@ def merge_stretches(weights: Matrix, rows: TokenLine, columns: TokenLine) -> Mat
 def roll(before_TT: Matrix | None, mean_TT: Matrix) -> Matrix:
     """Add a layer to the attention rollout: half of each position is its own (the residual), half its heads' mean.
 
-    Rows of the result sum to 1 where those of `mean_TT` do. `before_TT` is the rollout up to the layer before, None
-    before the first. Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020, section 3, where W_att is
+    Rows of the result sum to 1 if those of `mean_TT` do. `before_TT` is the rollout up to the previous layer, or None
+    for the first. Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020, section 3, with W_att as
     the mean over heads.
     """
     mixed_TT = 0.5 * mean_TT + 0.5 * np.eye(len(mean_TT), dtype=np.float32)
@@ -326,12 +326,12 @@ def roll(before_TT: Matrix | None, mean_TT: Matrix) -> Matrix:
 
 
 def most_telling_layer(means: Mapping[int, Matrix], base: Mapping[int, Matrix] | None, words_QT: Mask) -> int:
-    """Return the layer that shows most: where single words look at single words, or where that was moved most.
+    """Return the layer with the most attention between single words, or with the largest change of it.
 
-    Much of what a model attends to is the first token, special ones, the word itself, or some token that all others
-    look at, which says little about the text (Clark et al., 2019, section 3.2; Xiao et al., "Efficient Streaming
-    Language Models with Attention Sinks", 2024): only weights `among_words` count, as far as they are above what
-    others look at the same word with. `base` has the means of the base model, `means` then those of the tuned one.
+    Much attention goes to the first token, special tokens, the word itself, or a token that all others
+    look at. It says little about the text (Clark et al., 2019, section 3.2; Xiao et al., "Efficient Streaming
+    Language Models with Attention Sinks", 2024). Only weights `among_words` count, minus the weight with which
+    other words look at the same word. If `base` has the base model's means, `means` has those of the tuned model.
     """
     if not words_QT.any():
         return max(means)
@@ -348,7 +348,7 @@ def most_telling_layer(means: Mapping[int, Matrix], base: Mapping[int, Matrix] |
 
 
 def strongest_pairs(weights_QT: Matrix, shown_QT: Mask, most: int) -> Sequence[tuple[int, int]]:
-    """Return row and column of the largest weights in size where they are shown."""
+    """Return row and column of the shown weights with the largest absolute values."""
     sizes = np.where(shown_QT, np.abs(weights_QT), 0)
     order = np.argsort(-sizes, axis=None, kind="stable")[:most]
     places = (divmod(int(at), weights_QT.shape[1]) for at in order)
@@ -356,7 +356,7 @@ def strongest_pairs(weights_QT: Matrix, shown_QT: Mask, most: int) -> Sequence[t
 
 
 def find_threshold(weights_QT: Matrix, words_QT: Mask) -> float:
-    """Return a threshold that leaves about EDGES_PER_WORD edges a word among those between words."""
+    """Return a threshold that leaves about EDGES_PER_WORD edges per word between words."""
     between = weights_QT[words_QT] if words_QT.any() else weights_QT.ravel()
     count = min(between.size, math.ceil(EDGES_PER_WORD * len(weights_QT)))
     return max(LOWEST, round(float(np.partition(between, -count)[-count]), 3))

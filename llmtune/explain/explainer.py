@@ -1,4 +1,4 @@
-"""The frame of all `llmtune explain` commands: the run or model that is looked at, and from its inputs to a page."""
+"""The base of all `llmtune explain` commands: opens a run or model, and turns results into a page."""
 
 from __future__ import annotations
 
@@ -41,34 +41,34 @@ MODEL, BASE, TUNED = "model", "base", "tuned"
 
 @dataclass(frozen=True)
 class Target:
-    """A run or a model; weights are read only when one of its models is opened."""
+    """A run or a model; opening one of its models reads the weights."""
 
     name: str
-    """As given: a run folder, a model folder, a hub name, `builtin:NAME`."""
+    """The argument: a run folder, a model folder, a hub name, or `builtin:NAME`."""
     family: Family
     config: PretrainedConfig
-    """The model's configuration; of a run, that of its base."""
+    """The configuration of the model, or of a run's base."""
     processor: PreTrainedTokenizerBase
     models: tuple[str, ...]
-    """("base", "tuned") of a run, else ("model",)."""
+    """("base", "tuned") for a run, else ("model",)."""
     open_model: Callable[[str], AbstractContextManager[PreTrainedModel]]
-    """Loads one of `models` in eval mode with eager attention. They share weights: open them in this order, each once,
-    and close one before you open the next."""
+    """Loads one of `models` in eval mode with eager attention. They share weights, so open each once, in this order,
+    and close it before you open the next."""
     folder: Path
-    """Where pages go by default."""
+    """Default folder for pages."""
     recipe: Recipe | None = None
-    """The resolved recipe of a run."""
+    """The run's resolved recipe; None for a model."""
     task: AnyTask | None = None
-    """The task of a run, in the variant that its model supports."""
+    """The run's task, in the variant that its model supports; None for a model."""
 
     @property
     def short_name(self) -> str:
-        """The name for a heading: of a run, its folder's own name."""
+        """The name for headings; for a run, its folder's name."""
         return Path(self.name).name if self.recipe else self.name
 
     @property
     def is_whisper(self) -> bool:
-        """Whether the model writes down speech by an encoder and a decoder."""
+        """Whether the model transcribes speech with an encoder and a decoder."""
         return bool(self.config.model_type == "whisper")
 
     @property
@@ -77,7 +77,7 @@ class Target:
         return self.is_whisper or hasattr(self.config, "conv_kernel")
 
     def default_recipe(self, *, chat: bool = True) -> Recipe:
-        """Return the recipe of a plain model: defaults, and the task whose encoding it needs."""
+        """Return a default recipe for a plain model, with the task that encodes its input."""
         task = Speech.name if self.takes_audio else Completion.name
         if self.family == "encoder-decoder" and not self.takes_audio:
             task = Summarize.name
@@ -90,12 +90,12 @@ class Target:
 def open_target(name: str, console: Console, *, offline: bool = False, trust_remote_code: bool = False) -> Target:
     """Open a run folder, or a model: a folder, a hub name, `builtin:NAME`. Weights are not read yet.
 
-    Numbers are float32 whatever the recipe says, so that they do not depend on rounding; attention is eager, so that
-    its weights can be read.
+    Numbers are float32 whatever the recipe says, to avoid rounding. Attention is eager, to make its weights
+    readable.
 
     Raises:
-        RecipeError: neither a run nor a model; a run that was not trained.
-        EnvironmentProblem: the model is gone, was changed or is not whole.
+        RecipeError: `name` is neither a run nor a model, or the run was not trained.
+        EnvironmentProblem: the model is missing, changed or incomplete.
     """
     path = Path(name).expanduser()
     if (path / MANIFEST).is_file():
@@ -123,7 +123,7 @@ def open_target(name: str, console: Console, *, offline: bool = False, trust_rem
 
 @contextmanager
 def _without_recipe(name: str) -> Iterator[None]:
-    """Rewrite errors that name recipe keys: here the name is the argument, and there is no recipe."""
+    """Rewrite errors that name recipe keys: here the model is an argument, without a recipe."""
     try:
         yield
     except LlmtuneError as error:
@@ -164,7 +164,7 @@ def _open_run(path: Path, console: Console, offline: bool) -> Target:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """Return whether a model reads in both directions, only backwards, or both in two halves."""
+    """Return whether a model is an encoder, a decoder or both."""
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
     return "encoder" if is_encoder(config) or config.model_type in {"wav2vec2", "hubert"} else "decoder"
@@ -179,7 +179,7 @@ p { overflow-wrap: anywhere; } th.number { white-space: normal; }
 .figure img { display: block; max-width: max(100%, 620px); }
 .many table:not(.stacked) { min-width: 620px; }
 """
-"""CSS for pages: figures have the colours of paper also in the dark; on a phone they and wide tables scroll."""
+"""CSS for pages: figures keep a white background in dark mode; on phones, they and wide tables scroll."""
 
 
 @dataclass(frozen=True)
@@ -187,29 +187,29 @@ class Explanation:
     """The result of a command."""
 
     values: dict[str, object]
-    """What `--json` prints."""
+    """The output of `--json`."""
     page: Page
-    """Its brief sections are what the terminal shows."""
+    """The page; the terminal shows its brief sections."""
     files: list[Path]
-    """What was written."""
+    """The files written."""
 
 
 class Explainer(ABC):
-    """One command: it reads its inputs, runs the models, and shows the result as figures, a page and JSON."""
+    """One command: reads inputs, runs the models, and shows the result as figures, a page and JSON."""
 
     stem: str
-    """The name of the page's file, without .html; set by `read` at the latest."""
+    """The page's file name without .html; set by `read` at the latest."""
     title: str
     lead: str
     """The paragraph at the top of the page."""
 
     @abstractmethod
     def read(self) -> None:
-        """Check the options and make the inputs; no weights are read yet."""
+        """Check the options and make the inputs, without reading weights."""
 
     @abstractmethod
     def run(self) -> None:
-        """Open the models and look at them."""
+        """Open the models and collect the results."""
 
     def draw(self, folder: Path) -> list[Path]:
         """Draw the figures into `folder`; returns their files."""
@@ -217,7 +217,7 @@ class Explainer(ABC):
 
     @abstractmethod
     def sections(self, figures: Mapping[str, Path]) -> Iterable[Section]:
-        """Return what the page says; `figures` has the drawings by name."""
+        """Return the page's sections; `figures` has the drawings by name."""
 
     @abstractmethod
     def to_json(self) -> dict[str, object]:
@@ -228,12 +228,12 @@ class Explainer(ABC):
         return Page(self.title, list(self.sections(figures)), lead=self.lead, navigation=False, style=PAGE_STYLE)
 
     def explain(self, folder: Path) -> Explanation:
-        """Do all of it, and write page and figures into `folder`.
+        """Run the command, and write page and figures into `folder`.
 
         Raises:
-            RecipeError: an option is missing, out of range or of no use.
+            RecipeError: an option is missing, out of range or does not apply.
             DataError: a text or a recording cannot be read, or is too long.
-            EnvironmentProblem: the model is gone, damaged or not of a kind that can be looked into; or the files cannot
+            EnvironmentProblem: the model is missing, damaged or of an unsupported kind; or the files cannot
                 be written.
         """
         self.read()
@@ -249,12 +249,12 @@ class Explainer(ABC):
 
 
 def figure_block(svg: Path, description: str) -> Html:
-    """Return an SVG file as a figure of a page, which holds all of it."""
+    """Return an SVG file as a figure, embedded in the page."""
     data = base64.b64encode(svg.read_bytes()).decode("ascii")
     image = Markup('<div class="figure"><img alt="{}" src="data:image/svg+xml;base64,{}"></div>')
     return Html(image.format(description, data))
 
 
 def in_percent(value: float | None) -> str:
-    """Write a share in percent, in three digits."""
+    """Format a share as a percentage with three digits."""
     return "–" if value is None else f"{100 * value:.3g} %"

@@ -1,8 +1,8 @@
-"""A model without its weights: built from its configuration, run on shapes alone, and what a text costs it.
+"""A model without its weights: built from its configuration and run on shapes alone, to count the cost of a text.
 
-torch counts the operations by the length of a text: a product of [M, K] with [K, N] is 2 M K N; sums, norms and softmax
-are left out, as is usual. Attention is counted over all pairs of positions, also those that a mask hides. One block is
-timed as well, with numbers in place of shapes.
+torch counts the operations by length: a product of [M, K] with [K, N] is 2 M K N. Sums, norms and softmax do not
+count, as usual. Attention counts over all pairs of positions, including masked ones. One block is
+also timed, with real numbers.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from llmtune.records import ModelRef
 from llmtune.report.render_terminal import track_items
 
 UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError)
-"""What models raise that look at numbers as they run."""
+"""Errors of models that read values while they run."""
 SHORTEST = 8
-"""Tokens of the text; a model of speech reads its whole window."""
+"""Tokens of the text; a speech model reads its full window."""
 COUNTED, CHECKED = (16, 23, 41), 1021
-"""Lengths in tokens at which products are counted, and at which the formula is compared with the count; odd
-ones, which blocks of a fixed size do not divide."""
+"""Lengths in tokens for counting products and for checking the formula. They are odd:
+blocks of a fixed size do not divide them."""
 BATCHED = ("aten.bmm", "aten.baddbmm")
-"""Products of activations with one another."""
+"""Operators that multiply activations with activations."""
 LONGEST, MOST_SHOWN = 2048, 8192
 BUDGET_SECONDS, RUN_SECONDS = 10.0, 0.25
-"""Of all lengths, and of one; the quickest run counts."""
+"""Time limits for all lengths, and for one; the fastest run counts."""
 MOST_BYTES = 1 << 30
-"""Of a block's parameters."""
+"""Maximum parameters of a timed block."""
 Polynomial = npt.NDArray[np.int64]
 """a, b and c of a + b L + c L²."""
 Arguments = tuple[tuple[object, ...], dict[str, object]]
-logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it logs what cannot be run, before raising
+logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it logs unsupported operators before raising
 
 
 class UntraceableError(Exception):
@@ -70,7 +70,7 @@ class FakeModel:
     mode: FakeTensorMode
 
     def run(self, tokens: int) -> Any:
-        """Return what the model gives for a text of `tokens` tokens; raises UntraceableError if it cannot be run."""
+        """Return the model's output for a text of `tokens` tokens; raises UntraceableError if it cannot run."""
         try:
             with self.mode, torch.no_grad():
                 inputs: dict[str, Any] = {**shape_inputs(self.model, tokens)}
@@ -81,9 +81,9 @@ class FakeModel:
             raise UntraceableError(first_line(error)) from error
 
     def record_calls(self) -> tuple[list[Unit], tuple[int, ...]]:
-        """Return the units in the order in which a text passes them, and the shape of the logits.
+        """Return the units in execution order, and the shape of the logits.
 
-        Raises UntraceableError where the model cannot be run on shapes.
+        Raises UntraceableError if the model cannot run on shapes.
         """
         calls: list[Unit] = []
         with ExitStack() as hooks:
@@ -95,7 +95,7 @@ class FakeModel:
 
 
 def build_fake_model(target: Target) -> FakeModel:
-    """Build the target's model without weights, in the class that it is loaded in; of a run, that of its task."""
+    """Build the target's model without weights, in the class it is loaded in; for a run, its task's class."""
     folder = Path(target.config.name_or_path)
     if target.task is not None and target.recipe is not None:
         model_class, config = find_class(ModelRef(target.name, folder, None, ""), target.recipe, target.task)
@@ -130,12 +130,12 @@ def fake_model(build: Callable[[], PreTrainedModel]) -> FakeModel:
     with mode:
         model.tie_weights()
     if getattr(model.config, "_experts_implementation", None) is not None:
-        model.set_experts_implementation("batched_mm")  # experts are chosen without a look at numbers
+        model.set_experts_implementation("batched_mm")  # routes to experts without reading values
     return FakeModel(cast("PreTrainedModel", model), mode)
 
 
 def find_untied(model: PreTrainedModel, folder: Path) -> list[str]:
-    """Return what the configuration ties and the files hold as a tensor of its own; so does transformers on loading."""
+    """Return tied weights that the files store separately; transformers unties them on loading too."""
     files = tensor_files(folder)
     return [
         second
@@ -147,14 +147,14 @@ def find_untied(model: PreTrainedModel, folder: Path) -> list[str]:
 
 
 def shape_inputs(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
-    """Return what the model reads for a text of `tokens` tokens: ids, or as many frames of a recording."""
+    """Return the inputs for a text of `tokens` tokens: ids, or a recording with that many frames."""
     config = model.config
     ids = torch.ones((1, tokens), dtype=torch.long)
     name = model.main_input_name
-    if name == "input_features":  # Whisper reads a window of one size
+    if name == "input_features":  # Whisper reads a window of fixed size
         inputs = {name: torch.zeros((1, config.num_mel_bins, 2 * config.max_source_positions))}
     elif name == "input_values":
-        samples = tokens  # those that make so many frames: the convolutions turned round
+        samples = tokens  # enough for that many frames: the convolutions inverted
         for size, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             samples = (samples - 1) * stride + size
         inputs = {name: torch.zeros((1, samples))}
@@ -163,7 +163,7 @@ def shape_inputs(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]
     return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
 
-# What a text costs
+# Cost of a text
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,15 @@ class Cost:
 
     total: Polynomial
     attention: Polynomial
-    """Attention's own products: queries with keys, weights with values. All others have weights."""
+    """Attention's own products: queries with keys, weights with values. All others use model weights."""
 
     @property
     def others(self) -> Polynomial:
-        """All but attention's own."""
+        """All products but attention's own."""
         return self.total - self.attention
 
     def crossing(self) -> int | None:
-        """Return the length from which attention's own products cost more than all else; None where there is none."""
+        """Return the length from which attention's own products cost more than all others; None if never."""
         more = self.attention - self.others
         if more[2] <= 0 or evaluate_cost(more, 1) >= 0:
             return None
@@ -188,22 +188,22 @@ class Cost:
         return next(n for n in range(max(1, root - 1), root + 3) if evaluate_cost(more, n) >= 0)
 
     def at(self, tokens: int) -> dict[str, float]:
-        """Return what a text of so many tokens costs."""
+        """Return the cost of a text of `tokens` tokens."""
         whole = evaluate_cost(self.total, tokens)
         shared = evaluate_cost(self.attention, tokens) / whole
         return {"tokens": tokens, "flops": whole, "flops_per_token": whole / tokens, "attention_share": shared}
 
 
 def evaluate_cost(polynomial: Polynomial, tokens: int) -> int:
-    """Return what a part costs over `tokens` tokens."""
+    """Return the polynomial's value for `tokens` tokens."""
     return int(polynomial @ (1, tokens, tokens * tokens))
 
 
 def count_cost(fake: FakeModel, context: int | None) -> Cost:
-    """Count what the model costs.
+    """Count the operations of the model by length.
 
-    Raises UntraceableError where it cannot be run on shapes, or where the count at a fourth length is another than the
-    formula says, as with attention within blocks of a fixed size.
+    Raises UntraceableError if it cannot run on shapes, or if the count at a fourth length differs from the
+    formula, as for attention within blocks of a fixed size.
     """
     longest = min(CHECKED, context or CHECKED)
     lengths = COUNTED if longest > max(COUNTED) else (1, 2, 3)
@@ -217,7 +217,7 @@ def count_cost(fake: FakeModel, context: int | None) -> Cost:
 
 
 def count_flops(fake: FakeModel, tokens: int) -> tuple[int, int]:
-    """Return the operations of a forward pass over so many tokens, and those of attention's own products."""
+    """Return the operations of a forward pass over `tokens` tokens, and those of attention's own products."""
     with fake.mode, FlopCounterMode(display=False) as counter:
         fake.run(tokens)
     attends = [name for name, part in fake.model.named_modules() if "attention" in type(part).__name__.lower()]
@@ -229,7 +229,7 @@ def count_flops(fake: FakeModel, tokens: int) -> tuple[int, int]:
 
 
 def choose_lengths(context: int | None) -> list[int]:
-    """Return the lengths that are shown: powers of two from 64 up to the model's context."""
+    """Return the lengths to show: powers of two from 64 up to the model's context."""
     most = min(context or MOST_SHOWN, MOST_SHOWN)
     return [tokens for tokens in (64 * 2**i for i in range(20)) if tokens <= most] or [most]
 
@@ -239,7 +239,7 @@ def choose_lengths(context: int | None) -> list[int]:
 
 @dataclass(frozen=True)
 class BlockTiming:
-    """What one block took for a text of so many tokens."""
+    """The time of one block for a text of `tokens` tokens."""
 
     tokens: int
     block_seconds: float
@@ -252,11 +252,11 @@ class MeasuredBlock:
 
     block: str
     attention: str
-    """The module of its self-attention, below the block."""
+    """The name of its self-attention module, relative to the block."""
     device: str
     threads: int
     points: tuple[BlockTiming, ...]
-    """Up to the length at which the time for measuring was over."""
+    """One timing per length, until the time limit."""
 
 
 def measure_block(
@@ -264,12 +264,12 @@ def measure_block(
 ) -> MeasuredBlock | str:
     """Run the block `name` over longer and longer texts, in float32 and with plain attention.
 
-    Returns how long it took, or why it could not be run.
+    Return its timings, or the reason why it could not run.
     """
     block, device = fake.model.get_submodule(name), pick_device()
     parameters = sum(parameter.numel() for parameter in block.parameters())
     if 4 * parameters > MOST_BYTES:
-        return f"a block has {parameters:,} parameters: too many to try it here"
+        return f"a block has {parameters:,} parameters, too many to time it here"
     attention = next((name for name, part in block.named_modules() if type(part).__name__.endswith("Attention")), "")
     lengths = choose_lengths(min(context or LONGEST, LONGEST))
     points: list[BlockTiming] = []
@@ -285,13 +285,13 @@ def measure_block(
             points.append(BlockTiming(tokens, *seconds))
     except (UntraceableError, RuntimeError, TypeError, ValueError, KeyError) as error:
         if is_out_of_memory(error):
-            return "there is not enough memory for one block"
-        return f"a block could not be run alone: {error}"
+            return "not enough memory for one block"
+        return f"a block cannot run alone: {error}"
     return MeasuredBlock(name, attention, device, torch.get_num_threads(), tuple(points))
 
 
 def capture_arguments(fake: FakeModel, modules: Sequence[torch.nn.Module], tokens: int) -> list[Arguments]:
-    """Return the arguments that some modules are called with, in fake tensors."""
+    """Return the arguments of calls to `modules`, as fake tensors."""
     found: dict[torch.nn.Module, Arguments] = {}
 
     def keep(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -305,7 +305,7 @@ def capture_arguments(fake: FakeModel, modules: Sequence[torch.nn.Module], token
 
 
 def time_module(module: torch.nn.Module, arguments: Arguments, device: str, least_seconds: float) -> float:
-    """Return the seconds of the quickest run; a GPU is waited for."""
+    """Return the seconds of the fastest run; synchronises a GPU."""
 
     def fill(part: object) -> object:
         return _filled(part, 1, device) if isinstance(part, torch.Tensor) else part

@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 DPI = 150
 INK, MUTED, LINE, BLUE, ORANGE, GREY, WARN = "#1b1f26", "#5c6470", "#c9ced6", "#2563c9", "#c9621a", "#7d8593", "#8a5a00"
 WEIGHT_COLOURS = ("#000004", "#1d1147", "#51127c", "#832681", "#b73779", "#e75263", "#fc8961", "#fec488", "#fcfdbf")
-"""From 0 to the strongest: matplotlib's magma (van der Walt and Smith), in equal steps."""
+"""Colours from 0 to the maximum: matplotlib's magma (van der Walt and Smith), in equal steps."""
 DIFFERENCE_COLOURS = ("#b9e3ff", "#5fb0f5", "#2b6fc2", "#163a68", "#101216", "#6b3410", "#c9621a", "#f79a4b", "#ffdcae")
-"""From the base's stronger through equal to the tuned's stronger."""
+"""Colours from stronger in the base, over equal, to stronger in the tuned model."""
 UNSEEN = "#e9ebef"
-"""What a query cannot see."""
+"""Colour of masked cells."""
 LETTER_IN, LABEL_IN = 0.085, 0.105
-"""Width of a letter of a label, and the height that a label needs, in inches."""
+"""Width of a label's letter and height of a label, in inches."""
 UNFIT_FONTS = ("Emoji", "Last Resort")
-"""In names of fonts that have coloured bitmaps, which cannot be drawn, or boxes for every letter there is."""
+"""Name parts of unusable fonts: those with colour bitmaps, or with a box for every letter."""
 FIRST_FONT = "DejaVu Sans"
-"""Comes with matplotlib: Latin, Greek, Cyrillic, Hebrew, Arabic."""
+"""Ships with matplotlib: Latin, Greek, Cyrillic, Hebrew, Arabic."""
 SHAPED = {"\u200c", "\u200d", "\ufe0f"}
-"""Characters that change their neighbours and have no picture of their own."""
+"""Characters without a glyph that change their neighbours."""
 Values = npt.NDArray[np.floating]
 
 
@@ -48,13 +48,13 @@ class Panel:
 
     title: str
     values: Values
-    """[R, C]; what is no number is left blank."""
+    """[R, C]; NaN cells stay blank."""
     difference: bool = False
-    """Whether the numbers are differences, which may be negative."""
+    """Whether the values are differences, possibly negative."""
     gamma: float = 0.5
-    """Colours follow this power of a value: with the square root small ones are seen."""
+    """Exponent from value to colour; 0.5 makes small values visible."""
     written: str = ""
-    """Format of the numbers in the cells; empty for none."""
+    """Format of the numbers in cells; empty for no numbers."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Ticks:
     name: str
     labels: Sequence[str]
     special: Sequence[bool] = ()
-    """Which are slanted and grey."""
+    """Whether each label is slanted and grey."""
 
 
 @contextmanager
 def figure_settings(texts: Iterable[str], salt: str) -> Iterator[str]:
-    """Set fonts that have the letters of some texts, and files without dates; gives the letters that no font has."""
+    """Set fonts for the letters of `texts`, and write files without dates; yield letters that no font has."""
     families, missing = fonts_for(texts)
     settings: dict[RcKeyType, object] = {
         "font.family": families,
@@ -87,7 +87,7 @@ def figure_settings(texts: Iterable[str], salt: str) -> Iterator[str]:
 
 
 def fonts_for(texts: Iterable[str]) -> tuple[list[str], str]:
-    """Return names of font families in the order to look into, and the characters that none of them has."""
+    """Return font families in order of preference, and the characters that none of them has."""
     missing = {letter for text in texts for letter in text if not letter.isspace()} - SHAPED
     families = [FIRST_FONT]
     for entry in sorted(font_manager.fontManager.ttflist, key=_font_rank):
@@ -105,7 +105,7 @@ def _font_rank(entry: font_manager.FontEntry) -> tuple[bool, bool, bool, str]:
 
 
 def save_figure(figure: Figure, stem: Path, endings: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write a figure into `stem` with each ending, each in one step; returns the files."""
+    """Write a figure to `stem` with each ending, atomically; return the files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for ending in endings:
@@ -118,7 +118,7 @@ def save_figure(figure: Figure, stem: Path, endings: Sequence[str] = ("png", "sv
 
 
 def label_width(labels: Iterable[str]) -> float:
-    """Return how wide the widest of some labels is, in inches: ideographs count nearly twice."""
+    """Return the width of the widest label in inches; ideographs count nearly twice."""
     widths = (sum(1.75 if ord(letter) >= 0x1100 else 1 for letter in label) for label in labels)
     return LETTER_IN * max(widths, default=0)
 
@@ -126,10 +126,10 @@ def label_width(labels: Iterable[str]) -> float:
 def draw_heatmaps(
     stem: Path, panels: Sequence[Panel], rows: Ticks, columns: Ticks, *, title: str, cell: tuple[float, float]
 ) -> tuple[list[Path], str]:
-    """Draw heatmaps side by side into `stem`.png and `stem`.svg, with cells of so many inches.
+    """Draw heatmaps side by side into `stem`.png and `stem`.svg; cell sizes are in inches.
 
     Returns:
-        The files, and the characters that no font of this machine has.
+        The files, and the characters that no font on this machine has.
     """
     wide, tall = (size * edge for size, edge in zip(cell, panels[0].values.shape[::-1], strict=True))
     width = (label_width(rows.labels) + wide + 1.2) * len(panels)
@@ -145,7 +145,7 @@ def draw_heatmaps(
 def draw_heatmap(
     figure: Figure, axes: Axes, panel: Panel, rows: Ticks, columns: Ticks, cell: tuple[float, float]
 ) -> None:
-    """Draw one heatmap with its labels and its colour bar."""
+    """Draw one heatmap with labels and colour bar."""
     colours = DIFFERENCE_COLOURS if panel.difference else WEIGHT_COLOURS
     colour_map = LinearSegmentedColormap.from_list("values", list(colours)).with_extremes(bad=UNSEEN)
     norm, most = _norm(panel)

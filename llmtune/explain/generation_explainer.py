@@ -1,6 +1,6 @@
-"""`llmtune explain generation`: how an answer comes about in four stages, and where base and tuned model diverge.
+"""`llmtune explain generation`: how a model generates an answer in four stages, and where base and tuned diverge.
 
-Prompt to tokens, what each layer would predict, which words could come next, the answer so far.
+The stages: prompt to tokens, predictions of each layer, candidates for the next word, the answer so far.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from llmtune.report.blocks import Block, Cell, Column, Details, Heatmap, Page, S
 from llmtune.report.charts import draw_meter
 
 MOST_TOKENS = 256
-"""Tokens of an answer: the page holds what each layer would predict at each of them."""
+"""Maximum tokens of an answer; the page has each layer's prediction at each token."""
 FEW_TOKENS = 32
 SHOWN_TEMPERATURE, SHOWN_TOP_P = 0.7, 0.9
-"""What is shown where nobody says how to sample: common settings."""
+"""Common sampling settings, shown by default."""
 SLUG_LETTERS = 40
 LEAD_MASKED = (
-    "An encoder fills in what is masked, all at once. Here is each mask: what every layer would predict in its place, "
-    "and how likely each word is."
+    "An encoder fills in all masks at once. For each mask, this page shows the prediction of every layer "
+    "and the probability of each word."
 )
 LENS = (
-    "The logit lens: every layer’s state read as if it were the last one. The deeper the colour, the surer the layer; "
-    "point at a cell for what else it would predict. Row 0 is what goes into the first layer."
+    "The logit lens reads every layer’s state as if it were the last one. Deeper colours mean more certainty; "
+    "point at a cell for its other predictions. Row 0 is the input of the first layer."
 )
 CANDIDATES = (
-    "Words in brackets would be cut off by temperature, top-k and top-p; the others would be kept to draw from."
+    "Temperature, top-k and top-p would cut off the words in brackets; sampling would draw from the others."
 )
 HEAD, TAIL = 70, 30
-"""Tokens of a long prompt that are shown at once."""
+"""Tokens shown of a long prompt: from its start and its end."""
 MOST_LAYERS = 40
-"""Of the table."""
+"""Rows of the table."""
 
 
 @dataclass
@@ -64,15 +64,15 @@ class GenerationExplainer(Explainer):
     console: Console
     request: PromptRequest
     top: int = 5
-    """Tokens that are listed of a step."""
+    """Tokens listed per step."""
 
     lead = (
-        "A model writes a word at a time. Here is each of its steps: the prompt cut into tokens, what every layer "
+        "A model writes one word at a time. This page shows each step: the prompt cut into tokens, what every layer "
         "would predict if it were the last one, how likely each next word is, and the text so far."
     )
 
     def read(self) -> None:
-        """Make the prompt, and find out how to sample."""
+        """Make the prompt and the sampling settings."""
         text = self.request.prompt or (self.request.audio.name if self.request.audio else "")
         text = " ".join(text.split())
         self.title = f"Generation: {text if len(text) <= 70 else text[:69] + '…'}"
@@ -83,11 +83,11 @@ class GenerationExplainer(Explainer):
         self.sampling = resolve_sampling(self.request, self.prompt, self.target)
         recipe = self.target.recipe
         if recipe is not None and recipe.generation.num_beams > 1:
-            what = f"one answer is followed, not the run's {recipe.generation.num_beams} beams"
+            what = f"this follows a single answer, not the run's {recipe.generation.num_beams} beams"
             self.console.print(f"generation: {what}")
 
     def run(self) -> None:
-        """Open each model and let it answer; of a run, let both score the tuned model's answer as well."""
+        """Let each model answer; for a run, let both score the tuned model's answer as well."""
         target, prompt = self.target, self.prompt
         self.traces: dict[str, Trace] = {}
         self.scores: dict[str, list[TokenScore]] = {}
@@ -100,18 +100,18 @@ class GenerationExplainer(Explainer):
                     if hasattr(model, "disable_adapter"):
                         with model.disable_adapter():
                             self.scores[BASE] = score_answer(model, *answer)
-        if TUNED in self.scores and BASE not in self.scores:  # all weights were trained: the base is a model of its own
+        if TUNED in self.scores and BASE not in self.scores:  # after full training the base is a separate model
             with target.open_model(BASE) as model:
                 self.scores[BASE] = score_answer(model, *answer)
 
     @property
     def prompt_tokens(self) -> list[Token]:
-        """The prompt; of a recording, what the decoder begins with."""
+        """The tokens of the prompt, or for a recording the decoder's first tokens."""
         return name_tokens(self.target.processor, self.prompt.ids or self.prompt.decoder_ids)
 
     @property
     def parting(self) -> int | None:
-        """The first step at which base and tuned model differ; None where they do not, or there is one model."""
+        """The first step at which base and tuned model differ; None if they agree, or for a single model."""
         if BASE not in self.traces or TUNED not in self.traces:
             return None
         return find_parting(self.traces[BASE].ids, self.traces[TUNED].ids)
@@ -132,15 +132,15 @@ class GenerationExplainer(Explainer):
         }
 
     def page(self, figures: Mapping[str, Path]) -> Page:
-        """Return the page, with the model and the system message at its top."""
+        """Return the page, headed by the model and the system message."""
         system = [("system", self.request.system)] if self.request.system else []
         chips = [("model", self.target.short_name), ("family", self.target.family), *system]
         return replace(super().page(figures), chips=chips)
 
     def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
-        """Yield the stages, and of a run first where base and tuned model diverge."""
+        """Yield the stages; for a run, first the step where base and tuned model diverge."""
         parting, last = self.parting, "4 The masks, filled in" if self.prompt.masks else "4 Output so far"
-        # layers are looked at where the models diverge, else at the first step
+        # show layers where the models diverge, else at the first step
         parts = parting is not None and all(parting < len(trace.steps) for trace in self.traces.values())
         at = parting if parting is not None and parts else 0
         where = f"At step {at + 1}" + (", where they diverge:" if parting is not None else ":")
@@ -164,10 +164,10 @@ class GenerationExplainer(Explainer):
             yield Text(note, "note")
 
     def _lens_blocks(self, at: int) -> Iterator[Block]:
-        """Yield what each layer would predict: at one step of all models side by side, and at all steps."""
+        """Yield each layer's predictions: at one step with the models side by side, and at all steps."""
         known = {name: [step.layers for step in trace.steps if step.layers] for name, trace in self.traces.items()}
         if any(not layers for layers in known.values()):
-            yield Text("The layers of this model cannot be read by themselves.", "note")
+            yield Text("The lens cannot read the layers of this model.", "note")
             return
         columns = [Column("layer", "number")]
         for name in known:
@@ -198,7 +198,7 @@ class GenerationExplainer(Explainer):
             )
 
     def _step_blocks(self) -> Iterator[Block]:
-        """Yield a row a step: the word, how likely it was, and the others, in brackets those that would be cut off."""
+        """Yield a row per step: the word, its probability, and the alternatives, in brackets if cut off."""
         yield Text(describe_sampling(self.sampling))
         word = "mask" if self.prompt.masks else "word"
         numeric = [Column(name, "number") for name in ("p", "bits", "kept")]
@@ -222,10 +222,10 @@ class GenerationExplainer(Explainer):
             yield Text(f"{model}{join_tokens([step.token for step in trace.steps])}{end}")
 
     def _describe_parting(self) -> Iterator[Block]:
-        """Yield what both models could write where their answers diverge, and how far they agree."""
+        """Yield both models' candidates where their answers diverge, and the part they share."""
         at, traces = self.parting, self.traces
         if at is None:
-            yield Text("They do not diverge: both write the same, word for word.")
+            yield Text("They do not diverge: both answers are identical.")
         else:
             common = join_tokens([step.token for step in traces[TUNED].steps[:at]])
             where = (
@@ -246,7 +246,7 @@ class GenerationExplainer(Explainer):
             yield self._compare_words()
 
     def _compare_words(self) -> Table:
-        """Return what base and tuned model make of each word of the tuned model's answer."""
+        """Return the probability of each word of the tuned answer in base and tuned model."""
         rows: list[list[Cell | str]] = []
         for step, base, tuned in zip(self.traces[TUNED].steps, self.scores[BASE], self.scores[TUNED], strict=True):
             numbers = [write_probability(one.probability, exact=True) for one in (base, tuned)]
@@ -261,7 +261,7 @@ class GenerationExplainer(Explainer):
 
 
 def slug(request: PromptRequest) -> str:
-    """Return a name for a prompt for use in a file name: its letters, and a hash if those are not all of it."""
+    """Return a file name for a prompt: its letters, plus a hash if it has other characters."""
     text = request.prompt or (request.audio.stem if request.audio else "")
     letters = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if letters and len(letters) <= SLUG_LETTERS and text.isascii():
@@ -271,7 +271,7 @@ def slug(request: PromptRequest) -> str:
 
 
 def find_parting(base: Sequence[int], tuned: Sequence[int]) -> int | None:
-    """Return the first step, counted from 0, at which two answers differ; None where they are the same."""
+    """Return the first step, from 0, at which two answers differ; None if they are equal."""
     for at, pair in enumerate(zip(base, tuned, strict=False)):
         if pair[0] != pair[1]:
             return at
@@ -279,7 +279,7 @@ def find_parting(base: Sequence[int], tuned: Sequence[int]) -> int | None:
 
 
 def resolve_sampling(request: PromptRequest, prompt: ModelInputs, target: Target) -> Sampling:
-    """Fill what was left open from the recipe of a run, or with defaults; raises RecipeError for too long an answer."""
+    """Fill unset options from the run's recipe or defaults; raises RecipeError if the answer would be too long."""
     own = target.recipe.generation if target.recipe else None
     sampled = own if own is not None and own.do_sample else None
     longest = request.max_new_tokens or min(own.max_new_tokens if own else FEW_TOKENS, MOST_TOKENS)
@@ -291,7 +291,7 @@ def resolve_sampling(request: PromptRequest, prompt: ModelInputs, target: Target
             raise RecipeError.of(what, "--prompt", "Shorten the prompt, or lower --max-new-tokens.")
         longest = min(longest, room - before)
     sample, seed = request.sample, request.seed
-    return Sampling(  # none of its numbers may be 0 but top-k and the seed
+    return Sampling(  # only top-k and the seed may be 0
         max_new_tokens=longest,
         temperature=request.temperature or (sampled.temperature or 1.0 if sampled else SHOWN_TEMPERATURE),
         top_p=request.top_p or (sampled.top_p or 1.0 if sampled else SHOWN_TOP_P),
@@ -303,7 +303,7 @@ def resolve_sampling(request: PromptRequest, prompt: ModelInputs, target: Target
 
 
 def trace_model(model: torch.nn.Module, prompt: ModelInputs, target: Target, sampling: Sampling) -> Trace:
-    """Let one model answer; raises RecipeError for one that predicts no words."""
+    """Let one model answer; raises RecipeError if it predicts no words."""
     inner = unwrap(model)
     if inner.get_output_embeddings() is None or not (prompt.masks or inner.can_generate()):
         what = f"this model predicts no words: it is a {type(inner).__name__}"
@@ -313,14 +313,14 @@ def trace_model(model: torch.nn.Module, prompt: ModelInputs, target: Target, sam
 
 
 def join_tokens(tokens: Sequence[Token]) -> str:
-    """Write tokens one after the other, a line between them; a leading space is a space."""
+    """Join tokens with a line between them, keeping leading spaces."""
     words = (word_label(token, 40) for token in tokens)
     pairs = zip(words, tokens, strict=True)
     return "│".join(word.replace("␣", " ", 1) if token.text.startswith(" ") else word for word, token in pairs)
 
 
 def describe_sampling(sampling: Sampling) -> str:
-    """Say how a token is chosen, and what would be kept."""
+    """Describe how tokens are chosen, and which would be kept."""
     kept = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
     if sampling.top_k:
         kept += f", top-k {sampling.top_k}"
@@ -336,7 +336,7 @@ def _spell(token: LikelyToken) -> str:
 
 
 def write_probability(value: float, *, exact: bool = False) -> str:
-    """Write a probability in five letters; a small one as such, or with its power of ten."""
+    """Format a probability in five characters; a small one as "<.001", or with its exponent if `exact`."""
     if value >= 0.995:
         return "1.00" if value >= 0.9995 else f"{value:.3f}"
     if value >= 0.005:
@@ -347,7 +347,7 @@ def write_probability(value: float, *, exact: bool = False) -> str:
 
 
 def write_factor(base: float, tuned: float) -> str:
-    """Write by which factor a probability grew or shrank."""
+    """Format the factor by which a probability grew or shrank."""
     if not base:
         return "∞" if tuned else "1"
     factor = tuned / base

@@ -1,10 +1,10 @@
-"""An answer step by step: what could come next, how likely it was, and what each layer would have predicted.
+"""An answer step by step: candidates, their probabilities, and the prediction of each layer.
 
-The answer is made by transformers' own `generate`, so that it is the one that the model gives elsewhere; a logits
-processor that changes nothing records it. Then the model reads its answer once more, and its layers are looked at.
+transformers' own `generate` writes the answer, so it equals the model's answer elsewhere. A logits
+processor records it without changing it. Then the model reads its answer once more, and the lens reads its layers.
 Each layer is read through the model's own head (nostalgebraist, "interpreting GPT: the logit lens", 2020).
 Shapes: V vocabulary, D width, T tokens, A those of the answer, L layers and the embeddings before them, P positions
-that are looked at or masked, R rows of a replay.
+examined or masked, R rows of a replay.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from llmtune.recipe.schema import Recipe
 from llmtune.tasks.text_to_text import decoder_settings
 
 LISTED = 40
-"""Tokens of a step that are listed, the likeliest first."""
+"""Tokens listed per step, the likeliest first."""
 LENS_TOKENS = 3
-"""Tokens of a layer that are listed."""
+"""Tokens listed per layer."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen, or would be: `sample` draws from what is kept, else the likeliest is taken."""
+    """How tokens are chosen: `sample` draws from the kept ones, otherwise the likeliest wins."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -52,7 +52,7 @@ class Sampling:
     seed: int = 0
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with this sampling in place of its own."""
+        """Return the recipe with this sampling."""
         changed: dict[str, object] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample, "num_beams": 1}
         changed |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
         if self.sample:
@@ -61,7 +61,7 @@ class Sampling:
         return recipe.model_copy(update={"generation": recipe.generation.model_copy(update=changed)})
 
     def warp(self, scores_1V: torch.Tensor) -> torch.Tensor:
-        """Return the scores as sampling would draw from them: -inf for what is not kept."""
+        """Return the scores that sampling draws from: -inf for tokens cut off."""
         warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else [])
         warpers += [TopKLogitsWarper(self.top_k)] if self.top_k else []
         warpers += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
@@ -72,18 +72,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class LikelyToken:
-    """A token that could come next."""
+    """A candidate for the next token."""
 
     token: Token
     probability: float
     """Before temperature, top-k and top-p."""
     kept: float | None = None
-    """Its probability after temperature, top-k and top-p, 0 where it is cut off; None where nothing is drawn."""
+    """Probability after temperature, top-k and top-p, 0 if cut off; None without sampling."""
 
 
 @dataclass(frozen=True)
 class LayerPrediction:
-    """What one layer would predict: its likeliest tokens, and how likely the token is that was chosen in the end."""
+    """The prediction of one layer: its likeliest tokens, and the probability of the finally chosen token."""
 
     likeliest: list[LikelyToken]
     chosen: float
@@ -91,7 +91,7 @@ class LayerPrediction:
 
 @dataclass(frozen=True)
 class AnswerStep:
-    """One token of an answer, or of a text with masks one mask."""
+    """One token of an answer, or one mask of a text."""
 
     token: Token
     probability: float
@@ -101,7 +101,7 @@ class AnswerStep:
     candidates: list[LikelyToken]
     """The likeliest first."""
     layers: list[LayerPrediction] | None
-    """From the embeddings to the last layer; None where the model's layers cannot be read by themselves."""
+    """From the embeddings to the last layer; None if the lens cannot read this model."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Trace:
     """An answer, step by step."""
 
     prefix: list[int]
-    """What the decoder had before its first step: the prompt, or the start of an encoder-decoder's answer."""
+    """The decoder's tokens before its first step: the prompt, or the start of an encoder-decoder's answer."""
     steps: list[AnswerStep]
     text: str
     ended: bool
-    """Whether it ends with an end token; otherwise it reached max_new_tokens."""
+    """Whether it ends with an end token; otherwise it was truncated at max_new_tokens."""
 
     @property
     def ids(self) -> list[int]:
@@ -123,12 +123,12 @@ class Trace:
 
 @dataclass
 class Recorder(LogitsProcessor):  # type: ignore[misc]
-    """Keeps the log-probabilities [V] of each step, and changes nothing."""
+    """Records the log-probabilities [V] of each step, and changes nothing."""
 
     logs: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Record the scores: what the model may not write was ruled out, before any temperature."""
+        """Record the scores, after forbidden tokens are ruled out and before temperature."""
         self.logs.append(scores[0].float().log_softmax(-1))
         return scores
 
@@ -136,7 +136,7 @@ class Recorder(LogitsProcessor):  # type: ignore[misc]
 def trace_answer(
     model: torch.nn.Module, prompt: ModelInputs, processor: PreTrainedTokenizerBase, sampling: Sampling
 ) -> Trace:
-    """Let the model answer, and look at each step and at what each layer would predict there."""
+    """Let the model answer; record each step and each layer's prediction."""
     inner, recipe, recorder = unwrap(model), sampling.recipe(prompt.recipe), Recorder()
     with torch.random.fork_rng(), only_these_settings(model) as own:
         torch.manual_seed(sampling.seed)
@@ -163,7 +163,7 @@ def trace_answer(
 
 
 def place_inputs(prompt: ModelInputs, inner: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Bring inputs to the model's device and, if they are no tokens, to its number format."""
+    """Move inputs to the model's device and, unless they are tokens, to its dtype."""
     return {
         name: part.to(inner.device, inner.dtype) if part.is_floating_point() else part.to(inner.device)
         for name, part in prompt.text_tensors.items()
@@ -173,7 +173,7 @@ def place_inputs(prompt: ModelInputs, inner: PreTrainedModel) -> dict[str, torch
 def trace_masks(
     model: torch.nn.Module, prompt: ModelInputs, processor: PreTrainedTokenizerBase, sampling: Sampling
 ) -> Trace:
-    """Let an encoder fill in each mask of a text, all at once; a mask is a step."""
+    """Let an encoder fill in all masks of a text at once; each mask is a step."""
     seen = run_forward(model, place_inputs(prompt, unwrap(model)), prompt.masks)
     logs_PV = seen.logits.log_softmax(-1)
     answer = logs_PV.argmax(-1).tolist()
@@ -187,7 +187,7 @@ def trace_masks(
 def read_again(
     model: torch.nn.Module, prompt: ModelInputs, prefix: Sequence[int], answer: Sequence[int]
 ) -> ForwardPass:
-    """Let a model read an answer, its own or another's, and see what it would predict at each of its tokens."""
+    """Let a model read an answer, its own or another's, and return its predictions at each token."""
     inner = unwrap(model)
     ids_1T = torch.tensor([[*prefix, *answer[:-1]]], device=inner.device)
     inputs: dict[str, object] = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
@@ -205,7 +205,7 @@ def list_steps(
     seen: ForwardPass,
     processor: PreTrainedTokenizerBase,
 ) -> Iterator[AnswerStep]:
-    """Yield what is shown of each step, by its log-probabilities [V] and the hidden states of its layers."""
+    """Yield the steps to show, from log-probabilities [V] and the hidden states of layers."""
     lens, name = read_lens(seen), token_namer(processor)
     for token, logs_V in zip(answer, logs, strict=True):
         top = logs_V.topk(min(LISTED, int(logs_V.isfinite().sum())))
@@ -223,7 +223,7 @@ def list_steps(
 
 
 def list_layers(logits_LV: torch.Tensor, token: int, name: Callable[[int], Token]) -> list[LayerPrediction]:
-    """Return what each layer would predict by its logits [L, V]."""
+    """Return each layer's prediction from its logits [L, V]."""
     shares_LV = logits_LV.softmax(-1)
     top = shares_LV.topk(LENS_TOKENS)
     columns = zip(top.indices.tolist(), top.values.tolist(), shares_LV[:, token].tolist(), strict=True)
@@ -235,11 +235,11 @@ def list_layers(logits_LV: torch.Tensor, token: int, name: Callable[[int], Token
 
 @dataclass(frozen=True)
 class TokenScore:
-    """How likely one token of a given answer is, and what the model would have predicted in its place."""
+    """The probability of one token of a given answer, and the model's own prediction there."""
 
     probability: float
     rank: int
-    """How many tokens are likelier, and one."""
+    """1 plus the number of likelier tokens."""
     likeliest: LikelyToken
 
 
@@ -250,7 +250,7 @@ def score_answer(
     prefix: Sequence[int],
     answer: Sequence[int],
 ) -> list[TokenScore]:
-    """Score each token of an answer that is given to the model (teacher forcing)."""
+    """Score each token of a given answer (teacher forcing)."""
     logs_AV = read_again(model, prompt, prefix, answer).logits.log_softmax(-1)
     own_A1 = logs_AV.gather(-1, torch.tensor(answer)[:, None])
     best = logs_AV.max(-1)

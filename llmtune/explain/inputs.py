@@ -1,4 +1,4 @@
-"""What a model reads (T tokens): a text, a chat message, a pair of texts or a recording, as ids and tensors."""
+"""Model inputs (T tokens): a text, chat message, pair of texts or recording, as ids and tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llmtune.tasks.recordings import extract_features, feature_extractor, is_mul
 from llmtune.tasks.speech import count_frames
 from llmtune.tasks.text_to_text import EncoderDecoder, TextPair, first_token, source_ids, target_ids
 
-LONGEST_PROMPT = 4096  # tokens: the attention of a longer one does not fit into common memory in full
+LONGEST_PROMPT = 4096  # tokens: the full attention of a longer one exceeds common memory
 LARGEST_FIGURE = 2048  # tokens that --max-tokens allows
 MASKED_HEADS = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 NO_WORDS_FIX = "`llmtune explain attention` and `llmtune explain model` look inside such a model."
@@ -34,39 +34,39 @@ NO_WORDS_FIX = "`llmtune explain attention` and `llmtune explain model` look ins
 
 @dataclass(frozen=True)
 class AttentionRequest:
-    """The options of `explain attention`: what is read, and what of it is drawn; None is not given."""
+    """The options of `explain attention`; None means not given."""
 
     text: str | None = None
     target: str | None = None
     pair: str | None = None
     audio: Path | None = None
     language: str | None = None
-    """Of a plain model: what is spoken, or both languages of a translator, with a comma between."""
+    """For a plain model: the spoken language, or a translator's two languages joined by a comma."""
     chat: bool = False
-    """Whether the text goes into the model's chat template, as a user's message."""
+    """Whether to put the text into the model's chat template as a user message."""
     max_tokens: int = 512
     cut: bool = False
-    """Whether a text that is too long is cut instead of refused."""
+    """Whether to cut a text that is too long instead of refusing it."""
     kind: str | None = None
-    """Of attention; None: all that the model has."""
+    """Kind of attention; None for all kinds."""
     layer: int | None = None
-    """None: that which shows most."""
+    """None for the most telling layer."""
     head: str = "mean"
     """A number from 0, mean, or rollout."""
     threshold: float | None = None
-    """Weight from which a graph has an edge."""
+    """Minimum weight of an edge in a graph."""
 
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """The options of `explain generation`: what is continued, and how; None is left to the recipe, or to defaults."""
+    """The options of `explain generation`; None takes the recipe's value or a default."""
 
     prompt: str | None = None
     system: str | None = None
     context: str | None = None
     audio: Path | None = None
     plain: bool = False
-    """Whether the prompt of a plain model goes without its chat template."""
+    """Whether to ignore a plain model's chat template."""
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -75,37 +75,37 @@ class PromptRequest:
     seed: int | None = None
 
     def named(self) -> dict[str, str | None]:
-        """Return what is continued by the names of the options."""
+        """Return the parts of the prompt by option name."""
         audio = str(self.audio) if self.audio else None
         return {"prompt": self.prompt, "system": self.system, "context": self.context, "audio": audio}
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """A request as the model reads it."""
+    """A request as model inputs."""
 
     ids: list[int]
-    """Its tokens; none where it is sound."""
+    """The tokens; empty for sound."""
     recipe: Recipe
-    """The run's, or one of defaults."""
+    """The run's recipe, or a default one."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Inputs of the model other than the tokens."""
+    """Model inputs other than tokens."""
     pair: TextPair | None = None
-    """What an encoder-decoder reads and writes; its target may be empty still."""
+    """Source and target of an encoder-decoder; the target may still be empty."""
     frames: TokenLine | None = None
     """The rows of a recording."""
     decoder_ids: list[int] = field(default_factory=list)
-    """What the decoder begins with, where that is more than its start token."""
+    """The decoder's first tokens, if there is more than the start token."""
     first: int | None = None
     """The language token that a translation begins with."""
     masks: tuple[int, ...] = ()
     """Positions of the mask tokens, which an encoder predicts."""
     note: str = ""
-    """What a reader has to know about how it was made."""
+    """A note to the reader on how the inputs were made."""
 
     @property
     def text_tensors(self) -> dict[str, torch.Tensor]:
-        """All inputs of the model but for the decoder's."""
+        """All model inputs except the decoder's."""
         if not self.ids:
             return dict(self.tensors)
         ids_1T = torch.tensor([self.ids])
@@ -113,7 +113,7 @@ class ModelInputs:
 
 
 def check_options(given: Mapping[str, object], useful: Mapping[str, bool]) -> list[Problem]:
-    """Return problems: options of no use, and missing ones; `useful` says of each of use whether it is needed."""
+    """Return inapplicable and missing options; `useful` maps applicable options to whether they are required."""
     omit = f"Omit it; give {', '.join(f'--{name}' for name in useful)}."
     unused = (name for name, value in given.items() if value is not None and name not in useful)
     problems = [Problem("it does not apply to this model", f"--{name}", omit) for name in unused]
@@ -127,7 +127,7 @@ def check_options(given: Mapping[str, object], useful: Mapping[str, bool]) -> li
 def make_pair(
     target: Target, given: Mapping[str, str | None], written: str = "", language: str | None = None
 ) -> TextPair:
-    """Return source and target of an encoder-decoder: of a run as its task words them, with prefix and languages."""
+    """Return source and target of an encoder-decoder; for a run, with its task's prefix and languages."""
     task, recipe, processor = target.task, target.recipe, target.processor
     worded = isinstance(task, EncoderDecoder) and ("context" not in task.inputs or given.get("context") is not None)
     if isinstance(task, EncoderDecoder) and recipe is not None and worded:
@@ -139,21 +139,21 @@ def make_pair(
 
 
 def read_first_window(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Waveform, float, bool]:
-    """Return the first window of a recording, its seconds, and whether it is all of the recording.
+    """Return the first window of a recording, its length in seconds, and whether it is the complete recording.
 
-    Raises DataError where it cannot be read, and RecipeError where there is no sound in it.
+    Raises DataError if it cannot be read, and RecipeError if it contains no sound.
     """
     row: SpeechRow = {"audio": str(Path(str(audio)).absolute()), "content": "", "text": ""}
     extract = feature_extractor(target.processor)
     windows = read_windows([row], extract, recipe)
     if not windows:
-        raise RecipeError.of("it holds no sound", "--audio", "Give a recording with sound in it.")
+        raise RecipeError.of("it contains no sound", "--audio", "Give a recording with sound in it.")
     samples = windows[0][1]
     return samples, len(samples) / extract.sampling_rate, len(windows) == 1
 
 
 def _whisper_inputs(target: Target, samples: Waveform, recipe: Recipe) -> ModelInputs:
-    """Return what Whisper reads, and the tokens of language and task that its answer begins with."""
+    """Return Whisper's inputs, and the language and task tokens at the start of its answer."""
     set_speech(target.processor, recipe)
     features = extract_features(feature_extractor(target.processor), [samples])["input_features"]
     all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence after a sound counts
@@ -165,10 +165,10 @@ def _whisper_inputs(target: Target, samples: Waveform, recipe: Recipe) -> ModelI
 
 
 def read_attention_text(target: Target, request: AttentionRequest) -> ModelInputs:
-    """Make the inputs that attention is shown on, before any weights are read.
+    """Make the inputs for attention maps, without reading weights.
 
     Raises:
-        RecipeError: an option that this model needs is missing, or one has no use.
+        RecipeError: an option that this model needs is missing, or one does not apply.
         DataError: the text is empty or too long, or the recording cannot be read.
     """
     check_text_options(target, request)
@@ -191,7 +191,7 @@ def read_attention_text(target: Target, request: AttentionRequest) -> ModelInput
         encoded = processor(text, request.pair, verbose=False)
         ids, kinds = list(encoded["input_ids"]), encoded.get("token_type_ids")
         if not ids:
-            raise DataError.of("the tokenizer makes nothing of it", "--text", "Give at least one word.")
+            raise DataError.of("it has no tokens", "--text", "Give at least one word.")
     ids = fit_tokens(ids, "--text", target, request)
     if kinds is not None:
         tensors["token_type_ids"] = torch.tensor([kinds[: len(ids)]])
@@ -199,7 +199,7 @@ def read_attention_text(target: Target, request: AttentionRequest) -> ModelInput
 
 
 def check_text_options(target: Target, request: AttentionRequest) -> None:
-    """Raise for what is missing, empty or of no use to this model: RecipeError and DataError."""
+    """Raise RecipeError or DataError for options that are missing, empty or inapplicable."""
     writes = target.family == "encoder-decoder"
     named = target.is_whisper or (writes and has_languages(target.processor))
     options = {"target": writes, "pair": target.family == "encoder", "language": named and target.recipe is None}
@@ -221,20 +221,20 @@ def check_text_options(target: Target, request: AttentionRequest) -> None:
 
 @contextmanager
 def _language_errors(target: Target) -> Iterator[None]:
-    """Name the option for languages where a plain model lacks them: there is no recipe."""
+    """Point to --language if a plain model needs languages: there is no recipe to name them."""
     try:
         yield
     except RecipeError as error:
         if target.recipe is not None:
             raise
-        fix = "Give what is spoken, such as en, or both languages of a translator, such as eng_Latn,fra_Latn."
+        fix = "Give the spoken language, such as en, or a translator's two languages, such as eng_Latn,fra_Latn."
         raise RecipeError.of(error.problems[0].what, "--language", fix) from None
 
 
 def fit_tokens(ids: Sequence[int], where: str, target: Target, request: AttentionRequest) -> list[int]:
-    """Return tokens that fit into the model and into a figure, cut with --cut, an end token kept.
+    """Return tokens that fit into the model and a figure; --cut truncates them and keeps an end token.
 
-    Raises DataError for too many of them.
+    Raises DataError for too many tokens.
     """
     context = context_length(target.config)
     room = min(context or request.max_tokens, request.max_tokens)
@@ -244,9 +244,9 @@ def fit_tokens(ids: Sequence[int], where: str, target: Target, request: Attentio
         ends = target.family != "decoder" and ids[-1] in target.processor.all_special_ids
         return [*ids[: room - 1], ids[-1]] if ends else list(ids[:room])
     beyond = bool(context and len(ids) > context)
-    limit = f"{target.name} has positions for {context:,}" if beyond else f"figures are drawn of {room:,} at most"
+    limit = f"{target.name} has positions for {context:,}" if beyond else f"a figure shows at most {room:,}"
     more = "" if beyond or len(ids) > LARGEST_FIGURE else f"raise --max-tokens to {len(ids)}, "
-    fix = f"Shorten it, {more}or add --cut to look at the first {room:,} alone."
+    fix = f"Shorten it, {more}or add --cut to use only the first {room:,}."
     raise DataError.of(f"it has {len(ids):,} tokens, and {limit}", where, fix)
 
 
@@ -255,7 +255,7 @@ def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -
     samples, seconds, is_whole = read_first_window(target, request.audio, recipe)
     if not (is_whole or request.cut):
         what = f"it is longer than the {seconds:.1f} s that the model reads at once"
-        raise DataError.of(what, "--audio", f"Shorten it, or add --cut to look at its first {seconds:.1f} s alone.")
+        raise DataError.of(what, "--audio", f"Shorten it, or add --cut to use only its first {seconds:.1f} s.")
     if not target.is_whisper:
         frames = count_frames(len(samples), target.config)
         if not frames:
@@ -279,7 +279,7 @@ def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -
 
 
 def transcript_ids(pair: TextPair, target: Target) -> list[int]:
-    """Return what Whisper's decoder reads: the tokens of language and task, and the transcript."""
+    """Return the decoder inputs of Whisper: language and task tokens, then the transcript."""
     processor = target.processor
     text = processor(f" {pair.target}", add_special_tokens=False)["input_ids"] if pair.target else []
     return [*processor.prefix_tokens, *text]
@@ -289,18 +289,18 @@ def transcript_ids(pair: TextPair, target: Target) -> list[int]:
 
 
 def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
-    """Make the token ids of a prompt: the same as in training and evaluation, or a plain model's own.
+    """Make a prompt's token ids: as in training and evaluation for a run, or as a plain model needs them.
 
     Raises:
-        RecipeError: it is empty or too long; an option has no use; the model writes no text.
-        DataError: the chat template does not take the messages, or a recording cannot be read.
+        RecipeError: it is empty or too long; an option does not apply; the model generates no text.
+        DataError: the chat template rejects the messages, or a recording cannot be read.
     """
     check_prompt_options(target, request)
     recipe = target.recipe or target.default_recipe(chat=not request.plain)
     task, processor = target.task, target.processor
     if target.is_whisper:
         samples, seconds, is_whole = read_first_window(target, request.audio, recipe)
-        note = "" if is_whole else f"Only the first {seconds:.0f} s of the recording are heard."
+        note = "" if is_whole else f"Only the first {seconds:.0f} s of the recording are used."
         return replace(_whisper_inputs(target, samples, recipe), note=note)
     if target.family == "encoder":
         inputs = _read_masked(str(request.prompt), target, recipe)
@@ -323,7 +323,7 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
 
 
 def check_prompt_options(target: Target, request: PromptRequest) -> None:
-    """Raise RecipeError for what is missing, empty or of no use here, and for a model that writes no text."""
+    """Raise RecipeError for missing, empty or inapplicable options, or for a model that generates no text."""
     task, has_template, whisper = target.task, bool(target.processor.chat_template), target.is_whisper
     named = list(getattr(target.config, "architectures", None) or [])
     if task is None:
@@ -342,7 +342,7 @@ def check_prompt_options(target: Target, request: PromptRequest) -> None:
         if not str(given[name]).strip():
             problems.append(Problem("it is empty", f"--{name}", "Give a text."))
     if request.plain and (task is not None or not has_template):
-        what = "the prompt of a run is made as in its training" if task else "the model has no chat template"
+        what = "a run's prompt is always made as in training" if task else "the model has no chat template"
         problems.append(Problem(what, "--plain", "Omit it."))
     RecipeError.collect(problems)
 
@@ -351,8 +351,8 @@ def _read_masked(text: str, target: Target, recipe: Recipe) -> ModelInputs:
     processor = target.processor
     mask = processor.mask_token
     if mask is None or mask not in text:
-        what = f"an encoder fills in what is masked, and there is no {mask or 'mask token'} in the prompt"
-        fix = f"Write {mask or 'the mask token'} where a word is to be predicted: The sky is {mask or '[MASK]'}."
+        what = f"an encoder fills in masks, and the prompt has no {mask or 'mask token'}"
+        fix = f"Write {mask or 'the mask token'} for each word to predict: The sky is {mask or '[MASK]'}."
         raise RecipeError.of(what, "--prompt", fix)
     ids = list(processor(text, verbose=False)["input_ids"])
     return ModelInputs(ids, recipe, masks=tuple(at for at, i in enumerate(ids) if i == processor.mask_token_id))

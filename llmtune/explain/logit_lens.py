@@ -1,7 +1,7 @@
-"""The logit lens: what each layer would predict if it were the last one, read through the model's own head.
+"""The logit lens: each layer's prediction if it were the last one, read through the model's own head.
 
-nostalgebraist, "interpreting GPT: the logit lens" (2020). Shapes: P positions that are looked at, L layers and one more
-(what goes into the first), D width, V vocabulary, R rows of a replay.
+nostalgebraist, "interpreting GPT: the logit lens" (2020). Shapes: P examined positions, L layers plus one
+(the input of the first), D width, V vocabulary, R rows of a replay.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.model.device import is_out_of_memory
 
 ROWS = 64
-"""Hidden states that are read at once: that many times the vocabulary is in memory."""
+"""Hidden states per replay; logits for each are in memory at once."""
 TOLERANCE = 1e-3
-"""How far the last layer's logits may lie from the model's, as a share of their standard deviation (RMS)."""
+"""Maximum RMS difference of the last layer's logits from the model's, as a share of their standard deviation."""
 SHAPE_ERRORS = (ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError)
 LayerOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
 def find_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers before the head, in order; an empty list where they cannot be found.
+    """Return the layers before the head, in order, or an empty list if not found.
 
-    They are the longest list of modules that lies nearest to the top of the body (of two halves: of the decoder).
+    They are the longest module list nearest to the top of the body (for an encoder-decoder: of the decoder).
     """
     inner = unwrap(model)
     body = inner.get_decoder() if inner.config.is_encoder_decoder else inner.base_model
@@ -40,20 +40,20 @@ def find_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 @dataclass
 class ForwardPass:
-    """What one pass of a model gave at the positions that are looked at."""
+    """The results of one forward pass at the examined positions."""
 
     model: PreTrainedModel
     logits: torch.Tensor
-    """[P, V], on the CPU."""
+    """Logits [P, V], on the CPU."""
     hidden: list[torch.Tensor]
-    """Before and after every layer [P, D], on the CPU."""
+    """Hidden states [P, D] before and after every layer, on the CPU."""
     output_sizes: Mapping[torch.nn.Module, int]
-    """By layer the length of the tuple that it returns; 0 where it returns the hidden state alone."""
+    """Length of each layer's output tuple; 0 if it returns only the hidden state."""
 
 
 @torch.inference_mode()
 def run_forward(model: torch.nn.Module, inputs: Mapping[str, object], positions: Sequence[int] | slice) -> ForwardPass:
-    """Run a model once, and keep its logits and hidden states at some positions."""
+    """Run a model once, and keep its logits and hidden states at `positions`."""
     hidden: list[torch.Tensor] = []
     sizes: dict[torch.nn.Module, int] = dict.fromkeys(find_layers(model), 0)
 
@@ -77,10 +77,10 @@ def run_forward(model: torch.nn.Module, inputs: Mapping[str, object], positions:
 
 
 def read_lens(seen: ForwardPass) -> Iterator[torch.Tensor] | None:
-    """Return logits [L, V] for each position; None where this model's layers cannot be read so.
+    """Return logits [L, V] for each position; None if the lens cannot read this model.
 
-    Nothing is assumed about what follows the layers (norm, scale, soft cap, bias): the model itself is run with
-    layers that do nothing but return the hidden state. The last layer's logits have to be the model's own: that is
+    Nothing is assumed about the modules after the layers (norm, scale, soft cap, bias): the model itself runs with
+    layers that only return a given hidden state. The last layer's logits must equal the model's own, which is
     checked before anything is returned.
     """
     if len(seen.hidden) < 2 or len({part.shape for part in seen.hidden}) > 1:
@@ -100,7 +100,7 @@ def read_lens(seen: ForwardPass) -> Iterator[torch.Tensor] | None:
 
 
 def agree(read_V: torch.Tensor, expected_V: torch.Tensor) -> bool:
-    """Whether two logits [V] are the same but for rounding; those that the model rules out (-inf) do not count."""
+    """Whether two logits [V] are equal up to rounding; ignores tokens that the model rules out (-inf)."""
     counted = expected_V.isfinite()
     if not counted.any() or not read_V[counted].isfinite().all():
         return False
@@ -110,10 +110,10 @@ def agree(read_V: torch.Tensor, expected_V: torch.Tensor) -> bool:
 
 @torch.inference_mode()
 def replay(seen: ForwardPass, hidden_RD: torch.Tensor) -> torch.Tensor:
-    """Return the logits [R, V] that the model makes of hidden states [R, D] as if they came from its last layer."""
+    """Return the model's logits [R, V] for hidden states [R, D], as if they came from its last layer."""
     model = seen.model
     weight = model.get_output_embeddings().weight
-    # 4-bit weights are bytes: those models say in which format they compute
+    # 4-bit weights are bytes, so such models store their compute dtype
     dtype = weight.dtype if weight.dtype.is_floating_point else model.dtype
     hidden_R1D = hidden_RD[:, None].to(model.device, dtype)
     ids_R1 = torch.zeros((len(hidden_RD), 1), dtype=torch.int64, device=model.device)
@@ -130,9 +130,9 @@ def replay(seen: ForwardPass, hidden_RD: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def replaced_layers(output_sizes: Mapping[torch.nn.Module, int], hidden: torch.Tensor) -> Iterator[None]:
-    """Let each layer return `hidden` whatever it gets, in a tuple where it returns one otherwise.
+    """Make each layer return `hidden` for any input, in a tuple if it normally returns one.
 
-    Layers that return more in a tuple (T5's biases) return None in its other places: only layers read those.
+    Other items of the tuple (T5's biases) become None, because only layers read them.
     """
     own = {layer: layer.__dict__.get("forward") for layer in output_sizes}
     try:

@@ -1,4 +1,4 @@
-"""`llmtune explain model`: the parts of a model, their shapes and sizes, their cost, and which of them were trained."""
+"""`llmtune explain model`: a model's parts, their shapes, sizes and cost, and which were trained."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from llmtune.report.render_terminal import spinner
 KINDS = {"encoder": "an encoder", "decoder": "a decoder", "encoder-decoder": "an encoder with a decoder"}
 COST_NOTE = (
     "Floating-point operations of one forward pass: 2 M K N for a product of [M, K] with [K, N]. “Attention” is "
-    "queries times keys and weights times values, over all pairs of positions, also those that a mask hides."
+    "queries times keys and weights times values, over all pairs of positions, including masked ones."
 )
 TIME_NOTE = "Attention is computed plainly, with all its weights in memory; fused kernels are faster."
 STEP = "\u2003"
-"""A step to the right in a table."""
+"""Indentation in a table."""
 GROUPS = {"norm": "Norms", "embedding": "Embedding", "positions": "Positions", "linear": "Head"}
-"""What parameters are counted under; branches under their titles."""
+"""Headings for counting parameters; branches count under their titles."""
 
 
 @dataclass
@@ -53,30 +53,30 @@ class ModelExplainer(Explainer):
     target: Target
     console: Console
     measure: bool = True
-    """Whether a block is timed on this machine."""
+    """Whether to time a block on this machine."""
 
     stem = "model"
     lead = (
-        "Words come in below and go up. A block reads the residual path (the grey line at its left), works out "
-        "something to add, and adds it at ⊕: what a block does not change passes by it untouched. Equal blocks are "
-        "drawn once. At the right of a box are its parameters; with an arrow, the inputs and outputs "
+        "Words enter at the bottom. A block reads the residual path (the grey line at its left), computes "
+        "a change, and adds it at ⊕. The rest passes unchanged. Equal blocks are "
+        "drawn once. Right of a box are its parameters; an arrow joins the inputs and outputs "
         "of a matrix."
     )
 
     def read(self) -> None:
-        """Find what was trained of a run; raises EnvironmentProblem where its adapter is gone or damaged."""
+        """Find a run's trained modules; raises EnvironmentProblem if its adapter is missing or damaged."""
         self.title = f"Architecture: {self.target.short_name}"
         self.trained = find_trained(self.target)
 
     def run(self) -> None:
-        """Build the model without weights, describe it, count what it costs, and time a block."""
+        """Build the model without weights, describe it, count its cost, and time a block."""
         try:
             fake = build_fake_model(self.target)
         except UNREADABLE as error:
             raise EnvironmentProblem.of(
                 f"the model cannot be built from its configuration: {first_line(error)}",
                 str(self.target.config.name_or_path),
-                "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
+                "Download the model again; `llmtune doctor` shows the versions on this machine.",
             ) from error
         self.cost: Cost | str
         with spinner(self.console, "reading the architecture"):
@@ -94,7 +94,7 @@ class ModelExplainer(Explainer):
 
     @property
     def base(self) -> str | None:
-        """Of a run, the name of its base model."""
+        """The name of a run's base model."""
         return str(self.target.recipe.model.name) if self.target.recipe else None
 
     def to_json(self) -> dict[str, object]:
@@ -117,20 +117,20 @@ class ModelExplainer(Explainer):
         }
 
     def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
-        """Yield what the model is, its parts, and what a text costs."""
+        """Yield facts of the model, its parts, and the cost of a text."""
         sizes = sorted(count_parts(self.architecture).items(), key=lambda item: -item[1])
         total = sum(size for _, size in sizes) or 1
         shares = [(name, f"{size:,}  {100 * size / total:.1f} %", size / total) for name, size in sizes]
         drawing = figure_block(figures["model"], f"Architecture of {self.architecture.model_class}")
-        yield Section("What it is", [KeyValues(list(self._facts()))])
+        yield Section("Overview", [KeyValues(list(self._facts()))])
         yield Section("", [drawing], brief=False)
         yield Section("Where the parameters are", [Shares(shares)], brief=False)
         yield Section("Parts", list(self._part_tables()))
-        yield Section("What a text costs", list(self._cost_blocks(figures)))
-        yield Section("How long a block takes here", list(self._time_blocks(figures)))
+        yield Section("Cost of a text", list(self._cost_blocks(figures)))
+        yield Section("Time of a block on this machine", list(self._time_blocks(figures)))
 
     def _facts(self) -> Iterator[tuple[str, str]]:
-        """Yield what the model is, as names and values."""
+        """Yield facts of the model, as names and values."""
         model = self.architecture
         if self.base:
             yield "model", self.base
@@ -141,18 +141,18 @@ class ModelExplainer(Explainer):
             yield "width", count(model.width)
         if model.vocabulary:
             yield "vocabulary", f"{model.vocabulary:,} tokens"
-        yield "context", f"{model.context:,} tokens" if model.context else "no end that its configuration states"
+        yield "context", f"{model.context:,} tokens" if model.context else "no limit in its configuration"
         for stack in model.stacks:
             where = f" of the {stack.name}" if len(model.stacks) > 1 else ""
-            yield f"positions{where}", "; ".join(stack.orders) or "nothing that was found"
+            yield f"positions{where}", "; ".join(stack.orders) or "none found"
         if self.trained is not None:
             yield "trained", self.trained.describe(model.parameters)
 
     def _part_tables(self) -> Iterator[Block]:
-        """Yield a table for each stack, from what comes in down to what goes out."""
+        """Yield a table per stack, from input to output."""
         architecture = self.architecture
         if architecture.untraced:
-            reason = f"The model could not be run on shapes alone ({architecture.untraced})."
+            reason = f"The model could not run on shapes alone ({architecture.untraced})."
             yield Text(f"{reason} The order of its parts is unknown; shapes and sizes are exact.", "note")
         columns = [Column("part"), Column("shape"), Column("parameters", "number")]
         columns += [Column("trained")] if self.trained else []
@@ -184,7 +184,7 @@ class ModelExplainer(Explainer):
     def _cost_blocks(self, figures: Mapping[str, Path]) -> Iterator[Block]:
         cost = self.cost
         if isinstance(cost, str):
-            yield Text(f"It could not be counted: {cost}.", "note")
+            yield Text(f"The cost could not be counted: {cost}.", "note")
             return
         rows = []
         for at in (cost.at(tokens) for tokens in choose_lengths(self.architecture.context)):
@@ -193,7 +193,7 @@ class ModelExplainer(Explainer):
         names = ("tokens", "a text", "a token", "of it attention")
         yield from map(Text, describe_growth(cost, self.architecture))
         yield Table([Column(name, "number") for name in names], rows, scroll=True)
-        yield figure_block(figures["model-cost"], "What a text costs by its length")
+        yield figure_block(figures["model-cost"], "Cost of a text by its length")
         yield Text(COST_NOTE, "soft")
 
     def _time_blocks(self, figures: Mapping[str, Path]) -> Iterator[Block]:
@@ -211,11 +211,11 @@ class ModelExplainer(Explainer):
             times = f"{block:.1f} times as long, its attention {attention:.1f} times"
             yield Text(f"From {before.tokens:,} to {after.tokens:,} tokens the block took {times}.")
         if "model-time" in figures:
-            yield figure_block(figures["model-time"], "How long one block takes by the length of a text")
+            yield figure_block(figures["model-time"], "Time of one block by the length of a text")
         yield Text(TIME_NOTE, "soft")
 
     def draw(self, folder: Path) -> list[Path]:
-        """Draw model.svg, and where the numbers are known model-cost.svg and model-time.svg."""
+        """Draw model.svg, and model-cost.svg and model-time.svg if their numbers are known."""
         cost, measured, context = self.cost, self.measured, self.architecture.context
         files = draw_architecture(folder / "model", self.architecture, self.trained)
         if isinstance(cost, Cost):
@@ -240,7 +240,7 @@ class ModelExplainer(Explainer):
 
 
 def count_parts(architecture: Architecture) -> dict[str, int]:
-    """Return parameters by kind of part; they add up to all that the model has."""
+    """Return parameters by kind of part; they sum to the model's total."""
     counts: Counter[str] = Counter()
     for stack in architecture.stacks:
         for part in (*stack.before, *stack.behind):
@@ -255,10 +255,10 @@ def count_parts(architecture: Architecture) -> dict[str, int]:
 
 
 def describe_growth(cost: Cost, architecture: Architecture) -> Iterator[str]:
-    """Say in sentences how the cost grows."""
+    """Describe in sentences how the cost grows."""
     fixed, weights, pairs = cost.total[0], cost.others[1], cost.attention[2]
     if fixed > weights:
-        yield f"What does not depend on the length costs {operations(fixed)}."
+        yield f"The part that does not depend on the length costs {operations(fixed)}."
     halves = " (in each half)" if architecture.family == "encoder-decoder" and fixed <= weights else ""
     yield (
         f"A token{halves} costs {operations(weights)} in products with weights, however long the text is, and "
@@ -275,7 +275,7 @@ def describe_growth(cost: Cost, architecture: Architecture) -> Iterator[str]:
 
 
 def operations(number: float) -> str:
-    """Write a number of floating-point operations."""
+    """Format a number of floating-point operations."""
     text = briefly(number)
     return f"{text}FLOPs" if text[-1].isalpha() else f"{text} FLOPs"
 
@@ -289,7 +289,7 @@ def draw_growth(
     *,
     crossing: int | None = None,
 ) -> list[Path]:
-    """Draw two lines on logarithmic axes into `stem`.svg, and where they cross; few points have a dot each."""
+    """Draw two lines on logarithmic axes into `stem`.svg, with their crossing; mark points if there are few."""
     with figure_settings([], stem.name):
         figure = Figure(figsize=(6.2, 3.9), layout="constrained")
         axes = figure.add_subplot()

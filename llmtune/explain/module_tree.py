@@ -1,9 +1,9 @@
-"""The modules of a model that hold weights, in the order of their use, and how the parts of a block follow one another.
+"""The modules of a model with weights, in execution order, and how the parts of a block are connected.
 
-A block's residual path follows from that order. A norm leads the branch after it; of two norms between branches the
-first ends the branch before it (Gemma 2). A block that only ends with norms has them after each branch: a LayerNorm
-normalises the path, after the sum (BERT); an RMSNorm ends the branch (OLMo 2). A branch without a norm in a block that
-begins with one runs parallel to the branch before it (GPT-J).
+A block's residual path follows from that order. A norm starts the branch after it; of two norms between branches, the
+first ends the previous branch (Gemma 2). A block that only ends with norms has them after each branch: a LayerNorm
+normalises the path after the sum (BERT), an RMSNorm ends the branch (OLMo 2). In a block that begins with a norm, a
+branch without one runs parallel to the previous branch (GPT-J).
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ ROLES: Sequence[tuple[ModuleRole, str]] = (
     ("attention", "attention|attn"),
     ("experts", "expert|moe|router"),
 )
-"""By the first pattern that is found in the names and classes of a module and those around it; else feed-forward."""
+"""Roles by the first pattern in the names and classes of a module and its parents; otherwise feed-forward."""
 Place = Literal["", "branch", "beside", "path"]
-"""How a part is reached: from the one before it; from the residual path; from there too, parallel to the branch before
-it; or it is on the path itself."""
+"""How a part is connected: to the previous part; to the residual path; to the path, parallel to the previous
+branch; or it is on the path itself."""
 PLAIN = (nn.Linear, nn.Embedding, _ConvNd, Conv1D)
 PARALLEL = ("use_parallel_residual", "parallel_attn")
-"""Keys of a configuration whose branches all read the start of the block, each with a norm of its own."""
+"""Configuration keys for blocks whose branches all read the block's input, each with its own norm."""
 
 
 class Unit(NamedTuple):
-    """A module that has weights, or knows positions."""
+    """A module that has weights or encodes positions."""
 
     name: str
     module: nn.Module
 
     @property
     def is_norm(self) -> bool:
-        """Whether it is a norm."""
+        """Whether the module is a norm."""
         return "norm" in type(self.module).__name__.lower()
 
 
 @dataclass
 class Group:
-    """Units of a block that are drawn as one part: a norm, or all of a role with the norms between them."""
+    """Units of a block drawn as one part: a norm, or all units of one role and the norms between them."""
 
     role: ModuleRole
     units: list[Unit]
@@ -57,11 +57,11 @@ class Group:
     """Norms between its units, such as those of queries and keys."""
     place: Place = ""
     added: bool = False
-    """Whether its output is added to the residual path."""
+    """Whether the output is added to the residual path."""
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """Return the units of a model as they are declared; what is within a plain layer is a part of it."""
+    """Return the units of a model in declared order; submodules of a plain layer belong to it."""
     units: list[Unit] = []
     plain = ""
     for name, module in model.named_modules():
@@ -76,7 +76,7 @@ def find_units(model: nn.Module) -> list[Unit]:
 
 
 def find_role(model: nn.Module, block: str, unit: Unit) -> ModuleRole:
-    """Return what a unit of a block is part of."""
+    """Return the role of a unit within its block."""
     if unit.is_norm:
         return "norm"
     if isinstance(unit.module, _ConvNd):
@@ -89,7 +89,7 @@ def find_role(model: nn.Module, block: str, unit: Unit) -> ModuleRole:
 
 
 def group_units(model: nn.Module, block: str, units: Sequence[Unit], config: PretrainedConfig) -> list[Group]:
-    """Return the parts of a block in their order, and how they are joined to its residual path."""
+    """Return the parts of a block in order, with their connections to its residual path."""
     groups: list[Group] = []
     for unit in units:
         role = find_role(model, block, unit)
@@ -108,7 +108,7 @@ def group_units(model: nn.Module, block: str, units: Sequence[Unit], config: Pre
 
 
 def join_path(groups: Sequence[Group], *, parallel: bool) -> None:
-    """State where the parts of a block leave its residual path, and where they are added to it."""
+    """Set where the parts of a block branch off the residual path, and where they are added to it."""
     begins, ends = (groups[at].role == "norm" for at in (0, -1))
     post_norm = ends and not begins
     on_path = post_norm and norm_kind(groups[-1].units[0].module) != "RMSNorm"
@@ -130,7 +130,7 @@ def join_path(groups: Sequence[Group], *, parallel: bool) -> None:
 
 
 def norm_kind(module: nn.Module) -> str:
-    """Return the kind of a norm: those that take no mean away have no bias, whatever their class is called."""
+    """Return the kind of a norm: without a bias it does not subtract the mean, whatever its class name."""
     name = type(module).__name__
     if isinstance(module, nn.LayerNorm | nn.GroupNorm):
         return name
@@ -138,7 +138,7 @@ def norm_kind(module: nn.Module) -> str:
 
 
 def write_shape(module: nn.Module, parameters: Sequence[nn.Parameter]) -> str:
-    """Write inputs and outputs of a matrix, rows and width of a table; of several matrices, how many."""
+    """Format the shape of a matrix (inputs → outputs), of a table (rows × width), or of several matrices."""
     if shape := linear_shape(module):
         return f"{shape[0]:,} → {shape[1]:,}"
     sizes = [f"{edge:,}" for edge in parameters[0].shape] if parameters else []

@@ -1,4 +1,4 @@
-"""Position encodings: a table of sines, a learned table, rotations, or a bias by distance.
+"""Position encodings: a sinusoidal table, a learned table, rotations, or a bias by distance.
 
 Shapes: L positions, D dimensions, F frequencies, H heads, N distances.
 """
@@ -31,44 +31,44 @@ SCHEME_TITLES: dict[SchemeKind, str] = {
     "slopes": "Linear biases (ALiBi)",
 }
 TABLES = ("position_embeddings", "position_embedding", "wpe", "embed_positions", "pos_emb", "rel_embeddings")
-"""Last parts of the names of modules that hold a table of positions."""
+"""Last parts of the names of modules with a position table."""
 REACH = 128
-"""Distances to each side of which a bias is shown."""
+"""Distances to each side for which a bias is shown."""
 SLOPED = ("bloom", "mpt")
-"""Model types with linear biases; Falcon's configuration says whether it has them."""
+"""Model types with linear biases; Falcon has them only if configured."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way in which a model, or a half of it, knows positions."""
+    """One position encoding of a model, or of one of its halves."""
 
     kind: SchemeKind
     name: str
-    """The module that it was found in."""
+    """The module with the encoding."""
     values: Array
     """[L, D] a table; [F] angles that a position adds, in radians; [H, N] biases; [H] slopes."""
     distances: tuple[int, ...] = ()
-    """Of biases: how far the word looked at lies behind (negative) or ahead."""
+    """For biases: distances of the key, negative if it is earlier."""
     facts: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        """What it is, and of which half of the model."""
+        """The heading: kind of encoding, and half of the model."""
         half = next((half for half in ("encoder", "decoder") if f".{half}." in f".{self.name}."), "")
         return f"{SCHEME_TITLES[self.kind]}{f' of the {half}' if half else ''}"
 
     def equals(self, other: Scheme) -> bool:
-        """Whether two models have the same."""
+        """Whether two models have the same encoding."""
         return self.name == other.name and np.array_equal(self.values, other.values)
 
     def table(self, length: int) -> Array:
-        """Return what a picture shows for `length` positions, [L, D]: the table, or cosines of the angles."""
+        """Return the table to draw for `length` positions [L, D]; for rotations, the cosines of the angles."""
         if self.kind == "rotary":
             return np.cos(np.arange(length)[:, None] * self.values)
         return self.values[:length]
 
     def added(self, length: int) -> tuple[list[int], Array]:
-        """Return distances, and of biases and slopes what each head adds to its scores there, [H, N]."""
+        """Return distances, and what biases or slopes add to each head's scores there, [H, N]."""
         if self.kind == "bias":
             return list(self.distances), self.values
         distances = list(range(-min(length, REACH), 1))
@@ -90,22 +90,22 @@ def sinusoidal_scheme(length: int, dimension: int, base: float) -> Scheme:
 
 
 def similarity_by_distance(scheme: Scheme, length: int) -> Array:
-    """Return how alike positions are by how far they are apart, from 0 on, [L].
+    """Return the similarity of positions by distance, from 0 on, [L].
 
-    Of a table it is the mean cosine over all pairs so far apart; of rotations the mean cosine of the angles between,
-    which is what a query makes of a key equal to itself.
+    For a table it is the mean cosine over all pairs at that distance. For rotations it is the mean cosine of the angles
+    between them: the score of a query with an equal key.
     """
     if scheme.kind == "rotary":
         return np.asarray(scheme.table(length).mean(axis=1))
     table = scheme.table(length)
     norms = np.linalg.norm(table, axis=1, keepdims=True)
-    unit_LD = np.divide(table, norms, out=np.zeros_like(table), where=norms > 0)  # rows of zeros are like nothing
+    unit_LD = np.divide(table, norms, out=np.zeros_like(table), where=norms > 0)  # zero rows have similarity 0
     alike_LL = unit_LD @ unit_LD.T
     return np.array([np.diagonal(alike_LL, offset).mean() for offset in range(len(alike_LL))])
 
 
 def find_schemes(model: nn.Module) -> list[Scheme]:
-    """Return every way in which `model` knows positions, the same one over several layers once."""
+    """Return every position encoding of `model`; one shared by several layers appears once."""
     inner = unwrap(model)
     found: list[Scheme] = []
     for name, module in inner.named_modules():
@@ -116,7 +116,7 @@ def find_schemes(model: nn.Module) -> list[Scheme]:
 
 
 def _tables(name: str, module: nn.Module) -> Iterator[Scheme]:
-    """Find a table of positions: an embedding, or sines that were written into a buffer."""
+    """Find a position table: an embedding, or sines in a buffer."""
     last = name.rsplit(".", 1)[-1]
     if "Positional" not in type(module).__name__ and last not in TABLES:
         return
@@ -136,7 +136,7 @@ def _tables(name: str, module: nn.Module) -> Iterator[Scheme]:
 
 
 def effective_weight(module: nn.Module) -> torch.Tensor | None:
-    """Return the table of an embedding, with what an adapter adds to it; None where there is none."""
+    """Return an embedding's table including its adapter; None if it has no table."""
     weight = getattr(module, "weight", getattr(module, "weights", None))  # M2M100 keeps its sines in a buffer
     if isinstance(module, LoraLayer) and isinstance(weight, torch.Tensor):
         weight = weight + sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
@@ -144,7 +144,7 @@ def effective_weight(module: nn.Module) -> torch.Tensor | None:
 
 
 def first_position_row(module: nn.Module) -> int:
-    """Return the row of the first position: BART's tables begin at 2, RoBERTa's after the padding token's number."""
+    """Return the row of the first position: 2 in BART, the one after the padding id in RoBERTa."""
     offset = getattr(module, "offset", None)
     if isinstance(offset, int):
         return offset
@@ -154,7 +154,7 @@ def first_position_row(module: nn.Module) -> int:
 
 
 def _rotations(name: str, module: nn.Module, config: PretrainedConfig) -> Iterator[Scheme]:
-    """Find angles of rotations, in the modules that compute them: of each kind of layer, if they differ."""
+    """Find rotation angles in the modules that compute them, per kind of layer if they differ."""
     text = config.get_text_config()
     for key, buffer in module.named_buffers(recurse=False):
         if not key.endswith("inv_freq") or key.endswith("original_inv_freq"):
@@ -174,12 +174,12 @@ def _rotations(name: str, module: nn.Module, config: PretrainedConfig) -> Iterat
             facts["stretched by"] = f"{stated['factor']:g}"
         if scaling not in (None, 1.0):
             facts["attention scaled by"] = f"{float(scaling):.4g}"
-        facts["longest wave"] = f"{2 * np.pi / angles.min():,.0f} tokens" if angles.min() > 0 else "no end"
+        facts["longest wave"] = f"{2 * np.pi / angles.min():,.0f} tokens" if angles.min() > 0 else "unlimited"
         yield Scheme("rotary", f"{name} ({layers})" if layers else name, angles, facts=facts)
 
 
 def _biases(name: str, module: nn.Module) -> Iterator[Scheme]:
-    """Find biases by distance as T5 has them, computed by the module itself."""
+    """Find relative biases as in T5, computed by the module itself."""
     if not hasattr(module, "compute_bias") or getattr(module, "relative_attention_bias", None) is None:
         return
     attention = cast("T5Attention", module)
@@ -193,7 +193,7 @@ def _biases(name: str, module: nn.Module) -> Iterator[Scheme]:
 
 
 def _slopes(config: PretrainedConfig) -> Iterator[Scheme]:
-    """Return the slopes of linear biases (Press et al. 2022), as Bloom computes them."""
+    """Return the slopes of linear biases (Press et al. 2022), as in Bloom."""
     if config.model_type not in SLOPED and not getattr(config, "alibi", False):
         return
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor

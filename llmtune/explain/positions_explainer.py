@@ -1,4 +1,4 @@
-"""`llmtune explain positions`: the sinusoidal encoding of any length, or how a model knows the order of words."""
+"""`llmtune explain positions`: the sinusoidal encoding of any length, or a model's own position encodings."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from llmtune.model.memory_plan import context_length
 from llmtune.report.blocks import Block, Column, KeyValues, Section, Table, Text
 
 LONGEST, WIDEST = 4096, 4096
-"""Positions and dimensions of an encoding: more than that is no table any more."""
+"""Maximum positions and dimensions of an encoding."""
 MOST_CELLS = 1 << 20
-"""Of one encoding."""
+"""Maximum numbers of one encoding."""
 FIRST = 512
-"""Positions of a model that are shown where no text and no length is given."""
+"""Positions shown for a model without --text and --length."""
 DEFAULT_LENGTH, DEFAULT_DIMENSION, DEFAULT_BASE = 64, 64, 10_000.0
 ROWS, COLUMNS, HEADS = 40, 8, 8
-"""Of a table: what a longer or a wider one has first."""
+"""Rows, columns and heads that a table shows."""
 LABELLED = 40
-"""Words next to the rows of a heatmap; there is no room for more."""
+"""Maximum words next to the rows of a heatmap."""
 WIDTH_IN, HEIGHT_IN = 11.0, 4.2
 NONE_FOUND = (
-    "No table, rotation or bias of positions was found in this model: it knows the order of words in another way "
-    "(convolutions, recurrence), or in one that is not known here."
+    "No position table, rotation or bias found in this model. It represents the order of words in another way "
+    "(convolutions, recurrence), or by a method that llmtune does not detect."
 )
 MEANINGS = {
     "sinusoidal": "Each row is a position; each wavelength has a column of sines and one of cosines. Short waves tell "
-    "neighbours apart, long ones tell near from far. The row is added to the word’s embedding.",
-    "learned": "Each row is a position, learned in training like a word’s embedding and added to it. There is no row, "
-    "and so no position, after the last one.",
-    "rotary": "Each pair of dimensions of a query and of a key is turned by an angle that grows with the position. "
-    "What two words make of one another then depends on how far apart they are, not on where they are.",
-    "bias": "Each head adds a number to its scores, which depends only on how far the word that is looked at lies "
-    "behind or ahead. Distances share a number in buckets that grow wider with the distance.",
-    "slopes": "Each head takes off its scores what it takes for one position of distance, times the distance: steep "
-    "heads look at what is near.",
+    "neighbours apart, long waves near from far. The row is added to the word’s embedding.",
+    "learned": "Each row is a position, learned in training like a word’s embedding and added to it. The last row "
+    "is the last possible position.",
+    "rotary": "Each pair of dimensions of queries and keys is rotated by an angle that grows with the position. "
+    "The score of two words then depends on their distance, not on their positions.",
+    "bias": "Each head adds a number to its scores that depends only on how far the key's word is "
+    "before or after. Distances share a number in buckets that widen with the distance.",
+    "slopes": "Each head subtracts its slope times the distance from its scores. Heads with steep slopes "
+    "look at near words.",
 }
 
 
 @dataclass
 class PositionsExplainer(Explainer):
-    """Computes the sinusoidal encoding, or without one of its own finds how the target's model knows positions."""
+    """Computes the sinusoidal encoding, or finds the position encodings of the target's model."""
 
     target: Target | None
-    """None: the sinusoidal encoding alone."""
+    """None for the sinusoidal encoding."""
     console: Console
     text: str | None = None
     length: int | None = None
@@ -65,12 +65,12 @@ class PositionsExplainer(Explainer):
 
     stem = "positions"
     lead = (
-        "Attention alone does not know the order of words: every word looks at all the others at once. Something "
-        "has to tell it which word is where, and how far apart two of them are."
+        "Attention alone does not know the order of words: every word looks at all others at once. A position "
+        "encoding adds where each word is, and how far apart two words are."
     )
 
     def read(self) -> None:
-        """Find out how many positions are shown, and which words are at them."""
+        """Determine the number of positions to show, and their words."""
         self.title = f"Positions: {self.target.short_name if self.target else 'sinusoidal encoding'}"
         self.tuned = ""
         if self.target is None:
@@ -79,7 +79,7 @@ class PositionsExplainer(Explainer):
             self._read_model(self.target)
 
     def _read_encoding(self) -> None:
-        """Cut the text at spaces, and fill in defaults."""
+        """Split the text at spaces, and fill in defaults."""
         self.words = (self.text or "").split()
         self.shown = len(self.words) if self.text is not None else self.length or DEFAULT_LENGTH
         dimension = DEFAULT_DIMENSION if self.dimension is None else self.dimension
@@ -87,15 +87,15 @@ class PositionsExplainer(Explainer):
         problems = self._text_problems(bool(self.words))
         if self.shown > LONGEST:
             option = "--length" if self.text is None else "--text"
-            problems.append(Problem(f"{self.shown:,} positions are too many", option, f"The most is {LONGEST:,}."))
+            problems.append(Problem(f"{self.shown:,} positions are too many", option, f"Use at most {LONGEST:,}."))
         if dimension < 2 or dimension % 2 or dimension > WIDEST:
-            fix = f"Give an even number from 2 to {WIDEST:,}."
+            fix = f"Use an even number from 2 to {WIDEST:,}."
             problems.append(Problem(f"{dimension:,}: dimensions come in pairs of sine and cosine", "--dimension", fix))
         elif self.shown * dimension > MOST_CELLS and self.shown <= LONGEST:
             what = f"{self.shown:,} × {dimension:,} numbers are too many for a figure"
-            problems.append(Problem(what, "--dimension", f"The most is {MOST_CELLS:,}."))
+            problems.append(Problem(what, "--dimension", f"Use at most {MOST_CELLS:,}."))
         if not (math.isfinite(base) and base > 1):
-            problems.append(Problem(f"{base:g}: waves would not grow longer", "--base", "Give a number above 1."))
+            problems.append(Problem(f"{base:g}: wavelengths would not grow", "--base", "Use a number above 1."))
         RecipeError.collect(problems)
         self.schemes = [sinusoidal_scheme(self.shown, dimension, base)]
 
@@ -104,27 +104,27 @@ class PositionsExplainer(Explainer):
         if self.text is not None and not some:
             problems.append(Problem("it is empty", "--text", "Give at least one word."))
         if self.text is not None and self.length is not None:
-            problems.append(Problem("the text says how many positions there are", "--length", "Omit it."))
+            problems.append(Problem("the text already sets the number of positions", "--length", "Omit it."))
         return problems
 
     def _read_model(self, target: Target) -> None:
-        """Cut the text into tokens, and hold it against the model's positions."""
+        """Tokenize the text, and check it against the model's number of positions."""
         ids = list(target.processor(self.text, verbose=False)["input_ids"]) if (self.text or "").strip() else []
         problems = self._text_problems(bool(ids))
         for name, value in (("dimension", self.dimension), ("base", self.base)):
             if value is not None:
-                problems.append(Problem("a model has its own", f"--{name}", "Omit it, or name no model."))
+                problems.append(Problem("a model has its own value", f"--{name}", "Omit it, or omit the model."))
         limit = context_length(target.config)
         self.most, self.shown = min(limit or LONGEST, LONGEST), len(ids) or self.length or 0
         if self.shown > self.most:
-            known = "the model has" if limit == self.most else "the most that is shown is"
+            known = "the model has" if limit == self.most else "the maximum shown is"
             what = f"{self.shown:,} positions, and {known} {self.most:,}"
             problems.append(Problem(what, "--text" if ids else "--length", "Give a shorter one."))
         RecipeError.collect(problems)
         self.words = [token_label(token) for token in name_tokens(target.processor, ids)]
 
     def run(self) -> None:
-        """Find how a model knows positions; of a run, whether the tuning changed that, and then the tuned model's."""
+        """Find a model's position encodings; for a run, show the tuned model's if the tuning changed them."""
         if self.target is None:
             return
         by_model: list[list[Scheme]] = []
@@ -134,14 +134,14 @@ class PositionsExplainer(Explainer):
         self.schemes = by_model[-1]
         changed = [new.name for new in self.schemes if not any(old.equals(new) for old in by_model[0])]
         if changed:
-            self.tuned = f"Changed by the tuning: {', '.join(changed)}. What is shown is the tuned model's."
+            self.tuned = f"Changed by the tuning: {', '.join(changed)}. This page shows the tuned model's."
         elif len(by_model) > 1:
             self.tuned = "Unchanged by the tuning."
         tables = [len(scheme.values) for scheme in self.schemes if scheme.kind in ("sinusoidal", "learned")]
         self.shown = self.shown or min(max(tables, default=self.most), FIRST)
 
     def to_json(self) -> dict[str, object]:
-        """Return it as JSON values; a model's own tables are too large and only give how alike positions are."""
+        """Return the result as JSON values; for a model's large tables, only the similarity of positions."""
         schemes = []
         for scheme in self.schemes:
             values: dict[str, object] = {"kind": scheme.kind, "title": scheme.title, "module": scheme.name or None}
@@ -163,9 +163,9 @@ class PositionsExplainer(Explainer):
         }
 
     def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
-        """Yield the figure, and a section for each way to know positions."""
+        """Yield the figure, and a section per position encoding."""
         if figures:
-            drawn = figure_block(figures["positions"], "Position tables and how alike positions are")
+            drawn = figure_block(figures["positions"], "Position tables, and similarity by distance")
             yield Section("", [drawn], brief=False)
         for scheme in self.schemes:
             yield Section(scheme.title, list(self._scheme_blocks(scheme)))
@@ -188,7 +188,7 @@ class PositionsExplainer(Explainer):
         yield Table(columns, [["alike", *(f"{alike[distance]:z.2f}" for distance in chosen)]])
 
     def _encoding_table(self, scheme: Scheme) -> Table:
-        """Return a row a position: its word, and its first numbers with two decimals."""
+        """Return one row per position: its word and first numbers, with two decimals."""
         values, words = scheme.table(self.shown), self.words
         columns = [Column("position", "number"), *([Column("word")] if words else [])]
         columns += [Column(str(column), "number") for column in range(min(COLUMNS, values.shape[1]))]
@@ -200,7 +200,7 @@ class PositionsExplainer(Explainer):
         return Table(columns, rows, note=f"The first of {len(values):,} × {values.shape[1]:,} numbers." if cut else "")
 
     def draw(self, folder: Path) -> list[Path]:
-        """Draw all ways to know positions, one below the other."""
+        """Draw all position encodings, one below the other."""
         if not self.schemes:
             return []
         count = len(self.schemes)
@@ -216,7 +216,7 @@ class PositionsExplainer(Explainer):
 
 
 def _head_table(scheme: Scheme, length: int) -> Table:
-    """Return what the first heads add to their scores at some distances; below zero is behind."""
+    """Return what the first heads add to their scores at some distances; negative means earlier."""
     distances, values = scheme.added(length)
     chosen = [distance for distance in (-64, -16, -4, -1, 0, 1, 4, 16, 64) if distance in distances]
     rows = [
@@ -229,7 +229,7 @@ def _head_table(scheme: Scheme, length: int) -> Table:
 
 
 def _draw_table(figure: Figure, axes: Axes, scheme: Scheme, length: int, words: list[str]) -> None:
-    """Draw a row a position and a column a dimension (of rotations: a pair of them)."""
+    """Draw one row per position and one column per dimension (for rotations: per pair)."""
     table = scheme.table(length)
     rows, columns = table.shape
     clipped = np.quantile(np.abs(table), 0.995) if scheme.kind == "learned" else 1.0
@@ -243,24 +243,24 @@ def _draw_table(figure: Figure, axes: Axes, scheme: Scheme, length: int, words: 
 
 
 def _draw_similarity(axes: Axes, scheme: Scheme, length: int) -> None:
-    """Draw how alike positions are by how far they are apart."""
+    """Draw the similarity of positions by distance."""
     alike = similarity_by_distance(scheme, length)
     axes.plot(alike, color=BLUE, linewidth=1.4, marker="o" if len(alike) <= 16 else None, markersize=4)
     axes.axhline(0, color=LINE, linewidth=1, zorder=0)
-    axes.set_title("How alike two positions are", fontsize=9.5, loc="left", color=MUTED)
+    axes.set_title("Similarity of two positions", fontsize=9.5, loc="left", color=MUTED)
     axes.set(xlabel="positions apart", ylabel="mean cosine", ylim=(min(-0.1, float(alike.min()) - 0.05), 1.05))
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_added(axes: Axes, scheme: Scheme, length: int) -> None:
-    """Draw a line a head: what is added to its scores by distance."""
+    """Draw one line per head: the number added to its scores by distance."""
     distances, values = scheme.added(length)
     for head, line in enumerate(values):
         colour = colormaps["viridis"](0.9 * head / max(1, len(values) - 1))
         style = "steps-mid" if scheme.kind == "bias" else "default"
         axes.plot(distances, line, color=colour, linewidth=1.2, drawstyle=style, label=f"head {head}")
     axes.set_title(scheme.title, fontsize=9.5, loc="left", color=MUTED)
-    axes.set(xlabel="distance of the word that is looked at (left: behind)", ylabel="added to the score")
+    axes.set(xlabel="distance of the key (left: earlier)", ylabel="added to the score")
     axes.spines[["top", "right"]].set_visible(False)
     if len(values) <= 16:
         axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

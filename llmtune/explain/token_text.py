@@ -1,4 +1,4 @@
-"""Tokens as text to read: the text of each, where a word continues, which tokens are special."""
+"""Tokens as readable text: each token's text, whether it continues a word, and whether it is special."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ class Token:
 
     id: int
     text: str
-    """Its text. Bytes that are no complete character are shown as `<0xE2>`; leading spaces stay."""
+    """Its text with leading spaces. Incomplete characters are shown as bytes: `<0xE2>`."""
     special: bool
-    """[CLS], </s>, <|im_start|>: not of the text itself."""
+    """Whether it is not part of the text: [CLS], </s>, <|im_start|>."""
     continues: bool
-    """Whether it continues the word of the token before."""
+    """Whether it continues the previous token's word."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A token as its vocabulary has it."""
+    """A token as stored in its vocabulary."""
 
     content: bytes
     special: bool = False
     continues: bool | None = None
-    """What the vocabulary itself says, as WordPiece does by `##`; None where the spaces decide."""
+    """Whether the vocabulary marks it as a continuation (WordPiece: `##`); None if spaces decide."""
 
 
 LONGEST = 16
-"""Characters of a label."""
+"""Maximum characters of a label."""
 MOST_STRETCHES, FRAMES = 60, 5
-"""Rows that a recording is shown in, and its frames in one row at least: a tenth of a second."""
+"""Maximum rows for a recording, and minimum frames per row: a tenth of a second."""
 ONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\d*\]")
-"""What added tokens look like that are no text, such as Whisper's `<|0.02|>`."""
+"""Added tokens that are not text, such as Whisper's `<|0.02|>`."""
 SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣", "\u00a0": "⍽"}
-"""Signs for white space that a label would not show."""
+"""Visible signs for white space."""
 BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}
 """The byte of each letter of a byte-level vocabulary (GPT-2)."""
 JOINERS = ("\u200c", "\u200d")
 _LETTER = r"[[\p{L}\p{N}\p{M}\u200c\u200d]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}]]"
 WORD = regex.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*", regex.V1)
-"""Letters and the apostrophes between them. Ideographs and kana are words by themselves: no spaces part them."""
+"""Letters with the apostrophes between them. Each ideograph or kana is a word, since no spaces separate them."""
 
 
 def name_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[Token]:
-    """Return the tokens of `ids`, one each."""
+    """Return a token for each of `ids`."""
     pieces = _read_pieces(tokenizer, [int(i) for i in ids])
     texts = [piece.content.decode(errors="llmtune.bytes") for piece in pieces]
     inside = _inside_words(
@@ -65,7 +65,7 @@ def name_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     )
     tokens: list[Token] = []
     for at, (i, piece, text) in enumerate(zip(ids, pieces, texts, strict=True)):
-        within = 0x80 <= (piece.content[:1] or b" ")[0] < 0xC0  # of a character
+        within = 0x80 <= (piece.content[:1] or b" ")[0] < 0xC0  # in the middle of a character
         continues = within or (inside[at] if piece.continues is None else piece.continues)
         apart = at == 0 or piece.special or pieces[at - 1].special
         tokens.append(Token(int(i), text, piece.special, continues and not apart))
@@ -78,7 +78,7 @@ def token_namer(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Token]:
 
 
 def _inside_words(texts: Sequence[str]) -> list[bool]:
-    """Return of each text whether it begins within a word of all texts joined."""
+    """Return for each text whether it begins inside a word of the joined texts."""
     within = {at for word in WORD.finditer("".join(texts)) for at in range(word.start() + 1, word.end())}
     starts, at = [], 0
     for text in texts:
@@ -88,11 +88,11 @@ def _inside_words(texts: Sequence[str]) -> list[bool]:
 
 
 def _read_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[_Piece]:
-    """Read each token out of the vocabulary: byte-level BPE, SentencePiece, WordPiece, or letters (CTC)."""
+    """Look up each token in the vocabulary: byte-level BPE, SentencePiece, WordPiece, or letters (CTC)."""
     added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
     special = {int(i) for i in tokenizer.all_special_ids} | {i for i, token in added.items() if token.special}
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    unknown = {tokenizer.unk_token_id} - ends  # a word of the text
+    unknown = {tokenizer.unk_token_id} - ends  # represents a word of the text
     read, delimiter = _reader(tokenizer), getattr(tokenizer, "word_delimiter_token", None)
     pieces = []
     for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
@@ -142,9 +142,9 @@ codecs.register_error("llmtune.bytes", _write_bytes)
 
 
 def token_label(token: Token, longest: int = LONGEST) -> str:
-    """Return a row's label: one line, cut where it is long, `·` in front where a word continues.
+    """Return a row's label: one line, truncated if long, with a leading `·` if it continues a word.
 
-    Signs stand for white space, and numbers for characters that would turn or hide the text around them.
+    White space is shown as signs, and characters that would reorder or hide text as numbers.
     """
     text = token.text
     if text.strip(" ") and not token.special:
@@ -156,7 +156,7 @@ def token_label(token: Token, longest: int = LONGEST) -> str:
 
 
 def word_label(token: Token, longest: int = 14) -> str:
-    """Return a token as a separate word: on one line, with a sign for a leading space, cut where it is long."""
+    """Return a token as a separate word: one line, a sign for a leading space, truncated if long."""
     text = token.text
     if text.startswith(" ") and text.strip():
         text = SIGNS[" "] + text[1:]
@@ -171,7 +171,7 @@ def _show_letter(character: str) -> str:
 
 
 def _cut_label(text: str, longest: int) -> str:
-    """Cut the end of a long text, never between a letter and its marks."""
+    """Truncate a long text, never between a letter and its combining marks."""
     if len(text) <= longest:
         return text
     end = longest - 1
@@ -182,25 +182,25 @@ def _cut_label(text: str, longest: int) -> str:
 
 @dataclass(frozen=True)
 class TokenLine:
-    """The labels of an axis: a token of a text (or a stretch of a recording) for each row."""
+    """The labels of an axis: one token of a text, or stretch of a recording, per row."""
 
     tokens: tuple[Token, ...]
     sizes: tuple[int, ...]
-    """How many of the model's positions each covers."""
+    """Number of model positions that each row covers."""
 
     @classmethod
     def of(cls, tokens: Sequence[Token]) -> TokenLine:
-        """Give each token a row of its own."""
+        """Make one row per token."""
         return cls(tuple(tokens), (1,) * len(tokens))
 
     @property
     def labels(self) -> list[str]:
-        """What is written at each row."""
+        """The text of each row."""
         return [token_label(token) for token in self.tokens]
 
     @property
     def special(self) -> list[bool]:
-        """Which rows are not of the text itself."""
+        """Whether each row is a special token."""
         return [token.special for token in self.tokens]
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ class TokenLine:
 
 
 def time_line(seconds: float, filled: int, frames: int) -> TokenLine:
-    """Name stretches of frames by when they begin; those after its end are one, called silence."""
+    """Label stretches of frames by start time; frames after the end of the recording are one row, "silence"."""
     size = max(FRAMES, math.ceil(filled / MOST_STRETCHES))
     starts = range(0, filled, size)
     digits = 1 if size * seconds / filled >= 0.1 else 2

@@ -1,6 +1,6 @@
-"""Which modules of a model were trained, by the adapter's file, and how far each moved.
+"""Which modules of a model were trained, read from the adapter's file, and how far each moved.
 
-That is the norm of the change against that of the weights, and the effective rank of the change. Shapes: I inputs, O
+The measures are the relative norm of the change and its effective rank. Shapes: I inputs, O
 outputs, R rank.
 """
 
@@ -26,9 +26,9 @@ from llmtune.explain.explainer import Target
 from llmtune.report.number_format import share
 
 TrainingKind = Literal["LoRA", "DoRA", "whole", "tokens", "bias", "weights"]
-"""How a module was trained: `whole`, next to an adapter; `tokens`, some rows; `weights`, in a full training."""
+"""How a module was trained: `whole` next to an adapter, `tokens` for some rows, `weights` in full training."""
 WORDS: dict[TrainingKind, str] = {
-    "whole": "trained whole",
+    "whole": "fully trained",
     "tokens": "new rows",
     "bias": "bias",
     "weights": "all weights",
@@ -39,7 +39,7 @@ LOW = (".lora_A.", ".lora_embedding_A")
 
 @dataclass(frozen=True)
 class TrainedModule:
-    """What was trained at one module."""
+    """One trained module."""
 
     kind: TrainingKind
     parameters: int
@@ -48,16 +48,16 @@ class TrainedModule:
 
 @dataclass(frozen=True)
 class TrainedModules:
-    """What was trained of a model."""
+    """The trained modules of a model."""
 
     method: str
     """lora, qlora or full."""
     modules: dict[str, TrainedModule]
-    """By name; empty with `full`."""
+    """Modules by name; empty for `full`."""
 
     @property
     def parameters(self) -> int:
-        """Of the adapter, all modules together."""
+        """Total parameters of the adapter."""
         return sum(module.parameters for module in self.modules.values())
 
     def to_json(self) -> dict[str, object]:
@@ -65,7 +65,7 @@ class TrainedModules:
         return {**asdict(self), "parameters": self.parameters}
 
     def describe(self, parameters: int) -> str:
-        """Say what was trained of a model with so many parameters."""
+        """Describe the trained part of a model with `parameters` parameters."""
         if self.method == "full":
             return "all weights (method: full)"
         kinds = Counter(module.kind for module in self.modules.values())
@@ -74,7 +74,7 @@ class TrainedModules:
         return f"{what}: {self.parameters:,} parameters, {share(self.parameters, parameters, 2)} of the base's{base}"
 
     def mark(self, names: Sequence[str]) -> str:
-        """Return what was trained at the same module of equal blocks; empty where nothing was."""
+        """Return a label for one trained module across equal blocks; empty if none was trained."""
         found = [self.modules[name] for name in names if name in self.modules]
         if not found:
             return ""
@@ -84,9 +84,9 @@ class TrainedModules:
 
 
 def find_trained(target: Target) -> TrainedModules | None:
-    """Return what was trained of a run's model; None where `target` is no run.
+    """Return the trained modules of a run; None if `target` is not a run.
 
-    Raises EnvironmentProblem where the run's adapter is gone or damaged.
+    Raises EnvironmentProblem if the run's adapter is missing or damaged.
     """
     if target.recipe is None:
         return None
@@ -95,7 +95,7 @@ def find_trained(target: Target) -> TrainedModules | None:
 
 
 def read_adapter(folder: Path) -> dict[str, TrainedModule]:
-    """Return what a PEFT folder holds for each module; weights are not read."""
+    """Return the trained modules of a PEFT folder, without reading weights."""
     found: dict[str, TrainedModule] = {}
     with safe_open(str(folder / WEIGHTS), "pt") as file:
         shapes = {name.removeprefix(PREFIX): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
@@ -109,7 +109,7 @@ def read_adapter(folder: Path) -> dict[str, TrainedModule]:
 
 
 def _module_of(name: str) -> tuple[str, TrainingKind]:
-    """Return the module that a tensor of an adapter belongs to, and how that was trained."""
+    """Return the module of an adapter's tensor, and how it was trained."""
     if ".lora_" in name:
         return name.partition(".lora_")[0], "DoRA" if "magnitude" in name else "LoRA"
     if "trainable_tokens" in name:
@@ -119,7 +119,7 @@ def _module_of(name: str) -> tuple[str, TrainingKind]:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor of a folder of safetensors; only headers are read."""
+    """Return the file of each tensor in a safetensors folder, reading only headers."""
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(str(path), "pt") as file:
@@ -134,7 +134,7 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def short_module_name(name: str, names: Sequence[str]) -> str:
-    """Return the last part of a module's name, or as many as tell it from the others."""
+    """Return the last parts of a module's name, as few as identify it."""
     parts = name.split(".")
     for length in range(1, len(parts) + 1):
         end = ".".join(parts[-length:])
@@ -147,7 +147,7 @@ def short_module_name(name: str, names: Sequence[str]) -> str:
 
 ADAPTER = "default"
 WIDEST = 2048
-"""Smaller side of a matrix up to which all singular values of a change that is not low-rank are computed."""
+"""Maximum smaller side of a matrix for computing the singular values of a full-rank change."""
 
 
 @dataclass(frozen=True)
@@ -157,29 +157,29 @@ class Move:
     module: str
     kind: TrainingKind
     change: float
-    """Frobenius norm of what was added to its weights."""
+    """Frobenius norm of the change."""
     weight: float
-    """Frobenius norm of the weights before; of quantised ones as they are used."""
+    """Frobenius norm of the weights before training; dequantised if quantised."""
     parameters: int
-    """How many numbers moved: of LoRA those of the matrix that it adds to."""
+    """Number of changed weights; for LoRA the size of the base matrix."""
     rank: int | None = None
-    """The most that the change's rank can be."""
+    """Maximum possible rank of the change."""
     effective_rank: float | None = None
-    """exp of the entropy of its singular values as shares (Roy and Vetterli, 2007): how many directions it really uses.
-    Of DoRA that of BA alone. None where it is no matrix, or too large a one."""
+    """exp of the entropy of the singular values as shares (Roy and Vetterli, 2007): the number of directions in use.
+    For DoRA that of BA alone. None if it is not a matrix, or too large."""
     layer: str | None = None
-    """The layer that it is in; None outside the layers."""
+    """Its layer; None outside the layers."""
     column: str | None = None
-    """Which module of the layer it is."""
+    """Its name within the layer."""
 
     @property
     def relative(self) -> float | None:
-        """The change as a share of the weights; None where these are zero."""
+        """The change relative to the weights; None if these are zero."""
         return self.change / self.weight if self.weight else None
 
 
 def adapter_moves(model: torch.nn.Module) -> Iterator[Move]:
-    """Yield a move for each module of a PEFT model that carries an adapter or is trained whole; nothing is changed."""
+    """Yield a move for each adapted or fully trained module of a PEFT model, without changing the model."""
     taken = ""
     for name, module in model.named_modules():
         if taken and name.startswith(taken):
@@ -200,9 +200,9 @@ def adapter_moves(model: torch.nn.Module) -> Iterator[Move]:
 
 @torch.no_grad()
 def lora_move(name: str, module: Any) -> Move:
-    """Measure a LoRA without making its matrix; a DoRA, which scales the sum of both, a module at a time."""
+    """Measure a LoRA without computing its product; for a DoRA, which scales the sum, compute the full matrix."""
     a_RI, b_OR = factors(module)
-    # B A = Q1 (R1 R2^T) Q2^T: its singular values are those of the small product of both triangles
+    # B A = Q1 (R1 R2^T) Q2^T, so its singular values are those of the small product R1 R2^T
     first, second = (torch.linalg.qr(part.double(), mode="r").R for part in (b_OR, a_RI.T))
     singular_R = module.scaling[ADAPTER] * torch.linalg.svdvals(first @ second.T)
     weight = dequantize_module_weight(module.get_base_layer()).detach()
@@ -214,7 +214,7 @@ def lora_move(name: str, module: Any) -> Move:
 
 
 def factors(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A [R, I] and B [O, R] of a LoRA; of a convolution with its window as inputs."""
+    """Return A [R, I] and B [O, R] of a LoRA; a convolution's window counts as inputs."""
     if ADAPTER in getattr(module, "lora_embedding_A", {}):
         return module.lora_embedding_A[ADAPTER].detach(), module.lora_embedding_B[ADAPTER].detach()
     a, b = module.lora_A[ADAPTER].weight.detach(), module.lora_B[ADAPTER].weight.detach()
@@ -222,13 +222,13 @@ def factors(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def effective_rank(singular: torch.Tensor) -> float | None:
-    """Return exp of the entropy of singular values taken as shares of their sum; None where all are zero."""
+    """Return exp of the entropy of singular values as shares of their sum; None if all are zero."""
     total = singular.sum()
     return float(torch.special.entr(singular / total).sum().exp()) if total else None
 
 
 def merged(module: Any, weight: torch.Tensor) -> torch.Tensor:
-    """Return the weights that a DoRA works with: a magnitude for each output, times the direction of W + s B A."""
+    """Return the effective weights of a DoRA: a magnitude per output times the direction of W + s B A."""
     if weight.ndim != 2 or ADAPTER in getattr(module, "lora_embedding_A", {}):
         twin = copy.deepcopy(module)  # an embedding or a convolution, never quantised
         twin.merge()
@@ -244,7 +244,7 @@ def merged(module: Any, weight: torch.Tensor) -> torch.Tensor:
 def compare_weights(
     name: str, kind: TrainingKind, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
 ) -> Move:
-    """Measure a module of which all weights moved, those named in both; its rank is that of its one matrix."""
+    """Measure a fully trained module by the weights named in both; the rank is that of its only matrix."""
     change = weight = 0.0
     parameters, matrices = 0, []
     for key in before.keys() & after.keys():
@@ -257,7 +257,7 @@ def compare_weights(
     if len(matrices) == 1:
         (delta,) = matrices
         rank = min(delta.shape)
-        if rank <= WIDEST:  # from the products of the shorter side: half the digits are enough for shares
+        if rank <= WIDEST:  # from the Gram matrix of the shorter side; half the digits suffice for shares
             small = delta @ delta.T if delta.shape[0] < delta.shape[1] else delta.T @ delta
             effective = effective_rank(torch.linalg.eigvalsh(small).clamp(min=0).sqrt())
     return Move(name, kind, change**0.5, weight**0.5, parameters, rank, effective)

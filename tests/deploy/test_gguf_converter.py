@@ -151,7 +151,7 @@ def test_a_tokenizer_that_no_file_can_hold_is_refused_by_how_it_cuts():
 
 
 def test_more_tokens_than_the_model_has_are_told(tmp_path):
-    with pytest.raises(EnvironmentProblem, match="and the model 9"):
+    with pytest.raises(EnvironmentProblem, match="but the model only 9"):
         write_tokenizer(train_cut("gpt-2"), tmp_path / "model.gguf", 9 - len(train_cut("gpt-2")))
 
 

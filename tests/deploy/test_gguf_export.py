@@ -77,7 +77,7 @@ def test_a_template_without_an_equal_in_go_has_no_modelfile_as_ollama_would_gues
     certificate = export_gguf(tune(model={"chat_template": str(template)}), tmp_path / "gguf", console)
     assert certificate["modelfile"] is False
     assert not (tmp_path / "gguf/Modelfile").exists()
-    assert "No Modelfile: Ollama's templates cannot write" in console.file.getvalue()
+    assert "No Modelfile: Ollama's templates cannot express" in console.file.getvalue()
 
 
 def test_completion_of_another_family_is_certified_and_its_modelfile_adds_nothing_to_a_prompt(tune, tmp_path, console):
@@ -174,7 +174,7 @@ def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console
             yield name, weight / 2 if name == "blk.1.attn_q.weight.lora_b" else weight
 
     monkeypatch.setattr(gguf_adapter, "lora_tensors", halved)
-    with pytest.raises(GateFailed, match=r"blk\.1\.attn_q\.weight differs from what was trained by 0\.5"):
+    with pytest.raises(GateFailed, match=r"blk\.1\.attn_q\.weight differs from the trained one by 0\.5"):
         export_gguf(tune(), tmp_path / "lora", console, adapter_only=True)
     assert not (tmp_path / "lora").exists()
 

@@ -42,9 +42,9 @@ def test_the_adapter_alone_has_a_folder_of_its_own(run):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--type", "q9_0"], "'q9_0' is no number format of a GGUF file. Did you mean 'q8_0'?"),
+        (["--type", "q9_0"], "'q9_0' is not a number format of a GGUF file.  Did you mean 'q8_0'?"),
         (["--onto", "original"], "the base was not quantised in training"),
-        (["--adapter-only", "--onto", "original"], "an adapter alone has no base to go onto"),
+        (["--adapter-only", "--onto", "original"], "an adapter without its base ignores it"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_with_exit_2(run, arguments, said):

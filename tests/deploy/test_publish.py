@@ -161,7 +161,7 @@ def test_only_what_was_evaluated_is_published(run, tmp_path, console):
     weights = run / "adapter/adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    refuse(run, tmp_path / "hub", console, GateFailed, "not what was evaluated")
+    refuse(run, tmp_path / "hub", console, GateFailed, "changed since it was evaluated")
     weights.write_bytes(content)
     change_json(run / "report.json", evaluation=None)
     refuse(run, tmp_path / "hub", console, RecipeError, "was not evaluated")
@@ -173,9 +173,9 @@ def test_a_merge_that_changed_or_failed_or_is_missing_is_refused(run, tmp_path, 
         file.write(b"x")
     refuse(run, tmp_path / "hub", console, GateFailed, "changed since it was certified", merged=True)
     change_json(run / "merged/certificate.json", trained_sha256="0")
-    refuse(run, tmp_path / "hub", console, GateFailed, "made of other weights", merged=True)
+    refuse(run, tmp_path / "hub", console, GateFailed, "made from other weights", merged=True)
     shutil.rmtree(run / "merged")
-    refuse(run, tmp_path / "hub", console, RecipeError, "no merged model", merged=True)
+    refuse(run, tmp_path / "hub", console, RecipeError, "merged model not found", merged=True)
     (run / "merged.failed.json").write_text(json.dumps({"breaches": ["mean KL is 3"]}))
     refuse(run, tmp_path / "hub", console, GateFailed, "mean KL is 3", merged=True)
 
@@ -191,7 +191,7 @@ def test_an_older_publication_is_replaced_and_a_folder_with_something_else_is_le
     assert not (tmp_path / "hub/stale.txt").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("do not lose me")
-    with pytest.raises(RecipeError, match="holds something else"):
+    with pytest.raises(RecipeError, match="contains something else"):
         publish(run, tmp_path / "mine", console)
     assert (tmp_path / "mine/thesis.txt").read_text() == "do not lose me"
 
@@ -202,11 +202,11 @@ def test_an_older_publication_is_replaced_and_a_folder_with_something_else_is_le
         ({}, "one of --to FOLDER and --repo"),
         ({"to": Path("x"), "repo": "a/b"}, "one of --to FOLDER and --repo"),
         ({"repo": "no-owner"}, "has no owner"),
-        ({"repo": "a/b/c"}, "no name on the hub"),
-        ({"to": Path("x"), "private": True}, "a folder has no --private"),
-        ({"to": Path("x"), "license": "Apache 2"}, "none of the hub's licences"),
-        ({"to": Path("x"), "gguf": Path("none.gguf")}, "no such file"),
-        ({"to": Path("x"), "base_model": "a//b"}, "no name on the hub"),
+        ({"repo": "a/b/c"}, "not a valid name on the hub"),
+        ({"to": Path("x"), "private": True}, "does not apply to a folder"),
+        ({"to": Path("x"), "license": "Apache 2"}, "not a licence of the hub"),
+        ({"to": Path("x"), "gguf": Path("none.gguf")}, "file not found"),
+        ({"to": Path("x"), "base_model": "a//b"}, "not a valid name on the hub"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(finished, console, options, message):
@@ -218,7 +218,7 @@ def test_a_gguf_file_goes_along_with_its_certificate_alone(run, tmp_path, consol
     file = tmp_path / "gguf/tiny-F16.gguf"
     file.parent.mkdir()
     file.write_bytes(b"GGUF and so on")
-    refuse(run, tmp_path / "hub", console, GateFailed, "without a certificate", gguf=file)
+    refuse(run, tmp_path / "hub", console, GateFailed, "has no certificate", gguf=file)
     report = json.loads((run / "report.json").read_text())
     numbers = {"positions": 9, "kl_mean": 1e-6, "largest_logit_difference": 0.01, "top1_agreement": 1.0}
     numbers |= {"answer_agreement": 1.0, "same_ids": True}

@@ -64,7 +64,7 @@ def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
 def test_the_terminal_shows_where_the_tuning_went(chat_run: Path, tmp_path: Path):
     result = invoke(chat_run, "--out", tmp_path)
     expect(result, 0, "adapter.html", "adapter.png", "adapter.svg")
-    for word in ("The 14 modules", "q_proj", "of 4", "By layer: most in", "What moved most"):
+    for word in ("The 14 modules", "q_proj", "of 4", "By layer: most in", "Largest changes"):
         assert word in result.stdout, word
 
 
@@ -113,7 +113,7 @@ def test_the_drawing_marks_what_was_trained(class_run: Path, tmp_path: Path):
     expect(result, 0)
     drawing = (tmp_path / "model.svg").read_text()
     assert drawing.count("LoRA r 4") == 6
-    assert drawing.count("trained whole") >= 1
+    assert drawing.count("fully trained") >= 1
     assert "LoRA on 12 modules" in result.stdout
 
 
@@ -146,4 +146,4 @@ def test_tuned_weights_that_are_gone_are_named(full_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
     (run / "weights" / "model.safetensors").unlink()
-    expect(invoke(run), 4, "weights are gone")
+    expect(invoke(run), 4, "weights are missing")

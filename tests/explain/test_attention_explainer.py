@@ -168,7 +168,7 @@ def test_letters_that_no_font_of_this_machine_has_are_said_once(tmp_path):
 def test_a_text_that_is_too_long_is_refused_with_both_lengths_or_cut(built, tmp_path):
     long = "cat dog " * 200
     expect(invoke(built("bert"), "--text", long), 3, "--text", "402 tokens", "positions for 256", "--cut")
-    expect(invoke(built("llama"), "--text", long, "--max-tokens", 30), 3, "figures are drawn of 30", "--max-tokens")
+    expect(invoke(built("llama"), "--text", long, "--max-tokens", 30), 3, "a figure shows at most 30", "--max-tokens")
     expect(invoke(built("t5"), "--text", "cat", "--target", long, "--max-tokens", 30), 3, "--target", "--cut")
     cut = ("--cut", "--max-tokens", 30, "--out", tmp_path, "--json")
     found = values_of(invoke(built("bert"), "--text", long, *cut))
@@ -187,8 +187,8 @@ def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(built, tmp_pa
 
 def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(built):
     asked = (built("llama"), "--text", "a b")
-    expect(invoke(*asked, "--layer", "2"), 2, "--layer: there is no layer 2: the model has 2", "from 0 to 1")
-    expect(invoke(*asked, "--head", "4"), 2, "--head: there is no head '4': a layer has 4", "0 to 3, mean or rollout")
+    expect(invoke(*asked, "--layer", "2"), 2, "--layer: layer 2 not found: the model has 2", "from 0 to 1")
+    expect(invoke(*asked, "--head", "4"), 2, "--head: head '4' not found: a layer has 4", "0 to 3, mean or rollout")
     expect(invoke(*asked, "--head", "meen"), 2, "Did you mean 'mean'?")
     expect(invoke(*asked, "--kind", "cross"), 2, "--kind", "This model has masked-self.")
     expect(invoke(built("t5"), "--text", "a", "--kind", "cross", "--head", "rollout"), 2, "has no rollout")
@@ -203,7 +203,7 @@ def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_f
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
     assert {"model/1/mean", "model/1/rollout", "model/1/2"} <= set(kind["values"])
     assert "model/0/2" not in kind["values"]
-    assert "this page has the heads of one layer" in (tmp_path / "attention.html").read_text("utf-8")
+    assert "this page has heads of at most one layer" in (tmp_path / "attention.html").read_text("utf-8")
 
 
 # The page in a browser

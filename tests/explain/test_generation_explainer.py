@@ -130,7 +130,7 @@ def test_what_whisper_writes_down_is_traced(tmp_path):
     model, sound = build_whisper(tmp_path / "whisper", multilingual=False), write_tone(tmp_path / "tone.wav", 3.0)
     told = values_of(invoke(model, "--audio", sound, "--max-new-tokens", 3, "--json", "--out", tmp_path))
     assert [token["special"] for token in told["tokens"]] == [True] * len(told["tokens"])
-    assert told["note"] == "Only the first 2 s of the recording are heard."
+    assert told["note"] == "Only the first 2 s of the recording are used."
     assert all(step["layers"] for step in told["traces"]["model"]["steps"])
     expect(invoke(model, "--prompt", "x", "--out", tmp_path), 2, "--prompt", "--audio")
 

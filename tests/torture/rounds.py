@@ -555,27 +555,28 @@ def plan(rounds: int, seed: int = 0) -> list[tuple[str, bool]]:
 
 PAGE = """# Torture
 
-What `make torture` last gave; `make test-slow` plays {default} rounds of it. A round takes a command, disturbs it at a
-random moment, and gives the same command again. What it leaves then is compared, file by file, with what two
-undisturbed runs agree on: rows, examples, checkpoints, adapter or weights, answers, the merged model, the GGUF file,
-all scores and losses. A step or checkpoint that was finished and is done again counts as lost. A traceback, an exit
-code that is none of llmtune's and a message without a cure count as wrong. Signals, disks, limits and permissions are
-real.
+The result of the last `make torture`; `make test-slow` plays {default} rounds. A round starts a command, disturbs it at a random
+moment, and repeats the same command. The test then compares the result, file by file, with two undisturbed runs: rows,
+examples, checkpoints, adapter or weights, answers, the merged model, the GGUF file, all scores and losses. Signals,
+disks, limits and permissions are real.
 
-{rounds} rounds, {fresh} of them through a fresh `python -m llmtune`: {different} with different bytes, {lost} with
+- **lost**: a finished step or checkpoint had to be done again
+- **wrong**: a traceback, an exit code that llmtune does not define, or a message without a fix
+
+{rounds} rounds, {fresh} of them in a fresh `python -m llmtune`: {different} with different bytes, {lost} with
 something lost, {wrong} wrong.
 
-| what happened | rounds | exit codes | bytes different | lost | wrong |
+| disturbance | rounds | exit codes | bytes different | lost | wrong |
 |---|---:|---|---:|---:|---:|
 {faults}
 
-Where the command was when it was disturbed:
+The disturbed step or command:
 
 | step or command | rounds | killed by SIGKILL |
 |---|---:|---:|
 {phases}
 
-Codes below zero are signals. 0: the command was done before, or got by with what it was given.
+Codes below zero are signals. 0: the command had already finished, or coped.
 """
 
 
