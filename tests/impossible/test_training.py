@@ -156,7 +156,7 @@ def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, show
     cannot="a resume whose weights differ from those of no stop",
     kept="Checkpoints hold weights, optimiser, schedule and position; what is drawn at random is a function of seed "
     "and step. They are written to another name, flushed, hashed, then renamed.",
-    shows="Going on from step-2 of 4",
+    shows="Resuming from step 2 of 4",
     also=[
         "train/test_checkpoint.py::test_killed_anywhere_and_continued_the_bytes_are_those_of_no_stop",
         "torture/test_torture.py",
@@ -187,8 +187,8 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(place, run, without, 
     cannot="a NaN that goes on",
     kept="Losses, gradients and weights are checked in every step; training stops with a diagnosis, and ruined weights "
     "are never saved.",
-    shows="error step 3: loss nan, learning rate ..., gradient norm nan: the trained weights are no numbers any more "
-    "in step 3: the update before it was too large -> There is no checkpoint yet. Try: lower train.learning_rate",
+    shows="error step 3: loss nan, learning rate ..., gradient norm nan: the trained weights are not finite "
+    "in step 3: the previous update was too large -> No checkpoint was saved yet. Try: lower train.learning_rate",
     also=[
         "train/test_loop.py::test_weights_that_are_no_numbers_stop_the_run_with_a_diagnosis",
         "train/test_loop.py::test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved",

@@ -134,7 +134,7 @@ def test_when_machine_0_is_killed_the_other_ends_and_both_go_on_later(here, reci
     assert "frame #" not in second.log.read_text()
     machines = start(0, port=29512), start(1, port=29512)
     assert end_of(*machines) == [0, 0], machines[0].log.read_text()
-    assert "Going on from step-" in machines[0].log.read_text()
+    assert "Resuming from step " in machines[0].log.read_text()
     assert_undisturbed(here)
 
 

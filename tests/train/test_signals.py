@@ -89,4 +89,4 @@ def test_the_first_signal_counts_and_says_what_happens(console):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     assert request.signal_number == signal.SIGTERM
-    assert console.file.getvalue().count("this step is finished and saved first") == 1
+    assert console.file.getvalue().count("this step is finished and saved") == 1
