@@ -180,7 +180,7 @@ def _take_step(run: Run) -> None:
 
 
 def _gradients(run: Run, step: int) -> StepLoss:
-    """Compute the step's gradients; on out-of-memory retry with a smaller budget, on float16 overflow with less scale."""
+    """Compute the step's gradients; retry with a smaller budget if memory ran out, with a lower scale on overflow."""
     training, state = run.training, run.state
     while True:
         try:

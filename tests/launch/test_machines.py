@@ -121,7 +121,7 @@ def test_a_machine_that_is_killed_and_started_again_changes_nothing(strategy, he
     kill(second)
     second = start(1, *options)
     assert end_of(first, second) == [0, 0], first.log.read_text() + second.log.read_text()
-    assert "started again" in first.log.read_text()
+    assert "Restarting all processes" in first.log.read_text()
     assert_undisturbed(here)
 
 

@@ -31,7 +31,7 @@ def test_a_signal_ends_the_step_saves_and_going_on_gives_the_bytes_of_no_stop(
         run_training(tmp_path / "run", recipe, examples, console=send_at("step 7/", number))
     assert caught.value.exit_code == code
     assert "a checkpoint is saved" in caught.value.problems[0].what
-    assert "The same command again goes on" in caught.value.problems[0].fix
+    assert "Run the same command again to resume" in caught.value.problems[0].fix
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert (tmp_path / "run" / "checkpoints" / "step-7").exists()
     assert not (tmp_path / "run" / "adapter").exists()
