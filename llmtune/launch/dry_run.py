@@ -117,7 +117,7 @@ def _longest_row(context: RunContext, recipe: Recipe) -> int:
 def _find_rows(
     context: RunContext, recipe: Recipe, model_ref: ModelRef, valid: dict[str, bool], scratch: Path
 ) -> Rows | None:
-    """Return the run's prepared rows, or prepare small files; None for large files, or if the model is not local yet."""
+    """Return the run's prepared rows, or prepare small files; None for large files or a model that is not local."""
     if not model_ref.content_hash:
         return None
     if valid["prepare"]:

@@ -98,7 +98,7 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, r
     kept="Every random draw is seeded from the recipe. The same recipe gives equal bytes on one machine; `reproduce` "
     "trains a run again and names what differs first.",
     shows="error ...drawn-reproduced: not the same; the first difference is in training: grad_norm of step 1: was ..., "
-    "is ... -> versions, processor and threads are those of the lock: something outside of it decides",
+    "is ... -> Versions, processor and threads match the lock, so something outside the lock differs.",
     also=[
         "test_pipeline.py::test_the_same_recipe_twice_gives_equal_bytes",
         "train/test_loop.py::test_the_same_seed_gives_the_same_bytes_and_another_seed_others",
