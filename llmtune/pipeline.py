@@ -1,14 +1,14 @@
-"""A run: its five steps in order, and what comes after them. Read this first.
+"""A run: its five steps in order, then products, seeds and the report. Read this first.
 
     prepare    read, check, deduplicate and split the rows, and encode them for the model
     select     choose the model, or take the named one, and plan its memory
-    adapt      put an adapter into the model and prove that it is wired
+    adapt      add an adapter to the model and prove that it takes effect
     train      train the adapter, with checkpoints
     evaluate   score base and tuned model on the same held-out rows
 
-Then come the products that the recipe names, further seeds, and the report. A step is skipped if nothing that it
-depends on changed. What it finds out is kept as facts in run.json: the report is written from the run folder alone.
-`resolve_run` makes the plan, which nothing changes. All processes run this file; rank 0 alone does the work in `once`.
+Then come the products that the recipe names, further seeds, and the report. A step is skipped if none of its inputs
+changed. Its results are stored as facts in run.json, and the report is written from the run folder only.
+`resolve_run` makes the plan, which is immutable. All processes run this file; only rank 0 does the work in `once`.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ from llmtune.train.row_losses import list_hardest
 
 
 def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json:
-    """Run the steps of a recipe up to `request.until`; returns what report.json holds, in rank 0.
+    """Run the steps of a recipe up to `request.until`; return the content of report.json in rank 0.
 
     Raises:
-        LlmtuneError: one of its kinds, for everything that a user can meet; `GateFailed` after the report is written.
+        LlmtuneError: one of its subclasses, for every error a user can fix; `GateFailed` once the report is written.
     """
     assert not request.dry_run, "`launch.dry_run` is for those"
     path = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
@@ -95,20 +95,20 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
         manifest = once(lambda: _begin(stack, path, loaded, request, console))
         if not path.is_dir():
             fix = "Give --out a folder on a disk that all machines share, at the same path."
-            raise EnvironmentProblem.of("this machine does not see the run folder", str(path), fix)
+            raise EnvironmentProblem.of("run folder not found on this machine", str(path), fix)
         context = RunContext(RunFolder(path, manifest), console, request)
         for name, step in STEPS.items():
             step(context, loaded)
             if name == request.until:
                 break
         if loaded.recipe.train.seeds and request.until in UNTIL:
-            context.once(lambda: write_report(_report(context, loaded), path))  # a further seed may be stopped
+            context.once(lambda: write_report(_report(context, loaded), path))  # in case a further seed is stopped
             run_seeds(context, loaded)
         return conclude_run(context, loaded)
 
 
 def check_first(recipe: Recipe, request: RunRequest) -> None:
-    """Raise what is wrong with a recipe here, as far as that is known without its rows and its model."""
+    """Raise the problems of a recipe on this machine that can be found without its rows and its model."""
     refuse_network(recipe, offline=request.offline)
     check_kernels(recipe, pick_device())
     check_inputs(recipe)
@@ -125,7 +125,7 @@ def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunReque
 
 
 def run_prepare(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 1: read, check, deduplicate and split the rows; encode them if the model is known by now."""
+    """Step 1: read, check, deduplicate and split the rows; encode them if the recipe names the model."""
     context.once(lambda: _prepare_rows(context, loaded))
     if loaded.recipe.model.name:
         resolve_run(context, loaded, loaded.recipe.model.name)
@@ -141,7 +141,7 @@ def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
 
 
 def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
-    """Find the model, decide what the recipe leaves open, encode the rows for it: from here on there is a plan."""
+    """Find the model, resolve the recipe's open settings, encode the rows, and set `context.resolved`."""
     rows = context.rows
     model_ref = read_model_ref(context.once(lambda: plain(locate_pinned(context, loaded.recipe.model, name))))
     draft, stated = draft_plan(context, loaded, model_ref, rows)
@@ -150,7 +150,7 @@ def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
         check_gguf(draft)  # before training, not after it
     context.once(lambda: _encode_rows(context, draft))
     context.resolved = draft
-    if context.request.until != "prepare":  # else no step is left that depends on more
+    if context.request.until != "prepare":  # otherwise no later step needs the rest
         decided = context.once(lambda: decide_rest(context, draft, rows, context.examples))
         context.resolved = finish_plan(draft, decided)
 
@@ -168,7 +168,7 @@ def _encode_rows(context: RunContext, draft: Plan) -> None:
 
 
 def run_select(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 2: choose the model if the recipe names none; check its context and the memory of the device.
+    """Step 2: choose the model if the recipe names none; check its context length and the device's memory.
 
     Raises:
         DataError: a row is longer than the model's context.
@@ -199,7 +199,7 @@ def _plan_memory(context: RunContext) -> None:
 
 
 def best_candidate(context: RunContext, loaded: LoadedRecipe) -> str:
-    """Return the name of the best candidate: that of the lock or an earlier ranking, else by ranking and trials."""
+    """Return the name of the best candidate, from the lock or an earlier ranking, else by ranking and trials."""
     recipe, request, console = loaded.recipe, context.request, context.console
     if request.pins is not None and request.pins.model in candidate_names(recipe):
         return request.pins.model
@@ -214,7 +214,7 @@ def best_candidate(context: RunContext, loaded: LoadedRecipe) -> str:
 
 
 def run_adapt(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 3, if the run ends here: put the adapter in and prove it. Training makes it again from the same seed."""
+    """Step 3, if the run ends here: add and check the adapter. Training makes it again from the same seed."""
 
     def adapt_alone() -> None:
         with context.step("adapt", context.plan.inputs["adapt"]) as step:
@@ -226,7 +226,7 @@ def run_adapt(context: RunContext, loaded: LoadedRecipe) -> None:
 
 
 def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Steps 3 and 4 in all processes: adapt and train, from the last checkpoint if the inputs are the same."""
+    """Steps 3 and 4 in all processes: adapt and train; resume from the last checkpoint if the inputs are the same."""
     if context.request.until != "train" and not context.folder.is_done("train"):  # before hours of training
         context.once(lambda: _check_evaluation(context))
     if context.once(lambda: _begin_training(context)):
@@ -241,7 +241,7 @@ def _check_evaluation(context: RunContext) -> None:
 
 
 def _begin_training(context: RunContext) -> bool:
-    """Put aside what another training left and write the lock; False if this training is done already."""
+    """Discard the results of an earlier training and write the lock; return False if this training is already done."""
     folder, inputs = context.folder, context.plan.inputs["train"]
     if folder.is_valid("train", inputs):
         context.begin("adapt", skipped=True)
@@ -249,12 +249,12 @@ def _begin_training(context: RunContext) -> bool:
         return False
     steps = folder.manifest["steps"]
     for step in ("evaluate", "deploy"):
-        steps.pop(step, None)  # of another training
+        steps.pop(step, None)  # from an earlier training
     folder.take_budget()
     if "train" not in steps or steps["train"]["inputs"] != inputs:
         tokens = folder.facts("select")["plan"]["tokens"]
         folder.findings["micro_batch_tokens"] = context.request.findings.get("micro_batch_tokens", tokens)
-        shutil.rmtree(folder.path / "explain", ignore_errors=True)  # of another training too
+        shutil.rmtree(folder.path / "explain", ignore_errors=True)  # from an earlier training too
     folder.findings["start_from"] = adapter_settings(context.plan.recipe)[-1]
     folder.manifest.pop("lock", None)
     folder.write()
@@ -263,7 +263,7 @@ def _begin_training(context: RunContext) -> bool:
 
 
 def adapt_and_train(context: RunContext) -> None:
-    """Put the adapter in and train it, as two steps; all processes together."""
+    """Add the adapter and train it, as two steps, in all processes."""
     plan, folder = context.plan, context.folder
     with context.step("adapt", plan.inputs["adapt"], always=True) as step:
         adapted = make_adapted(context)
@@ -290,17 +290,17 @@ def adapt_and_train(context: RunContext) -> None:
 
 def _lock_trained(context: RunContext) -> None:
     manifest = context.folder.manifest
-    if "lock" not in manifest:  # here, as a run may be killed just before it
+    if "lock" not in manifest:  # not in the train step: a run may be killed in between
         manifest["lock"] = note_trained(context.folder.path, trained_name(context.plan.recipe))
         context.folder.write()
 
 
 def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 5 in all processes: base and tuned model on the same held-out rows; gates are read anew each time."""
+    """Step 5 in all processes: score base and tuned model on the same held-out rows."""
     target = context.folder.path / "evaluation"
     inputs = context.once(lambda: evaluation_hash(context))
     context.once(lambda: note_look(context.folder, context.console))
-    known = target if context.folder.is_whole("evaluate") else None  # what the base answered before
+    known = target if context.folder.is_whole("evaluate") else None  # earlier answers of the base
     unchanged = context.once(lambda: context.folder.is_valid("evaluate", inputs))
     with context.step("evaluate", inputs, ["evaluation"], always=not unchanged) as step:
         if step.skipped:
@@ -314,7 +314,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
 
 
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Make the products that the recipe names, each certified against what was trained."""
+    """Make the products that the recipe names, each verified against the trained model."""
     if context.plan.recipe.deploy:
         context.once(lambda: make_products(context))
 
@@ -327,13 +327,13 @@ STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {
     "evaluate": run_evaluate,
     "run": run_deploy,
 }
-"""The steps of a run, by the value of `until` that ends it there."""
+"""The steps of a run, by the value of `until` that ends the run after the step."""
 
 
 def run_seeds(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Run the recipe once for each further seed, as far as the run itself went.
+    """Run the recipe once for each further seed, up to the same step as the run.
 
-    Each is skipped if valid, and resumes where it was stopped. Rows, model and micro-batches are those of the run.
+    A valid seed run is skipped, and an interrupted one resumes. Rows, model and micro-batches are those of the run.
     """
     path, until, offline = context.folder.path, UNTIL[context.request.until], context.request.offline
     same = RunRequest(None, until, offline=offline, pins=own_pins(path), findings=kept_findings(context.folder))
@@ -345,9 +345,9 @@ def run_seeds(context: RunContext, loaded: LoadedRecipe) -> None:
 
 
 def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: bool, base: Path | None = None) -> Json:
-    """Score a finished run again, with the settings of `loaded`; nothing of it is read, encoded or trained anew.
+    """Score a finished run again, with the settings of `loaded`; nothing is read, encoded or trained again.
 
-    `base` is as in `RunRequest`. Further seeds that are trained are scored again too.
+    `base` is as in `RunRequest`. Trained runs of further seeds are scored again too.
     """
     with ExitStack() as stack:
         manifest = once(lambda: stack.enter_context(open_run(run, loaded.fingerprint)).manifest)
@@ -355,7 +355,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         finished = open_finished(run, console, offline, loaded.recipe)
         context = replace(finished, folder=RunFolder(run, manifest), request=request)
         context.once(lambda: write_text(run / "recipe.yaml", loaded.to_yaml()))
-        console.print(f"These settings stay with the run: {escape(str(run / 'recipe.yaml'))}")
+        console.print(f"Saved these settings with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
         plan, rows, examples = context.plan, context.rows, context.examples
@@ -375,7 +375,7 @@ def _report(context: RunContext, loaded: LoadedRecipe) -> Report:
 
 
 def conclude_run(context: RunContext, loaded: LoadedRecipe) -> Json:
-    """Write the report and return it, in rank 0; print the verdict, send it to trackers, raise a gate that failed."""
+    """Write the report, print the verdict, log it to trackers; raise GateFailed or return the report, in rank 0."""
     report: Json = {}
     context.once(lambda: report.update(_conclude(context, loaded)))
     return report

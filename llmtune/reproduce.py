@@ -1,4 +1,4 @@
-"""Train a run again from its lock, into another folder, and say whether the same came out, or what differs first."""
+"""Train a run again from its lock, into another folder, and report whether the result is the same or what differs."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from llmtune.store.verification import Verification, relocated, split_pattern, v
 
 RESULT = "reproduction.json"
 DECISIVE = ("machine", "processor", "python", "device", "card", "vector_units")
-"""What of the hardware decides the last bits of a result."""
+"""Hardware facts that affect the last bits of a result."""
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far losses and scores may lie apart where bytes cannot be the same; of numbers above 1 so much of them."""
+    """How far losses and scores may differ if bytes cannot be equal: absolute up to 1, relative above."""
 
     loss: float = 0.05
     score: float = 0.02
@@ -57,17 +57,17 @@ def reproduce(
     offline: bool = False,
     tolerances: Tolerances | None = None,
 ) -> Json:
-    """Run the resolved recipe of `run` again with all that its lock holds, and compare; returns what was found.
+    """Run the resolved recipe of `run` again with everything pinned to its lock, and return the comparison.
 
     Raises:
         RecipeError: not a trained run, its recipe was changed, or `out` is the run itself.
-        DataError, EnvironmentProblem: what the run was made from is not what the lock holds.
+        DataError, EnvironmentProblem: data or model differ from the lock.
     """
     folder = read_run(run)
     folder.require_trained()
     target = out or run.absolute().with_name(f"{run.absolute().name}-reproduced")
     if target.resolve() == run.resolve():
-        raise RecipeError.of("this is the run that is to be reproduced", "--out", "name another folder")
+        raise RecipeError.of("this is the folder of the run itself", "--out", "Choose another folder.")
     verification = verify_run(run)
     refuse_changed(verification)
     lock = read_lock(run / LOCK)
@@ -81,7 +81,7 @@ def reproduce(
         findings=kept_findings(folder),
     )
     loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
-    run_pipeline(loaded, request, console)  # without gates: what counts is whether the same comes out
+    run_pipeline(loaded, request, console)  # without gates: only equality with the run counts
     if rank():
         return {}
     result = compare_with_original(folder, target, lock, verification, tolerances or Tolerances())
@@ -91,7 +91,7 @@ def reproduce(
 
 
 def refuse_changed(verification: Verification) -> None:
-    """Raise where the lock, the recipe, data, model or the adapter that was gone on from are not what they were."""
+    """Raise if the lock, the recipe, the data, the model or the `start_from` adapter has changed since the run."""
     failed = list(zip(verification.failed, verification.problems(), strict=True))
     for kinds, error in ((("recipe", "lock"), RecipeError), (("data",), DataError)):
         error.collect(problem for finding, problem in failed if finding.kind in kinds)
@@ -99,7 +99,7 @@ def refuse_changed(verification: Verification) -> None:
 
 
 def move_recipe(loaded: LoadedRecipe, lock: Lock, run: Path) -> LoadedRecipe:
-    """Return the recipe with each path that is gone replaced by where the same lies now, seen from the run folder."""
+    """Return the recipe with each missing path replaced by its new location; see `relocated`."""
     then = lock.get("folder")
 
     def find(path: str) -> str:
@@ -132,7 +132,7 @@ def change_sources(data: DataSection, change: Callable[[Source], Source]) -> Dat
 
 
 def at_commits(recipe: Recipe, lock: Lock) -> Recipe:
-    """Return the recipe with data sets of the hub at the commits that the lock holds."""
+    """Return the recipe with hub data sets pinned to the commits in the lock."""
     commits = {entry["source"]: entry["commit"] for entry in lock["data"].get("files", []) if "commit" in entry}
     if not commits:
         return recipe
@@ -144,7 +144,7 @@ def at_commits(recipe: Recipe, lock: Lock) -> Recipe:
 
 
 def hold(pins: Pins, recipe: Recipe, lock: Lock, run: Path) -> Pins:
-    """Return what to hold still: the lock's pins, seen from here."""
+    """Return the lock's pins, with paths adjusted to this machine."""
     if os.path.isabs(pins.model):
         pins = replace(pins, model=str(relocated(pins.model, lock.get("folder"), run)))
     pinned = at_commits(recipe, lock)
@@ -156,7 +156,7 @@ def hold(pins: Pins, recipe: Recipe, lock: Lock, run: Path) -> Pins:
 def compare_with_original(
     folder: RunFolder, now: Path, lock: Lock, verification: Verification, tolerances: Tolerances
 ) -> Json:
-    """Compare the reproduction with the run: by bytes where they can be the same, else by losses and scores."""
+    """Compare the reproduction with the run: by bytes if they can be equal, else by losses and scores."""
     was = folder.path
     trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])
     settings = differing_settings(folder, lock, now)
@@ -188,13 +188,13 @@ def compare_with_original(
 
 
 def judge_numbers(found: tuple[str, Any, Any], tolerance: float) -> Json:
-    """Say of two numbers whether they are equal, and near enough."""
+    """Return whether two numbers are equal, and whether they are within the tolerance."""
     name, was, now = found
     return {"name": name, "was": was, "now": now, "equal": was == now, "within": not far_apart(was, now, tolerance)}
 
 
 def compare_trained(folder: RunFolder, now: Path, lock: Lock, trained: str) -> list[Json]:
-    """Hold each file of what was trained against its hash of then; where the base model lies does not count."""
+    """Compare each trained file with its original hash; the path of the base model does not count."""
     known = lock.get("trained", {}).get(trained) or list_folder(folder.path / trained)
     found = list_folder(now / trained)
     files = []
@@ -209,13 +209,13 @@ def compare_trained(folder: RunFolder, now: Path, lock: Lock, trained: str) -> l
 
 
 def device_of(folder: RunFolder, lock: Lock) -> str:
-    """What the run was trained on."""
+    """Return the device that the run was trained on."""
     plan = folder.facts("select").get("plan", {})
     return str(lock["hardware"].get("device") or plan.get("device") or "cpu")
 
 
 def differing_settings(folder: RunFolder, lock: Lock, now: Path) -> list[Json]:
-    """Say which versions, hardware, threads and processes differ from the lock's: why bytes may differ."""
+    """List the versions, hardware, threads and processes that differ from the lock; they can change bytes."""
     machine = hardware() | describe_device(pick_device())
     then = dict(lock["packages"]) | {name: lock["hardware"][name] for name in DECISIVE if name in lock["hardware"]}
     here = {**package_versions(tuple(lock["packages"])), **machine}
@@ -227,17 +227,17 @@ def differing_settings(folder: RunFolder, lock: Lock, now: Path) -> list[Json]:
 
 
 def processes_of(folder: RunFolder) -> int:
-    """How many processes trained."""
+    """Return the number of processes that trained."""
     return int(folder.facts("train").get("processes", 1))
 
 
 def explain_difference(result: Json) -> Problem:
-    """Say what differs first, and why it may."""
+    """Describe the first difference and its likely cause."""
     settings = [f"{setting['name']} was {setting['was']}, is {setting['now']}" for setting in result["settings"]]
     first = result["first_difference"]
-    told = first["told"] if first else "what was trained, by its hashes: the run's own files were altered since"
+    told = first["told"] if first else "the hashes of the trained files: the run's own files were changed since"
     if result["judged_by"] == "bytes":
-        why = "versions, processor and threads are those of the lock: something outside of it decides"
+        why = "Versions, processor and threads match the lock, so something outside the lock differs."
     else:
-        why = f"what differs from the lock: {'; '.join(settings)}" if settings else "on a GPU sums are not in one order"
+        why = f"Differs from the lock: {'; '.join(settings)}." if settings else "A GPU does not sum in a fixed order."
     return Problem(f"not the same; the first difference is in {told}", result["reproduction"], why)

@@ -1,4 +1,4 @@
-"""A run at work: its plan, its folder (RunContext) and its models; a finished run opened again (open_finished)."""
+"""A run in progress: its plan, its folder (RunContext) and its models; `open_finished` opens a finished run."""
 
 from __future__ import annotations
 
@@ -59,22 +59,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does: made once, as soon as its rows and its model are known, and never changed."""
+    """The plan of a run: made once, as soon as its rows and its model are known, and never changed."""
 
     recipe: Recipe
-    """With all that it left open: class names, epochs, rate and batch, length, checkpointing."""
+    """The recipe with all open settings resolved: class names, epochs, rate and batch, length, checkpointing."""
     task: AnyTask
     model_ref: ModelRef
     device: str
     layout: Layout = ALONE
     inputs: Mapping[str, str] = field(default_factory=dict)
-    """By step, the hash of what it depends on; the evaluation depends on what was trained as well."""
+    """Hash of the inputs of each step; the evaluation also depends on the trained weights."""
     loaded: list[PreTrainedTokenizerBase] = field(default_factory=list, compare=False)
-    """The processor once it was read; a draft and its plan share it."""
+    """The processor, once it is loaded; a draft and its plan share it."""
 
     @property
     def processor(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer as the recipe wants it; shared by all steps, so not to be changed."""
+        """The model's tokenizer, configured by the recipe; all steps share it, so do not change it."""
         if not self.loaded:
             self.loaded.append(load_processor(self.model_ref, self.recipe.model, self.recipe.data.system_prompt))
         return self.loaded[0]
@@ -82,7 +82,7 @@ class Plan:
 
 @dataclass
 class RunContext:
-    """A run at work: its folder, where to print, and its plan. The request says where the run ends."""
+    """A run in progress: its folder, its console and its plan. The request says after which step it ends."""
 
     folder: RunFolder
     console: Console
@@ -108,49 +108,49 @@ class RunContext:
 
     @property
     def device(self) -> str:
-        """What computes: cuda, mps or cpu; in a dry run the card that it plans for."""
+        """The device: cuda, mps or cpu; in a dry run the card that it plans for."""
         return self.request.device or pick_device()
 
     @property
     def shards(self) -> bool:
-        """Whether each process has a part of the model while it trains."""
+        """Whether each process trains a shard of the model."""
         return world_size() > 1 and self.plan.layout.sharded
 
     @property
     def trained_folder(self) -> Path:
-        """The subfolder with what was trained."""
+        """The subfolder with the trained adapter or weights."""
         return self.folder.path / trained_name(self.plan.recipe)
 
     @contextmanager
     def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[StepRun]:
-        """Announce a step, and run it unless nothing changed; see `RunFolder.step`."""
+        """Print a step's name, and skip the step if nothing changed; see `RunFolder.step`."""
         begin = partial(self.begin, name)
         with self.folder.step(name, inputs, outputs, always=always, on_begin=begin) as step:
             yield step
 
     def begin(self, step: str, skipped: bool = False) -> None:
-        """Print which step comes now, and whether it is skipped."""
+        """Print the name of a step, and whether it is skipped."""
         self.console.print(f"[bold cyan]{step}[/]{' [dim]unchanged, skipped[/]' if skipped else ''}")
 
     def once(self, work: Callable[[], T]) -> T:
-        """Do `work` in rank 0 alone; all processes get what it returns, and the manifest as it is then."""
+        """Do `work` in rank 0 only; all processes get its result and the updated manifest."""
         value, self.folder.manifest = once(lambda: (work(), self.folder.manifest))
         return value
 
 
 def find_variant(recipe: Recipe, model_ref: ModelRef) -> AnyTask:
-    """Return the variant of the task that a model supports; raises RecipeError where there is none."""
+    """Return the variant of the task that a model supports; raises RecipeError if it supports none."""
     variant = choose_variant(recipe, read_model_config(model_ref, recipe.model), model_ref.name)
     check_variant(recipe, variant, model_ref.name)
     return variant
 
 
 def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, rows: Rows) -> tuple[Plan, LoadedRecipe]:
-    """Decide all that rows and model decide, and print it; return the draft, and the recipe that states it.
+    """Resolve the settings that depend on rows and model, and print them; return the draft and the resolved recipe.
 
     The recipe does not state class names and the like, which are inferred each time.
 
-    Raises RecipeError or DataError where model, rows and recipe do not go together.
+    Raises RecipeError or DataError if model, rows and recipe do not fit together.
     """
     console, task = context.console, find_variant(loaded.recipe, model_ref)
     config = read_model_config(model_ref, loaded.recipe.model)
@@ -174,7 +174,7 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
 
 
 def decide_rest(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Json:
-    """Decide what the encoded rows decide: checkpointing, and by step the hash of what it depends on."""
+    """Resolve what depends on the encoded rows: checkpointing, and the input hash of each step."""
     adapted = adapter_inputs(draft.recipe, draft.model_ref, examples)
     inputs = {
         "adapt": adapted,
@@ -185,7 +185,7 @@ def decide_rest(context: RunContext, draft: Plan, rows: Rows, examples: Examples
 
 
 def finish_plan(draft: Plan, decided: Json) -> Plan:
-    """Return the plan that a draft and the decisions of `decide_rest` make."""
+    """Return the plan made of a draft and the result of `decide_rest`."""
     train = draft.recipe.train.model_copy(update={"gradient_checkpointing": decided["checkpointing"]})
     return replace(draft, recipe=draft.recipe.model_copy(update={"train": train}), inputs=decided["inputs"])
 
@@ -193,8 +193,8 @@ def finish_plan(draft: Plan, decided: Json) -> Plan:
 def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> bool:
     """Decide `gradient_checkpointing: auto`; `longest` is the longest row in tokens.
 
-    The findings of the run keep the decision for as long as the question is the same. A run that resumes where there is
-    more memory, or less, continues as it began.
+    The run's findings keep the decision as long as its inputs are the same. A run that resumes with more or less
+    memory therefore continues as it began.
     """
     recipe, findings = draft.recipe, context.folder.findings
     if recipe.train.gradient_checkpointing != "auto":
@@ -206,7 +206,7 @@ def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> bool
         findings["gradient_checkpointing"] = known = {"inputs": inputs, "on": on}
     if known["on"]:
         context.console.print(
-            "train.gradient_checkpointing: auto computes activations again in the backward pass: the longest row "
+            "train.gradient_checkpointing: auto recomputes activations in the backward pass, because the longest row "
             f"({longest:,} tokens) does not fit into the memory of {draft.device} otherwise.",
             highlight=False,
         )
@@ -214,27 +214,27 @@ def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> bool
 
 
 def rows_hash(context: RunContext, recipe: Recipe) -> str:
-    """Hash what rows depend on; raises EnvironmentProblem if the lock of the request names other data."""
+    """Hash the inputs of the rows; raises EnvironmentProblem if the request's lock names other data."""
     if context.request.pins is not None:
         check_pin("the data's content", context.request.pins.data_hash, hash_sources(recipe.data, recipe.task))
     return rows_inputs(recipe)
 
 
 def evaluation_hash(context: RunContext) -> str:
-    """Hash what scores depend on, with what was trained."""
+    """Hash the inputs of the scores, including the trained weights."""
     return hash_value([context.plan.inputs["evaluate"], hash_folder(context.trained_folder)])
 
 
 def make_adapted(context: RunContext) -> AdaptedModel:
-    """Load the model and put the adapter in, seeded.
+    """Load the model and add the adapter, seeded.
 
-    Where each process is to have a part of the model, the first one alone makes it, in main memory.
+    If the model is to be sharded, only the first process loads it, into main memory.
     """
     plan = context.plan
     if not context.shards:
         return _make_adapted(context, plan.recipe, plan.device)
     join_processes(plan.device)
-    find_class(plan.model_ref, plan.recipe, plan.task)  # code of its own has to be there before a model of it comes
+    find_class(plan.model_ref, plan.recipe, plan.task)  # import remote code before receiving a model that uses it
     device, recipe = loading_device(plan.recipe, plan.device)
     return share_model(partial(_make_adapted, context, recipe, device))
 
@@ -254,18 +254,18 @@ class Models:
 
     context: RunContext
     packs: bool | None = None
-    """Whether the model that was loaded last reads rows that are packed; None before there is one."""
+    """Whether the model loaded last accepts packed rows; None before the first load."""
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
-        """The model that training started from, on the same quantised weights if it was quantised."""
+        """The base model, on the same quantised weights if it was quantised."""
         yield self._selected.model
         if self.context.plan.recipe.adapter.method == "full":
             del self.__dict__["_selected"]  # one set of full weights in memory at a time
 
     @contextmanager
     def before(self) -> Iterator[torch.nn.Module]:
-        """The base; where the task compares with what training started from, with the adapter of `start_from` on it."""
+        """The base; with the `start_from` adapter if the task compares with the initial state of training."""
         plan = self.context.plan
         start = plan.recipe.adapter.start_from
         if start is None or not plan.task.needs_reference_model(plan.recipe):
@@ -286,19 +286,19 @@ class Models:
 
     @property
     def adapted(self) -> AdaptedModel:
-        """The tuned model, read back."""
+        """The tuned model, read back from the run folder."""
         trained, plan = self.context.trained_folder, self.context.plan
         if plan.recipe.adapter.method == "full":
             selected = self._load(replace(plan.model_ref, path=trained))
             if selected.new_weights:
-                what = "the head in these weights is for other classes than the rows have now"
-                raise EnvironmentProblem.of(what, str(trained), "Run the recipe again: it trains anew.")
+                what = "the head in these weights has other classes than the rows have now"
+                raise EnvironmentProblem.of(what, str(trained), "Run the recipe again to train a new head.")
             return load_adapter(selected, trained)
         return load_adapter(self._selected, trained)
 
     @property
     def loaders(self) -> ModelLoaders:
-        """What the evaluation loads them by."""
+        """The loaders of both models for the evaluation."""
         return ModelLoaders(self.before, self.tuned, lambda: self.packs)
 
     @cached_property
@@ -313,11 +313,11 @@ class Models:
 
 
 def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | None = None) -> RunContext:
-    """Open a run that was trained, to use its model; `recipe` replaces the run's own.
+    """Open a trained run, to use its model; `recipe` replaces the run's own.
 
     Raises:
         RecipeError: not a run folder, or not trained yet.
-        EnvironmentProblem: its base model is gone or was changed.
+        EnvironmentProblem: its base model is missing or was changed.
     """
     folder = read_run(run)
     folder.require_trained()
@@ -331,17 +331,17 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
 
 
 def load_champion(context: RunContext, run: Path) -> ChampionModel:
-    """Open the run of a champion, so that its model can answer rows of this run."""
+    """Open a champion's run, to answer rows of this run with its model."""
     champion = open_finished(run, context.console, context.request.offline)
     plan = champion.plan
     return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
 
 
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:
-    """Find a model, at the commit that a lock holds: the one of the request, else the run's own.
+    """Find a model at the commit in a lock: that of the request, else the run's own.
 
     Raises:
-        EnvironmentProblem: not found; or its content is not what the lock of the request holds.
+        EnvironmentProblem: the model is not found, or its content differs from the request's lock.
     """
     required, console, offline = context.request.pins, context.console, context.request.offline
     pins = required or (None if context.request.fresh else own_pins(context.folder.path))
@@ -356,7 +356,7 @@ def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelR
 
 
 def score_models(context: RunContext, folder: Path | None, base_folder: Path | None) -> None:
-    """Evaluate both models, all processes together; rank 0 writes to `folder`. `base_folder` may have base answers."""
+    """Evaluate both models in all processes; rank 0 writes to `folder`. `base_folder` may have earlier base answers."""
     plan, rows, examples = context.plan, context.rows, context.examples
     recipe, task, processor, models = plan.recipe, plan.task, plan.processor, Models(context)
     join_processes(plan.device)
@@ -375,7 +375,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
 
 
 def lock_run(context: RunContext) -> None:
-    """Write llmtune.lock: all that training starts from, file by file."""
+    """Write llmtune.lock with all inputs of training, file by file."""
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     data_hash, files = list_sources(recipe.data, recipe.task)
     start = recipe.adapter.start_from
@@ -396,5 +396,5 @@ def lock_run(context: RunContext) -> None:
 
 
 def trained_name(recipe: Recipe) -> str:
-    """The subfolder of a run that holds what was trained."""
+    """Return the name of the run's subfolder with the trained adapter or weights."""
     return "weights" if recipe.adapter.method == "full" else "adapter"

@@ -13,7 +13,7 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.store.run_request import RunRequest
 
-SAID = "train.gradient_checkpointing: auto computes activations again"
+SAID = "train.gradient_checkpointing: auto recomputes activations"
 WIDE, NARROW = 1 << 40, 1000
 
 

@@ -83,7 +83,7 @@ def test_what_differs_is_named_and_judged_by_bytes(
     assert not result["equal"]
     problem = explain_difference(result)
     assert "training: loss of step 2: was" in problem.what
-    assert "something outside of it" in str(problem.fix)
+    assert "something outside the lock" in str(problem.fix)
 
 
 def test_elsewhere_losses_and_scores_are_held_against_the_tolerances(
@@ -129,7 +129,7 @@ def test_changed_data_model_and_recipe_are_refused_before_anything_is_trained(pr
 
 
 def test_a_run_is_not_reproduced_into_itself_nor_before_it_was_trained(project: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="name another folder"):
+    with pytest.raises(RecipeError, match="Choose another folder"):
         again(project / "runs/tiny", project / "runs" / ".." / "runs" / "tiny")
     (tmp_path / "run.json").write_text(json.dumps({"fingerprint": "aa", "steps": {}, "findings": {}}))
     done = invoke("reproduce", tmp_path)

@@ -1,1 +1,1 @@
-"""Where a recipe runs: processes of this machine or of several, or what a scheduler gives. A recipe never says it."""
+"""Where a recipe runs: on one machine, on several, or on a scheduler. The recipe itself never says."""

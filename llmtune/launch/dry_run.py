@@ -1,4 +1,4 @@
-"""`--dry-run`: which steps a recipe would run and what memory they need, without running them."""
+"""`--dry-run`: list the steps that a recipe would run and the memory they need, without running them."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import seed_folder
 
 TRIED_BYTES = 2**22
-"""Files of less are prepared and encoded in a dry run: that takes seconds."""
+"""A dry run prepares and encodes files up to this size, which takes seconds."""
 
 
 def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json:
-    """Check what is cheap, print which steps would run and what memory they need; change and download nothing."""
+    """Run the cheap checks and print the steps that would run and the memory they need; change and download nothing."""
     recipe, path = loaded.recipe, request.out or default_path(loaded.recipe.name, loaded.fingerprint)
     check_first(recipe, request)
     folder = peek_run(path, loaded.fingerprint, resume=request.resume, fresh=request.fresh)
     context = RunContext(folder, console, replace(request, pins=read_pins(request.lock) if request.lock else None))
     if request.device is not None:
         check_card(request.device)
-        folder.findings.pop("gradient_checkpointing", None)  # decided for the device that is here
+        folder.findings.pop("gradient_checkpointing", None)  # it was decided for the local device
     valid = {"prepare": folder.is_valid("prepare", rows_hash(context, recipe))}
     if recipe.model.name:
         memory = _plan_named(context, loaded, recipe.model.name, valid)
@@ -70,7 +70,7 @@ def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json
 
 
 def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dict[str, bool]) -> MemoryPlan | None:
-    """Plan the one model of a recipe, and add to `valid` which of its steps are; None if it is not known yet."""
+    """Plan the named model of a recipe, and record its valid steps in `valid`; None if nothing is known of it yet."""
     recipe, console, folder, request = loaded.recipe, context.console, context.folder, context.request
     with TemporaryDirectory() as scratch:
         try:
@@ -109,7 +109,7 @@ def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dic
 
 
 def _longest_row(context: RunContext, recipe: Recipe) -> int:
-    """Return the tokens of the longest example that the run encoded before; without one, what a row may have."""
+    """Return the tokens of the longest example that the run has encoded, or `data.max_length` if there is none."""
     known = context.folder.facts("encode").get("longest")
     return max(known.values()) if known else recipe.data.max_length
 
@@ -117,7 +117,7 @@ def _longest_row(context: RunContext, recipe: Recipe) -> int:
 def _find_rows(
     context: RunContext, recipe: Recipe, model_ref: ModelRef, valid: dict[str, bool], scratch: Path
 ) -> Rows | None:
-    """Return the prepared rows of the run, or those of small files; None if neither or the model is not here yet."""
+    """Return the run's prepared rows, or prepare small files; None for large files or a model that is not local."""
     if not model_ref.content_hash:
         return None
     if valid["prepare"]:
@@ -128,7 +128,7 @@ def _find_rows(
 def _find_examples(
     context: RunContext, draft: Plan, rows: Rows, valid: dict[str, bool], scratch: Path
 ) -> Examples | None:
-    """Return the encoded rows of the run, or those of small files, encoded as the run does it; else None."""
+    """Return the run's encoded rows, or encode small files as the run would; None for large files."""
     inputs = examples_inputs(draft.recipe, rows, draft.model_ref, draft.processor)
     if valid["prepare"]:
         valid["encode"] = context.folder.is_valid("encode", inputs)

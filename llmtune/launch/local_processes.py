@@ -1,4 +1,4 @@
-"""The processes of this machine, through torch's elastic launcher: gloo on CPUs, nccl on GPUs."""
+"""Start the processes of this machine with torch's elastic launcher: gloo on CPUs, nccl on GPUs."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ from llmtune.store.processes import ERROR, LEFT, STRATEGY, WORDS, rebuild_error
 from llmtune.store.run_request import RunRequest
 
 SAVE_SECONDS = 300
-"""How long workers may take to finish their step and save after a signal, before they are killed."""
+"""How long workers may take to finish their step and save after a signal; then they are killed."""
 JOIN_SECONDS = 900
-"""How long the machines of a run wait for each other before processes start, for the first time or again."""
+"""How long the machines of a run wait for each other before processes start or restart."""
 TRY_SECONDS = 5
 MEETING = "llmtune"
-"""The name under which several machines meet."""
+"""The run id of a rendezvous of several machines."""
 CARDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Environment variables that name the network card of a machine."""
+"""Environment variables that name the network interface of a machine."""
 SHOWN_LINES = 8
-"""Lines of what a process wrote last that are shown when it died, and of what Python adds."""
+"""Number of lines shown of a dead process's last output, and of Python's fatal error."""
 
 
 class WorkerBug(RuntimeError):
-    """A process failed in a way that no user can fix; the message is its traceback."""
+    """A process failed because of a bug; the message is its traceback."""
 
 
 @dataclass(frozen=True)
 class Death:
-    """How a process ended: its exit code (a signal is negative), when, and its last words."""
+    """How a process ended: its exit code (negative for a signal), the time, and its last output."""
 
     code: int
     time: float
@@ -70,9 +70,9 @@ def launch_run(
     console: Console,
     words: Sequence[str] = (),
 ) -> None:
-    """Run a recipe as `llmtune` does in the processes of this machine; `words` are more options of that command.
+    """Run a recipe as `llmtune` does in the processes of this machine; `words` are further options of that command.
 
-    Raises what `launch` raises, and RecipeError for a recipe that the strategy cannot do.
+    Raises what `launch` raises, and RecipeError if the strategy does not support the recipe.
     """
     loaded = load_recipe(recipe, sets)
     RecipeError.collect(why_not(topology.strategy, loaded.recipe))
@@ -83,13 +83,13 @@ def launch_run(
 
 
 def launch(words: Sequence[str], topology: Topology, console: Console, *, threads: int | None = None) -> None:
-    """Run `python WORDS` in the processes of this machine, and with several machines in those of the others too.
+    """Run `python WORDS` in the processes of this machine; each machine of a run calls it.
 
     `threads` (default: all cores) are divided among the processes. A SIGINT or SIGTERM is passed on; a second kills.
 
     Raises:
-        LlmtuneError: what the first failing process ended with, with its rank.
-        EnvironmentProblem: there are too few GPUs, a process was killed by the system, or a machine is gone.
+        LlmtuneError: the error of the first process that failed, with its rank.
+        EnvironmentProblem: there are too few GPUs, the system killed a process, or a machine is unreachable.
         WorkerBug: a process ended with a traceback.
     """
     _check_devices(topology)
@@ -108,7 +108,7 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
             machines = f" of each of {topology.machines} machines" if topology.machines > 1 else ""
             plural = "es" if topology.processes > 1 else ""
             console.print(
-                f"{topology.processes} process{plural}{machines}, of {share} thread{'s' if share > 1 else ''} each."
+                f"{topology.processes} process{plural}{machines}, {share} thread{'s' if share > 1 else ''} each."
             )
             try:
                 elastic_launch(_configure(topology, place, address), sys.executable)(*words)
@@ -127,9 +127,9 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
 
 
 def _close_rendezvous(topology: Topology) -> None:
-    """Let the other machines wait no more for this one, which a signal stopped: torch elastic leaves that open."""
+    """Tell the other machines that a signal stopped this one, which torch elastic does not do: else they would wait."""
     if not topology.rank:
-        return  # where machine 0 ends, so does the store
+        return  # the store ends with machine 0
     with suppress(DistError, RendezvousError):
         store = TCPStore(topology.host, topology.port, is_master=False, timeout=timedelta(seconds=TRY_SECONDS))
         backend, count = C10dRendezvousBackend(store, MEETING), topology.machines
@@ -137,7 +137,7 @@ def _close_rendezvous(topology: Topology) -> None:
 
 
 def _ranks(place: Path) -> list[int]:
-    """Return the processes that left an error, the first of them first."""
+    """Return the ranks of the processes that left an error, the earliest first."""
     files = sorted(place.glob(ERROR.format("*")), key=lambda file: file.stat().st_mtime)
     return [int(file.stem.removeprefix("rank-")) for file in files]
 
@@ -153,14 +153,14 @@ def _check_devices(topology: Topology) -> None:
         raise EnvironmentProblem.of(
             f"{processes} processes, but {cards} GPU{'s' if cards > 1 else ''}",
             "--processes",
-            f"Set --processes to {cards} or less; each process has a GPU of its own.",
+            f"Set --processes to {cards} or less; each process needs its own GPU.",
         )
 
 
 def _configure(topology: Topology, place: str, address: str) -> LaunchConfig:
     late: dict[str, Any] = {"shutdown_timeout": SAVE_SECONDS}  # not in every torch that is supported
     known = {field.name for field in fields(LaunchConfig)}
-    # torch unpickles what is at the rendezvous: on one machine that is a file, which nobody else can write.
+    # torch unpickles data from the rendezvous. On one machine that is a file which no other user can write.
     alone = topology.machines == 1
     meeting: dict[str, Any] = {"timeout": JOIN_SECONDS, "join_timeout": JOIN_SECONDS}
     meeting |= {"store_type": "file"} if alone else {"is_host": topology.rank == 0}
@@ -181,15 +181,15 @@ def _configure(topology: Topology, place: str, address: str) -> LaunchConfig:
 
 @contextmanager
 def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str]:
-    """Set what workers inherit, and keep torch's launcher quiet; afterwards all of it is as before, signals too.
+    """Set the workers' environment and silence torch's launcher; afterwards restore both, and the signal handlers.
 
-    Gives the address of this machine for the others.
+    Yields the address at which other machines reach this one.
     """
     environment = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     os.environ |= {LEFT: str(place), STRATEGY: topology.strategy, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if topology.machines > 1 or topology.max_restarts:
-        # torch's shared store keeps the addresses of those that are gone, for whoever starts again.
+        # torch's shared store would give restarted processes the addresses of dead ones.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     address, card = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
     if topology.machines > 1:
@@ -198,7 +198,7 @@ def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str
     elif not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", card)
     logger, nowhere = logging.getLogger("torch.distributed.elastic"), logging.NullHandler()
-    logger.propagate = False  # a level would not do: modules below have their own
+    logger.propagate = False  # a level is not enough: its child loggers have their own
     logger.addHandler(nowhere)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -215,7 +215,7 @@ def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str
 
 @contextmanager
 def _no_orphans() -> Iterator[None]:
-    """Kill the processes that were started inside the block and are still there at its end."""
+    """Kill the processes that were started inside the block and are still running at its end."""
     before = set(psutil.Process().children(recursive=True))
     try:
         yield
@@ -228,12 +228,12 @@ def _no_orphans() -> Iterator[None]:
 
 @contextmanager
 def _deaths_shown(console: Console, topology: Topology) -> Iterator[None]:
-    """Print each process that dies while others are to be started again; torch tells it to its log alone."""
+    """Print each process that dies while restarts are allowed; torch only logs it."""
 
     def show(record: logging.LogRecord) -> bool:
         if str(record.msg).startswith("failed (exitcode") and isinstance(record.args, tuple):
             code, local_rank = record.args[:2]
-            console.print(f"[yellow]Process {local_rank} of this machine ended with {code}.[/]")
+            console.print(f"[yellow]Process {local_rank} of this machine ended with exit code {code}.[/]")
         return False
 
     logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
@@ -246,7 +246,7 @@ def _deaths_shown(console: Console, topology: Topology) -> Iterator[None]:
 
 
 def _describe_death(place: Path, number: int, failure: ProcessFailure) -> Death:
-    """Return how a process ended, and its last words."""
+    """Return how a process ended, with its last output."""
     log = place / WORDS.format(number)
     said, fatal, dump = (log.read_text(errors="replace") if log.exists() else "").partition("Fatal Python error")
     words = said.splitlines()[-SHOWN_LINES:] + (fatal + dump).splitlines()[:SHOWN_LINES]
@@ -256,10 +256,10 @@ def _describe_death(place: Path, number: int, failure: ProcessFailure) -> Death:
 def _first_error(
     left: Mapping[int, Json], deaths: Mapping[int, Death], stopped_by: signal.Signals | None, trouble: str | None
 ) -> BaseException:
-    """Turn what the processes left behind into the error of the one that failed first.
+    """Turn the error files and exit codes of the processes into the error of the one that failed first.
 
-    When one fails, its peers lose their connection and fail too: an error with a message comes before a death by
-    signal, that before a traceback, and a process that was told to stop comes last.
+    When one process fails, its peers lose their connection and fail too. An error with a message therefore takes
+    precedence over a death by signal, that over a traceback, and a process stopped on request comes last.
     """
     named = {number: value for number, value in left.items() if "kind" in value}
     for value in named.values():
@@ -275,21 +275,21 @@ def _first_error(
     for value in sorted(named.values(), key=lambda one: one["kind"] != Stopped.__name__):
         return rebuild_error(value)
     if trouble is not None:
-        fix = "Give the same command on each machine, with a --rank of its own."
+        fix = "Run the same command on each machine, each with its own --rank."
         return EnvironmentProblem.of(f"the machines did not come together: {trouble}", "--address", fix)
     codes = {number: death.code for number, death in deaths.items()}
     ends = {-code if code < 0 else code - 128 for code in codes.values()}
     ended = stopped_by or next((one for one in (signal.SIGTERM, signal.SIGINT) if one in ends), None)
     if ended is not None:
         what = f"stopped by {ended.name} before a checkpoint was saved"
-        return Stopped(Problem(what, fix="The same command again goes on."), signal_number=int(ended))
+        return Stopped(Problem(what, fix="Run the same command again to resume."), signal_number=int(ended))
     if said := [code for code in codes.values() if code in BY_EXIT_CODE]:
-        return SystemExit(said[0])  # with --json it has printed why
-    return WorkerBug(f"processes ended with the exit codes {codes} and said nothing")
+        return SystemExit(said[0])  # with --json the process has printed the reason
+    return WorkerBug(f"processes ended with the exit codes {codes} and printed no error")
 
 
 def _with_rank(left: Json, ranks: Sequence[int]) -> LlmtuneError:
-    """Return the error that processes left, with the rank of one that had it alone."""
+    """Rebuild the error that processes left; add the rank if only one of them has it."""
     error = rebuild_error(left)
     first = error.problems[0]
     alone = f"process {ranks[0]}" if len(ranks) == 1 and ranks[0] else None
@@ -300,21 +300,21 @@ def _with_rank(left: Json, ranks: Sequence[int]) -> LlmtuneError:
 
 
 def _killed(rank: int, number: int, words: Sequence[str]) -> LlmtuneError:
-    fix = "The same command again goes on from the last checkpoint."
+    fix = "Run the same command again: it resumes from the last checkpoint."
     if number == signal.SIGKILL:
-        fix = f"Most often the system had too little memory: start fewer processes. {fix}"
+        fix = f"The system probably ran out of memory: start fewer processes. {fix}"
     last = "".join(f"\n    {line}" for line in words)
     return EnvironmentProblem.of(
-        f"process {rank} was killed by {signal.Signals(number).name}{'; its last words:' if last else ''}{last}",
+        f"process {rank} was killed by {signal.Signals(number).name}{'; its last output:' if last else ''}{last}",
         f"process {rank}",
         fix,
     )
 
 
 def _check_address(topology: Topology) -> None:
-    """Raise EnvironmentProblem where machine 0 cannot listen at the address; torch would try for minutes.
+    """Raise EnvironmentProblem if machine 0 cannot listen at the address; torch would try for minutes.
 
-    Another machine waits until somebody listens there.
+    Any other machine waits until machine 0 listens.
     """
     end = time.monotonic() + JOIN_SECONDS
     while topology.rank:
@@ -323,7 +323,7 @@ def _check_address(topology: Topology) -> None:
             return
         except OSError as error:
             if time.monotonic() > end or isinstance(error, socket.gaierror):
-                fix = "Start the same command with --rank 0 there, and see that the port can be reached."
+                fix = "Start the same command with --rank 0 there, and check that the port is reachable."
                 what = f"machine 0 cannot be reached: {error}"
                 raise EnvironmentProblem.of(what, f"--address {topology.address}", fix) from error
             time.sleep(1)
@@ -338,14 +338,14 @@ def _check_address(topology: Topology) -> None:
             server.settimeout(TRY_SECONDS)
             server.accept()[0].close()
     except OSError as error:
-        fix = "Give the address of this machine (machine 0) and a free port."
+        fix = "Use the address of this machine (machine 0) and a free port."
         raise EnvironmentProblem.of(f"cannot listen: {error}", f"--address {topology.address}", fix) from error
 
 
 def _own_address(topology: Topology) -> tuple[str, str | None]:
-    """Return this machine's number on the network of machine 0, and the interface that has it.
+    """Return this machine's IP address on the network of machine 0, and the interface that has it.
 
-    Raises EnvironmentProblem where there is no way to machine 0.
+    Raises EnvironmentProblem if there is no route to machine 0.
     """
     family = socket.getaddrinfo(topology.host, topology.port, type=socket.SOCK_STREAM)[0][0]
     try:
@@ -354,6 +354,6 @@ def _own_address(topology: Topology) -> tuple[str, str | None]:
             number: str = probe.getsockname()[0]
     except OSError as error:
         fix = "Check the address, and the network of this machine."
-        raise EnvironmentProblem.of(f"there is no way: {error}", f"--address {topology.address}", fix) from error
+        raise EnvironmentProblem.of(f"no route: {error}", f"--address {topology.address}", fix) from error
     cards = {one.address: name for name, addresses in psutil.net_if_addrs().items() for one in addresses}
     return number, cards.get(number)

@@ -1,4 +1,4 @@
-"""Run a recipe here, evaluate a run again, open a finished run: what `import llmtune` and the command line call."""
+"""Run a recipe, evaluate a run again, open a finished run: the functions behind `import llmtune` and the CLI."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 FILE_WIDTH = 160
-"""Columns where output goes to a file or a pipe: enough for every table."""
+"""Width in columns of output to a file or a pipe: enough for every table."""
 
 
 def run(
@@ -54,17 +54,17 @@ def run(
         out: the run folder; by default `runs/<name>-<hash>`.
         set: values that replace those of the recipe, such as `{"train.learning_rate": 1e-4}`.
         until: the last step to run: prepare, select, adapt, train, evaluate, or run for all steps and deployment.
-        processes: in how many processes to train and evaluate.
-        strategy: what each of them has of the model: all of it (ddp) or a part of it (fsdp).
-        resume: go on in the run folder, and raise an error if there is nothing to go on from.
+        processes: number of processes that train and evaluate.
+        strategy: `ddp` gives each process the full model, `fsdp` a shard of it.
+        resume: resume in the run folder; raise an error if there is nothing to resume.
         fresh: start over in the run folder.
-        lock: an `llmtune.lock` that model and data must agree with.
+        lock: an `llmtune.lock` that model and data must match.
         threads: CPU threads; by default torch's own choice.
         offline: forbid any access to the network.
         quiet: print no progress to stderr.
 
     Raises:
-        LlmtuneError: one of its kinds, with all that is wrong in one message. After a `GateFailed` the run folder is
+        LlmtuneError: one of its subclasses, with all problems in one message. After a `GateFailed` the run folder is
             complete, and `load_run` opens it.
     """
     _check_types("llmtune.run", locals())
@@ -91,7 +91,7 @@ def run(
 
 
 def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
-    """Open a run that was trained; its model is loaded once you use it.
+    """Open a trained run; its model is loaded at its first use.
 
     Raises:
         RecipeError: not a run folder, or not trained yet.
@@ -105,13 +105,13 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
 
 
 def _check_types(function: str, given: Mapping[str, object]) -> None:
-    from llmtune.recipe.arguments import check_arguments  # not for --help: it brings pydantic
+    from llmtune.recipe.arguments import check_arguments  # keep --help fast: it imports pydantic
 
     check_arguments(function, given)
 
 
 def run_recipe(recipe: str | Path, sets: Sequence[str], request: RunRequest, console: Console) -> Json:
-    """Run a recipe in this process and those that were started with it; return what report.json holds, in rank 0."""
+    """Run a recipe in this process and those started with it; return the content of report.json in rank 0."""
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets)
@@ -141,7 +141,7 @@ def run_recipe(recipe: str | Path, sets: Sequence[str], request: RunRequest, con
 
 
 def _agree(loaded: LoadedRecipe) -> None:
-    """Raise RecipeError in a process that was given something else than rank 0."""
+    """Raise RecipeError in a process whose version, recipe or strategy differs from that of rank 0."""
     own = {
         "version of llmtune": __version__,
         "recipe with its --set": hash_value(loaded.recipe.model_dump(mode="json"))[:8],
@@ -149,7 +149,7 @@ def _agree(loaded: LoadedRecipe) -> None:
     }
     theirs = once(lambda: own)
     RecipeError.collect(
-        Problem(f"{value} here, {theirs[name]} in process 0", name, "Give the same command on each machine.")
+        Problem(f"{value} here, {theirs[name]} in process 0", name, "Run the same command on each machine.")
         for name, value in own.items()
         if value != theirs[name]
     )
@@ -165,12 +165,12 @@ def _peek(loaded: LoadedRecipe, path: Path, request: RunRequest) -> None:
 
 
 def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: Console) -> Json:
-    """Check what needs no torch; return the report of a run that has nothing left to do."""
+    """Run the checks that do not need torch; return the report of a run that has nothing left to do."""
     from llmtune.launch.recipe_check import check_recipe, marks_left, try_recipe_rows
     from llmtune.launch.unchanged_run import find_unchanged, print_unchanged
 
     if again := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        console.print(f"[yellow]All processes are started again ({again} times so far).[/]")
+        console.print(f"[yellow]Restarting all processes ({again} times so far).[/]")
     for line in marks_left(loaded):
         console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
@@ -187,7 +187,7 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
 
 
 def write_test_file(recipe: str, sets: Sequence[str], out: Path | None, file: Path, console: Console) -> None:
-    """Write the test rows of a recipe that was prepared into a file, and print the line for the recipe."""
+    """Write the test rows of a prepared recipe to a file, and print the line to add to the recipe."""
     from llmtune.data.preparation import write_test_rows
     from llmtune.data.row_store import load_rows
     from llmtune.recipe.loader import load_recipe
@@ -201,7 +201,7 @@ def write_test_file(recipe: str, sets: Sequence[str], out: Path | None, file: Pa
 
 
 def evaluate_folder(run: Path, sets: Sequence[str], request: RunRequest, console: Console) -> Json:
-    """Score a finished run again, with some settings changed; return what report.json holds."""
+    """Score a finished run again, with some settings changed; return the content of report.json."""
     from llmtune.evaluate.champion import open_champion
     from llmtune.report.render_terminal import spinner
     from llmtune.store.run_folder import read_run, recipe_of_run
@@ -216,7 +216,7 @@ def evaluate_folder(run: Path, sets: Sequence[str], request: RunRequest, console
 
 
 def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:
-    """Return where progress goes (stderr), or results: with colours and bars in a terminal, plain lines elsewhere."""
+    """Return the console of progress (stderr) or results: with colours and bars in a terminal, else plain lines."""
     import sys
 
     from llmtune.report.render_terminal import VisibleConsole
@@ -227,9 +227,9 @@ def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:
 
 
 def names_remote(recipe: Recipe) -> bool:
-    """Whether the recipe names a model, data or a kernel on a hub, an address, or a tracker that sends numbers away."""
-    from llmtune.model.catalogue import candidate_names  # not for --help
-    from llmtune.recipe.section import STORES  # nor this
+    """Whether the recipe needs the network: a model, data or a kernel on a hub, a remote address or tracker."""
+    from llmtune.model.catalogue import candidate_names  # keep --help fast
+    from llmtune.recipe.section import STORES
 
     models = [recipe.model.name] if recipe.model.name else candidate_names(recipe)
     sources = [source for split in SPLITS for source in recipe.data.sources(split)]
@@ -240,5 +240,5 @@ def names_remote(recipe: Recipe) -> bool:
 
 
 def studies_remote(recipe: Recipe) -> bool:
-    """Whether a study of the evaluation reads what is on a hub."""
+    """Whether a benchmark of the evaluation reads data from a hub."""
     return any(benchmark.needs_network for benchmark in recipe.evaluate.benchmarks)

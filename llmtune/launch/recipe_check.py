@@ -1,4 +1,4 @@
-"""What can be known of a recipe before torch is imported: its files and their columns, trackers, marks left to set."""
+"""Checks of a recipe that do not import torch: its files and their columns, trackers, values left to set."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from llmtune.data.sources import Detected
 
 FEW_ROWS = 30
-"""So few may leave a split without rows."""
+"""With this many rows or fewer, a split may end up without any."""
 MARK = re.compile(r"#\s*SET:")
 
 
 def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
-    """Check what the recipe names on this machine; return how its local files are read.
+    """Check that everything the recipe names exists on this machine; return how its local files are read.
 
     Raises:
-        RecipeError: `evaluate.champion` is no run of this task with scores.
-        EnvironmentProblem: a tracker is not installed, or a model's folder is not there.
-        DataError: a file is missing, empty or in no format that the task knows.
+        RecipeError: `evaluate.champion` is not a run of this task with scores.
+        EnvironmentProblem: a tracker is not installed, or a model's folder is missing.
+        DataError: a file is missing, empty or in a format that the task does not know.
     """
-    from llmtune.data.sources import resolve_inputs  # it imports pyarrow, which `--help` does not need
-    from llmtune.evaluate.champion import open_champion  # so does this
+    from llmtune.data.sources import resolve_inputs  # imports pyarrow, which `--help` does not need
+    from llmtune.evaluate.champion import open_champion  # as does this
 
     open_champion(loaded.recipe)
     EnvironmentProblem.collect(_missing(loaded))
@@ -41,23 +41,23 @@ def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
 
 
 def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split_up_to: int = FEW_ROWS) -> None:
-    """Refuse rows that `prepare` would refuse as a whole: by all rows of small files, by the first of large ones.
+    """Refuse data that `prepare` would refuse: check all rows of small files, and the first rows of large ones.
 
-    Up to `split_up_to` different rows are deduplicated and split too, which takes longer.
+    Up to `split_up_to` rows are also deduplicated and split, which takes longer.
 
     Raises:
         DataError: too many rows are bad, or no row is left for a split.
     """
     from rich.console import Console
 
-    from llmtune.data.ingest import try_rows  # it imports pyarrow, which `--help` does not need
+    from llmtune.data.ingest import try_rows  # imports pyarrow, which `--help` does not need
 
     recipe = loaded.recipe
     count = try_rows(detected, recipe.data, recipe.task)
     sources = {id(source) for split in SPLITS for source in recipe.data.sources(split)}
     local = {id(one.input.source) for one in detected} == sources
     if count is not None and count <= split_up_to and local:
-        from llmtune.data.preparation import prepare_rows  # it needs half a second to be imported
+        from llmtune.data.preparation import prepare_rows  # takes half a second to import
 
         with tempfile.TemporaryDirectory() as folder:
             prepare_rows(recipe, Path(folder) / "rows", Console(quiet=True))
@@ -71,14 +71,14 @@ def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
     model = loaded.recipe.model
     names = [model.name] if model.name else candidate_names(loaded.recipe)
     missing = [name for name in names if os.path.isabs(name) and not os.path.exists(name)]
-    for name in missing if len(missing) == len(names) else ():  # of several one may be missing: it is left out
+    for name in missing if len(missing) == len(names) else ():  # one of several may be missing: it is skipped
         parent = Path(name).parent
         known = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-        yield Problem(f"there is no folder {name}", "model.name", f"Check the path.{nearest(Path(name).name, known)}")
+        yield Problem(f"folder {name} not found", "model.name", f"Check the path.{nearest(Path(name).name, known)}")
 
 
 def marks_left(loaded: LoadedRecipe) -> list[str]:
-    """Return the lines of a recipe that are marked SET and still as the starter has them."""
+    """Return the lines of a recipe that are marked SET and still have the template's value."""
     untouched = {line.strip() for line in new_recipe(loaded.recipe.task).splitlines() if MARK.search(line)}
     lines = enumerate(loaded.file.read_text(encoding="utf-8").splitlines(), 1)
     return [f"line {number}: {MARK.split(line)[0].strip()}" for number, line in lines if line.strip() in untouched]

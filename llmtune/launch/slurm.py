@@ -1,4 +1,4 @@
-"""`launch slurm`: a job script for sbatch; Slurm queues, kills, and starts again what it preempts."""
+"""`launch slurm`: submit a job script with sbatch; Slurm queues the job, and restarts it after a preemption."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from llmtune.store.run_request import RunRequest
 
 INSTALL = "Submit on a machine of the cluster, such as its login node; --dry-run prints the script anywhere."
 SAVE_SECONDS = 120
-"""How long before its time limit a job is told to save; Slurm may do so up to a minute earlier."""
+"""Seconds before its time limit at which a job is told to save; Slurm may signal up to a minute earlier."""
 MOST_REQUEUES = 50
-"""Ends what saves no progress between two time limits."""
+"""Limit for jobs that make no progress between two time limits."""
 POLL_SECONDS = 2.0
 ENDED = (
     "COMPLETED",
@@ -48,7 +48,7 @@ SCRIPT = """\
 #!/bin/bash
 {directives}
 
-# Slurm sends TERM where it preempts or cancels: llmtune gets it too, saves after its step, and this script waits.
+# Slurm sends TERM when it preempts or cancels. llmtune gets it too and saves after its step; this script waits.
 trap : TERM
 # USR1 comes {save_seconds} seconds before the time limit: save, then queue the job again.
 trap 'late=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
@@ -67,18 +67,18 @@ export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) PORT=$(
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A recipe on its way to a scheduler."""
+    """A recipe to run on a scheduler."""
 
     loaded: LoadedRecipe
     folder: Path
     """The run folder."""
     topology: Topology
     options: tuple[str, ...] = ()
-    """More options of `launch local`, such as `--set` and its value."""
+    """Further options of `launch local`, such as `--set` and its value."""
 
 
 def plan_job(recipe: str, sets: Sequence[str], request: RunRequest, topology: Topology) -> SlurmJob:
-    """Check a recipe as `launch local` will and say where it runs; raises LlmtuneError for all that it would refuse."""
+    """Check a recipe as `launch local` would, and plan its job; raises the LlmtuneErrors that `launch local` would."""
     loaded = load_recipe(recipe, sets)
     RecipeError.collect(why_not(topology.strategy, loaded.recipe))
     folder = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
@@ -86,21 +86,21 @@ def plan_job(recipe: str, sets: Sequence[str], request: RunRequest, topology: To
     lock = None
     if request.lock is not None:
         read_pins(request.lock)
-        lock = Path(os.path.relpath(request.lock))  # from the folder that the job is submitted from
+        lock = Path(os.path.relpath(request.lock))  # relative to the folder from which the job is submitted
     check_recipe(loaded)
     stated = [word for one in sets for word in ("--set", one)]
     return SlurmJob(loaded, folder, topology, (*stated, *replace(request, out=None, lock=lock).words()))
 
 
 def slurm_script(job: SlurmJob, options: Mapping[str, str], more: Sequence[str] = (), *, requeue: bool = True) -> str:
-    """Return the job script; `options` are sbatch's own by name, `more` whole ones as sbatch reads them.
+    """Return the job script; `options` are sbatch options by name, `more` are literal sbatch options.
 
     Raises RecipeError for an array of jobs.
     """
     if any(option.startswith(("--array", "-a")) for option in more):
         what, fix = (
-            "the tasks of an array would all write one run folder",
-            "Submit each recipe by itself, or see `llmtune sweep`.",
+            "the tasks of an array would all write to the same run folder",
+            "Submit each recipe separately, or see `llmtune sweep`.",
         )
         raise RecipeError.of(what, "--sbatch", fix)
     log = str(job.folder.absolute()).replace("%", "%%")
@@ -146,18 +146,18 @@ def slurm_script(job: SlurmJob, options: Mapping[str, str], more: Sequence[str] 
 
 
 def submit(job: SlurmJob, script: str, console: Console) -> Json:
-    """Give the script to sbatch; return the job's number and its log. Raises EnvironmentProblem where Slurm refuses."""
+    """Submit the script with sbatch; return the job's number and log. Raises EnvironmentProblem if Slurm refuses."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     number = call_scheduler(["sbatch", "--parsable"], script).split(";")[0]
     log = f"{job.folder.absolute()}.slurm-{number}.log"
-    console.print(f"Job {number} is submitted; its log: {log}\nCancel it: scancel {number}", highlight=False)
+    console.print(f"Submitted job {number}; its log: {log}\nCancel it: scancel {number}", highlight=False)
     return {"job": number, "log": log, "folder": str(job.folder.absolute())}
 
 
 def follow_job(job: SlurmJob, sent: Json, console: Console) -> None:
-    """Show the job's log and states until it has ended; bring the report here where the run folder is not shared.
+    """Show the job's log and states until it ends; fetch the report if the run folder is not shared.
 
-    Raises LlmtuneError, with the exit code of the job, where it failed.
+    Raises LlmtuneError with the exit code of the job if it failed.
     """
     state, seen = "", 0
     while True:
@@ -178,16 +178,16 @@ def follow_job(job: SlurmJob, sent: Json, console: Console) -> None:
 
 
 def call_scheduler(words: Sequence[str], stdin: str | None = None) -> str:
-    """Run a command of Slurm and return what it prints.
+    """Run a command of Slurm and return its output.
 
-    Raises EnvironmentProblem where it is not installed or refuses.
+    Raises EnvironmentProblem if it is not installed or fails.
     """
     if shutil.which(words[0]) is None:
-        raise EnvironmentProblem.of(f"there is no command {words[0]} here", words[0], INSTALL)
+        raise EnvironmentProblem.of(f"command {words[0]} not found", words[0], INSTALL)
     done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
-        raise EnvironmentProblem.of(said, words[0], "The scheduler refused; --dry-run prints what it is sent.")
+        raise EnvironmentProblem.of(said, words[0], "Fix what Slurm refused; --dry-run prints the job script.")
     return done.stdout.strip()
 
 
@@ -220,14 +220,14 @@ def _bring_report(job: SlurmJob, found: Mapping[str, str], console: Console) -> 
     except (tarfile.TarError, EOFError, OSError):
         return
     if members:
-        console.print(f"The report is here: {job.folder / REPORTS[0]}", markup=False, highlight=False)
+        console.print(f"Fetched the report: {job.folder / REPORTS[0]}", markup=False, highlight=False)
 
 
 def _failure(sent: Json, state: str, exit_code: str) -> LlmtuneError:
     """Return the error that makes this command end with the exit code of the job."""
     code = int(exit_code.split(":")[0])
     what = f"job {sent['job']} ended: {state.lower()}, exit code {code}"
-    problem = Problem(what, fix=f"Its log says why: {sent['log']}. The same command again resumes from what is saved.")
+    problem = Problem(what, fix=f"See its log: {sent['log']}. Run the same command again to resume.")
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         return Stopped(problem, signal_number=code - 128)
     return BY_EXIT_CODE.get(code, EnvironmentProblem)(problem)

@@ -1,4 +1,4 @@
-"""Where a recipe runs: in how many processes of how many machines, and what each process has of the model."""
+"""Where a recipe runs: the number of processes and machines, and whether the model is replicated or sharded."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("ddp", "fsdp")
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
-"""Optimisers whose update of a number depends on no other number, so that each process updates its own."""
+"""Optimisers with elementwise updates: each process can update its own shard."""
 UNCUT = {
-    "qlora": "weights in 4 bits are kept as packed bytes, which are not cut over processes",
-    "osf": "its gradients are projected by hooks on whole weights, which are lost where weights are cut over processes",
+    "qlora": "4-bit weights are stored as packed bytes, which cannot be sharded",
+    "osf": "hooks on full weights project its gradients, and sharding loses these hooks",
     **dict.fromkeys(
-        ("lily", "tinylora", "unilora", "vblora"), "layers share its weights, which cannot be cut with each"
+        ("lily", "tinylora", "unilora", "vblora"),
+        "its weights are shared by layers, so they cannot be sharded by layer",
     ),
     **dict.fromkeys(
-        ("prompt_tuning", "p_tuning", "prefix_tuning"), "PEFT saves its vectors by computing them from whole weights"
+        ("prompt_tuning", "p_tuning", "prefix_tuning"), "PEFT computes the vectors that it saves from full weights"
     ),
 }
-"""Methods that need whole weights, each with the reason."""
+"""Methods that need unsharded weights, each with the reason."""
 INSTEAD = {
     "fsdp2": "fsdp is FSDP2 here.",
     **dict.fromkeys(
         ("cp", "sp", "context-parallel"),
-        "torch's ring attention has kernels for CUDA alone and takes no packed rows. Use --strategy fsdp.",
+        "torch's ring attention needs CUDA and does not support packed rows. Use --strategy fsdp.",
     ),
 }
 
@@ -40,48 +41,48 @@ class Topology:
     """The options of `llmtune launch local`; never part of a recipe."""
 
     processes: int = 1
-    """Of each machine."""
+    """Processes on each machine."""
     strategy: str = "ddp"
-    """What each process has of the model: all of it (ddp) or a part (fsdp)."""
+    """`ddp` gives each process the full model, `fsdp` a shard of it."""
     machines: int = 1
     rank: int = 0
-    """Of this machine."""
+    """Rank of this machine."""
     address: str | None = None
-    """HOST:PORT of machine 0, for all machines the same."""
+    """HOST:PORT of machine 0, the same on all machines."""
     max_restarts: int = 0
-    """How often all processes are started again, from the last checkpoint, when one of them died."""
+    """How often all processes restart from the last checkpoint after one of them died."""
 
     def __post_init__(self) -> None:
-        """Raise RecipeError for options that cannot be, or do not go together."""
+        """Raise RecipeError for options that are invalid or do not go together."""
         RecipeError.collect(self._problems())
 
     @property
     def layout(self) -> Layout:
-        """What the memory plan has to know of it."""
+        """The facts that the memory plan needs."""
         total = self.processes * self.machines
         return Layout(total, self.machines, self.strategy == "fsdp" and total > 1)
 
     @property
     def host(self) -> str:
-        """The name or number of machine 0."""
+        """The host name or IP address of machine 0."""
         return str(self.address).rpartition(":")[0].strip("[]")
 
     @property
     def port(self) -> int:
-        """Where machine 0 listens."""
+        """The port at which machine 0 listens."""
         return int(str(self.address).rpartition(":")[2])
 
     def _problems(self) -> Iterator[Problem]:
         yield from unknown_strategy(self.strategy)
         if self.processes < 1:
-            yield Problem(f"{self.processes}, and there has to be one at least", "--processes", "Set it to 1 or more.")
+            yield Problem(f"{self.processes} is less than 1", "--processes", "Set it to 1 or more.")
         if self.rank >= self.machines:
-            what = f"{self.rank}, and there are {self.machines} machines, counted from 0"
+            what = f"{self.rank} is too high: there are {self.machines} machines, counted from 0"
             yield Problem(what, "--rank", f"Set it to a number from 0 to {self.machines - 1}.")
         host, _, port = (self.address or "").rpartition(":")
         if self.machines > 1 and self.address is None:
             fix = "Give HOST:PORT of machine 0, the same on each machine: --address 10.0.0.1:29500"
-            yield Problem("several machines have to find machine 0", "--address", fix)
+            yield Problem("several machines need the address of machine 0", "--address", fix)
         elif self.address is not None and not (host and port.isdecimal() and 0 < int(port) < 65536):
             yield Problem(f"{self.address!r} is not HOST:PORT", "--address", "For example 10.0.0.1:29500")
         elif self.machines == 1 and self.address is not None:
@@ -96,11 +97,11 @@ def unknown_strategy(strategy: str) -> Iterator[Problem]:
         yield from refuse_retired(option).problems
     elif strategy not in STRATEGIES:
         instead = INSTEAD.get(strategy, f"Use one of {', '.join(STRATEGIES)}.{nearest(strategy, STRATEGIES)}")
-        yield Problem(f"there is no strategy {strategy!r}", "--strategy", instead)
+        yield Problem(f"unknown strategy {strategy!r}", "--strategy", instead)
 
 
 def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
-    """Return what of a recipe a strategy cannot do, as far as the recipe alone tells; or why there is no such one."""
+    """Return the settings of a recipe that a strategy does not support, or the problem of an unknown strategy."""
     if strategy != "fsdp":
         return [*unknown_strategy(strategy)]
     problems, adapter, optim = [], recipe.adapter, recipe.train.optim
@@ -108,12 +109,12 @@ def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
     if what := UNCUT.get(adapter.method):
         problems.append(Problem(what, "adapter.method", f"{instead} with {adapter.method}, or adapter.method: lora."))
     if optim not in SHARDED_OPTIMIZERS:
-        what = f"{optim} cannot update weights that are cut over processes"
+        what = f"{optim} cannot update sharded weights"
         problems.append(Problem(what, "train.optim", f"{instead}, or one of {', '.join(SHARDED_OPTIMIZERS)}."))
     if recipe.train.torch_compile:
-        what = "compiled layers cannot be cut over processes"
+        what = "compiled layers cannot be sharded"
         problems.append(Problem(what, "train.torch_compile", f"{instead}, or remove it."))
     if recipe.train.eval_metrics:
-        what = "a model that is cut over processes does not answer while it trains"
+        what = "a sharded model cannot generate answers during training"
         problems.append(Problem(what, "train.eval_metrics", f"{instead}, or remove it."))
     return problems

@@ -1,4 +1,4 @@
-"""A run that has nothing left to do: known by its files, and shown again without torch."""
+"""Recognise a run that has nothing left to do by its files, and show its result without torch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from llmtune.store.run_lock import LOCK, package_versions
 from llmtune.store.verification import verify_run
 
 CONCLUDING = ("evaluate", "run")
-"""The last steps after which a run has its verdict."""
+"""Values of `until` after which a run has its verdict."""
 LOOSE = ("hardware", "git")
-"""What may be another one: no step depends on it."""
+"""Findings that may differ: no step depends on them."""
 
 
 @contextmanager
 def finish_noted(loaded: LoadedRecipe, path: Path, until: str) -> Iterator[None]:
-    """Note that a command has done all that it was to do, also where a gate failed at the end of it."""
+    """Record that a command completed, even if a gate failed at its end."""
     try:
         yield
     except GateFailed:
@@ -50,9 +50,9 @@ def _note(loaded: LoadedRecipe, path: Path, until: str) -> None:
 
 
 def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
-    """Return the report of a run that this very command has finished, with every step skipped.
+    """Return the report of a run that the same command has completed, with every step skipped.
 
-    None where anything that it rests on, or any file that it wrote, is not what it was, or cannot be known here.
+    None if any input of the run or any file that it wrote has changed, or cannot be checked.
     """
     report = read_report(path)
     if report is None or not all((path / name).is_file() for name in (MANIFEST, LOCK, *REPORTS)):
@@ -78,7 +78,7 @@ def _hash_command(loaded: LoadedRecipe, folder: RunFolder, until: str) -> str:
 
 
 def print_unchanged(report: Json, path: Path, console: Console) -> None:
-    """Print what the command printed at its end; raises GateFailed where a gate did not hold."""
+    """Print what the command printed at its end; raises GateFailed if a gate failed."""
     console.print(f"[bold]llmtune {__version__}[/] {escape(report['name'])} -> {escape(str(path))}")
     for step in report["steps"]:
         console.print(f"[bold cyan]{step['name']}[/] [dim]unchanged, skipped[/]")

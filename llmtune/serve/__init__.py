@@ -1,1 +1,1 @@
-"""A server for finished runs: requests batched on one model thread, OpenAI's endpoints and one for each other task."""
+"""A server for finished runs: requests batched on one model thread, with OpenAI's endpoints and one per other task."""

@@ -1,4 +1,4 @@
-"""Every row of a file answered by the model of a finished run: `llmtune generate RUN --input FILE --output FILE`."""
+"""Answer every row of a file with a finished run's model: `llmtune generate RUN --input FILE --output FILE`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "answer": ("completion", "answer", "output"),
     "system": ("system",),
 }
-"""Input of a task -> the columns that may hold it, by our names."""
+"""Possible columns of each task input, by our names."""
 AT_ONCE = 512
-"""Rows answered before their lines are written."""
+"""Number of rows answered before their lines are written."""
 
 
 def answer_file(
@@ -39,9 +39,9 @@ def answer_file(
 ) -> tuple[int, int]:
     """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and for classes their `scores`.
 
-    A column of the file that is itself called `answer` is written as `reference`. Columns are read as in training: by
-    the recipe's mapping, and by their usual names. Returns how many rows were answered, and how many could not be
-    read; those have an `error` in place of the answer.
+    If the file has a column `answer`, it is written as `reference`. Columns are read as in training: by the recipe's
+    mapping, and by their usual names. Returns the number of answered and of unreadable rows; the latter have an
+    `error` instead of an answer.
 
     Raises:
         RecipeError: the file lacks an input of the task, or the model cannot answer such inputs.
@@ -79,17 +79,17 @@ def answer_file(
 
 
 def _own_columns(row: Mapping[str, object]) -> dict[str, object]:
-    """Return the columns of a row; its own answer becomes `reference`."""
+    """Return the columns of a row, with its own `answer` renamed to `reference`."""
     return {"reference" if name == "answer" and "reference" not in row else name: value for name, value in row.items()}
 
 
 def _columns_of(inputs: Mapping[str, bool], names: Sequence[str], where: str) -> dict[str, str]:
-    """Return the column of each input in the file; raises RecipeError for a missing one that the task needs."""
+    """Return the column of each input in the file; raises RecipeError if a required one is missing."""
     found = {name: next((one for one in INPUT_COLUMNS[name] if one in names), None) for name in inputs}
     for name, required in inputs.items():
         if required and found[name] is None:
-            what = f"no column holds the {name}; found {', '.join(names)}"
-            raise RecipeError.of(what, where, f"Name it one of: {', '.join(INPUT_COLUMNS[name])}.")
+            what = f"no column for the {name}; found {', '.join(names)}"
+            raise RecipeError.of(what, where, f"Name the column one of: {', '.join(INPUT_COLUMNS[name])}.")
     return {name: column for name, column in found.items() if column is not None}
 
 
@@ -112,7 +112,7 @@ def _read_inputs(
 def _answer_rows(
     served: ServedModel, given: Sequence[Inputs], advance: Callable[[int], None]
 ) -> Iterator[dict[str, object]]:
-    """Yield the answer of each, computed in batches; `advance` gets the number of finished rows."""
+    """Yield the answer to each, computed in batches; `advance` gets the number of finished rows."""
     task, recipe = served.task, served.recipe
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
@@ -130,7 +130,7 @@ def _answer_rows(
     )
     for ids in prompts:
         if len(ids) > room:
-            yield {"error": f"the prompt has {len(ids)} tokens, and the model's context has room for {room}"}
+            yield {"error": f"the prompt has {len(ids)} tokens, but the model's context has room for {room}"}
             continue
         parsed = read(next(outputs).token_ids, None)
         yield {"answer": parsed.text, **({"reasoning": parsed.reasoning} if parsed.reasoning else {})}

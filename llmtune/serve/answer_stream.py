@@ -1,4 +1,4 @@
-"""Token ids into one answer, in its parts: thoughts, text and calls, each as soon as it is certain."""
+"""Turn token ids into the parts of an answer: thoughts, text and calls, each as soon as it is final."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from llmtune.evaluate.generation import prompt_end
 ParserEvent = Mapping[str, object]
 CONTENT, REASONING, CALLS = "content", "reasoning_content", "tool_calls"
 FIELDS = {CONTENT: CONTENT, REASONING: REASONING, "thinking": REASONING, CALLS: CALLS}
-"""By the fields of response templates, those of a message."""
+"""Field of a response template -> field of a message."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for each byte of an incomplete character, up to three times."""
+"""Decoders write it for each byte of an incomplete character, up to three times."""
 
 
 class Detokenizer:
@@ -30,10 +30,10 @@ class Detokenizer:
         self.ids: list[int] = []
         self.text = self.returned = ""
         self.stopped = False
-        """Whether a stop text was generated: what follows is not part of the answer."""
+        """Whether a stop text was generated; text after it is not part of the answer."""
 
     def add(self, ids: Sequence[int]) -> str:
-        """Take new ids and return the text that is now certain; ids after a stop text are ignored."""
+        """Add ids and return the text that is now final; ids after a stop text are ignored."""
         for some in [[token] for token in ids] if self.stops else [list(ids)]:
             if self.stopped:
                 break
@@ -49,9 +49,9 @@ class Detokenizer:
         return piece
 
     def close(self) -> str:
-        """Return the rest of the text; no more ids come.
+        """Return the rest of the text; no ids may follow.
 
-        If the decoder changed text that was returned, that is everything after the part that still holds.
+        If the decoder changed text that was already returned, return everything after the unchanged part.
         """
         holds = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(self.text, self.returned, strict=False))))
         self.returned = self.text
@@ -65,7 +65,7 @@ class Detokenizer:
             self.text, self.stopped = self.text[:start], True
 
     def _begun(self, text: str) -> int:
-        """Return how many characters at the end of `text` may be the beginning of a stop text."""
+        """Return the number of characters at the end of `text` that may begin a stop text."""
         sizes = range(min(max(map(len, self.stops), default=0) - 1, len(text)), 0, -1)
         return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self.stops)), 0)
 
@@ -86,13 +86,13 @@ class Delta:
 
 
 class _Part:
-    """Growing text, without blanks at its start; those at its end wait until more text follows."""
+    """Growing text without leading whitespace; trailing whitespace is held back until more text follows."""
 
     def __init__(self) -> None:
         self.text = self.pending = ""
 
     def add(self, text: str) -> str:
-        """Take more text and return what is certain of it."""
+        """Add text and return the part that is final."""
         text = self.pending + text
         text = text if self.text else text.lstrip()
         kept = text.rstrip()
@@ -102,7 +102,7 @@ class _Part:
 
 
 class AnswerStream:
-    """A growing answer in its parts; without a template all of it is text, blanks included."""
+    """A growing answer in its parts; without a template all of it is text, whitespace included."""
 
     def __init__(
         self,
@@ -118,12 +118,12 @@ class AnswerStream:
         self.detokenizer = Detokenizer(self._decode, stops)
         self._parts = {CONTENT: _Part(), REASONING: _Part()}
         self._body = ""
-        """The text of a call that is not complete."""
+        """The text of an incomplete call."""
         self.tool_calls: list[ToolCall] = []
         special = processor.added_tokens_decoder.items() if template else ()
         self._special = {token: about.content for token, about in special if about.special}
         self._stray: set[str] = set()
-        """Special tokens that were generated and mark no part of an answer."""
+        """Generated special tokens that do not mark a part of an answer."""
 
     @property
     def content(self) -> str:
@@ -136,12 +136,12 @@ class AnswerStream:
         return self._parts[REASONING].text
 
     def add(self, ids: Sequence[int]) -> Delta:
-        """Take new ids and return what is now certain."""
+        """Add ids and return the parts that are now final."""
         self._stray |= {self._special[token] for token in ids if token in self._special}
         return self._feed(self.detokenizer.add(ids))
 
     def close(self) -> Delta:
-        """Return the rest; no more ids come."""
+        """Return the rest; no ids may follow."""
         last = self._feed(self.detokenizer.close())
         if self.parser is None:
             return last
@@ -163,7 +163,7 @@ class AnswerStream:
         return self._read(lambda: parser.feed(text), text)
 
     def _read(self, step: Callable[[], list[ParserEvent]], text: str) -> Delta:
-        """Take the events of a parser's step; after an unreadable call, everything else is text."""
+        """Process the events of a parser's step; after an unreadable call, everything else is text."""
         try:
             return self._take(step())
         except (ValueError, KeyError, TypeError):

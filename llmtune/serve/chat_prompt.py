@@ -1,4 +1,4 @@
-"""A chat request into a prompt: its messages, values for the template, and the call that `tool_choice` asks for."""
+"""Turn a chat request into a prompt: its messages, values for the template, and the call that `tool_choice` forces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmtune.serve.schemas import ApiError, ChatRequest, ToolDefinition
 from llmtune.serve.served_model import ServedModel
 
 ARGUMENTS: Sequence[dict[str, object]] = ({}, {"a": 1}, {"b": ""})
-"""Arguments to write calls with; what the calls have in common comes before any argument."""
+"""Arguments for sample calls; their common prefix ends before any argument."""
 ANY_LENGTH = 1 << 30
 
 
@@ -30,13 +30,13 @@ class ServedPrompt:
     """Ids after the prompt that begin the answer with a call; none if the model may choose."""
     tools: Tools = None
     turn: int = 0
-    """How many messages it has, the system's not counted."""
+    """Number of messages, without the system message."""
 
 
 def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
-    """Return the prompt of a conversation, made by the function that made those of training.
+    """Return the prompt of a conversation, made by the same function as in training.
 
-    Raises ApiError naming the parameter that cannot be used.
+    Raises ApiError that names the invalid parameter.
     """
     row, recipe = read_messages(request), override_template_values(request, served)
     task, processor = served.task, served.processor
@@ -44,7 +44,7 @@ def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
         ids = task.prompt_ids(row, processor, recipe)
         without = {key: value for key, value in row.items() if key != "tools"}
         if row.get("tools") and task.prompt_ids(without, processor, recipe) == ids:
-            raise ApiError(400, "The chat template of this model shows it no tools.", param="tools")
+            raise ApiError(400, "The chat template of this model does not support tools.", param="tools")
         begun = begin_call(row, request, served, recipe)
     except LlmtuneError as error:
         raise ApiError.of(error, param="messages") from error
@@ -63,7 +63,7 @@ def read_messages(request: ChatRequest) -> Row:
                 what = f"messages: message {number} has an unknown key {key!r}.{nearest(key, [*MESSAGE_KEYS])}"
                 raise ApiError(400, what, param="messages")
     if request.messages[-1].get("role") == "assistant":
-        raise ApiError(400, "The last message is the assistant's: there is nothing to answer.", param="messages")
+        raise ApiError(400, "The last message is the assistant's. Add a user message.", param="messages")
     tools = shown_tools(request)
     try:
         row = canonical_messages([*request.messages, {"role": "assistant", "content": "-"}], tools)
@@ -71,12 +71,12 @@ def read_messages(request: ChatRequest) -> Row:
         raise ApiError(400, f"messages: {error}", param="messages") from error
     messages = row["messages"] = row["messages"][:-1]
     if messages[-1]["role"] == "system":
-        raise ApiError(400, "messages: there is no question, only a system message.", param="messages")
+        raise ApiError(400, "messages: only a system message. Add a user message.", param="messages")
     return dict(row)
 
 
 def override_template_values(request: ChatRequest, served: ServedModel) -> Recipe:
-    """Return the recipe with the client's values for the chat template; raises ApiError for one it never reads."""
+    """Return the recipe with the client's chat template values; raises ApiError if the template ignores one."""
     if not request.chat_template_kwargs:
         return served.recipe
     model = served.recipe.model
@@ -94,17 +94,17 @@ def shown_tools(request: ChatRequest) -> list[dict[str, object]]:
     """Return the tools that the model sees; raises ApiError if `tool_choice` does not fit them."""
     tools, choice = request.tools or [], request.tool_choice
     if choice not in (None, "none", "auto") and not tools:
-        raise ApiError(400, "tool_choice asks for a call, and there are no tools.", param="tool_choice")
+        raise ApiError(400, "tool_choice asks for a call, but tools is empty.", param="tool_choice")
     if isinstance(choice, ToolDefinition) and choice.name not in [tool.name for tool in tools]:
-        raise ApiError(400, f"tool_choice names {choice.name!r}, which is none of the tools.", param="tool_choice")
+        raise ApiError(400, f"tool_choice names {choice.name!r}, which is not in tools.", param="tool_choice")
     return [] if choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools]
 
 
 def begin_call(row: Row, request: ChatRequest, served: ServedModel, recipe: Recipe) -> list[int]:
     """Return the ids that begin the answer with a call; none if the model may choose.
 
-    They are what all allowed calls have in common: up to the arguments of the tool that is named, or up to the name
-    of one of several. Raises ApiError if the chat template writes no calls.
+    They are the common prefix of all allowed calls: up to the arguments if one tool is named, else up to the tool's
+    name. Raises ApiError if the chat template does not write calls.
     """
     choice = request.tool_choice
     if choice in (None, "none", "auto"):
@@ -123,6 +123,6 @@ def begin_call(row: Row, request: ChatRequest, served: ServedModel, recipe: Reci
     targets = [list(one[-1].input_ids[one[-1].spans[-2] :]) for one in encoded if not isinstance(one, str)]
     begun = [token for token, *_ in takewhile(lambda same: len({*same}) == 1, zip(*targets, strict=False))]
     if not begun:
-        message = "This model's calls begin in no common way: tool_choice may be none or auto."
+        message = "This model's calls have no common prefix. Set tool_choice to none or auto."
         raise ApiError(400, message, param="tool_choice")
     return begun

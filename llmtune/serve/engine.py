@@ -1,8 +1,8 @@
 """Continuous batching on one thread: prompts join a model's batch at any step and leave when their answer ends.
 
-Each model (an adapter, or the base) has a batch of its own. Batches with work take turns of a few steps.
+Each model (an adapter, or the base) has its own batch. Batches with work take turns of a few steps.
 
-Shapes: B rows, N rows that join, T columns, V vocabulary. All rows end in the same column, whenever they came.
+Shapes: B rows, N joining rows, T columns, V vocabulary. All rows end in the same column, whenever they joined.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from llmtune.serve.schemas import ApiError
 from llmtune.serve.served_model import ServedModel
 
 HEADROOM = 128
-"""Columns reserved ahead: after this many steps all keys and values are copied into wider columns."""
+"""Number of spare columns: once they are full, all keys and values are copied into a wider cache."""
 
 
 class LiveRows:
-    """The keys and values of answers that are being generated; a row is named by its slot, 0 to B - 1."""
+    """The keys and values of answers in progress; a row is identified by its slot, 0 to B - 1."""
 
     def __init__(self, model: torch.nn.Module, device: str) -> None:
         self.model, self.device = model, device
@@ -63,7 +63,7 @@ class LiveRows:
         return logits_NV
 
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        """Write a token to each row; return the logits [B, V] of what follows."""
+        """Append a token to each row; return the logits [B, V] of the next one."""
         columns = self.columns
         if columns.end == columns.width:
             self._lay(len(self), columns.rows)
@@ -78,7 +78,7 @@ class LiveRows:
         return logits_BV
 
     def leave(self, ended: Sequence[int]) -> list[int]:
-        """Let rows leave, by their slots; return the old slots of the rows that stay, in their new order."""
+        """Remove rows by their slots; return the old slots of the remaining rows, in their new order."""
         stays, leaving = len(self) - len(ended), set(ended)
         holes = [slot for slot in sorted(leaving) if slot < stays]
         last = [slot for slot in range(stays, len(self)) if slot not in leaving]
@@ -88,11 +88,11 @@ class LiveRows:
         taken = [moved.get(slot, slot) for slot in range(stays)]
         self.lengths = [self.lengths[slot] for slot in taken]
         if not taken:
-            self.columns = KVCache(0, 0)  # free what was reserved
+            self.columns = KVCache(0, 0)  # free the memory
         return taken
 
     def _make_room(self, before: int) -> None:
-        """Make room for all rows, and for the longest; the first `before` already have theirs."""
+        """Make room for all rows, and for the longest one; the first `before` rows are already in the cache."""
         columns = self.columns
         if len(self) > columns.rows or max(self.lengths) > columns.end or columns.end == columns.width:
             self._lay(before, 1 << (len(self) - 1).bit_length())
@@ -112,7 +112,7 @@ class LiveRows:
 
 
 class TokenSampler:
-    """Choose the tokens of one answer as transformers does, with random draws of its own."""
+    """Choose the tokens of one answer as transformers does, with its own random generator."""
 
     def __init__(self, model: torch.nn.Module, settings: GenerationConfig, prompt: Sequence[int], seed: int) -> None:
         inner = cast(PreTrainedModel, unwrap(model))
@@ -122,7 +122,7 @@ class TokenSampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether it always takes the likeliest token."""
+        """Whether it always takes the most likely token."""
         return not self.do_sample and not self.processors
 
     def sample(self, logits_V: torch.Tensor) -> int:
@@ -150,7 +150,7 @@ class OutOfMemory(ApiError):
     """The answers of a batch did not fit into memory."""
 
     def __init__(self) -> None:
-        message = "Out of memory: the answer was given up. Request a shorter one, or retry."
+        message = "Out of memory: the answer was aborted. Request a shorter one, or retry."
         super().__init__(503, message, code="out_of_memory", headers={"Retry-After": "1"})
 
 
@@ -160,13 +160,13 @@ class DecodingBatch:
 
     served: ServedModel
     budget: int | None
-    """Positions that its KV cache may have; None if its rows cannot be batched."""
+    """Maximum positions of its KV cache; None if its rows cannot be batched."""
     max_rows: int
     live: LiveRows
     jobs: list[AnswerJob] = field(default_factory=list)
     """By row of `live`."""
     samplers: list[TokenSampler] = field(default_factory=list)
-    """By row as well; the last id of each is still to be read by the model."""
+    """By row as well; the model has not read the last id of each yet."""
 
 
 class Engine:
@@ -180,11 +180,11 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are answered."""
+        """Whether the engine accepts requests."""
         return self.thread.is_alive() and self.queue.deadline is None
 
     def start(self) -> None:
-        """Try on each model whether its rows can be batched, and start the thread."""
+        """Test whether each model's rows can be batched, and start the thread."""
         for served in self.models.values():
             budget = None
             if served.generates and served.recipe.generation.num_beams == 1:
@@ -211,7 +211,7 @@ class Engine:
                         self._take_turn(batch)
 
     def _take_turn(self, batch: DecodingBatch) -> None:
-        """Work for one model; an error goes to the jobs whose answers it costs, and the next ones are served."""
+        """Take a turn of one model; an error fails its running jobs only, and later jobs are served."""
         try:
             with batch.served.activated():
                 if batch.budget is not None:
@@ -231,7 +231,7 @@ class Engine:
                 release_memory()
 
     def _generate_steps(self, batch: DecodingBatch) -> None:
-        """Take a few steps with the rows of a batch; waiting jobs join after each."""
+        """Take a few steps with the rows of a batch; waiting jobs may join after each."""
         for _ in range(TURN_STEPS):
             self._remove(batch, {row: None for row, job in enumerate(batch.jobs) if job.cancelled.is_set()})
             if batch.jobs:
@@ -248,7 +248,7 @@ class Engine:
                 return
 
     def _deliver(self, batch: DecodingBatch) -> None:
-        """Hand out the tokens of this step; rows whose answer ends leave."""
+        """Deliver the tokens of this step, and remove rows whose answer ended."""
         ended: dict[int, Event | None] = {}
         for row, (job, sampler) in enumerate(zip(batch.jobs, batch.samplers, strict=True)):
             token = sampler.ids[-1]
@@ -259,7 +259,7 @@ class Engine:
         self._remove(batch, ended)
 
     def _remove(self, batch: DecodingBatch, ended: Mapping[int, Event | None]) -> None:
-        """Let rows leave the batch, each with its last event."""
+        """Remove rows from the batch, and deliver the last event of each."""
         if not ended:
             return
         for row, event in ended.items():
@@ -269,7 +269,7 @@ class Engine:
         batch.samplers = [batch.samplers[row] for row in taken]
 
     def _generate_alone(self, batch: DecodingBatch) -> None:
-        """Answer one job by transformers' loop: beams, and models whose rows cannot be batched by ours."""
+        """Answer one job by transformers' loop, for beam search and models whose rows cannot be batched."""
         served = batch.served
         batch.jobs = self.queue.take(served, [], 1, None)
         if not batch.jobs:
@@ -285,8 +285,8 @@ class Engine:
         batch.jobs = []
 
     def _predict(self, batch: DecodingBatch) -> None:
-        """Predict from waiting rows in one batch; if one of them cannot be used, from each by itself."""
-        alone = batch.served.recipe.generation.do_sample  # draws of one row must not move another's
+        """Predict from waiting rows in one batch; if one of them is invalid, from each separately."""
+        alone = batch.served.recipe.generation.do_sample  # one row's random draws must not affect another's
         batch.jobs = self.queue.take(batch.served, [], 1 if alone else batch.max_rows, None)
         try:
             predictions = batch.served.predict([job.row for job in batch.jobs if job.row is not None])
@@ -306,7 +306,7 @@ class Engine:
         return End("answer", prediction)
 
     def _fail(self, batch: DecodingBatch, error: BaseException) -> None:
-        """Give up all answers of a batch."""
+        """Abort all answers of a batch with `error`."""
         for job in batch.jobs:
             self.queue.leave(job, error)
         batch.jobs, batch.samplers = [], []

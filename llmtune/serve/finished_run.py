@@ -1,4 +1,4 @@
-"""A finished run as an object: its scores, its gates, its model, answers of it, and conversations."""
+"""A finished run as an object: its scores, gates, model, answers and conversations."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from llmtune.tasks.base import AnyTask
 class ChatSession:
     """Answer prompts with one model, and remember the conversation on request.
 
-    Ids are made by `task.prompt_ids`, as in training and evaluation, and generation follows `recipe.generation`. With
-    `do_sample` the random draws start from the recipe's seed and the number of messages before the answer: the same
-    conversation goes the same way again.
+    Ids come from `task.prompt_ids`, as in training and evaluation, and generation follows `recipe.generation`. With
+    `do_sample` the random seed is the recipe's seed plus the number of messages before the answer, so the same
+    conversation gets the same answers.
     """
 
     def __init__(self, served: ServedModel, console: Console | None = None) -> None:
@@ -49,7 +49,7 @@ class ChatSession:
         self.history, self.forgotten = [], 0
 
     def answer(self, prompt: str, *, system: str | None = None, keep: bool = False) -> Iterator[Delta]:
-        """Yield the answer to `prompt` in pieces; their contents joined are what evaluation would have got.
+        """Yield the answer to `prompt` in pieces; joined, they are the answer that evaluation would get.
 
         Args:
             prompt: the user's message; in task completion the text to continue.
@@ -57,12 +57,12 @@ class ChatSession:
             keep: continue the history, and remember prompt and answer once it is complete (chat only).
 
         Raises:
-            RecipeError: the task has no conversations, or the prompt has no room in the model's context.
-            DataError: the chat template does not take these messages.
+            RecipeError: the task has no conversations, or the prompt does not fit the model's context.
+            DataError: the chat template refuses these messages.
         """
         if not self.task.is_conversational:
             if keep or system:
-                what = "this run continues a text (task completion): it holds no conversation"
+                what = "this run continues text (task completion) and cannot chat"
                 raise RecipeError.of(what, fix="Use: llmtune generate RUN --prompt TEXT")
             yield from self._generate(self._fit([{"prompt": prompt, "completion": ""}]), 0)
             return
@@ -79,7 +79,7 @@ class ChatSession:
             self.history = [*messages, {"role": "assistant", "content": answer.content, **thoughts}]
 
     def _fit(self, rows: list[Row]) -> list[int]:
-        """Return the ids of the first row that leaves room for an answer; each next row remembers one question less."""
+        """Return the ids of the first row that leaves room for an answer; each further row drops one more question."""
         room, new = self.served.context, self.recipe.generation.max_new_tokens
         ids: list[int] = []
         for row in rows:
@@ -87,7 +87,7 @@ class ChatSession:
             if room is None or len(ids) + new <= room:
                 forgotten = len(rows[0].get("messages", ())) - len(row.get("messages", ()))
                 if forgotten > self.forgotten and self.console is not None:
-                    text = f"[dim]The model's context is full: the first {forgotten} messages are left out.[/]"
+                    text = f"[dim]The model's context is full. Dropped the first {forgotten} messages.[/]"
                     self.console.print(text)
                 self.forgotten = forgotten
                 return ids
@@ -96,7 +96,7 @@ class ChatSession:
         raise RecipeError.of(what, "generation.max_new_tokens", fix)
 
     def _generate(self, prompt: list[int], turn: int) -> Iterator[Delta]:
-        """Generate in a second thread and yield what becomes certain; closing the iterator ends the thread."""
+        """Generate in a second thread and yield final pieces; closing the iterator ends the thread."""
         queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
         cancelled = threading.Event()
         settings = self.served.request_settings({}, self.recipe.generation.max_new_tokens)
@@ -130,7 +130,7 @@ Inputs = Mapping[str, str | None]
 
 @dataclass
 class FinishedRun:
-    """A run that was trained. Its model is loaded at the first use, and kept.
+    """A trained run. Its model is loaded at first use, and kept.
 
     Example:
         ```python
@@ -186,7 +186,7 @@ class FinishedRun:
         base: bool = False,
         max_new_tokens: int | None = None,
     ) -> str:
-        """Answer once with the tuned model, as `llmtune generate` does; each task takes what it asks for.
+        """Answer once with the tuned model, as `llmtune generate` does. Which inputs apply depends on the task.
 
         Args:
             prompt: a message, a question, or the text to continue or to work on.
@@ -210,8 +210,8 @@ class FinishedRun:
     def answer(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> dict[str, object]:
         """Answer once, whatever the task.
 
-        Returns `text`, as a person reads it, and `prediction`, as the task has it; `reasoning` where the model thought
-        first. Raises as `generate` does.
+        Returns `text`, for people, and `prediction`, in the task's format; also `reasoning` if the model wrote any.
+        Raises as `generate` does.
         """
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
         task = served.task
@@ -230,7 +230,7 @@ class FinishedRun:
         return {"text": task.format_answer(prediction, row), "prediction": prediction}
 
     def stream(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> Iterator[str]:
-        """Yield the text of `answer` in pieces as they come, where the task has free prompts."""
+        """Yield the text of `answer`, in pieces as they are generated if the task has free prompts."""
         if not self.task.free_prompt:
             yield str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
             return
@@ -240,8 +240,8 @@ class FinishedRun:
     def chat(self, *, base: bool = False) -> ChatSession:
         """Begin a conversation; raises RecipeError if the task has none."""
         if not self.task.free_prompt:
-            fix = "Use: llmtune generate RUN, which asks one thing at a time."
-            raise RecipeError.of(f"a model of task {self.task.name} holds no conversation", str(self.folder), fix)
+            fix = "Use `llmtune generate RUN`, which answers one input."
+            raise RecipeError.of(f"{self.task.name} models cannot chat", str(self.folder), fix)
         return ChatSession(self._load(base), self.console)
 
     def model(self, *, base: bool = False) -> PreTrainedModel:
@@ -258,7 +258,7 @@ class FinishedRun:
         plan = self._opened.plan
         _check_inputs(plan.task, inputs)
         if max_new_tokens is not None and not TASK_FACTS[plan.recipe.task].generates:
-            raise RecipeError.of("this run's model generates no text", "--max-new-tokens", "Omit it.")
+            raise RecipeError.of("this run's model does not generate text", "--max-new-tokens", "Omit it.")
         if base and head_is_new(plan.model_ref, plan.recipe, plan.task):
             fix = "Omit --base: the head was made and trained by this run."
             raise RecipeError.of("the base model has no trained head for this task", "--base", fix)
@@ -291,7 +291,7 @@ def _ask(served: ServedModel, inputs: Inputs) -> Iterator[Delta]:
 
 
 def _check_inputs(task: AnyTask, inputs: Inputs) -> None:
-    """Raise RecipeError for missing inputs of a task, and for those that it does not use."""
+    """Raise RecipeError if the task misses inputs, or does not use some."""
     accepted = ", ".join(f"--{name}" for name in task.inputs)
     problems = [
         Problem(f"task {task.name} needs it", f"--{name}", f"Give {accepted}.")

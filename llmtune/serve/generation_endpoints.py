@@ -1,4 +1,4 @@
-"""OpenAI's endpoints: a request becomes a job, and its tokens an answer, in one piece or as server-sent events."""
+"""OpenAI's endpoints: turn requests into jobs and tokens into answers, in one piece or as server-sent events."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def mount_generation(app: FastAPI, engine: Engine, metrics: Metrics, *, chat: bo
 
         @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=RESPONSES)
         async def answer_a_conversation(body: ChatRequest, request: Request) -> Response:
-            """The messages become token ids by the function that made those of training."""
+            """Token ids are made by the same function as in training."""
             served = served_by_name(engine, body.model)
             prompt = await in_text_thread(chat_prompt, body, served)
             job = make_job(served, prompt, body, body.max_completion_tokens or body.max_tokens)
@@ -57,7 +57,7 @@ def mount_generation(app: FastAPI, engine: Engine, metrics: Metrics, *, chat: bo
 
     @app.post("/v1/completions", response_model=Completion, responses=RESPONSES)
     async def continue_a_text(body: CompletionRequest, request: Request) -> Response:
-        """No chat template is used. The tokenizer's start token is put first, unless the text begins with it."""
+        """No chat template is used. The tokenizer's start token is prepended, unless the text begins with it."""
         served = served_by_name(engine, body.model)
         prompt = ServedPrompt(await in_text_thread(completion_ids, body, served))
         job = make_job(served, prompt, body, body.max_tokens)
@@ -68,7 +68,7 @@ def served_by_name(engine: Engine, name: str | None) -> ServedModel:
     """Return a model by its name, the first one by default; raises ApiError for an unknown name."""
     models = engine.models
     if name is not None and name not in models:
-        message = f"There is no model {name!r}.{nearest(name, tuple(models))} Models: {', '.join(models)}."
+        message = f"Model {name!r} not found.{nearest(name, tuple(models))} Models: {', '.join(models)}."
         raise ApiError(404, message, param="model", code="model_not_found")
     return models[name or next(iter(models))]
 
@@ -79,7 +79,7 @@ def in_text_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> a
 
 
 def completion_ids(request: CompletionRequest, served: ServedModel) -> list[int]:
-    """Return the ids of a text to continue, made as task completion makes them, or the ids that a client sends.
+    """Return the ids of a text to continue, made as in task completion, or the ids that the client sent.
 
     A text that begins with the start token, such as a rendered chat template, gets no second one.
     """
@@ -92,7 +92,7 @@ def completion_ids(request: CompletionRequest, served: ServedModel) -> list[int]
         return prompt_ids(first, served.processor)
     ids = [token for token in request.prompt if isinstance(token, int)]
     if outside := [token for token in ids if token >= served.vocabulary]:
-        message = f"Token {outside[0]} is outside of the vocabulary, which has {served.vocabulary}."
+        message = f"Token {outside[0]} is outside the vocabulary of {served.vocabulary} tokens."
         raise ApiError(400, message, param="prompt")
     return ids
 
@@ -114,7 +114,7 @@ def make_job(
 
 
 async def run_job(engine: Engine, job: AnswerJob) -> AsyncGenerator[list[int] | End]:
-    """Queue a job; yield new token ids, all that are ready at a time, and the end. Closing the iterator cancels it.
+    """Queue a job; yield all ready token ids at a time, then the end. Closing the iterator cancels the job.
 
     Raises ApiError if the queue is full, the server is stopping, or the job fails.
     """
@@ -148,7 +148,7 @@ async def run_job(engine: Engine, job: AnswerJob) -> AsyncGenerator[list[int] | 
 
 
 class GeneratedAnswer:
-    """One answer on its way out: its parts as they grow, and what is counted of it."""
+    """One answer while it is generated and sent: its parts, and its token counts."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class GeneratedAnswer:
         }
         self.finish_reason = "stop"
         self.calls = 0
-        """Calls that were sent."""
+        """Number of calls sent."""
         self.wants_usage = bool(request.stream_options and request.stream_options.include_usage)
 
     @property
@@ -181,9 +181,9 @@ class GeneratedAnswer:
         return self.stream.detokenizer.ids
 
     async def pieces(self) -> AsyncIterator[tuple[Delta, list[int]]]:
-        """Yield what is added to the answer and its ids; afterwards `finish_reason` and `usage` hold.
+        """Yield each addition to the answer with its ids; afterwards `finish_reason` and `usage` are final.
 
-        Raises ApiError for what went wrong.
+        Raises ApiError if generation fails.
         """
         sent, stream = 0, self.stream
         self.metrics.prompt_tokens.labels(self.served.name).inc(len(self.prompt.ids))
@@ -209,7 +209,7 @@ class GeneratedAnswer:
 
     @property
     def usage(self) -> dict[str, int]:
-        """How many tokens it took, counting the one that ended the answer."""
+        """Token counts, including the token that ended the answer."""
         prompt, answer = len(self.prompt.ids), len(self.ids)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
@@ -234,7 +234,7 @@ class GeneratedAnswer:
         return self._event([self._choice(content, ids, finish)], further)
 
     def last_chunk(self) -> str:
-        """Return what ends a stream: the usage if the client asked for it, and the mark."""
+        """Return the end of a stream: the usage if the client asked for it, and `[DONE]`."""
         usage = self._event([], {"usage": self.usage}) if self.wants_usage else ""
         return f"{usage}data: [DONE]\n\n"
 
@@ -243,7 +243,7 @@ class GeneratedAnswer:
         return server_sent_event({**self.envelope, "object": kind, "choices": choices, **further})
 
     def _message(self, delta: Delta, numbered: bool = False) -> Body:
-        """Return the fields of a message; in a stream, calls carry their number."""
+        """Return the fields of a message; in a stream, calls carry their index."""
         message: Body = {"content": delta.content} if delta.content else {}
         if delta.reasoning:
             message["reasoning_content"] = delta.reasoning
@@ -272,7 +272,7 @@ def server_sent_event(content: Body) -> str:
 
 
 async def send_answer(answer: GeneratedAnswer, request: Request) -> Response:
-    """Answer a request in one piece or as a stream; raises ApiError for what goes wrong before the first token."""
+    """Answer a request in one piece or as a stream; raises ApiError if it fails before the first token."""
     pieces = answer.pieces()
 
     async def finish() -> Response:
@@ -290,7 +290,7 @@ async def send_answer(answer: GeneratedAnswer, request: Request) -> Response:
 async def stream_events(
     answer: GeneratedAnswer, first: tuple[Delta, list[int]], rest: AsyncIterator[tuple[Delta, list[int]]]
 ) -> AsyncIterator[str]:
-    """Yield the events of an answer whose first piece is there."""
+    """Yield the events of an answer whose first piece is ready."""
     complete = False
     try:
         yield answer.chunk(*first, first=True)
@@ -310,11 +310,11 @@ async def stream_events(
 
 
 class ClientDisconnected(Exception):
-    """The client hung up: nobody reads an answer."""
+    """The client disconnected."""
 
 
 async def unless_disconnected(request: Request, work: Coroutine[None, None, T]) -> T:
-    """Await `work`; cancel it and raise ClientDisconnected as soon as the client hangs up."""
+    """Await `work`; cancel it and raise ClientDisconnected as soon as the client disconnects."""
 
     async def wait_for_hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -1,4 +1,4 @@
-"""The HTTP application: endpoints, their documentation, errors in OpenAI's shape, the page for a person."""
+"""The HTTP application: endpoints, their documentation, errors in OpenAI's format, and the web page."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from llmtune.serve.task_endpoints import mount_task
 
 ABOUT = """Models tuned with llmtune. `/v1/models` lists them; `model` in a request chooses one.
 
-Parameters that are not documented here are refused by name, never ignored. Where the server was started with an API
-key, every path under `/v1` and `/metrics` needs it: `Authorization: Bearer KEY`."""
+Undocumented parameters are refused by name, never ignored. If the server was started with an API key, every path
+under `/v1` and `/metrics` needs it: `Authorization: Bearer KEY`."""
 
 
 def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASGIApp:
-    """Build the application: the endpoints that fit the task of the models, behind the gateway."""
+    """Build the application: the gateway, and the endpoints for the task of the models."""
     metrics, task = Metrics(engine), served_by_name(engine, None).task
     app = FastAPI(
         title="llmtune",
@@ -79,23 +79,23 @@ def _mount_models(app: FastAPI, engine: Engine) -> None:
 def _mount_state(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     @app.get("/health/live")
     async def live() -> Health:
-        """Whether the process answers at all."""
+        """Whether the process responds."""
         return Health(status="ok")
 
     @app.get("/health/ready", response_model=Health, responses={503: {"model": Health, "description": "Stopping."}})
     async def ready() -> Response:
-        """Whether requests are taken."""
+        """Whether the server accepts requests."""
         state = Health(status="ok" if engine.ready else "stopping")
         return JSONResponse(state.model_dump(), 200 if engine.ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
-        """Counts and times, as Prometheus reads them."""
+        """Counts and times in Prometheus' text format."""
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _mount_pages(app: FastAPI, kind: str | None, *, needs_key: bool) -> None:
-    """Mount the pages for people; they are self-contained and may load nothing from elsewhere."""
+    """Mount the web pages; they are self-contained and may not load external content."""
     folder = files("llmtune.serve")
     docs = folder.joinpath("docs.html").read_text("utf-8")
 
@@ -112,7 +112,7 @@ def _mount_pages(app: FastAPI, kind: str | None, *, needs_key: bool) -> None:
 
 
 def page_response(text: str) -> Response:
-    """Return a page with a policy that admits its own script and style only."""
+    """Return a page with a content security policy that allows only its own script and style."""
     policy = {"default-src": "'none'", "connect-src": "'self'", "base-uri": "'none'", "form-action": "'none'"}
     policy |= {"frame-ancestors": "'none'", "img-src": "data:"}
     for tag in ("script", "style"):
@@ -128,12 +128,12 @@ def page_response(text: str) -> Response:
 
 
 def _mount_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Give every error OpenAI's shape."""
+    """Return every error in OpenAI's format."""
 
     @app.exception_handler(ClientDisconnected)
     async def disconnected(request: Request, error: ClientDisconnected) -> Response:
         metrics.disconnects.inc()
-        return Response(status_code=499)  # not sent: the client hung up
+        return Response(status_code=499)  # never sent: the client disconnected
 
     @app.exception_handler(RequestValidationError)
     async def invalid_body(request: Request, error: RequestValidationError) -> Response:
@@ -148,7 +148,7 @@ def _mount_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         message = str(error.detail)
         if error.status_code == 404:
             known = [path for path in app.openapi()["paths"] if path.startswith("/v1")]
-            message = f"There is no {request.url.path!r} here.{nearest(request.url.path, known)} There are: "
+            message = f"{request.url.path!r} not found.{nearest(request.url.path, known)} Known paths: "
             message += f"{', '.join(known)}."
         return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
@@ -167,7 +167,7 @@ def describe_errors(errors: Iterable[Mapping[str, object]]) -> ApiError:
         keys = [str(part) for part in location if part != "body" and _is_key(part)]
         name, message, kind = ".".join(keys), str(error["msg"]).removeprefix("Value error, "), str(error["type"])
         if kind == "extra_forbidden":
-            message = "is not supported" if keys[-1] in NEUTRAL else "is no parameter here"
+            message = "is not supported" if keys[-1] in NEUTRAL else "unknown parameter"
             code = "unsupported_parameter" if keys[-1] in NEUTRAL else "unknown_parameter"
         elif kind.startswith("json"):
             context = error.get("ctx")
@@ -175,10 +175,10 @@ def describe_errors(errors: Iterable[Mapping[str, object]]) -> ApiError:
             name, message = "", f"The body is not JSON: {reason}"
         messages.setdefault(name, message)
     text = "; ".join(f"{name}: {message}" if name else message for name, message in messages.items())
-    text = text.encode("utf-8", "replace").decode()  # JSON may hold halves of characters, and UTF-8 may not
+    text = text.encode("utf-8", "replace").decode()  # JSON allows lone surrogates, UTF-8 does not
     return ApiError(400, text, param=next(iter(messages), None) or None, code=code)
 
 
 def _is_key(part: object) -> bool:
-    """Whether a part of a location is a key or a number, and not pydantic's name for a member of a union."""
+    """Whether a part of a location is a key or an index, not pydantic's name for a member of a union."""
     return isinstance(part, int) or not re.search(r"[\[\(]|^(str|list|int|float|bool|constrained.*)$", str(part))

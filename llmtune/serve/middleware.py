@@ -1,4 +1,4 @@
-"""The gateway that every request passes first: host, origin, API key, size of its body; and the metrics."""
+"""The gateway, which checks host, origin, API key and body size of every request; and the metrics."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Metrics:
         self.prompt_tokens = Counter("llmtune_prompt_tokens", "Tokens of prompts.", ["model"], registry=registry)
         self.answer_tokens = Counter("llmtune_generated_tokens", "Tokens of answers.", ["model"], registry=registry)
         self.disconnects = Counter(
-            "llmtune_disconnects", "Answers given up because the client hung up.", registry=registry
+            "llmtune_disconnects", "Answers cancelled because the client disconnected.", registry=registry
         )
-        waiting = Gauge("llmtune_queue_length", "Requests that wait in the queue.", registry=registry)
+        waiting = Gauge("llmtune_queue_length", "Requests waiting in the queue.", registry=registry)
         waiting.set_function(lambda: len(engine.queue))
-        running = Gauge("llmtune_running", "Requests that are being answered.", registry=registry)
+        running = Gauge("llmtune_running", "Requests being answered.", registry=registry)
         running.set_function(lambda: engine.queue.running)
 
     def text(self) -> bytes:
-        """Return all of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -60,14 +60,14 @@ HOST = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 BODY_SECONDS = 30
 """How long a body may take to arrive."""
 DRAIN_FACTOR = 8
-"""A refused body is read, and discarded, up to this many times the limit: many clients send all before they read."""
+"""A refused body is read and discarded up to this many times the limit, as many clients send all before they read."""
 
 
 class Gateway:
-    """ASGI middleware around the application; `paths` are those that are counted by name.
+    """ASGI middleware around the application; requests to `paths` are counted by name, others together.
 
-    Without a key it answers under loopback names only: a page on the web can point a name of its own at this machine,
-    and would then be of the same origin.
+    Without a key it only answers to loopback host names. This prevents DNS rebinding: a web page could point its own
+    host name at this machine, and would then have the same origin.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Gateway:
     ) -> None:
         self.app, self.body_bytes, self.metrics, self.paths = app, body_bytes, metrics, paths
         self.key_hash = sha256(key.encode()).digest() if key else None
-        """Keys are compared by their hashes, which are of equal length."""
+        """Keys are compared by their hashes, which all have the same length."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
         if scope["type"] != "http":
             return
-        started, status = time.monotonic(), 499  # until an answer starts, a client may hang up
+        started, status = time.monotonic(), 499  # the status if the client disconnects before an answer starts
         endpoint = scope["path"] if scope["path"] in self.paths else "other"
 
         async def counted(message: Message) -> None:
@@ -106,24 +106,24 @@ class Gateway:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         if not HOST.fullmatch(host):
-            raise ApiError(400, "The Host header names no host.", code="invalid_host")
+            raise ApiError(400, "The Host header is invalid.", code="invalid_host")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.key_hash is None and name.lower() not in LOOPBACK:
             raise ApiError(403, f"This server does not answer to the name {host!r}.", code="foreign_host")
         if origin is not None and origin.partition("://")[2] != host:
-            raise ApiError(403, "Pages of other origins may not ask this server.", code="foreign_origin")
+            raise ApiError(403, "Pages of other origins may not use this server.", code="foreign_origin")
         if self.key_hash is None or scope["path"] in PUBLIC_PATHS:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = sha256(key.strip().encode()).digest() if scheme.lower() == "bearer" else b""
         if not hmac.compare_digest(given, self.key_hash):
-            message = "The API key is wrong." if given else "An API key is needed: Authorization: Bearer KEY."
+            message = "The API key is wrong." if given else "API key missing. Send Authorization: Bearer KEY."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """Read the body; beyond the limit, read on up to a point and discard it.
+        """Read the body; above the limit, discard it but keep reading for a while.
 
-        None if the client hung up before its request was complete.
+        Returns None if the client disconnected before its request was complete.
         """
         limit, parts, size = self.body_bytes, [], 0
         try:
@@ -145,12 +145,12 @@ class Gateway:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """Return an error in OpenAI's shape."""
+    """Return an error in OpenAI's format."""
     return JSONResponse(error.content(), error.status, headers=error.headers)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the application the body that was read, and then further messages."""
+    """Return a `receive` that replays the body, then passes further messages on."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

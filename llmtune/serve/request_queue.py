@@ -1,4 +1,4 @@
-"""The bounded queue of requests: a full one answers 429 with Retry-After."""
+"""The bounded queue of requests; when it is full, clients get 429 with Retry-After."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class QueueFull(ApiError):
 
 
 class Stopping(ApiError):
-    """The server is about to stop."""
+    """The server is shutting down."""
 
     def __init__(self) -> None:
-        super().__init__(503, "The server is about to stop.", code="stopping", headers={"Retry-After": "5"})
+        super().__init__(503, "The server is shutting down.", code="stopping", headers={"Retry-After": "5"})
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AnswerJob:
     ids: Sequence[int] = ()
     settings: GenerationConfig | None = None
     seed: int = 0
-    """Where random draws start from."""
+    """Random seed."""
     row: Row | None = None
     deliver: Callable[[Event], None] = lambda event: None
     """Called in the model's thread."""
@@ -70,7 +70,7 @@ class AnswerJob:
 
     @property
     def positions(self) -> int:
-        """Columns of the KV cache that it may need."""
+        """Columns of the KV cache that it may use."""
         return len(self.ids) + self.new_tokens
 
 
@@ -83,9 +83,9 @@ class RequestQueue:
         self.changed = threading.Condition()
         self.running = 0
         self.deadline: float | None = None
-        """When running answers are cut off, by the monotonic clock; None until the server stops."""
+        """Time of the monotonic clock at which running answers are cut off; None until the server stops."""
         self.answer_seconds = 1.0
-        """Moving average of how long an answer takes."""
+        """Moving average of the time per answer."""
 
     def __len__(self) -> int:
         return sum(map(len, self.waiting.values()))
@@ -99,8 +99,8 @@ class RequestQueue:
         """Put a job into the queue.
 
         Raises:
-            QueueFull: it has `max_queue` jobs already.
-            Stopping: the server is about to stop.
+            QueueFull: it already has `max_queue` jobs.
+            Stopping: the server is shutting down.
         """
         with self.changed:
             if self.deadline is not None:
@@ -112,21 +112,21 @@ class RequestQueue:
             self.changed.notify()
 
     def cancel(self, job: AnswerJob) -> None:
-        """Cancel a job: it leaves the queue now, or its batch at the next step."""
+        """Cancel a job: remove it from the queue now, or from its batch at the next step."""
         job.cancelled.set()
         with self.changed:
             if job in self.waiting[job.served]:
                 self.waiting[job.served].remove(job)
 
     def stop(self, grace_seconds: float) -> None:
-        """Refuse new and waiting jobs; running ones have this long to end."""
+        """Refuse new and waiting jobs; running ones have `grace_seconds` to finish."""
         with self.changed:
             if self.deadline is None:
                 self.deadline = time.monotonic() + grace_seconds
             self.changed.notify()
 
     def wait(self) -> bool:
-        """Block until there is work; return False once stopped and drained. Waiting jobs fail at a stop."""
+        """Block until there is work; return False once stopped and drained. A stop fails waiting jobs."""
         with self.changed:
             self.changed.wait_for(lambda: len(self) or self.running or self.deadline is not None)
             if self.deadline is None:
@@ -139,7 +139,7 @@ class RequestQueue:
     def take(
         self, served: ServedModel, running: Sequence[AnswerJob], limit: int, budget: int | None
     ) -> list[AnswerJob]:
-        """Take jobs of a model: no more than `limit` with those that are `running`, in `budget` positions."""
+        """Take jobs of a model: with the `running` ones at most `limit` jobs and `budget` positions."""
         taken: list[AnswerJob] = []
         with self.changed:
             waiting = self.waiting[served]

@@ -1,4 +1,4 @@
-"""Requests and responses over HTTP, by OpenAI's names; and errors in OpenAI's shape."""
+"""HTTP requests and responses with OpenAI's names, and errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "metadata": ({},),
     "service_tier": ("auto", "default"),
 }
-"""Unsupported parameters of OpenAI's API, and their values that ask for nothing."""
+"""Unsupported parameters of OpenAI's API, with the values that have no effect and are accepted."""
 MIN_TEMPERATURE = 0.01
-"""Temperatures below it are as good as 0, and numbers overflow."""
+"""Lower temperatures are practically 0, and logits overflow."""
 
 
 FilledText = Annotated[str, Field(min_length=1)]
@@ -38,28 +38,28 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class RequestModel(BaseModel):
-    """Parameters that a client may send; others are refused by name."""
+    """Parameters that a client may send; other parameters are refused by name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, value: object) -> object:
-        """Drop parameters that ask for nothing; refuse halves of characters, which JSON can hold (`\\ud800`)."""
+        """Drop parameters without effect; refuse lone surrogates, which JSON allows (`\\ud800`)."""
         if not isinstance(value, dict):
             return value
         for key, one in value.items():
             try:
                 json.dumps(one, ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                raise ValueError(f"{key}: half of a character (a lone surrogate)") from None
+                raise ValueError(f"{key}: contains a lone surrogate (half of a character)") from None
             except RecursionError:
                 raise ValueError(f"{key}: nested too deeply") from None
         return {key: one for key, one in value.items() if key in cls.model_fields or not _is_neutral(key, one)}
 
 
 def _is_neutral(key: str, value: object) -> bool:
-    """Whether a parameter that is not supported asks for nothing."""
+    """Whether an unsupported parameter has a value without effect."""
     return value is None or any(type(value) is type(off) and value == off for off in NEUTRAL.get(key, ()))
 
 
@@ -71,28 +71,28 @@ class StreamOptions(RequestModel):
 
 
 class GenerationRequest(RequestModel):
-    """Parameters of every answer that is generated token by token."""
+    """Parameters of all endpoints that generate token by token."""
 
     model: str | None = None
     """A name of `/v1/models`; default: the first one."""
     max_tokens: PositiveInt | None = None
     """Longest answer in tokens; default: the recipe's `generation.max_new_tokens`."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """0 takes the likeliest token each time; else at least 0.01. Default: the recipe's."""
+    """0 always takes the most likely token; else at least 0.01. Default: the recipe's."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Draw among tokens that make up this probability."""
+    """Sample from the most likely tokens whose probabilities add up to this."""
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """Draw among this many of the likeliest tokens; 0: all. (Not in OpenAI's API.)"""
+    """Sample from this many of the most likely tokens; 0: all. (Not in OpenAI's API.)"""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Draw among tokens at least this likely, relative to the likeliest. (Not in OpenAI's API.)"""
+    """Sample from tokens at least this likely, relative to the most likely one. (Not in OpenAI's API.)"""
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     """Above 1 makes repeated tokens less likely. (Not in OpenAI's API.)"""
     stop: FilledText | Annotated[list[FilledText], Field(max_length=4)] | None = None
-    """A text, or up to four, before which the answer ends."""
+    """Up to four stop texts; the answer ends before the first one."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    """Where random draws start from; default: the recipe's seed, so the same each time."""
+    """Random seed; default: the recipe's, so repeated requests get the same answer."""
     n: Annotated[int, Field(ge=1, le=1)] | None = None
-    """Answers: one."""
+    """Number of answers: 1."""
     stream: bool | None = None
     """Send the answer in pieces as it is generated."""
     stream_options: StreamOptions | None = None
@@ -100,14 +100,14 @@ class GenerationRequest(RequestModel):
     return_token_ids: bool | None = None
     """Also return the token ids of prompt and answer. (Not in OpenAI's API.)"""
     user: str | None = None
-    """Whom the request is for: accepted, and kept nowhere."""
+    """The end user: accepted, but not stored."""
 
     @model_validator(mode="after")
     def _check(self) -> GenerationRequest:
         if self.temperature is not None and 0 < self.temperature < MIN_TEMPERATURE:
-            raise ValueError(f"temperature is 0, or at least {MIN_TEMPERATURE}")
+            raise ValueError(f"temperature must be 0 or at least {MIN_TEMPERATURE}")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is allowed with stream: true alone")
+            raise ValueError("stream_options needs stream: true")
         return self
 
 
@@ -119,11 +119,11 @@ class FunctionDefinition(RequestModel):
     parameters: dict[str, object] | None = None
     """As JSON Schema."""
     strict: bool | None = None
-    """Accepted; arguments are not forced into the schema."""
+    """Accepted, but arguments are not forced to match the schema."""
 
 
 class ToolDefinition(RequestModel):
-    """A tool that may be called; in `tool_choice` its name is enough."""
+    """A tool that the model may call; in `tool_choice` its name is enough."""
 
     type: Literal["function"]
     function: FunctionDefinition
@@ -141,20 +141,19 @@ class ChatRequest(GenerationRequest):
     """Each has `role` and `content`: text, or a list of text parts. An answer may have `tool_calls`, and
     `reasoning_content` (not in OpenAI's API)."""
     max_completion_tokens: PositiveInt | None = None
-    """OpenAI's newer name of `max_tokens`."""
+    """OpenAI's newer name for `max_tokens`."""
     tools: list[ToolDefinition] | None = None
     """Tools that the answer may call."""
     tool_choice: Literal["none", "auto", "required"] | ToolDefinition | None = None
-    """`none` shows the model no tool, `auto` (default) leaves it the choice; `required`, or a tool, begins the answer
-    with a call."""
+    """`none` hides the tools from the model, `auto` (default) lets it choose; `required`, or a tool, forces the answer
+    to begin with a call."""
     chat_template_kwargs: dict[str, object] | None = None
-    """Values for variables of the chat template, in place of those that the model was trained with. (Not in OpenAI's
-    API.)"""
+    """Values for variables of the chat template; they override those of training. (Not in OpenAI's API.)"""
 
     @model_validator(mode="after")
     def _one_length(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens are the same setting, and here they differ")
+            raise ValueError("max_tokens and max_completion_tokens are the same setting, but have different values")
         return self
 
 
@@ -170,7 +169,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class ModelCard(Model):
-    """One model that answers."""
+    """One served model."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -188,19 +187,19 @@ class ModelList(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every response that is not a 200."""
+    """The body of every response other than 200."""
 
     error: ErrorObject
 
 
 class Health(BaseModel):
-    """Whether the server lives, or takes requests."""
+    """The state of the server."""
 
     status: Literal["ok", "stopping"]
 
 
 class ApiError(Exception):
-    """A request that is refused or failed: status and message, sent in OpenAI's shape."""
+    """A refused or failed request: status and message, sent in OpenAI's format."""
 
     def __init__(
         self,
@@ -217,7 +216,7 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: BaseException, param: str | None = None) -> ApiError:
-        """Return an error as a client sees it."""
+        """Convert an error to the one that a client sees."""
         if isinstance(error, cls):
             return error
         if isinstance(error, LlmtuneError):
@@ -225,7 +224,7 @@ class ApiError(Exception):
             if isinstance(error, DataError | RecipeError):
                 return cls(400, message, param=param)
             return cls(503, message, code="environment")
-        return cls(500, "Something went wrong in the server; see its log.", code="internal_error")
+        return cls(500, "Internal error; see the server's log.", code="internal_error")
 
     def content(self) -> dict[str, object]:
         """Return the body."""
@@ -237,14 +236,14 @@ class ApiError(Exception):
 ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
     status: {"model": ErrorResponse, "description": description}
     for status, description in {
-        400: "A parameter is wrong, unknown or not supported: the message names it.",
+        400: "A parameter is invalid, unknown or not supported; the message names it.",
         401: "The API key is missing or wrong.",
-        403: "Requested by a page of another origin, or under a foreign host name.",
+        403: "The request came from a page of another origin, or used another host name.",
         404: "No such model.",
         408: "The body did not arrive in time.",
-        413: "The body is larger than this server takes.",
-        429: "The queue is full; `Retry-After` says when to ask again.",
-        503: "The server is about to stop, or out of memory.",
+        413: "The body is larger than this server accepts.",
+        429: "The queue is full; `Retry-After` says when to retry.",
+        503: "The server is shutting down, or out of memory.",
     }.items()
 }
 """Other responses of any endpoint, for the OpenAPI document."""

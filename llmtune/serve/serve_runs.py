@@ -1,4 +1,4 @@
-"""Finished runs served together: one base with all their adapters, each under a name."""
+"""Serve finished runs together: one base with all their adapters, each under its own name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BODY_BYTES = 2 * 2**20
 RECORDING_BYTES = 32 * 2**20
 MAX_BATCH = {"cpu": 16, "cuda": 64}
 MAY_DIFFER = ("candidates", "chat_template", "chat_template_kwargs")
-"""Keys of the recipe's model section in which runs that are served together may differ."""
+"""Keys of the recipe's model section that may differ between runs served together."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class ServeOptions:
     merged: bool = False
     max_queue: int = 64
     max_batch: int | None = None
-    """Answers generated together; None for the device's default."""
+    """Maximum answers generated together; None for the device's default."""
     max_body: int | None = None
-    """Bytes of a request; None for the task's default."""
+    """Maximum bytes of a request; None for the task's default."""
     grace_seconds: float = 30.0
     offline: bool = False
 
 
 @dataclass(frozen=True)
 class ServableRun:
-    """A run that was read; its weights are not loaded yet."""
+    """An opened run; its weights are not loaded yet."""
 
     name: str
     path: Path
@@ -68,7 +68,7 @@ class ServableRun:
 
     @property
     def method(self) -> str:
-        """How it was trained: lora, qlora or full."""
+        """The training method: lora, qlora or full."""
         return self.plan.recipe.adapter.method
 
 
@@ -78,10 +78,10 @@ def serve_runs(
     console: Console,
     on_ready: Callable[[dict[str, object]], None] = lambda about: None,
 ) -> None:
-    """Serve finished runs until a signal; `on_ready` gets the address and the models once it listens.
+    """Serve finished runs until a signal; `on_ready` gets the address and the models once the server listens.
 
     Raises:
-        RecipeError: runs that cannot share a base; an address beyond this machine without a key.
+        RecipeError: the runs cannot share a base, or other machines could reach the server without a key.
         EnvironmentProblem: the port is taken, or a model cannot be loaded.
     """
     key = read_key(options)
@@ -124,18 +124,18 @@ def read_key(options: ServeOptions) -> str | None:
             raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     key = key.strip() if key is not None else None
     if key is not None and (len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key):
-        what = f"an API key needs at least {MIN_KEY_LENGTH} letters, digits or signs, without spaces"
+        what = f"an API key needs at least {MIN_KEY_LENGTH} printable ASCII characters, without spaces"
         fix = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
         raise RecipeError.of(what, source, fix)
     if key is None and options.host not in LOOPBACK:
-        what = f"other machines could reach {options.host}, and there is no API key"
-        fix = f"Give one with --api-key-file FILE, or in the variable {KEY_VARIABLE}; or omit --host."
+        what = f"other machines could reach {options.host} without an API key"
+        fix = f"Set a key with --api-key-file FILE or the variable {KEY_VARIABLE}, or omit --host."
         raise RecipeError.of(what, "--host", fix)
     return key
 
 
 def open_servable_runs(runs: Mapping[str, Path], options: ServeOptions, console: Console) -> list[ServableRun]:
-    """Read the runs, and check that they can share a base; no weights are loaded.
+    """Open the runs, and check that they can share a base; no weights are loaded.
 
     Raises RecipeError if they cannot.
     """
@@ -143,39 +143,39 @@ def open_servable_runs(runs: Mapping[str, Path], options: ServeOptions, console:
     problems = [problem for other in opened[1:] for problem in _differences(opened[0], other)]
     full = [run for run in opened if run.method == "full"]
     if options.merged and full:
-        problems.append(Problem("this run trained all weights: there is nothing to merge", "--merged", "Omit it."))
+        problems.append(Problem("this run trained all weights and has no adapter", "--merged", "Omit it."))
     elif options.merged and len(opened) > 1:
-        problems.append(Problem("one merged model has one adapter", "--merged", "Serve one run with --merged."))
+        problems.append(Problem("a merged model has only one adapter", "--merged", "Serve one run with --merged."))
     if full and len(opened) > 1:
-        what = "it trained all weights (method: full): it shares no base with another run"
+        what = "it trained all weights (method: full), so it cannot share a base with another run"
         problems += [Problem(what, str(run.path), "Serve it alone.") for run in full]
     RecipeError.collect(problems)
     return opened
 
 
 def _differences(first: ServableRun, other: ServableRun) -> list[Problem]:
-    """Return what keeps two runs from sharing a base."""
-    where, fix = str(other.path), "Serve runs that share all of this together, others on another port."
+    """Return the differences that keep two runs from sharing a base."""
+    where, fix = str(other.path), "Serve it on another port."
     if first.plan.model_ref.content_hash != other.plan.model_ref.content_hash:
-        what = f"its base is {other.plan.model_ref.name}, and that of {first.name} is {first.plan.model_ref.name}"
+        what = f"its base is {other.plan.model_ref.name}, but that of {first.name} is {first.plan.model_ref.name}"
         return [Problem(what, where, fix)]
     pairs = zip(_shared_facts(first).items(), _shared_facts(other).values(), strict=True)
     return [
-        Problem(f"its {key} is {its}, and that of {first.name} is {value}", where, fix)
+        Problem(f"its {key} is {its}, but that of {first.name} is {value}", where, fix)
         for (key, value), its in pairs
         if its != value
     ]
 
 
 def _shared_facts(run: ServableRun) -> dict[str, object]:
-    """Return what must be the same in runs that share a base."""
+    """Return the facts that must be equal in runs that share a base."""
     recipe, task = run.plan.recipe, run.plan.task
     facts = {"task": task.name, "kind of model": task.auto_class, "method": run.method}
     return facts | {f"model.{key}": value for key, value in recipe.model if key not in MAY_DIFFER}
 
 
 def load_models(opened: Sequence[ServableRun], options: ServeOptions) -> dict[str, ServedModel]:
-    """Load the base once, put all adapters on it, and return the models by name; the base comes last."""
+    """Load the base once, add all adapters, and return the models by name, with the base last."""
     first, *others = opened
     recipe, task = first.plan.recipe, first.plan.task
     processor, adapted = first.plan.processor, Models(first.context).adapted
@@ -198,25 +198,25 @@ def load_models(opened: Sequence[ServableRun], options: ServeOptions) -> dict[st
 
 
 def public_name(model_ref: ModelRef) -> str:
-    """Return the base's name; for a local folder only its last part, so no path of this machine is sent."""
+    """Return the base's name; for a local folder only its last part, so that clients see no local paths."""
     path = Path(model_ref.name)
     return path.name if path.is_absolute() or path.exists() else model_ref.name
 
 
 def parse_run_names(runs: Sequence[Path], named: Sequence[str]) -> dict[str, Path]:
-    """Return runs by name: `NAME=RUN`, and the others by the name of their folder.
+    """Return runs by name: the one in `NAME=RUN`, else that of the folder.
 
-    Raises RecipeError for a duplicate name, or no run at all.
+    Raises RecipeError if a name is used twice, or there is no run.
     """
     pairs, problems = [(path.resolve().name, path) for path in runs], []
     for text in named:
         name, _, path = text.partition("=")
         if not (name and path):
-            problems.append(Problem(f"{text!r} is not NAME=RUN", "--adapter", "For one: --adapter polite=runs/polite"))
+            problems.append(Problem(f"{text!r} is not NAME=RUN", "--adapter", "Example: --adapter polite=runs/polite"))
         pairs.append((name, Path(path)))
     names = [name for name, _ in pairs]
     problems += [
-        Problem(f"two runs are called {name!r}", "--adapter", "Give one another name: --adapter NAME=RUN")
+        Problem(f"two runs are called {name!r}", "--adapter", "Rename one: --adapter NAME=RUN")
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]

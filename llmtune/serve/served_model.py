@@ -1,4 +1,4 @@
-"""A model under the name by which clients choose it, with one of its adapters active."""
+"""A model under the name that clients use, with one of its adapters active."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
 
 DRAWS = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}
-"""Settings of random draws, and the values at which they turn no draws on."""
+"""Sampling settings, with the value at which each does not enable sampling."""
 
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model under a name; those that share `model` differ in their adapter."""
+    """A model with a name; served models that share `model` differ in their adapter."""
 
     name: str
     model: PreTrainedModel | PeftModel
@@ -51,16 +51,16 @@ class ServedModel:
     recipe: Recipe
     task: AnyTask
     adapter: str | None = None
-    """The adapter's name in the PEFT model; None for the base, with all adapters off, or a model without any."""
+    """The adapter's name in the PEFT model; None for the base (all adapters off) or a model without adapters."""
     created: int = field(default_factory=lambda: int(time.time()))
-    """Seconds since 1970."""
+    """Unix time."""
 
     def __post_init__(self) -> None:
         inner = unwrap(self.model)
         self.stops = set(answer_ends(self.model, self.processor, self.recipe))
         self.template = answer_template(self.processor, self.recipe) if self.task.free_prompt else None
         self.context = context_length(inner.config)
-        """Tokens that the model's positions reach; None if it does not say."""
+        """The model's context length in tokens; None if its configuration does not say."""
         self.vocabulary = int(inner.get_input_embeddings().weight.shape[0]) if self.generates else 0
 
     @property
@@ -87,7 +87,7 @@ class ServedModel:
             yield
 
     def predict(self, rows: Sequence[Row]) -> Sequence[object]:
-        """Predict from rows, as the evaluation does."""
+        """Predict from rows as the evaluation does."""
         dtype = resolve_dtype(self.recipe.model.dtype, self.model.device.type)
         with torch.inference_mode(), compute_context(dtype, self.device):
             return self.task.predict(rows, LoadedModel(self.model, self.processor, self.recipe, self.device))
@@ -103,9 +103,9 @@ class ServedModel:
         return AnswerStream(self.processor, self.stops, self.template if chat else None, tools, stops, prompt)
 
     def request_settings(self, stated: Mapping[str, float], new_tokens: int) -> GenerationConfig:
-        """Return the recipe's generation settings with what a request states in their place.
+        """Return the recipe's generation settings, overridden by those of a request.
 
-        A temperature of 0 takes the likeliest token each time. Any other setting of random draws turns them on.
+        A temperature of 0 always takes the most likely token. Any other sampling setting enables sampling.
         """
         section = self.recipe.generation
         settings = {name: getattr(section, name) for name in DRAWS} | dict(stated)
@@ -123,9 +123,9 @@ class ServedModel:
         deliver: Callable[[list[int]], None],
         is_cancelled: Callable[[], bool],
     ) -> list[int]:
-        """Generate one answer by transformers' own loop and return its ids.
+        """Generate one answer with transformers' own loop and return its ids.
 
-        `deliver` gets the tokens one by one, those of beams at the end.
+        `deliver` gets the tokens one by one; with beam search it gets all of them at the end.
         """
         beams = settings.num_beams > 1
         ids_BT = torch.tensor([list(prompt)], device=self.model.device)
@@ -156,14 +156,14 @@ def label_scores(prediction: object, recipe: Recipe) -> object:
 
 
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
-    """Deliver new tokens; the first call brings the prompt."""
+    """Deliver new tokens; the first call has the prompt."""
 
     def __init__(self, deliver: Callable[[list[int]], None]) -> None:
         self.deliver = deliver
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, then a token at a time."""
+        """Receive the prompt, then one token at a time."""
         if self.prompt_seen:
             self.deliver(value.reshape(-1).tolist())
         self.prompt_seen = True
@@ -173,7 +173,7 @@ class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
 
 
 class _Cancelled(StoppingCriteria):  # type: ignore[misc]
-    """End generation once the answer is cancelled."""
+    """Stop generation once the answer is cancelled."""
 
     def __init__(self, is_cancelled: Callable[[], bool]) -> None:
         self.is_cancelled = is_cancelled

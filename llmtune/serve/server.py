@@ -1,4 +1,4 @@
-"""The process: a socket taken early, uvicorn around the application, and a stop that lets answers end."""
+"""The server process: a socket bound early, uvicorn around the application, and a graceful stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmtune.serve.engine import Engine
 
 MAX_CONNECTIONS = 1000
 HEAD_SECONDS = 15
-"""How long the head of a request may take to arrive, from the connection or from its first byte on."""
+"""How long a connection may take to send the complete head of a request."""
 OPEN_FILES = 4096
 OTHER_FILES = 128
 """Open files other than connections."""
@@ -31,16 +31,16 @@ class TimedProtocol(H11Protocol):
 
     waiting: asyncio.TimerHandle | None = None
     since = 0.0
-    """When it began to wait for a request."""
+    """When the connection began to wait for a request."""
     limit = MAX_CONNECTIONS
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way."""
+        """Whether no request is in progress."""
         return self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection; above the limit, close the one that has been idle for longest, or else this one."""
+        """Accept a connection; above the limit, close the one idle for longest, or this one if none is idle."""
         super().connection_made(transport)
         self._watch()
         if len(self.connections) > self.limit:
@@ -56,7 +56,7 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes in; a head that has begun must be complete in time."""
+        """Receive data; a request head must be complete in time."""
         super().data_received(data)
         self._watch()
 
@@ -74,9 +74,9 @@ class TimedProtocol(H11Protocol):
 
 
 def allow_connections() -> None:
-    """Raise the limit on open files as far as allowed and needed, and keep connections below it.
+    """Raise the limit on open files as far as allowed and needed, and limit connections to it.
 
-    Raises EnvironmentProblem if too few may be open: each refused connection would be logged, without end.
+    Raises EnvironmentProblem if the limit is too low: every refused connection would be logged, without end.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
@@ -84,7 +84,7 @@ def allow_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft != resource.RLIM_INFINITY:
         if soft <= OTHER_FILES:
-            what = f"only {soft} files may be open at once, and the server needs more than {OTHER_FILES}"
+            what = f"only {soft} files may be open at once, but the server needs more than {OTHER_FILES}"
             raise EnvironmentProblem.of(what, "ulimit -n", "Raise the limit: ulimit -n 4096.")
         TimedProtocol.limit = min(MAX_CONNECTIONS, soft - OTHER_FILES)
 
@@ -92,15 +92,15 @@ def allow_connections() -> None:
 SPARE_SECONDS = 5
 """How long the server waits, after the grace period, for connections to close."""
 IDLE_SECONDS = 75
-"""When an idle connection is closed: later than clients close theirs, so no request meets a closed one."""
+"""When an idle connection is closed: later than clients close it, so no request arrives on a closed connection."""
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """Bind an address before anything heavy is loaded; nothing is accepted yet.
+    """Bind an address before anything heavy is loaded; no connection is accepted yet.
 
     Raises:
         RecipeError: unknown host.
-        EnvironmentProblem: the port is taken, or may not be used; or too few files may be open.
+        EnvironmentProblem: the port is taken or not permitted, or too few files may be open.
     """
     allow_connections()
     try:
@@ -120,24 +120,24 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """Whether a log record is not a cancelled request: uvicorn logs each as a bug of the application."""
+    """Whether to keep a log record: drops cancelled requests, which uvicorn logs as bugs of the application."""
     return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn; its stop begins with the engine's."""
+    """uvicorn, which stops the engine first."""
 
     def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None], on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self.on_stop, self.on_ready = on_stop, on_ready
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Refuse new requests, and let running answers end."""
+        """Refuse new requests, and let running answers finish."""
         self.on_stop()
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
+        """Start to listen, and report it."""
         await super().startup(sockets)
         self.on_ready()
 
@@ -145,7 +145,7 @@ class _Server(uvicorn.Server):
 def run_server(
     app: ASGIApp, engine: Engine, bound: socket.socket, grace_seconds: float, on_ready: Callable[[], None]
 ) -> None:
-    """Answer requests until SIGINT or SIGTERM; their own handlers run at the end."""
+    """Answer requests until SIGINT or SIGTERM; the previous signal handlers run at the end."""
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -1,4 +1,4 @@
-"""One endpoint for each task whose answer is no conversation: its inputs, and its prediction."""
+"""One endpoint for each task without OpenAI endpoints: its inputs, and its prediction."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from llmtune.serve.schemas import ApiError, GenerationRequest, RequestModel
 from llmtune.tasks.base import AnyTask
 
 FIELDS = {
-    "text": "The text; where the model fills masks, with its mask tokens in it.",
-    "pair": "The second text, where the model was trained on pairs.",
+    "text": "The text; for a model that fills masks, including the mask tokens.",
+    "pair": "The second text, if the model was trained on pairs.",
     "question": "The question.",
     "context": "The text that holds the answer.",
     "audio": "The recording (wav, flac, mp3, ogg), as base64.",
@@ -41,14 +41,14 @@ class TaskAnswer(BaseModel):
 
     model: str
     task: str
-    text: str = Field(description="As a person reads it.")
+    text: str = Field(description="The answer as text, for people.")
     prediction: object
     labels: list[str] | None = Field(default=None, description="Names of the classes, in the order of the scores.")
-    words: list[str] | None = Field(default=None, description="The words that the tags are of.")
+    words: list[str] | None = Field(default=None, description="The words that the tags belong to.")
 
 
 def mount_task(app: FastAPI, task: AnyTask, engine: Engine, metrics: Metrics) -> None:
-    """Put the endpoint of a task into `app`."""
+    """Add the endpoint of a task to `app`."""
     endpoint = task.endpoint
     assert endpoint is not None, "a task without OpenAI's endpoints has its own"
     names = {endpoint.prompt_field if name == "prompt" else name: name for name in task.inputs}
@@ -63,14 +63,14 @@ def mount_task(app: FastAPI, task: AnyTask, engine: Engine, metrics: Metrics) ->
         model = fields.pop("model", None)
         inputs: dict[str, str | None] = {names[field]: value for field, value in fields.items()}
         with tempfile.TemporaryDirectory(prefix="llmtune-") as folder:
-            if recording:  # a file for as long as it is worked on
+            if recording:  # a temporary file for the duration of the request
                 path = Path(folder) / "recording"
                 path.write_bytes(recording)
                 inputs["audio"] = str(path)
             try:
                 return await unless_disconnected(request, answer_row(engine, metrics, model, inputs))
             except ApiError as error:
-                error.message = error.message.replace(f"{folder}/", "")  # no paths of this machine
+                error.message = error.message.replace(f"{folder}/", "")  # hide local paths
                 raise
 
     content: dict[str, object] = {"application/json": {"schema": schema.model_json_schema()}}
@@ -90,7 +90,7 @@ def mount_task(app: FastAPI, task: AnyTask, engine: Engine, metrics: Metrics) ->
 
 
 def request_schema(task: AnyTask, names: Mapping[str, str]) -> type[RequestModel]:
-    """Return what a client sends: the task's inputs and the model's name."""
+    """Return the schema of a request: the task's inputs and the model's name."""
     fields: dict[str, object] = {"model": (str | None, Field(default=None, description=MODEL))}
     for field, name in names.items():
         required = (str, Field(min_length=1, description=FIELDS[field]))
@@ -101,14 +101,14 @@ def request_schema(task: AnyTask, names: Mapping[str, str]) -> type[RequestModel
 
 
 def content_type(request: Request) -> str:
-    """Return the type of a request's body, without its parameters."""
+    """Return the content type of a request, without its parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read_fields(request: Request, schema: type[RequestModel]) -> dict[str, str]:
-    """Read a JSON body; raises ApiError, or ValidationError for what does not fit `schema`."""
+    """Read a JSON body; raises ApiError, or ValidationError if it does not fit `schema`."""
     if (kind := content_type(request)) != "application/json":
-        raise ApiError(400, f"The body is of type {kind or 'none'}; send application/json.")
+        raise ApiError(400, f"The content type is {kind or 'missing'}. Send application/json.")
     return schema.model_validate_json(await request.body()).model_dump(exclude_none=True)
 
 
@@ -135,7 +135,7 @@ async def read_form(request: Request) -> tuple[bytes, dict[str, str]]:
 async def answer_row(
     engine: Engine, metrics: Metrics, model: str | None, inputs: Mapping[str, str | None]
 ) -> JSONResponse:
-    """Predict from a task's inputs, or generate after the prompt that the task makes of them."""
+    """Predict from a task's inputs, or generate an answer to the prompt made of them."""
     served = served_by_name(engine, model)
     task, row = served.task, served.task.make_row(inputs)
     if task.predicts:

@@ -1,4 +1,4 @@
-"""Serve by vLLM, if it is installed: its command line, with the adapters of runs as LoRA modules."""
+"""Serve with vLLM, if it is installed: its command line, with the adapters of runs as LoRA modules."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llmtune.session import trained_name
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)
-"""Values that vLLM accepts for --max-lora-rank; it refuses a higher one itself."""
+"""Values that vLLM accepts for --max-lora-rank, and a huge one that vLLM refuses itself."""
 Parsers = Sequence[tuple[tuple[str, ...], str]]
-"""Marks that a template must all have, and the parser; the first match counts. Names are those of
+"""Marks that a template must all have, and the parser; the first match wins. The names come from
 https://docs.vllm.ai/en/latest/features/tool_calling.html and `reasoning_outputs.html`."""
 TOOL_PARSERS: Parsers = (
     (("<|channel|>", "<|start|>"), "openai"),
@@ -60,11 +60,11 @@ REASONING_PARSERS: Parsers = (
 
 
 def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Console) -> None:
-    """Become vLLM: its command replaces this process, with the key in its environment only.
+    """Replace this process by vLLM's command, with the key in its environment only.
 
     Raises:
-        EnvironmentProblem: it is not installed.
-        RecipeError: vLLM does not serve this task, or these adapters.
+        EnvironmentProblem: vLLM is not installed.
+        RecipeError: vLLM does not support this task, or these adapters.
     """
     program = shutil.which("vllm")
     if program is None:
@@ -75,7 +75,7 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
     task = opened[0].plan.task
     if not task.free_prompt:
         fix = "Omit --engine: llmtune's own server has an endpoint for it."
-        raise RecipeError.of(f"vLLM serves no model of task {task.name} that llmtune tunes", "--engine", fix)
+        raise RecipeError.of(f"vLLM does not serve llmtune's models of task {task.name}", "--engine", fix)
     command = vllm_command(opened, options)
     console.print(f"handing over to: {' '.join(command)}", highlight=False, markup=False)
     kept = {name: value for name, value in os.environ.items() if name not in {KEY_VARIABLE, VLLM_KEY_VARIABLE}}
@@ -84,7 +84,7 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
 
 
 def vllm_command(opened: Sequence[ServableRun], options: ServeOptions) -> list[str]:
-    """Return the command that serves the runs; the first run's folder has the tokenizer and chat template."""
+    """Return the command that serves the runs; tokenizer and chat template come from the first run's folder."""
     first = opened[0]
     recipe = first.plan.recipe
     whole = first.path / ("merged" if options.merged else trained_name(recipe))
@@ -120,7 +120,7 @@ def vllm_command(opened: Sequence[ServableRun], options: ServeOptions) -> list[s
 
 
 def check_vllm_adapter(config: PeftConfig, where: str) -> None:
-    """Raise RecipeError for an adapter that vLLM would not apply as it was trained.
+    """Raise RecipeError for an adapter that vLLM would not apply as trained.
 
     vLLM refuses DoRA and fully trained modules only after loading the base. Otherwise it reads `r`, `lora_alpha`,
     `use_rslora` and the matrices of modules (its `PEFTHelper`), and ignores the rest.
@@ -129,18 +129,18 @@ def check_vllm_adapter(config: PeftConfig, where: str) -> None:
     biases = options.get("bias", "none") != "none" or options.get("lora_bias")
     kinds = {
         f"it is of {config.peft_type.lower()}": config.peft_type != "LORA",
-        "it is on experts (target_parameters)": options.get("target_parameters"),
+        "it adapts experts (target_parameters)": options.get("target_parameters"),
         "it is activated by tokens (alora_invocation_tokens)": options.get("alora_invocation_tokens"),
         "it is a DoRA (use_dora)": options.get("use_dora"),
-        "modules are trained whole (modules_to_save)": options.get("modules_to_save"),
+        "modules are fully trained (modules_to_save)": options.get("modules_to_save"),
         "biases are trained (bias, lora_bias)": biases,
         "tokens are trained (trainable_token_indices)": options.get("trainable_token_indices"),
-        "some modules have another scale (rank_pattern, alpha_pattern)": config.peft_type == "LORA"
+        "modules have different scales (rank_pattern, alpha_pattern)": config.peft_type == "LORA"
         and len(_scales(options)) > 1,
     }
     if kind := next((kind for kind, found in kinds.items() if found), None):
-        merge = "" if "activated" in kind else " Or merge it and serve that with --merged."
-        what = f"vLLM would not apply this adapter as it was trained: {kind}"
+        merge = "" if "activated" in kind else " Or merge it and serve it with --merged."
+        what = f"vLLM would not apply this adapter as trained: {kind}"
         raise RecipeError.of(what, where, f"Serve it without --engine vllm.{merge}")
 
 
@@ -153,7 +153,7 @@ def _scales(options: Mapping[str, Any]) -> set[float]:
 
 
 def parser_options(template: str) -> list[str]:
-    """Return the options of `vllm serve` for a chat template; none without a known parser."""
+    """Return the parser options of `vllm serve` for a chat template; empty without a known parser."""
     tools, reasoning = (
         next((name for marks, name in parsers if all(mark in template for mark in marks)), None)
         for parsers in (TOOL_PARSERS, REASONING_PARSERS)

@@ -1,1 +1,1 @@
-"""Step 4: the training loop, in the open. Read `loop.py` first."""
+"""Step 4: the training loop, written out in full. Read `loop.py` first."""

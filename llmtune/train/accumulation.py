@@ -1,4 +1,4 @@
-"""Losses and gradients of one step: micro-batches within a token budget, divided once by the count over everything."""
+"""Losses and gradients of one step: micro-batches within a token budget, normalised by the token count of the step."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from llmtune.train.setup import TrainContext
 
 
 class MicroBatchTooLarge(Exception):
-    """Memory ran out in a micro-batch, in some process; all processes raise it together, unless `alone`."""
+    """A micro-batch ran out of memory in some process; all processes raise this together, unless `alone`."""
 
     def __init__(self, alone: bool = False) -> None:
         super().__init__()
         self.alone = alone
-        """Whether the other processes wait for this one, so that only a restart helps."""
+        """Whether the other processes wait for this one; then only a restart helps."""
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What a step's forward and backward passes gave, over all processes."""
+    """Loss and gradient statistics of one step, over all processes."""
 
     mean: float
     """Nats per supervised token."""
@@ -42,26 +42,26 @@ class StepLoss:
     count: int
     tokens: int
     grad_norm: float
-    """Length of the gradient before clipping."""
+    """Norm of the gradient before clipping."""
     suspects: Indexes
-    """Training examples of this process whose micro-batch had a loss that is no number."""
+    """Training examples of this process whose micro-batch had a non-finite loss."""
     rows: Indexes
     """The training examples of the step."""
     row_sums: npt.NDArray[np.float64]
-    """The sum of each of them; NaN where the task's loss is not made of rows."""
+    """Loss sum of each row; NaN if the task's loss does not decompose by row."""
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient are numbers."""
+        """Whether loss and gradient norm are finite."""
         return math.isfinite(self.mean) and math.isfinite(self.grad_norm)
 
 
 def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: float) -> StepLoss:
-    """Leave the clipped gradient of `step` in the parameters, the same whatever `budget` and the number of processes.
+    """Leave the clipped gradient of `step` in the parameters, independent of `budget` and the number of processes.
 
-    Each micro-batch's summed loss is divided by the count that is expected for the whole step, so that gradients keep
-    their size in 16 bits; what Accelerate synchronises is a mean over processes, so it is multiplied by their number.
-    The true count is known at the end, and sets the gradient right if it is another one.
+    Each micro-batch's summed loss is divided by the count expected for the step, which keeps gradients in the range of
+    16-bit formats. Accelerate averages over processes, so the loss is multiplied by their number. If the true count
+    turns out to differ, the gradient is rescaled at the end.
 
     Raises:
         MicroBatchTooLarge: memory ran out; gradients are then undefined.
@@ -91,7 +91,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
         raise TrainingError.of(
             f"out of memory in step {step} while processes were exchanging gradients",
             f"process {accelerator.process_index}",
-            "Give the same command again: it goes on from the last checkpoint with smaller micro-batches.",
+            "Run the same command again: it resumes from the last checkpoint with smaller micro-batches.",
         )
     if not fits:
         raise MicroBatchTooLarge
@@ -115,7 +115,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
 
 
 def _own_row_sums(rows: Indexes, groups: Sequence[Indexes], losses: Sequence[Loss]) -> list[float]:
-    """Return this process's part in the loss of each row of a step; NaN where rows have none by themselves."""
+    """Return this process's share of each row's loss in a step; NaN if rows have no loss of their own."""
     place = {int(row): at for at, row in enumerate(rows)}
     own = [0.0] * len(rows)
     for group, loss in zip(groups, losses, strict=True):
@@ -158,9 +158,9 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
 
 
 def try_memory(training: TrainContext, work: Callable[[], object]) -> bool:
-    """Do `work`; return False if memory ran out in it, with gradients dropped and memory given back.
+    """Do `work`; if it runs out of memory, drop gradients, release memory and return False.
 
-    Raises MicroBatchTooLarge where the model is sharded: the others wait for this process in the middle of a layer.
+    Raises MicroBatchTooLarge if the model is sharded: the others then wait for this process in the middle of a layer.
     """
     if fits_in_memory(work):
         return True
@@ -172,7 +172,7 @@ def try_memory(training: TrainContext, work: Callable[[], object]) -> bool:
 
 
 def seed_micro_batch(training: TrainContext, step: int, index: int) -> None:
-    """Seed dropout for a micro-batch of this process: it too is a function of seed and step, and survives a resume."""
+    """Seed dropout for a micro-batch of this process from the seed and the step; a resumed run draws the same masks."""
     words = (training.recipe.seed % 2**64, step, index, training.accelerator.process_index)
     seed = np.random.SeedSequence(words)
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
@@ -180,12 +180,12 @@ def seed_micro_batch(training: TrainContext, step: int, index: int) -> None:
 
 
 def make_batch(training: TrainContext, reader: ExampleReader, rows: Indexes, draw: int = 0) -> Batch:
-    """Collate examples and put their tensors on the device; `draw` is the step, by which masks are drawn."""
+    """Collate examples and move their tensors to the device; `draw` is the step, which seeds random masks."""
     return move_to(training.device, training.collate([reader[int(row)] for row in rows], draw))
 
 
 def make_whole_batch(training: TrainContext, reader: ExampleReader, rows: Indexes) -> Batch:
-    """Make a batch that is looked at by itself, as if it were a whole step, without the other processes."""
+    """Make a batch that counts as a complete step, without the other processes."""
     batch = make_batch(training, reader, rows)
     if training.task.has_step_statistics:
         with torch.no_grad(), training.compute():
@@ -194,9 +194,9 @@ def make_whole_batch(training: TrainContext, reader: ExampleReader, rows: Indexe
 
 
 def find_guilty_rows(training: TrainContext, suspects: Sequence[int]) -> list[int]:
-    """Return those of `suspects` whose loss alone, without training, is no number; all of them if none is.
+    """Return the `suspects` whose own loss, in evaluation mode, is not finite; all of them if none is found.
 
-    All processes look at the same rows, as a sharded model needs.
+    All processes check the same rows, as a sharded model needs.
     """
     guilty = []
     training.model.eval()
@@ -212,7 +212,7 @@ def find_guilty_rows(training: TrainContext, suspects: Sequence[int]) -> list[in
 def _own_groups(training: TrainContext, rows: Indexes, budget: int) -> tuple[list[Indexes], int]:
     """Return this process's micro-batches of a step, and how many of them count.
 
-    The others have weight zero: every process synchronises once, and under sharding all run the same number.
+    The rest have weight zero: every process synchronises once, and under sharding all run the same number.
     """
     lengths = training.examples.lengths
     shares = divide(rows, lengths, training.accelerator.num_processes)
@@ -223,16 +223,17 @@ def _own_groups(training: TrainContext, rows: Indexes, budget: int) -> tuple[lis
 
 
 def _with_idle(training: TrainContext, own: list[Indexes], count: int, idle: Indexes) -> list[Indexes]:
-    """Fill up this process's micro-batches to `count` if the model is sharded: each pass needs all processes."""
+    """Pad this process's micro-batches to `count` if the model is sharded: each pass needs all processes."""
     return own + [idle] * (count - len(own)) if training.sharded else own
 
 
 def _sum_step_statistics(
     training: TrainContext, reader: ExampleReader, groups: Sequence[Indexes], real: int, draw: int
 ) -> list[float] | None:
-    """Add up, over the micro-batches of all processes, what the loss needs to know of the whole; None if nothing.
+    """Sum the step statistics that the loss needs over the micro-batches of all processes; None if it needs none.
 
-    All are run, as a sharded model needs, and the first `real` count. Raises MicroBatchTooLarge if memory ran out.
+    All groups run, as a sharded model needs, but only the first `real` count. Raises MicroBatchTooLarge if memory ran
+    out.
     """
     if not training.task.has_step_statistics:
         return None
@@ -269,7 +270,7 @@ def _backward_pass(training: TrainContext, rows: Indexes, weight: float, step: i
 def _validate_batch(
     training: TrainContext, rows: Indexes, real: bool, sums: list[tuple[float, int]], totals: list[float] | None
 ) -> None:
-    """Add the loss's sum and count to `sums`, if it is a `real` one."""
+    """Add the loss's sum and count to `sums` if `real`."""
     assert training.validation is not None
     batch = make_batch(training, training.validation, rows) | ({} if totals is None else {"totals": totals})
     with torch.no_grad(), training.compute():
@@ -279,7 +280,7 @@ def _validate_batch(
 
 
 def _finish_gradients(training: TrainContext, factor: float) -> float:
-    """Multiply the gradients by `factor`, clip them in place, and return their length before clipping."""
+    """Multiply the gradients by `factor`, clip them in place, and return their norm before clipping."""
     if factor != 1:
         for parameter in training.parameters:
             if parameter.grad is not None:

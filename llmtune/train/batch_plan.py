@@ -1,4 +1,4 @@
-"""What an optimiser step holds: a pure function of seed, data and step number, whatever the number of processes."""
+"""The rows of each optimiser step: a pure function of seed, data and step number, for any number of processes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from llmtune.errors import RecipeError
 
 Indexes = npt.NDArray[np.int64]
 PASS_TOKENS = 192
-"""What one more forward and backward pass costs on a CPU, in tokens: measured with six layers of 384, an adapter on all
-of them, where 128 to 256 do best."""
+"""Cost of one more forward and backward pass on a CPU, in tokens. Measured with six layers of width 384 and an adapter
+on each; 128 to 256 were fastest."""
 _SURVEYED = 100
-"""Steps over which the share of padding is taken."""
+"""Steps over which the share of padding is measured."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """Which training examples each optimiser step holds; steps are counted from 1.
+    """The training examples of each optimiser step; steps are counted from 1.
 
-    Either `batch_size` rows a step, the last step of an epoch maybe fewer; or, with `batch_tokens`, steps filled by
-    best fit over the whole epoch.
+    A step has `batch_size` rows, except that the last step of an epoch may have fewer. With `batch_tokens`, steps are
+    filled by best fit over the epoch.
     """
 
     lengths: npt.NDArray[np.int32]
@@ -50,12 +50,12 @@ class StepPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many steps go once through the data; the same in every epoch."""
+        """Number of steps in an epoch; the same in every epoch."""
         return len(self._epoch(0))
 
     @property
     def total_steps(self) -> int:
-        """How many steps training has; `max_steps` goes on into as many epochs as it takes."""
+        """Number of steps in training; `max_steps` may span any number of epochs."""
         if self.max_steps is not None:
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * self.steps_per_epoch - 1e-9))
@@ -67,7 +67,7 @@ class StepPlan:
         return self._epoch(epoch)[position]
 
     def ends_epoch(self, step: int) -> bool:
-        """Say whether `step` is the last one of its epoch."""
+        """Return whether `step` is the last one of its epoch."""
         return step % self.steps_per_epoch == 0
 
     def _epoch(self, epoch: int) -> list[Indexes]:
@@ -109,7 +109,7 @@ def best_fit(lengths: Sequence[int] | npt.NDArray[np.int32], capacity: int) -> l
 
 
 def divide(rows: Indexes, lengths: npt.NDArray[np.int32], processes: int) -> list[Indexes]:
-    """Divide the rows of a step over processes so that each gets about the same number of tokens; some may get none."""
+    """Divide the rows of a step over processes, about the same number of tokens each; some may get none."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     loads = [0] * processes
     for position in np.argsort(-lengths[rows].astype(np.int64), kind="stable").tolist():
@@ -124,9 +124,9 @@ def micro_batches(
 ) -> list[Indexes]:
     """Cut one process's share into micro-batches of at most `budget` tokens, the heaviest first.
 
-    A micro-batch costs the sum of its lengths when packed, else rows x longest. A longer row stands alone. Padded rows
-    are sorted by length; with `pass_tokens` (what one more pass through the model costs, in tokens) they are cut where
-    that and the padding add up to the least, else as seldom as the budget lets.
+    A micro-batch costs the sum of its lengths when packed, else rows x longest. A row longer than the budget gets its
+    own. Padded rows are sorted by length. With `pass_tokens` (cost of one more pass, in tokens) the cuts minimise
+    passes plus padding; without it there are as few cuts as the budget allows.
     """
     if packed:
         groups = [rows[members] for members in best_fit(lengths[rows], budget)]
@@ -138,9 +138,9 @@ def micro_batches(
 
 
 def _cuts(falling: npt.NDArray[np.int32], budget: int, pass_tokens: int) -> list[int]:
-    """Return where micro-batches of padded rows end, `falling` being their lengths from the longest on.
+    """Return where micro-batches of padded rows end; `falling` has their lengths in descending order.
 
-    Of all cuts it is the one with the fewest positions computed, each micro-batch counted as `pass_tokens` more.
+    The cuts minimise the positions computed, plus `pass_tokens` for each micro-batch.
     """
     sizes = np.maximum(falling.astype(np.int64), 1)
     least = np.zeros(len(sizes) + 1, dtype=np.int64)
@@ -161,7 +161,7 @@ def _cuts(falling: npt.NDArray[np.int32], budget: int, pass_tokens: int) -> list
 
 
 def occupied_tokens(rows: Indexes, lengths: npt.NDArray[np.int32], packed: bool) -> int:
-    """Return the tokens that a micro-batch of `rows` occupies, padding counted."""
+    """Return the tokens that a micro-batch of `rows` occupies, padding included."""
     sizes = lengths[rows].astype(np.int64)
     return int(sizes.sum()) if packed else int(sizes.max()) * len(sizes)
 
@@ -169,7 +169,7 @@ def occupied_tokens(rows: Indexes, lengths: npt.NDArray[np.int32], packed: bool)
 def heaviest(
     lengths: npt.NDArray[np.int32], supervised: npt.NDArray[np.int32], budget: int, packed: bool, most_rows: int
 ) -> list[Indexes]:
-    """Return micro-batches that no real one outweighs: one of the longest rows, and one of the most supervised rows.
+    """Return upper bounds of the real micro-batches: one of the longest rows, and one of the most supervised rows.
 
     The first needs the most attention and activations, the second the most logits. Neither has more than `most_rows`.
     """
@@ -192,7 +192,7 @@ def heaviest(
 def padding_share(
     plan: StepPlan, steps: int, budget: int, packed: bool, processes: int = 1, pass_tokens: int | None = None
 ) -> float:
-    """Return which share of the positions that training computes is padding, over the first `steps`, at most 100."""
+    """Return the share of computed positions that are padding, over the first `steps`, at most 100."""
     real = computed = 0
     for step in range(1, min(steps, _SURVEYED) + 1):
         rows = plan.rows(step)

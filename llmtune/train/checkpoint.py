@@ -1,8 +1,8 @@
-"""Checkpoints, whole or not at all: written to another name, flushed to disk, hashed, then renamed.
+"""Atomic checkpoints: written under a temporary name, hashed, flushed to disk, then renamed.
 
 A checkpoint is a folder `step-N` with `trainable.safetensors` (trainable weights by parameter name), `optimizer.pt`
-(optimiser and schedule) and `state.json` (counters, and the sha256 of the other files). Where the model is sharded,
-`shards/` holds weights and optimiser state, as torch.distributed.checkpoint writes them.
+(optimiser and schedule) and `state.json` (counters, and the sha256 of the other files). If the model is sharded,
+`shards/` contains weights and optimiser state as torch.distributed.checkpoint writes them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _UNFINISHED = (".tmp-", ".removed-")
 
 
 class LossHistory(TypedDict, total=False):
-    """What a checkpoint keeps of a `Divergence`; nothing before the first step."""
+    """Saved state of a `Divergence`; empty before the first step."""
 
     first: float | None
     best: float | None
@@ -51,21 +51,21 @@ class LossHistory(TypedDict, total=False):
 
 @dataclass
 class TrainState:
-    """Counters and findings of a training so far; changed by the loop, saved with each checkpoint."""
+    """Counters and results of a training so far; changed by the loop, saved with each checkpoint."""
 
     budget: int
     """Tokens in a micro-batch."""
     step: int = 0
     """Optimiser steps done."""
     closed: int = 0
-    """The last step that was logged, validated and saved as the recipe wants; behind `step` after a stop in between."""
+    """The last step that was logged, validated and saved as the recipe asks; less than `step` after a stop between."""
     tokens: int = 0
     supervised: int = 0
     seconds: float = 0.0
     """Time spent in steps, without validation and saving."""
     first_loss: float | None = None
     learning_rate: float = 0.0
-    """Of the last step, like the gradient's length."""
+    """Of the last step, like the gradient norm."""
     grad_norm: float = 0.0
     log_sum: float = 0.0
     log_count: int = 0
@@ -75,7 +75,7 @@ class TrainState:
     best_loss: float | None = None
     """The validation loss at the best step."""
     best_metric: float | None = None
-    """`metric_for_best_model` there."""
+    """`metric_for_best_model` at the best step."""
     validation_metrics: dict[str, float] = field(default_factory=dict)
     """`eval_metrics` of the last validation."""
     best_step: int | None = None
@@ -88,7 +88,7 @@ class TrainState:
 
 
 class Content(TypedDict):
-    """What state.json holds."""
+    """The content of state.json."""
 
     fingerprint: str
     files: dict[str, str]
@@ -102,12 +102,12 @@ class OptimizerState(TypedDict):
     optimizer: dict[str, object]
     schedule: dict[str, object]
     row_losses: NotRequired[torch.Tensor]
-    """Earlier versions kept none."""
+    """Missing in checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, read and found whole."""
+    """The content of a complete checkpoint."""
 
     folder: Path
     state: TrainState
@@ -115,7 +115,7 @@ class Checkpoint:
     """Empty for a sharded model, whose weights and optimiser state are in `shards/`."""
     optimizer: OptimizerState
     inputs: str
-    """Hash of what training depended on."""
+    """Hash of everything that training depended on."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def named_trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def trainable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trainable parameters by name, on the CPU (there itself, not copied); tied ones once."""
+    """Return the trainable parameters by name, on the CPU (not copied if there already); tied ones once."""
     return {name: one.detach().to("cpu").contiguous() for name, one in named_trainable(model).items()}
 
 
@@ -145,7 +145,7 @@ def write_checkpoint(
 ) -> Path:
     """Write the checkpoint `folder`, replacing one of the same name; `weights` may be a folder of shards to move there.
 
-    Raises EnvironmentProblem if the disk is full or does not let us write; what was there before is then untouched.
+    Raises EnvironmentProblem if the disk is full or not writable; an earlier checkpoint is then untouched.
     """
 
     def fill(target: Path) -> None:
@@ -166,7 +166,7 @@ def write_checkpoint(
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a folder of another name, flush it to disk, and rename it to `folder`.
+    """Let `fill` write into a temporary folder, flush it to disk, and rename it to `folder`.
 
     Raises EnvironmentProblem as `write_checkpoint` does.
     """
@@ -188,7 +188,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove `folder` so that no half of it is ever seen under its name."""
+    """Remove `folder` atomically: rename it first, then delete it."""
     doomed = folder.with_name(f".removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -196,28 +196,28 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what an interrupted write or removal left behind in `folder`."""
+    """Remove the leftovers of interrupted writes and removals in `folder`."""
     for left in folder.glob(".*"):
         if left.name.startswith(_UNFINISHED):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | Damage:
-    """Read a checkpoint onto the CPU, or say why it cannot be used; nothing pickled beyond tensors is loaded.
+    """Read a checkpoint onto the CPU, or say why it cannot be used; unpickles tensors only.
 
-    Raises MemoryError where memory runs out, and OSError where no file can be opened: neither is a damage.
+    Raises MemoryError if memory runs out, and OSError if no file can be opened: neither means damage.
     """
     try:
         return _read(folder)
     except FileNotFoundError as error:
         return Damage(folder, f"{Path(error.filename).name} is missing")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return Damage(folder, f"{STATE} is not what was written")
+        return Damage(folder, f"{STATE} was changed")
     except (OSError, pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         if system_errno(error) == errno.ENOMEM or (isinstance(error, MEMORY_ERRORS) and is_out_of_memory(error)):
             raise MemoryError(str(error)) from error
         if not isinstance(error, OSError):
-            return Damage(folder, f"{OPTIMIZER} or {WEIGHTS} holds something else than tensors")
+            return Damage(folder, f"{OPTIMIZER} or {WEIGHTS} does not contain tensors")
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise
         return Damage(folder, f"it cannot be read: {error.strerror}")
@@ -225,12 +225,12 @@ def read_checkpoint(folder: Path) -> Checkpoint | Damage:
 
 def _read(folder: Path) -> Checkpoint | Damage:
     content = json.loads(read_text_file(folder / STATE))
-    known = content.pop("sha256", None)  # earlier versions wrote none
+    known = content.pop("sha256", None)  # missing in earlier versions
     if known is not None and known != hash_value(content):
-        return Damage(folder, f"{STATE} is not what was written")
+        return Damage(folder, f"{STATE} was changed")
     for name, expected in content["files"].items():
         if hash_file(folder / name) != expected:
-            return Damage(folder, f"{name} is not what was written")
+            return Damage(folder, f"{name} was changed")
     state = TypeAdapter(Content).validate_json(json.dumps(content), strict=True)["state"]
     if (named := _NAME.fullmatch(folder.name)) and int(named[1]) != state.step:
         return Damage(folder, f"{STATE} is of step {state.step}")
@@ -246,18 +246,18 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path, inputs: str, console: Console) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole.
+    """Return the newest complete checkpoint.
 
-    A damaged one that is passed over is moved to `damaged-step-N`, those of other data or settings to `other-...`;
-    both are printed. What then bears the name of a checkpoint is what training resumes from, or older.
+    Damaged checkpoints are moved to `damaged-step-N`, those of other data or settings to `other-...`; both moves are
+    printed. Afterwards no `step-N` is newer than the checkpoint that training resumes from.
     """
     for folder in list_checkpoints(checkpoints):
         found = read_checkpoint(folder)
         if isinstance(found, Damage):
             aside = _move(folder, checkpoints / f"damaged-{folder.name}")
             console.print(
-                f"[yellow]Checkpoint {escape(str(folder))} is damaged ({found.reason}); it is moved to {aside.name}, "
-                "and the one before it is used.[/]"
+                f"[yellow]Checkpoint {escape(str(folder))} is damaged ({found.reason}). Moved it to {aside.name}; "
+                "using the one before it.[/]"
             )
             continue
         if found.inputs != inputs:
@@ -282,13 +282,13 @@ def _put_aside(checkpoints: Path, inputs: str, console: Console) -> None:
     for path in ([metrics] if metrics.exists() else []) + list_checkpoints(checkpoints):
         _move(path, aside / path.name)
     console.print(
-        f"[yellow]The checkpoints in {escape(str(checkpoints))} belong to other data or settings: they are moved to "
-        f"{aside.name}, and training starts at step 1.[/]"
+        f"[yellow]The checkpoints in {escape(str(checkpoints))} belong to other data or settings. Moved them to "
+        f"{aside.name}; training starts at step 1.[/]"
     )
 
 
 def _move(path: Path, target: Path) -> Path:
-    """Rename a file or folder to `target`, which is replaced."""
+    """Rename a file or folder to `target`, replacing it."""
     with disk_problems(path):
         shutil.rmtree(target, ignore_errors=True)
         return path.rename(target)
@@ -305,19 +305,19 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def disk_problems(folder: Path) -> Iterator[None]:
-    """Turn what a full or forbidden disk raises into an EnvironmentProblem that names `folder`."""
+    """Turn the errors of a full or read-only disk into an EnvironmentProblem that names `folder`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         number = error.errno if isinstance(error, OSError) else system_errno(error)
         if number is None:
             raise
-        fix = "Give the run a folder that can be written with --out."
+        fix = "Use --out with a writable folder."
         if number in (errno.ENOSPC, errno.EDQUOT):
             existing = next((parent for parent in folder.parents if parent.exists()), Path("/"))
             fix = (
                 f"{shutil.disk_usage(existing).free / 1e6:.0f} MB are free. Make room, lower train.save_total_limit, "
-                "or choose another disk with --out; the same command then goes on from the last checkpoint."
+                "or choose another disk with --out. The same command then resumes from the last checkpoint."
             )
         what = f"{folder.name} could not be written: {os.strerror(number)}"
         raise EnvironmentProblem.of(what, str(folder), fix) from error

@@ -1,4 +1,4 @@
-"""What the processes of one training agree on; with a single process all of it is free."""
+"""Collectives over the processes of one training; all of them are free with a single process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from llmtune.store.processes import once, world_size
 
 T = TypeVar("T")
 SILENCE_SECONDS = 1800
-"""How long a process waits for the others before it gives up: longer than the first one needs for a checkpoint."""
+"""How long a process waits for the others before it gives up: longer than rank 0 needs for a checkpoint."""
 
 
 def join_processes(device: str) -> int:
-    """Let this process find the others that it was started with, if any; return how many there are."""
+    """Connect this process to the others that it was started with, if any; return the number of processes."""
     if world_size() == 1:
         return 1
     return int(PartialState(cpu=device == "cpu", timeout=timedelta(seconds=SILENCE_SECONDS)).num_processes)
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
-    """Return the sums of `values` over all processes, in double precision where the device has it."""
+    """Return the sums of `values` over all processes, in double precision if the device supports it."""
     if accelerator.num_processes == 1:
         return [float(value) for value in values]
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -35,7 +35,7 @@ def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> lis
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Say whether `flag` is set in any process; all of them get the same answer."""
+    """Return whether `flag` is set in any process; all processes get the same answer."""
     return sum_over_processes(accelerator, [float(flag)])[0] > 0
 
 
@@ -45,9 +45,9 @@ def gather_lists(accelerator: Accelerator, values: list[T]) -> list[T]:
 
 
 def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Do `work` in the main process alone, once all have come here, since it may change files that others still read.
+    """Do `work` in the main process only, after a barrier: it may change files that others still read.
 
-    The others wait outside any collective, so it may take as long as it has to. See `once`.
+    The others wait outside any collective, so no timeout limits it. See `once`.
     """
     accelerator.wait_for_everyone()
     return once(work)

@@ -1,4 +1,4 @@
-"""When training has gone wrong: a loss that is no number or left the ground it started from, and what to say then."""
+"""Detect training that went wrong (a non-finite or diverged loss), and explain it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llmtune.train.setup import TrainContext
 
 SHOWN_ROWS = 10
 WINDOW = 10
-"""Steps whose median is looked at: one bad batch, or four, do not count."""
+"""Number of steps in the median; up to four bad batches do not move it."""
 LEAST_RISE = 4.0
-"""Nats above the best so far that a loss must stay; e^4: each token is held 50 times less likely."""
+"""Nats above the best so far at which a loss counts as diverged; e^4: each token is about 50 times less likely."""
 FAR = 10
-"""How many times the loss of the start counts as far above it, where losses have no scale of their own."""
+"""Multiple of the initial loss that counts as diverged, for losses without a scale of their own."""
 
 
 @dataclass
@@ -31,13 +31,13 @@ class Divergence:
     """Watches the loss of each step.
 
     Training on tokens (nats per supervised token) counts as diverged when the median of the last ten steps
-    - is more than one nat worse than guessing every token at random, and than the first step; or
+    - is more than one nat worse than both guessing every token at random and the first step; or
     - is above twice the best so far and at least four nats above it. The best so far is the loss of the first step,
-      which the untouched model made, or the lowest median of ten steps.
+      which is that of the untrained model, or the lowest median of ten steps.
 
-    A pretrained model that goes astray ends near the loss of guessing (about 10 nats), from a start near 2; rows that
-    differ in difficulty do not move a median of ten by four nats. The losses of other tasks have no such scale, a
-    squared error least of all: there the median must be far above both the first step and guessing.
+    A pretrained model that diverges ends near the loss of guessing (about 10 nats), from a start near 2. Rows of
+    different difficulty do not move a median of ten by four nats. The losses of other tasks, such as a squared error,
+    have no such scale: their median must be far above both the first step and guessing.
     """
 
     guessing: float
@@ -48,7 +48,7 @@ class Divergence:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def observe(self, loss: float) -> str | None:
-        """Take in the loss of the next step; return what is wrong, or None."""
+        """Record the loss of the next step; return what is wrong, or None."""
         if self.first is None or self.best is None:
             self.first = self.best = loss
         self.recent.append(loss)
@@ -72,20 +72,20 @@ class Divergence:
         return None
 
     def save(self) -> LossHistory:
-        """Return what a checkpoint must keep."""
+        """Return the state that a checkpoint must keep."""
         return {"first": self.first, "best": self.best, "recent": list(self.recent)}
 
     def restore(self, history: LossHistory) -> None:
-        """Go on from what `save` returned."""
+        """Restore the state that `save` returned."""
         self.first, self.best = history["first"], history["best"]
         self.recent = deque(history["recent"], maxlen=WINDOW)
 
 
 def non_finite_error(training: TrainContext, step: int, loss: StepLoss, learning_rate: float) -> TrainingError:
-    """Explain a loss or gradient that is no number, with the training examples that make it so; asks all processes."""
+    """Explain a non-finite loss or gradient, with the training examples that cause it; all processes must call it."""
     figures = _figures(loss.mean, loss.grad_norm, learning_rate)
     if not weights_are_numbers(training):
-        what = f"the trained weights are no numbers any more in step {step}: the update before it was too large"
+        what = f"the trained weights are not finite in step {step}: the previous update was too large"
         return _describe_failure(training, step, figures, what, [])
     if math.isfinite(loss.mean):
         what = f"the gradient is {loss.grad_norm} in step {step}, though the loss is {loss.mean:.4f}"
@@ -95,8 +95,8 @@ def non_finite_error(training: TrainContext, step: int, loss: StepLoss, learning
 
 
 def weights_are_numbers(training: TrainContext) -> bool:
-    """Say whether all trained weights are finite, in every process."""
-    # The extremes rather than every weight: both carry NaN on, and neither needs memory of the model's size.
+    """Return whether all trained weights are finite, in every process."""
+    # aminmax propagates NaN, and unlike isfinite() on the weights it allocates nothing of the model's size.
     parts = [own_part(weight).detach() for weight in training.parameters]
     finite = all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in parts if part.numel())
     return not any_process(training.accelerator, not finite)
@@ -105,15 +105,15 @@ def weights_are_numbers(training: TrainContext) -> bool:
 def ruined_weights_error(
     training: TrainContext, step: int, loss: float, grad_norm: float, learning_rate: float
 ) -> TrainingError:
-    """Explain weights that the update of `step` has made no numbers; `loss` and `grad_norm` are those before it."""
-    what = f"the trained weights are no numbers after the update of step {step}: it was too large"
+    """Explain weights that the update of `step` made non-finite; `loss` and `grad_norm` are from before the update."""
+    what = f"the trained weights are not finite after the update of step {step}: it was too large"
     return _describe_failure(training, step, _figures(loss, grad_norm, learning_rate), what, [])
 
 
 def divergence_error(
     training: TrainContext, step: int, loss: StepLoss, learning_rate: float, what: str
 ) -> TrainingError:
-    """Explain a loss that left the ground it started from."""
+    """Explain a diverged loss."""
     figures = _figures(loss.mean, loss.grad_norm, learning_rate)
     return _describe_failure(training, step, figures, f"{what}, in step {step}", [])
 
@@ -121,7 +121,7 @@ def divergence_error(
 def name_last_checkpoint(folder: Path) -> str:
     """Name the newest checkpoint of a run."""
     found = list_checkpoints(folder / "checkpoints")
-    return f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint yet."
+    return f"The last good checkpoint is {found[0]}." if found else "No checkpoint was saved yet."
 
 
 def _figures(loss: float, grad_norm: float, learning_rate: float) -> str:
@@ -143,5 +143,5 @@ def _describe_failure(training: TrainContext, step: int, figures: str, what: str
     if guilty:
         rows = sorted({int(training.examples.rows[index]) for index in guilty})
         shown = ", ".join(str(row) for row in rows[:SHOWN_ROWS]) + (", ..." if len(rows) > SHOWN_ROWS else "")
-        problems.append(Problem(f"rows of this step to look at: {shown}", "data (train split, counted from 0)"))
+        problems.append(Problem(f"check these rows of the step: {shown}", "data (train split, counted from 0)"))
     return TrainingError(*problems)

@@ -58,15 +58,15 @@ from llmtune.train.signals import StopRequest, catch_signals
 from llmtune.train.validation_metrics import Scores, metrics_of_validation
 
 FIRST_SCALE = 2.0**16
-"""Loss scale that float16 starts with; halved, and the step done again, whenever a gradient overflows."""
+"""Initial loss scale of float16; when a gradient overflows, it is halved and the step is repeated."""
 
 SCALE_GROWS = 1000
-"""Steps after which a loss scale that was halved is tried doubled again."""
+"""Interval in steps at which a reduced loss scale is doubled again."""
 
 
 @dataclass
 class Run:
-    """A training under way."""
+    """The state of a training in progress."""
 
     training: TrainContext
     state: TrainState
@@ -96,17 +96,16 @@ def train(
 ) -> TrainedRun:
     """Train `adapted` in place and leave `checkpoints/`, `metrics.jsonl` and `adapter/` (or `weights/`) in `folder`.
 
-    `sharded` says whether each process holds a part of the model (FSDP2) or all of it.
-    `budget` is the number of tokens in a micro-batch to begin with; `on_budget` gets what it becomes. Training resumes
-    from the newest whole checkpoint; the result is the same to the last bit. `inputs` is the hash of everything that
-    training depends on: what other inputs have left is put aside, and a trained adapter stays until the new one takes
-    its place at the end.
+    `sharded` says whether each process holds a shard of the model (FSDP2) or all of it.
+    `budget` is the initial number of tokens in a micro-batch; `on_budget` is called when it changes. Training resumes
+    from the newest complete checkpoint, and the result is bit-identical. `inputs` is the hash of everything that
+    training depends on. Checkpoints of other inputs are moved aside. An earlier adapter is replaced only at the end.
 
     Raises:
-        Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
-        TrainingError: the loss diverged or is no number, or not even one row fits into memory.
-        EnvironmentProblem: the disk is full or forbidden, a tracker or an optimiser is not to be had here.
-        RecipeError: the schedule or `batch_tokens` cannot be.
+        Stopped: SIGINT or SIGTERM arrived; a checkpoint is saved.
+        TrainingError: the loss diverged or is not finite, or not even one row fits into memory.
+        EnvironmentProblem: the disk is full or not writable, or a tracker or an optimiser is not available.
+        RecipeError: the schedule or `batch_tokens` is invalid.
     """
     with deterministic():
         training = set_up(adapted, examples, task, recipe, folder, console, inputs, sharded)
@@ -152,7 +151,7 @@ def _run_steps(run: Run) -> None:
 
 
 def _take_step(run: Run) -> None:
-    """Do one optimiser step: gradients, checks, update."""
+    """Take one optimiser step: gradients, checks, update."""
     training, state = run.training, run.state
     started = time.perf_counter()
     step = state.step + 1
@@ -181,7 +180,7 @@ def _take_step(run: Run) -> None:
 
 
 def _gradients(run: Run, step: int) -> StepLoss:
-    """Compute the step's gradients; again with a smaller budget if memory ran out, with less scale if float16 did."""
+    """Compute the step's gradients; retry with a smaller budget if memory ran out, with a lower scale on overflow."""
     training, state = run.training, run.state
     while True:
         try:
@@ -198,9 +197,9 @@ def _gradients(run: Run, step: int) -> StepLoss:
 def _update(run: Run, step: int) -> None:
     training = run.training
     if not fits_in_memory(training.optimizer.step):
-        # Half of the weights may have moved: the step cannot be done again.
+        # Some weights may already be updated, so the step cannot be repeated.
         raise TrainingError.of(
-            f"out of memory in the update of step {step}, for which the rehearsal had found room",
+            f"out of memory in the update of step {step}, although it fit in the rehearsal",
             str(run.training.device),
             f"Another program took memory. {name_last_checkpoint(run.training.folder)}",
         )
@@ -211,7 +210,7 @@ def _update(run: Run, step: int) -> None:
 
 
 def _close_step(run: Run) -> None:
-    """Validate, log and save as the recipe wants at this step; decide whether to stop early."""
+    """Validate, log and save as the recipe asks at this step; decide whether to stop early."""
     training, state, train = run.training, run.state, run.training.recipe.train
     step = state.step
     last = step == training.plan.total_steps
@@ -225,7 +224,7 @@ def _close_step(run: Run) -> None:
             loss = _validate(run)
             scores = {} if loss is None else run.measure()
         if loss is None:
-            return  # stopped in between: done again when training goes on
+            return  # interrupted: repeated when training resumes
         improved = _record_validation(run, loss, scores)
     if step == 1 or last or validates or state.stopped_early or step % train.logging_steps == 0:
         _log(run, validates)
@@ -255,7 +254,7 @@ def _validate(run: Run) -> float | None:
 
 
 def _record_validation(run: Run, loss: float, scores: Scores) -> bool:
-    """Note what a validation found, say whether it is the best so far, and decide on stopping early."""
+    """Record the results of a validation, decide on early stopping, and return whether it is the best so far."""
     state, train = run.state, run.training.recipe.train
     name = train.metric_for_best_model
     value, better = {"loss": loss, **scores}.get(name, math.nan), better_side(name)
@@ -268,13 +267,13 @@ def _record_validation(run: Run, loss: float, scores: Scores) -> bool:
     patience = train.early_stopping_patience
     if patience is not None and state.stale_validations >= patience and state.step < run.training.plan.total_steps:
         best = "none" if state.best_metric is None else f"{state.best_metric:.4f} (step {state.best_step})"
-        state.stopped_early = f"{patience} validations without a better {name} than {best}"
+        state.stopped_early = f"{name} did not improve in {patience} validations; best {best}"
         run.console.print(f"Stopped early after step {state.step}: {state.stopped_early}.")
     return improved
 
 
 def _log(run: Run, validated: bool) -> None:
-    """Add a line to metrics.jsonl, to the trackers and to the display; figures are those since the line before."""
+    """Log to metrics.jsonl, the trackers and the display; figures cover the steps since the previous line."""
     training, state = run.training, run.state
     line: MetricsLine = {
         "step": state.step,
@@ -325,15 +324,15 @@ def _stop_if_asked(run: Run) -> None:
         what, where = f"stopped by {name} before step 1", None
     else:
         saved = run.training.checkpoints / f"step-{run.state.step}"
-        # Asked by one: to another machine a file of a network disk may be there a little later.
+        # Only rank 0 checks: on a network disk other machines may see the file later.
         there = run_on_main(run.training.accelerator, saved.exists)
         where = str(saved if there else _checkpoint(run))
         what = f"stopped by {name} after step {run.state.step} of {total}; a checkpoint is saved"
-    raise Stopped(Problem(what, where, "The same command again goes on from here."), signal_number=number)
+    raise Stopped(Problem(what, where, "Run the same command again to resume."), signal_number=number)
 
 
 def _take(training: TrainContext, best: Checkpoint) -> None:
-    """Make the weights those of a checkpoint; an average of them is made from its optimiser's state."""
+    """Load the weights of a checkpoint; schedule-free optimisers also need its optimiser state for their average."""
     if not hasattr(training.optimizer.optimizer, "eval"):
         restore_weights(training, best)
         return
@@ -343,12 +342,12 @@ def _take(training: TrainContext, best: Checkpoint) -> None:
 
 
 def _finish(run: Run) -> Path:
-    """Put the best weights back if the recipe wants them, and save the adapter (or the weights)."""
+    """Restore the best weights if the recipe asks for them, and save the adapter (or the weights)."""
     training, state = run.training, run.state
     if training.recipe.train.load_best_model_at_end and state.best_step not in (None, state.step):
         best = read_checkpoint(training.checkpoints / f"step-{state.best_step}")
         if isinstance(best, Damage):
-            run.console.print(f"[yellow]The best checkpoint is damaged ({best.reason}); the last step is taken.[/]")
+            run.console.print(f"[yellow]The best checkpoint is damaged ({best.reason}); using the last step.[/]")
         else:
             _take(training, best)
     set_mode(training.optimizer.optimizer, "eval")
@@ -386,7 +385,7 @@ def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
         padding_share=padding_share(
             training.plan,
             state.step,
-            state.budget,  # that training ended with
+            state.budget,  # the final one
             training.packed,
             training.accelerator.num_processes,
             training.pass_tokens,

@@ -1,4 +1,4 @@
-"""What is seen of training while it runs: a line of metrics a log step, trackers, and a progress bar or plain lines."""
+"""Training output while it runs: metrics.jsonl, trackers, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llmtune.store.atomic_files import explained, plain, read_json, read_json_li
 from llmtune.store.process_environment import LOCAL_TRACKERS
 
 ON_VALIDATION: ContextVar[Callable[[int, float], None] | None] = ContextVar("on_validation", default=None)
-"""Called with the step and the loss of each validation; what it raises ends the training."""
+"""Called with the step and the loss of each validation; an exception from it ends the training."""
 METRICS = "metrics.jsonl"
-"""In the run folder: a line a log step."""
+"""File in the run folder, with a line for each log step."""
 
 
 class MetricsLine(TypedDict):
-    """A line of metrics.jsonl: figures since the line before."""
+    """A line of metrics.jsonl: figures since the previous line."""
 
     step: int
     epoch: float
@@ -43,7 +43,7 @@ class MetricsLine(TypedDict):
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What training left behind: the final adapter (or weights) and its numbers."""
+    """The result of a training: the final adapter (or weights) and its numbers."""
 
     adapter: Path
     """A plain PEFT folder; with `method: full` a plain model folder."""
@@ -63,19 +63,19 @@ class TrainedRun:
     stopped_early: str | None = None
     resumed_from: int | None = None
     padding_share: float | None = None
-    """Of the positions that were computed, those that hold no token; 0 where rows were packed."""
+    """Share of computed positions without a token; 0 if rows were packed."""
     rehearsal_seconds: float = 0.0
     seconds_to_first_step: float | None = None
     """From the start of the process to the end of its first optimiser step, without the rehearsal; None without one."""
 
     def as_facts(self) -> Json:
-        """Return what the manifest keeps: JSON values, the adapter by the name of its folder in the run."""
+        """Return JSON values for the manifest; the adapter is the name of its folder in the run."""
         return {**asdict(self), "adapter": self.adapter.name}
 
 
 @dataclass
 class Display:
-    """Shows how training goes: a bar on a terminal, a line a log step elsewhere."""
+    """Show training progress: a bar on a terminal, a line for each log step elsewhere."""
 
     console: Console
     bar: Progress
@@ -88,7 +88,7 @@ class Display:
         self.bar.update(self.task, completed=step, figures=figures)
 
     def line(self, line: MetricsLine) -> None:
-        """Show a line of metrics where there is no bar, and a validation in any case."""
+        """Print a line of metrics if there is no bar, and every validation."""
         validation = line.get("validation_loss")
         scores = "".join(f"  {name} {value:.4f}" for name, value in line.get("validation_metrics", {}).items())
         if self.bar.disable:
@@ -120,7 +120,7 @@ def show_training(console: Console, done: int, total: int) -> Iterator[Display]:
 def append_line(path: Path, line: MetricsLine) -> None:
     """Add a line to metrics.jsonl and flush it to disk; numbers that JSON cannot hold become null.
 
-    Raises EnvironmentProblem if the disk is full or does not let us write.
+    Raises EnvironmentProblem if the disk is full or not writable.
     """
     with explained(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(plain(line)) + "\n")
@@ -129,7 +129,7 @@ def append_line(path: Path, line: MetricsLine) -> None:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Remove the lines after `step` from metrics.jsonl, and a torn last one; the file need not exist."""
+    """Remove the lines after `step` from metrics.jsonl, and an incomplete last one; the file need not exist."""
     if not path.exists():
         return
     kept = [line for line in read_json_lines(path) if isinstance(number := line.get("step"), int) and number <= step]
@@ -147,7 +147,8 @@ NAMED = {
     "clearml": "task_name",
     "swanlab": "experiment_name",
 }
-"""What a tracker calls the name of a run; the project has the name of the recipe. Others name runs themselves."""
+"""The option that names a run, by tracker; the project is named after the recipe. Other trackers name runs
+themselves."""
 FOLDER, IDS = "trackers", "ids.json"
 TrackedValue = str | int | float | bool
 
@@ -155,7 +156,7 @@ TrackedValue = str | int | float | bool
 def start_trackers(
     accelerator: Accelerator, names: Sequence[str], project: str, run: Path, settings: Mapping[str, TrackedValue] | None
 ) -> None:
-    """Start the trackers of a run, or go on with what they have of it already; `settings` are shown with it."""
+    """Start the trackers of a run, or resume its earlier entries; `settings` are shown with it."""
     ids = read_json(run / FOLDER / IDS) or {}
     options = {name: {**({NAMED[name]: run.name} if name in NAMED else {}), **ids.get(name, {})} for name in names}
     accelerator.init_trackers(project, config=settings and {**settings}, init_kwargs=options)
@@ -173,13 +174,13 @@ def start_trackers(
 
 
 def end_trackers(accelerator: Accelerator) -> None:
-    """Finish what the trackers have; Accelerate's own way would end the group of processes too."""
+    """Finish the trackers; Accelerate's `end_training` would also end the process group."""
     for tracker in accelerator.trackers:
         tracker.finish()
 
 
 def log_results(report: Report, trackers: Sequence[str], run: Path, device: str, *, offline: bool) -> None:
-    """Send scores, verdict and run folder to the trackers that have the training; offline to those on this machine."""
+    """Send scores, verdict and run folder to the trackers of the training; offline only to local ones."""
     names = [name for name in trackers if name in LOCAL_TRACKERS or not offline]
     if not names or report.evaluation is None or report.train is None:
         return
@@ -197,5 +198,5 @@ def log_results(report: Report, trackers: Sequence[str], run: Path, device: str,
 
 
 def tracker_folder(run: Path) -> ProjectConfiguration:
-    """Return where trackers that write files have them."""
+    """Return the folders for trackers that write files."""
     return ProjectConfiguration(project_dir=str(run), logging_dir=str(run / FOLDER))

@@ -28,11 +28,11 @@ _UNPAGED = {"adamw_32bit": "adamw_torch", "ademamix_32bit": "ademamix"}
 def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """Build `train.optim` over the trainable parameters; matrices decay, biases and norms (one dimension) do not.
 
-    With `loraplus_lr_ratio` the groups are those of PEFT's LoRA+ (Hayou et al. 2024): what is B, or has one dimension,
-    learns that many times faster. The first group has `learning_rate` in either case.
+    With `loraplus_lr_ratio` the groups are those of PEFT's LoRA+ (Hayou et al. 2024): B matrices and one-dimensional
+    weights learn that many times faster. The first group has `learning_rate` in either case.
 
-    Raises EnvironmentProblem for a paged optimiser without a GPU, where bitsandbytes would quietly take another one,
-    and for one of bitsandbytes where that is not installed.
+    Raises EnvironmentProblem for a paged optimiser without a GPU (bitsandbytes would silently use another one), and
+    for a bitsandbytes optimiser if bitsandbytes is not installed.
     """
     train = recipe.train
     if train.optim.startswith("paged_") and device.type != "cuda":
@@ -76,7 +76,7 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device
 
 
 def _find_tables(model: torch.nn.Module) -> set[int]:
-    """Return the ids of the weights of embeddings and heads, which Muon is not for."""
+    """Return the ids of the weights of embeddings and heads, which Muon should not update."""
     inner = unwrap(model)
     heads = head_names(inner)
     weights = [p for module in inner.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()]
@@ -84,14 +84,14 @@ def _find_tables(model: torch.nn.Module) -> set[int]:
 
 
 def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
-    """Let a schedule-free optimiser's weights be those that are trained (`train`), or their average (`eval`)."""
+    """Switch a schedule-free optimiser's weights to the trained ones (`train`) or their average (`eval`)."""
     if hasattr(optimizer, "eval"):
         getattr(optimizer, mode)()
 
 
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let the weights be a schedule-free optimiser's average for a while, and then those of before to the last bit."""
+    """Use a schedule-free optimiser's averaged weights inside the block; afterwards restore the weights bit by bit."""
     if not hasattr(optimizer, "eval"):
         yield
         return
@@ -108,12 +108,12 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _write_setting(value: float | str) -> str:
-    """Return a value as transformers reads it: whole numbers without a point."""
+    """Format a value for transformers: integral numbers without a decimal point."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _admit_projectors() -> None:
-    """Let a checkpoint hold the projections of GaLore and APOLLO, which are objects beside tensors."""
+    """Allow the projector objects of GaLore and APOLLO in checkpoints, which otherwise contain tensors only."""
     for package, names in (
         ("galore_torch.galore_projector", ("GaLoreProjector",)),
         ("apollo_torch.random_projector", ("GradientProjector",)),
@@ -138,7 +138,7 @@ def _optimizer_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimi
 
         betas = (train.adam_beta1, train.adam_beta2)
         return MuonWithAdamW, {"lr": train.learning_rate, "betas": betas, "eps": train.adam_epsilon}
-    from transformers import Trainer  # brings datasets and pandas along, for which most trainings need not wait
+    from transformers import Trainer  # imports datasets and pandas, which most trainings do not need
 
     arguments = SimpleNamespace(
         optim=train.optim,
@@ -158,15 +158,15 @@ def _optimizer_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimi
         fix = "pip install bitsandbytes 'llmtune-cli[optimizers]', or set train.optim to adamw_torch."
         raise EnvironmentProblem.of(f"{train.optim} is not available here: {error}", "train.optim", fix) from error
     except (KeyError, ValueError) as error:
-        what = f"{train.optim} was given {', '.join(train.optim_args) or 'nothing'}: {error}"
-        raise RecipeError.of(what, "train.optim_args", "The names are those of transformers' `optim_args`.") from error
+        what = f"cannot build {train.optim} with {', '.join(train.optim_args) or 'no arguments'}: {error}"
+        raise RecipeError.of(what, "train.optim_args", "Use the names of transformers' `optim_args`.") from error
     return found
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> LambdaLR:
     """Build `train.lr_scheduler_type` over `total_steps`; `warmup_steps` below 1 is a share of them, rounded up.
 
-    A warm-up begins one step into transformers' schedule, whose first learning rate is 0: a step that learns nothing.
+    A warm-up skips the first step of transformers' schedule, whose learning rate is 0.
 
     Raises RecipeError if `lr_scheduler_kwargs` do not fit the schedule.
     """
@@ -176,7 +176,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps
     if share:
         warmup = min(warmup, total_steps - 1)
     elif warmup >= total_steps:
-        what = f"{warmup} steps of warm-up, and training has {total_steps}: none would have the full learning rate"
+        what = f"{warmup} warm-up steps, but training has {total_steps}: it would never reach the full learning rate"
         raise RecipeError.of(
             what, "train.warmup_steps", "Set it below the number of steps, or to a share such as 0.03."
         )
@@ -188,11 +188,11 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps
             train.lr_scheduler_type, optimizer, warmup, total_steps + bool(warmup), scheduler_specific_kwargs=options
         )
     except (TypeError, ValueError) as error:
-        given = ", ".join(train.lr_scheduler_kwargs) or "nothing"
+        given = ", ".join(train.lr_scheduler_kwargs) or "no arguments"
         raise RecipeError.of(
-            f"the schedule {train.lr_scheduler_type} was given {given}: {error}",
+            f"cannot build the schedule {train.lr_scheduler_type} with {given}: {error}",
             "train.lr_scheduler_kwargs",
-            "The names are those of transformers.get_scheduler's functions, e.g. num_cycles, min_lr_rate.",
+            "Use the argument names of transformers.get_scheduler's functions, e.g. num_cycles, min_lr_rate.",
         ) from error
     if not warmup:
         return schedule
@@ -207,14 +207,14 @@ def _one_step_on(rate: Callable[[int], float], step: int) -> float:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon on groups of matrices, and torch's AdamW on the others.
+    """torch's Muon for groups of matrices, and torch's AdamW for the others.
 
-    Steps have the size of AdamW's (`match_rms_adamw`; Liu et al., "Muon is Scalable for LLM Training", 2025), so that
-    one learning rate fits both.
+    Muon's steps are scaled to the size of AdamW's (`match_rms_adamw`; Liu et al., "Muon is Scalable for LLM Training",
+    2025), so one learning rate fits both.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
-        """Take groups; what has two dimensions goes to Muon, unless its group says `muon: False`.
+        """Assign two-dimensional weights to Muon, unless their group says `muon: False`, and the others to AdamW.
 
         Raises EnvironmentProblem for a torch before 2.9.
         """
@@ -251,7 +251,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return whole
 
     def _share(self) -> None:
-        """Let the parts read and write the groups and the state of the whole, which loading a checkpoint replaces."""
+        """Point both optimisers at this one's groups and state, which loading a checkpoint replaces."""
         for part, groups in zip((self.muon, self.adamw), self._split(), strict=True):
             if part is not None:
                 for group in groups:

@@ -1,4 +1,4 @@
-"""Before step 1: resume from a checkpoint, and try the largest micro-batch, a validation batch, a save and reload."""
+"""Before step 1: resume from a checkpoint, then try the largest micro-batch, a validation batch, a save and reload."""
 
 from __future__ import annotations
 
@@ -45,12 +45,11 @@ from llmtune.train.sharding import load_whole
 def run_preflight(
     training: TrainContext, state: TrainState, console: Console, on_budget: Callable[[int], None]
 ) -> None:
-    """Try the heaviest work of the training, shrink `state.budget` until it fits, and put everything back bit by bit.
+    """Try the heaviest work of the training, shrink `state.budget` until it fits, and restore everything bit by bit.
 
     Raises:
         TrainingError: not even the longest example alone fits into memory.
-        EnvironmentProblem: a checkpoint cannot be written, or does not read back as it was written; or layers that
-            are to be compiled cannot be.
+        EnvironmentProblem: a checkpoint cannot be written, or reads back differently; or layers cannot be compiled.
     """
     with ExitStack() as stack:
         if training.recipe.train.torch_compile:
@@ -67,7 +66,7 @@ def run_preflight(
 
 
 def _expected_time(training: TrainContext, state: TrainState, pace: float) -> str:
-    """Say how long training will take, at so many seconds a token; the rehearsal's first step is slower than others."""
+    """Format the expected time at `pace` seconds per token: an upper bound, as the rehearsed step is slower."""
     epochs = (training.plan.total_steps - state.step) / training.plan.steps_per_epoch
     seconds = pace * float(training.examples.lengths.sum()) * epochs / training.accelerator.num_processes
     return f"about {seconds / 60:.0f} minutes at most" if seconds >= 90 else "about a minute at most"
@@ -76,7 +75,7 @@ def _expected_time(training: TrainContext, state: TrainState, pace: float) -> st
 def _try_heaviest_work(
     training: TrainContext, state: TrainState, console: Console, on_budget: Callable[[int], None]
 ) -> float:
-    """Return the seconds that a token took."""
+    """Return the seconds per token."""
     before, after = training.checkpoints / ".tmp-before", training.checkpoints / ".tmp-after"
     with _random_states():
         save(training, state, before)
@@ -95,9 +94,9 @@ def _try_heaviest_work(
 
 
 def _rehearse(training: TrainContext, state: TrainState, before: Path, after: Path) -> float | None:
-    """Try a step, a validation, a save and a reload, and put back what was saved in `before`.
+    """Try a step, a validation, a save and a reload, and restore the state saved in `before`.
 
-    Returns the seconds that a token took; None where memory ran out in one of the processes.
+    Returns the seconds per token; None if any process ran out of memory.
     """
     pace = _fits(training, state.budget)
     if pace is not None:
@@ -114,9 +113,9 @@ def shrink_budget(
     occasion: str,
     error: MicroBatchTooLarge | None = None,
 ) -> None:
-    """Halve the token budget, down to the longest example at least, and print it.
+    """Halve the token budget, but not below the longest example, and print it.
 
-    Raises TrainingError if it is there already, or if this process is `alone` with the `error`.
+    Raises TrainingError if it cannot shrink, or if the `error` occurred in this process `alone`.
     """
     if state.budget <= training.longest:
         raise _does_not_fit(training)
@@ -126,19 +125,19 @@ def shrink_budget(
         raise TrainingError.of(
             f"out of memory in {occasion}",
             f"process {training.accelerator.process_index}",
-            f"The same command again goes on with micro-batches of {state.budget:,} tokens.",
+            f"Run the same command again: it resumes with micro-batches of {state.budget:,} tokens.",
         )
     console.print(f"[yellow]Out of memory in {occasion}: micro-batches shrink to {state.budget:,} tokens.[/]")
 
 
 def _fits(training: TrainContext, budget: int) -> float | None:
-    """Run the heaviest micro-batches through a whole step, and the heaviest validation batch, in every process.
+    """Run the heaviest micro-batches through a complete step, and the heaviest validation batch, in every process.
 
-    Returns the seconds that a token of the step took; None where it does not fit.
+    Returns the seconds per token of the step; None if it does not fit.
     """
     most = len(training.examples) if training.recipe.train.batch_tokens else training.recipe.train.batch_size
     reader, held_out = training.examples, training.validation
-    chunked = takes_head_loss(training.adapted.selected.model)  # logits take the same memory, however many there are
+    chunked = takes_head_loss(training.adapted.selected.model)  # then the memory of logits does not grow with tokens
 
     def step() -> None:
         for index, rows in enumerate(batches):
@@ -176,7 +175,7 @@ def _train_on(training: TrainContext, rows: Indexes) -> None:
 
 
 def save(training: TrainContext, state: TrainState, folder: Path) -> None:
-    """Write a checkpoint of the training as it stands; every process waits for it.
+    """Write a checkpoint of the current training state; every process waits for it.
 
     Raises EnvironmentProblem in every process if the main one cannot write.
     """
@@ -200,17 +199,17 @@ def save(training: TrainContext, state: TrainState, folder: Path) -> None:
 
 
 def _read_back(training: TrainContext, folder: Path) -> bool:
-    """Return False if memory ran out in one of the processes."""
+    """Load a checkpoint as a test; return False if any process ran out of memory."""
 
     def work() -> None:
-        training.optimizer.optimizer.state.clear()  # before another is read: it can be twice as large as the model
+        training.optimizer.optimizer.state.clear()  # free it before reading: it can be twice as large as the model
         release_memory()
         found = read_checkpoint(folder)
         if isinstance(found, Damage):
             raise EnvironmentProblem.of(
                 f"a checkpoint did not read back as it was written: {found.reason}",
                 str(folder.parent),
-                "The disk or its driver loses data: give the run another folder with --out.",
+                "The disk or its driver loses data. Choose a folder on another disk with --out.",
             )
         restore_checkpoint(training, found)
 
@@ -218,7 +217,7 @@ def _read_back(training: TrainContext, folder: Path) -> bool:
 
 
 def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
-    """Make weights, optimiser and schedule what they were when `found` was written, in place."""
+    """Restore weights, optimiser and schedule from `found`, in place."""
     training.optimizer.optimizer.state.clear()
     state = restore_weights(training, found)
     training.optimizer.load_state_dict({**found.optimizer["optimizer"], "state": state})
@@ -228,7 +227,7 @@ def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
 
 
 def restore_weights(training: TrainContext, found: Checkpoint) -> dict[int, dict[str, Any]]:
-    """Make the weights what they were when `found` was written, in place; return the optimiser's state of then."""
+    """Restore the weights from `found`, in place; return its optimiser state."""
     if not found.weights:  # of a sharded model
         return read_shards(training, found.folder / SHARDS)
     load_whole(named_trainable(training.adapted.model), found.weights)
@@ -236,7 +235,7 @@ def restore_weights(training: TrainContext, found: Checkpoint) -> dict[int, dict
 
 
 def resume(training: TrainContext, state: TrainState, divergence: Divergence, console: Console) -> int | None:
-    """Clean up after an interrupted run, and put the newest whole checkpoint into all that it was made of.
+    """Clean up after an interrupted run, and restore the newest complete checkpoint.
 
     Returns the step of the checkpoint; None without one.
     """
@@ -247,7 +246,7 @@ def resume(training: TrainContext, state: TrainState, divergence: Divergence, co
         remove_unfinished(training.checkpoints)
         remove_unfinished(training.folder)
         found = newest = newest_checkpoint(training.checkpoints, training.inputs, console)
-        # A stop saves a step before its line is written: what goes on writes it, for the second time after a kill.
+        # A stop saves a step before its line is written, so the resumed run writes it. After a kill the line may exist.
         cut_back(training.folder / METRICS, newest.state.closed if newest else 0)
         return newest.folder.name if newest else None
 
@@ -255,13 +254,14 @@ def resume(training: TrainContext, state: TrainState, divergence: Divergence, co
     if name is None:
         return None
     found = found or read_checkpoint(training.checkpoints / name)  # the other processes read it too
-    assert isinstance(found, Checkpoint), "it was whole a moment ago"
+    assert isinstance(found, Checkpoint), "rank 0 just read it"
     restore_checkpoint(training, found)
     budget = min(state.budget, found.state.budget)
     vars(state).update(vars(found.state))
     state.budget = max(budget, training.longest)
     divergence.restore(found.state.divergence)
-    console.print(f"Going on from {name} of {training.plan.total_steps} ({escape(str(found.folder))}).")
+    total = training.plan.total_steps
+    console.print(f"Resuming from step {state.step} of {total} ({escape(str(found.folder))}).")
     return state.step
 
 
@@ -277,7 +277,7 @@ def _does_not_fit(training: TrainContext) -> LlmtuneError:
     return TrainingError.of(
         f"out of memory: the longest row ({training.longest:,} tokens) does not fit alone; {device.type} memory{has}",
         f"training example {int(reader.lengths.argmax())}, micro-batch of one row",
-        f"{'; or '.join(ways)}; or take a smaller model.",
+        f"{'; or '.join(ways)}; or use a smaller model.",
     )
 
 
@@ -288,7 +288,7 @@ def _discard(*folders: Path) -> None:
 
 @contextmanager
 def _random_states() -> Iterator[None]:
-    """Put all random number generators back afterwards."""
+    """Restore all random number generators after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:

@@ -1,4 +1,4 @@
-"""The training loss of each row, kept while the loop goes over it: rows that stay hard are often labelled wrongly.
+"""The training loss of each row, recorded during training: rows that stay hard are often labelled wrongly.
 
 Shapes: N training examples.
 """
@@ -21,17 +21,17 @@ from llmtune.store.atomic_files import explained
 from llmtune.train.accumulation import StepLoss
 
 FILE = "row_losses.npz"
-"""In the run folder: `row` (which row of the training split an example is of), `loss`, `excess`, `seen`, [N] each."""
+"""File in the run folder with `row` (index in the training split), `loss`, `excess` and `seen`, [N] each."""
 LossTable = npt.NDArray[np.float32]
-"""[N, 3]: sums over the times that an example was seen, of its loss, of its excess over its step, and the times."""
+"""[N, 3]: for each example the sum of its loss, the sum of its excess over its step, and how often it was seen."""
 MOST_LISTED, LONGEST = 10, 400
 FEWEST_ROWS = 20
 
 
 def add_step(table_N3: LossTable, loss: StepLoss, supervised: npt.NDArray[np.int32]) -> None:
-    """Add what a step gave to the table, in place: nats per prediction of each row.
+    """Add the row losses of a step to the table, in place, in nats per prediction.
 
-    The excess over the mean of the step takes out how far training was when a row came.
+    The excess over the step's mean is independent of how far training was.
     """
     means = loss.row_sums / np.maximum(1, supervised[loss.rows])
     if np.isfinite(means).all():
@@ -39,7 +39,7 @@ def add_step(table_N3: LossTable, loss: StepLoss, supervised: npt.NDArray[np.int
 
 
 def save_row_losses(table_N3: LossTable, examples: ExampleReader, folder: Path) -> None:
-    """Write the file; nothing where no row has a loss of its own."""
+    """Write the file, unless no row has a loss of its own."""
     seen_N = table_N3[:, 2]
     if not seen_N.any():
         return
@@ -50,7 +50,7 @@ def save_row_losses(table_N3: LossTable, examples: ExampleReader, folder: Path) 
 
 
 def list_hardest(folder: Path, rows: Rows, examples: Examples, task: EvaluatedTask) -> list[Json]:
-    """Return the training rows whose loss was farthest above that of the steps they were in, the hardest first.
+    """Return the training rows whose loss was farthest above the mean of their steps, the hardest first.
 
     Such rows are often labelled wrongly: Swayamdipta and others, "Dataset Cartography", 2020.
     """

@@ -1,4 +1,4 @@
-"""What one training works with: model, optimiser, data and plan, made once before step 1."""
+"""The parts of one training: model, optimiser, data and plan, made once before step 1."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainContext:
-    """The parts of one training. The model is trained in place, and losses are added; nothing else here changes."""
+    """The parts of one training. Only the model and `row_losses` change, in place."""
 
     adapted: AdaptedModel
     accelerator: Accelerator
     model: torch.nn.Module
-    """As Accelerate prepared it: wrapped when there are several processes."""
+    """As Accelerate prepared it: wrapped if there are several processes."""
     parameters: tuple[torch.nn.Parameter, ...]
     """The trainable ones."""
     optimizer: AcceleratedOptimizer
@@ -62,30 +62,30 @@ class TrainContext:
     collate: Collate
     folder: Path
     inputs: str
-    """Hash of all that training depends on: a checkpoint of other inputs is not resumed from."""
+    """Hash of everything that training depends on; checkpoints of other inputs are not resumed."""
     row_losses: npt.NDArray[np.float32]
-    """What each training example's loss was so far (`llmtune.train.row_losses.LossTable`)."""
+    """Loss of each training example so far (`llmtune.train.row_losses.LossTable`)."""
     sharded: bool
     """Whether the model is sharded over the processes (FSDP2): each pass then needs all of them."""
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are."""
+        """The folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
         return torch.device(self.accelerator.device)
 
     @property
     def packed(self) -> bool:
-        """Whether the rows of a micro-batch stand end to end."""
+        """Whether the rows of a micro-batch are concatenated."""
         return self.adapted.selected.packs
 
     @property
     def pass_tokens(self) -> int | None:
-        """What one more pass costs in tokens, where it pays to cut padded rows finer than memory asks for."""
+        """Cost of one more pass in tokens, if smaller micro-batches of padded rows can be faster; else None."""
         return PASS_TOKENS if self.device.type == "cpu" else None
 
     @property
@@ -95,12 +95,12 @@ class TrainContext:
         return max(int(self.examples.lengths.max()), held_out)
 
     def compute(self) -> AbstractContextManager[object]:
-        """Return the context of the model's number format."""
+        """Return the context (autocast) of the model's number format."""
         return compute_context(self.dtype, self.device.type)
 
 
 def build_accelerator(recipe: Recipe, folder: Path, device: torch.device) -> Accelerator:
-    """Make the Accelerator that the loop runs on; the number format is ours (its own turns all outputs into float32).
+    """Make the Accelerator of the loop, without mixed precision: Accelerate's would cast all outputs to float32.
 
     Raises EnvironmentProblem for a tracker that is not installed.
     """
@@ -147,9 +147,9 @@ def set_up(
     inputs: str,
     sharded: bool = False,
 ) -> TrainContext:
-    """Put together what training works with; `inputs` and `sharded` as `train` takes them.
+    """Build the parts of a training; `inputs` and `sharded` are those of `train`.
 
-    Raises RecipeError or EnvironmentProblem for an optimiser, schedule, tracker or `batch_tokens` that cannot be.
+    Raises RecipeError or EnvironmentProblem for an invalid optimiser, schedule, tracker or `batch_tokens`.
     """
     train, reader = recipe.train, ExampleReader(examples, "train")
     held_out = ExampleReader(examples, "validation") if examples.counts.get("validation") else None
@@ -160,18 +160,16 @@ def set_up(
         from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
 
         parts = compile_parts(adapted.model, adapted.selected.model)
-        console.print(
-            f"{parts} parts of the model's layers are compiled when they are first used, which takes a while."
-        )
+        console.print(f"{parts} parts of the model's layers will be compiled at their first use, which takes a while.")
     if recipe.adapter.start_from is None:
         task.start_head(adapted, reader, recipe)
     _mark_loss(adapted, task, recipe)
     if sharded:
-        shard_model(adapted.model, torch.device(pick_device()))  # by torch: Accelerate shards on GPUs alone
+        shard_model(adapted.model, torch.device(pick_device()))  # not by Accelerate, which shards on GPUs only
     accelerator = build_accelerator(recipe, folder, next(adapted.model.parameters()).device)
     optimizer = accelerator.prepare_optimizer(build_optimizer(adapted.model, recipe, accelerator.device))
     with warnings.catch_warnings():
-        # torch 2.13 wants another name for it, which Accelerate does not have yet.
+        # torch 2.13 renamed the argument; Accelerate does not use the new name yet.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model = accelerator.prepare_model(adapted.model, device_placement=not sharded, evaluation_mode=sharded)
     return TrainContext(
@@ -196,14 +194,14 @@ def set_up(
 
 
 def _mark_loss(adapted: AdaptedModel, task: TaskInterface, recipe: Recipe) -> None:
-    """Let a model take the loss, and the noise on its embeddings, that the recipe wants in training; in place.
+    """Set up the model, in place, for the loss and the embedding noise that the recipe asks for.
 
-    Raises RecipeError where its kind has not that loss.
+    Raises RecipeError if this kind of model does not support the loss.
     """
     model = adapted.selected.model
     if recipe.train.loss_type == "dft":
         if task.auto_class != "AutoModelForCausalLM":
-            what = f"the loss dft is for decoders, and {adapted.selected.model_ref.name} has an encoder"
+            what = f"the loss dft is for decoders, but {adapted.selected.model_ref.name} has an encoder"
             raise RecipeError.of(what, "train.loss_type", "Remove it.")
         setattr(model, DFT, True)
     if recipe.train.neftune_noise_alpha is not None:
@@ -211,13 +209,13 @@ def _mark_loss(adapted: AdaptedModel, task: TaskInterface, recipe: Recipe) -> No
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most bytes in use so far: of the GPU's allocator, or else of the process (resident)."""
+    """Return the peak memory in bytes so far: of the GPU's allocator, or of the process (resident) without a GPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak_bytes()
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Ask torch for the same bytes each time; an operation that cannot warns and goes on."""
+    """Use torch's deterministic algorithms inside the block; an operation without one only warns."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     switches: Any = torch.utils.deterministic
     filled = switches.fill_uninitialized_memory

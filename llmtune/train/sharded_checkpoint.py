@@ -1,4 +1,4 @@
-"""Checkpoints of a sharded model: written by all processes at once, read by any number of them, one too."""
+"""Checkpoints of a sharded model: written by all processes at once, readable by any number of them, even one."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from llmtune.train.setup import TrainContext
 from llmtune.train.sharding import cut_like
 
 _BY_ALL = next(name for name in signature(HuggingFaceStorageWriter).parameters if name.startswith("save_"))
-"""What torch calls it that every process writes its own file: `save_distributed`, in 2.8 `save_sharded`."""
+"""torch's option to let every process write its own file: `save_distributed`, in 2.8 `save_sharded`."""
 FILE_BYTES = 2**28
-"""About how much of the tensors, counted whole, goes into one file: the writer holds a copy of a file in memory."""
+"""Approximate size of one file, in bytes of unsharded tensors: the writer holds a copy of each file in memory."""
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
-"""What the names of tensors begin with: `weights.PARAMETER`, `optimizer.KEY.PARAMETER`."""
+"""Prefixes of tensor names: `weights.PARAMETER`, `optimizer.KEY.PARAMETER`."""
 
 
 def write_shards(training: TrainContext, checkpoint: Path) -> Path:
-    """Write weights and optimiser state beside what is to become `checkpoint`, from all processes; return the folder.
+    """Write weights and optimiser state from all processes to a folder next to `checkpoint`, and return that folder.
 
     Raises EnvironmentProblem in every process if one of them cannot write.
     """
@@ -52,7 +52,7 @@ def write_shards(training: TrainContext, checkpoint: Path) -> Path:
 
 
 def read_shards(training: TrainContext, folder: Path) -> dict[int, dict[str, torch.Tensor]]:
-    """Read weights in place; return the optimiser state, by the number of the parameter in its groups."""
+    """Read weights in place; return the optimiser state by the index of the parameter in its groups."""
     parameters = named_trainable(training.adapted.model)
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, torch.Tensor] = {WEIGHTS + name: parameter for name, parameter in parameters.items()}
@@ -76,7 +76,7 @@ def read_shards(training: TrainContext, folder: Path) -> dict[int, dict[str, tor
 
 
 def cut_state(training: TrainContext, state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Return this process's part of an optimiser state that was written whole."""
+    """Return this process's shard of an unsharded optimiser state."""
     parameters = _numbered(training)
     return {
         index: {

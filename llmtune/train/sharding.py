@@ -20,15 +20,15 @@ from llmtune.records import AdaptedModel
 
 
 def share_model(make: Callable[[], AdaptedModel]) -> AdaptedModel:
-    """Let the first process make a model; the others get it with its weights on `meta`, until `shard_model` fills them.
+    """Make a model in the first process; the others receive it with weights on `meta`, filled later by `shard_model`.
 
-    Modules, hooks, configuration and buffers are handed over as they are: all processes have one model, and one alone
-    reads files, starts adapters and proves that they work. An error there ends the others. A model with weights that
-    are computed from others (wav2vec2's) cannot be handed over, so each process makes it.
+    Modules, hooks, configuration and buffers are sent unchanged, so only the first process reads files, initialises
+    adapters and checks them. An error there ends the others. A model with parametrized weights (wav2vec2) cannot be
+    pickled, so each process makes its own.
     """
     adapted = make() if torch.distributed.get_rank() == 0 else None
     if adapted is not None and hasattr(adapted.model, KEPT):
-        setattr(adapted.model, KEPT, {})  # each process keeps its part, once it has one
+        setattr(adapted.model, KEPT, {})  # `shard_model` fills it with each process's shard
     (packed,) = broadcast_object_list([None if adapted is None else _pack_model(adapted)])
     if adapted is None:
         adapted = make() if packed is None else cast(AdaptedModel, _Unpacking(io.BytesIO(packed)).load())
@@ -44,17 +44,17 @@ def _pack_model(adapted: AdaptedModel) -> bytes | None:
 
 
 class _Packing(dill.Pickler):  # type: ignore[misc]
-    """Writes a model without its weights."""
+    """Pickle a model without its weights."""
 
     def persistent_id(self, value: object) -> tuple[object, ...] | None:
-        """Describe a weight; all else is written as it is."""
+        """Return a description of a weight, and None for anything else."""
         if not isinstance(value, torch.nn.Parameter):
             return None
         return id(value), value.shape, value.dtype, value.requires_grad
 
 
 class _Unpacking(dill.Unpickler):  # type: ignore[misc]
-    """Reads a model whose weights are then on `meta`; one that has two names stays one."""
+    """Unpickle a model with its weights on `meta`; tied weights stay tied."""
 
     def __init__(self, *files: Any) -> None:
         super().__init__(*files)
@@ -69,11 +69,11 @@ class _Unpacking(dill.Unpickler):  # type: ignore[misc]
 
 
 def shard_model(model: torch.nn.Module, device: torch.device) -> None:
-    """Cut the parameters of `model` over all processes, in place; their numbers are those that the first one has.
+    """Shard the parameters of `model` over all processes, in place, with the values of the first process.
 
-    Each layer is a piece, and what is left is one more. Every piece is given up after its forward pass, the outermost
-    too: so weights that change between two forward passes, as those of a reference model do, are never taken from an
-    earlier one.
+    Each layer is a unit, and the remaining parameters form one more. Every unit, the outermost included, is resharded
+    after its forward pass. Weights that change between two forward passes (those of a reference model) are therefore
+    never stale.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for piece in [*kept_together(model), model]:
@@ -83,7 +83,7 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> None:
         fill_meta(lambda own: torch.empty_like(own, device=device) if own.is_meta else own)
         _fill_parts(piece, whole, mesh)
     switch = getattr(model, "set_reduce_scatter_unused_params", None)  # of newer torch
-    if switch is not None:  # weights that the rows of one process need and those of another do not, as an expert's
+    if switch is not None:  # some weights, such as an expert's, get gradients in some processes only
         switch(True)
     if hasattr(model, KEPT):
         keep_reference(model)
@@ -91,7 +91,7 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def _fill_parts(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: DeviceMesh) -> None:
-    """Give each process its part of the `whole` weights of the first; they are given up as they go."""
+    """Give each process its shard of the first process's `whole` weights, freeing each weight once it is sent."""
     for name in list(whole):
         parameter, here = piece.get_parameter(name), whole.pop(name)
         sent = torch.empty_like(here, device=mesh.device_type) if here.is_meta else here.to(mesh.device_type)
@@ -100,7 +100,7 @@ def _fill_parts(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: De
 
 
 def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return what this process has of a whole `value` for `parameter`: all of it where that is whole."""
+    """Return this process's shard of a full `value` for `parameter`; all of it if the parameter is not sharded."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     whole = value.to(parameter.device)
@@ -108,9 +108,9 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor] | None:
-    """Return the state of a sharded model put together again, on the CPU of the first process; all have to call it.
+    """Gather the state of a sharded model on the CPU of the first process; all processes must call it.
 
-    With `trained_only` frozen weights are left out. A weight of two names is one tensor. None for any other model.
+    With `trained_only`, frozen weights are omitted. Tied weights share one tensor. Returns None for any other model.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
@@ -128,8 +128,8 @@ def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.T
 
 
 def load_whole(parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy whole `weights` into parameters of the same names, or into this process's parts of them, in place."""
-    assert parameters.keys() == weights.keys(), "a checkpoint holds exactly the trainable parameters"
+    """Copy full `weights` into the parameters of the same names, or into this process's shards of them, in place."""
+    assert parameters.keys() == weights.keys(), "a checkpoint contains exactly the trainable parameters"
     with torch.no_grad():
         for name, parameter in parameters.items():
             own_part(parameter).copy_(own_part(cut_like(weights[name], parameter)))

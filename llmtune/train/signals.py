@@ -14,17 +14,17 @@ from rich.console import Console
 
 @dataclass
 class StopRequest:
-    """Which signal asked for a stop; None as long as none did."""
+    """The signal that requested a stop; None if there was none."""
 
     signal_number: int | None = None
 
 
 @contextmanager
 def catch_signals(console: Console) -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a `StopRequest` inside the block; afterwards put the old handlers back.
+    """Turn SIGINT and SIGTERM into a `StopRequest` inside the block; afterwards restore the old handlers.
 
-    A second SIGINT raises KeyboardInterrupt where the program stands. Outside the main thread, where Python allows no
-    handlers, nothing is caught.
+    A second SIGINT raises KeyboardInterrupt immediately. Outside the main thread, where Python allows no handlers,
+    nothing is caught.
     """
     request = StopRequest()
 
@@ -34,7 +34,7 @@ def catch_signals(console: Console) -> Iterator[StopRequest]:
         if request.signal_number is None:
             request.signal_number = number
             again = " (Ctrl-C again quits at once)" if number == signal.SIGINT else ""
-            console.print(f"Stopping: this step is finished and saved first{again}.")
+            console.print(f"Stopping after this step is finished and saved{again}.")
 
     if threading.current_thread() is not threading.main_thread():
         yield request

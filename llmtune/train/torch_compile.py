@@ -1,4 +1,4 @@
-"""`train.torch_compile`: the parts of a model's layers that can be compiled, and what goes wrong while they are."""
+"""`train.torch_compile`: compile the parts of a model's layers that allow it, and explain compiler errors."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
 
 
 def compile_parts(model: torch.nn.Module, inner: PreTrainedModel) -> int:
-    """Have parts of the layers of `model` compiled at their first call, for rows of any length; return their number.
+    """Set parts of the layers of `model`, in place, to be compiled at their first call; return the number of parts.
 
-    Parts are those that work on tensors alone: norms, gated layers, outputs. Attention takes the lengths of documents,
-    for each number of which it would be compiled anew. Changes `model` in place. Layers are those that the
-    model must not be split within (`_no_split_modules`); raises RecipeError if it names none.
+    They are compiled for rows of any length. Parts are modules that only take tensors: norms, gated layers, outputs.
+    Attention takes document lengths, so it would be recompiled for each number of documents. Layers are the model's
+    `_no_split_modules`; raises RecipeError if it names none.
     """
     names = set(getattr(inner, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     parts = [part for layer in layers for part in _closed_parts(layer)]
     if not parts:
-        what = f"{type(inner).__name__} does not say what its layers are, or they have no parts that can be compiled"
+        what = f"{type(inner).__name__} does not name its layers, or none of their parts can be compiled"
         raise RecipeError.of(what, "train.torch_compile", "Remove it.")
     for part in parts:
-        # The same random numbers as without compiling: a step that is done again draws them by its seed.
+        # Draw the same random numbers as without compiling: a repeated step seeds them again.
         part.compile(dynamic=True, options={"fallback_random": True})
     return len(parts)
 
 
 def _closed_parts(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield the largest parts of `layer` whose forward has a closed list of arguments, but for torch's own and PEFT's.
+    """Yield the largest parts of `layer` whose forward takes no `**kwargs`, except modules of torch and PEFT.
 
-    Those are single operations, with nothing in them to be fused.
+    Those are single operations, with nothing to fuse.
     """
     for part in layer.children():
         arguments = inspect.signature(part.forward).parameters.values()
@@ -52,9 +52,9 @@ def _closed_parts(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @contextmanager
 def check_compiled(console: Console) -> Iterator[None]:
-    """See to it that layers are compiled in the block, say what that took, and explain what the compiler stumbles over.
+    """Check that layers are compiled in the block, print the time it took, and explain compiler errors.
 
-    Raises EnvironmentProblem if it fails, or if nothing came of it.
+    Raises EnvironmentProblem if compiling fails, or if nothing was compiled.
     """
     before, started = _count_graphs(), time.perf_counter()
     try:
@@ -63,7 +63,7 @@ def check_compiled(console: Console) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise _not_compiled(" ".join(lines[:2]) or type(error).__name__) from error
     if not _count_graphs():
-        raise _not_compiled("torch.compile made nothing of them")
+        raise _not_compiled("torch.compile produced no graphs")
     console.print(
         f"Compiled: {_count_graphs() - before} graphs; the rehearsal took {time.perf_counter() - started:.0f} s."
     )
@@ -77,5 +77,5 @@ def _not_compiled(reason: str) -> LlmtuneError:
     return EnvironmentProblem.of(
         f"the model's layers cannot be compiled here: {reason}",
         "train.torch_compile",
-        "Remove it; the result is the same but for the last digits.",
+        "Remove it; the result is the same except for the last digits.",
     )

@@ -1,4 +1,4 @@
-"""`train.eval_metrics`: the validation rows answered and scored as `evaluate` does, by the model as it stands."""
+"""`train.eval_metrics`: answer and score the validation rows with the current model, as `evaluate` does."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ Scores = dict[str, float]
 
 
 def metrics_of_validation(training: TrainContext, examples: Examples) -> Callable[[], Scores]:
-    """Return what measures `train.eval_metrics` on the validation rows; the model is then in training mode again.
+    """Return a function that computes `train.eval_metrics` on the validation rows.
 
-    All processes call it together: they share the rows, and each gets all scores.
+    It puts the model back into training mode. All processes must call it together: they share the rows, and each gets
+    all scores.
 
-    Raises DataError where the validation rows do not have what a metric is made of.
+    Raises DataError if the validation rows lack what a metric needs.
     """
     recipe, task = training.recipe, training.task
     metrics = recipe.train.eval_metrics
@@ -39,8 +40,8 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
     asked_of = {CHOICE: inputs.trees, **dict.fromkeys(TOOL_METRICS, inputs.turns)}
     asked_of = dict.fromkeys(PREDICTED, inputs.answered) | asked_of
     if lacking := [name for name in metrics if not asked_of.get(name, inputs.rows)]:
-        what = f"the validation rows have nothing to measure {', '.join(lacking)} by"
-        raise DataError.of(what, KEY, "Remove it, or give data.validation other rows.")
+        what = f"the validation rows lack what {', '.join(lacking)} needs"
+        raise DataError.of(what, KEY, "Remove it, or use other rows in data.validation.")
     context = EvalContext(recipe, task, processor, inputs, str(training.device), Console(quiet=True))
 
     def score() -> Scores:
@@ -49,7 +50,7 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
             answers = predict(model, "validation", context, training.packed)
         finally:
             training.model.train()
-        measured = compute_metrics(context, answers, Answers(None, {}, {}))  # nothing is held against a base
+        measured = compute_metrics(context, answers, Answers(None, {}, {}))  # no comparison with a base
         return {name: one.value for name, one in measured.items() if name in metrics}
 
     return score

@@ -65,7 +65,7 @@ def test_a_row_that_exceeds_the_models_context_gets_an_error_and_the_others_an_a
     done = invoke("generate", "latest", "--input", "long.csv", "--output", "long.jsonl")
     assert "1 rows answered to long.jsonl; 1 could not be read" in done.stderr
     first, second = map(json.loads, (folder / "long.jsonl").read_text().splitlines())
-    assert "tokens, and the model's context has room for" in first["error"]
+    assert "tokens, but the model's context has room for" in first["error"]
     assert second["answer"] == invoke("generate", "latest", QUESTION).stdout.strip("\n")
     (folder / "only.csv").write_text(f"question\n{'x ' * 10_000}\n")
     assert "0 rows answered; 1 could" in invoke("generate", "latest", "--input", "only.csv").stderr

@@ -98,7 +98,7 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, r
     kept="The recipe seeds every random draw. On one machine the same recipe gives equal bytes; `reproduce` "
     "trains a run again and names the first difference.",
     shows="error ...drawn-reproduced: not the same; the first difference is in training: grad_norm of step 1: was ..., "
-    "is ... -> versions, processor and threads are those of the lock: something outside of it decides",
+    "is ... -> Versions, processor and threads match the lock, so something outside the lock differs.",
     also=[
         "test_pipeline.py::test_the_same_recipe_twice_gives_equal_bytes",
         "train/test_loop.py::test_the_same_seed_gives_the_same_bytes_and_another_seed_others",
@@ -153,10 +153,17 @@ def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, show
 
 @pytest.mark.guarantee(
     17,
+<<<<<<< HEAD
     cannot="a resumed run whose weights differ from an uninterrupted one",
     kept="Checkpoints contain weights, optimiser, schedule and position; random draws depend only on seed and "
     "step. A checkpoint is written under a temporary name, flushed, hashed, then renamed.",
     shows="Going on from step-2 of 4",
+=======
+    cannot="a resume whose weights differ from those of no stop",
+    kept="Checkpoints hold weights, optimiser, schedule and position; what is drawn at random is a function of seed "
+    "and step. They are written to another name, flushed, hashed, then renamed.",
+    shows="Resuming from step 2 of 4",
+>>>>>>> w5
     also=[
         "train/test_checkpoint.py::test_killed_anywhere_and_continued_the_bytes_are_those_of_no_stop",
         "torture/test_torture.py",
@@ -187,8 +194,8 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(place, run, without, 
     cannot="training that continues after a NaN",
     kept="Every step checks losses, gradients and weights. Training stops with a diagnosis, and ruined weights "
     "are never saved.",
-    shows="error step 3: loss nan, learning rate ..., gradient norm nan: the trained weights are no numbers any more "
-    "in step 3: the update before it was too large -> There is no checkpoint yet. Try: lower train.learning_rate",
+    shows="error step 3: loss nan, learning rate ..., gradient norm nan: the trained weights are not finite "
+    "in step 3: the previous update was too large -> No checkpoint was saved yet. Try: lower train.learning_rate",
     also=[
         "train/test_loop.py::test_weights_that_are_no_numbers_stop_the_run_with_a_diagnosis",
         "train/test_loop.py::test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved",

@@ -56,7 +56,7 @@ WRONG = [
     [
         *[(name, value, rf"llmtune.run\({name}=...\)") for name, value in WRONG],
         ("until", "evalute", r"(?s)llmtune.run\(until=...\): 'evalute'.*Did you mean 'evaluate'"),
-        ("processes", 0, "--processes: 0, and there has to be one at least"),
+        ("processes", 0, "--processes: 0 is less than 1"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_runs(recipe: Path, name: str, value: object, said: str) -> None:

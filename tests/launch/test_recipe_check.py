@@ -35,7 +35,7 @@ def test_an_untouched_starter_is_not_good(here: Path, command: list[str]) -> Non
         ({"data": {"train": "tickets.csv"}}, 3, 'columns: {prompt: "{subject}\\n\\n{body}", completion: answer}'),
         ({"data": {"train": "tickets.cvs"}}, 3, "Did you mean 'tickets.csv'?"),
         ({"train": {"report_to": ["swanlab"]}}, 4, "pip install swanlab"),
-        ({"model": {"name": "/no/such/model"}}, 4, "there is no folder /no/such/model"),
+        ({"model": {"name": "/no/such/model"}}, 4, "folder /no/such/model not found"),
     ],
 )
 def test_files_columns_models_and_trackers_are_looked_at(

@@ -220,7 +220,7 @@ def test_a_machine_without_slurm_is_named_with_what_to_do(here, tiny_llama, chat
     monkeypatch.setenv("PATH", str(here))
     result = invoke("launch", "slurm", "tiny.yaml")
     assert result.exit_code == 4
-    assert "no command sbatch" in result.stderr
+    assert "command sbatch not found" in result.stderr
     assert "login node" in result.stderr
 
 

@@ -222,4 +222,4 @@ def test_a_missing_candidate_is_not_the_end_of_a_run(taught, rows_file, tmp_path
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["model"]["name"] == str(taught)
     done = invoke("select", recipe, "--out", tmp_path / "two", "--set", f"model.candidates=[{tmp_path / 'no'}]")
-    assert (done.exit_code, "there is no folder" in done.stderr) == (4, True)
+    assert (done.exit_code, "not found" in done.stderr) == (4, True)

@@ -64,7 +64,7 @@ def test_oldest_turns_are_left_out_when_the_context_is_full(tune, console):
     assert len(session.history) == 12
     assert session.forgotten > 0
     assert session.forgotten % 2 == 0
-    assert "left out" in console.file.getvalue()
+    assert "Dropped the first" in console.file.getvalue()
 
 
 def test_a_prompt_without_room_in_the_context_is_refused_with_numbers(tune):
@@ -101,5 +101,5 @@ def test_a_message_that_the_template_refuses_is_a_data_error(tune):
 def test_completion_holds_no_conversation(tune, tiny_gpt2, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')
-    with pytest.raises(RecipeError, match="no conversation"):
+    with pytest.raises(RecipeError, match="cannot chat"):
         list(session_of(tune(tiny_gpt2, task="completion", data={"train": str(rows)})).answer("Hello", keep=True))

@@ -120,7 +120,7 @@ def test_where_a_key_is_needed_there_is_a_field_for_it(tune, tmp_path):
         page.open(url)
         page.type("#prompt", "Hello?")
         page.press_enter()
-        page.wait("/key is needed/.test(document.querySelector('.failed .said')?.textContent || '')")
+        page.wait("/API key missing/.test(document.querySelector('.failed .said')?.textContent || '')")
         page.type("#key", "correct-horse-battery")
         page.run("document.querySelector('#key').dispatchEvent(new Event('change'))")
         page.wait("document.querySelector('#model').options.length === 1")

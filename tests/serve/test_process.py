@@ -185,7 +185,7 @@ def test_an_endless_answer_is_ended_when_the_time_of_grace_is_over(runs: dict[st
             next(lines)
             server.terminate()
             rest = [line for line in lines if line]
-        assert "about to stop" in rest[-1]
+        assert "shutting down" in rest[-1]
         code, errors = server.end()
     assert (code, "Traceback" in errors) == (143, False)
 

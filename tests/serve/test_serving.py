@@ -42,9 +42,9 @@ def test_a_run_of_all_weights_is_served_alone(tmp_path: Path, tiny_llama: Path, 
     full = finish_run(tmp_path, tiny_llama, adapter={"method": "full", "r": None, "lora_alpha": None}, train=BRIEF)
     assert list(load_served(full=full)) == ["full"]
     refused = serve(full, "--merged", "--port", 0)
-    assert (refused.exit_code, "nothing to merge" in refused.output) == (2, True)
+    assert (refused.exit_code, "has no adapter" in refused.output) == (2, True)
     refused = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={full}", "--port", 0)
-    assert (refused.exit_code, "shares no base" in refused.output) == (2, True)
+    assert (refused.exit_code, "cannot share a base" in refused.output) == (2, True)
 
 
 def test_a_run_of_another_method_is_served_with_its_base_and_not_beside_lora(
@@ -53,7 +53,7 @@ def test_a_run_of_another_method_is_served_with_its_base_and_not_beside_lora(
     other = finish_run(tmp_path, tiny_llama, adapter={"method": "ia3", "r": None, "lora_alpha": None}, train=BRIEF)
     assert list(load_served(other=other)) == ["other", tiny_llama.name]
     refused = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={other}", "--port", 0)
-    assert (refused.exit_code, "its method is ia3, and that of a is lora" in refused.output) == (2, True)
+    assert (refused.exit_code, "its method is ia3, but that of a is lora" in refused.output) == (2, True)
 
 
 def test_runs_that_share_no_base_are_refused_by_name(tmp_path: Path, runs: dict[str, Path]) -> None:
@@ -73,8 +73,8 @@ def test_runs_that_share_no_base_are_refused_by_name(tmp_path: Path, runs: dict[
         (["RUN", "RUN"], "two runs are called"),
         (["--engine", "vlm", "RUN"], "Did you mean 'vllm'"),
         (["--engine", "vllm", "--max-queue", "3", "RUN"], "--max-queue: has no effect"),
-        *[(["--host", host, "RUN"], "there is no API key") for host in ("0.0.0.0", "::", "no such host")],
-        (["--merged", "--adapter", "a=RUN", "--adapter", "b=RUN"], "one merged model has one adapter"),
+        *[(["--host", host, "RUN"], "without an API key") for host in ("0.0.0.0", "::", "no such host")],
+        (["--merged", "--adapter", "a=RUN", "--adapter", "b=RUN"], "a merged model has only one adapter"),
         (["RUN/adapter"], "run"),
     ],
 )

@@ -39,10 +39,10 @@ def test_vllm_gets_the_parsers_of_the_template_s_own_marks(template, options):
         ),
         (MissConfig(target_modules=["q_proj"]), "it is of miss"),
         (LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA.*merge it"),
-        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules are trained whole"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules are fully trained"),
         (LoraConfig(target_modules=["q_proj"], bias="all"), "biases are trained"),
         (LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5]), "tokens are trained"),
-        (LoraConfig(target_modules=["q_proj", "k_proj"], rank_pattern={"q_proj": 4}), "another scale"),
+        (LoraConfig(target_modules=["q_proj", "k_proj"], rank_pattern={"q_proj": 4}), "different scales"),
     ],
 )
 def test_adapters_that_vllm_would_not_apply_as_they_were_trained_are_refused(config, words):

@@ -269,7 +269,7 @@ def find_lost(said: str, done: set[str], newest: int, scenario: str) -> list[str
         return []
     first = re.split(r"^seed \d+ ─", said, maxsplit=1, flags=re.MULTILINE)[0]
     lost = [step for step in done if re.search(rf"^{step}$", first, re.MULTILINE)]
-    resumed = re.search(r"Going on from step-(\d+)", first)
+    resumed = re.search(r"Resuming from step (\d+)", first)
     trains = re.search(r"^train$", first, re.MULTILINE)
     if trains and newest and (resumed is None or int(resumed[1]) < newest):
         lost.append(f"checkpoint of step {newest}")

@@ -69,7 +69,7 @@ def test_early_stopping_stops_and_the_best_weights_are_the_result(examples, tmp_
     assert trained.steps == best + 4 < 240
     assert trained.best_step == best
     assert trained.validation_loss == validations[best]
-    assert trained.stopped_early.startswith("2 validations without a better loss")
+    assert trained.stopped_early.startswith("loss did not improve in 2 validations")
     kept = load_file(tmp_path / "run" / "checkpoints" / f"step-{best}" / "trainable.safetensors")
     saved = load_file(trained.adapter / "adapter_model.safetensors")
     assert {name.replace(".default", "") for name in kept} == saved.keys()
@@ -103,8 +103,8 @@ def test_weights_that_are_no_numbers_stop_the_run_with_a_diagnosis(examples, tmp
     text = str(caught.value)
     assert "the loss is nan in step 1" in text
     assert "learning rate" in text
-    assert "There is no checkpoint yet" in text
-    assert "rows of this step to look at" in text
+    assert "No checkpoint was saved yet" in text
+    assert "check these rows of the step" in text
     assert caught.value.exit_code == 5
 
 
@@ -124,14 +124,14 @@ def test_only_the_rows_that_make_the_loss_no_number_are_named(examples, tmp_path
     adapted.selected.model.get_input_embeddings().weight = separate  # the output head stays whole
     with pytest.raises(TrainingError) as caught:
         run_training(tmp_path / "run", recipe, examples, adapted=adapted)
-    assert caught.value.problems[1].what == f"rows of this step to look at: {', '.join(map(str, sorted(bad)))}"
+    assert caught.value.problems[1].what == f"check these rows of the step: {', '.join(map(str, sorted(bad)))}"
 
 
 def test_a_learning_rate_that_is_far_too_high_stops_the_run(examples, tmp_path, tiny_llama):
     train = {"learning_rate": 10.0, "num_train_epochs": 20, "max_grad_norm": 0, "warmup_steps": 0, "optim": "sgd"}
     train |= {"lr_scheduler_type": "constant"}
     recipe = make_recipe(tmp_path, tiny_llama, adapter={"method": "full"}, train=train)
-    with pytest.raises(TrainingError, match=r"diverged|no numbers any more|the loss is|the gradient is") as caught:
+    with pytest.raises(TrainingError, match=r"diverged|not finite|the loss is|the gradient is") as caught:
         run_training(tmp_path / "run", recipe, examples)
     assert "lower train.learning_rate (now 10)" in str(caught.value)
     assert "set train.max_grad_norm: 1.0" in str(caught.value)
@@ -245,7 +245,7 @@ def test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved(started)
                 started.training.parameters[-1][0, 0] = math.inf
 
     started.training.optimizer.optimizer.register_step_post_hook(ruin)
-    with pytest.raises(TrainingError, match=f"no numbers after the update of step {total}") as caught:
+    with pytest.raises(TrainingError, match=f"not finite after the update of step {total}") as caught:
         loop._run_steps(started)
     assert caught.value.exit_code == 5
     assert "The last good checkpoint is" in caught.value.problems[0].fix

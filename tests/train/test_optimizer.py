@@ -122,7 +122,7 @@ def test_warmup_below_one_is_a_share_of_all_steps_and_the_first_step_learns(warm
 def test_options_that_do_not_fit_the_schedule_are_an_error_of_the_recipe(name, options, recipe):
     wrong = change(recipe, lr_scheduler_type=name, lr_scheduler_kwargs=options)
     optimizer = build_optimizer(small_model(), recipe, CPU)
-    with pytest.raises(RecipeError, match=f"the schedule {name} was given {next(iter(options), 'nothing')}: "):
+    with pytest.raises(RecipeError, match=f"the schedule {name} with {next(iter(options), 'no arguments')}: "):
         build_schedule(optimizer, wrong, 8)
 
 

@@ -31,7 +31,7 @@ def test_a_signal_ends_the_step_saves_and_going_on_gives_the_bytes_of_no_stop(
         run_training(tmp_path / "run", recipe, examples, console=send_at("step 7/", number))
     assert caught.value.exit_code == code
     assert "a checkpoint is saved" in caught.value.problems[0].what
-    assert "The same command again goes on" in caught.value.problems[0].fix
+    assert "Run the same command again to resume" in caught.value.problems[0].fix
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert (tmp_path / "run" / "checkpoints" / "step-7").exists()
     assert not (tmp_path / "run" / "adapter").exists()
@@ -89,4 +89,4 @@ def test_the_first_signal_counts_and_says_what_happens(console):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     assert request.signal_number == signal.SIGTERM
-    assert console.file.getvalue().count("this step is finished and saved first") == 1
+    assert console.file.getvalue().count("this step is finished and saved") == 1

@@ -65,7 +65,7 @@ def test_the_bytes_after_a_stop_are_those_of_no_stop_with_metrics_and_losses_of_
     (copy / "row_losses.npz").unlink()
     done = invoke("run", tmp_path / "copy" / "tiny.yaml", "--out", copy)
     assert done.exit_code == 0, done.output
-    assert "Going on from step-3" in done.stderr
+    assert "Resuming from step 3 of" in done.stderr
     assert trained_bytes(copy) == trained_bytes(run)
     scores = [[line.get("validation_metrics") for line in read_metrics(folder)] for folder in (copy, run)]
     assert scores[0] == scores[1]
@@ -87,7 +87,7 @@ def test_the_best_checkpoint_and_early_stopping_go_by_the_metric_that_is_named(
     monkeypatch.setattr(loop, "metrics_of_validation", lambda *arguments: lambda: {metric: next(left)})
     trained = run_training(tmp_path / "run", recipe, examples)
     assert (trained.best_step, trained.steps) == (best, best + 4)
-    assert trained.stopped_early == f"2 validations without a better {metric} than {scores[1]:.4f} (step {best})"
+    assert trained.stopped_early == f"{metric} did not improve in 2 validations; best {scores[1]:.4f} (step {best})"
     losses = {
         line["step"]: line["validation_loss"] for line in read_metrics(tmp_path / "run") if "validation_loss" in line
     }
@@ -123,5 +123,5 @@ def test_rows_that_a_metric_cannot_be_made_of_are_told_before_training(run: Path
     sets = ["--set", "train.eval_metrics=[choice_accuracy]"]
     done = invoke("run", run.parent.parent / "tiny.yaml", "--out", tmp_path / "run", *sets)
     assert done.exit_code == 3, done.output
-    assert "nothing to measure choice_accuracy by" in " ".join(done.stderr.split())
+    assert "the validation rows lack what choice_accuracy needs" in " ".join(done.stderr.split())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"]["train"]["state"] == "failed"
