@@ -153,17 +153,10 @@ def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, show
 
 @pytest.mark.guarantee(
     17,
-<<<<<<< HEAD
     cannot="a resumed run whose weights differ from an uninterrupted one",
     kept="Checkpoints contain weights, optimiser, schedule and position; random draws depend only on seed and "
     "step. A checkpoint is written under a temporary name, flushed, hashed, then renamed.",
-    shows="Going on from step-2 of 4",
-=======
-    cannot="a resume whose weights differ from those of no stop",
-    kept="Checkpoints hold weights, optimiser, schedule and position; what is drawn at random is a function of seed "
-    "and step. They are written to another name, flushed, hashed, then renamed.",
     shows="Resuming from step 2 of 4",
->>>>>>> w5
     also=[
         "train/test_checkpoint.py::test_killed_anywhere_and_continued_the_bytes_are_those_of_no_stop",
         "torture/test_torture.py",

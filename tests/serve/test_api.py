@@ -128,15 +128,9 @@ REFUSED = [
     ({"messages": user("\ud800")}, "messages: contains a lone surrogate"),
     ({"messages": [{"role": "system", "content": "Be brief."}]}, "only a system message"),
     ({"messages": [*QUESTION, {"role": "system", "content": "late"}]}, "system message not first"),
-<<<<<<< HEAD
-    ({"messages": [*QUESTION, {"role": "assistant", "content": "blue"}]}, "nothing to answer"),
+    ({"messages": [*QUESTION, {"role": "assistant", "content": "blue"}]}, "Add a user message"),
     ({"messages": user("")}, "has no content"),
     ({"messages": [{"role": "user"}]}, "has no content"),
-=======
-    ({"messages": [*QUESTION, {"role": "assistant", "content": "blue"}]}, "Add a user message"),
-    ({"messages": user("")}, "says nothing"),
-    ({"messages": [{"role": "user"}]}, "says nothing"),
->>>>>>> w5
     ({"messages": user(PICTURE)}, "'image_url'; only text"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "'robot' is none of"),
     ({"messages": [{**QUESTION[0], "nane": "Ann"}]}, "Did you mean 'name'"),
