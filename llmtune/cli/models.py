@@ -12,7 +12,6 @@ import typer
 from llmtune.cli.options import AsJson, Sets
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.recipe.task_facts import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +50,9 @@ def list_catalogue(
     from rich.table import Table
 
     from llmtune.model.catalogue import ModelQuery, select_models
+    from llmtune.recipe.task_facts import DEFAULT_TASK
 
+    task = task or DEFAULT_TASK
     found, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
     if as_json:
         print_json({"models": [asdict(one) for one in found], "left_out": left_out})
@@ -95,7 +96,7 @@ def fits(
     ] = None,
     sets: Sets = None,
     length: Annotated[int, typer.Option("--length", min=8, max=2**30, help="Tokens of a row.")] = 1024,
-    task: Annotated[str, typer.Option("--task", help="The task to be tuned for.")] = DEFAULT_TASK,
+    task: Annotated[str | None, typer.Option("--task", help="The task to tune for (default: chat).")] = None,
     licence: LicenceOption = None,
     language: LanguageOption = None,
     family: FamilyOption = None,
@@ -104,7 +105,9 @@ def fits(
 ) -> None:
     """Say which models fit, by which method, and with how long rows; by the plan of `llmtune run --dry-run`."""
     from llmtune.model.catalogue import ModelQuery, select_models
+    from llmtune.recipe.task_facts import DEFAULT_TASK
 
+    task = task or DEFAULT_TASK
     found, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
     if sum(one is not None for one in (memory, device, recipe)) != 1:
         fix = "Write: --memory 24GB"

@@ -12,7 +12,6 @@ import typer
 from llmtune.cli.options import AsJson, RecipeArgument, Sets
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.recipe.task_facts import DEFAULT_TASK
 from llmtune.store.atomic_files import explained
 
 
@@ -119,16 +118,17 @@ def show_recipe(
 def new(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Write to this file (default: print).")] = None,
     task: Annotated[
-        str, typer.Option("--task", help="What the model is to learn: chat, classify, speech ...")
-    ] = DEFAULT_TASK,
+        str | None, typer.Option("--task", help="What the model learns: chat (the default), classify, speech ...")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The same as FILE.")] = None,
 ) -> None:
     """Write a recipe to start from; comments mark what must be set."""
     from llmtune.recipe.builtin import new_recipe
+    from llmtune.recipe.task_facts import DEFAULT_TASK
 
     if file is not None and out is not None:
         raise RecipeError.of("the file is given twice, as an argument and with --out", "--out", "Omit one.")
-    text, out = new_recipe(task), out or file
+    text, out = new_recipe(task or DEFAULT_TASK), out or file
     if out is None:
         typer.echo(text, nl=False)
         return

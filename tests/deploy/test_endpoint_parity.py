@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from llmtune.deploy.endpoint_parity import ask_all, certify_run, connect, find_endpoint_breaches
 from llmtune.deploy.tuned_model import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.model.processor import load_processor
 from llmtune.session import Models, open_finished
 
 
@@ -31,9 +30,8 @@ def run(finished, tmp_path):
 @pytest.fixture(scope="module")
 def served(finished):
     """The tuned model and its tokenizer, as a server would hold them."""
-    context, place = open_finished(finished, Console(file=io.StringIO()), offline=True)
-    processor = load_processor(place, context.recipe.model)
-    return Models(context, place, processor).adapted.model, processor
+    context = open_finished(finished, Console(file=io.StringIO()), offline=True)
+    return Models(context).adapted.model, context.plan.processor
 
 
 @contextmanager
@@ -118,8 +116,7 @@ def test_an_endpoint_is_sent_no_values_for_its_template_which_has_to_hold_them(t
     (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
     model = {"chat_template": "mine.jinja", "chat_template_kwargs": {"enable_thinking": False}}
     run = finish_run(tmp_path, tiny_llama, train={"num_train_epochs": 1}, model=model)
-    context, place = open_finished(run, console, offline=True)
-    tuned = Models(context, place, load_processor(place, context.recipe.model)).adapted.model
+    tuned = Models(open_finished(run, console, offline=True)).adapted.model
     saved, plain = AutoTokenizer.from_pretrained(run / "adapter"), AutoTokenizer.from_pretrained(run / "adapter")
     plain.chat_template = EMPTY_THOUGHTS
     knows = (*ALL, "chat_template_kwargs")

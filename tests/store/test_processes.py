@@ -50,7 +50,7 @@ def test_accelerate_states_the_strategy_and_nothing_else(stated, strategy, envir
     ],
 )
 def test_an_error_comes_out_of_json_as_it_was(error: LlmtuneError):
-    found = processes.rebuild(processes.describe(error))
+    found = processes.rebuild_error(processes.describe_error(error))
     assert (type(found), found.problems, found.exit_code) == (type(error), error.problems, error.exit_code)
 
 
