@@ -16,7 +16,7 @@ from llmtune.data.chat_template import read_template, render_prompt, stop_ids
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_learned_is_what_the_model_is_asked_to_write(name, shape):
+def test_supervised_text_equals_the_text_to_generate(name, shape):
     writes, messages, tools = FAMILIES[name], SHAPES[shape], tools_of(shape)
     tokenizer, recipe = family_tokenizer(writes.file or name), recipe_for(kwargs=writes.kwargs)
     row = canonical_messages(messages, tools)
@@ -51,7 +51,7 @@ def test_what_is_learned_is_what_the_model_is_asked_to_write(name, shape):
     ("name", "shape"),
     [(name, shape) for name, writes in FAMILIES.items() for shape in SHAPES if shape not in writes.refuses],
 )
-def test_an_answer_is_read_as_the_row_says_it(name, shape):
+def test_an_answer_is_parsed_back_into_the_rows_message(name, shape):
     writes, messages, tools = FAMILIES[name], SHAPES[shape], tools_of(shape)
     tokenizer = family_tokenizer(writes.file or name)
     template = read_template(tokenizer, recipe_for(kwargs=writes.kwargs))
@@ -65,7 +65,7 @@ def test_an_answer_is_read_as_the_row_says_it(name, shape):
     assert (read.complete, read.error) == (True, None)
 
 
-def test_every_template_stands_in_the_table_and_the_documentation_has_it():
+def test_every_template_is_in_the_table_and_in_the_documentation():
     assert {writes.file or name for name, writes in FAMILIES.items()} == {*FAMILY_FILES}
     assert len(FAMILY_FILES) >= 25
     found = MARKS.search(DOCS.read_text("utf-8"))

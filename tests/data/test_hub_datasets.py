@@ -96,7 +96,7 @@ def read(hub, folder, *sources: object, offline: bool = False, task: str = "chat
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on(hub, tmp_path):
+def test_rows_come_from_the_hashed_commit_even_if_the_branch_moves(hub, tmp_path):
     sources = "hub:owner/whole", {"path": "hub:owner/streamed", "limit": 3}
     (_, *rows), (_, *streamed) = read(hub, tmp_path, *sources)
     assert rows == [f"hub:owner/whole/train:row {i} old" for i in range(1, 9)]
@@ -105,7 +105,7 @@ def test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on
     assert [rows[1] for rows in later] == ["hub:owner/whole/train:row 1 new", "hub:owner/streamed/train:row 1 new"]
 
 
-def test_what_was_read_once_is_read_offline(hub, tmp_path):
+def test_cached_rows_are_read_offline(hub, tmp_path):
     (first,) = read(hub, tmp_path, "hub:owner/name")
     hub.asked.clear()
     again, limited = read(hub, tmp_path, "hub:owner/name", {"path": "hub:owner/name", "limit": 3}, offline=True)
@@ -122,12 +122,12 @@ def test_rows_of_another_commit_are_refused_offline(hub, tmp_path):
     assert f"the rows of another commit: {NEW[:12]}, not {OLD[:12]}" in " ".join(said)
 
 
-def test_a_split_that_is_not_there_is_told(hub, tmp_path):
+def test_a_missing_split_is_reported(hub, tmp_path):
     (said,) = read(hub, tmp_path, {"path": "hub:owner/name", "split": "nosuch"})
     assert "Check `config`, `split`" in " ".join(said)
 
 
-def test_a_data_set_that_is_not_in_the_cache_is_an_environment_problem_offline(tmp_path):
+def test_an_uncached_data_set_is_an_environment_problem_offline(tmp_path):
     recipe = make_recipe(tmp_path, "hub:owner/absent")
     with pytest.raises(EnvironmentProblem, match="offline switch"):
         hash_sources(recipe.data, recipe.task)
@@ -157,7 +157,7 @@ def sounds(tmp_path_factory) -> bytes:
     return (folder / "train.parquet").read_bytes()
 
 
-def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds, tmp_path):
+def test_recordings_of_a_data_set_become_files_named_by_their_hash(hub, sounds, tmp_path):
     hub.train = sounds
     whole = "hub:owner/name"
     (_, *rows), (_, *streamed) = read(hub, tmp_path, whole, {"path": whole, "limit": 2}, task="speech")
@@ -185,7 +185,7 @@ def plain_rows(rows):
 
 
 @pytest.mark.parametrize("source", ["hub", "streamed", "file"])
-def test_numbers_of_classes_become_their_names_in_lists_too(source, tmp_path):
+def test_class_numbers_become_class_names_in_lists_too(source, tmp_path):
     columns = {"label": [1, 0, -1, None], "tags": [[0, 1, 2], [], [0], None], "n": [5, 6, 7, 8]}
     features = {"label": ClassLabel(names=["bad", "good"]), "tags": List(TAGS), "n": Value("int64")}
     made = Dataset.from_dict(columns, features=Features(features))
@@ -199,7 +199,7 @@ def test_numbers_of_classes_become_their_names_in_lists_too(source, tmp_path):
     assert [row["n"] for row in rows] == [5, 6, 7, 8]
 
 
-def test_a_recording_that_lies_in_a_file_stays_there_and_one_that_is_missing_is_none(tmp_path):
+def test_a_recording_in_a_file_stays_there_and_a_missing_one_is_none(tmp_path):
     path = str(write_tone(tmp_path / "a.wav"))
     rows = plain_rows(sounds_of([{"bytes": None, "path": path}, None], ["a", "b"]))
     assert [row["audio"] for row in rows] == [path, None]

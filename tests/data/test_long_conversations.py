@@ -102,7 +102,7 @@ def shown(examples):
     "family",
     [*OWN, *(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY_FILES)],
 )
-def test_what_is_kept_is_found_as_if_exchanges_were_tried_one_by_one(family, on_overlong):
+def test_the_kept_exchanges_match_a_search_one_by_one(family, on_overlong):
     tokenizer = tokenizer_with(OWN[family]) if family in OWN else family_tokenizer(family)
     draw = random.Random(f"{family} {on_overlong}")
     lengths = []
@@ -127,7 +127,7 @@ def test_what_is_kept_is_found_as_if_exchanges_were_tried_one_by_one(family, on_
 
 @pytest.mark.parametrize("on_overlong", ["truncate", "split"])
 @pytest.mark.parametrize("train_on", ["last", "all"])
-def test_that_holds_for_what_is_learned_too(train_on, on_overlong):
+def test_the_supervised_spans_match_a_search_one_by_one(train_on, on_overlong):
     tokenizer, draw = tokenizer_with(CHATML), random.Random(1)
     rows = [random_row(draw) for _ in range(20)]
     for row in rows if train_on == "last" else []:
@@ -145,7 +145,7 @@ def test_that_holds_for_what_is_learned_too(train_on, on_overlong):
 
 @pytest.mark.parametrize("on_overlong", ["truncate", "split"])
 @pytest.mark.parametrize("family", ["chatml", "llama-3", "gemma-3", "qwen-3", "deepseek-r1"])
-def test_a_long_conversation_is_encoded_twice_for_each_part_and_no_oftener(family, on_overlong, monkeypatch):
+def test_a_long_conversation_is_encoded_only_twice_per_part(family, on_overlong, monkeypatch):
     draw, asked = random.Random(0), []
     messages = [{"role": role, "content": words(draw, 30)} for _ in range(60) for role in ("user", "assistant")]
     fit = ChatFit.fit
@@ -194,7 +194,7 @@ ODD = {**OWN, "counting": COUNTING, "late": LATE, "trimming": TRIMMING}
 
 
 @pytest.mark.parametrize("family", [*ODD, *FAMILY_FILES])
-def test_a_long_conversation_has_the_spans_that_rendering_each_answer_after_all_before_it_gives(family, monkeypatch):
+def test_spans_of_a_long_conversation_match_rendering_each_answer_after_its_history(family, monkeypatch):
     tokenizer = tokenizer_with(ODD[family]) if family in ODD else family_tokenizer(family)
     draw = random.Random(family)
     rows = [long_row(draw, 16, tools, thoughts) for tools in ((), (LOOK_UP,)) for thoughts in (False, True)]
@@ -209,7 +209,7 @@ def test_a_long_conversation_has_the_spans_that_rendering_each_answer_after_all_
 
 
 @pytest.mark.parametrize("tools", [(), (LOOK_UP,)])
-def test_the_work_for_a_message_is_the_same_in_a_conversation_of_ten_and_of_a_thousand(tools, monkeypatch):
+def test_the_work_per_message_does_not_grow_with_the_conversation(tools, monkeypatch):
     tokenizer, draw = family_tokenizer("qwen-2.5"), random.Random(0)
     written = []
 

@@ -54,7 +54,7 @@ def said(window, first, last, context):
 
 @pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("answer", ["house number 0", "1 has a blue", "green", "number 23 has a green door.", "The"])
-def test_an_answer_is_found_in_the_windows_that_hold_it_whole_and_in_no_other(tokenizers, family, answer):
+def test_an_answer_is_found_only_in_windows_that_contain_it_completely(tokenizers, family, answer):
     tokenizer, about = tokenizers(family), recipe("qa", 72, stride=24)
     row = ask("Which door?", CONTEXT, answer)
     (examples,) = EXTRACTIVE_QA.encode([row], tokenizer, about)
@@ -76,7 +76,7 @@ def test_an_answer_is_found_in_the_windows_that_hold_it_whole_and_in_no_other(to
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_windows_share_their_stride_and_leave_no_letter_out(tokenizers, family):
+def test_windows_overlap_by_the_stride_and_cover_every_letter(tokenizers, family):
     tokenizer, about = tokenizers(family), recipe("qa", 72, stride=24)
     windows = windows_of(ask("Which door?", CONTEXT), tokenizer, about)
     reach = 0
@@ -104,7 +104,7 @@ def test_windows_share_their_stride_and_leave_no_letter_out(tokenizers, family):
         ("the (10) cats", "10"),
     ],
 )
-def test_the_place_of_an_answer_is_exact_to_the_letter(tokenizers, family, context, answer):
+def test_the_position_of_an_answer_is_exact_to_the_letter(tokenizers, family, context, answer):
     tokenizer, about = tokenizers(family), recipe("qa", stride=4)
     row = ask("which?", context, answer)
     ((example,),) = EXTRACTIVE_QA.encode([row], tokenizer, about)
@@ -154,7 +154,7 @@ def test_letters_that_the_tokenizer_drops_do_not_hide_an_answer(tokenizers):
     assert EXTRACTIVE_QA.encode([row], tokenizer, about) == ["the tokenizer makes no token of the answer"]
 
 
-def test_an_answer_longer_than_windows_share_may_lie_in_none(tokenizers):
+def test_an_answer_longer_than_the_overlap_may_be_in_no_window(tokenizers):
     row = ask("Which door?", CONTEXT, CONTEXT[100:600])
     (reason,) = EXTRACTIVE_QA.encode([row], tokenizers("bert"), recipe("qa", 48, stride=8))
     assert reason == "no window contains the complete answer: raise qa.stride or data.max_length"
@@ -173,7 +173,7 @@ def test_long_contexts_are_dropped_on_request_and_long_questions_always(tokenize
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), longest=st.integers(1, 12))
-def test_the_best_stretch_is_that_of_all_stretches(tokenizers, data, longest):
+def test_the_best_span_is_the_best_of_all_spans(tokenizers, data, longest):
     row = ask("Which door?", CONTEXT[: data.draw(st.integers(1, 200))] + " end")
     (window,) = windows_of(row, tokenizers("bert"), recipe("qa", 256, stride=4))
     seed = data.draw(st.integers(0, 2**30))
@@ -204,7 +204,7 @@ WORDS = ["Ada", "Lovelace", "'s", "naïve", "🦊", "Straße-5", "unbelievably",
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_each_word_is_placed_at_its_first_token(tokenizers, family):
+def test_each_word_is_mapped_to_its_first_token(tokenizers, family):
     tokenizer = tokenizers(family)
     ((ids, places),) = tokenize_words([WORDS], tokenizer)
     assert ids == tokenizer(" ".join(WORDS))["input_ids"]
@@ -220,7 +220,7 @@ def test_each_word_is_placed_at_its_first_token(tokenizers, family):
 @pytest.mark.parametrize("family", ENCODERS)
 @settings(max_examples=40, deadline=None)
 @given(words=st.lists(st.text("abcXYZ019'-.,éß(", min_size=1, max_size=12), min_size=1, max_size=12))
-def test_words_have_different_places_in_their_order(tokenizers, family, words):
+def test_words_have_increasing_positions(tokenizers, family, words):
     ((ids, places),) = tokenize_words([words], tokenizers(family))
     assert None not in places
     assert places == sorted(set(places))
@@ -229,7 +229,7 @@ def test_words_have_different_places_in_their_order(tokenizers, family, words):
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_a_tag_stands_at_the_first_token_of_its_word_and_the_others_are_ignored(tokenizers, family):
+def test_a_tag_is_at_its_words_first_token_and_the_others_are_ignored(tokenizers, family):
     tokenizer = tokenizers(family)
     about = recipe("token-classify", labels=["PERSON", "PLACE"])
     row = {"tokens": ["Ada", "Lovelace", "in", "London"], "tags": ["B-PERSON", "I-PERSON", "O", "B-PLACE"]}
@@ -242,7 +242,7 @@ def test_a_tag_stands_at_the_first_token_of_its_word_and_the_others_are_ignored(
     assert tag_names(["PERSON", "PLACE"]) == ["O", "B-PERSON", "I-PERSON", "B-PLACE", "I-PLACE"]
 
 
-def test_rows_that_cannot_be_tagged_say_why(tokenizers):
+def test_untaggable_rows_give_a_reason(tokenizers):
     tokenizer, about = tokenizers("bert"), recipe("token-classify", 8, labels=["A"])
     rows = [
         {"tokens": ["x", "y"], "tags": ["B-B", "O"]},
@@ -266,7 +266,7 @@ LONG = " ".join(["The sky is blue and the quick brown fox jumps over the lazy do
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_special_tokens_are_never_hidden_and_the_share_is_that_of_the_recipe(tokenizers, family):
+def test_special_tokens_are_never_masked_and_the_share_follows_the_recipe(tokenizers, family):
     tokenizer, about = tokenizers(family), recipe("completion", 256, objective="masked", mask_probability=0.3)
     ((example,),) = MASKED.encode([text(LONG)], tokenizer, about)
     words = len(example.input_ids) - 2
@@ -282,7 +282,7 @@ def test_special_tokens_are_never_hidden_and_the_share_is_that_of_the_recipe(tok
         assert batch["input_ids"][0, unchanged].tolist() == [example.input_ids[i] for i in unchanged]
 
 
-def test_masks_are_a_function_of_text_seed_and_draw_whatever_else_is_in_the_batch(tokenizers):
+def test_masks_depend_only_on_text_seed_and_draw(tokenizers):
     tokenizer, about = tokenizers("bert"), recipe("completion", 256, objective="masked")
     ((one,), (two,)) = MASKED.encode([text(LONG), text("A fox and a dog, and a cat.")], tokenizer, about)
     collate = MASKED.collator(tokenizer, about)
@@ -297,7 +297,7 @@ def test_masks_are_a_function_of_text_seed_and_draw_whatever_else_is_in_the_batc
     assert look(collate([one], 4), 0) != look(other([one], 4), 0)
 
 
-def test_of_hidden_tokens_four_fifths_are_masks_a_tenth_is_random_and_a_tenth_stays(tokenizers):
+def test_masked_tokens_are_eighty_percent_masks_ten_random_and_ten_unchanged(tokenizers):
     tokenizer, about = tokenizers("roberta"), recipe("completion", 256, objective="masked", mask_probability=0.5)
     ((example,),) = MASKED.encode([text(LONG)], tokenizer, about)
     collate = MASKED.collator(tokenizer, about)
@@ -329,7 +329,7 @@ def test_long_texts_are_split_cut_dropped_or_refused(tokenizers):
     assert encode("drop") == encode("error") == f"too long: {len(whole)} tokens, data.max_length is 64"
 
 
-def test_a_text_keeps_at_least_one_token_to_see_and_one_to_guess(tokenizers):
+def test_a_text_keeps_at_least_one_visible_and_one_masked_token(tokenizers):
     tokenizer = tokenizers("bert")
     about = recipe("completion", objective="masked", mask_probability=0.99)
     (one, (two,)) = MASKED.encode([text("fox"), text("fox dog")], tokenizer, about)

@@ -250,7 +250,7 @@ def test_a_second_run_is_skipped(name, finished):
 
 
 @every_case
-def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name, finished):
+def test_batched_answers_equal_single_ones_and_those_of_the_evaluation(name, finished):
     run, _ = finished(name)
     context, models, processor, rows = opened(run)
     lines = [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
@@ -297,7 +297,7 @@ def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, An
 
 
 @pytest.mark.parametrize("name", [cell for cell in EVERY if CELLS[cell.values[0]].method != "full"])
-def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, finished):
+def test_disabling_the_adapter_gives_the_base_and_merging_keeps_it(name, finished):
     run, _ = finished(name)
     context, models, processor, _ = opened(run)
     reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
@@ -317,7 +317,7 @@ def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, f
 
 @pytest.mark.slow
 @every_case
-def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(name, finished, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_bytes(name, finished, tmp_path):
     run, _ = finished(name)
     result = "weights" if CELLS[name].method == "full" else "adapter"
     halved = Path(shutil.copytree(run, tmp_path / "run"))
@@ -371,7 +371,7 @@ def test_two_processes_evaluate_as_one(name, finished, tmp_path):
     ("strategy", "processes"),
     [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)],
 )
-def test_several_processes_take_the_steps_of_one(strategy, processes, recipe_file, tmp_path, monkeypatch):
+def test_several_processes_take_the_same_steps_as_one(strategy, processes, recipe_file, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     names = [name for name, case in CELLS.items() if case.method != "qlora" or strategy == "ddp"]
     alone = {name: learn_a_little(recipe_file(name, tmp_path / name)) for name in names}
@@ -455,7 +455,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
 
 
 @every_case
-def test_what_was_tuned_reloads_with_plain_classes_and_gives_the_same(name, reloaded):
+def test_results_reload_with_plain_classes_and_give_the_same_outputs(name, reloaded):
     ours, plain = (load_file(f"{reloaded(name)}.{part}") for part in ("ours", "plain"))
     assert ours.keys() == plain.keys() != set()
     # The plain classes compute with their own norms, attention and adapters: the last digits of logits below 50 differ.

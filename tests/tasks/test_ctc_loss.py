@@ -64,7 +64,7 @@ def test_padding_does_not_change_the_loss_of_a_row(family, norm):
     assert together.count == sum(loss.count for loss in alone) == 4 + 5 + 6
 
 
-def test_padding_does_not_change_the_loss_behind_an_adapter_of_the_model():
+def test_padding_does_not_change_the_loss_after_a_models_adapter_layers():
     model = letters_model("wav2vec2", add_adapter=True, num_adapter_layers=1)
     batch = waves((20_000, 30_000))
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_padding_does_not_change_the_loss_behind_an_adapter_of_the_model():
     torch.testing.assert_close(together.row_sums, torch.cat(alone), rtol=1e-4, atol=1e-3)
 
 
-def test_the_loss_is_that_of_transformers_summed():
+def test_the_summed_loss_matches_transformers():
     model, batch = letters_model("wav2vec2"), waves()
     model.config.ctc_loss_reduction = "sum"
     names = ("input_values", "attention_mask", "labels")

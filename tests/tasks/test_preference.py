@@ -66,7 +66,7 @@ test_rows.__test__ = False
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_preferences_are_learned_and_measured_beside_the_base(name, runs):
+def test_preferences_are_learned_and_compared_with_the_base(name, runs):
     _, report = runs(name)
     loss, scores = name.split("-")[0], report["evaluation"]
     assert report["train"]["train_loss"] < report["train"]["first_loss"]
@@ -83,7 +83,7 @@ def test_preferences_are_learned_and_measured_beside_the_base(name, runs):
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("dpo")])
-def test_dpo_starts_at_the_logarithm_of_two_where_the_model_is_its_reference(name, runs):
+def test_dpo_starts_at_log_two_if_the_model_is_its_reference(name, runs):
     run, report = runs(name)
     dropout = 0.01 if name == "dpo-gpt2" else 1e-6  # GPT-2 has some of its own, which its reference has not
     assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=dropout)
@@ -121,7 +121,7 @@ def plain_models(run, report):
 
 
 @pytest.mark.parametrize("name", ["dpo", "dpo-full", "dpo-gpt2", "ipo", "orpo"])
-def test_metrics_of_pairs_are_those_of_plain_models(name, runs):
+def test_pair_metrics_match_plain_models(name, runs):
     run, report = runs(name)
     base, tuned = plain_models(run, report)
     tokenizer = AutoTokenizer.from_pretrained(report["recipe"]["model"]["name"])
@@ -181,7 +181,7 @@ def chatted(tmp_path_factory, tiny_llama):
     return folder / "run"
 
 
-def test_going_on_from_an_adapter_holds_it_as_the_reference(chatted, tiny_llama, tmp_path):
+def test_starting_from_an_adapter_uses_it_as_the_reference(chatted, tiny_llama, tmp_path):
     adapter = {"r": None, "lora_alpha": None, "start_from": str(chatted)}
     metrics = {"metrics": ["loss", "likelihood_accuracy", "kl", "margin"]}
     train = {"learning_rate": 5.0e-3}
@@ -210,9 +210,7 @@ def test_going_on_from_an_adapter_holds_it_as_the_reference(chatted, tiny_llama,
 
 
 @pytest.mark.parametrize("kind", ["start_from", "full", "pissa"])
-def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_reference_and_ends_with_the_same_bytes(
-    kind, chatted, tiny_llama, tmp_path
-):
+def test_a_resumed_run_keeps_its_reference_and_ends_with_the_same_bytes(kind, chatted, tiny_llama, tmp_path):
     adapter = {"start_from": {"r": None, "lora_alpha": None, "start_from": str(chatted)}, "full": {"method": "full"}}
     train = {"max_steps": 6, "num_train_epochs": None, "save_steps": 4, "learning_rate": 1.0e-3}
     sections = sections_of("dpo", adapter=adapter.get(kind, {"init_lora_weights": "pissa"}), train=train)
@@ -265,7 +263,7 @@ def refuse(kind, folder, model, rows, **sections):
 
 
 @pytest.mark.parametrize(("loss", "rows"), [("kto", LIKED), ("dpo", THUMBS), ("reward", THUMBS)])
-def test_rows_of_the_other_kind_are_one_mistake_and_not_one_a_row(loss, rows, tiny_llama, tmp_path):
+def test_rows_of_the_other_kind_are_reported_once(loss, rows, tiny_llama, tmp_path):
     error = refuse(DataError, tmp_path, tiny_llama, rows, **sections_of(loss))
     assert error.exit_code == 3
     (problem,) = error.problems
@@ -274,12 +272,12 @@ def test_rows_of_the_other_kind_are_one_mistake_and_not_one_a_row(loss, rows, ti
     assert problem.fix.startswith("Set preference.loss to ")
 
 
-def test_with_all_weights_trained_the_report_says_why_there_is_no_divergence(runs):
+def test_with_full_tuning_the_report_explains_the_missing_divergence(runs):
     signatures = runs("dpo-full")[1]["evaluation"]["signatures"]
     assert signatures["kl"].startswith("not measured: with adapter.method: full")
 
 
-def test_thumbs_of_one_kind_alone_have_no_margin_and_the_report_says_so(tiny_llama, tmp_path):
+def test_the_report_explains_the_missing_margin_of_thumbs_of_one_kind(tiny_llama, tmp_path):
     up = write_jsonl(tmp_path / "up.jsonl", [row for row in THUMBS if row["label"]][:3])
     train = {"max_steps": 2, "num_train_epochs": None}
     sections = sections_of("kto", data={"test": str(up), "validation": 0}, train=train)

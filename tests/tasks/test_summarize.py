@@ -28,7 +28,7 @@ def finished(t5, tmp_path_factory):
     return folder, run_recipe(folder, t5, DOCUMENTS, "summarize", data=SHORT, **sections)
 
 
-def test_a_t5_is_tuned_on_cut_documents_and_measured_beside_its_base(finished):
+def test_a_t5_is_tuned_on_truncated_documents_and_compared_with_its_base(finished):
     _, report = finished
     scores = report["evaluation"]
     assert scores["tuned"]["loss"] < scores["base"]["loss"]
@@ -46,7 +46,7 @@ def test_a_t5_is_tuned_on_cut_documents_and_measured_beside_its_base(finished):
     assert learned[1][1] is True
 
 
-def test_a_document_is_cut_for_an_answer_as_it_was_for_training(finished, t5):
+def test_a_document_is_truncated_in_generation_as_in_training(finished, t5):
     recipe = load_recipe(str(finished[0] / "recipe.yaml")).recipe
     processor, model = AutoTokenizer.from_pretrained(t5), AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
     form, row = summarize.VARIANTS[0], DOCUMENTS[0]

@@ -79,7 +79,7 @@ def batch_of(examples, processor, recipe):
 
 @pytest.mark.parametrize("name", [*FAMILIES, "mbart25"])
 @torch.no_grad()
-def test_the_loss_is_the_models_own_but_for_a_language_which_is_given_and_not_learned(name, folders):
+def test_the_loss_is_the_models_own_except_for_the_given_language(name, folders):
     model, processor, recipe = opened(folders[name], name)
     batch = batch_of(examples_of(processor, recipe), processor, recipe)
     ours, labels = TRANSLATE.loss(model, batch), batch["labels"]
@@ -99,7 +99,7 @@ def test_the_loss_is_the_models_own_but_for_a_language_which_is_given_and_not_le
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "mbart25"])
-def test_an_answer_begins_as_the_targets_of_training_do(name, folders):
+def test_an_answer_begins_like_the_training_targets(name, folders):
     model, processor, recipe = talkative(folders[name], name)
     (example,) = examples_of(processor, recipe, 1)
     batch = batch_of([example], processor, recipe)
@@ -115,7 +115,7 @@ def test_an_answer_begins_as_the_targets_of_training_do(name, folders):
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ["t5", "bart", "nllb"])
-def test_answers_are_those_of_a_plain_generate_a_row_at_a_time(name, beams, folders):
+def test_answers_match_a_plain_generate_row_by_row(name, beams, folders):
     model, processor, recipe = talkative(folders[name], name, num_beams=beams)
     texts = predict(TRANSLATE, model, ASKED, processor, recipe)
     start = {"decoder_start_token_id": model.config.decoder_start_token_id}
@@ -139,14 +139,14 @@ def test_answers_are_those_of_a_plain_generate_a_row_at_a_time(name, beams, fold
     assert all(texts)
 
 
-def test_each_row_is_answered_in_its_own_language(folders):
+def test_each_row_is_translated_into_its_own_language(folders):
     model, processor, recipe = talkative(folders["nllb"], "nllb")
     asked = [{**ASKED[0], "target_language": code} for code in ("fra_Latn", "deu_Latn", "fra_Latn")]
     french, german, again = predict(TRANSLATE, model, asked, processor, recipe)
     assert french == again != german
 
 
-def test_marian_never_writes_the_token_that_it_starts_with(folders, tmp_path):
+def test_marian_never_writes_its_start_token(folders, tmp_path):
     model, processor, recipe = opened(folders["marian"], "marian")
     model.generation_config.bad_words_ids = [[processor.pad_token_id]]
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_marian_never_writes_the_token_that_it_starts_with(folders, tmp_path):
     assert processor.pad_token_id not in written[0, 1:]
 
 
-def test_a_decoder_whose_start_is_not_known_is_refused(folders):
+def test_a_decoder_without_a_known_start_token_is_refused(folders):
     model, processor, _ = opened(folders["t5"], "t5")
     check_decoder_start(model, processor)
     model.config.decoder_start_token_id = 10_000
@@ -174,7 +174,7 @@ def test_a_decoder_whose_start_is_not_known_is_refused(folders):
 # Whole runs
 
 
-def test_qlora_leaves_the_output_layer_and_its_tied_embedding_alone(tmp_path):
+def test_qlora_does_not_quantise_the_output_layer_and_its_tied_embedding(tmp_path):
     model = families.build_t5(tmp_path / "model")
     report = run_recipe(tmp_path, model, PAIRS, "translate", adapter={"method": "qlora"})
     run = tmp_path / "run"
@@ -208,7 +208,7 @@ def test_qlora_leaves_the_output_layer_and_its_tied_embedding_alone(tmp_path):
 NAMED = {"source_language": "English", "target_language": "French"}
 
 
-def test_an_answer_of_a_decoder_ends_where_its_template_ends_a_turn(tmp_path):
+def test_a_decoders_answer_ends_at_its_templates_end_of_turn(tmp_path):
     processor = train_tokenizer()
     processor.eos_token = "<|endoftext|>"  # as base models have it
     model = AutoModelForCausalLM.from_pretrained(build_gpt2(tmp_path / "gpt2"))
