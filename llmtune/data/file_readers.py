@@ -157,7 +157,7 @@ def _read_json_document(stream: ByteStream, name: str) -> Iterator[LazyRow]:
         return
     data = stream.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
-        what = f"a JSON document of more than {MAX_JSON_BYTES >> 20} MiB, which is read as a whole"
+        what = f"a JSON document of more than {MAX_JSON_BYTES >> 20} MiB, which is read at once"
         raise DataError.of(what, name, "Write it as JSON Lines, one row a line: these are read one by one.")
     for number, row in enumerate(_json_rows(data, name), 1):
         is_row = isinstance(row, dict)

@@ -1,4 +1,4 @@
-"""Answers as models write them, in their parts."""
+"""Generated answers parsed into their parts."""
 
 import pytest
 from support.templates import EMPTY_THOUGHTS, FAMILY_FILES, family_tokenizer, recipe_for, tokenizer_with

@@ -1,4 +1,4 @@
-"""Keys that Arrow fills in are no part of a row: a call has the arguments that its author gave it."""
+"""Null keys added by Arrow are removed from rows: a call has only the arguments that its author wrote."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Recordings: every format heard alike, every broken one named with its place, whatever way they are listed."""
+"""Recordings: all formats decode the same, and broken files are reported with their position."""
 
 import struct
 
@@ -37,14 +37,14 @@ BROKEN = {
     "fast.wav": (lambda path: write_rate(path, 2_000_000), "audio with a wrong rate"),
     "folder.wav": (lambda path: path.mkdir(), "audio missing"),
 }
-"""What the header tells."""
+"""Errors that the header shows."""
 DAMAGED = {
     "cut.flac": (write_cut, "audio unreadable"),
     "cut.mp3": (lambda path: write_cut(path, seconds=2), "audio cut"),
     "nan.wav": (lambda path: soundfile.write(path, np.full(99, np.nan, np.float32), RATE, "FLOAT"), "no numbers"),
     "one.wav": (lambda path: soundfile.write(path, np.zeros(2), 96_000), "audio empty"),
 }
-"""What only decoding tells."""
+"""Errors that only decoding shows."""
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -55,8 +55,8 @@ def test_recordings_of_any_format_rate_and_channels_decode_the_same(kind, rate, 
     samples = decode_recording(path, RATE)
     assert samples.dtype == np.int16
     assert len(samples) == RATE // 2
-    mixed = make_tone(0.5) * (1 if channels == 1 else 0.75)  # the second channel is half as loud
-    inner = slice(800, -800)  # at its ends a resampled or packed tone differs
+    mixed = make_tone(0.5) * (1 if channels == 1 else 0.75)  # the second channel has half the amplitude
+    inner = slice(800, -800)  # a resampled or compressed tone differs at its ends
     heard, wanted = to_float(samples)[inner], mixed[inner]
     assert np.corrcoef(heard, wanted)[0, 1] > 0.99
     assert np.abs(heard).max() == pytest.approx(np.abs(wanted).max(), rel=0.1)
@@ -70,7 +70,7 @@ def test_samples_at_the_models_rate_are_unchanged(tmp_path):
 
 def test_a_wav_file_with_an_unfinished_header_is_accepted(tmp_path):
     content = bytearray(write_tone(tmp_path / "a.wav").read_bytes())
-    content[4:8] = content[40:44] = b"\xff" * 4  # as recorders that write into a pipe leave it
+    content[4:8] = content[40:44] = b"\xff" * 4  # the state after recording into a pipe
     (tmp_path / "a.wav").write_bytes(content)
     assert len(decode_recording(tmp_path / "a.wav", RATE)) == RATE // 2
 
@@ -128,7 +128,7 @@ def test_a_row_without_recording_or_text_is_named(row, reason, tmp_path):
 
 
 def texts_of(rows):
-    """By text, the file's place below the folder of the test."""
+    """The files by text, with paths below the test's folder."""
     return {row["text"]: row["audio"] for row in rows_of(rows)}
 
 

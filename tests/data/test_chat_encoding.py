@@ -276,7 +276,7 @@ def test_a_tokenizer_without_offsets_counts_each_byte_once():
 
 
 def spaced_tokenizer():
-    """As SentencePiece models are: one word a segment, with a space before the first."""
+    """A tokenizer like SentencePiece's: one word per segment, with a space before the first."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -312,7 +312,7 @@ def test_no_space_comes_between_a_prompt_and_its_completion(prompt, completion):
     assert tokenizer.decode(example.input_ids[1:-1]) == prompt + completion
 
 
-# Many rows at once, which are read by pieces and rendered together, against each by itself
+# Rows encoded in batches, compared with rows encoded alone
 
 TOOL = {"type": "function", "function": {"name": "sum", "parameters": {}}}
 SAID = st.one_of(

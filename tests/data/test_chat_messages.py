@@ -1,4 +1,4 @@
-"""Special tokens in what is said: text, in training as in every prompt."""
+"""Special tokens in message texts are plain text, in training and in every prompt."""
 
 import pytest
 from support.encoding import encode

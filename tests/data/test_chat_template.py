@@ -1,4 +1,4 @@
-"""Prompts and turns by difference, over templates of all kinds."""
+"""Prompts, turns and errors over templates of all kinds."""
 
 import pytest
 from support.models import train_tokenizer

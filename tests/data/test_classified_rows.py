@@ -1,4 +1,4 @@
-"""Rows of task classify: labels of any type from any file, bad rows by name, and what a model reads of a text."""
+"""Rows of task classify: labels of any type from any file, bad rows with reasons, and encoded texts."""
 
 import pytest
 from support.families import build_bert, build_distilbert, build_roberta

@@ -1,4 +1,4 @@
-"""Micro-batches: what is predicted from where, packed and padded."""
+"""Micro-batches: which position predicts which token, packed and padded."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ BATCHES = st.lists(examples(), min_size=1, max_size=5)
 
 
 def predicted(batch):
-    """Every prediction as (row, the token that predicts, the token predicted)."""
+    """All predictions as (row, predicting token, predicted token)."""
     flat = batch["input_ids"].reshape(-1)
     return list(
         zip(batch["rows_S"].tolist(), flat[batch["predict_S"]].tolist(), batch["targets_S"].tolist(), strict=True)
@@ -29,7 +29,7 @@ def predicted(batch):
 
 
 def wanted(batch):
-    """The same, token by token from the spans."""
+    """The same, computed from the spans token by token."""
     return [
         (row, example.input_ids[i - 1], example.input_ids[i])
         for row, example in enumerate(batch)

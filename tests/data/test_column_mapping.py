@@ -1,4 +1,4 @@
-"""Files as people have them: other names of columns, several columns for one, another encoding."""
+"""Real users' files: other column names, several columns for one, other encodings."""
 
 import csv
 from pathlib import Path

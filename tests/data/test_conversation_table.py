@@ -1,7 +1,7 @@
-"""The table: for each family of models and kind of conversation, what is learned is what the model is asked to write.
+"""The table: for each model family and kind of conversation, the supervised text is the text to generate.
 
-Shown twice over: by the prompts and renderings of transformers' own `apply_chat_template`, and by what each family's
-format is, stated by hand in `support.conversation_table`. What the reader makes of it is what the row said.
+Two sources confirm this: prompts and renderings of transformers' own `apply_chat_template`, and each family's format,
+stated by hand in `support.conversation_table`. The parser gives back the row's content.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def test_supervised_text_equals_the_text_to_generate(name, shape):
         assert prompt == render_prompt(row["messages"][:i], tokenizer, recipe, tools=tools)
         whole = tokenizer.apply_chat_template(messages[: i + 1], tools=tools, **writes.kwargs)["input_ids"]
         thinks = shape in ("thoughts", "empty thoughts")
-        if whole[: len(prompt)] == prompt and not thinks:  # the template's own rendering says the same
+        if whole[: len(prompt)] == prompt and not thinks:  # the template's own rendering agrees
             body = learned[tuple(prompt)][:-1]
             assert whole[len(prompt) : len(prompt) + len(body)] == body
 

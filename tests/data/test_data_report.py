@@ -1,4 +1,4 @@
-"""The data report: what is printed, and what goes into the run's report."""
+"""The data report: its printed form, and its part of the run's report."""
 
 import json
 import string
@@ -74,7 +74,7 @@ def test_rows_left_out_are_shown_with_their_reasons(tmp_path, console):
 
 
 def byteless_tokenizer(unknown):
-    """A tokenizer of single letters, with or without `<unk>`, which has no control characters."""
+    """A tokenizer of single letters without control characters, with or without `<unk>`."""
     letters = ["<|im_start|>", "<|im_end|>", *string.ascii_letters, *string.digits, " ", "\n", "."]
     vocabulary = {letter: i for i, letter in enumerate(["<unk>", *letters] if unknown else letters)}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>" if unknown else None))

@@ -103,7 +103,7 @@ def test_kept_rows_are_not_near_each_other_and_every_dropped_row_is_near_a_kept_
     rng = random.Random(4)
     words = sentence(rng, 60)
     chain = []
-    for _ in range(30):  # each is near the one before, the ends are not near each other
+    for _ in range(30):  # each is near the previous one, but the ends are not near each other
         words = words[1:] + sentence(rng, 1)
         chain.append(" ".join(words))
     dropped = near_of(chain + [" ".join(sentence(rng, 60)) for _ in range(400)])
@@ -122,7 +122,7 @@ def test_many_near_rows_leave_one_in_linear_time():
 
 
 def relatives(rng: random.Random) -> list[str]:
-    """Texts of which many are near one another: of one template, of one original, chains, a crowd, without words."""
+    """Texts with many near pairs: from one template, from one original, chains, a crowd, texts without words."""
     texts = ["", "!!!", "one", "one two"]
     for _ in range(120):
         words = sentence(rng, rng.randint(3, 90))
@@ -140,7 +140,7 @@ def digest_of(found: dict[int, list[int]]) -> str:
 
 
 def test_near_rows_match_a_search_with_the_minima_of_all_rows():
-    """The digests are those of a search that kept the minima of all rows in memory."""
+    """The digests come from a search that kept the minima of all rows in memory."""
     rng = random.Random(7)
     for near, matches in (("f0e2f217b46624c0", "d7c6196f0762501d"), ("a733dba335e0d7e8", "58268a9ea73cd556")):
         texts = relatives(rng)

@@ -222,7 +222,7 @@ def test_losses_from_truncation_are_counted_and_reported(tmp_path):
 
 
 def word_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """One that knows the words of a text, and nothing else."""
+    """A tokenizer that knows only the words of a text."""
     words = {word: i for i, word in enumerate(["<unk>", "<|im_start|>", "<|im_end|>", *dict.fromkeys(text.split())])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

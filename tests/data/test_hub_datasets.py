@@ -1,4 +1,4 @@
-"""Data sets by name, against a small hub on this machine: the commit that is hashed is the one that is read."""
+"""Data sets by name, against a small local hub: the rows read come from the hashed commit."""
 
 import json
 import os
@@ -49,12 +49,12 @@ for number, file in enumerate(sys.argv[2:]):
 
 @dataclass
 class Hub:
-    """Data sets; the branch of each moves after it was asked for once."""
+    """Data sets whose branches move after the first request."""
 
     address: str = ""
     asked: list[str] = field(default_factory=list)
     train: bytes | None = None
-    """A Parquet file in the place of the rows."""
+    """Replace the rows with a Parquet file."""
 
     def answer(self, verb: str, path: str, headers: Headers, body: bytes) -> tuple[int, Any, Headers]:
         if verb != "POST":
@@ -78,7 +78,7 @@ def hub() -> Iterator[Hub]:
 
 
 def read(hub, folder, *sources: object, offline: bool = False, task: str = "chat") -> list[list[str]]:
-    """Read the sources one after the other in a process of their own: of each the hash and the rows, or the error."""
+    """Read the sources one after the other in a separate process; return the hash and rows of each, or the error."""
     files = []
     for number, source in enumerate(sources):
         make_recipe(folder, source, task, deduplicate="none")
@@ -135,13 +135,13 @@ def test_an_uncached_data_set_is_an_environment_problem_offline(tmp_path):
         prepare_rows(recipe, tmp_path / "out", Console(quiet=True))
 
 
-# Columns that are more than texts and numbers
+# Columns other than texts and numbers
 
 TAGS = ClassLabel(names=["O", "B-PERSON", "I-PERSON"])
 
 
 def sounds_of(cells: list[object], texts: list[str]) -> Dataset:
-    """A data set of recordings; they are declared afterwards, since `datasets` encodes none without torchcodec."""
+    """A data set of recordings; declared afterwards, because `datasets` needs torchcodec to encode them."""
     features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
     rows = Dataset.from_dict({"audio": cells, "text": texts}, features=features)
     return rows.cast_column("audio", Audio(sampling_rate=16_000))
@@ -149,7 +149,7 @@ def sounds_of(cells: list[object], texts: list[str]) -> Dataset:
 
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory) -> bytes:
-    """A Parquet file with the bytes of two recordings, as the hub makes them of uploaded folders."""
+    """A Parquet file with the bytes of two recordings, as the hub makes it from uploaded folders."""
     folder = tmp_path_factory.mktemp("sounds")
     paths = [write_tone(folder / "one.flac", rate=22_050, channels=2), write_tone(folder / "two.mp3")]
     cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]

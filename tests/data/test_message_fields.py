@@ -1,4 +1,4 @@
-"""Thoughts in rows, in all the ways of writing them."""
+"""Thoughts in rows, in all formats."""
 
 import pytest
 

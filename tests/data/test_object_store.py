@@ -1,4 +1,4 @@
-"""Rows of object stores and web servers: S3 and Google's store by servers that speak them, and the web, on loopback."""
+"""Rows of object stores and web servers: local servers that speak S3, Google's protocol and HTTP."""
 
 import gzip
 import json
@@ -47,7 +47,7 @@ server.stop()
 
 @contextmanager
 def serving(script: str, *arguments: object) -> Iterator[int]:
-    """A server in a process of its own; gives its port."""
+    """A server in a separate process; yields its port."""
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         yield int(process.stdout.readline())
@@ -62,7 +62,7 @@ def server():
 
 
 def open_s3(endpoint: str, monkeypatch):
-    """The store, with its address and keys in the environment as a user has them."""
+    """The store, with its address and keys in the environment as a user sets them."""
     import s3fs
 
     keys = {
@@ -144,7 +144,7 @@ def test_access_denied_by_googles_store_differs_from_a_missing_file(tmp_path, mo
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    """A self-signed certificate for 127.0.0.1, and its key."""
     files = folder / "certificate.pem", folder / "key.pem"
     names = ("-subj", "/CN=store", "-addext", "subjectAltName=IP:127.0.0.1")
     command = (
@@ -259,6 +259,6 @@ def test_a_url_is_refused_offline(tmp_path, address):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    monkeypatch.delitem(_registry, "gs", raising=False)  # what it remembers of an earlier test
+    monkeypatch.delitem(_registry, "gs", raising=False)  # cached by an earlier test
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[gs\]'"):
         prepare(tmp_path, "gs://bucket/a.jsonl")

@@ -1,4 +1,4 @@
-"""Preferences as people have them: every row format, every bad row, and the ids that are made of them."""
+"""Preferences in real formats: every row format, every bad row, and the encoded ids."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def test_a_pair_may_end_a_conversation_with_system_message_and_tools():
     wanted = {**PAIR, "messages": asked, "tools": [tool]}
     whole = {"chosen": [*asked, RED], "rejected": [*asked, BLUE], "tools": [tool]}
     assert read(whole) == wanted
-    assert read({"prompt": "Which colour?", **whole}) == wanted  # the text that is asked last
+    assert read({"prompt": "Which colour?", **whole}) == wanted  # the last question's text
     outside = {"prompt": [*EARLIER, QUESTION], "chosen": "Red.", "rejected": "Blue.", "system": "Be brief."}
     assert read({**outside, "tools": json.dumps([tool])}) == wanted
 

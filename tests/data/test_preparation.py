@@ -27,7 +27,7 @@ PAIRS = [{"prompt": f"what is {i}?", "completion": f"it is {i}\nand é"} for i i
 
 
 def write(path: Path, kind: str) -> Path:
-    """PAIRS in one of the kinds of files that are read."""
+    """PAIRS in one of the supported file types."""
     path = path / f"pairs.{kind}"
     lines = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
     if kind == "jsonl":
@@ -252,7 +252,7 @@ def test_a_killed_preparation_resumes_and_ends_with_the_same_bytes(tmp_path):
 
     assert run("whole", -1).returncode == 0
     read = []
-    while (done := run("killed", 5)).returncode != 0:  # with a shard whole, and one written that is not yet noted
+    while (done := run("killed", 5)).returncode != 0:  # with one complete shard, and one written but not yet recorded
         assert done.returncode == -signal.SIGKILL, done.stderr
         read.append(done.stdout)
     assert "resuming after 4,096 rows" in read[1]

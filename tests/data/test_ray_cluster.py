@@ -1,4 +1,4 @@
-"""Rows worked on by a real Ray cluster, of two nodes on this machine."""
+"""Rows processed by a real Ray cluster of two nodes on this machine."""
 
 import os
 import sys
@@ -40,7 +40,7 @@ def cluster():
 
 
 def files_of(folder: Path, console) -> dict[str, bytes]:
-    """What is written of 3,000 rows: rows, examples, and what was left out."""
+    """The output for 3,000 rows: rows, examples, and rows left out."""
     recipe = recipe_for(
         train=str(folder.parent / "rows.jsonl"), deduplicate="near", max_dropped=0.1, on_overlong="drop"
     )

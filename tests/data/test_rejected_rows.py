@@ -1,4 +1,4 @@
-"""The lists of rows that were not used: they stand where messages say, whatever became of the step's own folder."""
+"""The lists of unused rows: they are where messages say, whatever happens to the step's own folder."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Templates that leave out tools are refused before rows are encoded, by the rows that have them."""
+"""Templates that omit tools are refused before encoding if rows have tools."""
 
 import pytest
 from support.conversation_table import FAMILIES, SHAPES, WITH_TOOLS, tools_of

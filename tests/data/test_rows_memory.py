@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute  # its import is not part of what is measured
+import pyarrow.compute  # its import must not count in the measurement
 import pytest
 from support.rows import make_recipe
 
@@ -33,7 +33,7 @@ print(rows.rows_in, accounted, rows.dropped.get("near duplicate", 0), peak)
 
 @pytest.fixture(scope="module")
 def million(tmp_path_factory) -> Path:
-    """A million chat rows of some 500 bytes; one in twenty is the row before it with a word added."""
+    """A million chat rows of some 500 bytes; every twentieth repeats the previous row with one more word."""
     rng = random.Random(0)
     words = [
         a + b + c
@@ -74,7 +74,7 @@ def test_a_million_rows_stay_below_the_documented_memory(tmp_path, million, meth
 
 
 def near_search_peak(rows: int, folder: Path) -> int:
-    """The most bytes that are allocated while each second row is found to be near another one."""
+    """The peak of allocated bytes while every second row is found to be near another one."""
 
     def texts() -> Iterator[tuple[int, pa.Array]]:
         for first in range(0, rows, 500):

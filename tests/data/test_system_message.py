@@ -1,4 +1,4 @@
-"""The system message of conversations that have none: the template's own is named, the recipe's takes its place."""
+"""The system message of conversations without one: the template's own is reported, the recipe's replaces it."""
 
 from pathlib import Path
 

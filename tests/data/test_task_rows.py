@@ -1,4 +1,4 @@
-"""Rows of questions, of words with tags, of translations and summaries, in the forms that people have them in."""
+"""Rows of questions, tagged words, translations and summaries, in real formats."""
 
 import json
 from itertools import pairwise
@@ -88,7 +88,7 @@ def test_tokens_and_tags_are_read_as_lists_or_as_text_in_a_cell(row):
     ("first", "second"),
     [
         (["I-A", "I-A", "O", "I-A"], ["B-A", "I-A", "O", "B-A"]),  # IOB1: an entity begins with I-
-        (["I-A", "B-A", "I-A"], ["B-A", "B-A", "I-A"]),  # and with B- where it touches another one
+        (["I-A", "B-A", "I-A"], ["B-A", "B-A", "I-A"]),  # and with B- if it touches another one
         (["I-A", "I-B"], ["B-A", "B-B"]),
         (["B-A", "I-B", "I-B"], ["B-A", "B-B", "I-B"]),
         (["B-A", "I-A", "B-A", "O"], ["B-A", "I-A", "B-A", "O"]),
@@ -211,7 +211,7 @@ def test_an_unusable_row_is_bad_with_a_reason(row, task, reason):
 def test_bad_rows_are_named_with_file_and_line(tmp_path):
     rows = [{"source": f"text {i}", "target": f"texte {i}"} for i in range(40)]
     rows[2]["target"] = ""
-    del rows[34]["target"]  # behind the rows that the format is told by
+    del rows[34]["target"]  # after the rows that decide the format
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, str(file), "translate", max_dropped=0)
@@ -225,7 +225,7 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path):
 
 def test_equal_rows_of_both_tasks_are_duplicates(tmp_path):
     maps = [{"translation": {"en": "one", "fr": "un"}}, {"translation": {"en": "one ", "fr": "un"}}]
-    maps.append({"translation": {"en": "one", "de": "un"}})  # the same text in another language is no duplicate
+    maps.append({"translation": {"en": "one", "de": "un"}})  # the same text in another language is not a duplicate
     file = write_jsonl(tmp_path / "maps.jsonl", maps)
     assert prepare(tmp_path, str(file), "translate").counts["train"] == 2
     twice = [{"document": "d", "summary": "s"}] * 2

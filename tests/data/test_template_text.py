@@ -1,4 +1,4 @@
-"""A saved template holds the recipe's values: a client that sends nothing gets what was trained."""
+"""A saved template contains the recipe's values: a client that sends nothing gets the trained behaviour."""
 
 import pytest
 from support.templates import EMPTY_THOUGHTS, FAMILY_FILES, family_tokenizer, tokenizer_with
@@ -11,7 +11,7 @@ CHAT += [{"role": "assistant", "content": "four"}, {"role": "user", "content": "
 
 
 def write(tokenizer, template, **kwargs):
-    """Return the rendering, or what the template says instead."""
+    """Return the rendering, or the template's error."""
     try:
         return tokenizer.apply_chat_template(
             CHAT, chat_template=template, add_generation_prompt=True, tokenize=False, **kwargs

@@ -1,4 +1,4 @@
-"""`prepare --write-test`: the test rows as their sources have them, in a file that a recipe can name."""
+"""`prepare --write-test`: the test rows as their sources have them, in a file for a recipe."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ids of many texts joined from their pieces, against those of each text tokenized whole."""
+"""Ids joined from pieces, compared with those of complete texts."""
 
 import pytest
 from hypothesis import given, settings

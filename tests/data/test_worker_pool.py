@@ -1,4 +1,4 @@
-"""Work on several cores: results in order, whatever the number of workers."""
+"""Work on several cores: results keep their order, whatever the number of workers."""
 
 import operator
 import os

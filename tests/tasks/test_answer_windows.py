@@ -1,4 +1,4 @@
-"""Windows with the ends of answers, tags at the first tokens of words, and texts whose words are hidden."""
+"""Windows with the ends of answers, tags at the first tokens of words, and texts with masked words."""
 
 from functools import cache
 
@@ -23,7 +23,7 @@ SECTION = {"qa": "qa", "token-classify": "token_classify", "completion": "comple
 
 @pytest.fixture(scope="module")
 def tokenizers(built):
-    """`tokenizers("bert")`: that of a tiny model as it is loaded from its folder."""
+    """`tokenizers("bert")`: the tokenizer of a tiny model, loaded from its folder."""
     return cache(lambda family: AutoTokenizer.from_pretrained(built(family)))
 
 
@@ -97,7 +97,7 @@ def test_windows_overlap_by_the_stride_and_cover_every_letter(tokenizers, family
     ("context", "answer"),
     [
         ("  The sky is  blue ", "blue"),
-        ("The sky is blue and red", " blue "),  # answers of SQuAD have spaces around them now and then
+        ("The sky is blue and red", " blue "),  # SQuAD answers sometimes have spaces around them
         ("Größe: naïve Straße 5 (rue)", "naïve Straße"),
         ("a 🦊 fox", "🦊"),
         ("one\ttwo\n\nthree", "two\n\nthree"),
@@ -143,7 +143,7 @@ def test_a_question_without_an_answer_points_at_the_first_token_in_every_window(
 
 
 def test_letters_that_the_tokenizer_drops_do_not_hide_an_answer(tokenizers):
-    """BERT's tokenizer drops what controls the layout: an answer may begin or end with it."""
+    """BERT's tokenizer drops layout controls; an answer may begin or end with one."""
     tokenizer, about = tokenizers("bert"), recipe("qa", stride=4)
     answer = "\N{ZERO WIDTH SPACE}blue\N{ZERO WIDTH SPACE}"
     row = ask("which?", f"red {answer} green", answer)
@@ -212,7 +212,7 @@ def test_each_word_is_mapped_to_its_first_token(tokenizers, family):
     offsets = tokenizer(" ".join(WORDS), return_offsets_mapping=True)["offset_mapping"]
     at = 0
     for word, place in zip(WORDS, places, strict=True):
-        assert offsets[place][0] in (at, at - 1)  # byte-level tokens begin with the space
+        assert offsets[place][0] in (at, at - 1)  # byte-level tokens include the space
         assert offsets[place - 1][1] <= at
         at += len(word) + 1
 
@@ -255,7 +255,7 @@ def test_untaggable_rows_give_a_reason(tokenizers):
     assert long == "too long: 22 tokens, data.max_length is 8"
 
 
-# Hidden words
+# Masked words
 
 
 def text(words):

@@ -1,4 +1,4 @@
-"""Task classify from end to end: every family and method, every kind of label, bad rows, and what is left on disk."""
+"""Task classify end to end: every family and method, every kind of label, bad rows, and the files on disk."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def models(built) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def finished(models, tmp_path_factory) -> Callable[[str], tuple[dict[str, Any], Path]]:
-    """The report and the folder of a run by its method, made when asked for."""
+    """The report and folder of a run by its method, made on first use."""
     folder = tmp_path_factory.mktemp("runs")
 
     def find(method: str) -> tuple[dict[str, Any], Path]:
@@ -50,7 +50,7 @@ def test_the_saved_configuration_names_the_classes_and_nothing_specific_to_llmtu
     assert not [key for key in content if "llmtune" in key or "quantization" in key]
 
 
-# What the report says
+# The report
 
 
 def test_the_rows_of_each_class_are_shown(models, tmp_path):
@@ -65,7 +65,7 @@ def test_the_rows_of_each_class_are_shown(models, tmp_path):
     assert all(name in shown for name in COLOURS)
 
 
-# A base with a head of its own
+# A base with its own head
 
 
 @pytest.mark.parametrize("stated", [None, ["red", "green", "blue"]])
@@ -122,7 +122,7 @@ def test_several_labels_per_row(models, tmp_path):
 
 def test_a_number_is_predicted_and_compared_with_the_mean(models, tmp_path):
     rows = [{**row, "label": float(COLOURS.index(row["label"]))} for row in colour_rows()]
-    rows[3]["label"] = 0  # files leave the decimal point out
+    rows[3]["label"] = 0  # files omit the decimal point
     report, folder = run(recipe_for(tmp_path / "r.yaml", models("modernbert"), rows))
     evaluation, lines = report["evaluation"], predictions(folder)
     errors = [float(line["reference"]) - line["tuned_prediction"]["label"] for line in lines]
@@ -175,7 +175,7 @@ def test_classes_are_in_the_models_order_if_it_has_the_same_else_sorted():
     assert classify.sort_names({"10", "9", "x"}, None) == ["10", "9", "x"]
 
 
-# What does not go together
+# Invalid combinations
 
 
 def test_bad_rows_that_are_allowed_are_left_out_and_do_not_disturb_the_baseline(models, tmp_path):
@@ -234,7 +234,7 @@ def test_settings_unsupported_by_the_kind_of_label_are_refused(models, tmp_path,
     assert caught.value.exit_code == 2
 
 
-# Weights of classes
+# Class weights
 
 
 def test_balanced_weights_match_scikit_learn(models, tmp_path):

@@ -1,4 +1,4 @@
-"""Losses of encoders: padding and packing change none of them in any family, and they equal torch's own."""
+"""Losses of encoders: padding and packing do not change them in any family, and they equal torch's own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_padding_and_packing_change_neither_loss_nor_gradient(built, name, famil
     plain = open_model(name, folder, **attention, **config)
     plain.config.pad_token_id = tokenizer.pad_token_id
     alone = [task.loss(plain, task.collator(tokenizer, recipe)([example], 0), True) for example in examples]
-    assert len({round(one.sum.item(), 5) for one in alone}) == len(examples)  # rows that could be told apart
+    assert len({round(one.sum.item(), 5) for one in alone}) == len(examples)  # all rows differ
     parameters = [p for p in plain.parameters() if p.requires_grad]
     wanted = torch.autograd.grad(torch.stack([one.sum for one in alone]).sum(), parameters, allow_unused=True)
     longest = max(float(g.norm()) for g in wanted if g is not None)
@@ -114,11 +114,11 @@ def test_logits_of_a_packed_row_are_split_into_one_row_per_window():
     assert packed.tolist() == [[1, 2, lowest], [3, lowest, lowest], [4, 5, 6]]
 
 
-# What a classifier's loss is
+# The definition of a classifier's loss
 
 
 class Fixed(torch.nn.Module):
-    """A classifier that gives the logits it was made with."""
+    """A classifier that returns given logits."""
 
     def __init__(self, logits_RK: torch.Tensor) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_the_multi_label_loss_is_torchs_binary_cross_entropy_and_regression_squa
 def test_the_loss_matches_transformers(built, name):
     model, task = open_model(name, built("bert")), VARIANT.get(name, CLASSIFY)
     batch = task.collator(AutoTokenizer.from_pretrained(built("bert")), recipe_of(name))(texts(name)[1:2], 0)
-    if name == "qa":  # one row alone: transformers takes padding for a choice
+    if name == "qa":  # a single row: transformers lets padding be an answer
         labels = {"start_positions": batch["first_R"], "end_positions": batch["last_R"]}
     elif name == "classify":
         labels = {"labels": batch["classes_R"]}

@@ -1,4 +1,4 @@
-"""Preference learning by every loss: whole runs, their numbers computed again by plain classes, and what is refused."""
+"""Preference learning with every loss: complete runs, metrics recomputed with plain classes, and refused settings."""
 
 import math
 import shutil
@@ -26,7 +26,7 @@ from llmtune.store.run_request import RunRequest
 
 LOSSES = tuple(LOSS_METRICS)
 QUIET_HEAD = {"generation": {"max_new_tokens": None}}
-"""A model that scores answers writes none."""
+"""A reward model writes no answers."""
 RUNS = {
     **{loss: {} for loss in LOSSES},
     "dpo-full": {"adapter": {"method": "full"}, "train": {"learning_rate": 1.0e-3}},
@@ -44,7 +44,7 @@ def sections_of(loss, **sections):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_llama, tiny_gpt2):
-    """Whole runs by name, each made when it is first asked for: its folder and its report."""
+    """Complete runs by name, each made on first use: its folder and report."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
 
     def make(name):
@@ -76,7 +76,7 @@ def test_preferences_are_learned_and_compared_with_the_base(name, runs):
     assert scores["tuned"]["accuracy"] > 0.9
     assert scores["tuned"]["margin"] > scores["base"]["margin"]
     assert all(not math.isnan(value) for value in scores["tuned"].values())
-    if loss != "orpo":  # whose rewards have no reference
+    if loss != "orpo":  # its rewards have no reference
         assert (scores["base"]["accuracy"], scores["base"]["margin"]) == (0.5, 0.0)
     if "kl" in wanted:
         assert scores["base"]["kl"] == 0 < scores["tuned"]["kl"]
@@ -85,18 +85,18 @@ def test_preferences_are_learned_and_compared_with_the_base(name, runs):
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("dpo")])
 def test_dpo_starts_at_log_two_if_the_model_is_its_reference(name, runs):
     run, report = runs(name)
-    dropout = 0.01 if name == "dpo-gpt2" else 1e-6  # GPT-2 has some of its own, which its reference has not
+    dropout = 0.01 if name == "dpo-gpt2" else 1e-6  # GPT-2 has its own dropout, its reference has none
     assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=dropout)
     assert report["evaluation"]["base"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     last = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line][-1]
     assert last < math.log(2)
 
 
-# The numbers, computed again
+# The metrics, recomputed
 
 
 def plain_logps(model, tokenizer, row, answer):
-    """Log-probabilities [A, V] that a model gives at each token of an answer, and those of its tokens [A]."""
+    """A model's log-probabilities [A, V] at each token of an answer, and those of its tokens [A]."""
     turns = [*row["messages"], {"role": "assistant", "content": answer}]
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]
@@ -113,7 +113,7 @@ def plain_logps(model, tokenizer, row, answer):
 
 
 def plain_models(run, report):
-    """The base and the tuned model of a run by the classes of transformers and PEFT."""
+    """The base and tuned model of a run, loaded with the classes of transformers and PEFT."""
     base = AutoModelForCausalLM.from_pretrained(report["recipe"]["model"]["name"]).eval()
     if (run / "weights").exists():
         return base, AutoModelForCausalLM.from_pretrained(run / "weights").eval()
@@ -153,7 +153,7 @@ def test_pair_metrics_match_plain_models(name, runs):
 
 
 def score(run, rows):
-    """What the model of a run says to rows, read back as llmtune reads it."""
+    """The ratings of rows by the model of a run, loaded by llmtune."""
     context = open_finished(run, quiet(), True)
     processor = context.plan.processor
     with Models(context).tuned() as model, torch.inference_mode():
@@ -169,12 +169,12 @@ def test_a_single_answer_is_scored_from_the_ids_of_training(runs):
     assert said == {"answer": pytest.approx(pair["chosen"], abs=1e-6)}
 
 
-# Runs that go on
+# Runs that start from another run
 
 
 @pytest.fixture(scope="module")
 def chatted(tmp_path_factory, tiny_llama):
-    """A chat run to go on from: it has learned the good answers."""
+    """A chat run to start from: it has learned the good answers."""
     folder = tmp_path_factory.mktemp("chatted")
     rows = [chat(row["prompt"], row["chosen"]) for row in LIKED]
     run_recipe(folder, tiny_llama, rows, "chat", evaluate={"metrics": ["loss"]})
@@ -192,7 +192,7 @@ def test_starting_from_an_adapter_uses_it_as_the_reference(chatted, tiny_llama, 
     assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert report["train"]["train_loss"] < math.log(2)
     assert scores["base"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert scores["base"]["kl"] > 0  # the chat run has moved away from the model without an adapter
+    assert scores["base"]["kl"] > 0  # the chat run differs from the model without an adapter
     assert scores["signatures"]["base"].startswith("the base model with the adapter of adapter.start_from")
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     start = PeftModel.from_pretrained(model, chatted / "adapter").eval()
@@ -238,7 +238,7 @@ def test_a_resumed_run_keeps_its_reference_and_ends_with_the_same_bytes(kind, ch
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["kto", "dpo"])
 def test_two_processes_learn_preferences_as_one_does(loss, tiny_llama, tmp_path):
-    """With 17 rows the last step of an epoch has one: a process without any takes part in the survey of KTO."""
+    """With 17 rows an epoch's last step has one: processes without a row take part in KTO's step statistics."""
     sections = sections_of(loss, adapter={"lora_dropout": 0.0}, evaluate={"metrics": None})
     data = {"validation": 0, "test": 0}
     recipe_of(tmp_path, tiny_llama, rows_for(loss)[:17], "preference", data=data, **sections)
@@ -253,7 +253,7 @@ def test_two_processes_learn_preferences_as_one_does(loss, tiny_llama, tmp_path)
         assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
 
 
-# What is refused, and what is left out
+# Refused and omitted
 
 
 def refuse(kind, folder, model, rows, **sections):

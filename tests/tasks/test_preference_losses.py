@@ -1,4 +1,4 @@
-"""Preference losses and their gradients are those of TRL's trainers, however a step is cut and padded."""
+"""Preference losses and their gradients equal those of TRL's trainers, for any split and padding of a step."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,13 +52,13 @@ def folder(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4)  # so that answers differ in more than their length
+                parameter.mul_(4)  # make answers differ in more than their length
     model.save_pretrained(path)
     return path
 
 
 def open_tuned(folder, scorer=False, moved=True, **lora):
-    """A model with a LoRA, away from its start if `moved`, in training mode."""
+    """A model with LoRA in training mode, moved off its start if `moved`."""
     torch.manual_seed(1)
     if scorer:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
@@ -114,7 +114,7 @@ def some_batches(folder, settings, cuts):
 
 
 def step(model, batches, settings):
-    """Loss, count, right ones and gradients of one optimiser step over `batches`."""
+    """Loss, count, correct count and gradients of one optimiser step over `batches`."""
     model.zero_grad()
     surveys = [step_statistics(model, batch, settings, model.disable_adapter) for batch in batches]
     totals = [sum(values) for values in zip(*surveys, strict=True)]
@@ -151,7 +151,7 @@ def trl_classes(kind):
 
 
 def make_trainer(kind, folder, tuned, rows, output, **options):
-    """A trainer of TRL's whose model has the weights of `tuned`; its reference is its model without the adapter."""
+    """A TRL trainer whose model has the weights of `tuned`; the reference is this model without the adapter."""
     trainer_class, config_class = trl_classes(kind)
     scorer = kind == "reward"
     auto_class = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
@@ -169,7 +169,7 @@ def make_trainer(kind, folder, tuned, rows, output, **options):
 
 
 def referee(trainer, rows):
-    """Loss, gradients and logged values of the trainer's own loss on the batch of its own collator."""
+    """Loss, gradients and logged values from the trainer's own loss and collator."""
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
     loss.backward()
@@ -200,7 +200,7 @@ def test_dpo_and_ipo_match_trl(folder, tmp_path, loss, theirs, beta):
 
 
 def test_smoothed_dpo_matches_trl_for_each_pair(folder, tmp_path):
-    # TRL has this form only in `aot`, which sorts over the batch: with one pair there is nothing to sort
+    # TRL offers this form only in `aot`, which sorts over the batch; one pair needs no sorting
     tuned = open_tuned(folder)
     options = {"loss_type": ["aot"], "beta": 0.3, "label_smoothing": 0.2}
     trainer = make_trainer("dpo", folder, tuned, text_rows(), tmp_path, **options)
@@ -214,7 +214,7 @@ def test_smoothed_dpo_matches_trl_for_each_pair(folder, tmp_path):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_kto_matches_trl(folder, tmp_path, sign):
     tuned = open_tuned(folder)
-    with torch.no_grad():  # with one sign the estimate is above zero, with the other it is cut off there
+    with torch.no_grad():  # the estimate is above zero with one sign, clipped to zero with the other
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(sign)

@@ -1,4 +1,4 @@
-"""What models make of better and worse answers, row by row and as metrics."""
+"""Ratings of better and worse answers, by row and as metrics."""
 
 import math
 
@@ -27,7 +27,7 @@ TUNED = [
     {"chosen": -6.0, "rejected": -6.0, "chosen_tokens": 7.0, "rejected_tokens": 7.0, "kl": 0.2},
 ]
 APART = [0.5 * (4 + 1), 0.5 * (-1 - 1), 0.0]
-"""Rewards of chosen less rejected, with beta 0.5."""
+"""Rewards of chosen minus rejected, with beta 0.5."""
 
 
 def settings(loss="dpo", **more):
@@ -115,7 +115,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tuned(tiny_llama):
-    """A model with an adapter away from its start, and its recipe."""
+    """A model with an adapter off its start, and its recipe."""
     recipe = recipe_of(tiny_llama, "dpo")
     adapted = inject(open_model(recipe), recipe, quiet())
     generator = torch.Generator().manual_seed(3)

@@ -1,4 +1,4 @@
-"""Questions on a text: encoders that point at the answer, decoders and encoder-decoders that write it."""
+"""Questions about a text: encoders that point at the answer, decoders and encoder-decoders that write it."""
 
 import math
 
@@ -46,7 +46,7 @@ def recipe_with(section=None, **data):
 
 
 class Scores(torch.nn.Module):
-    """Gives each token a score by its id: what a model says, made up to the letter."""
+    """Gives each token a score by its id: a fully determined model."""
 
     def __init__(self, config, starts, ends):
         super().__init__()
@@ -76,7 +76,7 @@ def ask(threshold, first, last, null, built, context="The fox is blue.", **secti
 def test_no_answer_is_predicted_if_its_score_exceeds_the_threshold(built):
     said = ask(0.0, 2.0, 3.0, 2.0, built)
     assert said == {"text": "fox is blue", "start": 4, "end": 15, "score": 5.0, "null_score": 4.0}
-    assert ask(0.0, 2.0, 3.0, 2.5, built)["text"] == "fox is blue"  # as high is not higher
+    assert ask(0.0, 2.0, 3.0, 2.5, built)["text"] == "fox is blue"  # equal is not higher
     none = ask(0.0, 2.0, 3.0, 3.0, built)
     assert none == {"text": "", "start": None, "end": None, "score": 5.0, "null_score": 6.0}
     assert ask(1.0, 2.0, 3.0, 3.0, built)["text"] == "fox is blue"
@@ -102,7 +102,7 @@ def test_no_answer_is_never_predicted_if_every_training_row_has_an_answer(built,
     assert ask(1e30, 2.0, 3.0, 99.0, built)["text"] == "fox is blue"
 
 
-# RoBERTa's positions begin behind the padding token's number
+# RoBERTa's positions begin after the padding token's number
 
 
 def test_the_context_of_roberta_is_512_and_not_514(built):
@@ -126,7 +126,7 @@ def test_windows_longer_than_the_context_are_refused_with_the_number_to_set(buil
     assert f"data.max_length: {families.LONGEST}" in caught.value.problems[0].fix
 
 
-# Answers that are written
+# Generated answers
 
 
 ROW = {"question": "Which?", "context": "The fox is blue.", "answers": [{"text": "blue", "start": 11}]}
@@ -179,7 +179,7 @@ def test_the_words_for_no_answer_count_as_none_whatever_their_case(built):
     assert qa.VARIANTS[1].compute_metric("loss", given, about) is None
 
 
-# Who does what
+# Variants
 
 
 def test_the_variant_follows_the_model_and_an_unsupported_style_is_refused(built, tiny_llama):

@@ -1,4 +1,4 @@
-"""Recordings as examples: tokens of language and task, letters and their case, and what cannot be trained on."""
+"""Recordings as examples: language and task tokens, letters and their case, and recordings that cannot be used."""
 
 import json
 import string
@@ -66,7 +66,7 @@ def test_language_and_task_are_given_and_the_transcript_with_its_end_is_supervis
     assert learned[-1] == processor.eos_token_id
     assert example.supervised == len(learned)
     assert example.target_bytes == len(TEXT)
-    assert example.tokens == 100 + end  # two seconds are a hundred frames, however long the recording
+    assert example.tokens == 100 + end  # two seconds are a hundred frames, whatever the recording's length
     assert len(example.audio) == 16_000
     processor.set_prefix_tokens(language="french", task="translate", predict_timestamps=False)
     assert processor(f" {TEXT}")["input_ids"][1:] == example.target_ids
@@ -104,7 +104,7 @@ def test_a_multilingual_model_requires_a_language(whisper):
 
 
 def test_a_language_that_this_vocabulary_lacks_is_refused(whisper, tmp_path):
-    """Cantonese came with version 3; transformers counts on from the start token, whatever stands there."""
+    """Cantonese came with version 3; transformers counts from the start token, whatever is there."""
     processor = AutoTokenizer.from_pretrained(whisper)
     processor.save_pretrained(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text("utf-8").replace("<|yue|>", "<|older|>")
@@ -220,7 +220,7 @@ def test_counted_frames_match_the_model(adapter, tmp_path):
 
 
 def test_a_recording_with_fewer_frames_than_are_hidden_at_once_is_refused(tmp_path):
-    """In such a batch transformers raises in the middle of training."""
+    """transformers raises on such a batch in the middle of training."""
     folder = build_wav2vec2(tmp_path / "model", mask_time_prob=0.05, mask_time_length=10)
     processor = AutoTokenizer.from_pretrained(folder)
     rows = [row_of(write_tone(tmp_path / f"{s}.wav", s), "ab") for s in (0.15, 0.25)]

@@ -1,4 +1,4 @@
-"""Task speech from recordings to a report: Whisper and models of letters, tuned each way, reloaded by plain classes."""
+"""Task speech from recordings to a report: Whisper and CTC models, each tuning method, reloaded by plain classes."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ def run(folder, file, **options):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, models, clips):
-    """The folder and the report of a run with each kind of model, made when asked for."""
+    """The folder and report of a run with each kind of model, made on first use."""
 
     def get(form):
         folder = tmp_path_factory.mktemp(form)
@@ -70,7 +70,7 @@ def finished(tmp_path_factory, models, clips):
     return cache(get)
 
 
-# Bad rows and changed ones
+# Bad and changed rows
 
 
 def small_folder(folder, count=12):
@@ -99,7 +99,7 @@ def test_a_recording_changed_in_place_is_read_again(models, tmp_path):
 
 @pytest.fixture(scope="session")
 def normed_over_time(tmp_path_factory):
-    """As wav2vec2-base is: padding changes what the first layer makes of a sound."""
+    """As in wav2vec2-base, padding changes the first layer's output."""
     return build_wav2vec2(
         tmp_path_factory.mktemp("group"), feat_extract_norm="group", do_stable_layer_norm=False, conv_bias=False
     )
@@ -124,7 +124,7 @@ def test_specaugment_draws_by_seed_step_and_micro_batch(clips, tmp_path):
 
 
 def load(folder, clips, tmp_path, speech, /, training=True, **sections):
-    """A model with its tokenizer and recipe, as training or evaluation has it."""
+    """A model with its tokenizer and recipe, as in training or evaluation."""
     recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech, **sections))).recipe
     place = resolve_model(str(folder), recipe.model, quiet(), True)
     task = choose_variant(recipe, AutoConfig.from_pretrained(folder), str(folder))
@@ -134,7 +134,7 @@ def load(folder, clips, tmp_path, speech, /, training=True, **sections):
 
 @contextmanager
 def tuned(folder, speech=None):
-    """The tuned model of a run, which has learned to write."""
+    """The tuned model of a run, which has learned to transcribe."""
     context = open_finished(folder / "run", quiet(), True)
     processor = context.plan.processor
     section = context.plan.recipe.speech.model_copy(update=speech or {})
@@ -210,7 +210,7 @@ def test_a_recording_with_a_window_cut_at_max_new_tokens_counts_as_cut(finished,
         WHISPER.predict(rows, loaded)
         assert sorted(ends) == [(0, True), (1, True)]
         ends.clear()
-        unwrap(model).generation_config.eos_token_id = [*range(len(processor))]  # whatever it writes is an end
+        unwrap(model).generation_config.eos_token_id = [*range(len(processor))]  # every token is an end token
         WHISPER.predict(rows, loaded)
         assert sorted(ends) == [(0, False), (1, False)]
     assert "answers_cut" in finished("whisper")[1]["evaluation"]["tuned"]
@@ -262,7 +262,7 @@ def test_spellings_come_from_the_model_and_the_report_says_if_it_has_none(clips,
     assert "whisper (English)," in unified.signature
 
 
-# Models that do not fit
+# Unsuitable models
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Summaries with encoder-decoders and by prompt with decoders: what is cut, what is measured, whole runs."""
+"""Summaries with encoder-decoders and prompted decoders: truncation, metrics, complete runs."""
 
 import pytest
 from support.pairs import DOCUMENTS, quiet, recipe_of, run_recipe
@@ -22,7 +22,7 @@ def t5(built):
 
 @pytest.fixture(scope="module")
 def finished(t5, tmp_path_factory):
-    """A run with documents that are cut, and words of the recipe before them."""
+    """A run with truncated documents and a prompt before them."""
     folder = tmp_path_factory.mktemp("finished")
     sections = {"summarize": {"prompt": "summarize: {document}"}, "evaluate": {"metrics": None, "samples": 50}}
     return folder, run_recipe(folder, t5, DOCUMENTS, "summarize", data=SHORT, **sections)

@@ -1,4 +1,4 @@
-"""The table of tasks, and what a task says of a row."""
+"""The table of tasks, and how a task formats a row."""
 
 import pytest
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with

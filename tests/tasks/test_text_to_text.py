@@ -1,4 +1,4 @@
-"""Pairs of texts as ids: for encoder-decoders of every family, and by prompt for decoders."""
+"""Pairs of texts as ids: for encoder-decoders of every family, and for prompted decoders."""
 
 import pytest
 from support import families
@@ -55,7 +55,7 @@ def test_source_and_target_have_the_tokenizers_ids_and_the_target_its_end(family
     start, end = example.target_spans
     assert example.target_ids[end - 1] == ours.eos_token_id
     assert end == len(example.target_ids)
-    assert start == (1 if languages else 0)  # the language is given, not learned
+    assert start == (1 if languages else 0)  # the language is given, not supervised
     assert example.supervised == end - start
     assert example.target_bytes == len(ROW["target"])
     assert example.tokens == len(example.input_ids) + len(example.target_ids)
@@ -73,7 +73,7 @@ def test_languages_of_a_row_override_those_of_the_recipe(family, tokenizer):
     assert other.target_ids[0] == processor.convert_tokens_to_ids(third)
     assert other.target_ids[1:] == plain.target_ids[1:]
     assert other.input_ids == plain.input_ids
-    again = encode(ROW, processor, recipe_for(section=named))  # the tokenizer keeps nothing of the row before
+    again = encode(ROW, processor, recipe_for(section=named))  # the tokenizer keeps no state of the previous row
     assert again.target_ids == plain.target_ids
 
 
@@ -81,7 +81,7 @@ def test_languages_of_a_row_override_those_of_the_recipe(family, tokenizer):
     ("family", "said", "meant"),
     [
         ("nllb", "eng_Latin", "eng_Latn"),
-        ("nllb", "en", "eng_Latn"),  # a word of the vocabulary, and no language
+        ("nllb", "en", "eng_Latn"),  # a vocabulary word, not a language
         ("nllb", "English", "eng_Latn"),
         ("mbart", "en", "en_XX"),
         ("mbart", "en-US", "en_XX"),
@@ -126,7 +126,7 @@ def test_an_mbart_with_the_language_after_the_end_begins_its_answers_with_it():
     start, end = example.target_spans
     code = processor.convert_tokens_to_ids("fr_XX")
     assert list(example.target_ids[-2:]) == [processor.eos_token_id, code]
-    assert (start, end) == (0, len(example.target_ids) - 1)  # the end is learned, the language is not
+    assert (start, end) == (0, len(example.target_ids) - 1)  # the end is supervised, the language is not
     assert starts_with_language(processor)
 
 
@@ -172,7 +172,7 @@ def test_an_empty_target_gives_a_reason_and_no_example(tokenizer):
     assert encode({**ROW, "target": " "}, tokenizer("t5"), recipe_for()) == "the target is empty"
 
 
-# By prompt
+# Prompted decoders
 
 NAMED = {"source_language": "English", "target_language": "French"}
 

@@ -1,4 +1,4 @@
-"""Words that are marked in a text: aligned to tokens, learned, counted as seqeval counts."""
+"""Tagged words in a text: aligned to tokens, learned, measured as in seqeval."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Translation with encoder-decoders of every family, and by prompt with decoders: losses, answers, whole runs."""
+"""Translation with encoder-decoders of every family and prompted decoders: losses, answers, complete runs."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ ASKED = [translate.VARIANTS[0].split_answer(row)[0] for row in ROWS[:5]]
 
 
 def build_mbart25(folder, **config):
-    """mBART of 2020: the language stands behind the end, and the model moves it to the front."""
+    """mBART of 2020: the language comes after the end, and the model moves it to the front."""
     tokenizer = MBartTokenizer(vocab=families._make_unigram(families.FAIRSEQ_WORDS), src_lang="en_XX", tgt_lang="fr_XX")
     shape = families._describe(MBartConfig, tokenizer, families.SEQ2SEQ, config)
     return families._save(folder, 0, MBartForConditionalGeneration, shape, tokenizer)
@@ -59,7 +59,7 @@ def opened(folder, name, **generation):
 
 
 def talkative(folder, name, **generation):
-    """The same with an output layer of its own, so that the model does not write what it reads over and over."""
+    """The same with an untied output layer; otherwise the model would repeat its input."""
     model, processor, recipe = opened(folder, name, **generation)
     torch.manual_seed(3)
     model.lm_head = torch.nn.Linear(64, model.config.vocab_size, bias=False)
@@ -150,7 +150,7 @@ def test_marian_never_writes_its_start_token(folders, tmp_path):
     model, processor, recipe = opened(folders["marian"], "marian")
     model.generation_config.bad_words_ids = [[processor.pad_token_id]]
     with torch.no_grad():
-        model.final_logits_bias[0, processor.pad_token_id] = 1e4  # what it would like best
+        model.final_logits_bias[0, processor.pad_token_id] = 1e4  # its most likely token
     given = processor(ROWS[0]["source"], return_tensors="pt")
     with only_these_settings(model) as own:
         written = run_generation(model, dict(given), decoder_settings(own, model, processor, recipe))
@@ -171,7 +171,7 @@ def test_a_decoder_without_a_known_start_token_is_refused(folders):
     check_decoder_start(named, its)  # it starts with a language
 
 
-# Whole runs
+# Complete runs
 
 
 def test_qlora_does_not_quantise_the_output_layer_and_its_tied_embedding(tmp_path):
@@ -197,20 +197,20 @@ def test_qlora_does_not_quantise_the_output_layer_and_its_tied_embedding(tmp_pat
     whole = {name for name, module in adapted.items() if not isinstance(module.base_layer, Linear4bit)}
     assert {name.rpartition(".")[2] for name in whole} == {
         "wo"
-    }  # transformers keeps it in float32, whatever the rest is
+    }  # transformers keeps it in float32, whatever the dtype of the rest
     assert len(whole) == 4 < len(adapted)
     assert tuned.selected.plan.parts["weights"] == pytest.approx(weights, rel=0.02)
     assert report["adapter"]["matched_modules"] == 2 * 6 + 2 * 10  # q, k, v, o, wi, wo; the decoder attends twice
 
 
-# By prompt
+# Prompted decoders
 
 NAMED = {"source_language": "English", "target_language": "French"}
 
 
 def test_a_decoders_answer_ends_at_its_templates_end_of_turn(tmp_path):
     processor = train_tokenizer()
-    processor.eos_token = "<|endoftext|>"  # as base models have it
+    processor.eos_token = "<|endoftext|>"  # as in base models
     model = AutoModelForCausalLM.from_pretrained(build_gpt2(tmp_path / "gpt2"))
     recipe = load_recipe(str(recipe_of(tmp_path, tmp_path / "gpt2", PAIRS, "translate", translate=NAMED))).recipe
     end = processor.convert_tokens_to_ids("<|im_end|>")
