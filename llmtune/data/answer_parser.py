@@ -36,9 +36,9 @@ def parse_answer(
 ) -> ParsedAnswer:
     """Parse the text after the generation prompt, special tokens included.
 
-    The result excludes text supplied by the generation prompt, such as `<think>`. If `prompt` is given, the supplied text
-    is searched there: some templates supply nothing after a tool result. Calls are parsed only if `tools` are offered,
-    because any text may look like a call. Arguments written without types get the types of their declaration.
+    The result excludes text supplied by the generation prompt, such as `<think>`. If `prompt` is given, the supplied
+    text is searched there: some templates supply nothing after a tool result. Calls are parsed only if `tools` are
+    offered, because any text may look like a call. Arguments written without types get the types of their declaration.
     """
     stray: Collection[str] = ()
     if isinstance(generated, str):

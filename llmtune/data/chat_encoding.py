@@ -184,8 +184,8 @@ def _trained_answers(row: ChatRow, train_on: str) -> list[int] | str:
 def cut_turns(template: ChatTemplate, chats: Sequence[tuple[PreparedChat, Sequence[int]]]) -> list[list[Turn] | str]:
     """Cut the answers at these indices out of each conversation, or return why the template refuses it.
 
-    An answer is the text that the template adds after the prompt for it. Rendering the conversation again for every answer would
-    take quadratic time, so a long conversation is first rendered in windows.
+    An answer is the text that the template adds after the prompt for it. Rendering the conversation again for every
+    answer would take quadratic time, so a long conversation is first rendered in windows.
     """
     windows = [len(answers) > FEW_ANSWERS and _cut_windows(template, chat, answers) for chat, answers in chats]
     rest = [one for one, turns in zip(chats, windows, strict=True) if not turns]

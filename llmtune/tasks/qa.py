@@ -173,8 +173,8 @@ class Qa(Task[QaRow, PredictionT]):
     name = "qa"
     endpoint = Endpoint(
         "/v1/qa",
-        "`text` (empty if the context has no answer), `start` and `end` in characters of the context, and scores; of a "
-        "model that generates its answers the answer as text",
+        "`text` (empty if the context has no answer), `start` and `end` in characters of the context, and scores; if "
+        "the model generates its answers, the answer as text",
         prompt_field="question",
     )
     required_inputs = ("prompt", "context")
