@@ -112,8 +112,8 @@ def test_class_weights_are_stored_in_the_examples(tokenizer):
     ("classify", "label", "reason"),
     [
         ({"kind": "single", "labels": ["a", "b"]}, "c", "label unknown: 'c' is none of a, b"),
-        ({"kind": "single", "labels": ["a", "b"]}, ["a", "b"], "2 labels where"),
-        ({"kind": "single", "labels": ["a", "b"]}, [], "0 labels where"),
+        ({"kind": "single", "labels": ["a", "b"]}, ["a", "b"], "2 labels, but"),
+        ({"kind": "single", "labels": ["a", "b"]}, [], "0 labels, but"),
         ({"kind": "multi", "labels": ["a", "b"]}, ["a", "c"], "label unknown: 'c'"),
         ({"kind": "regression"}, "much", "no number: the label is 'much'"),
         ({"kind": "regression"}, "nan", "no number"),
