@@ -101,5 +101,5 @@ def canonical_call(call: Mapping[str, object]) -> ToolCall:
         raise ValueError(f"a call without a name: {call}")
     arguments = function.get("arguments", function.get("parameters", {}))
     if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments of {function['name']!r} are no object: {arguments!r}")
+        raise ValueError(f"the arguments of {function['name']!r} are not an object: {arguments!r}")
     return cast(ToolCall, {"type": "function", "function": {"name": function["name"], "arguments": arguments}})

@@ -169,8 +169,8 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
     template = _without_facts(processor, recipe)
     refuse_unread(template.kwargs, processor.chat_template)
     if "strftime_now(" in template.text():
-        what = "the template writes the day's date, so its prompts differ from day to day"
-        raise EnvironmentProblem.of(what, template.name, f"{FIX} has a date in its place.")
+        what = "the template writes today's date, so its prompts change every day"
+        raise EnvironmentProblem.of(what, template.name, f"{FIX} has a fixed date instead.")
     template = with_kwargs(template, template.kwargs)
     system = recipe.data.system_prompt
     if system is not None and system.strip() not in template.facts.preamble:
@@ -242,7 +242,7 @@ def _prepare_chat(
     if pattern is None or token is None:
         return PreparedChat(messages, tools, reasoning == "keep")
     if recipe.data.special_tokens_in_text == "refuse":
-        return f"the conversation holds the special token {token}. {SPELL_OUT}"
+        return f"the conversation contains the special token {token}. {SPELL_OUT}"
     return PreparedChat(mark(messages, pattern), mark(tools, pattern), reasoning == "keep", marked=True)
 
 

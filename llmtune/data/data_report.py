@@ -112,7 +112,7 @@ def _name_system_message(
     added = read_template(processor, recipe).facts.added_system
     if added is not None and added in example:
         console.print(
-            f"The chat template adds a system message where a row has none: {added!r}. "
+            f"The chat template adds a system message if a row has none: {added!r}. "
             "Set data.system_prompt to replace it.",
             highlight=False,
             markup=False,

@@ -41,7 +41,7 @@ BROKEN = {
 DAMAGED = {
     "cut.flac": (write_cut, "audio unreadable"),
     "cut.mp3": (lambda path: write_cut(path, seconds=2), "audio cut"),
-    "nan.wav": (lambda path: soundfile.write(path, np.full(99, np.nan, np.float32), RATE, "FLOAT"), "no numbers"),
+    "nan.wav": (lambda path: soundfile.write(path, np.full(99, np.nan, np.float32), RATE, "FLOAT"), "not numbers"),
     "one.wav": (lambda path: soundfile.write(path, np.zeros(2), 96_000), "audio empty"),
 }
 """Errors that only decoding shows."""

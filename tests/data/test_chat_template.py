@@ -66,7 +66,7 @@ def test_a_turn_that_calls_a_tool_may_end_in_another_token():
         (CHATML.replace("message['content']", "message['content'] | upper"), "not as given"),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for %}", "refuses"),
-        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML, "the day's date"),
+        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML, "today's date"),
     ],
 )
 def test_an_unusable_template_is_refused_by_name_with_a_fix(template, says):

@@ -201,7 +201,7 @@ def test_answers_with_equal_tokens_are_refused(tmp_path):
     rows = [PAIR, {**PAIR, "rejected": " Red."}]
     good, bad = PREFERENCE.encode(rows, tokenizer, recipe_of(tmp_path))
     assert len(good) == 1
-    assert bad == "chosen equals rejected: both answers are the same tokens"
+    assert bad == "chosen equals rejected: both answers have the same tokens"
 
 
 @pytest.mark.parametrize("column", ["chosen", "rejected"])

@@ -135,7 +135,7 @@ def test_all_unreadable_sources_are_reported_together(tmp_path):
         "no file matches",
         "empty.jsonl: the file is empty: no rows",
         "the folder is empty",
-        "the folder holds no data file (1 others)",
+        "the folder contains no data file (1 others)",
         "the ending '.xyz' does not show the file type",
         "not a readable Parquet file",
         "unknown row format: the columns are 'q', 'a'",

@@ -192,7 +192,7 @@ def calls(stated):
     ("row", "reason"),
     [
         ({"messages": []}, "no messages: the list of messages is empty"),
-        ({"messages": "hello"}, "wrong type: messages is text, and not JSON"),
+        ({"messages": "hello"}, "wrong type: messages is text, but not JSON"),
         ({"messages": 3}, "wrong type: 'messages' is a number"),
         ({"messages": ["hi"]}, "wrong type: message 1 is text"),
         (turns(("usr", "q"), ("assistant", "a")), "unknown role: message 1: 'usr' is none of .* Did you mean 'user'"),
@@ -216,7 +216,7 @@ def calls(stated):
         ({**chat("q"), "tools": [{"description": "x"}]}, "malformed tool: tool 1 has no function with a 'name'"),
         ({"messages": [{"role": "user", "content": "q"},
                        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-         "wrong type: message 2: the arguments of 'f' is text, and not JSON"),
+         "wrong type: message 2: the arguments of 'f' is text, but not JSON"),
         (calls({"f": {}}), r"wrong type: message 2: 'tool_calls' is .*; it must be a list"),
         (calls([{"function": {}}]), "malformed tool call: message 2: a tool call needs a function with a 'name'"),
         (calls([{"function": {"name": "f", "arguments": [1]}}]), "malformed tool call: .*: the arguments of 'f'"),

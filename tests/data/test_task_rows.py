@@ -136,8 +136,8 @@ def test_adjacent_spans_are_two_entities():
 @pytest.mark.parametrize(
     ("span", "said"),
     [
-        ({"start": 0, "end": 6, "label": "P"}, "'Ada Lo' does not begin and end where words do"),
-        ({"start": 3, "end": 4, "label": "P"}, "' ' does not begin and end where words do"),
+        ({"start": 0, "end": 6, "label": "P"}, "'Ada Lo' does not begin and end at word boundaries"),
+        ({"start": 3, "end": 4, "label": "P"}, "' ' does not begin and end at word boundaries"),
         ({"start": 0, "end": 99, "label": "P"}, "characters 0 to 99 of 12"),
         ({"start": 4, "end": 4, "label": "P"}, "characters 4 to 4 of 12"),
         ({"start": "0", "end": 3, "label": "P"}, "characters 0 to 3 of 12"),

@@ -149,5 +149,5 @@ def test_an_unavailable_divergence_is_omitted(tuned):
 
 
 def test_an_unencodable_row_is_an_error_not_a_missing_number(tuned):
-    with pytest.raises(DataError, match="row 2 of those asked: too long: "):
+    with pytest.raises(DataError, match="row 2 of the request: too long: "):
         predict(tuned, [ROWS[0], {**ROWS[1], "rejected": "fox " * 100}], data={"max_length": 50})

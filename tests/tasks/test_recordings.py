@@ -145,7 +145,7 @@ def test_a_recording_longer_than_a_window_cannot_be_trained_on(whisper, letters,
 def test_a_window_too_long_for_whisper_is_refused(whisper, tmp_path):
     row = row_of(write_tone(tmp_path / "a.wav"))
     recipe = recipe_for({"language": "fr", "window_seconds": 60})
-    with pytest.raises(RecipeError, match="hears 2 s at once") as error:
+    with pytest.raises(RecipeError, match="takes 2 s at once") as error:
         WHISPER.encode([row], AutoTokenizer.from_pretrained(whisper), recipe)
     assert error.value.problems[0].where == "speech.window_seconds"
 
@@ -204,7 +204,7 @@ def test_a_text_longer_than_its_frames_is_refused_and_equal_letters_take_a_frame
     fits, doubled = ("AB" * frames)[:frames], ("AB" * frames)[: frames - 2] + "CC"
     kept, one_more, twice = CTC.encode([row_of(path, t) for t in (fits, fits + "C", doubled)], processor, recipe_for())
     assert len(kept[0].target_ids) == frames == kept[0].tokens
-    assert one_more == f"its text takes {frames + 1} frames, and the recording has {frames}"
+    assert one_more == f"its text needs {frames + 1} frames, but the recording has {frames}"
     assert twice == one_more
 
 
@@ -225,7 +225,7 @@ def test_a_recording_with_fewer_frames_than_are_hidden_at_once_is_refused(tmp_pa
     processor = AutoTokenizer.from_pretrained(folder)
     rows = [row_of(write_tone(tmp_path / f"{s}.wav", s), "ab") for s in (0.15, 0.25)]
     short, kept = CTC.encode(rows, processor, recipe_for())
-    assert short == "the recording has 7 frames, and config.json hides 10 at once (mask_time_length)"
+    assert short == "the recording has 7 frames, but config.json masks 10 at once (mask_time_length)"
     assert kept[0].tokens == 12
 
 

@@ -115,7 +115,7 @@ def test_the_models_codes_override_a_data_sets_language_names(tokenizer):
 @pytest.mark.parametrize("said", [("fr", "en"), ("fra_Latn", "eng_Latn"), ("French", "English")])
 def test_a_recipe_with_swapped_languages_is_refused(said, tokenizer):
     section = dict(zip(("source_language", "target_language"), said, strict=True))
-    with pytest.raises(RecipeError, match="the rows go from en into fr, and the recipe says from"):
+    with pytest.raises(RecipeError, match="the rows go from en into fr, but the recipe says from"):
         encode({**ROW, "languages": ["en", "fr"]}, tokenizer("t5"), recipe_for(section=section))
 
 
