@@ -53,11 +53,11 @@ class Turn:
     answer: str
     """The answer's text; it ends with an end-of-turn token."""
     answer_bytes: int
-    """Bytes of the message in `target`, without the text that the template adds around it."""
+    """Bytes of the message in `answer`, without the text that the template adds around it."""
     history: str
     """A text that starts with the answer's prompt; the turns of a long conversation share it."""
     upto: int
-    """How many characters of `head` come before the answer."""
+    """How many characters of `history` come before the answer."""
     lead: str
     """The prompt's text after them: `<think>`, or thoughts that are not supervised."""
 
