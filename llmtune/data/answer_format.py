@@ -59,8 +59,8 @@ class ThoughtFormat:
     """How an answer contains thoughts."""
 
     written_by: Literal["template", "content", "prompt"] = "content"
-    """Where they come from. The template writes them from the field for thoughts, or takes them from the text of the
-    answer; or it only prompts for them and omits them from what it renders."""
+    """Their source: the template writes them from their own field, or finds them in the text of the answer. It may also
+    omit them from renderings and only prompt for them."""
     before: str = THINK_OPEN
     after: str = THINK_CLOSE
     opener: str = ""

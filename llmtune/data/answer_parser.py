@@ -36,9 +36,9 @@ def parse_answer(
 ) -> ParsedAnswer:
     """Parse the text after the generation prompt, special tokens included.
 
-    The result excludes what the generation prompt supplies, such as `<think>`. If `prompt` is given, the supplied text
-    is searched there: some templates supply nothing after a tool result. Calls are parsed only if `tools` are offered,
-    because any text may look like a call. Arguments written without types get the types of their declaration.
+    The result excludes text supplied by the generation prompt, such as `<think>`. If `prompt` is given, the supplied
+    text is searched there: some templates supply nothing after a tool result. Calls are parsed only if `tools` are
+    offered, because any text may look like a call. Arguments written without types get the types of their declaration.
     """
     stray: Collection[str] = ()
     if isinstance(generated, str):
@@ -101,5 +101,5 @@ def canonical_call(call: Mapping[str, object]) -> ToolCall:
         raise ValueError(f"a call without a name: {call}")
     arguments = function.get("arguments", function.get("parameters", {}))
     if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments of {function['name']!r} are no object: {arguments!r}")
+        raise ValueError(f"the arguments of {function['name']!r} are not an object: {arguments!r}")
     return cast(ToolCall, {"type": "function", "function": {"name": function["name"], "arguments": arguments}})

@@ -86,7 +86,7 @@ def check_recording(path: Path) -> None:
     if not low <= info.samplerate <= high:
         raise RowError("audio with a wrong rate", f"{path}: {info.samplerate:,} samples a second")
     if CUT.search(info.extra_info):
-        raise RowError("audio cut", f"{path} ends before its header says")
+        raise RowError("audio cut", f"{path} is shorter than its header states")
     if info.format == "OGG" and not _ends_with_a_page(path):
         raise RowError("audio cut", f"{path} ends within a page")
     if info.frames <= 0:
@@ -139,10 +139,10 @@ def decode_recording(path: Path, rate: int) -> Waveform:
             what = f"{path} does not state its length, and only {len(sound_NC) / own_rate:.1f} s of it can be decoded"
             raise RowError("audio unreadable", f"{what}; write it again, as FLAC or with a Xing header")
     elif announced - len(sound_NC) > max(MP3_SLACK, announced // 100):
-        raise RowError("audio cut", f"{path} has {len(sound_NC):,} samples, and {announced:,} by its header")
+        raise RowError("audio cut", f"{path} has {len(sound_NC):,} samples, but its header states {announced:,}")
     sound_N = sound_NC.mean(axis=1)
     if not len(sound_N) or not np.isfinite(sound_N).all():
-        raise RowError("audio unreadable", f"{path}: no samples, or samples that are no numbers")
+        raise RowError("audio unreadable", f"{path}: no samples, or samples that are not numbers")
     if own_rate != rate:
         sound_N = soxr.resample(sound_N, own_rate, rate)
     if not len(sound_N):

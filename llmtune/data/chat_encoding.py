@@ -53,13 +53,13 @@ class Turn:
     answer: str
     """The answer's text; it ends with an end-of-turn token."""
     answer_bytes: int
-    """Bytes of the message in `target`, without the text that the template adds around it."""
+    """Bytes of the message in `answer`, without the text that the template adds around it."""
     history: str
     """A text that starts with the answer's prompt; the turns of a long conversation share it."""
     upto: int
-    """How many characters of `head` come before the answer."""
+    """How many characters of `history` come before the answer."""
     lead: str
-    """What the prompt adds after them: `<think>`, or thoughts that are not supervised."""
+    """The prompt's text after them: `<think>`, or thoughts that are not supervised."""
 
     @property
     def prompt(self) -> str:
@@ -112,7 +112,7 @@ def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, rec
     `data.train_on: all` every token from token 1 on is supervised, except messages with `train: false`.
 
     Raises:
-        EnvironmentProblem: the model has no chat template, or one that cannot be split into turns.
+        EnvironmentProblem: the chat template is missing, or cannot be split into turns.
     """
     template, data = read_template(processor, recipe), recipe.data
 
@@ -184,8 +184,8 @@ def _trained_answers(row: ChatRow, train_on: str) -> list[int] | str:
 def cut_turns(template: ChatTemplate, chats: Sequence[tuple[PreparedChat, Sequence[int]]]) -> list[list[Turn] | str]:
     """Cut the answers at these indices out of each conversation, or return why the template refuses it.
 
-    An answer is what the template adds after the prompt for it. Rendering the conversation again for every answer would
-    take quadratic time, so a long conversation is first rendered in windows.
+    An answer is the text that the template adds after the prompt for it. Rendering the conversation again for every
+    answer would take quadratic time, so a long conversation is first rendered in windows.
     """
     windows = [len(answers) > FEW_ANSWERS and _cut_windows(template, chat, answers) for chat, answers in chats]
     rest = [one for one, turns in zip(chats, windows, strict=True) if not turns]
@@ -380,7 +380,7 @@ def _assemble_whole(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
     learned = [False] * len(ids)
     for segment, (start, end) in zip(draft.segments, pairwise(counts), strict=True):
         if start is None or end is None:
-            return "the tokenizer joins what is not learned and its neighbour in one token"
+            return "the tokenizer merges supervised and unsupervised text in one token"
         learned[start:end] = [segment.learned] * (end - start)
     learned[:1] = [False]
     spans = [i for i in range(len(ids) + 1) if (i < len(ids) and learned[i]) != (i > 0 and learned[i - 1])]

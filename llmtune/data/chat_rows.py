@@ -351,5 +351,5 @@ def _json_cell(value: object, what: str) -> object:
     try:
         parsed: object = json.loads(value)
     except (ValueError, RecursionError):
-        raise RowError("wrong type", f"{what} is text, and not JSON") from None
+        raise RowError("wrong type", f"{what} is text, but not JSON") from None
     return parsed

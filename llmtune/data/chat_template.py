@@ -58,7 +58,7 @@ MAX_TEXT = 2**25
 SPELL_OUT = "data.special_tokens_in_text: text writes it as plain text."
 CLOSED = (
     "the prompt closes the thoughts before the answer begins, and this answer has some: "
-    "set data.reasoning: drop, or model.chat_template_kwargs so that the template lets the model think"
+    "set data.reasoning: drop, or set model.chat_template_kwargs to let the model think"
 )
 _RENDER_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
@@ -169,12 +169,12 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
     template = _without_facts(processor, recipe)
     refuse_unread(template.kwargs, processor.chat_template)
     if "strftime_now(" in template.text():
-        what = "the template writes the day's date, so its prompts differ from day to day"
-        raise EnvironmentProblem.of(what, template.name, f"{FIX} has a date in its place.")
+        what = "the template writes today's date, so its prompts change every day"
+        raise EnvironmentProblem.of(what, template.name, f"{FIX} has a fixed date instead.")
     template = with_kwargs(template, template.kwargs)
     system = recipe.data.system_prompt
     if system is not None and system.strip() not in template.facts.preamble:
-        fix = "Omit it, and write what the model is to know into the questions."
+        fix = "Omit it, and write its content into the questions."
         raise RecipeError.of("it has no effect: the chat template omits system messages", "data.system_prompt", fix)
     return template
 
@@ -242,7 +242,7 @@ def _prepare_chat(
     if pattern is None or token is None:
         return PreparedChat(messages, tools, reasoning == "keep")
     if recipe.data.special_tokens_in_text == "refuse":
-        return f"the conversation holds the special token {token}. {SPELL_OUT}"
+        return f"the conversation contains the special token {token}. {SPELL_OUT}"
     return PreparedChat(mark(messages, pattern), mark(tools, pattern), reasoning == "keep", marked=True)
 
 
@@ -322,7 +322,7 @@ def split_answer(
 
 
 def _written_after(facts: TemplateFacts, reasoning: str | None, prompt: str, whole: str) -> str:
-    """Return what the model must write after the prompt.
+    """Return the text that the model must write after the prompt.
 
     This is the difference of the two renderings. If the template omits the thoughts, they are inserted; if the prompt
     opens them, so is their end.

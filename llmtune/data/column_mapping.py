@@ -62,7 +62,7 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 """By task, our column names and their aliases."""
 COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])
-"""Answer columns one of which is the worse answer: only preference tasks may learn from them."""
+"""Answer columns that include a worse answer: only preference tasks may learn from them."""
 
 NAMES_AT_ONCE = 200
 """How many columns and nested keys of a row are searched."""

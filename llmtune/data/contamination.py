@@ -46,7 +46,7 @@ class Overlap:
     train_rows: int
     """Number of distinct training rows: copies of a row by weight count once."""
     short: frozenset[int]
-    """Number of test rows with fewer than 13 words."""
+    """Test rows with fewer than 13 words."""
     equal: dict[int, int]
     near: dict[int, int]
     prompted: dict[int, int]

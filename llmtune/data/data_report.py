@@ -112,7 +112,7 @@ def _name_system_message(
     added = read_template(processor, recipe).facts.added_system
     if added is not None and added in example:
         console.print(
-            f"The chat template adds a system message where a row has none: {added!r}. "
+            f"The chat template adds a system message if a row has none: {added!r}. "
             "Set data.system_prompt to replace it.",
             highlight=False,
             markup=False,
@@ -120,7 +120,7 @@ def _name_system_message(
 
 
 def _histogram(lengths: npt.NDArray[np.int32]) -> tuple[list[int], list[int]]:
-    """Count lengths in bins of whole tokens: `edges` has one entry more than `counts`."""
+    """Count lengths in bins with integer edges: `edges` has one entry more than `counts`."""
     low, high = int(lengths.min()), int(lengths.max()) + 1
     width = max(1, -(-(high - low) // BINS))
     edges = list(range(low, high + width, width))

@@ -35,7 +35,7 @@ class Example:
     answer: Sequence[int] = ()
     """First and last token of the answer span."""
     values: Sequence[float] = ()
-    """Regression targets: one per class, or a single number."""
+    """Numeric targets: one per class, or a single number."""
     weights: Sequence[float] = ()
     """The example's weight in the loss, as a one-element list."""
     desirable: Sequence[int] = ()

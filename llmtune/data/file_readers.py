@@ -113,7 +113,7 @@ def data_errors(name: str) -> Iterator[None]:
         yield
     except PermissionError as error:
         what = "the file cannot be read (permission denied)"
-        raise DataError.of(what, name, "Give yourself the right to read it.") from error
+        raise DataError.of(what, name, "Make it readable for your user.") from error
     except MemoryError as error:
         what = "its rows need more memory than is available"
         raise DataError.of(what, name, "Split the file, or remove the column that makes its rows large.") from error
@@ -137,7 +137,9 @@ def _read_lines(stream: ByteStream, name: str) -> Iterator[LazyRow]:
         number += 1
         if len(line) == MAX_ROW_BYTES:
             what = f"a line of more than {MAX_ROW_BYTES >> 20} MiB"
-            raise DataError.of(what, f"{name}:{number}", "One row a line is expected; is it JSON? Set `format: json`.")
+            raise DataError.of(
+                what, f"{name}:{number}", "One row per line is expected. For a JSON document set `format: json`."
+            )
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line and not line.isspace():
@@ -157,8 +159,8 @@ def _read_json_document(stream: ByteStream, name: str) -> Iterator[LazyRow]:
         return
     data = stream.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
-        what = f"a JSON document of more than {MAX_JSON_BYTES >> 20} MiB, which is read as a whole"
-        raise DataError.of(what, name, "Write it as JSON Lines, one row a line: these are read one by one.")
+        what = f"a JSON document of more than {MAX_JSON_BYTES >> 20} MiB, which is read at once"
+        raise DataError.of(what, name, "Write it as JSON Lines, one row per line: these are read one by one.")
     for number, row in enumerate(_json_rows(data, name), 1):
         is_row = isinstance(row, dict)
         yield f"{name}:row {number}", row if is_row else RowError("not a JSON object", f"the row is {json_kind(row)}")
@@ -184,7 +186,7 @@ def _json_rows(data: bytes, name: str) -> list[Any]:
             names = " and ".join(map(repr, held))
             raise DataError.of(f"two lists of rows, {names}", name, "Keep one of them in the file.")
         return [*next(iter(held.values())), *values[1:]] if held else values
-    fix = "Fix the file; in JSON Lines a mistake costs one row and not the file."
+    fix = "Fix the file, or use JSON Lines: there a mistake loses only its row."
     raise DataError.of(f"not valid JSON: {what}", f"{name}:{line}", fix)
 
 
@@ -242,7 +244,7 @@ def _short_lines(first: str, rest: io.TextIOWrapper, name: str) -> Iterator[str]
     while line:
         if len(line) >= MAX_ROW_BYTES:
             what = f"a line of more than {MAX_ROW_BYTES >> 20} MiB"
-            raise DataError.of(what, f"{name}:{number}", "Is it CSV, with a row a line?")
+            raise DataError.of(what, f"{name}:{number}", "Check that it is CSV with one row per line.")
         yield line
         line = rest.readline(MAX_ROW_BYTES)
         number += 1

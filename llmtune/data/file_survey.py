@@ -145,7 +145,7 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
 
 
 def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[str]:
-    """Return what is wrong with the first row, for each task (or the given one) that knows its columns."""
+    """Return the problem with the first row for each task (or the given one) that knows its columns."""
     found = []
     first, columns = survey.first, columns or {}
     for one in [one for one in BY_NAME if task in (None, one)]:

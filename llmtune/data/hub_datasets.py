@@ -199,7 +199,7 @@ def _explained(name: str) -> Iterator[None]:
     except ValueError as error:
         raise DataError.of(f"it cannot be loaded: {error}", where, "Check `config`, `split` and `revision`.") from error
     except (DatasetsError, RuntimeError) as error:
-        raise DataError.of(f"it cannot be loaded: {error}", where, "Fetch it by hand, and give the files.") from error
+        raise DataError.of(f"it cannot be loaded: {error}", where, "Download it and name the files.") from error
     except (HTTPError, OSError) as error:
         fix = "Check the network and its proxy, or give local files."
         raise EnvironmentProblem.of(f"the hub cannot be reached ({error})", where, fix) from error

@@ -51,7 +51,7 @@ class IngestState:
     bad: Counter[str] = field(default_factory=Counter)
     first: list[Problem] = field(default_factory=list)
     unreadable: list[Problem] = field(default_factory=list)
-    """Errors that concern whole files."""
+    """Errors of files, as opposed to rows."""
     columns: dict[str, None] = field(default_factory=dict)
     """Columns of possible test rows, if `evaluate` requires some."""
     taken: Counter[int] = field(default_factory=Counter)

@@ -1,7 +1,7 @@
 """Checks that all contents of rows appear in their renderings, and that answers are where the template marks them.
 
-`TemplateFacts` shows what a template always omits: a system message, calls, results, tool declarations. Searching the
-rendering for the texts themselves shows what it cuts or changes depending on the content.
+`TemplateFacts` shows the parts that a template always omits: system message, calls, results, tool declarations. A
+search for the texts in the rendering finds contents that it cuts or changes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Expected = tuple[str, str, bool]
 def find_missing(
     facts: TemplateFacts, messages: Sequence[Message], tools: Tools, text: str, thoughts: Collection[int]
 ) -> str | None:
-    """Return what a rendering lacks of the conversation, or None if it is complete.
+    """Return the part of a conversation that its rendering lacks, or None if it is complete.
 
     Args:
         facts: The template's facts.

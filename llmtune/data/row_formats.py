@@ -270,7 +270,7 @@ def _unknown_format(
     if len(set(kinds)) > 1:
         other = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
         names = f"row 1 is {kinds[0] or 'of no known format'}, row {other + 1} {kinds[other] or 'of no known format'}"
-        return DataError.of(f"mixed formats: {names}", where, "Put each format into a file and a source of its own.")
+        return DataError.of(f"mixed formats: {names}", where, "Put each format into its own file and source.")
     known = "\n    ".join(f"{one.name}: {one.example}" for one in usable)
     what = f"unknown row format: the columns are {_name_list(present)}"
     if suggestion:

@@ -122,7 +122,7 @@ LETTERS = np.isin(np.arange(256), [*b"0123456789abcdefghijklmnopqrstuvwxyz", *ra
 
 
 def mix(values: U64, salt: int) -> U64:
-    """Scatter 64-bit numbers so that results with different salts are independent.
+    """Scatter 64-bit numbers; results with different salts are independent.
 
     The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
     """

@@ -199,7 +199,7 @@ def read_rows(rows: Rows, split: str, indexes: Sequence[int]) -> list[Row]:
     return [json.loads(text) for text in texts]
 
 
-# The spool: good rows in complete shards, so that a killed preparation resumes
+# The spool: good rows in complete shards, from which a killed preparation resumes
 
 
 SHARD_BATCHES = 64

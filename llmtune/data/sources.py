@@ -121,7 +121,7 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
         kinds = {one.row_format.name: one.input.name for one in reversed(good)}
         if len(kinds) > 1:
             listing = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
-            problems.append(Problem(f"mixed formats: {listing}", key, "Make a source of each."))
+            problems.append(Problem(f"mixed formats: {listing}", key, "Make each a separate source."))
     if data.columns and not problems and not any(data.columns.items() <= one.columns.items() for one in detected):
         names = ", ".join(repr(theirs) for theirs in data.columns.values())
         problems.append(Problem(f"no file has {names}", "data.columns", "Correct the names, or remove the key."))
@@ -256,8 +256,8 @@ def _files_in(folder: Path, key: str) -> list[Path]:
     known = [path for path in names if data_ending(path) in IN_FOLDERS]
     known = [path for path in known if path.name.split(".")[0] == METADATA] or known
     if not known:
-        what = f"the folder holds no data file ({len(names)} others)" if names else "the folder is empty"
-        raise DataError.of(what, f"{key}: {folder}", f"Data files end in {', '.join(IN_FOLDERS)}, packed or not.")
+        what = f"the folder contains no data file ({len(names)} others)" if names else "the folder is empty"
+        raise DataError.of(what, f"{key}: {folder}", f"Data files end in {', '.join(IN_FOLDERS)}, compressed or not.")
     return _check_count(known, key, str(folder))
 
 
@@ -269,20 +269,20 @@ def _walked(key: str, source: str) -> Iterator[None]:
     except PermissionError as error:
         raise DataError.of("the folder cannot be read (permission denied)", f"{key}: {error.filename}") from error
     except OSError as error:
-        fix = "Name the folder, or the files, that hold the rows."
+        fix = "Name the folder, or the files, that contain the rows."
         raise DataError.of(error.strerror or str(error), f"{key}: {source}", fix) from error
 
 
 def _check_count(files: list[FileT], key: str, source: str) -> list[FileT]:
     """Refuse implausibly many files, and names with control characters or invalid UTF-8. Raises DataError."""
     if len(files) > MAX_FILES:
-        fix = "Name the folder, or the files, that hold the rows."
-        raise DataError.of(f"{len(files):,} data files are in it", f"{key}: {source}", fix)
+        fix = "Name the folder, or the files, that contain the rows."
+        raise DataError.of(f"it contains {len(files):,} data files", f"{key}: {source}", fix)
     DataError.collect(
         Problem(
-            "the name of this file holds control characters, or is not UTF-8",
+            "the name of this file contains control characters, or is not UTF-8",
             f"{key}: {visible(name)}",
-            "Give it another name.",
+            "Rename it.",
         )
         for name in (file.url if isinstance(file, RemoteFile) else str(file) for file in files)
         if STEERING.search(name)

@@ -124,7 +124,7 @@ def tagged_spans(row: Mapping[str, object]) -> TokenClassifyRow:
         inside = [i for i, (left, right) in enumerate(words) if left >= start and right <= end]
         cut = any(left < end and right > start and i not in inside for i, (left, right) in enumerate(words))
         if not inside or cut:
-            raise RowError("span within a word", f"{text[start:end]!r} does not begin and end where words do")
+            raise RowError("span within a word", f"{text[start:end]!r} does not begin and end at word boundaries")
         if any(tags[i] != OUTSIDE for i in inside):
             raise RowError("spans overlap", f"{text[start:end]!r} is marked twice")
         for i in inside:
@@ -359,7 +359,7 @@ def _whole_conversation(prompt: object, answer: object, row: Mapping[str, object
     if not isinstance(answer, list):
         if prompt is None:
             raise RowError(
-                "missing column", f"'prompt' is missing, and '{column}' is no list of messages that holds it"
+                "missing column", f"'prompt' is missing, and '{column}' is not a list of messages that contains it"
             )
         if isinstance(answer, dict):
             turn = answer if _role(answer) else {"role": "assistant", **answer}

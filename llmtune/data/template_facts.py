@@ -120,7 +120,7 @@ class TemplateFacts:
     calls: CallFormat = NO_CALLS
     """How it writes tools, tool calls and results."""
     preamble: str = ""
-    """What it writes before a question if the conversation has no system message."""
+    """The text before a question if the conversation has no system message."""
     writes_system: bool = True
     """Whether it writes a system message, if it accepts one."""
     added_system: str | None = None

@@ -16,7 +16,7 @@ from llmtune.recipe.secrets import REMOVED, hide
 
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 """Variables that every template gets, whatever the recipe says."""
-REMOVE = "Remove it; null takes back what an extended or shipped recipe sets: `model.chat_template_kwargs: null`."
+REMOVE = "Remove it. To unset a value of an extended or shipped recipe, set `model.chat_template_kwargs: null`."
 _GENERATION_TAGS = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
 """transformers' own tags, which other Jinja implementations do not know."""
 
@@ -100,7 +100,7 @@ def refuse_unread(kwargs: Mapping[str, object], template: str | Mapping[str, str
         Problem(
             f"the chat template never reads {name!r}",
             f"model.chat_template_kwargs.{name}",
-            f"{nearest(name, read)} It reads: {', '.join(read) or 'nothing of the kind'}. {REMOVE}".strip(),
+            f"{nearest(name, read)} It reads: {', '.join(read) or 'no variables'}. {REMOVE}".strip(),
         )
         for name in kwargs
         if name not in read

@@ -158,7 +158,7 @@ class _Pieces:
         words = self.usable and _cuts_before_words(backend)
         self._cut_words = re.compile(WORD_START if words else "(?!)").split
         self._first: dict[str, bytes] = {"": b""}
-        """Ids of the first piece of a text, as int32 bytes: they join fast, and the garbage collector ignores them."""
+        """Ids of the first word of a piece, as int32 bytes: they join fast, and the garbage collector ignores them."""
         self._word: dict[str, bytes] = {}
         """Ids of a word with the space before it, by the bare word."""
 

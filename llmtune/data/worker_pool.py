@@ -228,7 +228,7 @@ def _workers(address: str, function: bytes) -> Iterator[Workers]:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error  # the function's own error
     except ray.exceptions.RayError as error:
-        what = f"the Ray cluster lost rows that it worked on ({type(error).__name__})"
+        what = f"the Ray cluster lost a batch of rows ({type(error).__name__})"
         raise EnvironmentProblem.of(what, "--ray", "See its log. The same command resumes.") from error
 
 

@@ -86,7 +86,7 @@ class MaskedCompletion(Task[CompletionRow, str]):
         With `data.on_overlong: split` a long text makes several examples; with `truncate` only its start is used.
         """
         if processor.mask_token_id is None:
-            what = "the tokenizer has no mask token, so nothing can be hidden"
+            what = "the tokenizer has no mask token, so nothing can be masked"
             fix = "Name an encoder, or use objective: causal."
             raise EnvironmentProblem.of(what, str(processor.name_or_path), fix)
         section, room = recipe.completion or CompletionSection(), recipe.data.max_length

@@ -52,7 +52,7 @@ def set_languages(source: str | None, target: str | None, processor: PreTrainedT
     for key, code in (("translate.source_language", source), ("translate.target_language", target)):
         if code is None:
             what = "this model needs the language, and neither recipe nor row states it"
-            fix = "Set it to the model's own code, such as eng_Latn; or give the rows a column of that name."
+            fix = "Set it to the model's own code, such as eng_Latn; or add a column of that name to the rows."
             problems.append(Problem(what, key, fix))
         elif code not in codes:
             fix = f"Use the model's own code, such as {next(iter(codes), 'eng_Latn')}.{nearest_code(code, list(codes))}"

@@ -175,7 +175,7 @@ class Preference(Task[Row, Ratings]):
         else:
             encoded = self.encode(rows, processor, recipe)
         refused = ((i, reason) for i, reason in enumerate(encoded, 1) if isinstance(reason, str))
-        DataError.collect(Problem(reason, f"row {i} of those asked") for i, reason in refused)
+        DataError.collect(Problem(reason, f"row {i} of the request") for i, reason in refused)
         examples = [parts[0] for parts in encoded if not isinstance(parts, str)]
         collate_pairs = self.collator(processor, recipe)
 
@@ -323,7 +323,7 @@ def join_answers(row: Row, left: Encoded, right: Encoded) -> Encoded:
         return left if isinstance(left, str) else right
     (one,), (other,) = left, right
     if "chosen" in row and list(one.input_ids) == list(other.input_ids):
-        return "chosen equals rejected: both answers are the same tokens"
+        return "chosen equals rejected: both answers have the same tokens"
     example = replace(
         one,
         other_ids=other.input_ids,

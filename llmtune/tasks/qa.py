@@ -48,7 +48,7 @@ class Window:
     characters: list[Characters | None]
     """By token, its characters in the context without surrounding spaces; None for question and special tokens."""
     null: int
-    """The token for `no answer`: the one that represents the sequence, at the start."""
+    """The token for `no answer`: the sequence token at the start."""
     opens: bool
     """Whether it contains the start of the context."""
     closes: bool
@@ -173,8 +173,8 @@ class Qa(Task[QaRow, PredictionT]):
     name = "qa"
     endpoint = Endpoint(
         "/v1/qa",
-        "`text` (empty where there is no answer), `start` and `end` in characters of the context, and scores; of a "
-        "model that generates its answers the answer as text",
+        "`text` (empty if the context has no answer), `start` and `end` in characters of the context, and scores; if "
+        "the model generates its answers, the answer as text",
         prompt_field="question",
     )
     required_inputs = ("prompt", "context")

@@ -85,7 +85,7 @@ def window_seconds(extract: FeatureExtractor, recipe: Recipe) -> float:
     own = float(getattr(extract, "chunk_length", None) or stated)
     if stated > max(own, default):
         fix = f"Set it to {own:g} or less."
-        raise RecipeError.of(f"it is {stated:g}, and this model hears {own:g} s at once", "speech.window_seconds", fix)
+        raise RecipeError.of(f"it is {stated:g}, but the model takes {own:g} s at once", "speech.window_seconds", fix)
     return min(stated, own)
 
 

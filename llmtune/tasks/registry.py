@@ -34,7 +34,7 @@ def choose_variant(recipe: Recipe, config: PretrainedConfig, model: str) -> AnyT
     """Return the variant of the recipe's task for a model with this configuration.
 
     Raises:
-        RecipeError: no variant supports the model. The error lists what the task needs.
+        RecipeError: no variant supports the model. The error lists the required kinds of models.
     """
     variants = [variant for variant in VARIANTS[recipe.task] if variant.matches(recipe)]
     own = getattr(config, "auto_map", None) or {}

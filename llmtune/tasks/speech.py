@@ -207,7 +207,7 @@ class Ctc(Speech):
             raise EnvironmentProblem.of(what, where, fix)
         if config.pad_token_id != processor.pad_token_id:
             ours, own = processor.pad_token_id, config.pad_token_id
-            what = f"the blank is token {own} in config.json, and {ours} in the tokenizer"
+            what = f"the blank is token {own} in config.json, but {ours} in the tokenizer"
             fix = "Set pad_token_id in config.json to the value that the model was trained with."
             raise EnvironmentProblem.of(what, where, fix)
 
@@ -229,9 +229,9 @@ class Ctc(Speech):
             frames = count_frames(len(samples), config)
             needed = len(letters) + sum(a == b for a, b in pairwise(letters))  # equal neighbours need a blank
             if frames < needed:
-                return f"its text takes {needed} frames, and the recording has {frames}"
+                return f"its text needs {needed} frames, but the recording has {frames}"
             if frames < (hidden := masked_frames(config)):
-                return f"the recording has {frames} frames, and config.json hides {hidden} at once (mask_time_length)"
+                return f"the recording has {frames} frames, but config.json masks {hidden} at once (mask_time_length)"
             return [spoken_example(samples, row["text"], letters, [], len(letters), frames)]
 
         return [encode_one(row) for row in rows]

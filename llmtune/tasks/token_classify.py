@@ -106,7 +106,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
             elif None in firsts:
                 encoded.append(f"the tokenizer makes no token of the word {row['tokens'][firsts.index(None)]!r}")
             elif len(set(firsts)) < len(firsts):
-                encoded.append("the tokenizer puts two words into one token, which can have one tag only")
+                encoded.append("the tokenizer puts two words into one token, which can have only one tag")
             elif len(ids) > recipe.data.max_length:
                 encoded.append(too_long(len(ids), recipe.data.max_length))
             else:

@@ -77,7 +77,7 @@ class TranslateDecoder(Translate, PromptedDecoder[TranslateRow]):
         """Raise RecipeError if the prompt names a language that neither the recipe nor the row states."""
         for name, value in languages.items():
             if f"{{{name}}}" in self.template(recipe) and value is None:
-                fix = "Set it to a word, such as German; or give the rows a column of that name."
+                fix = "Set it to a word, such as German; or add a column of that name to the rows."
                 raise RecipeError.of(
                     "the prompt needs the language, and neither recipe nor row states it", f"translate.{name}", fix
                 )
@@ -94,7 +94,7 @@ def languages_of(row: TranslateRow, recipe: Recipe) -> tuple[str | None, str | N
     turned = zip(stated, named[::-1], strict=True)
     if all(language and name and language.lower().startswith(name.lower()) for language, name in turned):
         raise RecipeError.of(
-            f"the rows go from {named[0]} into {named[1]}, and the recipe says from {stated[0]} into {stated[1]}",
+            f"the rows go from {named[0]} into {named[1]}, but the recipe says from {stated[0]} into {stated[1]}",
             "translate.source_language",
             "The first text of a row is its source: swap the languages in the recipe, or the texts in the file.",
         )

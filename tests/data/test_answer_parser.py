@@ -1,4 +1,4 @@
-"""Answers as models write them, in their parts."""
+"""Generated answers parsed into their parts."""
 
 import pytest
 from support.templates import EMPTY_THOUGHTS, FAMILY_FILES, family_tokenizer, recipe_for, tokenizer_with
@@ -20,14 +20,14 @@ CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}
         ("<think>\nhm", ParsedAnswer("", "hm", complete=False)),
     ],
 )
-def test_an_answer_is_read_into_thoughts_calls_and_text(written, parts):
+def test_an_answer_is_parsed_into_thoughts_calls_and_text(written, parts):
     tokenizer = tokenizer_with(EMPTY_THOUGHTS)
     template = read_template(tokenizer, recipe_for())
     assert parse_answer(written, template) == parts
     assert parse_answer(tokenizer(written)["input_ids"], template) == parts
 
 
-def test_special_tokens_that_mark_nothing_are_no_text_and_text_that_looks_like_them_is():
+def test_stray_special_tokens_are_removed_and_text_that_looks_like_them_stays():
     tokenizer = tokenizer_with(EMPTY_THOUGHTS)
     template = read_template(tokenizer, recipe_for())
     assert parse_answer(tokenizer("blue<|im_start|> sky<pad>")["input_ids"], template).text == "blue sky"
@@ -47,7 +47,7 @@ def test_special_tokens_that_mark_nothing_are_no_text_and_text_that_looks_like_t
         ('<tool_call>\n{"name": "sum", "arguments": [1]}\n</tool_call><|im_end|>', ParsedAnswer("", error="")),
     ],
 )
-def test_calls_are_read_in_the_templates_own_format_and_malformed_ones_say_why(written, parts):
+def test_calls_are_parsed_in_the_templates_format_and_malformed_ones_give_a_reason(written, parts):
     template = read_template(family_tokenizer("qwen-2.5"), recipe_for())
     read = parse_answer(written, template, [TOOL])
     if parts.error is None:
@@ -67,14 +67,14 @@ LOOKS_LIKE_CALLS = {
 
 
 @pytest.mark.parametrize(("name", "written"), LOOKS_LIKE_CALLS.items())
-def test_an_answer_that_looks_like_a_call_is_text_where_no_tool_is_offered(name, written):
+def test_an_answer_that_looks_like_a_call_is_text_if_no_tool_is_offered(name, written):
     template = read_template(family_tokenizer(name), recipe_for())
     assert parse_answer(f"{written}{template.facts.end}", template) == ParsedAnswer(written)
     assert parse_answer(f"{written}{template.facts.end}", template, []) == ParsedAnswer(written)
 
 
 @pytest.mark.parametrize("name", FAMILY_FILES)
-def test_a_familys_own_call_is_a_call_where_tools_are_offered_and_text_elsewhere(name):
+def test_a_familys_own_call_is_parsed_only_if_tools_are_offered(name):
     template = read_template(family_tokenizer(name), recipe_for())
     if template.facts.calls.field is None:
         pytest.skip("it writes no calls")
@@ -88,7 +88,7 @@ def test_a_familys_own_call_is_a_call_where_tools_are_offered_and_text_elsewhere
     assert NAME in alone.text
 
 
-def test_a_tokenizers_own_way_of_reading_calls_is_not_used_where_no_tool_is_offered():
+def test_a_tokenizers_own_response_template_parses_no_calls_without_tools():
     tokenizer = family_tokenizer("qwen-2.5")
     template = read_template(tokenizer, recipe_for())
     own = {**response_template(template, calls=True)}
@@ -103,7 +103,7 @@ def test_a_tokenizers_own_way_of_reading_calls_is_not_used_where_no_tool_is_offe
         del tokenizer.response_template
 
 
-def test_thoughts_that_the_prompt_begins_are_read_only_where_this_prompt_begins_them():
+def test_thoughts_opened_by_the_prompt_are_parsed_only_after_such_a_prompt():
     tokenizer = family_tokenizer("deepseek-r1")
     template = read_template(tokenizer, recipe_for())
     written = "hm\n</think>\n\nfour<｜end▁of▁sentence｜>"

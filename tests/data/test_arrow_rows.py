@@ -1,4 +1,4 @@
-"""Keys that Arrow fills in are no part of a row: a call has the arguments that its author gave it."""
+"""Null keys added by Arrow are removed from rows: a call has only the arguments that its author wrote."""
 
 import json
 
@@ -68,11 +68,11 @@ def write_by_datasets(folder):
 
 
 @pytest.mark.parametrize("read", [write_parquet, write_hub, write_streamed, write_by_datasets])
-def test_rows_out_of_arrow_have_the_keys_that_were_written(tmp_path, read):
+def test_rows_from_arrow_have_only_the_keys_that_were_written(tmp_path, read):
     assert read(tmp_path) == ROWS
 
 
-def test_a_row_of_parquet_is_trained_as_the_same_row_of_json_lines(tmp_path):
+def test_a_parquet_row_trains_like_the_same_json_lines_row(tmp_path):
     write_parquet(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     from_parquet, from_lines = (prepare(tmp_path, f"rows.{kind}", out=kind) for kind in ("parquet", "jsonl"))
@@ -83,7 +83,7 @@ def test_a_row_of_parquet_is_trained_as_the_same_row_of_json_lines(tmp_path):
     assert turn.tools == TOOLS[:1]
 
 
-def test_a_null_that_the_author_wrote_stays_in_json_lines_and_in_json_text(tmp_path):
+def test_an_authors_null_stays_in_json_lines_and_in_json_text(tmp_path):
     rows = [{"messages": turns("q", call("add", {"a": 1, "city": None})), "tools": TOOLS[:1]}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     prepared = prepare(tmp_path, "rows.jsonl")
@@ -96,7 +96,7 @@ def test_a_null_that_the_author_wrote_stays_in_json_lines_and_in_json_text(tmp_p
     assert prepared.filled == 1, "the question's tool_calls"
 
 
-def test_a_null_in_a_json_column_of_a_data_set_belongs_to_the_author(tmp_path):
+def test_an_authors_null_stays_in_a_json_column_of_a_data_set(tmp_path):
     rows = [{"messages": turns("q", call("add", {"a": 1, "city": None}))}, {"messages": chat("q")["messages"]}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     made = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path / "c"))

@@ -1,4 +1,4 @@
-"""Recordings: every format heard alike, every broken one named with its place, whatever way they are listed."""
+"""Recordings: all formats decode the same, and broken files are reported with their position."""
 
 import struct
 
@@ -37,45 +37,45 @@ BROKEN = {
     "fast.wav": (lambda path: write_rate(path, 2_000_000), "audio with a wrong rate"),
     "folder.wav": (lambda path: path.mkdir(), "audio missing"),
 }
-"""What the header tells."""
+"""Errors that the header shows."""
 DAMAGED = {
     "cut.flac": (write_cut, "audio unreadable"),
     "cut.mp3": (lambda path: write_cut(path, seconds=2), "audio cut"),
-    "nan.wav": (lambda path: soundfile.write(path, np.full(99, np.nan, np.float32), RATE, "FLOAT"), "no numbers"),
+    "nan.wav": (lambda path: soundfile.write(path, np.full(99, np.nan, np.float32), RATE, "FLOAT"), "not numbers"),
     "one.wav": (lambda path: soundfile.write(path, np.zeros(2), 96_000), "audio empty"),
 }
-"""What only decoding tells."""
+"""Errors that only decoding shows."""
 
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_recording_of_any_format_rate_and_channels_is_heard_alike(kind, rate, channels, tmp_path):
+def test_recordings_of_any_format_rate_and_channels_decode_the_same(kind, rate, channels, tmp_path):
     path = write_tone(tmp_path / f"tone.{kind}", seconds=0.5, rate=rate, channels=channels)
     samples = decode_recording(path, RATE)
     assert samples.dtype == np.int16
     assert len(samples) == RATE // 2
-    mixed = make_tone(0.5) * (1 if channels == 1 else 0.75)  # the second channel is half as loud
-    inner = slice(800, -800)  # at its ends a resampled or packed tone differs
+    mixed = make_tone(0.5) * (1 if channels == 1 else 0.75)  # the second channel has half the amplitude
+    inner = slice(800, -800)  # a resampled or compressed tone differs at its ends
     heard, wanted = to_float(samples)[inner], mixed[inner]
     assert np.corrcoef(heard, wanted)[0, 1] > 0.99
     assert np.abs(heard).max() == pytest.approx(np.abs(wanted).max(), rel=0.1)
 
 
-def test_samples_at_the_models_rate_are_those_of_the_file(tmp_path):
+def test_samples_at_the_models_rate_are_unchanged(tmp_path):
     given = np.array([0, 1, -1, 32767, -32768, 123], np.int16)
     soundfile.write(tmp_path / "a.wav", given, RATE)
     assert decode_recording(tmp_path / "a.wav", RATE).tolist() == given.tolist()
 
 
-def test_a_wav_file_whose_header_was_never_finished_is_no_cut_one(tmp_path):
+def test_a_wav_file_with_an_unfinished_header_is_accepted(tmp_path):
     content = bytearray(write_tone(tmp_path / "a.wav").read_bytes())
-    content[4:8] = content[40:44] = b"\xff" * 4  # as recorders that write into a pipe leave it
+    content[4:8] = content[40:44] = b"\xff" * 4  # the state after recording into a pipe
     (tmp_path / "a.wav").write_bytes(content)
     assert len(decode_recording(tmp_path / "a.wav", RATE)) == RATE // 2
 
 
-def test_an_mp3_file_of_which_libsndfile_would_hear_the_beginning_alone_is_refused(tmp_path):
+def test_an_mp3_file_that_libsndfile_would_read_only_partly_is_refused(tmp_path):
     content = write_tone(tmp_path / "a.mp3", 4).read_bytes()
     at = max(content.find(b"Xing"), content.find(b"Info"))
     assert at > 0
@@ -86,7 +86,7 @@ def test_an_mp3_file_of_which_libsndfile_would_hear_the_beginning_alone_is_refus
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_recording_that_cannot_be_heard_is_named_with_file_and_line(name, tmp_path):
+def test_an_unreadable_recording_is_reported_with_file_and_line(name, tmp_path):
     make, reason = BROKEN[name]
     make(tmp_path / name)
     write_tone(tmp_path / "good.wav")
@@ -101,7 +101,7 @@ def test_a_recording_that_cannot_be_heard_is_named_with_file_and_line(name, tmp_
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_what_only_decoding_tells_is_told_then(name, tmp_path):
+def test_errors_that_only_decoding_shows_are_reported_then(name, tmp_path):
     make, reason = DAMAGED[name]
     make(tmp_path / name)
     check_recording(tmp_path / name)
@@ -128,7 +128,7 @@ def test_a_row_without_recording_or_text_is_named(row, reason, tmp_path):
 
 
 def texts_of(rows):
-    """By text, the file's place below the folder of the test."""
+    """The files by text, with paths below the test's folder."""
     return {row["text"]: row["audio"] for row in rows_of(rows)}
 
 
@@ -147,7 +147,7 @@ def test_a_folder_of_recordings_is_read_by_its_metadata(kind, tmp_path):
     assert found == {"one": str(folder / "a.wav"), "two": str(folder / "deep" / "er" / "b, c.flac")}
 
 
-def test_sub_folders_with_metadata_of_their_own_are_read_too(tmp_path):
+def test_subfolders_with_their_own_metadata_are_read_too(tmp_path):
     for number, name in enumerate(("x", "y")):
         write_tone(tmp_path / "clips" / name / "a.wav", pitch_hz=300 + number)
         (tmp_path / "clips" / name / "metadata.csv").write_text(f"file_name,text\na.wav,{name}\n")
@@ -162,13 +162,13 @@ def test_a_cell_may_be_a_mapping_with_a_path_and_columns_may_have_other_names(tm
     assert texts_of(prepare(tmp_path, source, "speech")) == {"one": str(tmp_path / "a.wav")}
 
 
-def test_the_recordings_that_come_with_llmtune_can_all_be_heard(tmp_path):
+def test_all_shipped_recordings_can_be_decoded(tmp_path):
     rows = prepare(tmp_path, "builtin:asterisk-prompts", "speech", deduplicate="none")
     assert rows.counts["train"] == rows.rows_in > 100
     assert not rows.dropped
 
 
-def test_copies_of_a_recording_are_one_row_and_texts_of_two_recordings_are_two(tmp_path):
+def test_copies_of_a_recording_are_one_row_and_equal_texts_of_two_recordings_are_two(tmp_path):
     for name, pitch in (("a.wav", 440.0), ("copy.wav", 440.0), ("b.wav", 330.0)):
         write_tone(tmp_path / name, pitch_hz=pitch)
     rows = [{"audio": name, "text": "the same words in each of them"} for name in ("a.wav", "copy.wav", "b.wav")]
@@ -178,7 +178,7 @@ def test_copies_of_a_recording_are_one_row_and_texts_of_two_recordings_are_two(t
 
 
 @pytest.mark.parametrize("listed", ["rows.jsonl", "clips"])
-def test_a_recording_that_changes_in_place_changes_the_hash_of_the_data(listed, tmp_path):
+def test_a_recording_changed_in_place_changes_the_hash_of_the_data(listed, tmp_path):
     write_tone(tmp_path / "clips" / "a.wav")
     write_tone(tmp_path / "clips" / "unused.wav")
     write_jsonl(tmp_path / "rows.jsonl", [{"audio": {"path": "clips/a.wav"}, "text": "one"}])
@@ -191,7 +191,7 @@ def test_a_recording_that_changes_in_place_changes_the_hash_of_the_data(listed, 
     assert hash_sources(recipe.data, "speech") != before
 
 
-def test_a_long_recording_is_cut_where_it_is_quiet_and_nothing_is_lost():
+def test_a_long_recording_is_cut_at_quiet_points_without_loss():
     tone = (make_tone(10) * 20_000).astype(np.int16)
     pauses = [int(second * RATE) for second in (3.7, 7.4)]
     for start in pauses:
@@ -204,7 +204,7 @@ def test_a_long_recording_is_cut_where_it_is_quiet_and_nothing_is_lost():
     assert [len(window) for window in cut_windows(tone[: 4 * RATE], RATE, 4.0)] == [4 * RATE]
 
 
-def test_windows_of_any_length_end(tmp_path):
+def test_cutting_into_windows_of_any_length_terminates(tmp_path):
     tone = (make_tone(0.2) * 20_000).astype(np.int16)
     for seconds in (0.001, 0.003, 0.05):
         windows = list(cut_windows(tone, RATE, seconds))

@@ -32,7 +32,7 @@ CHAT = conversation("one two", "three", "four five", "six")
 @pytest.mark.parametrize("template", [*STABLE.values(), THINKING, ENDS_TWICE])
 @settings(max_examples=25, deadline=None)
 @given(texts=st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=3))
-def test_an_answer_is_learned_from_the_very_ids_that_it_will_be_generated_from(template, texts):
+def test_an_answer_is_trained_after_the_exact_ids_of_its_generation_prompt(template, texts):
     tokenizer = tokenizer_with(template)
     row = conversation(*(part for text in texts for part in ("ask", text)))
     examples = encode(row, tokenizer)
@@ -45,7 +45,7 @@ def test_an_answer_is_learned_from_the_very_ids_that_it_will_be_generated_from(t
     assert ends <= set(stop_ids(tokenizer, recipe_for()))
 
 
-def test_thoughts_that_the_template_takes_out_later_give_each_answer_its_own_example():
+def test_thoughts_removed_later_by_the_template_give_each_answer_its_own_example():
     tokenizer = tokenizer_with(THINKING)
     row = canonical_messages(conversation("one", "<think>hm</think>two", "three", "<think>so</think>four")["messages"])
     first, second = encode(row, tokenizer)
@@ -55,28 +55,28 @@ def test_thoughts_that_the_template_takes_out_later_give_each_answer_its_own_exa
 
 
 @pytest.mark.parametrize(("kwargs", "head"), [({}, "<think>\n\n</think>\n\n"), ({"enable_thinking": False}, "")])
-def test_thoughts_are_learned_unless_the_prompt_says_them(kwargs, head):
+def test_thoughts_are_supervised_unless_the_prompt_supplies_them(kwargs, head):
     tokenizer = tokenizer_with(EMPTY_THOUGHTS)
     (examples,) = encode_chat([CHAT], tokenizer, recipe_for(kwargs=kwargs))
     texts = [text for example in examples for text in learned(example, tokenizer)]
     assert texts == [f"{head}three<|im_end|>", f"{head}six<|im_end|>"]
 
 
-def test_only_the_last_answer_is_learned_if_the_recipe_says_so():
+def test_train_on_last_supervises_only_the_last_answer():
     tokenizer = tokenizer_with(CHATML)
     (example,) = encode(CHAT, tokenizer, train_on="last")
     assert learned(example, tokenizer) == ["six<|im_end|>"]
     assert example.input_ids == encode(CHAT, tokenizer)[0].input_ids
 
 
-def test_all_is_every_token_but_the_first():
+def test_train_on_all_supervises_every_token_but_the_first():
     tokenizer = tokenizer_with(CHATML)
     (example,) = encode(CHAT, tokenizer, train_on="all")
     assert example.spans == [1, len(example.input_ids)]
     assert example.target_bytes == len("one two" + "three" + "four five" + "six")
 
 
-def test_a_message_that_says_train_false_is_read_and_not_learned():
+def test_a_message_with_train_false_is_context_only():
     tokenizer = tokenizer_with(CHATML)
     row = conversation("one two", "three", "four five", "six")
     row["messages"][1]["train"] = False
@@ -89,7 +89,7 @@ def test_a_message_that_says_train_false_is_read_and_not_learned():
     assert example.target_bytes == len("one two" + "four five" + "six")
 
 
-def test_a_greeting_before_any_question_is_read_and_not_learned():
+def test_a_greeting_before_any_question_is_context_only():
     tokenizer = tokenizer_with(CHATML)
     row = {"messages": [{"role": "assistant", "content": "hello"}, *CHAT["messages"]]}
     (example,) = encode(row, tokenizer)
@@ -115,14 +115,14 @@ def test_a_greeting_before_any_question_is_read_and_not_learned():
         ),
     ],
 )
-def test_a_row_that_cannot_be_learned_says_why(row, template, reason):
+def test_an_unusable_row_gets_a_reason(row, template, reason):
     tokenizer = tokenizer_with(template)
     good, bad = encode_chat([CHAT, row], tokenizer, recipe_for())
     assert reason in bad
     assert isinstance(good, list) or template == WRONGLY_MARKED
 
 
-def test_a_row_whose_every_answer_says_train_false_has_nothing_to_learn():
+def test_a_row_with_train_false_on_every_answer_has_nothing_to_learn():
     row = conversation("one", "two")
     row["messages"][1]["train"] = False
     assert encode(row, tokenizer_with(CHATML)) == "nothing to learn: every answer says train: false"
@@ -133,7 +133,7 @@ def test_a_row_whose_every_answer_says_train_false_has_nothing_to_learn():
     assert "nothing to learn" in encode(row, tokenizer_with(LLAMA2), train_on="all")
 
 
-def test_marks_that_begin_with_the_header_are_told_from_the_answer():
+def test_marks_that_include_the_header_are_distinguished_from_the_answer():
     early = MARKED.replace("{{ '<|im_start|>' + message['role'] + '\n' }}", "", 1).replace(
         "{% generation %}", "{% generation %}{{ '<|im_start|>assistant\n' }}"
     )
@@ -141,7 +141,7 @@ def test_marks_that_begin_with_the_header_are_told_from_the_answer():
     assert "marks are not where its answers are" in encode(CHAT, tokenizer_with(early))
 
 
-def test_an_answer_whose_first_token_would_join_the_prompts_last_is_encoded_apart():
+def test_an_answer_whose_first_token_would_merge_with_the_prompt_is_encoded_separately():
     tokenizer = tokenizer_with(CHATML.replace("assistant\n' }}", "assistant\nsk' }}"))
     with pytest.raises(EnvironmentProblem, match="cannot be split"):
         encode(CHAT, tokenizer)
@@ -159,7 +159,7 @@ def test_an_answer_whose_first_token_would_join_the_prompts_last_is_encoded_apar
     ]
 
 
-def test_thoughts_are_learned_kept_or_dropped_and_a_row_may_say_so():
+def test_thoughts_are_supervised_kept_or_dropped_by_recipe_or_row():
     tokenizer = family_tokenizer("qwen-3.5")
     row = canonical_messages(conversation("one", "<think>hm</think>two")["messages"])
     (learns,), (keeps,), (drops,) = (encode(row, tokenizer, reasoning=how) for how in ("learn", "keep", "drop"))
@@ -171,7 +171,7 @@ def test_thoughts_are_learned_kept_or_dropped_and_a_row_may_say_so():
     assert kept == keeps
 
 
-def test_a_row_that_the_template_does_not_write_whole_says_what_is_lost():
+def test_a_row_that_the_template_renders_incompletely_names_the_loss():
     lost = encode(conversation("one", "so </think> two"), family_tokenizer("deepseek-v3"))
     assert "leaves out or changes the text of message 2" in lost
     once = "{% set said = message['content'] if loop.first or message['content'] != messages[0]['content'] else '' %}"
@@ -180,7 +180,7 @@ def test_a_row_that_the_template_does_not_write_whole_says_what_is_lost():
     assert isinstance(encode(conversation("yes", "a", "no", "b"), tokenizer), list)
 
 
-def test_a_message_that_is_lost_is_found_although_a_longer_one_contains_it():
+def test_a_lost_message_is_detected_even_if_a_longer_one_contains_it():
     late = "{% set said = '' if loop.first and messages|length > 4 else message['content'] %}"
     tokenizer = tokenizer_with(CHATML.replace("%}", "%}" + late, 1).replace("+ message['content']", "+ said"))
     says = "yes", "a", "no", "b", "yes, please", "c"
@@ -191,7 +191,7 @@ def test_a_message_that_is_lost_is_found_although_a_longer_one_contains_it():
 # Completion
 
 
-def test_a_completion_is_learned_with_the_end_and_its_prompt_is_not():
+def test_a_completion_is_supervised_with_its_end_but_not_its_prompt():
     tokenizer = train_tokenizer(None)
     (example,) = complete("The sky is", " blue.", tokenizer)
     assert learned(example, tokenizer) == [" blue.<|endoftext|>"]
@@ -202,7 +202,7 @@ def test_a_completion_is_learned_with_the_end_and_its_prompt_is_not():
 @pytest.mark.parametrize("start", [False, True])
 @settings(max_examples=50, deadline=None)
 @given(prompt=st.text(max_size=20), completion=st.text(min_size=1, max_size=20).filter(str.strip))
-def test_a_completion_goes_on_from_the_ids_that_it_will_be_generated_from(start, prompt, completion):
+def test_a_completion_follows_the_exact_ids_of_its_generation_prompt(start, prompt, completion):
     tokenizer = train_tokenizer(None)
     tokenizer = with_start_token(tokenizer) if start else tokenizer
     result = complete(prompt, completion, tokenizer)
@@ -220,7 +220,7 @@ def test_a_completion_goes_on_from_the_ids_that_it_will_be_generated_from(start,
         assert example.spans == [1, len(example.input_ids)]
 
 
-def test_plain_text_is_learned_from_its_second_token_and_whole_after_a_start_token():
+def test_plain_text_is_supervised_from_its_second_token_or_after_a_start_token():
     tokenizer = train_tokenizer(None)
     (example,) = complete("", "The quick brown fox", tokenizer)
     assert learned(example, tokenizer) == [" quick brown fox<|endoftext|>"]
@@ -232,7 +232,7 @@ def test_plain_text_is_learned_from_its_second_token_and_whole_after_a_start_tok
     assert example.target_bytes == len("The quick brown fox")
 
 
-def test_start_and_end_tokens_that_stand_in_the_text_are_not_doubled():
+def test_start_and_end_tokens_in_the_text_are_not_doubled():
     tokenizer = with_start_token(train_tokenizer(CHATML))
     (example,) = complete("", "<|endoftext|>one two<|im_end|>", tokenizer)
     assert tokenizer.decode(example.input_ids) == "<|endoftext|>one two<|im_end|>"
@@ -243,7 +243,7 @@ def test_an_empty_prompt_is_generated_from_the_start_token():
 
 
 @pytest.mark.parametrize(("prompt", "reason"), [("a", "the completion is empty"), ("", "the text is empty")])
-def test_an_empty_completion_says_so(prompt, reason):
+def test_an_empty_completion_gives_a_reason(prompt, reason):
     assert complete(prompt, " \n", train_tokenizer(None)) == reason
 
 
@@ -276,7 +276,7 @@ def test_a_tokenizer_without_offsets_counts_each_byte_once():
 
 
 def spaced_tokenizer():
-    """As SentencePiece models are: one word a segment, with a space before the first."""
+    """A tokenizer like SentencePiece's: one word per segment, with a space before the first."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -292,7 +292,7 @@ def spaced_tokenizer():
     return fast
 
 
-def test_a_tokenizer_that_begins_texts_with_a_space_learns_what_it_will_generate():
+def test_a_tokenizer_that_prepends_a_space_trains_on_the_generated_ids():
     tokenizer = spaced_tokenizer()
     row = conversation("one", "two", "what", "one two")
     (example,) = encode(row, tokenizer)
@@ -312,7 +312,7 @@ def test_no_space_comes_between_a_prompt_and_its_completion(prompt, completion):
     assert tokenizer.decode(example.input_ids[1:-1]) == prompt + completion
 
 
-# Many rows at once, which are read by pieces and rendered together, against each by itself
+# Rows encoded in batches, compared with rows encoded alone
 
 TOOL = {"type": "function", "function": {"name": "sum", "parameters": {}}}
 SAID = st.one_of(
@@ -340,20 +340,20 @@ def chats(draw):
 @pytest.mark.parametrize("template", [*STABLE.values(), THINKING, EMPTY_THOUGHTS, ENDS_TWICE])
 @settings(max_examples=6, deadline=None)
 @given(rows=st.lists(chats(), min_size=16, max_size=20))
-def test_rows_encoded_together_are_those_encoded_one_by_one(template, train_on, rows):
+def test_rows_encoded_together_equal_those_encoded_one_by_one(template, train_on, rows):
     tokenizer, recipe = tokenizer_with(template), recipe_for(train_on=train_on)
     assert encode_chat(rows, tokenizer, recipe) == [encode_chat([row], tokenizer, recipe)[0] for row in rows]
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, spaced_tokenizer])
-def test_rows_of_other_tokenizers_encoded_together_are_those_encoded_one_by_one(make):
+def test_other_tokenizers_encode_rows_together_as_one_by_one(make):
     tokenizer = make()
     rows = [conversation(f"one {k}", "two", f"what {k}", f"one {'two ' * k}") for k in range(20)]
     assert encode_chat(rows, tokenizer, recipe_for()) == [encode(row, tokenizer) for row in rows]
 
 
 @pytest.mark.slow
-def test_rows_of_the_packaged_tokenizer_encoded_together_are_those_encoded_one_by_one():
+def test_the_packaged_tokenizer_encodes_rows_together_as_one_by_one():
     from rich.console import Console
 
     from llmtune.model.processor import load_processor

@@ -1,4 +1,4 @@
-"""Special tokens in what is said: text, in training as in every prompt."""
+"""Special tokens in message texts are plain text, in training and in every prompt."""
 
 import pytest
 from support.encoding import encode
@@ -13,7 +13,7 @@ SAYS = conversation(
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
-def test_a_special_token_in_a_text_is_text_and_ends_no_turn(train_on):
+def test_a_special_token_in_a_text_is_plain_text_and_ends_no_turn(train_on):
     tokenizer = tokenizer_with(CHATML)
     (example,) = encode(SAYS, tokenizer, train_on=train_on)
     end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
@@ -26,14 +26,14 @@ def test_a_special_token_in_a_text_is_text_and_ends_no_turn(train_on):
     assert example.target_bytes == said
 
 
-def test_a_row_that_holds_one_is_refused_by_its_name_where_the_recipe_says_so():
+def test_a_row_with_a_special_token_is_refused_if_the_recipe_says_so():
     tokenizer = tokenizer_with(CHATML)
     assert "special token <|im_start|>" in encode(SAYS, tokenizer, special_tokens_in_text="refuse")
     with pytest.raises(DataError, match=r"special token <\|im_start\|>"):
         render_prompt(SAYS["messages"][:1], tokenizer, recipe_for(special_tokens_in_text="refuse"))
 
 
-def test_a_special_token_is_one_where_the_recipe_allows_it_but_not_in_an_answer():
+def test_a_special_token_keeps_its_meaning_if_allowed_but_not_in_an_answer():
     tokenizer = tokenizer_with(CHATML)
     row = conversation("what is <|im_start|>?", "A token.")
     (example,) = encode(row, tokenizer, special_tokens_in_text="allow")
@@ -41,7 +41,7 @@ def test_a_special_token_is_one_where_the_recipe_allows_it_but_not_in_an_answer(
     assert "end-of-turn token" in encode(SAYS, tokenizer, special_tokens_in_text="allow")
 
 
-def test_words_that_were_added_stay_tokens_and_marks_of_the_template_become_text():
+def test_added_words_stay_tokens_and_template_marks_become_text():
     tokenizer = tokenizer_with(CHATML)
     tokenizer.add_tokens(["<gene>"])
     (example,) = encode(conversation("what is <gene>?", "A word."), tokenizer)
@@ -51,7 +51,7 @@ def test_words_that_were_added_stay_tokens_and_marks_of_the_template_become_text
     assert example.input_ids[: example.spans[0]].count(tokenizer.convert_tokens_to_ids("<think>")) == 0
 
 
-def test_calls_results_and_tools_are_text_too():
+def test_special_tokens_in_calls_results_and_tools_are_text_too():
     tokenizer = family_tokenizer("qwen-2.5")
     call = {"type": "function", "function": {"name": "say", "arguments": {"word": "<|im_end|>"}}}
     tool = {"type": "function", "function": {"name": "say", "description": "Says <|im_end|>.", "parameters": {}}}

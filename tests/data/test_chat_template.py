@@ -1,4 +1,4 @@
-"""Prompts and turns by difference, over templates of all kinds."""
+"""Prompts, turns and errors over templates of all kinds."""
 
 import pytest
 from support.models import train_tokenizer
@@ -28,7 +28,7 @@ from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 CHAT = conversation("one two", "three", "four five", "six")
 
 
-def test_generation_stops_at_the_templates_end_where_the_tokenizer_has_another():
+def test_generation_stops_at_the_templates_end_if_the_tokenizers_differs():
     tokenizer = tokenizer_with(LLAMA3)
     assert tokenizer.eos_token == "<|im_end|>"
     assert stop_ids(tokenizer, recipe_for()) == tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|im_end|>"])
@@ -66,10 +66,10 @@ def test_a_turn_that_calls_a_tool_may_end_in_another_token():
         (CHATML.replace("message['content']", "message['content'] | upper"), "not as given"),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for %}", "refuses"),
-        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML, "the day's date"),
+        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML, "today's date"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_refused_by_name_with_a_cure(template, says):
+def test_an_unusable_template_is_refused_by_name_with_a_fix(template, says):
     tokenizer = tokenizer_with(template)
     tokenizer.name_or_path = "models/odd"
     with pytest.raises(EnvironmentProblem) as caught:
@@ -80,12 +80,12 @@ def test_a_template_that_cannot_be_used_is_refused_by_name_with_a_cure(template,
     assert "model.chat_template" in problem.fix
 
 
-def test_a_model_without_a_template_is_refused_with_a_cure():
+def test_a_model_without_a_template_is_refused_with_a_fix():
     with pytest.raises(EnvironmentProblem, match="no chat template"):
         encode_chat([CHAT], train_tokenizer(None), recipe_for())
 
 
-def test_a_prompt_that_the_template_refuses_is_an_error_of_the_data():
+def test_a_prompt_refused_by_the_template_is_a_data_error():
     with pytest.raises(DataError, match="System role not supported"):
         render_prompt([{"role": "system", "content": "x"}], tokenizer_with(NO_SYSTEM), recipe_for())
     with pytest.raises(DataError, match="nothing before it"):
@@ -93,19 +93,19 @@ def test_a_prompt_that_the_template_refuses_is_an_error_of_the_data():
 
 
 @pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
-def test_the_date_that_a_template_asks_for_becomes_a_part_of_it(call):
+def test_a_templates_date_becomes_part_of_it(call):
     tokenizer = tokenizer_with(fix_date(DATED.replace("strftime_now('%d %b %Y')", call)))
     assert "26 Jul 2024" in tokenizer.decode(render_prompt(CHAT["messages"][:1], tokenizer, recipe_for()))
     assert "26 Jul 2024" in tokenizer.apply_chat_template(CHAT["messages"][:1], tokenize=False)
 
 
-def test_whether_dates_can_be_asked_for_may_be_asked():
+def test_a_template_may_test_for_the_date_function():
     text = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}{{ 'never' }}{% endif %}"
     tokenizer = tokenizer_with(fix_date(text + CHATML))
     assert tokenizer.apply_chat_template(CHAT["messages"][:1], tokenize=False).startswith("2024<|im_start|>")
 
 
-def test_a_switch_that_the_template_never_reads_is_refused_with_the_nearest_that_it_does():
+def test_a_switch_that_the_template_never_reads_is_refused_with_the_nearest_match():
     tokenizer = tokenizer_with(EMPTY_THOUGHTS)
     with pytest.raises(RecipeError) as caught:
         encode_chat([CHAT], tokenizer, recipe_for(kwargs={"enable_thinkin": False}))
@@ -117,13 +117,13 @@ def test_a_switch_that_the_template_never_reads_is_refused_with_the_nearest_that
     assert "enable_thinking" in problem.fix
 
 
-def test_what_the_template_is_told_comes_from_the_recipe():
+def test_template_switches_come_from_the_recipe():
     tokenizer = tokenizer_with("{{ mood or '' }}" + CHATML)
     ids = render_prompt(CHAT["messages"][:1], tokenizer, recipe_for(kwargs={"mood": "kind"}))
     assert tokenizer.decode(ids).startswith("kind<|im_start|>")
 
 
-def test_messages_are_cleaned_without_a_change_to_the_row():
+def test_cleaning_messages_does_not_change_the_row():
     row = {"role": "assistant", "content": None, "train": False, "tool_calls": [{"function": {"arguments": "{"}}]}
     assert clean_messages([row]) == [{"role": "assistant", "content": "", "tool_calls": row["tool_calls"]}]
     assert row["train"] is False

@@ -1,4 +1,4 @@
-"""Rows of task classify: labels of any type from any file, bad rows by name, and what a model reads of a text."""
+"""Rows of task classify: labels of any type from any file, bad rows with reasons, and encoded texts."""
 
 import pytest
 from support.families import build_bert, build_distilbert, build_roberta
@@ -39,11 +39,11 @@ def tokenizer(tmp_path_factory):
         ('["b", "a"]', ["a", "b"]),
     ],
 )
-def test_a_label_may_be_text_a_number_a_truth_value_or_a_list(label, read):
+def test_a_label_may_be_text_a_number_a_boolean_or_a_list(label, read):
     assert classified({"text": "a", "label": label}) == {"text": "a", "pair": None, "label": read}
 
 
-def test_a_second_text_stands_beside_the_first_and_an_empty_one_is_none():
+def test_a_second_text_makes_a_pair_and_an_empty_one_is_none():
     assert classified({"text": "a", "pair": "b", "label": "x"})["pair"] == "b"
     assert classified({"text": "a", "pair": "", "label": "x"})["pair"] is None
     assert classified({"text": "a", "pair": None, "label": "x"})["pair"] is None
@@ -90,7 +90,7 @@ def test_a_class_is_its_number_in_the_order_of_the_labels(tokenizer):
     assert all(example.input_ids == tokenizer("red cat").input_ids for (example,) in encoded)
 
 
-def test_many_labels_are_a_number_for_each_and_none_is_fine(tokenizer):
+def test_multiple_labels_give_a_number_each_and_may_be_empty(tokenizer):
     rows = [{"text": "red cat", "pair": None, "label": label} for label in (["a", "c"], [])]
     encoded = CLASSIFY.encode(rows, tokenizer, recipe_of(kind="multi", labels=["a", "b", "c"]))
     assert [example.values for (example,) in encoded] == [[1, 0, 1], [0, 0, 0]]
@@ -102,7 +102,7 @@ def test_a_number_may_be_written_as_text(tokenizer):
     assert [example.values for (example,) in encoded] == [[2.5], [3.0], [-100.0]]
 
 
-def test_weights_of_classes_stand_in_their_examples(tokenizer):
+def test_class_weights_are_stored_in_the_examples(tokenizer):
     rows = [{"text": "red cat", "pair": None, "label": label} for label in ("a", "b")]
     recipe = recipe_of(kind="single", labels=["a", "b"], class_weights={"b": 3.0})
     assert [example.weights for (example,) in CLASSIFY.encode(rows, tokenizer, recipe)] == [[1.0], [3.0]]
@@ -112,8 +112,8 @@ def test_weights_of_classes_stand_in_their_examples(tokenizer):
     ("classify", "label", "reason"),
     [
         ({"kind": "single", "labels": ["a", "b"]}, "c", "label unknown: 'c' is none of a, b"),
-        ({"kind": "single", "labels": ["a", "b"]}, ["a", "b"], "2 labels where"),
-        ({"kind": "single", "labels": ["a", "b"]}, [], "0 labels where"),
+        ({"kind": "single", "labels": ["a", "b"]}, ["a", "b"], "2 labels, but"),
+        ({"kind": "single", "labels": ["a", "b"]}, [], "0 labels, but"),
         ({"kind": "multi", "labels": ["a", "b"]}, ["a", "c"], "label unknown: 'c'"),
         ({"kind": "regression"}, "much", "no number: the label is 'much'"),
         ({"kind": "regression"}, "nan", "no number"),
@@ -121,7 +121,7 @@ def test_weights_of_classes_stand_in_their_examples(tokenizer):
         ({"kind": "regression"}, ["a"], "no number"),
     ],
 )
-def test_a_label_that_is_none_is_told_and_the_rows_around_it_are_kept(tokenizer, classify, label, reason):
+def test_an_unknown_label_is_reported_and_other_rows_are_kept(tokenizer, classify, label, reason):
     good = {"single": "a", "multi": ["a"], "regression": 1.0}[classify["kind"]]
     rows = [{"text": "red cat", "pair": None, "label": value} for value in (good, label, good)]
     before, bad, after = CLASSIFY.encode(rows, tokenizer, recipe_of(**classify))
@@ -130,7 +130,7 @@ def test_a_label_that_is_none_is_told_and_the_rows_around_it_are_kept(tokenizer,
     assert before[0].input_ids
 
 
-def test_a_long_text_is_told_or_cut(tokenizer):
+def test_a_long_text_is_reported_or_truncated(tokenizer):
     row = {"text": "red cat blue dog " * 10, "pair": "green fish", "label": "a"}
     refused = CLASSIFY.encode([row], tokenizer, recipe_of(12, kind="single", labels=["a", "b"]))
     assert "tokens" in refused[0]
@@ -151,7 +151,7 @@ def test_the_second_text_of_a_pair_has_another_kind_of_token(tokenizer):
 
 
 @pytest.mark.parametrize("build", [build_bert, build_distilbert, build_roberta])
-def test_what_is_read_of_a_row_does_not_depend_on_the_rows_beside_it(tmp_path, build):
+def test_the_encoding_of_a_row_does_not_depend_on_its_neighbours(tmp_path, build):
     tokenizer = AutoTokenizer.from_pretrained(build(tmp_path))
     rows = [
         {"text": "red cat", "pair": None},

@@ -1,4 +1,4 @@
-"""Micro-batches: what is predicted from where, packed and padded."""
+"""Micro-batches: which position predicts which token, packed and padded."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ BATCHES = st.lists(examples(), min_size=1, max_size=5)
 
 
 def predicted(batch):
-    """Every prediction as (row, the token that predicts, the token predicted)."""
+    """All predictions as (row, predicting token, predicted token)."""
     flat = batch["input_ids"].reshape(-1)
     return list(
         zip(batch["rows_S"].tolist(), flat[batch["predict_S"]].tolist(), batch["targets_S"].tolist(), strict=True)
@@ -29,7 +29,7 @@ def predicted(batch):
 
 
 def wanted(batch):
-    """The same, token by token from the spans."""
+    """The same, computed from the spans token by token."""
     return [
         (row, example.input_ids[i - 1], example.input_ids[i])
         for row, example in enumerate(batch)
@@ -54,7 +54,7 @@ def test_packed_predictions_stay_within_their_document(batch):
 
 
 @given(batch=BATCHES)
-def test_packed_documents_stand_end_to_end_with_positions_from_zero(batch):
+def test_packed_documents_are_joined_with_positions_from_zero(batch):
     packed = collate_packed(batch)
     borders = packed["cu_seq_lens_q"].tolist()
     assert packed["input_ids"].shape == (1, borders[-1])
@@ -68,7 +68,7 @@ def test_packed_documents_stand_end_to_end_with_positions_from_zero(batch):
 
 
 @given(batch=BATCHES)
-def test_padded_rows_stand_on_the_left_and_only_padding_is_masked(batch):
+def test_rows_are_padded_on_the_right_and_only_padding_is_masked(batch):
     padded = collate_padded(batch, 0)
     for row, example in enumerate(batch):
         length = len(example.input_ids)
@@ -89,7 +89,7 @@ def test_a_batch_without_a_supervised_token_predicts_nothing():
     assert batch["predict_S"].dtype == torch.int64
 
 
-def test_padding_does_without_a_padding_token():
+def test_padding_works_without_a_padding_token():
     assert collate_padded([Example([5, 6], [1, 2], 1), Example([7], [], 1)], None)["input_ids"].tolist() == [
         [5, 6],
         [7, 0],
@@ -97,7 +97,7 @@ def test_padding_does_without_a_padding_token():
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_packed_texts_stand_end_to_end_with_positions_and_kinds_of_their_own(lengths):
+def test_packed_texts_are_joined_with_their_own_positions_and_token_types(lengths):
     examples = [
         Example([7 * i + j for j in range(n)], [], 0, token_type_ids=[i % 2] * n) for i, n in enumerate(lengths)
     ]
@@ -112,7 +112,7 @@ def test_packed_texts_stand_end_to_end_with_positions_and_kinds_of_their_own(len
     assert "attention_mask" not in batch
 
 
-def test_a_text_without_kinds_is_all_of_the_first_kind_beside_pairs():
+def test_a_text_without_token_types_gets_zeros_next_to_pairs():
     batch, _ = encoder_batch([Example([5, 6], [], 0, token_type_ids=[0, 1]), Example([7, 8, 9], [], 0)], 0, True)
     assert batch["token_type_ids"].tolist() == [[0, 1, 0, 0, 0]]
     assert "token_type_ids" not in encoder_batch([Example([5, 6], [], 0)], 0, True)[0]

@@ -1,4 +1,4 @@
-"""Files as people have them: other names of columns, several columns for one, another encoding."""
+"""Real users' files: other column names, several columns for one, other encodings."""
 
 import csv
 from pathlib import Path
@@ -39,7 +39,7 @@ def refusal(folder: Path, train: object, task: str = "chat") -> str:
         *("Question,Answer", "query,reply", "id,question,answer,date", "inputs,targets", "problem,solution"),
     ],
 )
-def test_a_question_and_its_answer_under_usual_names_are_a_conversation(tmp_path, header):
+def test_question_and_answer_under_usual_names_make_a_conversation(tmp_path, header):
     row = [
         "7" if name in ("id", "date") else "This." if name.lower() in ANSWERS else "What?" for name in header.split(",")
     ]
@@ -59,12 +59,12 @@ def test_a_question_and_its_answer_under_usual_names_are_a_conversation(tmp_path
         ("translate", "src,tgt", ("Dog", "Hund"), {"source": "Dog", "target": "Hund"}),
     ],
 )
-def test_the_task_decides_what_a_column_is(tmp_path, task, header, row, expected):
+def test_the_task_decides_the_role_of_a_column(tmp_path, task, header, row, expected):
     (got,) = canonical(tmp_path, header, row, task=task)
     assert got.items() >= expected.items()
 
 
-def test_recordings_are_found_under_other_names_and_belong_to_what_is_hashed(tmp_path):
+def test_recordings_are_found_under_other_names_and_are_hashed(tmp_path):
     write_tone(tmp_path / "a.wav")
     (got,) = canonical(tmp_path, "file_name,transcription", ("a.wav", "hello"), task="speech")
     assert got["text"] == "hello"
@@ -72,7 +72,7 @@ def test_recordings_are_found_under_other_names_and_belong_to_what_is_hashed(tmp
     assert got["audio"].endswith("a.wav")
 
 
-def test_a_column_that_two_others_could_be_is_not_chosen_in_silence(tmp_path):
+def test_an_ambiguous_column_is_not_chosen_silently(tmp_path):
     path = write_csv(tmp_path / "rows.csv", "question,input,answer", ("What is it?", "a thing here", "This one."))
     said = refusal(tmp_path, str(path))
     assert 'columns: {prompt: "{question}\\n\\n{input}", completion: answer}' in said
@@ -114,7 +114,7 @@ def test_an_unknown_header_gives_a_line_to_paste_that_reads_the_file(
     assert prepare(tmp_path, pasted, task=task, max_dropped=0.0).rows_in == len(rows)
 
 
-def test_of_a_file_that_is_not_utf_8_the_likely_encoding_is_said_and_with_it_the_file_is_read(tmp_path, monkeypatch):
+def test_the_suggested_encoding_of_a_file_that_is_not_utf_8_reads_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [(f"Où est la commande n° {i} ?", f"Elle est expédiée – déjà, {i}.") for i in range(40)]
     write_csv(tmp_path / "rows.csv", "question,answer", *rows, encoding="cp1252")
@@ -124,5 +124,5 @@ def test_of_a_file_that_is_not_utf_8_the_likely_encoding_is_said_and_with_it_the
     assert "not in the stated encoding" in refusal(tmp_path, {"path": "rows.csv", "encoding": "utf-8"})
 
 
-def test_aliases_stand_for_columns_that_there_are():
+def test_aliases_refer_only_to_existing_columns():
     assert {ours for aliases in ALIASES.values() for ours in aliases} <= set(COLUMNS)

@@ -44,7 +44,7 @@ def pair(prompt, completion):
     return {"prompt": prompt, "completion": completion}
 
 
-def test_thirteen_words_in_a_row_are_found_whatever_stands_around_them(prepare):
+def test_a_run_of_thirteen_words_is_found_in_any_surroundings(prepare):
     shared = text(WORDS)["text"]
     train = [text(40, 100), {"text": f"Before, it said: {shared.upper()}! And more of that came after it."}]
     test = [
@@ -59,13 +59,13 @@ def test_thirteen_words_in_a_row_are_found_whatever_stands_around_them(prepare):
     assert (found.test_rows, found.train_rows, found.short) == (3, 2, frozenset())
 
 
-def test_a_run_may_go_from_the_prompt_into_the_answer(prepare):
+def test_a_run_may_span_prompt_and_answer(prepare):
     train = [pair("a b c d e f g ", "h i j k l m n o p q r s")]
     test = [pair("z a b c d e f g h i ", "j k l m n"), pair("a b c d e f g x ", "h i j k l m n o p q r y s")]
     assert find_overlap(prepare(train, test), near=False).shared == {0: 0}
 
 
-def test_a_short_row_overlaps_where_all_its_words_are_those_of_a_training_row(prepare):
+def test_a_short_row_overlaps_if_a_training_row_has_all_its_words(prepare):
     train = [pair("Which colour is the sky? ", "blue"), pair("Two and two? ", "four"), pair("", text(30)["text"])]
     test = [
         pair("which colour is the SKY: ", "Blue."),
@@ -96,7 +96,7 @@ def test_long_texts_are_found_in_any_width_and_spacing(prepare):
     assert found.runs == {0: shared}
 
 
-def test_runs_of_a_template_are_left_out_and_counted(prepare):
+def test_template_runs_are_ignored_and_counted(prepare):
     template = "read the text below with care and say in one word what it is about here"
     rows = [{"text": f"{template} {' '.join(f'w{i}x{j}' for j in range(20))}"} for i in range(COMMON_ROWS + 3)]
     found = find_overlap(prepare(rows[:-2], rows[-2:]), near=False)
@@ -115,7 +115,7 @@ def test_copies_of_a_row_by_weight_and_by_repetition_are_one_row(prepare):
     assert found.shared == {0: 0}
 
 
-def test_nearly_equal_rows_are_found_where_rows_were_not_deduplicated(prepare):
+def test_nearly_equal_rows_are_found_without_deduplication(prepare):
     rng = random.Random(0)
     words = [f"w{i}" for i in range(500)]
     test = [{"text": " ".join(rng.choices(words, k=100))} for _ in range(6)]
@@ -135,7 +135,7 @@ def test_nearly_equal_test_rows_are_each_found_near_a_training_row(prepare):
     assert find_overlap(prepare([{"text": " ".join(words)}], test), near=True).near == {0: 0, 1: 0, 2: 0}
 
 
-def test_what_is_compared_is_what_is_said_of_a_row():
+def test_the_comparison_covers_the_text_of_a_row():
     turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
     chat = {"messages": [*turns, {"role": "assistant", "content": "Hello"}]}
     assert compared_text(chat) == "Hi Hello"
@@ -145,7 +145,7 @@ def test_what_is_compared_is_what_is_said_of_a_row():
     assert compared_text({"text": "good film", "pair": None, "label": "yes"}) == "good film "
 
 
-def test_found_are_those_that_a_plain_comparison_finds(prepare):
+def test_results_match_a_plain_comparison(prepare):
     rng = random.Random(3)
     words = ["ä", "bee", "c3", "dee", "été", "x"]
 
@@ -195,7 +195,7 @@ def test_questions_with_several_answers_are_found_on_both_sides_unless_split_by_
     assert apart.rows == set()
 
 
-def test_prompts_are_the_same_only_where_all_of_them_is(prepare):
+def test_prompts_match_only_completely(prepare):
     train = [asked("Good or bad? A fine film", "good"), asked("Which?", "this"), asked("Who?", "Ada")]
     train.append({"messages": [*asked("First?", "One")["messages"], *asked("Then?", "Two")["messages"][1:]]})
     test = [
@@ -208,20 +208,20 @@ def test_prompts_are_the_same_only_where_all_of_them_is(prepare):
     assert find_overlap(prepare(train, test, task="chat"), near=False).prompted == {2: 2, 4: 3}
 
 
-def test_texts_without_a_prompt_have_no_prompt_in_common(prepare):
+def test_texts_without_a_prompt_share_no_prompt(prepare):
     assert find_overlap(prepare([text(30)], [text(30, 100)]), near=False).prompted == {}
     pairs = prepare([pair("Say it:", " one"), pair("Or this:", " two")], [pair("Say it:", " three")])
     assert find_overlap(pairs, near=False).prompted == {0: 0}
 
 
-def test_a_prompt_that_many_rows_have_is_the_task_and_no_overlap(prepare):
+def test_a_prompt_shared_by_many_rows_is_not_an_overlap(prepare):
     train, test = [asked("A joke, please", f"joke{i}") for i in range(COMMON_ROWS + 1)], [asked("A joke, please", "x")]
     assert find_overlap(prepare(train, test, task="chat"), near=False).prompted == {}
     more = [asked(f"Question {i}?", f"answer{i}") for i in range(100)]
     assert find_overlap(prepare(train + more, test, task="chat"), near=False).prompted == {0: 0}
 
 
-def test_of_questions_about_a_text_and_of_labels_no_prompts_are_compared():
+def test_prompts_of_context_questions_and_labels_are_not_compared():
     assert (
         prompt_row({"question": "Who?", "context": "Ada was here.", "answers": [{"text": "Ada", "start": 0}]}) is None
     )

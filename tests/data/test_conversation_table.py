@@ -1,7 +1,7 @@
-"""The table: for each family of models and kind of conversation, what is learned is what the model is asked to write.
+"""The table: for each model family and kind of conversation, the supervised text is the text to generate.
 
-Shown twice over: by the prompts and renderings of transformers' own `apply_chat_template`, and by what each family's
-format is, stated by hand in `support.conversation_table`. What the reader makes of it is what the row said.
+Two sources confirm this: prompts and renderings of transformers' own `apply_chat_template`, and each family's format,
+stated by hand in `support.conversation_table`. The parser gives back the row's content.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from llmtune.data.chat_template import read_template, render_prompt, stop_ids
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_learned_is_what_the_model_is_asked_to_write(name, shape):
+def test_supervised_text_equals_the_text_to_generate(name, shape):
     writes, messages, tools = FAMILIES[name], SHAPES[shape], tools_of(shape)
     tokenizer, recipe = family_tokenizer(writes.file or name), recipe_for(kwargs=writes.kwargs)
     row = canonical_messages(messages, tools)
@@ -42,7 +42,7 @@ def test_what_is_learned_is_what_the_model_is_asked_to_write(name, shape):
         assert prompt == render_prompt(row["messages"][:i], tokenizer, recipe, tools=tools)
         whole = tokenizer.apply_chat_template(messages[: i + 1], tools=tools, **writes.kwargs)["input_ids"]
         thinks = shape in ("thoughts", "empty thoughts")
-        if whole[: len(prompt)] == prompt and not thinks:  # the template's own rendering says the same
+        if whole[: len(prompt)] == prompt and not thinks:  # the template's own rendering agrees
             body = learned[tuple(prompt)][:-1]
             assert whole[len(prompt) : len(prompt) + len(body)] == body
 
@@ -51,7 +51,7 @@ def test_what_is_learned_is_what_the_model_is_asked_to_write(name, shape):
     ("name", "shape"),
     [(name, shape) for name, writes in FAMILIES.items() for shape in SHAPES if shape not in writes.refuses],
 )
-def test_an_answer_is_read_as_the_row_says_it(name, shape):
+def test_an_answer_is_parsed_back_into_the_rows_message(name, shape):
     writes, messages, tools = FAMILIES[name], SHAPES[shape], tools_of(shape)
     tokenizer = family_tokenizer(writes.file or name)
     template = read_template(tokenizer, recipe_for(kwargs=writes.kwargs))
@@ -65,7 +65,7 @@ def test_an_answer_is_read_as_the_row_says_it(name, shape):
     assert (read.complete, read.error) == (True, None)
 
 
-def test_every_template_stands_in_the_table_and_the_documentation_has_it():
+def test_every_template_is_in_the_table_and_in_the_documentation():
     assert {writes.file or name for name, writes in FAMILIES.items()} == {*FAMILY_FILES}
     assert len(FAMILY_FILES) >= 25
     found = MARKS.search(DOCS.read_text("utf-8"))

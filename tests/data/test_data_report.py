@@ -1,4 +1,4 @@
-"""The data report: what is printed, and what goes into the run's report."""
+"""The data report: its printed form, and its part of the run's report."""
 
 import json
 import string
@@ -44,7 +44,7 @@ def test_the_report_is_json_and_its_histogram_counts_every_example_once_within_i
         assert count == sum(low <= length < high for length in lengths)
 
 
-def test_the_example_is_shown_with_its_special_tokens_and_what_is_learned(tmp_path, console):
+def test_the_example_is_shown_with_special_tokens_and_supervised_text(tmp_path, console):
     facts, _ = describe([conversation("[bold]one[/bold]", "two", "three", "four")], tmp_path, console)
     assert facts["example"] == [
         ["<|im_start|>user\n[bold]one[/bold]<|im_end|>\n<|im_start|>assistant\n", False],
@@ -74,7 +74,7 @@ def test_rows_left_out_are_shown_with_their_reasons(tmp_path, console):
 
 
 def byteless_tokenizer(unknown):
-    """A tokenizer of single letters, with or without `<unk>`, which has no control characters."""
+    """A tokenizer of single letters without control characters, with or without `<unk>`."""
     letters = ["<|im_start|>", "<|im_end|>", *string.ascii_letters, *string.digits, " ", "\n", "."]
     vocabulary = {letter: i for i, letter in enumerate(["<unk>", *letters] if unknown else letters)}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>" if unknown else None))
@@ -86,7 +86,7 @@ def byteless_tokenizer(unknown):
     return tokenizer
 
 
-def test_characters_that_vanish_where_a_tokenizer_has_no_unk_are_counted(tmp_path, console):
+def test_characters_that_vanish_without_an_unk_token_are_counted(tmp_path, console):
     texts = [conversation("a\x07b\x07", "c"), conversation("d", "e\x07\u200b"), conversation("plain", "é. f\n")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     recipe = recipe_for(train=str(tmp_path / "rows.jsonl"), validation=0, test=0, deduplicate="exact")

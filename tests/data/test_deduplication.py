@@ -41,7 +41,7 @@ def overlap(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def test_the_estimated_overlap_is_the_true_one_within_its_error():
+def test_the_estimated_overlap_is_within_its_error_of_the_true_one():
     rng = random.Random(1)
     errors = []
     for changed in range(0, 40, 2):
@@ -79,17 +79,17 @@ def test_scripts_without_spaces_are_compared_by_character():
     assert overlap("ab機cd", "ab 機 cd") == 1.0
 
 
-def test_texts_without_words_are_near_nothing():
+def test_texts_without_words_have_no_near_duplicates():
     assert near_of(["!!!", "???", "!!!", ""]) == {}
 
 
-def test_words_at_the_same_place_in_different_batches_hash_the_same():
+def test_words_hash_the_same_in_every_batch():
     alone = hash_triples(["the quick brown fox"])[0].tolist()
     together, row = hash_triples(["some other text", "", "the quick brown fox"])
     assert together[row == 2].tolist() == alone
 
 
-def test_a_template_that_all_rows_share_makes_them_alike_only_if_no_more_than_a_word_differs():
+def test_a_shared_template_makes_rows_near_only_if_at_most_one_word_differs():
     rng = random.Random(3)
     template = " ".join(sentence(rng, 400))
     texts = [f"{template} {' '.join(sentence(rng, 30))}" for _ in range(100)]
@@ -99,11 +99,11 @@ def test_a_template_that_all_rows_share_makes_them_alike_only_if_no_more_than_a_
     assert near_of([f"{template} {number}" for number in range(100)]).keys() == set(range(1, 100))
 
 
-def test_no_two_kept_rows_are_near_and_every_dropped_row_is_near_a_kept_one():
+def test_kept_rows_are_not_near_each_other_and_every_dropped_row_is_near_a_kept_one():
     rng = random.Random(4)
     words = sentence(rng, 60)
     chain = []
-    for _ in range(30):  # each is near the one before, the ends are not near each other
+    for _ in range(30):  # each is near the previous one, but the ends are not near each other
         words = words[1:] + sentence(rng, 1)
         chain.append(" ".join(words))
     dropped = near_of(chain + [" ".join(sentence(rng, 60)) for _ in range(400)])
@@ -113,7 +113,7 @@ def test_no_two_kept_rows_are_near_and_every_dropped_row_is_near_a_kept_one():
     assert max(overlap(chain[i], chain[j]) for i in kept for j in kept if i < j) < NEAR + 0.1
 
 
-def test_a_crowd_of_near_rows_leaves_one_and_takes_linear_time():
+def test_many_near_rows_leave_one_in_linear_time():
     rng = random.Random(5)
     words = sentence(rng, 300)
     crowd = [" ".join([*words, str(number)]) for number in range(3000)]
@@ -122,7 +122,7 @@ def test_a_crowd_of_near_rows_leaves_one_and_takes_linear_time():
 
 
 def relatives(rng: random.Random) -> list[str]:
-    """Texts of which many are near one another: of one template, of one original, chains, a crowd, without words."""
+    """Texts with many near pairs: from one template, from one original, chains, a crowd, texts without words."""
     texts = ["", "!!!", "one", "one two"]
     for _ in range(120):
         words = sentence(rng, rng.randint(3, 90))
@@ -139,8 +139,8 @@ def digest_of(found: dict[int, list[int]]) -> str:
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16]
 
 
-def test_what_is_near_is_what_a_search_with_the_minima_of_all_rows_found():
-    """The digests are those of a search that kept the minima of all rows in memory."""
+def test_near_rows_match_a_search_with_the_minima_of_all_rows():
+    """The digests come from a search that kept the minima of all rows in memory."""
     rng = random.Random(7)
     for near, matches in (("f0e2f217b46624c0", "d7c6196f0762501d"), ("a733dba335e0d7e8", "58268a9ea73cd556")):
         texts = relatives(rng)
@@ -152,7 +152,7 @@ def test_what_is_near_is_what_a_search_with_the_minima_of_all_rows_found():
 
 @given(st.permutations(range(12)))
 @settings(max_examples=25, deadline=None)
-def test_what_is_kept_does_not_depend_on_the_order_of_rows(order):
+def test_the_kept_rows_do_not_depend_on_the_order_of_rows(order):
     rng = random.Random(6)
     rows = []
     for number in range(4):
@@ -170,7 +170,7 @@ def test_what_is_kept_does_not_depend_on_the_order_of_rows(order):
 
 
 @pytest.mark.parametrize(("method", "kept"), [("none", 4), ("exact", 2), ("near", 1)])
-def test_each_way_of_deduplicating_drops_what_it_says(tmp_path, method, kept):
+def test_each_deduplication_method_drops_the_documented_rows(tmp_path, method, kept):
     long = " ".join(WORDS[:60])
     twice = chat(long + " caf\u00e9")
     write_jsonl(tmp_path / "a.jsonl", [twice, twice, chat(long + " cafe\u0301 "), chat(long + " tea")])

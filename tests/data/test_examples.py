@@ -33,7 +33,7 @@ def plain_rows(count):
     return [conversation(f"question {i}", f"answer {'cat ' * (i % 5)}{i}") for i in range(count)]
 
 
-def test_examples_come_back_in_the_order_of_the_rows(chat_rows, tmp_path, console):
+def test_examples_are_read_in_the_order_of_the_rows(chat_rows, tmp_path, console):
     tokenizer = tokenizer_with(CHATML)
     _, examples = encode_file(chat_rows, tmp_path, console)
     reader = ExampleReader(examples, "train")
@@ -45,7 +45,7 @@ def test_examples_come_back_in_the_order_of_the_rows(chat_rows, tmp_path, consol
         assert row["messages"][0]["content"] in tokenizer.decode(example.input_ids[:start])
 
 
-def test_examples_of_another_version_are_refused_and_made_again(chat_rows, tmp_path, console):
+def test_examples_of_another_version_are_refused_and_recreated(chat_rows, tmp_path, console):
     _, examples = encode_file(chat_rows, tmp_path, console)
     with pa.OSFile(str(examples.files["train"]), "rb") as source:
         table = pa.ipc.open_file(source).read_all()
@@ -73,7 +73,7 @@ def test_counts_and_columns_agree_with_the_examples(chat_rows, tmp_path, console
         assert examples.longest[side] == reader.lengths.max()
 
 
-def test_examples_of_many_batches_are_found_at_any_place(tmp_path, console):
+def test_examples_in_many_batches_can_be_accessed_at_random(tmp_path, console):
     path = write_jsonl(tmp_path / "rows.jsonl", plain_rows(1400))
     _, examples = encode_file(path, tmp_path, console)
     reader = ExampleReader(examples, "train")
@@ -85,7 +85,7 @@ def test_examples_of_many_batches_are_found_at_any_place(tmp_path, console):
         reader[1400]
 
 
-def test_the_bar_moves_while_long_conversations_are_encoded(tmp_path, console):
+def test_the_progress_bar_moves_during_long_conversations(tmp_path, console):
     long = [conversation(*(f"{i} and {turn} " + "cat " * 20 for turn in range(400))) for i in range(6)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*long, *plain_rows(200)])
     _, examples = encode_file(path, tmp_path, console, max_length=100_000)
@@ -129,7 +129,7 @@ def long_rows(count, long):
 
 
 @pytest.mark.parametrize("long", [[3, 7], range(30)])
-def test_at_most_twenty_rows_that_are_too_long_are_named_and_all_are_listed(tmp_path, console, long):
+def test_at_most_twenty_overlong_rows_are_named_and_all_are_listed(tmp_path, console, long):
     path = write_jsonl(tmp_path / "rows.jsonl", long_rows(40, long))
     with pytest.raises(DataError) as caught:
         encode_file(path, tmp_path, console, max_length=100)
@@ -143,7 +143,7 @@ def test_at_most_twenty_rows_that_are_too_long_are_named_and_all_are_listed(tmp_
     assert [entry["where"] for entry in listed] == places
 
 
-def test_rows_dropped_for_their_length_are_counted_however_many(tmp_path, console):
+def test_any_number_of_rows_dropped_for_length_is_counted(tmp_path, console):
     path = write_jsonl(tmp_path / "rows.jsonl", long_rows(40, range(30)))
     _, examples = encode_file(path, tmp_path, console, max_length=100, on_overlong="drop")
     assert examples.counts["train"] == 10
@@ -162,7 +162,7 @@ def test_rows_that_truncation_cannot_save_count_as_bad(tmp_path, console):
     assert caught.value.problems[1].where == f"{path}:6"
 
 
-def test_parts_of_a_split_row_name_the_row_that_they_come_from(tmp_path, console):
+def test_parts_of_a_split_row_name_their_row(tmp_path, console):
     texts = [text for i in range(6) for text in (f"question {i} " + "cat " * 12, f"answer {i}")]
     path = write_jsonl(tmp_path / "rows.jsonl", [*plain_rows(3), conversation(*texts)])
     _, examples = encode_file(path, tmp_path, console, max_length=100, on_overlong="split")
@@ -172,7 +172,7 @@ def test_parts_of_a_split_row_name_the_row_that_they_come_from(tmp_path, console
     assert set(rows[3:]) == {3}
 
 
-def test_a_few_rows_that_the_template_refuses_are_left_out_and_many_stop_the_run(tmp_path, console):
+def test_a_few_rows_refused_by_the_template_are_left_out_and_many_stop_the_run(tmp_path, console):
     refused = [conversation(f"question {i}", f"answer {i}", system="be kind") for i in range(10)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*refused[:1], *plain_rows(40)[1:]])
     _, examples = encode_file(path, tmp_path, console, template=NO_SYSTEM)
@@ -183,13 +183,13 @@ def test_a_few_rows_that_the_template_refuses_are_left_out_and_many_stop_the_run
     assert f"{path}:1" in str(caught.value)
 
 
-def test_a_side_that_is_left_without_a_row_is_refused(tmp_path, console):
+def test_an_empty_split_is_refused(tmp_path, console):
     path = write_jsonl(tmp_path / "rows.jsonl", long_rows(5, range(5)))
     with pytest.raises(DataError, match="no row is left for train"):
         encode_file(path, tmp_path, console, max_length=50, on_overlong="drop")
 
 
-def test_nothing_is_taken_for_examples_after_an_error(tmp_path, console):
+def test_incomplete_examples_are_not_used_after_an_error(tmp_path, console):
     path = write_jsonl(tmp_path / "rows.jsonl", plain_rows(5))
     encode_file(path, tmp_path, console)
     with pytest.raises(EnvironmentProblem):
@@ -198,7 +198,7 @@ def test_nothing_is_taken_for_examples_after_an_error(tmp_path, console):
         load_examples(tmp_path / "examples")
 
 
-def test_a_folder_that_cannot_be_written_is_a_problem_of_the_environment(tmp_path, console):
+def test_an_unwritable_folder_is_an_environment_problem(tmp_path, console):
     path = write_jsonl(tmp_path / "rows.jsonl", plain_rows(5))
     recipe = recipe_for(train=str(path), validation=0, test=0)
     rows = prepare_rows(recipe, tmp_path / "rows", console)
@@ -207,7 +207,7 @@ def test_a_folder_that_cannot_be_written_is_a_problem_of_the_environment(tmp_pat
         encode_rows(rows, get_task("chat"), tokenizer_with(CHATML), recipe, read_only, console)
 
 
-def test_what_rows_lose_that_are_cut_is_counted_and_told(tmp_path):
+def test_losses_from_truncation_are_counted_and_reported(tmp_path):
     console = Console(record=True, width=200)
     texts = [part for i in range(4) for part in (f"question {i} {'cat ' * 20}", f"answer {i}")]
     path = write_jsonl(tmp_path / "rows.jsonl", [conversation(*texts), *plain_rows(3)])
@@ -222,7 +222,7 @@ def test_what_rows_lose_that_are_cut_is_counted_and_told(tmp_path):
 
 
 def word_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """One that knows the words of a text, and nothing else."""
+    """A tokenizer that knows only the words of a text."""
     words = {word: i for i, word in enumerate(["<unk>", "<|im_start|>", "<|im_end|>", *dict.fromkeys(text.split())])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -232,7 +232,7 @@ def word_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed(tmp_path, console):
+def test_an_unknown_target_is_a_bad_row_unless_allowed(tmp_path, console):
     tokenizer = word_tokenizer("user assistant one two three . What is the probe ? The answer of 4217")
     path = write_jsonl(tmp_path / "rows.jsonl", [conversation("one {", "two"), conversation("one", "two { three")])
     keys = {"train": str(path), "validation": 0, "test": 0, "max_dropped": 1}
@@ -248,7 +248,7 @@ def test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed(t
     assert allowed.counts["train"] == 2
 
 
-def test_a_target_of_an_encoder_decoder_is_held_against_its_vocabulary_too(tmp_path, console):
+def test_targets_of_an_encoder_decoder_are_checked_against_its_vocabulary(tmp_path, console):
     tokenizer = AutoTokenizer.from_pretrained(build_t5(tmp_path / "t5"))
     targets = ["Le ciel est bleu.", "Le ciel { est bleu.", "Le <ciel> est.", "家"]
     path = write_jsonl(

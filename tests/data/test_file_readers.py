@@ -37,14 +37,14 @@ def test_a_json_line_carries_its_line_number_and_blank_lines_count(tmp_path):
     assert found == [("file:1", {"a": 1}), ("file:4", {"a": 2})]
 
 
-def test_a_broken_line_in_the_middle_costs_that_line_alone(tmp_path):
+def test_a_broken_line_in_the_middle_loses_only_that_line(tmp_path):
     found = read_bytes(tmp_path, b'{"a": 1}\n{"a": "cut\n{"a": 3}\n', "jsonl")
     assert [origin for origin, _ in found] == ["file:1", "file:2", "file:3"]
     assert str(found[1][1]) == "not valid JSON: Invalid control character at at column 11"
     assert found[2][1] == {"a": 3}
 
 
-def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path):
+def test_invalid_utf8_bytes_are_reported_with_their_offset(tmp_path):
     found = read_bytes(tmp_path, b'{"a": 1}\n{"a": "\xff"}\n', "jsonl")
     assert (found[1][0], str(found[1][1])) == ("file:2", "not UTF-8: byte 0xff at offset 16")
 
@@ -60,13 +60,13 @@ def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path):
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
     ],
 )
-def test_a_line_that_is_no_object_is_unreadable(tmp_path, line, reason):
+def test_a_line_without_an_object_is_unreadable(tmp_path, line, reason):
     [(_, value)] = read_bytes(tmp_path, line, "jsonl")
     assert isinstance(value, RowError)
     assert value.reason == reason
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
     assert read_bytes(tmp_path, b'\xef\xbb\xbf{"a": 1}\n', "jsonl") == [("file:1", {"a": 1})]
     assert read_bytes(tmp_path, b"\xef\xbb\xbfa,b\n1,2\n", "csv") == [("file:2", {"a": "1", "b": "2"})]
     assert read_bytes(tmp_path, b'\xef\xbb\xbf[{"a": 1}]', "json") == [("file:row 1", {"a": 1})]
@@ -86,26 +86,26 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
         ("é line\nx".encode() + b"\xe9 y", "text", r"file:2: not UTF-8: byte 0xe9 at offset 9"),
     ],
 )
-def test_a_file_that_cannot_be_read_whole_is_refused_with_the_reason(tmp_path, data, container, message):
+def test_a_partly_readable_file_is_refused_with_the_reason(tmp_path, data, container, message):
     with pytest.raises(DataError, match=message):
         read_bytes(tmp_path, data, container)
 
 
-def test_a_line_without_end_is_refused_and_not_held(tmp_path, monkeypatch):
+def test_an_endless_line_is_refused_without_buffering_it(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "MAX_ROW_BYTES", 1000)
     with pytest.raises(DataError, match="a line of more than"):
         read_bytes(tmp_path, b"[" + b"1," * 1000, "jsonl")
 
 
 @pytest.mark.parametrize("pack", PACKERS)
-def test_packed_files_are_read_by_their_first_bytes(tmp_path, pack):
+def test_compressed_files_are_detected_by_their_first_bytes(tmp_path, pack):
     plain = b'{"a": 1}\n' * 3
     found = read_bytes(tmp_path, pack(plain) + pack(plain), "jsonl")  # two members, as `cat a.gz b.gz` makes
     assert [value for _, value in found] == [{"a": 1}] * 6
 
 
 @pytest.mark.parametrize("pack", PACKERS)
-def test_a_packed_file_that_was_cut_is_refused(tmp_path, pack):
+def test_a_truncated_compressed_file_is_refused(tmp_path, pack):
     plain = "".join(json.dumps({"a": os.urandom(20).hex()}) + "\n" for _ in range(10_000)).encode()
     data = pack(plain)
     with pytest.raises(DataError, match=r"damaged or cut short"):
@@ -121,11 +121,11 @@ def test_a_packed_file_that_was_cut_is_refused(tmp_path, pack):
         '{\n  "a": 1\n}\n{\n  "a": 2\n}',
     ],
 )
-def test_json_is_a_list_an_object_with_a_list_or_objects_in_a_row(tmp_path, text):
+def test_json_is_a_list_an_object_with_a_list_or_consecutive_objects(tmp_path, text):
     assert [value for _, value in read_bytes(tmp_path, text.encode(), "json")] == [{"a": 1}, {"a": 2}]
 
 
-def test_a_single_row_that_holds_messages_is_a_row(tmp_path):
+def test_a_single_object_with_messages_is_a_row(tmp_path):
     row = {"messages": [{"role": "user", "content": "x"}]}
     assert [v for _, v in read_bytes(tmp_path, json.dumps(row, indent=1).encode(), "json")] == [row]
 
@@ -148,14 +148,14 @@ def test_json_lines_in_a_json_file_lose_only_the_bad_line(tmp_path):
         ("{1: 2}", r"Expecting property name"),
     ],
 )
-def test_a_mistake_in_json_is_named_with_its_line(tmp_path, text, message):
+def test_a_json_mistake_is_reported_with_its_line(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         read_bytes(tmp_path, text if isinstance(text, bytes) else text.encode(), "json")
 
 
 @given(st.lists(st.dictionaries(TEXT, TEXT | st.floats(allow_nan=False) | st.booleans()), min_size=1, max_size=5))
 @settings(max_examples=50, deadline=None)
-def test_rows_in_json_survive_however_they_are_written(rows):
+def test_json_rows_survive_any_formatting(rows):
     with tempfile.TemporaryDirectory() as folder:
         for text in (json.dumps(rows), json.dumps({"rows": rows}, indent=2, ensure_ascii=False)):
             assert [value for _, value in read_bytes(Path(folder), text.encode(), "json")] == rows
@@ -163,7 +163,7 @@ def test_rows_in_json_survive_however_they_are_written(rows):
 
 @given(st.binary(max_size=60) | st.text(alphabet='[]{}",:1a\\ \n', max_size=30).map(str.encode))
 @settings(max_examples=300, deadline=None)
-def test_any_bytes_give_the_rows_of_the_json_module_or_an_error(data):
+def test_any_bytes_give_the_json_modules_rows_or_an_error(data):
     try:
         wanted = json.loads(data.decode("utf-8-sig"))
     except ValueError:
@@ -178,14 +178,14 @@ def test_any_bytes_give_the_rows_of_the_json_module_or_an_error(data):
         assert rows is None or [value for value in found if isinstance(value, dict)] == rows
 
 
-def test_a_json_document_that_memory_may_not_hold_is_refused(tmp_path, monkeypatch):
+def test_a_json_document_too_large_for_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "MAX_JSON_BYTES", 1000)
     with pytest.raises(DataError, match="Write it as JSON Lines"):
         read_bytes(tmp_path, b"[" + b'{"a": 1},' * 200, "json")
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_csv_cells_may_hold_line_ends_and_keep_the_line_where_they_began(tmp_path, delimiter):
+def test_csv_cells_may_contain_line_ends_and_origins_give_the_first_line(tmp_path, delimiter):
     out = io.StringIO(newline="")
     writer = csv.writer(out, delimiter=delimiter)
     writer.writerows([["prompt", "completion"], ["one\ntwo", 'say "hi"'], ["a,b;c\td", "é"]])
@@ -222,13 +222,13 @@ def test_parquet_rows_are_numbered_across_batches(tmp_path):
 
 
 @pytest.mark.parametrize("noted", ["[", "[1]", '{"info": 3}', '{"info": {"features": {"n": {"_type": "ClassLabel"}}}}'])
-def test_what_another_program_notes_in_a_parquet_file_is_left_alone(noted, tmp_path):
+def test_other_programs_metadata_in_a_parquet_file_is_ignored(noted, tmp_path):
     table = pa.table({"n": [1]}).replace_schema_metadata({"huggingface": noted})
     pq.write_table(table, tmp_path / "rows.parquet")
     assert list(read_file(tmp_path / "rows.parquet", "p", "parquet")) == [("p:row 1", {"n": 1})]
 
 
-def test_class_names_are_read_beside_features_of_another_form(tmp_path):
+def test_class_names_are_read_next_to_features_of_another_form(tmp_path):
     features = {
         "n": {"_type": "ClassLabel", "names": ["no", "yes"]},
         "turns": [{"role": {"_type": "Value"}}],
@@ -239,7 +239,7 @@ def test_class_names_are_read_beside_features_of_another_form(tmp_path):
     assert [row for _, row in read_file(tmp_path / "rows.parquet", "p", "parquet")] == [{"n": "yes"}, {"n": None}]
 
 
-def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
+def test_duplicate_column_names_in_parquet_are_refused(tmp_path):
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="two columns with the name 'a'"):
         list(read_file(tmp_path / "rows.parquet", "p", "parquet"))
@@ -266,14 +266,14 @@ def test_a_text_file_is_one_document_and_a_long_one_is_cut_at_blank_lines(tmp_pa
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text[0] != "\ufeff"))
 @settings(deadline=None)
-def test_text_survives_to_the_last_character(text):
+def test_text_survives_unchanged(text):
     with tempfile.TemporaryDirectory() as folder:
         found = read_bytes(Path(folder), text.encode(), "text")
     assert "".join(row["text"] for _, row in found) == text
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to give up root's right to read everything")
-def test_a_file_that_may_not_be_read_is_an_error_and_no_traceback():
+def test_a_file_without_read_permission_is_an_error_without_a_traceback():
     folder = Path(tempfile.mkdtemp())
     try:
         path = folder / "secret.jsonl"

@@ -1,4 +1,4 @@
-"""Data sets by name, against a small hub on this machine: the commit that is hashed is the one that is read."""
+"""Data sets by name, against a small local hub: the rows read come from the hashed commit."""
 
 import json
 import os
@@ -49,12 +49,12 @@ for number, file in enumerate(sys.argv[2:]):
 
 @dataclass
 class Hub:
-    """Data sets; the branch of each moves after it was asked for once."""
+    """Data sets whose branches move after the first request."""
 
     address: str = ""
     asked: list[str] = field(default_factory=list)
     train: bytes | None = None
-    """A Parquet file in the place of the rows."""
+    """Replace the rows with a Parquet file."""
 
     def answer(self, verb: str, path: str, headers: Headers, body: bytes) -> tuple[int, Any, Headers]:
         if verb != "POST":
@@ -78,7 +78,7 @@ def hub() -> Iterator[Hub]:
 
 
 def read(hub, folder, *sources: object, offline: bool = False, task: str = "chat") -> list[list[str]]:
-    """Read the sources one after the other in a process of their own: of each the hash and the rows, or the error."""
+    """Read the sources one after the other in a separate process; return the hash and rows of each, or the error."""
     files = []
     for number, source in enumerate(sources):
         make_recipe(folder, source, task, deduplicate="none")
@@ -96,7 +96,7 @@ def read(hub, folder, *sources: object, offline: bool = False, task: str = "chat
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on(hub, tmp_path):
+def test_rows_come_from_the_hashed_commit_even_if_the_branch_moves(hub, tmp_path):
     sources = "hub:owner/whole", {"path": "hub:owner/streamed", "limit": 3}
     (_, *rows), (_, *streamed) = read(hub, tmp_path, *sources)
     assert rows == [f"hub:owner/whole/train:row {i} old" for i in range(1, 9)]
@@ -105,7 +105,7 @@ def test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on
     assert [rows[1] for rows in later] == ["hub:owner/whole/train:row 1 new", "hub:owner/streamed/train:row 1 new"]
 
 
-def test_what_was_read_once_is_read_offline(hub, tmp_path):
+def test_cached_rows_are_read_offline(hub, tmp_path):
     (first,) = read(hub, tmp_path, "hub:owner/name")
     hub.asked.clear()
     again, limited = read(hub, tmp_path, "hub:owner/name", {"path": "hub:owner/name", "limit": 3}, offline=True)
@@ -122,12 +122,12 @@ def test_rows_of_another_commit_are_refused_offline(hub, tmp_path):
     assert f"the rows of another commit: {NEW[:12]}, not {OLD[:12]}" in " ".join(said)
 
 
-def test_a_split_that_is_not_there_is_told(hub, tmp_path):
+def test_a_missing_split_is_reported(hub, tmp_path):
     (said,) = read(hub, tmp_path, {"path": "hub:owner/name", "split": "nosuch"})
     assert "Check `config`, `split`" in " ".join(said)
 
 
-def test_a_data_set_that_is_not_in_the_cache_is_an_environment_problem_offline(tmp_path):
+def test_an_uncached_data_set_is_an_environment_problem_offline(tmp_path):
     recipe = make_recipe(tmp_path, "hub:owner/absent")
     with pytest.raises(EnvironmentProblem, match="offline switch"):
         hash_sources(recipe.data, recipe.task)
@@ -135,13 +135,13 @@ def test_a_data_set_that_is_not_in_the_cache_is_an_environment_problem_offline(t
         prepare_rows(recipe, tmp_path / "out", Console(quiet=True))
 
 
-# Columns that are more than texts and numbers
+# Columns other than texts and numbers
 
 TAGS = ClassLabel(names=["O", "B-PERSON", "I-PERSON"])
 
 
 def sounds_of(cells: list[object], texts: list[str]) -> Dataset:
-    """A data set of recordings; they are declared afterwards, since `datasets` encodes none without torchcodec."""
+    """A data set of recordings; declared afterwards, because `datasets` needs torchcodec to encode them."""
     features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
     rows = Dataset.from_dict({"audio": cells, "text": texts}, features=features)
     return rows.cast_column("audio", Audio(sampling_rate=16_000))
@@ -149,7 +149,7 @@ def sounds_of(cells: list[object], texts: list[str]) -> Dataset:
 
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory) -> bytes:
-    """A Parquet file with the bytes of two recordings, as the hub makes them of uploaded folders."""
+    """A Parquet file with the bytes of two recordings, as the hub makes it from uploaded folders."""
     folder = tmp_path_factory.mktemp("sounds")
     paths = [write_tone(folder / "one.flac", rate=22_050, channels=2), write_tone(folder / "two.mp3")]
     cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
@@ -157,7 +157,7 @@ def sounds(tmp_path_factory) -> bytes:
     return (folder / "train.parquet").read_bytes()
 
 
-def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds, tmp_path):
+def test_recordings_of_a_data_set_become_files_named_by_their_hash(hub, sounds, tmp_path):
     hub.train = sounds
     whole = "hub:owner/name"
     (_, *rows), (_, *streamed) = read(hub, tmp_path, whole, {"path": whole, "limit": 2}, task="speech")
@@ -185,7 +185,7 @@ def plain_rows(rows):
 
 
 @pytest.mark.parametrize("source", ["hub", "streamed", "file"])
-def test_numbers_of_classes_become_their_names_in_lists_too(source, tmp_path):
+def test_class_numbers_become_class_names_in_lists_too(source, tmp_path):
     columns = {"label": [1, 0, -1, None], "tags": [[0, 1, 2], [], [0], None], "n": [5, 6, 7, 8]}
     features = {"label": ClassLabel(names=["bad", "good"]), "tags": List(TAGS), "n": Value("int64")}
     made = Dataset.from_dict(columns, features=Features(features))
@@ -199,7 +199,7 @@ def test_numbers_of_classes_become_their_names_in_lists_too(source, tmp_path):
     assert [row["n"] for row in rows] == [5, 6, 7, 8]
 
 
-def test_a_recording_that_lies_in_a_file_stays_there_and_one_that_is_missing_is_none(tmp_path):
+def test_a_recording_in_a_file_stays_there_and_a_missing_one_is_none(tmp_path):
     path = str(write_tone(tmp_path / "a.wav"))
     rows = plain_rows(sounds_of([{"bytes": None, "path": path}, None], ["a", "b"]))
     assert [row["audio"] for row in rows] == [path, None]

@@ -1,4 +1,4 @@
-"""Long conversations under `data.on_overlong`: the same parts as one exchange after the other gives, in less work."""
+"""Long conversations under `data.on_overlong`: the same parts as a search one exchange at a time, with less work."""
 
 import random
 from itertools import chain
@@ -33,7 +33,7 @@ def words(draw, most=12):
 
 
 def random_row(draw, system=True, thoughts=False):
-    """Up to nine exchanges; some answers are not learned, some have a thought, some questions come in two messages."""
+    """Up to nine exchanges; some answers are not trained, some have a thought, some questions have two messages."""
     messages = [{"role": "system", "content": words(draw)}] if system and draw.random() < 0.5 else []
     for _ in range(draw.randint(1, 9)):
         messages.append({"role": "user", "content": words(draw, draw.choice([4, 12, 40]))})
@@ -56,7 +56,7 @@ def exchanges_of(row):
 
 
 def one_by_one(row, tokenizer, max_length, on_overlong, **data):
-    """What to keep, found by encoding one exchange less (or more) after the other: token ids and spans, or None."""
+    """The exchanges to keep, found by encoding one exchange less (or more) at a time: ids and spans, or None."""
 
     def look(messages):
         return encode({"messages": [*messages]}, tokenizer, max_length=100_000, **data)
@@ -102,11 +102,11 @@ def shown(examples):
     "family",
     [*OWN, *(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY_FILES)],
 )
-def test_what_is_kept_is_found_as_if_exchanges_were_tried_one_by_one(family, on_overlong):
+def test_the_kept_exchanges_match_a_search_one_by_one(family, on_overlong):
     tokenizer = tokenizer_with(OWN[family]) if family in OWN else family_tokenizer(family)
     draw = random.Random(f"{family} {on_overlong}")
     lengths = []
-    for thoughts in (True, False):  # not every template takes thoughts
+    for thoughts in (True, False):  # not every template accepts thoughts
         rows = [random_row(draw, thoughts=thoughts) for _ in range(8)]
         encoded = encode_chat(rows, tokenizer, recipe_for(max_length=100_000))
         lengths = [max(len(example.input_ids) for example in one) for one in encoded if not isinstance(one, str)]
@@ -127,7 +127,7 @@ def test_what_is_kept_is_found_as_if_exchanges_were_tried_one_by_one(family, on_
 
 @pytest.mark.parametrize("on_overlong", ["truncate", "split"])
 @pytest.mark.parametrize("train_on", ["last", "all"])
-def test_that_holds_for_what_is_learned_too(train_on, on_overlong):
+def test_the_supervised_spans_match_a_search_one_by_one(train_on, on_overlong):
     tokenizer, draw = tokenizer_with(CHATML), random.Random(1)
     rows = [random_row(draw) for _ in range(20)]
     for row in rows if train_on == "last" else []:
@@ -145,7 +145,7 @@ def test_that_holds_for_what_is_learned_too(train_on, on_overlong):
 
 @pytest.mark.parametrize("on_overlong", ["truncate", "split"])
 @pytest.mark.parametrize("family", ["chatml", "llama-3", "gemma-3", "qwen-3", "deepseek-r1"])
-def test_a_long_conversation_is_encoded_twice_for_each_part_and_no_oftener(family, on_overlong, monkeypatch):
+def test_a_long_conversation_is_encoded_only_twice_per_part(family, on_overlong, monkeypatch):
     draw, asked = random.Random(0), []
     messages = [{"role": role, "content": words(draw, 30)} for _ in range(60) for role in ("user", "assistant")]
     fit = ChatFit.fit
@@ -167,7 +167,7 @@ def test_a_long_conversation_is_encoded_twice_for_each_part_and_no_oftener(famil
 
 
 def long_row(draw, exchanges, tools=(), thoughts=False):
-    """Many exchanges; with tools, some call one (or three) and answer then."""
+    """Many exchanges; with tools, some call one (or three) before the answer."""
     messages = [{"role": "system", "content": words(draw)}]
     for number in range(exchanges):
         messages.append({"role": "user", "content": words(draw)})
@@ -194,11 +194,11 @@ ODD = {**OWN, "counting": COUNTING, "late": LATE, "trimming": TRIMMING}
 
 
 @pytest.mark.parametrize("family", [*ODD, *FAMILY_FILES])
-def test_a_long_conversation_has_the_spans_that_rendering_each_answer_after_all_before_it_gives(family, monkeypatch):
+def test_spans_of_a_long_conversation_match_rendering_each_answer_after_its_history(family, monkeypatch):
     tokenizer = tokenizer_with(ODD[family]) if family in ODD else family_tokenizer(family)
     draw = random.Random(family)
     rows = [long_row(draw, 16, tools, thoughts) for tools in ((), (LOOK_UP,)) for thoughts in (False, True)]
-    rows.append({"messages": long_row(draw, 16)["messages"][1:]})  # not every template takes a system message
+    rows.append({"messages": long_row(draw, 16)["messages"][1:]})  # not every template accepts a system message
     found = encode_chat(rows, tokenizer, recipe_for(max_length=100_000))
     monkeypatch.setattr(chat_encoding, "FEW_ANSWERS", 1000)
     for result, wanted in zip(found, encode_chat(rows, tokenizer, recipe_for(max_length=100_000)), strict=True):
@@ -209,7 +209,7 @@ def test_a_long_conversation_has_the_spans_that_rendering_each_answer_after_all_
 
 
 @pytest.mark.parametrize("tools", [(), (LOOK_UP,)])
-def test_the_work_for_a_message_is_the_same_in_a_conversation_of_ten_and_of_a_thousand(tools, monkeypatch):
+def test_the_work_per_message_does_not_grow_with_the_conversation(tools, monkeypatch):
     tokenizer, draw = family_tokenizer("qwen-2.5"), random.Random(0)
     written = []
 

@@ -1,4 +1,4 @@
-"""Thoughts in rows, in all the ways of writing them."""
+"""Thoughts in rows, in all formats."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def answer_of(**message):
         {"content": f"<|start|>assistant{HARMONY}<|return|>"},
     ],
 )
-def test_thoughts_are_read_wherever_a_row_has_them(message):
+def test_thoughts_are_read_from_every_place_in_a_row(message):
     assert answer_of(**message) == {"role": "assistant", "content": "Four.", "reasoning": "Add."}
 
 
@@ -44,7 +44,7 @@ def test_thoughts_are_read_wherever_a_row_has_them(message):
         ({"content": "<|channel|>odd<|message|>Four."}, {"content": "<|channel|>odd<|message|>Four."}),
     ],
 )
-def test_what_is_no_thought_stays_text(message, expected):
+def test_text_that_only_resembles_thoughts_stays_text(message, expected):
     assert answer_of(**message) == {"role": "assistant", **expected}
 
 
@@ -56,25 +56,25 @@ def test_what_is_no_thought_stays_text(message, expected):
         ({"content": "<think>Add.</think>"}, "empty content"),
     ],
 )
-def test_thoughts_that_cannot_be_read_make_a_bad_row(message, reason):
+def test_unreadable_thoughts_make_a_bad_row(message, reason):
     with pytest.raises(RowError) as caught:
         answer_of(**message)
     assert caught.value.reason == reason
 
 
-def test_only_answers_have_thoughts():
+def test_only_answers_may_have_thoughts():
     with pytest.raises(RowError, match="only answers may have thoughts"):
         canonical_messages([{**QUESTION, "reasoning": "Hm."}, {"role": "assistant", "content": "Four."}])
 
 
-def test_a_row_may_say_what_becomes_of_its_thoughts():
+def test_a_row_may_override_the_treatment_of_its_thoughts():
     row = {"messages": [QUESTION, {"role": "assistant", "content": "Four."}]}
     assert chat_from_messages({**row, "train_reasoning": "keep"})["train_reasoning"] == "keep"
     with pytest.raises(RowError, match=r"'train_reasoning' is 'kep'.*keep"):
         chat_from_messages({**row, "train_reasoning": "kep"})
 
 
-def test_rows_that_differ_in_their_thoughts_are_not_near_duplicates_for_that():
+def test_thoughts_do_not_make_rows_near_duplicates():
     one, other = (
         canonical_messages([QUESTION, {"role": "assistant", "content": "Four.", "reasoning": text}])
         for text in ("Add.", "Guess.")

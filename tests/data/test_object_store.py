@@ -1,4 +1,4 @@
-"""Rows of object stores and web servers: S3 and Google's store by servers that speak them, and the web, on loopback."""
+"""Rows of object stores and web servers: local servers that speak S3, Google's protocol and HTTP."""
 
 import gzip
 import json
@@ -47,7 +47,7 @@ server.stop()
 
 @contextmanager
 def serving(script: str, *arguments: object) -> Iterator[int]:
-    """A server in a process of its own; gives its port."""
+    """A server in a separate process; yields its port."""
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         yield int(process.stdout.readline())
@@ -62,7 +62,7 @@ def server():
 
 
 def open_s3(endpoint: str, monkeypatch):
-    """The store, with its address and keys in the environment as a user has them."""
+    """The store, with its address and keys in the environment as a user sets them."""
     import s3fs
 
     keys = {
@@ -97,7 +97,7 @@ def gs(monkeypatch):
         gcsfs.GCSFileSystem.clear_instance_cache()
 
 
-def test_rows_of_a_bucket_are_those_of_the_same_files_on_disk(s3, tmp_path):
+def test_rows_of_a_bucket_equal_those_of_the_same_files_on_disk(s3, tmp_path):
     write_jsonl(tmp_path / "rows/a.jsonl", ROWS[:800])
     (tmp_path / "rows/b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows/a.jsonl").read_bytes()))
     pq.write_table(pa.Table.from_pylist(ROWS[1000:]), tmp_path / "rows/c.parquet")
@@ -111,7 +111,7 @@ def test_rows_of_a_bucket_are_those_of_the_same_files_on_disk(s3, tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_of_googles_store_are_those_of_the_same_files_on_disk_and_told_apart_by_their_tag(gs, tmp_path):
+def test_rows_of_googles_store_equal_those_on_disk_and_their_etag_identifies_versions(gs, tmp_path):
     write_jsonl(tmp_path / "rows/a.jsonl", ROWS[:800])
     (tmp_path / "rows/b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows/a.jsonl").read_bytes()))
     pq.write_table(pa.Table.from_pylist(ROWS[1000:]), tmp_path / "rows/c.parquet")
@@ -131,7 +131,7 @@ def test_rows_of_googles_store_are_those_of_the_same_files_on_disk_and_told_apar
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_googles_store_that_denies_rows_is_told_apart_from_one_without_them(tmp_path, monkeypatch, capfd, status):
+def test_access_denied_by_googles_store_differs_from_a_missing_file(tmp_path, monkeypatch, capfd, status):
     gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
     denial = {"error": {"code": status, "message": "Anonymous caller does not have storage.objects.list access"}}
     gcsfs.GCSFileSystem.clear_instance_cache()
@@ -144,7 +144,7 @@ def test_googles_store_that_denies_rows_is_told_apart_from_one_without_them(tmp_
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    """A self-signed certificate for 127.0.0.1, and its key."""
     files = folder / "certificate.pem", folder / "key.pem"
     names = ("-subj", "/CN=store", "-addext", "subjectAltName=IP:127.0.0.1")
     command = (
@@ -165,7 +165,7 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_a_store_whose_certificate_is_its_own_is_read_where_it_is_trusted_and_told_where_not(tmp_path, monkeypatch):
+def test_a_self_signed_store_is_read_if_trusted_and_refused_otherwise(tmp_path, monkeypatch):
     pytest.importorskip("moto", reason="the S3 server is not installed")
     certificate, key = make_certificate(tmp_path)
     with serving(S3_SERVER, certificate, key) as port:
@@ -195,7 +195,7 @@ def test_a_store_whose_certificate_is_its_own_is_read_where_it_is_trusted_and_to
             prepare(tmp_path, f"https://127.0.0.1:{port}/bucket/a.jsonl")
 
 
-def test_the_tag_of_an_object_decides_whether_rows_are_prepared_again(s3, tmp_path):
+def test_the_etag_of_an_object_decides_whether_rows_are_prepared_again(s3, tmp_path):
     s3.pipe("bucket/tag/a.jsonl", json.dumps(ROWS[0]).encode())
     recipe = make_recipe(tmp_path, "s3://bucket/tag/a.jsonl")
     first = rows_inputs(recipe)
@@ -206,7 +206,7 @@ def test_the_tag_of_an_object_decides_whether_rows_are_prepared_again(s3, tmp_pa
     assert rows_inputs(recipe) != first
 
 
-def test_what_is_not_in_a_bucket_and_a_store_that_does_not_answer_are_told_without_secrets(s3, tmp_path, monkeypatch):
+def test_missing_objects_and_unreachable_stores_are_reported_without_secrets(s3, tmp_path, monkeypatch):
     for address in ("s3://bucket/none.jsonl", "s3://nobucket/a.jsonl", "s3://bucket/none-*.jsonl"):
         with pytest.raises(DataError, match="not found"):
             prepare(tmp_path, address)
@@ -217,14 +217,14 @@ def test_what_is_not_in_a_bucket_and_a_store_that_does_not_answer_are_told_witho
     assert SECRET not in str(caught.value)
 
 
-def test_a_compressed_object_that_is_cut_short_is_no_fault_of_the_store(s3, tmp_path):
+def test_a_truncated_compressed_object_is_not_a_store_error(s3, tmp_path):
     packed = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())
     s3.pipe("bucket/cut.jsonl.gz", packed[: len(packed) // 2])
     with pytest.raises(DataError, match="the compressed file is damaged or cut short"):
         prepare(tmp_path, "s3://bucket/cut.jsonl.gz")
 
 
-def test_rows_of_a_web_server_are_read_and_hashed_by_their_content_where_there_is_no_tag(tmp_path):
+def test_rows_of_a_web_server_are_hashed_by_content_if_it_sends_no_etag(tmp_path):
     body = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS[:100]).encode())
     files = {"/rows.jsonl.gz": (200, body), "/private.jsonl": (403, b"")}
 
@@ -248,7 +248,7 @@ def test_rows_of_a_web_server_are_read_and_hashed_by_their_content_where_there_i
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/a.jsonl", "gs://bucket/a.jsonl", "https://host.invalid/a.jsonl"])
-def test_an_address_is_the_network_and_refused_offline(tmp_path, address):
+def test_a_url_is_refused_offline(tmp_path, address):
     recipe = make_recipe(tmp_path, address)
     assert recipe.data.train[0].path == address
     assert names_remote(recipe)
@@ -257,8 +257,8 @@ def test_an_address_is_the_network_and_refused_offline(tmp_path, address):
         refuse_network(recipe, offline=True)
 
 
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    monkeypatch.delitem(_registry, "gs", raising=False)  # what it remembers of an earlier test
+    monkeypatch.delitem(_registry, "gs", raising=False)  # cached by an earlier test
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[gs\]'"):
         prepare(tmp_path, "gs://bucket/a.jsonl")

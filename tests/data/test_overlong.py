@@ -19,7 +19,7 @@ def long_chat(exchanges, words=12):
     )
 
 
-def test_a_conversation_of_just_the_allowed_length_stays():
+def test_a_conversation_of_exactly_max_length_stays():
     tokenizer = tokenizer_with(CHATML)
     length = len(encode(CHAT, tokenizer)[0].input_ids)
     assert isinstance(encode(CHAT, tokenizer, max_length=length), list)
@@ -29,7 +29,7 @@ def test_a_conversation_of_just_the_allowed_length_stays():
 
 
 @pytest.mark.parametrize("choice", ["error", "drop"])
-def test_a_conversation_that_is_too_long_says_its_length(choice):
+def test_the_error_for_an_overlong_conversation_gives_its_length(choice):
     result = encode(long_chat(9), tokenizer_with(CHATML), max_length=60, on_overlong=choice)
     assert result.startswith("too long: ")
 
@@ -66,7 +66,7 @@ def test_an_exchange_that_does_not_fit_alone_cannot_be_split():
     assert "one exchange alone does not fit" in result
 
 
-def test_truncate_cuts_the_start_of_a_prompt_behind_the_start_token():
+def test_truncate_cuts_a_prompt_after_the_start_token():
     tokenizer = with_start_token(train_tokenizer(CHATML))
     whole = complete("cat " * 40, "dog bird", tokenizer)[0]
     (example,) = complete("cat " * 40, "dog bird", tokenizer, max_length=20, on_overlong="truncate")

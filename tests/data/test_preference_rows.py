@@ -1,4 +1,4 @@
-"""Preferences as people have them: every row format, every bad row, and the ids that are made of them."""
+"""Preferences in real formats: every row format, every bad row, and the encoded ids."""
 
 import csv
 import json
@@ -53,13 +53,13 @@ def test_a_pair_is_read_from_texts_and_from_messages(row):
     assert read(row) == PAIR
 
 
-def test_a_pair_may_stand_at_the_end_of_a_conversation_with_a_system_message_and_tools():
+def test_a_pair_may_end_a_conversation_with_system_message_and_tools():
     tool = {"type": "function", "function": {"name": "weather"}}
     asked = [SYSTEM, *EARLIER, QUESTION]
     wanted = {**PAIR, "messages": asked, "tools": [tool]}
     whole = {"chosen": [*asked, RED], "rejected": [*asked, BLUE], "tools": [tool]}
     assert read(whole) == wanted
-    assert read({"prompt": "Which colour?", **whole}) == wanted  # the text that is asked last
+    assert read({"prompt": "Which colour?", **whole}) == wanted  # the last question's text
     outside = {"prompt": [*EARLIER, QUESTION], "chosen": "Red.", "rejected": "Blue.", "system": "Be brief."}
     assert read({**outside, "tools": json.dumps([tool])}) == wanted
 
@@ -74,7 +74,7 @@ def test_a_pair_may_be_two_transcripts():
     assert refusal({"chosen": f"{start} Red.", "rejected": start}) == "no answer: 'rejected' is empty"
 
 
-def test_answers_that_are_more_than_one_message_share_all_but_the_last():
+def test_answers_of_several_messages_share_all_but_the_last():
     more = [{"role": "assistant", "content": "Of what?"}, {"role": "user", "content": "The sky."}]
     row = {"prompt": [QUESTION], "chosen": [*more, RED], "rejected": [*more, BLUE]}
     assert read(row) == {**PAIR, "messages": [QUESTION, *more]}
@@ -106,7 +106,7 @@ def test_a_thumb_has_many_spellings(thumb, good):
 
 
 @pytest.mark.parametrize("thumb", [None, "", "maybe", 2, -1, 0.5, [], "truee"])
-def test_what_is_no_thumb_is_named(thumb):
+def test_an_invalid_thumb_is_named(thumb):
     assert refusal({"prompt": "a", "completion": "b", "label": thumb}).startswith("no thumb: 'label' is ")
 
 
@@ -121,9 +121,9 @@ def test_what_is_no_thumb_is_named(thumb):
         ({"prompt": " ", "chosen": "b", "rejected": "c"}, "empty content: 'prompt' is empty"),
         ({"prompt": None, "chosen": "b", "rejected": "c"}, "missing column: 'prompt' is missing"),
         ({"chosen": "b", "rejected": "c"}, "missing column: 'prompt' is missing"),
-        ({"chosen": [RED], "rejected": [BLUE]}, "no question: before the answer in 'chosen' stands nothing"),
-        ({"prompt": [SYSTEM], "chosen": "b", "rejected": "c"}, "no question: before the answer in 'chosen' stands the"),
-        ({"prompt": EARLIER, "chosen": "b", "rejected": "c"}, "no question: before the answer in 'chosen' stands the"),
+        ({"chosen": [RED], "rejected": [BLUE]}, "no question: the answer in 'chosen' follows nothing"),
+        ({"prompt": [SYSTEM], "chosen": "b", "rejected": "c"}, "no question: the answer in 'chosen' follows the"),
+        ({"prompt": EARLIER, "chosen": "b", "rejected": "c"}, "no question: the answer in 'chosen' follows the"),
         ({"chosen": [QUESTION, RED], "rejected": [EARLIER[0], BLUE]}, "two prompts: 'chosen' and 'rejected' differ"),
         ({"prompt": "a", "chosen": [RED], "rejected": [EARLIER[0], BLUE]}, "two prompts: 'rejected' begins with"),
         ({"prompt": "a", "chosen": [QUESTION, RED], "rejected": [QUESTION, BLUE]}, "two prompts: 'chosen' begins with"),
@@ -137,21 +137,21 @@ def test_what_is_no_thumb_is_named(thumb):
         ({"conversations": "a", "chosen": "b", "rejected": "c"}, "wrong type: 'conversations' is text"),
         ({"prompt": "a", "completion": "", "label": 1}, "no answer: 'completion' is empty"),
         ({"messages": [QUESTION], "label": 1}, "no assistant answer: 'messages'"),
-        ({"messages": [RED], "label": 1}, "no question: before the answer in 'messages' stands nothing"),
+        ({"messages": [RED], "label": 1}, "no question: the answer in 'messages' follows nothing"),
         ({"messages": "hello", "label": 1}, "wrong type: 'messages' is text"),
         ({"messages": [], "label": 1}, "no answer: 'messages' is an empty list"),
     ],
 )
-def test_a_bad_row_is_named_by_what_is_wrong(row, reason):
+def test_a_bad_row_gets_a_reason(row, reason):
     assert refusal(row).startswith(reason)
 
 
-def test_an_answer_that_calls_a_tool_is_no_text_to_prefer():
+def test_an_answer_that_calls_a_tool_is_refused():
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
     assert refusal({"prompt": "a", "chosen": [call], "rejected": [BLUE]}).startswith("a tool call as answer: 'chosen'")
 
 
-def test_a_table_may_hold_messages_as_json_and_texts_that_only_look_like_it(tmp_path):
+def test_a_table_may_contain_messages_as_json_and_texts_that_only_look_like_it(tmp_path):
     rows = [(json.dumps([QUESTION]), json.dumps([RED]), json.dumps(BLUE)), ("[1, 2] or {3}?", '{"answer": 3}', "[]")]
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("prompt", "chosen", "rejected"), *rows])
@@ -174,7 +174,7 @@ def learned(ids, spans, tokenizer):
 
 
 @pytest.mark.parametrize("template", [CHATML, None])
-def test_both_answers_stand_behind_the_prompt_that_is_generated_from(template, tmp_path):
+def test_both_answers_follow_the_generation_prompt(template, tmp_path):
     tokenizer, recipe = train_tokenizer(template), recipe_of(tmp_path)
     ((example,),) = PREFERENCE.encode([PAIR], tokenizer, recipe)
     prompt = PREFERENCE.prompt_ids(PAIR, tokenizer, recipe)
@@ -189,23 +189,23 @@ def test_both_answers_stand_behind_the_prompt_that_is_generated_from(template, t
     assert example.reach == max(len(example.input_ids), len(example.other_ids))
 
 
-def test_a_conversation_without_a_template_is_its_texts(tmp_path):
+def test_a_conversation_without_a_template_is_plain_text(tmp_path):
     row = {**PAIR, "messages": [*EARLIER, QUESTION]}
     tokenizer = train_tokenizer(None)
     ids = PREFERENCE.prompt_ids(row, tokenizer, recipe_of(tmp_path))
     assert tokenizer.decode(ids) == "Hello\n\nGood day\n\nWhich colour?\n"
 
 
-def test_answers_that_are_the_same_tokens_are_refused(tmp_path):
+def test_answers_with_equal_tokens_are_refused(tmp_path):
     tokenizer = tokenizer_with(CHATML.replace("message['content']", "message['content'].strip()"))
     rows = [PAIR, {**PAIR, "rejected": " Red."}]
     good, bad = PREFERENCE.encode(rows, tokenizer, recipe_of(tmp_path))
     assert len(good) == 1
-    assert bad == "chosen equals rejected: both answers are the same tokens"
+    assert bad == "chosen equals rejected: both answers have the same tokens"
 
 
 @pytest.mark.parametrize("column", ["chosen", "rejected"])
-def test_a_pair_with_one_answer_that_is_too_long_is_left_out(column, tmp_path):
+def test_a_pair_with_one_overlong_answer_is_left_out(column, tmp_path):
     long = {**PAIR, column: "fox " * 40}
     found = PREFERENCE.encode([PAIR, long], train_tokenizer(), recipe_of(tmp_path, max_length=40))
     assert len(found[0]) == 1
@@ -218,7 +218,7 @@ THUMBS = [
 ]
 
 
-def test_kto_puts_the_next_other_answer_behind_each_prompt(tmp_path):
+def test_kto_pairs_each_prompt_with_the_next_differing_answer(tmp_path):
     tokenizer, recipe = train_tokenizer(), recipe_of(tmp_path, "kto")
     examples = [example for (example,) in PREFERENCE.encode(THUMBS, tokenizer, recipe)]
     own = [learned(example.input_ids, example.spans, tokenizer) for example in examples]
@@ -231,7 +231,7 @@ def test_kto_puts_the_next_other_answer_behind_each_prompt(tmp_path):
         assert example.input_ids[:start] == example.other_ids[:start]
 
 
-def test_kto_loses_no_row_for_the_long_answer_of_another(tmp_path):
+def test_kto_loses_no_row_because_of_another_rows_long_answer(tmp_path):
     rows = [{**THUMBS[0], "messages": [{"role": "user", "content": "dog " * 20}]}, {**THUMBS[2], "answer": "fox " * 20}]
     tokenizer, recipe = train_tokenizer(), recipe_of(tmp_path, "kto", max_length=45)
     alone = encode_answers(rows, [row["answer"] for row in rows], tokenizer, recipe)

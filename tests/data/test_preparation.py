@@ -27,7 +27,7 @@ PAIRS = [{"prompt": f"what is {i}?", "completion": f"it is {i}\nand é"} for i i
 
 
 def write(path: Path, kind: str) -> Path:
-    """PAIRS in one of the kinds of files that are read."""
+    """PAIRS in one of the supported file types."""
     path = path / f"pairs.{kind}"
     lines = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
     if kind == "jsonl":
@@ -58,7 +58,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
     assert rows_of(prepare(tmp_path, f"pairs.{kind}", "completion")) == PAIRS
 
 
-def test_folders_and_globs_are_read_in_the_order_of_names_and_readmes_are_no_data(tmp_path):
+def test_folders_and_globs_are_read_in_name_order_without_readmes(tmp_path):
     for name in ("b/two.jsonl", "a/one.jsonl", "a/deep/three.jsonl"):
         write_jsonl(tmp_path / "data" / name, [chat(name)])
     for name in ("README.md", ".hidden.jsonl", "_temporary/x.jsonl", "picture.png"):
@@ -113,7 +113,7 @@ def test_only_bad_rows_are_an_error_even_if_all_may_be_dropped(tmp_path):
     assert "2 of 2 rows are bad" in fail(tmp_path, "a.jsonl", max_dropped=1.0)
 
 
-def test_all_sources_that_cannot_be_read_are_told_at_once(tmp_path):
+def test_all_unreadable_sources_are_reported_together(tmp_path):
     write_jsonl(tmp_path / "tickets.jsonl", [chat("q")])
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "empty").mkdir()
@@ -135,7 +135,7 @@ def test_all_sources_that_cannot_be_read_are_told_at_once(tmp_path):
         "no file matches",
         "empty.jsonl: the file is empty: no rows",
         "the folder is empty",
-        "the folder holds no data file (1 others)",
+        "the folder contains no data file (1 others)",
         "the ending '.xyz' does not show the file type",
         "not a readable Parquet file",
         "unknown row format: the columns are 'q', 'a'",
@@ -146,7 +146,7 @@ def test_all_sources_that_cannot_be_read_are_told_at_once(tmp_path):
         assert said in message, said
 
 
-def test_a_file_cut_in_the_middle_is_an_error_beside_its_bad_rows(tmp_path):
+def test_a_truncated_file_is_an_error_together_with_its_bad_rows(tmp_path):
     rows = [chat(""), *(chat(f"q{i} " * 50) for i in range(2000))]
     packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
     (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) * 2 // 3])
@@ -155,7 +155,7 @@ def test_a_file_cut_in_the_middle_is_an_error_beside_its_bad_rows(tmp_path):
     assert "a.jsonl.gz:1: empty content" in message
 
 
-def test_the_format_can_be_forced_where_columns_leave_a_choice(tmp_path):
+def test_the_format_can_be_forced_if_columns_are_ambiguous(tmp_path):
     rows = [{**chat("one"), "prompt": "two", "completion": "yes"}]
     write_jsonl(tmp_path / "a.dat", rows)
     assert "does not show the file type" in fail(tmp_path, "a.dat")
@@ -165,20 +165,20 @@ def test_the_format_can_be_forced_where_columns_leave_a_choice(tmp_path):
     assert questions(prepare(tmp_path, source))["train"] == ["two"]
 
 
-def test_columns_that_are_not_used_are_named(tmp_path, console):
+def test_unused_columns_are_named(tmp_path, console):
     write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}", topic="x", customer=i) for i in range(9)])
     recipe = make_recipe(tmp_path, "a.jsonl", test=0.2, split_by="customer")
     prepare_rows(recipe, tmp_path / "out", console)
     assert "not used: topic\n" in console.file.getvalue()
 
 
-def test_text_in_brackets_is_shown_as_it_is(tmp_path, console):
+def test_text_in_brackets_is_shown_unchanged(tmp_path, console):
     write_jsonl(tmp_path / "a.jsonl", [chat("q"), chat("r"), {"messages": [{"role": "[/bold]", "content": "x"}]}])
     prepare_rows(make_recipe(tmp_path, "a.jsonl", max_dropped=0.5), tmp_path / "out", console)
     assert "'[/bold]' is none of" in console.file.getvalue()
 
 
-def test_a_side_that_lost_all_its_rows_is_an_error_with_the_reason(tmp_path):
+def test_a_split_that_lost_all_its_rows_is_an_error_with_the_reason(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [chat("a"), chat("b")])
     write_jsonl(tmp_path / "v.jsonl", [chat("t")])
     write_jsonl(tmp_path / "t.jsonl", [chat("t")])
@@ -186,7 +186,7 @@ def test_a_side_that_lost_all_its_rows_is_an_error_with_the_reason(tmp_path):
     assert "no row is left for validation: 1 equal to a test row" in message
 
 
-def test_rows_are_loaded_from_a_folder_that_was_moved(tmp_path):
+def test_rows_are_loaded_from_a_moved_folder(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(50)])
     rows = prepare(tmp_path, "a.jsonl", test=0.2)
     (tmp_path / "out").rename(tmp_path / "moved")
@@ -234,7 +234,7 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_preparation_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_preparation_resumes_and_ends_with_the_same_bytes(tmp_path):
     rows = [chat("" if i % 97 == 0 else f"question {i} of {i * i} and {i**3 % 1001}") for i in range(7000)]
     write_jsonl(tmp_path / "a.jsonl", rows[:4500])
     write_jsonl(
@@ -252,7 +252,7 @@ def test_a_preparation_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_p
 
     assert run("whole", -1).returncode == 0
     read = []
-    while (done := run("killed", 5)).returncode != 0:  # with a shard whole, and one written that is not yet noted
+    while (done := run("killed", 5)).returncode != 0:  # with one complete shard, and one written but not yet recorded
         assert done.returncode == -signal.SIGKILL, done.stderr
         read.append(done.stdout)
     assert "resuming after 4,096 rows" in read[1]
@@ -264,7 +264,7 @@ def test_a_preparation_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_p
     assert lists[0] == lists[1] != ""
 
 
-def test_a_preparation_of_other_rows_does_not_go_on_from_a_killed_one(tmp_path):
+def test_a_preparation_of_other_rows_does_not_resume_a_killed_one(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [chat(f"question {i}") for i in range(5000)])
     recipe = make_recipe(tmp_path, str(tmp_path / "a.jsonl"))
     command = [sys.executable, "-c", KILLED, tmp_path / "recipe.yaml", tmp_path / "out", "1"]
@@ -278,7 +278,7 @@ def test_a_preparation_of_other_rows_does_not_go_on_from_a_killed_one(tmp_path):
     assert all(row["messages"][0]["content"].startswith("other") for row in rows_of(rows))
 
 
-def test_nothing_is_left_beside_the_files_of_the_record(tmp_path):
+def test_only_the_files_of_the_record_remain(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(50)])
     prepare(tmp_path, "a.jsonl", test=0.2, validation=0.2)
     prepare(tmp_path, "a.jsonl", test=0.2)
@@ -318,7 +318,7 @@ def test_the_hash_of_the_sources_follows_their_bytes_names_and_settings(tmp_path
     )
 )
 @settings(max_examples=60, deadline=None)
-def test_any_text_comes_out_as_it_went_in(pairs):
+def test_any_text_is_stored_unchanged(pairs):
     wanted = [chat(question, answer) for question, answer in pairs if question.strip() and answer.strip()]
     if wanted:
         with tempfile.TemporaryDirectory() as folder:
@@ -327,7 +327,7 @@ def test_any_text_comes_out_as_it_went_in(pairs):
             assert rows_of(rows) == wanted
 
 
-def test_the_rows_half_imports_neither_torch_nor_transformers_nor_datasets():
+def test_preparing_rows_imports_neither_torch_nor_transformers_nor_datasets():
     heavy = "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     script = f"import sys, llmtune.data.preparation, llmtune.data.row_store, llmtune.data.sources; {heavy}"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"

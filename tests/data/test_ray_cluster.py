@@ -1,4 +1,4 @@
-"""Rows worked on by a real Ray cluster, of two nodes on this machine."""
+"""Rows processed by a real Ray cluster of two nodes on this machine."""
 
 import os
 import sys
@@ -40,7 +40,7 @@ def cluster():
 
 
 def files_of(folder: Path, console) -> dict[str, bytes]:
-    """What is written of 3,000 rows: rows, examples, and what was left out."""
+    """The output for 3,000 rows: rows, examples, and rows left out."""
     recipe = recipe_for(
         train=str(folder.parent / "rows.jsonl"), deduplicate="near", max_dropped=0.1, on_overlong="drop"
     )
@@ -50,7 +50,7 @@ def files_of(folder: Path, console) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_writes_the_bytes_that_this_machine_writes(tmp_path, console, cluster, monkeypatch):
+def test_a_ray_cluster_writes_the_same_bytes_as_this_machine(tmp_path, console, cluster, monkeypatch):
     rows = [conversation(f"question {k} {k * k}", "cat " * (k % 70)) for k in range(3000)]
     write_jsonl(tmp_path / "rows.jsonl", [*rows, *rows[:50]])
     here = files_of(tmp_path / "here", console)
@@ -70,19 +70,19 @@ def test_all_nodes_take_part_and_results_come_in_order(cluster):
 
 
 @pytest.mark.slow
-def test_what_a_worker_that_was_killed_had_is_worked_on_again(tmp_path, cluster):
+def test_batches_of_a_killed_worker_are_processed_again(tmp_path, cluster):
     function = partial(die_once, tmp_path / "died", os.getpid())
     assert work(cluster, function) == [sum(batch) for batch in BATCHES]
     assert (tmp_path / "died").exists()
 
 
 @pytest.mark.slow
-def test_an_error_of_a_worker_is_the_error_of_the_run(cluster):
+def test_an_error_of_a_remote_worker_becomes_the_error_of_the_run(cluster):
     with pytest.raises(ValueError, match="invalid literal"):
         work(cluster, int, ["x"] * 20)
 
 
-def test_a_cluster_that_cannot_be_used_is_refused_by_name(monkeypatch):
+def test_an_unusable_cluster_is_refused_by_name(monkeypatch):
     with pytest.raises(EnvironmentProblem, match="--offline forbids"), spread_on_ray("10.0.0.1:6379", offline=True):
         pass
     with pytest.raises(EnvironmentProblem, match="Install the same version"):
@@ -93,7 +93,7 @@ def test_a_cluster_that_cannot_be_used_is_refused_by_name(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_address_where_nothing_answers_is_told_at_once():
+def test_an_unreachable_address_is_reported_immediately():
     pytest.importorskip("ray", reason="Ray is not installed")
     with pytest.raises(EnvironmentProblem, match="nothing answers at"):
         work("127.0.0.1:9", sum)

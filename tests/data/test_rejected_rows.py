@@ -1,4 +1,4 @@
-"""The lists of rows that were not used: they stand where messages say, whatever became of the step's own folder."""
+"""The lists of unused rows: they are where messages say, whatever happens to the step's own folder."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def entries(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_list_that_an_error_about_bad_rows_names_is_there(tmp_path, tiny_llama, chat_rows, console):
+def test_the_list_named_in_an_error_about_bad_rows_exists(tmp_path, tiny_llama, chat_rows, console):
     spoil(chat_rows, *[BAD] * 25)
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, tiny_llama, chat_rows, console)
@@ -56,7 +56,7 @@ def test_rows_are_not_read_again_after_an_error_in_encoding_them(tmp_path, tiny_
     assert entry["where"].endswith("chat.jsonl:40")
 
 
-def test_a_list_that_was_not_ended_leaves_the_old_one(tmp_path):
+def test_an_unfinished_list_leaves_the_old_one(tmp_path):
     path = tmp_path / "list.jsonl"
     with listed(path) as add:
         add({"where": "old"})

@@ -1,4 +1,4 @@
-"""Templates that leave out tools are refused before rows are encoded, by the rows that have them."""
+"""Templates that omit tools are refused before encoding if rows have tools."""
 
 import pytest
 from support.conversation_table import FAMILIES, SHAPES, WITH_TOOLS, tools_of
@@ -35,7 +35,7 @@ def plain(count):
     return [conversation(f"question {i}", f"answer {i}") for i in range(count)]
 
 
-def test_a_template_that_leaves_out_tools_is_refused_before_a_row_is_encoded(prepare, tmp_path, console):
+def test_a_template_that_omits_tools_is_refused_before_encoding(prepare, tmp_path, console):
     recipe, rows = prepare([shaped("results"), shaped("tools"), *plain(6)])
     with pytest.raises(EnvironmentProblem) as caught:
         encode_rows(rows, get_task("chat"), tokenizer_with(CHATML), recipe, tmp_path / "examples", console)
@@ -46,7 +46,7 @@ def test_a_template_that_leaves_out_tools_is_refused_before_a_row_is_encoded(pre
     assert not (tmp_path / "examples").exists()
 
 
-def test_the_switch_of_a_template_that_writes_them_is_named(prepare):
+def test_the_switch_that_makes_a_template_write_tools_is_named(prepare):
     recipe, rows = prepare([shaped("results"), *plain(3)])
     with pytest.raises(EnvironmentProblem) as caught:
         check_tools(rows, tokenizer_with(SWITCHED), recipe)
@@ -54,20 +54,20 @@ def test_the_switch_of_a_template_that_writes_them_is_named(prepare):
     check_tools(rows, tokenizer_with(SWITCHED), recipe_for(kwargs={"use_tools": True}))
 
 
-def test_rows_no_more_than_may_be_left_out_pass(prepare):
+def test_rows_within_max_dropped_pass(prepare):
     recipe, rows = prepare([shaped("call"), *plain(9)], max_dropped=0.1)
     check_tools(rows, tokenizer_with(CHATML), recipe)
     with pytest.raises(EnvironmentProblem, match="1 of 10 rows"):
         check_tools(rows, tokenizer_with(CHATML), recipe_for(max_dropped=0.09))
 
 
-def test_a_text_about_calls_is_no_call(prepare):
+def test_text_about_calls_is_not_a_call(prepare):
     said = 'It is {"tools":["a"],"tool_calls":[],"role":"tool"} there.'
     recipe, rows = prepare([conversation(f"Question {i}?", said) for i in range(4)])
     check_tools(rows, tokenizer_with(CHATML), recipe)
 
 
-def test_pairs_of_answers_are_looked_at_too(prepare):
+def test_preference_pairs_are_checked_too(prepare):
     pair = {"prompt": SHAPES["call"][:1], "chosen": "It rains.", "rejected": "No.", "tools": tools_of("call")}
     recipe, rows = prepare([pair], task="preference")
     with pytest.raises(EnvironmentProblem, match=r"leaves out tools, which 1 of 1 rows have"):
@@ -75,7 +75,7 @@ def test_pairs_of_answers_are_looked_at_too(prepare):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_refused_is_no_template_that_can_write_the_row(prepare, name):
+def test_templates_that_can_write_the_row_are_accepted(prepare, name):
     writes = FAMILIES[name]
     tokenizer = family_tokenizer(writes.file or name)
     shapes = [shape for shape in WITH_TOOLS if shape != "parallel calls"]

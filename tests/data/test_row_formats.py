@@ -39,11 +39,11 @@ def turns(*pairs):
         ({"text": "t", "url": "u"}, "completion", "text"),
     ],
 )
-def test_a_format_is_told_by_its_columns(row, task, name):
+def test_a_format_is_detected_by_its_columns(row, task, name):
     assert detected([row] * 3, task) == name
 
 
-def test_ambiguous_unknown_and_mixed_rows_are_told_with_columns_and_a_way_out():
+def test_ambiguous_unknown_and_mixed_rows_are_reported_with_columns_and_a_fix():
     both = {"prompt": "p", "completion": "c", "messages": []}
     assert "fit messages and prompt-completion" in detected([both])
     assert "format: messages" in detected([both])
@@ -63,7 +63,7 @@ def test_rows_of_another_task_are_refused_by_name():
     assert "document-summary rows, which task: translate cannot use" in detected([summary], "translate")
 
 
-def test_columns_map_any_names_and_mistakes_in_them_are_named():
+def test_columns_map_any_names_and_mistakes_are_reported():
     row = {"question": "q", "answer": "a", "prompt": "something else"}
     columns = {"prompt": "question", "completion": "answer"}
     assert detected([row], columns=columns) == "prompt-completion"
@@ -73,7 +73,7 @@ def test_columns_map_any_names_and_mistakes_in_them_are_named():
     assert "Did you mean 'prompt'?" in detected([row], columns={"promt": "question"})
 
 
-def test_what_is_not_used_is_listed():
+def test_unused_keys_are_listed():
     row = {"messages": [{"role": "user", "content": "q", "id": 7}], "source": "x"}
     assert unused_keys(row, FORMATS["messages"], {}) == ["source", "id (in a message)"]
 
@@ -123,7 +123,7 @@ def test_openai_tool_calls_get_their_arguments_as_an_object():
     assert got[4]["content"] == "It rains."
 
 
-def test_parts_may_hold_thoughts_text_and_calls_as_llama_factory_writes_them():
+def test_parts_may_contain_thoughts_text_and_calls_in_llama_factorys_format():
     def says(role, *parts, weight):
         content = [{"type": kind, "value": value} for kind, value in parts]
         return {"role": role, "content": content, "loss_weight": weight}
@@ -148,27 +148,27 @@ def test_parts_may_hold_thoughts_text_and_calls_as_llama_factory_writes_them():
 
 
 @pytest.mark.parametrize(("column", "mark"), [("images", "<image>"), ("image", "<image>"), ("videos", "<video>")])
-def test_a_row_whose_text_stands_around_a_picture_is_refused(column, mark):
+def test_a_row_with_text_around_a_picture_is_refused(column, mark):
     row = chat(f"{mark}What is this?") | {column: ["cat.jpg"]}
     assert f"{mark} refers to the column '{column}'" in refusal(row)
     assert read_row(row | {column: []}) == chat(f"{mark}What is this?")
     assert read_row(chat("What is this?") | {column: ["cat.jpg"]}) == chat("What is this?")
 
 
-def test_null_keys_that_parquet_fills_in_do_not_count():
+def test_null_keys_added_by_parquet_do_not_count():
     row = {"messages": [{"role": "user", "content": "q", "tool_calls": None, "name": None, "train": None},
                         {"role": "assistant", "content": "yes", "tool_calls": None}], "tools": None}  # fmt: skip
     assert read_row(row) == chat("q")
 
 
-def test_alpaca_means_the_same_turns_in_chat_and_the_same_text_in_completion():
+def test_alpaca_gives_the_same_turns_in_chat_and_the_same_text_in_completion():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["hi", "hello"]]}
     assert read_row(row) == turns(("user", "hi"), ("assistant", "hello"), ("user", "Add.\n\n1 2"), ("assistant", "3"))
     row = {"instruction": "Add.", "input": "", "output": "3", "system": "S"}
     assert read_row(row, "completion") == {"prompt": "S\n\nAdd.\n\n", "completion": "3"}
 
 
-def test_prompt_and_completion_may_be_messages_and_only_the_completion_is_learned():
+def test_prompt_and_completion_may_be_messages_and_only_the_completion_is_supervised():
     earlier = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
@@ -179,7 +179,7 @@ def test_prompt_and_completion_may_be_messages_and_only_the_completion_is_learne
     assert [message.get("train") for message in got] == [False, False, False, None]
 
 
-def test_completion_rows_keep_their_text_as_it_is():
+def test_completion_rows_keep_their_text_unchanged():
     assert read_row({"prompt": "", "completion": " x\n"}, "completion") == {"prompt": "", "completion": " x\n"}
     assert read_row({"text": " x\n"}, "completion") == {"prompt": "", "completion": " x\n"}
 
@@ -192,7 +192,7 @@ def calls(stated):
     ("row", "reason"),
     [
         ({"messages": []}, "no messages: the list of messages is empty"),
-        ({"messages": "hello"}, "wrong type: messages is text, and not JSON"),
+        ({"messages": "hello"}, "wrong type: messages is text, but not JSON"),
         ({"messages": 3}, "wrong type: 'messages' is a number"),
         ({"messages": ["hi"]}, "wrong type: message 1 is text"),
         (turns(("usr", "q"), ("assistant", "a")), "unknown role: message 1: 'usr' is none of .* Did you mean 'user'"),
@@ -216,7 +216,7 @@ def calls(stated):
         ({**chat("q"), "tools": [{"description": "x"}]}, "malformed tool: tool 1 has no function with a 'name'"),
         ({"messages": [{"role": "user", "content": "q"},
                        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-         "wrong type: message 2: the arguments of 'f' is text, and not JSON"),
+         "wrong type: message 2: the arguments of 'f' is text, but not JSON"),
         (calls({"f": {}}), r"wrong type: message 2: 'tool_calls' is .*; it must be a list"),
         (calls([{"function": {}}]), "malformed tool call: message 2: a tool call needs a function with a 'name'"),
         (calls([{"function": {"name": "f", "arguments": [1]}}]), "malformed tool call: .*: the arguments of 'f'"),
@@ -229,7 +229,7 @@ def calls(stated):
         (chat("half \ud83d"), r"not a character: \\ud83d is half of a surrogate pair"),
     ],
 )  # fmt: skip
-def test_a_bad_row_says_what_is_wrong_with_it(row, reason):
+def test_a_bad_row_gives_its_reason(row, reason):
     with pytest.raises(RowError, match=reason):
         row_json(read_row(row))
 
@@ -241,7 +241,7 @@ def test_a_row_of_another_format_further_down_is_named():
 
 
 @given(FILLED, FILLED)
-def test_any_text_survives_and_reads_back(question, answer):
+def test_any_text_survives_a_round_trip(question, answer):
     row = read_row(chat(question, answer))
     assert json.loads(row_json(row)) == chat(question, answer)
     assert "\n" not in row_json(row)
@@ -283,7 +283,7 @@ def test_any_json_gives_a_canonical_row_or_a_reason(value, name):
 
 
 @given(FILLED, FILLED)
-def test_equal_content_has_an_equal_hash_whatever_its_composition_and_outer_space(question, answer):
+def test_equal_content_has_an_equal_hash_for_any_composition_and_outer_space(question, answer):
     one = hash_content(chat(question, answer))
     assert (
         hash_content(chat(f" {unicodedata.normalize('NFD', question)}\n", unicodedata.normalize("NFC", answer))) == one
@@ -297,5 +297,5 @@ def test_system_messages_do_not_count_when_texts_are_compared():
     assert spoken_text(row) == "q a"
 
 
-def test_two_columns_of_numbers_are_answered_with_two_columns_to_map() -> None:
+def test_two_columns_of_numbers_get_a_suggested_mapping() -> None:
     assert "columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}" in detected([{"x1": 1, "x2": 2}])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute  # its import is not part of what is measured
+import pyarrow.compute  # its import must not count in the measurement
 import pytest
 from support.rows import make_recipe
 
@@ -33,7 +33,7 @@ print(rows.rows_in, accounted, rows.dropped.get("near duplicate", 0), peak)
 
 @pytest.fixture(scope="module")
 def million(tmp_path_factory) -> Path:
-    """A million chat rows of some 500 bytes; one in twenty is the row before it with a word added."""
+    """A million chat rows of some 500 bytes; every twentieth repeats the previous row with one more word."""
     rng = random.Random(0)
     words = [
         a + b + c
@@ -59,7 +59,7 @@ def million(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "gigabytes", "minutes"), [("exact", 0.5, 5), ("near", 0.6, 15)])
-def test_a_million_rows_stay_below_the_promised_memory(tmp_path, million, method, gigabytes, minutes):
+def test_a_million_rows_stay_below_the_documented_memory(tmp_path, million, method, gigabytes, minutes):
     make_recipe(tmp_path, str(million), deduplicate=method, validation=0.05, test=0.1)
     start = time.perf_counter()
     command = [sys.executable, "-c", SCRIPT, tmp_path / "recipe.yaml", tmp_path / "out"]
@@ -74,7 +74,7 @@ def test_a_million_rows_stay_below_the_promised_memory(tmp_path, million, method
 
 
 def near_search_peak(rows: int, folder: Path) -> int:
-    """The most bytes that are allocated while each second row is found to be near another one."""
+    """The peak of allocated bytes while every second row is found to be near another one."""
 
     def texts() -> Iterator[tuple[int, pa.Array]]:
         for first in range(0, rows, 500):
@@ -91,9 +91,7 @@ def near_search_peak(rows: int, folder: Path) -> int:
         tracemalloc.stop()
 
 
-def test_the_search_for_near_rows_takes_less_than_a_hundred_bytes_a_row_though_all_are_near_another(
-    tmp_path, monkeypatch
-):
+def test_the_near_search_takes_under_a_hundred_bytes_per_row_even_if_all_rows_are_near(tmp_path, monkeypatch):
     monkeypatch.setattr(deduplication, "FILE_ROWS", 2**10)
     monkeypatch.setattr(deduplication, "WorkerPool", partial(WorkerPool, cores=1))
     few, many = (near_search_peak(rows, tmp_path / str(rows)) for rows in (1000, 3000))

@@ -14,7 +14,7 @@ def split(folder: Path, rows, **data):
     return prepare(folder, "a.jsonl", **({"validation": 0.1, "test": 0.2} | data))
 
 
-def test_shares_are_kept_to_and_sides_are_disjoint(tmp_path):
+def test_splits_have_their_shares_and_are_disjoint(tmp_path):
     rows = split(tmp_path, [chat(f"question {i}") for i in range(4000)])
     assert sum(rows.counts.values()) == 4000
     assert abs(rows.counts["test"] - 800) < 100
@@ -29,7 +29,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.str
 
 @given(st.sets(TEXT, min_size=60, max_size=90), st.integers(40, 60), st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
-def test_a_row_stays_on_its_side_when_the_data_grows_and_is_shuffled(texts, first, rng):
+def test_a_row_keeps_its_split_when_the_data_grows_and_is_shuffled(texts, first, rng):
     texts = sorted(texts)
     rng.shuffle(texts)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
@@ -41,27 +41,27 @@ def test_a_row_stays_on_its_side_when_the_data_grows_and_is_shuffled(texts, firs
             assert set(names) <= set(after[side])
 
 
-def test_a_larger_share_takes_rows_in_and_gives_none_up(tmp_path):
+def test_a_larger_share_gains_rows_and_loses_none(tmp_path):
     rows = [chat(f"question {i}") for i in range(300)]
     less, more = split(tmp_path, rows, out="less", test=0.1), split(tmp_path, rows, out="more", test=0.3)
     assert set(questions(less)["test"]) < set(questions(more)["test"])
 
 
-def test_few_rows_give_each_side_one(tmp_path):
+def test_few_rows_give_each_split_one(tmp_path):
     for count in range(3, 12):
         rows = split(tmp_path, [chat(f"q{i}") for i in range(count)], validation=0.01, test=0.01)
         assert rows.counts["validation"] == rows.counts["test"] == 1
         assert rows.counts["train"] == count - 2
 
 
-def test_too_few_rows_are_an_error_that_says_so(tmp_path):
+def test_too_few_rows_are_an_error(tmp_path):
     with pytest.raises(DataError, match=r"2 different rows .* too few .* for test \(0.2\) and validation \(0.1\)"):
         split(tmp_path, [chat("a"), chat("b")])
     with pytest.raises(DataError, match="too few"):
         split(tmp_path, [chat("a"), chat("a"), chat("a")])
 
 
-def test_shares_that_leave_train_nothing_are_an_error(tmp_path):
+def test_shares_that_leave_no_training_rows_are_an_error(tmp_path):
     with pytest.raises(DataError, match="too few"):
         split(tmp_path, [chat("a"), chat("b"), chat("c")], validation=0.5, test=0.4999)
 
@@ -74,13 +74,13 @@ def test_rows_with_an_equal_value_stay_together(tmp_path):
     assert all(customers.values())
 
 
-def test_a_value_to_split_by_counts_the_same_as_number_and_as_text(tmp_path):
+def test_a_split_by_value_counts_the_same_as_number_and_as_text(tmp_path):
     numbers = questions(split(tmp_path, [chat(f"q{i}", c=i % 9) for i in range(90)], split_by="c", out="one"))
     texts = questions(split(tmp_path, [chat(f"q{i}", c=str(i % 9)) for i in range(90)], split_by="c", out="two"))
     assert numbers == texts
 
 
-def test_a_row_without_the_value_to_split_by_is_bad(tmp_path):
+def test_a_row_without_a_split_by_value_is_bad(tmp_path):
     rows = [chat(f"question {i}", customer=i) for i in range(40)] + [chat("no one")]
     assert split(tmp_path, rows, split_by="customer").dropped == {"bad: no value to split by": 1}
 
@@ -94,7 +94,7 @@ def test_rows_that_share_the_value_of_a_given_test_source_are_not_trained_on(tmp
     assert rows.dropped == {"same customer as a test row": 1}
 
 
-def test_sources_of_their_own_go_to_their_side_and_the_share_is_of_the_others(tmp_path):
+def test_own_sources_go_to_their_split_and_shares_apply_to_the_others(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [chat(f"a{i}") for i in range(100)])
     write_jsonl(tmp_path / "t.jsonl", [chat(f"t{i}") for i in range(30)])
     rows = prepare(tmp_path, "a.jsonl", validation=0.2, test="t.jsonl")
@@ -103,7 +103,7 @@ def test_sources_of_their_own_go_to_their_side_and_the_share_is_of_the_others(tm
     assert all(name.startswith("a") for name in questions(rows)["validation"])
 
 
-def test_a_weight_repeats_training_rows_and_a_fraction_of_them_by_hash(tmp_path):
+def test_a_weight_repeats_training_rows_and_chooses_a_fraction_by_hash(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [chat(f"a{i}") for i in range(1000)])
     write_jsonl(tmp_path / "b.jsonl", [chat(f"b{i}") for i in range(1000)])
     sources = [{"path": "a.jsonl", "weight": 2.5}, {"path": "b.jsonl", "weight": 0.25}]

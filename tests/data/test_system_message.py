@@ -1,4 +1,4 @@
-"""The system message of conversations that have none: the template's own is named, the recipe's takes its place."""
+"""The system message of conversations without one: the template's own is reported, the recipe's replaces it."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ QUESTION = {"role": "user", "content": "Why?"}
 
 
 @pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, LLAMA2, (FAMILIES / "smollm-2.jinja").read_text()])
-def test_the_recipes_system_prompt_renders_as_the_same_message_in_the_row_and_gives_way_to_one(template: str) -> None:
+def test_the_recipes_system_prompt_renders_like_a_rows_message_and_yields_to_one(template: str) -> None:
     stated = [{"role": "system", "content": PROMPT}, QUESTION]
     render = tokenizer_with(with_system_prompt(template, PROMPT)).apply_chat_template
     assert render([QUESTION], tokenize=False) == tokenizer_with(template).apply_chat_template(stated, tokenize=False)
@@ -35,7 +35,7 @@ def test_the_recipes_system_prompt_renders_as_the_same_message_in_the_row_and_gi
         ((FAMILIES / "smollm-2.jinja").read_text(), "You are a helpful AI assistant."),
     ],
 )
-def test_the_message_that_a_template_adds_of_itself_is_found(template: str, message: str | None) -> None:
+def test_a_templates_default_system_message_is_found(template: str, message: str | None) -> None:
     assert read_template(tokenizer_with(template), recipe_for()).facts.added_system == message
 
 
@@ -45,7 +45,7 @@ def test_a_template_without_system_messages_refuses_the_key() -> None:
         read_template(tokenizer_with(deaf), recipe_for(system_prompt="Be brief."))
 
 
-def test_what_is_trained_answers_with_the_system_prompt_and_its_template_has_it(here: Path, tiny_llama: Path) -> None:
+def test_the_tuned_model_uses_the_system_prompt_from_its_template(here: Path, tiny_llama: Path) -> None:
     train = {"max_steps": 2, "num_train_epochs": None}
     data = {"system_prompt": "Name a colour."}
     rows = write_colours(here / "rows.jsonl")

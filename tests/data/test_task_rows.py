@@ -1,4 +1,4 @@
-"""Rows of questions, of words with tags, of translations and summaries, in the forms that people have them in."""
+"""Rows of questions, tagged words, translations and summaries, in real formats."""
 
 import json
 from itertools import pairwise
@@ -32,7 +32,7 @@ def canonical(row, task, name):
         json.dumps({"text": ["four", "four legs"], "answer_start": [27, 27]}),
     ],
 )
-def test_answers_are_read_in_all_the_forms_of_squad(answers):
+def test_answers_are_read_in_all_squad_forms(answers):
     row = canonical({**QA, "answers": answers}, "qa", "squad")
     assert row == {**QA, "answers": [FOUR, {"text": "four legs", "start": 27}]}
 
@@ -64,11 +64,11 @@ def test_a_single_answer_is_found_in_the_context(answer, answers):
         (None, "'answers' must be"),
     ],
 )
-def test_bad_answers_say_what_is_wrong(answers, said):
+def test_bad_answers_give_a_reason(answers, said):
     assert said in refusal({**QA, "answers": answers}, "qa")
 
 
-def test_questions_and_contexts_have_to_be_there():
+def test_questions_and_contexts_are_required():
     assert "'question'" in refusal({**QA, "question": " ", "answer": "four"}, "qa")
     assert "'context'" in refusal({**QA, "context": None, "answer": "four"}, "qa")
     assert "'five' is not in it" in refusal({**QA, "answer": "five"}, "qa")
@@ -88,7 +88,7 @@ def test_tokens_and_tags_are_read_as_lists_or_as_text_in_a_cell(row):
     ("first", "second"),
     [
         (["I-A", "I-A", "O", "I-A"], ["B-A", "I-A", "O", "B-A"]),  # IOB1: an entity begins with I-
-        (["I-A", "B-A", "I-A"], ["B-A", "B-A", "I-A"]),  # and with B- where it touches another one
+        (["I-A", "B-A", "I-A"], ["B-A", "B-A", "I-A"]),  # and with B- if it touches another one
         (["I-A", "I-B"], ["B-A", "B-B"]),
         (["B-A", "I-B", "I-B"], ["B-A", "B-B", "I-B"]),
         (["B-A", "I-A", "B-A", "O"], ["B-A", "I-A", "B-A", "O"]),
@@ -114,7 +114,7 @@ def test_iob1_becomes_iob2(first, second):
         (TOKENS, None, "must be lists of texts"),
     ],
 )
-def test_bad_tags_say_what_is_wrong_and_what_would_be_right(tokens, tags, said):
+def test_bad_tags_give_a_reason_and_a_fix(tokens, tags, said):
     assert said in refusal({"tokens": tokens, "tags": tags}, "token-classify")
 
 
@@ -128,7 +128,7 @@ def test_spans_become_tags_of_words():
     assert canonical({"text": text, "spans": []}, "token-classify", "text-spans")["tags"] == ["O"] * 7
 
 
-def test_spans_that_touch_are_two_entities():
+def test_adjacent_spans_are_two_entities():
     spans = [{"start": 0, "end": 1, "label": "N"}, {"start": 1, "end": 2, "label": "N"}]
     assert canonical({"text": "!?", "spans": spans}, "token-classify", "text-spans")["tags"] == ["B-N", "B-N"]
 
@@ -136,8 +136,8 @@ def test_spans_that_touch_are_two_entities():
 @pytest.mark.parametrize(
     ("span", "said"),
     [
-        ({"start": 0, "end": 6, "label": "P"}, "'Ada Lo' does not begin and end where words do"),
-        ({"start": 3, "end": 4, "label": "P"}, "' ' does not begin and end where words do"),
+        ({"start": 0, "end": 6, "label": "P"}, "'Ada Lo' does not begin and end at word boundaries"),
+        ({"start": 3, "end": 4, "label": "P"}, "' ' does not begin and end at word boundaries"),
         ({"start": 0, "end": 99, "label": "P"}, "characters 0 to 99 of 12"),
         ({"start": 4, "end": 4, "label": "P"}, "characters 4 to 4 of 12"),
         ({"start": "0", "end": 3, "label": "P"}, "characters 0 to 3 of 12"),
@@ -146,11 +146,11 @@ def test_spans_that_touch_are_two_entities():
         ({"start": 0, "end": 3, "label": " "}, "'label'"),
     ],
 )
-def test_bad_spans_say_what_is_wrong(span, said):
+def test_bad_spans_give_a_reason(span, said):
     assert said in refusal({"text": "Ada Lovelace", "spans": [span]}, "token-classify")
 
 
-def test_spans_that_overlap_and_spans_that_are_no_list_are_refused():
+def test_overlapping_spans_and_spans_outside_a_list_are_refused():
     spans = [{"start": 0, "end": 12, "label": "P"}, {"start": 4, "end": 12, "label": "P"}]
     assert "'Lovelace' is marked twice" in refusal({"text": "Ada Lovelace", "spans": spans}, "token-classify")
     assert "'spans' must be a list" in refusal({"text": "Ada", "spans": "none"}, "token-classify")
@@ -163,7 +163,7 @@ def test_words_keep_their_accents_and_vowel_signs():
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
-def test_words_are_all_of_a_text_but_its_spaces(text):
+def test_words_cover_all_of_a_text_except_spaces(text):
     words = find_words(text)
     assert "".join(text[start:end] for start, end in words) == "".join(text.split())
     assert all(start < end for start, end in words)
@@ -204,14 +204,14 @@ def test_a_map_of_two_languages_goes_from_the_first_to_the_second():
         ({"document": {"text": "a"}, "summary": "short"}, "summarize", "'document'"),
     ],
 )
-def test_a_row_that_cannot_be_learned_from_is_bad_with_its_reason(row, task, reason):
+def test_an_unusable_row_is_bad_with_a_reason(row, task, reason):
     assert reason in refusal(row, task)
 
 
 def test_bad_rows_are_named_with_file_and_line(tmp_path):
     rows = [{"source": f"text {i}", "target": f"texte {i}"} for i in range(40)]
     rows[2]["target"] = ""
-    del rows[34]["target"]  # behind the rows that the format is told by
+    del rows[34]["target"]  # after the rows that decide the format
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, str(file), "translate", max_dropped=0)
@@ -225,7 +225,7 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path):
 
 def test_equal_rows_of_both_tasks_are_duplicates(tmp_path):
     maps = [{"translation": {"en": "one", "fr": "un"}}, {"translation": {"en": "one ", "fr": "un"}}]
-    maps.append({"translation": {"en": "one", "de": "un"}})  # the same text in another language is no duplicate
+    maps.append({"translation": {"en": "one", "de": "un"}})  # the same text in another language is not a duplicate
     file = write_jsonl(tmp_path / "maps.jsonl", maps)
     assert prepare(tmp_path, str(file), "translate").counts["train"] == 2
     twice = [{"document": "d", "summary": "s"}] * 2

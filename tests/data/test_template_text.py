@@ -1,4 +1,4 @@
-"""A saved template holds the recipe's values: a client that sends nothing gets what was trained."""
+"""A saved template contains the recipe's values: a client that sends nothing gets the trained behaviour."""
 
 import pytest
 from support.templates import EMPTY_THOUGHTS, FAMILY_FILES, family_tokenizer, tokenizer_with
@@ -11,7 +11,7 @@ CHAT += [{"role": "assistant", "content": "four"}, {"role": "user", "content": "
 
 
 def write(tokenizer, template, **kwargs):
-    """Return the rendering, or what the template says instead."""
+    """Return the rendering, or the template's error."""
     try:
         return tokenizer.apply_chat_template(
             CHAT, chat_template=template, add_generation_prompt=True, tokenize=False, **kwargs
@@ -21,7 +21,7 @@ def write(tokenizer, template, **kwargs):
 
 
 @pytest.mark.parametrize("name", FAMILY_FILES)
-def test_a_template_with_defaults_writes_what_it_writes_when_it_is_sent_the_values(name):
+def test_a_template_with_defaults_renders_as_if_it_were_sent_the_values(name):
     tokenizer = family_tokenizer(name)
     template, tokens = tokenizer.chat_template, tokenizer.special_tokens_map
     for variable in template_variables(template) - {*tokens}:
@@ -35,13 +35,13 @@ def test_a_template_with_defaults_writes_what_it_writes_when_it_is_sent_the_valu
 @pytest.mark.parametrize(
     "value", ['a "quoted" \\ text\n{% endif %} {{ no }} 🐈 ñ', None, ["x", 1, None, True], {"a b": {"c": [1.5, "d"]}}]
 )
-def test_any_value_of_a_recipe_can_be_a_default(value):
+def test_any_recipe_value_can_be_a_default(value):
     tokenizer = tokenizer_with(EMPTY_THOUGHTS)
     template = "{{ [told] | tojson }}"
     assert write(tokenizer, with_defaults(template, {"told": value})) == write(tokenizer, template, told=value)
 
 
-def test_defaults_that_a_template_has_already_are_not_stored_twice_and_newer_ones_win():
+def test_existing_defaults_are_not_stored_twice_and_newer_ones_win():
     tokenizer = tokenizer_with(EMPTY_THOUGHTS)
     once = with_defaults(EMPTY_THOUGHTS, {"enable_thinking": False})
     assert with_defaults(once, {"enable_thinking": False}) == once
@@ -50,7 +50,7 @@ def test_defaults_that_a_template_has_already_are_not_stored_twice_and_newer_one
     )
 
 
-def test_a_secret_is_not_stored_in_a_template_since_that_is_published():
+def test_a_secret_is_not_stored_in_a_template():
     template = "{{ password }}{{ mood }}"
     stored = with_defaults(template, {"password": "hunter2", "mood": "kind"})
     assert "hunter2" not in stored

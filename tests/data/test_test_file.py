@@ -1,4 +1,4 @@
-"""`prepare --write-test`: the test rows as their sources have them, in a file that a recipe can name."""
+"""`prepare --write-test`: the test rows as their sources have them, in a file for a recipe."""
 
 import json
 from pathlib import Path
@@ -23,14 +23,14 @@ def add_rows(path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["test.csv", "test.parquet", "test", "test.jsonl.gz"])
-def test_a_name_that_is_not_of_json_lines_is_refused_before_anything_is_read(here: Path, name: str) -> None:
+def test_a_file_name_other_than_json_lines_is_refused_before_reading(here: Path, name: str) -> None:
     done = invoke("prepare", "none.yaml", "--write-test", name)
     assert done.exit_code == 2
     assert "written as JSON Lines" in done.stderr
     assert list(here.iterdir()) == []
 
 
-def test_the_written_file_gives_the_same_test_rows_though_the_data_grew(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_written_file_keeps_the_test_rows_when_the_data_grows(tmp_path: Path, tiny_llama: Path) -> None:
     rows = write_colours(tmp_path / "rows.jsonl")
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, "rows.jsonl")
     done = invoke("prepare", recipe, "--out", tmp_path / "run", "--write-test", tmp_path / "held" / "test.jsonl")
@@ -44,7 +44,7 @@ def test_the_written_file_gives_the_same_test_rows_though_the_data_grew(tmp_path
     assert ids_of_tests(tmp_path / "again") == ids_of_tests(tmp_path / "run")
 
 
-def test_columns_that_the_recipe_maps_are_named_on_the_line_for_the_recipe(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_recipe_line_names_mapped_columns(tmp_path: Path, tiny_llama: Path) -> None:
     lines = ["Frage;Antwort", *(f"Was ist {i} + {i}?;{2 * i}" for i in range(40))]
     (tmp_path / "rows.csv").write_text("\n".join(lines).replace(";", ","), encoding="utf-8")
     source: Any = {"path": "rows.csv", "columns": {"prompt": "Frage", "completion": "Antwort"}, "format": "csv"}
@@ -62,7 +62,7 @@ def test_columns_that_the_recipe_maps_are_named_on_the_line_for_the_recipe(tmp_p
 
 
 @pytest.mark.parametrize(("options", "told"), [((), "the file exists"), (("--dry-run",), "exclude each other")])
-def test_a_file_that_exists_and_a_dry_run_are_refused_at_once(
+def test_an_existing_file_and_a_dry_run_are_refused_immediately(
     tmp_path: Path, tiny_llama: Path, options: tuple[str, ...], told: str
 ) -> None:
     write_colours(tmp_path / "rows.jsonl")

@@ -1,4 +1,4 @@
-"""Ids of many texts joined from their pieces, against those of each text tokenized whole."""
+"""Ids joined from pieces, compared with those of complete texts."""
 
 import pytest
 from hypothesis import given, settings
@@ -44,7 +44,7 @@ def ids_by_pieces(tokenizer, texts):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=40, deadline=None)
 @given(texts=BATCH)
-def test_pieces_have_the_ids_of_the_whole_text(kind, texts):
+def test_joined_pieces_have_the_ids_of_the_text(kind, texts):
     tokenizer = tokenizer_of(kind)
     assert ids_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
 
@@ -52,7 +52,7 @@ def test_pieces_have_the_ids_of_the_whole_text(kind, texts):
 @pytest.mark.parametrize("kind", [*KINDS, "complete texts"])
 @settings(max_examples=40, deadline=None)
 @given(texts=BATCH, data=st.data())
-def test_ids_are_counted_up_to_a_border_as_the_text_up_to_it_has_them(kind, texts, data):
+def test_ids_before_a_border_match_the_text_before_it(kind, texts, data):
     tokenizer = tokenizer_of(kind if kind in KINDS else "words")
     if kind not in KINDS:
         tokenizer.add_tokens([AddedToken("<|own|>", rstrip=True)])
@@ -66,14 +66,14 @@ def test_ids_are_counted_up_to_a_border_as_the_text_up_to_it_has_them(kind, text
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Lowercase(), normalizers.Prepend("▁")])
-def test_a_text_that_is_brought_into_a_form_first_has_the_same_ids(normalizer):
+def test_a_normalised_text_has_the_same_ids(normalizer):
     tokenizer = tokenizer_with(CHATML)
     tokenizer.backend_tokenizer.normalizer = normalizer
     texts = [f"{text} e\u0301 É" for text in ASSORTED]
     assert ids_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
 
 
-def test_tokens_that_are_added_later_are_seen():
+def test_tokens_added_later_are_used():
     tokenizer = tokenizer_with(CHATML)
     before = ids_by_pieces(tokenizer, ASSORTED)
     tokenizer.add_tokens(["<|new|>"], special_tokens=True)
@@ -92,30 +92,30 @@ def test_tokens_that_are_added_later_are_seen():
         AddedToken("<|own|>", normalized=True),
     ],
 )
-def test_a_tokenizer_whose_tokens_reach_beyond_themselves_reads_texts_whole(token):
+def test_a_tokenizer_that_looks_beyond_pieces_gets_complete_texts(token):
     tokenizer = tokenizer_with(CHATML)
     tokenizer.add_tokens([token])
     assert ids_by_pieces(tokenizer, ASSORTED) is None
 
 
-def test_a_tokenizer_that_marks_the_first_word_of_a_text_reads_texts_whole():
+def test_a_tokenizer_that_marks_the_first_word_gets_complete_texts():
     tokenizer = tokenizer_with(CHATML)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     assert ids_by_pieces(tokenizer, ASSORTED) is None
 
 
-def test_settings_that_another_caller_left_do_not_matter():
+def test_settings_of_another_caller_have_no_effect():
     tokenizer = tokenizer_with(CHATML)
     wanted = tokenize(tokenizer, ASSORTED)
     tokenizer(ASSORTED, padding=True, truncation=True, max_length=4)
     assert ids_by_pieces(tokenizer, ASSORTED) == wanted
 
 
-def test_few_texts_are_left_to_the_tokenizer():
+def test_few_texts_go_directly_to_the_tokenizer():
     assert ids_by_pieces(tokenizer_with(CHATML), ASSORTED[:3]) is None
 
 
-def test_a_tokenizer_that_does_not_agree_with_its_pieces_has_whole_texts():
+def test_a_tokenizer_whose_pieces_disagree_gets_complete_texts():
     class Cleaning(PreTrainedTokenizerFast):
         def __call__(self, texts, **settings):
             return super().__call__([text.replace("家", "?") for text in texts], **settings)

@@ -1,4 +1,4 @@
-"""Work on several cores: results in order, whatever the number of workers."""
+"""Work on several cores: results keep their order, whatever the number of workers."""
 
 import operator
 import os
@@ -30,12 +30,12 @@ def test_results_come_in_order_whatever_the_number_of_cores(cores):
     assert list(pool.map(BATCHES, len, 80)) == [sum(batch) for batch in BATCHES]
 
 
-def test_a_worker_that_is_killed_is_a_problem_of_the_environment():
+def test_a_killed_worker_is_an_environment_problem():
     with pytest.raises(EnvironmentProblem, match="lack of memory"):
         list(WorkerPool(os._exit, cores=2, eager=True).map([1], lambda batch: 1, 1))
 
 
-def test_workers_end_with_a_process_that_is_killed():
+def test_workers_exit_when_their_parent_is_killed():
     code = (
         "import os, signal, time; from llmtune.data.worker_pool import WorkerPool\n"
         "def batches():\n"
@@ -58,7 +58,7 @@ def test_small_work_stays_in_this_process():
     assert batches == [[os.getpid()], [os.getpid()]]
 
 
-def test_no_more_cores_are_used_than_threads_were_given(monkeypatch):
+def test_the_number_of_cores_is_limited_by_threads(monkeypatch):
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     assert usable_cores() == 1
 
@@ -100,7 +100,7 @@ def test_rows_are_the_same_bytes_whatever_the_number_of_cores(tmp_path, console,
     assert found[0] == found[1]
 
 
-def test_an_error_in_a_worker_is_the_error_of_the_run():
+def test_an_error_in_a_worker_becomes_the_error_of_the_run():
     with pytest.raises(ValueError, match="invalid literal"):
         list(WorkerPool(int, cores=2, eager=True).map(["x"], len, 1))
     error = pickle.loads(pickle.dumps(DataError.of("bad", "rows.jsonl:3", "mend it")))
@@ -108,5 +108,5 @@ def test_an_error_in_a_worker_is_the_error_of_the_run():
 
 
 @pytest.mark.parametrize("variant", [variant for variants in VARIANTS.values() for variant in variants])
-def test_every_variant_can_be_sent_to_a_worker(variant):
+def test_every_variant_can_be_pickled_for_a_worker(variant):
     assert pickle.loads(pickle.dumps(variant.encode)).__func__ is type(variant).encode

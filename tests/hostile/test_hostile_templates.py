@@ -35,7 +35,7 @@ TEMPLATES = {
     "deep brackets": ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "recursion"),
     "deep loops": ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "nested blocks"),
     "a long program": ("{# " + "x" * 200_000 + " #}", "are allowed"),
-    "dates without end": ("strftime_now('" * 9000, "the day's date"),
+    "dates without end": ("strftime_now('" * 9000, "today's date"),
     "attributes": ("{{ ''.__class__.__mro__ }}", "refuses it"),
     "globals": ("{{ cycler.__init__.__globals__ }}", "refuses it"),
     "files": ("{% include '/etc/passwd' %}", "refuses it"),

@@ -50,7 +50,7 @@ def decoded(place: Path, example: int = 0) -> str:
     "row in its rendering. Answers, and their byte counts, exclude the template's own text.",
     shows="error rows.jsonl:1: the chat template leaves out the system message",
 )
-def test_what_a_row_says_is_in_what_the_model_reads(place, run, without, shows):
+def test_every_text_of_a_row_reaches_the_model(place, run, without, shows):
     forgetful = CHATML.replace("{{ '<|im", "{% if message['role'] != 'system' %}{{ '<|im", 1).replace(
         "{% endfor %}", "{% endif %}{% endfor %}", 1
     )
@@ -77,7 +77,7 @@ def test_what_a_row_says_is_in_what_the_model_reads(place, run, without, shows):
     "generation %}` marks. The share of supervised tokens and one coloured example are shown before step 1.",
     shows="the chat template's {% generation %} marks are not where its answers are",
 )
-def test_the_mask_of_a_conversation_is_its_answers(place, run, shows):
+def test_the_mask_covers_exactly_the_answers(place, run, shows):
     def share(template: str) -> float:
         """The share of a conversation that transformers' own mask supervises."""
         masked = tokenizer_with(template).apply_chat_template(
@@ -101,7 +101,7 @@ def test_the_mask_of_a_conversation_is_its_answers(place, run, shows):
     "without losing a target, or split it between turns.",
     shows="error rows.jsonl:40: too long: ... tokens, data.max_length is 60",
 )
-def test_no_choice_for_rows_that_are_too_long_cuts_a_target_away(place, run, shows):
+def test_no_choice_of_on_overlong_truncates_a_target(place, run, shows):
     long = conversation("one", "cat " * 100)
     write_jsonl(place / "rows.jsonl", [*(chat(f"q{i}", "fox") for i in range(39)), long])
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
@@ -122,7 +122,7 @@ def test_no_choice_for_rows_that_are_too_long_cuts_a_target_away(place, run, sho
     cannot="rows dropped without a count and a reason",
     kept="Every row is either kept or counted under a reason; rejected rows are listed with file and line.",
     shows="42 rows read; ... 2 left out: bad: empty content",
-    also=["test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_for"],
+    also=["test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_counted"],
 )
 def test_rows_are_dropped_with_a_count_and_a_reason(place, run, without, shows):
     def lost() -> int:
@@ -140,7 +140,7 @@ def test_rows_are_dropped_with_a_count_and_a_reason(place, run, without, shows):
 
 @given(st.lists(st.binary(max_size=50) | st.just(json.dumps(chat("q")).encode()), min_size=1, max_size=6))
 @settings(max_examples=80, deadline=None)
-def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_for(lines):
+def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_counted(lines):
     with tempfile.TemporaryDirectory() as folder:
         data = b"\n".join(lines)
         (Path(folder) / "a.jsonl").write_bytes(data)
@@ -158,9 +158,9 @@ def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_f
     kept="The template's text after an answer, up to the end-of-turn token, belongs to the answer's span. A "
     "template without such a token is refused.",
     shows="an assistant's turn ends in ..., not in an end-of-turn token, so answers would never end",
-    also=["test_each_answer_is_learned_with_its_end_and_nothing_else"],
+    also=["test_each_answer_is_supervised_with_its_end_and_nothing_else"],
 )
-def test_answers_are_learned_with_their_end_and_so_they_end(place, run, without, shows):
+def test_answers_are_trained_with_their_end_so_generation_stops(place, run, without, shows):
     def cut() -> float:
         """The share of answers that ended only at the token limit."""
         return json.loads((place / "run/report.json").read_text())["evaluation"]["tuned"]["answers_cut"]
@@ -177,7 +177,7 @@ def test_answers_are_learned_with_their_end_and_so_they_end(place, run, without,
 
 
 @pytest.mark.parametrize("name", STABLE)
-def test_each_answer_is_learned_with_its_end_and_nothing_else(name):
+def test_each_answer_is_supervised_with_its_end_and_nothing_else(name):
     tokenizer = tokenizer_with(STABLE[name])
     (example,) = encode(CHAT, tokenizer)
     expected = tokenizer.apply_chat_template(CHAT["messages"])["input_ids"]
@@ -196,12 +196,12 @@ def test_each_answer_is_learned_with_its_end_and_nothing_else(name):
     kept="One function renders the prompt for all of them, and it adds no token that the template already wrote.",
     shows="the template writes '<|endoftext|>' twice at the start",
     also=[
-        "data/test_chat_encoding.py::test_an_answer_is_learned_from_the_very_ids_that_it_will_be_generated_from",
+        "data/test_chat_encoding.py::test_an_answer_is_trained_after_the_exact_ids_of_its_generation_prompt",
         "serve/test_api.py::test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in",
         "test_pipeline.py::test_generate_and_chat_answer_as_in_the_evaluation",
     ],
 )
-def test_the_start_token_stands_once_whatever_the_tokenizer_adds_by_itself(place, run, shows):
+def test_the_start_token_occurs_once_even_if_the_tokenizer_adds_one(place, run, shows):
     tokenizer = tokenizer_with(LLAMA2)
     start = tokenizer.bos_token_id
     tokenizer._tokenizer.post_processor = TemplateProcessing(
@@ -248,7 +248,7 @@ def test_packed_and_unpacked_training_give_the_same_losses(place, run, without, 
     shows="prepare unchanged, skipped ... train unchanged, skipped",
     also=["test_cache.py"],
 )
-def test_rows_that_change_in_place_are_read_trained_and_scored_anew(place, run, without, shows):
+def test_rows_changed_in_place_are_read_trained_and_scored_again(place, run, without, shows):
     def weights() -> bytes:
         return (place / "run/adapter/adapter_model.safetensors").read_bytes()
 
@@ -269,9 +269,9 @@ def test_rows_that_change_in_place_are_read_trained_and_scored_anew(place, run, 
     kept="A hash of the content assigns the split. Rows equal to a row of another split are dropped and counted; "
     "with data.deduplicate: near, so are nearly equal rows.",
     shows="1 left out: equal to a test row",
-    also=["test_a_row_of_test_never_stands_in_train_or_validation"],
+    also=["test_a_test_row_is_never_in_train_or_validation"],
 )
-def test_a_row_of_test_that_stands_in_the_training_file_is_left_out(place, run, without, shows):
+def test_a_test_row_in_the_training_file_is_dropped(place, run, without, shows):
     (place / "test.jsonl").write_text("".join((place / "rows.jsonl").read_text().splitlines(keepends=True)[5]))
     data = {"test": "test.jsonl"}
     everything = lambda index, split_N, method: np.full(len(index), "", dtype=object)  # noqa: E731
@@ -285,7 +285,7 @@ def test_a_row_of_test_that_stands_in_the_training_file_is_left_out(place, run, 
 
 
 @pytest.mark.parametrize("method", ["none", "exact", "near"])
-def test_a_row_of_test_never_stands_in_train_or_validation(tmp_path, method):
+def test_a_test_row_is_never_in_train_or_validation(tmp_path, method):
     long = " ".join(f"word{i % 47}" for i in range(60))
     write_jsonl(tmp_path / "train.jsonl", [chat("a"), chat("b"), chat("c"), chat(long), chat("d")])
     write_jsonl(tmp_path / "validation.jsonl", [chat("b"), chat("a "), chat("v")])
@@ -309,7 +309,7 @@ def test_a_row_of_test_never_stands_in_train_or_validation(tmp_path, method):
     "content: message 1 (user) has no content error rows.jsonl:32: not valid JSON: ... error rows.jsonl:33: no "
     "assistant answer",
 )
-def test_bad_rows_are_named_with_file_line_and_reason(place, run, shows):
+def test_bad_rows_are_reported_with_file_line_and_reason(place, run, shows):
     good = [json.dumps(chat(f"q{i}")) for i in range(60)]
     bad = [json.dumps(chat("")), '{"messages": [', json.dumps({"messages": [{"role": "user", "content": "q"}]})] * 8
     lines = [*good[:30], *bad, *good[30:]]

@@ -41,7 +41,7 @@ def merge(code: int) -> str:
     "deleted; the numbers are in run/merged.failed.json.",
     also=["deploy/test_merged_model.py", "deploy/test_gguf_export.py", "deploy/test_endpoint_parity.py"],
 )
-def test_a_merge_that_forgets_the_adapter_fails_and_leaves_no_model(finished, without, shows):
+def test_a_merge_without_the_adapter_fails_and_leaves_no_model(finished, without, shows):
     with without("llmtune.deploy.merged_model.merge_weights", lambda adapted, onto: adapted.model.unload()):
         with without("llmtune.deploy.merged_model.find_breaches", lambda parity, limits: []):
             merge(0)

@@ -33,7 +33,7 @@ class Evil:
     shows="model.trust_remote_code",
     also=["adapter/test_load.py::test_pickled_weights_are_refused_with_the_way"],
 )
-def test_neither_code_of_a_model_nor_a_pickle_runs_unasked(place, run, shows):
+def test_neither_model_code_nor_a_pickle_runs_without_permission(place, run, shows):
     config = json.loads((place / "model/config.json").read_text())
     custom = shutil.copytree(place / "model", place / "custom")
     (custom / "config.json").write_text(
@@ -68,7 +68,7 @@ def test_neither_code_of_a_model_nor_a_pickle_runs_unasked(place, run, shows):
         "recipe/test_secrets.py::test_values_of_secret_keys_are_removed_at_any_depth",
     ],
 )
-def test_a_token_in_a_row_stands_in_no_report(place, run, without, shows):
+def test_a_token_in_a_row_appears_in_no_report(place, run, without, shows):
     def leaking() -> set[str]:
         names = ("report.html", "report.md", "report.json", "junit.xml", "llmtune.lock", "recipe.yaml", "run.json")
         return {name for name in names if TOKEN in (place / "run" / name).read_text()}
@@ -151,7 +151,7 @@ MISTAKES = {
         "hostile/test_hostile_requests.py",
     ],
 )
-def test_a_mistake_is_named_before_training(place, run, shows, mistake):
+def test_a_mistake_is_reported_before_training(place, run, shows, mistake):
     lines = (place / "rows.jsonl").read_text().splitlines()
     (place / "bad.jsonl").write_text("\n".join([*lines[:19], lines[19][:30], *lines[20:]]))
     weights = shutil.copytree(place / "model", place / "cut") / "model.safetensors"

@@ -291,11 +291,10 @@ ELSEWHERE = {
     "model.licences": "model/test_model_selection.py::test_one_whose_licence_is_not_allowed_or_not_known_is_left_out",
     "model.trials": "model/test_model_trials.py::test_a_run_takes_the_candidate_that_trials_find_and_tells_both_orders",
     "model.revision": "model/test_resolve.py::test_a_download_pins_the_commit_and_leaves_pickles_and_code_there",
-    "data.train.config": f"{HUB}::test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on",
-    "data.train.split": f"{HUB}::test_a_split_that_is_not_there_is_told",
+    "data.train.config": f"{HUB}::test_rows_come_from_the_hashed_commit_even_if_the_branch_moves",
+    "data.train.split": f"{HUB}::test_a_missing_split_is_reported",
     "data.train.revision": f"{HUB}::test_rows_of_another_commit_are_refused_offline",
-    "data.unknown_tokens": "data/test_examples.py::"
-    "test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed",
+    "data.unknown_tokens": "data/test_examples.py::test_an_unknown_target_is_a_bad_row_unless_allowed",
     "evaluate.champion": "evaluate/test_champion.py::"
     "test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another",
     "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
@@ -322,7 +321,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from keys_of(section, f"{prefix}{name}.")
 
 
-def test_no_key_of_the_schema_is_left_out() -> None:
+def test_every_key_of_the_schema_is_tested() -> None:
     known = {key for key in keys_of(Recipe) if not key.startswith("data.train.")}
     known |= {"extends", "data.train", *(f"data.train.{name}" for name in Source.model_fields if name != "path")}
     flipped = {key.partition("@")[0] for key in FLIPS}
@@ -336,7 +335,7 @@ def test_no_key_of_the_schema_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("key", FLIPS)
-def test_a_flipped_key_changes_what_is_resolved(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_key_changes_a_resolved_object(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")  # only the request for a compiler matters
     if key == "model.check_memory":
         monkeypatch.setattr("llmtune.model.memory_plan.device_memory", lambda device: 1000)
@@ -353,9 +352,9 @@ def test_a_flipped_key_changes_what_is_resolved(place: Path, key: str, monkeypat
     kept="A test flips every key of the schema and checks that an object resolved from the recipe changes. A key "
     "without effect in a recipe is refused.",
     shows="error full.yaml:... 'adapter.r' has no effect with adapter.method: full -> ",
-    also=["test_a_flipped_key_changes_what_is_resolved", "test_no_key_of_the_schema_is_left_out"],
+    also=["test_a_flipped_key_changes_a_resolved_object", "test_every_key_of_the_schema_is_tested"],
 )
-def test_a_key_that_nothing_reads_is_found_by_flipping_it(place, run, without, shows):
+def test_flipping_finds_a_key_that_nothing_reads(place, run, without, shows):
     def forgetful(model, recipe, device):
         train = recipe.train.model_copy(update={"adam_beta1": 0.9})
         return build_optimizer(model, recipe.model_copy(update={"train": train}), device)

@@ -22,7 +22,7 @@ RATE = "train.learning_rate"
     shows="error tiny.yaml:... unknown key 'train.learning_rat' -> Did you mean 'learning_rate'?",
     also=["recipe/test_validation.py::test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure"],
 )
-def test_a_misspelt_key_is_refused_with_the_nearest(run, without, shows):
+def test_a_misspelt_key_is_refused_with_the_nearest_match(run, without, shows):
     def let_pass(errors, source_map):
         return schema_problems(errors, source_map)[0], []
 
@@ -41,7 +41,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest(run, without, shows):
     shows="seed: 7 # tiny.yaml:... learning_rate: 0.5 # --set ... max_steps: null # default",
     also=["recipe/test_loader.py::test_every_value_has_an_origin"],
 )
-def test_each_value_of_a_recipe_has_its_origin_behind_it(place, without, shows):
+def test_each_value_of_a_recipe_shows_its_origin(place, without, shows):
     def unexplained() -> list[str]:
         shown = invoke("recipes", "show", "tiny.yaml", "--origin", "--set", f"{RATE}=0.5").stdout
         shows(shown) if "--set" in shown else None

@@ -46,7 +46,7 @@ def lose_on_a_device_for(tokens: int, validating: bool = False):
         "train/test_preflight.py::test_after_the_rehearsal_weights_optimizer_and_random_numbers_are_what_they_were",
     ],
 )
-def test_a_validation_batch_that_does_not_fit_is_found_before_step_1(run, without, shows):
+def test_an_oversized_validation_batch_is_found_before_step_1(run, without, shows):
     with without("llmtune.tasks.base.DecoderTask.loss", lose_on_a_device_for(60, validating=True)):
         with without("llmtune.train.loop.run_preflight", lambda training, state, console, on_budget: None):
             said = run("train", data={"validation": 0.2})
@@ -104,7 +104,7 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, r
         "train/test_loop.py::test_the_same_seed_gives_the_same_bytes_and_another_seed_others",
     ],
 )
-def test_a_run_comes_out_again_to_the_last_bit(place, run, without, shows):
+def test_a_run_reproduces_bit_for_bit(place, run, without, shows):
     seed = torch.manual_seed
     with without("torch.manual_seed", lambda number: seed(secrets.randbits(60))):
         run("run", out="drawn")
@@ -129,7 +129,7 @@ def test_a_run_comes_out_again_to_the_last_bit(place, run, without, shows):
         "adapter/test_wiring_check.py::test_an_adapter_that_does_nothing_or_cannot_be_switched_off_is_found",
     ],
 )
-def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, shows):
+def test_a_target_or_adapter_without_a_match_is_refused(place, run, shows):
     def plain() -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(place / "model")
 
@@ -162,7 +162,7 @@ def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, show
         "torture/test_torture.py",
     ],
 )
-def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(place, run, without, shows):
+def test_an_interrupted_run_resumes_to_the_same_bytes(place, run, without, shows):
     train = {"max_steps": 4, "num_train_epochs": None, "save_steps": 2, "optim": "adamw_torch"}
 
     def go_on() -> str:
@@ -194,7 +194,7 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(place, run, without, 
         "train/test_loop.py::test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved",
     ],
 )
-def test_weights_that_are_no_numbers_stop_training_and_are_not_saved(place, run, without, shows):
+def test_nan_weights_stop_training_and_are_not_saved(place, run, without, shows):
     def ruin(run, step):
         really_update(run, step)
         if step == 2:

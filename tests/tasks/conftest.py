@@ -1,4 +1,4 @@
-"""What the tests of several tasks share, made once: tones with transcripts."""
+"""Fixtures that several tasks share, made once: tones with transcripts."""
 
 import pytest
 from support.audio import write_tone
@@ -6,7 +6,7 @@ from support.audio import write_tone
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
-    """A folder with tones of several lengths, whose pitch is their word."""
+    """A folder of tones of several lengths; the pitch is the word."""
     folder = tmp_path_factory.mktemp("clips")
     lines = ["file_name,text"]
     words = ("one", "two", "three", "four", "five", "six")

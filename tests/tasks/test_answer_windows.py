@@ -1,4 +1,4 @@
-"""Windows with the ends of answers, tags at the first tokens of words, and texts whose words are hidden."""
+"""Windows with the ends of answers, tags at the first tokens of words, and texts with masked words."""
 
 from functools import cache
 
@@ -23,7 +23,7 @@ SECTION = {"qa": "qa", "token-classify": "token_classify", "completion": "comple
 
 @pytest.fixture(scope="module")
 def tokenizers(built):
-    """`tokenizers("bert")`: that of a tiny model as it is loaded from its folder."""
+    """`tokenizers("bert")`: the tokenizer of a tiny model, loaded from its folder."""
     return cache(lambda family: AutoTokenizer.from_pretrained(built(family)))
 
 
@@ -54,7 +54,7 @@ def said(window, first, last, context):
 
 @pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("answer", ["house number 0", "1 has a blue", "green", "number 23 has a green door.", "The"])
-def test_an_answer_is_found_in_the_windows_that_hold_it_whole_and_in_no_other(tokenizers, family, answer):
+def test_an_answer_is_found_only_in_windows_that_contain_it_completely(tokenizers, family, answer):
     tokenizer, about = tokenizers(family), recipe("qa", 72, stride=24)
     row = ask("Which door?", CONTEXT, answer)
     (examples,) = EXTRACTIVE_QA.encode([row], tokenizer, about)
@@ -76,7 +76,7 @@ def test_an_answer_is_found_in_the_windows_that_hold_it_whole_and_in_no_other(to
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_windows_share_their_stride_and_leave_no_letter_out(tokenizers, family):
+def test_windows_overlap_by_the_stride_and_cover_every_letter(tokenizers, family):
     tokenizer, about = tokenizers(family), recipe("qa", 72, stride=24)
     windows = windows_of(ask("Which door?", CONTEXT), tokenizer, about)
     reach = 0
@@ -97,14 +97,14 @@ def test_windows_share_their_stride_and_leave_no_letter_out(tokenizers, family):
     ("context", "answer"),
     [
         ("  The sky is  blue ", "blue"),
-        ("The sky is blue and red", " blue "),  # answers of SQuAD have spaces around them now and then
+        ("The sky is blue and red", " blue "),  # SQuAD answers sometimes have spaces around them
         ("Größe: naïve Straße 5 (rue)", "naïve Straße"),
         ("a 🦊 fox", "🦊"),
         ("one\ttwo\n\nthree", "two\n\nthree"),
         ("the (10) cats", "10"),
     ],
 )
-def test_the_place_of_an_answer_is_exact_to_the_letter(tokenizers, family, context, answer):
+def test_the_position_of_an_answer_is_exact_to_the_letter(tokenizers, family, context, answer):
     tokenizer, about = tokenizers(family), recipe("qa", stride=4)
     row = ask("which?", context, answer)
     ((example,),) = EXTRACTIVE_QA.encode([row], tokenizer, about)
@@ -143,7 +143,7 @@ def test_a_question_without_an_answer_points_at_the_first_token_in_every_window(
 
 
 def test_letters_that_the_tokenizer_drops_do_not_hide_an_answer(tokenizers):
-    """BERT's tokenizer drops what controls the layout: an answer may begin or end with it."""
+    """BERT's tokenizer drops layout controls; an answer may begin or end with one."""
     tokenizer, about = tokenizers("bert"), recipe("qa", stride=4)
     answer = "\N{ZERO WIDTH SPACE}blue\N{ZERO WIDTH SPACE}"
     row = ask("which?", f"red {answer} green", answer)
@@ -154,7 +154,7 @@ def test_letters_that_the_tokenizer_drops_do_not_hide_an_answer(tokenizers):
     assert EXTRACTIVE_QA.encode([row], tokenizer, about) == ["the tokenizer makes no token of the answer"]
 
 
-def test_an_answer_longer_than_windows_share_may_lie_in_none(tokenizers):
+def test_an_answer_longer_than_the_overlap_may_be_in_no_window(tokenizers):
     row = ask("Which door?", CONTEXT, CONTEXT[100:600])
     (reason,) = EXTRACTIVE_QA.encode([row], tokenizers("bert"), recipe("qa", 48, stride=8))
     assert reason == "no window contains the complete answer: raise qa.stride or data.max_length"
@@ -173,7 +173,7 @@ def test_long_contexts_are_dropped_on_request_and_long_questions_always(tokenize
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), longest=st.integers(1, 12))
-def test_the_best_stretch_is_that_of_all_stretches(tokenizers, data, longest):
+def test_the_best_span_is_the_best_of_all_spans(tokenizers, data, longest):
     row = ask("Which door?", CONTEXT[: data.draw(st.integers(1, 200))] + " end")
     (window,) = windows_of(row, tokenizers("bert"), recipe("qa", 256, stride=4))
     seed = data.draw(st.integers(0, 2**30))
@@ -204,7 +204,7 @@ WORDS = ["Ada", "Lovelace", "'s", "naïve", "🦊", "Straße-5", "unbelievably",
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_each_word_is_placed_at_its_first_token(tokenizers, family):
+def test_each_word_is_mapped_to_its_first_token(tokenizers, family):
     tokenizer = tokenizers(family)
     ((ids, places),) = tokenize_words([WORDS], tokenizer)
     assert ids == tokenizer(" ".join(WORDS))["input_ids"]
@@ -212,7 +212,7 @@ def test_each_word_is_placed_at_its_first_token(tokenizers, family):
     offsets = tokenizer(" ".join(WORDS), return_offsets_mapping=True)["offset_mapping"]
     at = 0
     for word, place in zip(WORDS, places, strict=True):
-        assert offsets[place][0] in (at, at - 1)  # byte-level tokens begin with the space
+        assert offsets[place][0] in (at, at - 1)  # byte-level tokens include the space
         assert offsets[place - 1][1] <= at
         at += len(word) + 1
 
@@ -220,7 +220,7 @@ def test_each_word_is_placed_at_its_first_token(tokenizers, family):
 @pytest.mark.parametrize("family", ENCODERS)
 @settings(max_examples=40, deadline=None)
 @given(words=st.lists(st.text("abcXYZ019'-.,éß(", min_size=1, max_size=12), min_size=1, max_size=12))
-def test_words_have_different_places_in_their_order(tokenizers, family, words):
+def test_words_have_increasing_positions(tokenizers, family, words):
     ((ids, places),) = tokenize_words([words], tokenizers(family))
     assert None not in places
     assert places == sorted(set(places))
@@ -229,7 +229,7 @@ def test_words_have_different_places_in_their_order(tokenizers, family, words):
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_a_tag_stands_at_the_first_token_of_its_word_and_the_others_are_ignored(tokenizers, family):
+def test_a_tag_is_at_its_words_first_token_and_the_others_are_ignored(tokenizers, family):
     tokenizer = tokenizers(family)
     about = recipe("token-classify", labels=["PERSON", "PLACE"])
     row = {"tokens": ["Ada", "Lovelace", "in", "London"], "tags": ["B-PERSON", "I-PERSON", "O", "B-PLACE"]}
@@ -242,7 +242,7 @@ def test_a_tag_stands_at_the_first_token_of_its_word_and_the_others_are_ignored(
     assert tag_names(["PERSON", "PLACE"]) == ["O", "B-PERSON", "I-PERSON", "B-PLACE", "I-PLACE"]
 
 
-def test_rows_that_cannot_be_tagged_say_why(tokenizers):
+def test_untaggable_rows_give_a_reason(tokenizers):
     tokenizer, about = tokenizers("bert"), recipe("token-classify", 8, labels=["A"])
     rows = [
         {"tokens": ["x", "y"], "tags": ["B-B", "O"]},
@@ -255,7 +255,7 @@ def test_rows_that_cannot_be_tagged_say_why(tokenizers):
     assert long == "too long: 22 tokens, data.max_length is 8"
 
 
-# Hidden words
+# Masked words
 
 
 def text(words):
@@ -266,7 +266,7 @@ LONG = " ".join(["The sky is blue and the quick brown fox jumps over the lazy do
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_special_tokens_are_never_hidden_and_the_share_is_that_of_the_recipe(tokenizers, family):
+def test_special_tokens_are_never_masked_and_the_share_follows_the_recipe(tokenizers, family):
     tokenizer, about = tokenizers(family), recipe("completion", 256, objective="masked", mask_probability=0.3)
     ((example,),) = MASKED.encode([text(LONG)], tokenizer, about)
     words = len(example.input_ids) - 2
@@ -282,7 +282,7 @@ def test_special_tokens_are_never_hidden_and_the_share_is_that_of_the_recipe(tok
         assert batch["input_ids"][0, unchanged].tolist() == [example.input_ids[i] for i in unchanged]
 
 
-def test_masks_are_a_function_of_text_seed_and_draw_whatever_else_is_in_the_batch(tokenizers):
+def test_masks_depend_only_on_text_seed_and_draw(tokenizers):
     tokenizer, about = tokenizers("bert"), recipe("completion", 256, objective="masked")
     ((one,), (two,)) = MASKED.encode([text(LONG), text("A fox and a dog, and a cat.")], tokenizer, about)
     collate = MASKED.collator(tokenizer, about)
@@ -297,7 +297,7 @@ def test_masks_are_a_function_of_text_seed_and_draw_whatever_else_is_in_the_batc
     assert look(collate([one], 4), 0) != look(other([one], 4), 0)
 
 
-def test_of_hidden_tokens_four_fifths_are_masks_a_tenth_is_random_and_a_tenth_stays(tokenizers):
+def test_masked_tokens_are_eighty_percent_masks_ten_random_and_ten_unchanged(tokenizers):
     tokenizer, about = tokenizers("roberta"), recipe("completion", 256, objective="masked", mask_probability=0.5)
     ((example,),) = MASKED.encode([text(LONG)], tokenizer, about)
     collate = MASKED.collator(tokenizer, about)
@@ -329,7 +329,7 @@ def test_long_texts_are_split_cut_dropped_or_refused(tokenizers):
     assert encode("drop") == encode("error") == f"too long: {len(whole)} tokens, data.max_length is 64"
 
 
-def test_a_text_keeps_at_least_one_token_to_see_and_one_to_guess(tokenizers):
+def test_a_text_keeps_at_least_one_visible_and_one_masked_token(tokenizers):
     tokenizer = tokenizers("bert")
     about = recipe("completion", objective="masked", mask_probability=0.99)
     (one, (two,)) = MASKED.encode([text("fox"), text("fox dog")], tokenizer, about)

@@ -1,4 +1,4 @@
-"""Task classify from end to end: every family and method, every kind of label, bad rows, and what is left on disk."""
+"""Task classify end to end: every family and method, every kind of label, bad rows, and the files on disk."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def models(built) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def finished(models, tmp_path_factory) -> Callable[[str], tuple[dict[str, Any], Path]]:
-    """The report and the folder of a run by its method, made when asked for."""
+    """The report and folder of a run by its method, made on first use."""
     folder = tmp_path_factory.mktemp("runs")
 
     def find(method: str) -> tuple[dict[str, Any], Path]:
@@ -42,7 +42,7 @@ def finished(models, tmp_path_factory) -> Callable[[str], tuple[dict[str, Any], 
 
 
 @pytest.mark.parametrize(("method", "result"), [("lora", "adapter"), ("full", "weights")])
-def test_the_saved_configuration_names_the_classes_and_nothing_of_ours(finished, method, result):
+def test_the_saved_configuration_names_the_classes_and_nothing_specific_to_llmtune(finished, method, result):
     content = json.loads((finished(method)[1] / result / "config.json").read_text())
     assert content["id2label"] == {"0": "blue", "1": "green", "2": "red"}
     assert content["label2id"] == {"blue": 0, "green": 1, "red": 2}
@@ -50,7 +50,7 @@ def test_the_saved_configuration_names_the_classes_and_nothing_of_ours(finished,
     assert not [key for key in content if "llmtune" in key or "quantization" in key]
 
 
-# What the report says
+# The report
 
 
 def test_the_rows_of_each_class_are_shown(models, tmp_path):
@@ -65,11 +65,11 @@ def test_the_rows_of_each_class_are_shown(models, tmp_path):
     assert all(name in shown for name in COLOURS)
 
 
-# A base with a head of its own
+# A base with its own head
 
 
 @pytest.mark.parametrize("stated", [None, ["red", "green", "blue"]])
-def test_a_base_that_knows_the_classes_already_is_the_base(finished, tmp_path, stated):
+def test_a_base_that_already_knows_the_classes_serves_as_the_base(finished, tmp_path, stated):
     section = {} if stated is None else {"labels": stated}
     base = finished("full")[1] / "weights"
     report, folder = run(recipe_for(tmp_path / "r.yaml", base, colour_rows(), classify=section, train=ONE_STEP))
@@ -90,7 +90,7 @@ def test_a_base_that_knows_other_classes_gets_a_new_head(finished, tmp_path):
     assert not [key for key in config if "llmtune" in key]
 
 
-def test_training_goes_on_from_an_adapter_for_these_classes_and_not_for_others(finished, models, tmp_path):
+def test_training_starts_from_an_adapter_only_if_its_classes_match(finished, models, tmp_path):
     _, before = finished("lora")
     adapter = {"start_from": str(before), "r": None, "lora_alpha": None}
     same = recipe_for(tmp_path / "same.yaml", models("bert"), colour_rows(), adapter=dict(adapter), train=ONE_STEP)
@@ -105,7 +105,7 @@ def test_training_goes_on_from_an_adapter_for_these_classes_and_not_for_others(f
 # Kinds of labels
 
 
-def test_many_labels_a_row(models, tmp_path):
+def test_several_labels_per_row(models, tmp_path):
     rows = colour_rows()
     for i, row in enumerate(rows):
         row["label"] = [row["label"], *(["even"] if i % 2 == 0 else [])] if i % 7 else []
@@ -120,9 +120,9 @@ def test_many_labels_a_row(models, tmp_path):
     assert [row["label"] for row in report["evaluation"]["details"]["tuned"]["classes"]] == names
 
 
-def test_a_number_is_predicted_and_held_against_the_mean(models, tmp_path):
+def test_a_number_is_predicted_and_compared_with_the_mean(models, tmp_path):
     rows = [{**row, "label": float(COLOURS.index(row["label"]))} for row in colour_rows()]
-    rows[3]["label"] = 0  # files leave the decimal point out
+    rows[3]["label"] = 0  # files omit the decimal point
     report, folder = run(recipe_for(tmp_path / "r.yaml", models("modernbert"), rows))
     evaluation, lines = report["evaluation"], predictions(folder)
     errors = [float(line["reference"]) - line["tuned_prediction"]["label"] for line in lines]
@@ -157,17 +157,17 @@ def test_a_number_is_predicted_and_held_against_the_mean(models, tmp_path):
         ([], "single"),
     ],
 )
-def test_the_kind_of_labels_is_told_by_all_of_them(labels, kind):
+def test_the_kind_of_labels_is_inferred_from_all_of_them(labels, kind):
     assert classify.infer_kind(labels) == kind
 
 
 @pytest.mark.parametrize("labels", [["a", 2.5], ["a", ["b"]], [2.5, ["b"]], ["1", ["b"]]])
-def test_labels_of_several_kinds_are_told(labels):
+def test_labels_of_several_kinds_are_reported(labels):
     with pytest.raises(DataError, match="several kinds"):
         classify.infer_kind(labels)
 
 
-def test_classes_are_in_the_models_order_where_it_has_the_same_and_else_sorted():
+def test_classes_are_in_the_models_order_if_it_has_the_same_else_sorted():
     named = type("Config", (), {"id2label": {0: "b", 1: "c", 2: "a"}})()
     assert classify.sort_names({"a", "b", "c"}, named) == ["b", "c", "a"]
     assert classify.sort_names({"a", "b"}, named) == ["a", "b"]
@@ -175,7 +175,7 @@ def test_classes_are_in_the_models_order_where_it_has_the_same_and_else_sorted()
     assert classify.sort_names({"10", "9", "x"}, None) == ["10", "9", "x"]
 
 
-# What does not go together
+# Invalid combinations
 
 
 def test_bad_rows_that_are_allowed_are_left_out_and_do_not_disturb_the_baseline(models, tmp_path):
@@ -196,7 +196,7 @@ def test_bad_rows_that_are_allowed_are_left_out_and_do_not_disturb_the_baseline(
 
 
 @pytest.mark.parametrize("build", [families.build_t5, families.build_bart])
-def test_a_model_of_two_parts_is_refused(tmp_path, build):
+def test_an_encoder_decoder_is_refused(tmp_path, build):
     path = recipe_for(tmp_path / "r.yaml", build(tmp_path / "model"), colour_rows(20))
     with pytest.raises(RecipeError, match="cannot be used for the task classify") as caught:
         run(path)
@@ -225,7 +225,7 @@ def test_rows_of_one_class_are_refused(models, tmp_path):
         ({"class_weights": {"pink": 2.0}}, None, {}, "has a weight for 'pink', which no row has"),
     ],
 )
-def test_what_this_kind_of_label_does_not_have_is_refused(models, tmp_path, section, label, evaluate, said):
+def test_settings_unsupported_by_the_kind_of_label_are_refused(models, tmp_path, section, label, evaluate, said):
     rows = [row if label is None else {**row, "label": label} for row in colour_rows(20)]
     path = recipe_for(tmp_path / "r.yaml", models("bert"), rows, classify=section, evaluate=evaluate)
     with pytest.raises(RecipeError) as caught:
@@ -234,10 +234,10 @@ def test_what_this_kind_of_label_does_not_have_is_refused(models, tmp_path, sect
     assert caught.value.exit_code == 2
 
 
-# Weights of classes
+# Class weights
 
 
-def test_balanced_weights_are_those_of_scikit_learn(models, tmp_path):
+def test_balanced_weights_match_scikit_learn(models, tmp_path):
     from sklearn.utils.class_weight import compute_class_weight
 
     rows = [row for i, row in enumerate(colour_rows(90)) if row["label"] != "blue" or i % 4 == 0]

@@ -1,4 +1,4 @@
-"""What every task promises, for every variant: batches change nothing, answers are those of one row, results reload."""
+"""The contract of every task and variant: batching changes nothing, answers equal single rows, results reload."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def speech(**section: Any) -> dict[str, Any]:
 
 
 def build_headless(folder: Path) -> Path:
-    """A model of letters that has not learned any."""
+    """A CTC model that has not learned any letters."""
     families.build_wav2vec2(folder)
     AutoModelForCTC.from_pretrained(folder).wav2vec2.save_pretrained(folder)
     return folder
@@ -136,14 +136,14 @@ VARIED = {
     for method in RATES
     if not name.endswith((*RATES,)) and method != case.method and f"{name}-{method}" not in CASES
 }
-"""The methods in which the default suite does not train a variant."""
+"""Methods that the default suite does not train for a variant."""
 RELATED = {f"chat-{name}": replace(CASES["chat"], adapter=adapter) for name, adapter in RELATIVES.items()}
 SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
 SECOND += ("whisper-full", "ctc-headless", "preference-orpo")
-"""Cases of a variant that the default suite has with another method, model or loss."""
+"""Cases of a variant that the default suite covers with another method, model or loss."""
 SLOW = {*VARIED, *RELATED, *SECOND}
 CELLS = CASES | VARIED | RELATED
-"""All variants of tasks with LoRA, QLoRA and all weights, and a decoder with the relatives of LoRA."""
+"""All variants of tasks with LoRA, QLoRA and full tuning, and a decoder with LoRA's relatives."""
 BASELINES = {
     "qa-extractive": "no answer to every question",
     "classify": "the most frequent class",
@@ -153,14 +153,14 @@ BASELINES = {
     "ctc-headless": "an empty transcript",
     "reward": "the same score for every answer",
 }
-"""What stands in the place of a base model without a trained head."""
+"""The baselines that replace a base model without a trained head."""
 EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CELLS]
 every_case = pytest.mark.parametrize("name", EVERY)
 
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Callable[..., Path]:
-    """Write the recipe of a case into a folder; rows of speech are tones, whose pitch is their word."""
+    """Write the recipe of a case into a folder; speech rows are tones, whose pitch is the word."""
     models: dict[str, Path] = {}
 
     def write(name: str, folder: Path, **changes: Any) -> Path:
@@ -215,12 +215,12 @@ def test_micro_batches_padding_and_packing_change_no_loss_and_no_gradient(name, 
         training = start_training(path, tmp_path / str(packing) / "run")
         assert training.task is VARIANTS[case.task][case.variant]
         with torch.no_grad():
-            for i, parameter in enumerate(training.parameters):  # away from the start, where half the gradient is zero
+            for i, parameter in enumerate(training.parameters):  # move off the start, where half the gradient is zero
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
         found += [gradient(training, budget) for budget in (1, 100_000)]
     (loss, one), *others = found
     assert float(one.norm()) > 0.01
-    # The same sums in another order: float32 keeps six digits of a loss; where terms cancel, a gradient keeps four.
+    # The same sums in another order: float32 keeps six digits of a loss, but only four of a gradient with cancellation.
     for other_loss, other in others:
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert float((other - one).norm() / one.norm()) < 2e-4
@@ -238,7 +238,7 @@ def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name
     assert scores["tuned"].keys() - scores["base"].keys() == row_loss
     for difference in scores["difference"].values():
         low, high = difference["interval"]
-        assert low is None or low <= difference["value"] <= high  # None where the rows are too few
+        assert low is None or low <= difference["value"] <= high  # None if there are too few rows
 
 
 @every_case
@@ -250,7 +250,7 @@ def test_a_second_run_is_skipped(name, finished):
 
 
 @every_case
-def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name, finished):
+def test_batched_answers_equal_single_ones_and_those_of_the_evaluation(name, finished):
     run, _ = finished(name)
     context, models, processor, rows = opened(run)
     lines = [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
@@ -275,7 +275,7 @@ def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name,
 
 
 def compare(one: Any, other: Any) -> None:
-    """Hold two predictions against each other, their numbers but for rounding: padded rows add in another order."""
+    """Compare two predictions up to rounding: padding changes the order of additions."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         for key, value in one.items():
@@ -287,7 +287,7 @@ def compare(one: Any, other: Any) -> None:
 
 
 def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a model reads of a batch, and what its head gives."""
+    """A model's inputs for a batch, and its head's outputs."""
     inputs = model_inputs(model, batch)
     if unwrap(model).config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
@@ -297,7 +297,7 @@ def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, An
 
 
 @pytest.mark.parametrize("name", [cell for cell in EVERY if CELLS[cell.values[0]].method != "full"])
-def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, finished):
+def test_disabling_the_adapter_gives_the_base_and_merging_keeps_it(name, finished):
     run, _ = finished(name)
     context, models, processor, _ = opened(run)
     reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
@@ -311,13 +311,13 @@ def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, f
     _, merged = outputs(merge_adapter(adapted, "dequantized"), batch)
     assert not any(torch.equal(tuned[key], base[key]) for key in base)
     assert all(torch.equal(off[key], base[key]) for key in base), "nothing is computed otherwise: not a bit differs"
-    # A sum of two products in float32 is one product by now: digits of the logits, which are below 50, change.
+    # Merging turns a sum of two float32 products into one: logits, which are below 50, change in their last digits.
     torch.testing.assert_close(merged, tuned, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
 @every_case
-def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(name, finished, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_bytes(name, finished, tmp_path):
     run, _ = finished(name)
     result = "weights" if CELLS[name].method == "full" else "adapter"
     halved = Path(shutil.copytree(run, tmp_path / "run"))
@@ -341,7 +341,7 @@ def test_two_processes_learn_as_one(name, finished, tmp_path):
     assert two.returncode == 0, two.stderr
     pairs = list(zip(read_metrics(run), read_metrics(tmp_path / "two"), strict=True))
     assert len(pairs) > 3
-    # Sums in another order: the last digits differ, and grow from step to step. Dropout is drawn a process at a time.
+    # Sums in another order differ in the last digits, more with each step. Dropout is drawn per process.
     tolerance = 0.05 if name in WITH_DROPOUT else 1e-3
     for alone, together in pairs[:5]:
         assert together["loss"] == pytest.approx(alone["loss"], rel=tolerance)
@@ -371,7 +371,7 @@ def test_two_processes_evaluate_as_one(name, finished, tmp_path):
     ("strategy", "processes"),
     [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)],
 )
-def test_several_processes_take_the_steps_of_one(strategy, processes, recipe_file, tmp_path, monkeypatch):
+def test_several_processes_take_the_same_steps_as_one(strategy, processes, recipe_file, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     names = [name for name, case in CELLS.items() if case.method != "qlora" or strategy == "ddp"]
     alone = {name: learn_a_little(recipe_file(name, tmp_path / name)) for name in names}
@@ -395,7 +395,7 @@ for folder, auto_class, method, skipped, inputs, outputs in json.load(open(sys.a
             bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=skipped)
     if method == "full":
         model = plain.from_pretrained(folder, **options)
-    elif auto_class == "AutoModelForCTC":  # AutoPeftModel wants an embedding of tokens, which it does not have
+    elif auto_class == "AutoModelForCTC":  # AutoPeftModel needs a token embedding, which it lacks
         base = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
         config = transformers.AutoConfig.from_pretrained(folder)
         model = peft.PeftModel.from_pretrained(plain.from_pretrained(base, config=config, **options), folder)
@@ -406,7 +406,7 @@ for folder, auto_class, method, skipped, inputs, outputs in json.load(open(sys.a
         named = "AutoPeftModel" if "Question" in auto_class else "AutoPeft" + auto_class.removeprefix("Auto")
         auto = getattr(peft, named, peft.AutoPeftModel)
         model = auto.from_pretrained(folder, **options)
-    for module in model.modules():  # bitsandbytes' kernel for inference rounds otherwise
+    for module in model.modules():  # bitsandbytes' inference kernel rounds differently
         module.support_avx512bf16_for_cpu = False
     with torch.no_grad():
         output = model.eval()(**load_file(inputs))
@@ -418,7 +418,7 @@ assert not any(name.startswith("llmtune") for name in sys.modules)
 
 @pytest.fixture(scope="module")
 def reloaded(finished: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """What a script without llmtune makes of a batch with each result, as a file; beside it what llmtune does."""
+    """The outputs of a script without llmtune for a batch with each result, and llmtune's own, as files."""
     place, known = tmp_path_factory.mktemp("reloaded"), set()
 
     def reload(name: str) -> Path:
@@ -432,7 +432,7 @@ def reloaded(finished: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
 
 
 def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], place: Path) -> None:
-    """Give a batch to each result, here and in a script of its own."""
+    """Give a batch to each result, in this process and in a separate script."""
     asked = []
     for name in names:
         run, _ = finished(name)
@@ -455,9 +455,9 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
 
 
 @every_case
-def test_what_was_tuned_reloads_with_plain_classes_and_gives_the_same(name, reloaded):
+def test_results_reload_with_plain_classes_and_give_the_same_outputs(name, reloaded):
     ours, plain = (load_file(f"{reloaded(name)}.{part}") for part in ("ours", "plain"))
     assert ours.keys() == plain.keys() != set()
-    # The plain classes compute with their own norms, attention and adapters: the last digits of logits below 50 differ.
+    # The plain classes have their own norms, attention and adapters: logits below 50 differ in their last digits.
     for key, logits in ours.items():
         torch.testing.assert_close(plain[key], logits, rtol=1e-4, atol=1e-4)

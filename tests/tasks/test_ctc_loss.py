@@ -1,4 +1,4 @@
-"""The loss of models of letters: that of transformers, summed, and the same a row whatever it is padded with."""
+"""The CTC loss: it equals transformers' loss, summed, and padding does not change a row's loss."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ LETTER_MODELS = {
 
 
 def letters_model(family, norm="layer", **config):
-    """A random model of letters, of any family that hears waves."""
+    """A random CTC model of any family that reads waves."""
     shape = {"conv_dim": (16, 16, 16), "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8), "vocab_size": 32}
     shape |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "num_feat_extract_layers": 3}
@@ -44,7 +44,7 @@ def waves(lengths=(9_000, 16_000, 6_001), seed=0):
 
 
 def row_of(batch, row):
-    """A row of a batch alone, without its padding."""
+    """A single row of a batch without its padding."""
     size = int(batch["samples_R"][row])
     cut = {name: batch[name][row : row + 1, :size] for name in ("input_values", "attention_mask")}
     labels = batch["labels"][row : row + 1]
@@ -52,7 +52,7 @@ def row_of(batch, row):
     return {**cut, "labels": labels[:, labels[0] >= 0], "samples_R": samples, "n_rows": 1}
 
 
-@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")  # WavLM's own
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")  # from WavLM
 @pytest.mark.parametrize("norm", ["layer", "group"])
 @pytest.mark.parametrize("family", LETTER_MODELS)
 def test_padding_does_not_change_the_loss_of_a_row(family, norm):
@@ -64,7 +64,7 @@ def test_padding_does_not_change_the_loss_of_a_row(family, norm):
     assert together.count == sum(loss.count for loss in alone) == 4 + 5 + 6
 
 
-def test_padding_does_not_change_the_loss_behind_an_adapter_of_the_model():
+def test_padding_does_not_change_the_loss_after_a_models_adapter_layers():
     model = letters_model("wav2vec2", add_adapter=True, num_adapter_layers=1)
     batch = waves((20_000, 30_000))
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_padding_does_not_change_the_loss_behind_an_adapter_of_the_model():
     torch.testing.assert_close(together.row_sums, torch.cat(alone), rtol=1e-4, atol=1e-3)
 
 
-def test_the_loss_is_that_of_transformers_summed():
+def test_the_summed_loss_matches_transformers():
     model, batch = letters_model("wav2vec2"), waves()
     model.config.ctc_loss_reduction = "sum"
     names = ("input_values", "attention_mask", "labels")

@@ -1,4 +1,4 @@
-"""Losses of encoders: padding and packing change none of them in any family, and they equal torch's own."""
+"""Losses of encoders: padding and packing do not change them in any family, and they equal torch's own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_padding_and_packing_change_neither_loss_nor_gradient(built, name, famil
     plain = open_model(name, folder, **attention, **config)
     plain.config.pad_token_id = tokenizer.pad_token_id
     alone = [task.loss(plain, task.collator(tokenizer, recipe)([example], 0), True) for example in examples]
-    assert len({round(one.sum.item(), 5) for one in alone}) == len(examples)  # rows that could be told apart
+    assert len({round(one.sum.item(), 5) for one in alone}) == len(examples)  # all rows differ
     parameters = [p for p in plain.parameters() if p.requires_grad]
     wanted = torch.autograd.grad(torch.stack([one.sum for one in alone]).sum(), parameters, allow_unused=True)
     longest = max(float(g.norm()) for g in wanted if g is not None)
@@ -107,18 +107,18 @@ def test_padding_and_packing_change_neither_loss_nor_gradient(built, name, famil
                 torch.testing.assert_close(ours, single, rtol=1e-3, atol=1e-5 * longest)
 
 
-def test_logits_of_a_packed_row_stand_in_a_row_for_each_window():
+def test_logits_of_a_packed_row_are_split_into_one_row_per_window():
     logits_BT = torch.arange(1.0, 7.0)[None]
     packed = by_window(logits_BT, {"document_lengths": [2, 1, 3]})
     lowest = torch.finfo(torch.float32).min
     assert packed.tolist() == [[1, 2, lowest], [3, lowest, lowest], [4, 5, 6]]
 
 
-# What a classifier's loss is
+# The definition of a classifier's loss
 
 
 class Fixed(torch.nn.Module):
-    """A classifier that gives the logits it was made with."""
+    """A classifier that returns given logits."""
 
     def __init__(self, logits_RK: torch.Tensor) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def loss_of(logits_RK: torch.Tensor, by_row: bool = True, **batch: Any) -> Loss:
     return CLASSIFY.loss(Fixed(logits_RK), {"input_ids": torch.zeros(len(logits_RK), 1).long(), **batch}, by_row)
 
 
-def test_the_loss_of_one_label_is_torchs_cross_entropy_over_rows_with_weights_in_the_sum_alone():
+def test_the_single_label_loss_is_torchs_cross_entropy_with_weights_only_in_the_sum():
     logits_RK, classes_R = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])
     loss = loss_of(logits_RK, classes_R=classes_R)
     assert loss.count == 6
@@ -146,7 +146,7 @@ def test_the_loss_of_one_label_is_torchs_cross_entropy_over_rows_with_weights_in
     assert (weighted.count, weighted.correct) == (6, loss.correct)
 
 
-def test_the_loss_of_many_labels_is_torchs_binary_cross_entropy_and_that_of_a_number_its_square():
+def test_the_multi_label_loss_is_torchs_binary_cross_entropy_and_regression_squared_error():
     logits_RK, values_RK = torch.randn(4, 3), torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
     loss = loss_of(logits_RK, values_RK=values_RK, many=True)
     torch.testing.assert_close(loss.sum / 4, functional.binary_cross_entropy_with_logits(logits_RK, values_RK))
@@ -160,10 +160,10 @@ def test_the_loss_of_many_labels_is_torchs_binary_cross_entropy_and_that_of_a_nu
 
 
 @pytest.mark.parametrize("name", ["classify", "token-classify", "qa", "completion"])
-def test_the_loss_is_the_one_of_transformers(built, name):
+def test_the_loss_matches_transformers(built, name):
     model, task = open_model(name, built("bert")), VARIANT.get(name, CLASSIFY)
     batch = task.collator(AutoTokenizer.from_pretrained(built("bert")), recipe_of(name))(texts(name)[1:2], 0)
-    if name == "qa":  # one row alone: transformers takes padding for a choice
+    if name == "qa":  # a single row: transformers lets padding be an answer
         labels = {"start_positions": batch["first_R"], "end_positions": batch["last_R"]}
     elif name == "classify":
         labels = {"labels": batch["classes_R"]}

@@ -1,4 +1,4 @@
-"""Completion with `objective: masked`: hidden words are guessed by encoders."""
+"""Completion with `objective: masked`: encoders predict masked words."""
 
 import json
 
@@ -41,8 +41,8 @@ def finished(tmp_path_factory, built):
     return folder / "run"
 
 
-def test_other_words_are_hidden_in_every_step_of_training(built, tmp_path):
-    """One row, again and again: without a step of its own each draw would give the same loss at a rate of zero."""
+def test_different_words_are_masked_in_every_training_step(built, tmp_path):
+    """One repeated row: if all steps drew the same masks, the loss would be constant at learning rate zero."""
     sections = {"data": {"max_length": 64, "validation": 0, "test": 0}, "evaluate": {"metrics": None}}
     train = {"num_train_epochs": None, "max_steps": 4, "learning_rate": 1e-12, "batch_size": 1}
     run_recipe(tmp_path, built("bert"), ROWS[:1], train=train, **sections)
@@ -53,7 +53,7 @@ def test_other_words_are_hidden_in_every_step_of_training(built, tmp_path):
 # Filling in
 
 
-def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished):
+def test_masks_in_a_text_are_filled_and_other_texts_are_unchanged(finished):
     context = open_finished(finished, quiet(), True)
     processor = context.plan.processor
     texts = [f"The quick {processor.mask_token} is red.", "The quick fox is red. ", ""]
@@ -67,7 +67,7 @@ def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished):
     assert (whole, nothing) == (texts[1], "")
 
 
-def test_behind_the_longest_text_that_is_read_masks_come_back_as_they_are(finished):
+def test_masks_beyond_the_maximum_length_are_unchanged(finished):
     context = open_finished(finished, quiet(), True)
     processor = context.plan.processor
     text = f"The quick {processor.mask_token} is red. " * 40
@@ -79,7 +79,7 @@ def test_behind_the_longest_text_that_is_read_masks_come_back_as_they_are(finish
     assert said.count("is red.") == 40
 
 
-# What is refused
+# Refused models
 
 
 def test_a_decoder_and_an_encoder_without_its_head_are_refused(built, tiny_llama, tmp_path):

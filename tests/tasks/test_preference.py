@@ -1,4 +1,4 @@
-"""Preference learning by every loss: whole runs, their numbers computed again by plain classes, and what is refused."""
+"""Preference learning with every loss: complete runs, metrics recomputed with plain classes, and refused settings."""
 
 import math
 import shutil
@@ -26,7 +26,7 @@ from llmtune.store.run_request import RunRequest
 
 LOSSES = tuple(LOSS_METRICS)
 QUIET_HEAD = {"generation": {"max_new_tokens": None}}
-"""A model that scores answers writes none."""
+"""A reward model writes no answers."""
 RUNS = {
     **{loss: {} for loss in LOSSES},
     "dpo-full": {"adapter": {"method": "full"}, "train": {"learning_rate": 1.0e-3}},
@@ -44,7 +44,7 @@ def sections_of(loss, **sections):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_llama, tiny_gpt2):
-    """Whole runs by name, each made when it is first asked for: its folder and its report."""
+    """Complete runs by name, each made on first use: its folder and report."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
 
     def make(name):
@@ -66,7 +66,7 @@ test_rows.__test__ = False
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_preferences_are_learned_and_measured_beside_the_base(name, runs):
+def test_preferences_are_learned_and_compared_with_the_base(name, runs):
     _, report = runs(name)
     loss, scores = name.split("-")[0], report["evaluation"]
     assert report["train"]["train_loss"] < report["train"]["first_loss"]
@@ -76,27 +76,27 @@ def test_preferences_are_learned_and_measured_beside_the_base(name, runs):
     assert scores["tuned"]["accuracy"] > 0.9
     assert scores["tuned"]["margin"] > scores["base"]["margin"]
     assert all(not math.isnan(value) for value in scores["tuned"].values())
-    if loss != "orpo":  # whose rewards have no reference
+    if loss != "orpo":  # its rewards have no reference
         assert (scores["base"]["accuracy"], scores["base"]["margin"]) == (0.5, 0.0)
     if "kl" in wanted:
         assert scores["base"]["kl"] == 0 < scores["tuned"]["kl"]
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("dpo")])
-def test_dpo_starts_at_the_logarithm_of_two_where_the_model_is_its_reference(name, runs):
+def test_dpo_starts_at_log_two_if_the_model_is_its_reference(name, runs):
     run, report = runs(name)
-    dropout = 0.01 if name == "dpo-gpt2" else 1e-6  # GPT-2 has some of its own, which its reference has not
+    dropout = 0.01 if name == "dpo-gpt2" else 1e-6  # GPT-2 has its own dropout, its reference has none
     assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=dropout)
     assert report["evaluation"]["base"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     last = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line][-1]
     assert last < math.log(2)
 
 
-# The numbers, computed again
+# The metrics, recomputed
 
 
 def plain_logps(model, tokenizer, row, answer):
-    """Log-probabilities [A, V] that a model gives at each token of an answer, and those of its tokens [A]."""
+    """A model's log-probabilities [A, V] at each token of an answer, and those of its tokens [A]."""
     turns = [*row["messages"], {"role": "assistant", "content": answer}]
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]
@@ -113,7 +113,7 @@ def plain_logps(model, tokenizer, row, answer):
 
 
 def plain_models(run, report):
-    """The base and the tuned model of a run by the classes of transformers and PEFT."""
+    """The base and tuned model of a run, loaded with the classes of transformers and PEFT."""
     base = AutoModelForCausalLM.from_pretrained(report["recipe"]["model"]["name"]).eval()
     if (run / "weights").exists():
         return base, AutoModelForCausalLM.from_pretrained(run / "weights").eval()
@@ -121,7 +121,7 @@ def plain_models(run, report):
 
 
 @pytest.mark.parametrize("name", ["dpo", "dpo-full", "dpo-gpt2", "ipo", "orpo"])
-def test_metrics_of_pairs_are_those_of_plain_models(name, runs):
+def test_pair_metrics_match_plain_models(name, runs):
     run, report = runs(name)
     base, tuned = plain_models(run, report)
     tokenizer = AutoTokenizer.from_pretrained(report["recipe"]["model"]["name"])
@@ -153,7 +153,7 @@ def test_metrics_of_pairs_are_those_of_plain_models(name, runs):
 
 
 def score(run, rows):
-    """What the model of a run says to rows, read back as llmtune reads it."""
+    """The ratings of rows by the model of a run, loaded by llmtune."""
     context = open_finished(run, quiet(), True)
     processor = context.plan.processor
     with Models(context).tuned() as model, torch.inference_mode():
@@ -169,19 +169,19 @@ def test_a_single_answer_is_scored_from_the_ids_of_training(runs):
     assert said == {"answer": pytest.approx(pair["chosen"], abs=1e-6)}
 
 
-# Runs that go on
+# Runs that start from another run
 
 
 @pytest.fixture(scope="module")
 def chatted(tmp_path_factory, tiny_llama):
-    """A chat run to go on from: it has learned the good answers."""
+    """A chat run to start from: it has learned the good answers."""
     folder = tmp_path_factory.mktemp("chatted")
     rows = [chat(row["prompt"], row["chosen"]) for row in LIKED]
     run_recipe(folder, tiny_llama, rows, "chat", evaluate={"metrics": ["loss"]})
     return folder / "run"
 
 
-def test_going_on_from_an_adapter_holds_it_as_the_reference(chatted, tiny_llama, tmp_path):
+def test_starting_from_an_adapter_uses_it_as_the_reference(chatted, tiny_llama, tmp_path):
     adapter = {"r": None, "lora_alpha": None, "start_from": str(chatted)}
     metrics = {"metrics": ["loss", "likelihood_accuracy", "kl", "margin"]}
     train = {"learning_rate": 5.0e-3}
@@ -192,7 +192,7 @@ def test_going_on_from_an_adapter_holds_it_as_the_reference(chatted, tiny_llama,
     assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert report["train"]["train_loss"] < math.log(2)
     assert scores["base"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert scores["base"]["kl"] > 0  # the chat run has moved away from the model without an adapter
+    assert scores["base"]["kl"] > 0  # the chat run differs from the model without an adapter
     assert scores["signatures"]["base"].startswith("the base model with the adapter of adapter.start_from")
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     start = PeftModel.from_pretrained(model, chatted / "adapter").eval()
@@ -210,9 +210,7 @@ def test_going_on_from_an_adapter_holds_it_as_the_reference(chatted, tiny_llama,
 
 
 @pytest.mark.parametrize("kind", ["start_from", "full", "pissa"])
-def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_reference_and_ends_with_the_same_bytes(
-    kind, chatted, tiny_llama, tmp_path
-):
+def test_a_resumed_run_keeps_its_reference_and_ends_with_the_same_bytes(kind, chatted, tiny_llama, tmp_path):
     adapter = {"start_from": {"r": None, "lora_alpha": None, "start_from": str(chatted)}, "full": {"method": "full"}}
     train = {"max_steps": 6, "num_train_epochs": None, "save_steps": 4, "learning_rate": 1.0e-3}
     sections = sections_of("dpo", adapter=adapter.get(kind, {"init_lora_weights": "pissa"}), train=train)
@@ -240,7 +238,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_reference_and_ends_with_
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["kto", "dpo"])
 def test_two_processes_learn_preferences_as_one_does(loss, tiny_llama, tmp_path):
-    """With 17 rows the last step of an epoch has one: a process without any takes part in the survey of KTO."""
+    """With 17 rows an epoch's last step has one: processes without a row take part in KTO's step statistics."""
     sections = sections_of(loss, adapter={"lora_dropout": 0.0}, evaluate={"metrics": None})
     data = {"validation": 0, "test": 0}
     recipe_of(tmp_path, tiny_llama, rows_for(loss)[:17], "preference", data=data, **sections)
@@ -255,7 +253,7 @@ def test_two_processes_learn_preferences_as_one_does(loss, tiny_llama, tmp_path)
         assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
 
 
-# What is refused, and what is left out
+# Refused and omitted
 
 
 def refuse(kind, folder, model, rows, **sections):
@@ -265,7 +263,7 @@ def refuse(kind, folder, model, rows, **sections):
 
 
 @pytest.mark.parametrize(("loss", "rows"), [("kto", LIKED), ("dpo", THUMBS), ("reward", THUMBS)])
-def test_rows_of_the_other_kind_are_one_mistake_and_not_one_a_row(loss, rows, tiny_llama, tmp_path):
+def test_rows_of_the_other_kind_are_reported_once(loss, rows, tiny_llama, tmp_path):
     error = refuse(DataError, tmp_path, tiny_llama, rows, **sections_of(loss))
     assert error.exit_code == 3
     (problem,) = error.problems
@@ -274,12 +272,12 @@ def test_rows_of_the_other_kind_are_one_mistake_and_not_one_a_row(loss, rows, ti
     assert problem.fix.startswith("Set preference.loss to ")
 
 
-def test_with_all_weights_trained_the_report_says_why_there_is_no_divergence(runs):
+def test_with_full_tuning_the_report_explains_the_missing_divergence(runs):
     signatures = runs("dpo-full")[1]["evaluation"]["signatures"]
     assert signatures["kl"].startswith("not measured: with adapter.method: full")
 
 
-def test_thumbs_of_one_kind_alone_have_no_margin_and_the_report_says_so(tiny_llama, tmp_path):
+def test_the_report_explains_the_missing_margin_of_thumbs_of_one_kind(tiny_llama, tmp_path):
     up = write_jsonl(tmp_path / "up.jsonl", [row for row in THUMBS if row["label"]][:3])
     train = {"max_steps": 2, "num_train_epochs": None}
     sections = sections_of("kto", data={"test": str(up), "validation": 0}, train=train)

@@ -1,4 +1,4 @@
-"""Preference losses and their gradients are those of TRL's trainers, however a step is cut and padded."""
+"""Preference losses and their gradients equal those of TRL's trainers, for any split and padding of a step."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,13 +52,13 @@ def folder(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4)  # so that answers differ in more than their length
+                parameter.mul_(4)  # make answers differ in more than their length
     model.save_pretrained(path)
     return path
 
 
 def open_tuned(folder, scorer=False, moved=True, **lora):
-    """A model with a LoRA, away from its start if `moved`, in training mode."""
+    """A model with LoRA in training mode, moved off its start if `moved`."""
     torch.manual_seed(1)
     if scorer:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
@@ -114,7 +114,7 @@ def some_batches(folder, settings, cuts):
 
 
 def step(model, batches, settings):
-    """Loss, count, right ones and gradients of one optimiser step over `batches`."""
+    """Loss, count, correct count and gradients of one optimiser step over `batches`."""
     model.zero_grad()
     surveys = [step_statistics(model, batch, settings, model.disable_adapter) for batch in batches]
     totals = [sum(values) for values in zip(*surveys, strict=True)]
@@ -151,7 +151,7 @@ def trl_classes(kind):
 
 
 def make_trainer(kind, folder, tuned, rows, output, **options):
-    """A trainer of TRL's whose model has the weights of `tuned`; its reference is its model without the adapter."""
+    """A TRL trainer whose model has the weights of `tuned`; the reference is this model without the adapter."""
     trainer_class, config_class = trl_classes(kind)
     scorer = kind == "reward"
     auto_class = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
@@ -169,7 +169,7 @@ def make_trainer(kind, folder, tuned, rows, output, **options):
 
 
 def referee(trainer, rows):
-    """Loss, gradients and logged values of the trainer's own loss on the batch of its own collator."""
+    """Loss, gradients and logged values from the trainer's own loss and collator."""
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
     loss.backward()
@@ -187,7 +187,7 @@ def encoded_pairs(rows):
 
 @pytest.mark.parametrize(("loss", "theirs"), [("dpo", "sigmoid"), ("ipo", "ipo")])
 @pytest.mark.parametrize("beta", [0.1, 0.6])
-def test_dpo_and_ipo_are_those_of_trl(folder, tmp_path, loss, theirs, beta):
+def test_dpo_and_ipo_match_trl(folder, tmp_path, loss, theirs, beta):
     tuned = open_tuned(folder)
     trainer = make_trainer("dpo", folder, tuned, text_rows(), tmp_path, loss_type=[theirs], beta=beta)
     rows = list(trainer.train_dataset)
@@ -199,8 +199,8 @@ def test_dpo_and_ipo_are_those_of_trl(folder, tmp_path, loss, theirs, beta):
     assert ours.correct / ours.count == pytest.approx(trainer._metrics["train"]["rewards/accuracies"][-1])
 
 
-def test_smoothed_dpo_is_that_of_trl_pair_by_pair(folder, tmp_path):
-    # TRL has this form only in `aot`, which sorts over the batch: with one pair there is nothing to sort
+def test_smoothed_dpo_matches_trl_for_each_pair(folder, tmp_path):
+    # TRL offers this form only in `aot`, which sorts over the batch; one pair needs no sorting
     tuned = open_tuned(folder)
     options = {"loss_type": ["aot"], "beta": 0.3, "label_smoothing": 0.2}
     trainer = make_trainer("dpo", folder, tuned, text_rows(), tmp_path, **options)
@@ -212,9 +212,9 @@ def test_smoothed_dpo_is_that_of_trl_pair_by_pair(folder, tmp_path):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_kto_is_that_of_trl(folder, tmp_path, sign):
+def test_kto_matches_trl(folder, tmp_path, sign):
     tuned = open_tuned(folder)
-    with torch.no_grad():  # with one sign the estimate is above zero, with the other it is cut off there
+    with torch.no_grad():  # the estimate is above zero with one sign, clipped to zero with the other
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(sign)
@@ -237,7 +237,7 @@ def test_kto_is_that_of_trl(folder, tmp_path, sign):
 
 
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
-def test_orpo_is_that_of_trl_with_the_prompt_in_its_likelihood(folder, tmp_path):
+def test_orpo_matches_trl_with_the_prompt_in_its_likelihood(folder, tmp_path):
     tuned = open_tuned(folder)
     trainer = make_trainer("orpo", folder, tuned, text_rows(), tmp_path, beta=0.7, max_length=128)
     rows = list(trainer.train_dataset)
@@ -257,7 +257,7 @@ def test_orpo_is_that_of_trl_with_the_prompt_in_its_likelihood(folder, tmp_path)
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.05])
-def test_the_reward_models_loss_is_that_of_trl(folder, tmp_path, coefficient):
+def test_the_reward_loss_matches_trl(folder, tmp_path, coefficient):
     tuned = open_tuned(folder, scorer=True)
     pairs = some_pairs(folder)
     rows = [{"chosen_ids": pair.prompt + pair.first, "rejected_ids": pair.prompt + pair.second} for pair in pairs]
@@ -290,7 +290,7 @@ def test_kto_counts_the_rows_on_the_right_side_of_the_estimate(folder):
         assert int(loss.correct) == int((above == torch.tensor(THUMBS)).sum())
 
 
-def test_orpo_stays_a_number_for_answers_that_the_model_is_sure_of():
+def test_orpo_stays_finite_for_answers_with_probability_one():
     logps = torch.tensor([0.0, -1e-9, -1e-3, -1.0, -50.0], requires_grad=True)
     odds = preference._log_odds(logps)
     odds.sum().backward()
@@ -300,7 +300,7 @@ def test_orpo_stays_a_number_for_answers_that_the_model_is_sure_of():
     assert bool(torch.isfinite(logps.grad).all())
 
 
-def test_dropout_leaves_the_reference_and_the_survey_alone_but_not_the_policy(folder):
+def test_dropout_affects_the_policy_but_not_the_reference_or_statistics(folder):
     tuned, settings = open_tuned(folder, lora_dropout=0.5), ALL[2]
     (batch,) = some_batches(folder, settings, [])
     tuned.base_model.model.model.layers[0].eval()
@@ -320,7 +320,7 @@ def test_dropout_leaves_the_reference_and_the_survey_alone_but_not_the_policy(fo
     assert policy(1) == policy(1) != policy(2)
 
 
-def test_log_probabilities_of_rows_are_the_plain_ones(folder):
+def test_log_probabilities_match_a_plain_computation(folder):
     tuned = open_tuned(folder)
     pairs = some_pairs(folder)
     logps, counts = sequence_logps(tuned, pair_batch(pairs))
@@ -333,7 +333,7 @@ def test_log_probabilities_of_rows_are_the_plain_ones(folder):
 
 
 @pytest.mark.parametrize("elements", [1 << 22, 425 * 3, 1])
-def test_the_kl_to_the_reference_is_the_plain_one_however_it_is_cut(folder, monkeypatch, elements):
+def test_the_kl_to_the_reference_matches_a_plain_computation_for_any_chunking(folder, monkeypatch, elements):
     monkeypatch.setattr(preference, "_CHUNK_ELEMENTS", elements)
     tuned, pairs = open_tuned(folder), some_pairs(folder)
     found = kl_to_reference(tuned, pair_batch(pairs), tuned.disable_adapter)

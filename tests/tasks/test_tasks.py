@@ -1,4 +1,4 @@
-"""The table of tasks, and what a task says of a row."""
+"""The table of tasks, and how a task formats a row."""
 
 import pytest
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with
@@ -18,7 +18,7 @@ def test_a_chat_row_is_split_at_its_last_answer():
     assert prompt == {"messages": row["messages"][:3], "tools": row["tools"]}
 
 
-def test_a_chat_row_is_split_at_the_last_answer_that_is_learned():
+def test_a_chat_row_is_split_at_its_last_trained_answer():
     row = conversation("one", "two", "three", "four")
     row["messages"][3]["train"] = False
     assert get_task("chat").split_answer(row) == ({"messages": row["messages"][:1]}, "two")
@@ -42,7 +42,7 @@ def test_a_completion_row_is_split_at_its_completion():
     ("name", "row"),
     [("chat", conversation("one two", "three")), ("completion", {"prompt": "one two", "completion": " three"})],
 )
-def test_a_row_is_generated_from_the_ids_that_its_example_begins_with(name, row):
+def test_generation_starts_from_the_ids_that_the_example_begins_with(name, row):
     task, tokenizer, recipe = get_task(name), tokenizer_with(CHATML), recipe_for(name)
     ((example,),) = task.encode([row], tokenizer, recipe)
     prompt, answer = task.split_answer(row)

@@ -1,4 +1,4 @@
-"""Pairs of texts as ids: for encoder-decoders of every family, and by prompt for decoders."""
+"""Pairs of texts as ids: for encoder-decoders of every family, and for prompted decoders."""
 
 import pytest
 from support import families
@@ -43,7 +43,7 @@ def encode(row, processor, recipe, form=translate.VARIANTS[0]):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_source_and_target_have_the_ids_of_the_tokenizer_and_the_target_its_end(family, tokenizer):
+def test_source_and_target_have_the_tokenizers_ids_and_the_target_its_end(family, tokenizer):
     ours, theirs = tokenizer(family), tokenizer(family)
     languages = LANGUAGES.get(family)
     example = encode(ROW, ours, recipe_for(section=languages))
@@ -55,7 +55,7 @@ def test_source_and_target_have_the_ids_of_the_tokenizer_and_the_target_its_end(
     start, end = example.target_spans
     assert example.target_ids[end - 1] == ours.eos_token_id
     assert end == len(example.target_ids)
-    assert start == (1 if languages else 0)  # the language is given, not learned
+    assert start == (1 if languages else 0)  # the language is given, not supervised
     assert example.supervised == end - start
     assert example.target_bytes == len(ROW["target"])
     assert example.tokens == len(example.input_ids) + len(example.target_ids)
@@ -63,7 +63,7 @@ def test_source_and_target_have_the_ids_of_the_tokenizer_and_the_target_its_end(
 
 
 @pytest.mark.parametrize("family", ["nllb", "mbart"])
-def test_languages_of_a_row_come_before_those_of_the_recipe(family, tokenizer):
+def test_languages_of_a_row_override_those_of_the_recipe(family, tokenizer):
     processor, named = tokenizer(family), LANGUAGES[family]
     third = {"nllb": "deu_Latn", "mbart": "de_DE"}[family]
     plain = encode(ROW, processor, recipe_for(section=named))
@@ -73,7 +73,7 @@ def test_languages_of_a_row_come_before_those_of_the_recipe(family, tokenizer):
     assert other.target_ids[0] == processor.convert_tokens_to_ids(third)
     assert other.target_ids[1:] == plain.target_ids[1:]
     assert other.input_ids == plain.input_ids
-    again = encode(ROW, processor, recipe_for(section=named))  # the tokenizer keeps nothing of the row before
+    again = encode(ROW, processor, recipe_for(section=named))  # the tokenizer keeps no state of the previous row
     assert again.target_ids == plain.target_ids
 
 
@@ -81,13 +81,13 @@ def test_languages_of_a_row_come_before_those_of_the_recipe(family, tokenizer):
     ("family", "said", "meant"),
     [
         ("nllb", "eng_Latin", "eng_Latn"),
-        ("nllb", "en", "eng_Latn"),  # a word of the vocabulary, and no language
+        ("nllb", "en", "eng_Latn"),  # a vocabulary word, not a language
         ("nllb", "English", "eng_Latn"),
         ("mbart", "en", "en_XX"),
         ("mbart", "en-US", "en_XX"),
     ],
 )
-def test_an_unknown_language_is_refused_with_the_one_that_was_meant(family, said, meant, tokenizer):
+def test_an_unknown_language_is_refused_with_a_suggestion(family, said, meant, tokenizer):
     section = {**LANGUAGES[family], "source_language": said}
     with pytest.raises(RecipeError, match=f"does not know the language '{said}'") as caught:
         encode(ROW, tokenizer(family), recipe_for(section=section))
@@ -95,7 +95,7 @@ def test_an_unknown_language_is_refused_with_the_one_that_was_meant(family, said
     assert caught.value.problems[0].where == "translate.source_language"
 
 
-def test_every_language_that_is_missing_is_named(tokenizer):
+def test_every_missing_language_is_named(tokenizer):
     with pytest.raises(RecipeError) as caught:
         encode(ROW, tokenizer("nllb"), recipe_for())
     assert [problem.where for problem in caught.value.problems] == [
@@ -104,7 +104,7 @@ def test_every_language_that_is_missing_is_named(tokenizer):
     ]
 
 
-def test_a_map_of_a_data_set_gives_way_to_the_codes_of_the_model(tokenizer):
+def test_the_models_codes_override_a_data_sets_language_names(tokenizer):
     row = {**ROW, "languages": ["en", "fr"]}
     example = encode(row, tokenizer("nllb"), recipe_for(section=LANGUAGES["nllb"]))
     assert example.target_ids == encode(ROW, tokenizer("nllb"), recipe_for(section=LANGUAGES["nllb"])).target_ids
@@ -113,20 +113,20 @@ def test_a_map_of_a_data_set_gives_way_to_the_codes_of_the_model(tokenizer):
 
 
 @pytest.mark.parametrize("said", [("fr", "en"), ("fra_Latn", "eng_Latn"), ("French", "English")])
-def test_a_recipe_that_turns_the_languages_of_the_data_set_round_is_refused(said, tokenizer):
+def test_a_recipe_with_swapped_languages_is_refused(said, tokenizer):
     section = dict(zip(("source_language", "target_language"), said, strict=True))
-    with pytest.raises(RecipeError, match="the rows go from en into fr, and the recipe says from"):
+    with pytest.raises(RecipeError, match="the rows go from en into fr, but the recipe says from"):
         encode({**ROW, "languages": ["en", "fr"]}, tokenizer("t5"), recipe_for(section=section))
 
 
-def test_an_mbart_whose_language_stands_behind_the_end_begins_its_answers_with_it():
+def test_an_mbart_with_the_language_after_the_end_begins_its_answers_with_it():
     pieces = families._make_unigram(families.FAIRSEQ_WORDS)
     processor = MBartTokenizer(vocab=pieces, src_lang="en_XX", tgt_lang="fr_XX")
     example = encode(ROW, processor, recipe_for(section=LANGUAGES["mbart"]))
     start, end = example.target_spans
     code = processor.convert_tokens_to_ids("fr_XX")
     assert list(example.target_ids[-2:]) == [processor.eos_token_id, code]
-    assert (start, end) == (0, len(example.target_ids) - 1)  # the end is learned, the language is not
+    assert (start, end) == (0, len(example.target_ids) - 1)  # the end is supervised, the language is not
     assert starts_with_language(processor)
 
 
@@ -142,7 +142,7 @@ def test_only_tokenizers_with_languages_force_a_first_token(family, begins, toke
         assert target_ids(pair, processor)[0][0] == first
 
 
-def test_words_of_the_recipe_stand_around_the_source(tokenizer):
+def test_the_recipes_prompt_surrounds_the_source(tokenizer):
     processor = tokenizer("t5")
     section = {"source_language": "English", "target_language": "French"}
     section["prompt"] = "translate {source_language} to {target_language}: {source}"
@@ -153,7 +153,7 @@ def test_words_of_the_recipe_stand_around_the_source(tokenizer):
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_a_long_document_is_cut_at_its_end_and_the_summary_never(family, tokenizer):
+def test_a_long_document_is_cut_at_its_end_but_the_summary_never(family, tokenizer):
     processor, form = tokenizer(family), summarize.VARIANTS[0]
     whole = encode(DOCUMENT, processor, recipe_for("summarize", max_length=256), form)
     cut = encode(DOCUMENT, processor, recipe_for("summarize", max_length=24, on_overlong="truncate"), form)
@@ -168,18 +168,18 @@ def test_a_long_document_is_cut_at_its_end_and_the_summary_never(family, tokeniz
         assert str(encode(wordy, processor, recipe, form)).startswith("too long: ")
 
 
-def test_an_empty_target_is_a_reason_and_no_example(tokenizer):
+def test_an_empty_target_gives_a_reason_and_no_example(tokenizer):
     assert encode({**ROW, "target": " "}, tokenizer("t5"), recipe_for()) == "the target is empty"
 
 
-# By prompt
+# Prompted decoders
 
 NAMED = {"source_language": "English", "target_language": "French"}
 
 
 @pytest.mark.parametrize(("form", "task", "row"), [(translate, "translate", ROW), (summarize, "summarize", DOCUMENT)])
 @pytest.mark.parametrize("template", [CHATML, None])
-def test_a_decoder_learns_the_target_from_the_ids_that_it_is_asked_with(form, task, row, template):
+def test_a_decoder_trains_on_the_target_after_the_ids_of_its_prompt(form, task, row, template):
     processor = tokenizer_with(CHATML)
     processor.chat_template = template
     recipe = recipe_for(task, NAMED if task == "translate" else None)
@@ -194,7 +194,7 @@ def test_a_decoder_learns_the_target_from_the_ids_that_it_is_asked_with(form, ta
     assert ("<|im_start|>user" in asked) == (template is not None)
 
 
-def test_a_decoder_is_told_the_languages_or_refuses():
+def test_a_decoder_gets_the_languages_or_refuses():
     processor = tokenizer_with(CHATML)
     example = encode(ROW, processor, recipe_for(section=NAMED), translate.VARIANTS[1])
     assert "Translate from English into French." in processor.decode(example.input_ids)
@@ -207,7 +207,7 @@ def test_a_decoder_is_told_the_languages_or_refuses():
     )
 
 
-def test_a_decoder_loses_the_start_of_a_long_document_and_keeps_the_instruction():
+def test_truncation_removes_the_start_of_a_document_and_keeps_the_instruction():
     processor = tokenizer_with(CHATML)
     recipe = recipe_for("summarize", max_length=96, on_overlong="truncate")
     example = encode(DOCUMENT, processor, recipe, summarize.VARIANTS[1])

@@ -1,4 +1,4 @@
-"""Words that are marked in a text: aligned to tokens, learned, counted as seqeval counts."""
+"""Tagged words in a text: aligned to tokens, learned, measured as in seqeval."""
 
 import pytest
 import torch
@@ -47,14 +47,14 @@ def finished(tmp_path_factory, built):
     return folder / "run", run_recipe(folder, built("bert"), ROWS, **sections)
 
 
-def test_the_data_report_counts_entities_by_kind_and_side(finished):
+def test_the_data_report_counts_entities_by_type_and_split(finished):
     _, report = finished
     sides = report["data"]["kept"]
     assert sum(sides.values()) == len(ROWS)
     assert report["data"]["classes"] == {"COLOUR": sides, "THING": sides}
 
 
-def test_a_tuned_model_is_a_base_with_a_trained_head_for_the_same_kinds(finished, tmp_path):
+def test_a_tuned_model_is_a_base_with_a_trained_head_for_the_same_types(finished, tmp_path):
     run, report = finished
     sections = {"data": {"max_length": 64}, "train": {"num_train_epochs": None, "max_steps": 1, "learning_rate": 1e-9}}
     again = run_recipe(tmp_path, run / "weights", ROWS, **sections)
@@ -65,7 +65,7 @@ def test_a_tuned_model_is_a_base_with_a_trained_head_for_the_same_kinds(finished
     assert again["evaluation"]["baseline"] == "the most frequent tag (O) on every word"
 
 
-def test_a_text_longer_than_the_model_reads_gets_a_tag_for_each_word(finished):
+def test_an_overlong_text_gets_a_tag_for_each_word(finished):
     run, _ = finished
     context = open_finished(run, quiet(), True)
     processor = context.plan.processor
@@ -86,7 +86,7 @@ def test_a_text_longer_than_the_model_reads_gets_a_tag_for_each_word(finished):
     assert len(huge) == 1
 
 
-def test_labels_are_those_of_the_rows_unless_the_recipe_names_them(built, tmp_path):
+def test_labels_come_from_the_rows_unless_the_recipe_names_them(built, tmp_path):
     recipe = load_recipe(str(recipe_of(tmp_path, built("bert"), ROWS))).recipe
     config = AutoConfig.from_pretrained(built("bert"))
     run_pipeline(load_recipe(str(tmp_path / "recipe.yaml")), RunRequest(out=tmp_path / "run", until="prepare"), quiet())
@@ -111,7 +111,7 @@ def test_rows_without_any_entity_are_refused(built, tmp_path):
         run_recipe(tmp_path, built("bert"), rows)
 
 
-def test_a_task_says_its_rows_for_people():
+def test_a_task_formats_its_rows_for_display():
     task, row = get_task("token-classify"), ROWS[0]
     prompt, answer = task.split_answer(row)
     assert prompt == {"tokens": row["tokens"], "tags": []}

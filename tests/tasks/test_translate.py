@@ -1,4 +1,4 @@
-"""Translation with encoder-decoders of every family, and by prompt with decoders: losses, answers, whole runs."""
+"""Translation with encoder-decoders of every family and prompted decoders: losses, answers, complete runs."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ ASKED = [translate.VARIANTS[0].split_answer(row)[0] for row in ROWS[:5]]
 
 
 def build_mbart25(folder, **config):
-    """mBART of 2020: the language stands behind the end, and the model moves it to the front."""
+    """mBART of 2020: the language comes after the end, and the model moves it to the front."""
     tokenizer = MBartTokenizer(vocab=families._make_unigram(families.FAIRSEQ_WORDS), src_lang="en_XX", tgt_lang="fr_XX")
     shape = families._describe(MBartConfig, tokenizer, families.SEQ2SEQ, config)
     return families._save(folder, 0, MBartForConditionalGeneration, shape, tokenizer)
@@ -59,7 +59,7 @@ def opened(folder, name, **generation):
 
 
 def talkative(folder, name, **generation):
-    """The same with an output layer of its own, so that the model does not write what it reads over and over."""
+    """The same with an untied output layer; otherwise the model would repeat its input."""
     model, processor, recipe = opened(folder, name, **generation)
     torch.manual_seed(3)
     model.lm_head = torch.nn.Linear(64, model.config.vocab_size, bias=False)
@@ -79,7 +79,7 @@ def batch_of(examples, processor, recipe):
 
 @pytest.mark.parametrize("name", [*FAMILIES, "mbart25"])
 @torch.no_grad()
-def test_the_loss_is_the_models_own_but_for_a_language_which_is_given_and_not_learned(name, folders):
+def test_the_loss_is_the_models_own_except_for_the_given_language(name, folders):
     model, processor, recipe = opened(folders[name], name)
     batch = batch_of(examples_of(processor, recipe), processor, recipe)
     ours, labels = TRANSLATE.loss(model, batch), batch["labels"]
@@ -99,7 +99,7 @@ def test_the_loss_is_the_models_own_but_for_a_language_which_is_given_and_not_le
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "mbart25"])
-def test_an_answer_begins_as_the_targets_of_training_do(name, folders):
+def test_an_answer_begins_like_the_training_targets(name, folders):
     model, processor, recipe = talkative(folders[name], name)
     (example,) = examples_of(processor, recipe, 1)
     batch = batch_of([example], processor, recipe)
@@ -115,7 +115,7 @@ def test_an_answer_begins_as_the_targets_of_training_do(name, folders):
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ["t5", "bart", "nllb"])
-def test_answers_are_those_of_a_plain_generate_a_row_at_a_time(name, beams, folders):
+def test_answers_match_a_plain_generate_row_by_row(name, beams, folders):
     model, processor, recipe = talkative(folders[name], name, num_beams=beams)
     texts = predict(TRANSLATE, model, ASKED, processor, recipe)
     start = {"decoder_start_token_id": model.config.decoder_start_token_id}
@@ -139,25 +139,25 @@ def test_answers_are_those_of_a_plain_generate_a_row_at_a_time(name, beams, fold
     assert all(texts)
 
 
-def test_each_row_is_answered_in_its_own_language(folders):
+def test_each_row_is_translated_into_its_own_language(folders):
     model, processor, recipe = talkative(folders["nllb"], "nllb")
     asked = [{**ASKED[0], "target_language": code} for code in ("fra_Latn", "deu_Latn", "fra_Latn")]
     french, german, again = predict(TRANSLATE, model, asked, processor, recipe)
     assert french == again != german
 
 
-def test_marian_never_writes_the_token_that_it_starts_with(folders, tmp_path):
+def test_marian_never_writes_its_start_token(folders, tmp_path):
     model, processor, recipe = opened(folders["marian"], "marian")
     model.generation_config.bad_words_ids = [[processor.pad_token_id]]
     with torch.no_grad():
-        model.final_logits_bias[0, processor.pad_token_id] = 1e4  # what it would like best
+        model.final_logits_bias[0, processor.pad_token_id] = 1e4  # its most likely token
     given = processor(ROWS[0]["source"], return_tensors="pt")
     with only_these_settings(model) as own:
         written = run_generation(model, dict(given), decoder_settings(own, model, processor, recipe))
     assert processor.pad_token_id not in written[0, 1:]
 
 
-def test_a_decoder_whose_start_is_not_known_is_refused(folders):
+def test_a_decoder_without_a_known_start_token_is_refused(folders):
     model, processor, _ = opened(folders["t5"], "t5")
     check_decoder_start(model, processor)
     model.config.decoder_start_token_id = 10_000
@@ -171,10 +171,10 @@ def test_a_decoder_whose_start_is_not_known_is_refused(folders):
     check_decoder_start(named, its)  # it starts with a language
 
 
-# Whole runs
+# Complete runs
 
 
-def test_qlora_leaves_the_output_layer_and_its_tied_embedding_alone(tmp_path):
+def test_qlora_does_not_quantise_the_output_layer_and_its_tied_embedding(tmp_path):
     model = families.build_t5(tmp_path / "model")
     report = run_recipe(tmp_path, model, PAIRS, "translate", adapter={"method": "qlora"})
     run = tmp_path / "run"
@@ -197,20 +197,20 @@ def test_qlora_leaves_the_output_layer_and_its_tied_embedding_alone(tmp_path):
     whole = {name for name, module in adapted.items() if not isinstance(module.base_layer, Linear4bit)}
     assert {name.rpartition(".")[2] for name in whole} == {
         "wo"
-    }  # transformers keeps it in float32, whatever the rest is
+    }  # transformers keeps it in float32, whatever the dtype of the rest
     assert len(whole) == 4 < len(adapted)
     assert tuned.selected.plan.parts["weights"] == pytest.approx(weights, rel=0.02)
     assert report["adapter"]["matched_modules"] == 2 * 6 + 2 * 10  # q, k, v, o, wi, wo; the decoder attends twice
 
 
-# By prompt
+# Prompted decoders
 
 NAMED = {"source_language": "English", "target_language": "French"}
 
 
-def test_an_answer_of_a_decoder_ends_where_its_template_ends_a_turn(tmp_path):
+def test_a_decoders_answer_ends_at_its_templates_end_of_turn(tmp_path):
     processor = train_tokenizer()
-    processor.eos_token = "<|endoftext|>"  # as base models have it
+    processor.eos_token = "<|endoftext|>"  # as in base models
     model = AutoModelForCausalLM.from_pretrained(build_gpt2(tmp_path / "gpt2"))
     recipe = load_recipe(str(recipe_of(tmp_path, tmp_path / "gpt2", PAIRS, "translate", translate=NAMED))).recipe
     end = processor.convert_tokens_to_ids("<|im_end|>")
