@@ -218,7 +218,7 @@ def test_what_rows_lose_that_are_cut_is_counted_and_told(tmp_path):
     recipe, tokenizer = recipe_for(max_length=60, on_overlong="truncate"), tokenizer_with(CHATML)
     facts = describe_examples(rows, examples, tokenizer, console, get_task("chat"), recipe)
     assert facts["lost"] == examples.lost
-    assert "1 rows were cut to data.max_length" in console.export_text()
+    assert "1 rows were truncated to data.max_length" in console.export_text()
 
 
 def word_tokenizer(text: str) -> PreTrainedTokenizerFast:

@@ -21,7 +21,7 @@ def test_classes_are_counted_by_split_and_those_without_training_rows_are_marked
 
 @pytest.mark.parametrize(
     ("counts", "words"),
-    [((900, 300), "the largest has 3 times the rows of the smallest"), ((100, 101), "evenly spread")],
+    [((900, 300), "the largest has 3 times the rows of the smallest"), ((100, 101), "balanced")],
 )
 def test_imbalance_is_said_in_words(counts, words):
     classes = {f"c{i}": {"train": number} for i, number in enumerate(counts)}
