@@ -132,7 +132,7 @@ def test_without_any_overlap_one_sentence_says_so(measured):
     assert "split_by" not in page
     one = replace(none, overlapping=1, shared=1, dropped={"near a test row": 1})
     assert "1 of 148 test rows (0.7 %) overlaps with a training row" in overlap_sentence(one)
-    assert "1 other row was kept out" in overlap_sentence(one)
+    assert "1 other row was dropped" in overlap_sentence(one)
 
 
 def test_what_was_not_measured_has_no_section(evaluation):
