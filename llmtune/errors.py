@@ -1,4 +1,4 @@
-"""Every error that a user can meet, and its exit code."""
+"""All errors for users, with their exit codes."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from difflib import get_close_matches
 from typing import Any
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that steer a terminal, turn the direction of writing round, or are half of one."""
+"""Control characters, bidirectional overrides and lone surrogates."""
 _FULL = "Free space, or choose another folder with --out."
 _FORBIDDEN = "Change its permissions, or choose another folder with --out."
-_MEMORY = "Close other programs, give the process more memory, or work on less at a time."
+_MEMORY = "Close other programs, give the process more memory, or process less at once."
 _LIMITS = {
     errno.ENOSPC: ("the disk is full", _FULL),
-    errno.EDQUOT: ("the quota of this disk is used up", _FULL),
+    errno.EDQUOT: ("the disk quota is used up", _FULL),
     errno.EFBIG: ("a file would become larger than the system allows", "Raise the limit on files: ulimit -f."),
     errno.EROFS: ("cannot be read or written: the file system is read-only", _FORBIDDEN),
     errno.EACCES: ("cannot be read or written: permission denied", _FORBIDDEN),
     errno.EPERM: ("cannot be read or written: operation not permitted", _FORBIDDEN),
-    errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one."),
+    errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter name."),
     errno.EMFILE: ("too many files are open", "Raise the limit on open files: ulimit -n 4096."),
     errno.ENFILE: ("too many files are open on this machine", "Close other programs."),
     errno.ENOMEM: ("the memory is used up", _MEMORY),
-    errno.EAGAIN: ("no more processes or threads may be started", "Raise the limit on processes: ulimit -u."),
-    errno.EIO: ("the disk cannot be read or written (input/output error)", "Look at the system's log (dmesg)."),
+    errno.EAGAIN: ("cannot start more processes or threads", "Raise the limit on processes: ulimit -u."),
+    errno.EIO: ("the disk cannot be read or written (input/output error)", "Check the system log (dmesg)."),
 }
-"""What the system refuses, by its number: what is wrong, and what to do."""
+"""System error numbers -> what is wrong, and the fix."""
 _IN_TEXT = {
     "no space left": errno.ENOSPC,
     "storagefull": errno.ENOSPC,
     "pytorchstreamwriter": errno.ENOSPC,
     "unexpected pos": errno.ENOSPC,
-    " requested and ": errno.ENOSPC,  # numpy: so many bytes requested and so many written
+    " requested and ": errno.ENOSPC,  # numpy: "N requested and M written"
     "file too large": errno.EFBIG,
     "read-only file system": errno.EROFS,
     "permission denied": errno.EACCES,
     "too many open files": errno.EMFILE,
     "cannot allocate memory": errno.ENOMEM,
-    "failed to map segment": errno.ENOMEM,  # the loader of shared libraries, in an import
+    "failed to map segment": errno.ENOMEM,  # the loader of shared libraries, during an import
     "can't start new thread": errno.EAGAIN,
     "resource temporarily unavailable": errno.EAGAIN,
 }
@@ -49,7 +49,7 @@ _CODE = re.compile(r"(?:os error|os \{ code:|\[errno) (\d+)")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: what it is with the actual value, where it stands, what to do."""
+    """One problem: what is wrong with the value, where, and what to do."""
 
     what: str
     where: str | None = None
@@ -61,7 +61,7 @@ class Problem:
 
 
 class LlmtuneError(Exception):
-    """A mistake or a state of the world that a user can fix: one message for all of its problems, no traceback.
+    """An error that a user can fix: one message for all its problems, without a traceback.
 
     LlmtuneError
     ├── RecipeError        2   recipe or usage
@@ -70,7 +70,7 @@ class LlmtuneError(Exception):
     │   └── LostProcess    4   another process of the run is gone
     ├── TrainingError      5   diverged, or out of memory after every remedy
     ├── GateFailed         6   a gate, a parity check or a verification failed
-    │   └── GateUnsure     7   these rows are too few for a gate
+    │   └── GateUnsure     7   the rows are too few to decide a gate
     └── Stopped       130/143  interrupted or terminated, with the work saved
     """
 
@@ -88,32 +88,32 @@ class LlmtuneError(Exception):
 
     @classmethod
     def collect(cls, problems: Iterable[Problem]) -> None:
-        """Raise one error that holds all of `problems`; do nothing if there are none."""
+        """Raise one error with all `problems`; do nothing without problems."""
         found = tuple(problems)
         if found:
             raise cls(*found)
 
 
 class RecipeError(LlmtuneError):
-    """The recipe, or the way a command was called."""
+    """A mistake in the recipe or in the command line."""
 
     exit_code = 2
 
 
 class DataError(LlmtuneError):
-    """Rows that are missing, unreadable or bad."""
+    """Missing, unreadable or bad rows."""
 
     exit_code = 3
 
 
 class EnvironmentProblem(LlmtuneError):
-    """The machine: a device, a dependency, a model that is missing or damaged, memory, disk, permission, network."""
+    """A problem with device, dependency, model files, memory, disk, permission or network."""
 
     exit_code = 4
 
 
 class LostProcess(EnvironmentProblem):
-    """The connection to another process of the run broke; that process knows why."""
+    """The connection to another process of the run is lost; that process reports the cause."""
 
 
 class TrainingError(LlmtuneError):
@@ -127,11 +127,11 @@ class GateFailed(LlmtuneError):
 
     exit_code = 6
     report: dict[str, Any] | None = None
-    """What report.json of the run holds, where a gate failed: `--json` prints it with the error."""
+    """Content of report.json if a gate failed; `--json` prints it with the error."""
 
 
 class GateUnsure(GateFailed):
-    """These rows are too few for a gate on an interval, and `evaluate.when_unsure` says `report`."""
+    """The rows are too few to decide a gate on an interval, with `evaluate.when_unsure: report`."""
 
     exit_code = 7
 
@@ -139,15 +139,15 @@ class GateUnsure(GateFailed):
 BY_EXIT_CODE: dict[int, type[LlmtuneError]] = {
     kind.exit_code: kind for kind in (RecipeError, DataError, EnvironmentProblem, TrainingError, GateFailed, GateUnsure)
 }
-"""What another process of llmtune ended with -> the error that ends this one in the same way."""
+"""Exit code of another llmtune process -> the error to end this process with."""
 
 
 class Stopped(LlmtuneError):
-    """The user (SIGINT, 130) or the system (SIGTERM, 143) stopped the run; what was done is saved."""
+    """The user (SIGINT, 130) or the system (SIGTERM, 143) stopped the run; its work is saved."""
 
     def __init__(self, *problems: Problem, signal_number: int = 2) -> None:
         super().__init__(*problems)
-        self.exit_code = 128 + signal_number  # as shells count it
+        self.exit_code = 128 + signal_number  # shell convention
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -158,19 +158,19 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, or its kind."""
+    """Return the first line of a library's error, or its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def visible(text: str) -> str:
-    """Write what would steer a terminal, such as an escape code, as the letters that stand for it."""
+    """Escape terminal control characters in a text, such as escape codes."""
     return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def system_errno(error: BaseException) -> int | None:
-    """Return the number of the system's refusal behind an error; None for an error of another kind.
+    """Return the system error number that caused an error, or None.
 
-    Libraries that write files from Rust or C++ hide the number in their text.
+    Libraries that write files from Rust or C++ have the number only in their text.
     """
     if isinstance(error, MemoryError):
         return errno.ENOMEM
@@ -184,7 +184,7 @@ def system_errno(error: BaseException) -> int | None:
 
 
 def system_problem(error: BaseException, where: str | None = None) -> Problem | None:
-    """Return what the system refused (disk, memory, open files, permission) and what to do; None for another error."""
+    """Return the problem of a system error (disk, memory, open files, permission), or None for other errors."""
     number = system_errno(error)
     if number is None:
         return None

@@ -1,7 +1,7 @@
-"""What flows between the steps, frozen and typed.
+"""Frozen, typed records that steps pass to each other.
 
-Nothing here imports torch or transformers: records that outlive a process are paths and numbers, and a live model
-stands only in `SelectedModel` and `AdaptedModel`.
+This module does not import torch or transformers. Records that outlive a process contain paths and numbers; only
+`SelectedModel` and `AdaptedModel` contain a live model.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Json = dict[str, Any]
-"""A JSON object, as it stands in a file."""
+"""A JSON object as stored in a file."""
 Row = dict[str, Any]
-"""A row in canonical form; its keys are those of the TypedDict of its task (`llmtune.tasks`)."""
+"""A row in canonical form, with the keys of its task's TypedDict (`llmtune.tasks`)."""
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows after reading, checking, deduplicating and splitting: one Arrow file a split, and how they came about.
+    """Rows after reading, checking, deduplicating and splitting: one Arrow file per split, with statistics.
 
     Each file has the columns `id` (hex content hash), `origin` (`file:line`), `row` (the canonical row as JSON) and
-    `columns` (what the row's source says in the columns that `evaluate` names, as JSON; null where it names none).
+    `columns` (the source row's values of the columns named in `evaluate`, as JSON; null if it names none).
     """
 
     folder: Path
@@ -36,22 +36,22 @@ class Rows:
     counts: dict[str, int]
     rows_in: int
     dropped: dict[str, int]
-    """Rows left out, by reason: `bad: ...`, `exact duplicate`, `near duplicate`, `near a test row` and so on."""
+    """Dropped rows by reason: `bad: ...`, `exact duplicate`, `near duplicate`, `near a test row` and so on."""
     content_hash: str
     """Hash over the kept rows of all splits, in order."""
     columns: tuple[str, ...] = ()
-    """Names of the columns that were kept beside the rows."""
+    """Names of the columns stored with the rows."""
     columns_hash: str = ""
-    """Hash over `columns` of the test split, in order; empty where nothing is asked for."""
+    """Hash over `columns` of the test split, in order; empty if `evaluate` names no columns."""
     filled: int = 0
-    """Null keys inside columns that Arrow filled in, and that were dropped (`llmtune.data.arrow_rows`)."""
+    """Number of null keys that Arrow added inside columns, and that were dropped (`llmtune.data.arrow_rows`)."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows on disk, one Arrow file a split, in the order of `Rows`; with the columns of `Example`.
+    """Encoded rows on disk: one Arrow file per split, in the order of `Rows`, with the columns of `Example`.
 
-    `row` beside them is an index into the split's rows.
+    The additional column `row` is an index into the split's rows.
     """
 
     folder: Path
@@ -66,41 +66,41 @@ class Examples:
     reach: dict[str, int] = field(default_factory=dict)
     """By split, the longest sequence that the model reads or writes, in tokens."""
     lost: dict[str, int] = field(default_factory=dict)
-    """What rows lost that were cut: `rows`, `answers`, `tokens` and `supervised` tokens."""
+    """Losses by truncation: `rows`, `answers`, `tokens` and `supervised` tokens."""
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Where a model's files are: resolved once, before anything heavy."""
+    """The location of a model's files, resolved once, before any heavy work."""
 
     name: str
-    """As the recipe names it."""
+    """The name in the recipe."""
     path: Path
-    """A local folder, whatever the name was (the hub's snapshot, the cache of a packaged model)."""
+    """A local folder: the model's own, a snapshot in the hub's cache, or the cache of a packaged model."""
     revision: str | None
-    """The hub's commit, or None for a folder."""
+    """The hub's commit; None for a local folder."""
     content_hash: str
-    """sha256 over the sorted names and sha256 of config, tokenizer and weight files."""
+    """sha256 over the sorted names and hashes of config, tokenizer and weight files."""
 
 
 def read_model_ref(described: Json) -> ModelRef:
-    """Return what JSON holds of a model."""
+    """Return the ModelRef stored as JSON."""
     return ModelRef(**{**described, "path": Path(described["path"])})
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The processes of a training, as far as their memory goes."""
+    """The training processes, as far as they affect memory."""
 
     processes: int = 1
-    """Of all machines."""
+    """Processes on all machines."""
     machines: int = 1
     sharded: bool = False
-    """Whether each has a part of the model (fsdp) or all of it (ddp)."""
+    """Whether each process has a shard of the model (fsdp) or all of it (ddp)."""
 
     @property
     def of_machine(self) -> int:
-        """Processes that share the memory of a machine."""
+        """Return the number of processes that share the memory of one machine."""
         return self.processes // self.machines
 
 
@@ -109,33 +109,33 @@ ALONE = Layout()
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that training will need, part by part, and what the device has."""
+    """Bytes that training will need, by part, and the memory of the device."""
 
     parts: dict[str, int]
-    """weights, adapter, gradients, optimizer, activations, logits; reference, where weights from before are kept.
+    """weights, adapter, gradients, optimizer, activations, logits; reference, if the original weights are kept.
 
-    Of a sharded model also gathered, what is whole for a while, and evaluation, what that needs beyond training."""
+    A sharded model also has gathered (weights gathered temporarily) and evaluation (needs beyond training)."""
     lower_bound: int
-    """All parts but activations and logits, and logits of one token row: cannot be less."""
+    """Minimum: all parts except activations and logits, plus the logits of one token row."""
     limit: int | None
-    """Bytes the device (or the control group) has in total; None where it cannot be known."""
+    """Total bytes of the device (or control group); None if unknown."""
     device: str
     tokens: int = 0
-    """The token budget of the first micro-batch that the plan allows."""
+    """The token budget of the first micro-batch that fits the plan."""
     processes: int = 1
-    """The plan is that of one of so many."""
+    """Number of processes; the plan is for one of them."""
     base_quantization: str | None = None
-    """As that of the model."""
+    """Quantisation of the base, as in `SelectedModel`."""
 
     @property
     def total(self) -> int:
-        """All parts added up."""
+        """Return the sum of all parts."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class SelectedModel:
-    """A model chosen, checked and loaded, with its tokenizer."""
+    """A selected, checked and loaded model, with its tokenizer."""
 
     model_ref: ModelRef
     model: PreTrainedModel
@@ -143,22 +143,22 @@ class SelectedModel:
     plan: MemoryPlan
     quantized: bool
     trains_head: bool = False
-    """Whether a head that the model's files need not hold is trained whole."""
+    """Whether the task's head, which may be missing from the model's files, is fully trained."""
     peft_task_type: str | None = None
-    """PEFT's name for the task; None: `AutoPeftModel` loads the adapter."""
+    """PEFT's name of the task; None if `AutoPeftModel` loads the adapter."""
     base_quantization: str | None = None
-    """transformers' name of how the files' weights are quantised, where they stay so in memory."""
+    """transformers' name of the files' quantisation, if the weights stay quantised in memory."""
     needs_reference_model: bool = False
-    """Whether training compares with the model as it was."""
+    """Whether training compares with the original model."""
     new_weights: tuple[str, ...] = ()
-    """Parameters that the model's files do not hold: those of a new head, at random from the recipe's seed."""
+    """Parameters missing from the model's files: a new head, initialised randomly from the recipe's seed."""
     packs: bool = False
-    """Whether rows stand end to end in a micro-batch: the task and the recipe say so, and it is proven of the model."""
+    """Whether rows are packed: the task and recipe allow it, and a check proved it exact for the model."""
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A model with its adapter in place (or, with `method: full`, itself), proven to be wired."""
+    """A model with its adapter (or the model alone with `method: full`), whose wiring was checked."""
 
     selected: SelectedModel
     model: torch.nn.Module
@@ -171,28 +171,28 @@ class AdaptedModel:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss as a sum and a count, so that it can be divided once over all micro-batches and processes."""
+    """A loss as sum and count, to be divided once over all micro-batches and processes."""
 
     sum: torch.Tensor
-    """Scalar, float32, nats (of a regression: squares)."""
+    """Scalar, float32, in nats (for a regression: squared errors)."""
     count: int
-    """Predictions that it is the sum of: tokens, rows, windows or pairs."""
+    """Number of summed predictions: tokens, rows, windows or pairs."""
     correct: torch.Tensor | None = None
-    """Scalar: how many of them were right at first choice."""
+    """Scalar: number of predictions whose first choice was right."""
     row_sums: torch.Tensor | None = None
-    """[rows] the sum a row, without gradient unless it was asked for; None where a loss is not made of rows."""
+    """[rows] sum per row, without gradient unless requested; None if the loss is not a sum over rows."""
     row_correct: torch.Tensor | None = None
-    """[rows] first choices that were right a row, only when asked for."""
+    """[rows] right first choices per row, only if requested."""
 
 
 Batch = dict[str, Any]
-"""The tensors of one micro-batch by name, and numbers and settings."""
+"""Tensors, numbers and settings of one micro-batch, by name."""
 Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """How a step went: seconds, peak resident bytes, and whether it was skipped because nothing had changed."""
+    """Seconds and peak bytes of a step, and whether it was skipped as unchanged."""
 
     name: str
     seconds: float
@@ -210,27 +210,27 @@ class Difference:
     p: float
     n: int
     test: str = ""
-    """Where p comes from: `McNemar mid-p`, `paired permutation` or `paired bootstrap`; empty where there is none."""
+    """The test behind p: `McNemar mid-p`, `paired permutation` or `paired bootstrap`; empty without a p."""
     groups: int = 0
-    """Groups of rows that belong together, which were drawn and swapped as one; 0 where each row is alone."""
+    """Number of row groups that were resampled and permuted as units; 0 if rows are independent."""
 
     @property
     def units(self) -> int:
-        """What was drawn: groups, or rows."""
+        """Return the number of resampled units: groups, or rows."""
         return self.groups or self.n
 
 
 @dataclass(frozen=True)
 class Flips:
-    """Rows that one model got right and the other wrong, by one right-or-wrong metric."""
+    """Rows that one model got right and the other wrong, in one right-or-wrong metric."""
 
     gained: int
-    """How many the base got wrong and the tuned model right."""
+    """Number of rows that the base got wrong and the tuned model right."""
     lost: int
-    """How many the base got right and the tuned model wrong."""
+    """Number of rows that the base got right and the tuned model wrong."""
     rows: int
     gained_rows: tuple[dict[str, str], ...] = ()
-    """A few of them, as in `Evaluation.samples`."""
+    """A few of these rows, as in `Evaluation.samples`."""
     lost_rows: tuple[dict[str, str], ...] = ()
 
 
@@ -243,25 +243,25 @@ class Slice:
     base: dict[str, float]
     tuned: dict[str, float]
     difference: dict[str, Difference]
-    """By metric; without an interval where the rows are too few for one."""
+    """By metric; without an interval if the rows are too few."""
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate: the expression, what was wanted, what was got."""
+    """The result of one gate: expression, wanted and actual value."""
 
     name: str
     wanted: str
     got: str
     passed: bool | None
-    """None: inconclusive, where `evaluate.when_unsure` says `report`."""
+    """None: inconclusive, with `evaluate.when_unsure: report`."""
     note: str = ""
-    """Why it is inconclusive, whatever that counts as; or that it passed although the tuned model is worse."""
+    """Why the gate is inconclusive, for any `when_unsure`; or a note that it passed although the tuned model is worse."""
 
 
 @dataclass(frozen=True)
 class StudyTable:
-    """A table that a study shows beside its scores; cells are text that a person reads."""
+    """A table that a study shows with its scores; cells are formatted text."""
 
     title: str
     heads: tuple[str, ...]
@@ -270,30 +270,30 @@ class StudyTable:
 
 @dataclass(frozen=True)
 class Study:
-    """What base and tuned model were asked beyond the test rows: forgetting, fairness, benchmarks.
+    """Results of base and tuned model beyond the test rows: forgetting, fairness, benchmarks.
 
-    Metrics have plain names here; gates call them `study.metric`.
+    Metrics have plain names here; gates use `study.metric`.
     """
 
     title: str
     base: dict[str, float]
-    """Empty where the base model could not be asked."""
+    """Empty if the base model could not be evaluated."""
     tuned: dict[str, float]
     difference: dict[str, Difference]
     meanings: dict[str, str]
-    """By metric, a few words for a person."""
+    """Short descriptions, by metric."""
     better: dict[str, int]
-    """By metric: 1 where more is better, -1 where less is, 0 where neither is."""
+    """By metric: 1 if more is better, -1 if less is better, 0 if neither."""
     signatures: dict[str, str] = field(default_factory=dict)
-    """How a metric was computed."""
+    """How each metric was computed."""
     limits: str = ""
-    """In plain words, what these numbers can show and what they cannot."""
+    """What these numbers can and cannot show, in plain words."""
     tables: tuple[StudyTable, ...] = ()
 
 
 @dataclass(frozen=True)
 class Contamination:
-    """Test rows that stand in the training rows, in one way or another; a row counts in each way that it does."""
+    """Test rows that overlap with training rows, by kind of overlap; a row counts for each kind that applies."""
 
     rows: int
     """Test rows."""
@@ -303,40 +303,40 @@ class Contamination:
     short: int
     """Test rows of fewer than 13 words."""
     worded: int
-    """Of those, rows whose words are all those of a training row, in order."""
+    """Short rows with the same words in the same order as a training row."""
     shared: int
-    """Of the others, rows that have 13 words in a row in common with a training row."""
+    """Longer rows that share a 13-word passage with a training row."""
     overlapping: int
-    """Test rows that overlap in any of these ways."""
+    """Test rows with any kind of overlap."""
     common: int
-    """Runs of 13 words of the test rows that were left out, since more than ten training rows have them."""
+    """Number of 13-word passages ignored because more than ten training rows have them."""
     dropped: dict[str, int]
-    """Rows that were left out before, by reason, since they were too like a test row."""
+    """Rows already dropped for similarity to a test row, by reason."""
     examples: tuple[dict[str, str], ...]
-    """A few that overlap: kind, where the test row and the training row stand, what they share."""
+    """A few overlaps: kind, origin of the test row and the training row, shared words."""
     scores: tuple[Slice, ...]
-    """Both models on clean and on overlapping rows; empty where none overlaps."""
+    """Scores of both models on clean and on overlapping rows; empty without overlap."""
     prompted: int = 0
-    """Test rows whose whole prompt is that of a training row; earlier versions did not count them."""
+    """Test rows with the complete prompt of a training row; earlier versions did not count them."""
 
 
 @dataclass(frozen=True)
 class Champion:
-    """The run that the tuned model is compared with, on rows that neither was trained on."""
+    """The run to compare the tuned model with, on rows that neither was trained on."""
 
     folder: str
     scores: dict[str, float]
-    """On the rows of both."""
+    """Scores on the shared rows."""
     difference: dict[str, Difference]
     """Tuned minus champion."""
     left_out: dict[str, str]
-    """By metric, why it could not be compared."""
+    """Metrics that could not be compared, each with the reason."""
     tuned: dict[str, float] = field(default_factory=dict)
-    """Scores of the tuned model on the rows of both."""
+    """Scores of the tuned model on the shared rows."""
     rows: int = 0
-    """Test rows of both."""
+    """Number of shared test rows."""
     asked: int = 0
-    """Those of them that were not test rows of the champion: its model answered them now."""
+    """Number of shared rows that the champion's model answered now, because its own run did not test them."""
 
 
 @dataclass(frozen=True)
@@ -347,36 +347,36 @@ class Evaluation:
     tuned: dict[str, float]
     difference: dict[str, Difference]
     samples: tuple[dict[str, str], ...]
-    """A few rows side by side: prompt, reference, base, tuned."""
+    """A few rows with prompt, reference, base answer and tuned answer."""
     rows: int
     signatures: dict[str, str] = field(default_factory=dict)
-    """How a metric was computed, e.g. sacrebleu's signature."""
+    """How each metric was computed, e.g. sacrebleu's signature."""
     baseline: str | None = None
-    """Where the base model has no trained head: what stands in its place, by name."""
+    """Name of the baseline that replaces a base model without a trained head; None with a base model."""
     guessable: tuple[str, ...] = ()
-    """Metrics in which guessing by class frequency beats that baseline on these rows."""
+    """Metrics in which guessing by class frequency beats the baseline on these rows."""
     details: Json = field(default_factory=dict)
-    """What a task shows beside the scores, of base and tuned: a table of classes, a confusion matrix."""
+    """Task-specific details of base and tuned: a table of classes, a confusion matrix."""
     flips: dict[str, Flips] = field(default_factory=dict)
     """By right-or-wrong metric."""
     slices: dict[str, tuple[Slice, ...]] = field(default_factory=dict)
-    """By column of `evaluate.slices`: the most frequent values first."""
+    """By column of `evaluate.slices`, the most frequent values first."""
     studies: dict[str, Study] = field(default_factory=dict)
-    """By name: forgetting, fairness, benchmarks; those that the recipe asks for."""
+    """By name: the studies in the recipe, of forgetting, fairness and benchmarks."""
     contamination: Contamination | None = None
     """None without test rows."""
     champion: Champion | None = None
-    """None where the recipe names none."""
+    """None without a champion in the recipe."""
 
     def by_name(self, split: str) -> dict[str, float]:
-        """Return the scores of `base` or `tuned` by the names that gates use, those of the studies among them."""
+        """Return the scores of `base` or `tuned`, including studies, by the names that gates use."""
         scores = dict(getattr(self, split))
         for name, study in self.studies.items():
             scores |= {f"{name}.{metric}": value for metric, value in getattr(study, split).items()}
         return scores
 
     def differences(self) -> dict[str, Difference]:
-        """Return the differences by the names that gates use."""
+        """Return the differences, including studies, by the names that gates use."""
         found = dict(self.difference)
         for name, study in self.studies.items():
             found |= {f"{name}.{metric}": value for metric, value in study.difference.items()}

@@ -1,1 +1,1 @@
-"""The report: what a run was and what it did, as HTML, Markdown, JSON and JUnit XML; without torch or transformers."""
+"""The report of a run as HTML, Markdown, JSON and JUnit XML. Imports no torch or transformers."""

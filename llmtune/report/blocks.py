@@ -1,6 +1,6 @@
-"""What a page, a Markdown file and the terminal show: sections of tables, pictures and texts, before they are rendered.
+"""Content of reports before rendering to HTML, Markdown or the terminal: sections of tables, pictures and texts.
 
-Text is plain everywhere; in `Text` and `Bullets` a stretch between backticks is code.
+All text is plain; in `Text` and `Bullets`, text between backticks is code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; its note (small print below the text) and picture are for pages only."""
+    """A cell of a table. The note (small print below the text) and the picture appear on HTML pages only."""
 
     text: str = ""
     tone: Tone = ""
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table; numbers are right-aligned, pictures are for pages only."""
+    """A column of a table. Numbers are right-aligned; pictures appear on HTML pages only."""
 
     heading: str
     kind: Literal["text", "number", "picture"] = "text"
@@ -50,42 +50,42 @@ TableRows = list[list[Cell | str]]
 
 @dataclass(frozen=True)
 class Table(Block):
-    """A table; a plain text is short for a column or cell with that text."""
+    """A table; a plain string is short for a column or cell with that text."""
 
     columns: TableColumns
     rows: Sequence[Sequence[Cell | str]]
     title: str = ""
     note: str = ""
     scroll: bool = False
-    """Whether a page shows it in a box of limited height."""
+    """Whether an HTML page limits its height and lets it scroll."""
 
     @property
     def heads(self) -> list[Column]:
-        """The columns, each with its kind."""
+        """Return the columns as `Column` objects."""
         return [column if isinstance(column, Column) else Column(column) for column in self.columns]
 
     @property
     def cells(self) -> list[list[Cell]]:
-        """The rows, each with whole cells."""
+        """Return the rows as `Cell` objects."""
         return [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in self.rows]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A metric (or a slice, or a run) of base and tuned model: one row of `difference_table`."""
+    """One row of `difference_table`: a metric (or a slice, or a run) of base and tuned model."""
 
     name: str
     base: float | None
     tuned: float | None
     difference: Difference | None
-    """Tuned minus base; None where only one of them was measured."""
+    """Tuned minus base; None if only one of them was measured."""
     better: int = 0
-    """1 where more is better, -1 where less is, 0 where neither is."""
+    """1 if more is better, -1 if less is better, 0 if neither."""
     note: str = ""
 
     @property
     def interval(self) -> str:
-        """Both ends of the interval with their signs, or why there is none."""
+        """Return both ends of the interval with signs, or the reason why it is missing."""
         change = self.difference
         if change is None:
             return DASH
@@ -95,13 +95,13 @@ class Compared:
 
     @property
     def p(self) -> str:
-        """The p-value, where there is an interval."""
+        """Return the p-value if the interval exists, else a dash."""
         change = self.difference
         return DASH if change is None or missing(change.low) or missing(change.high) else chance(change.p)
 
     @property
     def tone(self) -> Tone:
-        """Better or worse where the interval leaves zero out, else unsure; nothing without a difference."""
+        """Return better or worse if the interval excludes zero, else unsure; empty without a difference."""
         change = self.difference
         if change is None:
             return ""
@@ -109,7 +109,7 @@ class Compared:
 
     @property
     def picture(self) -> Markup | None:
-        """The interval about zero, if there is one and one side of zero is better."""
+        """Return a picture of the interval around zero; None without an interval or a better side."""
         change = self.difference
         if change is None or not self.better or any(map(missing, (change.value, change.low, change.high))):
             return None
@@ -127,9 +127,9 @@ def difference_table(
     unit: str = "rows",
     code: bool = False,
 ) -> Table:
-    """Return base, tuned, difference, interval, p and number of rows, a row for each of `rows`.
+    """Return a table of base, tuned, difference, interval, p and number of rows.
 
-    `heading` names the first column; `base` the column of the other model; None leaves both scores out.
+    `heading` names the first column, `base` the column of the other model; with None, both scores are omitted.
     """
     names = [*([] if base is None else [base, "tuned"]), difference]
     columns = [Column(heading), *(Column(name, "number") for name in names), Column("worse ← 0 → better", "picture")]
@@ -144,13 +144,13 @@ def difference_table(
 
 
 def write_rows(change: Difference) -> str:
-    """Return the number of rows, and of the groups that they are in."""
+    """Return the number of rows, and of their groups if rows are grouped."""
     return count(change.n) + (f" in {count(change.groups)} groups" if change.groups else "")
 
 
 @dataclass(frozen=True)
 class Heatmap(Block):
-    """A matrix as tinted cells: positive values in the colour of what is tuned or right, negative ones in red."""
+    """A matrix as tinted cells: positive values in the colour for tuned or right, negative values in red."""
 
     rows: Sequence[str]
     columns: Sequence[str]
@@ -159,17 +159,17 @@ class Heatmap(Block):
     label: str
     title: str = ""
     down: str = ""
-    """What the rows are."""
+    """Label of the rows."""
     across: str = ""
     texts: Sequence[Sequence[str]] = ()
-    """The text of a cell: a line or two."""
+    """The text of each cell: one or two lines."""
     tips: Sequence[Sequence[str]] = ()
-    """What a pointer on a cell reads."""
+    """The tooltip of each cell."""
 
 
 @dataclass(frozen=True)
 class Shares(Block):
-    """Parts of a whole as one bar in colours, with a list of them: name, size as text, share from 0 to 1."""
+    """Parts of a total as one coloured bar with a legend: name, size as text, share from 0 to 1."""
 
     parts: Sequence[tuple[str, str, float]]
     title: str = ""
@@ -201,14 +201,14 @@ class KeyValues(Block):
 
 @dataclass(frozen=True)
 class Links(Block):
-    """Addresses, each with its text and what is found there."""
+    """Links: address, text, description."""
 
     links: Sequence[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class ModelAnswer:
-    """What one model said to a sample."""
+    """The answer of one model to a sample."""
 
     name: str
     text: str
@@ -217,7 +217,7 @@ class ModelAnswer:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row with its reference and what the models said."""
+    """A row with its reference and the models' answers."""
 
     prompt_name: str
     prompt: str
@@ -225,20 +225,20 @@ class Sample:
     reference: str
     answers: Sequence[ModelAnswer]
     chosen: Sequence[ModelAnswer] = ()
-    """The likeliest of the possible answers."""
+    """The likeliest of the possible answers, by model."""
     origin: str = ""
 
 
 @dataclass(frozen=True)
 class SampleList(Block):
-    """Rows side by side."""
+    """Samples with answers side by side."""
 
     samples: Sequence[Sample]
 
 
 @dataclass(frozen=True)
 class Details(Block):
-    """Blocks that are folded away; pages only."""
+    """Collapsed blocks; HTML pages only."""
 
     summary: str
     blocks: Sequence[Block]
@@ -246,7 +246,7 @@ class Details(Block):
 
 @dataclass(frozen=True)
 class Beside(Block):
-    """Blocks in two columns, where the page is wide enough."""
+    """Blocks in two columns if the page is wide enough."""
 
     left: Sequence[Block]
     right: Sequence[Block]
@@ -254,14 +254,14 @@ class Beside(Block):
 
 @dataclass(frozen=True)
 class Html(Block):
-    """A part that only a page can show: a chart, or what its script draws into."""
+    """Markup for HTML pages only: a chart, or an element for the page's script."""
 
     markup: Markup
 
 
 @dataclass(frozen=True)
 class VerdictCard:
-    """The verdict: the word, as a title, why, how many gates hold, and the one score that says most."""
+    """The verdict: word, title, reason, number of passed gates, and the most informative score."""
 
     word: str
     title: str
@@ -271,42 +271,42 @@ class VerdictCard:
     gates_tone: Tone = ""
     headline: Compared | None = None
     baseline: str = ""
-    """What the headline compares with, if not the base model."""
+    """Name of the headline's other model, if not the base model."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of a page; one without blocks is not shown."""
+    """A titled part of a page; sections without blocks are not shown."""
 
     title: str
     blocks: Sequence[Block]
     link: str = ""
-    """Its name in the navigation; without it the title."""
+    """Its name in the navigation, by default the title."""
     anchor: str = ""
     brief: bool = True
-    """Whether Markdown and terminal show it too."""
+    """Whether Markdown and the terminal show it too."""
 
     @property
     def id(self) -> str:
-        """Its anchor, by default made of its title."""
+        """Return its anchor, by default derived from its title."""
         return self.anchor or "-".join(self.title.lower().split())
 
 
 @dataclass(frozen=True)
 class Page:
-    """A whole page, Markdown file or print-out."""
+    """A complete report, to render as HTML, Markdown or terminal output."""
 
     title: str
     sections: Sequence[Section]
     chips: Sequence[tuple[str, str]] = ()
-    """A few facts that say what it is about."""
+    """A few identifying facts: (name, value)."""
     lead: str = ""
     verdict: VerdictCard | None = None
     footer: str = ""
     navigation: bool = True
     style: str = ""
-    """Further CSS; the page's own variables (`--ink`, `--page`, `--tuned`...) change with light and dark."""
+    """Additional CSS; the page's variables (`--ink`, `--page`, `--tuned`...) adapt to light and dark mode."""
     script: str = ""
-    """JavaScript that runs when the page is there; it may not ask for anything: the page forbids it."""
+    """JavaScript to run after loading; the page blocks all its network requests."""
     data: object = None
-    """JSON values for the script, which finds them under the id `data`."""
+    """JSON values for the script, in the element with the id `data`."""

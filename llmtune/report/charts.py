@@ -1,4 +1,4 @@
-"""Charts as inline SVG that takes its colours from the page, so that it reads in light and in dark; on pages only."""
+"""Charts as inline SVG for HTML pages; colours come from the page and adapt to light and dark mode."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from llmtune.report.number_format import short
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34
 SMALL_WIDTH, SMALL_HEIGHT = 160, 26
-"""Size of a picture in a cell of a table."""
+"""Size of a picture in a table cell."""
 MOST_POINTS, MOST_DOTS = 300, 12
 ChartPoint = tuple[float, float]
-TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
+TOO_LARGE = 1e30  # beyond any axis; comparison is false for NaN too
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart; its style says which colour it has, the same on all pages."""
+    """One line of a chart; its style decides its colour, the same on all pages."""
 
     name: str
     points: Sequence[ChartPoint]
     style: str = "train"
-    """train, validation, other, or s0 to s5 for one of several alike."""
+    """train, validation, other, or s0 to s5 for one of several similar lines."""
 
 
 def draw_curves(
     curves: Sequence[Curve], *, label: str, title: str = "", axis: str = "step", height: int = 240
 ) -> Markup:
-    """Draw lines over a common axis; nothing where no point is finite.
+    """Draw lines over a common axis; return empty markup if no point is finite.
 
-    `label` is for those who do not see it. Points that are NaN or beyond 1e30 are left out.
+    `label` is the text for screen readers. Points that are NaN or beyond 1e30 are skipped.
     """
     lines = [(one.style, thin([point for point in one.points if abs(point[1]) < TOO_LARGE])) for one in curves]
     points = [point for _, line in lines for point in line]
@@ -67,7 +67,7 @@ def draw_curves(
 def draw_histogram(
     edges: Sequence[float], counts: Sequence[float], *, label: str, title: str = "", axis: str = ""
 ) -> Markup:
-    """Draw bars, `counts[i]` between `edges[i]` and `edges[i + 1]`; nothing where there are none."""
+    """Draw bars, `counts[i]` between `edges[i]` and `edges[i + 1]`; return empty markup if all counts are zero."""
     if not counts or not max(counts):
         return Markup("")
     height, floor = 180, 180 - BOTTOM
@@ -87,7 +87,7 @@ def draw_histogram(
 
 
 def draw_interval(value: float, low: float, high: float, *, better: int, label: str) -> Markup:
-    """Draw a difference and its interval about zero, turned so that better (1: more, -1: less) is on the right."""
+    """Draw a difference and its interval around zero; the better side (1: more, -1: less) is on the right."""
     ends = (value, low, high)
     reach = max(map(abs, ends))
     if not all(map(math.isfinite, ends)) or not reach:
@@ -106,33 +106,33 @@ def draw_interval(value: float, low: float, high: float, *, better: int, label: 
 
 
 def draw_meter(share: float) -> Markup:
-    """Draw a bar that is filled by a share from 0 to 1."""
+    """Draw a bar filled to a share from 0 to 1."""
     return element("div", element("b", style=f"width: {100 * share:.1f}%"), class_="meter")
 
 
 def heading(title: str) -> Markup:
-    """Write the title of a chart or another part, if it has one."""
+    """Return the title of a chart or another part as a heading, empty without a title."""
     return element("h3", title) if title else Markup("")
 
 
 def svg(parts: Sequence[Markup], width: float, height: float, label: str) -> Markup:
-    """Wrap shapes into a picture with a name for those who do not see it."""
+    """Wrap shapes in an SVG element with a label for screen readers."""
     box = f"0 0 {width} {height}"
     return element("svg", Markup("").join(parts), viewBox=box, role="img", aria_label=label)
 
 
 def grid_line(y: float, label: str) -> Markup:
-    """Draw a line across, with its value on the left."""
+    """Draw a horizontal grid line with its value on the left."""
     return element("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y) + text(LEFT - 8, y + 4, label, "end")
 
 
 def text(x: float, y: float, label: str, anchor: str = "middle") -> Markup:
-    """Write a label."""
+    """Draw a label."""
     return element("text", label, x=x, y=y, text_anchor=anchor)
 
 
 def element(name: str, content: str = "", /, **attributes: str | float) -> Markup:
-    """Write an element; text is escaped, numbers have one decimal, and `_` in a name becomes `-`."""
+    """Return an element. Text is escaped, floats have one decimal, and `_` in attribute names becomes `-`."""
     written = [
         Markup(' {}="{}"').format(
             key.rstrip("_").replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value
@@ -143,7 +143,7 @@ def element(name: str, content: str = "", /, **attributes: str | float) -> Marku
 
 
 def bounds(values: Sequence[float]) -> tuple[float, float]:
-    """Return lowest and highest, far enough apart to draw an axis between them."""
+    """Return the lowest and highest value, widened if they are too close for an axis."""
     low, high = min(values), max(values)
     largest = max(abs(low), abs(high))
     margin = max(0.5, largest / 1000)
@@ -151,7 +151,7 @@ def bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Return round numbers (1, 2, 5 times a power of ten) from at or below `low` to at or above `high`."""
+    """Return round steps (1, 2, 5 times a power of ten) that cover `low` to `high`."""
     raw = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw * 0.999)
@@ -160,7 +160,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def thin(points: Sequence[ChartPoint]) -> list[ChartPoint]:
-    """Average neighbours until at most `MOST_POINTS` are left."""
+    """Average neighbouring points to at most `MOST_POINTS`."""
     group = math.ceil(len(points) / MOST_POINTS) if points else 1
     if group == 1:
         return list(points)

@@ -1,4 +1,4 @@
-"""Gates, or what ended a run, as JUnit XML, which CI systems show by themselves."""
+"""Writes gates, or the error that ended a run, as JUnit XML for CI systems."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from xml.etree import ElementTree as Tree  # written, never read: nothing of it can be attacked
+from xml.etree import ElementTree as Tree  # only writes XML, so parser attacks do not apply
 
 from llmtune.errors import GateFailed, LlmtuneError
 from llmtune.recipe.secrets import redact_all
@@ -18,7 +18,7 @@ NOT_XML = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def to_junit(report: Report) -> str:
-    """Return one test suite with a test case a gate; verdict and all scores are its properties."""
+    """Return one test suite with a test case per gate; verdict and all scores are its properties."""
     gates = report.gates
     failed, unsure = (sum(gate.passed is outcome for gate in gates) for outcome in (False, None))
     seconds = next((step.seconds for step in report.steps if step.name == "evaluate"), 0)
@@ -38,19 +38,19 @@ def to_junit(report: Report) -> str:
 
 @contextmanager
 def failures_in_junit(folder: Path, name: str) -> Iterator[None]:
-    """Write the error that ends the block into `folder/junit.xml`; the failure of a gate is there already."""
+    """Write an error that ends the block to `folder/junit.xml`, except gate failures, which are already there."""
     try:
         yield
     except LlmtuneError as error:
         if not isinstance(error, GateFailed):
-            with suppress(OSError):  # the disk may be what ends it
+            with suppress(OSError):  # the error may be a full disk
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / "junit.xml", error_to_junit(name, error))
         raise
 
 
 def error_to_junit(name: str, error: LlmtuneError) -> str:
-    """Return one test suite with a test case that could not end, and all problems as its text."""
+    """Return one test suite with a test case in error, and all problems as its text."""
     root, suite = begin_suite(name, {"tests": "1", "failures": "0", "errors": "1", "time": "0"})
     case = Tree.SubElement(suite, "testcase", classname="llmtune.run", name=type(error).__name__, time="0")
     message = xml_text(redact_all(str(error)))
@@ -66,13 +66,13 @@ def begin_suite(name: str, counts: Mapping[str, str], skipped: int = 0) -> tuple
 
 
 def write_xml(root: Tree.Element) -> str:
-    """Return the whole file as text."""
+    """Return the XML document as text."""
     Tree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + Tree.tostring(root, encoding="unicode") + "\n"
 
 
 def add_properties(element: Tree.Element, values: Mapping[str, str]) -> None:
-    """Give an element named values."""
+    """Add named values to an element as properties."""
     properties = Tree.SubElement(element, "properties")
     for key, value in values.items():
         Tree.SubElement(properties, "property", name=xml_text(key), value=xml_text(value))
@@ -97,5 +97,5 @@ def list_scores(report: Report) -> dict[str, str]:
 
 
 def xml_text(value: str) -> str:
-    """Leave out characters that XML cannot hold."""
+    """Replace characters that are not allowed in XML."""
     return NOT_XML.sub("\N{REPLACEMENT CHARACTER}", value)

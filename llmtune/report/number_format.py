@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers for reports."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ MINUS = "−"
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number, and finite."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def missing(value: object) -> bool:
-    """Whether there is no number."""
+    """Return whether a value is not a finite number."""
     return not is_number(value)
 
 
 def score(value: object) -> str:
-    """Four significant digits, at most four decimals."""
+    """Format with about four significant digits and at most four decimals."""
     if not is_number(value):
         return DASH
     size = abs(value)
@@ -33,17 +33,17 @@ def score(value: object) -> str:
 
 
 def signed(value: object) -> str:
-    """Like `score`, with a sign."""
+    """Format like `score`, with a sign."""
     return f"+{score(value)}" if is_number(value) and value > 0 else score(value)
 
 
 def count(value: object) -> str:
-    """A whole number with its thousands apart."""
+    """Format an integer with thousands separators."""
     return f"{value:,.0f}" if is_number(value) else DASH
 
 
 def size(value: object) -> str:
-    """Bytes in decimal units."""
+    """Format bytes in decimal units."""
     if not is_number(value):
         return DASH
     amount, unit = float(value), 0
@@ -53,7 +53,7 @@ def size(value: object) -> str:
 
 
 def duration(seconds: object) -> str:
-    """Seconds, minutes or hours."""
+    """Format seconds as seconds, minutes or hours."""
     if not is_number(seconds):
         return DASH
     if seconds < 10:
@@ -65,17 +65,17 @@ def duration(seconds: object) -> str:
 
 
 def share(part: object, whole: object, digits: int = 1) -> str:
-    """A part of a whole as a percentage."""
+    """Format a part of a total as a percentage."""
     return f"{100 * part / whole:.{digits}f} %" if is_number(part) and is_number(whole) and whole else DASH
 
 
 def chance(p: object) -> str:
-    """A p-value."""
+    """Format a p-value."""
     return DASH if not is_number(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def short(value: float) -> str:
-    """A label of an axis."""
+    """Format an axis label."""
     if value == 0:
         return "0"
     size = abs(value)

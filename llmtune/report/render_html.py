@@ -1,4 +1,4 @@
-"""Pages as HTML: one file each that asks nothing of the network, in light and in dark."""
+"""Renders pages as self-contained HTML files that load nothing from the network, with light and dark mode."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llmtune.store.atomic_files import plain, write_text
 
 
 def write_page(path: Path, page: Page) -> Path:
-    """Write a page in one step and return its path."""
+    """Write a page atomically and return its path."""
     write_text(path, to_html(page))
     return path
 
 
 def to_html(page: Page) -> str:
-    """Fill the page's template; it escapes everything."""
+    """Render the page's template, which escapes all text."""
     shown = [section for section in page.sections if section.blocks]
     data = None if page.data is None else embed_json(page.data)
     style, script = (Markup(text) for text in (page.style, page.script))  # noqa: S704 - the program's own
@@ -31,14 +31,14 @@ def to_html(page: Page) -> str:
 
 
 def render_html_section(section: Section) -> str:
-    """Return one section of a page."""
+    """Render one section of a page."""
     macros = open_templates().get_template("blocks.html.jinja").make_module()
     return str(macros.card(section)).strip()  # type: ignore[attr-defined]
 
 
 @cache
 def open_templates() -> jinja2.Environment:
-    """Return the templates of this package: what they are given is escaped, and what they lack is an error."""
+    """Return the template environment: values are escaped, and missing values are errors."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llmtune.report", ""),
         autoescape=True,
@@ -52,12 +52,12 @@ def open_templates() -> jinja2.Environment:
 
 
 def prose(text: str) -> Markup:
-    """Escape a text; text between backticks becomes code."""
+    """Escape text; text between backticks becomes code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
 
 
 def embed_json(data: object) -> Markup:
-    """Return JSON that is safe inside a script element: no end tag or comment can begin in it."""
+    """Return JSON that is safe in a script element: it cannot start an end tag or comment."""
     text = json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return Markup(safe)  # noqa: S704 - nothing in it can end the element

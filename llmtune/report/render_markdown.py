@@ -1,6 +1,6 @@
-"""Blocks as Markdown, for a README, a CI summary or a comment on a merge request.
+"""Renders blocks as Markdown, for a README, a CI summary or a merge request comment.
 
-Free text is escaped or put into code spans. Pictures and folded parts are for pages only.
+Free text is escaped or put in code spans. Pictures and collapsed parts appear on HTML pages only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SIGNS = {"better": "✅", "worse": "❌"}
 
 
 def to_markdown(page: Page) -> str:
-    """Return title, facts and sections, each part where there is one."""
+    """Return title, facts and sections, without empty parts."""
     verdict = page.verdict
     failed = f", {markdown_text(verdict.gates)}" if verdict and verdict.gates_tone in ("worse", "unsure") else ""
     parts = [
@@ -30,18 +30,18 @@ def to_markdown(page: Page) -> str:
 
 
 def render_section(section: Section, level: int = 2) -> str:
-    """Return a section under its heading; nothing for one that is for pages alone, or has nothing to show."""
+    """Return a section under its heading; empty if it has nothing to show in Markdown."""
     text = render_blocks(section.blocks) if section.brief else ""
     return f"{'#' * level} {markdown_text(section.title)}\n\n{text}" if text else ""
 
 
 def render_blocks(blocks: Sequence[Block]) -> str:
-    """Return the blocks that Markdown can show, with empty lines between them."""
+    """Return the blocks that Markdown can show, separated by empty lines."""
     return "\n\n".join(part for part in map(render_block, blocks) if part)
 
 
 def render_block(block: Block) -> str:
-    """Return one block; nothing for one that only a page can show."""
+    """Return one block; empty if only an HTML page can show it."""
     match block:
         case Table():
             return render_table(block)
@@ -61,7 +61,7 @@ def render_block(block: Block) -> str:
 
 
 def render_table(block: Table) -> str:
-    """Return a table, its first rows if there are many; better and worse have a sign before them."""
+    """Return the first rows of a table; better and worse values have a leading sign."""
     shown = [number for number, column in enumerate(block.heads) if column.kind != "picture"]
     heads = [markdown_text(block.heads[number].heading) for number in shown]
     rows = [[render_cell(row[number]) for number in shown] for row in block.cells[:MOST_ROWS]]
@@ -88,19 +88,19 @@ def render_samples(block: SampleList) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of cells that are safe already."""
+    """Return a table of escaped cells."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def sentence(text: str) -> str:
-    """Return a text of our own; text between backticks becomes code."""
+    """Return llmtune's own text; text between backticks becomes code."""
     parts = re.sub(r"\s+", " ", text).split("`")
     return "".join(code(part) if number % 2 else escape(part) for number, part in enumerate(parts)).strip()
 
 
 def code(value: object) -> str:
-    """Return free text as a code span that cannot end early, break a table row or run too long."""
+    """Return free text as a code span that cannot end early or break a table row; long text is truncated."""
     text = printable(re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ⏎ ", str(value)).strip())
     if len(text) > LONGEST_TEXT:
         text = text[:LONGEST_TEXT] + "…"
@@ -112,15 +112,15 @@ def code(value: object) -> str:
 
 
 def markdown_text(value: object) -> str:
-    """Return short text of our own, or a name, on one line."""
+    """Return llmtune's own short text, or a name, on one line."""
     return escape(" ".join(str(value).split()))
 
 
 def escape(text: str) -> str:
-    """Escape every sign that means something in Markdown."""
+    """Escape every character with a meaning in Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|~!@&$])", r"\\\1", printable(text))
 
 
 def printable(text: str) -> str:
-    """Replace what cannot be printed."""
+    """Replace unprintable characters."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

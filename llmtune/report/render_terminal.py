@@ -1,4 +1,4 @@
-"""Blocks on the terminal, by rich: tables and texts; pictures, small print and folded parts stay on the pages."""
+"""Renders tables and texts on the terminal with rich; omits pictures, small print and collapsed parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llmtune.errors import visible
 from llmtune.report.blocks import Beside, Block, Bullets, Column, KeyValues, Page, Section, Table, Text
 
 LEAST_TEXT = 12
-"""Columns of names and other texts are never narrower than that."""
+"""Minimum width of text columns."""
 SHORT = 8
 """Cells up to this length, such as `< 0.001`, are not wrapped."""
 NO_BREAK = "\u00a0"
@@ -40,17 +40,17 @@ T = TypeVar("T")
 
 
 class VisibleConsole(Console):
-    """A console on which the text of rows, models and files cannot steer the terminal: it sees escape codes as text."""
+    """A console that shows escape codes as text, so data cannot control the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render as rich does; what is no control of rich's own is made visible."""
+        """Render as rich does, and make all control characters visible except rich's own."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 @contextmanager
 def spinner(console: Console, text: str) -> Iterator[None]:
-    """Show on a terminal that something is done, and for how long by now."""
+    """Show a spinner with the elapsed time on a terminal."""
     columns = (SpinnerColumn(), TextColumn(text), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bars.add_task(text, total=None)
@@ -58,20 +58,20 @@ def spinner(console: Console, text: str) -> Iterator[None]:
 
 
 def track_items(console: Console, items: Sequence[T], text: str) -> Iterator[T]:
-    """Yield items one by one, and show on a terminal how many are done and how long the rest will take."""
+    """Yield items one by one, and show progress and remaining time on a terminal."""
     with counting_bars(console) as bars:
         yield from bars.track(items, description=text)
 
 
 def counting_bars(console: Console) -> Progress:
-    """Return bars that count, and that move while one thing takes long."""
+    """Return progress bars with a counter, and a spinner that moves during long items."""
     what = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*what, *times, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_page(page: Page, console: Console) -> None:
-    """Print the sections of a page that are not for pages alone."""
+    """Print the sections of a page that are meant for the terminal too."""
     print_sections(page.sections, console)
 
 
@@ -83,13 +83,13 @@ def print_sections(sections: Sequence[Section], console: Console) -> None:
 
 
 def print_blocks(blocks: Sequence[Block], console: Console) -> None:
-    """Print tables and texts, one below the other."""
+    """Print tables and texts."""
     for shown in make_renderables(blocks, console.width):
         console.print(shown)
 
 
 def make_renderables(blocks: Sequence[Block], width: int) -> Iterator[RenderableType]:
-    """Yield what a terminal has to show of blocks."""
+    """Yield the blocks that the terminal shows, as rich renderables."""
     for block in blocks:
         match block:
             case Table():
@@ -105,10 +105,10 @@ def make_renderables(blocks: Sequence[Block], width: int) -> Iterator[Renderable
 
 
 def make_table(block: Table, width: int) -> RenderableType:
-    """Return a table for rich; a row has the colour of the first of its cells that has one.
+    """Return a table for rich; a row has the colour of its first coloured cell.
 
-    No number is cut. Where the table is too wide, columns move together, then headings wrap, then names fold, and
-    intervals wrap last; where that is not enough, each row is written as a line of headings and values.
+    Numbers are never truncated. If the table is too wide, first the gaps shrink, then headings wrap, then names wrap,
+    and intervals wrap last. If it still does not fit, each row becomes a line of headings and values.
     """
     shown = [number for number, column in enumerate(block.heads) if column.kind != "picture"]
     cells = [[row[number].text for number in shown] for row in block.cells]
@@ -129,7 +129,7 @@ def make_table(block: Table, width: int) -> RenderableType:
 
 
 def _folded(text: str, width: int) -> str:
-    """Break a text that is too wide between words, or after hyphens and slashes; rich breaks at spaces only."""
+    """Wrap a text between words, or after hyphens and slashes; rich wraps at spaces only."""
     lines = [""]
     for part in re.findall(r"[^\s/-]*[\s/-]*", text) if cell_len(text) > width else [text]:
         if lines[-1] and cell_len(lines[-1] + part.rstrip()) > width:
@@ -139,7 +139,7 @@ def _folded(text: str, width: int) -> str:
 
 
 def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> tuple[int, list[int]] | None:
-    """Return what is between the columns, and their widths; None where not even the words of all numbers have room."""
+    """Return the gap between columns, and their widths; None if even the words of all numbers do not fit."""
     numbers = [column.kind == "number" for column in heads]
     columns = [[column.heading, *texts] for column, texts in zip(heads, zip(*cells, strict=True), strict=False)]
     whole = [max(map(cell_len, texts)) for texts in columns]
@@ -171,7 +171,7 @@ def _unbroken(text: str) -> list[str]:
 def _as_lines(
     title: str, heads: Sequence[Column], cells: Sequence[Sequence[str]], styles: Sequence[str], width: int
 ) -> RichText:
-    """Write each row as its name, then headings with their values; a line never breaks between the two."""
+    """Write each row as its name, then headings with values; lines never break between heading and value."""
     text = RichText(f"{title}\n" if title else "", style="italic")
     for texts, style in zip(cells, styles, strict=True):
         pairs = [f"{column.heading} {value}".strip() for column, value in zip(heads, texts, strict=True) if value]

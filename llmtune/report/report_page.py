@@ -1,4 +1,4 @@
-"""The report of a run as a page, and the files it is written to: HTML, Markdown for CI, JSON, JUnit XML."""
+"""Builds the report page of a run and writes its files: HTML, Markdown for CI, JSON, JUnit XML."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from llmtune.store.atomic_files import plain, write_json, write_text
 TITLES: dict[str, tuple[str, Tone]] = {
     BETTER: ("Better than {opponent}", "better"),
     WORSE: ("Worse than {opponent}", "worse"),
-    MIXED: ("Better here, worse there than {opponent}", "mixed"),
+    MIXED: ("Partly better, partly worse than {opponent}", "mixed"),
     WITHIN: ("Within the margin of {opponent}", "better"),
     INCONCLUSIVE: ("No clear difference from {opponent}", "unsure"),
 }
@@ -58,19 +58,19 @@ INSIDE = re.compile(r'<section class="card" id="inside">.*?</section>', re.DOTAL
 FOLDER = "explain"
 """In the run folder."""
 MEANINGS = {
-    "attention": ("Attention", "which words look at which, by layer and head"),
-    "generation": ("Generation", "how an answer comes about, word by word"),
+    "attention": ("Attention", "which words attend to which, by layer and head"),
+    "generation": ("Generation", "how the model writes an answer, word by word"),
     "positions": ("Positions", "how the model knows the order of words"),
     "model": ("Architecture", "the parts of the model, their shapes and their cost"),
-    "adapter": ("Adapter", "how far each layer moved: where the tuning went"),
+    "adapter": ("Adapter", "how much tuning changed each layer"),
 }
-"""By the first word of a page's name: its title, and what it shows."""
+"""By the first word of a page's name: title and description."""
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write report.html, report.md, report.json and junit.xml into `folder`, each in one step.
+    """Write report.html, report.md, report.json and junit.xml to `folder`, each atomically.
 
-    Numbers that JSON cannot hold become null. `make_report` has redacted the report.
+    Numbers that JSON does not support become null. `make_report` has already redacted the report.
     """
     page = make_report_page(report)
     write_text(folder / "report.html", to_html(page))
@@ -80,7 +80,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def report_json(report: Report) -> Json:
-    """Return what report.json holds: the fields of the report, the seeds among the scores."""
+    """Return the content of report.json: the fields of the report, with the seeds under `evaluation`."""
     values: Json = plain(report)
     seeds, verdict = values.pop("seeds"), values.pop("verdict")
     if values["evaluation"]:
@@ -89,7 +89,7 @@ def report_json(report: Report) -> Json:
 
 
 def make_report_page(report: Report) -> Page:
-    """Return the page of a report; sections that the run has not reached are empty."""
+    """Return the page of a report; sections of steps not reached are empty."""
     evaluation, task = report.evaluation, report.task
     sections = [
         gate_section(report.gates, report.look),
@@ -104,12 +104,12 @@ def make_report_page(report: Report) -> Page:
         method_section(evaluation, task),
         recipe_section(report.recipe_yaml),
     ]
-    footer = f"Made by llmtune {report.llmtune}. `report.html` is complete in itself and needs no network."
+    footer = f"Made by llmtune {report.llmtune}. `report.html` is self-contained and loads nothing from the network."
     return Page(report.name, sections, chips(report), verdict=verdict_card(report), footer=footer)
 
 
 def chips(report: Report) -> list[tuple[str, str]]:
-    """The few facts that say which run this is."""
+    """Return the facts that identify the run."""
     facts = [
         ("run", report.fingerprint[:8]),
         ("date", report.date),
@@ -122,7 +122,7 @@ def chips(report: Report) -> list[tuple[str, str]]:
 
 
 def verdict_card(report: Report) -> VerdictCard:
-    """Return the verdict, how many gates hold, and the one score that says most."""
+    """Return the verdict, the number of passed gates, and the most informative score."""
     gates, evaluation = report.gates, report.evaluation
     failed, unsure = (any(gate.passed is outcome for gate in gates) for outcome in (False, None))
     opponent = "the champion" if evaluation and evaluation.champion else "the base model"
@@ -142,7 +142,7 @@ def verdict_card(report: Report) -> VerdictCard:
 
 
 def headline(evaluation: Evaluation, word: str, gates: Sequence[GateResult] = ()) -> Compared | None:
-    """Return the one score that says most: one that the verdict `word` rests on, if there is any."""
+    """Return the most informative score, preferably one that the verdict `word` is based on."""
     differences = judged_differences(evaluation)
     ranked = rank_metrics(differences)
     bearing = list_bearing(find_changes(differences, gates, "champion" if evaluation.champion else "base"), word)
@@ -153,33 +153,33 @@ def headline(evaluation: Evaluation, word: str, gates: Sequence[GateResult] = ()
 
 
 def list_bearing(findings: MetricChanges, word: str) -> Sequence[str]:
-    """Return the metrics that a verdict rests on."""
+    """Return the metrics that a verdict is based on."""
     if findings.failed:
         return findings.failed
     chosen = {BETTER: findings.better, WORSE: findings.worse, WITHIN: findings.within}
     return chosen.get(word, [*findings.better, *findings.worse] if word == MIXED else ())
 
 
-# Pages that look inside the model: they come after the run, if they come
+# Pages of `llmtune explain`, written after the run
 
 
 def find_explanations(run: Path) -> list[str]:
-    """Return the names of the pages in a run folder, without `.html`, in the order of MEANINGS."""
+    """Return the names of explain pages in a run folder, without `.html`, in the order of MEANINGS."""
     order = list(MEANINGS)
     names = [path.stem for path in (run / FOLDER).glob("*.html") if not path.name.startswith(".")]
     return sorted(names, key=lambda name: (order.index(kind_of(name)) if kind_of(name) in order else len(order), name))
 
 
 def explain_section(names: Sequence[str], *, trained: bool) -> Section:
-    """Links to the pages, or where there are none the command to type; nothing before training."""
-    text = "Where do base and tuned model part, and what changed inside? `llmtune explain generation RUN --prompt "
-    text += "TEXT` makes a page of it, with RUN this folder; `llmtune explain --help` lists what else there is to see."
+    """Return links to the explain pages, or without pages the command to make one; empty before training."""
+    text = "Where do base and tuned model diverge, and what changed inside? Run `llmtune explain generation RUN "
+    text += "--prompt TEXT` to make a page, with RUN this folder. `llmtune explain --help` lists the other pages."
     shown = [Links([explanation_link(name) for name in names])] if names else [Text(text)] if trained else []
     return Section("Look inside", shown, anchor="inside", brief=False)
 
 
 def explanation_link(name: str) -> tuple[str, str, str]:
-    """Return address, title and meaning of a page."""
+    """Return address, title and description of a page."""
     kind = kind_of(name)
     title, meaning = MEANINGS.get(kind, (name, ""))
     rest = name.removeprefix(kind).strip("-").replace("-", " ")
@@ -192,10 +192,10 @@ def kind_of(name: str) -> str:
 
 
 def link_explanations(run: Path) -> bool:
-    """Link the report of a run to the pages that are there now; nothing else in it changes.
+    """Update the links from a run's report to its explain pages; leave everything else unchanged.
 
     Returns:
-        False where the run has no report yet, or none that can be read: then nothing is written.
+        False if the run has no readable report; then nothing is written.
     """
     try:
         report: Any = json.loads((run / "report.json").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""What a report is made of, key by key as in report.json; parts that a stopped run has not reached are None."""
+"""Data of a report, with the keys of report.json; parts that a stopped run has not reached are None."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from llmtune.store.json_shapes import (
 
 REPORT = "report.json"
 DATA_KEYS = ("dropped", "examples", "tokens", "supervised_share", "longest", "example")
-"""Of the facts of `encode`; what it dropped includes the rows that `prepare` did."""
+"""Keys of the facts of `encode`; its `dropped` includes the rows dropped by `prepare`."""
 RENAMED = {"total": "all", "adapter_bytes": "bytes"}
-"""Facts of the adapter that the report has under another name."""
+"""Facts of the adapter -> their names in the report."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`better`, `worse`, `mixed`, `within margin` or `inconclusive`, and why."""
+    """`better`, `worse`, `mixed`, `within margin` or `inconclusive`, and the reason."""
 
     word: str
     reason: str
@@ -41,25 +41,25 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Power:
-    """What so many test rows can show of one metric, with 80 % power; and the rows that a gate about it needs."""
+    """The difference that the test rows can detect in one metric with 80 % power, and the rows that a gate needs."""
 
     metric: str
     against: str
     """base or champion."""
     rows: int
     smallest: float
-    """The smallest true difference that the rows show."""
+    """The smallest true difference that the rows can detect."""
     gate: str = ""
-    """As written; empty where no gate is on this interval."""
+    """The gate as written; empty if no gate uses this interval."""
     assumed: Number = None
-    """The true difference that `rows_needed` is for."""
+    """The true difference assumed for `rows_needed`."""
     rows_needed: int | None = None
-    """None where no number of rows would tell."""
+    """None if no number of rows would be enough."""
 
 
 @dataclass(frozen=True)
 class SeedRun:
-    """The scores of one seed, and the ends of their intervals."""
+    """The scores of one seed with their intervals."""
 
     seed: int
     tuned: Mapping[str, Number]
@@ -68,7 +68,7 @@ class SeedRun:
 
 @dataclass(frozen=True)
 class Spread:
-    """One metric over all seeds; numbers are None where there is nothing to say."""
+    """One metric over all seeds; numbers are None if they are undefined."""
 
     scores: Sequence[Number]
     base: Number
@@ -80,15 +80,15 @@ class Spread:
     spread: Number = None
     """Highest minus lowest."""
     gain: Number = None
-    """Of the mean over the base."""
+    """Mean minus base."""
     larger: bool | None = None
-    """Whether the gain, for better or worse, is larger than the spread."""
+    """Whether the gain, positive or negative, is larger than the spread."""
     better: bool | None = None
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """What the scores of several seeds come to, and which seeds have none yet."""
+    """Scores over several seeds, and the seeds without scores yet."""
 
     runs: Sequence[SeedRun]
     missing: Sequence[int]
@@ -113,7 +113,7 @@ class DataFacts(PreparedFacts, total=False):
 
 
 class AdapterFacts(AdapterShape, total=False):
-    """What was put in, and how much of the model is trained."""
+    """The adapter's settings, and how much of the model it trains."""
 
     all: Required[int]
     bytes: int
@@ -130,7 +130,7 @@ class TrainFacts(TrainedFacts):
 
 @dataclass(frozen=True)
 class Report:
-    """All that a run found out."""
+    """All results of a run."""
 
     llmtune: str
     name: str
@@ -150,22 +150,22 @@ class Report:
     gates: Sequence[GateResult] = ()
     power: Sequence[Power] = ()
     look: str | None = None
-    """Which of `evaluate.looks` this is; None where they are not counted."""
+    """Which of `evaluate.looks` this is; None if looks are not counted."""
     deploy: Mapping[str, object] | None = None
     explanations: Sequence[str] = ()
     date: str = ""
-    """When its last step began, in UTC."""
+    """Start of its last step, in UTC."""
 
 
 class ReportScores(TypedDict):
-    """The part of report.json about scores that other commands read; evaluation.json has all of them."""
+    """The scores in report.json that other commands read; evaluation.json has all scores."""
 
     rows: int
     seeds: Seeds | None
 
 
 class ReportDocument(TypedDict):
-    """What report.json holds."""
+    """The content of report.json."""
 
     llmtune: str
     name: str
@@ -183,9 +183,9 @@ class ReportDocument(TypedDict):
 
 
 def read_report(run: Path) -> Json | None:
-    """Read the report.json of a run; None if it is missing or holds no JSON.
+    """Read the report.json of a run; None if it is missing or not JSON.
 
-    Raises EnvironmentProblem for one that does not hold what llmtune writes.
+    Raises EnvironmentProblem if its content is not a report of llmtune.
     """
     report: Json | None = read_record(
         run / REPORT, ReportDocument, fix=f"Write it again: llmtune evaluate {shlex.quote(str(run))}"
@@ -194,7 +194,7 @@ def read_report(run: Path) -> Json | None:
 
 
 def require_report(run: Path) -> Json:
-    """Read the report.json of a run; raises as `read_report` does, and RecipeError where there is none."""
+    """Read the report.json of a run; raises as `read_report` does, and RecipeError if it is missing."""
     report = read_report(run)
     if report is None:
         raise RecipeError.of("this run has no report", str(run), f"Score it again: llmtune evaluate {run}")
@@ -202,9 +202,9 @@ def require_report(run: Path) -> Json:
 
 
 def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[Mapping[str, object]]) -> Json:
-    """Return what the steps found out, by the report's names; what a stopped run has not reached is None.
+    """Return the facts of the steps by the report's names; None for steps not reached.
 
-    `done` are the facts of each finished step, `began` is when the last step did, `curve` the lines of metrics.jsonl.
+    `done` has the facts of each finished step, `began` is the last step's start, `curve` the lines of metrics.jsonl.
     """
     prepared, encoded, adapted, trained = (done.get(name) for name in ("prepare", "encode", "adapt", "train"))
     data = {key: prepared[key] for key in ("rows_in", "kept", "dropped")} if prepared else None

@@ -1,4 +1,4 @@
-"""The sections of the report that say how a run went, as blocks: training, data, model, adapter, time, recipe."""
+"""Builds the report's sections about the run: training, data, model, adapter, time, recipe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from llmtune.store.json_shapes import HardRow, SelectedFacts
 SPLITS = ("train", "validation", "test")
 PART_NAMES = {"optimizer": "optimizer state"}
 FEWEST_POINTS = 10
-"""Lines of the log from which on the course of the learning rate can be seen: fewer miss its peak."""
+"""Minimum log lines for a chart of the learning rate; with fewer, its peak may be missing."""
 WORDED = frozenset({"exact_match", "f1", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "ter"})
 """Metrics that reward wording."""
 WRITING_TASKS = frozenset(name for name, facts in TASK_FACTS.items() if facts.generates and not facts.takes_audio)
@@ -41,12 +41,12 @@ SHOWN_LETTERS = 8
 
 
 def known(pairs: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
-    """Leave out what is not known."""
+    """Drop unknown values."""
     return [(name, text) for name, text in pairs if text and not text.startswith(DASH)]
 
 
 def training_section(train: TrainFacts | None) -> Section:
-    """Losses, curves and speed."""
+    """Return losses, curves and speed."""
     if not train:
         return Section("Training", [])
     curve = [line for line in train.get("curve", []) if not missing(line.get("step"))]
@@ -85,7 +85,7 @@ def training_section(train: TrainFacts | None) -> Section:
 
 
 def validation_curves(curve: Sequence[Mapping[str, object]]) -> list[Block]:
-    """A picture of each metric that was measured on validation rows while training went on."""
+    """Return a chart of each metric measured on validation rows during training."""
     lines = [
         {"step": line["step"], **found} for line in curve if isinstance(found := line.get("validation_metrics"), dict)
     ]
@@ -102,7 +102,7 @@ def validation_curves(curve: Sequence[Mapping[str, object]]) -> list[Block]:
 
 
 def hardest_rows(rows: Sequence[HardRow]) -> list[Block]:
-    """The training rows that were hardest to learn, folded away; nothing where none is known."""
+    """Return a collapsed table of the training rows that were hardest to learn; empty if none are known."""
     if not rows:
         return []
     cells: TableRows = []
@@ -110,14 +110,14 @@ def hardest_rows(rows: Sequence[HardRow]) -> list[Block]:
         numbers = score(row["loss"]), score(row["excess"])
         cells.append([f"{row['prompt']} → {row['reference']}", *numbers, Cell(row["origin"], note=row["id"][:12])])
     columns: TableColumns = ["prompt → reference", Column("loss", "number"), Column("above its steps", "number"), "row"]
-    text = "Mean loss of a row while it was trained on, and how far that lay above the mean of its steps. Rows "
-    text += "that stay hard are often labelled wrongly: read these first. `row_losses.npz` has all of them."
+    text = "Mean loss of each row during training, and how far it was above the mean of its steps. Rows that stay "
+    text += "hard are often mislabelled: read these first. `row_losses.npz` has all rows."
     shown: list[Block] = [Text(text, "soft"), Table(columns, cells, scroll=True)]
     return [Details(f"The {len(rows)} training rows that were hardest to learn", shown)]
 
 
 def points(curve: Sequence[Mapping[str, object]], key: str) -> list[ChartPoint]:
-    """The points of one column of the metrics."""
+    """Return the points of one column of the metrics."""
     pairs = []
     for line in curve:
         step, value = line.get("step"), line.get(key)
@@ -127,7 +127,7 @@ def points(curve: Sequence[Mapping[str, object]], key: str) -> list[ChartPoint]:
 
 
 def data_section(data: DataFacts | None, task: str | None) -> Section:
-    """Rows in, kept and dropped; tokens and what of them is learned; classes; one example."""
+    """Return rows in, kept and dropped, tokens and learned tokens, classes, and one example."""
     if not data:
         return Section("Data", [])
     kept, tokens, supervised = data.get("kept", {}), data.get("tokens", {}), data.get("supervised_tokens", {})
@@ -156,20 +156,20 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         blocks.append(class_counts(classes, "entities" if answer_kind(task) == "tags" else "rows"))
     if example := data.get("example"):
         learned = share(sum(supervised.values()), sum(tokens.values()) or None) if by_token else ""
-        text = "One training example as the model sees it: what is marked is learned, the rest is only read."
-        text += f" {learned} of all tokens are learned." if learned else ""
+        text = "One training example as the model sees it: it learns the marked text and only reads the rest."
+        text += f" It learns {learned} of all tokens." if learned else ""
         pieces = [element("mark", piece) if marked else escape(piece) for piece, marked in example]
         blocks.append(Html(heading(text) + element("pre", Markup("").join(pieces), class_="example")))
     return Section("Data", blocks)
 
 
 def filled_sentence(filled: int) -> str:
-    """Return what was dropped of rows out of Parquet or the hub (`llmtune.data.arrow_rows`)."""
-    return f"{count(filled)} empty keys dropped: Arrow fills them in where other rows have a value."
+    """Return a sentence on null keys dropped from Parquet or hub rows (`llmtune.data.arrow_rows`)."""
+    return f"{count(filled)} empty keys dropped: Arrow adds them to rows if other rows have a value."
 
 
 def vanishing_sentence(vanishing: Mapping[str, int]) -> str:
-    """Return which characters of the rows the tokenizer drops, the most frequent first."""
+    """Return a sentence on the characters that the tokenizer drops, the most frequent first."""
     most_first = sorted(vanishing, key=lambda letter: -vanishing[letter])
     listed = ", ".join(
         f"U+{ord(letter):04X} ({count(vanishing[letter])} rows)" for letter in most_first[:SHOWN_LETTERS]
@@ -179,16 +179,16 @@ def vanishing_sentence(vanishing: Mapping[str, int]) -> str:
 
 
 def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:
-    """What rows lost that were cut, where so many tokens are left to learn."""
-    text = f"{count(lost['rows'])} rows were cut to data.max_length: {count(lost['tokens'])} tokens are gone"
+    """Return a sentence on truncated rows; `supervised` is the number of tokens left to learn."""
+    text = f"{count(lost['rows'])} rows were truncated to data.max_length and lost {count(lost['tokens'])} tokens"
     if lost["answers"]:
         part = share(lost["supervised"], supervised + lost["supervised"])
-        text += f", and {count(lost['answers'])} answers among them: {part} of all tokens that were to be learned"
+        text += f", including {count(lost['answers'])} answers: {part} of all tokens to learn"
     return f"{text}."
 
 
 def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:
-    """How often each class occurs in each split, the most frequent first; classes absent from training are marked."""
+    """Return a table of each class's rows per split, the most frequent first; marks classes missing from training."""
     trained = {label: splits.get("train") or 0 for label, splits in classes.items()}
     total, most = sum(trained.values()), max(trained.values()) or 1
     heads = [Column(name, "number") for name in (*SPLITS, "of train")]
@@ -198,22 +198,22 @@ def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:
         part = Cell(share(number, total or None), "" if number else "worse")
         name = Cell(str(label), note="" if number else "not in training")
         rows.append([name, *counts, part, Cell(picture=draw_meter(number / most))])
-    heading, title = ("kind", "Kinds of entities") if unit == "entities" else ("class", "Classes")
+    heading, title = ("type", "Entity types") if unit == "entities" else ("class", "Classes")
     columns = [Column(heading), *heads, Column("", "picture")]
     return Table(columns, rows, f"{title}: {class_spread(trained, unit)}", scroll=True)
 
 
 def class_spread(trained: Mapping[str, int], unit: str) -> str:
-    """Say how uneven the classes are in training."""
+    """Return a phrase on the class balance in training."""
     seen = [number for number in trained.values() if number]
     if unseen := [label for label, number in trained.items() if not number]:
         return f"{len(unseen)} of {len(trained)} have no training {unit}: {', '.join(map(str, unseen[:30]))}"
     ratio = max(seen) / min(seen)
-    return "evenly spread" if ratio < 1.1 else f"the largest has {ratio:.3g} times the {unit} of the smallest"
+    return "balanced" if ratio < 1.1 else f"the largest has {ratio:.3g} times the {unit} of the smallest"
 
 
 def model_section(model: SelectedFacts | None) -> Section:
-    """Name, revision, memory plan and ranking."""
+    """Return name, revision, memory plan and ranking."""
     if not model:
         return Section("Model and memory plan", [])
     plan = model.get("plan") or {}
@@ -232,7 +232,7 @@ def model_section(model: SelectedFacts | None) -> Section:
         tried = any(row.get("steps") for row in candidates)
         rows: TableRows = [
             [
-                Cell(row["name"], note=f"left out: {row['reason']}" if row.get("reason") else ""),
+                Cell(row["name"], note=f"skipped: {row['reason']}" if row.get("reason") else ""),
                 score(row.get("bits_per_byte")),
                 *([score(row.get("tuned")), count(row.get("steps"))] if tried else []),
                 size(row.get("lower_bound")),
@@ -246,7 +246,7 @@ def model_section(model: SelectedFacts | None) -> Section:
 
 
 def adapter_section(adapter: AdapterFacts | None, deploy: Mapping[str, object] | None) -> Section:
-    """Method, share that is trained, where it sits; and what was made of it."""
+    """Return method, trained share, target modules, and deployment."""
     if not adapter:
         return Section("Adapter", [])
     trainable, whole = adapter.get("trainable"), adapter.get("all")
@@ -256,15 +256,15 @@ def adapter_section(adapter: AdapterFacts | None, deploy: Mapping[str, object] |
         ("alpha", count(adapter.get("lora_alpha"))),
         ("trained", f"{count(trainable)} of {count(whole)} parameters"),
         ("share", share(trainable, whole, 2)),
-        ("of the base under it", share(adapter.get("share_under_adapter"), 1)),
-        (f"of the base in {adapter.get('quantized_bits')} bits", share(adapter.get("share_quantized"), 1)),
+        ("base weights covered", share(adapter.get("share_under_adapter"), 1)),
+        (f"base weights in {adapter.get('quantized_bits')} bits", share(adapter.get("share_quantized"), 1)),
         ("on disk", size(adapter.get("bytes"))),
         ("modules", count(adapter.get("matched_modules"))),
     ]
     blocks: list[Block] = [KeyValues(known(facts))]
     if targets := adapter.get("targets"):
         rows: TableRows = [[Cell(ending, code=True), f"{count(times)} ×"] for ending, times in targets.items()]
-        blocks.append(Details("where it sits", [Table(["", Column("", "number")], rows)]))
+        blocks.append(Details("target modules", [Table(["", Column("", "number")], rows)]))
     if deploy:
         flat = [(key.replace("_", " "), str(made)) for key, made in deploy.items() if not isinstance(made, dict | list)]
         blocks.append(KeyValues(flat, "Deployment"))
@@ -272,7 +272,7 @@ def adapter_section(adapter: AdapterFacts | None, deploy: Mapping[str, object] |
 
 
 def step_section(steps: Sequence[StepTiming], hardware: Mapping[str, object]) -> Section:
-    """Time and memory of each step, and where it ran, packages last."""
+    """Return time and memory of each step, the machine, and package versions."""
     longest = max((step.seconds for step in steps), default=0) or 1
     rows: TableRows = []
     for step in steps:
@@ -288,24 +288,24 @@ def step_section(steps: Sequence[StepTiming], hardware: Mapping[str, object]) ->
 
 
 def method_section(evaluation: Evaluation | None, task: str | None) -> Section:
-    """How each number came about, and what the numbers cannot show."""
+    """Return how each number was computed, and the limits of the numbers."""
     limits = [
-        "Test rows are kept out of training: a row stands on one side only, and training rows that repeat a test row "
-        "are dropped.",
-        "The intervals are about other rows of this kind. They say nothing of other data, other seeds or other uses of "
-        "the model.",
-        "Each interval stands for itself: of twenty that are true, about one misses. Decide beforehand which metric "
-        "counts, and make it a gate.",
+        "Test rows are never trained on: each row is in one split only, and training rows that repeat a test row are "
+        "dropped.",
+        "The intervals apply to other rows of this kind. They do not apply to other data, other seeds or other uses "
+        "of the model.",
+        "Each interval has its own 5 % error: about one in twenty misses the true value. Decide in advance which "
+        "metric matters, and make it a gate.",
     ]
     if evaluation and task in WRITING_TASKS and WORDED & evaluation.tuned.keys():
         limits.append(
-            "Exact match, ROUGE and chrF reward wording; choice accuracy compares the possible answers by likelihood "
-            "and does not depend on it."
+            "Exact match, ROUGE and chrF depend on wording. Choice accuracy does not: it compares the likelihood of "
+            "possible answers."
         )
     if evaluation is None or "forgetting" not in evaluation.studies:
         limits.append(
-            "What the base model could do before is not measured here, unless it is in the test rows; "
-            "`evaluate.forgetting` asks a part of it."
+            "The base model's other abilities are not measured here, except those in the test rows. "
+            "`evaluate.forgetting` measures some of them."
         )
     methods = list(list_signatures(evaluation).items()) if evaluation else []
     blocks: list[Block] = [*([KeyValues(methods)] if methods else []), Bullets(limits, soft=True)]
@@ -313,8 +313,8 @@ def method_section(evaluation: Evaluation | None, task: str | None) -> Section:
 
 
 def recipe_section(recipe_yaml: str) -> Section:
-    """The resolved recipe."""
-    text = Text("Resolved: every value, and where it comes from.", "soft")
+    """Return the resolved recipe."""
+    text = Text("The resolved recipe: every value with its origin.", "soft")
     return Section(
         "Recipe", [text, Html(element("pre", recipe_yaml, class_="code"))] if recipe_yaml else [], brief=False
     )

@@ -1,4 +1,4 @@
-"""Sample rows made ready to be read: each task's prompt, reference and answers as a person reads them."""
+"""Formats sample rows for reading: prompt, reference and answers of each task."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from llmtune.records import Evaluation
 from llmtune.report.blocks import ModelAnswer, Sample
 
 LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400
-"""Characters of a text that is shown whole, and what of a longer one is."""
+"""Maximum characters of a text shown in full, and the characters shown of the start and end of a longer text."""
 
 
 def present_samples(samples: Sequence[Mapping[str, str]], evaluation: Evaluation, task: str | None) -> list[Sample]:
-    """Return rows with what either model answered, each answer marked right where it is the reference."""
+    """Return rows with both models' answers; an answer equal to the reference is marked right."""
     names = {"base": "baseline" if evaluation.baseline else "base", "tuned": "tuned"}
     return [read_sample(sample, names, task) for sample in samples]
 
 
 def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str | None) -> Sample:
-    """Return one row; `names` are those of the two models."""
+    """Return one row; `names` has the shown name of each model."""
     reference, prompt = str(sample.get("reference", "")), str(sample.get("prompt", ""))
     kind = answer_kind(task)
     answers = []
@@ -32,7 +32,7 @@ def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str |
         if sample.get(f"{model}_choice")
     ]
     reference_name = "reference"
-    if kind == "rating":  # the better of two, or the only one
+    if kind == "rating":  # the better of two answers, or the only one
         reference_name = "chosen answer" if str(sample.get("tuned", "")).startswith("chosen") else "judged answer"
     origin = str(sample.get("origin", "")).rsplit("/", 1)[-1]
     prompt_name = TASK_FACTS[task].prompt_name if task in TASK_FACTS else "prompt"
@@ -40,16 +40,16 @@ def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str |
 
 
 def is_same(text: str, reference: str, kind: str) -> bool:
-    """Whether an answer is the reference; of several labels the order does not count."""
+    """Return whether an answer equals the reference; several labels may be in any order."""
     if kind == "labels":
         return sorted(text.split(", ")) == sorted(reference.split(", "))
     return text.strip() == reference.strip()
 
 
 def read_tags(text: str, tags: str) -> str:
-    """Write the entities that the tags of a text's words mark, as references are written: `Ada Lovelace (person)`.
+    """Return the entities marked by IOB2 tags, written like references: `Ada Lovelace (person)`.
 
-    Tags are IOB2; an I- that continues nothing starts an entity. What does not fit the words stays as it is.
+    An I- tag that continues nothing starts an entity. Tags that do not match the words are returned unchanged.
     """
     words, marks = text.split(" "), tags.split(" ")
     if len(words) != len(marks):
@@ -66,7 +66,7 @@ def read_tags(text: str, tags: str) -> str:
 
 
 def cut(text: str) -> str:
-    """Leave most of a very long text out, and say how much that is."""
+    """Shorten a very long text, and state the number of characters removed."""
     if len(text) <= LONGEST_SHOWN:
         return text
     return f"{text[:HEAD]} [… {len(text) - HEAD - TAIL:,} characters …] {text[-TAIL:]}"

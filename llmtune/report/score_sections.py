@@ -1,4 +1,4 @@
-"""The sections of the report that say what was measured, as blocks: for page, Markdown and terminal alike."""
+"""Builds the report's sections about scores, for HTML pages, Markdown and the terminal."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from llmtune.report.sample_view import present_samples
 from llmtune.report.verdict import INCONCLUSIVE
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
-"""Classes of a confusion matrix that can still be read, and pairs of classes that are listed."""
+"""Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""
 BETTER_NOTES = {1: "", -1: "lower is better", 0: "neither more nor less is better"}
 
 
 def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None = None) -> list[Section]:
-    """Return the sections of an evaluation, the most telling first; those without blocks are not shown."""
+    """Return the sections of an evaluation, the most informative first; sections without blocks are not shown."""
     base = base_name(evaluation)
     return [
         score_section(evaluation, task),
@@ -53,18 +53,18 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
 
 
 def base_name(evaluation: Evaluation) -> str:
-    """Return the heading of the base's column: a trivial baseline must not pass for a model."""
+    """Return the heading of the base's column; a trivial baseline must not look like a model."""
     return "baseline" if evaluation.baseline else "base"
 
 
 def compare_metric(metric: str, scored: Evaluation | Slice, name: str = "", note: str = "") -> Compared:
-    """Return the row of one metric, under a name of its own."""
+    """Return the row of one metric, optionally under another name."""
     base, tuned, change = scored.base.get(metric), scored.tuned.get(metric), scored.difference.get(metric)
     return Compared(name or metric, base, tuned, change, better_side(metric), note)
 
 
 def against_champion(evaluation: Evaluation) -> Evaluation:
-    """Return the evaluation with the champion in place of the base, if there is one."""
+    """Return the evaluation with the champion in place of the base; unchanged without a champion."""
     champion = evaluation.champion
     if champion is None:
         return evaluation
@@ -72,14 +72,14 @@ def against_champion(evaluation: Evaluation) -> Evaluation:
 
 
 def gate_section(gates: Sequence[GateResult], look: str | None = None) -> Section:
-    """What became of each gate, and which look at the test rows it was."""
+    """Return the result of each gate, and which look at the test rows this is."""
     rows: TableRows = [[Cell(gate.name, code=True), gate.wanted, gate.got, passed_cell(gate)] for gate in gates]
     table = Table(["gate", "wanted", Column("got", "number"), "result"], rows)
     return Section("Gates", [table, *([Text(f"This is {look}.", "soft")] if look else [])] if rows else [])
 
 
 def count_gates(gates: Sequence[GateResult]) -> str:
-    """Return how many gates failed, else how many are inconclusive, else how many passed; nothing without gates."""
+    """Return how many gates failed, else how many are inconclusive, else how many passed; empty without gates."""
     noun = "gate" if len(gates) == 1 else "gates"
     for outcome, word in ((False, "failed"), (None, INCONCLUSIVE)):
         if number := sum(gate.passed is outcome for gate in gates):
@@ -88,13 +88,13 @@ def count_gates(gates: Sequence[GateResult]) -> str:
 
 
 def passed_cell(gate: GateResult) -> Cell:
-    """Return a word, and the note."""
+    """Return the result of a gate as a word, with its note."""
     word = {True: "passed", False: "failed", None: INCONCLUSIVE}[gate.passed]
     return Cell(word, TONES[0 if gate.passed is None else 1 if gate.passed else -1], note=gate.note)
 
 
 def power_section(power: Sequence[Power]) -> Section:
-    """The smallest difference that the test rows show of each metric, and the rows that each gate needs."""
+    """Return the smallest difference that the test rows can detect per metric, and the rows that each gate needs."""
     rows: TableRows = []
     for one in power:
         planned = [signed(one.assumed), count(one.rows_needed)] if one.gate else ["", ""]
@@ -102,38 +102,36 @@ def power_section(power: Sequence[Power]) -> Section:
         rows.append([name, one.against, count(one.rows), score(one.smallest), *planned])
     numbers = ("test rows", "smallest difference", "planned with", "rows needed")
     columns: TableColumns = ["gate or metric", "against", *(Column(name, "number") for name in numbers)]
-    text = "With 80 % power: four of five such evaluations show a true difference of that size, or pass or fail "
-    text += (
-        "the gate with that many rows. A gate with a margin is planned with a difference of zero, any other with the "
-    )
-    text += "difference that was seen; a dash: at the limit of the gate, where no number of rows would tell."
+    text = "At 80 % power, four of five such evaluations detect a true difference of that size, or decide the gate "
+    text += "with that many rows. A gate with a margin is planned with a difference of zero, any other gate with the "
+    text += "observed difference. A dash: the difference is at the gate's limit, and no number of rows is enough."
     blocks: list[Block] = [Table(columns, rows), Text(text, "soft")] if rows else []
-    return Section("What the rows can show", blocks, "Power", "power", brief=any(one.gate for one in power))
+    return Section("Power of the test rows", blocks, "Power", "power", brief=any(one.gate for one in power))
 
 
 def score_section(evaluation: Evaluation, task: str | None) -> Section:
-    """A row a metric; one that only the tuned model has gets no difference."""
+    """Return a row per metric; metrics that only the tuned model has show no difference."""
     changes, baseline = evaluation.difference, evaluation.baseline
     rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in evaluation.tuned]
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
-    text += "paired interval leaves zero out. The verdict asks for more: that the change holds among all the metrics "
-    text += "that were looked at (Holm’s correction of p)."
+    text += "paired interval excludes zero. The verdict is stricter: it corrects p for the number of metrics (Holm)."
     if exact := [name for name, change in changes.items() if change.test == "McNemar mid-p"]:
-        text += f" p of {spell_metrics(exact)}: McNemar’s test (mid-p); of all else: swaps of the two models’ answers."
+        text += f" p of {spell_metrics(exact)}: McNemar’s test (mid-p). p of other metrics: permutation of the two "
+        text += "models’ answers."
     if any(change.groups for change in changes.values()):
-        text += " Rows with one value of `data.split_by` are a group; groups, not rows, were drawn and swapped."
+        text += " Rows with the same value of `data.split_by` form a group; groups, not rows, are resampled."
     if evaluation.tuned.keys() - changes.keys():
-        text += " A dash: measured of the tuned model alone."
+        text += " A dash: measured for the tuned model only."
     blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]
     if baseline:
-        why = "and no model: before tuning, the base model has no trained head for this task"
+        why = "not a model: before tuning, the base model has no trained head for this task"
         blocks.append(Text(f"The baseline is `{baseline}`, {why}.", "note"))
     blocks.append(Text(text, "soft"))
     return Section("Scores on held-out rows", blocks if rows else [], "Scores", "scores")
 
 
 def champion_section(evaluation: Evaluation, task: str | None) -> Section:
-    """A row a metric against the champion, on the rows of both, and what could not be compared."""
+    """Return a row per metric against the champion, on the rows of both, and metrics that could not be compared."""
     champion = evaluation.champion
     if champion is None:
         return Section("Against the champion", [])
@@ -143,42 +141,42 @@ def champion_section(evaluation: Evaluation, task: str | None) -> Section:
     text += "neither was trained on"
     text += "." if champion.rows == evaluation.rows else f", of {count(evaluation.rows)} test rows."
     if champion.asked:
-        text += f" {count(champion.asked)} of them are new: the champion’s model answered them now."
+        text += f" {count(champion.asked)} of them are new, and the champion’s model answered them in this run."
     blocks: list[Block] = [Text(text)]
     blocks += [difference_table(rows, base="champion", code=True)] if rows else []
-    blocks += [Text(f"`{metric}` is left out: {why}.") for metric, why in sorted(champion.left_out.items())]
+    blocks += [Text(f"`{metric}` is not compared: {why}.") for metric, why in sorted(champion.left_out.items())]
     return Section("Against the champion", blocks, "Champion", "champion")
 
 
 def full_note(metric: str, task: str | None) -> str:
-    """Return what a metric is, and whether less of it is better."""
+    """Return the meaning of a metric, and whether lower is better."""
     return "; ".join(part for part in (metric_note(metric, task), lower_note(metric)) if part)
 
 
 def lower_note(metric: str) -> str:
-    """Return `lower is better` where it is so."""
+    """Return `lower is better` if that is true, else an empty string."""
     return "lower is better" if metric in LOWER_IS_BETTER else ""
 
 
 def spell_metrics(metrics: Iterable[str]) -> str:
-    """Join names of metrics as a person writes them."""
+    """Join metric names with commas and without underscores."""
     return ", ".join(metrics).replace("_", " ")
 
 
 def seed_section(seeds: Seeds | None, base: str) -> Section:
-    """The scores of several seeds, and what their spread says of the gain."""
+    """Return the scores of several seeds, and how the gain compares with their spread."""
     if not seeds:
         return Section("Seeds", [])
-    text = "Each seed draws another beginning of the adapter, another order of the rows and another dropout; rows, "
-    text += "split and all else are the same. Green and red: the gain of the mean is larger than what lies between the "
-    text += "lowest and the highest seed. Scores, intervals and samples elsewhere on this page are those of seed "
-    text += f"{seeds.runs[0].seed}; the others have a report each in `seeds/`."
+    text = "Each seed changes the initial adapter, the order of the rows and the dropout; everything else is the same. "
+    text += "Green and red: the gain of the mean is larger than the range from the lowest to the highest seed. Scores, "
+    text += f"intervals and samples elsewhere on this page are from seed {seeds.runs[0].seed}. The other seeds have "
+    text += "their own reports in `seeds/`."
     blocks: list[Block] = [Text(seeds.told), seed_table(seeds, base), Text(text, "soft")]
     return Section(f"The same recipe with {len(seeds.runs)} seeds", blocks, "Seeds", "seeds")
 
 
 def seed_table(seeds: Seeds, base: str = "base") -> Table:
-    """A row a metric: the base, each seed's score, mean, deviation, ends, and the gain of the mean."""
+    """Return a row per metric: base, each seed's score, mean, deviation, range, and the gain of the mean."""
     names = [base, *(f"seed {run.seed}" for run in seeds.runs)]
     names += ["mean", "deviation", "lowest to highest", "gain of the mean"]
     rows: TableRows = []
@@ -191,8 +189,8 @@ def seed_table(seeds: Seeds, base: str = "base") -> Table:
 
 
 def class_section(details: Json, base: str, *, entities: bool) -> Section:
-    """A row a class, of the tuned model, the most frequent first; and what classes are taken for."""
-    title, unit, kind = ("Kinds of entities", "entities", "kind") if entities else ("Classes", "rows", "class")
+    """Return the tuned model's scores per class, the most frequent first, and the confusions between classes."""
+    title, unit, kind = ("Entity types", "entities", "type") if entities else ("Classes", "rows", "class")
     tuned = details.get("tuned", {})
     if not tuned.get("classes"):
         return Section(title, [])
@@ -212,7 +210,7 @@ def class_section(details: Json, base: str, *, entities: bool) -> Section:
 
 
 def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> list[Block]:
-    """The confusion matrix as a picture where it can be read, and its largest errors as pairs."""
+    """Return the confusion matrix as a picture, unless it is too large to read, and its largest errors as pairs."""
     labels, size = list(map(str, labels)), range(len(labels))
     rows, right = sum(map(sum, counts)), sum(counts[i][i] for i in size)
     text = f"{count(right)} of {count(rows)} rows right"
@@ -221,13 +219,13 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
     pairs: TableRows = [
         [labels[i], labels[k], count(counts[i][k]), share(counts[i][k], sum(counts[i]))] for i, k in errors
     ]
-    columns: TableColumns = ["right class", "taken for", Column("rows", "number"), Column("of its rows", "number")]
-    listed = [Table(columns, pairs[:MOST_PAIRS], f"Confused most often: {text}", scroll=True)] if pairs else []
+    columns: TableColumns = ["right class", "predicted", Column("rows", "number"), Column("of its rows", "number")]
+    listed = [Table(columns, pairs[:MOST_PAIRS], f"Most frequent confusions: {text}", scroll=True)] if pairs else []
     if not labels or len(labels) > MOST_CLASSES:
         return [*listed]
 
     def named(i: int, k: int) -> str:
-        return f"{labels[i]} found" if i == k else f"{labels[i]} taken for {labels[k]}"
+        return f"{labels[i]} found" if i == k else f"{labels[i]} predicted as {labels[k]}"
 
     shares = [[number / (sum(row) or 1) for number in row] for row in counts]
     heatmap = Heatmap(
@@ -241,20 +239,20 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
         [[f"{counts[i][k]:,}\n{100 * shares[i][k]:.0f} %" if counts[i][k] else "" for k in size] for i in size],
         [[f"{named(i, k)}: {counts[i][k]:,} rows, {shares[i][k]:.1%}" for k in size] for i in size],
     )
-    note = Text("A row is a right class; the percentages are shares of it. Blue is right, red is wrong.", "soft")
+    note = Text("Each row is a right class; percentages are shares of the row. Blue is right, red is wrong.", "soft")
     return [heatmap, note, *listed]
 
 
 def slice_section(slices: Mapping[str, Sequence[Slice]], base: str) -> Section:
-    """By column a table a metric: the most telling one, and the others folded away."""
+    """Return a table per column and metric, the most informative metric open and the others collapsed."""
     blocks = [block for column, parts in slices.items() for block in slice_tables(column, parts, base)]
-    text = "Each slice has an interval of its own, of its own rows. Of twenty slices without any change, about one "
-    text += "looks changed: a slice is a question to look into, and the verdict does not count it."
+    text = "Each slice has its own interval, from its own rows. Of twenty slices without any change, about one looks "
+    text += "changed. Slices show where to look; the verdict does not use them."
     return Section("Scores by slice", [*blocks, Text(text, "soft")] if blocks else [], "Slices", "slices")
 
 
 def slice_tables(column: str, parts: Sequence[Slice], base: str) -> list[Block]:
-    """A table a metric that both models have on some slice, the first open and the others folded away."""
+    """Return a table per metric that both models have on some slice, the first open and the others collapsed."""
     tables = []
     metrics = rank_metrics(dict.fromkeys(metric for part in parts for metric in part.difference))
     for metric in metrics:
@@ -265,7 +263,7 @@ def slice_tables(column: str, parts: Sequence[Slice], base: str) -> list[Block]:
 
 
 def suite_sections(evaluation: Evaluation) -> list[Section]:
-    """What both models were asked beyond the test rows, a section each: scores, limits, and tables folded away."""
+    """Return a section per study beyond the test rows: scores, limits, and collapsed tables."""
     sections = []
     for name, suite in evaluation.studies.items():
         rows = []
@@ -284,7 +282,7 @@ def suite_sections(evaluation: Evaluation) -> list[Section]:
 
 
 def overlap_section(evaluation: Evaluation) -> Section:
-    """Test rows that are also training rows, and the scores without them; nothing without test rows."""
+    """Return test rows that overlap with training rows, and the scores without them; empty without test rows."""
     overlap = evaluation.contamination
     if not overlap or not overlap.rows:
         return Section("Overlap", [])
@@ -295,35 +293,33 @@ def overlap_section(evaluation: Evaluation) -> Section:
         examples: TableRows = [
             [one["kind"], Path(one["test"]).name, Path(one["train"]).name, one["words"]] for one in overlap.examples
         ]
-        heads = ["how", "test row", "training row", "what they share"]
+        heads = ["how", "test row", "training row", "shared words"]
         some = Details(f"{len(examples)} of them", [Table(heads, examples, scroll=True)])
         blocks += [overlap_table(overlap), *tables, some]
-    text = "Compared are prompts and answers, without system messages and texts that questions are about. "
+    text = "The search compares prompts and answers, without system messages and the contexts of questions. "
     if overlap.common:
-        text += f"{count(overlap.common)} runs of 13 words stand in more than ten training rows and were left out: "
-        text += "they are boilerplate, or the template of all rows. "
-    text += "What a model read before this tuning is not known here, and rows that say the same in other words are "
-    text += "not found."
+        text += f"It ignores {count(overlap.common)} 13-word passages that occur in more than ten training rows: they "
+        text += "are boilerplate or part of a template. "
+    text += "It cannot find paraphrases, and does not know the model's pre-training data."
     return Section("Overlap with training data", [*blocks, Text(text, "soft")], "Overlap", "overlap")
 
 
 def overlap_kinds(overlap: Contamination) -> list[tuple[str, str, int, int]]:
-    """Return the ways to overlap: a name for the table, one for a sentence, test rows, and of how many."""
+    """Return the kinds of overlap: name in the table, name in a sentence, overlapping rows, and rows searched."""
     long, short = overlap.rows - overlap.short, overlap.short
-    passage = "13 words in a row in common"
     return [
         ("equal", "equal", overlap.equal, overlap.rows),
-        ("nearly equal (80 % of their word triples in common)", "nearly equal", overlap.near, overlap.rows),
-        ("the same prompt, whatever the answer", "with the same prompt", overlap.prompted, overlap.rows),
-        (f"{passage}, of rows that are so long", f"with {passage}", overlap.shared, long),
-        ("the same words in the same order, of shorter rows", "short, with the same words", overlap.worded, short),
+        ("nearly equal (shares 80 % of word triples)", "nearly equal", overlap.near, overlap.rows),
+        ("same prompt, any answer", "with the same prompt", overlap.prompted, overlap.rows),
+        ("shares a 13-word passage (rows of 13 words or more)", "with a shared 13-word passage", overlap.shared, long),
+        ("same words in the same order (shorter rows)", "short, with the same words", overlap.worded, short),
     ]
 
 
 def overlap_table(overlap: Contamination) -> Table:
-    """How many test rows overlap in each way, and of how many."""
+    """Return a table of the test rows with each kind of overlap."""
     columns: TableColumns = [
-        "test rows that are like a training row",
+        "overlap with a training row",
         *(Column(name, "number") for name in ("rows", "of", "share")),
     ]
     rows = [[name, count(part), count(of), share(part, of)] for name, _, part, of in overlap_kinds(overlap)]
@@ -331,28 +327,26 @@ def overlap_table(overlap: Contamination) -> Table:
 
 
 def overlap_sentence(overlap: Contamination) -> str:
-    """Return how many test rows overlap, how, and how many were left out before for that reason."""
+    """Return how many test rows overlap, by kind, and how many rows were already dropped for overlap."""
     number = overlap.overlapping
     text = f"None of the {count(overlap.rows)} test rows overlaps with a training row "
-    text += "(equal, nearly equal, the same prompt, 13 words in a row)."
+    text += "(equal, nearly equal, same prompt, or a shared 13-word passage)."
     if number:
         kinds = ", ".join(f"{count(part)} {name}" for _, name, part, _ in overlap_kinds(overlap) if part)
         verb = "overlaps" if number == 1 else "overlap"
         text = f"{count(number)} of {count(overlap.rows)} test rows ({share(number, overlap.rows)}) {verb} with a "
         text += f"training row: {kinds}."
     if overlap.prompted:
-        text += (
-            " Set data.split_by to a column that is equal for rows of one question, or take the questions of the test "
-        )
-        text += "rows out of training."
+        text += " Set data.split_by to a column that identifies the question, or remove the test questions from "
+        text += "training."
     if left := sum(overlap.dropped.values()):
         were = "row was" if left == 1 else "rows were"
-        text += f" {count(left)} other {were} kept out of training for that, or out of validation."
+        text += f" {count(left)} other {were} dropped from training or validation for overlap."
     return text
 
 
 def flip_section(evaluation: Evaluation, task: str | None) -> Section:
-    """How many rows changed sides each way, by right-or-wrong metric, and some of them folded away."""
+    """Return how many rows flipped each way, by right-or-wrong metric, and some of them collapsed."""
     gained, lost = "wrong before, right now", "right before, wrong now"
     rows: TableRows = []
     folded: list[Block] = []
@@ -368,22 +362,22 @@ def flip_section(evaluation: Evaluation, task: str | None) -> Section:
                 folded.append(Details(f"{spell_metrics([metric])}, {title}: {part}{count(number)}", [samples]))
     columns = [Column("metric"), *(Column(name, "number") for name in (gained, lost, "rows"))]
     who = "the baseline" if evaluation.baseline else "the base model"
-    text = f"Rows that {who} and the tuned model do not both get right or wrong; those shown are spread evenly over "
-    text += "all of them."
+    text = f"Rows that {who} gets right and the tuned model wrong, or the other way round. The rows shown are spread "
+    text += "evenly over all of them."
     return Section("What flipped", [Table(columns, rows), *folded, Text(text, "soft")] if rows else [], anchor="flips")
 
 
 def sample_section(evaluation: Evaluation, task: str | None) -> Section:
-    """Rows with their reference and what either model said."""
+    """Return rows with their reference and both models' answers."""
     samples = present_samples(evaluation.samples, evaluation, task)
-    judged = "The numbers are log-likelihoods of the answers, or scores where the model gives scores. "
-    told = "Spread evenly over the test rows, not chosen by how they look. All of them: `evaluation/predictions.jsonl`."
-    text = judged + told if answer_kind(task) == "rating" else told
+    judged = "The numbers are log-likelihoods of the answers, or the scores of a reward model. "
+    source = "Spread evenly over the test rows, not hand-picked. `evaluation/predictions.jsonl` has all rows."
+    text = judged + source if answer_kind(task) == "rating" else source
     return Section("Samples", [SampleList(samples), Text(text, "soft")] if samples else [])
 
 
 def list_signatures(evaluation: Evaluation) -> dict[str, str]:
-    """Return how each number came about, those of the suites by the names that gates use."""
+    """Return how each metric was computed; metrics of studies have the names that gates use."""
     texts = dict(evaluation.signatures)
     for name, suite in evaluation.studies.items():
         texts |= {f"{name}.{metric}": text for metric, text in suite.signatures.items()}

@@ -1,4 +1,4 @@
-"""The verdict: is the tuned model better than the champion or, without one, than the base; and over several seeds."""
+"""The verdict: whether the tuned model is better than the champion, or else the base, also over several seeds."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def describe_spread(scored: Mapping[int, Evaluation], missing: Sequence[int]) ->
 
 
 def spread(metric: str, scores: Sequence[float], base: float | None) -> Spread:
-    """Return mean, deviation and ends of the scores, and whether the gain over the base is larger than they are apart.
+    """Return mean, deviation and range of the scores, and whether the gain over the base exceeds their range.
 
-    There is nothing to say of one seed, without a base, or where a score is not a number.
+    Numbers are None for a single seed, without a base, or if a score is not finite.
     """
     if len(scores) < 2 or not all(map(math.isfinite, scores)):
         return Spread(list(scores), base)
@@ -56,7 +56,7 @@ def spread(metric: str, scores: Sequence[float], base: float | None) -> Spread:
 
 
 def describe_gain(metrics: Mapping[str, Spread], count: int, missing: Sequence[int]) -> str:
-    """Say in one sentence whether the gain over the base is larger than the spread between seeds; costs do not count.
+    """Return a sentence on whether the gain over the base exceeds the spread between seeds; costs do not count.
 
     A second sentence names seeds without scores.
     """
@@ -64,9 +64,9 @@ def describe_gain(metrics: Mapping[str, Spread], count: int, missing: Sequence[i
     larger = [name for name, one in judged.items() if one.larger and one.better]
     within = [name for name, one in judged.items() if not one.larger]
     worse = [name for name, one in judged.items() if one.larger and not one.better]
-    left = f" Not there yet: seed {', '.join(map(str, missing))}." if missing else ""
+    left = f" No scores yet: seed {', '.join(map(str, missing))}." if missing else ""
     if not judged:
-        return f"There is no spread to hold the gain over the base against.{left}"
+        return f"The spread is unknown, so the gain over the base cannot be compared with it.{left}"
     between = f"the spread between {count} seeds"
     parts = []
     if larger:
@@ -82,35 +82,35 @@ def describe_gain(metrics: Mapping[str, Spread], count: int, missing: Sequence[i
 
 
 def warn_of_spread(seeds: Seeds | None, metrics: Sequence[str]) -> str:
-    """Return a sentence for the verdict where a gain in one of `metrics` is within the spread, else an empty text."""
+    """Return a sentence for the verdict if a gain in one of `metrics` is within the spread, else an empty string."""
     known = seeds.metrics if seeds else {}
     within = [metric for metric in metrics if metric in known and known[metric].larger is False]
     if not seeds or not within:
         return ""
     return (
-        f"With another seed that may be gone: in {join_names(within)} {len(seeds.runs)} seeds lie as far apart as "
-        "the gain is large, or farther."
+        f"The gain may disappear with another seed: in {join_names(within)} the spread of {len(seeds.runs)} seeds is "
+        "at least as large as the gain."
     )
 
 
 def join_names(metrics: Sequence[str]) -> str:
-    """Join names of metrics into words."""
+    """Join metric names with commas and `and`, without underscores."""
     words = [metric.replace("_", " ") for metric in metrics]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
 SAME_FINDING = (("loss", "bits_per_byte", "perplexity"),)
-"""One number in several units."""
+"""Metrics that are one number in several units."""
 ALIKE = (*SAME_FINDING, ("wer", "cer"))
-"""One finding in several measures: named once."""
+"""Metrics that show the same finding; the verdict names only the first."""
 CHANCE = 0.05
 TWINS = ("accuracy", "f1_micro")
-"""One number under two names where a row has one label; then, and only then, both changes are equal."""
+"""Two names of one number if each row has one label; only then both changes are equal."""
 FEWEST_ROWS = 10
 Differences = Mapping[str, Difference]
 BETTER, WORSE, MIXED, WITHIN, INCONCLUSIVE = "better", "worse", "mixed", "within margin", "inconclusive"
 """The words of every verdict: on a run, on a pair of runs, on a sweep. Gates use the last one too."""
-PRICE = "The price: the tuned model is farther from the base model (kl)."
+PRICE = "The cost: the tuned model is farther from the base model (kl)."
 
 
 LITTLE = {
@@ -119,29 +119,29 @@ LITTLE = {
     "chrf": 25.0,
     "bleu": 5.0,
 }
-"""Scores of answers below which they have little in common with their references: mostly nonsense, read by people."""
+"""Scores below which answers have little in common with their references and mostly read as nonsense."""
 SMALL_GAIN = 0.02
-"""A gain of less than this share of the base's score is called small."""
+"""The verdict calls a gain below this share of the base's score small."""
 MUCH_OVERLAP = 0.1
-"""If this share of the test rows is also in training, a gain may be memory."""
+"""Share of overlapping test rows from which a gain may be memorisation."""
 GONE = 0.01
-"""Share of the first loss below which there is nothing left to learn."""
+"""Share of the first loss below which nothing is left to learn."""
 FALLING = {"validation_loss": 0.02, "loss": 0.05}
-"""By how much a loss must fall at the end: from one validation to the next, or from the third quarter to the last."""
+"""Relative fall that counts as still falling: between the last two validations, or the last two quarters."""
 
 
 @dataclass(frozen=True)
 class MetricChanges:
-    """What the differences show, metric by metric."""
+    """Metrics, grouped by what their differences show."""
 
     better: list[str]
     worse: list[str]
     within: list[str]
-    """Neither, and shown by a gate to be within its margin."""
+    """Not better, and within the margin of a passed gate."""
     tolerated: list[str]
-    """Those of `within` that are shown to be worse."""
+    """The metrics of `within` that are worse."""
     failed: list[str]
-    """Shown to be worse, and a gate is on them that did not pass."""
+    """Worse, with a gate that did not pass."""
 
 
 def verdict(
@@ -151,30 +151,29 @@ def verdict(
     gates: Sequence[GateResult] = (),
     chance: float = CHANCE,
 ) -> Verdict:
-    """Return one word and the reason, one sentence or a few: about the champion if there is one, else about the base.
+    """Return the verdict on the tuned model against the champion, or against the base without a champion.
 
-    `find_changes` says which metrics decide. Of the base: where answers were also compared by likelihood
-    (`choice_accuracy`) and that did not move, a gain elsewhere may be answer format alone, and the verdict is
-    inconclusive. So is a gain where answers still have little in common with their references, or where many test rows
-    are in training. A cost (`kl`) is named and decides nothing. Where a trivial baseline replaces the base model, the
-    reason names it. A training `curve` that was still falling at its end is named. Intervals and p-values of
-    differences from the champion have the error `chance`.
+    `find_changes` decides the metrics. Against the base, a gain is inconclusive in three cases: `choice_accuracy` was
+    measured and did not change, so the model may have learned only the answer format; answers still have little in
+    common with their references; or many test rows overlap with training rows. The reason mentions a cost (`kl`), a
+    trivial baseline, and a training `curve` that was still falling, but these do not change the verdict. Intervals and
+    p-values of differences from the champion have the error `chance`.
     """
     if evaluation is not None and evaluation.champion is not None:
         return judge_challenger(evaluation.champion, gates, chance)
     if evaluation is None or not evaluation.difference:
         measured = evaluation is not None and evaluation.tuned
-        alone = "Only the tuned model has scores: there is nothing to compare them with."
+        alone = "Only the tuned model has scores, so nothing can be compared."
         return Verdict(INCONCLUSIVE, alone if measured else "Nothing was measured on held-out rows.")
     changes = countable(judged_differences(evaluation))
     if not changes and not countable(evaluation.difference):
         rows = max(change.n for change in evaluation.difference.values())
-        return Verdict(INCONCLUSIVE, f"{rows} held-out rows are too few; at least {FEWEST_ROWS} are needed.")
+        return Verdict(INCONCLUSIVE, f"{rows} held-out rows are too few; use at least {FEWEST_ROWS}.")
     findings = find_changes(changes, gates, "base")
     found = weigh(findings, changes, evaluation.baseline)
     if found.word == BETTER and CHOICE in changes and CHOICE not in (*findings.better, *findings.within):
-        reason = f"Better in {join_names(findings.better)}, but choosing among the possible answers did not change"
-        reason += " beyond chance: what was learned may be the format of answers alone."
+        reason = f"Better in {join_names(findings.better)}, but choice accuracy shows no clear change: "
+        reason += "the model may have learned only the format of answers."
         found = Verdict(INCONCLUSIVE, reason)
     paid = "kl" in changes and direction("kl", changes["kl"]) < 0
     doubts = list_doubts(evaluation) if found.word == BETTER else []
@@ -186,10 +185,10 @@ def verdict(
 
 
 def judge_challenger(champion: Champion, gates: Sequence[GateResult], chance: float) -> Verdict:
-    """Return the verdict on a tuned model that has a champion; it never contradicts a gate on the champion.
+    """Return the verdict on a tuned model against a champion; it never contradicts a gate on the champion.
 
-    A metric that is worse fails its gate or is within its margin. Where a gate failed for that, the word is `worse`,
-    whatever else got better; where another gate on the champion did not pass, it is not `better`.
+    A worse metric fails its gate or is within its margin. If such a gate failed, the verdict is `worse`, whatever else
+    got better. If another gate on the champion did not pass, the verdict is not `better`.
     """
     if not champion.difference:
         return Verdict(INCONCLUSIVE, "No metric could be compared with the champion.")
@@ -205,19 +204,19 @@ def judge_challenger(champion: Champion, gates: Sequence[GateResult], chance: fl
 
 
 def is_open(gate: GateResult) -> bool:
-    """Whether a gate is inconclusive, whatever that counts as."""
+    """Return whether a gate is inconclusive, whatever `evaluate.when_unsure` makes of it."""
     return gate.passed is None or gate.note.startswith(INCONCLUSIVE)
 
 
 def judged_differences(evaluation: Evaluation) -> Mapping[str, Difference]:
-    """Return the differences that the verdict is about; none that guessing by class frequency would win too."""
+    """Return the differences for the verdict, without metrics that guessing by class frequency improves too."""
     if evaluation.champion is not None:
         return evaluation.champion.difference
     return {name: change for name, change in evaluation.difference.items() if name not in evaluation.guessable}
 
 
 def name_guessable(evaluation: Evaluation) -> str:
-    """Return a sentence on the metrics that the verdict cannot use, or an empty text."""
+    """Return a sentence on the metrics that the verdict cannot use, or an empty string."""
     names = [name for name in evaluation.guessable if name in evaluation.difference]
     verb = "does" if len(names) == 1 else "do"
     why = "guessing by class frequency beats the most frequent class there too"
@@ -225,7 +224,7 @@ def name_guessable(evaluation: Evaluation) -> str:
 
 
 def list_doubts(evaluation: Evaluation) -> list[str]:
-    """Return what speaks against using a model whose scores rose."""
+    """Return reasons for doubt about a model whose scores improved."""
     doubts = []
     scores = {name: score for name, score in evaluation.tuned.items() if name in LITTLE and not missing(score)}
     if scores and all(score < LITTLE[name] for name, score in scores.items()):
@@ -237,12 +236,12 @@ def list_doubts(evaluation: Evaluation) -> list[str]:
     found = evaluation.contamination
     if found is not None and found.rows and found.overlapping >= MUCH_OVERLAP * found.rows:
         share = found.overlapping / found.rows
-        doubts.append(f"But {share:.0%} of the test rows overlap with training rows: the gain may be memory.")
+        doubts.append(f"But {share:.0%} of the test rows overlap with training rows: the gain may be memorisation.")
     return doubts
 
 
 def small_gain(evaluation: Evaluation, gained: Sequence[str]) -> str:
-    """Return a sentence where every score that rose did so by little."""
+    """Return a sentence if every improved score improved only a little, else an empty string."""
     base = evaluation.base or {}
     shares = [
         abs(evaluation.difference[name].value) / abs(base[name])
@@ -254,9 +253,9 @@ def small_gain(evaluation: Evaluation, gained: Sequence[str]) -> str:
 
 
 def still_falling(curve: Sequence[Mapping[str, object]]) -> bool:
-    """Whether the loss fell to the end: the validation's where there are two, else that of training.
+    """Return whether the loss was still falling: the validation loss if it has two values, else the training loss.
 
-    One that is nearly gone, against what it was at first, has no way to fall.
+    A loss near zero, relative to the first loss, counts as not falling.
     """
     validations, losses = (
         [float(value) for line in curve if isinstance(value := line.get(name), float | int)] for name in FALLING
@@ -273,17 +272,17 @@ def still_falling(curve: Sequence[Mapping[str, object]]) -> bool:
 
 
 def countable(differences: Differences) -> dict[str, Difference]:
-    """Return the differences that enough rows were measured for."""
+    """Return the differences with enough rows."""
     return {metric: change for metric, change in differences.items() if change.n >= FEWEST_ROWS}
 
 
 def find_changes(
     differences: Differences, gates: Sequence[GateResult], against: Opponent, chance: float = CHANCE
 ) -> MetricChanges:
-    """Sort the metrics by what the differences from one opponent show.
+    """Group the metrics by what the differences from one opponent show.
 
-    A metric with a gate on its interval was chosen beforehand, so its interval decides alone, as in the gate. All other
-    metrics share the error (`speaking`).
+    A metric with a gate on its interval was chosen in advance, so only its interval decides, as in the gate. All other
+    metrics share the error rate (`speaking`).
     """
     gated = defaultdict[str, list[GateResult]](list)
     for result in gates:
@@ -305,12 +304,12 @@ def find_changes(
 
 
 def speaking(differences: Differences, chance: float = CHANCE) -> dict[str, int]:
-    """Return the metrics that changed beyond chance: 1 for the better, -1 for the worse.
+    """Return the metrics with a significant change: 1 for better, -1 for worse.
 
-    The interval excludes zero, at least ten rows were measured, and p holds for all metrics together. So only one in
-    twenty evaluations without any change is said to have one, however many metrics it has: Holm, "A Simple Sequentially
-    Rejective Multiple Test Procedure", 1979. Metrics that say the same in other units count once. Costs (`kl`,
-    `answers_cut`) and metrics without a better side do not count.
+    The interval must exclude zero, at least ten rows must be measured, and p must be significant after correction for
+    all metrics. Only one in twenty evaluations without any change then reports one, however many metrics. Source:
+    Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979. Metrics that are one number in several units
+    count once. Costs (`kl`, `answers_cut`) and metrics without a better direction do not count.
     """
     changes = countable(differences)
     signs = {metric: direction(metric, change) for metric, change in changes.items() if metric not in COSTS}
@@ -325,7 +324,7 @@ def speaking(differences: Differences, chance: float = CHANCE) -> dict[str, int]
 
 
 def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -> Verdict:
-    """Return word and reason; `opponent` is named where it is not the base model."""
+    """Return word and reason; pass `opponent` to name an opponent other than the base model."""
     better, worse, within = findings.better, findings.worse, findings.within
     than = f" than {opponent}" if opponent else ""
     margin = name_within(findings)
@@ -342,15 +341,16 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
         return Verdict(BETTER, f"Better in {join_names(better)}{than}. {rest}")
     if within:
         return Verdict(WITHIN, margin)
-    moved = f"No metric is better or worse{than} beyond chance"
+    moved = f"No metric shows a clear difference{f' from {opponent}' if opponent else ''}"
     moved_alone = [metric for metric in changes.keys() - COSTS if direction(metric, changes[metric])]
     if moved_alone:
-        moved += f" (the interval of {join_names(sorted(moved_alone))} excludes zero, as one of many metrics may)"
-    return Verdict(INCONCLUSIVE, f"{moved}: more held-out rows, or more training, would tell.")
+        moved += f" (the interval of {join_names(sorted(moved_alone))} excludes zero, but one of many metrics may do "
+        moved += "so by chance)"
+    return Verdict(INCONCLUSIVE, f"{moved}. Use more held-out rows, or train longer.")
 
 
 def name_within(findings: MetricChanges) -> str:
-    """Return a sentence on the metrics that are within the margins of their gates, or an empty text."""
+    """Return a sentence on the metrics within the margins of their gates, or an empty string."""
     parts = []
     if level := [name for name in findings.within if name not in findings.tolerated]:
         parts.append(f"{join_names(level)} {'is' if len(level) == 1 else 'are'} within the margin of the gate")
@@ -361,7 +361,7 @@ def name_within(findings: MetricChanges) -> str:
 
 
 def holm(ps: Mapping[str, float], chance: float = CHANCE) -> set[str]:
-    """Return those whose p holds at the error `chance` for all of them together."""
+    """Return the names with significant p at the family-wise error `chance` (Holm's procedure)."""
     held = set[str]()
     for place, (name, p) in enumerate(sorted(ps.items(), key=lambda item: item[1])):
         if p > chance / (len(ps) - place):
@@ -371,10 +371,10 @@ def holm(ps: Mapping[str, float], chance: float = CHANCE) -> set[str]:
 
 
 def distinct(metrics: list[str], changes: Differences, groups: Sequence[tuple[str, ...]] = SAME_FINDING) -> list[str]:
-    """Keep one of the metrics that say the same in other units or under another name."""
+    """Keep only the first of the metrics that are the same number in other units or under another name."""
     left_out = {metric for group in groups for metric in [one for one in group if one in metrics][1:]}
     if all(metric in metrics for metric in TWINS):
         first, second = (changes[metric].value for metric in TWINS)
-        if abs(first - second) < 1e-9:  # rounding of two ways to the same
+        if abs(first - second) < 1e-9:  # the same number up to rounding
             left_out.add(TWINS[1])
     return [metric for metric in metrics if metric not in left_out]

@@ -1,1 +1,1 @@
-"""The run folder: what is in it, what is still valid, and where its numbers came from."""
+"""The run folder: its files, their validity, and the origin of its numbers."""

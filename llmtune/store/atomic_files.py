@@ -1,4 +1,4 @@
-"""Files that are whole or not there: write to another name, then rename."""
+"""Atomic file writes (write to a temporary name, then rename), JSON, locks and hashes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 NO_PLACE = {errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF}
-"""What file systems without locks answer: some of networks."""
+"""Errors of file systems without locks, such as some network file systems."""
 MAX_JSON_BYTES = 2**30
 MAX_JSON_DEPTH = 100
-"""Far more than our files have, and far less than functions that call themselves can follow."""
+"""Far more than llmtune's own files need, and far below Python's recursion limit."""
 
 
 def find_cache() -> Path:
@@ -42,9 +42,9 @@ def find_cache() -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; it replaces `path` at the end, and is removed on an error.
+    """Yield a temporary path to write to; it replaces `path` at the end, or is removed on an error.
 
-    A reader sees the old or the new file and nothing between.
+    Readers see either the old or the new file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -55,7 +55,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step, and on disk before it returns; what UTF-8 cannot hold is replaced."""
+    """Replace `path` with `text` atomically and sync it to disk; characters invalid in UTF-8 are replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
         file.write(text)
@@ -64,14 +64,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as `plain` makes it, as JSON that any parser takes."""
+    """Write `value`, converted by `plain`, as strict JSON."""
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(value: object) -> Any:
-    """Return what JSON can hold, all the way down: records by their fields, NaN and infinities as None, paths as text.
+    """Convert a nested value to JSON types: records by their fields, NaN and infinities to None, paths to strings.
 
-    A difference is `{value, interval: [low, high], p, n, test}`, with `groups` where rows are in groups.
+    A difference becomes `{value, interval: [low, high], p, n, test}`, with `groups` if rows are grouped.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -89,8 +89,8 @@ def plain(value: object) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of our own; None if it is missing or was damaged from outside."""
-    from llmtune.recipe.user_files import NotAFileError, read_text_file  # not for --help: it brings the recipe's schema
+    """Read a JSON file written by llmtune; None if it is missing or damaged."""
+    from llmtune.recipe.user_files import NotAFileError, read_text_file  # late: imports the schema, slow for --help
 
     try:
         content = json.loads(read_text_file(path, MAX_JSON_BYTES))
@@ -100,7 +100,7 @@ def read_json(path: Path) -> Any:
 
 
 def _too_deep(content: object) -> bool:
-    """Whether a JSON value nests more than MAX_JSON_DEPTH deep."""
+    """Return whether a JSON value is nested more than MAX_JSON_DEPTH deep."""
     level = [content]
     for _ in range(MAX_JSON_DEPTH):
         if not level:
@@ -115,9 +115,9 @@ def _too_deep(content: object) -> bool:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON lines file of our own; nothing if it is missing, and a line that was cut is left out.
+    """Read the objects of a JSON lines file written by llmtune; empty if it is missing. Skips damaged lines.
 
-    Raises EnvironmentProblem where it may not be read.
+    Raises EnvironmentProblem if it cannot be read.
     """
     from llmtune.recipe.user_files import read_text_file
 
@@ -138,9 +138,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def exclusive(path: Path, place: Path) -> Iterator[None]:
-    """Hold a file or folder, and with it `place`, against other processes; where the file system has no locks, do not.
+    """Lock a file or folder, and with it `place`, against other processes; no-op on file systems without locks.
 
-    Raises EnvironmentProblem, which names the process that holds it.
+    Raises EnvironmentProblem, naming the process that has the lock.
     """
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -150,7 +150,7 @@ def exclusive(path: Path, place: Path) -> Iterator[None]:
             if error.errno not in {errno.EWOULDBLOCK, *NO_LOCKS}:
                 raise
             if error.errno == errno.EWOULDBLOCK:
-                what = f"another llmtune process works in this folder{_holder(handle)}"
+                what = f"another llmtune process is using this folder{_holder(handle)}"
                 fix = "Wait for it, or choose another folder with --out."
                 raise EnvironmentProblem.of(what, str(place), fix) from None
         yield
@@ -159,8 +159,8 @@ def exclusive(path: Path, place: Path) -> Iterator[None]:
 
 
 def _holder(handle: int) -> str:
-    """Name the process that has the same file open; nothing where the system does not tell."""
-    import psutil  # not for --help
+    """Return the name of the process that has the same file open; empty if the system does not show it."""
+    import psutil  # late: slow for --help
 
     own = os.fstat(handle)
     for process in psutil.process_iter():
@@ -174,9 +174,9 @@ def _holder(handle: int) -> str:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into; put it in the place of `folder` at the end, or remove it on an error.
+    """Yield an empty folder to write to; it replaces `folder` at the end, or is removed on an error.
 
-    Raises EnvironmentProblem while another process does the same.
+    Raises EnvironmentProblem if another process is staging the same folder.
     """
     temporary = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
@@ -197,7 +197,7 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it."""
+    """Remove a file, or a folder with its contents."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -205,7 +205,7 @@ def remove(path: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """Return the sha256 of a file in hex."""
     from llmtune.recipe.user_files import open_regular
 
     with open_regular(path) as file:
@@ -213,7 +213,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_recording(path: Path) -> str:
-    """xxh3_128 of a file's bytes, in hex: recordings are many and large."""
+    """Return the xxh3_128 of a file in hex; faster than sha256 for many large recordings."""
     from llmtune.recipe.user_files import open_regular
 
     with open_regular(path) as file:
@@ -221,29 +221,29 @@ def hash_recording(path: Path) -> str:
 
 
 def list_folder(folder: Path) -> dict[str, str]:
-    """sha256 of each file below `folder`, by relative name, sorted; nothing if it is missing."""
+    """Return the sha256 of each file below `folder`, by relative name, sorted; empty if it is missing."""
     return {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def hash_folder(folder: Path) -> str:
-    """sha256 over the sorted relative names and contents of all files below `folder`; empty text if it is missing."""
+    """Return the sha256 over the names and contents of all files below `folder`; empty if it is missing."""
     return hash_listing(list_folder(folder)) if folder.is_dir() else ""
 
 
 def hash_path(path: Path) -> str:
-    """sha256 of a file, or of all files in a folder; empty text if there is neither."""
+    """Return the sha256 of a file, or of all files in a folder; empty if it is missing."""
     return hash_file(path) if path.is_file() else hash_folder(path)
 
 
 def hash_listing(files: Mapping[str, str]) -> str:
-    """sha256 of a folder of which the files are listed."""
+    """Return the sha256 of a folder from the hashes of its files."""
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in files.items()).encode()).hexdigest()
 
 
 def list_model(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a model folder that decides what the model computes, by name, sorted.
+    """Return the sha256 of each file of a model folder that affects its computation, by name, sorted.
 
-    A file of the hub's cache that is named by its own sha256 is not read again.
+    Files of the hub's cache that are named by their sha256 are not read.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in MODEL_ENDINGS)
     hashes: dict[str, str] = {}
@@ -255,13 +255,13 @@ def list_model(folder: Path) -> dict[str, str]:
 
 
 def hash_value(value: object) -> str:
-    """sha256 of a JSON-able value, in hex; the order of keys does not count."""
+    """Return the sha256 of a JSON-able value in hex, independent of the order of keys."""
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn what the system refuses (a full disk, a place where one cannot write) into an error that says what to do."""
+    """Convert system errors (such as a full disk or missing permission) to an EnvironmentProblem with a fix."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:

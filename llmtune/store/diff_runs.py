@@ -1,4 +1,4 @@
-"""Two runs of the same recipe side by side: the first difference of each stage, in the order of the stages."""
+"""Compares two runs of the same recipe: the first difference of each stage."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from llmtune.store.atomic_files import list_folder, read_json, read_json_lines
 from llmtune.store.run_folder import read_curve
 
 MACHINE_KEYS = {"tokens_per_second", "peak_bytes", "epoch"}
-"""Keys of a line of metrics.jsonl that depend on the machine, or follow from others."""
+"""Keys of a metrics.jsonl line that depend on the machine, or follow from other keys."""
 LOSS_KEYS = ("loss", "validation_loss")
-"""Keys of such a line that are compared within a tolerance."""
+"""Keys of a metrics.jsonl line that are compared within a tolerance."""
 PATH_KEYS = {"base_model_name_or_path"}
-"""Keys of an adapter's configuration that name the folder of its base."""
+"""Keys of an adapter's configuration that contain the folder of its base."""
 Record = dict[str, object]
 """A line of a JSON Lines file."""
 
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """The first difference of one stage: rows, examples, step, weights, prediction, score."""
+    """The first difference of one stage: rows, examples, training, weights, files, prediction or score."""
 
     stage: str
     where: str
@@ -34,16 +34,16 @@ class FirstDifference:
 
     def __str__(self) -> str:
         was, now = (
-            f"{value:.9g}" if isinstance(value, float) else str(value) if value is not None else "not there"
+            f"{value:.9g}" if isinstance(value, float) else str(value) if value is not None else "missing"
             for value in (self.was, self.now)
         )
         return f"{self.stage}: {self.where}: was {was}, is {now}"
 
 
 def find_differences(was: Path, now: Path, trained: str) -> list[FirstDifference]:
-    """Return the first difference of each stage in which two run folders differ, in the order of the stages.
+    """Return the first difference of each stage between two run folders, in the order of the stages.
 
-    `trained` is the subfolder with what was trained: adapter or weights.
+    `trained` is the subfolder of the trained weights: adapter or weights.
     """
     stages = (
         _differing_content(was, now),
@@ -56,7 +56,7 @@ def find_differences(was: Path, now: Path, trained: str) -> list[FirstDifference
 
 
 def far_apart(was: float | None, now: float | None, tolerance: float) -> bool:
-    """Whether two numbers differ by more than `tolerance`, or than so much of the first where that is above 1."""
+    """Return whether two numbers differ by more than `tolerance`, relative to the first if that is above 1."""
     if was is None or now is None:
         return was is not now
     if not (math.isfinite(was) and math.isfinite(now)):
@@ -65,7 +65,7 @@ def far_apart(was: float | None, now: float | None, tolerance: float) -> bool:
 
 
 def compare_losses(was: Path, now: Path) -> Iterator[tuple[str, float | None, float | None]]:
-    """Yield each loss that was noted in training, with its step, in both runs."""
+    """Yield each logged training loss with its step, in both runs."""
     for before, after in _zip_lines(read_curve(was), read_curve(now)):
         step = before.get("step", after.get("step"))
         for key in LOSS_KEYS:
@@ -75,7 +75,7 @@ def compare_losses(was: Path, now: Path) -> Iterator[tuple[str, float | None, fl
 
 
 def compare_scores(was: Path, now: Path) -> Iterator[tuple[str, float | None, float | None]]:
-    """Yield each score of both runs, as `tuned.exact_match`; nothing where one of them was not evaluated."""
+    """Yield each score of both runs, such as `tuned.exact_match`; nothing if one run was not evaluated."""
     before, after = (read_json(run / "evaluation" / "evaluation.json") for run in (was, now))
     if before is None or after is None:
         return
@@ -85,7 +85,7 @@ def compare_scores(was: Path, now: Path) -> Iterator[tuple[str, float | None, fl
 
 
 def same_but_paths(was: Path, now: Path) -> bool:
-    """Whether two files are equal, or JSON that is equal but for where the base model lies."""
+    """Return whether two files are equal, or equal JSON except for the path of the base model."""
     if was.read_bytes() == now.read_bytes():
         return True
     before, after = (read_json(path) for path in (was, now)) if was.suffix == ".json" else (None, None)
@@ -95,7 +95,7 @@ def same_but_paths(was: Path, now: Path) -> bool:
 
 
 def _zip_lines(was: Sequence[Record], now: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
-    """Yield the lines of two files of JSON; an empty one where one of them is shorter."""
+    """Yield pairs of lines of two JSON lines files; missing lines are empty."""
     for before, after in zip_longest(was, now):
         yield before or {}, after or {}
 
@@ -161,7 +161,7 @@ def _differing_tensor(was: Path, now: Path) -> Iterator[FirstDifference]:
                 values = (float(tensor.flatten()[at]) for tensor in (left, right))
                 yield FirstDifference("weights", f"{name}[{', '.join(map(str, index))}]", *values)
                 return
-    yield FirstDifference("files", was.name, "its header", "another one")
+    yield FirstDifference("files", was.name, "its header", "a different header")
 
 
 def _differing_predictions(was: Path, now: Path) -> Iterator[FirstDifference]:

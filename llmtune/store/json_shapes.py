@@ -1,4 +1,4 @@
-"""JSON files of a run folder, checked against what llmtune writes: a damaged one is refused by file and key."""
+"""Types of the JSON files in a run folder; damaged files are refused with file and key."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing_extensions import TypedDict
 from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.store.atomic_files import explained, plain, read_json
 
-FIX = "Put the file back as it was, or run the recipe again with --fresh."
+FIX = "Restore the file, or run the recipe again with --fresh."
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Counts = dict[str, Count]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Number = Finite | None
 Moment = Annotated[float, Field(ge=0, lt=1e11)]
-"""Seconds since 1970, up to the year 5138."""
+"""Seconds since 1970, until the year 5138."""
 
 
 class PreparedFacts(TypedDict):
-    """Rows that were read, kept by split, and dropped by reason."""
+    """Rows read, rows kept by split, and rows dropped by reason."""
 
     rows_in: Count
     kept: Counts
@@ -31,7 +31,7 @@ class PreparedFacts(TypedDict):
 
 
 class Lengths(TypedDict):
-    """A histogram: `counts[i]` lies between `edges[i]` and `edges[i + 1]`."""
+    """A histogram: `counts[i]` counts values between `edges[i]` and `edges[i + 1]`."""
 
     edges: list[Finite]
     counts: list[Count]
@@ -53,7 +53,7 @@ class EncodedFacts(TypedDict):
 
 
 class SelectedFacts(TypedDict):
-    """The model, the ranking it comes from, and its `records.MemoryPlan`."""
+    """The model, the ranking that selected it, and its `records.MemoryPlan`."""
 
     name: str
     revision: NotRequired[str | None]
@@ -63,7 +63,7 @@ class SelectedFacts(TypedDict):
 
 
 class AdapterShape(TypedDict):
-    """What was put into the model."""
+    """The adapter in the model."""
 
     method: str
     trainable: Count
@@ -74,14 +74,14 @@ class AdapterShape(TypedDict):
 
 
 class AdaptedFacts(AdapterShape):
-    """The same, as the step `adapt` notes it."""
+    """The adapter, as recorded by the step `adapt`."""
 
     total: Count
     adapter_bytes: NotRequired[Count]
 
 
 class HardRow(TypedDict):
-    """A training row whose loss stayed above that of the steps it was in; in nats per prediction."""
+    """A training row whose loss stayed above the mean of its steps; in nats per prediction."""
 
     origin: str
     id: str
@@ -114,21 +114,21 @@ class TrainedFacts(TypedDict):
 
 
 class EvaluatedFacts(TypedDict, total=False):
-    """Hashes of what was evaluated, and of the keys of the recipe that decide how."""
+    """Hashes of the evaluated weights, and of the recipe keys that affect evaluation."""
 
     trained: str
     recipe: dict[str, str]
 
 
 class Checkpointing(TypedDict):
-    """What `gradient_checkpointing: auto` came to."""
+    """The decision of `gradient_checkpointing: auto`."""
 
     inputs: str
     on: bool
 
 
 class Findings(TypedDict, total=False):
-    """What a run keeps for its next start."""
+    """Values that a run stores for its next start."""
 
     micro_batch_tokens: Count
     gradient_checkpointing: Checkpointing
@@ -160,7 +160,7 @@ STEP_FACTS: dict[str, Any] = {
     "train": TrainedFacts,
     "evaluate": EvaluatedFacts,
 }
-"""What each step leaves in the manifest; there may be more."""
+"""Facts that each step writes to the manifest; more keys are allowed."""
 
 
 @cache
@@ -169,25 +169,25 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
 
 
 def find_misfit(content: object, shape: Any) -> str | None:
-    """Return the first key of a JSON value that does not have the type that `shape` says, and why; None if all do."""
+    """Return the first key of a JSON value whose type does not match `shape`, with the reason; None if all match."""
     try:
         _adapter(shape).validate_json(json.dumps(plain(content)), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+        return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
     return None
 
 
 def check_shape(
     content: object, shape: Any, path: Path, *, below: str = "", fix: str = FIX, kind: type[LlmtuneError] | None = None
 ) -> None:
-    """Raise an error (EnvironmentProblem unless `kind` is given) that names the first key that does not fit `shape`."""
+    """Raise an error (by default EnvironmentProblem) naming the first key that does not match `shape`."""
     if misfit := find_misfit(content, shape):
         raise (kind or EnvironmentProblem).of(f"damaged ({below}{misfit})", str(path), fix)
 
 
 def read_record(path: Path, shape: Any, *, fix: str = FIX, kind: type[LlmtuneError] | None = None) -> Any:
-    """Read a JSON file of our own; None if it is missing or holds no JSON. Raises as `check_shape` does."""
+    """Read a JSON file written by llmtune; None if it is missing or not JSON. Raises as `check_shape` does."""
     with explained(path):
         content = read_json(path)
     if content is not None:

@@ -1,4 +1,4 @@
-"""The machine, seen without torch: its processor, cards and memory; and the time and memory that work takes on it."""
+"""CPU, GPUs and memory of the machine without importing torch, and meters of time and memory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_tile"}
 BFLOAT16_CAPABILITY = 8.0
-"""Of an NVIDIA card: Ampere and later."""
+"""Minimum compute capability of NVIDIA cards: Ampere."""
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
 
 
 @dataclass(frozen=True)
 class Card:
-    """An NVIDIA card, as its driver lists it."""
+    """An NVIDIA card, as listed by its driver."""
 
     name: str
     memory_bytes: int
@@ -37,7 +37,7 @@ class Card:
 
 
 def list_cards() -> list[Card]:
-    """List the NVIDIA cards that this process may use; none where there is no driver, or it does not answer."""
+    """List the NVIDIA cards that this process may use; empty if the driver is missing or does not answer."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which(QUERY[0]) is None:
         return []
     try:
@@ -49,7 +49,7 @@ def list_cards() -> list[Card]:
 
 
 def torch_cuda() -> str | None:
-    """Return the CUDA version that the installed torch was built for; None for a CPU build, or without torch."""
+    """Return the CUDA version of the installed torch; None for a CPU build, or without torch."""
     spec = find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
     found = re.search(r"^cuda[^=]*= '([\d.]+)'", file.read_text(), re.MULTILINE) if file and file.is_file() else None
@@ -57,14 +57,14 @@ def torch_cuda() -> str | None:
 
 
 def likely_device() -> str:
-    """Return the device that a run would most likely use: cuda, mps or cpu."""
+    """Return the device that a run will probably use: cuda, mps or cpu."""
     if torch_cuda() and list_cards():
         return "cuda"
     return "mps" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a device multiplies bfloat16 in hardware."""
+    """Return whether a device multiplies bfloat16 in hardware."""
     if device == "cuda":
         return all(card.capability >= BFLOAT16_CAPABILITY for card in list_cards())
     if device != "cpu" or not CPUINFO.is_file():
@@ -74,7 +74,7 @@ def has_bfloat16(device: str) -> bool:
 
 
 def process_memory_limit() -> int:
-    """Return the bytes that this process may use: the least of RAM, control group and address space (`ulimit -v`)."""
+    """Return the bytes this process may use: the minimum of RAM, control group and address space (`ulimit -v`)."""
     limits = [psutil.virtual_memory().total]
     for file in _CGROUP_LIMITS:
         try:
@@ -91,7 +91,7 @@ def process_memory_limit() -> int:
 
 
 class Meter:
-    """Starts counting when made. On Linux the kernel's high-water mark is reset first: the peak is the step's own."""
+    """Measures time and peak memory from its creation. On Linux it first resets the kernel's high-water mark."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -102,24 +102,24 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Wall seconds since the start."""
+        """Return wall seconds since the start."""
         return time.perf_counter() - self.started
 
     @property
     def peak_bytes(self) -> int:
-        """Peak bytes on the GPU where one is in use, else resident in this process."""
+        """Return peak bytes on the GPU if one is in use, else resident peak bytes of this process."""
         if (cuda := _cuda()) is not None:
             return int(cuda.max_memory_allocated())
         return resident_peak_bytes()
 
 
 def seconds_of_process() -> float:
-    """Wall seconds since this process was started; the system counts its start in hundredths."""
+    """Return wall seconds since the start of this process, to about 0.01 s."""
     return time.time() - psutil.Process().create_time()
 
 
 def resident_peak_bytes() -> int:
-    """The largest resident size since the last reset (Linux), else the resident size now."""
+    """Return the peak resident size since the last reset (Linux), else the current resident size."""
     try:
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):
@@ -128,6 +128,6 @@ def resident_peak_bytes() -> int:
 
 
 def _cuda() -> ModuleType | None:
-    """Return torch.cuda if a GPU is in use; torch is not imported for it."""
+    """Return torch.cuda if a GPU is in use; does not import torch."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None

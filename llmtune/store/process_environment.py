@@ -1,4 +1,4 @@
-"""What must be set before the heavy libraries are imported: network switches, telemetry, threads."""
+"""Settings to make before heavy libraries are imported: network switches, telemetry, threads."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 LOCAL_TRACKERS = {"tensorboard"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""oneDNN's own cache of compiled products on a CPU, and the one that torch keeps in front of it."""
+"""oneDNN's cache of compiled matrix products on a CPU, and torch's cache in front of it."""
 KERNELS_KEPT = 128
-"""Products that stay compiled: a forward and backward pass of one length needs some 40 of them."""
+"""Compiled products to cache; a forward and backward pass of one length needs about 40."""
 
 
 def prepare_environment(*, network: bool, threads: int | None = None) -> None:
-    """Set the process environment; call it before torch, transformers or datasets are imported.
+    """Set the process environment; call it before importing torch, transformers or datasets.
 
     Args:
-        network: whether the recipe names something remote. Otherwise the hub's offline switch is set, since some
-            libraries look things up by themselves.
-        threads: CPU threads for torch and tokenizers; None leaves their own choice.
+        network: whether the recipe needs the network. If not, the hub's offline switches are set, because some
+            libraries access the network on their own.
+        threads: CPU threads for torch and tokenizers; None leaves the choice to them.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
@@ -39,27 +39,27 @@ def prepare_environment(*, network: bool, threads: int | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
-    # It looks for an optional hub kernel when it is imported, and warns where there is none.
+    # On import it looks for an optional hub kernel, and warns if it is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not network:
         for name in OFFLINE:
             os.environ[name] = "1"
-    # A product is compiled for every number of tokens. By default 1,024 stay, half a megabyte each: steps differ in
-    # length, and memory would grow by 8 MB a step.
+    # oneDNN compiles a product for every number of tokens. By default it caches 1,024 of 0.5 MB each. Steps differ in
+    # length, so memory would grow by 8 MB per step.
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS_KEPT))
     if threads is not None:
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):  # the last one is the tokenizers'
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):  # RAYON: tokenizers
             os.environ[name] = str(threads)
-        if "torch" in sys.modules:  # several processes have met through it before
+        if "torch" in sys.modules:  # `processes.join` has already imported it
             sys.modules["torch"].set_num_threads(threads)
 
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Import in the block without looking for garbage, then or later: imports leave none.
+    """Disable garbage collection during imports, and exclude their objects from later collections.
 
-    The collector would go through hundreds of thousands of new objects again and again: a fifth of the time.
+    The collector would scan hundreds of thousands of new objects repeatedly, which takes a fifth of the time.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -72,38 +72,38 @@ def gc_paused() -> Iterator[None]:
 
 
 def offline_switches() -> list[str]:
-    """Names of the libraries' offline switches that are on."""
+    """Return the names of the libraries' offline switches that are on."""
     return [name for name in OFFLINE if os.environ.get(name, "0") not in {"", "0"}]
 
 
 def refuse_network(recipe: Recipe, *, offline: bool) -> None:
-    """Raise EnvironmentProblem where --offline meets what must reach the network; caches of models and data need none.
+    """Raise EnvironmentProblem if a recipe needs the network with --offline; cached models and data do not need it.
 
-    That is a tracker that sends numbers elsewhere, an attention kernel of the hub, and data at an address.
+    Remote trackers, attention kernels from the hub and data at a URL need the network.
     """
     if not offline:
         return
-    from llmtune.recipe.section import STORES  # not for --help
+    from llmtune.recipe.section import STORES  # late: slow for --help
 
     problems = []
     trackers = sorted(set(recipe.train.report_to) - LOCAL_TRACKERS)
     if trackers:
-        what = f"{', '.join(trackers)} would send numbers over the network, which --offline forbids"
-        fix = "omit it (--set train.report_to=[]), or omit --offline"
+        what = f"{', '.join(trackers)} would send metrics over the network, which --offline forbids"
+        fix = "Remove it (--set train.report_to=[]), or omit --offline."
         problems.append(Problem(what, "train.report_to", fix))
     attention = recipe.model.attn_implementation
     if "/" in attention:
-        what = f"the kernel {attention} is fetched from the hub, which --offline forbids"
-        fix = "set it to auto (--set model.attn_implementation=auto) or omit --offline"
+        what = f"the kernel {attention} must be downloaded from the hub, which --offline forbids"
+        fix = "Set it to auto (--set model.attn_implementation=auto), or omit --offline."
         problems.append(Problem(what, "model.attn_implementation", fix))
     for split in SPLITS:
         for source in recipe.data.sources(split):
             if source.path.startswith(STORES):
                 what = f"{source.path} is read over the network, which --offline forbids"
-                problems.append(Problem(what, f"data.{split}", "fetch it and give the file, or omit --offline"))
+                problems.append(Problem(what, f"data.{split}", "Download it and use the file, or omit --offline."))
     EnvironmentProblem.collect(problems)
 
 
 def is_remote_model(name: str) -> bool:
-    """Whether a model's name is that of a hub."""
+    """Return whether a model's name refers to the hub."""
     return not name.startswith(("builtin:", "/")) and not Path(name).exists()

@@ -1,7 +1,7 @@
-"""The processes of one run, which all execute the same program. Rank 0 alone does the work inside `once`.
+"""The processes of one run, which all execute the same program. Only rank 0 does the work inside `once`.
 
-torchrun, `accelerate launch` and `llmtune launch local` start them, and say through the environment which is which. A
-command that was started by itself is one process, for which all of this is free.
+torchrun, `accelerate launch` and `llmtune launch local` start them and set their ranks in the environment. Without a
+launcher a command is a single process, and this module has no cost.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from llmtune.store.process_environment import prepare_environment
 
 T = TypeVar("T")
 STRATEGY = "LLMTUNE_STRATEGY"
-"""Environment variable: ddp (all of the model in each process) or fsdp (a part)."""
+"""Environment variable: ddp (the complete model in each process) or fsdp (a shard)."""
 LEFT = "LLMTUNE_LAUNCHER"
-"""Environment variable: the folder in which processes leave their last words for `llmtune launch local`."""
+"""Environment variable: the folder in which processes write their errors for `llmtune launch local`."""
 WORDS, ERROR = "stderr-{}.log", "rank-{}.json"
-"""In that folder, by rank: what a process wrote, and the error that it ended with."""
+"""Files in that folder, by rank: the output of a process, and the error that ended it."""
 POLL_SECONDS = 0.05
 _BROKEN = ("gloo", "connection closed", "connection reset", "nccl")
-"""Words of what torch raises when another process is gone."""
+"""Words in torch's errors when another process is gone."""
 LOST_SECONDS = 10
-"""How long a process that lost another one waits for torch's agent to end it, before it reports the loss itself."""
+"""How long a process that lost another one waits for torch's agent to end it before it reports the loss."""
 
 
 class _Meeting:
-    """Where the processes of this start exchange values: torch's store, under a name that no other start has."""
+    """The exchange between the processes of this start: torch's store, with a unique key prefix per start."""
 
     store: Any = None
     name = ""
     count = 0
     alone = False
-    """Whether rank 0 is in `once`, where nothing is exchanged."""
+    """Whether rank 0 is inside `once`, which exchanges nothing."""
     terminal: tuple[int, int] | None = None
-    """Standard output and error as they were, of a process whose own go elsewhere."""
+    """Original standard output and error of a process whose output is redirected."""
 
 
 _here = _Meeting()
 
 
 def rank() -> int:
-    """Return the number of this process; 0 does what happens once."""
+    """Return the rank of this process; rank 0 does the work that happens once."""
     return int(os.environ["RANK"]) if _started() > 1 else 0
 
 
 def world_size() -> int:
-    """Return how many processes work together here: all of them, but 1 for what rank 0 does alone."""
+    """Return the number of cooperating processes: all, or 1 while rank 0 works alone in `once`."""
     return 1 if _here.alone else _started()
 
 
@@ -70,28 +70,28 @@ def _started() -> int:
 
 
 def strategy() -> str:
-    """Return what each process has of the model, as the environment states it."""
+    """Return the strategy from the environment: ddp or fsdp."""
     return os.environ.get(STRATEGY, "ddp")
 
 
 def layout() -> Layout:
-    """Return the processes as the memory plan needs them."""
+    """Return the process layout for the memory plan."""
     count = _started()
     machines = count // int(os.environ.get("LOCAL_WORLD_SIZE", count))
     return Layout(count, machines, sharded=strategy() == "fsdp") if count > 1 else ALONE
 
 
 def start() -> None:
-    """Read what started this process, and let rank 0 alone print; the first thing that a command does."""
+    """Read the launcher's settings and redirect the output of all ranks but 0; every command calls this first."""
     stated = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(("ACCELERATE_", "FSDP_"))}
     for name, instead in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "deepspeed")):
-        if stated.get(name, "").lower() == "true":  # all else that accelerate states is the recipe's
+        if stated.get(name, "").lower() == "true":  # the recipe decides all other settings of accelerate
             os.environ[STRATEGY] = instead
     if stated.get("ACCELERATE_USE_CPU", "").lower() == "true":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
             print(
-                "accelerate started one process: for several on CPUs use torchrun --nproc-per-node N.", file=sys.stderr
+                "accelerate started one process. Use torchrun --nproc-per-node N for several on CPUs.", file=sys.stderr
             )
     left = os.environ.get(LEFT)
     if left:
@@ -108,7 +108,7 @@ def start() -> None:
 
 
 def _stop_if_tried(file: Path) -> None:
-    """Exit where this process was started again after an error that would come again: not a lost connection."""
+    """Exit if this process was restarted after an error that would recur, i.e. any but a lost connection."""
     known = read_json(file)
     if known and known.get("kind", LostProcess.__name__) != LostProcess.__name__:
         sys.exit(known["exit"])
@@ -116,18 +116,18 @@ def _stop_if_tried(file: Path) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Die when torch's agent does, however it ends: an orphan would write into the folder of the next run."""
+    """Kill this process when torch's agent ends; an orphan would write to the folder of the next run."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def join() -> None:
-    """Meet the other processes at torch's store, under a fresh name: the store may outlive a restart of all."""
+    """Connect to the other processes through torch's store, with a new prefix because the store survives restarts."""
     if _started() == 1 or _here.store is not None:
         return
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of each attempt
-    prepare_environment(network=True)  # before torch is imported; the recipe says the rest
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets log every connection attempt
+    prepare_environment(network=True)  # before importing torch; the recipe decides the rest
     import torch
     from torch.distributed.rendezvous import rendezvous
 
@@ -156,7 +156,7 @@ def _get(store: Any, key: str) -> str:
 
 
 def _wait_until(reached: Callable[[], bool]) -> None:
-    """Poll, so that signals are seen and nothing times out."""
+    """Poll instead of blocking: signals are handled and nothing times out."""
     pause = POLL_SECONDS / 10
     while not reached():
         time.sleep(pause)
@@ -164,9 +164,9 @@ def _wait_until(reached: Callable[[], bool]) -> None:
 
 
 def once(work: Callable[[], T]) -> T:
-    """Do `work` in rank 0 alone; every process gets its result, or raises its error, however long it takes.
+    """Run `work` only in rank 0; all processes return its result or raise its error, without a timeout.
 
-    The result is sent as JSON, since the store does not know who writes to it. All processes have to come here.
+    The result is sent as JSON, because the store is not authenticated. All processes must call this.
     """
     if world_size() == 1:
         return work()
@@ -179,14 +179,14 @@ def once(work: Callable[[], T]) -> T:
         if "kind" in found:
             raise rebuild_error(found)
         if "value" not in found:
-            sys.exit(1)  # a bug, which rank 0 reports
+            sys.exit(1)  # rank 0 reports the bug
         return cast(T, found["value"])
     _here.alone, outcome = True, {}
     try:
         result = work()
         outcome = {"value": plain(result)}
     except LlmtuneError as error:
-        outcome = describe_error(error) | {"report": None}  # which only rank 0 prints
+        outcome = describe_error(error) | {"report": None}  # only rank 0 prints the report
         raise
     finally:
         _here.alone = False
@@ -195,14 +195,14 @@ def once(work: Callable[[], T]) -> T:
 
 
 def describe_error(error: LlmtuneError) -> dict[str, Any]:
-    """Return an error as JSON holds it."""
+    """Return an error as JSON."""
     problems = [[problem.what, problem.where, problem.fix] for problem in error.problems]
     report = plain(error.report) if isinstance(error, GateFailed) else None
     return {"kind": type(error).__name__, "problems": problems, "exit": error.exit_code, "report": report}
 
 
 def rebuild_error(described: dict[str, Any]) -> LlmtuneError:
-    """Return the error that `describe_error` described."""
+    """Return the error from the JSON of `describe_error`."""
     kind: type[LlmtuneError] = getattr(errors, described["kind"])
     error = kind(*(Problem(*problem) for problem in described["problems"]))
     error.exit_code = described["exit"]
@@ -212,10 +212,10 @@ def rebuild_error(described: dict[str, Any]) -> LlmtuneError:
 
 
 def reports(error: BaseException) -> bool:
-    """Say whether this process prints the error that it ends with: one of all does.
+    """Return whether this process should print the error that ends it; exactly one process does.
 
-    Under `llmtune launch local` that is the launcher, which finds the error in a file. Otherwise it is the first
-    process to come here; one that lost the connection to another gives that one time to say why.
+    Under `llmtune launch local` the launcher prints it, from a file. Otherwise the first process to call this prints
+    it. A process that lost its connection waits first, to let the failed process report the cause.
     """
     folder = os.environ.get(LEFT)
     if folder is None and _started() == 1:
@@ -232,7 +232,7 @@ def reports(error: BaseException) -> bool:
         time.sleep(LOST_SECONDS)
     try:
         first = rank() == 0 if _here.store is None else _here.store.add(f"{_here.name}/failed", 1) == 1
-    except RuntimeError:  # the machine that has the store is gone
+    except RuntimeError:  # the machine with the store is gone
         first = os.environ.get("LOCAL_RANK") == "0"
     if first and _here.terminal is not None:
         os.dup2(_here.terminal[0], 1)
@@ -241,19 +241,19 @@ def reports(error: BaseException) -> bool:
 
 
 def lost_process(error: BaseException) -> LlmtuneError | None:
-    """Return the error of a process that lost the connection to another one; None for any other error."""
+    """Return a LostProcess error if `error` is a lost connection to another process, else None."""
     torch = sys.modules.get("torch")
     if torch is None or _started() == 1 or not isinstance(error, RuntimeError):
         return None
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
     if not isinstance(error, torch.distributed.DistError) and not any(word in str(error).lower() for word in _BROKEN):
         return None
-    fix = "The same command again resumes from the last checkpoint."
+    fix = "Repeat the command to resume from the last checkpoint."
     return LostProcess.of(f"process {rank()} lost the connection to another process: {first}", None, fix)
 
 
 def leave() -> None:
-    """Leave torch's process group, if this process is in one."""
+    """Leave torch's process group, if any."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Code of strangers (templates, regular expressions) run for so long and in so much memory, and no more."""
+"""Limits time and memory of untrusted code, such as templates and regular expressions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from types import FrameType
 
 MEMORY = Path("/proc/self/statm")
 AGAIN_SECONDS = 0.5
-"""When a stop is tried again: Python ignores an error that falls into a destructor or a callback of its collector."""
+"""Interval of repeated stop signals: Python ignores errors raised in destructors and garbage collector callbacks."""
 
 
 class LimitExceeded(Exception):
-    """What was tried took too long, or too much memory; the text says which."""
+    """The code took too long or too much memory; the text says which."""
 
 
 @contextmanager
 def limited(seconds: float, extra_bytes: int | None = None) -> Iterator[None]:
-    """Let the block run for so long, and take so much more memory than the process has.
+    """Limit the block to `seconds`, and to `extra_bytes` more memory than the process uses now.
 
-    In the main thread alone, where Python hears of signals; elsewhere, and without /proc, there is no limit. Memory is
-    the whole process's address space: another thread that allocates at this moment counts too.
+    Python handles signals in the main thread only; other threads have no limit. Without /proc memory has no limit.
+    Memory is the address space of the process, so allocations of other threads count too.
 
     Raises LimitExceeded.
     """
@@ -36,14 +36,14 @@ def limited(seconds: float, extra_bytes: int | None = None) -> Iterator[None]:
         raise LimitExceeded(f"it took more than {seconds:g} s")
 
     handler = signal.signal(signal.SIGALRM, stop)
-    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)  # of a timer around this one
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)  # `left`: of an outer timer
     limits = resource.getrlimit(resource.RLIMIT_AS)
     try:
         if extra_bytes is not None:
             _limit_memory(extra_bytes, limits)
         yield
     except MemoryError:
-        raise LimitExceeded("it took more memory than it may") from None
+        raise LimitExceeded("it took too much memory") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, left)
         signal.signal(signal.SIGALRM, handler)

@@ -1,4 +1,4 @@
-"""The run folder and its manifest: open it, refuse another recipe's, skip steps whose inputs did not change."""
+"""The run folder and its manifest: opens it, refuses runs of other recipes, skips steps with unchanged inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from llmtune.store.processes import rank
 
 MANIFEST, METRICS = "run.json", "metrics.jsonl"
 BUDGET = ".micro_batch_tokens"
-"""What a process but the first leaves when its memory ran out."""
+"""File in which ranks other than 0 leave a reduced budget after running out of memory."""
 OWN_FOLDERS = (
     *("data", "model", "adapter", "weights", "checkpoints", "trackers"),
     *("evaluation", "merged", "gguf", "explain", "seeds"),
@@ -45,21 +45,21 @@ OWN_FILES = (
     *("merged.failed.json", "endpoint.certificate.json"),
 )
 AFTER_TRAINING = ("evaluate", "generation", "deploy")
-"""Keys of a recipe that can be set anew for a run that is trained."""
+"""Recipe sections that may change after training."""
 STEPS = ("prepare", "encode", "select", "adapt", "train", "evaluate", "deploy")
 
 StepFacts = dict[str, Any]
-"""What was found out on the way; each step knows its own."""
+"""Facts that a step recorded; the keys depend on the step."""
 
 
 class StepRecord(TypedDict):
-    """What the manifest holds of one step."""
+    """The manifest's record of one step."""
 
     state: Literal["running", "done", "failed"]
     inputs: str
     started: Moment
     outputs: dict[str, str]
-    """Hash of each output, a file or a folder of the run."""
+    """Hash of each output, a file or folder of the run."""
     facts: StepFacts
     seconds: NotRequired[float]
     peak_bytes: NotRequired[int]
@@ -68,23 +68,23 @@ class StepRecord(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What run.json holds."""
+    """The content of run.json."""
 
     fingerprint: str
     steps: dict[str, StepRecord]
     findings: StepFacts
-    """What must be kept for the next start, such as the micro-batch budget."""
+    """Values for the next start, such as the micro-batch budget."""
     llmtune: NotRequired[str]
-    """Version that wrote it last."""
+    """The llmtune version that wrote it last."""
     lock: NotRequired[str]
     """Hash of llmtune.lock, once trained."""
     finished: NotRequired[str]
-    """Hash of what the command that finished it was given, to know a command that has nothing left to do."""
+    """Hash of the inputs of the command that finished it, to recognise a command with nothing left to do."""
 
 
 @dataclass(frozen=True)
 class StepRun:
-    """One step as it goes: whether it is skipped, and what it finds out."""
+    """A running step: whether it is skipped, and its facts."""
 
     skipped: bool
     facts: StepFacts = field(default_factory=dict)
@@ -92,55 +92,55 @@ class StepRun:
 
 @dataclass
 class RunFolder:
-    """One run on disk. `manifest` mirrors run.json; every change is written at once."""
+    """One run on disk. `manifest` mirrors run.json; every change is written immediately."""
 
     path: Path
     manifest: Manifest
     ran: set[str] = field(default_factory=set)
-    """Steps that this process ran; the others were valid from before."""
+    """Steps that this process ran; the other steps were already valid."""
 
     @property
     def findings(self) -> StepFacts:
-        """What was found out on the way and must be kept, such as the micro-batch budget."""
+        """Return the values for the next start, such as the micro-batch budget."""
         return self.manifest["findings"]
 
     def note(self, **findings: object) -> None:
-        """Keep findings in the manifest."""
+        """Store findings in the manifest."""
         self.findings.update(findings)
         self.write()
 
     def note_budget(self, tokens: int) -> None:
-        """Keep a micro-batch budget that became smaller; of a process that may be the only one to know."""
+        """Store a reduced micro-batch budget; ranks other than 0 write it to a file for rank 0."""
         self.note(micro_batch_tokens=tokens)
         if rank():
             write_text(self.path / BUDGET, str(tokens))
 
     def take_budget(self) -> None:
-        """Put the budget that another process left into the findings."""
+        """Move the budget that another process left into the findings."""
         with suppress(FileNotFoundError, ValueError):
             self.findings["micro_batch_tokens"] = int((self.path / BUDGET).read_text())
             (self.path / BUDGET).unlink()
 
     def write(self) -> None:
-        """Write run.json in one step; of several processes the first does."""
+        """Write run.json atomically; only rank 0 writes."""
         if rank():
             return
         with explained(self.path):
             write_json(self.path / MANIFEST, self.manifest)
 
     def is_done(self, step: str) -> bool:
-        """Whether `step` was done, from whatever inputs."""
+        """Return whether `step` is done, with any inputs."""
         return step in self.manifest["steps"] and self.manifest["steps"][step]["state"] == "done"
 
     def is_valid(self, step: str, inputs: str) -> bool:
-        """Whether `step` was done from exactly these inputs and its outputs are still what it wrote."""
+        """Return whether `step` is done with exactly these inputs and its outputs are unchanged."""
         if not self.is_done(step) or self.manifest["steps"][step]["inputs"] != inputs:
             return False
         outputs = self.manifest["steps"][step]["outputs"]
         return all(hash_path(self.path / name) == known for name, known in outputs.items())
 
     def is_whole(self, step: str) -> bool:
-        """Whether `step` was done, from whatever inputs, and its outputs are still what it wrote."""
+        """Return whether `step` is done, with any inputs, and its outputs are unchanged."""
         return self.is_done(step) and self.is_valid(step, self.manifest["steps"][step]["inputs"])
 
     @contextmanager
@@ -153,16 +153,16 @@ class RunFolder:
         always: bool = False,
         on_begin: Callable[[bool], None] = lambda skipped: None,
     ) -> Iterator[StepRun]:
-        """Run one step if its inputs or outputs changed: note that it runs, measure it, hash its outputs at the end.
+        """Run one step if its inputs or outputs changed; record its state, time, memory and output hashes.
 
         Args:
             name: the step.
-            inputs: hash of all that it depends on.
-            outputs: files and folders of the run that it writes.
+            inputs: hash of everything the step depends on.
+            outputs: files and folders of the run that the step writes.
             always: run it even if nothing changed.
             on_begin: called first, with whether the step is skipped.
 
-        Yields the step: the block does nothing if it is skipped, else it puts facts for the manifest into it.
+        Yields the step. The block must do nothing if it is skipped, else add facts for the manifest to it.
         """
         step = StepRun(skipped=not always and self.is_valid(name, inputs))
         on_begin(step.skipped)
@@ -193,9 +193,9 @@ class RunFolder:
         self.write()
 
     def facts(self, step: str) -> StepFacts:
-        """What a step that is done left in the manifest; nothing if it was not run.
+        """Return the facts of a step from the manifest; empty if it was not run.
 
-        Raises EnvironmentProblem for facts of a finished step that are not what it writes.
+        Raises EnvironmentProblem if the facts of a finished step are damaged.
         """
         if step not in self.manifest["steps"]:
             return {}
@@ -205,17 +205,17 @@ class RunFolder:
         return facts
 
     def done_facts(self) -> dict[str, StepFacts]:
-        """What each finished step left in the manifest; raises as `facts` does."""
+        """Return the facts of each finished step; raises as `facts` does."""
         return {step: self.facts(step) for step in self.manifest["steps"] if self.is_done(step)}
 
     def require_trained(self) -> None:
-        """Raise a RecipeError unless the run has a trained model."""
+        """Raise RecipeError unless the run has a trained model."""
         if not self.is_done("train"):
-            fix = "finish it first: run the same recipe again"
+            fix = "Run the same recipe again to finish it."
             raise RecipeError.of("this run has no trained model yet", str(self.path), fix)
 
     def timings(self) -> list[StepTiming]:
-        """How each step went, in order."""
+        """Return time and memory of each finished step, in order."""
         records = {name: self.manifest["steps"][name] for name in STEPS if self.is_done(name)}
         return [
             StepTiming(name, record.get("seconds", 0.0), record.get("peak_bytes", 0), name not in self.ran)
@@ -224,20 +224,20 @@ class RunFolder:
 
 
 def default_path(name: str, fingerprint: str) -> Path:
-    """`runs/<name>-<8 hex>` under the working folder."""
+    """Return the default run folder, `runs/<name>-<8 hex>` in the working folder."""
     return Path("runs") / f"{name}-{fingerprint[:8]}"
 
 
 @contextmanager
 def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool = False) -> Iterator[RunFolder]:
-    """Open (or make) a run folder for the recipe with this fingerprint and hold it against a second process.
+    """Open or create a run folder for the recipe with this fingerprint, and lock it against other processes.
 
     Raises:
-        RecipeError: the folder has work of another recipe, holds something else, or `resume` finds nothing.
-        EnvironmentProblem: it cannot be written, or another process works in it.
+        RecipeError: the folder has a run of another recipe or other files, or `resume` finds nothing.
+        EnvironmentProblem: it cannot be written, or another process is using it.
     """
     with explained(path):
-        peek_run(path, fingerprint, resume=resume, fresh=fresh)  # nothing is made where it refuses
+        peek_run(path, fingerprint, resume=resume, fresh=fresh)  # refuse before creating anything
         path.mkdir(parents=True, exist_ok=True)
         with exclusive(path / ".lock", path):
             folder = peek_run(path, fingerprint, resume=resume, fresh=fresh)
@@ -250,9 +250,9 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
 
 
 def peek_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool = False) -> RunFolder:
-    """Look at what a folder holds, with `open_run`'s refusals, and change nothing."""
+    """Read a run folder with the checks of `open_run`, without changing anything."""
     if path.exists() and not path.is_dir():
-        raise RecipeError.of("the run folder is a file", str(path), "choose another folder with --out")
+        raise RecipeError.of("the run folder is a file", str(path), "Choose another folder with --out.")
     manifest = read_manifest(path)
     _refuse_foreign(path, manifest, fingerprint, resume, fresh)
     if fresh or manifest is None or manifest["fingerprint"] != fingerprint:
@@ -264,21 +264,21 @@ def read_run(path: Path) -> RunFolder:
     """Open a finished or stopped run for reading.
 
     Raises:
-        RecipeError: the folder is missing or is not a run.
+        RecipeError: the folder is missing or not a run.
     """
     manifest = read_manifest(path)
     if manifest is None:
-        what = "not a run folder: it has no run.json" if path.is_dir() else "no such run folder"
-        raise RecipeError.of(what, str(path), "name the folder that 'llmtune run' printed (runs/<name>-<hash>)")
+        what = "not a run folder: it has no run.json" if path.is_dir() else "run folder not found"
+        raise RecipeError.of(what, str(path), "Name the folder that 'llmtune run' printed (runs/<name>-<hash>).")
     return RunFolder(path, manifest)
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """Read run.json of a folder; None if it is missing or was cut.
+    """Read run.json of a folder; None if it is missing or truncated.
 
     Raises:
-        RecipeError: it is another program's, or was edited.
-        EnvironmentProblem: it may not be read.
+        RecipeError: another program wrote it, or it was edited.
+        EnvironmentProblem: it cannot be read.
     """
     file, fix = path / MANIFEST, "Choose another folder with --out, or remove this file."
     content = read_record(file, Manifest, fix=fix, kind=RecipeError)
@@ -288,7 +288,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def read_curve(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; one that is damaged is left out, as one that was cut."""
+    """Return the lines of metrics.jsonl, without damaged or truncated lines."""
     return [line for line in read_json_lines(run / METRICS) if find_misfit(line, CurveLine) is None]
 
 
@@ -296,21 +296,21 @@ def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, res
     made = manifest is not None and any(step["state"] == "done" for step in manifest["steps"].values())
     if manifest is not None and manifest["fingerprint"] != fingerprint and made and not fresh:
         hashes = f"{manifest['fingerprint'][:8]}, not {fingerprint[:8]}"
-        what = f"this folder holds the run of another recipe ({hashes})"
-        fix = "choose another folder with --out, or start over in this one with --fresh: what it holds is removed then"
+        what = f"this folder has a run of another recipe ({hashes})"
+        fix = "Choose another folder with --out, or use --fresh to delete the old run and start over."
         raise RecipeError.of(what, str(path), fix)
     if manifest is None and path.is_dir():
         names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
         strange = sorted(names - {*OWN_FOLDERS, *OWN_FILES})
         if strange:
-            what = f"this folder is not empty and not a run: it holds {', '.join(strange[:3])}"
-            raise RecipeError.of(what, str(path), "choose an empty or new folder with --out")
+            what = f"this folder is neither empty nor a run: it has {', '.join(strange[:3])}"
+            raise RecipeError.of(what, str(path), "Choose an empty or new folder with --out.")
     if resume and not (manifest and manifest["steps"]):
-        raise RecipeError.of("nothing to resume", str(path), "omit --resume to start")
+        raise RecipeError.of("nothing to resume", str(path), "Omit --resume to start.")
 
 
 def _sweep(path: Path) -> None:
-    """Remove what a process that was killed left half-written."""
+    """Remove incomplete files of killed processes."""
     for folder in (path, path / "data"):
         for pattern in (".*.tmp", ".*.new", ".*.old", ".keys-*"):
             for leftover in folder.glob(pattern):
@@ -325,12 +325,12 @@ def _remove_run(path: Path) -> None:
 
 
 def recipe_of_run(folder: RunFolder, sets: Sequence[str] = ()) -> LoadedRecipe:
-    """Load the resolved recipe of a run; `sets` may change how it is evaluated, not what it is.
+    """Load the resolved recipe of a run; `sets` may change its evaluation but not its training.
 
     Raises:
-        RecipeError: a value is set that would make it another run.
+        RecipeError: a value in `sets` would make it another run.
     """
-    fix = "of a run only evaluate, generation and deploy can be set; else run the recipe itself"
+    fix = "Set only keys of evaluate, generation and deploy, or run the recipe again."
     RecipeError.collect(
         Problem(f"--set {item}: this would be another run", fix=fix)
         for item in sets

@@ -1,4 +1,4 @@
-"""The runs below the working folder: listed, or one found by its folder, by its recipe's name, or as the latest."""
+"""Lists the runs below the working folder; finds a run by folder, recipe name or `latest`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ HASH = re.compile(r"-[0-9a-f]{8}$")
 
 @dataclass(frozen=True)
 class ListedRun:
-    """One run, as a person knows it."""
+    """One run in a list of runs."""
 
     folder: Path
     name: str
     """The name of its recipe."""
     task: str
     started: float
-    """When its last step began, in seconds since 1970."""
+    """Start of its last step, in seconds since 1970."""
     step: str
-    """The last step, with what became of it unless it is done."""
+    """The last step, with its state unless it is done."""
     trained: bool
     verdict: str | None
 
 
 class HasVerdict(TypedDict):
-    """The part of report.json that a list of runs shows."""
+    """The part of report.json used in a list of runs."""
 
     verdict: dict[str, str]
 
@@ -64,7 +64,7 @@ def _look(path: Path) -> ListedRun | None:
 
 
 def match_run(name: str) -> Path | None:
-    """Return the folder of a run, by its folder, by the name of its recipe or as `latest`; None where there is none."""
+    """Return the folder of a run, given its folder, the name of its recipe or `latest`; None if not found."""
     if (Path(name) / MANIFEST).exists():
         return Path(name)
     runs = list_runs()
@@ -76,14 +76,14 @@ def find_run(name: Path) -> Path:
     """Return the folder of a run, as `match_run` does.
 
     Raises:
-        RecipeError: there is none, or it is not a run.
+        RecipeError: it was not found, or is not a run.
     """
     found = match_run(str(name))
     if found is None:
         if not name.exists():
             runs = [known for run in list_runs() for known in (run.name, str(run.folder))]
-            fix = "Name a run folder, a recipe that was run here, or `latest`; `llmtune runs` lists them."
+            fix = "Name a run folder, a recipe with a run here, or `latest`; `llmtune runs` lists the runs."
             fix += nearest(str(name), runs)
-            raise RecipeError.of("no such run folder", str(name), fix)
+            raise RecipeError.of("run folder not found", str(name), fix)
         found = name
     return read_run(found).path

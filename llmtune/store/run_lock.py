@@ -1,4 +1,4 @@
-"""llmtune.lock: what a run was made from, so that the same numbers can be had next year."""
+"""llmtune.lock: the exact inputs of a run, for reproducing its numbers later."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from llmtune.store.json_shapes import find_misfit
 
 LOCK = "llmtune.lock"
 LOCK_VERSION = 2
-"""Version 1 had no number, and no list of files."""
+"""Version 1 had no version number and no list of files."""
 PACKAGES = (
     *("llmtune-cli", "torch", "transformers", "peft", "accelerate"),
     *("datasets", "tokenizers", "bitsandbytes", "safetensors", "numpy"),
 )
 JUDGING_KEYS = ("evaluate", "generation")
-"""Keys of a recipe that decide how what was trained is judged."""
+"""Recipe sections that affect evaluation but not training."""
 
 
 class SourceRecord(TypedDict):
-    """A file of the data, or a data set of the hub at a commit."""
+    """A data file, or a hub data set at a commit."""
 
     source: str
-    """As the recipe has it."""
+    """The source as written in the recipe."""
     path: str | None
-    """None for what is not on this machine."""
+    """None for remote data."""
     sha256: NotRequired[str]
     xxh3_128: NotRequired[str]
     """Hash of a recording."""
     commit: NotRequired[str]
     etag: NotRequired[str]
-    """Of a file that an address names: the store's tag and its size."""
+    """For a file at a URL: the store's tag and its size."""
 
 
 class LockedModel(TypedDict):
@@ -59,7 +59,7 @@ class LockedModel(TypedDict):
 
 
 class LockedData(TypedDict):
-    """The data, as a whole and file by file."""
+    """The data: one hash over all rows, and the files."""
 
     sha256: str
     files: NotRequired[list[SourceRecord]]
@@ -73,14 +73,14 @@ class LockedFolder(TypedDict):
 
 
 class Lock(TypedDict):
-    """What llmtune.lock holds; what version 1 does not have is not required."""
+    """The content of llmtune.lock; keys that version 1 does not have are optional."""
 
     lock_version: NotRequired[int]
     fingerprint: str
     folder: NotRequired[str]
     """Where the run folder was."""
     recipe: NotRequired[dict[str, str]]
-    """Hash of each key that decides what is trained."""
+    """Hash of each recipe key that affects training."""
     model: LockedModel
     data: LockedData
     start_from: NotRequired[LockedFolder | None]
@@ -91,12 +91,12 @@ class Lock(TypedDict):
     hardware: dict[str, object]
     git_commit: NotRequired[str | None]
     trained: NotRequired[dict[str, dict[str, str]]]
-    """The subfolder with what was trained, file by file; added once it is."""
+    """Hash of each file in the subfolder of the trained weights; added after training."""
 
 
 @dataclass(frozen=True)
 class Pins:
-    """What a lock holds still."""
+    """The values that a lock pins."""
 
     model: str
     revision: str | None
@@ -117,9 +117,9 @@ def write_lock(
     start_from: Path | None = None,
     device: Mapping[str, object] | None = None,
 ) -> None:
-    """Write llmtune.lock into the run folder, which holds recipe.yaml already.
+    """Write llmtune.lock to a run folder that already has recipe.yaml.
 
-    `model` is the model's folder, `start_from` the adapter that training goes on from, `device` what computes.
+    `model` is the model's folder, `start_from` the adapter that training continues, `device` the compute device.
     """
     lock = Lock(
         lock_version=LOCK_VERSION,
@@ -146,7 +146,7 @@ def write_lock(
 
 
 def note_trained(folder: Path, name: str) -> str:
-    """Add to the lock what was trained: the hash of each file in the subfolder `name`; return the hash of the lock."""
+    """Add the hash of each trained file in the subfolder `name` to the lock; return the hash of the lock."""
     lock = read_lock(folder / LOCK)
     lock["trained"] = {name: list_folder(folder / name)}
     write_json(folder / LOCK, lock)
@@ -154,10 +154,10 @@ def note_trained(folder: Path, name: str) -> str:
 
 
 def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
-    """Hash each key of a resolved recipe that decides what is trained, or with `judging` how it is judged.
+    """Hash each key of a resolved recipe that affects training, or with `judging` evaluation.
 
-    Of a path the last part counts alone: what lies there has a hash of its own. Gates judge scores that are there, and
-    what is trained with further seeds has a lock of its own.
+    Only the last part of a path counts, because its content has its own hash. Gates are excluded because they judge
+    existing scores, additional seeds because they have their own locks.
     """
     content = read_resolved(recipe)
     others = {"recipe_version", "name", "deploy", *JUDGING_KEYS}
@@ -166,14 +166,14 @@ def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
 
 
 def read_resolved(recipe: Path) -> dict[str, Any]:
-    """Read the recipe.yaml of a run, as plain values; raises RecipeError where it is damaged."""
+    """Read the recipe.yaml of a run as plain values; raises RecipeError if it is damaged."""
     text = read_recipe_text(recipe)
     try:
         content = YAML(typ="safe").load(text)
     except (YAMLError, ValueError, RecursionError) as error:
         content = error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise RecipeError.of("damaged: it holds no recipe", str(recipe), "Put the file back as the run wrote it.")
+        raise RecipeError.of("damaged: it is not a recipe", str(recipe), "Restore the file that the run wrote.")
     return content
 
 
@@ -188,47 +188,47 @@ def _without_folders(value: object) -> object:
 
 
 def read_lock(path: Path) -> Lock:
-    """Read a lock, of this version or an older one, which has fewer keys.
+    """Read a lock of this or an older version; older versions have fewer keys.
 
     Raises:
-        RecipeError: the file is missing, not a lock, or written by a later llmtune.
+        RecipeError: the file is missing, not a lock, or from a later llmtune.
     """
-    fix = "name the llmtune.lock of a run folder"
+    fix = "Name the llmtune.lock of a run folder."
     lock: Lock | None = read_json(path)
     if not isinstance(lock, dict) or not {"model", "data"} <= lock.keys():
-        what = "not a readable llmtune.lock" if path.exists() else "no such lock file"
+        what = "not a readable llmtune.lock" if path.exists() else "lock file not found"
         raise RecipeError.of(what, str(path), fix)
     if misfit := find_misfit(lock, Lock):
-        raise RecipeError.of(f"not a lock as llmtune writes it ({misfit})", str(path), fix)
+        raise RecipeError.of(f"not a valid lock ({misfit})", str(path), fix)
     number = lock.get("lock_version", 1)
     if number > LOCK_VERSION:
-        what = f"a lock of version {number}, and this llmtune reads up to {LOCK_VERSION}"
-        raise RecipeError.of(what, str(path), "update llmtune")
+        what = f"the lock has version {number}, but this llmtune reads versions up to {LOCK_VERSION}"
+        raise RecipeError.of(what, str(path), "Update llmtune.")
     return lock
 
 
 def read_pins(path: Path) -> Pins:
-    """Read what a lock holds still; raises as `read_lock` does."""
+    """Read the values that a lock pins; raises as `read_lock` does."""
     lock = read_lock(path)
     model = lock["model"]
     return Pins(model["name"], model["revision"], model["sha256"], lock["data"]["sha256"])
 
 
 def own_pins(folder: Path) -> Pins | None:
-    """Return what the lock of a run folder holds; None before it has one."""
+    """Return the values that the lock of a run folder pins; None before it has a lock."""
     return read_pins(folder / LOCK) if (folder / LOCK).exists() else None
 
 
 def check_pin(what: str, locked: str, actual: str) -> None:
-    """Raise EnvironmentProblem if a hash is not the one that a lock holds."""
+    """Raise EnvironmentProblem if a hash differs from the lock."""
     if locked != actual:
-        fix = "put back what it was; a run without that lock starts from what is here"
+        fix = "Restore the original, or run without --lock to use the current version."
         what = f"{what} differs from the lock: {locked[:12]} there, {actual[:12]} here"
         raise EnvironmentProblem.of(what, LOCK, fix)
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
-    """Installed versions; None where a package is missing."""
+    """Return installed versions; None for missing packages."""
     versions: dict[str, str | None] = dict.fromkeys(names)
     for name in names:
         with suppress(PackageNotFoundError):
@@ -237,7 +237,7 @@ def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, object]:
-    """Processor, cores and operating system; no host name."""
+    """Return processor, cores and operating system, without the host name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
@@ -253,7 +253,7 @@ def hardware() -> dict[str, object]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working folder, with `+` if it has changes; None outside a repository."""
+    """Return the commit of the working folder, with `+` for uncommitted changes; None outside a repository."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S607
         state = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)  # noqa: S607

@@ -1,4 +1,4 @@
-"""How a recipe is run, as opposed to what it says: the options of `llmtune run` and `llmtune.run`."""
+"""The options of `llmtune run` and `llmtune.run`, which are not part of a recipe."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """The options of one run; never part of a recipe."""
+    """The options of one run."""
 
     out: Path | None = None
     until: str = "run"
-    """The last step to run: prepare, select, adapt, train, evaluate, or run for all and deploy."""
+    """The last step to run: prepare, select, adapt, train, evaluate, or `run` for all steps and deployment."""
     resume: bool = False
     fresh: bool = False
     lock: Path | None = None
@@ -27,18 +27,18 @@ class RunRequest:
     offline: bool = False
     dry_run: bool = False
     device: str | None = None
-    """What a dry run plans for: a known card, or cpu. Default: what computes here."""
+    """Device that a dry run plans for: a known card, or cpu. Default: the current device."""
     layout: Layout | None = None
-    """The processes that a dry run plans for. Default: those that are here."""
+    """Processes that a dry run plans for. Default: the current processes."""
     pins: Pins | None = None
-    """What must be as in another run, in place of `lock`."""
+    """Pinned values of another run, instead of `lock`."""
     findings: Mapping[str, object] = field(default_factory=dict)
-    """Findings of another run of the same recipe that this one reuses, such as its micro-batch budget."""
+    """Findings to reuse from another run of the same recipe, such as its micro-batch budget."""
     base: Path | None = None
-    """The evaluation of another run: its base answers are reused where the questions are the same."""
+    """The evaluation of another run, to reuse its base answers to the same questions."""
 
     def words(self) -> list[str]:
-        """Return the options as words of `llmtune run`."""
+        """Return the options as arguments of `llmtune run`."""
         named = {"--out": self.out, "--lock": self.lock, "--threads": self.threads}
         flags = {"--resume": self.resume, "--fresh": self.fresh, "--offline": self.offline}
         words = [word for name, value in named.items() if value is not None for word in (name, str(value))]

@@ -1,4 +1,4 @@
-"""`train.seeds`: the run folder and the recipe of each further seed, below the run's own folder."""
+"""`train.seeds`: run folder and recipe of each additional seed, inside the run's own folder."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ FOLDER = "seeds"
 SHARED = ("prepare", "encode")
 """Steps whose results do not depend on the seed."""
 UNTIL = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
-"""How far a further seed goes, by how far the run goes."""
+"""Last step of the run -> last step of its additional seeds."""
 
 
 def seed_folder(run: Path, seed: int) -> Path:
-    """Return the run folder of a further seed."""
+    """Return the run folder of an additional seed."""
     return run / FOLDER / str(seed)
 
 
 def without_seeds(loaded: LoadedRecipe) -> LoadedRecipe:
-    """Return the recipe without its further seeds; what it trains and its fingerprint are the same."""
+    """Return the recipe without its additional seeds; its training and fingerprint are the same."""
     train = loaded.recipe.train.model_copy(update={"seeds": ()})
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"train": train}))
 
 
 def without_gates(loaded: LoadedRecipe) -> LoadedRecipe:
-    """Return the recipe without gates and all that only they use."""
+    """Return the recipe without gates and the keys that only gates use."""
     section = loaded.recipe.evaluate
     defaults = {key: type(section).model_fields[key].default for key in GATE_KEYS}
     recipe = loaded.recipe.model_copy(update={"evaluate": section.model_copy(update=defaults)})
@@ -41,7 +41,7 @@ def without_gates(loaded: LoadedRecipe) -> LoadedRecipe:
 
 
 def with_seed(loaded: LoadedRecipe, seed: int) -> LoadedRecipe:
-    """Return the recipe for one further seed; gates and deployment are the run's own affair."""
+    """Return the recipe for one additional seed, without gates and deployment, which only the main run has."""
     alone = without_gates(without_seeds(loaded))
     recipe = alone.recipe.model_copy(update={"seed": seed, "deploy": ()})
     origins = {**loaded.origins, "seed": loaded.origins.get("train.seeds", "train.seeds")}
@@ -49,7 +49,7 @@ def with_seed(loaded: LoadedRecipe, seed: int) -> LoadedRecipe:
 
 
 def share_rows(folder: RunFolder, out: Path, fingerprint: str) -> None:
-    """Begin the folder of a further seed with the rows and examples of the run, which are the same for all seeds."""
+    """Create the folder of an additional seed with the run's rows and examples, which all seeds share."""
     if (out / MANIFEST).exists():
         return
     steps = {name: folder.manifest["steps"][name] for name in SHARED if name in folder.manifest["steps"]}
@@ -62,13 +62,13 @@ def share_rows(folder: RunFolder, out: Path, fingerprint: str) -> None:
 
 
 def kept_findings(folder: RunFolder) -> dict[str, object]:
-    """Return the findings of a run that its further seeds and its reproduction keep."""
+    """Return the findings of a run that its additional seeds and its reproduction reuse."""
     names = ("micro_batch_tokens", "gradient_checkpointing")
     return {name: folder.findings[name] for name in names if name in folder.findings}
 
 
 def hard_link(source: str, target: str) -> None:
-    """Give a file a second name where the file system can, else copy it: a step never changes a file in place."""
+    """Hard-link a file, or copy it if the file system has no links; steps never change a file in place."""
     try:
         os.link(source, target)
     except OSError:
@@ -76,6 +76,6 @@ def hard_link(source: str, target: str) -> None:
 
 
 def is_done(run: Path, step: str) -> bool:
-    """Whether a run folder is there and a step of it is done."""
+    """Return whether a run folder exists and its step is done."""
     manifest = read_manifest(run)
     return manifest is not None and RunFolder(run, manifest).is_done(step)

@@ -1,6 +1,6 @@
-"""Check the inputs and outputs of a run against their hashes, file by file; without torch.
+"""Checks the inputs and outputs of a run against their hashes, file by file, without torch.
 
-It finds accidents, not forgers: a changed file whose hash in run.json was changed too goes unnoticed.
+It detects accidental changes, not forgery: if the hash in run.json was changed too, it does not notice.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ class Finding:
     name: str
     """A file, a package, a key."""
     state: str
-    """same, changed, missing, added; differs (no failure); unknown (nothing to hold it against)."""
+    """same, changed, missing, added; differs (not a failure); unknown (nothing to compare with)."""
     was: str | None = None
     now: str | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether the result rests on it and it is not what it was."""
+        """Return whether the change invalidates the result."""
         return self.state in {"changed", "missing", "added"}
 
     def to_problem(self) -> Problem:
-        """Return what is wrong and what to do."""
+        """Return the problem with its fix."""
         was, now = ((value or "unknown")[:12] for value in (self.was, self.now))
         if self.state == "added":
-            return Problem(f"{self.kind}: it was not there when the run was made", self.name, "remove it")
+            return Problem(f"{self.kind}: it was added after the run", self.name, "Remove it.")
         if self.state == "missing":
-            fix = "put it back, or run the recipe again"
+            fix = "Restore it, or run the recipe again."
             return Problem(f"{self.kind}: it is missing; its hash was {was}", self.name, fix)
         what = f"{self.kind}: changed since the run: its hash was {was} and is {now}"
-        return Problem(what, self.name, "put back what it was, or run the recipe again with what is there")
+        return Problem(what, self.name, "Restore the original, or run the recipe again with the current version.")
 
 
 @dataclass(frozen=True)
@@ -79,29 +79,29 @@ class Verification:
 
     @property
     def failed(self) -> list[Finding]:
-        """Findings that invalidate the result."""
+        """Return the findings that invalidate the result."""
         return [finding for finding in self.findings if finding.failed]
 
     def to_dict(self) -> dict[str, object]:
-        """Return it for JSON."""
+        """Return the verification as JSON."""
         findings = [asdict(finding) for finding in self.findings]
         return {"run": str(self.run), "verified": not self.failed, "findings": findings}
 
     def problems(self) -> list[Problem]:
-        """Return what is wrong with each failed finding and what to do."""
+        """Return the problem of each failed finding."""
         return [finding.to_problem() for finding in self.failed]
 
 
 def verify_run(run: Path, *, strict: bool = False) -> Verification:
-    """Check a run against its lock and manifest; with `strict`, versions count as well.
+    """Check a run against its lock and manifest; with `strict`, package versions must match too.
 
     Raises:
         RecipeError: not a run folder, or not trained yet.
     """
     folder = read_run(run)
     if not (run / LOCK).exists():
-        what = "this run has no llmtune.lock" if "train" in folder.manifest["steps"] else "this run was not trained yet"
-        raise RecipeError.of(what, str(run), "run the recipe again: the lock is written before training")
+        what = "this run has no llmtune.lock" if "train" in folder.manifest["steps"] else "this run is not trained yet"
+        raise RecipeError.of(what, str(run), "Run the recipe again: it writes the lock before training.")
     lock = read_lock(run / LOCK)
     packages = package_versions(tuple(lock["packages"]))
     findings = [
@@ -121,7 +121,7 @@ def verify_run(run: Path, *, strict: bool = False) -> Verification:
 
 
 def compare_hashes(kind: str, name: str, was: str | None, now: str | None, unknown_if_new: bool = False) -> Finding:
-    """Compare one hash with another; None is a thing that is not there, or (`unknown_if_new`) was not recorded."""
+    """Compare two hashes; None means that the thing is missing, or with `unknown_if_new` was not recorded."""
     if was == now:
         state = "same"
     elif now is None:
@@ -141,7 +141,7 @@ def _compare_all(kind: str, prefix: str, was: Hashes, now: Hashes) -> Iterator[F
 def _compare_settings(
     kind: str, was: Mapping[str, object], now: Mapping[str, object], strict: bool = False
 ) -> Iterator[Finding]:
-    """Compare what may differ; what this process cannot know (the card, without torch) is left out."""
+    """Compare settings that may differ; skip those unknown to this process, such as the GPU without torch."""
     for name in was:
         if name in now:
             before, after = (None if value is None else str(value) for value in (was[name], now[name]))
@@ -150,9 +150,9 @@ def _compare_settings(
 
 
 def relocated(path: str, old_run: str | None, run: Path) -> Path:
-    """Return where a path of a run is now: there, as far from the run folder as it was, or among the shipped recipes.
+    """Return the current location of a run's path: unchanged, moved with the run folder, or a shipped recipe file.
 
-    `old_run` is where the run folder was. Where none of these exists, it is the path itself.
+    `old_run` is the former run folder. If none of these exists, return the path itself.
     """
     candidates = [Path(path)]
     if old_run:
@@ -165,7 +165,7 @@ def relocated(path: str, old_run: str | None, run: Path) -> Path:
 
 
 def split_pattern(source: str) -> tuple[Path, str]:
-    """Return the folder that a pattern looks in, and the rest of it; a path without a pattern as it is, and nothing."""
+    """Split a glob pattern into its fixed folder and the rest; a plain path has an empty rest."""
     path = Path(source)
     if os.path.lexists(path) or not glob.has_magic(source):
         return path, ""
@@ -219,9 +219,9 @@ def _data_file(record: SourceRecord, old_run: str | None, run: Path) -> Path:
 
 
 def _added_files(source: str, known: set[Path], old_run: str | None, run: Path) -> Iterator[Path]:
-    """Yield files that a folder or a pattern has now and had not then, of the kinds that were read."""
+    """Yield files added to a folder or pattern since the run, with the extensions that were read."""
     if source.startswith(BUILTIN) or any(path.name.startswith("metadata.") for path in known):
-        return  # such a file names all of its folder
+        return  # a metadata file lists all files of its folder
     start, pattern = split_pattern(source)
     folder = relocated(str(start), old_run, run)
     endings = {path.suffix for path in known}
@@ -232,7 +232,7 @@ def _added_files(source: str, known: set[Path], old_run: str | None, run: Path) 
 
 
 def _check_model(lock: Lock, run: Path) -> Iterator[Finding]:
-    """Check the model that training started from, and the adapter that it went on from."""
+    """Check the model that training started from, and the adapter that it continued."""
     if start := lock.get("start_from"):
         folder = relocated(start["folder"], lock.get("folder"), run)
         yield from _compare_all("start_from", f"{folder}{os.sep}", start["files"], list_folder(folder))
@@ -244,13 +244,13 @@ def _check_model(lock: Lock, run: Path) -> Iterator[Finding]:
     if folder.is_dir():
         yield from _compare_all("model", f"{folder}{os.sep}", model["files"], list_model(folder))
     elif model["revision"] or model["name"].startswith(BUILTIN):
-        yield Finding("model", f"{model['name']}, which is not in the cache here", "unknown", model["sha256"])
+        yield Finding("model", f"{model['name']}, which is not in the local cache", "unknown", model["sha256"])
     else:
         yield Finding("model", str(folder), "missing", model["sha256"])
 
 
 def _model_folder(model: LockedModel, old_run: str | None, run: Path) -> Path:
-    """Return where the model is: in llmtune's cache if it is a packaged one, in the hub's, or in its own folder."""
+    """Return the model's location: llmtune's cache if it is packaged, the hub's cache, or its own folder."""
     folder = Path(model["folder"])
     if model["name"].startswith(BUILTIN):
         return find_cache() / "models" / folder.name
@@ -284,4 +284,4 @@ def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
     for path in [folder.path / name for name in TRAINED if evaluated and (folder.path / name).is_dir()]:
         yield compare_hashes(
             "evaluated", str(path), evaluated, hash_path(path)
-        )  # what was trained is what was evaluated
+        )  # the trained weights must be the evaluated weights

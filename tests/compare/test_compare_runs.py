@@ -214,7 +214,7 @@ def test_all_that_is_wrong_with_the_folders_is_told_at_once(compare, tmp_path, t
     with pytest.raises(RecipeError) as error:
         compare(good, unscored, prepared, tmp_path / "nothing")
     said = [problem.what for problem in error.value.problems]
-    assert said == ["this run has no scores yet", "this run has no trained model yet", "no such run folder"]
+    assert said == ["this run has no scores yet", "this run has no trained model yet", "run folder not found"]
 
 
 def test_a_run_without_test_rows_has_nothing_to_compare(compare, train, good):

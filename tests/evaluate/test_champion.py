@@ -105,7 +105,7 @@ def test_a_champion_that_is_none_ends_the_check_and_the_run_with_exit_code_2(cha
     unscored = shutil.copytree(champion, tmp_path / "unscored")
     manifest = (unscored / "run.json").read_text()
     (unscored / "run.json").write_text(manifest.replace('"evaluate": {', '"other": {'))
-    for path, cure in ((tmp_path / "gone", "name the folder that"), (unscored, "llmtune evaluate")):
+    for path, cure in ((tmp_path / "gone", "Name the folder that"), (unscored, "llmtune evaluate")):
         for command in (["recipes", "check", recipe], ["run", recipe, "--out", tmp_path / "new"]):
             done = invoke(*command, "--set", f"evaluate.champion={path}", "--set", GATE)
             assert done.exit_code == 2, done.output

@@ -251,7 +251,7 @@ def test_rows_left_out_for_being_like_a_test_row_are_told(contaminated, make_ben
     found = bench.evaluate(metrics=("loss",))
     assert found.contamination.near == 0
     assert found.contamination.dropped == {"near a test row": 12}
-    assert "12 other rows were kept out of training" in " ".join(bench.console.file.getvalue().split())
+    assert "12 other rows were dropped from training" in " ".join(bench.console.file.getvalue().split())
 
 
 def test_of_rows_with_the_same_prompt_the_prompt_is_shown_and_not_the_answer(tmp_path):

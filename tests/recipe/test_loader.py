@@ -223,5 +223,5 @@ def test_a_key_that_is_set_from_outside_takes_the_place_of_the_one_that_it_exclu
     train = load_recipe(recipe, ["train.max_steps=5", "train.batch_tokens=100"]).recipe.train
     assert (train.max_steps, train.batch_tokens) == (5, 100)
     assert load_recipe("quickstart", ["model.candidates=[a/b, c/d]"]).recipe.model.name is None
-    with pytest.raises(RecipeError, match="has no effect beside"):
+    with pytest.raises(RecipeError, match="has no effect with"):
         load_recipe(recipe, ["train.max_steps=5", "train.num_train_epochs=2"])

@@ -84,7 +84,7 @@ def config(tmp_path: Path, text: str, name: str = "config.yaml") -> Path:
 
 
 def test_a_file_of_no_known_tool_is_refused_with_the_tools_there_are(tmp_path: Path):
-    with pytest.raises(RecipeError, match="No known tool has these keys: colour") as caught:
+    with pytest.raises(RecipeError, match="no known tool has these keys: colour") as caught:
         migrate_config(config(tmp_path, "colour: blue"), tmp_path / "out.yaml")
     assert "--tool axolotl | llamafactory | trl" in caught.value.problems[0].fix
     with pytest.raises(RecipeError, match="unknown tool 'axolot'"):
@@ -320,7 +320,7 @@ def test_a_tool_is_known_by_the_module_or_script_that_is_run(tmp_path: Path, lin
 
 
 def test_a_configuration_of_accelerate_is_no_configuration_of_a_tool(tmp_path: Path):
-    with pytest.raises(RecipeError, match="No known tool has these keys: compute_environment"):
+    with pytest.raises(RecipeError, match="no known tool has these keys: compute_environment"):
         migrate_config(
             config(tmp_path, "compute_environment: LOCAL_MACHINE\nmixed_precision: bf16"), tmp_path / "out.yaml"
         )

@@ -27,7 +27,7 @@ from llmtune.recipe.validation import key_paths
         ("train: {learning_rate: .nan}\n", "'train.learning_rate' is nan", "It must be a finite number."),
         ("adapter: {lora_dropout: 1}\n", "'adapter.lora_dropout' is 1", "It must be below 1"),
         ("train: {weight_decay: 2}\n", "'train.weight_decay' is 2", "It must be at most 1"),
-        ("train: {gradient_checkpointing: yes}\n", "is 'yes'", "true or false. YAML 1.2 knows"),
+        ("train: {gradient_checkpointing: yes}\n", "is 'yes'", "true or false. In YAML 1.2 only"),
         ("train: {gradient_checkpointing: 3}\n", "is 3", "It must be true or false."),
         ("train: {loraplus_lr_ratio: 0.5}\n", "'train.loraplus_lr_ratio' is 0.5", "It must be at least 1."),
         ("train: {optim: adamw}\n", "'train.optim' is 'adamw'", "Allowed: adamw_torch, "),
@@ -59,7 +59,7 @@ def test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure(r
 @pytest.mark.parametrize(
     ("data", "what", "fix"),
     [
-        ("{}", "the key 'data.train' is missing", "The rows to learn from"),
+        ("{}", "the key 'data.train' is missing", "The training rows"),
         ("{train: []}", "'data.train' is empty", "at least 1"),
         ("{train: 3}", "'data.train' is 3", "It must be a list."),
         ("{train: [3]}", "'data.train.0' is 3", "a mapping"),

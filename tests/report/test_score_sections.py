@@ -35,10 +35,10 @@ def shown(evaluation: Evaluation, task: str = "chat") -> tuple[str, str, str]:
 def test_a_trivial_baseline_is_never_called_the_base_model(headed, evaluation):
     page, text, terminal = shown(headed.evaluation, "classify")
     assert '<th class="number">baseline</th>' in page
-    assert "The baseline is <code>the most frequent class</code>, and no model" in page
+    assert "The baseline is <code>the most frequent class</code>, not a model" in page
     assert ">base<" not in page
     assert "| metric | baseline | tuned |" in text
-    assert "The baseline is the most frequent class, and no model" in terminal
+    assert "The baseline is the most frequent class, not a model" in terminal
     page, *others = shown(evaluation)
     assert "The baseline is" not in page
     assert "baseline" not in "".join(others)
@@ -47,7 +47,7 @@ def test_a_trivial_baseline_is_never_called_the_base_model(headed, evaluation):
 def test_a_metric_of_the_tuned_model_alone_stands_with_dashes(headed):
     page, text, terminal = shown(headed.evaluation, "classify")
     assert "| `loss` | – | 0.5200 | – | – | – | – |" in text
-    assert "A dash: measured of the tuned model alone" in page
+    assert "A dash: measured for the tuned model only" in page
     (line,) = [line.split() for line in terminal.splitlines() if line.split()[:1] == ["loss"]]
     assert line == ["loss", "–", "0.5200", "–", "–", "–", "–"]
 
@@ -55,10 +55,10 @@ def test_a_metric_of_the_tuned_model_alone_stands_with_dashes(headed):
 def test_classes_and_their_confusion_are_shown_the_most_frequent_first(headed):
     page, text, _ = shown(headed.evaluation, "classify")
     assert 'aria-label="confusion matrix of 3 classes: 83 of 100 rows right"' in page
-    assert 'title="delivery taken for billing: 11 rows, 25.6%"><b>11</b><small>26 %</small></td>' in page
+    assert 'title="delivery predicted as billing: 11 rows, 25.6%"><b>11</b><small>26 %</small></td>' in page
     assert "| `billing` | 43 | 0.8000 | 0.9000 | 0.6000 | 0.8500 |" in text
     assert "| delivery | billing | 11 | 25.6 % |" in text
-    assert class_section(headed.evaluation.details, "base", entities=True).title.startswith("Kinds of entities")
+    assert class_section(headed.evaluation.details, "base", entities=True).title.startswith("Entity types")
 
 
 def test_more_classes_than_can_be_read_are_shown_as_pairs():
@@ -103,10 +103,10 @@ def test_test_rows_that_overlap_are_counted_and_scored_apart(measured):
     page, text, terminal = shown(measured)
     for shown_text in (page, text, " ".join(terminal.split())):
         assert "12 of 148 test rows (8.1 %) overlap with a training row" in shown_text
-    assert "3 nearly equal, 2 with the same prompt, 9 with 13 words in a row in common, 1 short, with the same" in page
+    assert "3 nearly equal, 2 with the same prompt, 9 with a shared 13-word passage, 1 short, with the same" in page
     assert "same words. Set data.split_by to a column" in page
-    assert "out of training. 17 other rows" in page
-    assert "210 runs of 13 words stand in more than ten training rows" in page
+    assert "from training. 17 other rows" in page
+    assert "210 13-word passages that occur in more than ten training rows" in page
     assert "test.jsonl:4" in page
     assert "/home/ada/data/test.jsonl" not in page
     assert "late &lt;b&gt;parcel&lt;/b&gt;" in page
@@ -127,12 +127,12 @@ def test_without_any_overlap_one_sentence_says_so(measured):
     none = replace(measured.contamination, **nothing, scores=(), examples=())
     page, text, _ = shown(replace(measured, contamination=none))
     assert "None of the 148 test rows overlaps with a training row" in page
-    assert "what they share" not in page
+    assert "shared words" not in page
     assert "clean rows" not in text
     assert "split_by" not in page
     one = replace(none, overlapping=1, shared=1, dropped={"near a test row": 1})
     assert "1 of 148 test rows (0.7 %) overlaps with a training row" in overlap_sentence(one)
-    assert "1 other row was kept out" in overlap_sentence(one)
+    assert "1 other row was dropped" in overlap_sentence(one)
 
 
 def test_what_was_not_measured_has_no_section(evaluation):

@@ -87,7 +87,7 @@ def test_one_finding_in_three_units_is_named_once():
 
 def test_a_cost_is_told_and_decides_nothing():
     found = judge(kl=MORE, accuracy=BETTER)
-    assert found.reason.endswith("The price: the tuned model is farther from the base model (kl).")
+    assert found.reason.endswith("The cost: the tuned model is farther from the base model (kl).")
     assert "kl" not in judge(kl=OPEN, accuracy=BETTER).reason
 
 
@@ -100,7 +100,7 @@ def test_a_cost_is_told_and_decides_nothing():
             {"f1_macro": BETTER, "accuracy": WORSE},
             "Better in f1 macro than the most frequent class, worse in accuracy.",
         ),
-        ({"accuracy": OPEN}, "No metric is better or worse than the most frequent class beyond chance"),
+        ({"accuracy": OPEN}, "No metric shows a clear difference from the most frequent class."),
     ],
 )
 def test_the_sentence_names_what_stands_for_the_base_model(intervals, start):
@@ -122,7 +122,7 @@ def test_micro_f1_is_named_beside_accuracy_only_where_it_is_another_number(micro
 def test_scores_of_the_tuned_model_alone_tell_nothing():
     found = verdict(Evaluation({}, {"loss": 1.0}, {}, (), 100))
     assert found.word == "inconclusive"
-    assert "nothing to compare them with" in found.reason
+    assert "nothing can be compared" in found.reason
 
 
 @pytest.mark.parametrize("evaluation", [None, Evaluation({}, {}, {}, (), 0)])
@@ -139,7 +139,7 @@ def test_one_of_many_metrics_that_moves_a_little_is_chance():
     assert looked_at(exact_match=0.03).word == "better"
     found = looked_at(exact_match=0.03, **others)
     assert found.word == "inconclusive"
-    assert "as one of many metrics may" in found.reason
+    assert "but one of many metrics may do so by chance" in found.reason
     assert looked_at(exact_match=0.004, **others).reason.startswith("Better in exact match. No")
 
 
@@ -245,7 +245,7 @@ SMALL_LOSS = (-0.04, -0.01)
         (True, {"accuracy": SMALL_LOSS}, "within margin", "Accuracy is worse, but within the margin of the gate."),
         (False, {"accuracy": WORSE}, "worse", "Worse in accuracy than the champion; no metric got better."),
         (False, {"accuracy": WORSE, "loss": LESS}, "worse", "Better in loss than the champion, worse in accuracy."),
-        (None, {"accuracy": OPEN}, "inconclusive", "No metric is better or worse than the champion beyond chance"),
+        (None, {"accuracy": OPEN}, "inconclusive", "No metric shows a clear difference from the champion."),
         (None, {"accuracy": OPEN, "loss": LESS}, "inconclusive", "Better in loss than the champion."),
         (True, {"accuracy": OPEN, "loss": LESS}, "better", "Better in loss than the champion. Accuracy is within"),
         (True, {"accuracy": OPEN, "loss": MORE}, "mixed", "Worse in loss than the champion. Accuracy is within"),
@@ -326,7 +326,7 @@ def test_the_report_has_each_seed_and_what_is_missing() -> None:
     assert found.metrics["loss"].scores == [1.0, 1.2, 0.9]
     assert "rougeL" not in found.metrics, "not every seed has it"
     assert found.missing == [10]
-    assert found.told.endswith("Not there yet: seed 10.")
+    assert found.told.endswith("No scores yet: seed 10.")
 
 
 def judged(**metrics: tuple[bool | None, bool]) -> dict[str, Spread]:
@@ -347,7 +347,10 @@ def judged(**metrics: tuple[bool | None, bool]) -> dict[str, Spread]:
             judged(wer=(True, False)),
             "The tuned model is worse than the base by more than the spread between 3 seeds in wer.",
         ),
-        (judged(kl=(True, False), loss=(None, True)), "There is no spread to hold the gain over the base against."),
+        (
+            judged(kl=(True, False), loss=(None, True)),
+            "The spread is unknown, so the gain over the base cannot be compared with it.",
+        ),
     ],
 )
 def test_one_sentence_says_whether_the_gain_is_larger_than_the_spread(metrics: dict[str, Spread], told: str) -> None:
@@ -359,7 +362,7 @@ def test_the_verdict_mentions_a_gain_that_is_within_the_spread_and_no_other() ->
     within, beyond = (Seeds(runs, (), judged(exact_match=(larger, True)), "") for larger in (False, True))
     found = verdict(scored(1.0, 0.5), within)
     assert found.word == "better"
-    assert "3 seeds lie as far apart as the gain is large" in found.reason
+    assert "the spread of 3 seeds is at least as large as the gain" in found.reason
     assert "seed" not in verdict(scored(1.0, 0.5), beyond).reason
     assert warn_of_spread(None, ["accuracy"]) == ""
     assert warn_of_spread(within, ["loss"]) == ""

@@ -31,7 +31,7 @@ def test_two_processes_do_not_stage_one_folder(tmp_path: Path) -> None:
     with staged(target) as folder:
         (folder / "file").write_text("mine")
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert f"another llmtune process works in this folder: process {os.getpid()}" in other.stderr
+    assert f"another llmtune process is using this folder: process {os.getpid()}" in other.stderr
     assert (target / "file").read_text() == "mine"
     with staged(target):
         pass

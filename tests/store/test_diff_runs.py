@@ -72,7 +72,7 @@ def test_the_first_loss_that_differs_is_named_with_the_steps_that_it_stands_for(
     (found,) = differences(tmp_path, lines=[LINES[0], LINES[1] | {"loss": 1.25}])
     assert str(found) == "training: loss of steps 2 to 10: was 1.5, is 1.25"
     (found,) = find_differences(tmp_path / "was", make_run(tmp_path / "short", lines=LINES[:1]), "adapter")
-    assert "not there" in str(found)
+    assert "missing" in str(found)
 
 
 def test_stages_come_in_the_order_in_which_they_came_about(tmp_path: Path) -> None:

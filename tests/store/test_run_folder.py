@@ -96,7 +96,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> No
     code = f"import pathlib\nfrom llmtune.store.run_folder import open_run\nwith open_run({run}, 'aa'): pass"
     with open_run(tmp_path / "run", "aa"):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert f"another llmtune process works in this folder: process {os.getpid()}, started at" in other.stderr
+    assert f"another llmtune process is using this folder: process {os.getpid()}, started at" in other.stderr
 
 
 @pytest.mark.parametrize(("manifest", "words"), [(None, "not a run folder"), ('{"steps": ', "not a run folder")])
@@ -105,7 +105,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, manifest: str | None, 
         (tmp_path / "run.json").write_text(manifest)
     with pytest.raises(RecipeError, match=words):
         read_run(tmp_path)
-    with pytest.raises(RecipeError, match="no such run folder"):
+    with pytest.raises(RecipeError, match="run folder not found"):
         read_run(tmp_path / "missing")
 
 

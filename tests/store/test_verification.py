@@ -164,7 +164,7 @@ def test_a_later_lock_and_a_run_without_one_are_refused(project: Path, tmp_path:
     path.unlink()
     with pytest.raises(RecipeError, match=r"no llmtune\.lock"):
         verify_run(project / "runs/tiny")
-    with pytest.raises(RecipeError, match="no such run folder"):
+    with pytest.raises(RecipeError, match="run folder not found"):
         verify_run(tmp_path / "nothing")
 
 
