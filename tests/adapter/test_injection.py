@@ -131,7 +131,7 @@ def test_starts_that_change_the_base_are_refused_on_four_bits_above_the_rank_of_
         adapt(tiny_llama, method="qlora", init_lora_weights=start)
     with pytest.raises(RecipeError, match=r"Set adapter\.r to 32 or less"):
         adapt(tiny_llama, init_lora_weights=start, r=33)
-    with pytest.raises(RecipeError, match="embed_tokens is none"):
+    with pytest.raises(RecipeError, match="embed_tokens is not one"):
         adapt(tiny_llama, init_lora_weights=start, target_modules=["embed_tokens"])
 
 

@@ -64,7 +64,7 @@ def test_models_are_chosen_by_task_licence_and_language_with_a_reason_for_each_t
     [
         (("list", "--task", "chatt"), "Did you mean 'chat'?"),
         (("list", "--licence", "apache"), "Did you mean 'apache-2.0'?"),
-        (("list", "--language", "xx"), "no model of the catalogue has the language 'xx'"),
+        (("list", "--language", "xx"), "no model in the catalogue has the language 'xx'"),
         (("list", "--family", "Qwen25"), "Did you mean 'Qwen2.5'?"),
         (("show", "smollm9"), "the catalogue has no model 'smollm9'"),
         (("fits",), "one of --memory, --device and --recipe is needed"),

@@ -86,7 +86,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_llama, tmp_
     tokenizer = train_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(EnvironmentProblem, match="426 tokens and the model has room for 425"):
+    with pytest.raises(EnvironmentProblem, match="426 tokens but the model has room for 425"):
         open_model(recipe_with(folder))
 
 
@@ -97,7 +97,7 @@ def test_a_tokenizer_with_gaps_whose_ids_lie_beyond_the_model_is_refused(tiny_ll
     last = max(vocabulary, key=vocabulary.get)
     vocabulary[last] = 900
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(EnvironmentProblem, match="425 tokens, with ids up to 900, and the model has room for 425"):
+    with pytest.raises(EnvironmentProblem, match="425 tokens, with ids up to 900, but the model has room for 425"):
         open_model(recipe_with(folder))
     vocabulary[last] = 430
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -144,9 +144,9 @@ def test_generation_ends_at_the_tokenizers_end_token(tmp_path):
 @pytest.mark.parametrize(
     ("family", "auto", "task", "reason"),
     [
-        ("bert", AutoModelForCausalLM, {"task": "chat"}, "sees the tokens that it is to predict"),
-        ("convbert", AutoModelForMaskedLM, {"task": "token-classify"}, "it does not leave the padding out"),
-        ("esm", AutoModelForMaskedLM, {"task": "token-classify"}, "cannot read text by itself"),
+        ("bert", AutoModelForCausalLM, {"task": "chat"}, "sees the tokens that it should predict"),
+        ("convbert", AutoModelForMaskedLM, {"task": "token-classify"}, "it does not ignore padding"),
+        ("esm", AutoModelForMaskedLM, {"task": "token-classify"}, "cannot read text alone"),
     ],
 )
 def test_a_model_that_does_not_read_rows_of_text_as_such_is_refused_by_name(tmp_path, family, auto, task, reason):
@@ -176,7 +176,7 @@ def test_rows_so_long_that_they_change_the_positions_of_others_are_refused(tmp_p
     assert open_model(recipe_with(folder, data=fits)).packs == packing
     with pytest.raises(RecipeError) as caught:
         open_model(recipe_with(folder, data={**fits, "max_length": 200}))
-    assert "than 64 tokens; data.max_length is 200" in str(caught.value)
+    assert "than 64 tokens, but data.max_length is 200" in str(caught.value)
     assert caught.value.problems[0].fix == "Set data.max_length to 64 or less."
 
 

@@ -95,9 +95,9 @@ def turn_into_gguf(folder: Path) -> None:
     ("damage", "message"),
     [
         (lose_weights, "no weight file"),
-        (break_header, "is damaged or is cut"),
+        (break_header, "is damaged or truncated"),
         (write_pointer, "git lfs pull"),
-        (lose_a_shard, "is missing, and model.safetensors.index.json names it"),
+        (lose_a_shard, "is missing, but model.safetensors.index.json names it"),
         (turn_into_an_adapter, "adapter.start_from"),
         (turn_into_gguf, "GGUF"),
     ],

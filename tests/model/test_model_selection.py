@@ -140,7 +140,7 @@ def test_one_that_cannot_fit_is_left_out(taught, rows_file, tmp_path, monkeypatc
     from llmtune.model import memory_plan as plan
 
     monkeypatch.setattr(plan, "device_memory", lambda device: 1000)
-    with pytest.raises(EnvironmentProblem, match="no candidate is left") as caught:
+    with pytest.raises(EnvironmentProblem, match="no candidate remains") as caught:
         rank(recipe_for(rows_file, taught), tmp_path)
     assert "cpu has 1 kB" in str(caught.value)
     assert rank(recipe_for(rows_file, taught, model={"check_memory": False}), tmp_path).chosen.path == taught
@@ -152,7 +152,7 @@ def test_one_that_is_not_there_is_left_out_with_a_word_and_all_are_told_where_no
     ranking = rank(recipe_for(rows_file, tmp_path / "no-1", taught), tmp_path, console)
     assert ranking.chosen.path == taught
     assert {Path(one.name).name for one in ranking.candidates if one.reason} == {"no-1"}
-    assert "left out because" in console.file.getvalue()
+    assert "skipped because" in console.file.getvalue()
     with pytest.raises(EnvironmentProblem) as caught:
         rank(recipe_for(rows_file, tmp_path / "no-1", tmp_path / "no-2"), tmp_path)
     assert len(caught.value.problems) == 2
@@ -175,7 +175,7 @@ def test_one_whose_licence_is_not_allowed_or_not_known_is_left_out(taught, rows_
     assert ranking.chosen.path == free
     reasons = {Path(candidate.name).name: candidate.reason for candidate in ranking.candidates}
     assert reasons["closed"] == reasons["gemma-2-2b-it"] == "its licence is gemma"
-    assert reasons[taught.name] == "its licence is not known"
+    assert reasons[taught.name] == "its licence is unknown"
 
 
 def test_a_context_that_is_long_enough_for_99_of_100_rows_will_do_where_longer_ones_may_be_cut(taught, tmp_path):
@@ -206,7 +206,7 @@ def test_a_query_finds_candidates_in_the_catalogue_and_a_dry_run_shows_them_with
         assert words in " ".join(done.stderr.replace("│", " ").split())
     for changed, words in (
         ("{family: Qwenn2.5}", "Did you mean 'Qwen2.5'?"),
-        ("{max_parameters: 1000}", "no model of the catalogue is all that is asked for"),
+        ("{max_parameters: 1000}", "no model in the catalogue matches the query"),
     ):
         done = invoke("recipes", "check", recipe, "--set", f"model.candidates={changed}")
         assert (done.exit_code, words in done.stderr) == (2, True), done.stderr

@@ -46,7 +46,7 @@ def test_a_trial_that_fails_leaves_its_candidate_out_and_the_run_ends_where_all_
     found = successive_halving(ranking("a", "b"), 5, tune, quiet())
     assert found.chosen.name == "b"
     assert found.candidates[-1].reason == "its trial failed: the loss is nan"
-    with pytest.raises(EnvironmentProblem, match="no candidate is left"):
+    with pytest.raises(EnvironmentProblem, match="no candidate remains"):
         successive_halving(ranking("a", "c"), 5, tune, quiet())
 
 

@@ -47,7 +47,7 @@ def test_encoders_are_proven_to_pack(built, family, task, console):
         (families.build_deberta, "classify", "DebertaV2ForSequenceClassification does not use transformers' attention"),
         (families.build_deberta, "completion", "DebertaV2ForMaskedLM does not use transformers' attention interface"),
         (families.build_t5, "translate", "the model has an encoder and a decoder"),
-        (build_llama, "classify", "the class of a text is read at its last token, with a decoder"),
+        (build_llama, "classify", "a decoder reads a text's class at its last token"),
     ],
 )
 def test_rows_of_other_models_are_padded_and_it_is_said(tmp_path, build, task, reason, console):
@@ -55,7 +55,7 @@ def test_rows_of_other_models_are_padded_and_it_is_said(tmp_path, build, task, r
     assert not selected.packs
     assert selected.model.config._attn_implementation != PACKED
     said = " ".join(console.file.getvalue().split())
-    assert f"Rows are padded, those of like length together, because {reason}" in said
+    assert f"Rows are padded, in batches of similar length, because {reason}" in said
     console.file.truncate(0)
     open_model(recipe_of(tmp_path, task, data={"packing": False}), console=console)
     assert "padded" not in console.file.getvalue()
@@ -67,7 +67,7 @@ def test_rows_are_padded_where_the_recipe_says_so_or_names_another_attention(bui
     assert console.file.getvalue() == ""
     selected = open_model(recipe_of(folder, "classify", model={"attn_implementation": "eager"}), console=console)
     assert not selected.packs
-    assert "because model.attn_implementation names another attention" in console.file.getvalue()
+    assert "because model.attn_implementation requests another attention" in console.file.getvalue()
 
 
 def load(folder: Path, **config: Any) -> Any:

@@ -43,7 +43,7 @@ def test_a_hub_name_without_network_is_explained(tmp_path, monkeypatch):
     (tmp_path / "HuggingFaceTB" / "SmolLM2-135M").mkdir(parents=True)
     with pytest.raises(EnvironmentProblem) as caught:
         resolve("HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert "not in the hub's local cache" in str(caught.value)
+    assert "nor in the hub's local cache" in str(caught.value)
     assert "Did you mean HuggingFaceTB/SmolLM2-135M?" in str(caught.value)
 
 
@@ -157,6 +157,6 @@ def test_the_hub_librarys_own_switch_takes_the_local_cache_and_sends_nothing(hub
     assert resolve_hub("owner/model").revision == COMMIT
     with pytest.raises(EnvironmentProblem) as caught:
         resolve_hub("owner/other")
-    assert "not in the hub's local cache" in str(caught.value)
+    assert "nor in the hub's local cache" in str(caught.value)
     assert "HF_HUB_OFFLINE" in str(caught.value)
     assert hub.requests == []
