@@ -31,7 +31,7 @@ class Evil:
     kept="Both are refused unless the recipe allows them (model.trust_remote_code, model.use_safetensors). Where "
     "pickles are allowed, tensors are read and nothing else.",
     shows="model.trust_remote_code",
-    also=["adapter/test_load.py::test_pickled_weights_are_refused_with_the_way"],
+    also=["adapter/test_load.py::test_pickled_weights_are_refused_with_a_fix"],
 )
 def test_neither_code_of_a_model_nor_a_pickle_runs_unasked(place, run, shows):
     config = json.loads((place / "model/config.json").read_text())
