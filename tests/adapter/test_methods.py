@@ -131,8 +131,8 @@ def test_refusals_of_peft_are_quoted_without_a_traceback(tiny_llama, adapter, sa
 @pytest.mark.parametrize(
     ("adapter", "said"),
     [
-        ({"alora_invocation_tokens": [5, 10**6]}, "1000000 is no token's number"),
-        ({"method": "trainable_tokens", "token_indices": ["<tool>"]}, "'<tool>' is no token's number"),
+        ({"alora_invocation_tokens": [5, 10**6]}, "1000000 is not a token id"),
+        ({"method": "trainable_tokens", "token_indices": ["<tool>"]}, "'<tool>' is not a token id"),
     ],
 )
 def test_tokens_outside_the_vocabulary_are_refused(tiny_llama, adapter, said):

@@ -279,7 +279,7 @@ def test_a_new_head_is_not_put_on_weights_that_stay_quantised(base, tmp_path):
         ({"quant_method": "bitsandbytes"}, "does not state the bits"),
         ({"bits": 4}, "must name a quant_method"),
         (4, "must name a quant_method"),
-        ({"quant_method": "gptq", "bits": "many"}, "pip install|does not say in how many bits"),
+        ({"quant_method": "gptq", "bits": "many"}, "pip install|does not state the bits"),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4Weight"}}}, "pip install|less than 8"),
     ],
 )

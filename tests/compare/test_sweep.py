@@ -162,7 +162,7 @@ def test_a_recipe_without_rows_to_rank_by_or_to_measure_on_is_refused(tiny_llama
     Path("other").mkdir()
     Path("other/file").write_text("")
     done = invoke("sweep", "recipe.yaml", "--space", "space.yaml", "--out", "other")
-    assert (done.exit_code, "no sweep" in done.stderr) == (2, True)
+    assert (done.exit_code, "not a sweep" in done.stderr) == (2, True)
 
 
 @pytest.mark.slow

@@ -202,6 +202,6 @@ def test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_anothe
     assert found is not None
     assert found.champion is not None
     assert found.champion.left_out == {
-        "loss": "measured in this run alone",
-        "exact_match": "measured in this run alone",
+        "loss": "measured only in this run",
+        "exact_match": "measured only in this run",
     }

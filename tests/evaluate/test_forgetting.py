@@ -157,8 +157,8 @@ BAD_QUESTIONS = [
     ("{", "Invalid JSON"),
     ('{"question": "a?", "choices": ["x", "x"], "answer": 0}', "two choices are equal"),
     ('{"question": "a?", "choices": ["x", " "], "answer": 0}', "choices.1: empty text"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": 2}', "'answer' is 2; name a choice"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": "z"}', "'answer' is 'z'; name a choice"),
+    ('{"question": "a?", "choices": ["x", "y"], "answer": 2}', "'answer' is 2; use a choice"),
+    ('{"question": "a?", "choices": ["x", "y"], "answer": "z"}', "'answer' is 'z'; use a choice"),
     ('{"question": "a?", "choices": ["x", "y"], "answer": 0, "label": 0}', "label: Extra inputs are not permitted"),
 ]
 

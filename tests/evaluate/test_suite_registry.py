@@ -77,7 +77,7 @@ def test_only_rows_with_unambiguous_words_are_swapped(make_bench, metrics, choic
         f"{len(swapped)} of {len(swapped)} test rows ({len(test) - len(swapped) - ambiguous} without any of the words"
     )
     assert study.signatures["swap_changes"].startswith(f"{told}, {ambiguous} with an ambiguous one)")
-    assert ("likeliest of 2 answers" if choices == "auto" else "greedily") in study.signatures["swap_changes"]
+    assert ("most likely of 2 answers" if choices == "auto" else "greedily") in study.signatures["swap_changes"]
 
 
 def test_answers_that_depend_on_the_group_are_detected_and_shown(make_bench):
