@@ -68,7 +68,7 @@ def measure_classes(
         return measure_right(right.tolist(), metric, signature)
     if metric == "matthews":
         sums = class_sums(predicted_NK, true_NK)
-        return Measure(metric, sums, matthews_formula, signature="0 where it is undefined", bounds=class_bounds)
+        return Measure(metric, sums, matthews_formula, signature="0 if undefined", bounds=class_bounds)
     return measure_f1(metric, predicted_NK, true_NK)
 
 

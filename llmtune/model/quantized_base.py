@@ -68,7 +68,7 @@ def find_unreadable(stated: object, path: str) -> Iterator[Problem]:
     if not isinstance(stated, dict) or not isinstance(method, str):
         yield Problem(f"quantization_config is {stated!r}, but must name a quant_method", path, other)
         return
-    what = f"the weights are quantised already ({method})"
+    what = f"the weights are already quantised ({method})"
     if method not in READERS:
         reason = _REFUSED.get(method, f"llmtune supports {', '.join(READERS)}")
         yield Problem(f"{what}: {reason}", path, other)

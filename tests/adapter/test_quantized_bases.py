@@ -245,7 +245,7 @@ def test_the_plan_counts_quantised_weights_by_their_bits(base, kind):
     ("adapter", "words"),
     [
         ({"method": "full"}, "have no gradient"),
-        ({"method": "qlora"}, "quantised already"),
+        ({"method": "qlora"}, "already quantised"),
         ({"init_lora_weights": "pissa"}, "but the base is quantised"),
     ],
 )
