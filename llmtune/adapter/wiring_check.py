@@ -57,7 +57,7 @@ def prove_wiring(
     a sentence if they do not.
 
     Raises:
-        NotWiredError: moving the adapter's weights does not change the output, or the model has no adapter weights.
+        NotWiredError: moving the adapter's weights does not change the output, or the adapter cannot be switched off.
         EnvironmentProblem: the model's outputs are constant or not finite.
         RecipeError: some adapters get no gradient, such as those in the image tower of a model that reads text.
     """

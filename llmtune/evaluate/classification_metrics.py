@@ -68,7 +68,7 @@ def measure_classes(
         return measure_right(right.tolist(), metric, signature)
     if metric == "matthews":
         sums = class_sums(predicted_NK, true_NK)
-        return Measure(metric, sums, matthews_formula, signature="0 where it is undefined", bounds=class_bounds)
+        return Measure(metric, sums, matthews_formula, signature="0 if undefined", bounds=class_bounds)
     return measure_f1(metric, predicted_NK, true_NK)
 
 
@@ -250,7 +250,7 @@ def measure_correlation(metric: str, predicted_N: Floats, reference_N: Floats) -
 
     Constant predictions give 0 (a mean correlates with nothing); constant references give NaN.
     """
-    signature = "0 where all predictions are the same"
+    signature = "0 if all predictions are equal"
     seen_N2, ranking = columns(predicted_N, reference_N), RANKINGS[metric]
     return Measure(metric, seen_N2, None, signature=signature, ranking=ranking, bounds=correlation_bounds)
 

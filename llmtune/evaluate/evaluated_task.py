@@ -88,7 +88,7 @@ class EvaluatedTask(TaskInterface):
         return None
 
     def baseline(self, references: Sequence[Any], prompts: Sequence[Any], recipe: Recipe) -> tuple[str, list[Any]]:
-        """Return name and predictions of the baseline that replaces a base model without a trained head."""
+        """Return name and predictions of the baseline for a base without a trained head, from training references."""
         raise NotImplementedError
 
     def as_prediction(self, reference: Any, recipe: Recipe) -> Any:

@@ -178,7 +178,7 @@ def number(value: float) -> str:
 
 OF_RUN = "the tuned model and the base differed row by row in this run's last evaluation"
 OF_CHAMPION = "the champion and its own base differ row by row"
-UNKNOWN = "What the test rows can show is not known yet: no evaluated run and no champion found."
+UNKNOWN = "The power of the test rows is not known yet: no evaluated run and no champion found."
 
 
 def list_power(section: EvaluateSection, evaluation: Evaluation, rows: int | None = None) -> list[Power]:

@@ -1,10 +1,10 @@
-"""Packed attention: several documents in one row, each attending to itself alone, without a dense mask.
+"""Packed attention: several documents in one row, each attending only to itself, without a dense mask.
 
-On CUDA it is flash attention over documents of different lengths (flash-attn if it is installed, torch's own
-otherwise), on a CPU `block_attention`, and SDPA a run of equal lengths at a time where neither can.
+On CUDA it is variable-length flash attention (flash-attn if installed, otherwise torch's own), on a CPU
+`block_attention`, and SDPA on one run of equal lengths at a time if neither is available.
 
 Shapes: B batch (1 when packed), H heads, K key/value heads, T positions, L positions of one document, N documents of
-equal length side by side, D head width; where texts are classified, D documents and H hidden width.
+equal length next to each other, D head width; for classified texts, D documents and H hidden width.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 
 PACKED = "llmtune_packed"
-"""The name under which transformers knows this attention."""
+"""Name of this attention in transformers."""
 LENGTHS = "document_lengths"
-"""The name under which a model's body hands the lengths of the documents in a packed row to its layers."""
+"""Keyword with which a model's body passes the document lengths of a packed row to its layers."""
 PREFIXES = "document_prefixes"
-"""The name of the span in the row that holds each document's shared prefix, if it has one; CPU only."""
+"""Keyword for the span of each document's shared prefix in the row, if any; CPU only."""
 documents_inside: ContextVar[list[int] | None] = ContextVar("documents_inside", default=None)
-"""The same lengths, while the body runs on a packed row."""
+"""The same lengths, set while the body runs on a packed row."""
 _TOLERANCE = 0.05
-"""Of the largest element; flash attention and SDPA round differently in half precision."""
+"""Relative to the largest element; flash attention and SDPA round differently in half precision."""
 
 
 def _import(module: str, name: str) -> Callable[..., torch.Tensor] | None:
     try:
         return cast(Callable[..., torch.Tensor], getattr(import_module(module), name))
-    except (ImportError, AttributeError):  # not installed; torch before 2.10 lacks its own
+    except (ImportError, AttributeError):  # not installed, or torch before 2.10
         return None
 
 
@@ -56,18 +56,18 @@ varlen_attn = _import("torch.nn.attention.varlen", "varlen_attn")
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a model passes to its attention besides the tensors; None if it has no such setting."""
+    """A model's arguments to its attention besides the tensors; None for settings it does not have."""
 
     dropout: float = 0.0
     scaling: float | None = None
     window: int | None = None
-    """Keys that a query sees, itself included; where it looks both ways, on either side."""
+    """Keys that a query attends to, itself included; on either side without causality."""
     softcap: float | None = None
-    """Scores are pressed into -softcap .. softcap (Gemma 2)."""
+    """Scores are capped to -softcap .. softcap (Gemma 2)."""
     sinks: torch.Tensor | None = None
-    """[H] a score per head that takes part in the softmax and brings no value (gpt-oss)."""
+    """[H] a score per head that takes part in the softmax without a value (gpt-oss)."""
     causal: bool = True
-    """Whether a query sees no later key; encoders look both ways."""
+    """Whether queries ignore later keys; encoders look both ways."""
 
 
 def attend_packed(
@@ -84,7 +84,7 @@ def attend_packed(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend a document at a time if the lengths of the documents are given, over the whole row otherwise.
+    """Attend one document at a time if document lengths are given, otherwise over the entire row.
 
     query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, D], the signature of transformers' attention interface.
     """
@@ -111,7 +111,7 @@ def attend_packed(
 
 
 def has_varlen(query: torch.Tensor, dropout: float, causal: bool = True) -> bool:
-    """Whether `attend_varlen` computes this: half precision on CUDA, no dropout, and proven right on this card."""
+    """Whether `attend_varlen` supports this: half precision on CUDA, no dropout, and verified on this card."""
     if not query.is_cuda or dropout > 0 or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     return _agrees_with_sdpa(query.shape[-1], query.dtype, causal, query.device)
@@ -129,25 +129,25 @@ def attend_varlen(
 ) -> torch.Tensor:
     """Attend within each document by flash attention: [1, H, T, D], [1, K, T, D] -> [1, T, H, D].
 
-    `starts` is int32 [documents + 1]: where each document begins, and the end of the last. A query sees
-    `sliding_window` keys up to its own when causal, else those less than that many positions away on either side.
+    `starts` is int32 [documents + 1]: the start of each document, and the end of the last. A query attends to
+    `sliding_window` keys up to its own when causal, else to those less than that many positions away on either side.
     """
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     back = -1 if sliding_window is None else sliding_window - 1
     window = (back, 0 if causal else back)
     if flash_attn_varlen_func is not None:
         options = {"softmax_scale": scaling, "causal": causal, "window_size": window}
-        options["deterministic"] = True  # the backward pass, at a few per cent of its time
+        options["deterministic"] = True  # makes the backward pass deterministic, a few per cent slower
         return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, **options)[None]
-    assert varlen_attn is not None, "has_varlen found one of them"
+    assert varlen_attn is not None, "has_varlen checks that one exists"
     options = {"scale": scaling, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
     return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None]
 
 
 @cache
-@torch.inference_mode(False)  # the first pass of a model is one without gradients, and the verdict stays
+@torch.inference_mode(False)  # a model's first pass has no gradients, and the result is cached
 def _agrees_with_sdpa(width: int, dtype: torch.dtype, causal: bool, device: torch.device) -> bool:
-    """Compare outputs and gradients with SDPA's on two short documents, once for a head width, format and card."""
+    """Compare outputs and gradients with SDPA's on two short documents; cached by head width, dtype and card."""
     if flash_attn_varlen_func is None and varlen_attn is None:
         return False
     generator = torch.Generator().manual_seed(0)  # the same numbers on every card
@@ -160,7 +160,7 @@ def _agrees_with_sdpa(width: int, dtype: torch.dtype, causal: bool, device: torc
             try:
                 flash = attend_varlen(q, k, v, starts, 17, None, window, causal)
                 outputs.append([flash, *torch.autograd.grad(flash.square().sum(), leaves)])
-            except (RuntimeError, TypeError, ValueError, NotImplementedError):  # what this card or this width lacks
+            except (RuntimeError, TypeError, ValueError, NotImplementedError):  # unsupported by this card or width
                 return False
             sdpa = attend_runs(q, k, v, [7, 17], AttentionOptions(window=window, causal=causal))
             outputs.append([sdpa, *torch.autograd.grad(sdpa.square().sum(), leaves)])
@@ -172,9 +172,9 @@ def _agrees_with_sdpa(width: int, dtype: torch.dtype, causal: bool, device: torc
 def attend_runs(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], options: AttentionOptions
 ) -> torch.Tensor:
-    """Attend within each document, those of equal length that follow one another at once.
+    """Attend within each document; consecutive documents of equal length are computed together.
 
-    [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; a collator puts documents in order of their length.
+    [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; the collator sorts documents by length.
     """
     runs = [(length, len([*same])) for length, same in groupby(lengths)]
     sizes = [length * count for length, count in runs]
@@ -194,7 +194,7 @@ def attend_prefixed(
     prefixes: Sequence[tuple[int, int]],
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Attend a document at a time, each after its prefix: [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; causal alone."""
+    """Attend one document at a time, each after its prefix: [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; causal only."""
     outputs, begin = [], 0
     for length, (first, last) in zip(lengths, prefixes, strict=True):
         span, ahead = slice(begin, begin + length), last - first
@@ -208,7 +208,7 @@ def attend_prefixed(
 def _attend_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
     """Attend within documents of one length: [N, H, L, D], [N, K, L, D] -> [N, H, L, D].
 
-    Scores are written out where they are capped or have sinks.
+    Scores are computed explicitly if they are capped or have sinks.
     """
     length, plain = query.shape[2], options.softcap is None and options.sinks is None
     whole = plain and (options.window is None or length <= options.window)
@@ -230,10 +230,10 @@ def _attend_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, opt
 def attend_scores(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: AttentionOptions
 ) -> torch.Tensor:
-    """Attend with scores written out: [B, H, Q, D], [B, K, T, D] -> [B, H, Q, D].
+    """Attend with explicit scores: [B, H, Q, D], [B, K, T, D] -> [B, H, Q, D].
 
-    `mask` is boolean (True is seen) or added to the scores; without one a query sees what it would of a whole row, but
-    for a single one, which sees all.
+    `mask` is boolean (True is visible) or added to the scores. Without one a causal mask applies if the model is
+    causal; a single query attends to everything.
     """
     groups, queries, keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     if mask is None and queries > 1 and options.causal:
@@ -255,7 +255,7 @@ def attend_scores(
 
 
 def packed_mask(*args: object, **kwargs: object) -> torch.Tensor | None:
-    """Build no mask for a packed row, SDPA's mask for anything else (padding, generation, a custom 4-D mask)."""
+    """Build no mask for a packed row, SDPA's mask otherwise (padding, generation, a custom 4-D mask)."""
     return None if documents_inside.get() is not None else sdpa_mask(*args, **kwargs)
 
 
@@ -266,24 +266,24 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 def choose_attention(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe, task: TaskInterface
 ) -> tuple[str | None, str | None]:
-    """Return the attention to install (None: the model's own choice), and why it is not the packed one.
+    """Return the attention to install (None: the model's own choice), and the reason if it is not packed attention.
 
-    Packed attention needs a model that hands window, scale and the like to transformers' attention interface, which
-    those that support flash attention through it do. Without it rows of a decoder are packed with a mask over
-    them, and those of other models are padded.
+    Packed attention needs a model that passes window, scale and the like to transformers' attention interface; models
+    that support flash attention through it do. For other decoders rows are packed with a mask, for other
+    models they are padded.
     """
     decodes = task.auto_class == "AutoModelForCausalLM"
     packs = task.packs and (decodes or recipe.data.packing) and not recipe.needs_rows_apart
     attention, reason = None, None
     if recipe.model.attn_implementation != "auto":
         attention = recipe.model.attn_implementation
-        reason = "model.attn_implementation names another attention" if packs and not decodes else None
+        reason = "model.attn_implementation requests another attention" if packs and not decodes else None
     elif packs:
         attention, reason = _find_attention(model_class, config, decodes)
     if decodes:
         return attention, reason
     if attention == PACKED and not is_encoder(config):
-        return None, "the class of a text is read at its last token, with a decoder"
+        return None, "a decoder reads a text's class at its last token"
     if getattr(config, "is_encoder_decoder", False) and recipe.data.packing and TASK_FACTS[recipe.task].packs:
         return attention, "the model has an encoder and a decoder"
     return attention, reason
@@ -303,14 +303,14 @@ def _find_attention(
 
 
 def install_packed(model: PreTrainedModel) -> None:
-    """Make `model` hand the documents' lengths to its attention, and build no mask while it runs on a packed row.
+    """Make `model` pass document lengths to its attention, and build no mask on packed rows.
 
-    Changes `model` in place: two hooks on its body, which a wrapper (PEFT, DDP) leaves alone.
+    Changes `model` in place with two hooks on its body, which wrappers (PEFT, DDP) leave alone.
     """
     body = model.base_model
     counts = "position_ids" in inspect.signature(type(body).forward).parameters
     embeddings, first = getattr(body, "embeddings", None), 0
-    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa and its relatives leave some numbers out
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa and its relatives skip some numbers
         first = int(getattr(embeddings, "padding_idx", 0)) + 1
 
     def enter(
@@ -320,8 +320,8 @@ def install_packed(model: PreTrainedModel) -> None:
         if starts is None or kwargs.get("attention_mask") is not None:
             documents_inside.set(None)
             return args, kwargs
-        # Plain numbers, not the tensor's: a GPU is not waited for. Layers computed again for the backward pass get them
-        # with their inputs.
+        # Plain numbers instead of the tensor avoid a GPU synchronisation. Recomputed layers get them with their
+        # inputs.
         lengths = kwargs[LENGTHS]
         documents_inside.set(lengths)
         if counts:
@@ -339,10 +339,10 @@ def install_packed(model: PreTrainedModel) -> None:
 
 
 def pool_documents(model: PreTrainedModel) -> None:
-    """Let a classifier read one class a document of a packed row, by hooks on its body; changes `model` in place.
+    """Make a classifier read one class per document of a packed row, with hooks on its body; changes `model` in place.
 
-    What it pools itself stays: of [D, 1, H] in place of [1, T, H] the first token of a row and the mean over it are the
-    same. A layer of the body that pools (BERT's) reads the first tokens.
+    The model's own pooling still applies: for [D, 1, H] instead of [1, T, H], first token and mean are the same. A
+    pooling layer in the body (BERT's) reads the first tokens.
     """
     body = model.base_model
     pool = means if getattr(model.config, "classifier_pooling", None) == "mean" else first_tokens

@@ -1,9 +1,9 @@
-"""Documents of a packed row with a shared prefix, such as a system prompt: the row holds the prefix once.
+"""Store a prefix that documents of a packed row share, such as a system prompt, only once.
 
-A token's hidden state depends on what stands before it alone, so that of a shared beginning is the same in each
-document, and its gradient is the sum over them. Generation does so by a cache (`llmtune.evaluate.shared_prefix`).
+A token's hidden state depends only on earlier tokens. The states of a shared prefix are therefore equal in all
+documents, and their gradient is the sum over them. Generation uses a cache for this (`llmtune.evaluate.shared_prefix`).
 
-Shapes: T positions of the row as it was, P of a shared beginning, S supervised tokens.
+Shapes: T positions of the original row, P of a shared prefix, S supervised tokens.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from llmtune.model.packed_attention import LENGTHS, PACKED, PREFIXES
 from llmtune.records import Batch
 
 _SHORTEST = 8
-"""Tokens below which a beginning is not worth its own place."""
+"""Minimum length of a prefix, in tokens, that is worth sharing."""
 _MARK = "_llmtune_shares_prefixes"
 _NONE = (0, 0)
 _whole: ContextVar[bool] = ContextVar("whole_documents", default=False)
 
 
 class _Group(NamedTuple):
-    """Documents `first` .. `end` of those in order; they share `length` tokens."""
+    """Consecutive documents `first` .. `end` that share `length` tokens."""
 
     first: int
     end: int
@@ -39,13 +39,13 @@ class _Group(NamedTuple):
 
 
 def allow_shared_prefixes(model: PreTrainedModel, allowed: bool) -> None:
-    """Note on `model` whether its documents may share a beginning."""
+    """Record on `model` whether its documents may share a prefix."""
     setattr(model, _MARK, allowed)
 
 
 @contextmanager
 def whole_documents() -> Iterator[None]:
-    """Share nothing meanwhile: a rehearsal takes the memory of rows that have nothing in common."""
+    """Share nothing inside the block: a memory rehearsal assumes rows without common prefixes."""
     token = _whole.set(True)
     try:
         yield
@@ -54,9 +54,9 @@ def whole_documents() -> Iterator[None]:
 
 
 def takes_shared_prefixes(model: PreTrainedModel) -> bool:
-    """Whether a row may be made shorter now: on a CPU, by packed attention, and where no token is dropped by chance.
+    """Whether rows may share prefixes now: on a CPU, with packed attention, and without random dropping of tokens.
 
-    Dropout draws anew for each document; a shared beginning would have one draw for all.
+    Dropout is random per document, but a shared prefix would have the same dropout in all of them.
     """
     on_cpu = model.device.type == "cpu" and model.config._attn_implementation == PACKED
     if _whole.get() or not getattr(model, _MARK, False) or not on_cpu:
@@ -71,9 +71,9 @@ def _drops(module: torch.nn.Module) -> bool:
 
 
 def share_prefixes(batch: Batch) -> Batch:
-    """Return `batch` with each shared beginning once, and `PREFIXES`; a batch that shares nothing as it is.
+    """Return `batch` with each shared prefix once, and `PREFIXES`; a batch without shared prefixes is unchanged.
 
-    Documents change their places in the row; predicted tokens, targets and rows keep theirs.
+    Documents move within the row; predicted tokens, targets and rows keep their order.
     """
     if "cu_seq_lens_q" not in batch:
         return batch
@@ -116,11 +116,11 @@ def share_prefixes(batch: Batch) -> Batch:
 
 
 def _find_groups(documents: Sequence[Sequence[int]], order: Sequence[int]) -> list[_Group]:
-    """Cut sorted documents into groups that save the most tokens, if each group shares one beginning."""
+    """Split sorted documents into the groups that save the most tokens, with one shared prefix per group."""
     alike = [_common(documents[one], documents[other]) for one, other in pairwise(order)]
 
     def cut(first: int, end: int) -> tuple[int, list[_Group]]:
-        """Return the tokens that documents `first` .. `end` save at most, and their groups."""
+        """Return the maximum number of tokens that documents `first` .. `end` can save, and their groups."""
         if end - first == 1:
             return 0, [_Group(first, end, 0)]
         least = min(alike[first : end - 1])
@@ -136,7 +136,7 @@ def _find_groups(documents: Sequence[Sequence[int]], order: Sequence[int]) -> li
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the tokens with which both begin; each keeps one of its own."""
+    """Return the length of the common prefix; each keeps at least one token of its own."""
     most = min(len(one), len(other)) - 1
     differing: Iterator[int] = (at for at in range(most) if one[at] != other[at])
     return next(differing, most)

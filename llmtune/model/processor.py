@@ -1,4 +1,4 @@
-"""The tokenizer of a model: loaded with the recipe's template and tokens, saved so that every transformers reads it."""
+"""A model's tokenizer: load it with the recipe's template and tokens, and save it for every transformers version."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def load_processor(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with `model.chat_template` and `model.add_tokens` applied.
 
-    All that a recipe changes of a template is written into it here, so that whatever saves or serves the tokenizer has
-    it: the date is fixed, `model.chat_template_kwargs` are its defaults, and `system_prompt` stands in front of
-    conversations that have no system message.
+    All of the recipe's changes are written into the template. Programs that save or serve the tokenizer therefore have
+    them: a fixed date, `model.chat_template_kwargs` as defaults, and `system_prompt` before conversations
+    without a system message.
 
-    The padding token falls back on the end token: what is predicted follows from spans, never from token ids, so an
-    end token stays supervised.
+    The padding token falls back to the end token: the predicted tokens follow from spans, never from token ids, so
+    end tokens stay supervised.
 
     Raises:
-        EnvironmentProblem: the folder holds no tokenizer that can be read.
-        RecipeError: the template file cannot be read, it never reads one of `model.chat_template_kwargs`, or a token to
-            add is there already.
+        EnvironmentProblem: the folder has no readable tokenizer.
+        RecipeError: the template file cannot be read, it never uses one of `model.chat_template_kwargs`, or a token to
+        add already exists.
     """
-    read_model_config(model_ref, model)  # a damaged configuration is reported as such
+    read_model_config(model_ref, model)  # reports a damaged configuration
     fix = "The folder needs tokenizer.json (or the model's own vocabulary files) and tokenizer_config.json."
     with readable("the tokenizer cannot be loaded", str(model_ref.path), fix):
         tokenizer = AutoTokenizer.from_pretrained(
             str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     if not isinstance(tokenizer.model_max_length, int | float):
-        what = f"model_max_length is {tokenizer.model_max_length!r}, and must be a number"
+        what = f"model_max_length is {tokenizer.model_max_length!r}, but must be a number"
         raise EnvironmentProblem.of(what, str(model_ref.path / "tokenizer_config.json"), fix)
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:  # encoders end in [SEP]
         raise EnvironmentProblem.of(
@@ -58,20 +58,20 @@ def load_processor(
             tokenizer.chat_template = read_text_file(Path(model.chat_template))
         except (OSError, UnicodeDecodeError) as error:
             what = f"the chat template {model.chat_template} cannot be read: {error}"
-            raise RecipeError.of(what, "model.chat_template", "Name a Jinja file in UTF-8.") from None
+            raise RecipeError.of(what, "model.chat_template", "Use a Jinja file in UTF-8.") from None
     template = tokenizer.chat_template
     for text in template.values() if isinstance(template, dict) else [template or ""]:
         check_length(str(text), str(model.chat_template or model_ref.path))
     if template:
         refuse_unread(model.chat_template_kwargs, template, tokenizer.special_tokens_map)
-    if isinstance(template, dict):  # several that go by name
+    if isinstance(template, dict):  # several named templates
         tokenizer.chat_template = {name: _fix_template(text, model, system_prompt) for name, text in template.items()}
     elif template is not None:
         tokenizer.chat_template = _fix_template(template, model, system_prompt)
     if model.add_tokens:
         known = tokenizer.get_vocab()
         RecipeError.collect(
-            Problem(f"the tokenizer has the token {token!r} already", "model.add_tokens", "Omit it.")
+            Problem(f"the tokenizer already has the token {token!r}", "model.add_tokens", "Omit it.")
             for token in model.add_tokens
             if token in known
         )
@@ -85,14 +85,14 @@ def _fix_template(template: str, model: ModelSection, system_prompt: str | None)
 
 
 def count_ids(processor: PreTrainedTokenizerBase) -> int:
-    """Return how many rows an embedding needs: one more than the highest id; ids may have gaps."""
+    """Return the number of embedding rows needed: the highest id plus one; ids may have gaps."""
     return max(len(processor), 1 + max(processor.get_vocab().values(), default=-1))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the tokenizer and its chat template so that transformers 4 and 5 read the same.
 
-    Version 5 names classes that version 4 does not have, and keeps extra special tokens in another shape.
+    Version 5 names classes that version 4 lacks, and stores extra special tokens in another form.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -103,9 +103,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if isinstance(extra, list):
         del config["extra_special_tokens"]
         config["additional_special_tokens"] = extra
-    for key in ("is_local", "local_files_only"):  # how it was loaded here
+    for key in ("is_local", "local_files_only"):  # local loading options
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
     source = Path(str(tokenizer.name_or_path)) / PREPROCESSOR
-    if source.is_file() and source.parent.resolve() != folder.resolve():  # what turns sound into what the model reads
+    if source.is_file() and source.parent.resolve() != folder.resolve():  # the audio feature extractor
         (folder / PREPROCESSOR).write_bytes(source.read_bytes())

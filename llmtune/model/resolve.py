@@ -1,4 +1,4 @@
-"""A model reference (a folder, a packaged model, a hub name) resolved to a checked, hashed folder; its licence."""
+"""Resolve a model reference (a folder, packaged model or hub name) to a checked, hashed folder; find its licence."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _PICKLED = ("pytorch_model", "model.ckpt")
 NO_ANSWER = cast(type[Exception], HfHubHTTPError.__bases__[0])
-"""The error of the HTTP library that this version of the hub library uses (httpx, or httpx2)."""
+"""The HTTP error class of the installed hub library (httpx, or httpx2)."""
 UNKNOWN = "unknown"
-"""The hub's word for a licence that nobody stated."""
+"""The hub's value for an unstated licence."""
 LICENSES = frozenset(files("llmtune.model").joinpath("hub_licenses.txt").read_text("utf-8").split())
 """The hub's short names: https://huggingface.co/docs/hub/repositories-licenses."""
 
 
 def resolve_model(name: str, model: ModelSection, console: Console, offline: bool = False) -> ModelRef:
-    """Find the model `name` (a folder, `builtin:NAME` or a hub name), bring it here and check its files.
+    """Find the model `name` (a folder, `builtin:NAME` or a hub name), download it if needed and check its files.
 
     Only a hub name uses the network, and not with `offline`.
 
     Raises:
-        EnvironmentProblem: not found, not allowed, not whole.
-        RecipeError: no such packaged model; own code or pickled weights that the recipe does not allow.
+        EnvironmentProblem: not found, not allowed, or incomplete.
+        RecipeError: unknown packaged model; own code or pickled weights that the recipe does not allow.
     """
     revision: str | None = None
     if name.startswith("builtin:"):
@@ -56,10 +56,10 @@ def resolve_model(name: str, model: ModelSection, console: Console, offline: boo
         path = Path(name).expanduser().resolve()
     elif Path(name).expanduser().is_file():
         raise RecipeError.of(
-            f"{name} is a file", "model.name", "Name the folder that holds config.json and the weights."
+            f"{name} is a file", "model.name", "Name the folder that contains config.json and the weights."
         )
     elif name.startswith(("/", "./", "../", "~")) or not _HUB_NAME.fullmatch(name):
-        raise EnvironmentProblem.of(f"there is no folder {name}", "model.name", _nearest_folder(name))
+        raise EnvironmentProblem.of(f"folder {name} not found", "model.name", _nearest_folder(name))
     else:
         path = _download(name, model, offline or is_offline_mode())
         revision = path.name
@@ -72,7 +72,7 @@ def resolve_model(name: str, model: ModelSection, console: Console, offline: boo
 
 
 def _nearest_folder(name: str) -> str:
-    """Name the folder nearest to `name` among its would-be siblings, if there is one like it."""
+    """Suggest the most similar folder among the siblings of `name`, if any."""
     path = Path(name).expanduser()
     try:
         folders = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
@@ -83,9 +83,9 @@ def _nearest_folder(name: str) -> str:
 
 
 def _download(name: str, model: ModelSection, offline: bool) -> Path:
-    """Return the local snapshot of hub model `name` at `model.revision`, a folder that is named by its commit.
+    """Return the local snapshot of hub model `name` at `model.revision`, a folder named after its commit.
 
-    What is missing is downloaded: no pickled weights and no code unless the recipe allows them, and no copies of the
+    Missing files are downloaded: no pickled weights and no code unless the recipe allows them, and no copies of the
     weights in other formats.
     """
     patterns = [
@@ -109,7 +109,7 @@ def _download(name: str, model: ModelSection, offline: bool) -> Path:
 
 
 def _refuse_pickles(name: str, revision: str) -> None:
-    """Look at the list of files before any is fetched; without network the hub's local cache is what there is."""
+    """Check the list of files before downloading any; without network the hub's local cache has to suffice."""
     try:
         info = HfApi().model_info(name, revision=revision)
     except HfHubHTTPError:
@@ -123,34 +123,34 @@ def _refuse_pickles(name: str, revision: str) -> None:
 
 
 def _explain_no_download(error: Exception, name: str, revision: str, offline: bool) -> LlmtuneError:
-    """Turn the hub library's error into ours; the order matters, as its errors inherit from one another."""
+    """Turn the hub library's error into ours; the order matters, since its errors inherit from one another."""
     where, nearest = "model.name", _nearest_folder(name)
     if isinstance(error, HFValidationError):
         return EnvironmentProblem.of(f"'{name}' is neither a folder nor a hub name", where, nearest)
     if isinstance(error, GatedRepoError):
-        fix = f"Ask for access at https://huggingface.co/{name}, then log in with `hf auth login`."
-        return EnvironmentProblem.of(f"the hub model '{name}' is gated, and this machine has no access", where, fix)
+        fix = f"Request access at https://huggingface.co/{name}, then log in with `hf auth login`."
+        return EnvironmentProblem.of(f"the hub model '{name}' is gated, but this machine has no access", where, fix)
     if isinstance(error, RevisionNotFoundError):
-        fix = "Name a branch, tag or commit that the model's page lists."
+        fix = "Use a branch, tag or commit listed on the model's page."
         return RecipeError.of(f"the hub model '{name}' has no revision '{revision}'", "model.revision", fix)
     if isinstance(error, RepositoryNotFoundError):
         fix = f"{nearest} A private model needs `hf auth login`."
-        return EnvironmentProblem.of(f"there is no folder and no public hub model '{name}'", where, fix)
+        return EnvironmentProblem.of(f"no folder and no public hub model '{name}' found", where, fix)
     if offline or isinstance(error, OfflineModeIsEnabled):
         fix = (
             f"{nearest} Without --offline and HF_HUB_OFFLINE it is downloaded once; a local folder or builtin:NAME "
             "needs no network."
         )
-        return EnvironmentProblem.of(f"'{name}' is no local folder and not in the hub's local cache", where, fix)
+        return EnvironmentProblem.of(f"'{name}' is neither a local folder nor in the hub's local cache", where, fix)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else "no"
         return EnvironmentProblem.of(f"the hub answered for '{name}' with status {status}", where, "Try again later.")
     fix = f"{nearest} A local folder or builtin:NAME needs no network; HTTPS_PROXY names a proxy."
-    return EnvironmentProblem.of(f"'{name}' is no local folder, and the hub cannot be reached", where, fix)
+    return EnvironmentProblem.of(f"'{name}' is not a local folder, and the hub cannot be reached", where, fix)
 
 
 def find_license(name: str, folder: Path, base: str | None, *, network: bool) -> str | None:
-    """Find the licence of the model `name`: that of a packaged one, or by its card in `folder` or on the hub."""
+    """Find the licence of model `name`: from the packaged models, or from its card in `folder` or on the hub."""
     known = PACKAGED.get(name.removeprefix("builtin:"))
     if known is not None:
         return known.license

@@ -1,4 +1,4 @@
-"""Checks of a loaded model on a few tokens: packed rows do not see one another, the loss is that of its logits.
+"""Check a loaded model on a few tokens: packed rows do not see one another, the loss equals that of its logits.
 
 Shapes: T positions of all documents, V vocabulary or classes.
 """
@@ -24,30 +24,30 @@ from llmtune.model.prefix_packing import allow_shared_prefixes
 from llmtune.records import Batch
 
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far logits of two ways may differ (root mean square), as a share of their standard deviation.
+"""How far logits of two ways may differ (root mean square), in standard deviations.
 
-A leak or wrong positions move them by about as much as they are."""
+A leak or wrong positions change them by about one standard deviation."""
 _LOSS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Of a token's nats; the formats round logits of a few units about so much."""
+"""Relative to a token's nats; the dtypes round logits of a few units by about this much."""
 _TOKENS = 6
 _WIDEST = 256
-"""The widest window of an encoder over whose edge its proof looks; more tokens would take a slow machine too long."""
+"""Largest encoder window that the check crosses; more tokens would take too long on a slow machine."""
 
 
 def logits_agree(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> bool:
     """Whether logits computed in two ways are equal up to rounding in `dtype`.
 
-    Their difference is relative to `scale`, by default the standard deviation of the `other` ones.
+    The difference is relative to `scale`, by default the standard deviation of `other`.
     """
     apart = (one - other).square().mean().sqrt()
     return bool(apart <= LOGIT_TOLERANCE.get(dtype, 0.1) * (other.std() if scale is None else scale))
 
 
 def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool) -> bool:
-    """Whether documents that are packed together get the logits that each gets alone; `model` is in eval mode.
+    """Whether packed documents get the same logits as each gets alone; `model` is in eval mode.
 
-    Alone they are read with the model's own eager attention, so that ours is checked against it too. What is compared
-    are next tokens where it `decodes`, else the classes of a document or of a token.
+    Single documents use the model's own eager attention, which also checks our attention. Compares next tokens if it
+    `decodes`, else the classes of a document or token.
     """
     window = 0 if decodes else getattr(model.config, "sliding_window", None) or 0
     documents = _documents(model, _TOKENS + (window if window <= _WIDEST else 0))
@@ -63,9 +63,9 @@ def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool
 
 
 def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Let `model`, in place, take its loss without whole logits; return whether that gives what its logits give.
+    """Make `model`, in place, compute its loss without full logits; return whether the result is correct.
 
-    They are compared on a few tokens, in the format `dtype` that is computed in; `model` is in eval mode.
+    The two are compared on a few tokens, with compute dtype `dtype`; `model` is in eval mode.
     """
     if not install_head_loss(model):
         return False
@@ -83,10 +83,10 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
 
 
 def try_shared_prefixes(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let documents of a packed row share their beginning, in place, where that gives what each has with its own.
+    """Let documents of a packed row share their prefix, in place, if the results are the same as without sharing.
 
-    A recurrent state, for one, does not continue from a shared prefix. `model` takes
-    its loss at its head, and is in eval mode.
+    A recurrent state, for example, does not continue from a shared prefix. `model` computes its loss at the head, and
+    is in eval mode.
     """
     beginning = _documents(model, 2 * _TOKENS)[0]
     documents = [[*beginning, *rest] for rest in _documents(model, _TOKENS)]
@@ -105,10 +105,10 @@ def try_shared_prefixes(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int, writes: bool) -> str | None:
-    """Return what keeps `model`, in eval mode, from reading rows of text; None if nothing does.
+    """Return what prevents `model`, in eval mode, from reading rows of text; None if nothing does.
 
-    A few tokens are tried; whether a row gets beside a longer one, where it is padded, what it gets alone; and where
-    next tokens are predicted (`writes`), whether they are hidden until then.
+    Tries a few tokens. Checks whether a padded row gets the same result as alone, and, if next tokens are predicted
+    (`writes`), whether they are hidden until then.
     """
     try:
         with torch.inference_mode(), compute_context(dtype, model.device.type):
@@ -121,21 +121,21 @@ def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int,
     except REFUSALS as error:
         if is_out_of_memory(error):
             raise
-        return f"cannot read text by itself: {first_line(error)}"
-    if not alone.isfinite().all():  # the proof of wiring reports it
+        return f"cannot read text alone: {first_line(error)}"
+    if not alone.isfinite().all():  # the wiring check reports it
         return None
     scale, same = alone.square().mean().sqrt(), min(len(ahead), len(alone))
     if not logits_agree(beside, alone, dtype, scale):
-        return "reads a row otherwise beside a longer one than alone: it does not leave the padding out"
+        return "reads a row differently next to a longer one: it does not ignore padding"
     if not logits_agree(ahead[:same], alone[:same], dtype, scale):
-        return "sees the tokens that it is to predict: it is no decoder, or not set up as one"
+        return "sees the tokens that it should predict: it is not a decoder, or not configured as one"
     return None
 
 
 def _scores_of_first(
     model: PreTrainedModel, lengths: Sequence[int], padding: int, written: int = _TOKENS
 ) -> torch.Tensor:
-    """Return what the head gives for the first of some rows, which are padded; `written` tokens go to a decoder."""
+    """Return the head's outputs for the first of some rows, which are padded; `written` tokens go to a decoder."""
     ids = [row[:length] for row, length in zip(_documents(model, max(lengths)), lengths, strict=False)]
     read = {"input_ids": pad(ids, padding), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
     inputs = model_inputs(model, {name: part.to(model.device) for name, part in read.items()})
@@ -146,9 +146,9 @@ def _scores_of_first(
 
 
 def positions_depend_on_neighbours(model: torch.nn.Module, length: int) -> bool:
-    """Whether rotary positions of a short row change beside a row of `length` tokens.
+    """Whether rotary positions of a short row change next to a row of `length` tokens.
 
-    RoPE of kind `longrope` or `dynamic` scales by the longest row of a batch, beyond the length of its pretraining.
+    RoPE of kind `longrope` or `dynamic` scales with the longest row of a batch, beyond the length of its pretraining.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -162,7 +162,7 @@ def positions_depend_on_neighbours(model: torch.nn.Module, length: int) -> bool:
 
 
 def _rotate(rotary: torch.nn.Module, layer_type: str | None, lengths: Sequence[int]) -> list[torch.Tensor]:
-    """Return the sines and cosines of the first of some rows, by a copy: a module keeps the scale that it used last."""
+    """Return the sines and cosines of the first of some rows, on a copy: a module keeps the scale that it last used."""
     positions_1T = torch.cat([torch.arange(length) for length in lengths])[None]
     named = {} if layer_type is None else {"layer_type": layer_type}
     rotated = copy.deepcopy(rotary).to("cpu")(torch.zeros(1), positions_1T, **named)
@@ -170,7 +170,7 @@ def _rotate(rotary: torch.nn.Module, layer_type: str | None, lengths: Sequence[i
 
 
 def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Return what the head gives: [documents or tokens, V]."""
+    """Return the head's outputs: [documents or tokens, V]."""
     return _head_logits(model, model_inputs(model, batch)).flatten(0, -2)
 
 
@@ -182,13 +182,13 @@ def _head_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor
 
 
 def _documents(model: PreTrainedModel, length: int) -> list[list[int]]:
-    """Return three documents of tokens from all over the vocabulary."""
+    """Return three documents with tokens from all over the vocabulary."""
     size = _vocabulary(model)
     return [[size * (7 * (i % 6 + 1) + (j + i // 6) % 7) // 50 for i in range(length)] for j in (1, 3, 2)]
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    """Return how many tokens there are: the embedding can have more rows, and the configuration name more tokens."""
+    """Return the number of tokens: the embedding can have more rows, and the configuration more tokens."""
     rows = int(model.get_input_embeddings().weight.shape[0])
     return min(rows, int(getattr(model.config.get_text_config(), "vocab_size", rows)))
 
@@ -205,7 +205,7 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _pack_documents(documents: list[list[int]], device: torch.device) -> Batch:
-    """Pack documents, a single one without lengths; what is read at each position are the logits of its own token."""
+    """Pack documents, a single one without lengths; each position's logits are those of its own token."""
     several = len(documents) > 1
     batch = documents_of([np.asarray(ids) for ids in documents]) if several else {"input_ids": torch.tensor(documents)}
     ids_T = batch["input_ids"][0]

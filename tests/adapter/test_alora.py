@@ -1,4 +1,4 @@
-"""Activated LoRA: the base until its tokens come, the adapter from there on; saved as plain PEFT, never merged."""
+"""Activated LoRA: the base before its tokens, the adapter after them; saved as plain PEFT, never merged."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def read(model):
         return model(input_ids=torch.tensor([BEFORE + CALL + BEHIND]), use_cache=False).logits[0]
 
 
-def test_activated_lora_is_the_base_until_its_tokens_and_comes_back_in_plain_peft(tiny_llama, tmp_path):
+def test_activated_lora_is_the_base_before_its_tokens_and_reloads_in_plain_peft(tiny_llama, tmp_path):
     recipe = recipe_with(tiny_llama, adapter={"r": 4, "alora_invocation_tokens": CALL})
     selected = open_model(recipe)
     base = read(selected.model)

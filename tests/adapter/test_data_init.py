@@ -1,4 +1,4 @@
-"""Starts of LoRA that are found from training rows: they begin as the base, depend on the rows, and reload plainly."""
+"""LoRA initializations from training rows: they begin as the base, depend on the rows, and reload in plain PEFT."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def adapt(folder, model, start, seed=0):
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_start_from_rows_is_the_base_and_reloads_in_plain_peft(tmp_path, tiny_llama, start):
+def test_an_initialization_from_rows_equals_the_base_and_reloads_in_plain_peft(tmp_path, tiny_llama, start):
     adapted, before = adapt(tmp_path, tiny_llama, start)
     torch.testing.assert_close(logits(adapted.model), before, atol=1e-5, rtol=1e-5)
     nudge(adapted.model)
@@ -36,7 +36,7 @@ def test_a_start_from_rows_is_the_base_and_reloads_in_plain_peft(tmp_path, tiny_
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_start_from_rows_depends_on_the_rows_alone(tmp_path, tiny_llama, start):
+def test_an_initialization_from_rows_depends_only_on_the_rows(tmp_path, tiny_llama, start):
     starts = []
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         adapted, _ = adapt(tmp_path / name, tiny_llama, start, seed)
@@ -46,7 +46,7 @@ def test_a_start_from_rows_depends_on_the_rows_alone(tmp_path, tiny_llama, start
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_start_from_rows_is_found_by_the_process_that_makes_the_model_alone(tmp_path, tiny_llama, start):
+def test_only_the_process_that_builds_the_model_computes_an_initialization_from_rows(tmp_path, tiny_llama, start):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         adapt(tmp_path, tiny_llama, start)  # PEFT warns, which is an error here, where it would ask the others
@@ -61,6 +61,6 @@ def test_a_start_from_rows_is_found_by_the_process_that_makes_the_model_alone(tm
         ({"method": "qlora", "init_lora_weights": "corda"}, "weights that are not quantised"),
     ],
 )
-def test_starts_that_no_file_could_hold_are_refused(tmp_path, tiny_llama, sets, why):
+def test_initializations_that_no_file_can_store_are_refused(tmp_path, tiny_llama, sets, why):
     with pytest.raises(RecipeError, match=why):
         make_recipe(tmp_path, tiny_llama, adapter=sets)

@@ -1,4 +1,4 @@
-"""Experts that are one tensor for all: adapted, quantised, counted, saved as plain PEFT, merged; or said to be left."""
+"""Fused experts: adapted, quantised, counted, saved as plain PEFT, merged; or reported as skipped."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ MORE = {
 APART = ("qwen3_next", "qwen3_5_moe_text")
 """Families with a recurrent state: their rows are not packed."""
 SHARED = ("qwen2_moe", "qwen3_5_moe_text")
-"""Families whose two shared experts are linear layers with the name of a fused weight."""
+"""Families whose two shared experts are linear layers named like a fused weight."""
 ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
 
 
@@ -100,7 +100,7 @@ def test_in_4_bits_experts_are_quantised_too_and_adapted(moe, family, tmp_path):
     torch.testing.assert_close(logits(merge_adapter(adapted, "dequantized")), tuned, atol=1e-3, rtol=1e-3)
 
 
-def test_a_step_trains_the_experts_of_a_base_in_4_bits(moe):
+def test_a_step_trains_the_experts_of_a_4_bit_base(moe):
     recipe = recipe_with(moe("qwen3_moe"), adapter={"method": "qlora", "r": 4, "target_parameters": EXPERTS})
     adapted = inject(open_model(recipe), recipe, quiet())
     packed = {name: weight.clone() for name, weight in unpacked_experts(adapted.model).items()}
@@ -117,7 +117,7 @@ def test_a_step_trains_the_experts_of_a_base_in_4_bits(moe):
     assert all(torch.equal(weight, packed[name]) for name, weight in unpacked_experts(adapted.model).items())
 
 
-def test_all_linear_says_that_it_leaves_the_experts_out(moe, console):
+def test_all_linear_reports_that_it_skips_the_experts(moe, console):
     recipe = recipe_with(moe("qwen3_moe"))
     inject(open_model(recipe), recipe, console)
     said = " ".join(console.file.getvalue().split())
@@ -125,12 +125,12 @@ def test_all_linear_says_that_it_leaves_the_experts_out(moe, console):
     assert "set adapter.target_parameters: [gate_up_proj, down_proj] to adapt them" in said
 
 
-def test_a_target_that_no_parameter_is_called_by_is_refused(moe):
+def test_a_target_that_matches_no_parameter_is_refused(moe):
     recipe = recipe_with(moe("mixtral"), adapter={"target_parameters": ["gate_up_pro"]})
     with pytest.raises(RecipeError, match="Did you mean 'gate_up_proj'"):
         inject(open_model(recipe), recipe, quiet())
 
 
-def test_llama_cpp_s_adapters_cannot_hold_experts(moe):
+def test_llama_cpp_adapters_cannot_contain_experts(moe):
     with pytest.raises(RecipeError, match="fused experts"):
         check_lora_only(train_a_little(moe("qwen3_moe"), target_parameters=EXPERTS).model)

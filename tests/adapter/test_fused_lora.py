@@ -1,4 +1,4 @@
-"""LoRA's products in one function give what PEFT's layer gives, and step aside where they cannot."""
+"""Fused LoRA products give the same as PEFT's layer, and fall back to it if they do not apply."""
 
 import copy
 
@@ -24,7 +24,7 @@ class Net(torch.nn.Module):
 
 
 def build(bias: bool = False, dtype: torch.dtype = torch.float32, **options):
-    """Return the same network with adapters twice: as PEFT computes, and fused."""
+    """Return the same network with adapters twice: with PEFT's layers, and fused."""
     torch.manual_seed(0)
     net = Net(bias).to(dtype)
     plain = get_peft_model(net, LoraConfig(r=4, lora_alpha=12, target_modules=["first", "second"], **options))
@@ -50,7 +50,7 @@ def run(model, x, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_outputs_and_gradients_are_pefts(bias, dropout, rslora):
+def test_outputs_and_gradients_equal_peft_s(bias, dropout, rslora):
     plain, fused = build(bias, lora_dropout=dropout, use_rslora=rslora)
     x = torch.randn(2, 7, 12)
     (wanted, wanted_gradients), (got, gradients) = run(plain, x), run(fused, x)
@@ -60,7 +60,7 @@ def test_outputs_and_gradients_are_pefts(bias, dropout, rslora):
         assert (gradient - wanted_gradients[name]).norm() < 1e-5 * wanted_gradients[name].norm(), name
 
 
-def test_under_autocast_they_are_pefts_up_to_rounding():
+def test_under_autocast_they_equal_pefts_up_to_rounding():
     plain, fused = build(dtype=torch.bfloat16)
     x = torch.randn(64, 12).bfloat16()
     (wanted, wanted_gradients), (got, gradients) = (run(model, x, torch.bfloat16) for model in (plain, fused))
@@ -73,13 +73,13 @@ def test_under_autocast_they_are_pefts_up_to_rounding():
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
-def test_layers_that_are_more_than_two_matrices_stay_as_they_were(options):
+def test_layers_with_more_than_two_matrices_are_unchanged(options):
     plain, fused = build(bias=True, **options)
     x = torch.randn(3, 12)
     assert torch.equal(plain(x), fused(x))
 
 
-def test_a_layer_switched_off_merged_or_listened_to_is_pefts():
+def test_a_layer_that_is_switched_off_merged_or_hooked_uses_peft():
     plain, fused = build()
     x = torch.randn(3, 12)
     with plain.disable_adapter(), fused.disable_adapter():
@@ -94,7 +94,7 @@ def test_a_layer_switched_off_merged_or_listened_to_is_pefts():
     assert torch.equal(plain(x), fused(x))
 
 
-def test_a_bias_that_is_trained_and_a_second_adapter_are_left_to_peft():
+def test_a_trained_bias_and_a_second_adapter_are_left_to_peft():
     plain, fused = build(bias=True)
     x = torch.randn(3, 12)
     name = "base_model.model.first.base_layer.bias"

@@ -1,4 +1,4 @@
-"""Adapters: seeded, in float32, on the modules that were meant, switched on and off, learning."""
+"""Adapters: seeded, in float32, on the intended modules, switched on and off, learning."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_training_starts_from_the_base_model(tiny_llama, tiny_gpt2, family, meth
     torch.testing.assert_close(logits(inject(selected, recipe, quiet()).model), before, atol=2e-6, rtol=0)
 
 
-def test_the_start_depends_on_the_seed_alone(tiny_llama):
+def test_the_initialization_depends_only_on_the_seed(tiny_llama):
     starts = []
     for seed, noise in ((1, 0), (1, 5), (2, 0)):
         torch.manual_seed(99 + noise)
@@ -72,7 +72,7 @@ def test_the_start_depends_on_the_seed_alone(tiny_llama):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
-def test_what_is_trained_is_float32_on_a_bfloat16_base(tiny_llama, method):
+def test_trained_weights_are_float32_on_a_bfloat16_base(tiny_llama, method):
     adapted = adapt(tiny_llama, model={"dtype": "bfloat16"}, **METHODS[method])
     trained = trained_parameters(adapted.model)
     assert {parameter.dtype for parameter in trained} == {torch.float32}
@@ -84,7 +84,7 @@ def test_what_is_trained_is_float32_on_a_bfloat16_base(tiny_llama, method):
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in trained)
 
 
-def test_only_the_adapter_is_trained_and_with_full_every_weight(tiny_llama):
+def test_only_the_adapter_is_trained_or_with_full_every_weight(tiny_llama):
     adapted = adapt(tiny_llama)
     trained = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
     assert trained
@@ -124,14 +124,14 @@ def test_checkpointing_changes_memory_and_not_gradients(tiny_llama):
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_starts_that_change_the_base_are_refused_on_four_bits_above_the_rank_of_a_matrix_and_on_embeddings(
+def test_initializations_that_change_the_base_are_refused_on_4_bits_above_a_matrixs_rank_and_on_embeddings(
     tiny_llama, start
 ):
     with pytest.raises(RecipeError, match="4-bit base cannot undo"):
         adapt(tiny_llama, method="qlora", init_lora_weights=start)
     with pytest.raises(RecipeError, match=r"Set adapter\.r to 32 or less"):
         adapt(tiny_llama, init_lora_weights=start, r=33)
-    with pytest.raises(RecipeError, match="embed_tokens is none"):
+    with pytest.raises(RecipeError, match="embed_tokens is not one"):
         adapt(tiny_llama, init_lora_weights=start, target_modules=["embed_tokens"])
 
 
@@ -156,8 +156,8 @@ def test_added_tokens_are_trained_and_nothing_else_of_the_embedding(tiny_llama, 
         assert not torch.equal(model(input_ids=torch.tensor([[new]]), use_cache=False).logits[0], start)
 
 
-def test_a_plain_peft_model_with_the_same_seed_is_the_same(tiny_llama):
-    """The options mean what PEFT says they mean."""
+def test_a_plain_peft_model_with_the_same_seed_is_equal(tiny_llama):
+    """The options mean the same as in PEFT."""
     adapted = adapt(tiny_llama, target_modules=["q_proj", "v_proj"], lora_alpha=4, use_rslora=True)
     torch.manual_seed(42)
     config = LoraConfig(r=8, lora_alpha=4, target_modules=["q_proj", "v_proj"], use_rslora=True, task_type="CAUSAL_LM")
@@ -176,7 +176,7 @@ def test_a_plain_peft_model_with_the_same_seed_is_the_same(tiny_llama):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save", "lm_head"),
     ],
 )
-def test_an_embedding_cannot_be_trained_as_a_whole_and_in_the_rows_of_added_tokens(tiny_llama, adapter, where, name):
+def test_an_embedding_cannot_be_trained_fully_and_in_the_rows_of_added_tokens(tiny_llama, adapter, where, name):
     with pytest.raises(RecipeError, match=rf"{name} is trained only in the rows of model\.add_tokens") as caught:
         adapt(tiny_llama, model={"add_tokens": ["<tool>"]}, **adapter)
     assert caught.value.problems[0].where == f"adapter.{where}"
@@ -190,21 +190,21 @@ def test_an_embedding_cannot_be_trained_as_a_whole_and_in_the_rows_of_added_toke
         ({"modules_to_save": ["embed_tokens", "lm_head"]}, "embedding, head"),
     ],
 )
-def test_an_embedding_and_a_head_that_come_apart_are_told(tiny_llama, console, adapter, trained):
+def test_untying_an_embedding_and_a_head_is_reported(tiny_llama, console, adapter, trained):
     recipe = recipe_with(tiny_llama, adapter=adapter)
     inject(open_model(recipe), recipe, console)
     said = " ".join(console.file.getvalue().split())
     assert f"share one weight in the base; with this adapter they are separate (trained: {trained})" in said
 
 
-def test_of_added_tokens_their_rows_alone_count_as_adapted(tiny_llama):
+def test_only_the_rows_of_added_tokens_count_as_adapted(tiny_llama):
     share = describe_adapter(adapt(tiny_llama))["share_under_adapter"]
     more = describe_adapter(adapt(tiny_llama, model={"add_tokens": ["<tool>"]}))["share_under_adapter"]
     assert share < more < share + 0.002
 
 
-def test_questions_and_contexts_are_told_apart_whatever_the_method(tmp_path):
-    """BERT's kinds of tokens: an adapter that changes nothing yet starts at the loss of the whole model."""
+def test_questions_and_contexts_are_distinguished_with_every_method(tmp_path):
+    """BERT's token types: an adapter without effect yet starts at the loss of the original model."""
     model, losses = build_bert(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), {}
     for method in ("lora", "full"):
         path = recipe_of(tmp_path / method, model, QUESTIONS, "qa", adapter={"method": method}, **QA)
@@ -212,7 +212,7 @@ def test_questions_and_contexts_are_told_apart_whatever_the_method(tmp_path):
     assert losses["lora"] == pytest.approx(losses["full"], rel=1e-6)
 
 
-def test_a_part_of_a_classifier_s_body_is_trained_whole_and_its_embedding_is_tied_to_no_head(tmp_path, console):
+def test_a_part_of_a_classifiers_body_is_fully_trained_and_its_embedding_is_not_tied_to_a_head(tmp_path, console):
     rows = [{"text": row["context"], "label": row["answer"]} for row in QUESTIONS] * 2
     adapter = {"modules_to_save": ["pooler"], "target_modules": ["query", "word_embeddings"]}
     sections = {"adapter": adapter, "generation": {"max_new_tokens": None}, "data": {"deduplicate": "none"}}
@@ -223,7 +223,7 @@ def test_a_part_of_a_classifier_s_body_is_trained_whole_and_its_embedding_is_tie
     assert "share one weight" not in said
 
 
-def test_a_model_that_does_not_run_with_an_adapter_on_what_was_named_is_no_traceback(tmp_path):
+def test_a_model_that_fails_with_an_adapter_on_named_modules_gives_no_traceback(tmp_path):
     recipe = recipe_with(build_whisper(tmp_path), adapter={"target_modules": ["conv1"]}).model_dump()
     recipe = Recipe.model_validate({**recipe, "task": "speech", "speech": {"window_seconds": 2, "language": "fr"}})
     with pytest.raises(RecipeError, match="the model does not run with this adapter: 'Conv1d' object has no attribute"):

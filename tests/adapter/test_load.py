@@ -1,4 +1,4 @@
-"""Going on from an adapter: the same model as where it stopped, and no silent disagreement with the recipe."""
+"""Continuing an adapter: the same model as where it stopped, and no silent mismatch with the recipe."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def go_on(model: Path, console=None, **adapter):
 
 
 @pytest.mark.parametrize("inner", ["", "adapter"])
-def test_training_goes_on_where_the_adapter_stopped(tiny_llama, run, inner):
+def test_training_continues_where_the_adapter_stopped(tiny_llama, run, inner):
     folder, wanted = run
     adapted = go_on(tiny_llama, start_from=str(folder / inner))
     torch.testing.assert_close(logits(adapted.model), wanted)
@@ -37,7 +37,7 @@ def test_training_goes_on_where_the_adapter_stopped(tiny_llama, run, inner):
     assert adapted.method == "lora"
 
 
-def test_every_disagreement_is_told_at_once(tiny_llama, run):
+def test_every_mismatch_is_reported_at_once(tiny_llama, run):
     with pytest.raises(RecipeError) as caught:
         go_on(tiny_llama, start_from=str(run[0]), r=4, lora_alpha=1, use_dora=True, init_lora_weights="pissa", **PARTS)
     assert [problem.where for problem in caught.value.problems] == [
@@ -50,13 +50,13 @@ def test_every_disagreement_is_told_at_once(tiny_llama, run):
     assert "Set it to 8 or omit it" in caught.value.problems[0].fix
 
 
-def test_the_same_targets_may_be_stated_and_others_are_a_disagreement(tiny_llama, run):
+def test_the_same_targets_may_be_stated_and_others_are_a_mismatch(tiny_llama, run):
     go_on(tiny_llama, start_from=str(run[0]), r=8, target_modules=["v_proj", "q_proj"], lora_dropout=0.1)
     with pytest.raises(RecipeError, match=r"matches 14 modules, but the adapter in .* has 4"):
         go_on(tiny_llama, start_from=str(run[0]), target_modules="all-linear")
 
 
-def test_a_converted_pissa_adapter_goes_on_as_plain_lora(tiny_llama, tmp_path):
+def test_a_converted_pissa_adapter_continues_as_plain_lora(tiny_llama, tmp_path):
     first = train_a_little(tiny_llama, init_lora_weights="pissa")
     save_adapter(first, tmp_path / "a")
     second = go_on(tiny_llama, start_from=str(tmp_path / "a"))
@@ -74,19 +74,19 @@ def test_an_adapter_of_another_method_is_not_trained_further(tiny_llama, tmp_pat
         go_on(tiny_llama, start_from=str(tmp_path))
 
 
-def test_another_base_is_pointed_out(tiny_llama, run, tmp_path, console):
+def test_another_base_is_reported(tiny_llama, run, tmp_path, console):
     other = shutil.copytree(tiny_llama, tmp_path / "other-base")
     go_on(Path(other), console, start_from=str(run[0]))
     assert "was trained on" in console.file.getvalue()
 
 
-def test_a_run_that_trained_all_weights_is_told_with_the_way(tiny_llama, tmp_path):
+def test_a_run_that_trained_all_weights_is_reported_with_a_fix(tiny_llama, tmp_path):
     save_adapter(train_a_little(tiny_llama, method="full"), tmp_path / "weights")
     with pytest.raises(EnvironmentProblem, match=r"Set model\.name to"):
         go_on(tiny_llama, start_from=str(tmp_path))
 
 
-def test_pickled_weights_are_refused_with_the_way(run):
+def test_pickled_weights_are_refused_with_a_fix(run):
     place = run[0] / "adapter"
     weights = load_file(place / "adapter_model.safetensors")
     torch.save(weights, place / "adapter_model.bin")

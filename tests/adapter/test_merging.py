@@ -1,4 +1,4 @@
-"""Merged in memory: the same logits as with the adapter beside, on the base that was asked for."""
+"""Merging in memory: the same logits as with the separate adapter, on the requested base."""
 
 import pytest
 import torch
@@ -40,13 +40,13 @@ def test_a_merged_model_is_plain_and_gives_the_same_logits(tiny_llama, tiny_gpt2
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'.*invalid shape")  # PEFT's
-def test_what_peft_cannot_merge_is_refused_in_its_words(tiny_llama):
+def test_refusals_of_peft_to_merge_are_quoted(tiny_llama):
     with pytest.raises(RecipeError, match=r"PEFT cannot merge this adapter: .*the base layer has no bias"):
         merge_adapter(train_a_little(tiny_llama, lora_bias=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_quantised_model_merges_onto_what_is_asked_for(tiny_llama, tiny_gpt2, tmp_path, family):
+def test_a_quantised_model_merges_into_the_requested_weights(tiny_llama, tiny_gpt2, tmp_path, family):
     folder = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]
     recipe = recipe_with(folder, adapter={"method": "qlora"})
     save_adapter(train_a_little(folder, method="qlora"), tmp_path)
@@ -68,7 +68,7 @@ def test_a_quantised_model_merges_onto_what_is_asked_for(tiny_llama, tiny_gpt2, 
         torch.testing.assert_close(logits(plain), logits(merged), atol=1e-5, rtol=0)
 
 
-def test_a_merge_onto_the_original_keeps_added_tokens(tiny_llama, tmp_path):
+def test_a_merge_into_the_original_keeps_added_tokens(tiny_llama, tmp_path):
     options = {"method": "qlora", "model": {"add_tokens": ["<tool>"]}}
     save_adapter(train_a_little(tiny_llama, **options), tmp_path)
     recipe = recipe_with(tiny_llama, adapter={"method": "qlora"}, model={"add_tokens": ["<tool>"]})
@@ -83,7 +83,7 @@ def test_a_merge_onto_the_original_keeps_added_tokens(tiny_llama, tmp_path):
         torch.testing.assert_close(got, wanted, atol=0.2 if onto == "original" else 2e-5, rtol=0)
 
 
-def test_a_merge_that_is_not_finite_is_told(tiny_llama):
+def test_a_merge_that_is_not_finite_is_reported(tiny_llama):
     adapted = train_a_little(tiny_llama)
     with torch.no_grad():
         next(p for name, p in adapted.model.named_parameters() if "lora_B" in name)[0, 0] = torch.nan

@@ -1,4 +1,4 @@
-"""`adapter.method`: PEFT's methods by its own names and options, known without it, and tried on tiny models."""
+"""`adapter.method`: PEFT's methods by its own names and options, known without PEFT, tried on tiny models."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ QUERIES = "model.layers.0.self_attn.q_proj"
 FEW = ("miss", "shira", "ia3", "lily", "prompt_tuning", "fourierft")
 
 
-def test_the_table_of_methods_is_that_of_the_installed_peft(monkeypatch):
+def test_the_table_of_methods_matches_the_installed_peft(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     from peft_methods import peft_methods as installed
 
@@ -49,7 +49,7 @@ def recipe_file(tmp_path, tiny_llama, chat_rows):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, for values that need others beside them
 @pytest.mark.parametrize("method", TRAINED)
 def test_every_option_of_a_method_reaches_peft(tiny_llama, method):
-    """Values are those of another kind than the default, as far as PEFT's own checks let them."""
+    """Values differ from the default, as far as PEFT's own checks allow."""
     selected = open_model(recipe_with(tiny_llama))
     for name, option in options_of(method).items():
         if name in REFUSED_OPTIONS or name in ("target_modules", "exclude_modules", "layers_to_transform"):
@@ -109,7 +109,7 @@ def other_value(option):
         (["target_parameters=[gate_up_proj]", "use_dora=true"], "does not work with adapter.target_parameters"),
     ],
 )
-def test_what_a_method_does_not_take_is_told_with_what_it_takes(recipe_file, sets, said):
+def test_options_that_a_method_lacks_are_reported_with_those_it_has(recipe_file, sets, said):
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file, ["adapter.r=null", "adapter.lora_alpha=null", *(f"adapter.{one}" for one in sets)])
     assert said in str(caught.value)
@@ -122,7 +122,7 @@ def test_what_a_method_does_not_take_is_told_with_what_it_takes(recipe_file, set
         ({"lora_bias": True, "use_dora": True}, "lora_bias=True is not supported for DoRA"),
     ],
 )
-def test_what_peft_refuses_is_told_in_its_words_and_no_traceback(tiny_llama, adapter, said):
+def test_refusals_of_peft_are_quoted_without_a_traceback(tiny_llama, adapter, said):
     recipe = recipe_with(tiny_llama, adapter=adapter)
     with pytest.raises(RecipeError, match=f"PEFT refuses this adapter: .*{said}"):
         inject(open_model(recipe), recipe, quiet())
@@ -131,11 +131,11 @@ def test_what_peft_refuses_is_told_in_its_words_and_no_traceback(tiny_llama, ada
 @pytest.mark.parametrize(
     ("adapter", "said"),
     [
-        ({"alora_invocation_tokens": [5, 10**6]}, "1000000 is no token's number"),
-        ({"method": "trainable_tokens", "token_indices": ["<tool>"]}, "'<tool>' is no token's number"),
+        ({"alora_invocation_tokens": [5, 10**6]}, "1000000 is not a token id"),
+        ({"method": "trainable_tokens", "token_indices": ["<tool>"]}, "'<tool>' is not a token id"),
     ],
 )
-def test_tokens_that_a_model_does_not_have_are_refused(tiny_llama, adapter, said):
+def test_tokens_outside_the_vocabulary_are_refused(tiny_llama, adapter, said):
     recipe = recipe_with(tiny_llama, adapter=adapter)
     with pytest.raises(RecipeError, match=said):
         inject(open_model(recipe), recipe, quiet())
@@ -166,7 +166,7 @@ def unnumbered(cell: str) -> str:
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch, of SHiRA
 @pytest.mark.parametrize("method", FEW)
-def test_what_the_page_says_of_a_method_holds(chat_bench, method):
+def test_the_page_is_right_about_a_method(chat_bench, method):
     assert unnumbered(describe(chat_bench.cells(method), [])) == on_page("chat", method)
 
 
@@ -176,7 +176,7 @@ def test_what_the_page_says_of_a_method_holds(chat_bench, method):
     "ignore:`past_key_values` is deprecated:FutureWarning",  # PEFT's prefix tuning has the old name
 )
 @pytest.mark.parametrize("case", CASES)
-def test_every_cell_of_the_page_holds(tmp_path, case):
+def test_every_cell_of_the_page_is_right(tmp_path, case):
     bench = build_bench(case, tmp_path)
     found = {method: unnumbered(describe(bench.cells(method), [])) for method in METHODS}
     assert found == {method: on_page(case, method) for method in METHODS}

@@ -1,4 +1,4 @@
-"""Bases whose files are quantised: an adapter trains beside them, reloads in plain PEFT and merges; or is refused."""
+"""Bases with quantised files: an adapter trains on them, reloads in plain PEFT and merges; or is refused."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ State = dict[str, torch.Tensor]
 
 
 def build_quantized(folder: Path, plain: Path, kind: str) -> Path:
-    """Copy the model `plain` into `folder` with its linear layers quantised; skips where a package is missing."""
+    """Copy the model `plain` into `folder` with its linear layers quantised; skip if a package is missing."""
     shutil.copytree(plain, folder)
     BUILDERS[kind](folder)
     return folder
@@ -78,7 +78,7 @@ def _rewrite(folder: Path, pack: Callable[[State, str, torch.Tensor], None], con
 
 
 def _round(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round to 4 bits by groups of inputs: numbers 0 to 15, scales and zero points, with inputs first."""
+    """Round to 4 bits by groups of inputs: numbers 0 to 15, scales and zero points, inputs first."""
     groups = weight_OI.reshape(len(weight_OI), -1, GROUP)
     low, high = groups.amin(-1), groups.amax(-1)
     scale = ((high - low) / 15).clamp_min(1e-8).half()
@@ -88,7 +88,7 @@ def _round(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def _pack(numbers: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """Put eight numbers of a row into one of 32 bits."""
+    """Pack eight numbers of a row into one of 32 bits."""
     parts = numbers.reshape(len(numbers), -1, 8)
     packed = sum(parts[..., place] << (4 * at) for at, place in enumerate(order))
     return packed.where(packed < 2**31, packed - 2**32).to(torch.int32).contiguous()
@@ -151,7 +151,7 @@ KEPT = {"bitsandbytes-4": 4, "bitsandbytes-8": 8, "torchao": 8, "gptq": 4, "awq"
 QUICK = ("bitsandbytes-4", "fp8")
 KINDS = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in BUILDERS]
 SLOPPY = {"bitsandbytes-8": 0.05, "awq": 0.02}
-"""How far logits may be from those beside unpacked weights: LLM.int8 rounds what a layer reads too, AWQ sums in 16."""
+"""Tolerance of logits against unpacked weights: LLM.int8 rounds a layer's input too, AWQ sums in 16 bits."""
 pytestmark = pytest.mark.filterwarnings(
     "ignore:MatMul8bitLt:UserWarning",
     "ignore:Implicitly cleaning up:ResourceWarning",  # gptqmodel's folder
@@ -172,7 +172,7 @@ def base(tmp_path_factory, tiny_llama):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_trains_beside_a_quantised_base_and_comes_back(base, kind, tmp_path):
+def test_an_adapter_trains_on_a_quantised_base_and_reloads(base, kind, tmp_path):
     recipe = recipe_with(base(kind), adapter={"r": 4})
     selected = open_model(recipe)
     adapted = inject(selected, recipe, quiet())
@@ -212,7 +212,7 @@ def test_an_adapter_trains_beside_a_quantised_base_and_comes_back(base, kind, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KEPT)
-def test_gradients_are_those_beside_the_unpacked_weights(base, kind):
+def test_gradients_equal_those_on_the_unpacked_weights(base, kind):
     found = []
     for unpacked in (False, True):
         recipe = recipe_with(base(kind), adapter={"r": 4, "init_lora_weights": False, "target_modules": ["q_proj"]})
@@ -232,7 +232,7 @@ def test_gradients_are_those_beside_the_unpacked_weights(base, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KEPT)
-def test_the_plan_counts_weights_in_their_bits(base, kind):
+def test_the_plan_counts_quantised_weights_by_their_bits(base, kind):
     selected = open_model(recipe_with(base(kind)))
     whole = sum(tensor.numel() * tensor.element_size() for tensor in selected.model.get_input_embeddings().parameters())
     assert selected.plan.base_quantization == selected.base_quantization == kind.partition("-")[0]
@@ -245,11 +245,11 @@ def test_the_plan_counts_weights_in_their_bits(base, kind):
     ("adapter", "words"),
     [
         ({"method": "full"}, "have no gradient"),
-        ({"method": "qlora"}, "quantised already"),
-        ({"init_lora_weights": "pissa"}, "and these are quantised"),
+        ({"method": "qlora"}, "already quantised"),
+        ({"init_lora_weights": "pissa"}, "but the base is quantised"),
     ],
 )
-def test_what_quantised_weights_cannot_do_is_refused_before_they_are_read(base, tmp_path, adapter, words):
+def test_what_quantised_weights_cannot_do_is_refused_before_they_are_loaded(base, tmp_path, adapter, words):
     folder = shutil.copytree(base("bitsandbytes-4"), tmp_path / "model")
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-1000] + b"\xff" * 1000)
@@ -257,17 +257,17 @@ def test_what_quantised_weights_cannot_do_is_refused_before_they_are_read(base, 
         open_model(recipe_with(folder, adapter=adapter))
 
 
-def test_weights_that_stay_quantised_are_not_cut_over_processes(base, here, chat_rows):
+def test_weights_that_stay_quantised_are_not_sharded(base, here, chat_rows):
     write_recipe(here / "recipe.yaml", base("bitsandbytes-4"), chat_rows)
     result = invoke("launch", "local", "recipe.yaml", "--processes", 2, "--strategy", "fsdp", "--dry-run")
     assert result.exit_code == 2, result.output
-    assert "not cut over processes" in result.output
+    assert "cannot be sharded" in result.output
     assert "--strategy ddp" in result.output
 
 
 def test_a_new_head_is_not_put_on_weights_that_stay_quantised(base, tmp_path):
     recipe = recipe_with(base("bitsandbytes-4")).model_copy(update={"task": "classify"})
-    with pytest.raises(RecipeError, match="puts a new head on a model"):
+    with pytest.raises(RecipeError, match="adds a new head"):
         open_model(recipe)
 
 
@@ -275,21 +275,21 @@ def test_a_new_head_is_not_put_on_weights_that_stay_quantised(base, tmp_path):
     ("stated", "words"),
     [
         ({"quant_method": "hqq"}, "transformers 5 does not read it yet"),
-        ({"quant_method": "quark"}, "llmtune trains beside awq"),
-        ({"quant_method": "bitsandbytes"}, "does not say in how many bits"),
+        ({"quant_method": "quark"}, "llmtune supports awq"),
+        ({"quant_method": "bitsandbytes"}, "does not state the bits"),
         ({"bits": 4}, "must name a quant_method"),
         (4, "must name a quant_method"),
-        ({"quant_method": "gptq", "bits": "many"}, "pip install|does not say in how many bits"),
+        ({"quant_method": "gptq", "bits": "many"}, "pip install|does not state the bits"),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4Weight"}}}, "pip install|less than 8"),
     ],
 )
-def test_files_that_cannot_be_trained_beside_are_refused_by_name_with_the_cure(tiny_llama, tmp_path, stated, words):
+def test_files_that_cannot_be_trained_on_are_refused_by_name_with_a_fix(tiny_llama, tmp_path, stated, words):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))
     with pytest.raises(EnvironmentProblem, match=words) as caught:
         open_model(recipe_with(folder))
-    assert "name the model that it was made from" in str(caught.value).lower()
+    assert "name the original model" in str(caught.value).lower()
 
 
 MXFP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

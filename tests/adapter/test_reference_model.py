@@ -1,4 +1,4 @@
-"""The model as it was before training, whatever kind of adapter it has: found, and put back without a trace."""
+"""The model before training, for every kind of adapter: restored temporarily, without side effects."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def adapt(model, loss="dpo", **adapter):
 
 
 @pytest.mark.parametrize("kind", [*FRESH, *COPIED])
-def test_the_reference_is_the_model_before_training_and_leaves_what_was_trained_as_it_is(kind, tiny_llama, tiny_gpt2):
+def test_the_reference_is_the_model_before_training_and_leaves_trained_weights_unchanged(kind, tiny_llama, tiny_gpt2):
     model = adapt(tiny_gpt2 if kind == "bias" else tiny_llama, **{**FRESH, **COPIED}[kind])  # Llama has no biases
     assert switches_off(model) is (kind in FRESH)
     assert hasattr(model, KEPT) is (kind in COPIED), "weights are kept only where they have to be"
@@ -54,7 +54,7 @@ def test_the_reference_is_the_model_before_training_and_leaves_what_was_trained_
         assert torch.equal(parameter, weight)
 
 
-def test_an_adapter_that_training_goes_on_from_is_the_reference_itself(tiny_llama, tmp_path):
+def test_a_continued_adapter_is_itself_the_reference(tiny_llama, tmp_path):
     start = train_a_little(tiny_llama, target_modules=["q_proj", "v_proj"])
     save_adapter(start, tmp_path / "adapter")
     recipe = recipe_with(tiny_llama, adapter={"start_from": str(tmp_path / "adapter")})
@@ -71,7 +71,7 @@ def test_a_loss_without_a_reference_keeps_no_copy(loss, has_one, tiny_llama):
     assert hasattr(adapt(tiny_llama, loss, method="full"), KEPT) is has_one
 
 
-def test_a_gradient_is_that_of_the_policy_though_the_reference_stood_in_between(tiny_llama):
+def test_a_gradient_is_that_of_the_policy_even_with_the_reference_used_in_between(tiny_llama):
     ids = torch.arange(5, 25)[None]
     found = []
     for between in (False, True):
@@ -87,7 +87,7 @@ def test_a_gradient_is_that_of_the_policy_though_the_reference_stood_in_between(
         assert torch.equal(plain, disturbed)
 
 
-def test_a_wrapped_model_is_looked_into_and_one_without_an_adapter_is_its_own_reference(tiny_llama):
+def test_a_wrapped_model_is_unwrapped_and_one_without_an_adapter_is_its_own_reference(tiny_llama):
     model = adapt(tiny_llama, method="full")
     wrapped = torch.nn.Module()
     wrapped.module = model

@@ -1,4 +1,4 @@
-"""What is saved loads with plain PEFT and gives the same logits; what is damaged is told."""
+"""Saved adapters load with plain PEFT and give the same logits; damaged ones are reported."""
 
 import json
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_every_method_loads_with_plain_peft_and_gives_the_same_logits(tiny_llama
     torch.testing.assert_close(logits(load_adapter(base, tmp_path).model), wanted, atol=tolerance, rtol=0)
 
 
-def test_a_qlora_adapter_comes_back_on_the_same_quantised_base(tiny_llama, tmp_path):
+def test_a_qlora_adapter_reloads_on_the_same_quantised_base(tiny_llama, tmp_path):
     adapted = train_a_little(tiny_llama, method="qlora")
     save_adapter(adapted, tmp_path)
     recipe = recipe_with(tiny_llama, adapter={"method": "qlora"})
@@ -70,7 +70,7 @@ def test_a_qlora_adapter_comes_back_on_the_same_quantised_base(tiny_llama, tmp_p
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_added_tokens_come_back_with_plain_peft(tmp_path, tied):
+def test_added_tokens_reload_with_plain_peft(tmp_path, tied):
     folder = build_family(tmp_path / "m", "llama", tie_word_embeddings=tied)
     adapted = train_a_little(folder, model={"add_tokens": ["<tool>", "</tool>"]})
     save_adapter(adapted, tmp_path / "a")
@@ -101,7 +101,7 @@ def test_saving_changes_nothing_names_the_base_and_doubles_the_rank_of_pissa(tin
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_full_weights_are_a_plain_model_folder_in_the_format_they_came_in(tmp_path, stored):
+def test_full_weights_are_a_plain_model_folder_in_their_original_dtype(tmp_path, stored):
     from transformers import AutoModelForCausalLM
 
     folder = build_llama(tmp_path / "m")
@@ -131,7 +131,7 @@ def test_weights_that_the_model_was_loaded_from_are_not_read_again(tmp_path):
     assert not any(parameter.requires_grad for parameter in again.model.parameters())
 
 
-def test_a_lost_weight_file_of_a_full_model_is_told(tmp_path):
+def test_a_missing_weight_file_of_a_full_model_is_reported(tmp_path):
     folder = build_llama(tmp_path / "m")
     save_adapter(train_a_little(folder, method="full"), tmp_path / "weights")
     path = tmp_path / "weights" / "model.safetensors"
@@ -170,6 +170,6 @@ def test_a_damaged_adapter_config_is_refused(tiny_llama, adapter, content):
     assert "adapter_config.json" in load_damaged(tiny_llama, adapter.parent)
 
 
-def test_an_adapter_whose_settings_are_of_another_method_is_refused(tiny_llama, adapter):
+def test_an_adapter_with_settings_of_another_method_is_refused(tiny_llama, adapter):
     adapter.with_name("adapter_config.json").write_text('{"peft_type": "IA3", "task_type": "CAUSAL_LM"}')
     assert "have no counterpart" in load_damaged(tiny_llama, adapter.parent)

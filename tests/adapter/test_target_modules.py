@@ -1,4 +1,4 @@
-"""What the recipe calls modules is resolved to the names that a model has; what matches nothing is an error."""
+"""The recipe's module targets are resolved to the model's names; targets without a match are an error."""
 
 import pytest
 from support.adapting import build_family, open_model, quiet, recipe_with
@@ -24,7 +24,7 @@ def problems(model, **adapter):
     return caught.value.problems
 
 
-def test_all_linear_is_every_linear_module_but_the_head(model):
+def test_all_linear_is_every_linear_module_except_the_head(model):
     found = resolve(model)
     assert len(found) == 14
     assert "lm_head" not in found
@@ -48,7 +48,7 @@ def test_endings_expressions_and_layers_choose_modules(model):
     assert resolve(model, target_modules=["q_proj", "embed_tokens"])[0] == "model.embed_tokens"
 
 
-def test_a_target_that_matches_nothing_names_the_nearest_and_all_there_are(model):
+def test_a_target_without_a_match_lists_the_nearest_and_all_modules(model):
     (problem,) = problems(model, target_modules=["q_porj"])
     assert problem.where == "adapter.target_modules"
     assert "'q_porj' matches no module" in problem.what
@@ -57,7 +57,7 @@ def test_a_target_that_matches_nothing_names_the_nearest_and_all_there_are(model
         assert name in problem.fix
 
 
-def test_everything_that_matches_nothing_is_told_at_once(model):
+def test_all_targets_without_a_match_are_reported_at_once(model):
     found = problems(
         model,
         target_modules=["q_proj", "a"],
@@ -79,14 +79,14 @@ def test_everything_that_matches_nothing_is_told_at_once(model):
 
 
 @pytest.mark.parametrize("expression", ["(", "q_proj", "[z-a]"])
-def test_an_expression_that_is_none_or_matches_nothing_is_refused(model, expression):
+def test_an_invalid_or_unmatched_expression_is_refused(model, expression):
     (problem,) = problems(model, target_modules=expression)
     assert problem.where == "adapter.target_modules"
     (problem,) = problems(model, target_modules=["q_proj"], exclude_modules=["q_proj"])
     assert "no module is left" in problem.what
 
 
-def test_norms_are_named_and_left_out_like_other_modules(model):
+def test_norms_are_named_and_excluded_like_other_modules(model):
     assert len(resolve(model, method="ln_tuning")) == 5
     assert resolve(model, method="ln_tuning", layers_to_transform=1, exclude_modules=["input_layernorm"]) == [
         "model.layers.1.post_attention_layernorm"
@@ -94,13 +94,13 @@ def test_norms_are_named_and_left_out_like_other_modules(model):
     assert resolve(model, method="ln_tuning", target_modules=["norm"]) == ["model.norm"]
 
 
-def test_a_name_ending_that_is_no_list_is_told_to_be_one(model):
+def test_a_name_ending_outside_a_list_is_reported(model):
     (problem,) = problems(model, target_modules="q_proj")
     assert problem.what == "'q_proj' matches no complete module name"
     assert problem.fix.startswith("For name endings, write a list: [q_proj].")
 
 
-def test_biases_are_not_trained_where_there_are_none(model, tiny_gpt2):
+def test_biases_are_not_trained_if_the_model_has_none(model, tiny_gpt2):
     for bias in ("all", "lora_only"):
         (problem,) = problems(model, bias=bias)
         assert problem.what == f"'{bias}' has no effect: this model has no biases"
@@ -110,14 +110,14 @@ def test_biases_are_not_trained_where_there_are_none(model, tiny_gpt2):
     assert "no module with an adapter has a bias" in problem.what
 
 
-def test_a_head_of_its_own_may_be_named_and_a_tied_one_may_not(model, tiny_llama):
+def test_an_untied_head_may_be_named_and_a_tied_one_may_not(model, tiny_llama):
     assert resolve(model, target_modules=["lm_head"]) == ["lm_head"]
     tied = open_model(recipe_with(tiny_llama)).model
     (problem,) = problems(tied, target_modules=["q_proj", "lm_head"])
     assert "shares its weight with the embedding" in problem.what
 
 
-def test_names_are_shortened_only_where_that_matches_the_same(model):
+def test_names_are_shortened_only_if_the_short_ones_match_the_same_modules(model):
     assert shorten_targets(resolve(model, target_modules=["q_proj", "v_proj"]), model) == ["q_proj", "v_proj"]
     one = resolve(model, target_modules=["q_proj"], layers_to_transform=0)
     assert shorten_targets(one, model) == ["model.layers.0.self_attn.q_proj"]
@@ -133,7 +133,7 @@ def test_names_are_shortened_only_where_that_matches_the_same(model):
         {"modules_to_save": ["norm"], "target_modules": ["v_proj"]},
     ],
 )
-def test_what_was_resolved_is_what_peft_adapts(tiny_llama, adapter):
+def test_peft_adapts_the_resolved_modules(tiny_llama, adapter):
     recipe = recipe_with(tiny_llama, adapter=adapter)
     selected = open_model(recipe)
     wanted = resolve_targets(selected.model, recipe.adapter)

@@ -1,4 +1,4 @@
-"""The proof of wiring finds adapters that do nothing, and leaves everything as it was."""
+"""The wiring check finds adapters without effect, and leaves everything unchanged."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def adapted_and_recipe(folder, **adapter):
 
 
 @pytest.mark.parametrize("broken", ["does nothing", "cannot be switched off"])
-def test_an_adapter_that_does_nothing_or_cannot_be_switched_off_is_found(tiny_llama, broken):
+def test_an_adapter_that_has_no_effect_or_cannot_be_switched_off_is_found(tiny_llama, broken):
     adapted, recipe = adapted_and_recipe(tiny_llama)
     for module in adapted.model.modules():
         if isinstance(module, LoraLayer) and broken == "does nothing":
@@ -28,7 +28,7 @@ def test_an_adapter_that_does_nothing_or_cannot_be_switched_off_is_found(tiny_ll
         prove_wiring(adapted.model, adapted.selected, recipe)
 
 
-def test_adapters_where_no_gradient_arrives_are_named(tiny_llama):
+def test_adapters_without_a_gradient_are_named(tiny_llama):
     recipe = recipe_with(tiny_llama, adapter={"target_modules": ["q_proj", "tower"]})
     selected = open_model(recipe)
     selected.model.model.layers[0].tower = torch.nn.Linear(4, 4)
@@ -39,15 +39,15 @@ def test_adapters_where_no_gradient_arrives_are_named(tiny_llama):
 
 
 class Router(torch.nn.Linear):
-    """Gives its choice beside the scores, as Llama 4's and Phi-3.5-MoE's do: nothing can be added to a pair."""
+    """Returns its choice next to the scores, as Llama 4's and Phi-3.5-MoE's do: a pair cannot be added to."""
 
     def forward(self, x):
         scores = super().forward(x)
         return scores, scores.argmax(-1)
 
 
-def test_all_linear_leaves_out_what_no_input_reaches_and_says_so(tiny_llama, console):
-    """The image tower of a model that reads images too, a pooling layer that the head does not use, a router."""
+def test_all_linear_skips_modules_that_no_input_reaches_and_says_so(tiny_llama, console):
+    """The image tower of a model that also reads images, a pooling layer unused by the head, a router."""
     recipe = recipe_with(tiny_llama)
     selected = open_model(recipe)
     mlp = selected.model.model.layers[0].mlp
@@ -64,7 +64,7 @@ def test_all_linear_leaves_out_what_no_input_reaches_and_says_so(tiny_llama, con
     assert "all-linear skips 3 modules that the input does not reach: tower × 1, ignored × 1, router × 1" in said
 
 
-def test_the_proof_puts_back_weights_modes_gradients_and_random_state(tiny_llama):
+def test_the_check_restores_weights_modes_gradients_and_random_state(tiny_llama):
     adapted, recipe = adapted_and_recipe(tiny_llama, lora_dropout=0.1)
     adapted.model.train()
     adapted.model.get_base_model().lm_head.eval()

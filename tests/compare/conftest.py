@@ -49,13 +49,13 @@ def good(train: Train) -> Path:
 
 @pytest.fixture
 def twin(good: Path, tmp_path: Path) -> Path:
-    """A copy of the run, to be damaged."""
+    """A copy of the run to damage."""
     return shutil.copytree(good, tmp_path / "twin")
 
 
 @pytest.fixture
 def read(console: Console) -> Callable[[], str]:
-    """What a person has read so far."""
+    """Text that a person has read so far."""
 
     def said() -> str:
         assert isinstance(console.file, io.StringIO)

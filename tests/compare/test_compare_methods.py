@@ -1,4 +1,4 @@
-"""`llmtune compare RECIPE --methods`: one recipe trained with each on the same budget, in processes of their own."""
+"""`llmtune compare RECIPE --methods`: one recipe trained with each on the same budget, in separate processes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def asked(*methods: str, sets: tuple[str, ...] = (), **rates: float) -> MethodOp
     return MethodOptions(methods or ("full", "lora", "qlora"), rates, sets)
 
 
-def test_methods_differ_in_the_method_and_the_learning_rate_of_full_alone(place: Path) -> None:
+def test_methods_differ_only_in_the_method_and_the_learning_rate_of_full(place: Path) -> None:
     own, trials = plan_trials(str(place / "tiny.yaml"), asked())
     assert [trial.loaded.recipe.adapter.method for trial in trials] == ["full", "lora", "qlora"]
     assert [trial.loaded.recipe.train.learning_rate for trial in trials] == [0.001, 0.01, 0.01]
@@ -44,20 +44,20 @@ def test_methods_differ_in_the_method_and_the_learning_rate_of_full_alone(place:
         assert trial.loaded.recipe.model_dump(exclude={"adapter": True, "train": {"learning_rate"}}) == same
 
 
-def test_a_stated_learning_rate_counts(place: Path) -> None:
+def test_an_explicit_learning_rate_counts(place: Path) -> None:
     _, trials = plan_trials(str(place / "tiny.yaml"), asked("full", "lora", full=2e-5))
     assert [trial.loaded.recipe.train.learning_rate for trial in trials] == [2e-5, 0.01]
     assert trials[0].rate == "--learning-rate"
 
 
-def test_the_learning_rate_of_a_full_recipe_is_meant_for_full(place: Path, tmp_path: Path) -> None:
+def test_the_learning_rate_of_a_full_recipe_applies_to_full(place: Path, tmp_path: Path) -> None:
     full = {"method": "full", "r": None, "lora_alpha": None}
     recipe = write_recipe(tmp_path / "full.yaml", "./model", place / "rows.jsonl", adapter=full)
     _, trials = plan_trials(str(recipe), asked("full", "lora"))
     assert [trial.loaded.recipe.train.learning_rate for trial in trials] == pytest.approx([0.01, 0.1])
 
 
-def test_keys_that_a_method_does_not_read_are_taken_back(place: Path) -> None:
+def test_keys_that_a_method_does_not_read_are_reset(place: Path) -> None:
     sets = ("adapter.bnb_4bit_quant_type=fp4", "adapter.method=qlora", "train.loraplus_lr_ratio=4", "deploy=[merged]")
     sets = (*sets, "adapter.rank_pattern={q_proj: 2}")
     _, (full, lora, qlora) = plan_trials(str(place / "tiny.yaml"), asked(sets=sets))
@@ -67,7 +67,7 @@ def test_keys_that_a_method_does_not_read_are_taken_back(place: Path) -> None:
     assert {trial.loaded.recipe.deploy for trial in (full, lora, qlora)} == {()}
 
 
-def test_what_a_method_cannot_do_is_told_before_anything_is_trained(place: Path) -> None:
+def test_what_a_method_cannot_do_is_reported_before_training(place: Path) -> None:
     with pytest.raises(RecipeError, match=r"with method qlora: .*pissa"):
         plan_trials(str(place / "tiny.yaml"), asked(sets=("adapter.init_lora_weights=pissa",)))
 
@@ -76,14 +76,14 @@ def test_what_a_method_cannot_do_is_told_before_anything_is_trained(place: Path)
     ("text", "said"),
     [("lora,ful", "unknown method 'ful'"), ("lora", "a single method"), ("lora,lora", "named twice"), ("", "single")],
 )
-def test_methods_that_are_none_are_refused(text: str, said: str) -> None:
+def test_invalid_methods_are_refused(text: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         read_methods(text)
     assert read_methods(" full, lora ") == ("full", "lora")
 
 
 @pytest.mark.parametrize("text", ["full", "qlora=1e-4", "full=fast", "=1"])
-def test_learning_rates_that_are_none_are_refused(text: str) -> None:
+def test_invalid_learning_rates_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="METHOD=NUMBER"):
         read_rates([text], ("full", "lora"))
     assert read_rates(["full=2e-5"], ("full", "lora")) == {"full": 2e-5}
@@ -94,14 +94,14 @@ def test_a_learning_rate_out_of_range_is_refused(place: Path) -> None:
         plan_trials(str(place / "tiny.yaml"), asked("full", "lora", full=-1.0))
 
 
-def test_other_learning_rates_have_another_folder(place: Path) -> None:
+def test_other_learning_rates_use_another_folder(place: Path) -> None:
     loaded, _ = plan_trials(str(place / "tiny.yaml"), asked())
     plain, other = default_out(loaded, {}), default_out(loaded, {"full": 1e-5})
     assert plain.name.startswith("tiny-compare-")
     assert plain != other
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_contents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RecipeError, match=r"thesis\.tex"):
         check_out_folder(tmp_path)
@@ -118,7 +118,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
         (1, None, TrialBug, None),
     ],
 )
-def test_how_a_trial_ended_is_told_with_its_method(
+def test_a_trials_end_is_reported_with_its_method(
     tmp_path: Path, code: int, said: Any, kind: type[Exception], exit_code: int | None
 ) -> None:
     (tmp_path / "said").write_text(json.dumps(said) if said else "")
@@ -129,7 +129,7 @@ def test_how_a_trial_ended_is_told_with_its_method(
     assert getattr(error, "exit_code", None) == exit_code
 
 
-def test_full_and_lora_side_by_side(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_and_lora_are_compared(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     command = ["compare", "tiny.yaml", "--methods", "full,lora", *BRIEF, "--out", "two", "--json"]
     done = invoke(*command, "--set", "evaluate.gates=['loss < 0']")
@@ -154,7 +154,7 @@ def test_full_and_lora_side_by_side(place: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_a_comparison_that_was_stopped_or_killed_goes_on(place: Path) -> None:
+def test_a_stopped_or_killed_comparison_resumes(place: Path) -> None:
     command = ["compare", "tiny.yaml", "--methods", "lora,qlora", *BRIEF, "--out", "stubborn"]
     folders = [place / "stubborn" / method for method in ("lora", "qlora")]
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -194,7 +194,7 @@ def wait_until_free(run: Path) -> None:
                 return
 
 
-def test_nothing_to_resume_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_to_resume_is_reported(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     done = invoke("compare", "tiny.yaml", "--methods", "full,lora", "--out", "nowhere", "--resume")
     assert done.exit_code == 2
@@ -203,7 +203,7 @@ def test_nothing_to_resume_is_told(place: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_what_stops_a_method_ends_the_comparison_with_its_exit_code(place: Path) -> None:
+def test_an_error_of_a_method_ends_the_comparison_with_its_exit_code(place: Path) -> None:
     (place / "broken.jsonl").write_text('{"messages": []}\n' * 5)
     sets = ("--set", f"data.train={place}/broken.jsonl")
     done = llmtune("compare", "tiny.yaml", "--methods", "lora,full", *sets, "--out", "broken", "--json", cwd=place)

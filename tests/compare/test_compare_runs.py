@@ -1,4 +1,4 @@
-"""`llmtune compare RUN RUN`: what differs is told from what does not, and what cannot be compared is refused."""
+"""`llmtune compare RUN RUN`: differences are separated from noise, and incomparable runs are refused."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def only(made):
 
 
 def seal(run: Path) -> None:
-    """Make the manifest agree with what the evaluation folder holds now."""
+    """Make the manifest agree with the current contents of the evaluation folder."""
     manifest = read_json(run / "run.json")
     manifest["steps"]["evaluate"]["outputs"] = {"evaluation": hash_folder(run / "evaluation")}
     write_json(run / "run.json", manifest)
@@ -54,7 +54,7 @@ def change_measures(run: Path, change: Callable[[PerRowScores], PerRowScores]) -
 
 
 def turn_rows(found: PerRowScores) -> PerRowScores:
-    """The same rows in another order, and what was measured of them."""
+    """The same rows in another order, with their measures."""
     order = list(range(len(found.rows)))
     random.Random(4).shuffle(order)
     places = {was: now for now, was in enumerate(order)}
@@ -69,7 +69,7 @@ def turn_rows(found: PerRowScores) -> PerRowScores:
     return PerRowScores(*sides, rows)
 
 
-def test_the_same_adapter_twice_cannot_be_told_apart(compare, good, twin):
+def test_the_same_adapter_twice_is_inconclusive(compare, good, twin):
     for other in (twin, good):
         pair = only(compare(good, other))
         assert pair["verdict"]["word"] == "inconclusive"
@@ -81,7 +81,7 @@ def test_the_same_adapter_twice_cannot_be_told_apart(compare, good, twin):
         }
 
 
-def test_scores_that_rounding_moves_are_of_one_base(compare, tmp_path, good, twin, read):
+def test_scores_that_differ_by_rounding_share_one_base(compare, tmp_path, good, twin, read):
     moved = shutil.copytree(twin, tmp_path / "moved")
     scores = read_json(moved / "evaluation" / EVALUATION)
     scores["base"]["loss"] += 1e-7
@@ -91,7 +91,7 @@ def test_scores_that_rounding_moves_are_of_one_base(compare, tmp_path, good, twi
     assert "base scores differ" not in read()
 
 
-def test_rows_in_another_order_are_joined_by_what_they_say(compare, tmp_path, train, good):
+def test_rows_in_another_order_are_joined_by_content(compare, tmp_path, train, good):
     worse = train("short", "train.num_train_epochs=1")
     turned = shutil.copytree(worse, tmp_path / "turned")
     change_measures(turned, turn_rows)
@@ -100,7 +100,7 @@ def test_rows_in_another_order_are_joined_by_what_they_say(compare, tmp_path, tr
     assert straight["difference"]["loss"]["value"] != 0
 
 
-def test_an_adapter_from_rows_in_another_order_cannot_be_told_apart(compare, train, good, place):
+def test_an_adapter_from_rows_in_another_order_is_inconclusive(compare, train, good, place):
     lines = (place / "rows.jsonl").read_text().splitlines(keepends=True)
     random.Random(2).shuffle(lines)
     (place / "turned.jsonl").write_text("".join(lines))
@@ -111,7 +111,7 @@ def test_an_adapter_from_rows_in_another_order_cannot_be_told_apart(compare, tra
     assert "training noise" in pair["verdict"]["reason"]
 
 
-def test_a_run_that_learned_less_is_worse_and_the_other_way_round_better(compare, train, good, read):
+def test_a_run_that_learned_less_is_worse_and_the_reverse_is_better(compare, train, good, read):
     short = train("shorter", "train.num_train_epochs=null", "train.max_steps=1")
     pair, back = (only(compare(*runs)) for runs in ((good, short), (short, good)))
     assert (pair["verdict"]["word"], back["verdict"]["word"]) == ("worse", "better")
@@ -130,7 +130,7 @@ def test_a_difference_is_that_of_the_scores(compare, train, good):
         assert low <= found["value"] <= high
 
 
-def test_the_files_say_what_the_table_says(compare, tmp_path, train, good, read):
+def test_the_files_contain_the_content_of_the_table(compare, tmp_path, train, good, read):
     runs = (
         good,
         train("short", "train.num_train_epochs=1"),
@@ -158,7 +158,7 @@ def test_the_files_say_what_the_table_says(compare, tmp_path, train, good, read)
     assert run["trainable"] == manifest["adapt"]["facts"]["trainable"]
 
 
-def test_other_test_rows_are_refused_with_how_many_differ(compare, train, good, place):
+def test_other_test_rows_are_refused_with_the_number_that_differ(compare, train, good, place):
     lines = (place / "rows.jsonl").read_text().splitlines(keepends=True)
     (place / "fewer.jsonl").write_text("".join(lines[:40]))
     fewer = train("fewer", f"data.train={place}/fewer.jsonl")
@@ -175,20 +175,20 @@ def test_other_test_rows_are_refused_with_how_many_differ(compare, train, good, 
         ("all-learned", ["data.train_on=all"], "data.train_on: all, and good with assistant"),
     ],
 )
-def test_other_settings_of_measurement_are_refused_by_name(compare, train, good, name, sets, said):
+def test_other_measurement_settings_are_refused_by_name(compare, train, good, name, sets, said):
     other = train(name, "train.num_train_epochs=null", "train.max_steps=1", *sets)
     with pytest.raises(RecipeError, match=said):
         compare(good, other)
 
 
-def test_a_metric_of_one_run_alone_is_left_out_with_the_reason(compare, train, good):
+def test_a_metric_of_only_one_run_is_omitted_with_the_reason(compare, train, good):
     other = train("more", "train.num_train_epochs=null", "train.max_steps=1", "evaluate.metrics=[loss, chrf]")
     pair = only(compare(good, other))
     assert list(pair["difference"]) == ["loss"]
     assert pair["left_out"]["chrf"] == "measured in more alone"
 
 
-def test_losses_by_token_of_other_tokenizers_are_left_out(compare, good, twin):
+def test_losses_per_token_of_other_tokenizers_are_omitted(compare, good, twin):
     def count_otherwise(found: PerRowScores) -> PerRowScores:
         loss = replace(found.tuned["loss"], sums_NK=found.tuned["loss"].sums_NK * np.array([1.0, 2.0]))
         return replace(found, tuned={**found.tuned, "loss": loss})
@@ -208,7 +208,7 @@ def test_other_tasks_are_refused(compare, train, good, place):
         compare(good, other)
 
 
-def test_all_that_is_wrong_with_the_folders_is_told_at_once(compare, tmp_path, train, good):
+def test_all_problems_with_the_folders_are_reported_at_once(compare, tmp_path, train, good):
     unscored = train("unscored", "train.num_train_epochs=null", "train.max_steps=1", until="train")
     prepared = train("prepared", until="prepare")
     with pytest.raises(RecipeError) as error:
@@ -237,19 +237,19 @@ def test_damaged_scores_are_an_error_of_the_environment(compare, good, twin, nam
         compare(good, twin)
 
 
-def test_scores_of_an_older_run_are_to_be_made_anew(compare, good, twin):
+def test_scores_of_an_older_run_must_be_recomputed(compare, good, twin):
     (twin / "evaluation" / "measures.npz").unlink()
     seal(twin)
     with pytest.raises(EnvironmentProblem, match="no row scores"):
         compare(good, twin)
 
 
-def test_one_run_alone_is_refused(compare, good):
+def test_a_single_run_is_refused(compare, good):
     with pytest.raises(RecipeError, match="a single run"):
         compare(good)
 
 
-def test_runs_are_named_by_the_shortest_ends_that_tell_them_apart():
+def test_runs_are_named_by_their_shortest_distinct_suffixes():
     paths = [Path("/a/x/lora"), Path("/a/y/lora"), Path("/a/y/full")]
     assert name_runs(paths) == ["x/lora", "y/lora", "y/full"]
     assert name_runs(paths[1:]) == ["lora", "full"]
@@ -264,7 +264,7 @@ def test_runs_are_named_by_the_shortest_ends_that_tell_them_apart():
         (["good", "good", "--methods", "full,lora"], 2, "--methods goes with one recipe"),
     ],
 )
-def test_a_call_that_makes_no_sense_ends_with_what_to_do(place, good, words, code, said, monkeypatch):
+def test_an_invalid_call_ends_with_advice(place, good, words, code, said, monkeypatch):
     monkeypatch.chdir(place)
     done = invoke("compare", *words)
     assert (done.exit_code, done.stdout) == (code, "")
@@ -291,7 +291,7 @@ def test_the_command_prints_one_json_document_or_the_comparison_on_stdout(place,
 
 @pytest.fixture
 def made(good, train):
-    """Two runs side by side, under a name that is no markup, and with figures of our own."""
+    """Two runs, under a name that contains markup, and with fixed figures."""
     shorter = train("shorter", "train.num_train_epochs=null", "train.max_steps=1")
     comparison = make_comparison(open_runs([good, shorter]), "methods", "<b>tickets</b>")
     figures = {"train_seconds": 100.0, "peak_bytes": 2_000_000_000, "rate": "the recipe's", "gates": ()}
@@ -303,7 +303,7 @@ def made(good, train):
 SECRET = "hf_" + "s3cret" * 6
 
 
-def test_what_a_method_costs_is_told_beside_the_first(made):
+def test_a_methods_cost_is_reported_relative_to_the_first(made):
     assert describe_pair(made.pairs[0]).startswith("shorter is worse than good. Worse in loss")
     same = replace(made.pairs[0], verdict=Verdict("inconclusive", ""))
     told = describe_pairs([made.pairs[0], *[same] * 9])
@@ -315,7 +315,7 @@ def test_what_a_method_costs_is_told_beside_the_first(made):
     assert told.startswith("Beside good, shorter takes 40 % of the training time, 100 % of the peak memory")
 
 
-def test_names_stay_text_secrets_are_taken_out_and_a_number_that_is_not_there_is_a_dash(made, tmp_path, console):
+def test_names_stay_text_secrets_are_redacted_and_a_missing_number_is_a_dash(made, tmp_path, console):
     pair = replace(made.pairs[0], left_out={"loss": "other units"})
     bare = replace(made.runs[1], train_seconds=None, peak_bytes=None, trainable=None, share=None, difference={})
     made = replace(made, runs=[made.runs[0], bare], pairs=[pair])
@@ -332,7 +332,7 @@ def test_names_stay_text_secrets_are_taken_out_and_a_number_that_is_not_there_is
         assert SECRET not in (tmp_path / name).read_text()
 
 
-def test_the_picture_is_the_same_bytes_again(made, tmp_path, console):
+def test_the_picture_is_reproducible_byte_for_byte(made, tmp_path, console):
     pictures = []
     for name in ("a", "b"):
         finish(made, tmp_path / name, console)

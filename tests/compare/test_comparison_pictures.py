@@ -37,11 +37,11 @@ def make_pairs(runs):
 RUNS = [make_run("lora", 0.9, 80), make_run("full", 0.91, 160), make_run("ia3", 0.7, 70), make_run("miss", 0.9, 81)]
 
 
-def test_the_front_is_what_nothing_beats_at_its_cost():
+def test_the_front_has_the_points_that_none_beats_at_their_cost():
     assert find_front([(3, 0.9), (1, 0.5), (2, 0.5), (4, 0.8), (1, 0.4)]) == [1, 0]
 
 
-def test_intervals_are_of_the_difference_from_the_best_whichever_stands_first():
+def test_intervals_are_of_the_difference_from_the_best_in_any_order():
     found = dict(find_intervals("full", list(make_pairs(RUNS)), "accuracy"))
     assert found == {
         "lora": pytest.approx((-0.06, 0.04)),
@@ -50,7 +50,7 @@ def test_intervals_are_of_the_difference_from_the_best_whichever_stands_first():
     }
 
 
-def test_what_is_clearly_behind_is_grey_and_no_name_covers_another(tmp_path):
+def test_clearly_worse_runs_are_grey_and_names_do_not_overlap(tmp_path):
     draw_pareto(tmp_path / "pareto", RUNS, list(make_pairs(RUNS)), "accuracy")
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     texts = [

@@ -1,4 +1,4 @@
-"""A sweep: what it searches, what it refuses, that it goes on as if it had not been stopped, and what it claims."""
+"""A sweep: its search, its refusals, resuming after a kill, and its claims."""
 
 import json
 import os
@@ -26,7 +26,7 @@ COLOURS = ("red", "green", "blue", "black")
 
 
 def write_noise(path: Path, seed: int, rows: int = 60) -> Path:
-    """Questions whose answers are drawn by lot: there is nothing to learn but the words."""
+    """Questions with random answers: only the words can be learned."""
     draw = random.Random(seed)
     return write_jsonl(
         path, [chat(f"Which colour has number {i * 7 + seed}?", draw.choice(COLOURS)) for i in range(rows)]
@@ -53,7 +53,7 @@ def run_sweep(out: str, trials: int = 5, **more: object) -> dict[str, object]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-def test_a_sweep_that_was_killed_in_a_trial_ends_as_one_that_was_not(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_sweep_killed_in_a_trial_ends_like_an_uninterrupted_one(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     write_sweep(tiny_llama)
     whole = run_sweep("whole", 7)
     report, calls = optuna.trial.Trial.report, []
@@ -79,8 +79,8 @@ def test_a_sweep_that_was_killed_in_a_trial_ends_as_one_that_was_not(tiny_llama:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-def test_a_sweep_that_the_system_kills_with_all_its_processes_ends_as_one_that_it_does_not(tiny_llama: Path):
-    """By SIGKILL to the process group, twice, each time in the middle of two trials that train side by side."""
+def test_a_sweep_killed_with_all_its_processes_ends_like_an_uninterrupted_one(tiny_llama: Path):
+    """SIGKILL to the process group, twice, each time in the middle of two trials that train in parallel."""
     write_sweep(tiny_llama)
     words = ("sweep", "recipe.yaml", "--space", "space.yaml", "--trials", "5", "--processes", "2", "--json")
     whole = llmtune(*words, "--out", "whole", cwd=Path.cwd())
@@ -109,7 +109,7 @@ def test_a_sweep_that_the_system_kills_with_all_its_processes_ends_as_one_that_i
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-def test_trials_side_by_side_are_those_of_a_round_and_the_test_rows_are_read_at_the_end_alone(tiny_llama: Path):
+def test_parallel_trials_form_a_round_and_the_test_rows_are_read_only_at_the_end(tiny_llama: Path):
     write_sweep(tiny_llama)
     done = invoke(
         "sweep", "recipe.yaml", "--space", "space.yaml", "--trials", 3, "--processes", 2, "--out", "out", "--json"
@@ -123,7 +123,7 @@ def test_trials_side_by_side_are_those_of_a_round_and_the_test_rows_are_read_at_
 
 
 @pytest.mark.usefixtures("here")
-def test_a_space_that_cannot_be_searched_is_refused_with_all_that_is_wrong(tiny_llama: Path):
+def test_an_invalid_space_is_refused_with_all_its_problems(tiny_llama: Path):
     write_sweep(tiny_llama)
     bad = [
         "data.max_length: [64, 128]",
@@ -162,11 +162,11 @@ def test_a_recipe_without_rows_to_rank_by_or_to_measure_on_is_refused(tiny_llama
     Path("other").mkdir()
     Path("other/file").write_text("")
     done = invoke("sweep", "recipe.yaml", "--space", "space.yaml", "--out", "other")
-    assert (done.exit_code, "no sweep" in done.stderr) == (2, True)
+    assert (done.exit_code, "not a sweep" in done.stderr) == (2, True)
 
 
 @pytest.mark.slow
-def test_of_forty_sweeps_where_nothing_can_be_learned_two_at_most_claim_a_gain(
+def test_of_forty_sweeps_without_anything_to_learn_at_most_two_claim_a_gain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     encoder, words = build_bert(tmp_path / "model"), []

@@ -48,7 +48,7 @@ def tasks(tmp_path: Path) -> Path:
 
 @dataclass
 class Bench:
-    """What evaluate needs, and the order in which it enters the models."""
+    """Evaluation inputs, and the order in which evaluation enters the models."""
 
     recipe: Recipe
     rows: Any
@@ -58,7 +58,7 @@ class Bench:
     console: Any
     entered: list[str] = field(default_factory=list)
     steps: int = 80
-    """Of the training that makes the tuned model."""
+    """Training options for the tuned model."""
 
     @property
     def task(self):
@@ -81,7 +81,7 @@ class Bench:
         return enter
 
     def teach(self, model):
-        """Learn the test rows by heart: a gain that evaluation has to see."""
+        """Memorize the test rows: a gain that evaluation must detect."""
         learn_by_heart(model, list(self.reader), self.task, self.processor.pad_token_id, self.steps)
 
     def evaluate(self, folder: Path | None = None, **settings):
@@ -116,7 +116,7 @@ def build_bench(folder: Path, rows: Path, model: Path, text: str = RECIPE, **dat
 
 @pytest.fixture(scope="session")
 def build():
-    """What builds a bench on any rows and any model."""
+    """Build a bench on any rows and any model."""
     return build_bench
 
 
@@ -132,7 +132,7 @@ def make_bench(tmp_path, tiny_llama, chat_rows):
 
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory, tiny_llama) -> Bench:
-    """The rows and examples of the plain bench, which no test changes."""
+    """The rows and examples of the plain bench; tests do not change them."""
     folder = tmp_path_factory.mktemp("colours")
     return build_bench(folder, write_colours(folder / "chat.jsonl"), tiny_llama)
 
@@ -144,7 +144,7 @@ def bench(colours, console) -> Bench:
 
 @pytest.fixture(scope="session")
 def measured(colours, tmp_path_factory):
-    """Every metric of the plain bench: the bench, what was found, and the folder of the predictions."""
+    """Every metric of the plain bench: the bench, the results, and the folder of the predictions."""
     folder = tmp_path_factory.mktemp("measured")
     bench = replace(colours, entered=[])
     return bench, bench.evaluate(folder, metrics=METRICS, gates=("loss < base",)), folder
@@ -152,12 +152,12 @@ def measured(colours, tmp_path_factory):
 
 @pytest.fixture
 def drawn_once(monkeypatch):
-    """The same resamples in each trial, as they cost most of the time: rows are new in each, so trials do not agree."""
+    """Reuse the resamples in each trial to save time: rows are new in each, so trials stay independent."""
     draw = statistics.draw_counts
     monkeypatch.setattr(statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw(rows, 0, resamples))))
 
 
 @pytest.fixture
 def without_p(monkeypatch):
-    """No permutations: gates look at intervals only."""
+    """Skip permutations: gates use only intervals."""
     monkeypatch.setattr(statistics, "permutation_p", lambda *arguments: 1.0)

@@ -1,4 +1,4 @@
-"""Answers in the template's parts: their text, their calls, and those that were cut."""
+"""Answers parsed by the template: text, calls, and truncation."""
 
 import json
 
@@ -38,12 +38,12 @@ generation: {{max_new_tokens: 90}}
 
 
 def write_rows(folder, rows):
-    """Write test rows, and beside them one to train on."""
+    """Write test rows, and one training row next to them."""
     write_jsonl(folder / "test.jsonl", rows)
     return write_jsonl(folder / "rows.jsonl", [conversation("What is a fox?", "An animal.")])
 
 
-def test_empty_thoughts_of_the_template_are_no_part_of_an_answer(tmp_path, build):
+def test_the_templates_empty_thoughts_are_not_part_of_an_answer(tmp_path, build):
     model = build_llama(tmp_path / "model", EMPTY_THOUGHTS)
     rows = [conversation(f"Which colour is number {i}?", colour) for i, colour in enumerate(("red", "green", "blue"))]
     bench = build(tmp_path, write_rows(tmp_path, rows), model, text=LONG)
@@ -56,7 +56,7 @@ def test_empty_thoughts_of_the_template_are_no_part_of_an_answer(tmp_path, build
 
 
 @pytest.mark.parametrize("task", [name for name, facts in TASK_FACTS.items() if facts.templated and facts.generates])
-def test_every_task_that_asks_by_the_template_reads_its_answers_by_it(task):
+def test_every_task_that_prompts_with_the_template_parses_its_answers_with_it(task):
     tokenizer = tokenizer_with(EMPTY_THOUGHTS)
     written = tokenizer("<think>\n\n</think>\n\nred<|im_end|>")["input_ids"]
     assert answer_reader(tokenizer, recipe_for(task))(written, None).text == "red"
@@ -64,7 +64,7 @@ def test_every_task_that_asks_by_the_template_reads_its_answers_by_it(task):
 
 @pytest.fixture(scope="module")
 def weather(tmp_path_factory, build):
-    """A bench of rows with tools, and of one without, that a model has learned; what was found, and the folder."""
+    """A bench of rows with tools, and one without, learned by a model; the results, and the folder."""
     folder = tmp_path_factory.mktemp("weather")
     rows = [weather_row("Paris"), weather_row("Rome"), conversation("Write a call!", LOOKS_LIKE_A_CALL)]
     bench = build(folder, write_rows(folder, rows), build_llama(folder / "model", HERMES), LONG)
@@ -72,7 +72,7 @@ def weather(tmp_path_factory, build):
     return bench, bench.evaluate(folder), folder
 
 
-def test_every_answer_of_a_row_with_tools_is_asked_behind_its_recorded_turns(weather):
+def test_every_answer_of_a_row_with_tools_is_generated_after_its_recorded_turns(weather):
     bench, found, folder = weather
     tools = [line for line in lines_of(folder) if "tuned_parts" in line]
     assert len(tools) == 2
@@ -86,7 +86,7 @@ def test_every_answer_of_a_row_with_tools_is_asked_behind_its_recorded_turns(wea
     assert f"{2 * len(tools)} answers to {len(tools)} rows" in found.signatures["generated.turns"]
 
 
-def test_calls_are_scored_beside_the_texts_of_all_rows(weather):
+def test_calls_are_scored_alongside_the_texts_of_all_rows(weather):
     _, found, _ = weather
     assert {metric: found.tuned[metric] for metric in TOOL_METRICS} == dict.fromkeys(TOOL_METRICS, 1.0)
     assert found.base["tool_name"] == 0
@@ -95,7 +95,7 @@ def test_calls_are_scored_beside_the_texts_of_all_rows(weather):
     assert found.difference["exact_match"].n == 3
 
 
-def test_an_answer_that_looks_like_a_call_is_text_where_its_row_offers_no_tools(weather):
+def test_an_answer_that_looks_like_a_call_is_text_if_its_row_offers_no_tools(weather):
     _, _, folder = weather
     (line,) = [line for line in lines_of(folder) if "tuned_parts" not in line]
     assert line["tuned"] == line["reference"] == LOOKS_LIKE_A_CALL
@@ -105,7 +105,7 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_a_row_that_ends_in_a_call_is_no_text_and_is_shown_as_a_call(tmp_path, build, console):
+def test_a_row_that_ends_in_a_call_is_not_text_and_is_shown_as_a_call(tmp_path, build, console):
     rows = [{**row, "messages": row["messages"][:2]} for row in map(weather_row, ("Paris", "Rome"))]
     bench = build(tmp_path, write_rows(tmp_path, rows), build_llama(tmp_path / "m", HERMES), LONG)
     bench.console, bench.steps = console, 0
@@ -128,12 +128,12 @@ def test_tools_without_a_valid_schema_are_reported_and_not_scored_as_valid(tmp_p
     assert "tool_call_valid is not measured" in " ".join(console.file.getvalue().split())
 
 
-def test_metrics_of_tools_are_left_out_where_no_row_has_tools(bench):
+def test_tool_metrics_are_omitted_if_no_row_has_tools(bench):
     assert {*TOOL_METRICS} <= {*measured_metrics(bench.recipe, has_tools=True)}
     assert not {*TOOL_METRICS} & {*measured_metrics(bench.recipe, has_tools=False)}
 
 
-def test_answers_that_were_cut_are_counted_and_told(bench, console):
+def test_truncated_answers_are_counted_and_reported(bench, console):
     longer = bench.recipe.generation.model_copy(update={"max_new_tokens": 1})
     bench.recipe, bench.steps = bench.recipe.model_copy(update={"generation": longer}), 0
     found = bench.evaluate(metrics=("exact_match",))
@@ -147,7 +147,7 @@ def test_answers_that_were_cut_are_counted_and_told(bench, console):
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
-def test_references_longer_than_answers_may_be_are_told_before_training(make_bench, train_on):
+def test_references_longer_than_max_new_tokens_are_reported_before_training(make_bench, train_on):
     rows = [conversation(f"What is {i}?", "ten " * i) for i in range(1, 30)]
     bench = make_bench(rows=rows, train_on=train_on)
     warn_of_cuts(bench.rows, bench.examples, bench.task, bench.processor, bench.recipe, bench.console)
@@ -170,7 +170,7 @@ LEARNED = [
 @pytest.mark.parametrize(
     "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY_FILES]
 )
-def test_a_model_that_learned_its_rows_is_right_on_all_of_them(family):
+def test_a_model_that_learned_its_rows_answers_all_of_them_correctly(family):
     tokenizer, task = family_tokenizer(family), get_task("chat")
     recipe = recipe_for(max_length=2048)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Benchmarks of lm-eval on base and tuned model: its own scores, with paired intervals."""
+"""Benchmarks of lm-eval on base and tuned model: lm-eval's scores, with paired intervals."""
 
 import contextlib
 import io
@@ -33,7 +33,7 @@ from llmtune.store.run_request import RunRequest
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose model has learned the questions of the benchmarks by heart."""
+    """A run whose model has memorized the benchmark questions."""
     place = tmp_path_factory.mktemp("harness")
     write_tasks(place)
     model = build_llama(place / "model")
@@ -62,7 +62,7 @@ def lm_eval_files(run: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def plain_lm_eval(place: Path, **settings: Any) -> dict[str, Any]:
-    """What lm-eval says of a model that it loads by itself, a request at a time."""
+    """lm-eval's results for a model that it loads itself, one request at a time."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -85,7 +85,7 @@ def numbers(results: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("name", "adapter"), [("base", {}), ("tuned", {"peft": "run/adapter"})])
-def test_scores_are_those_of_lm_eval_with_a_model_that_it_loads_itself(
+def test_scores_equal_those_of_lm_eval_with_a_model_it_loads_itself(
     done: Path, name: str, adapter: dict[str, str]
 ) -> None:
     plain = numbers(plain_lm_eval(done, pretrained="model", **adapter))
@@ -98,7 +98,7 @@ def test_scores_are_those_of_lm_eval_with_a_model_that_it_loads_itself(
     assert scores["read.bits_per_byte"] == pytest.approx(plain["read_colours/bits_per_byte,none"])
 
 
-def test_what_was_learned_is_seen_with_paired_intervals_over_the_questions(done: Path) -> None:
+def test_learning_shows_as_paired_intervals_over_the_questions(done: Path) -> None:
     found = study(done)
     for metric in ("choose.acc", "write.exact_match.strict-match"):
         change = found["difference"][metric]
@@ -110,7 +110,7 @@ def test_what_was_learned_is_seen_with_paired_intervals_over_the_questions(done:
     assert found["better"]["read.bits_per_byte"] == -1
 
 
-def test_a_score_that_does_not_add_up_question_by_question_has_no_interval_and_says_so(done: Path) -> None:
+def test_a_score_that_is_not_a_sum_over_questions_has_no_interval_and_says_so(done: Path) -> None:
     found = study(done)
     assert found["tuned"]["write.chrf.strict-match"] > found["base"]["write.chrf.strict-match"]
     assert "write.chrf.strict-match" not in found["difference"]
@@ -129,7 +129,7 @@ def again(place: Path, *sets: str) -> dict[str, Any]:
     return {**found, "out": out}
 
 
-def test_limit_examples_and_template_are_heeded_by_each_benchmark_alone(done: Path) -> None:
+def test_limit_examples_and_template_apply_to_one_benchmark_only(done: Path) -> None:
     choose, write, read = (done / f"{name}.yaml" for name in ("choose", "write", "read"))
     named = f"{{task: {choose}, limit: 7, num_fewshot: 2}}, {{task: {write}, apply_chat_template: true}}, {read}"
     found = again(done, f"evaluate.benchmarks=[{named}]")
@@ -146,14 +146,14 @@ def test_limit_examples_and_template_are_heeded_by_each_benchmark_alone(done: Pa
     assert {name: one["config"]["limit"] for name, one in saved.items()} == {"choose": 7, "write": None, "read": None}
 
 
-def test_requests_that_are_cut_to_fit_the_context_are_counted(done: Path) -> None:
+def test_requests_truncated_to_fit_the_context_are_counted(done: Path) -> None:
     (done / "long.yaml").write_text(CHOOSE + f"description: {'the sky is blue and ' * 600}\n")
     long = again(done, f"evaluate.benchmarks=[{{task: {done / 'long.yaml'}, limit: 2}}]")
     assert "8 requests truncated on the left" in long["signatures"]["long.acc"]
     assert "truncated on the left" not in study(done)["signatures"]["choose.acc"]
 
 
-def test_trained_tokens_of_tied_embeddings_are_scored_as_they_are(bench: Any) -> None:
+def test_trained_tokens_of_tied_embeddings_are_scored_as_trained(bench: Any) -> None:
     base = bench.load()
     base.config.tie_word_embeddings = True
     base.tie_weights()
@@ -178,7 +178,7 @@ def test_a_task_that_cannot_be_run_stops_a_run_before_training(done: Path) -> No
     assert not (done / "stopped" / "adapter").exists()
 
 
-def test_a_mistake_that_shows_while_questions_are_asked_is_told_without_a_traceback(done: Path) -> None:
+def test_an_error_during_the_questions_is_reported_without_a_traceback(done: Path) -> None:
     (done / "late.py").write_text("def score(row, said):\n    return {'acc': row['lost']}\n")
     (done / "late.yaml").write_text(CHOOSE + "process_results: !function late.score\n")
     with pytest.raises(DataError, match=r"late\.yaml: lm-eval cannot use the task: KeyError 'lost'"):
@@ -186,7 +186,7 @@ def test_a_mistake_that_shows_while_questions_are_asked_is_told_without_a_traceb
 
 
 @pytest.mark.parametrize("weighed", [True, False])
-def test_a_group_has_a_score_and_an_interval_beside_those_of_its_tasks(done: Path, weighed: bool) -> None:
+def test_a_group_has_a_score_and_an_interval_besides_those_of_its_tasks(done: Path, weighed: bool) -> None:
     few = LIKELY.replace("test_split: test", "test_split: test\nprocess_docs: !function first.ten")
     (done / "likely.yaml").write_text(few)
     (done / "first.py").write_text("def ten(rows):\n    return rows.select(range(10))\n")
@@ -231,7 +231,7 @@ def test_the_task_that_replaces_stereotype_pairs_gives_their_share_with_a_paired
 
 
 @pytest.mark.slow
-def test_two_processes_ask_as_one(done, tmp_path):
+def test_two_processes_give_the_same_scores_as_one(done, tmp_path):
     studies = []
     for processes in (1, 2):
         run = Path(shutil.copytree(done / "run", tmp_path / f"run-{processes}"))

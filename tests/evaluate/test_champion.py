@@ -1,4 +1,4 @@
-"""`evaluate.champion`: what is opened, what is refused, and what the pairs come to."""
+"""`evaluate.champion`: opening it, refusals, and paired comparison."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def recipe_with(champion: Path, *sets: str) -> Any:
     return load_recipe(champion.parent.parent / "tiny.yaml", [f"evaluate.champion={champion}", *sets]).recipe
 
 
-def test_rows_are_paired_by_their_content_whatever_their_order(champion: Path) -> None:
+def test_rows_are_paired_by_content_in_any_order(champion: Path) -> None:
     opened = open_champion(recipe_with(champion))
     assert opened is not None
     names = ["a", "b", "c", "d", "e", "f"]
@@ -55,7 +55,7 @@ def test_rows_are_paired_by_their_content_whatever_their_order(champion: Path) -
     assert found.difference["accuracy"].value == pytest.approx(1 / 6)  # c became right
 
 
-def test_only_rows_of_both_are_compared_and_both_scores_are_those_on_them(champion: Path) -> None:
+def test_only_shared_rows_are_compared_and_both_scores_cover_only_them(champion: Path) -> None:
     opened = open_champion(recipe_with(champion))
     assert opened is not None
     evaluation, measures = scored([True, True, False, False], ["gone", "a", "b", "c"])
@@ -73,7 +73,7 @@ def test_only_rows_of_both_are_compared_and_both_scores_are_those_on_them(champi
         compare_with_champion(first, recipe_with(champion), *scored([True], ["other"]))
 
 
-def test_rows_that_belong_together_are_drawn_together_against_a_champion_too(champion: Path) -> None:
+def test_grouped_rows_are_drawn_together_against_a_champion_too(champion: Path) -> None:
     opened = open_champion(recipe_with(champion))
     assert opened is not None
     names, groups = ["a", "b", "c", "d", "e", "f"], (0, 0, 1, 1, 2, 2)
@@ -92,7 +92,7 @@ def test_rows_that_belong_together_are_drawn_together_against_a_champion_too(cha
     assert (difference.n, difference.groups) == (6, 3)
 
 
-def test_another_task_and_the_run_itself_are_no_champion(champion: Path) -> None:
+def test_another_task_or_the_run_itself_cannot_be_the_champion(champion: Path) -> None:
     other = recipe_with(champion).model_copy(update={"task": "completion"})
     with pytest.raises(RecipeError, match="has task chat, but this recipe has task completion"):
         open_champion(other)
@@ -100,7 +100,7 @@ def test_another_task_and_the_run_itself_are_no_champion(champion: Path) -> None
         open_champion(recipe_with(champion), champion)
 
 
-def test_a_champion_that_is_none_ends_the_check_and_the_run_with_exit_code_2(champion: Path, tmp_path: Path) -> None:
+def test_an_invalid_champion_ends_the_check_and_the_run_with_exit_code_2(champion: Path, tmp_path: Path) -> None:
     recipe = champion.parent.parent / "tiny.yaml"
     unscored = shutil.copytree(champion, tmp_path / "unscored")
     manifest = (unscored / "run.json").read_text()
@@ -114,7 +114,7 @@ def test_a_champion_that_is_none_ends_the_check_and_the_run_with_exit_code_2(cha
     assert not (tmp_path / "new" / "data").exists()
 
 
-def test_other_settings_and_rows_that_the_champion_learned_are_refused_before_training(
+def test_other_settings_and_rows_the_champion_learned_are_refused_before_training(
     champion: Path, tmp_path: Path, tiny_llama: Path
 ) -> None:
     learned = {json.dumps({"messages": row["messages"]}) for row in read_split(champion, "train")}
@@ -140,7 +140,7 @@ def read_split(run: Path, split: str) -> list[dict[str, Any]]:
     return [row for _, row in iterate_rows(load_rows(run / "data" / "rows"), split)]
 
 
-def test_on_a_file_that_grew_rows_of_both_are_compared_and_the_champions_model_answers_more(
+def test_on_a_grown_file_shared_rows_are_compared_and_the_champions_model_answers_more(
     champion: Path, tmp_path: Path, tiny_llama: Path
 ) -> None:
     place = champion.parent
@@ -170,7 +170,7 @@ def test_on_a_file_that_grew_rows_of_both_are_compared_and_the_champions_model_a
     assert f"champion: {alone['rows']} of {len(now)} test rows are test rows of the champion too" in again.stderr
 
 
-def test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another(
+def test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_another_one(
     champion: Path, tmp_path: Path
 ) -> None:
     recipe = champion.parent.parent / "tiny.yaml"
@@ -202,6 +202,6 @@ def test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against
     assert found is not None
     assert found.champion is not None
     assert found.champion.left_out == {
-        "loss": "measured in this run alone",
-        "exact_match": "measured in this run alone",
+        "loss": "measured only in this run",
+        "exact_match": "measured only in this run",
     }

@@ -30,7 +30,7 @@ def softmax(logits):
 
 
 def draw(kind, rows=ROWS, seed=0, labels=LABELS):
-    """Scores that know something of the references; numbers are rounded so that there are ties."""
+    """Scores that correlate with the references; numbers are rounded to create ties."""
     generator = np.random.default_rng(seed)
     if kind == "single":
         classes = generator.choice(len(labels), size=rows)
@@ -87,7 +87,7 @@ CASES = [(kind, metric) for kind, metrics in CLASS_METRICS.items() for metric in
 
 @pytest.mark.parametrize(("kind", "metric"), CASES)
 @pytest.mark.parametrize("seed", range(6))
-def test_the_score_of_a_handful_of_rows_is_that_of_the_library_though_classes_are_missing(kind, metric, seed):
+def test_scores_of_a_few_rows_equal_the_librarys_even_if_classes_are_missing(kind, metric, seed):
     scores, references = draw(kind, rows=4, seed=seed)
     wanted = by_the_library(metric, kind, scores, references)
     found = measure_classes(metric, kind, scores, references, LABELS).value
@@ -95,7 +95,7 @@ def test_the_score_of_a_handful_of_rows_is_that_of_the_library_though_classes_ar
 
 
 @pytest.mark.parametrize("metric", CLASS_METRICS["single"])
-def test_two_classes_are_scored_as_the_library_scores_them(metric):
+def test_two_classes_are_scored_as_in_the_library(metric):
     labels = ("no", "yes")
     scores, references = draw("single", labels=labels)
     wanted = by_the_library(metric, "single", scores, references, labels)
@@ -104,7 +104,7 @@ def test_two_classes_are_scored_as_the_library_scores_them(metric):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=12))
-def test_the_area_with_any_ties_is_that_of_scikit_learn(rows):
+def test_the_area_with_ties_equals_that_of_scikit_learn(rows):
     score, true = np.array([score / 3 for score, _ in rows]), [true for _, true in rows]
     references = [("no", "yes")[value] for value in true]
     found = measure_classes("auroc", "single", np.stack([1 - score, score], 1), references, ("no", "yes")).value
@@ -112,7 +112,7 @@ def test_the_area_with_any_ties_is_that_of_scikit_learn(rows):
 
 
 @pytest.mark.parametrize("metric", ["pearson", "spearman"])
-def test_numbers_that_are_all_the_same_correlate_with_nothing(metric):
+def test_constant_numbers_correlate_with_nothing(metric):
     wanted = [0.1, 0.2, 0.9, 0.4]
     same = np.full((4, 1), 0.1) * 3
     assert measure_classes(metric, "regression", same, wanted, ()).value == 0
@@ -120,7 +120,7 @@ def test_numbers_that_are_all_the_same_correlate_with_nothing(metric):
 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])
-def test_the_table_of_classes_is_that_of_scikit_learn(kind):
+def test_the_class_table_equals_that_of_scikit_learn(kind):
     scores, references = draw(kind, rows=6, seed=3)
     wanted = indexes(references) if kind == "single" else indicators(references)
     found = scores.argmax(1) if kind == "single" else scores > 0.5
@@ -131,7 +131,7 @@ def test_the_table_of_classes_is_that_of_scikit_learn(kind):
         assert [row[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(list(values), abs=1e-12)
 
 
-def test_the_confusion_matrix_is_that_of_scikit_learn():
+def test_the_confusion_matrix_equals_that_of_scikit_learn():
     scores, references = draw("single", seed=2)
     wanted = sklearn.confusion_matrix(indexes(references), scores.argmax(1), labels=range(3))
     found = confusion(scores, references, LABELS)
@@ -139,14 +139,14 @@ def test_the_confusion_matrix_is_that_of_scikit_learn():
     assert found != wanted.T.tolist()
 
 
-def test_the_majority_is_the_most_frequent_label_of_training():
+def test_the_majority_baseline_predicts_the_most_frequent_training_label():
     scores = majority_scores(["bad", "good", "good", "fair"], "single", LABELS, 3)
     assert scores.tolist() == [[0.25, 0.25, 0.5]] * 3
     assert measure_classes("accuracy", "single", scores, ["good", "bad", "good"], LABELS).value == 2 / 3
     assert measure_classes("auroc", "single", scores, ["good", "bad", "good"], LABELS).value == 0.5
 
 
-def test_the_majority_of_numbers_is_their_mean():
+def test_the_majority_baseline_for_numbers_predicts_their_mean():
     scores = majority_scores([1.0, 2.0, 6.0], "regression", (), 4)
     assert scores.tolist() == [[3.0]] * 4
     assert measure_classes("mse", "regression", scores, [3.0, 4.0, 3.0, 3.0], ()).value == 0.25
@@ -182,14 +182,14 @@ def entity_score(metric, predicted, reference):
 
 @settings(max_examples=200, deadline=None)
 @given(TAGGED_ROWS)
-def test_the_score_of_entities_is_that_of_seqeval_for_any_tags(rows):
+def test_entity_scores_equal_those_of_seqeval_for_any_tags(rows):
     predicted, reference = [[tag for tag, _ in row] for row in rows], [[tag for _, tag in row] for row in rows]
     for metric in ENTITY_METRICS:
         wanted = entity_score(metric, predicted, reference)
         assert measure_entities(metric, predicted, reference).value == pytest.approx(wanted, abs=1e-12)
 
 
-def test_the_table_of_types_is_that_of_seqeval():
+def test_the_type_table_equals_that_of_seqeval():
     report = seqeval.classification_report(REFERENCE, PREDICTED, output_dict=True, zero_division=0)
     found = entity_table(PREDICTED, REFERENCE)
     assert [row["label"] for row in found] == ["LOC", "MISC", "ORG", "PER"]

@@ -1,4 +1,4 @@
-"""Rows that belong together (`data.split_by`): their groups are drawn and swapped, from the data to the report."""
+"""Rows that belong together (`data.split_by`): groups are drawn and swapped as units, from data to report."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ DRAWS = {
 
 
 def false_alarms(draw, groups, size, trials):
-    """The shares of trials without a true difference whose interval leaves zero out, and whose p is below 5 %."""
+    """Shares of trials without a true difference whose interval excludes zero, and whose p is below 5 %."""
     generator, clusters, found = np.random.default_rng(5), np.repeat(np.arange(groups), size), np.zeros(2)
     for _ in range(trials):
         sums = [np.stack([one, np.ones(len(one))], 1) for one in draw(generator, groups, size)]
@@ -57,8 +57,8 @@ def false_alarms(draw, groups, size, trials):
 
 @pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: draw.__name__)
-def test_groups_that_move_together_seldom_raise_a_false_alarm(draw):
-    """One by one their rows do in about 3 of 10 trials."""
+def test_correlated_groups_seldom_raise_a_false_alarm(draw):
+    """Ungrouped, their rows do in about 3 of 10 trials."""
     assert max(false_alarms(draw, 12, 5, 300)) <= 0.065
 
 
@@ -66,12 +66,12 @@ def test_groups_that_move_together_seldom_raise_a_false_alarm(draw):
 @pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize(("groups", "size"), SIZES)
 @pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: draw.__name__)
-def test_groups_raise_a_false_alarm_in_65_of_1000_trials_at_most(draw, groups, size):
+def test_groups_raise_a_false_alarm_in_at_most_65_of_1000_trials(draw, groups, size):
     assert max(false_alarms(draw, groups, size, 2000)) <= 0.065
 
 
 @pytest.mark.parametrize("right_wrong", [True, False])
-def test_rows_that_are_each_alone_have_the_same_digits_with_groups_and_without(right_wrong):
+def test_singleton_groups_give_exactly_the_ungrouped_result(right_wrong):
     generator = np.random.default_rng(1)
     base, tuned = (
         replace(measure_right(list(generator.random(40) < 0.5), "exact_match"), right_wrong=right_wrong)
@@ -80,7 +80,7 @@ def test_rows_that_are_each_alone_have_the_same_digits_with_groups_and_without(r
     assert paired_difference(base, replace(tuned, clusters=tuple(range(40))), 0) == paired_difference(base, tuned, 0)
 
 
-def test_five_copies_of_each_row_say_no_more_than_the_rows():
+def test_five_copies_of_each_row_give_no_more_evidence_than_the_rows():
     generator = np.random.default_rng(2)
     base, tuned = (np.stack([generator.normal(0, 1, 30), np.ones(30)], 1) for _ in range(2))
     clusters = np.repeat(np.arange(30), 5)
@@ -93,7 +93,7 @@ def test_five_copies_of_each_row_say_no_more_than_the_rows():
     assert row_deviation(groups) == pytest.approx(row_deviation(rows) * 5**0.5)
 
 
-def test_metrics_of_ranks_draw_groups_too():
+def test_rank_metrics_draw_groups_too():
     generator = np.random.default_rng(2)
     base, tuned, clusters = generator.normal(0, 1, 30), generator.normal(0, 1, 30), np.repeat(np.arange(30), 5)
 
@@ -107,13 +107,13 @@ def test_metrics_of_ranks_draw_groups_too():
     assert (groups.n, groups.groups) == (150, 30)
 
 
-def test_a_measure_keeps_its_groups_when_rows_are_taken_out_and_put_in_order():
+def test_a_measure_keeps_its_groups_when_rows_are_removed_and_reordered():
     one = replace(measure_right([True, False, True, True], "exact_match"), at=(0, 1, 2, 3), clusters=(7, 7, 8, 9))
     assert one.subset({1, 2}).clusters == (7, 8)
     assert one.take([3, 0]).clusters == (9, 7)
 
 
-def test_a_gate_that_cannot_tell_says_how_many_rows_in_how_many_groups_would():
+def test_an_inconclusive_gate_names_the_rows_and_groups_it_needs():
     generator = np.random.default_rng(3)
     base, tuned = rows_that_flip_together(generator, 12, 5)
     clusters = tuple(np.repeat(np.arange(12), 5).tolist())
@@ -151,7 +151,7 @@ def test_groups_reach_scores_file_and_report(make_bench, tmp_path):
     assert "data.split_by" in text.text
 
 
-def test_test_rows_of_a_file_have_groups_too(make_bench, tmp_path):
+def test_test_rows_from_a_file_have_groups_too(make_bench, tmp_path):
     rows = [{**conversation(f"What is {i}?", "That."), "page": f"page {i // 4}"} for i in range(40)]
     held_out = write_jsonl(tmp_path / "test.jsonl", rows)
     text = GROUPED.replace("test: 0.4", f"test: {held_out}")

@@ -25,7 +25,7 @@ from llmtune.report.render_terminal import counting_bars
 
 
 def losses_by_hand(bench):
-    """Nats, tokens and right first choices of each test row, a row at a time with plain transformers."""
+    """Nats, tokens and correct first choices of each test row, one row at a time with plain transformers."""
     model, found = bench.load(), []
     for example in bench.reader:
         ids = torch.tensor([list(example.input_ids)])
@@ -50,7 +50,7 @@ def test_every_metric_of_the_task_is_measured_on_both_models(measured):
         assert metric in found.signatures
 
 
-def test_a_model_that_learned_the_rows_is_seen_to_be_better(measured):
+def test_a_model_that_learned_the_rows_is_found_better(measured):
     _, found, _ = measured
     for metric in ("loss", "perplexity", "bits_per_byte"):
         assert found.difference[metric].high < 0
@@ -61,7 +61,7 @@ def test_a_model_that_learned_the_rows_is_seen_to_be_better(measured):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_losses_are_those_of_plain_forward_passes(make_bench, packing):
+def test_losses_equal_those_of_plain_forward_passes(make_bench, packing):
     bench = make_bench(packing=packing)
     bench.steps = 0
     rows = losses_by_hand(bench)
@@ -74,7 +74,7 @@ def test_losses_are_those_of_plain_forward_passes(make_bench, packing):
     assert found["accuracy"] == pytest.approx(correct / tokens)
 
 
-def test_predictions_hold_a_line_a_row_that_adds_up_to_the_scores(measured):
+def test_predictions_have_a_line_per_row_and_add_up_to_the_scores(measured):
     bench, found, folder = measured
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == found.rows
@@ -90,7 +90,7 @@ def test_predictions_hold_a_line_a_row_that_adds_up_to_the_scores(measured):
         assert right == [line[f"{side}_choice_right"] for line in lines]
 
 
-def test_a_limit_is_on_generated_answers_alone(bench):
+def test_a_limit_applies_only_to_generated_answers(bench):
     bench.steps = 0
     found = bench.evaluate(metrics=("loss", "exact_match", "choice_accuracy"), limit=4)
     assert found.difference["exact_match"].n == 4
@@ -98,7 +98,7 @@ def test_a_limit_is_on_generated_answers_alone(bench):
     assert f"4 of {found.rows}" in found.signatures["generated"]
 
 
-def test_texts_without_a_prompt_have_losses_and_no_answers(make_bench):
+def test_texts_without_a_prompt_have_losses_but_no_answers(make_bench):
     text = """
 recipe_version: 1
 name: texts
@@ -158,13 +158,13 @@ def test_without_test_rows_nothing_is_measured_and_no_model_is_loaded(make_bench
     assert "no test rows" in bench.console.file.getvalue()
 
 
-def test_an_evaluation_comes_back_from_disk_as_it_was(measured, tmp_path):
+def test_an_evaluation_survives_a_round_trip_to_disk(measured, tmp_path):
     _, found, _ = measured
     save_evaluation(found, tmp_path / "saved")
     assert load_evaluation(tmp_path / "saved") == found
 
 
-def test_a_score_that_is_no_number_survives_the_disk_as_json(tmp_path):
+def test_a_nan_score_is_valid_json_and_survives_a_round_trip(tmp_path):
     change = Difference(math.nan, math.nan, math.nan, 1.0, 1)
     save_evaluation(Evaluation({"loss": math.nan}, {"loss": 1.0}, {"loss": change}, (), 1), tmp_path)
     json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
@@ -174,7 +174,7 @@ def test_a_score_that_is_no_number_survives_the_disk_as_json(tmp_path):
     assert check_gates(EvaluateSection(gates=("loss <= base", "loss.low > base")), found)[0].passed is False
 
 
-def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):
+def test_the_base_is_freed_before_the_tuned_model_is_loaded(bench):
     loaded, load = [], bench.load
 
     def watched():
@@ -188,7 +188,7 @@ def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):
     assert len(loaded) == 2
 
 
-def test_a_line_stands_for_a_bar_where_nobody_looks_on():
+def test_without_a_terminal_a_line_replaces_the_progress_bar():
     console = Console(file=io.StringIO())
     with counting_bars(console) as bars:
         add_bar(bars, "loss", 2)(2)
@@ -216,14 +216,14 @@ def long_question(i):
 
 @pytest.fixture
 def contaminated(make_bench, tmp_path):
-    """Twenty-four test rows, of which every second asks what a training row asks, in other signs."""
+    """Twenty-four test rows; every second one repeats a training row's question with other punctuation."""
     train = [turn(long_question(i), COLOURS[i % 3]) for i in range(30)]
     test = [turn(f"*{long_question(i)}*" if i % 2 else long_question(i + 100), COLOURS[i % 3]) for i in range(24)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
     return make_bench(RECIPE, train)
 
 
-def test_rows_that_overlap_are_counted_shown_kept_and_left_out_of_clean_scores(contaminated, tmp_path):
+def test_overlapping_rows_are_counted_shown_kept_and_excluded_from_clean_scores(contaminated, tmp_path):
     found = contaminated.evaluate(metrics=("loss", "exact_match"), samples=1)
     told = found.contamination
     assert (told.rows, told.overlapping, told.near, told.equal, told.short) == (24, 12, 12, 0, 0)
@@ -245,7 +245,7 @@ def test_rows_that_overlap_are_counted_shown_kept_and_left_out_of_clean_scores(c
     assert load_evaluation(tmp_path) == found
 
 
-def test_rows_left_out_for_being_like_a_test_row_are_told(contaminated, make_bench):
+def test_rows_dropped_for_resembling_a_test_row_are_reported(contaminated, make_bench):
     bench = make_bench(RECIPE, [turn(long_question(i), COLOURS[i % 3]) for i in range(30)], deduplicate="near")
     bench.steps = 0
     found = bench.evaluate(metrics=("loss",))
@@ -254,7 +254,7 @@ def test_rows_left_out_for_being_like_a_test_row_are_told(contaminated, make_ben
     assert "12 other rows were dropped from training" in " ".join(bench.console.file.getvalue().split())
 
 
-def test_of_rows_with_the_same_prompt_the_prompt_is_shown_and_not_the_answer(tmp_path):
+def test_for_rows_with_the_same_prompt_the_prompt_is_shown_and_not_the_answer(tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", [turn("Who was here first?", "Ada was")])
     test = write_jsonl(tmp_path / "test.jsonl", [turn("Who was here first?", "Nobody I know of")])
     rows = prepare(tmp_path, str(train), test=str(test))

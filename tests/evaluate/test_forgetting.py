@@ -31,7 +31,7 @@ from llmtune.tasks.registry import VARIANTS
 
 
 def study(bench, **section):
-    """The study of the bench's base model beside itself, or beside a model that learned the rows."""
+    """The study comparing the bench's base model with itself, or with a model that learned the rows."""
     recipe = bench.recipe.model_copy(
         update={"evaluate": bench.recipe.evaluate.model_copy(update={"forgetting": ForgettingSection(**section)})}
     )
@@ -46,7 +46,7 @@ def ask(bench, **section):
 
 
 def plain_perplexity(model, ids, longest=512):
-    """As the guide of transformers does it: windows that begin half a window apart, each token scored once."""
+    """The guide of transformers: windows that start half a window apart, each token scored once."""
     nats, scored, done = 0.0, 0, 0
     for begin in range(0, len(ids), longest // 2):
         end = min(begin + longest, len(ids))
@@ -61,7 +61,7 @@ def plain_perplexity(model, ids, longest=512):
     return nats, scored
 
 
-def test_perplexity_is_that_of_a_plain_loop_over_windows(bench, tmp_path):
+def test_perplexity_equals_that_of_a_plain_loop_over_windows(bench, tmp_path):
     text = "\n\n".join(f"The {i}th fox, {i * 37 % 100} years old, jumps over the lazy dog." for i in range(60))
     (tmp_path / "long.txt").write_text(text + "\n")
     found = ask(bench, texts=(str(tmp_path / "long.txt"),), questions=())
@@ -76,7 +76,7 @@ def test_perplexity_is_that_of_a_plain_loop_over_windows(bench, tmp_path):
     assert found.difference["perplexity"].n == 60
 
 
-def test_accuracy_is_that_of_lm_eval(bench, tmp_path, tiny_llama):
+def test_accuracy_equals_that_of_lm_eval(bench, tmp_path, tiny_llama):
     rows = (resources.files("llmtune.evaluate") / "general" / "questions.jsonl").read_text()
     (tmp_path / "questions.jsonl").write_text(rows)
     (tmp_path / "choose.yaml").write_text(CHOOSE)
@@ -92,7 +92,7 @@ def test_accuracy_is_that_of_lm_eval(bench, tmp_path, tiny_llama):
     assert "lm-eval's acc;" in found.signatures["accuracy"]
 
 
-def test_a_model_that_learned_little_else_is_seen_to_have_forgotten(bench, tmp_path):
+def test_a_model_tuned_on_little_else_is_found_to_have_forgotten(bench, tmp_path):
     (tmp_path / "texts.txt").write_text("\n\n".join("".join(text.paragraphs) for text in read_texts(["own"])[:2]))
     suite = study(bench, texts=(str(tmp_path / "texts.txt"),), questions=("own",))
     base, tuned = bench.load(), bench.load()
@@ -113,7 +113,7 @@ def test_a_model_that_learned_little_else_is_seen_to_have_forgotten(bench, tmp_p
         assert said != right
 
 
-def test_questions_that_the_context_does_not_hold_are_left_out_and_told(bench, tmp_path):
+def test_questions_longer_than_the_context_are_skipped_and_reported(bench, tmp_path):
     rows = [{"question": "word " * 3000, "choices": ["a", "b"], "answer": "b"}]
     rows += [{"question": "Short?", "choices": ["yes", "no"], "answer": 0}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -122,7 +122,7 @@ def test_questions_that_the_context_does_not_hold_are_left_out_and_told(bench, t
     assert "1 questions skipped: longer than the model's context" in found.signatures["accuracy"]
 
 
-def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tmp_path, console):
+def test_a_model_that_is_not_a_decoder_is_refused_before_inputs_are_read(tmp_path, console):
     families.build_t5(tmp_path / "t5")
     rows = [{"document": f"The {i}th fox jumps over {i} dogs.", "summary": f"fox {i}"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -142,7 +142,7 @@ def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tm
 GOOD = '{"question": "a?", "choices": ["x", "y"], "answer": "y"}'
 
 
-def test_the_questions_that_come_with_llmtune_have_no_pattern():
+def test_the_shipped_questions_have_no_pattern():
     questions = read_questions(("own",))
     assert len(questions) == len({question.question for question in questions}) == 100
     assert Counter(question.right for question in questions) == {0: 25, 1: 25, 2: 25, 3: 25}
@@ -157,14 +157,14 @@ BAD_QUESTIONS = [
     ("{", "Invalid JSON"),
     ('{"question": "a?", "choices": ["x", "x"], "answer": 0}', "two choices are equal"),
     ('{"question": "a?", "choices": ["x", " "], "answer": 0}', "choices.1: empty text"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": 2}', "'answer' is 2; name a choice"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": "z"}', "'answer' is 'z'; name a choice"),
+    ('{"question": "a?", "choices": ["x", "y"], "answer": 2}', "'answer' is 2; use a choice"),
+    ('{"question": "a?", "choices": ["x", "y"], "answer": "z"}', "'answer' is 'z'; use a choice"),
     ('{"question": "a?", "choices": ["x", "y"], "answer": 0, "label": 0}', "label: Extra inputs are not permitted"),
 ]
 
 
 @pytest.mark.parametrize(("line", "told"), BAD_QUESTIONS)
-def test_a_line_that_is_no_question_is_named(tmp_path, line, told):
+def test_an_invalid_question_line_is_reported(tmp_path, line, told):
     (tmp_path / "q.jsonl").write_text(f"{GOOD}\n\n{line}\n")
     with pytest.raises(DataError, match=r"q\.jsonl:3") as found:
         read_questions((str(tmp_path / "q.jsonl"),))
@@ -174,7 +174,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, told):
 OFFSETS = "offset_mapping"
 
 
-def test_the_tokens_of_a_text_are_scored_once_and_count_for_their_paragraph(bench):
+def test_each_token_is_scored_once_and_counts_for_its_paragraph(bench):
     texts = [
         make_text("a", "One two.\n\n \nÄ three four.\r\n\r\nfive"),
         make_text("b", "x" * 5000),
@@ -198,7 +198,7 @@ def test_the_tokens_of_a_text_are_scored_once_and_count_for_their_paragraph(benc
     assert all(first >= 20 for first in firsts if first != 1)
 
 
-def test_windows_begin_with_the_start_token_where_the_tokenizer_puts_one():
+def test_windows_begin_with_the_start_token_if_the_tokenizer_adds_one():
     tokenizer = train_tokenizer()
     start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     tokenizer._tokenizer.post_processor = TemplateProcessing(
@@ -212,21 +212,21 @@ def test_windows_begin_with_the_start_token_where_the_tokenizer_puts_one():
     assert found.sizes.sum() == len("".join(text.paragraphs))
 
 
-def test_a_tokenizer_without_offsets_reads_each_paragraph():
+def test_a_tokenizer_without_offsets_encodes_each_paragraph():
     text = make_text("a", "One.\n\nTwo, three.")
     found = make_passages([text], ByT5Tokenizer(), None)
     assert found.tokens.tolist() == [5, 11]
     assert found.sizes.tolist() == [5, 11]
 
 
-def test_the_texts_that_come_with_llmtune_are_of_several_kinds():
+def test_the_shipped_texts_are_of_several_kinds():
     texts = read_texts(["own"])
     assert [text.name for text in texts] == ["dictionary", "everyday", "novel", "play", "report"]
     assert all(2000 < sum(map(len, text.paragraphs)) < 4000 for text in texts)
     assert sum(len(text.paragraphs) for text in texts) > 60
 
 
-def test_texts_that_cannot_be_read_are_told_all_at_once(tmp_path):
+def test_unreadable_texts_are_reported_all_at_once(tmp_path):
     (tmp_path / "latin.txt").write_bytes("one\ntwo\ncafé".encode("latin-1"))
     (tmp_path / "empty.txt").write_text(" \n\n")
     with pytest.raises(DataError) as found:

@@ -63,13 +63,13 @@ def check(evaluation, *gates, **settings):
         ("exact_match.high < champion + 0.05", True),
     ],
 )
-def test_a_gate_says_whether_its_condition_holds(gate, passed):
+def test_a_gate_reports_whether_its_condition_holds(gate, passed):
     (found,) = check(EVALUATION, gate)
     assert found.passed is passed
     assert found.name == gate
 
 
-def test_a_gate_says_what_was_wanted_and_what_was_got():
+def test_a_gate_reports_the_wanted_and_the_actual_value():
     score, low, absent = check(EVALUATION, "loss < base - 0.6", "exact_match.low > base + 0.15", "rougeL > 1")
     assert (score.wanted, score.got) == ("loss < 1.4", "1.5")
     assert (low.wanted, low.got) == ("low end of the difference > 0.15", "0.1")
@@ -101,7 +101,7 @@ def test_a_gate_says_what_was_wanted_and_what_was_got():
         ("exact_match.low == champion", -0.01, 0.01, False),
     ],
 )
-def test_a_gate_on_an_interval_tells_worse_from_too_few_rows(gate, low, high, passed):
+def test_a_gate_on_an_interval_separates_worse_from_too_few_rows(gate, low, high, passed):
     change = Difference((low + high) / 2 if low == low else 0.0, low, high, 0.5, 40)
     champion = Champion("runs/best", {"exact_match": 0.5}, {"exact_match": change}, {})
     evaluation = replace(EVALUATION, champion=champion)
@@ -122,13 +122,13 @@ def test_a_gate_that_passes_a_worse_model_within_its_margin_says_so(low, high, n
     assert found.note == (f"worse, and shown to be within the margin: {low} to {high}" if noted else "")
 
 
-def test_a_score_is_compared_with_the_champion_on_the_rows_of_both():
+def test_scores_are_compared_with_the_champion_on_shared_rows():
     champion = Champion("runs/best", {"exact_match": 0.7}, {}, {}, tuned={"exact_match": 0.6}, rows=40)
     (found,) = check(replace(EVALUATION, champion=champion), "exact_match >= champion")
     assert (found.passed, found.got, found.wanted) == (False, "0.6", "exact_match >= 0.7")
 
 
-def test_one_that_cannot_tell_names_the_rows_that_would():
+def test_an_inconclusive_gate_names_the_rows_it_needs():
     margin, seen = check(
         EVALUATION, "exact_match.low > champion - 0.01", "exact_match.low > champion", when_unsure="report"
     )
@@ -139,7 +139,7 @@ def test_one_that_cannot_tell_names_the_rows_that_would():
     assert seen.note.endswith("about 1,797 would tell, with 80 % power, if the difference is 0.01")
 
 
-def test_gates_end_a_run_by_the_worst_of_them():
+def test_the_worst_gate_decides_how_a_run_ends():
     passed, failed, unsure = (GateResult("a", "a > 1", "2", outcome) for outcome in (True, False, None))
     report = {"name": "tickets"}
     require_gates([passed], report)
@@ -151,12 +151,12 @@ def test_gates_end_a_run_by_the_worst_of_them():
     assert (caught.value.exit_code, caught.value.report) == (7, report)
 
 
-def test_a_gate_on_what_cannot_be_compared_with_the_champion_fails_and_says_why():
+def test_a_gate_that_cannot_be_compared_with_the_champion_fails_and_says_why():
     left_out, unknown = check(EVALUATION, "loss.high < champion", "chrf.low > champion")
     assert (left_out.passed, left_out.got) == (False, "not comparable: counted in other units per row")
     assert (unknown.passed, unknown.got) == (False, "not measured")
 
 
-def test_what_is_not_a_gate_is_refused():
+def test_invalid_gates_are_refused():
     with pytest.raises(RecipeError):
         check(EVALUATION, "exact_match is good")

@@ -24,7 +24,7 @@ LONGROPE = {
         "original_max_position_embeddings": 12,
     },
 }
-"""Positions of all rows of a batch are others once one has more than twelve tokens."""
+"""Positions of all rows in a batch change once one row has more than twelve tokens."""
 PROMPTS = ["The quick brown", "Which colour is the sky? The sky", "one two three four five six seven eight", "a"]
 
 
@@ -36,7 +36,7 @@ def settings(bench, **changes):
     return bench.recipe.model_copy(update={"generation": bench.recipe.generation.model_copy(update=changes)})
 
 
-def test_answers_come_back_in_the_order_of_the_prompts_whatever_the_batches(tiny_llama, bench, monkeypatch):
+def test_answers_keep_the_order_of_the_prompts_for_any_batches(tiny_llama, bench, monkeypatch):
     model, tokenizer = load(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     recipe, advanced = settings(bench, max_new_tokens=5), []
@@ -47,18 +47,18 @@ def test_answers_come_back_in_the_order_of_the_prompts_whatever_the_batches(tiny
     assert len(advanced) > 1
 
 
-def test_an_answer_ends_before_the_end_of_turn_or_is_cut():
+def test_an_answer_ends_before_the_end_of_turn_or_is_truncated():
     assert end_output([5, 6, 2, 7, 0, 0], {2, 3}) == CompletionOutput([5, 6], "stop")
     assert end_output([5, 6], {2, 3}) == CompletionOutput([5, 6], "length")
 
 
-def test_generation_stops_at_what_the_tokenizer_or_the_model_names_as_the_end(tiny_llama):
+def test_generation_stops_at_the_end_tokens_of_tokenizer_and_model(tiny_llama):
     model, tokenizer = load(tiny_llama)
     model.generation_config.eos_token_id = [5, 6]
     assert answer_ends(model, tokenizer) == sorted([5, 6, tokenizer.eos_token_id])
 
 
-def test_generation_settings_of_the_model_repository_do_not_count(tiny_llama, bench):
+def test_generation_settings_of_the_model_repository_are_ignored(tiny_llama, bench):
     model, tokenizer = load(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     recipe = settings(bench, max_new_tokens=12)
@@ -69,7 +69,7 @@ def test_generation_settings_of_the_model_repository_do_not_count(tiny_llama, be
     assert model.generation_config is own
 
 
-def test_random_answers_follow_the_recipe_s_seed_and_leave_torch_s_alone(tiny_llama, bench):
+def test_sampling_follows_the_recipes_seed_and_restores_torchs_random_state(tiny_llama, bench):
     model, tokenizer = load(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     recipe = settings(bench, max_new_tokens=12, do_sample=True, temperature=1.5)
@@ -83,7 +83,7 @@ def test_random_answers_follow_the_recipe_s_seed_and_leave_torch_s_alone(tiny_ll
     assert generate_completions(model, prompts, tokenizer, other, device="cpu") != first
 
 
-def test_generation_stops_at_the_template_s_end_of_turn_where_the_tokenizer_ends_elsewhere(tiny_llama, bench):
+def test_generation_stops_at_the_templates_end_of_turn_if_the_tokenizers_end_differs(tiny_llama, bench):
     model, tokenizer = load(tiny_llama)
     tokenizer.eos_token = "<|endoftext|>"
     model.generation_config.eos_token_id = None
@@ -92,7 +92,7 @@ def test_generation_stops_at_the_template_s_end_of_turn_where_the_tokenizer_ends
 
 
 @pytest.mark.parametrize("changes", [{"num_beams": 3}, {"repetition_penalty": 3.0}, {"repetition_penalty": 1.0}, {}])
-def test_beams_and_penalties_go_through_transformers_and_plain_greedy_says_the_same(tiny_llama, bench, changes):
+def test_beams_and_penalties_use_transformers_and_plain_greedy_gives_the_same(tiny_llama, bench, changes):
     model, tokenizer = load(tiny_llama)
     recipe = settings(bench, max_new_tokens=10, **changes)
     assert is_greedy(recipe) is (changes == {})
@@ -116,7 +116,7 @@ def test_beams_and_penalties_go_through_transformers_and_plain_greedy_says_the_s
         ("phi3", LONGROPE, False),
     ],
 )
-def test_answers_are_those_to_each_prompt_alone_in_models_that_padding_or_length_disturbs(
+def test_answers_match_those_to_single_prompts_in_models_sensitive_to_padding_or_length(
     family, config, batched, bench, tmp_path, monkeypatch
 ):
     model, tokenizer = load(build_family(tmp_path, family, **config))
@@ -137,7 +137,7 @@ def test_answers_are_those_to_each_prompt_alone_in_models_that_padding_or_length
         ]
 
 
-def test_a_batch_takes_up_a_share_of_the_memory_that_there_is(monkeypatch):
+def test_a_batch_takes_a_share_of_the_total_memory(monkeypatch):
     monkeypatch.setattr(generation, "device_memory", lambda device: 8_000_000)
     assert cache_budget("cpu", 1000) == 1000
     monkeypatch.setattr(generation, "device_memory", lambda device: None)

@@ -51,7 +51,7 @@ def prompts_of(lengths, beginning=()):
 
 
 def by_transformers(model, prompts, new, stops):
-    """Each prompt by itself, up to its end."""
+    """Each prompt alone, up to its end."""
     found = []
     for prompt in prompts:
         options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": sorted(stops), "pad_token_id": 0}
@@ -71,7 +71,7 @@ def check(model, prompts, new=14, stops=(5, 6, 7, 8, 9, 10, 11, 12)):
 
 @pytest.mark.parametrize("family", WRITTEN)
 @pytest.mark.parametrize("beginning", [[], BEGINNING], ids=["nothing shared", "a shared beginning"])
-def test_rows_of_any_length_get_what_transformers_writes_to_each_alone(family, beginning):
+def test_rows_of_any_length_get_the_answers_of_transformers(family, beginning):
     model = make(family)
     with torch.inference_mode():
         assert column_bytes_of(model, "cpu") is not None
@@ -81,7 +81,7 @@ def test_rows_of_any_length_get_what_transformers_writes_to_each_alone(family, b
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", PACKED])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-def test_it_does_not_matter_which_attention_is_installed(family, attention):
+def test_the_result_does_not_depend_on_the_installed_attention(family, attention):
     check(make(family, attention), prompts_of([8, 1, 5, 13, 20, 2], BEGINNING))
 
 
@@ -102,7 +102,7 @@ def test_rows_end_at_different_steps_and_leave():
     assert kept == [sum(len(row) > count for row in written) for count in range(1, len(kept) + 1)]
 
 
-def test_prompts_are_read_in_parts_and_what_they_share_only_once(monkeypatch):
+def test_prompts_are_read_in_parts_and_their_shared_prefix_only_once(monkeypatch):
     model, read = make("llama"), []
     model.model.register_forward_pre_hook(
         lambda _, args, given: read.append(given["input_ids"].shape), with_kwargs=True
@@ -115,12 +115,12 @@ def test_prompts_are_read_in_parts_and_what_they_share_only_once(monkeypatch):
     assert found == [[token] for token in (row[0] for row in by_transformers(model, prompts, 1, {0}))]
 
 
-def test_a_model_that_keeps_a_state_is_left_to_transformers():
+def test_a_model_with_a_recurrent_state_is_left_to_transformers():
     with torch.inference_mode():
         assert column_bytes_of(make("mamba"), "cpu") is None
 
 
-def test_a_cache_that_hands_back_other_keys_is_found_out(monkeypatch):
+def test_a_cache_that_returns_other_keys_is_detected(monkeypatch):
     model = make("llama")
     monkeypatch.setattr(KVCache, "move", lambda self, places, rows: None)
     with torch.inference_mode():

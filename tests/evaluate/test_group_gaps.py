@@ -14,13 +14,13 @@ def right(values, metric="exact_match"):
 
 
 def gaps_of(columns, base, tuned=None, seed=0):
-    """The gaps of one metric of two models, or of one model next to itself."""
+    """The gaps of one metric for two models, or for one model twice."""
     tuned = base if tuned is None else tuned
     return find_gaps(columns, PairedMeasures({base.metric: base}, {tuned.metric: tuned}), seed)
 
 
 def draws(shares, sizes, seed=0):
-    """Right answers by group at given shares, and whose they are."""
+    """Correct answers per group at given shares, and the groups' rows."""
     generator = np.random.default_rng(seed)
     values = [generator.random(size) < share for share, size in zip(shares, sizes, strict=True)]
     return np.concatenate(values), [f"group {i}" for i, size in enumerate(sizes) for _ in range(size)]
@@ -40,7 +40,7 @@ def test_a_gap_is_the_best_served_group_minus_the_worst():
     assert score.p < 0.01
 
 
-def test_a_gap_by_chance_is_above_zero_and_not_seldom():
+def test_a_chance_gap_is_above_zero_and_not_rare():
     values, names = draws((0.5,) * 6, (12,) * 6, seed=2)
     (gap,) = gaps_of({"town": split_by_value(names)}, right(values))
     score = score_gap([gap])
@@ -68,7 +68,7 @@ def test_groups_of_few_rows_are_named_and_not_compared():
     )
 
 
-def test_a_metric_of_some_rows_has_the_groups_of_its_own_rows():
+def test_a_metric_on_some_rows_uses_the_groups_of_those_rows():
     parts = split_by_value(["a", "b"] * 30)
     some = replace(measure_right([True] * 24, "m"), at=tuple(range(0, 48, 2)))
     groups, _ = group_rows(parts, some)
@@ -76,7 +76,7 @@ def test_a_metric_of_some_rows_has_the_groups_of_its_own_rows():
     assert gaps_of({"k": parts}, some) == []
 
 
-def test_metrics_of_ranks_have_gaps_too():
+def test_rank_metrics_have_gaps_too():
     generator = np.random.default_rng(0)
     wanted = generator.random(80)
     found = np.where(np.arange(80) < 40, wanted, generator.random(80))
@@ -96,7 +96,7 @@ def test_the_largest_gap_of_several_columns_counts():
     assert score_gap(gaps).difference.value == pytest.approx(0)
 
 
-def test_the_interval_of_a_change_holds_it_as_often_as_it_says():
+def test_the_interval_of_a_change_covers_it_at_its_nominal_rate():
     """Two groups whose gap grows from 0.1 to 0.4."""
     held = 0
     for seed in range(40):

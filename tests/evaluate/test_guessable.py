@@ -1,4 +1,4 @@
-"""Metrics in which guessing by class frequency beats a trivial baseline, found on the rows at hand."""
+"""Metrics in which guessing by class frequency beats a trivial baseline, found on the given rows."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def guessable(shares: dict[str, int], kind: str = "single", **section: Any) -> s
     return set(find_guessable(get_task("classify"), recipe, references, [{}] * len(labels), METRICS))
 
 
-def test_of_even_classes_every_guesser_wins_in_the_means_of_f1_and_nowhere_else() -> None:
+def test_with_even_classes_guessing_wins_only_in_mean_f1() -> None:
     assert guessable(dict.fromkeys("abcd", 15)) == {"f1_macro", "f1_weighted"}
 
 
-def test_of_one_large_class_the_weighted_mean_can_be_used() -> None:
+def test_with_one_large_class_the_weighted_mean_is_usable() -> None:
     assert guessable({"a": 90, "b": 10}) == {"f1_macro"}
 
 
@@ -41,7 +41,7 @@ def test_numbers_have_no_classes_to_guess() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_accuracy_is_never_left_out_by_chance(seed: int) -> None:
+def test_accuracy_is_never_excluded_by_chance(seed: int) -> None:
     sizes = random.Random(seed).choices(range(3, 12), k=5)
     assert "accuracy" not in guessable(dict(zip("abcde", sizes, strict=True)))
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: what cannot be run is refused before a model is loaded."""
+"""Tasks of lm-eval: unusable ones are refused before a model is loaded."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ from llmtune.launch.python_api import names_remote
 from llmtune.recipe.schema import Recipe
 
 
-def test_lm_eval_stays_quiet_and_leaves_random_numbers_alone(
+def test_lm_eval_stays_quiet_and_leaves_random_states_alone(
     tasks: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (one,) = load_benchmarks(recipe_with(tasks / "choose.yaml"), Console(file=io.StringIO()))
@@ -62,7 +62,7 @@ def refusal(recipe: Recipe, kind: type[LlmtuneError]) -> str:
         ("output_type: multiple_choice", "output_type: guess", DataError, "guess"),
     ],
 )
-def test_a_task_that_cannot_be_run_is_refused_before_a_model_is_loaded(
+def test_an_unusable_task_is_refused_before_a_model_is_loaded(
     tasks: Path, was: str, now: str, kind: type[LlmtuneError], told: str
 ) -> None:
     (tasks / "empty.jsonl").write_text("")
@@ -75,7 +75,7 @@ def test_a_task_that_cannot_be_run_is_refused_before_a_model_is_loaded(
     assert told in refusal(recipe_with(tasks / "changed.yaml"), kind)
 
 
-def test_settings_that_lm_eval_would_pass_over_are_refused(tasks: Path) -> None:
+def test_settings_that_lm_eval_would_ignore_are_refused(tasks: Path) -> None:
     (tasks / "zero.yaml").write_text(CHOOSE + "num_fewshot: 0\n")
     named = {"task": str(tasks / "zero.yaml"), "num_fewshot": 2}
     assert "num_fewshot: 2 would have no effect" in refusal(recipe_with(named), RecipeError)
@@ -88,9 +88,7 @@ def test_settings_that_lm_eval_would_pass_over_are_refused(tasks: Path) -> None:
         ("benchmarks.choose.accuracy > 0.1", "Metrics of choose: acc, acc_norm."),
     ],
 )
-def test_a_gate_about_no_score_of_the_benchmarks_is_refused_with_those_there_are(
-    tasks: Path, gate: str, told: str
-) -> None:
+def test_a_gate_on_an_unknown_benchmark_score_is_refused_with_the_known_ones(tasks: Path, gate: str, told: str) -> None:
     assert told in refusal(recipe_with(tasks / "choose.yaml", gates=(gate,)), RecipeError)
 
 
@@ -102,7 +100,7 @@ def test_two_benchmarks_with_one_task_are_refused(tasks: Path) -> None:
     assert "chosen_colours is in both" in told
 
 
-def test_an_unknown_task_is_told_with_the_nearest_that_there_is() -> None:
+def test_an_unknown_task_is_reported_with_the_nearest_known_one() -> None:
     check_task_names(recipe_with("hellaswag", "arc_easy"))
     with pytest.raises(RecipeError, match=r"evaluate\.benchmarks\.1: lm-eval has no task 'hellaswagg'\s+Did you mean"):
         check_task_names(recipe_with("arc_easy", "hellaswagg"))
@@ -117,21 +115,21 @@ def test_an_unknown_task_is_told_with_the_nearest_that_there_is() -> None:
         (None, "changed.yaml: task file not found"),
     ],
 )
-def test_a_bad_task_file_is_told_at_once_by_its_name(tasks: Path, text: str | None, told: str) -> None:
+def test_a_bad_task_file_is_reported_at_once_by_name(tasks: Path, text: str | None, told: str) -> None:
     if text is not None:
         (tasks / "changed.yaml").write_text(text)
     with pytest.raises(DataError, match=re.escape(told)):
         check_task_names(recipe_with(tasks / "changed.yaml"))
 
 
-def test_lm_eval_missing_is_told_by_the_extra_that_brings_it(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_lm_eval_is_reported_with_the_extra_to_install(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmtune.evaluate.lm_eval.PACKAGE", "lm_eval_that_is_not_there")
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[benchmarks\]'"):
         check_task_names(recipe_with(tasks / "choose.yaml"))
     check_task_names(recipe_with())
 
 
-def test_names_need_the_network_and_files_do_not_unless_the_recipe_says_otherwise(tasks: Path) -> None:
+def test_named_tasks_need_the_network_and_files_do_not_unless_the_recipe_says_so(tasks: Path) -> None:
     choose = str(tasks / "choose.yaml")
     assert names_remote(recipe_with("hellaswag"))
     assert not names_remote(recipe_with(choose))
@@ -139,7 +137,7 @@ def test_names_need_the_network_and_files_do_not_unless_the_recipe_says_otherwis
     assert not names_remote(recipe_with({"task": "hellaswag", "network": False}))
 
 
-def test_all_that_a_task_file_rests_on_counts(tasks: Path) -> None:
+def test_every_file_a_task_file_depends_on_counts(tasks: Path) -> None:
     (tasks / "more").mkdir()
     (tasks / "own.py").write_text("def target(row):\n    return row['answer']\n")
     text = CHOOSE.replace("doc_to_target: answer", "doc_to_target: !function own.target").replace(

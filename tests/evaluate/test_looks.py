@@ -1,4 +1,4 @@
-"""`evaluate.looks`: what fifty models in a row come to where the truth is known, and how they are counted."""
+"""`evaluate.looks`: error rates of fifty models in a row with known truth, and how looks are counted."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from llmtune.records import Champion, Difference, Evaluation
 
 GATE = "loss.high < champion + 10"
 KINDS = [pytest.param(kind, marks=() if kind == "right or wrong" else pytest.mark.slow) for kind in simulated.KINDS]
-"""What is simulated 1,000 times; losses in the slow suite."""
+"""Simulated 1,000 times each; losses only in the slow suite."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fifty_models_without_a_change_raise_a_false_alarm_in_no_more_than_5_of_100_series(kind: str) -> None:
+def test_fifty_unchanged_models_raise_a_false_alarm_in_at_most_5_of_100_series(kind: str) -> None:
     shared, alone = simulated.first_alarms(kind)
     assert len(shared) == 1000
     assert np.mean(shared <= simulated.LOOKS) <= 0.05
@@ -38,7 +38,7 @@ def test_fifty_models_without_a_change_raise_a_false_alarm_in_no_more_than_5_of_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_true_loss_is_found_with_the_power_that_was_promised(kind: str) -> None:
+def test_a_true_loss_is_found_with_the_promised_power(kind: str) -> None:
     generator = np.random.default_rng(1)
     deviation = np.concatenate([simulated.draw_series(kind, generator, 1) for _ in range(20)]).std()
     smallest = smallest_difference(deviation, simulated.ROWS, 0.05 / simulated.LOOKS)
@@ -49,7 +49,7 @@ def test_a_true_loss_is_found_with_the_power_that_was_promised(kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", simulated.KINDS)
-def test_the_intervals_of_these_simulations_are_those_of_gates(kind: str) -> None:
+def test_these_simulations_use_the_intervals_of_gates(kind: str) -> None:
     change_NM = simulated.draw_series(kind, np.random.default_rng(2), 3)
     ends = zip(*simulated.measure_ends(change_NM, kind, simulated.LOOKS), strict=True)
     for change_N, (low, high) in zip(change_NM.T, ends, strict=True):
@@ -59,7 +59,7 @@ def test_the_intervals_of_these_simulations_are_those_of_gates(kind: str) -> Non
         assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9)
 
 
-def test_gates_and_plans_are_at_the_level_of_one_look() -> None:
+def test_gates_and_plans_use_the_level_of_one_look() -> None:
     change = Difference(0.03, 0.001, 0.06, 0.04, 400)
     evaluation = Evaluation({}, {"accuracy": 0.53}, {}, (), 400)
     champion = Champion("releases/best.json", {"accuracy": 0.5}, {"accuracy": change}, {})
@@ -119,7 +119,7 @@ def test_a_model_is_counted_once_and_one_too_many_is_refused(run: Path, releases
     assert (count_look(*recipe, "f2", "b") or "").startswith("look 2 of 2")
 
 
-def test_a_look_gets_a_line_of_its_own_where_an_editor_took_the_last_line_s_end(run: Path, releases: Path) -> None:
+def test_a_look_gets_its_own_line_even_if_an_editor_removed_the_last_newline(run: Path, releases: Path) -> None:
     recipe, ledger = recipe_with(run, releases, 3), releases / "releases.jsonl"
     count_look(*recipe, "f1", "a")
     ledger.write_text(ledger.read_text().rstrip("\n"))
@@ -127,7 +127,7 @@ def test_a_look_gets_a_line_of_its_own_where_an_editor_took_the_last_line_s_end(
     assert [json.loads(line)["run"] for line in ledger.read_text().splitlines()] == ["f1", "f2"]
 
 
-def test_the_error_that_is_left_counts_where_the_number_of_looks_changed(run: Path, releases: Path) -> None:
+def test_the_remaining_error_counts_if_the_number_of_looks_changed(run: Path, releases: Path) -> None:
     for name in "ab":
         count_look(*recipe_with(run, releases, 4), name, name)
     with pytest.raises(RecipeError, match="Set it to 3 or more"):  # half of the error is left, and 1 of 1.9 takes more
@@ -140,9 +140,7 @@ def test_the_error_that_is_left_counts_where_the_number_of_looks_changed(run: Pa
     assert sum(spent) == pytest.approx(0.05)
 
 
-def test_test_rows_that_grow_with_the_data_have_one_count_and_those_of_another_file_their_own(
-    run: Path, releases: Path
-) -> None:
+def test_growing_test_rows_have_one_count_and_those_of_another_file_their_own(run: Path, releases: Path) -> None:
     recipe, champion = recipe_with(run, releases, 2)
     assert count_look(recipe, champion, "f1", "a")
     grown = replace(champion, measures=replace(champion.measures, rows=(*champion.measures.rows, "new-1")))
@@ -155,7 +153,7 @@ def test_test_rows_that_grow_with_the_data_have_one_count_and_those_of_another_f
 
 
 def wide(run: Path, releases: Path) -> tuple[Recipe, ScoredRun]:
-    """A recipe of which one look takes more than half of the error."""
+    """A recipe in which one look takes more than half of the error."""
 
     class Wide(EvaluateSection):
         @property
@@ -167,7 +165,7 @@ def wide(run: Path, releases: Path) -> tuple[Recipe, ScoredRun]:
     return recipe.model_copy(update={"evaluate": section}), champion
 
 
-def test_other_rows_are_counted_anew_and_the_champion_itself_is_not_counted(run: Path, releases: Path) -> None:
+def test_other_rows_start_a_new_count_and_the_champion_itself_is_not_counted(run: Path, releases: Path) -> None:
     recipe, ledger = recipe_with(run, releases, 2), releases / "releases.jsonl"
     own = json.loads((releases / "first.json").read_text())["trained"]
     assert count_look(*recipe, "f", own) is None
@@ -177,7 +175,7 @@ def test_other_rows_are_counted_anew_and_the_champion_itself_is_not_counted(run:
     assert (count_look(*recipe, "f", "a") or "").startswith("look 1 of 2")
 
 
-def test_where_looks_cannot_be_counted_nothing_is_trained(run: Path, releases: Path, tmp_path: Path) -> None:
+def test_nothing_is_trained_if_looks_cannot_be_counted(run: Path, releases: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the champion is a run folder"):
         check_looks(*recipe_with(run, run, 2), "f")
     look = {"tests": "t", "trained": "a", "champion": "c", "alpha": 0.01}
@@ -214,7 +212,7 @@ def test_where_looks_cannot_be_counted_nothing_is_trained(run: Path, releases: P
     assert "'evaluate.looks' has no effect without a champion" in done.stderr
 
 
-def test_the_newest_release_of_the_recipe_s_name_is_the_champion_of_a_weekly_run(
+def test_the_newest_release_with_the_recipes_name_is_the_champion_of_a_weekly_run(
     run: Path, releases: Path, tmp_path: Path
 ) -> None:
     first = json.loads((releases / "first.json").read_text())

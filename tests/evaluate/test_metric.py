@@ -25,30 +25,30 @@ def test_token_metrics_are_weighted_by_their_denominators():
 
 
 def largest(numbers):
-    """The largest number among the drawn rows: no sum is enough for it."""
+    """The largest number among the drawn rows, which no sum can express."""
     rows_N1 = np.asarray(numbers, dtype=float)[:, None]
     ranking = lambda rows_N1: lambda counts_RN: np.where(counts_RN > 0, rows_N1[:, 0], 0).max(1)  # noqa: E731
     return Measure("largest", rows_N1, None, ranking=ranking)
 
 
-def test_a_measure_by_rows_has_the_value_of_every_row_drawn_once():
+def test_a_ranking_measure_has_the_value_of_every_row_drawn_once():
     assert largest([1, 5, 2]).value == 5
     assert largest([1, 5, 2]).resampled(np.array([[2.0, 0, 1], [0, 3, 0]])).tolist() == [2, 5]
     assert math.isnan(largest([]).value)
 
 
-def test_measures_by_rows_are_compared_over_the_same_draws():
+def test_ranking_measures_are_compared_over_the_same_draws():
     found = paired_difference(largest(np.arange(50)), largest(np.arange(50) + 3), seed=0)
     assert (found.value, found.low, found.high, found.n) == (3, 3, 3, 50)
     assert found.p < 0.001
 
 
-def test_measures_by_rows_of_equal_answers_do_not_differ():
+def test_ranking_measures_of_equal_answers_do_not_differ():
     found = paired_difference(largest([1, 5, 2]), largest([1, 5, 2]), seed=0)
     assert (found.value, found.low, found.high, found.p, found.n) == (0, 0, 0, 1, 3)
 
 
-def test_measures_by_rows_have_no_interval_with_one_row_and_no_value_with_none():
+def test_ranking_measures_have_no_interval_with_one_row_and_no_value_without_rows():
     one, none = (
         paired_difference(largest([1]), largest([2]), seed=0),
         paired_difference(largest([]), largest([]), seed=0),

@@ -81,7 +81,7 @@ def test_many_equal_answers_pass_a_gate_with_a_margin(metric):
 
 
 @pytest.mark.parametrize("metric", BOUNDED)
-def test_the_rows_at_the_ends_are_the_worst_and_the_best_that_the_metric_knows(metric):
+def test_the_bounds_are_the_metrics_worst_and_best_possible_rows(metric):
     one = BOUNDED[metric](12)
     assert one.bounds is not None
     worst, best = one.bounds(one.sums_NK)
@@ -95,8 +95,8 @@ def test_the_rows_at_the_ends_are_the_worst_and_the_best_that_the_metric_knows(m
     assert high - low > 0.01
 
 
-def test_the_worst_row_of_an_error_rate_is_the_worst_that_was_seen():
-    """It has no upper end: an answer may go on for ever."""
+def test_the_worst_row_of_an_error_rate_is_the_worst_one_observed():
+    """It has no upper bound: an answer may never end."""
     assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [40.0, 4.0]]))] == [[40, 5], [0, 5]]
     assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[5, 5], [0, 5]]
 
@@ -107,7 +107,7 @@ def test_an_interval_is_no_wider_than_the_range():
 
 
 @pytest.mark.parametrize("metric", ["pearson", "spearman"])
-def test_a_baseline_that_predicts_one_number_has_no_correlation_in_its_pseudo_rows(metric):
+def test_a_baseline_with_constant_predictions_has_no_correlation_in_its_pseudo_rows(metric):
     """With 35 rows and a correlation of 0.9, the interval was -0.33 to +1.57."""
     rng = np.random.default_rng(0)
     right = rng.normal(3, 1, 35)
@@ -122,7 +122,7 @@ def test_a_metric_without_bounds_has_no_floor():
     assert difference(sums, sums, ratio, right_wrong=False, seed=0).low == 0
 
 
-def test_at_many_rows_the_floor_widens_the_interval_by_little():
+def test_with_many_rows_the_bounds_hardly_widen_the_interval():
     generator, widths = np.random.default_rng(4), {}
     for rows in (50, 200, 1000):
         base, change = generator.random(rows), generator.normal(0, 0.25, rows) * (generator.random(rows) > 0.3)
@@ -144,12 +144,12 @@ SHAPES = {
     "few large": (lambda generator, rows: np.where(generator.random(rows) < 0.15, -0.9, 0.05), -0.0925),
     "rare total": (lambda generator, rows: np.where(generator.random(rows) < 0.05, -1, 0.03), -0.0215),
 }
-"""By how much rows change that change at all, and the mean of that."""
+"""Size of a row's change if it changes at all, and the mean of that."""
 RESAMPLES = 600
 
 
 def scores_of_rows(generator, shape, rows, ties):
-    """Scores of two models in [0, 1], of which a share is equal, and their true difference."""
+    """Scores of two models in [0, 1], a share of them equal, and their true difference."""
     draw, mean = SHAPES[shape]
     change = draw(generator, rows) * (generator.random(rows) >= ties)
     lowest, highest = np.maximum(0, -change), np.minimum(1, 1 - change)
@@ -158,7 +158,7 @@ def scores_of_rows(generator, shape, rows, ties):
 
 
 def passes(metric, shape, rows, ties, trials):
-    """The share of runs in which a model that is worse by exactly the margin passes."""
+    """The share of runs that pass a model that is worse by exactly the margin."""
     generator, passed = np.random.default_rng(3), 0
     for _ in range(trials):
         *models, margin = scores_of_rows(generator, shape, rows, ties)
@@ -193,7 +193,7 @@ def test_a_model_that_is_worse_by_exactly_the_margin_seldom_passes(shape, rows, 
 @pytest.mark.usefixtures("drawn_once", "without_p")
 @pytest.mark.parametrize("ties", [0, 0.3, 0.6, 0.85, 0.95])
 @pytest.mark.parametrize("metric", ["mean", "ratio", "chrf", "wer"])
-def test_a_model_that_is_worse_by_exactly_the_margin_passes_in_4_of_100_runs_at_most(metric, ties):
+def test_a_model_that_is_worse_by_exactly_the_margin_passes_in_at_most_4_of_100_runs(metric, ties):
     shares = {
         (shape, rows): passes(metric, shape, rows, ties, 1000) for shape in SHAPES for rows in (8, 20, 60, 200, 500)
     }
@@ -203,8 +203,8 @@ def test_a_model_that_is_worse_by_exactly_the_margin_passes_in_4_of_100_runs_at_
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_p")
 @pytest.mark.parametrize("rows", [8, 12, 20, 30, 60, 100, 200, 500])
-def test_a_model_that_loses_rows_altogether_passes_in_4_of_100_runs_at_most(rows):
-    """Computed: the outcome depends on the number of lost rows alone. Worst of all shares of equal rows to 95 %."""
+def test_a_model_that_only_loses_rows_passes_in_at_most_4_of_100_runs(rows):
+    """Computed: the outcome depends only on the number of lost rows. Worst case of all shares of equal rows to 95 %."""
     lost, lows = np.arange(min(rows, 45) + 1), []
     for number in lost:
         base, tuned = np.ones((2, rows))

@@ -1,4 +1,4 @@
-"""Both models of a finished run: loaded once, scored packed, the same as each alone."""
+"""Both models of a finished run: loaded once, scored packed, with the same results as separately."""
 
 import pytest
 from support.classifying import run
@@ -29,7 +29,7 @@ def ask(models, model, plan, console):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """The models that are loaded."""
+    """The loaded models."""
     loaded = []
 
     def load(*given, **options):
@@ -41,7 +41,7 @@ def loads(monkeypatch):
     return loaded
 
 
-def test_base_and_tuned_model_come_from_one_set_of_weights_and_score_as_each_alone(
+def test_base_and_tuned_model_share_one_set_of_weights_and_score_as_separately_loaded_ones(
     tmp_path, tiny_llama, chat_rows, console, loads
 ):
     train = {"num_train_epochs": 1}
@@ -64,7 +64,7 @@ def test_base_and_tuned_model_come_from_one_set_of_weights_and_score_as_each_alo
     assert (together[0].sums.nats != together[1].sums.nats).all()
 
 
-def test_all_weights_trained_are_held_one_model_at_a_time(tmp_path, tiny_llama, chat_rows, console, loads):
+def test_fully_trained_weights_are_loaded_one_model_at_a_time(tmp_path, tiny_llama, chat_rows, console, loads):
     method = {"method": "full", "r": None, "lora_alpha": None}
     train = {"max_steps": 1, "num_train_epochs": None}
     _, folder = run(write_recipe(tmp_path / "r.yaml", tiny_llama, chat_rows, adapter=method, train=train))

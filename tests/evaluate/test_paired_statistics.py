@@ -26,7 +26,7 @@ def ones(values):
 
 
 def flips(generator, rows, gained, lost, right=0.4):
-    """Rows of which shares `gained` and `lost` change sides, and `right` stay right."""
+    """Rows of which the shares `gained` and `lost` flip, and `right` stay right."""
     place = generator.random(rows)
     base = place < right + lost
     tuned = (place < right) | ((place >= right + lost) & (place < right + lost + gained))
@@ -57,7 +57,7 @@ def scores_that_seldom_move(generator, rows):
 
 
 def coverage(draw, rows, right_wrong):
-    """The share of intervals that hold the true difference."""
+    """The share of intervals that cover the true difference."""
     generator, hits = np.random.default_rng(7), 0
     for _ in range(TRIALS):
         base, tuned, true = draw(generator, rows)
@@ -71,7 +71,7 @@ def coverage(draw, rows, right_wrong):
 @pytest.mark.parametrize(
     "shares", [(0.35, 0.05), (0.25, 0.25), (0.12, 0.02)], ids=lambda shares: "{}-{}".format(*shares)
 )
-def test_nineteen_of_twenty_intervals_of_right_or_wrong_hold_the_true_difference(rows, shares):
+def test_nineteen_of_twenty_right_or_wrong_intervals_cover_the_true_difference(rows, shares):
     assert 0.92 <= coverage(partial(flips, gained=shares[0], lost=shares[1]), rows, right_wrong=True) <= 0.97
 
 
@@ -80,18 +80,18 @@ def test_nineteen_of_twenty_intervals_of_right_or_wrong_hold_the_true_difference
 @pytest.mark.parametrize(
     "draw", [losses_of_rows_of_unequal_length, skewed_scores, a_few_long_tails, scores_that_seldom_move]
 )
-def test_nineteen_of_twenty_intervals_of_numbers_hold_the_true_difference(rows, draw):
+def test_nineteen_of_twenty_intervals_of_numbers_cover_the_true_difference(rows, draw):
     assert 0.92 <= coverage(draw, rows, right_wrong=False) <= 0.97
 
 
 @pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize("shares", [(0.01, 0.01), (0.02, 0.01), (0.95, 0.0)])
-def test_where_hardly_a_row_flips_or_all_do_intervals_are_wide_rather_than_narrow(shares):
+def test_with_hardly_any_or_only_flips_intervals_are_rather_too_wide(shares):
     assert coverage(partial(flips, gained=shares[0], lost=shares[1], right=0.05), 60, right_wrong=True) >= 0.95
 
 
 @pytest.mark.usefixtures("drawn_once")
-def test_without_any_difference_one_verdict_in_twenty_is_wrong_at_most():
+def test_without_a_difference_at_most_one_verdict_in_twenty_is_wrong():
     generator, wrong = np.random.default_rng(3), 0
     for _ in range(TRIALS):
         base, tuned, _ = flips(generator, 100, 0.08, 0.08)
@@ -103,7 +103,7 @@ def test_without_any_difference_one_verdict_in_twenty_is_wrong_at_most():
 
 @pytest.mark.parametrize("rows", [8, 60, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (12, 20, 30, 500))])
 @pytest.mark.parametrize("kind", ["mean", "skewed mean", "ratio"])
-def test_where_nothing_changed_one_p_in_twenty_is_below_a_twentieth(rows, kind):
+def test_without_a_change_one_p_in_twenty_is_below_a_twentieth(rows, kind):
     generator, trials = np.random.default_rng(11), 1500 if rows < 100 else 600
     below = 0
     for _ in range(trials):
@@ -116,7 +116,7 @@ def test_where_nothing_changed_one_p_in_twenty_is_below_a_twentieth(rows, kind):
 
 
 def skewed_alarms(rows, trials):
-    """The shares of p below 5 % where the mean difference is zero: many rows lose a little, and a few gain much."""
+    """Shares of p below 5 % if the mean difference is zero: many rows lose a little, and a few gain much."""
     generator, below = np.random.default_rng(11), np.zeros(2)
     for _ in range(trials):
         base = ones(generator.gamma(2, 1, rows))
@@ -138,7 +138,7 @@ def test_the_p_of_skewed_differences_is_near_its_level(rows, limit):
     assert skewed_alarms(rows, 3000)[1] <= limit
 
 
-def test_the_corrected_p_is_that_of_a_t_test_where_differences_are_even():
+def test_the_corrected_p_is_that_of_a_t_test_for_symmetric_differences():
     base = ones(np.zeros(10))
     tuned = ones([1, -1, 2, -2, 3, -3, 4, -4, 0, 0])
     shift = [0.5, 0] * np.ones((10, 1))
@@ -149,8 +149,8 @@ def test_the_corrected_p_is_that_of_a_t_test_where_differences_are_even():
 
 @pytest.mark.parametrize("rows", [8, 20, 60, 500])
 @pytest.mark.parametrize("changed", [0.1, 0.3, 0.5])
-def test_where_as_many_answers_became_right_as_wrong_p_is_seldom_below_a_twentieth(rows, changed):
-    """Computed, not drawn; with few changed answers there is no test that comes nearer to a twentieth."""
+def test_with_as_many_gains_as_losses_p_is_seldom_below_a_twentieth(rows, changed):
+    """Computed, not sampled; with few changed answers no test comes closer to a twentieth."""
     level, critical = 0.0, 0
     for discordant in range(rows + 1):
         while mcnemar(critical, discordant - critical) <= 0.05:
@@ -166,7 +166,7 @@ def test_the_interval_of_equal_models_is_zero():
     assert (found.value, found.low, found.high, found.p, found.n) == (0, 0, 0, 1, 3)
 
 
-def test_a_handful_of_equal_right_or_wrong_answers_proves_no_equality():
+def test_a_few_equal_right_or_wrong_answers_do_not_prove_equality():
     sums = ones([1, 0, 1, 1, 0])
     found = difference(sums, sums, ratio, right_wrong=True, seed=0)
     assert found.value == 0
@@ -182,7 +182,7 @@ def test_rows_that_all_got_better_have_an_interval_and_not_a_point():
     assert found.p == pytest.approx(1 / 2**10)
 
 
-def test_the_same_seed_gives_the_same_interval_and_another_one_a_near_one():
+def test_the_same_seed_gives_the_same_interval_and_another_seed_a_similar_one():
     generator = np.random.default_rng(0)
     base, tuned = ones(generator.random(50)), ones(generator.random(50) + 0.2)
     first, again, other = (difference(base, tuned, ratio, right_wrong=False, seed=seed) for seed in (1, 1, 2))
@@ -191,7 +191,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_a_near_one():
     assert other.low == pytest.approx(first.low, abs=0.02)
 
 
-def test_pairing_makes_the_interval_narrow_where_rows_differ_more_than_models():
+def test_pairing_narrows_the_interval_if_rows_differ_more_than_models():
     generator = np.random.default_rng(0)
     hardness = generator.normal(0, 10, 80)
     found = difference(
@@ -215,7 +215,7 @@ def test_a_score_that_is_not_finite_has_no_interval():
     assert found.p == 1
 
 
-def test_mcnemar_is_the_two_sided_sign_test_of_the_disagreements_with_half_of_what_was_seen():
+def test_mcnemar_is_the_two_sided_sign_test_with_half_of_the_observed_outcome():
     assert mcnemar(5, 15) == pytest.approx(2 * (sum(math.comb(20, k) for k in range(5)) + 15504 / 2) / 2**20)
     assert mcnemar(15, 5) == pytest.approx(mcnemar(5, 15))
     assert mcnemar(0, 0) == 1
@@ -231,14 +231,14 @@ def test_a_metric_by_sums_and_the_same_metric_by_draws_have_the_same_interval():
     assert draws.p == pytest.approx(sums.p, abs=0.01)
 
 
-def test_each_draw_has_as_many_rows_as_there_are_and_memory_is_flat(monkeypatch):
+def test_each_draw_has_as_many_rows_as_the_data_and_memory_is_flat(monkeypatch):
     monkeypatch.setattr(statistics, "CHUNK_CELLS", 1000)
     parts = list(draw_counts(300, seed=0, resamples=10))
     assert [part.shape for part in parts] == [(3, 300), (3, 300), (3, 300), (1, 300)]
     assert all((part.sum(1) == 300).all() for part in parts)
 
 
-def test_a_few_draws_without_a_value_are_left_out():
+def test_a_few_draws_without_a_value_are_skipped():
     rows = 60
     needs = np.zeros((rows, 2))
     needs[:6, 1] = 1  # undefined where none of six rows is drawn: 54/60 to the power of 60, two in a thousand

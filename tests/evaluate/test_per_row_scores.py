@@ -1,4 +1,4 @@
-"""What every metric of every task has to do: count rows as often as they are drawn, and come back from disk."""
+"""Requirements on every metric of every task: weight rows by their draws, and survive a round trip to disk."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -108,7 +108,7 @@ METRICS: dict[str, Callable[[list[int]], Measure]] = {
     "margin of thumbs": thumbs,
     **{f"{metric} of tools": partial(tools, metric) for metric in TOOL_METRICS},
 }
-"""Every metric, built of some of twelve rows."""
+"""Every metric, on some of twelve rows."""
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +117,18 @@ def drawn() -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(name: str, drawn: np.ndarray) -> None:
+def test_a_row_drawn_several_times_counts_like_as_many_copies(name: str, drawn: np.ndarray) -> None:
     wanted = [METRICS[name](np.repeat(np.arange(ROWS), row.astype(int)).tolist()).value for row in drawn]
     assert METRICS[name](list(range(ROWS))).resampled(drawn) == pytest.approx(wanted, abs=1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", [name for name in METRICS if not name.endswith(("pairs", "thumbs"))])
-def test_a_metric_of_no_rows_is_not_a_number(name: str) -> None:
+def test_a_metric_without_rows_is_nan(name: str) -> None:
     assert math.isnan(METRICS[name]([]).value)
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_measure_comes_back_as_it_was(tmp_path: Path, name: str, drawn: np.ndarray) -> None:
+def test_a_measure_survives_a_round_trip(tmp_path: Path, name: str, drawn: np.ndarray) -> None:
     at = tuple(range(1, ROWS + 1))
     rows = name_rows([f"row {i}" for i in range(ROWS + 1)])
     was = replace(METRICS[name](list(range(ROWS))), at=at)
@@ -143,13 +143,13 @@ def test_a_measure_comes_back_as_it_was(tmp_path: Path, name: str, drawn: np.nda
     assert paired_difference(now, was, 1).value == 0
 
 
-def test_every_metric_of_every_task_is_among_those_that_come_back() -> None:
+def test_every_metric_of_every_task_is_tested_for_the_round_trip() -> None:
     tried = {build(list(range(ROWS))).metric for build in METRICS.values()}
     known = {metric for facts in TASK_FACTS.values() for metric in facts.metrics}
     assert known - tried <= {"choice_accuracy", "answers_cut"}  # means, as exact_match and rouge are
 
 
-def test_the_same_measures_give_the_same_bytes_and_those_that_were_cut_short_are_an_error(tmp_path: Path) -> None:
+def test_the_same_measures_give_the_same_bytes_and_truncated_files_are_an_error(tmp_path: Path) -> None:
     found = {metric: tokens(metric, list(range(ROWS))) for metric in TOKEN_METRICS}
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

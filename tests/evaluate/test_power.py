@@ -1,4 +1,4 @@
-"""What rows are said to show, against simulations in which the truth is known."""
+"""The power that rows are reported to have, checked in simulations with known truth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS, TRIALS, MARGIN = 300, 1000, 0.02
 
 
 def right_or_wrong(generator, rows, true):
-    """Two fifths of the rows change sides."""
+    """Two fifths of the rows flip."""
     place = generator.random(rows)
     gained, lost = 0.2 + true / 2, 0.2 - true / 2
     champion, tuned = place < 0.3 + lost, (place < 0.3) | ((place >= 0.3 + lost) & (place < 0.3 + lost + gained))
@@ -46,7 +46,7 @@ def measure(draw, generator, rows, true):
 
 
 def shares(draw, true, limit, trials=TRIALS):
-    """How often `X.low > champion + limit` passes, fails and inconclusive, where the true difference is `true`."""
+    """How often `X.low > champion + limit` passes, fails and is inconclusive if the true difference is `true`."""
     generator, seen = np.random.default_rng(17), Counter()
     for _ in range(trials):
         change = measure(draw, generator, ROWS, true)
@@ -55,7 +55,7 @@ def shares(draw, true, limit, trials=TRIALS):
 
 
 def computed(deviation, true, limit):
-    """The shares of a paired t test, whose interval is wider than the margin: it cannot be both worse and within it."""
+    """The shares of a paired t test whose interval is wider than the margin: it cannot be worse and within it."""
     free, error = ROWS - 1, deviation / math.sqrt(ROWS)
     passed = nct.sf(t.ppf(0.975, free), free, (true - limit) / error)
     failed = nct.cdf(t.ppf(0.025, free), free, true / error)
@@ -64,7 +64,7 @@ def computed(deviation, true, limit):
 
 @pytest.mark.usefixtures("drawn_once", "without_p")
 @pytest.mark.parametrize("draw", [right_or_wrong, losses])
-def test_gates_pass_fail_and_cannot_tell_as_often_as_an_earlier_run_promised(draw):
+def test_gates_pass_fail_and_are_inconclusive_as_often_as_an_earlier_run_promised(draw):
     earlier = measure(draw, np.random.default_rng(1), 3000, 0.0)
     deviation = row_deviation(earlier)
     smallest = smallest_difference(deviation, ROWS)
@@ -85,7 +85,7 @@ def test_gates_pass_fail_and_cannot_tell_as_often_as_an_earlier_run_promised(dra
 
 @pytest.mark.usefixtures("drawn_once", "without_p")
 def test_a_gate_with_a_margin_fails_a_worse_model_and_seldom_an_equal_one():
-    """Two fifths of 300 rows change sides; the margin is 0.1, and one row in ten is 1.6 standard errors or so."""
+    """Two fifths of 300 rows flip; the margin is 0.1, and one row in ten is about 1.6 standard errors."""
     equal, within, at_the_margin, beyond = (
         shares(right_or_wrong, true, -0.1, 500) for true in (0.0, -0.05, -0.1, -0.2)
     )
@@ -105,7 +105,7 @@ def test_the_rows_needed_are_the_fewest_that_show_the_difference(deviation, dist
     assert rows == 2 or smallest_difference(deviation, rows - 1) > distance
 
 
-def test_no_number_of_rows_shows_a_difference_that_is_the_limit():
+def test_no_number_of_rows_shows_a_difference_equal_to_the_limit():
     assert rows_needed(0.5, 0.0) is None
     assert rows_needed(math.nan, 0.1) is None
 
@@ -121,7 +121,7 @@ EVALUATION = Evaluation(
 )
 
 
-def test_gates_stand_first_and_what_is_not_known_is_left_out():
+def test_gates_come_first_and_unknown_power_is_omitted():
     gates = ("accuracy.low > champion - 0.02", "accuracy.low > champion", "accuracy >= 0.3", "loss.high < base")
     margin, seen, base = list_power(EvaluateSection(gates=gates), EVALUATION)
     assert [margin.gate, seen.gate, base.gate] == [gates[0], gates[1], ""]

@@ -18,7 +18,7 @@ def right(values, metric="exact_match"):
 
 @pytest.fixture
 def told():
-    """A plan and the answers of both models: the base says `b`, the tuned model `t`."""
+    """A plan and the answers of both models: the base answers `b`, the tuned model `t`."""
     names = [str(i) for i in range(ROWS)]
     plan = SimpleNamespace(
         origins=[f"rows.jsonl:{i}" for i in range(ROWS)], prompts=names, references=names, choices=("x", "y")
@@ -26,7 +26,7 @@ def told():
     return plan, *(Answers(None, dict.fromkeys(range(ROWS), said), {}) for said in "bt")
 
 
-def test_rows_are_counted_each_way_and_a_few_shown_spread_over_all(told):
+def test_flips_are_counted_in_both_directions_and_a_few_are_shown_spread_over_all(told):
     before = [i < 4 for i in range(ROWS)]
     after = [i >= 2 for i in range(ROWS)]
     found = find_flips(PairedMeasures({"exact_match": right(before)}, {"exact_match": right(after)}), *told, 5)[
@@ -40,7 +40,7 @@ def test_rows_are_counted_each_way_and_a_few_shown_spread_over_all(told):
     assert found.gained_rows[0].keys() == {"origin", "prompt", "reference", "base", "tuned"}
 
 
-def test_no_more_rows_are_shown_than_samples_are_wanted(told):
+def test_no_more_rows_are_shown_than_samples(told):
     before, after = right([False] * ROWS), right([True] * ROWS)
     for wanted, shown in ((0, 0), (2, 2), (1000, 5)):
         found = find_flips(PairedMeasures({"m": before}, {"m": after}), *told, wanted)["m"]
@@ -48,14 +48,14 @@ def test_no_more_rows_are_shown_than_samples_are_wanted(told):
         assert len(found.gained_rows) == shown
 
 
-def test_only_metrics_of_right_or_wrong_that_both_models_have_flip(told):
+def test_only_right_or_wrong_metrics_of_both_models_have_flips(told):
     means = measure_means("rougeL", [0.5] * ROWS, "")
     tunes = {"rougeL": means, "exact_match": right([True] * ROWS), "choice_accuracy": right([True] * ROWS)}
     bases = {"rougeL": means, "exact_match": right([True] * ROWS)}
     assert find_flips(PairedMeasures(bases, tunes), *told, 5).keys() == {"exact_match"}
 
 
-def test_a_tie_is_no_flip_and_a_base_of_ties_has_none(told):
+def test_a_tie_is_not_a_flip_and_a_base_of_ties_has_none(told):
     before, after = right([0.5, 0.5, 0, 1]), right([1, 0, 1, 0.5])
     assert flipped_rows(before, after) == ([2], [])
     assert find_flips(PairedMeasures({"m": right([0.5] * 4)}, {"m": after}), *told, 5) == {}

@@ -41,7 +41,7 @@ def make_trees(count=7):
 
 
 def by_hand(model, tree):
-    """Each continuation alone, a token at a time, without masks, padding or batches."""
+    """Each continuation alone, one token at a time, without masks, padding or batches."""
     scores = []
     for branch, unscored in zip(tree.branches, tree.unscored, strict=True):
         ids = torch.tensor([tree.prefix + branch])
@@ -78,7 +78,7 @@ def test_a_tree_scores_like_separate_forward_passes_with_learned_positions(tiny_
     ],
     ids=["sliding window", "ALiBi"],
 )
-def test_a_model_that_takes_no_trees_is_scored_row_by_row(model):
+def test_a_model_that_rejects_trees_is_scored_row_by_row(model):
     model.eval()
     trees = make_trees(3)
     with torch.inference_mode():
@@ -87,7 +87,7 @@ def test_a_model_that_takes_no_trees_is_scored_row_by_row(model):
             assert scores == pytest.approx(by_hand(model, tree), abs=1e-4)
 
 
-def test_a_tree_holds_the_common_beginning_once():
+def test_a_tree_contains_the_common_prefix_once():
     tree = make_tree([[1, 5, 6, 7, END], [1, 5, 6, 8, 9, END]], [3, 3])
     assert tree.prefix == (1, 5, 6)
     assert tree.branches == ((7, END), (8, 9, END))
@@ -95,13 +95,13 @@ def test_a_tree_holds_the_common_beginning_once():
     assert tree.length == 3 + 1 + 2
 
 
-def test_tokens_before_the_answer_are_not_scored_where_the_texts_differ_early():
+def test_tokens_before_the_answer_are_not_scored_if_the_texts_diverge_early():
     tree = make_tree([[1, 5, 6, 7], [1, 4, 6, 7]], [3, 3])
     assert tree.prefix == (1,)
     assert tree.unscored == (2, 2)
 
 
-def test_no_tree_no_work(tiny_llama):
+def test_without_trees_there_is_no_work(tiny_llama):
     assert score_trees(sharpened(tiny_llama), [], device="cpu", budget=10) == []
 
 
@@ -120,7 +120,7 @@ def test_few_short_repeated_answers_are_choices():
         [],
     ],
 )
-def test_other_answers_are_not(answers):
+def test_other_answers_are_not_choices(answers):
     assert find_choices(answers) == ()
 
 
@@ -132,13 +132,13 @@ def test_reading_stops_at_the_twenty_first_answer():
     assert find_choices(answers()) == ()
 
 
-def test_choices_without_any_reference_among_them_are_refused():
+def test_choices_without_any_reference_are_refused():
     check_choices(["yes", "no"], ["no", "maybe"])
     with pytest.raises(DataError, match="'Yes'"):
         check_choices(["yes", "no"], ["Yes", "No"])
 
 
-def test_a_tree_scores_the_answer_and_the_end_of_its_turn_and_nothing_else(bench):
+def test_a_tree_scores_only_the_answer_and_the_end_of_its_turn(bench):
     choices = ("blue", "red", "the colour of the sky")
     prompts = [bench.task.split_answer(row)[0] for _, row in iterate_rows(bench.rows, "test")]
     trees = choice_trees(prompts, choices, bench.task, bench.processor, bench.recipe)
@@ -150,7 +150,7 @@ def test_a_tree_scores_the_answer_and_the_end_of_its_turn_and_nothing_else(bench
         assert list(tree.prefix) == list(rendered)[: len(tree.prefix)]
 
 
-def test_a_row_that_is_too_long_with_one_of_the_choices_has_no_tree(bench):
+def test_a_row_too_long_with_one_of_the_choices_has_no_tree(bench):
     prompts = [bench.task.split_answer(row)[0] for _, row in iterate_rows(bench.rows, "test")][:1]
     assert choice_trees(prompts, ["red", "x " * 2000], bench.task, bench.processor, bench.recipe) == [None]
 
@@ -172,7 +172,7 @@ def test_prompts_are_encoded_in_slices_with_the_same_trees(bench, monkeypatch):
     assert len(sizes) > 1
 
 
-def test_stated_choices_are_taken_and_references_outside_them_count_as_wrong(bench):
+def test_stated_choices_are_used_and_references_outside_them_count_as_wrong(bench):
     found = bench.evaluate(metrics=("choice_accuracy",), choices=("red", "green"), samples=0)
     outside = [
         row for _, row in iterate_rows(bench.rows, "test") if row["messages"][1]["content"] not in ("red", "green")

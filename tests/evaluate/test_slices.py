@@ -35,12 +35,12 @@ def rows_of_two_kinds(extra=()):
     ]
 
 
-def test_a_value_is_a_slice_the_most_frequent_first_and_what_is_missing_last():
+def test_each_value_is_a_slice_most_frequent_first_and_missing_last():
     parts = split_by_value(["b", None, "a", "b", "", "c", "a", "b"])
     assert list(parts.items()) == [("b", {0, 3, 7}), ("a", {2, 6}), ("c", {5}), ("(none)", {1, 4})]
 
 
-def test_of_many_values_the_twelve_most_frequent_stand_alone():
+def test_of_many_values_the_twelve_most_frequent_get_a_slice():
     values = [f"v{i:02}" for i in range(20)] + ["v07", "v07", "v19"]
     parts = split_by_value(values)
     assert list(parts)[:3] == ["v07", "v19", "v00"]
@@ -49,7 +49,7 @@ def test_of_many_values_the_twelve_most_frequent_stand_alone():
     assert len(parts["(other)"]) == 8
 
 
-def test_numbers_of_many_values_are_put_into_four_ranges_of_as_many_rows():
+def test_numbers_with_many_values_form_four_ranges_with_equal_rows():
     parts = split_by_value([*range(100, 200), None])
     assert list(parts) == ["up to 124", "above 124, up to 149", "above 149, up to 174", "above 174", "(none)"]
     assert list(map(len, parts.values())) == [25, 25, 25, 25, 1]
@@ -58,14 +58,14 @@ def test_numbers_of_many_values_are_put_into_four_ranges_of_as_many_rows():
     assert (24 in parts["up to 124"], 25 in parts["above 124, up to 149"]) == (True, True)
 
 
-def test_numbers_of_few_values_truth_values_and_lists_are_values_as_any():
+def test_few_numbers_booleans_and_lists_are_plain_values():
     assert tuple(split_by_value([30, 4, 30])) == ("4", "30")
     assert tuple(split_by_value([True, False, True])) == ("true", "false")
     assert tuple(split_by_value([["a", "é"], ["a", "é"]])) == ('["a", "é"]',)
     assert list(split_by_value([math.nan, 1.0, *range(20)]))[-1] == "(other)"
 
 
-def test_the_scores_of_a_slice_are_those_of_its_rows_alone():
+def test_a_slices_scores_cover_only_its_rows():
     generator = np.random.default_rng(0)
     before, after = generator.random(60) < 0.4, generator.random(60) < 0.8
     parts = {"a": {*range(0, 60, 2)}, "b": {*range(1, 60, 2)}}
@@ -79,7 +79,7 @@ def test_the_scores_of_a_slice_are_those_of_its_rows_alone():
         assert one.difference["exact_match"] == paired_difference(right(before[start::2]), right(after[start::2]), 7)
 
 
-def test_a_metric_of_some_rows_is_sliced_by_its_own_rows():
+def test_a_metric_on_some_rows_is_sliced_by_those_rows():
     parts = {"a": {0, 2}, "b": {1, 3}}
     some = right([True, False], at=(0, 2))
     (a, b) = score_slices({"kind": parts}, PairedMeasures({"exact_match": some}, {"exact_match": some}), 0)["kind"]
@@ -87,7 +87,7 @@ def test_a_metric_of_some_rows_is_sliced_by_its_own_rows():
     assert (b.rows, b.tuned, b.difference) == (2, {}, {})
 
 
-def test_a_correlation_of_a_slice_is_that_of_its_rows_alone():
+def test_a_slices_correlation_covers_only_its_rows():
     generator = np.random.default_rng(0)
     wanted, found = generator.random(40), generator.random(40)
     whole = measure_correlation("spearman", found, wanted)
@@ -97,7 +97,7 @@ def test_a_correlation_of_a_slice_is_that_of_its_rows_alone():
     assert paired_difference(sliced, sliced, 0).n == 20
 
 
-def test_a_slice_of_few_rows_has_scores_and_no_interval():
+def test_a_slice_with_few_rows_has_scores_and_no_interval():
     parts = {"a": {*range(9)}}
     (one,) = score_slices({"k": parts}, PairedMeasures({"m": right([False] * 9)}, {"m": right([True] * 9)}), 0)["k"]
     change = one.difference["m"]
@@ -106,7 +106,7 @@ def test_a_slice_of_few_rows_has_scores_and_no_interval():
     assert change.p == 1
 
 
-def test_both_models_are_scored_on_each_slice_and_it_comes_back_from_disk(make_bench, tmp_path):
+def test_both_models_are_scored_on_each_slice_and_survive_a_round_trip(make_bench, tmp_path):
     bench = make_bench(TWO_SLICES, rows_of_two_kinds())
     found = bench.evaluate(gates=())
     by_topic, by_size = found.slices["topic"], found.slices["size"]
@@ -139,7 +139,7 @@ def prepared(folder, console, rows, slices, **data):
     return prepare_rows(load_recipe(str(folder / "recipe.yaml"), sets).recipe, folder / "prepared", console)
 
 
-def test_columns_change_what_is_kept_beside_the_rows_and_nothing_of_the_rows(tmp_path, console):
+def test_slice_columns_change_what_is_stored_with_the_rows_and_not_the_rows(tmp_path, console):
     rows = rows_of_two_kinds()
     without = prepared(tmp_path, console, rows, [], deduplicate="none")
     with_topic = prepared(tmp_path, console, rows, ["topic"], deduplicate="none")
@@ -151,7 +151,7 @@ def test_columns_change_what_is_kept_beside_the_rows_and_nothing_of_the_rows(tmp
     assert load_rows(tmp_path / "prepared") == moved
 
 
-def test_a_column_that_the_task_uses_can_be_a_slice_and_one_that_is_renamed(tmp_path, console):
+def test_a_used_or_renamed_column_can_be_a_slice(tmp_path, console):
     rows = [{"prompt": f"{i} colour?", "answer": COLOURS[i % 2], "source": "x"} for i in range(ROWS)]
     source = {"path": str(tmp_path / "rows.jsonl"), "columns": {"completion": "answer"}}
     found = prepared(tmp_path, console, rows, ["completion", "answer"], deduplicate="none", train=source)
@@ -160,7 +160,7 @@ def test_a_column_that_the_task_uses_can_be_a_slice_and_one_that_is_renamed(tmp_
     assert parts["completion"] == parts["answer"]
 
 
-def test_an_unknown_column_is_an_error_with_the_nearest_match_and_all_there_are(tmp_path, console):
+def test_an_unknown_column_is_an_error_with_the_nearest_match_and_all_names(tmp_path, console):
     with pytest.raises(DataError) as caught:
         prepared(tmp_path, console, rows_of_two_kinds(), ["topc", "size", "page"], deduplicate="none")
     first, second = caught.value.problems
@@ -169,7 +169,7 @@ def test_an_unknown_column_is_an_error_with_the_nearest_match_and_all_there_are(
     assert "'page'" in second.what
 
 
-def test_rows_that_were_prepared_without_the_column_say_how_to_get_it(tmp_path, console):
+def test_rows_prepared_without_the_column_say_how_to_add_it(tmp_path, console):
     found = prepared(tmp_path, console, rows_of_two_kinds(), ["topic"], deduplicate="none")
     with pytest.raises(DataError, match="prepared without their column 'size'") as caught:
         read_slices(found, ["topic", "size"], range(5))

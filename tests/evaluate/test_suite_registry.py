@@ -42,7 +42,7 @@ def bench_with(make_bench, metrics="[loss, choice_accuracy]", choices="auto"):
     return bench
 
 
-def test_gaps_and_swaps_of_base_and_tuned_model_come_back_from_disk(make_bench, tmp_path):
+def test_gaps_and_swaps_of_both_models_survive_a_round_trip(make_bench, tmp_path):
     bench = bench_with(make_bench)
     found = bench.evaluate()
     study = found.studies["fairness"]
@@ -63,7 +63,7 @@ def test_gaps_and_swaps_of_base_and_tuned_model_come_back_from_disk(make_bench, 
 
 
 @pytest.mark.parametrize(("metrics", "choices"), [("[loss, choice_accuracy]", "auto"), ("[exact_match]", "null")])
-def test_swapped_rows_are_those_with_words_and_none_that_is_ambiguous(make_bench, metrics, choices):
+def test_only_rows_with_unambiguous_words_are_swapped(make_bench, metrics, choices):
     bench = bench_with(make_bench, metrics, choices)
     prompts = [row["messages"][0]["content"] for row in chat_about_people()]
     found = bench.evaluate(fairness=FairnessSection(), samples=1000)
@@ -77,11 +77,11 @@ def test_swapped_rows_are_those_with_words_and_none_that_is_ambiguous(make_bench
         f"{len(swapped)} of {len(swapped)} test rows ({len(test) - len(swapped) - ambiguous} without any of the words"
     )
     assert study.signatures["swap_changes"].startswith(f"{told}, {ambiguous} with an ambiguous one)")
-    assert ("likeliest of 2 answers" if choices == "auto" else "greedily") in study.signatures["swap_changes"]
+    assert ("most likely of 2 answers" if choices == "auto" else "greedily") in study.signatures["swap_changes"]
 
 
-def test_answers_that_hang_on_the_group_are_seen_to_change_and_shown(make_bench):
-    """The tuned model learns by heart what it is asked: `he` for the one word, `yes` for the other."""
+def test_answers_that_depend_on_the_group_are_detected_and_shown(make_bench):
+    """The tuned model memorizes its answers: `he` for one word, `yes` for the other."""
     words = {"woman": "yes", "man": "no"}
     rows = [
         {"messages": [{"role": "user", "content": f"the {w} {i}"}, {"role": "assistant", "content": a}]}
@@ -101,7 +101,7 @@ def test_answers_that_hang_on_the_group_are_seen_to_change_and_shown(make_bench)
 
 
 def unfair_rows(fair=False):
-    """Texts that name a colour; the labels of group b are no use, of training and test rows alike."""
+    """Texts that name a colour; the labels of group b are random, in training and test rows."""
     drawn = random.Random(0)
     colours, things = ("red", "blue"), ("house", "boat", "tree", "king", "queen")
     return [
@@ -117,7 +117,7 @@ def unfair_rows(fair=False):
 FAIRNESS = {"fairness": {"groups": ["town"]}, "gates": ["fairness.gap <= 0.05"], "metrics": ["accuracy"]}
 
 
-def test_a_gate_on_the_gap_fails_with_exit_code_6_where_one_group_is_served_badly(tmp_path):
+def test_a_gate_on_the_gap_fails_with_exit_code_6_if_one_group_is_served_badly(tmp_path):
     model = families.build_bert(tmp_path / "model")
     about = {"evaluate": FAIRNESS, "data": {"test": 0.4, "validation": 0}, "adapter": {"method": "full"}}
     about["train"] = {"learning_rate": 3e-3, "num_train_epochs": 8}
@@ -137,7 +137,7 @@ def test_a_gate_on_the_gap_fails_with_exit_code_6_where_one_group_is_served_badl
 # What is refused
 
 
-def test_files_are_read_before_anything_is_trained(tmp_path):
+def test_files_are_read_before_training(tmp_path):
     path = recipe_for(tmp_path / "r.yaml", tmp_path, tmp_path / "x", evaluate={"fairness": {"swaps": ["none.csv"]}})
     with pytest.raises(DataError, match=r"none\.csv: file not found"):
         check_inputs(load_recipe(str(path)).recipe)

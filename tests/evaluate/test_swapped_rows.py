@@ -17,19 +17,19 @@ OWN = read_swaps(["own"])
         ("that is hers", "that is his"),
     ],
 )
-def test_words_are_swapped_whole_and_in_their_case(before, after):
+def test_complete_words_are_swapped_in_their_case(before, after):
     assert OWN.swap(before) == after
 
 
 @pytest.mark.parametrize("text", ["I know her.", "It is his.", "Mr Smith", "dad and mum"])
-def test_a_word_with_several_partners_is_left_and_told(text):
+def test_a_word_with_several_partners_stays_and_is_reported(text):
     row, words = OWN.swap_row({"text": f"The woman: {text}", "pair": None})
     ambiguous = [word for word in words if OWN.is_ambiguous(word)]
     assert ambiguous
     assert all(word in row["text"] for word in ambiguous)
 
 
-def test_every_own_word_leads_back_where_it_is_not_ambiguous():
+def test_every_shipped_unambiguous_word_swaps_back():
     for word, partners in OWN.partners.items():
         for partner in partners:
             assert word in OWN.partners[partner]
@@ -37,7 +37,7 @@ def test_every_own_word_leads_back_where_it_is_not_ambiguous():
             assert OWN.swap(word) == partners[0]
 
 
-def test_an_answer_that_names_the_group_has_to_name_the_other_one():
+def test_an_answer_that_names_the_group_must_name_the_other_one():
     assert OWN.is_swapped("The woman is a nurse.", "The man is a nurse.")
     assert not OWN.is_swapped("The woman is a nurse.", "The woman is a nurse.")
     assert not OWN.is_swapped("The woman is a nurse.", "The man is a doctor.")
@@ -70,7 +70,7 @@ def has_changed(before, after, labels=(), tolerance=0.0):
     return AnswerKind(OWN, tolerance, labels).differ(before, after)
 
 
-def test_what_a_change_is_depends_on_the_kind_of_answer():
+def test_the_kind_of_answer_decides_what_counts_as_a_change():
     assert has_changed("yes", "no")
     assert not has_changed(" The king ", "The queen")
     assert has_changed({"label": "a", "scores": []}, {"label": "b", "scores": []}, ("a", "b"))
@@ -87,7 +87,7 @@ def test_what_a_change_is_depends_on_the_kind_of_answer():
     assert not has_changed({"chosen": -1.0, "rejected": -2.0}, {"chosen": -1.5, "rejected": -2.0})
 
 
-def test_own_pairs_of_words_are_read_and_joined_with_others(tmp_path):
+def test_custom_word_pairs_are_read_and_combined_with_others(tmp_path):
     (tmp_path / "words.csv").write_text("young,old\n\nAnna, Ahmed\nher,him\n")
     found = read_swaps([str(tmp_path / "words.csv")])
     assert found.swap("The OLD man and Anna") == "The YOUNG man and Ahmed"
@@ -103,7 +103,7 @@ def test_own_pairs_of_words_are_read_and_joined_with_others(tmp_path):
         (b"\xe9,b\n", "words.csv:1", "not UTF-8"),
     ],
 )
-def test_words_that_cannot_be_used_are_an_error_with_their_lines(tmp_path, content, where, what):
+def test_unusable_words_are_an_error_with_their_lines(tmp_path, content, where, what):
     file = tmp_path / "words.csv"
     file.write_bytes(content)
     with pytest.raises(DataError, match=what) as caught:

@@ -44,7 +44,7 @@ def test_rouge_is_the_mean_f1_of_rouge_score(metric):
     assert TEXT_MEASURES[metric](TEXTS, REFERENCES).value == pytest.approx(wanted, abs=1e-12)
 
 
-def test_bleu_with_another_tokenizer_is_sacrebleus():
+def test_bleu_with_another_tokenizer_equals_sacrebleu():
     found = measure_bleu(TEXTS, REFERENCES, tokenize="char")
     assert found.value == BLEU(tokenize="char").corpus_score(TEXTS, [REFERENCES]).score
     assert found.value != measure_bleu(TEXTS, REFERENCES).value
@@ -53,7 +53,7 @@ def test_bleu_with_another_tokenizer_is_sacrebleus():
 
 @settings(max_examples=150, deadline=None)
 @given(PAIRS)
-def test_corpus_scores_are_those_of_sacrebleu_for_any_texts(pairs):
+def test_corpus_scores_equal_those_of_sacrebleu_for_any_texts(pairs):
     texts, references = [text for text, _ in pairs], [reference for _, reference in pairs]
     assert measure_bleu(texts, references).value == pytest.approx(corpus_bleu(texts, [references]).score, abs=1e-9)
     assert measure_ter(texts, references).value == pytest.approx(corpus_ter(texts, [references]).score, abs=1e-9)
@@ -61,7 +61,7 @@ def test_corpus_scores_are_those_of_sacrebleu_for_any_texts(pairs):
     assert measure_chrf(texts, references).value == pytest.approx(chrf, abs=1e-9)
 
 
-def test_the_length_ratio_is_words_by_words_of_all_rows():
+def test_the_length_ratio_is_the_words_of_all_texts_over_the_words_of_all_references():
     found = measure_length_ratio(["one two", "", "a\tb\nc"], ["one", "one two three", "a b c d"])
     assert found.value == 5 / 8
 
@@ -87,12 +87,12 @@ SQUAD_CASES = [
 
 
 @pytest.mark.parametrize(("text", "answers", "exact", "f1"), SQUAD_CASES)
-def test_answers_are_compared_as_the_squad_script_does(text, answers, exact, f1):
+def test_answers_are_compared_as_in_the_squad_script(text, answers, exact, f1):
     assert measure_squad("exact_match", [text], [answers]).value == exact
     assert measure_squad("f1", [text], [answers]).value == pytest.approx(f1, abs=1e-12)
 
 
-def test_squad_scores_are_means_over_the_rows_as_shares_of_one():
+def test_squad_scores_are_means_over_the_rows_from_0_to_1():
     texts, answers = [case[0] for case in SQUAD_CASES], [case[1] for case in SQUAD_CASES]
     exact, f1 = measure_squad("exact_match", texts, answers), measure_squad("f1", texts, answers)
     assert exact.value == np.mean([case[2] for case in SQUAD_CASES])
@@ -115,7 +115,7 @@ ERROR_RATES = {"wer": (measure_wer, jiwer.wer), "cer": (measure_cer, jiwer.cer)}
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 @pytest.mark.parametrize("metric", ERROR_RATES)
-def test_the_error_rate_is_that_of_jiwer_over_the_normalised_texts(metric, normaliser):
+def test_the_error_rate_equals_that_of_jiwer_on_normalised_texts(metric, normaliser):
     build, reference = ERROR_RATES[metric]
     clean = [[make_normaliser(normaliser)(text) for text in side] for side in (SPOKEN, HEARD)]
     found = build(HEARD, SPOKEN, normaliser)
@@ -126,7 +126,7 @@ def test_the_error_rate_is_that_of_jiwer_over_the_normalised_texts(metric, norma
 
 
 @pytest.mark.parametrize("metric", ERROR_RATES)
-def test_what_is_written_where_nothing_was_said_counts_as_errors(metric):
+def test_text_for_an_empty_reference_counts_as_errors(metric):
     build, _ = ERROR_RATES[metric]
     found = build(["a b", "x", ""], ["a b", "...", "!"])
     assert found.sums_NK.tolist() == [[0, 2 if metric == "wer" else 3], [1, 0], [0, 0]]
@@ -135,7 +135,7 @@ def test_what_is_written_where_nothing_was_said_counts_as_errors(metric):
 
 
 @pytest.mark.parametrize("metric", ERROR_RATES)
-def test_an_error_rate_without_reference_words_is_not_a_number(metric):
+def test_an_error_rate_without_reference_words_is_nan(metric):
     build, _ = ERROR_RATES[metric]
     assert math.isnan(build([], []).value)
     assert math.isnan(build(["noise"], [""]).value)
@@ -158,7 +158,7 @@ def test_the_basic_normaliser_knows_the_punctuation_of_all_scripts(text, wanted)
     assert make_normaliser("basic")(text) == wanted
 
 
-def test_the_normaliser_of_whisper_is_the_one_for_the_language():
+def test_the_whisper_normaliser_depends_on_the_language():
     text = "Mr. Brown won't read twenty-five books on the colour (really)!"
     spellings = {"colour": "color"}
     wanted = EnglishTextNormalizer(spellings)(text).strip()

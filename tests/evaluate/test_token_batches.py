@@ -8,11 +8,11 @@ from llmtune.evaluate.token_batches import cut_evenly, run_in_batches
 
 
 def note(batches):
-    """Work that notes its batches and returns the index of each row."""
+    """Work that records its batches and returns the index of each row."""
     return lambda batch: [batches.append(batch)][:0] + batch
 
 
-def test_every_row_is_done_once_and_no_batch_exceeds_the_budget():
+def test_every_row_is_processed_once_and_no_batch_exceeds_the_budget():
     lengths = [5, 1, 9, 30, 2, 2, 7]
     batches = []
     assert run_in_batches(lengths, 20, note(batches)) == list(range(len(lengths)))
@@ -25,7 +25,7 @@ def test_every_row_is_done_once_and_no_batch_exceeds_the_budget():
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("cuda"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 )
-def test_out_of_memory_halves_the_batch_and_nothing_is_left_out(error):
+def test_out_of_memory_halves_the_batch_and_skips_nothing(error):
     done = []
 
     def work(batch):
@@ -47,7 +47,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error_with_its_length():
         run_in_batches([77, 3], 10, work)
 
 
-def test_other_errors_pass_through():
+def test_other_errors_propagate():
     def work(batch):
         raise RuntimeError("size mismatch")
 
@@ -55,14 +55,14 @@ def test_other_errors_pass_through():
         run_in_batches([1], 10, work)
 
 
-def test_a_limit_takes_rows_from_all_over():
+def test_a_limit_samples_rows_from_everywhere():
     assert list(cut_evenly(10, 3)) == [0, 3, 6]
     assert list(cut_evenly(3, 10)) == [0, 1, 2]
     assert list(cut_evenly(3, None)) == [0, 1, 2]
     assert list(cut_evenly(0, 5)) == list(cut_evenly(5, 0)) == []
 
 
-def test_the_next_attempt_finds_the_tensors_of_the_failed_one_gone():
+def test_a_retry_finds_the_failed_attempts_tensors_freed():
     failed = []
 
     def work(batch):
@@ -94,7 +94,7 @@ def test_packed_rows_fill_the_budget_with_the_sum_of_their_lengths():
     assert sorted(i for batch in done for i in batch) == list(range(len(lengths)))
 
 
-def test_a_batch_has_no_more_rows_than_are_allowed():
+def test_a_batch_has_at_most_the_allowed_number_of_rows():
     batches = []
     run_in_batches([1] * 10, 100, note(batches), most=4)
     assert [len(batch) for batch in batches] == [4, 4, 2]

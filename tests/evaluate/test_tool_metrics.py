@@ -1,4 +1,4 @@
-"""Calls of tools against the calls that a row has."""
+"""Tool calls compared with the calls of a row."""
 
 import pytest
 
@@ -44,7 +44,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("given", "asked", "valid", "name", "arguments", "f1"), CASES)
-def test_a_call_is_held_against_its_declaration_and_the_reference(given, asked, valid, name, arguments, f1):
+def test_a_call_is_checked_against_its_declaration_and_the_reference(given, asked, valid, name, arguments, f1):
     scores = {metric: measure_tools(metric, {3: [given]}, {3: [asked]}) for metric in TOOL_METRICS}
     values = [scores[metric].value for metric in TOOL_METRICS[:4]]
     assert values == pytest.approx([valid, name, arguments, f1], abs=1e-12)
@@ -52,7 +52,7 @@ def test_a_call_is_held_against_its_declaration_and_the_reference(given, asked, 
     assert len(scores["no_call"].sums_NK) == 0
 
 
-def test_no_call_is_right_where_none_is_wanted():
+def test_no_call_is_correct_if_none_is_wanted():
     answers = {
         0: [answer(text="Hello")],
         1: [answer(PARIS)],
@@ -95,7 +95,7 @@ def test_arguments_are_checked_by_json_schema_without_the_network(schema, argume
     assert is_valid_call(call("f", **arguments), tools) is valid
 
 
-def test_answers_whose_tool_has_no_valid_schema_are_left_out_of_tool_call_valid_alone():
+def test_only_tool_call_valid_skips_answers_whose_tool_has_no_valid_schema():
     broken = {"name": "f", "parameters": {"type": "object", "properties": {"n": {"type": "str"}}}}
     tools = [*TOOLS, {"type": "function", "function": broken}]
     calling, other = (ToolTurn({"messages": [], "tools": tools}, [made]) for made in (call("f", n=3), PARIS))
@@ -119,5 +119,5 @@ def test_answers_whose_tool_has_no_valid_schema_are_left_out_of_tool_call_valid_
         ({"a": 1}, {"a": 1, "b": None}, False),
     ],
 )
-def test_values_are_equal_as_json_has_them(one, other, same):
+def test_values_are_equal_as_in_json(one, other, same):
     assert is_same_value(one, other) is same

@@ -220,8 +220,8 @@ def test_the_start_token_occurs_once_even_if_the_tokenizer_adds_one(place, run, 
     6,
     cannot="attention or loss that leaks across packed rows",
     kept="Packing is tested on the loaded model: each of three packed rows must get the same logits as alone.",
-    shows="error data.packing: in ... rows that are packed together see one another: its architecture keeps no border "
-    "between them -> Set data.packing: false.",
+    shows="error data.packing: in ... packed rows see one another: its architecture does not isolate them -> "
+    "Set data.packing: false.",
     also=["model/test_packed_attention.py::test_packed_logits_are_those_of_each_document_alone"],
 )
 def test_packed_and_unpacked_training_give_the_same_losses(place, run, without, shows):

@@ -31,7 +31,7 @@ class Evil:
     kept="Both are refused unless the recipe allows them (model.trust_remote_code, model.use_safetensors). If "
     "pickles are allowed, only tensors are read from them.",
     shows="model.trust_remote_code",
-    also=["adapter/test_load.py::test_pickled_weights_are_refused_with_the_way"],
+    also=["adapter/test_load.py::test_pickled_weights_are_refused_with_a_fix"],
 )
 def test_neither_model_code_nor_a_pickle_runs_without_permission(place, run, shows):
     config = json.loads((place / "model/config.json").read_text())

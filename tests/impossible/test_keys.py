@@ -287,20 +287,20 @@ ELSEWHERE = {
     "extends": "recipe/test_loader.py::test_values_of_the_nearer_file_win_and_mappings_are_merged",
     "recipe_version": "recipe/test_validation.py::"
     "test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure",
-    "model.candidates": "model/test_model_selection.py::test_the_model_that_knows_the_rows_best_is_taken",
-    "model.licences": "model/test_model_selection.py::test_one_whose_licence_is_not_allowed_or_not_known_is_left_out",
-    "model.trials": "model/test_model_trials.py::test_a_run_takes_the_candidate_that_trials_find_and_tells_both_orders",
-    "model.revision": "model/test_resolve.py::test_a_download_pins_the_commit_and_leaves_pickles_and_code_there",
+    "model.candidates": "model/test_model_selection.py::test_the_model_that_knows_the_rows_best_is_chosen",
+    "model.licences": "model/test_model_selection.py::test_a_candidate_with_a_forbidden_or_unknown_licence_is_skipped",
+    "model.trials": "model/test_model_trials.py::test_a_run_uses_the_winner_of_the_trials_and_reports_both_orders",
+    "model.revision": "model/test_resolve.py::test_a_download_pins_the_commit_and_skips_pickles_and_code",
     "data.train.config": f"{HUB}::test_rows_come_from_the_hashed_commit_even_if_the_branch_moves",
     "data.train.split": f"{HUB}::test_a_missing_split_is_reported",
     "data.train.revision": f"{HUB}::test_rows_of_another_commit_are_refused_offline",
     "data.unknown_tokens": "data/test_examples.py::test_an_unknown_target_is_a_bad_row_unless_allowed",
     "evaluate.champion": "evaluate/test_champion.py::"
-    "test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another",
+    "test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_another_one",
     "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
-    "test_names_need_the_network_and_files_do_not_unless_the_recipe_says_otherwise",
-    "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_tells_worse_from_too_few_rows",
-    "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_are_at_the_level_of_one_look",
+    "test_named_tasks_need_the_network_and_files_do_not_unless_the_recipe_says_so",
+    "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_separates_worse_from_too_few_rows",
+    "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_use_the_level_of_one_look",
     "train.eval_metrics": "train/test_validation_metrics.py::"
     "test_metrics_of_validation_rows_are_those_that_evaluate_measures_of_that_checkpoint",
     "train.metric_for_best_model": "train/test_validation_metrics.py::"

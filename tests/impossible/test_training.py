@@ -126,7 +126,7 @@ def test_a_run_reproduces_bit_for_bit(place, run, without, shows):
     shows="error adapter.target_modules: 'q_porj' matches no module of this model. Did you mean 'q_proj'? -> Modules "
     "here: q_proj (2), k_proj (2), v_proj (2), o_proj (2), gate_proj (2), up_proj (2), down_proj (2), lm_head (1).",
     also=[
-        "adapter/test_wiring_check.py::test_an_adapter_that_does_nothing_or_cannot_be_switched_off_is_found",
+        "adapter/test_wiring_check.py::test_an_adapter_that_has_no_effect_or_cannot_be_switched_off_is_found",
     ],
 )
 def test_a_target_or_adapter_without_a_match_is_refused(place, run, shows):

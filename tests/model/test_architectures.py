@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_page_says_of_every_type_what_comes_out(kind, tmp_path_factory):
+def test_the_page_lists_the_outcome_of_every_type(kind, tmp_path_factory):
     written = PAGE.read_text("utf-8")
     assert f"transformers {transformers.__version__} " in written, "make architectures"
     _, _, table = written.partition(f"\n## {kind}\n")

@@ -1,4 +1,4 @@
-"""Attention within documents is attention over the whole row with a mask that keeps them apart."""
+"""Attention within documents equals attention over the entire row with a mask that separates them."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def inputs(heads: int, kept: int, tokens: int, width: int = 8, value_width: int 
 
 
 def dense(query, key, value, lengths, scaling, window, causal):
-    """The same by one mask [T, T]."""
+    """The same with one mask [T, T]."""
     document_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     places_T = torch.arange(len(document_T))
     distance_TT = places_T[:, None] - places_T[None, :]
@@ -29,7 +29,7 @@ def dense(query, key, value, lengths, scaling, window, causal):
 
 
 def compare(got, wanted, parts):
-    """Hold outputs and gradients against each other."""
+    """Compare outputs and gradients."""
     raised = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=wanted.dtype)
     gradients = [torch.autograd.grad(out, parts, raised) for out in (got, wanted)]
     torch.testing.assert_close([got, *gradients[0]], [wanted, *gradients[1]], rtol=1e-9, atol=1e-9)
@@ -39,7 +39,7 @@ def compare(got, wanted, parts):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1), (4, 4)])
-def test_outputs_and_gradients_are_those_of_a_dense_mask(monkeypatch, block, kept, causal, window, heads, groups):
+def test_outputs_and_gradients_equal_those_of_a_dense_mask(monkeypatch, block, kept, causal, window, heads, groups):
     monkeypatch.setattr(documents, "_BLOCK", block)
     monkeypatch.setattr(documents, "_KEPT", kept)
     lengths = [5, 1, 30, 9]
@@ -51,7 +51,7 @@ def test_outputs_and_gradients_are_those_of_a_dense_mask(monkeypatch, block, kep
 
 @pytest.mark.parametrize(("block", "kept"), [(256, 192), (4, 0)])
 @pytest.mark.parametrize("window", [None, 1, 8])
-def test_behind_a_shared_beginning_it_is_attention_of_the_whole_documents(monkeypatch, block, kept, window):
+def test_after_a_shared_prefix_it_is_the_attention_of_complete_documents(monkeypatch, block, kept, window):
     monkeypatch.setattr(documents, "_BLOCK", block)
     monkeypatch.setattr(documents, "_KEPT", kept)
     shared, own = 6, [5, 1, 30]
@@ -65,12 +65,12 @@ def test_behind_a_shared_beginning_it_is_attention_of_the_whole_documents(monkey
     compare(got, wanted, parts)
 
 
-def test_without_a_scale_it_is_the_roots_of_the_width():
+def test_the_default_scale_is_the_root_of_the_width():
     parts = inputs(2, 2, 12)
     torch.testing.assert_close(attend_documents(*parts, [12]), dense(*parts, [12], None, None, True))
 
 
-def test_in_16_bits_it_errs_no_more_than_torchs_own():
+def test_in_16_bits_the_error_is_no_larger_than_torchs_own():
     parts = [part.detach().bfloat16().requires_grad_() for part in inputs(9, 3, 300, 64, 64, torch.float32)]
     exact = [part.detach().float().requires_grad_() for part in parts]
     lengths = [110, 150, 40]
@@ -90,7 +90,7 @@ def test_in_16_bits_it_errs_no_more_than_torchs_own():
     assert all(one < max(2 * other, 0.005) for one, other in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
-def test_under_autocast_inputs_of_two_formats_are_brought_into_one():
+def test_under_autocast_inputs_of_two_dtypes_are_converted_to_one():
     query, key, value = inputs(2, 1, 12, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = attend_documents(query, key, value.bfloat16(), [5, 7])

@@ -1,4 +1,4 @@
-"""Packaged models: found without being imported, verified, converted once; right answers, right tokens."""
+"""Packaged models: found without import, verified, converted once; correct answers and tokens."""
 
 import hashlib
 import importlib.metadata
@@ -35,7 +35,7 @@ NAME = "builtin:smollm2-135m-instruct"
 MINILM = "builtin:minilm-l6-v2"
 WHISPER = "builtin:whisper-tiny.en"
 SPEECH = Path("/usr/share/pocketsphinx/test/data/librivox")
-"""Where Debian's pocketsphinx-testdata puts five clips and what is said in them."""
+"""Location of five clips with transcripts in Debian's pocketsphinx-testdata."""
 WEIGHTS = b"GGUF and more"
 
 
@@ -45,7 +45,7 @@ def resolve(name: str):
 
 @pytest.fixture
 def install(tmp_path, tiny_llama, monkeypatch):
-    """Install a package that holds one file and fails if it is imported; `install(**facts)` is what it converts."""
+    """Install a package that contains one file and fails on import; `install(**facts)` describes its conversion."""
     site = tmp_path / "site"
     (site / "fake_model").mkdir(parents=True)
     (site / "fake_model" / "__init__.py").write_text("raise AssertionError('imported')")
@@ -72,7 +72,7 @@ def install(tmp_path, tiny_llama, monkeypatch):
     return put
 
 
-def test_an_unknown_packaged_model_names_the_known_ones():
+def test_an_unknown_packaged_model_lists_the_known_ones():
     with pytest.raises(RecipeError, match=r"Did you mean 'smollm2-135m-instruct'\?"):
         resolve("builtin:smollm2-135m-instuct")
 
@@ -86,7 +86,7 @@ def test_an_unknown_packaged_model_names_the_known_ones():
         ({"convert": None, "script": "models/x.py"}, r"Run: make models \(or: pip install .* && python .*x\.py\)"),
     ],
 )
-def test_a_package_that_is_missing_damaged_or_not_converted_comes_with_the_command(install, tmp_path, facts, message):
+def test_a_missing_damaged_or_unconverted_package_comes_with_the_command(install, tmp_path, facts, message):
     install(**facts)
     with pytest.raises(EnvironmentProblem, match=message):
         resolve("builtin:fake")
@@ -102,13 +102,13 @@ def test_a_packaged_model_is_converted_once(install, tmp_path):
     assert first.path.parent == tmp_path / "cache" / "models"
 
 
-def test_what_a_script_converted_is_found(install):
+def test_a_model_converted_by_a_script_is_found(install):
     install(convert=None, script="models/x.py")
     resolve_builtin("fake", quiet(), lambda file, folder: (folder / "made").touch())
     assert (resolve_builtin("fake", quiet()) / "made").exists()
 
 
-def test_a_cache_that_cannot_be_written_or_is_full_is_explained(install, monkeypatch, tmp_path):
+def test_an_unwritable_or_full_cache_is_explained(install, monkeypatch, tmp_path):
     install()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "file"))
@@ -132,7 +132,7 @@ def test_the_cache_follows_the_platform(monkeypatch, tmp_path):
     assert find_cache() == tmp_path / "own"
 
 
-def test_a_build_that_fails_leaves_nothing_to_be_taken_for_whole(tmp_path):
+def test_a_failed_build_leaves_nothing_that_looks_complete(tmp_path):
     def half(file: Path, folder: Path) -> None:
         (folder / "a").write_text("1")
         raise KeyboardInterrupt
@@ -143,7 +143,7 @@ def test_a_build_that_fails_leaves_nothing_to_be_taken_for_whole(tmp_path):
     assert build_once(tmp_path / "made", tmp_path, lambda file, folder: (folder / "a").touch()).is_dir()
 
 
-def test_of_two_builders_one_waits_for_the_other(tmp_path):
+def test_the_second_of_two_builders_waits_for_the_first(tmp_path):
     builds = []
 
     def build(file: Path, folder: Path) -> None:
@@ -169,7 +169,7 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def unpack(tmp_path_factory):
-    """Convert a packaged model into a cache of these tests' own: `unpack(name)` is its folder."""
+    """Convert a packaged model into a separate cache for these tests; `unpack(name)` returns its folder."""
     folder = tmp_path_factory.mktemp("unpacked")
 
     def find(name: str) -> Path:
@@ -188,7 +188,7 @@ def selected(unpack, monkeypatch):
 
 
 @needs(NAME)
-def test_it_answers(selected):
+def test_smollm2_answers(selected):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     tokenizer = selected.processor
     text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
@@ -200,7 +200,7 @@ def test_it_answers(selected):
 
 
 @needs(NAME)
-def test_digits_stand_alone_as_in_the_original_tokenizer(selected):
+def test_digits_are_single_tokens_as_in_the_original_tokenizer(selected):
     assert selected.processor.tokenize("in 1999:  42") == ["in", "Ġ", "1", "9", "9", "9", ":", "ĠĠ", "4", "2"]
     text = "Naïve  café\n\t42 — 你好"
     assert selected.processor.decode(selected.processor(text).input_ids) == text
@@ -228,7 +228,7 @@ def test_in_four_bits_it_needs_less_than_half_and_takes_an_adapter(unpack, monke
 
 
 @needs(MINILM)
-def test_minilm_puts_sentences_of_one_meaning_side_by_side(unpack):
+def test_minilm_embeds_sentences_with_one_meaning_close_together(unpack):
     folder = unpack(MINILM)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     batch = tokenizer(
@@ -245,7 +245,7 @@ def test_minilm_puts_sentences_of_one_meaning_side_by_side(unpack):
 
 
 @needs(MINILM)
-def test_minilm_takes_a_head_and_its_tokenizer_neither_cuts_nor_pads(unpack):
+def test_minilm_accepts_a_head_and_its_tokenizer_neither_truncates_nor_pads(unpack):
     folder = unpack(MINILM)
     content = json.loads((folder / "tokenizer.json").read_text())
     assert (content["truncation"], content["padding"]) == (None, None)
@@ -282,7 +282,7 @@ def test_whisper_has_the_ids_of_openais_tiny_en(unpack):
 
 @needs(WHISPER)
 @pytest.mark.skipif(not SPEECH.is_dir(), reason="pocketsphinx-testdata is not installed")
-def test_whisper_writes_what_is_said(unpack):
+def test_whisper_transcribes_speech(unpack):
     folder = unpack(WHISPER)
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()

@@ -1,4 +1,4 @@
-"""The catalogue: right about the models it names, and asked in a recipe's own words."""
+"""The catalogue: correct facts about its models, and queries in a recipe's own words."""
 
 import json
 from pathlib import Path
@@ -27,10 +27,10 @@ PARAMETERS = {
     "openai-community/gpt2": 124_439_808,
     "EleutherAI/pythia-410m": 405_334_016,
 }
-"""As the hub counts them in the weights."""
+"""As counted from the weights on the hub."""
 
 
-def test_the_catalogue_has_models_for_every_task_and_says_what_they_are():
+def test_the_catalogue_describes_models_for_every_task():
     known = read_catalogue()
     assert len(known) >= 60
     for task in TASK_FACTS:
@@ -39,7 +39,7 @@ def test_the_catalogue_has_models_for_every_task_and_says_what_they_are():
         assert len(found) + len(left_out) == len(known)
 
 
-def test_shapes_give_the_parameters_that_the_weights_have():
+def test_shapes_give_the_parameter_counts_of_the_weights():
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,7 +50,7 @@ def test_shapes_give_the_parameters_that_the_weights_have():
         assert sum(one.numel() for one in built.parameters()) == count == model.parameters, name
 
 
-def test_models_are_chosen_by_task_licence_and_language_with_a_reason_for_each_that_is_not():
+def test_models_are_chosen_by_task_licence_and_language_with_a_reason_against_each_other_one():
     found, left_out = select_models(ModelQuery("translate", ["apache-2.0"], "de"))
     assert {"google-t5/t5-base", "Qwen/Qwen3-4B"} <= {one.name for one in found}
     assert left_out["google/gemma-2-2b-it"] == "its licence is gemma"
@@ -64,7 +64,7 @@ def test_models_are_chosen_by_task_licence_and_language_with_a_reason_for_each_t
     [
         (("list", "--task", "chatt"), "Did you mean 'chat'?"),
         (("list", "--licence", "apache"), "Did you mean 'apache-2.0'?"),
-        (("list", "--language", "xx"), "no model of the catalogue has the language 'xx'"),
+        (("list", "--language", "xx"), "no model in the catalogue has the language 'xx'"),
         (("list", "--family", "Qwen25"), "Did you mean 'Qwen2.5'?"),
         (("show", "smollm9"), "the catalogue has no model 'smollm9'"),
         (("fits",), "one of --memory, --device and --recipe is needed"),
@@ -74,12 +74,12 @@ def test_models_are_chosen_by_task_licence_and_language_with_a_reason_for_each_t
         (("fits", "--recipe", "quickstart", "--price", "h100=much"), "'h100=much' is no price"),
     ],
 )
-def test_what_is_not_in_the_catalogue_is_refused_with_what_is(words: tuple[str, ...], said: str):
+def test_unknown_values_are_refused_with_the_known_ones(words: tuple[str, ...], said: str):
     done = invoke("models", *words)
     assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
 
 
-def test_what_fits_is_told_by_method_with_the_longest_row():
+def test_fits_are_listed_by_method_with_the_longest_row():
     words = ("--memory", "24GB", "--licence", "llama3.1", "--length", 2048, "--json")
     found = {(one["model"], one["method"]): one for one in json.loads(invoke("models", "fits", *words).stdout)["fits"]}
     eight = "meta-llama/Llama-3.1-8B-Instruct"
@@ -125,7 +125,7 @@ def test_a_recipe_is_planned_by_method_and_card_with_time_and_cost(here):
     assert "a100-40" in shown.stdout
 
 
-def test_a_run_is_planned_for_a_card_that_is_not_here(here, tiny_llama):
+def test_a_run_is_planned_for_a_card_that_this_machine_lacks(here, tiny_llama):
     recipe = write_recipe(Path("r.yaml"), tiny_llama, write_colours(Path("rows.jsonl")), model={"dtype": "auto"})
     plans = {}
     for words in (("run", recipe, "--dry-run"), ("select", recipe)):

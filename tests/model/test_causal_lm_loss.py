@@ -1,4 +1,4 @@
-"""The loss is the textbook's, however rows are put together; logits stand at predicted positions alone."""
+"""The loss equals the textbook's for any batching; logits exist only at predicted positions."""
 
 import math
 
@@ -23,7 +23,7 @@ def model(tiny_llama):
 
 @torch.no_grad()
 def textbook(folder, examples) -> list[float]:
-    """Nats of each row by a plain model, one row at a time."""
+    """Nats of each row from a plain model, one row at a time."""
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     sums = []
     for example in examples:
@@ -34,7 +34,7 @@ def textbook(folder, examples) -> list[float]:
 
 
 @pytest.mark.parametrize("collate", [packed, padded])
-def test_the_loss_is_the_textbooks_for_each_row(tiny_llama, model, collate):
+def test_the_loss_equals_the_textbooks_for_each_row(tiny_llama, model, collate):
     examples = documents(LENGTHS)
     loss = causal_loss(model, collate(examples), by_row=True)
     wanted = textbook(tiny_llama, examples)
@@ -57,7 +57,7 @@ def test_first_choices_are_counted_by_row(model):
     assert bool((loss.row_correct >= 1).all())
 
 
-def test_logits_stand_at_predicted_positions_alone(model):
+def test_logits_exist_only_at_predicted_positions(model):
     seen = []
     remove_head_loss(model)
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2].numel()))
@@ -103,7 +103,7 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch, dtype):
         assert torch.equal(correct, logits.float().argmax(1) == targets)
 
 
-def test_a_batch_that_predicts_nothing_has_no_loss(model):
+def test_a_batch_without_predictions_has_no_loss(model):
     batch = packed([type(documents([5])[0])([7, 8, 9], [], 0)])
     with torch.no_grad():
         loss = causal_loss(model, batch, by_row=True)

@@ -1,4 +1,4 @@
-"""The loss taken at the head is that of the logits, with the same gradient; whole logits never stand anywhere."""
+"""The loss computed at the head equals that of the logits, with the same gradient; full logits never exist."""
 
 import copy
 
@@ -34,7 +34,7 @@ def batch_within(vocabulary: int):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("chunk", "piece"), [(1 << 24, 1 << 19), (300, 120)])
-def test_losses_choices_and_gradients_are_those_of_the_logits(monkeypatch, shape, trained, bias, chunk, piece):
+def test_losses_choices_and_gradients_equal_those_of_the_logits(monkeypatch, shape, trained, bias, chunk, piece):
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr(head_loss, "_PIECE_ELEMENTS", piece)
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def test_losses_choices_and_gradients_are_those_of_the_logits(monkeypatch, shape
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_in_16_bits_the_gradient_errs_no_more_than_that_of_whole_logits():
+def test_in_16_bits_the_gradients_error_is_no_larger_than_that_of_full_logits():
     torch.manual_seed(0)
     head = torch.nn.Linear(32, 500, bias=False).requires_grad_(False)
     hidden, targets = torch.randn(40, 32), torch.randint(0, 500, (40,))
@@ -75,7 +75,7 @@ def test_in_16_bits_the_gradient_errs_no_more_than_that_of_whole_logits():
 
 
 @pytest.mark.parametrize("name", SHAPED)
-def test_models_that_bend_their_logits_keep_their_loss(name):
+def test_models_that_transform_their_logits_keep_their_loss(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPED[name], attn_implementation="eager").eval()
     for parameter in model.parameters():
@@ -88,7 +88,7 @@ def test_models_that_bend_their_logits_keep_their_loss(name):
     assert float(plain.detach()) != pytest.approx(float(wanted.detach()) / len(batch["targets_S"]), rel=1e-3)
 
 
-def test_whole_logits_never_stand_in_memory(tiny_llama, monkeypatch):
+def test_full_logits_are_never_in_memory(tiny_llama, monkeypatch):
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 4 * 600)
     model = open_model(recipe_with(tiny_llama)).model
     batch, rows = packed(documents([40, 40])), []
@@ -99,7 +99,7 @@ def test_whole_logits_never_stand_in_memory(tiny_llama, monkeypatch):
     assert max(rows) <= 4 * 600 // model.config.vocab_size + 1
 
 
-def test_a_head_with_an_adapter_or_a_listener_is_called_as_usual(tiny_llama):
+def test_a_head_with_an_adapter_or_a_hook_is_called_as_usual(tiny_llama):
     model = open_model(recipe_with(tiny_llama)).model
     assert takes_head_loss(model)
     hook = model.lm_head.register_forward_hook(lambda *a: None)
@@ -127,7 +127,7 @@ def test_a_copy_of_the_model_computes_with_its_own_weights(tiny_llama):
     assert one != pytest.approx(two)
 
 
-def test_a_model_that_does_more_before_its_head_takes_its_loss_from_logits(tiny_gpt2, monkeypatch):
+def test_a_model_that_does_more_before_its_head_computes_its_loss_from_logits(tiny_gpt2, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny_gpt2).eval()
     forward = GPT2LMHeadModel.forward
 

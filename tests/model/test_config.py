@@ -1,4 +1,4 @@
-"""New heads and trained ones: named, told apart, made from the seed, never in 4 bits, never given a LoRA."""
+"""New and trained heads: named, distinguished, seeded, never in 4 bits, never given a LoRA."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def is_new(recipe: Recipe) -> bool:
 
 
 def save_classifier(folder: Path, source: Path, names: list[str], seed: int = 1) -> Path:
-    """Save a model with a head for `names`, as another tool would have left it."""
+    """Save a model with a head for `names`, as another tool would."""
     torch.manual_seed(seed)
     named = {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
     model = AutoModelForSequenceClassification.from_pretrained(source, **named)
@@ -69,7 +69,7 @@ def save_classifier(folder: Path, source: Path, names: list[str], seed: int = 1)
         (("LABEL_0",), ("value",), False, None),  # a number needs no name
     ],
 )
-def test_outputs_get_their_names_and_a_head_for_other_classes_or_in_another_order_is_known(own, names, other, order):
+def test_outputs_are_named_and_a_head_for_other_or_reordered_classes_is_recognized(own, names, other, order):
     config = BertConfig(id2label=dict(enumerate(own)), label2id={name: k for k, name in enumerate(own)})
     name_outputs(config, names, "single_label_classification")
     assert (config.num_labels, config.problem_type) == (len(names), "single_label_classification")
@@ -79,7 +79,7 @@ def test_outputs_get_their_names_and_a_head_for_other_classes_or_in_another_orde
     assert getattr(config, OTHER_ORDER) == order
 
 
-def test_a_head_for_the_same_classes_in_another_order_says_the_same_of_each(tmp_path):
+def test_a_head_with_the_same_classes_reordered_predicts_the_same_for_each(tmp_path):
     config = BertConfig(
         vocab_size=50,
         hidden_size=32,
@@ -101,7 +101,7 @@ def test_a_head_for_the_same_classes_in_another_order_says_the_same_of_each(tmp_
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_a_head_is_found_is_new_trained_whole_and_given_no_lora_and_the_model_knows_the_padding(built, family):
+def test_a_new_head_is_found_fully_trained_without_lora_and_the_model_knows_the_padding(built, family):
     recipe = recipe_of(built(family), r=4)
     assert is_new(recipe)
     adapted = adapt(recipe)
@@ -117,7 +117,7 @@ def test_a_head_is_found_is_new_trained_whole_and_given_no_lora_and_the_model_kn
     assert all(".modules_to_save." in name for name in trained)
 
 
-def test_a_pooling_layer_is_trained_whole_where_the_files_lack_it_and_else_gets_a_lora(built, tmp_path):
+def test_a_pooling_layer_is_fully_trained_if_the_files_lack_it_and_otherwise_gets_a_lora(built, tmp_path):
     new = adapt(recipe_of(built("bert"), r=4))
     assert "bert.pooler.dense.weight" in new.selected.new_weights
     trained = [name for name, p in new.model.named_parameters() if p.requires_grad and "pooler" in name]
@@ -131,7 +131,7 @@ def test_a_pooling_layer_is_trained_whole_where_the_files_lack_it_and_else_gets_
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_what_is_new_is_never_in_4_bits_and_learns(built, family):
+def test_new_layers_are_never_in_4_bits_and_learn(built, family):
     adapted = adapt(recipe_of(built(family), method="qlora", r=4))
     model = adapted.selected.model
     quantized = [n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"]
@@ -154,7 +154,7 @@ def test_a_target_that_is_a_head_is_refused_by_name(built):
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta", "llama"])
-def test_the_start_of_a_new_head_is_a_function_of_the_seed(built, family):
+def test_a_new_heads_weights_depend_only_on_the_seed(built, family):
     def start(seed: int) -> dict[str, torch.Tensor]:
         torch.rand(seed)  # what was drawn before does not matter
         selected = open_model(recipe_of(built(family), seed=seed))
@@ -170,7 +170,7 @@ def test_the_start_of_a_new_head_is_a_function_of_the_seed(built, family):
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_a_trained_head_for_these_classes_is_the_base_and_for_others_starts_anew(built, tmp_path, family):
+def test_a_head_trained_for_these_classes_is_the_base_and_one_for_others_is_reset(built, tmp_path, family):
     BUILDERS[family](tmp_path)
     save_classifier(tmp_path, built(family), ["a", "b", "c"])
     head = f"{HEADS[family][0]}.weight"
@@ -192,7 +192,7 @@ def test_a_trained_head_for_these_classes_is_the_base_and_for_others_starts_anew
         assert torch.equal(open_model(other).model.state_dict()[head], weights)
 
 
-def test_a_head_drawn_anew_has_norms_of_one_and_biases_of_zero(built, tmp_path):
+def test_a_reinitialized_head_has_norms_of_one_and_biases_of_zero(built, tmp_path):
     families.build_modernbert(tmp_path)
     save_classifier(tmp_path, built("modernbert"), ["x", "y", "z"])
     state = open_model(recipe_of(tmp_path)).model.state_dict()
@@ -200,7 +200,7 @@ def test_a_head_drawn_anew_has_norms_of_one_and_biases_of_zero(built, tmp_path):
     assert torch.equal(state["classifier.bias"], torch.zeros(3))
 
 
-def test_a_missing_weight_of_the_body_is_no_new_head(built, tmp_path):
+def test_a_missing_weight_of_the_body_is_not_a_new_head(built, tmp_path):
     families.build_bert(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["bert.encoder.layer.0.output.dense.weight"]
@@ -209,6 +209,6 @@ def test_a_missing_weight_of_the_body_is_no_new_head(built, tmp_path):
         open_model(recipe_of(tmp_path))
 
 
-def test_a_task_without_a_head_of_its_own_has_no_new_head(built):
+def test_a_task_without_its_own_head_has_no_new_head(built):
     place = resolve_model(str(built("llama")), recipe_of(built("llama")).model, quiet())
     assert not head_is_new(place, recipe_of(built("llama")), with_methods(CLASSIFY, trains_head=False))

@@ -1,4 +1,4 @@
-"""A Whisper written in CTranslate2's format comes back as the model that it was."""
+"""A Whisper in CTranslate2's format is restored to the original model."""
 
 import json
 import struct
@@ -72,7 +72,7 @@ def name_as_ctranslate2(model: WhisperForConditionalGeneration) -> dict[str, np.
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> tuple[Path, Path]:
-    """A tiny Whisper whose weights are all different, and the folder that its CTranslate2 file was converted into."""
+    """A tiny Whisper with all weights different, and the folder its CTranslate2 file was converted into."""
     original = build_whisper(tmp_path_factory.mktemp("whisper") / "original", multilingual=False)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(original)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def both(tmp_path_factory) -> tuple[Path, Path]:
     return original, converted
 
 
-def test_it_computes_what_the_original_does(both):
+def test_it_computes_the_same_as_the_original(both):
     first, second = (AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval() for folder in both)
     features = AutoProcessor.from_pretrained(both[0])(make_tone(), sampling_rate=16_000, return_tensors="pt")
     ids = torch.tensor([[420, 5, 6]])
@@ -126,7 +126,7 @@ def test_its_ids_come_from_the_tokenizer_and_the_rest_from_the_package(both):
     assert (generation.is_multilingual, generation.max_length) == (False, 128)
 
 
-def test_a_file_of_another_version_is_not_read(tmp_path):
+def test_a_file_of_another_version_is_refused(tmp_path):
     write_variables(tmp_path / "model.bin", {"x": np.ones(3, np.float32)}, version=5)
     with pytest.raises(ValueError, match="version 5"):
         SCRIPT.read_ctranslate2(tmp_path / "model.bin")

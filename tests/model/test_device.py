@@ -1,4 +1,4 @@
-"""Number formats and memory limits of this machine."""
+"""Dtypes and memory limits of this machine."""
 
 import resource
 
@@ -19,7 +19,7 @@ from llmtune.model.device import (
 )
 
 
-def test_auto_is_bfloat16_only_where_the_processor_has_it():
+def test_auto_is_bfloat16_only_if_the_cpu_has_it():
     wanted = torch.bfloat16 if has_fast_bfloat16("cpu") else torch.float32
     assert resolve_dtype("auto", "cpu") == wanted
     with open("/proc/cpuinfo") as file:
@@ -33,7 +33,7 @@ def test_float16_is_refused_on_a_cpu():
         resolve_dtype("float16", "cpu")
 
 
-def test_the_compute_context_computes_in_its_format():
+def test_the_compute_context_uses_its_dtype():
     layer, inputs = torch.nn.Linear(4, 4), torch.ones(2, 4)
     with compute_context(torch.bfloat16, "cpu"):
         assert layer(inputs).dtype == torch.bfloat16
@@ -41,7 +41,7 @@ def test_the_compute_context_computes_in_its_format():
         assert layer(inputs).dtype == torch.float32
 
 
-def test_the_limit_is_total_memory_or_less():
+def test_the_limit_is_at_most_the_total_memory():
     limit = device_memory("cpu")
     assert limit is not None
     assert 0 < limit <= psutil.virtual_memory().total
@@ -54,7 +54,7 @@ def test_the_address_space_that_ulimit_allows_is_a_limit(monkeypatch):
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 60)])
-def test_an_allocation_that_fails_says_what_was_done_and_what_there_is(allocate):
+def test_a_failed_allocation_reports_the_work_and_the_memory(allocate):
     with (
         pytest.raises(EnvironmentProblem, match=r"out of memory while loading x: cpu has [\d.]+ [GM]B"),
         explain_oom("loading x", "cpu"),
@@ -63,13 +63,13 @@ def test_an_allocation_that_fails_says_what_was_done_and_what_there_is(allocate)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch"), FileNotFoundError(2, "No such file"), KeyError("x")])
-def test_other_errors_pass(error):
+def test_other_errors_propagate(error):
     with pytest.raises(type(error)) as caught, explain_oom("loading x", "cpu"):
         raise error
     assert caught.value is error
 
 
-def test_a_model_or_an_adapter_without_room_is_no_traceback(tiny_llama, tmp_path):
+def test_a_model_or_adapter_without_room_gives_no_traceback(tiny_llama, tmp_path):
     large = build_family(tmp_path / "large", "llama", hidden_size=1024, intermediate_size=2048)
     done = run_in_child(load_without_room, tmp_path / "child", str(tiny_llama), str(large))
     assert done.returncode == 0, done.stderr
@@ -96,5 +96,5 @@ def test_a_model_or_an_adapter_without_room_is_no_traceback(tiny_llama, tmp_path
         (ValueError("out of memory"), False),
     ],
 )
-def test_running_out_of_memory_is_told_from_other_errors(error, is_memory):
+def test_running_out_of_memory_is_distinguished_from_other_errors(error, is_memory):
     assert is_out_of_memory(error) is is_memory

@@ -1,4 +1,4 @@
-"""Kernels that a recipe asks for and this machine cannot have are refused by name, with the cure."""
+"""Requested kernels that this machine cannot run are refused by name, with a fix."""
 
 import copy
 import importlib.util
@@ -43,13 +43,13 @@ def test_a_recipe_without_kernels_lacks_nothing(tiny_llama, monkeypatch):
         ("cuda", "torch_compile", "pip install triton, or remove it."),
     ],
 )
-def test_a_kernel_wants_a_gpu_and_its_package(tiny_llama, monkeypatch, device, key, fix):
+def test_a_kernel_needs_a_gpu_and_its_package(tiny_llama, monkeypatch, device, key, fix):
     without(monkeypatch, "liger_kernel", "triton")
     (problem,) = lacking(tiny_llama, device, train={key: True})
     assert (problem.where, problem.fix) == (f"train.{key}", fix)
 
 
-def test_compiling_on_a_cpu_wants_a_compiler(tiny_llama, monkeypatch):
+def test_compiling_on_a_cpu_needs_a_compiler(tiny_llama, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     (problem,) = lacking(tiny_llama, "cpu", train={"torch_compile": True})
     assert problem.where == "train.torch_compile"
@@ -60,7 +60,7 @@ def test_compiling_on_a_cpu_wants_a_compiler(tiny_llama, monkeypatch):
     assert "apt install g++" in problem.fix
 
 
-def test_all_that_is_lacking_is_said_at_once(tiny_llama, monkeypatch):
+def test_everything_missing_is_reported_at_once(tiny_llama, monkeypatch):
     without(monkeypatch, "kernels")
     monkeypatch.setenv("CXX", "no-such-compiler")
     train = {"torch_compile": True, "use_liger_kernel": True}
@@ -70,7 +70,7 @@ def test_all_that_is_lacking_is_said_at_once(tiny_llama, monkeypatch):
     ]
 
 
-def test_a_kernel_of_the_hub_needs_the_network(tiny_llama):
+def test_a_kernel_from_the_hub_needs_the_network(tiny_llama):
     recipe = recipe_with(tiny_llama, model={"attn_implementation": HUB})
     assert names_remote(recipe)
     assert not names_remote(recipe_with(tiny_llama))
@@ -81,7 +81,7 @@ def test_a_kernel_of_the_hub_needs_the_network(tiny_llama):
     assert HUB in caught.value.problems[0].what
 
 
-def test_a_kernel_of_the_hub_that_cannot_be_had_is_an_error_that_names_it(tiny_llama, monkeypatch):
+def test_an_unavailable_kernel_from_the_hub_is_an_error_that_names_it(tiny_llama, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(EnvironmentProblem) as caught:
         open_model(recipe_with(tiny_llama, model={"attn_implementation": HUB}))
@@ -97,7 +97,7 @@ def norm(kind=LlamaRMSNorm, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_are_the_same_bytes_and_gradients_the_same_numbers(dtype):
+def test_outputs_are_byte_identical_and_gradients_equal(dtype):
     plain = norm(dtype=dtype)
     fused = copy.deepcopy(plain)
     assert fuse_norms(fused) == 1
@@ -111,7 +111,7 @@ def test_outputs_are_the_same_bytes_and_gradients_the_same_numbers(dtype):
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_a_weight_that_is_trained_keeps_its_gradient():
+def test_a_trained_weight_keeps_its_gradient():
     fused = norm()
     fuse_norms(fused)
     fused.weight.requires_grad_()
@@ -119,7 +119,7 @@ def test_a_weight_that_is_trained_keeps_its_gradient():
     assert fused.weight.grad.abs().sum() > 0
 
 
-def test_a_norm_that_computes_otherwise_is_left_alone():
+def test_a_norm_that_computes_differently_is_unchanged():
     other = norm(GemmaRMSNorm)
     other.variance_epsilon = 1e-6
     assert fuse_norms(other) == 0
@@ -127,7 +127,7 @@ def test_a_norm_that_computes_otherwise_is_left_alone():
 
 
 class GatedNorm(LlamaRMSNorm):
-    """As in Qwen3-Next, Mamba-2 and a dozen others: what comes out is weighed by a gate, if there is one."""
+    """As in Qwen3-Next, Mamba-2 and a dozen others: the output is multiplied by a gate, if given."""
 
     def forward(self, hidden_states, gate=None):
         gated = hidden_states if gate is None else hidden_states * torch.nn.functional.silu(gate)
@@ -151,7 +151,7 @@ class LateNorm(LlamaRMSNorm):
         return super().forward(hidden_states) * self.weight
 
 
-def test_weights_that_are_all_one_do_not_make_a_norm_look_plain():
+def test_weights_of_one_do_not_make_a_norm_look_plain():
     assert fuse_norms(LateNorm(24).requires_grad_(False)) == 0
 
 

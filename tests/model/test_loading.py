@@ -1,4 +1,4 @@
-"""Weights come into memory as the recipe says, whole, the same each time."""
+"""Weights are loaded as the recipe says, completely, with the same result each time."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def test_a_loaded_model_is_in_eval_mode_with_a_cache_only_outside_training(tiny_
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_qlora_holds_four_bits_a_weight_but_of_the_head(tiny_llama, double):
+def test_qlora_stores_four_bits_per_weight_except_in_the_head(tiny_llama, double):
     recipe = recipe_with(tiny_llama, adapter={"method": "qlora", "bnb_4bit_use_double_quant": double})
     selected = open_model(recipe)
     quantized = [module for module in selected.model.modules() if isinstance(module, Linear4bit)]
@@ -50,7 +50,7 @@ def test_qlora_holds_four_bits_a_weight_but_of_the_head(tiny_llama, double):
     assert head_names(selected.model) == ["lm_head"]
 
 
-def test_an_evaluation_in_between_leaves_gradients_of_a_quantised_model_right(tmp_path):
+def test_an_evaluation_in_between_keeps_gradients_of_a_quantised_model_correct(tmp_path):
     """bitsandbytes repacks weights at the first forward pass in eval mode, into a format without a gradient."""
     selected = open_model(recipe_with(build_llama(tmp_path), adapter={"method": "qlora"}))
     model = selected.model
@@ -70,7 +70,7 @@ def test_an_evaluation_in_between_leaves_gradients_of_a_quantised_model_right(tm
     assert torch.equal(gradient(), before)
 
 
-def test_added_tokens_get_a_row_that_is_the_mean_of_the_others(tiny_llama):
+def test_added_tokens_get_the_mean_of_the_other_rows(tiny_llama):
     recipe = recipe_with(tiny_llama, model={"add_tokens": ["<tool>", "</tool>"]})
     model = open_model(recipe).model
     weight = model.get_input_embeddings().weight
@@ -86,18 +86,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_llama, tmp_
     tokenizer = train_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(EnvironmentProblem, match="426 tokens and the model has room for 425"):
+    with pytest.raises(EnvironmentProblem, match="426 tokens but the model has room for 425"):
         open_model(recipe_with(folder))
 
 
-def test_a_tokenizer_with_gaps_whose_ids_lie_beyond_the_model_is_refused(tiny_llama, tmp_path):
+def test_a_tokenizer_with_gaps_and_ids_beyond_the_model_is_refused(tiny_llama, tmp_path):
     folder = build_llama(tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     last = max(vocabulary, key=vocabulary.get)
     vocabulary[last] = 900
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(EnvironmentProblem, match="425 tokens, with ids up to 900, and the model has room for 425"):
+    with pytest.raises(EnvironmentProblem, match="425 tokens, with ids up to 900, but the model has room for 425"):
         open_model(recipe_with(folder))
     vocabulary[last] = 430
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -124,7 +124,7 @@ def test_a_model_that_cannot_chat_is_refused_by_name(tmp_path, family, auto, ext
     assert "ForCausalLM" in str(caught.value)
 
 
-def test_a_bare_decoder_is_accepted_where_its_weights_fit(tmp_path):
+def test_a_bare_decoder_is_accepted_if_its_weights_fit(tmp_path):
     train_tokenizer().save_pretrained(tmp_path)
     config = AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=True)
     AutoModel.from_config(config).save_pretrained(tmp_path)
@@ -144,12 +144,12 @@ def test_generation_ends_at_the_tokenizers_end_token(tmp_path):
 @pytest.mark.parametrize(
     ("family", "auto", "task", "reason"),
     [
-        ("bert", AutoModelForCausalLM, {"task": "chat"}, "sees the tokens that it is to predict"),
-        ("convbert", AutoModelForMaskedLM, {"task": "token-classify"}, "it does not leave the padding out"),
-        ("esm", AutoModelForMaskedLM, {"task": "token-classify"}, "cannot read text by itself"),
+        ("bert", AutoModelForCausalLM, {"task": "chat"}, "sees the tokens that it should predict"),
+        ("convbert", AutoModelForMaskedLM, {"task": "token-classify"}, "it does not ignore padding"),
+        ("esm", AutoModelForMaskedLM, {"task": "token-classify"}, "cannot read text alone"),
     ],
 )
-def test_a_model_that_does_not_read_rows_of_text_as_such_is_refused_by_name(tmp_path, family, auto, task, reason):
+def test_a_model_that_misreads_rows_of_text_is_refused_by_name(tmp_path, family, auto, task, reason):
     train_tokenizer().save_pretrained(tmp_path)
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SMALL, **({"mask_token_id": None} if family == "esm" else {}))
@@ -170,13 +170,13 @@ def scaled_positions(kind: str) -> dict[str, object]:
 
 @pytest.mark.parametrize(("family", "kind"), [("phi3", "longrope"), ("llama", "dynamic")])
 @pytest.mark.parametrize("packing", [True, False])
-def test_rows_so_long_that_they_change_the_positions_of_others_are_refused(tmp_path, family, kind, packing):
+def test_rows_long_enough_to_change_the_positions_of_others_are_refused(tmp_path, family, kind, packing):
     folder = build_family(tmp_path, family, **scaled_positions(kind))
     fits = {"packing": packing, "max_length": 64}
     assert open_model(recipe_with(folder, data=fits)).packs == packing
     with pytest.raises(RecipeError) as caught:
         open_model(recipe_with(folder, data={**fits, "max_length": 200}))
-    assert "than 64 tokens; data.max_length is 200" in str(caught.value)
+    assert "than 64 tokens, but data.max_length is 200" in str(caught.value)
     assert caught.value.problems[0].fix == "Set data.max_length to 64 or less."
 
 
@@ -197,7 +197,7 @@ OWN_CONFIG = {"auto_map": {"AutoConfig": "modeling_own.OwnConfig"}, "model_type"
 
 
 @pytest.mark.parametrize("own", [OWN_CONFIG, {}], ids=["own configuration", "configuration of transformers"])
-def test_a_model_with_its_own_code_loads_when_it_is_trusted(tiny_llama, tmp_path, console, own):
+def test_a_model_with_its_own_code_loads_if_it_is_trusted(tiny_llama, tmp_path, console, own):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "own"))
     (folder / "modeling_own.py").write_text(OWN_CODE.format(config="OwnConfig" if own else "LlamaConfig"))
     config = json.loads((folder / "config.json").read_text())
@@ -215,7 +215,7 @@ def test_a_model_with_its_own_code_loads_when_it_is_trusted(tiny_llama, tmp_path
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_head_gets_whole_rows_so_that_its_weights_are_not_copied(tiny_llama: Path) -> None:
+def test_the_head_gets_contiguous_rows_to_avoid_copying_its_weights(tiny_llama: Path) -> None:
     model = open_model(recipe_with(tiny_llama)).model
     seen: list[bool] = []
     model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0].is_contiguous()))

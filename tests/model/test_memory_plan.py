@@ -1,4 +1,4 @@
-"""The plan's bytes are those that are measured, and a refusal names a recipe that fits."""
+"""Planned bytes match measured ones, and a refusal names a recipe that fits."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def measured(model: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_weights_are_those_in_memory(folder, method, dtype):
+def test_planned_weights_match_those_in_memory(folder, method, dtype):
     recipe = recipe_with(folder, model={"dtype": dtype}, adapter={"method": method})
     plan = plan_for(recipe)
     assert plan.parts["weights"] == pytest.approx(measured(open_model(recipe).model), rel=0.03)
@@ -57,7 +57,7 @@ def test_planned_weights_are_those_in_memory(folder, method, dtype):
     "adapter",
     [{}, {"r": 4}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": r".*\.mlp\..*"}, {"method": "full"}],
 )
-def test_planned_adapter_gradients_and_optimizer_are_those_that_training_has(folder, adapter):
+def test_planned_adapter_gradients_and_optimizer_match_those_of_training(folder, adapter):
     recipe = recipe_with(folder, adapter=adapter)
     plan = plan_for(recipe)
     adapted = inject(open_model(recipe), recipe, quiet())
@@ -73,7 +73,7 @@ def test_planned_adapter_gradients_and_optimizer_are_those_that_training_has(fol
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_planned_activations_are_of_the_size_that_the_backward_pass_keeps(folder, checkpointing):
+def test_planned_activations_match_the_size_kept_by_the_backward_pass(folder, checkpointing):
     recipe = recipe_with(folder, train={"gradient_checkpointing": checkpointing})
     tokens = 256
     plan = plan_for(recipe, tokens)
@@ -99,7 +99,7 @@ def test_planned_activations_are_of_the_size_that_the_backward_pass_keeps(folder
 @pytest.mark.parametrize(
     "optim", ["adamw_8bit", "lion_8bit", "ademamix_8bit", "rmsprop_bnb_8bit", "lion_32bit", "ademamix"]
 )
-def test_planned_states_of_other_optimizers_are_those_that_they_keep(folder, optim, r):
+def test_planned_states_of_other_optimizers_match_theirs(folder, optim, r):
     recipe = recipe_with(folder, adapter={"r": r}, train={"optim": optim})
     adapted = inject(open_model(recipe), recipe, quiet())
     optimizer = build_optimizer(adapted.model, recipe, torch.device("cpu"))
@@ -111,7 +111,7 @@ def test_planned_states_of_other_optimizers_are_those_that_they_keep(folder, opt
     assert plan_for(recipe).parts["optimizer"] == pytest.approx(kept, rel=0.02)
 
 
-def test_a_paged_optimizers_state_is_no_part_of_the_lower_bound(folder):
+def test_a_paged_optimizers_state_is_not_in_the_lower_bound(folder):
     plain, paged = (
         plan_for(recipe_with(folder, train={"optim": optim})) for optim in ("adamw_torch", "paged_adamw_32bit")
     )
@@ -120,7 +120,7 @@ def test_a_paged_optimizers_state_is_no_part_of_the_lower_bound(folder):
 
 
 @pytest.mark.parametrize(("limit", "wanted"), [(0.5, True), (0.999, True), (1.001, False), (3.0, False)])
-def test_auto_checkpoints_only_where_a_micro_batch_of_the_longest_row_does_not_fit(folder, monkeypatch, limit, wanted):
+def test_auto_checkpoints_only_if_the_longest_row_does_not_fit_otherwise(folder, monkeypatch, limit, wanted):
     recipe = recipe_with(folder)
     assert recipe.train.gradient_checkpointing == "auto"
     place, task = resolve_model(recipe.model.name, recipe.model, quiet()), get_task(recipe.task)
@@ -131,7 +131,7 @@ def test_auto_checkpoints_only_where_a_micro_batch_of_the_longest_row_does_not_f
     assert resolve_checkpointing(place, recipe, task, 512, "cpu") is False
 
 
-def test_auto_that_is_not_settled_yet_is_planned_as_off(folder):
+def test_unresolved_auto_is_planned_as_off(folder):
     on, off, auto = (plan_for(recipe_with(folder, train={"gradient_checkpointing": g})) for g in (True, False, "auto"))
     assert auto.parts == off.parts == on.parts  # on a CPU what is given back stays with the process
 
@@ -147,7 +147,7 @@ def test_checkpointing_is_planned_to_save_activations_on_a_card(folder):
     assert (plans[0].limit, "libraries" in plans[0].parts) == (10**9, False)
 
 
-def test_a_step_is_planned_with_the_longest_rows_that_it_can_hold(folder):
+def test_a_step_is_planned_with_the_longest_rows_that_fit_into_it(folder):
     recipe = recipe_with(folder, train={"batch_size": 4})
     task, place = get_task(recipe.task), resolve_model(recipe.model.name, recipe.model, quiet())
     lengths = np.array([10] * 50 + [90, 100], dtype=np.int32)
@@ -168,8 +168,8 @@ def test_a_model_that_cannot_fit_is_refused_with_what_fits(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_what_a_refusal_names_does_fit(folder, dtype, method):
-    """The suggestion is followed, and the new plan's lower bound is below the limit."""
+def test_the_recipe_named_in_a_refusal_fits(folder, dtype, method):
+    """Follow the suggestion: the new plan's lower bound is below the limit."""
     changes = {"adamw_8bit": {"train": {"optim": "adamw_8bit"}, "adapter": {"method": "full"}}}
     changes |= {name: {"adapter": {"method": name, "r": 2}} for name in ("lora", "qlora")}
     recipe = recipe_with(folder, model={"dtype": dtype}, adapter={"method": method, "r": 2})
@@ -191,7 +191,7 @@ def test_what_a_refusal_names_does_fit(folder, dtype, method):
     assert followed == ({"adamw_8bit", "lora", "qlora"} if method == "full" else {"qlora"})
 
 
-def test_the_plan_is_printed_and_what_may_still_fit_or_is_overruled_is_a_warning(folder, console):
+def test_the_plan_is_printed_and_a_doubtful_or_overridden_one_is_a_warning(folder, console):
     recipe = recipe_with(folder)
     plan = plan_for(recipe, tokens=4096)
     check_memory(dataclasses.replace(plan, limit=plan.lower_bound + 1), recipe, console)
@@ -203,7 +203,7 @@ def test_the_plan_is_printed_and_what_may_still_fit_or_is_overruled_is_a_warning
     assert "going on" in " ".join(console.file.getvalue().split())
 
 
-def test_the_first_budget_follows_from_total_memory_and_holds_the_longest_row(folder):
+def test_the_first_budget_follows_from_total_memory_and_fits_the_longest_row(folder):
     plan = plan_for(recipe_with(folder), tokens=100)
     per_token = (plan.parts["activations"] + plan.parts["logits"]) // 100
     fixed = plan.lower_bound

@@ -1,4 +1,4 @@
-"""What is wrong with a model folder is told by name, before anything is loaded."""
+"""Problems of a model folder are reported by name before anything is loaded."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def shard(folder: Path) -> list[Path]:
     return found
 
 
-def test_a_whole_folder_is_found_and_hashed(folder):
+def test_a_complete_folder_is_found_and_hashed(folder):
     place = find(folder)
     assert (place.path, place.revision, len(place.content_hash)) == (folder, None, 64)
     assert find(folder) == place
@@ -95,14 +95,14 @@ def turn_into_gguf(folder: Path) -> None:
     ("damage", "message"),
     [
         (lose_weights, "no weight file"),
-        (break_header, "is damaged or is cut"),
+        (break_header, "is damaged or truncated"),
         (write_pointer, "git lfs pull"),
-        (lose_a_shard, "is missing, and model.safetensors.index.json names it"),
+        (lose_a_shard, "is missing, but model.safetensors.index.json names it"),
         (turn_into_an_adapter, "adapter.start_from"),
         (turn_into_gguf, "GGUF"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_named(folder, damage, message):
+def test_problems_of_a_folder_are_named(folder, damage, message):
     damage(folder)
     text = refused(folder, EnvironmentProblem)
     assert message in text
@@ -110,7 +110,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder, damage, message):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 4000, -1])
-def test_a_cut_weight_file_is_named_with_its_sizes(folder, keep):
+def test_a_truncated_weight_file_is_named_with_its_sizes(folder, keep):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
@@ -119,7 +119,7 @@ def test_a_cut_weight_file_is_named_with_its_sizes(folder, keep):
     assert f"{len(whole[:keep]):,} bytes" in message
 
 
-def test_every_damaged_shard_is_told_at_once(folder):
+def test_all_damaged_shards_are_reported_at_once(folder):
     shards = shard(folder)
     for path in shards[:2]:
         path.write_bytes(path.read_bytes()[:-1])
@@ -128,7 +128,7 @@ def test_every_damaged_shard_is_told_at_once(folder):
     assert [problem.where for problem in caught.value.problems] == [str(path) for path in shards[:2]]
 
 
-def test_pickled_weights_are_refused_until_they_are_asked_for(folder):
+def test_pickled_weights_are_refused_unless_allowed(folder):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
@@ -140,7 +140,7 @@ def test_pickled_weights_are_refused_until_they_are_asked_for(folder):
     assert torch.equal(loaded["model.norm.weight"], weights["model.norm.weight"])
 
 
-def test_own_code_is_refused_until_it_is_trusted_and_never_run(folder):
+def test_own_code_is_refused_unless_trusted_and_never_run(folder):
     code = folder / "modeling_own.py"
     code.write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}, model_type="own")
@@ -154,7 +154,7 @@ def test_own_code_is_refused_until_it_is_trusted_and_never_run(folder):
     assert "tokens.OwnTokenizer" in refused(folder, RecipeError)
 
 
-def test_code_that_transformers_has_taken_over_is_not_needed(folder):
+def test_code_that_transformers_now_includes_is_not_needed(folder):
     """Folders older than transformers' own class name code that is neither needed nor run."""
     (folder / "modeling_llama.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
@@ -176,13 +176,13 @@ def test_a_damaged_configuration_is_named(folder, content):
         ({"intermediate_size": 96}, "weights"),
     ],
 )
-def test_a_configuration_that_does_not_go_with_transformers_or_the_weights_is_refused(folder, change, message):
+def test_a_configuration_that_does_not_match_transformers_or_the_weights_is_refused(folder, change, message):
     edit(folder / "config.json", **change)
     with pytest.raises(EnvironmentProblem, match=message):
         open_model(recipe_with(folder))
 
 
-def test_a_weight_that_no_file_holds_is_told(folder):
+def test_a_missing_weight_is_reported(folder):
     path = folder / "model.safetensors"
     tensors = load_file(path)
     del tensors["model.layers.1.mlp.up_proj.weight"]

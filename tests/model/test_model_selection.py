@@ -1,4 +1,4 @@
-"""Candidates are ranked by what they know of the user's rows; those that cannot be used are left out with a reason."""
+"""Candidates are ranked by how well they know the user's rows; unusable ones are skipped with a reason."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def rank(recipe: Recipe, folder: Path, console=None, rows: Rows | None = None):
     return rank_candidates(recipe, lambda place: task, rows, console or quiet(), folder / "model", "cpu", offline=True)
 
 
-def test_the_model_that_knows_the_rows_best_is_taken(taught, disturbed, rows_file, tmp_path, console):
+def test_the_model_that_knows_the_rows_best_is_chosen(taught, disturbed, rows_file, tmp_path, console):
     fresh = build_llama(tmp_path / "fresh", seed=1)
     recipe = recipe_for(rows_file, fresh, disturbed, taught)
     ranking = rank(recipe, tmp_path, console)
@@ -93,8 +93,8 @@ def test_the_model_that_knows_the_rows_best_is_taken(taught, disturbed, rows_fil
     assert f"{bits[0]:.4f}" in said
 
 
-def test_bits_per_byte_are_those_of_the_textbook(taught, rows_file, tmp_path):
-    """Against a plain model, row by row, with the byte count of the answers."""
+def test_bits_per_byte_equal_those_of_the_textbook(taught, rows_file, tmp_path):
+    """Compared with a plain model, row by row, with the byte count of the answers."""
     recipe = recipe_for(rows_file, taught)
     ranking = rank(recipe, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(taught)
@@ -120,7 +120,7 @@ def test_test_rows_are_never_read(taught, rows_file, tmp_path):
     assert rank(without, tmp_path / "without").split == "train"
 
 
-def test_those_that_cannot_be_used_are_left_out_with_the_reason(taught, rows_file, tmp_path, console):
+def test_unusable_candidates_are_skipped_with_the_reason(taught, rows_file, tmp_path, console):
     short = build_family(tmp_path / "short", "llama", max_position_embeddings=8)
     train_tokenizer().save_pretrained(tmp_path / "bert")
     small = {**SHAPE, "hidden_size": 32, "head_dim": 8}
@@ -136,29 +136,29 @@ def test_those_that_cannot_be_used_are_left_out_with_the_reason(taught, rows_fil
     assert "BertForMaskedLM" in console.file.getvalue()
 
 
-def test_one_that_cannot_fit_is_left_out(taught, rows_file, tmp_path, monkeypatch):
+def test_a_candidate_that_cannot_fit_is_skipped(taught, rows_file, tmp_path, monkeypatch):
     from llmtune.model import memory_plan as plan
 
     monkeypatch.setattr(plan, "device_memory", lambda device: 1000)
-    with pytest.raises(EnvironmentProblem, match="no candidate is left") as caught:
+    with pytest.raises(EnvironmentProblem, match="no candidate remains") as caught:
         rank(recipe_for(rows_file, taught), tmp_path)
     assert "cpu has 1 kB" in str(caught.value)
     assert rank(recipe_for(rows_file, taught, model={"check_memory": False}), tmp_path).chosen.path == taught
 
 
-def test_one_that_is_not_there_is_left_out_with_a_word_and_all_are_told_where_none_is(
+def test_a_missing_candidate_is_skipped_with_a_note_and_an_error_lists_all_if_none_exists(
     taught, rows_file, tmp_path, console
 ):
     ranking = rank(recipe_for(rows_file, tmp_path / "no-1", taught), tmp_path, console)
     assert ranking.chosen.path == taught
     assert {Path(one.name).name for one in ranking.candidates if one.reason} == {"no-1"}
-    assert "left out because" in console.file.getvalue()
+    assert "skipped because" in console.file.getvalue()
     with pytest.raises(EnvironmentProblem) as caught:
         rank(recipe_for(rows_file, tmp_path / "no-1", tmp_path / "no-2"), tmp_path)
     assert len(caught.value.problems) == 2
 
 
-def test_a_candidate_with_own_code_is_no_silent_loss(taught, rows_file, tmp_path):
+def test_a_candidate_with_own_code_is_reported(taught, rows_file, tmp_path):
     other = Path(shutil.copytree(taught, tmp_path / "own"))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "m.Own"}}))
@@ -166,7 +166,7 @@ def test_a_candidate_with_own_code_is_no_silent_loss(taught, rows_file, tmp_path
         rank(recipe_for(rows_file, taught, other), tmp_path)
 
 
-def test_one_whose_licence_is_not_allowed_or_not_known_is_left_out(taught, rows_file, tmp_path):
+def test_a_candidate_with_a_forbidden_or_unknown_licence_is_skipped(taught, rows_file, tmp_path):
     free, closed = (Path(shutil.copytree(taught, tmp_path / name)) for name in ("free", "closed"))
     (free / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (closed / "README.md").write_text("---\nlicense: gemma\n---\n")
@@ -175,10 +175,10 @@ def test_one_whose_licence_is_not_allowed_or_not_known_is_left_out(taught, rows_
     assert ranking.chosen.path == free
     reasons = {Path(candidate.name).name: candidate.reason for candidate in ranking.candidates}
     assert reasons["closed"] == reasons["gemma-2-2b-it"] == "its licence is gemma"
-    assert reasons[taught.name] == "its licence is not known"
+    assert reasons[taught.name] == "its licence is unknown"
 
 
-def test_a_context_that_is_long_enough_for_99_of_100_rows_will_do_where_longer_ones_may_be_cut(taught, tmp_path):
+def test_a_context_long_enough_for_99_of_100_rows_suffices_if_longer_rows_may_be_truncated(taught, tmp_path):
     short = build_family(tmp_path / "short", "llama", max_position_embeddings=48)
     rows = [chat(f"Which colour has number {i}?", COLOURS[i % 4]) for i in range(400)]
     rows[7] = chat("Which colour? " * 20, "red")
@@ -202,22 +202,22 @@ def test_a_query_finds_candidates_in_the_catalogue_and_a_dry_run_shows_them_with
     plans = json.loads(done.stdout)["plans"]
     assert "Qwen/Qwen2.5-0.5B-Instruct" in plans
     assert "google/gemma-2-2b-it" not in plans
-    for words in ("would be downloaded first", "left out: its licence is gemma"):
+    for words in ("would be downloaded first", "skipped: its licence is gemma"):
         assert words in " ".join(done.stderr.replace("│", " ").split())
     for changed, words in (
         ("{family: Qwenn2.5}", "Did you mean 'Qwen2.5'?"),
-        ("{max_parameters: 1000}", "no model of the catalogue is all that is asked for"),
+        ("{max_parameters: 1000}", "no model in the catalogue matches the query"),
     ):
         done = invoke("recipes", "check", recipe, "--set", f"model.candidates={changed}")
         assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
 
 
-def test_a_missing_candidate_is_not_the_end_of_a_run(taught, rows_file, tmp_path):
+def test_a_missing_candidate_does_not_end_a_run(taught, rows_file, tmp_path):
     model = {"name": None, "candidates": [str(tmp_path / "no"), str(taught)]}
     recipe = write_recipe(tmp_path / "r.yaml", "none", rows_file, model=model)
     planned = invoke("run", recipe, "--out", tmp_path / "out", "--dry-run", "--json")
     assert [*json.loads(planned.stdout)["plans"]] == [str(taught)]
-    assert "left out:" in planned.stderr
+    assert "skipped:" in planned.stderr
     done = invoke("select", recipe, "--out", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["model"]["name"] == str(taught)

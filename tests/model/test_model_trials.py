@@ -1,4 +1,4 @@
-"""Short trials: half of the candidates go on with twice the steps, and the run takes the one that is left."""
+"""Short trials: half of the candidates continue with twice the steps, and the run uses the last one."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def ranking(*names: str) -> ModelRanking:
     )
 
 
-def test_the_better_half_goes_on_with_twice_the_steps_until_one_is_left():
+def test_the_better_half_continues_with_twice_the_steps_until_one_remains():
     calls: list[tuple[str, int]] = []
 
     def tune(candidate: RankedModel, steps: int) -> float:
@@ -37,7 +37,7 @@ def test_the_better_half_goes_on_with_twice_the_steps_until_one_is_left():
     assert [one.bits_per_byte for one in found.candidates[:3]] == [3.0, 2.0, 1.0]
 
 
-def test_a_trial_that_fails_leaves_its_candidate_out_and_the_run_ends_where_all_do():
+def test_a_failed_trial_drops_its_candidate_and_the_run_ends_if_all_fail():
     def tune(candidate: RankedModel, steps: int) -> float:
         if candidate.name != "b":
             raise TrainingError.of("the loss is nan")
@@ -46,12 +46,12 @@ def test_a_trial_that_fails_leaves_its_candidate_out_and_the_run_ends_where_all_
     found = successive_halving(ranking("a", "b"), 5, tune, quiet())
     assert found.chosen.name == "b"
     assert found.candidates[-1].reason == "its trial failed: the loss is nan"
-    with pytest.raises(EnvironmentProblem, match="no candidate is left"):
+    with pytest.raises(EnvironmentProblem, match="no candidate remains"):
         successive_halving(ranking("a", "c"), 5, tune, quiet())
 
 
 @pytest.mark.usefixtures("here")
-def test_a_run_takes_the_candidate_that_trials_find_and_tells_both_orders(tiny_llama: Path):
+def test_a_run_uses_the_winner_of_the_trials_and_reports_both_orders(tiny_llama: Path):
     other = build_family(Path("other"), "llama", max_position_embeddings=100)  # data.max_length is 128
     model = {"name": None, "candidates": [str(tiny_llama), str(other)], "trials": 2}
     data = {"on_overlong": "drop"}

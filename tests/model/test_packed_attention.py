@@ -1,4 +1,4 @@
-"""Packed rows give the logits that each document gives alone, in every family that is tuned."""
+"""Packed rows give each document the logits it gets alone, in every supported family."""
 
 from dataclasses import replace
 from functools import cache
@@ -66,8 +66,8 @@ def test_packed_logits_are_those_of_each_document_alone(built, family):
     torch.testing.assert_close(together, reference, atol=1e-5 * float(alone.abs().max()), rtol=0)
 
 
-def test_a_window_hides_what_lies_before_it(tmp_path):
-    """The families test would pass if no window was applied on either side; here it is seen to act."""
+def test_a_window_hides_earlier_positions(tmp_path):
+    """The test of families would pass if no window applied on either side; here its effect is visible."""
     model = open_model(recipe_with(build_family(tmp_path, "mistral", sliding_window=4, num_hidden_layers=1))).model
     first, second = documents([12, 12])
     changed = [*first.input_ids[:6], *second.input_ids[6:12]]
@@ -81,7 +81,7 @@ def test_a_window_hides_what_lies_before_it(tmp_path):
 @pytest.mark.parametrize(
     ("family", "checkpointing"), [*((family, False) for family in FAMILIES), ("llama", True), ("mistral", True)]
 )
-def test_packed_gradients_are_those_of_documents_one_by_one_in_the_plain_model(built, family, checkpointing):
+def test_packed_gradients_equal_those_of_single_documents_in_the_plain_model(built, family, checkpointing):
     folder = built(family)
     model = open_model(recipe_with(folder)).model
     if checkpointing:
@@ -123,8 +123,8 @@ def test_documents_of_one_length_are_attended_to_at_once_as_each_alone(causal, w
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
 
 
-def test_flash_attention_is_tried_with_gradients_also_where_the_first_pass_has_none(monkeypatch):
-    """The verdict of a pass in inference mode stays for the training after it."""
+def test_flash_attention_is_tried_with_gradients_even_if_the_first_pass_has_none(monkeypatch):
+    """The result from a pass in inference mode also applies to later training."""
     tried = []
 
     def flash(q, k, v, starts, _, longest, __, softmax_scale, causal, window_size, deterministic):
@@ -140,7 +140,7 @@ def test_flash_attention_is_tried_with_gradients_also_where_the_first_pass_has_n
 
 
 def block_mask(lengths):
-    """Whether two positions stand in the same document."""
+    """Whether two positions are in the same document."""
     of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     return of[:, None] == of[None, :]
 
@@ -169,7 +169,7 @@ def test_no_mask_is_built_for_a_packed_row(tiny_llama):
     assert seen[1].shape == (2, 1, 6, 6)
 
 
-def test_a_mask_of_four_dimensions_is_taken_as_it_is(tiny_llama):
+def test_a_four_dimensional_mask_is_used_unchanged(tiny_llama):
     model = open_model(recipe_with(tiny_llama)).model
     (example,) = documents([10])
     ids = torch.tensor([example.input_ids])
@@ -183,7 +183,7 @@ def test_a_mask_of_four_dimensions_is_taken_as_it_is(tiny_llama):
     torch.testing.assert_close(masked, wanted, atol=1e-5, rtol=0)
 
 
-def test_generation_is_that_of_the_plain_model(tiny_llama):
+def test_generation_equals_that_of_the_plain_model(tiny_llama):
     model = open_model(recipe_with(tiny_llama), training=False).model
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     ids = torch.tensor([[3, 3, 7, 9, 11], [5, 6, 7, 8, 9]])
@@ -192,7 +192,7 @@ def test_generation_is_that_of_the_plain_model(tiny_llama):
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
 
 
-def test_after_a_packed_row_a_plain_one_is_masked_again(tiny_llama):
+def test_a_plain_row_after_a_packed_one_is_masked_again(tiny_llama):
     model = open_model(recipe_with(tiny_llama)).model
     examples = documents([5, 9])
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_after_a_packed_row_a_plain_one_is_masked_again(tiny_llama):
 
 
 @pytest.mark.parametrize("family", ["mamba", "bloom"])
-def test_a_model_that_cannot_keep_rows_apart_is_refused_with_packing(tmp_path, family):
+def test_a_model_that_cannot_isolate_rows_is_refused_with_packing(tmp_path, family):
     folder = build_family(tmp_path, family, **({"n_head": 4} if family == "bloom" else {}))
     with pytest.raises(RecipeError) as caught:
         open_model(recipe_with(folder))
@@ -214,13 +214,13 @@ def test_a_model_that_cannot_keep_rows_apart_is_refused_with_packing(tmp_path, f
     open_model(recipe_with(folder, data={"packing": False}))
 
 
-def test_a_fallback_says_why(built, console):
+def test_a_fallback_gives_its_reason(built, console):
     open_model(recipe_with(built("stablelm")), console=console)
     assert "Attention: sdpa" in console.file.getvalue()
     assert "StableLmForCausalLM does not use" in console.file.getvalue()
 
 
-def test_the_attention_that_the_recipe_names_is_installed(tiny_llama):
+def test_the_attention_named_in_the_recipe_is_installed(tiny_llama):
     selected = open_model(recipe_with(tiny_llama, model={"attn_implementation": "eager"}))
     assert selected.model.config._attn_implementation == "eager"
     examples = documents(LENGTHS)

@@ -1,4 +1,4 @@
-"""Encoders with their heads say the same of a packed row as of each text alone, or rows are padded and it is said."""
+"""Encoders with heads give packed texts the same result as single ones; otherwise rows are padded, with a note."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def recipe_of(folder: Path, task: str, **sections: dict[str, Any]) -> Recipe:
 
 @pytest.mark.parametrize("task", SECTIONS)
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert"])
-def test_encoders_are_proven_to_pack(built, family, task, console):
+def test_encoders_pass_the_packing_check(built, family, task, console):
     selected = open_model(recipe_of(built(family), task), console=console)
     assert selected.packs
     assert selected.model.config._attn_implementation == PACKED
@@ -47,27 +47,27 @@ def test_encoders_are_proven_to_pack(built, family, task, console):
         (families.build_deberta, "classify", "DebertaV2ForSequenceClassification does not use transformers' attention"),
         (families.build_deberta, "completion", "DebertaV2ForMaskedLM does not use transformers' attention interface"),
         (families.build_t5, "translate", "the model has an encoder and a decoder"),
-        (build_llama, "classify", "the class of a text is read at its last token, with a decoder"),
+        (build_llama, "classify", "a decoder reads a text's class at its last token"),
     ],
 )
-def test_rows_of_other_models_are_padded_and_it_is_said(tmp_path, build, task, reason, console):
+def test_rows_of_other_models_are_padded_with_a_note(tmp_path, build, task, reason, console):
     selected = open_model(recipe_of(build(tmp_path), task), console=console)
     assert not selected.packs
     assert selected.model.config._attn_implementation != PACKED
     said = " ".join(console.file.getvalue().split())
-    assert f"Rows are padded, those of like length together, because {reason}" in said
+    assert f"Rows are padded, in batches of similar length, because {reason}" in said
     console.file.truncate(0)
     open_model(recipe_of(tmp_path, task, data={"packing": False}), console=console)
     assert "padded" not in console.file.getvalue()
 
 
-def test_rows_are_padded_where_the_recipe_says_so_or_names_another_attention(built, console):
+def test_rows_are_padded_if_the_recipe_says_so_or_requests_another_attention(built, console):
     folder = built("bert")
     assert not open_model(recipe_of(folder, "classify", data={"packing": False}), console=console).packs
     assert console.file.getvalue() == ""
     selected = open_model(recipe_of(folder, "classify", model={"attn_implementation": "eager"}), console=console)
     assert not selected.packs
-    assert "because model.attn_implementation names another attention" in console.file.getvalue()
+    assert "because model.attn_implementation requests another attention" in console.file.getvalue()
 
 
 def load(folder: Path, **config: Any) -> Any:
@@ -76,7 +76,7 @@ def load(folder: Path, **config: Any) -> Any:
 
 @pytest.mark.parametrize("pools", [True, False])
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
-def test_without_pooling_by_document_the_proof_fails(built, family, pools):
+def test_the_check_fails_without_pooling_by_document(built, family, pools):
     model = load(built(family), num_labels=3)
     install_packed(model)
     if pools:
@@ -85,7 +85,7 @@ def test_without_pooling_by_document_the_proof_fails(built, family, pools):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
-def test_where_documents_see_one_another_the_proof_fails(built, family):
+def test_the_check_fails_if_documents_see_one_another(built, family):
     model = load(built(family), num_labels=3)
     pool_documents(model)
     whole = model.base_model.register_forward_pre_hook(  # as if the lengths got lost on the way
@@ -99,8 +99,8 @@ def test_where_documents_see_one_another_the_proof_fails(built, family):
 
 
 @pytest.mark.parametrize("given", [64, 12])
-def test_another_window_than_the_model_s_own_fails_the_proof(tmp_path, given):
-    """The documents of the proof are longer than the window."""
+def test_the_check_fails_with_a_window_other_than_the_models_own(tmp_path, given):
+    """The check's documents are longer than the window."""
     model = load(families.build_modernbert(tmp_path, local_attention=64), num_labels=3)
     install_packed(model)
     pool_documents(model)
@@ -110,7 +110,7 @@ def test_another_window_than_the_model_s_own_fails_the_proof(tmp_path, given):
     assert isolates_documents(model, torch.float32, decodes=False) == (given == 64)
 
 
-def test_first_tokens_and_means_are_those_of_each_document():
+def test_first_tokens_and_means_equal_those_of_each_document():
     hidden_1TH = torch.arange(12.0).reshape(1, 6, 2)
     assert first_tokens(hidden_1TH, [1, 3, 2]).tolist() == [[[0, 1]], [[2, 3]], [[8, 9]]]
     assert means(hidden_1TH, [1, 3, 2]).tolist() == [[[0, 1]], [[4, 5]], [[9, 10]]]
@@ -118,8 +118,8 @@ def test_first_tokens_and_means_are_those_of_each_document():
 
 @pytest.mark.parametrize("task", ["classify", "token-classify", "qa"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
-def test_documents_stay_apart_within_an_adapter(built, family, task):
-    """PEFT's classes for these tasks leave out arguments that they do not know."""
+def test_documents_stay_separate_within_an_adapter(built, family, task):
+    """PEFT's classes for these tasks drop unknown arguments."""
     recipe = recipe_of(built(family), task)
     selected = open_model(recipe)
     adapted = inject(selected, recipe, quiet())
@@ -145,7 +145,7 @@ def test_documents_stay_apart_within_an_adapter(built, family, task):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
-def test_layers_that_are_computed_again_for_the_backward_pass_keep_documents_apart(tmp_path, family):
+def test_recomputed_layers_keep_documents_separate_in_the_backward_pass(tmp_path, family):
     config = {"classifier_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     recipe = recipe_of(getattr(families, f"build_{family}")(tmp_path, **config), "classify")
     selected = open_model(recipe)

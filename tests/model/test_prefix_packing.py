@@ -1,4 +1,4 @@
-"""A beginning that documents share stands in a packed row once, and losses and gradients are as if it stood in each."""
+"""A prefix that documents share is in a packed row once; losses and gradients are as if it were in each."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def losses_and_gradients(model, batch, allowed: bool):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_are_those_of_whole_documents(tmp_path, family):
+def test_losses_and_gradients_equal_those_of_complete_documents(tmp_path, family):
     model = open_model(recipe_with(build_family(tmp_path, family, **FAMILIES[family]))).model
     assert takes_shared_prefixes(model.eval())
     batch = packed(examples())
@@ -54,7 +54,7 @@ def test_losses_and_gradients_are_those_of_whole_documents(tmp_path, family):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
 
 
-def test_a_beginning_is_computed_once(tiny_llama):
+def test_a_prefix_is_computed_once(tiny_llama):
     model = open_model(recipe_with(tiny_llama)).model
     seen = []
     model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
@@ -63,7 +63,7 @@ def test_a_beginning_is_computed_once(tiny_llama):
     assert seen == [batch["input_ids"].numel() - 2 * 20 - 14]
 
 
-def test_a_layer_that_drops_by_chance_gets_whole_documents(tiny_llama):
+def test_a_layer_with_dropout_gets_complete_documents(tiny_llama):
     model = open_model(recipe_with(tiny_llama)).model
     model.model.layers[0].mlp.add_module("dropout", torch.nn.Dropout(0.1))
     assert takes_shared_prefixes(model.eval())
@@ -75,7 +75,7 @@ def test_a_layer_that_drops_by_chance_gets_whole_documents(tiny_llama):
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=30), min_size=1, max_size=8))
-def test_each_document_can_be_read_from_what_is_left(rows):
+def test_each_document_can_be_read_from_the_shortened_row(rows):
     batch = packed([Example(row, [0, len(row)], 1) for row in rows])
     shared = share_prefixes(batch)
     ids, positions = shared["input_ids"][0].tolist(), shared["position_ids"][0].tolist()

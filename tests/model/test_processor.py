@@ -1,4 +1,4 @@
-"""The tokenizer as the recipe wants it, saved so that transformers 4 and 5 read it alike."""
+"""The tokenizer as the recipe sets it, saved to work the same in transformers 4 and 5."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def load(folder, **model):
     return load_processor(resolve_model(str(folder), recipe.model, quiet()), recipe.model)
 
 
-def test_padding_falls_back_on_the_end_token(tiny_gpt2, tmp_path):
+def test_padding_falls_back_to_the_end_token(tiny_gpt2, tmp_path):
     folder = shutil.copytree(tiny_gpt2, tmp_path / "m")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["pad_token"]
@@ -37,7 +37,7 @@ def test_a_template_file_replaces_the_models_own(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
-def test_a_template_that_cannot_be_read_is_told(tiny_llama, tmp_path, content):
+def test_an_unreadable_template_is_reported(tiny_llama, tmp_path, content):
     if content is not None:
         (tmp_path / "own.jinja").write_bytes(content)
     with pytest.raises(RecipeError) as caught:
@@ -45,7 +45,7 @@ def test_a_template_that_cannot_be_read_is_told(tiny_llama, tmp_path, content):
     assert caught.value.problems[0].where == "model.chat_template"
 
 
-def test_values_for_the_template_are_saved_in_it(tmp_path):
+def test_template_values_are_saved_in_the_template(tmp_path):
     folder = build_llama(tmp_path / "m", EMPTY_THOUGHTS)
     tokenizer = load(folder, chat_template_kwargs={"enable_thinking": False})
     save_tokenizer(tokenizer, tmp_path / "saved")
@@ -61,14 +61,14 @@ def test_values_for_the_template_are_saved_in_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["enable_thinkin", "eos_token"])
-def test_values_that_the_template_never_reads_or_that_it_has_already_are_refused(tmp_path, name):
+def test_values_that_the_template_never_reads_or_already_has_are_refused(tmp_path, name):
     folder = build_llama(tmp_path / "m", "{{ eos_token if false }}" + EMPTY_THOUGHTS)
     with pytest.raises(RecipeError) as caught:
         load(folder, chat_template_kwargs={name: False})
     assert caught.value.problems[0].where == f"model.chat_template_kwargs.{name}"
 
 
-def test_tokens_are_added_and_those_that_are_there_already_are_told(tiny_llama):
+def test_tokens_are_added_and_existing_ones_are_reported(tiny_llama):
     before = len(load(tiny_llama))
     tokenizer = load(tiny_llama, add_tokens=["<tool>", "</tool>"])
     assert len(tokenizer) == before + 2
@@ -86,7 +86,7 @@ def test_tokens_are_added_and_those_that_are_there_already_are_told(tiny_llama):
         ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}', "eos_token"),
     ],
 )
-def test_a_tokenizer_that_is_missing_damaged_or_has_no_end_is_refused(tiny_llama, tmp_path, name, content, message):
+def test_a_missing_or_damaged_tokenizer_or_one_without_an_end_is_refused(tiny_llama, tmp_path, name, content, message):
     folder = shutil.copytree(tiny_llama, tmp_path / "m")
     if content is None:
         for path in folder.glob("tokenizer*"):
@@ -97,7 +97,7 @@ def test_a_tokenizer_that_is_missing_damaged_or_has_no_end_is_refused(tiny_llama
         load(folder)
 
 
-def test_what_is_saved_names_a_class_that_version_4_has_and_reads_back_the_same(tiny_llama, tmp_path):
+def test_the_saved_tokenizer_names_a_class_of_version_4_and_reads_back_the_same(tiny_llama, tmp_path):
     tokenizer = load(tiny_llama, add_tokens=["<tool>"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
     save_tokenizer(tokenizer, tmp_path)

@@ -1,4 +1,4 @@
-"""A model reference is a folder, a packaged model or a hub name; each way of not finding it says what to do."""
+"""A model reference is a folder, a packaged model or a hub name; each failure to find it comes with a fix."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def test_a_folder_is_found_by_relative_and_absolute_path(tiny_llama, monkeypatch
         assert (resolve(name).path, resolve(name).name) == (tiny_llama, name)
 
 
-def test_a_folder_that_is_not_there_names_the_nearest_one(tiny_llama, tmp_path):
+def test_a_missing_folder_suggests_the_nearest_one(tiny_llama, tmp_path):
     with pytest.raises(EnvironmentProblem) as caught:
         resolve(str(tiny_llama.with_name("tiny-lama")))
     assert f"Did you mean {tiny_llama}?" in str(caught.value)
@@ -43,12 +43,12 @@ def test_a_hub_name_without_network_is_explained(tmp_path, monkeypatch):
     (tmp_path / "HuggingFaceTB" / "SmolLM2-135M").mkdir(parents=True)
     with pytest.raises(EnvironmentProblem) as caught:
         resolve("HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert "not in the hub's local cache" in str(caught.value)
+    assert "nor in the hub's local cache" in str(caught.value)
     assert "Did you mean HuggingFaceTB/SmolLM2-135M?" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["two words", "a//b", "a/b/c", "naïve/..", ""])
-def test_a_name_that_can_be_nothing_is_refused(name, tmp_path, monkeypatch):
+def test_an_impossible_name_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((EnvironmentProblem, RecipeError)):
         resolve_model(name, recipe_with("x").model, quiet(), offline=True)
@@ -96,7 +96,7 @@ def hub(tiny_llama):
 
 @pytest.fixture
 def connect(tmp_path, monkeypatch):
-    """Let the hub library speak to an address, with a cache of the test's own, or with its own switch to no network."""
+    """Point the hub library to an address, with a separate cache, or with its own offline switch."""
 
     def set_address(url: str, offline: bool = False) -> None:
         for name, value in {
@@ -115,7 +115,7 @@ def resolve_hub(name: str, offline: bool = False, **section: object):
     return resolve_model(name, ModelSection(name=name, **section), quiet(), offline)
 
 
-def test_a_download_pins_the_commit_and_leaves_pickles_and_code_there(hub, connect):
+def test_a_download_pins_the_commit_and_skips_pickles_and_code(hub, connect):
     connect(hub.url)
     ref = resolve_hub("owner/model")
     assert ref.revision == COMMIT
@@ -147,7 +147,7 @@ def test_each_refusal_of_the_hub_is_explained(hub, connect, name, section, error
     assert not [path for path in hub.requests if "pickled/resolve/" in path], "nothing of it was fetched"
 
 
-def test_the_hub_librarys_own_switch_takes_the_local_cache_and_sends_nothing(hub, connect, tiny_llama, tmp_path):
+def test_the_hub_librarys_own_switch_uses_the_local_cache_and_sends_nothing(hub, connect, tiny_llama, tmp_path):
     cache = tmp_path / "hub" / "models--owner--model"
     shutil.copytree(tiny_llama, cache / "snapshots" / COMMIT)
     (cache / "refs").mkdir()
@@ -157,6 +157,6 @@ def test_the_hub_librarys_own_switch_takes_the_local_cache_and_sends_nothing(hub
     assert resolve_hub("owner/model").revision == COMMIT
     with pytest.raises(EnvironmentProblem) as caught:
         resolve_hub("owner/other")
-    assert "not in the hub's local cache" in str(caught.value)
+    assert "nor in the hub's local cache" in str(caught.value)
     assert "HF_HUB_OFFLINE" in str(caught.value)
     assert hub.requests == []
