@@ -47,9 +47,7 @@ LENS = (
     "The logit lens reads every layer’s state as if it were the last one. Deeper colours mean more certainty; "
     "point at a cell for its other predictions. Row 0 is the input of the first layer."
 )
-CANDIDATES = (
-    "Temperature, top-k and top-p would cut off the words in brackets; sampling would draw from the others."
-)
+CANDIDATES = "Temperature, top-k and top-p would cut off the words in brackets; sampling would draw from the others."
 HEAD, TAIL = 70, 30
 """Tokens shown of a long prompt: from its start and its end."""
 MOST_LAYERS = 40

@@ -261,7 +261,7 @@ def test_runs_are_named_by_the_shortest_ends_that_tell_them_apart():
     [
         (["tiny.yaml"], 2, "--methods full,lora,qlora"),
         (["good", "good", "--set", "seed=1"], 2, "--set"),
-        (["good", "good", "--methods", "full,lora"], 2, "--methods goes with one recipe"),
+        (["good", "good", "--methods", "full,lora"], 2, "--methods needs exactly one recipe"),
     ],
 )
 def test_a_call_that_makes_no_sense_ends_with_what_to_do(place, good, words, code, said, monkeypatch):

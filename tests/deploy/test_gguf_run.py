@@ -42,7 +42,7 @@ def test_the_adapter_alone_has_a_folder_of_its_own(run):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--type", "q9_0"], "'q9_0' is not a number format of a GGUF file.  Did you mean 'q8_0'?"),
+        (["--type", "q9_0"], "'q9_0' is not a number format of a GGUF file. Did you mean 'q8_0'?"),
         (["--onto", "original"], "the base was not quantised in training"),
         (["--adapter-only", "--onto", "original"], "an adapter without its base ignores it"),
     ],
