@@ -53,7 +53,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     os.close(chat.file)
 
 
-def test_up_shows_the_line_before_and_interrupts_stop_the_answer_then_the_program(terminal: Terminal) -> None:
+def test_arrow_up_recalls_a_line_and_interrupts_stop_answer_then_program(terminal: Terminal) -> None:
     terminal.wait_for("you")
     terminal.type("hello there\n")
     terminal.wait_for("hello there")

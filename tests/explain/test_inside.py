@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_page_runs_and_writes_whole_files_that_ask_nothing_of_the_network(
+def test_each_command_of_the_page_runs_and_writes_self_contained_files(
     models: dict[str, Path], tmp_path: Path, monkeypatch, line
 ):
     monkeypatch.chdir(ROOT)  # the page names a recording of the repository
@@ -63,11 +63,11 @@ def picture_of(line: str) -> str:
     return found[1] if found else ""
 
 
-def test_each_of_the_five_commands_is_taught():
+def test_the_page_uses_all_five_commands():
     assert {line.split()[2] for line in COMMANDS} == {"attention", "generation", "positions", "model", "adapter"}
 
 
-def test_every_picture_is_there_small_and_whole_and_one_of_a_command_that_names_no_folder():
+def test_every_picture_exists_is_small_and_valid_and_belongs_to_a_command():
     assert sorted(LINKED) == sorted(path.name for path in (ROOT / "docs/inside").iterdir())
     for name in LINKED:
         path = ROOT / "docs/inside" / name

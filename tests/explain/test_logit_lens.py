@@ -57,7 +57,7 @@ MADE = {"gemma2": gemma2, "albert": albert}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert", "modernbert", "bart", "whisper", *MADE])
-def test_each_layer_is_read_through_the_models_own_ending(built, family):
+def test_each_layer_is_read_through_the_models_own_head(built, family):
     model = MADE[family]() if family in MADE else AUTO.get(family, AutoModelForCausalLM).from_pretrained(built(family))
     inputs = {"input_features": torch.randn(1, 80, 200)} if family == "whisper" else {"input_ids": IDS}
     lens, output = look(model, **inputs, **({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}))
@@ -70,20 +70,20 @@ def test_each_layer_is_read_through_the_models_own_ending(built, family):
         torch.testing.assert_close(lens[:, layer], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_layers_of_a_mixture_are_not_taken_for_its_experts(tiny_llama):
+def test_experts_of_a_mixture_are_not_mistaken_for_layers(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.model.layers[0].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
     assert find_layers(model) == list(model.model.layers)
 
 
-def test_a_model_whose_reading_is_not_what_it_says_has_no_lens(tiny_llama):
+def test_a_model_whose_replay_differs_from_its_output_has_no_lens(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     # an ending that depends on the length of the text cannot be read a position at a time
     model.model.norm.register_forward_hook(lambda module, args, output: output + output.mean(dim=1, keepdim=True))
     assert read_lens(run_forward(model, {"input_ids": IDS}, PLACES)) is None
 
 
-def test_nothing_of_looking_stays_in_the_model(tiny_llama):
+def test_the_lens_leaves_no_hooks_in_the_model(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     before = model.eval()(input_ids=IDS).logits
     assert list(read_lens(run_forward(model, {"input_ids": IDS}, PLACES)) or [])

@@ -40,7 +40,7 @@ def test_the_four_rows_of_the_textbook_are_printed(tmp_path):
         (("--text", "", "--dimension", "3", "--base", "0.5"), ("--text", "--dimension", "--base")),
     ],
 )
-def test_what_cannot_be_encoded_is_refused_all_at_once_with_place_and_cure(tmp_path, arguments, words):
+def test_invalid_encoding_options_are_all_refused_at_once_with_place_and_fix(tmp_path, arguments, words):
     expect(invoke(*arguments, "--out", tmp_path), 2, *words)
     assert list(tmp_path.iterdir()) == []
 
