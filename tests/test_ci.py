@@ -234,7 +234,7 @@ def hold(file: Path, schema: str) -> Result:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_a_job_is_what_the_ci_system_takes(tmp_path: Path, name: str) -> None:
+def test_a_job_matches_the_ci_systems_schema(tmp_path: Path, name: str) -> None:
     done = hold(CI / name, SCHEMAS[name])
     assert done.exit_code == 0, done.output
     broken = (CI / name).read_text(encoding="utf-8").replace(*BROKEN[name])
@@ -243,7 +243,7 @@ def test_a_job_is_what_the_ci_system_takes(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*SCHEMAS, "Makefile"])
-def test_every_command_of_a_job_is_one(name: str) -> None:
+def test_every_command_of_a_job_parses(name: str) -> None:
     text = (CI / name).read_text() if name == "Makefile" else "\n".join(lines(name))
     text = re.sub(r"\$\{\{.*?\}\}", "VALUE", text)
     found = [shlex.split(line) for line in re.findall(r"llmtune (?:run|release|recipes) [^;|>\n]+", text)]
@@ -266,7 +266,7 @@ def test_the_example_judges_the_quickstart_against_a_champion(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_what_a_job_keeps_is_what_a_run_writes(name: str) -> None:
+def test_a_job_keeps_files_that_a_run_writes(name: str) -> None:
     text = (CI / name).read_text(encoding="utf-8")
     kept = re.findall(r"^\s+(?:- |junit: )?runs/tune/(\S+)$", text, flags=re.MULTILINE)
     assert set(kept) == OF_RUN
@@ -309,7 +309,7 @@ def tiny_recipe(model: Path, rows: Path, seed: int) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(subprocess.run([*OWN_MOUNTS, "true"], check=False).returncode != 0, reason="no mounts of its own")
-def test_the_jobs_run_step_by_step_in_a_clean_place(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_jobs_run_step_by_step_in_a_clean_environment(tmp_path: Path, tiny_llama: Path) -> None:
     answers = {"cat": "red", "dog": "green", "bird": "blue", "fish": "black"}
     turns = [
         [{"role": "user", "content": f"{animal} {i}"}, {"role": "assistant", "content": colour}]

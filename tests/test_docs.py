@@ -40,7 +40,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_a_command_in_the_docs_is_one(line: str) -> None:
+def test_a_command_in_the_docs_parses(line: str) -> None:
     words = [STAND_INS.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", "", line))[1:]]
     command, context = COMMAND, None
     while hasattr(command, "commands") and words:
@@ -62,18 +62,18 @@ def recipes() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "block"), recipes())
-def test_a_recipe_in_the_docs_is_good(tmp_path: Path, name: str, block: str) -> None:
+def test_a_recipe_in_the_docs_is_valid(tmp_path: Path, name: str, block: str) -> None:
     (tmp_path / "recipe.yaml").write_text(block)
     assert load_recipe(str(tmp_path / "recipe.yaml")).recipe.task == "chat"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_modules_and_functions_that_a_page_names_exist() -> None:
+def test_modules_and_functions_named_on_a_page_exist() -> None:
     pages = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     named = sorted(set(re.findall(r"`(llmtune/[a-z_/]+\.py)(?:::(\w+))?`", text)))

@@ -36,7 +36,7 @@ def run(recipe, folder, limit, until="train", sets=()):
     return console.file.getvalue(), bool(enabled)
 
 
-def test_auto_is_on_only_where_memory_asks_for_it_and_stays_what_it_was(recipe, tmp_path):
+def test_auto_is_on_only_if_memory_requires_it_and_is_kept(recipe, tmp_path):
     folder = tmp_path / "run"
     said, enabled = run(recipe, tmp_path / "wide", WIDE)
     assert (SAID in said, enabled) == (False, False)
@@ -55,7 +55,7 @@ def test_auto_is_on_only_where_memory_asks_for_it_and_stays_what_it_was(recipe, 
     assert "train unchanged, skipped" in said
 
 
-def test_computing_again_changes_no_byte_of_the_result_and_what_is_stated_is_done_whatever_the_memory(recipe, tmp_path):
+def test_recomputation_changes_no_byte_and_a_stated_value_wins_over_memory(recipe, tmp_path):
     made = {}
     for stated, limit in {"false": NARROW, "true": WIDE}.items():
         # The same micro-batches for both: how many rows stand in one is another question of memory.

@@ -46,7 +46,7 @@ def adapter_bytes(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_with_sockets_blocked_leaves_the_folder_that_the_design_describes(finished: Path) -> None:
+def test_a_run_with_blocked_sockets_writes_the_complete_run_folder(finished: Path) -> None:
     names = {path.name for path in (finished / "run").iterdir()}
     wanted = {"recipe.yaml", "llmtune.lock", "run.json", "data", "adapter", "checkpoints", "evaluation"}
     assert wanted | {"metrics.jsonl", "report.html", "report.md", "report.json", "junit.xml"} <= names
@@ -65,7 +65,7 @@ def test_the_same_recipe_twice_gives_equal_bytes(here: Path) -> None:
     assert adapter_bytes(here / "twin") == adapter_bytes(here / "run")
 
 
-def test_no_file_of_a_run_holds_a_secret_of_the_environment(finished: Path) -> None:
+def test_no_file_of_a_run_contains_a_secret_of_the_environment(finished: Path) -> None:
     files = [path for path in (finished / "run").rglob("*") if path.is_file()]
     assert files
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []

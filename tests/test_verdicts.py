@@ -83,7 +83,7 @@ def test_a_model_that_learned_helped_and_its_gates_pass(place: Path, learned: Re
     assert (suite.get("tests"), suite.get("failures")) == ("2", "0")
 
 
-def test_a_model_made_worse_on_purpose_did_harm_and_ends_with_exit_code_6(place: Path, harmed: Result) -> None:
+def test_a_deliberately_worse_model_did_harm_and_exits_with_6(place: Path, harmed: Result) -> None:
     assert harmed.exit_code == 6, harmed.stderr
     assert "choice_accuracy.low > base" in harmed.stderr
     assert "Traceback" not in harmed.stderr
@@ -97,7 +97,7 @@ def test_a_model_made_worse_on_purpose_did_harm_and_ends_with_exit_code_6(place:
     assert "worse, 2 of 2 gates failed" in (place / "harmed" / "report.md").read_text()
 
 
-def test_of_a_model_that_did_not_change_one_cannot_tell(place: Path, unchanged: Result) -> None:
+def test_an_unchanged_model_is_inconclusive(place: Path, unchanged: Result) -> None:
     assert unchanged.exit_code == 0, unchanged.stderr
     found = report(place, "unchanged")
     assert found["verdict"]["word"] == "inconclusive", (found["verdict"], found["evaluation"]["difference"])
@@ -112,7 +112,7 @@ def challenge(place: Path, name: str, champion: str, folder: Path, *gates: str) 
     return invoke("evaluate", folder, *options)
 
 
-def test_a_model_that_did_not_change_is_no_worse_than_the_champion_and_not_shown_to_be_better(
+def test_an_unchanged_model_is_not_worse_than_the_champion_and_not_shown_better(
     place: Path, unchanged: Result, tmp_path: Path
 ) -> None:
     passed = challenge(place, "unchanged", "learned", tmp_path / "same", "choice_accuracy.low > champion - 0.1")
@@ -126,7 +126,7 @@ def test_a_model_that_did_not_change_is_no_worse_than_the_champion_and_not_shown
     assert "evaluate unchanged, skipped" in better.stderr
 
 
-def test_a_model_made_worse_on_purpose_fails_against_the_champion(place: Path, harmed: Result, tmp_path: Path) -> None:
+def test_a_deliberately_worse_model_fails_against_the_champion(place: Path, harmed: Result, tmp_path: Path) -> None:
     done = challenge(place, "harmed", "learned", tmp_path / "worse", "choice_accuracy.low > champion - 0.05")
     assert done.exit_code == 6, done.stderr
     (gate,) = json.loads((tmp_path / "worse" / "report.json").read_text())["gates"]
@@ -139,7 +139,7 @@ def test_a_model_made_worse_on_purpose_fails_against_the_champion(place: Path, h
     assert printed["error"]["problems"][0]["where"] == gate["name"]
 
 
-def test_with_eight_test_rows_one_cannot_tell_and_the_rows_needed_are_named(
+def test_eight_test_rows_are_inconclusive_and_the_rows_needed_are_named(
     place: Path, learned: Result, tmp_path: Path
 ) -> None:
     lines = (place / "test.jsonl").read_text().splitlines(keepends=True)
