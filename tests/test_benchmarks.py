@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the same rows for all, real tokens, ratios within a turn."""
+"""The benchmarks: the same rows for all tools, real tokens, ratios within a turn."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ OWN = {file.stem for file in BENCHMARKS.glob("*.py")}
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a file of the benchmarks, as python does that runs one of them; forget it afterwards."""
+    """Import a benchmark file as if it were run, and unload it afterwards."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
     for name in OWN & set(sys.modules):
@@ -162,5 +162,5 @@ def test_operations_per_token_match_torchs_count(load: Any, tmp_path: Path) -> N
         model = AutoModelForCausalLM.from_config(scale.MODELS["tiny"], attn_implementation="eager")
         with FlopCounterMode(display=False) as counter:
             model(input_ids=torch.zeros((1, scale.TOKENS), dtype=torch.long))
-    attention = 2 * 2 * 64 * scale.TOKENS  # eager attention multiplies the whole square, of which half is counted
+    attention = 2 * 2 * 64 * scale.TOKENS  # eager attention computes the full square; the count has half of it
     assert scale.shape("tiny", "lora").forward == pytest.approx(counter.get_total_flops() / scale.TOKENS - attention)

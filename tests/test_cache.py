@@ -1,4 +1,4 @@
-"""What is skipped and what is not: no stale result, no finished adapter lost, nothing done again needlessly."""
+"""Skipping of finished steps: no stale results, no lost adapters, no needless work."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from support.runs import FAST, ROWS, heavy_imports, invoke, write_colours, write
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """Copies of a folder with rows, a model and a recipe of two steps: `bare`, and `finished` with a run of it."""
+    """Copies of a folder with rows, a model and a two-step recipe: `bare`, and `finished` with its run."""
     folder = tmp_path_factory.mktemp("cache")
     place = folder / "place"
     shutil.copytree(tiny_llama, place / "model")
@@ -26,14 +26,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def restore(kept: Path, name: str) -> Path:
-    """Put everything back at the place where it was made: paths belong to what a run is."""
+    """Restore everything at its original path, because paths are part of a run's identity."""
     shutil.rmtree(kept / "place", ignore_errors=True)
     return shutil.copytree(kept / name, kept / "place")
 
 
 @pytest.fixture
 def place(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder without a run that belongs to the test alone."""
+    """A folder without a run, private to the test."""
     monkeypatch.chdir(kept)
     monkeypatch.chdir(restore(kept, "bare"))
     return kept / "place"
@@ -41,21 +41,21 @@ def place(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def finished(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same with a finished run."""
+    """A folder with a finished run, private to the test."""
     monkeypatch.chdir(kept)
     monkeypatch.chdir(restore(kept, "finished"))
     return kept / "place"
 
 
 def change_rows(place: Path) -> str:
-    """Change rows in place; returns what they were."""
+    """Change rows in place and return the old content."""
     text = (place / "rows.jsonl").read_text()
     (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
     return text
 
 
 def done(*arguments: object) -> dict[str, bool]:
-    """Run a command that must succeed; return which steps were skipped."""
+    """Run a command that must succeed; return the skipped steps."""
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, (result.stderr, result.exception)
     return {step["name"]: step["skipped"] for step in json.loads(result.stdout)["steps"]}

@@ -1,4 +1,4 @@
-"""The jobs in examples/ci: what GitHub and GitLab take, with commands that exist, files that a run writes; and run."""
+"""The jobs in examples/ci: valid for GitHub and GitLab, with existing commands and files; and run step by step."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from llmtune.recipe.loader import load_recipe
 ROOT = Path(__file__).resolve().parents[2]
 CI = ROOT / "examples" / "ci"
 OWN_MOUNTS = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), "--mount"]
-"""Gives a process mounts of its own."""
+"""Command prefix that gives a process its own mounts."""
 WRITABLE = ("runs", "releases", ".cache")
-"""Of a checkout: what a job makes itself."""
+"""Paths in a checkout that a job creates itself."""
 STUB = '#!/bin/sh\necho "$(basename "$0") $*" >>"$CALLS"\n'
 HOST = "https://tune:secret@gitlab.test/team/models.git"
 
 
 @dataclass
 class Place:
-    """A repository on a server, and programs that stand in for those that talk to CI systems."""
+    """A repository on a server, and stubs for the programs that call CI systems."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def calls(self) -> list[str]:
-        """What was asked of gh and curl."""
+        """Log of the calls of gh and curl."""
         return (self.folder / "calls").read_text().splitlines()
 
     def run(self, line: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a shell line as a job does, where the checkout is mounted to be read only, but for what jobs make."""
+        """Run a shell line as a job does, with the checkout mounted read-only except for `MADE`."""
         here, made = shlex.quote(str(folder)), shlex.quote(str(made_in(folder)))
         mounts = [f"mount --bind {here} {here}", f"mount -o remount,bind,ro {here}"]
         mounts += [f"mount --bind {made}/{name} {here}/{name}" for name in WRITABLE]
@@ -68,7 +68,7 @@ class Place:
 
 
 def made_in(checkout: Path) -> Path:
-    """Where what jobs make in a checkout lies."""
+    """Folder for the paths that jobs create in a checkout."""
     return checkout.with_name(f"{checkout.name}.made")
 
 
@@ -128,7 +128,7 @@ def released(place: Place) -> dict[str, str]:
 
 
 def run_github(place: Place, event: str) -> tuple[str, list[str]]:
-    """Run the steps of GitHub's job on a fresh checkout; return how it ended, and what was printed."""
+    """Run the steps of GitHub's job on a fresh checkout; return outcome and output."""
     job = YAML(typ="safe").load((CI / "github-actions.yml").read_text())["jobs"]["tune"]
     folder = check_out(place)
     outputs: dict[str, str] = {}
@@ -164,7 +164,7 @@ def run_github(place: Place, event: str) -> tuple[str, list[str]]:
 
 
 def fill(text: str, known: dict[str, str]) -> str:
-    """Put values in place of `${{ name }}`."""
+    """Replace `${{ name }}` by values."""
     return re.sub(r"\$\{\{ ([\w.]+) \}\}", lambda match: known[match[1]], text)
 
 
@@ -202,7 +202,7 @@ def run_gitlab(place: Place, source: str) -> subprocess.CompletedProcess[str]:
 
 
 def remove(place: Place) -> None:
-    """Take everything away again."""
+    """Remove everything."""
     shutil.rmtree(place.folder, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""What README and docs say is so: commands parse, recipes check, links lead somewhere, and the tutorial runs."""
+"""README and docs are true: commands parse, recipes are valid, links resolve, and the tutorial runs."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ STAND_INS = {"RUN": "run", "RECIPE": "quickstart", "NAME": "quickstart", "FOLDER
 
 
 def commands() -> list[str]:
-    """Every `llmtune ...` that a page tells the reader to type."""
+    """Every `llmtune ...` command on a page."""
     found = set()
     for page in PAGES:
         if page.name == "cli.md":
@@ -46,7 +46,7 @@ def test_a_command_in_the_docs_parses(line: str) -> None:
     while hasattr(command, "commands") and words:
         if words[0].startswith("-"):
             return
-        _, command, words = command.resolve_command(typer.Context(command), words)  # fails where there is none
+        _, command, words = command.resolve_command(typer.Context(command), words)  # fails for an unknown command
     if words:
         context = command.make_context(line, list(words), resilient_parsing=False)
         assert context is not None
@@ -91,7 +91,7 @@ def test_the_map_of_the_support_code_names_every_file() -> None:
 
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path, tiny_llama: Path) -> None:
-    """From an empty folder with a CSV, as it is typed there; only the model is a tiny one."""
+    """From an empty folder with a CSV, with the tutorial's commands and a tiny model."""
     text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(recipe_version.*?)```", text, flags=re.DOTALL)
     rows = [(f"Order {i}", f"Where is order {i}?", "It is on its way.") for i in range(60)]

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny model: equal bytes, no network, no secret."""
+"""The complete pipeline on a tiny model: equal bytes, no network, no secret."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from support.runs import invoke, write_recipe, write_sums
 
 SECRET = "hf_" + "s3cret" * 6
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-"""Of the libraries, which llmtune sets by itself."""
+"""Environment variables of libraries that llmtune sets."""
 WITHOUT_SOCKETS = """
 import socket, sys
 def refuse(*arguments, **options):
@@ -59,7 +59,7 @@ def test_a_run_with_blocked_sockets_writes_the_complete_run_folder(finished: Pat
 
 
 def test_the_same_recipe_twice_gives_equal_bytes(here: Path) -> None:
-    """In this process, beside the run in a process of its own."""
+    """In this process, compared with the run in a separate process."""
     done = invoke("train", "tiny.yaml", "--out", "twin")
     assert done.exit_code == 0, done.stderr
     assert adapter_bytes(here / "twin") == adapter_bytes(here / "run")

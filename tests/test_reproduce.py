@@ -1,4 +1,4 @@
-"""`reproduce`: the same bytes from the lock, at another place too; what differs is named, what changed is refused."""
+"""`reproduce`: the same bytes from the lock, also at another path; differences are named, changed inputs refused."""
 
 import io
 import json
@@ -21,12 +21,12 @@ from llmtune.store.run_request import RunRequest
 
 ADAPTER = "adapter/adapter_model.safetensors"
 BUDGET = 128
-"""Tokens of a micro-batch: fewer than this machine would take."""
+"""Tokens of a micro-batch: fewer than this machine would choose."""
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A folder with rows, recipe, model and a run with a budget of its own, moved away from where it was made."""
+    """A folder with rows, recipe, model and a run with its own budget, moved from its original path."""
     torch.set_num_threads(1)
     made = tmp_path_factory.mktemp("made") / "project"
     made.mkdir()
@@ -106,7 +106,7 @@ def test_on_other_machines_losses_and_scores_are_compared_within_tolerances(
 
 
 def hold_against(run: Path, out: Path, scores: str, tolerances: Tolerances | None = None) -> dict[str, Any]:
-    """Compare without training: what comes after `run_pipeline`."""
+    """Compare without training: the part after `run_pipeline`."""
     from llmtune.reproduce import compare_with_original
     from llmtune.store.run_lock import read_lock
     from llmtune.store.verification import verify_run

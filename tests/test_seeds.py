@@ -1,4 +1,4 @@
-"""`train.seeds`: a whole run for each further seed, on the same rows, skipped where valid, resumed when stopped."""
+"""`train.seeds`: a complete run per further seed on the same rows, skipped if valid, resumed if stopped."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def run(place: Path, out: str, *sets: str, **options: Any) -> tuple[dict[str, Any], str]:
-    """Run the recipe; returns the report and what a person read."""
+    """Run the recipe; return the report and the terminal output."""
     console = Console(file=io.StringIO(), width=200)
     report = run_pipeline(load_recipe(place / "tiny.yaml", sets), RunRequest(out=place / out, **options), console)
     assert isinstance(console.file, io.StringIO)
@@ -104,7 +104,7 @@ def test_a_second_run_skips_all_seeds_and_another_seed_trains_alone(
     report, said = run(place, "grown", "train.seeds=[8, 10]")
     assert said.count("train unchanged, skipped") == 2
     assert [one["seed"] for one in report["evaluation"]["seeds"]["runs"]] == [7, 8, 10]
-    assert verify_run(place / "grown").failed == [], "a further seed changes nothing of what the run rests on"
+    assert verify_run(place / "grown").failed == [], "a further seed changes no input of the run"
 
 
 def test_evaluating_a_run_again_evaluates_its_seeds(place: Path, finished: tuple[Path, dict[str, Any], str]) -> None:

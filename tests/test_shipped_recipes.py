@@ -1,4 +1,4 @@
-"""The recipes that come with llmtune: each runs to the end with local weights and the rows that are shipped."""
+"""The shipped recipes: each runs to the end with local weights and the shipped rows."""
 
 import json
 import math
@@ -50,7 +50,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "preference": build_llama,
     "preference-offline": build_llama,
 }
-"""A tiny model of the kind that each recipe names."""
+"""A tiny model of each recipe's kind."""
 LEARNS_SLOWLY = {"completion-masked", "translate", "summarize", "qa", "preference", "preference-offline", "speech"}
 
 
@@ -84,12 +84,12 @@ def shorten(recipe: str, model: Path) -> list[str]:
 
 
 def written_path(path: str) -> str:
-    """Say a source as the recipe does."""
+    """Write a source as in the recipe."""
     return path if path.startswith("builtin:") else json.dumps(path)
 
 
 TWINS = ("chat-tools-offline", "chat-reasoning-offline", "completion-offline", "preference-offline")
-"""Recipes that another one has with a larger model: on a tiny one they are the same run."""
+"""Recipes that differ from another one only in model size; with a tiny model they are the same run."""
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_recipe_runs_to_the_end_on_a_tiny_model_of_its_kind(recipe: str, tmp_pat
 
 
 BESIDE: dict[str, set[str]] = {"chat-tools": {"no_call"}, "chat-tools-offline": {"no_call"}}
-"""Metrics that a recipe names and that its shortened rows do not give."""
+"""Metrics of a recipe that its shortened rows do not produce."""
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_table_of_recipes_names_each_of_them() -> None:
 
 SHIPPED = sorted(path.stem for path in (RECIPES / "data").glob("*.jsonl"))
 SAYS = ("text", "document", "source", "prompt", "question", "tokens")
-"""Columns of which each shipped row has one that says what it is about."""
+"""Content columns; each shipped row has at least one of them."""
 
 
 @pytest.mark.parametrize("name", SHIPPED)

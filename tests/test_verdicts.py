@@ -1,4 +1,4 @@
-"""A model that learned, one made worse on purpose and one that did not change: verdict, gates and exit codes."""
+"""A model that learned, a deliberately worse one and an unchanged one: verdict, gates and exit codes."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(place: Path, name: str, model: Path, rows: str, test: str = "test.jsonl", **sections: Any) -> Result:
-    """`llmtune run` of a recipe of its own, in this process."""
+    """Run a recipe of its own in this process."""
     data = {"validation": 0.0, "test": str(place / test), "deduplicate": "none"}
     sections = {"adapter": LEARNING, "train": TRAINING, "evaluate": MEASURED, **sections}
     recipe = write_recipe(place / f"{name}.yaml", model, place / rows, data=data, name=name, **sections)
@@ -55,13 +55,13 @@ def learned(place: Path, tiny_llama: Path) -> Result:
 
 @pytest.fixture(scope="module")
 def harmed(place: Path, learned: Result) -> Result:
-    """The model that learned, trained on with answers of another animal."""
+    """The model that learned, trained further with answers about another animal."""
     return run(place, "harmed", place / "learned" / "weights", "wrong.jsonl")
 
 
 @pytest.fixture(scope="module")
 def unchanged(place: Path, learned: Result) -> Result:
-    """The model that learned, with an adapter that was hardly trained; the test rows stand in another order."""
+    """The model that learned, with a barely trained adapter; the test rows are in another order."""
     sections = {"adapter": {"r": 2, "lora_alpha": 2}, "train": {"num_train_epochs": 0.1, "learning_rate": 1e-9}}
     gates = {**MEASURED, "gates": []}
     model = place / "learned" / "weights"
@@ -105,7 +105,7 @@ def test_an_unchanged_model_is_inconclusive(place: Path, unchanged: Result) -> N
 
 
 def challenge(place: Path, name: str, champion: str, folder: Path, *gates: str) -> Result:
-    """Score a copy of a run again, against a champion."""
+    """Score a copy of a run again, compared with a champion."""
     shutil.copytree(place / name, folder)
     sets = [f"evaluate.champion={place / champion}", "evaluate.when_unsure=report", f"evaluate.gates={[*gates]}"]
     options = [word for value in sets for word in ("--set", value)]

@@ -1,4 +1,4 @@
-"""What people type by habit works, or is answered with what to type."""
+"""Commands typed by habit work, or get a hint."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""From a file of rows to a recipe that runs, with nothing to fill in but what a person must decide."""
+"""From a file of rows to a runnable recipe that leaves only real decisions to the user."""
 
 import codecs
 import csv

@@ -1,4 +1,4 @@
-"""Where new users stumble: what they type first, and what the terminal answers."""
+"""First steps of new users: typical mistakes and the terminal's answers."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""How fast the command starts, and what it does not import."""
+"""Start-up time of the command, and modules that it must not import."""
 
 import gc
 import subprocess

@@ -30,7 +30,7 @@ def run(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(finished):
-    """The tuned model and its tokenizer, as a server would hold them."""
+    """The tuned model and its tokenizer, as loaded by a server."""
     context, place = open_finished(finished, Console(file=io.StringIO()), offline=True)
     processor = load_processor(place, context.recipe.model)
     return Models(context, place, processor).adapted.model, processor
@@ -38,7 +38,7 @@ def served(finished):
 
 @contextmanager
 def fake_server(model, processor, *, knows=(), start=False, base=False, usage=True, busy=0, key=None):
-    """A small OpenAI-compatible server around a real model; `knows` are the further parameters that it takes."""
+    """A small OpenAI-compatible server with a real model; `knows` are the extra parameters that it accepts."""
     reader, left = TransformersReader(model), [busy]
 
     def complete(body):

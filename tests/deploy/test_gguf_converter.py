@@ -90,7 +90,7 @@ def test_a_tied_head_is_written_once_and_another_one_too(tmp_path):
 
 
 def write_tokenizer(tokenizer, file: Path, extra_rows: int = 0, stops=(2,)):
-    """What a file says of a tokenizer that belongs to a model of the tokenizer's size or more."""
+    """The fields of a tokenizer in a file whose model has at least as many rows as tokens."""
     _, model = make_family("qwen2", vocab_size=len(tokenizer) + extra_rows)
     write_model(model, tokenizer, describe_tokenizer(tokenizer, [PROMPT], stops), file, "f16", "tokens")
     return read_tokenizer(file)
@@ -194,7 +194,7 @@ def test_without_llama_cpp_the_error_for_k_quants_says_what_to_install(monkeypat
 
 
 def test_phi_3_is_detected_by_model_not_by_run_name():
-    """It knows by the name alone that special tokens take spaces after them."""
+    """Only the name makes llama.cpp take spaces after special tokens."""
     assert model_name("my-Phi3-run", train_cut("gpt-2")) == "my-phi_3-run"
     assert model_name("support", train_phi3()) == "support phi-3"
 

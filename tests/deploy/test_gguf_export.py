@@ -26,7 +26,7 @@ from llmtune.tasks.registry import choose_variant
 
 @pytest.fixture(autouse=True)
 def read_by_transformers(monkeypatch):
-    """What llama.cpp says is in test_gguf_llama.py."""
+    """Read files with transformers; test_gguf_llama.py uses llama.cpp."""
     monkeypatch.setattr(gguf_reading, "has_llama", lambda: False)
     monkeypatch.setattr(exporting, "has_llama", lambda: False)
 

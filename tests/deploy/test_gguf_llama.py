@@ -1,4 +1,4 @@
-"""What llama.cpp itself makes of our files; `make test-slow` installs llama-cpp-python, which compiles it."""
+"""GGUF files read by llama.cpp itself; `make test-slow` installs llama-cpp-python, which compiles it."""
 
 import importlib.metadata
 from functools import partial
@@ -42,7 +42,7 @@ TOKENS = 32
 
 @pytest.fixture
 def smollm2(tune):
-    """SmolLM2 with an adapter that changes what it says."""
+    """SmolLM2 with an adapter that changes its answers."""
     if not installed():
         pytest.skip(f"needs the model package: {PACKAGED[SMOLLM2].install}")
     return lambda: tune(f"builtin:{SMOLLM2}", strength=0.01, data={"max_length": 1024})
@@ -168,7 +168,7 @@ def test_an_encoder_with_a_head_has_the_tuned_models_scores(family, labels, tmp_
 
 
 def test_a_bert_head_without_its_pooler_fails(tmp_path, monkeypatch):
-    """The converter alone drops that layer, and llama.cpp then computes other scores."""
+    """Without llmtune the converter drops that layer, and llama.cpp computes other scores."""
     monkeypatch.setattr(gguf_converter, "POOLER", "no such layer.")
     path = recipe_for(tmp_path / "r.yaml", families.build_bert(tmp_path / "model"), classified("one"), deploy=["gguf"])
     with pytest.raises(GateFailed, match="the GGUF file differs"):

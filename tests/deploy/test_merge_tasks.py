@@ -1,4 +1,4 @@
-"""Merging models of the other tasks: heads, encoder-decoders, models that hear; loaded again by plain transformers."""
+"""Merging models of other tasks: heads, encoder-decoders, speech models; reloaded by plain transformers."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ QUICK = ("classify", "classify-qlora", "qa", "translate", "whisper", "letters")
 
 
 def train(folder, tiny_llama, case):
-    """Train one of CASES; evaluation is left out."""
+    """Train one of CASES without evaluation."""
     family, task, rows, sections = CASES[case]
     model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
     rows = rows(folder) if callable(rows) else rows

@@ -58,7 +58,7 @@ def change_json(path, **changes):
 
 
 def run_snippet(folder, base=None):
-    """Run the code of a card as a reader would who has both on disk; returns the code and what it prints."""
+    """Run a card's code with base and model on disk; return the code and its output."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     stated = re.search(r'^(base, )?tuned = "([^"]+)"(?:, "([^"]+)")?', code, flags=re.MULTILINE)
     names = f'base, tuned = "{base}", "{folder}"' if stated[1] else f'tuned = "{folder}"'

@@ -1,4 +1,4 @@
-"""A run as a file for git: what it holds, what it does not, and that it serves as a champion."""
+"""A run as a file for git: its contents, its omissions, and its use as a champion."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_a_tied_head_adds_no_parameters(built: Built):
 
 
 def test_weights_stored_twice_are_not_tied(tmp_path: Path):
-    """T5's configuration says that they are, in any case; loading looks at the files."""
+    """T5's configuration always says that they are tied; loading looks at the files."""
     folder = families.build_t5(tmp_path / "t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     architecture, _ = describe(folder)
     with open_quietly(folder).open_model("model") as model:
@@ -220,7 +220,7 @@ def test_a_drawing_has_a_sum_for_each_residual_path_and_is_self_contained(built:
 
 
 def test_outputs_are_described():
-    """BERT's pooler sees the first token alone: what it gives is no vector for each word."""
+    """BERT's pooler sees only the first token, so its output is not per word."""
     bert = AutoConfig.for_model("bert", **SMALL, num_labels=5)
     pooled = describe_config(AutoModel, bert, "encoder").stacks[0]
     assert [part.about for part in pooled.behind] == ["32 → 32, once for the text"]

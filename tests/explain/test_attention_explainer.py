@@ -33,7 +33,7 @@ FIGURES = {"attention-heatmap.png", "attention-heatmap.svg", "attention-graph.sv
 
 @pytest.fixture(scope="module")
 def explained(chat_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What is printed of the run and the text, and where its files are."""
+    """The printed result for the run and the text, and the folder of its files."""
     out = tmp_path_factory.mktemp("explained")
     return values_of(invoke(chat_run, "--text", TEXT, "--out", out, "--json")), out
 
@@ -43,7 +43,7 @@ def names(out: Path) -> set[str]:
 
 
 def unpack(kind: dict[str, Any], side: str, layer: int, head: Any) -> np.ndarray:
-    """Return what the page has of a map, [rows, columns]."""
+    """Return a map from the page, [rows, columns]."""
     numbers = np.frombuffer(base64.b64decode(kind["values"][f"{side}/{layer}/{head}"]), "<u2") / 65535
     shape = (len(kind["rows"]), len(kind["columns"]))
     if not kind["masked"]:
@@ -224,7 +224,7 @@ def page(tmp_path):
 
 
 def shown_after(page: Page, script: str = "") -> str:
-    """What the page shows once a script has acted in it."""
+    """The page's content after a script ran in it."""
     return page.run(f"(() => {{ {CHOOSE} {script}; return document.documentElement.outerHTML; }})()")
 
 

@@ -40,7 +40,7 @@ def line(words: list[str]) -> TokenLine:
 
 
 def maps_of(lines: TextLines, kind: AttentionKind = SELF, **models: np.ndarray) -> AttentionMaps:
-    """One layer whose mean is what is given, and a threshold of 0.3."""
+    """One layer with the given mean, and a threshold of 0.3."""
     kept = {model: {kind: {0: {MEAN: weights}}} for model, weights in models.items()}
     return AttentionMaps(tuple(models), lines, {kind: (1, 1)}, AttentionRequest(layer=0, threshold=0.3), kept)
 

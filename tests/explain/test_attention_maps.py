@@ -126,7 +126,7 @@ def test_a_model_without_attention_weights_is_an_error(load):
         attend(model, inputs_for("bert"), "encoder", lambda seen: None)
 
 
-# What is kept of it
+# Kept weights
 
 
 def line(*sizes: int) -> TokenLine:

@@ -29,13 +29,13 @@ QUESTION = "Which colour has number 7?"
 
 @pytest.fixture(scope="module")
 def told(chat_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What is printed of the run and the question."""
+    """The printed result for the run and the question."""
     return values_of(invoke(chat_run, "--prompt", QUESTION, "--json", "--out", tmp_path_factory.mktemp("told")))
 
 
 @pytest.fixture
 def run(chat_run: Path, tmp_path: Path) -> Path:
-    """A copy that a test may write into."""
+    """A writable copy of the run."""
     return shutil.copytree(chat_run, tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""The page that teaches with `llmtune explain`: each of its commands runs, each of its pictures is there and small."""
+"""docs/inside.md: each of its commands runs, and each of its pictures exists and is small."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGEST_BYTES = 150_000
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models with as many layers as the page speaks of, by the page's names for them."""
+    """Tiny models by the page's names, with enough layers for its commands."""
     folder = tmp_path_factory.mktemp("models")
     llama = build_llama(folder / "llama", layers=8)
     return {
@@ -58,7 +58,7 @@ def test_each_command_of_the_page_runs_and_writes_self_contained_files(
 
 
 def picture_of(line: str) -> str:
-    """The file that the picture below a command is taken from; empty where there is none."""
+    """The file of the picture below a command; empty if there is no picture."""
     found = re.search(rf"^    {re.escape(line)}\n\n!\[[^]]*\]\(inside/[^.]+\.([^)]+)\)", PAGE, flags=re.MULTILINE)
     return found[1] if found else ""
 

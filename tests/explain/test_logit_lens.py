@@ -22,7 +22,7 @@ PLACES = [2, 5]
 
 
 def look(model: Any, places: list[int] = PLACES, **inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """What the lens reads of one forward pass, and the output with all hidden states."""
+    """The lens of one forward pass, and the model's output with all hidden states."""
     model.eval()
     lens = read_lens(run_forward(model, inputs, places))
     assert lens is not None
@@ -49,11 +49,11 @@ BEHIND = {
     "t5": lambda model, hidden: model.lm_head(model.decoder.final_layer_norm(hidden) * model.config.d_model**-0.5),
     "bert": lambda model, hidden: model.cls(hidden),
 }
-"""By family what stands behind its layers: norm, scale and head."""
+"""The modules after the layers by family: norm, scale and head."""
 AUTO = {"bert": AutoModelForMaskedLM, "modernbert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
 AUTO |= {"bart": AutoModelForSeq2SeqLM, "whisper": AutoModelForSpeechSeq2Seq}
 MADE = {"gemma2": gemma2, "albert": albert}
-"""With a soft cap; with one layer that is used again and again."""
+"""Families with a soft cap, or with one shared layer."""
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert", "modernbert", "bart", "whisper", *MADE])
@@ -64,7 +64,7 @@ def test_each_layer_is_read_through_the_models_own_head(built, family):
     torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-4)
     states = output.decoder_hidden_states if model.config.is_encoder_decoder else output.hidden_states
     assert lens.shape[:2] == (2, len(states))
-    for layer, hidden in enumerate(states[:-1] if family in BEHIND else ()):  # the last one is given behind the norm
+    for layer, hidden in enumerate(states[:-1] if family in BEHIND else ()):  # the last one is returned after the norm
         with torch.no_grad():
             wanted = BEHIND[family](model, hidden)[0, PLACES]
         torch.testing.assert_close(lens[:, layer], wanted, rtol=1e-4, atol=1e-4)
