@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # set for background jobs of a script; child processes would inherit it
+):  # set for background jobs; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest

@@ -51,7 +51,7 @@ class Place:
         return (self.folder / "calls").read_text().splitlines()
 
     def run(self, line: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a shell line as a job does, with the checkout mounted read-only except for `MADE`."""
+        """Run a shell line as a job does, with the checkout mounted read-only except for `WRITABLE`."""
         here, made = shlex.quote(str(folder)), shlex.quote(str(made_in(folder)))
         mounts = [f"mount --bind {here} {here}", f"mount -o remount,bind,ro {here}"]
         mounts += [f"mount --bind {made}/{name} {here}/{name}" for name in WRITABLE]

@@ -148,7 +148,7 @@ def _check_memory() -> Check:
     if limit < memory.total:
         found += f"; this process may use {_size(limit)}"
     if min(limit, memory.available) < SCARCE_MEMORY_BYTES:
-        return Check("memory", "note", found, "llmtune run RECIPE --dry-run   (prints what the recipe needs)")
+        return Check("memory", "note", found, "llmtune run RECIPE --dry-run   (prints the recipe's memory plan)")
     return Check("memory", "good", found)
 
 
@@ -179,9 +179,9 @@ def _check_cache() -> list[Check]:
 def _check_network(offline: Sequence[str]) -> Check:
     """Report the network settings without sending anything."""
     if offline:
-        return Check("network", "good", f"switched off by {offline[0]}; used only for what a recipe names on a hub")
+        return Check("network", "good", f"disabled by {offline[0]}; otherwise used only for files that a recipe names on a hub")
     proxy = next((name for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY") if os.environ.get(name)), None)
-    found = "used only for what a recipe names on a hub; --offline forbids it"
+    found = "used only for files that a recipe names on a hub; --offline forbids it"
     return Check("network", "good", f"{found}; proxy from {proxy}" if proxy else found)
 
 
