@@ -13,7 +13,9 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "H
     os.environ[name] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; what is started would inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # set for background jobs; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
@@ -23,7 +25,7 @@ from typer.main import get_command
 
 @pytest.fixture(scope="module", autouse=True)
 def imports_are_no_garbage() -> None:
-    """Freeze what is there, as the command line does: every run looks for garbage thrice, in all that was imported."""
+    """Freeze all imported objects, as the command line does: every run collects garbage three times."""
     gc.collect()
     gc.freeze()
 
@@ -82,7 +84,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def console() -> Console:
-    """A console that writes to memory: `console.file.getvalue()` is what a person would have read."""
+    """A console that writes to memory: `console.file.getvalue()` is its output."""
     return Console(file=io.StringIO(), width=120)
 
 

@@ -46,7 +46,7 @@ def test_a_model_that_cannot_become_a_gguf_file_is_refused_before_training(
     assert not (here / "run" / "checkpoints").exists()
 
 
-def test_a_folder_that_cannot_be_the_runs_is_refused(here: Path, chat_rows: Path, model: Path) -> None:
+def test_an_invalid_run_folder_is_refused(here: Path, chat_rows: Path, model: Path) -> None:
     expect(run_with(chat_rows, model, "--resume"), 2, "resume")
     (here / "file").touch()
     expect(invoke("run", "tiny.yaml", "--out", "file"), 2, "file", "--out")
@@ -59,7 +59,7 @@ def test_a_missing_recipe_is_a_usage_error(here: Path) -> None:
     expect(invoke("run", "quickstar"), 2, "quickstar", "quickstart")
 
 
-def test_errors_come_as_json_too(here: Path, model: Path) -> None:
+def test_errors_are_also_available_as_json(here: Path, model: Path) -> None:
     result = run_with(here / "missing.jsonl", model, "--json")
     assert result.exit_code == 3
     error = json.loads(result.stdout)["error"]

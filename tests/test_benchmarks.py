@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the same rows for all, real tokens, ratios within a turn."""
+"""The benchmarks: the same rows for all tools, real tokens, ratios within a turn."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ OWN = {file.stem for file in BENCHMARKS.glob("*.py")}
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a file of the benchmarks, as python does that runs one of them; forget it afterwards."""
+    """Import a benchmark file as if it were run, and unload it afterwards."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
     for name in OWN & set(sys.modules):
@@ -37,7 +37,7 @@ def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProce
     )
 
 
-def test_the_same_seed_gives_the_same_rows_and_more_rows_begin_alike(load: Any, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_rows_and_a_longer_list_starts_with_them(load: Any, tmp_path: Path) -> None:
     workload: ModuleType = load("workload")
     rows = list(workload.chat_rows(50, seed=3))
     assert rows == list(workload.chat_rows(80, seed=3))[:50]
@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_rows_and_more_rows_begin_alike(load: Any, 
     assert [json.loads(line) for line in written] == rows
 
 
-def test_rows_are_one_question_and_one_answer_as_long_as_alpacas(load: Any) -> None:
+def test_rows_are_question_and_answer_with_alpacas_lengths(load: Any) -> None:
     rows = [row["messages"] for row in load("workload").chat_rows(3000, seed=0)]
     assert all([message["role"] for message in row] == ["user", "assistant"] for row in rows)
     answers = sorted(len(row[1]["content"].split()) for row in rows)
@@ -55,7 +55,7 @@ def test_rows_are_one_question_and_one_answer_as_long_as_alpacas(load: Any) -> N
     assert len({row[1]["content"] for row in rows}) > 0.99 * len(rows)
 
 
-def test_padding_is_no_real_token_in_any_form_of_mask(load: Any) -> None:
+def test_padding_never_counts_as_a_real_token(load: Any) -> None:
     real_tokens = load("watch").real_tokens
     ids = torch.zeros(2, 5, dtype=torch.long)
     assert real_tokens({"input_ids": ids}) == 10
@@ -89,14 +89,14 @@ def test_a_step_ends_with_the_optimiser_and_the_first_one_is_not_timed(load: Any
     assert found["peak_training_bytes"] >= found["above_loaded_bytes"] + found["loaded_bytes"]
 
 
-def test_a_ratio_is_taken_within_each_turn(load: Any) -> None:
+def test_ratios_are_taken_within_each_turn(load: Any) -> None:
     against = load("results").against
     runs = {"llmtune": [{"rate": 30.0}, {"rate": 8.0}], "other": [{"rate": 10.0}, {"rate": 2.0}]}
     assert against(runs, "other", "rate") == "3.50x (3.00–4.00)"
     assert against(runs, "llmtune", "rate") == ""
 
 
-def test_the_page_says_what_unknown_benchmarks_measured(load: Any) -> None:
+def test_the_page_shows_results_of_unknown_benchmarks(load: Any) -> None:
     runs = {"ours": [{"rows": 3}, {"rows": 5}], "theirs": [{"rows": 1}, {"rows": 1}]}
     page = load("results").write_page({"reading": {"runs": runs, "note": {"of": "files"}}, "other": {"speed": 2.5}})
     assert "## Reading" in page
@@ -106,7 +106,7 @@ def test_the_page_says_what_unknown_benchmarks_measured(load: Any) -> None:
 
 
 @pytest.mark.slow
-def test_tools_train_side_by_side_and_a_page_comes_of_it(tiny_llama: Path, tmp_path: Path) -> None:
+def test_tools_train_in_turns_and_a_page_is_written(tiny_llama: Path, tmp_path: Path) -> None:
     tools = ["llmtune", "trl-packed", "trl-padded", "trainer"]
     measured, picture = tmp_path / "found" / "training.json", tmp_path / "losses.svg"
     done = run(
@@ -133,7 +133,7 @@ def test_tools_train_side_by_side_and_a_page_comes_of_it(tiny_llama: Path, tmp_p
     assert str(tmp_path) not in page
 
 
-def test_simulated_efficiency_is_the_ring_alone_where_all_steps_are_alike_and_falls_with_uneven_ones(load: Any) -> None:
+def test_simulated_efficiency_depends_on_the_ring_and_falls_with_uneven_steps(load: Any) -> None:
     scale: ModuleType = load("scale")
     even = scale.simulate([2.0], 1e9, 1e-3, 1e9)
     for count, share in zip(scale.MACHINES, even, strict=True):
@@ -145,14 +145,14 @@ def test_simulated_efficiency_is_the_ring_alone_where_all_steps_are_alike_and_fa
 
 
 @pytest.mark.slow
-def test_the_tables_of_the_page_on_scale_are_what_the_script_writes(load: Any) -> None:
+def test_the_scale_pages_tables_match_the_script(load: Any) -> None:
     scale: ModuleType = load("scale")
     page = scale.PAGE.read_text(encoding="utf-8")
     for table in (scale.memory_table(), scale.time_table(), scale.efficiency_table()):
         assert "\n".join(scale.lines_of(table)) in page
 
 
-def test_operations_of_a_token_are_those_that_torch_counts(load: Any, tmp_path: Path) -> None:
+def test_operations_per_token_match_torchs_count(load: Any, tmp_path: Path) -> None:
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM
 
@@ -162,5 +162,5 @@ def test_operations_of_a_token_are_those_that_torch_counts(load: Any, tmp_path: 
         model = AutoModelForCausalLM.from_config(scale.MODELS["tiny"], attn_implementation="eager")
         with FlopCounterMode(display=False) as counter:
             model(input_ids=torch.zeros((1, scale.TOKENS), dtype=torch.long))
-    attention = 2 * 2 * 64 * scale.TOKENS  # eager attention multiplies the whole square, of which half is counted
+    attention = 2 * 2 * 64 * scale.TOKENS  # eager attention computes the full square; the count has half of it
     assert scale.shape("tiny", "lora").forward == pytest.approx(counter.get_total_flops() / scale.TOKENS - attention)

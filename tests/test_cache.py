@@ -1,4 +1,4 @@
-"""What is skipped and what is not: no stale result, no finished adapter lost, nothing done again needlessly."""
+"""Skipping of finished steps: no stale results, no lost adapters, no needless work."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from support.runs import FAST, ROWS, heavy_imports, invoke, write_colours, write
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """Copies of a folder with rows, a model and a recipe of two steps: `bare`, and `finished` with a run of it."""
+    """Copies of a folder with rows, a model and a two-step recipe: `bare`, and `finished` with its run."""
     folder = tmp_path_factory.mktemp("cache")
     place = folder / "place"
     shutil.copytree(tiny_llama, place / "model")
@@ -26,14 +26,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def restore(kept: Path, name: str) -> Path:
-    """Put everything back at the place where it was made: paths belong to what a run is."""
+    """Restore everything at its original path, because paths are part of a run's identity."""
     shutil.rmtree(kept / "place", ignore_errors=True)
     return shutil.copytree(kept / name, kept / "place")
 
 
 @pytest.fixture
 def place(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder without a run that belongs to the test alone."""
+    """A folder without a run, private to the test."""
     monkeypatch.chdir(kept)
     monkeypatch.chdir(restore(kept, "bare"))
     return kept / "place"
@@ -41,27 +41,27 @@ def place(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def finished(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same with a finished run."""
+    """A folder with a finished run, private to the test."""
     monkeypatch.chdir(kept)
     monkeypatch.chdir(restore(kept, "finished"))
     return kept / "place"
 
 
 def change_rows(place: Path) -> str:
-    """Change rows in place; returns what they were."""
+    """Change rows in place and return the old content."""
     text = (place / "rows.jsonl").read_text()
     (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
     return text
 
 
 def done(*arguments: object) -> dict[str, bool]:
-    """Run a command that must succeed; return which steps were skipped."""
+    """Run a command that must succeed; return the skipped steps."""
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, (result.stderr, result.exception)
     return {step["name"]: step["skipped"] for step in json.loads(result.stdout)["steps"]}
 
 
-def test_a_slice_that_is_new_or_whose_column_changes_is_scored_and_nothing_trained(place: Path) -> None:
+def test_a_new_or_changed_slice_is_scored_without_training(place: Path) -> None:
     rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
 
     def write(*topics: str) -> None:
@@ -88,7 +88,7 @@ def test_a_slice_that_is_new_or_whose_column_changes_is_scored_and_nothing_train
     assert slices() == {"sea", "wood"}
 
 
-def test_a_slice_by_an_unknown_column_ends_before_weights_are_read(place: Path) -> None:
+def test_a_slice_by_an_unknown_column_is_refused_before_reading_weights(place: Path) -> None:
     (place / "model/model.safetensors").write_bytes(b"no weights")
     result = invoke("run", "tiny.yaml", "--out", "run", "--set", "evaluate.slices=[mesages]")
     assert result.exit_code == 3
@@ -96,13 +96,13 @@ def test_a_slice_by_an_unknown_column_ends_before_weights_are_read(place: Path) 
     assert "Did you mean 'messages'?" in result.stderr
 
 
-def test_scores_of_another_training_are_not_shown(finished: Path) -> None:
+def test_scores_of_an_earlier_training_are_not_shown(finished: Path) -> None:
     change_rows(finished)
     done("train", "tiny.yaml", "--out", "run")
     assert json.loads((finished / "run/report.json").read_text())["evaluation"] is None
 
 
-def test_a_template_that_changes_in_place_is_used_anew(place: Path) -> None:
+def test_a_template_changed_in_place_is_reloaded(place: Path) -> None:
     done("prepare", "tiny.yaml", "--out", "run")
     template = place / "model/chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
@@ -139,14 +139,14 @@ def test_a_new_gate_evaluates_nothing_again_and_fails_with_exit_code_6(finished:
     assert 'failures="1"' in (finished / "run/junit.xml").read_text()
 
 
-def test_a_run_takes_no_settings_that_would_make_it_another(finished: Path) -> None:
+def test_a_run_refuses_settings_that_change_its_identity(finished: Path) -> None:
     result = invoke("evaluate", "run", "--set", "train.learning_rate=1")
     assert result.exit_code == 2
     assert "another run" in result.stderr
     assert invoke("evaluate", "run", "--out", "other").exit_code == 2
 
 
-def test_a_base_model_that_was_changed_is_not_used_with_the_adapter(finished: Path) -> None:
+def test_a_changed_base_model_is_not_used_with_the_adapter(finished: Path) -> None:
     shutil.rmtree(finished / "model")
     build_llama(finished / "model", seed=9)
     result = invoke("generate", "run", "--prompt", "hello")
@@ -154,12 +154,12 @@ def test_a_base_model_that_was_changed_is_not_used_with_the_adapter(finished: Pa
     assert "differs from the lock" in " ".join(result.stderr.split())
 
 
-def test_a_finished_run_is_skipped_step_by_step_and_as_a_whole(finished: Path) -> None:
+def test_a_finished_run_is_skipped_by_step_and_completely(finished: Path) -> None:
     assert done("adapt", "tiny.yaml", "--out", "run")["adapt"]
     assert all(done("run", "tiny.yaml", "--out", "run", "--resume").values())
 
 
-def test_a_finished_run_is_shown_again_without_importing_anything_heavy(finished: Path) -> None:
+def test_a_finished_run_is_shown_again_without_heavy_imports(finished: Path) -> None:
     command = ("run", "tiny.yaml", "--out", "run")
     assert heavy_imports(command) == {" ".join(command): [*ROWS]}
     first = invoke("run", "tiny.yaml", "--out", "run", "--fresh")
@@ -176,7 +176,7 @@ def test_a_finished_run_is_shown_again_without_importing_anything_heavy(finished
     ("path", "step"),
     [("run/adapter/adapter_model.safetensors", "train"), ("run/data/examples", "encode"), ("run/report.html", None)],
 )
-def test_of_a_finished_run_what_is_lost_is_made_again(finished: Path, path: str, step: str | None) -> None:
+def test_lost_files_of_a_finished_run_are_made_again(finished: Path, path: str, step: str | None) -> None:
     lost = finished / path
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
     skipped = done("run", "tiny.yaml", "--out", "run")
@@ -184,14 +184,14 @@ def test_of_a_finished_run_what_is_lost_is_made_again(finished: Path, path: str,
     assert step is None or not skipped[step]
 
 
-def test_a_finished_run_that_was_scored_by_other_settings_since_is_scored_again(finished: Path) -> None:
+def test_a_finished_run_scored_with_other_settings_is_scored_again(finished: Path) -> None:
     done("run", "tiny.yaml", "--out", "run")
     done("evaluate", "run", "--set", "evaluate.metrics=[loss]")
     skipped = done("run", "tiny.yaml", "--out", "run")
     assert (skipped["train"], skipped["evaluate"]) == (True, False)
 
 
-def test_a_lock_holds_model_and_data(finished: Path) -> None:
+def test_a_lock_contains_model_and_data(finished: Path) -> None:
     done("run", "tiny.yaml", "--out", "twin", "--lock", "run/llmtune.lock")
     text = change_rows(finished)
     result = invoke("run", "tiny.yaml", "--out", "third", "--lock", "run/llmtune.lock")
@@ -206,7 +206,7 @@ def test_a_lock_holds_model_and_data(finished: Path) -> None:
     assert invoke("run", "tiny.yaml", "--lock", "missing.lock").exit_code == 2
 
 
-def test_a_dry_run_says_what_would_run_and_changes_nothing(finished: Path) -> None:
+def test_a_dry_run_lists_the_steps_and_changes_nothing(finished: Path) -> None:
     result = invoke("run", "tiny.yaml", "--out", "other", "--dry-run")
     assert result.exit_code == 0, result.stderr
     assert not (finished / "other").exists()
@@ -219,7 +219,7 @@ def test_a_dry_run_says_what_would_run_and_changes_nothing(finished: Path) -> No
     assert invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--set", "seed=5").exit_code == 2
 
 
-def test_what_a_killed_process_left_is_swept(place: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(place: Path) -> None:
     (place / "run").mkdir()
     (place / "run/.run.json.123.tmp").write_text("{")
     (place / "run/.evaluation.new").mkdir()
@@ -241,7 +241,7 @@ def test_a_remote_tracker_is_refused_offline(place: Path) -> None:
     assert "train.report_to" in result.stderr
 
 
-def test_the_lock_names_what_was_trained_though_the_run_was_killed_before_that_was_noted(finished: Path) -> None:
+def test_the_lock_names_the_trained_files_even_if_the_run_was_killed_before_recording_them(finished: Path) -> None:
     lock = (finished / "run/llmtune.lock").read_text()
     manifest = json.loads((finished / "run/run.json").read_text())
     del manifest["lock"]

@@ -1,4 +1,4 @@
-"""The jobs in examples/ci: what GitHub and GitLab take, with commands that exist, files that a run writes; and run."""
+"""The jobs in examples/ci: valid for GitHub and GitLab, with existing commands and files; and run step by step."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from llmtune.recipe.loader import load_recipe
 ROOT = Path(__file__).resolve().parents[2]
 CI = ROOT / "examples" / "ci"
 OWN_MOUNTS = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), "--mount"]
-"""Gives a process mounts of its own."""
+"""Command prefix that gives a process its own mounts."""
 WRITABLE = ("runs", "releases", ".cache")
-"""Of a checkout: what a job makes itself."""
+"""Paths in a checkout that a job creates itself."""
 STUB = '#!/bin/sh\necho "$(basename "$0") $*" >>"$CALLS"\n'
 HOST = "https://tune:secret@gitlab.test/team/models.git"
 
 
 @dataclass
 class Place:
-    """A repository on a server, and programs that stand in for those that talk to CI systems."""
+    """A repository on a server, and stubs for the programs that call CI systems."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def calls(self) -> list[str]:
-        """What was asked of gh and curl."""
+        """Log of the calls of gh and curl."""
         return (self.folder / "calls").read_text().splitlines()
 
     def run(self, line: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a shell line as a job does, where the checkout is mounted to be read only, but for what jobs make."""
+        """Run a shell line as a job does, with the checkout mounted read-only except for `WRITABLE`."""
         here, made = shlex.quote(str(folder)), shlex.quote(str(made_in(folder)))
         mounts = [f"mount --bind {here} {here}", f"mount -o remount,bind,ro {here}"]
         mounts += [f"mount --bind {made}/{name} {here}/{name}" for name in WRITABLE]
@@ -68,7 +68,7 @@ class Place:
 
 
 def made_in(checkout: Path) -> Path:
-    """Where what jobs make in a checkout lies."""
+    """Folder for the paths that jobs create in a checkout."""
     return checkout.with_name(f"{checkout.name}.made")
 
 
@@ -128,7 +128,7 @@ def released(place: Place) -> dict[str, str]:
 
 
 def run_github(place: Place, event: str) -> tuple[str, list[str]]:
-    """Run the steps of GitHub's job on a fresh checkout; return how it ended, and what was printed."""
+    """Run the steps of GitHub's job on a fresh checkout; return outcome and output."""
     job = YAML(typ="safe").load((CI / "github-actions.yml").read_text())["jobs"]["tune"]
     folder = check_out(place)
     outputs: dict[str, str] = {}
@@ -164,7 +164,7 @@ def run_github(place: Place, event: str) -> tuple[str, list[str]]:
 
 
 def fill(text: str, known: dict[str, str]) -> str:
-    """Put values in place of `${{ name }}`."""
+    """Replace `${{ name }}` by values."""
     return re.sub(r"\$\{\{ ([\w.]+) \}\}", lambda match: known[match[1]], text)
 
 
@@ -202,7 +202,7 @@ def run_gitlab(place: Place, source: str) -> subprocess.CompletedProcess[str]:
 
 
 def remove(place: Place) -> None:
-    """Take everything away again."""
+    """Remove everything."""
     shutil.rmtree(place.folder, ignore_errors=True)
 
 
@@ -234,7 +234,7 @@ def hold(file: Path, schema: str) -> Result:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_a_job_is_what_the_ci_system_takes(tmp_path: Path, name: str) -> None:
+def test_a_job_matches_the_ci_systems_schema(tmp_path: Path, name: str) -> None:
     done = hold(CI / name, SCHEMAS[name])
     assert done.exit_code == 0, done.output
     broken = (CI / name).read_text(encoding="utf-8").replace(*BROKEN[name])
@@ -243,7 +243,7 @@ def test_a_job_is_what_the_ci_system_takes(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*SCHEMAS, "Makefile"])
-def test_every_command_of_a_job_is_one(name: str) -> None:
+def test_every_command_of_a_job_parses(name: str) -> None:
     text = (CI / name).read_text() if name == "Makefile" else "\n".join(lines(name))
     text = re.sub(r"\$\{\{.*?\}\}", "VALUE", text)
     found = [shlex.split(line) for line in re.findall(r"llmtune (?:run|release|recipes) [^;|>\n]+", text)]
@@ -266,7 +266,7 @@ def test_the_example_judges_the_quickstart_against_a_champion(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_what_a_job_keeps_is_what_a_run_writes(name: str) -> None:
+def test_a_job_keeps_files_that_a_run_writes(name: str) -> None:
     text = (CI / name).read_text(encoding="utf-8")
     kept = re.findall(r"^\s+(?:- |junit: )?runs/tune/(\S+)$", text, flags=re.MULTILINE)
     assert set(kept) == OF_RUN
@@ -309,7 +309,7 @@ def tiny_recipe(model: Path, rows: Path, seed: int) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(subprocess.run([*OWN_MOUNTS, "true"], check=False).returncode != 0, reason="no mounts of its own")
-def test_the_jobs_run_step_by_step_in_a_clean_place(tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_jobs_run_step_by_step_in_a_clean_environment(tmp_path: Path, tiny_llama: Path) -> None:
     answers = {"cat": "red", "dog": "green", "bird": "blue", "fish": "black"}
     turns = [
         [{"role": "user", "content": f"{animal} {i}"}, {"role": "assistant", "content": colour}]

@@ -1,4 +1,4 @@
-"""What README and docs say is so: commands parse, recipes check, links lead somewhere, and the tutorial runs."""
+"""README and docs are true: commands parse, recipes are valid, links resolve, and the tutorial runs."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ STAND_INS = {"RUN": "run", "RECIPE": "quickstart", "NAME": "quickstart", "FOLDER
 
 
 def commands() -> list[str]:
-    """Every `llmtune ...` that a page tells the reader to type."""
+    """Every `llmtune ...` command on a page."""
     found = set()
     for page in PAGES:
         if page.name == "cli.md":
@@ -40,13 +40,13 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_a_command_in_the_docs_is_one(line: str) -> None:
+def test_a_command_in_the_docs_parses(line: str) -> None:
     words = [STAND_INS.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", "", line))[1:]]
     command, context = COMMAND, None
     while hasattr(command, "commands") and words:
         if words[0].startswith("-"):
             return
-        _, command, words = command.resolve_command(typer.Context(command), words)  # fails where there is none
+        _, command, words = command.resolve_command(typer.Context(command), words)  # fails for an unknown command
     if words:
         context = command.make_context(line, list(words), resilient_parsing=False)
         assert context is not None
@@ -62,18 +62,18 @@ def recipes() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "block"), recipes())
-def test_a_recipe_in_the_docs_is_good(tmp_path: Path, name: str, block: str) -> None:
+def test_a_recipe_in_the_docs_is_valid(tmp_path: Path, name: str, block: str) -> None:
     (tmp_path / "recipe.yaml").write_text(block)
     assert load_recipe(str(tmp_path / "recipe.yaml")).recipe.task == "chat"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_modules_and_functions_that_a_page_names_exist() -> None:
+def test_modules_and_functions_named_on_a_page_exist() -> None:
     pages = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     named = sorted(set(re.findall(r"`(llmtune/[a-z_/]+\.py)(?:::(\w+))?`", text)))
@@ -91,7 +91,7 @@ def test_the_map_of_the_support_code_names_every_file() -> None:
 
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path, tiny_llama: Path) -> None:
-    """From an empty folder with a CSV, as it is typed there; only the model is a tiny one."""
+    """From an empty folder with a CSV, with the tutorial's commands and a tiny model."""
     text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(recipe_version.*?)```", text, flags=re.DOTALL)
     rows = [(f"Order {i}", f"Where is order {i}?", "It is on its way.") for i in range(60)]

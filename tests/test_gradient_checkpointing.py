@@ -1,4 +1,4 @@
-"""`gradient_checkpointing: auto` is decided once, said aloud, kept in run.json, and what a run goes on with."""
+"""`gradient_checkpointing: auto` is decided once, printed, stored in run.json, and kept on resuming."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def recipe(tmp_path_factory, tiny_llama):
 
 
 def run(recipe, folder, limit, until="train", sets=()):
-    """Run on a device of `limit` bytes; return what was said, and whether activations were computed again."""
+    """Run on a device of `limit` bytes; return the output, and whether activations were recomputed."""
     console, enabled = Console(file=io.StringIO(), width=200), []
     enable = inject.__globals__["enable_checkpointing"]
     with pytest.MonkeyPatch.context() as patch:
@@ -36,13 +36,13 @@ def run(recipe, folder, limit, until="train", sets=()):
     return console.file.getvalue(), bool(enabled)
 
 
-def test_auto_is_on_only_where_memory_asks_for_it_and_stays_what_it_was(recipe, tmp_path):
+def test_auto_is_on_only_if_memory_requires_it_and_is_kept(recipe, tmp_path):
     folder = tmp_path / "run"
     said, enabled = run(recipe, tmp_path / "wide", WIDE)
     assert (SAID in said, enabled) == (False, False)
     said, enabled = run(recipe, folder, NARROW, until="select")
     assert SAID in said
-    said, enabled = run(recipe, folder, WIDE)  # where there is more memory, the run goes on as it has begun
+    said, enabled = run(recipe, folder, WIDE)  # with more memory the run resumes with its first decision
     assert (SAID in said, enabled) == (True, True)
     kept = json.loads((folder / "run.json").read_text())
     assert kept["findings"]["gradient_checkpointing"]["on"] is True
@@ -55,10 +55,10 @@ def test_auto_is_on_only_where_memory_asks_for_it_and_stays_what_it_was(recipe, 
     assert "train unchanged, skipped" in said
 
 
-def test_computing_again_changes_no_byte_of_the_result_and_what_is_stated_is_done_whatever_the_memory(recipe, tmp_path):
+def test_recomputation_changes_no_byte_and_a_stated_value_wins_over_memory(recipe, tmp_path):
     made = {}
     for stated, limit in {"false": NARROW, "true": WIDE}.items():
-        # The same micro-batches for both: how many rows stand in one is another question of memory.
+        # The same micro-batches for both: their size also depends on memory.
         sets = ["train.batch_size=1", f"train.gradient_checkpointing={stated}"]
         said, enabled = run(recipe, tmp_path / stated, limit, sets=sets)
         assert enabled is (stated == "true")

@@ -1,4 +1,4 @@
-"""Every guarantee has a test that provokes its failure; docs/guarantees.md is made from them."""
+"""Every guarantee has a test that provokes its failure; docs/guarantees.md is generated from them."""
 
 import sys
 from pathlib import Path

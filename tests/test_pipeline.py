@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny model: equal bytes, no network, no secret."""
+"""The complete pipeline on a tiny model: equal bytes, no network, no secret."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from support.runs import invoke, write_recipe, write_sums
 
 SECRET = "hf_" + "s3cret" * 6
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-"""Of the libraries, which llmtune sets by itself."""
+"""Environment variables of libraries that llmtune sets."""
 WITHOUT_SOCKETS = """
 import socket, sys
 def refuse(*arguments, **options):
@@ -46,7 +46,7 @@ def adapter_bytes(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_with_sockets_blocked_leaves_the_folder_that_the_design_describes(finished: Path) -> None:
+def test_a_run_with_blocked_sockets_writes_the_complete_run_folder(finished: Path) -> None:
     names = {path.name for path in (finished / "run").iterdir()}
     wanted = {"recipe.yaml", "llmtune.lock", "run.json", "data", "adapter", "checkpoints", "evaluation"}
     assert wanted | {"metrics.jsonl", "report.html", "report.md", "report.json", "junit.xml"} <= names
@@ -59,13 +59,13 @@ def test_a_run_with_sockets_blocked_leaves_the_folder_that_the_design_describes(
 
 
 def test_the_same_recipe_twice_gives_equal_bytes(here: Path) -> None:
-    """In this process, beside the run in a process of its own."""
+    """In this process, compared with the run in a separate process."""
     done = invoke("train", "tiny.yaml", "--out", "twin")
     assert done.exit_code == 0, done.stderr
     assert adapter_bytes(here / "twin") == adapter_bytes(here / "run")
 
 
-def test_no_file_of_a_run_holds_a_secret_of_the_environment(finished: Path) -> None:
+def test_no_file_of_a_run_contains_a_secret_of_the_environment(finished: Path) -> None:
     files = [path for path in (finished / "run").rglob("*") if path.is_file()]
     assert files
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []

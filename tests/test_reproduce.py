@@ -1,4 +1,4 @@
-"""`reproduce`: the same bytes from the lock, at another place too; what differs is named, what changed is refused."""
+"""`reproduce`: the same bytes from the lock, also at another path; differences are named, changed inputs refused."""
 
 import io
 import json
@@ -21,12 +21,12 @@ from llmtune.store.run_request import RunRequest
 
 ADAPTER = "adapter/adapter_model.safetensors"
 BUDGET = 128
-"""Tokens of a micro-batch: fewer than this machine would take."""
+"""Tokens of a micro-batch: fewer than this machine would choose."""
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A folder with rows, recipe, model and a run with a budget of its own, moved away from where it was made."""
+    """A folder with rows, recipe, model and a run with its own budget, moved from its original path."""
     torch.set_num_threads(1)
     made = tmp_path_factory.mktemp("made") / "project"
     made.mkdir()
@@ -55,7 +55,7 @@ def reproduced(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return again(project / "runs/tiny", out), out
 
 
-def test_a_run_that_was_moved_comes_out_again_byte_for_byte_with_its_budget(
+def test_a_moved_run_is_reproduced_byte_for_byte_with_its_budget(
     project: Path, reproduced: tuple[dict[str, Any], Path]
 ) -> None:
     result, out = reproduced
@@ -69,7 +69,7 @@ def test_a_run_that_was_moved_comes_out_again_byte_for_byte_with_its_budget(
     assert [read_run(run).findings["micro_batch_tokens"] for run in (project / "runs/tiny", out)] == [BUDGET, BUDGET]
 
 
-def test_what_differs_is_named_and_judged_by_bytes(
+def test_differences_are_named_and_judged_by_bytes(
     project: Path, reproduced: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     out = shutil.copytree(reproduced[1], tmp_path / "out")
@@ -86,7 +86,7 @@ def test_what_differs_is_named_and_judged_by_bytes(
     assert "something outside the lock" in str(problem.fix)
 
 
-def test_elsewhere_losses_and_scores_are_held_against_the_tolerances(
+def test_on_other_machines_losses_and_scores_are_compared_within_tolerances(
     project: Path, reproduced: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     run = shutil.copytree(project / "runs/tiny", tmp_path / "run")
@@ -106,7 +106,7 @@ def test_elsewhere_losses_and_scores_are_held_against_the_tolerances(
 
 
 def hold_against(run: Path, out: Path, scores: str, tolerances: Tolerances | None = None) -> dict[str, Any]:
-    """Compare without training: what comes after `run_pipeline`."""
+    """Compare without training: the part after `run_pipeline`."""
     from llmtune.reproduce import compare_with_original
     from llmtune.store.run_lock import read_lock
     from llmtune.store.verification import verify_run
@@ -115,7 +115,7 @@ def hold_against(run: Path, out: Path, scores: str, tolerances: Tolerances | Non
     return compare_with_original(read_run(run), out, read_lock(run / LOCK), verify_run(run), tolerances or Tolerances())
 
 
-def test_changed_data_model_and_recipe_are_refused_before_anything_is_trained(project: Path, tmp_path: Path) -> None:
+def test_changed_data_model_and_recipe_are_refused_before_training(project: Path, tmp_path: Path) -> None:
     place = shutil.copytree(project, tmp_path / "project")
     kinds = {"rows.jsonl": DataError, "model/config.json": EnvironmentProblem, "runs/tiny/recipe.yaml": RecipeError}
     for name, error in kinds.items():
@@ -128,7 +128,7 @@ def test_changed_data_model_and_recipe_are_refused_before_anything_is_trained(pr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_not_reproduced_into_itself_nor_before_it_was_trained(project: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_reproduced_into_itself_or_before_training(project: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Choose another folder"):
         again(project / "runs/tiny", project / "runs" / ".." / "runs" / "tiny")
     (tmp_path / "run.json").write_text(json.dumps({"fingerprint": "aa", "steps": {}, "findings": {}}))

@@ -1,4 +1,4 @@
-"""`train.seeds`: a whole run for each further seed, on the same rows, skipped where valid, resumed when stopped."""
+"""`train.seeds`: a complete run per further seed on the same rows, skipped if valid, resumed if stopped."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def run(place: Path, out: str, *sets: str, **options: Any) -> tuple[dict[str, Any], str]:
-    """Run the recipe; returns the report and what a person read."""
+    """Run the recipe; return the report and the terminal output."""
     console = Console(file=io.StringIO(), width=200)
     report = run_pipeline(load_recipe(place / "tiny.yaml", sets), RunRequest(out=place / out, **options), console)
     assert isinstance(console.file, io.StringIO)
@@ -56,7 +56,7 @@ def scores(path: Path) -> dict[str, Any]:
     return {key: found[key] for key in ("base", "tuned", "difference", "rows")}
 
 
-def test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives(
+def test_each_further_seed_equals_a_run_with_that_seed_alone(
     place: Path, finished: tuple[Path, dict[str, Any], str]
 ) -> None:
     path, _, _ = finished
@@ -82,7 +82,7 @@ def test_seeds_differ_from_one_another_on_the_same_rows(finished: tuple[Path, di
     assert loss["base"] == scores(path / "seeds/9")["base"]["loss"]
 
 
-def test_the_report_is_written_with_the_spread_and_the_base_is_asked_once(
+def test_the_report_has_the_spread_and_the_base_is_evaluated_once(
     finished: tuple[Path, dict[str, Any], str],
 ) -> None:
     path, report, said = finished
@@ -104,12 +104,10 @@ def test_a_second_run_skips_all_seeds_and_another_seed_trains_alone(
     report, said = run(place, "grown", "train.seeds=[8, 10]")
     assert said.count("train unchanged, skipped") == 2
     assert [one["seed"] for one in report["evaluation"]["seeds"]["runs"]] == [7, 8, 10]
-    assert verify_run(place / "grown").failed == [], "a further seed changes nothing of what the run rests on"
+    assert verify_run(place / "grown").failed == [], "a further seed changes no input of the run"
 
 
-def test_a_run_that_is_evaluated_again_evaluates_its_seeds_too(
-    place: Path, finished: tuple[Path, dict[str, Any], str]
-) -> None:
+def test_evaluating_a_run_again_evaluates_its_seeds(place: Path, finished: tuple[Path, dict[str, Any], str]) -> None:
     shutil.copytree(finished[0], place / "judged")
     loaded = recipe_of_run(read_run(place / "judged"), ["evaluate.metrics=[loss, perplexity]"])
     report = evaluate_run(loaded, place / "judged", Console(quiet=True), offline=True)
@@ -117,9 +115,7 @@ def test_a_run_that_is_evaluated_again_evaluates_its_seeds_too(
     assert report["evaluation"]["seeds"]["missing"] == []
 
 
-def test_gates_are_judged_once_after_all_seeds_are_there(
-    place: Path, finished: tuple[Path, dict[str, Any], str]
-) -> None:
+def test_gates_are_judged_once_after_all_seeds(place: Path, finished: tuple[Path, dict[str, Any], str]) -> None:
     shutil.copytree(finished[0], place / "gated")
     with pytest.raises(GateFailed):
         run(place, "gated", "train.seeds=[8, 10]", "evaluate.gates=['loss < 0']")
@@ -127,7 +123,7 @@ def test_gates_are_judged_once_after_all_seeds_are_there(
     assert json.loads((place / "gated/seeds/10/report.json").read_text())["gates"] == []
 
 
-def test_steps_before_training_have_no_seeds_and_fresh_starts_all_of_them_over(place: Path) -> None:
+def test_steps_before_training_have_no_seeds_and_fresh_restarts_all_seeds(place: Path) -> None:
     brief = "train.max_steps=1"
     console = Console(file=io.StringIO(), width=200)
     dry_run(load_recipe(place / "tiny.yaml", [SEEDS, brief]), RunRequest(place / "steps"), console)
@@ -141,9 +137,7 @@ def test_steps_before_training_have_no_seeds_and_fresh_starts_all_of_them_over(p
     assert not (place / "steps/seeds/8").exists()
 
 
-def test_further_seeds_keep_the_micro_batches_of_the_run(
-    place: Path, finished: tuple[Path, dict[str, Any], str]
-) -> None:
+def test_further_seeds_use_the_runs_micro_batches(place: Path, finished: tuple[Path, dict[str, Any], str]) -> None:
     shutil.copytree(finished[0], place / "budget")
     folder = read_run(place / "budget")
     assert folder.findings["micro_batch_tokens"] != 96
@@ -152,9 +146,7 @@ def test_further_seeds_keep_the_micro_batches_of_the_run(
     assert read_run(place / "budget/seeds/10").findings["micro_batch_tokens"] == 96
 
 
-def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_stopped_at_a_seed_reports_the_others_and_resumes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(context: RunContext) -> None:
         if context.plan.recipe.seed == 9:
             raise Stopped(Problem("stopped"))

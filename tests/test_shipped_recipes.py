@@ -1,4 +1,4 @@
-"""The recipes that come with llmtune: each runs to the end with local weights and the rows that are shipped."""
+"""The shipped recipes: each runs to the end with local weights and the shipped rows."""
 
 import json
 import math
@@ -50,7 +50,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "preference": build_llama,
     "preference-offline": build_llama,
 }
-"""A tiny model of the kind that each recipe names."""
+"""A tiny model of each recipe's kind."""
 LEARNS_SLOWLY = {"completion-masked", "translate", "summarize", "qa", "preference", "preference-offline", "speech"}
 
 
@@ -84,12 +84,12 @@ def shorten(recipe: str, model: Path) -> list[str]:
 
 
 def written_path(path: str) -> str:
-    """Say a source as the recipe does."""
+    """Write a source as in the recipe."""
     return path if path.startswith("builtin:") else json.dumps(path)
 
 
 TWINS = ("chat-tools-offline", "chat-reasoning-offline", "completion-offline", "preference-offline")
-"""Recipes that another one has with a larger model: on a tiny one they are the same run."""
+"""Recipes that differ from another one only in model size; with a tiny model they are the same run."""
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_recipe_runs_to_the_end_on_a_tiny_model_of_its_kind(recipe: str, tmp_pat
 
 
 BESIDE: dict[str, set[str]] = {"chat-tools": {"no_call"}, "chat-tools-offline": {"no_call"}}
-"""Metrics that a recipe names and that its shortened rows do not give."""
+"""Metrics of a recipe that its shortened rows do not produce."""
 
 
 @pytest.mark.slow
@@ -123,12 +123,12 @@ def test_rows_of_an_offline_recipe_fit_its_packaged_model(recipe: str, tmp_path:
     assert report["data"]["examples"]["test"] > 40
 
 
-def test_no_recipe_is_left_out() -> None:
+def test_every_recipe_is_tested() -> None:
     assert {recipe.name for recipe in list_recipes()} == set(BUILDERS)
 
 
 @pytest.mark.parametrize("recipe", [recipe.name for recipe in list_recipes()])
-def test_recipe_says_what_it_is_and_helps_an_editor(recipe: str) -> None:
+def test_recipe_has_a_description_and_an_editor_schema(recipe: str) -> None:
     first, second = find_recipe(recipe).read_text().splitlines()[:2]
     schema = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
     assert schema
@@ -144,11 +144,11 @@ def test_table_of_recipes_names_each_of_them() -> None:
 
 SHIPPED = sorted(path.stem for path in (RECIPES / "data").glob("*.jsonl"))
 SAYS = ("text", "document", "source", "prompt", "question", "tokens")
-"""Columns of which each shipped row has one that says what it is about."""
+"""Content columns; each shipped row has at least one of them."""
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_rows_are_whole_and_their_origin_is_noted(name: str) -> None:
+def test_shipped_rows_are_complete_and_their_origin_is_noted(name: str) -> None:
     rows = [json.loads(line) for line in (RECIPES / f"data/{name}.jsonl").read_text("utf-8").splitlines()]
     noted = re.search(rf"\| `{name}` \| ([\d,]+) \|", (RECIPES / "data/README.md").read_text())
     assert noted
@@ -159,7 +159,7 @@ def test_shipped_rows_are_whole_and_their_origin_is_noted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["home-tools", "word-problems"])
-def test_the_shipped_template_writes_tools_and_thoughts_so_that_they_are_read_back(name: str) -> None:
+def test_the_shipped_template_writes_tools_and_thoughts_that_parse_back(name: str) -> None:
     tokenizer, recipe = tokenizer_with((RECIPES / "templates/chatml.jinja").read_text()), recipe_for(max_length=4096)
     template = read_template(tokenizer, recipe)
     for line in (RECIPES / f"data/{name}.jsonl").read_text("utf-8").splitlines():
@@ -173,7 +173,7 @@ def test_the_shipped_template_writes_tools_and_thoughts_so_that_they_are_read_ba
         assert list(read.tool_calls) == said.get("tool_calls", [])
 
 
-def test_shipped_answers_stand_in_their_contexts_and_tags_fit_their_words() -> None:
+def test_shipped_answers_occur_in_their_contexts_and_tags_match_words() -> None:
     for line in (RECIPES / "data/debian-facts.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
         for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
@@ -183,14 +183,14 @@ def test_shipped_answers_stand_in_their_contexts_and_tags_fit_their_words() -> N
         assert len(row["tokens"]) == len(row["tags"])
 
 
-def test_shipped_recordings_are_all_there_with_their_licence() -> None:
+def test_all_shipped_recordings_exist_with_their_licence() -> None:
     folder = RECIPES / "data/asterisk-prompts"
     lines = (folder / "metadata.csv").read_text("utf-8").splitlines()[1:]
     assert {line.split(",")[0] for line in lines} == {path.name for path in folder.glob("*.flac")}
     assert "ShareAlike" in (folder / "CREDITS").read_text("utf-8")
 
 
-def test_quickstart_rows_are_balanced_and_their_choices_are_those_of_the_recipe() -> None:
+def test_quickstart_rows_are_balanced_and_match_the_recipes_choices() -> None:
     rows = [json.loads(line) for line in (RECIPES / "data/debian-sections.jsonl").read_text().splitlines()]
     answers = [row["messages"][-1]["content"] for row in rows]
     counts = {answer: answers.count(answer) for answer in answers}

@@ -1,4 +1,4 @@
-"""A model that learned, one made worse on purpose and one that did not change: verdict, gates and exit codes."""
+"""A model that learned, a deliberately worse one and an unchanged one: verdict, gates and exit codes."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(place: Path, name: str, model: Path, rows: str, test: str = "test.jsonl", **sections: Any) -> Result:
-    """`llmtune run` of a recipe of its own, in this process."""
+    """Run a recipe of its own in this process."""
     data = {"validation": 0.0, "test": str(place / test), "deduplicate": "none"}
     sections = {"adapter": LEARNING, "train": TRAINING, "evaluate": MEASURED, **sections}
     recipe = write_recipe(place / f"{name}.yaml", model, place / rows, data=data, name=name, **sections)
@@ -55,13 +55,13 @@ def learned(place: Path, tiny_llama: Path) -> Result:
 
 @pytest.fixture(scope="module")
 def harmed(place: Path, learned: Result) -> Result:
-    """The model that learned, trained on with answers of another animal."""
+    """The model that learned, trained further with answers about another animal."""
     return run(place, "harmed", place / "learned" / "weights", "wrong.jsonl")
 
 
 @pytest.fixture(scope="module")
 def unchanged(place: Path, learned: Result) -> Result:
-    """The model that learned, with an adapter that was hardly trained; the test rows stand in another order."""
+    """The model that learned, with a barely trained adapter; the test rows are in another order."""
     sections = {"adapter": {"r": 2, "lora_alpha": 2}, "train": {"num_train_epochs": 0.1, "learning_rate": 1e-9}}
     gates = {**MEASURED, "gates": []}
     model = place / "learned" / "weights"
@@ -83,7 +83,7 @@ def test_a_model_that_learned_helped_and_its_gates_pass(place: Path, learned: Re
     assert (suite.get("tests"), suite.get("failures")) == ("2", "0")
 
 
-def test_a_model_made_worse_on_purpose_did_harm_and_ends_with_exit_code_6(place: Path, harmed: Result) -> None:
+def test_a_deliberately_worse_model_did_harm_and_exits_with_6(place: Path, harmed: Result) -> None:
     assert harmed.exit_code == 6, harmed.stderr
     assert "choice_accuracy.low > base" in harmed.stderr
     assert "Traceback" not in harmed.stderr
@@ -97,7 +97,7 @@ def test_a_model_made_worse_on_purpose_did_harm_and_ends_with_exit_code_6(place:
     assert "worse, 2 of 2 gates failed" in (place / "harmed" / "report.md").read_text()
 
 
-def test_of_a_model_that_did_not_change_one_cannot_tell(place: Path, unchanged: Result) -> None:
+def test_an_unchanged_model_is_inconclusive(place: Path, unchanged: Result) -> None:
     assert unchanged.exit_code == 0, unchanged.stderr
     found = report(place, "unchanged")
     assert found["verdict"]["word"] == "inconclusive", (found["verdict"], found["evaluation"]["difference"])
@@ -105,14 +105,14 @@ def test_of_a_model_that_did_not_change_one_cannot_tell(place: Path, unchanged: 
 
 
 def challenge(place: Path, name: str, champion: str, folder: Path, *gates: str) -> Result:
-    """Score a copy of a run again, against a champion."""
+    """Score a copy of a run again, compared with a champion."""
     shutil.copytree(place / name, folder)
     sets = [f"evaluate.champion={place / champion}", "evaluate.when_unsure=report", f"evaluate.gates={[*gates]}"]
     options = [word for value in sets for word in ("--set", value)]
     return invoke("evaluate", folder, *options)
 
 
-def test_a_model_that_did_not_change_is_no_worse_than_the_champion_and_not_shown_to_be_better(
+def test_an_unchanged_model_is_not_worse_than_the_champion_and_not_shown_better(
     place: Path, unchanged: Result, tmp_path: Path
 ) -> None:
     passed = challenge(place, "unchanged", "learned", tmp_path / "same", "choice_accuracy.low > champion - 0.1")
@@ -126,7 +126,7 @@ def test_a_model_that_did_not_change_is_no_worse_than_the_champion_and_not_shown
     assert "evaluate unchanged, skipped" in better.stderr
 
 
-def test_a_model_made_worse_on_purpose_fails_against_the_champion(place: Path, harmed: Result, tmp_path: Path) -> None:
+def test_a_deliberately_worse_model_fails_against_the_champion(place: Path, harmed: Result, tmp_path: Path) -> None:
     done = challenge(place, "harmed", "learned", tmp_path / "worse", "choice_accuracy.low > champion - 0.05")
     assert done.exit_code == 6, done.stderr
     (gate,) = json.loads((tmp_path / "worse" / "report.json").read_text())["gates"]
@@ -139,7 +139,7 @@ def test_a_model_made_worse_on_purpose_fails_against_the_champion(place: Path, h
     assert printed["error"]["problems"][0]["where"] == gate["name"]
 
 
-def test_with_eight_test_rows_one_cannot_tell_and_the_rows_needed_are_named(
+def test_eight_test_rows_are_inconclusive_and_the_rows_needed_are_named(
     place: Path, learned: Result, tmp_path: Path
 ) -> None:
     lines = (place / "test.jsonl").read_text().splitlines(keepends=True)

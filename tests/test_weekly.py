@@ -1,4 +1,4 @@
-"""Weekly retraining on a file that grows, with a packaged encoder and real rows: better, equal, one class lost."""
+"""Weekly retraining on a growing file with a packaged encoder and real rows: better, equal, one class lost."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_the_installed_wheel_lists_and_checks_the_shipped_recipes(installed: Pat
     assert "good" in run_installed(installed, "-m", "llmtune", "recipes", "check", names[0])
 
 
-def test_the_wheel_holds_what_it_needs_at_run_time(installed: Path) -> None:
+def test_the_wheel_contains_its_run_time_files(installed: Path) -> None:
     names = {str(path.relative_to(installed / "site")) for path in (installed / "site").rglob("*")}
     assert {
         "llmtune/py.typed",

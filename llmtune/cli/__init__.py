@@ -1,4 +1,4 @@
-"""Thin Typer face: parse, call one function, print."""
+"""Thin Typer layer: parse, call one function, print."""
 
 from llmtune.cli.app import main
 

@@ -35,19 +35,19 @@ from llmtune.store.process_environment import offline_switches, prepare_environm
 from llmtune.store.processes import leave, reports, start
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-"""Typer exports no name for what the parser raises."""
+"""The parser's exception, for which Typer exports no name."""
 
 
 class CommandGroup(TyperGroup):
-    """The command tree; an unknown option that is a recipe key, or another command's, is pointed to its place."""
+    """The command tree; for an unknown option it names the matching recipe key or command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the options before a command."""
+        """Parse the options before a command."""
         with self._hints():
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Read the options of a command, and run it."""
+        """Parse the options of a command, and run it."""
         with self._hints():
             return super().invoke(ctx)
 
@@ -78,7 +78,7 @@ class CommandGroup(TyperGroup):
         return f"Set it in the recipe, or with --set {keys[0]}=VALUE." if keys else f"{ALIASES[name]} See --set."
 
 
-REPORT = "Please report it with the lines above and what 'llmtune doctor' prints: CONTRIBUTING.md says where."
+REPORT = "Please report it with the lines above and the output of 'llmtune doctor'. CONTRIBUTING.md says where."
 
 POINTERS = {
     **{name: f"llmtune deploy {name}" for name in ("serve", "merge", "gguf", "certify", "publish")},
@@ -92,7 +92,7 @@ POINTERS = {
     "export": "llmtune deploy gguf RUN, or llmtune deploy merge RUN",
     "resume": "llmtune run RECIPE --resume",
 }
-"""What other tools call a command -> ours."""
+"""Command names of other tools -> ours."""
 Words = Annotated[list[str] | None, typer.Argument()]
 ANYTHING = {"ignore_unknown_options": True}
 
@@ -105,7 +105,7 @@ EXIT_CODES = {
     "4": "environment: device, dependency, model, memory, disk, permission, network",
     "5": "training: diverged, out of memory after every remedy",
     "6": "a gate, a parity check or a verification failed",
-    "7": "inconclusive: too few rows for a gate on an interval, with evaluate.when_unsure: report",
+    "7": "inconclusive: too few rows for a gate on an interval (with evaluate.when_unsure: report)",
     "130, 143": "interrupted or terminated, with the work saved",
 }
 FIRST_STEPS = 'Your own rows: llmtune init rows.csv, then llmtune run rows.yaml, then llmtune generate rows "TEXT"'
@@ -142,7 +142,7 @@ def doctor(
     imports: Annotated[bool, typer.Option("--imports", help="Import every library, to find broken ones.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check versions, devices, memory and disk, and show what to type where something is missing."""
+    """Check versions, devices, memory and disk, and print the command for anything missing."""
     if folder is not None:
         from llmtune.recipe.retired import refuse_retired
 
@@ -160,7 +160,7 @@ def doctor(
 
 @handled
 def runs(as_json: AsJson = False) -> None:
-    """List the runs in runs/, the latest first, with their verdicts."""
+    """List the runs in runs/ with their verdicts, the latest first."""
     from llmtune.store.run_listing import list_runs
 
     found = list_runs()
@@ -168,7 +168,7 @@ def runs(as_json: AsJson = False) -> None:
         print_json([vars(one) for one in found])
         return
     if not found:
-        stderr_console().print("there is no run in runs/ yet; start one: llmtune run RECIPE")
+        stderr_console().print("no runs in runs/ yet; start one: llmtune run RECIPE")
     for one in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.started))
         typer.echo(f"{one.folder}  {one.task}  {when}  {one.verdict or '-'}  {one.step}")
@@ -177,7 +177,7 @@ def runs(as_json: AsJson = False) -> None:
 def _pointer(name: str) -> Callable[..., None]:
     @handled
     def point(words: Words = None) -> None:
-        raise RecipeError.of(f"there is no command {name!r}", "llmtune", f"Use: {POINTERS[name]}")
+        raise RecipeError.of(f"unknown command {name!r}", "llmtune", f"Use: {POINTERS[name]}")
 
     return point
 
@@ -199,7 +199,7 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Look closer": {**compare.COMMANDS, **verify.COMMANDS, "explain": explain.app},
     "More": {"recipes": recipes.app, "models": models.app, "release": release.app, "launch": launch.app},
 }
-"""The commands as the help shows them."""
+"""Commands by panel of the help."""
 EXAMPLES = {
     "init": "llmtune init tickets.csv",
     "run": "llmtune run tickets.yaml --set train.max_steps=20",
@@ -236,7 +236,7 @@ def main() -> None:
     finally:
         leave()
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)  # the end of the interpreter takes a moment, and nothing to save
+            signal.signal(number, signal.SIG_DFL)  # the interpreter takes a moment to exit, with nothing left to save
 
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""`llmtune compare`: runs side by side, or one recipe by several methods; `llmtune sweep`: by values of its keys."""
+"""`llmtune compare`: several runs, or one recipe by several methods. `llmtune sweep`: search values of recipe keys."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 @handled
 def compare_command(
     what: Annotated[
-        list[str], typer.Argument(metavar="RUN RUN... | RECIPE", help="Run folders; or one recipe, with --methods.")
+        list[str], typer.Argument(metavar="RUN RUN... | RECIPE", help="Run folders, or one recipe with --methods.")
     ],
     methods: Annotated[
-        str | None, typer.Option("--methods", help="Train the recipe with each of these: full,lora,qlora.")
+        str | None, typer.Option("--methods", help="Methods to train the recipe with: full,lora,qlora.")
     ] = None,
     learning_rate: Annotated[
         list[str] | None,
         typer.Option(
             "--learning-rate",
             metavar="METHOD=NUMBER",
-            help="Learning rate of one method, e.g. full=2e-5 (default: the recipe's; of full a tenth).",
+            help="Learning rate of one method, e.g. full=2e-5 (default: the recipe's; for full, a tenth).",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The folder of the comparison (default: one in runs/, named by hash).")
+        Path | None, typer.Option("--out", help="Folder of the comparison (default: one in runs/, named by hash).")
     ] = None,
     sets: Sets = None,
     resume: Resume = False,
@@ -46,7 +46,7 @@ def compare_command(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs on the rows that all of them answered, or one recipe trained with several methods."""
+    """Compare runs on their common rows, or train one recipe with several methods and compare."""
     refuse_both(resume, fresh)
     shown = make_console(stderr=False, quiet=as_json)
     if methods is None:
@@ -56,7 +56,7 @@ def compare_command(
         from llmtune.compare.compare_methods import MethodOptions, compare_methods, read_methods, read_rates
 
         if len(what) > 1:
-            raise RecipeError.of(f"--methods goes with one recipe, and {len(what)} are named", "--methods")
+            raise RecipeError.of(f"--methods needs exactly one recipe, got {len(what)}", "--methods")
         chosen = read_methods(methods)
         rates = read_rates(learning_rate or [], chosen)
         prepare_environment(network=not offline, threads=threads)
@@ -68,13 +68,13 @@ def compare_command(
 
 def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str], shown: Console) -> Json:
     RecipeError.collect(
-        Problem("this option is for a recipe with --methods", name, "Omit it to compare runs that exist.")
+        Problem("this option needs a recipe with --methods", name, "Omit it to compare existing runs.")
         for name in stated
     )
     from llmtune.store.run_folder import MANIFEST
 
     if len(what) == 1 and not (Path(what[0]) / MANIFEST).exists():
-        raise RecipeError.of("a recipe is compared by methods", what[0], "Add --methods full,lora,qlora.")
+        raise RecipeError.of("comparing a recipe needs methods", what[0], "Add --methods full,lora,qlora.")
     prepare_environment(network=False)
     with gc_paused():
         from llmtune.compare.compare_runs import compare_runs
@@ -85,18 +85,22 @@ def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str], 
 @handled
 def sweep_command(
     recipe: RecipeArgument,
-    space: Annotated[Path, typer.Option("--space", metavar="FILE", help="The keys to search, with their values.")],
-    trials: Annotated[int, typer.Option("--trials", min=2, help="So many, the recipe as it is among them.")] = 20,
-    processes: Annotated[int, typer.Option("--processes", min=1, help="Trials side by side.")] = 1,
+    space: Annotated[
+        Path, typer.Option("--space", metavar="FILE", help="File with the keys to search and their values.")
+    ],
+    trials: Annotated[
+        int, typer.Option("--trials", min=2, help="Number of trials, including the recipe as it is.")
+    ] = 20,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Trials to run in parallel.")] = 1,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The folder of the sweep (default: one in runs/, named by hash).")
+        Path | None, typer.Option("--out", help="Folder of the sweep (default: one in runs/, named by hash).")
     ] = None,
     sets: Sets = None,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search for better values by validation loss; the same command resumes a sweep that was stopped."""
+    """Search for better values by validation loss. The same command resumes a stopped sweep."""
     from llmtune.recipe.loader import load_recipe
 
     remote = names_remote(load_recipe(recipe, sets or ()).recipe)

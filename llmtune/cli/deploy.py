@@ -1,4 +1,4 @@
-"""`llmtune deploy`: make something to ship out of a run."""
+"""`llmtune deploy`: turn a run into something to ship."""
 
 from __future__ import annotations
 
@@ -25,38 +25,41 @@ app = typer.Typer(help="Merge, export, serve, certify or publish a run.", no_arg
 @handled
 def serve(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders of one base, each under its own name.")
+        list[Path] | None,
+        typer.Argument(metavar="RUN...", help="Run folders with the same base, each served under its own name."),
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="NAME=RUN", help="A run under a name of your choice.")
+        list[str] | None, typer.Option("--adapter", metavar="NAME=RUN", help="Serve a run under a name of your choice.")
     ] = None,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; beyond this machine an API key is needed.")
+        str, typer.Option("--host", help="Address to listen on. Other than localhost needs an API key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the API key (or set LLMTUNE_API_KEY).")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base in memory.")] = False,
-    engine: Annotated[str, typer.Option("--engine", help="own, or vllm where that is installed.")] = "own",
+    engine: Annotated[str, typer.Option("--engine", help="own, or vllm if installed.")] = "own",
     max_queue: Annotated[
-        int, typer.Option("--max-queue", min=1, help="Requests that may wait; beyond them 429 is answered.")
+        int, typer.Option("--max-queue", min=1, help="Maximum waiting requests; more get status 429.")
     ] = 64,
     max_batch: Annotated[
-        int | None, typer.Option("--max-batch", min=1, help="Answers written at once (default: 16, on a GPU 64).")
+        int | None, typer.Option("--max-batch", min=1, help="Answers generated at once (default: 16; 64 on a GPU).")
     ] = None,
     max_body: Annotated[
         int | None,
-        typer.Option("--max-body", min=1024, help="Bytes of a request (default: 2 MiB, for recordings 32 MiB)."),
+        typer.Option(
+            "--max-body", min=1024, help="Maximum bytes of a request (default: 2 MiB; 32 MiB for recordings)."
+        ),
     ] = None,
     grace: Annotated[
-        float, typer.Option("--grace", min=0, max=3600, help="Seconds that answers have to end in after SIGTERM.")
+        float, typer.Option("--grace", min=0, max=3600, help="Seconds for answers to finish after SIGTERM.")
     ] = 30.0,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Serve tuned models with OpenAI's endpoints; other tasks have one of their own. Ctrl-C or SIGTERM stops."""
+    """Serve tuned models with OpenAI's endpoints, or a task's own endpoint. Ctrl-C or SIGTERM stops."""
     ours = {"--max-queue": max_queue != 64, "--max-batch": max_batch, "--max-body": max_body, "--grace": grace != 30.0}
     _check_engine(engine, [name for name, stated in ours.items() if stated])
     prepare_environment(network=False, threads=threads)
@@ -84,7 +87,7 @@ def serve(
 
 
 def _serve_until_stopped(runs: Mapping[str, Path], options: ServeOptions, as_json: bool) -> None:
-    """Serve; Ctrl-C or SIGTERM ends with its exit code."""
+    """Serve until Ctrl-C or SIGTERM, then exit with its code."""
     from llmtune.serve.serve_runs import serve_runs
 
     console = stderr_console()
@@ -92,14 +95,14 @@ def _serve_until_stopped(runs: Mapping[str, Path], options: ServeOptions, as_jso
         serve_runs(runs, options, console, print_json if as_json else lambda about: None)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        console.print("terminated: no requests are taken any more" if terminated else "stopped")
+        console.print("terminated: accepting no more requests" if terminated else "stopped")
         raise typer.Exit(143 if terminated else 130) from None
 
 
 def _check_engine(engine: str, stated: list[str]) -> None:
-    """Raise RecipeError for an engine that there is not, or options that it does not have."""
+    """Raise RecipeError for an unknown engine, or options that it does not support."""
     if engine not in ENGINES:
-        what = f"there is no engine {engine!r}.{nearest(engine, ENGINES)}"
+        what = f"unknown engine {engine!r}.{nearest(engine, ENGINES)}"
         raise RecipeError.of(what, "--engine", f"Choose one of: {', '.join(ENGINES)}.")
     if engine == "vllm":
         fix = "Omit it: vLLM has its own settings."
@@ -110,19 +113,17 @@ def _check_engine(engine: str, stated: list[str]) -> None:
 @handled
 def merge_command(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/merged).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Output folder (default: RUN/merged).")] = None,
     onto: Annotated[
         str | None,
-        typer.Option(
-            "--onto", help="original or dequantized weights (default: those that the adapter was trained on)."
-        ),
+        typer.Option("--onto", help="original or dequantized weights (default: those used in training)."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16 (auto: as trained).")] = "auto",
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
+    """Merge the adapter into the base weights, and certify the result against the adapter; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
         from llmtune.deploy.merged_model import merge_run
@@ -138,20 +139,20 @@ def merge_command(
 def gguf(
     run: RunArgument,
     number_format: Annotated[
-        str, typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_k_m (needs llama.cpp); an adapter: f32, f16.")
+        str, typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_k_m (needs llama.cpp); f32 or f16 for an adapter.")
     ] = "f16",
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="The LoRA alone, for use with the GGUF file of its base.")
+        bool, typer.Option("--adapter-only", help="Write only the LoRA, for use with its base's GGUF file.")
     ] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/gguf/TYPE).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Output folder (default: RUN/gguf/TYPE).")] = None,
     onto: Annotated[
-        str | None, typer.Option("--onto", help="Of qlora: original or dequantized weights (default: dequantized).")
+        str | None, typer.Option("--onto", help="For qlora: original or dequantized weights (default: dequantized).")
     ] = None,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a GGUF file for llama.cpp and an Ollama Modelfile; read back and certified, exit 6 if they differ."""
+    """Write a GGUF file for llama.cpp with an Ollama Modelfile, and certify it; exit 6 if it differs."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
         from llmtune.deploy.gguf_export import make_gguf
@@ -167,27 +168,31 @@ def gguf(
 @handled
 def publish(
     run: RunArgument,
-    to: Annotated[Path | None, typer.Option("--to", help="A folder to write, as the hub has it.")] = None,
-    repo: Annotated[str | None, typer.Option("--repo", metavar="OWNER/NAME", help="A model on the hub.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Write a folder in the hub's layout.")] = None,
+    repo: Annotated[
+        str | None, typer.Option("--repo", metavar="OWNER/NAME", help="Upload to this model on the hub.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the hub's repository private.")] = False,
-    merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of the adapter.")] = False,
-    gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file to publish with it.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Publish the merged model instead of the adapter.")] = False,
+    gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="Also publish this GGUF file.")] = None,
     base_model: Annotated[
-        str | None, typer.Option("--base-model", metavar="OWNER/NAME", help="Which model of the hub a local base is.")
+        str | None, typer.Option("--base-model", metavar="OWNER/NAME", help="The hub name of a local base model.")
     ] = None,
     license_name: Annotated[
-        str | None, typer.Option("--license", help="By the hub's short name (default: the base model's).")
+        str | None, typer.Option("--license", help="Licence by the hub's short name (default: the base model's).")
     ] = None,
-    data_license: Annotated[str | None, typer.Option("--data-license", help="Of the training data.")] = None,
+    data_license: Annotated[str | None, typer.Option("--data-license", help="Licence of the training data.")] = None,
     language: Annotated[
-        list[str] | None, typer.Option("--language", metavar="CODE", help="Such as en; may be given several times.")
+        list[str] | None, typer.Option("--language", metavar="CODE", help="Language code, such as en; may be repeated.")
     ] = None,
-    despite_gates: Annotated[bool, typer.Option("--despite-gates", help="Although a gate of the run failed.")] = False,
+    despite_gates: Annotated[
+        bool, typer.Option("--despite-gates", help="Publish although a gate of the run failed.")
+    ] = False,
     dry_run: DryRun = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish to a folder or to the hub: model, model card, certificate, lock and recipe, without places or secrets."""
+    """Publish model, model card, certificate, lock and recipe to a folder or the hub, without paths or secrets."""
     prepare_environment(network=repo is not None and not offline)
     with gc_paused():
         from llmtune.deploy.model_card import PublishOptions
@@ -216,16 +221,18 @@ def publish(
 @handled
 def certify(
     run: RunArgument,
-    url: Annotated[str, typer.Option("--url", help="Where it is served, such as http://127.0.0.1:8000.")],
-    model: Annotated[str | None, typer.Option("--model", help="Which of its models (default: the run's name).")] = None,
+    url: Annotated[str, typer.Option("--url", help="URL of the server, such as http://127.0.0.1:8000.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The server's model to ask (default: the run's name).")
+    ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", metavar="FILE", help="Holds the endpoint's API key.")
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="File with the endpoint's API key.")
     ] = None,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hold a served OpenAI-compatible endpoint against what was trained; exit 6 if they differ."""
+    """Compare an OpenAI-compatible endpoint with the tuned model; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
         from llmtune.deploy.endpoint_parity import certify_run

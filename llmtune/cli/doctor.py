@@ -1,4 +1,4 @@
-"""What `llmtune doctor` finds: versions, devices, memory, disk, models, the network."""
+"""The checks of `llmtune doctor`: versions, devices, memory, disk, models, network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandb
 SCARCE_DISK_BYTES = 5_000_000_000
 SCARCE_MEMORY_BYTES = 4_000_000_000
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
-"""What an import raises where a library is absent, lacks a shared library, or does not fit another one."""
+"""Errors of an import if a library is absent, lacks a shared library, or conflicts with another one."""
 CheckState = Literal["good", "note", "missing"]
 STATE_STYLES = {"good": "green", "note": "yellow", "missing": "bold red"}
 STATE_WIDTH = max(map(len, STATE_STYLES))
@@ -40,7 +40,7 @@ STATE_WIDTH = max(map(len, STATE_STYLES))
 
 @dataclass(frozen=True)
 class Check:
-    """One check: its state, what was found, and what to type if it is not good."""
+    """One check: its state, the finding, and the command to fix it."""
 
     name: str
     state: CheckState
@@ -49,10 +49,10 @@ class Check:
 
 
 def examine(console: Console, switched_off: Sequence[str] | None = None, *, imports: bool = False) -> Json:
-    """Look at this machine, print a table, and return the same as a dictionary.
+    """Check this machine, print a table, and return the same as a dictionary.
 
-    `switched_off` names the user's own offline switches, where the process has set them all since. With `imports` every
-    library is imported, which takes a while and finds those that are broken. `ready` says whether nothing is missing.
+    `switched_off` names the user's own offline variables, if the process has since set them all. `imports` loads every
+    library, which takes a while and finds broken ones. `ready` is whether nothing is missing.
     """
     if switched_off is None:
         switched_off = offline_switches()
@@ -70,7 +70,7 @@ def examine(console: Console, switched_off: Sequence[str] | None = None, *, impo
     checks += [_check_number_formats(), _check_memory(), _check_disk(), *_check_cache(), _check_network(switched_off)]
     print_checks(checks, console)
     ready = all(check.state != "missing" for check in checks)
-    console.print("ready" if ready else "[bold red]something is missing[/]: type the commands after the arrows")
+    console.print("ready" if ready else "[bold red]something is missing[/]: run the commands after the arrows")
     return {
         "llmtune": __version__,
         "ready": ready,
@@ -87,7 +87,7 @@ def _check_library(name: str, imports: bool) -> Check:
         if imports:
             importlib.import_module(name)
         elif importlib.util.find_spec(name) is None:
-            raise ImportError(f"there is no module {name}")
+            raise ImportError(f"module {name} not found")
     except BROKEN as error:
         culprit = getattr(error, "name", None)
         if culprit in PACKAGES and culprit != name:
@@ -98,10 +98,10 @@ def _check_library(name: str, imports: bool) -> Check:
 
 
 def _check_bounds() -> list[Check]:
-    """Name every library that is installed in another version than llmtune is tested with, as its own metadata say."""
+    """Name every library whose installed version is outside the bounds in llmtune's metadata."""
     try:
         stated = [Requirement(line) for line in requires("llmtune-cli") or ()]
-    except PackageNotFoundError:  # run from its source
+    except PackageNotFoundError:  # run from source
         return []
     tested = {one.name: one.specifier for one in stated if not one.marker or "test" not in str(one.marker)}
     installed = package_versions([*tested])
@@ -121,7 +121,7 @@ def _check_device() -> Check:
         fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
         return Check("device", "note", found, fix)
     if shutil.which("nvidia-smi"):
-        return Check("device", "note", "CPU; there is an NVIDIA driver, and no card that it lists", "nvidia-smi")
+        return Check("device", "note", "CPU; an NVIDIA driver is installed but lists no card", "nvidia-smi")
     if likely_device() == "mps":
         return Check("device", "good", "mps (Apple)")
     return Check("device", "good", f"CPU, {hardware()['processor'] or platform.machine()}")
@@ -134,7 +134,7 @@ def _check_number_formats() -> Check:
 
 
 def check_threads(threads: int, cores: int) -> Check:
-    """Hold torch's threads against the cores that this process may use."""
+    """Compare torch's threads with the cores that this process may use."""
     found = f"{threads} threads on {cores} cores"
     if threads > cores:
         fix = f"llmtune run RECIPE --threads {cores}"
@@ -148,7 +148,7 @@ def _check_memory() -> Check:
     if limit < memory.total:
         found += f"; this process may use {_size(limit)}"
     if min(limit, memory.available) < SCARCE_MEMORY_BYTES:
-        return Check("memory", "note", found, "llmtune run RECIPE --dry-run   (prints what the recipe needs)")
+        return Check("memory", "note", found, "llmtune run RECIPE --dry-run   (prints the recipe's memory plan)")
     return Check("memory", "good", found)
 
 
@@ -177,16 +177,16 @@ def _check_cache() -> list[Check]:
 
 
 def _check_network(offline: Sequence[str]) -> Check:
-    """Say what the settings are; nothing is sent to find out."""
+    """Report the network settings without sending anything."""
     if offline:
-        return Check("network", "good", f"switched off by {offline[0]}; used only for what a recipe names on a hub")
+        return Check("network", "good", f"disabled by {offline[0]}; otherwise used only for files that a recipe names on a hub")
     proxy = next((name for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY") if os.environ.get(name)), None)
-    found = "used only for what a recipe names on a hub; --offline forbids it"
+    found = "used only for files that a recipe names on a hub; --offline forbids it"
     return Check("network", "good", f"{found}; proxy from {proxy}" if proxy else found)
 
 
 def _machine_numbers() -> Json:
-    """The same in numbers, for programs."""
+    """Return the findings as numbers, for programs."""
     device = likely_device()
     return {
         "packages": package_versions(PACKAGES),
@@ -204,7 +204,7 @@ def _size(count: int) -> str:
 
 
 def print_checks(checks: list[Check], console: Console) -> None:
-    """Print a line for each; what is to be typed is never cut or broken, so that it can be copied."""
+    """Print a line per check; commands are never wrapped, to allow copying."""
     width = max(len(check.name) for check in checks)
     for check in checks:
         state = f"[{STATE_STYLES[check.state]}]{check.state:<{STATE_WIDTH}}[/]"

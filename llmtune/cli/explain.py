@@ -14,63 +14,62 @@ from llmtune.store.process_environment import gc_paused, is_remote_model, prepar
 if TYPE_CHECKING:
     from llmtune.explain.explainer import Explainer, Target
 
-app = typer.Typer(
-    help="Look inside a model: the base, the tuned one, and the difference between the two.", no_args_is_help=True
-)
+app = typer.Typer(help="Look inside a model: base, tuned, and the difference.", no_args_is_help=True)
 Looked = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, a model folder, a hub name, or builtin:NAME.")
 ]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the pictures (default: RUN/explain, or explain/NAME).")
 ]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with a model (never that of a run).")
-]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model (never for a run).")]
 
 
 @app.command()
 @handled
 def attention(
     run: Looked,
-    text: Annotated[str | None, typer.Option("--text", help="What the model reads.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text for the model to read.")] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", help="What an encoder-decoder writes (default: what it answers; of a run, the base)."),
+        typer.Option(
+            "--target",
+            help="Text for the decoder of an encoder-decoder (default: its own answer; for a run, the base's).",
+        ),
     ] = None,
     pair: Annotated[str | None, typer.Option("--pair", help="A second text after the first (encoders).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording, instead of a text (speech).")] = None,
     language: Annotated[
         str | None,
-        typer.Option("--language", help="Spoken language, or SOURCE,TARGET of a translator (never of a run)."),
+        typer.Option("--language", help="Spoken language, or SOURCE,TARGET of a translator (never for a run)."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the text into the chat template; else it is read as it is.")
+        bool, typer.Option("--chat", help="Put the text into the chat template (default: use it unchanged).")
     ] = False,
     kind: Annotated[
-        str | None, typer.Option("--kind", help="self, masked-self or cross (default: all that the model has).")
+        str | None, typer.Option("--kind", help="self, masked-self or cross (default: all kinds of the model).")
     ] = None,
     layer: Annotated[
         int | None,
         typer.Option(
-            "--layer", min=0, help="Counted from 0 (default: where words look at words most; of a run, changed most)."
+            "--layer", min=0, help="Layer, from 0 (default: where words look at words most; for a run, changed most)."
         ),
     ] = None,
     head: Annotated[
-        str, typer.Option("--head", help="A number from 0, mean, or rollout: through all layers up to this one.")
+        str, typer.Option("--head", help="A number from 0, mean, or rollout (through all layers up to this one).")
     ] = "mean",
     threshold: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Weight from which the graph has an edge (default: about two edges a word)."),
+        typer.Option(min=0, max=1, help="Minimum weight of an edge in the graph (default: about two edges per word)."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, max=2048, help="Longest text that is drawn, in tokens.")] = 512,
-    cut: Annotated[bool, typer.Option("--cut", help="Cut what is too long, instead of refusing it.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, max=2048, help="Maximum tokens of a drawn text.")] = 512,
+    cut: Annotated[bool, typer.Option("--cut", help="Truncate long inputs instead of refusing them.")] = False,
     out: OutFolder = None,
     trust_remote_code: Trust = False,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show which words look at which: as heatmap, as graph and as a page of all heads; base, tuned, difference."""
+    """Show which words look at which, as heatmap, graph and page of all heads; base, tuned and difference."""
     opened = _open(run, threads, offline, trust_remote_code)
     from llmtune.explain.attention_explainer import AttentionExplainer
     from llmtune.explain.inputs import AttentionRequest
@@ -84,28 +83,27 @@ def attention(
 def generation(
     run: Looked,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="A message, or the text to go on from, to work on or to fill in.")
+        str | None, typer.Option("--prompt", help="A message, or a text to continue, to process or to fill in.")
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system message before it (chat).")] = None,
-    context: Annotated[str | None, typer.Option("--context", help="The text that holds the answer (qa).")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system message before the prompt (chat).")] = None,
+    context: Annotated[str | None, typer.Option("--context", help="The text with the answer (qa).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording (Whisper).")] = None,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Ignore a model's chat template (never that of a run).")
-    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Ignore a model's chat template (never for a run).")] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Longest answer (default: the run's, or 32).")
+        int | None, typer.Option(min=1, max=256, help="Maximum tokens of the answer (default: the run's, or 32).")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.01, max=100, help="What it would keep is shown (default: the run's, or 0.7).")
+        float | None, typer.Option(min=0.01, max=100, help="Show the words it would keep (default: the run's, or 0.7).")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="What it would keep is shown (default: the run's, or 0.9).")
+        float | None, typer.Option(min=0.01, max=1, help="Show the words it would keep (default: the run's, or 0.9).")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="What it would keep is shown (default: all).")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Show the words it would keep (default: all).")] = None,
     sample: Annotated[
-        bool | None, typer.Option("--sample/--greedy", help="Draw words, or take the likeliest (default: as the run).")
+        bool | None,
+        typer.Option("--sample/--greedy", help="Sample words, or take the likeliest (default: as the run)."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the draws (default: the run's, or 0).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed for sampling (default: the run's, or 0).")] = None,
     top: Annotated[int, typer.Option(min=1, max=40, help="Words listed for each step in the terminal.")] = 5,
     out: OutFolder = None,
     trust_remote_code: Trust = False,
@@ -113,7 +111,7 @@ def generation(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show how an answer comes about, word by word: tokens, layers, likely words; and where base and tuned diverge."""
+    """Show word by word how an answer is generated: tokens, layers, likely words; and where base and tuned diverge."""
     target = _open(run, threads, offline, trust_remote_code)
     from llmtune.explain.generation_explainer import GenerationExplainer
     from llmtune.explain.inputs import PromptRequest
@@ -129,17 +127,17 @@ def generation(
 def positions(
     run: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="A run or a model; without one the sinusoidal encoding is computed."),
+        typer.Argument(metavar="[RUN]", help="A run or a model (default: compute the sinusoidal encoding)."),
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="A text whose words are at the positions.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="A text that gives the words at the positions.")] = None,
     length: Annotated[
-        int | None, typer.Option("--length", min=1, help="So many positions, where there is no text.")
+        int | None, typer.Option("--length", min=1, help="Number of positions, if no text is given.")
     ] = None,
     dimension: Annotated[
-        int | None, typer.Option("--dimension", help="Numbers a position of the encoding, even (default: 64).")
+        int | None, typer.Option("--dimension", help="Even number of dimensions of the encoding (default: 64).")
     ] = None,
     base: Annotated[
-        float | None, typer.Option("--base", help="n of the encoding, which sets the longest wave (default: 10000).")
+        float | None, typer.Option("--base", help="Base of the encoding, which sets the longest wave (default: 10000).")
     ] = None,
     out: OutFolder = None,
     trust_remote_code: Trust = False,
@@ -147,7 +145,7 @@ def positions(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show how a model knows the order of words: sines, a learned table, rotations (RoPE), biases by distance (T5)."""
+    """Show a model's position encoding: sines, a learned table, rotations (RoPE), or biases by distance (T5)."""
     if run is None:
         prepare_environment(network=False, threads=threads)
     target = None if run is None else _open(run, threads, offline, trust_remote_code)
@@ -163,7 +161,7 @@ def positions(
 def model(
     run: Looked,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Run one block over longer and longer texts, about 10 s.")
+        bool, typer.Option("--measure/--no-measure", help="Time one block on texts of growing length, for about 10 s.")
     ] = True,
     out: OutFolder = None,
     trust_remote_code: Trust = False,
@@ -171,7 +169,7 @@ def model(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the architecture: parts, shapes, parameters, residual paths, what was trained, and what a text costs."""
+    """Draw the architecture: parts, shapes, parameters, residual paths, trained modules, and the cost of a text."""
     target = _open(run, threads, offline, trust_remote_code)
     from llmtune.explain.model_explainer import ModelExplainer
 
@@ -187,7 +185,7 @@ def adapter(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show where the tuning went: how far each layer and module of a run's model moved, and in how many directions."""
+    """Show how far the tuning moved each layer and module of a run's model, and in how many directions."""
     target = _open(str(run), threads, offline)
     from llmtune.explain.adapter_explainer import AdapterExplainer
 
@@ -204,7 +202,7 @@ def _open(run: str, threads: int | None, offline: bool, trust_remote_code: bool 
 
 
 def _print_explanation(explainer: Explainer, target: Target | None, out: Path | None, as_json: bool) -> None:
-    """Write and print the result, and name the files; a run's report gets links to the pages in its own folder."""
+    """Write and print the result with its files, and link the pages of a run in its report."""
     from rich.markup import escape
 
     from llmtune.report.render_terminal import VisibleConsole, print_page

@@ -1,4 +1,4 @@
-"""`llmtune init`: look at rows and write a recipe that fits them and this machine."""
+"""`llmtune init`: read rows and write a recipe that fits them and this machine."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ def init(
         str | None, typer.Argument(metavar="[DATA]", help="Your rows: a file (CSV, JSON lines ...), a folder, a glob.")
     ] = None,
     data_option: Annotated[str | None, typer.Option("--data", help="The same as DATA.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="What is to be learned (default: by the columns).")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="The task to learn (default: by the columns).")] = None,
     columns: Annotated[
         list[str] | None,
-        typer.Option("--columns", metavar="OURS=THEIRS", help="A column to map, as prompt=Question; repeat for more."),
+        typer.Option(
+            "--columns", metavar="OURS=THEIRS", help="Map a column, such as prompt=Question; may be repeated."
+        ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="The model to start from (default: one that fits).")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The base model (default: one that fits).")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The recipe (default: named after the data).")] = None,
     from_: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="Another tool's configuration, as `recipes migrate`.")
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Another tool's configuration, as for `recipes migrate`."),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; take what is proposed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing, and accept all proposals.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a recipe for your rows: task, columns, lengths and a model that fits this machine."""
@@ -59,7 +60,7 @@ def init(
 
     if task is not None and task not in TASK_FACTS:
         fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
-        raise RecipeError.of(f"there is no task '{task}'", "--task", fix)
+        raise RecipeError.of(f"unknown task '{task}'", "--task", fix)
     if from_ is not None:
         migrate_file(from_, out, task=task, as_json=as_json)
         return
@@ -90,14 +91,14 @@ def init(
 
 
 def _target(path: str, out: Path | None) -> Path:
-    """Return the recipe to write; raises RecipeError if there are no rows, or the recipe would be among them."""
+    """Return the recipe's path; raises RecipeError if the rows are missing or would include the recipe."""
     rows = Path(path)
     if rows.exists() and not (rows.is_file() or rows.is_dir()):
-        raise RecipeError.of("not a regular file", path, "Copy its rows into a file, and name that.")
+        raise RecipeError.of("not a regular file", path, "Copy its rows into a file, and name that file.")
     if not (rows.exists() or glob.has_magic(path)):
         known = [entry.name for entry in rows.parent.iterdir()] if rows.parent.is_dir() else []
-        raise RecipeError.of("there is no such file", path, f"Name a file with rows.{nearest(rows.name, known)}")
-    named = rows if rows.exists() else Path(os.path.dirname(re.split(r"[*?[]", path)[0]))  # of a glob, its folder
+        raise RecipeError.of("file not found", path, f"Name a file with rows.{nearest(rows.name, known)}")
+    named = rows if rows.exists() else Path(os.path.dirname(re.split(r"[*?[]", path)[0]))  # for a glob, its folder
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", (named.name or named.resolve().name).split(".")[0]).strip(".-_")
     target = out or Path(f"{stem or 'recipe'}.yaml")
     if target.exists():
@@ -109,11 +110,13 @@ def _target(path: str, out: Path | None) -> Path:
 
 
 def _mapped(columns: list[str]) -> dict[str, str]:
-    """Return the mapping that `--columns` states; raise RecipeError for an entry that is not NAME=COLUMN."""
+    """Return the mapping from `--columns`; raise RecipeError if an entry is not NAME=COLUMN."""
     pairs = [pair.partition("=") for text in columns for pair in re.split(r",(?=\s*\w+=)", text)]
     for ours, sign, theirs in pairs:
         if not (ours.strip() and sign and theirs.strip()):
-            raise RecipeError.of(f"{ours!r} maps nothing", "--columns", "Write OURS=THEIRS, such as prompt=Question.")
+            raise RecipeError.of(
+                f"{ours!r} is not a mapping", "--columns", "Write OURS=THEIRS, such as prompt=Question."
+            )
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
@@ -129,29 +132,29 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
 
 
 def _only_file() -> str:
-    """Return the one file of the working folder that can hold rows; raises RecipeError unless there is one."""
+    """Return the only file in the working folder that may contain rows; raises RecipeError otherwise."""
     from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 
     names = sorted(entry.name for entry in Path.cwd().iterdir() if data_ending(entry) in {*DATA_ENDINGS} - {".md"})
     found = [name for name in names if name != SCHEMA]
     if len(found) != 1:
         listing = f"; here are {', '.join(found)}" if found else ""
-        raise RecipeError.of(f"no file is named{listing}", "llmtune init", "Write: llmtune init FILE")
+        raise RecipeError.of(f"no file given{listing}", "llmtune init", "Write: llmtune init FILE")
     return found[0]
 
 
 def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
-    """Return the likeliest reading, or the one that a person chooses."""
+    """Return the likeliest reading, or the user's choice."""
     if not asks or len(readings) == 1:
         return readings[0]
     names = [reading.task for reading in readings]
     while (answer := console.input(f"task ({', '.join(names)}) [{names[0]}]: ").strip() or names[0]) not in names:
-        console.print(f"there is no reading as {answer!r}")
+        console.print(f"unknown task {answer!r}")
     return readings[names.index(answer)]
 
 
 def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> tuple[str, str]:
-    """Return the text of the recipe, and the model that it names."""
+    """Return the recipe's text and its model."""
     from llmtune.recipe.data_section import Source
     from llmtune.recipe.first_recipe import propose_model, write_first_recipe
     from llmtune.recipe.yaml_writer import flow, source_line
@@ -176,7 +179,7 @@ def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) 
 
 
 def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
-    """Return the metrics of labels that are numbers on a scale; None for others, whose metrics the task decides on."""
+    """Return the metrics for labels that are numbers on a scale; None otherwise, to keep the task's metrics."""
     from llmtune.recipe.task_facts import TASK_FACTS
     from llmtune.tasks.class_labels import REGRESSION_METRICS, infer_kind
 
@@ -190,7 +193,7 @@ def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
 
 
 def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
-    """Print what was seen, so that a person can tell whether it is right."""
+    """Print the findings for the user to check."""
     from llmtune.data.file_survey import suspicions
 
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")

@@ -1,4 +1,4 @@
-"""`launch local` starts the processes of a run; `launch slurm` does so in a job of a cluster."""
+"""`launch local` starts a run's processes on this machine, `launch slurm` in a cluster job."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from llmtune.store.run_request import RunRequest
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
 Processes = Annotated[
-    int, typer.Option("--processes", min=1, help="How many on each machine; a GPU each, or CPU with gloo.")
+    int, typer.Option("--processes", min=1, help="Processes on each machine, each with a GPU, or on CPUs with gloo.")
 ]
 Strategy = Annotated[
     str,
-    typer.Option("--strategy", help="What each process has of the model: ddp all of it, fsdp a part.", metavar="NAME"),
+    typer.Option("--strategy", help="Share of the model in each process: ddp all of it, fsdp a part.", metavar="NAME"),
 ]
 MaxRestarts = Annotated[
     int,
-    typer.Option("--max-restarts", min=0, help="How often all processes start again when one died, from a checkpoint."),
+    typer.Option("--max-restarts", min=0, help="How often all processes restart from a checkpoint after one died."),
 ]
 
 TimeLimit = Annotated[
     str | None,
-    typer.Option("--time", help="Time limit, such as 2:00:00; two minutes before, the job saves and is queued again."),
+    typer.Option("--time", help="Time limit, such as 2:00:00. Two minutes before, the job saves and is requeued."),
 ]
 
 
@@ -55,12 +55,15 @@ def local(
     processes: Processes = 1,
     strategy: Strategy = "ddp",
     machines: Annotated[
-        int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
+        int,
+        typer.Option(
+            "--machines", min=1, help="Number of machines; give the same command on each, with its own --rank."
+        ),
     ] = 1,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="The number of this machine, counted from 0.")] = 0,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="The number of this machine, from 0.")] = 0,
     address: Annotated[
         str | None,
-        typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT"),
+        typer.Option("--address", help="Meeting point of the machines: HOST:PORT of machine 0.", metavar="HOST:PORT"),
     ] = None,
     max_restarts: MaxRestarts = 0,
     out: RunFolderOption = None,
@@ -75,7 +78,7 @@ def local(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run here: all steps, by N processes of this machine or of several that train and evaluate together."""
+    """Run all steps on this machine or several, with N processes that train and evaluate together."""
     from llmtune.launch.topology import Topology
 
     request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run)
@@ -86,7 +89,7 @@ def local(
         result = run_recipe(recipe, sets, replace(request, layout=topology.layout), console)
         print_result(result, as_json=as_json, dry_run=True)
         return
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its sockets warn of each attempt
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before importing torch, whose sockets warn of each attempt
     from llmtune.launch.local_processes import launch_run
 
     words = [word for word, given in (("--quiet", quiet), ("--json", as_json)) if given]
@@ -99,7 +102,9 @@ def slurm(
     recipe: RecipeArgument,
     processes: Processes = 1,
     strategy: Strategy = "ddp",
-    machines: Annotated[int, typer.Option("--machines", min=1, help="How many, with --processes on each.")] = 1,
+    machines: Annotated[
+        int, typer.Option("--machines", min=1, help="Number of machines, with --processes on each.")
+    ] = 1,
     max_restarts: MaxRestarts = 0,
     out: RunFolderOption = None,
     sets: Sets = None,
@@ -108,7 +113,9 @@ def slurm(
     threads: Threads = None,
     offline: Offline = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="Show the log to the end, end as the job does.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the log until the job ends, and exit with its code.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     partition: Annotated[str | None, typer.Option("--partition", help="Partition.")] = None,
@@ -129,15 +136,15 @@ def slurm(
         typer.Option("--sbatch", metavar="OPTION", help="Any other option of sbatch: --sbatch=--exclude=n3."),
     ] = None,
     requeue: Annotated[
-        bool, typer.Option("--requeue/--no-requeue", help="Queue again what was preempted or out of time.")
+        bool, typer.Option("--requeue/--no-requeue", help="Requeue a job that was preempted or ran out of time.")
     ] = True,
 ) -> None:
-    """Run on a Slurm cluster: a job script for sbatch. A job that was preempted or out of time is queued again."""
+    """Run on a Slurm cluster with a job script for sbatch. A job that was preempted or ran out of time is requeued."""
     from llmtune.launch import slurm as cluster
     from llmtune.launch.topology import Topology
 
     console = stderr_console(quiet=quiet)
-    address = "HOST:1" if machines > 1 else None  # the job knows the real one
+    address = "HOST:1" if machines > 1 else None  # the job sets the real one
     topology = Topology(processes, strategy, machines, 0, address, max_restarts)
     request = RunRequest(out, lock=lock, threads=threads, offline=offline)
     job = cluster.plan_job(recipe, with_model(sets, model), request, topology)

@@ -1,4 +1,4 @@
-"""`llmtune models`: list and show the models of the catalogue, and say which fit into so much memory."""
+"""`llmtune models`: list and show the models of the catalogue, and those that fit into given memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ if TYPE_CHECKING:
     from llmtune.report.blocks import Cell
 
 app = typer.Typer(help="Models: list, show, fits.", no_args_is_help=True)
-TaskOption = Annotated[str | None, typer.Option("--task", help="Only models that can do this task.")]
-LicenceOption = Annotated[
-    list[str] | None, typer.Option("--licence", help="Only this licence; may be given several times.")
-]
+TaskOption = Annotated[str | None, typer.Option("--task", help="Only models for this task.")]
+LicenceOption = Annotated[list[str] | None, typer.Option("--licence", help="Only this licence; may be repeated.")]
 LanguageOption = Annotated[
     str | None, typer.Option("--language", help="Only models that name this language: en, de ...")
 ]
-FamilyOption = Annotated[
-    list[str] | None, typer.Option("--family", help="Only this family; may be given several times.")
+FamilyOption = Annotated[list[str] | None, typer.Option("--family", help="Only this family; may be repeated.")]
+MaxParametersOption = Annotated[
+    float | None, typer.Option("--max-parameters", min=1, help="Maximum parameters, such as 2e9.")
 ]
-MaxParametersOption = Annotated[float | None, typer.Option("--max-parameters", min=1, help="At most so many: 2e9.")]
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 GAP = "-"
 
@@ -45,7 +43,7 @@ def list_catalogue(
     max_parameters: MaxParametersOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models of the catalogue; a recipe may name any other one too."""
+    """List the models of the catalogue. A recipe may name any other model."""
     from rich.console import Console
     from rich.table import Table
 
@@ -65,7 +63,9 @@ def list_catalogue(
         size = f"{one.parameters / 1e9:.2f} G"
         table.add_row(one.name, size, one.kind, f"{one.context:,}", one.licence, " ".join(one.languages))
     Console().print(table)
-    stderr_console().print(f"{len(found)} models, {len(left_out)} left out; --json has the reasons", highlight=False)
+    stderr_console().print(
+        f"{len(found)} models, {len(left_out)} filtered out; --json has the reasons", highlight=False
+    )
 
 
 @app.command("show")
@@ -73,7 +73,7 @@ def list_catalogue(
 def show_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the catalogue.")], as_json: AsJson = False
 ) -> None:
-    """Show what the catalogue has of one model."""
+    """Show the catalogue's entry for one model."""
     from llmtune.model.catalogue import find_catalogue_model
 
     found = find_catalogue_model(model)
@@ -88,14 +88,16 @@ def show_model(
 @app.command()
 @handled
 def fits(
-    memory: Annotated[str | None, typer.Option("--memory", help="So much memory, such as 24GB.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="Available memory, such as 24GB.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="A card (h100, a100-40, 4090 ...) or cpu.")] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="What this recipe takes, by method and card.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Show this recipe's memory by method and card.")
+    ] = None,
     price: Annotated[
-        list[str] | None, typer.Option("--price", metavar="CARD=N", help="With --recipe: the price of an hour.")
+        list[str] | None, typer.Option("--price", metavar="CARD=N", help="With --recipe: price per hour of a card.")
     ] = None,
     sets: Sets = None,
-    length: Annotated[int, typer.Option("--length", min=8, max=2**30, help="Tokens of a row.")] = 1024,
+    length: Annotated[int, typer.Option("--length", min=8, max=2**30, help="Tokens per row.")] = 1024,
     task: Annotated[str | None, typer.Option("--task", help="The task to tune for (default: chat).")] = None,
     licence: LicenceOption = None,
     language: LanguageOption = None,
@@ -103,7 +105,7 @@ def fits(
     max_parameters: MaxParametersOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which models fit, by which method, and with how long rows; by the plan of `llmtune run --dry-run`."""
+    """Show which models fit, by method and row length, as planned by `llmtune run --dry-run`."""
     from llmtune.model.catalogue import ModelQuery, select_models
     from llmtune.recipe.task_facts import DEFAULT_TASK
 
@@ -137,12 +139,12 @@ def fits(
     where = f"on {device}" if device else f"in {format_bytes(size)}"
     _print_fits(planned, f"Longest row {where}, and rows of {length:,} at once", length)
     if left_out:
-        reasons = f"{len(left_out)} more are left out by what was asked for; --json has the reasons"
+        reasons = f"{len(left_out)} more filtered out; --json has the reasons"
         stderr_console().print(reasons, highlight=False, soft_wrap=True)
 
 
 def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json: bool) -> None:
-    """Print the table of a recipe: a card a row, a method a column."""
+    """Print a recipe's table: one row per card, one column per method."""
     from llmtune.compare.model_fits import METHODS, cheapest, list_recipe_fits
     from llmtune.report.number_format import size
 
@@ -163,8 +165,8 @@ def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json:
     print_blocks([Table([Column("card"), *(Column(name, "number") for name in methods)], rows, title)], _out())
     unit = "the training" if about["trained_tokens"] else "a million tokens (rows are not prepared yet)"
     notes = [
-        f"* with train.gradient_checkpointing. Memory is what one row needs. "
-        f"Time{' and cost are' if prices else ' is'} of {unit}, a guess: "
+        f"* with train.gradient_checkpointing. Memory is for one row at a time. "
+        f"Time{' and cost are' if prices else ' is'} of {unit}, an estimate: "
         f"the maker's 16-bit operations at {about['efficiency']:.0%}, without loading and evaluation.",
         f"Cheapest by {'memory' if best.cost is None else 'these prices'}: {best.card} with {best.method}, "
         f"{size(best.needed)}."
@@ -197,12 +199,12 @@ def _read_prices(texts: Sequence[str]) -> dict[str, float]:
         try:
             prices[card.strip()] = float(value)
         except ValueError:
-            raise RecipeError.of(f"{text!r} is no price", "--price", "Write e.g. --price h100=2.5.") from None
+            raise RecipeError.of(f"{text!r} is not a price", "--price", "Write e.g. --price h100=2.5.") from None
     return prices
 
 
 def _print_fits(planned: Sequence[Fit], title: str, length: int) -> None:
-    """Print a row a model, the largest first: what each method leaves room for, and what the best of them takes."""
+    """Print one row per model, the largest first: the longest row by method, and the needs of the best method."""
     from llmtune.compare.model_fits import METHODS
     from llmtune.report.blocks import Column, Table
     from llmtune.report.number_format import duration, size
@@ -226,7 +228,7 @@ def _print_fits(planned: Sequence[Fit], title: str, length: int) -> None:
 
 
 def _out() -> Console:
-    """Return standard output: as wide as the terminal, and wide enough for every table elsewhere."""
+    """Return a console for standard output: as wide as the terminal, or wide enough for all tables."""
     from llmtune.launch.python_api import make_console
 
     return make_console(stderr=False)
@@ -240,5 +242,5 @@ def _read_size(text: str) -> float:
     """Read bytes such as 24GB or 80GiB. Raises RecipeError."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if not found or found[2] not in UNITS or not 1e8 <= float(found[1]) * UNITS[found[2]] <= 1e18:
-        raise RecipeError.of(f"{text!r} is no amount of memory", "--memory", "Write e.g. --memory 24GB.")
+        raise RecipeError.of(f"{text!r} is not an amount of memory", "--memory", "Write e.g. --memory 24GB.")
     return float(found[1]) * UNITS[found[2]]

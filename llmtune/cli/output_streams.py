@@ -1,4 +1,4 @@
-"""Where output goes: progress and messages to stderr, one JSON document to stdout; errors become exit codes."""
+"""Output: progress and messages on stderr, one JSON document on stdout; errors become exit codes."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 IN_PLACE_OF_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
-"""EINVAL is what `user_files.NotAFileError` has."""
+"""Error numbers of refused files; `user_files.NotAFileError` has EINVAL."""
 RUN_PARAMETERS = {"run", "runs", "what"}
-"""Parameters of commands that name runs."""
+"""Command parameters that name runs."""
 SHOWN_PROBLEMS = 30
-"""More than the twenty bad rows that are named, with the lines before and after them."""
+"""More than the twenty named bad rows and their surrounding lines."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived where no checkpoint can be written."""
+    """SIGTERM arrived while no checkpoint can be written."""
 
 
 def stderr_console(*, quiet: bool = False) -> Console:
-    """Return where people read."""
+    """Return the console for messages to the user."""
     return make_console(quiet=quiet)
 
 
@@ -60,12 +60,12 @@ def print_json(value: Any) -> None:
 
 
 _document: list[TextIO] = []
-"""The standard output of a command with --json, which nothing else writes to."""
+"""Standard output reserved for the document of --json."""
 
 
 @contextmanager
 def _document_alone() -> Iterator[None]:
-    """Let what libraries print (gptqmodel greets, for one) go to standard error, and the document alone to stdout."""
+    """Redirect prints of libraries (such as gptqmodel's greeting) to stderr; stdout gets only the document."""
     _document.append(sys.stdout)
     try:
         with redirect_stdout(sys.stderr):
@@ -75,24 +75,24 @@ def _document_alone() -> Iterator[None]:
 
 
 def _json_escape(found: re.Match[str]) -> str:
-    """JSON text holds no lower control characters unescaped: what is left are C1, changes of direction, surrogates."""
+    """Escape C1 controls, direction marks and surrogates; JSON already escapes the lower control characters."""
     return f"\\u{ord(found[0]):04x}"
 
 
 def print_text(text: str) -> None:
-    """Print text of a model or a recipe on stdout: as it is into a file, and so that it cannot steer a terminal."""
+    """Print text of a model or recipe on stdout: unchanged into a file, without control sequences on a terminal."""
     typer.echo(visible(text) if sys.stdout.isatty() else text, nl=False)
 
 
 class WordWrap:
-    """Breaks lines between words in text that comes in pieces; into a file it goes as it is."""
+    """Wraps streamed text between words; text for a file stays unchanged."""
 
     def __init__(self, width: int | None = None) -> None:
         self._width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
         self._column, self._waiting = 0, ""
 
     def add(self, piece: str) -> str:
-        """Return what is certain by now: all but the last word, which may go on."""
+        """Return the text so far without the last word, which may be incomplete."""
         if self._width is None:
             return piece
         *parts, self._waiting = re.findall(r"\s*\S+|\s+\Z", self._waiting + piece) or [""]
@@ -104,7 +104,7 @@ class WordWrap:
         return self._place(part)
 
     def _place(self, part: str) -> str:
-        """Return a word with the space before it, or with a line end in its place."""
+        """Return a word with the space before it, or a line break instead."""
         width = len(part.expandtabs())
         if "\n" in part:
             self._column = len(part.rpartition("\n")[2])
@@ -117,9 +117,9 @@ class WordWrap:
 
 
 def handled(command: Callable[P, None], *, by_all: bool = False) -> Callable[P, None]:
-    """Turn the errors that a user can meet into a message on stderr and an exit code; bugs pass through.
+    """Turn expected errors into a message on stderr and an exit code; bugs propagate.
 
-    A command that several processes can run together is handled `by_all`: one of them prints.
+    `by_all` is for commands that run in several processes: only one of them prints.
     """
 
     @functools.wraps(command)
@@ -141,7 +141,7 @@ def handled(command: Callable[P, None], *, by_all: bool = False) -> Callable[P, 
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
             word = "terminated" if number == signal.SIGTERM else "interrupted"
             kept = "; finished steps are kept" if "recipe" in kwargs else ""
-            kept += ". To go on, run the same command again." if kwargs.keys() & {"recipe", "out"} else ""
+            kept += ". To continue, run the same command again." if kwargs.keys() & {"recipe", "out"} else ""
             if reports(stop):
                 stderr_console().print(f"{word}{kept}")
             raise typer.Exit(128 + number) from None
@@ -153,14 +153,14 @@ handled_by_all = functools.partial(handled, by_all=True)
 
 
 def _meet(by_all: bool) -> None:
-    """Meet the other processes; raises RecipeError where the command is for one alone."""
+    """Join the other processes; raises RecipeError if the command runs in one process only."""
     join()
     if world_size() > 1 and not by_all:
         raise RecipeError.of("this command runs in one process", "torchrun", "Start it without torchrun.")
 
 
 def _resolve_runs(value: Any) -> Any:
-    """Put folders in the place of names of runs; a Path must be one."""
+    """Replace names of runs by their folders; a Path must be a run folder."""
     from llmtune.store.run_listing import find_run, match_run
 
     if isinstance(value, list):
@@ -170,12 +170,12 @@ def _resolve_runs(value: Any) -> Any:
 
 @contextmanager
 def _system_refusals() -> Iterator[None]:
-    """Turn what the system refuses, wherever it does (disk, memory, open files), into an error that says what to do."""
+    """Turn refusals of the system (disk, memory, open files) into an error with a fix."""
     try:
         yield
     except LlmtuneError:
         raise
-    except Exception as error:  # libraries have errors of their own for it, such as pyarrow.ArrowException
+    except Exception as error:  # libraries raise their own, such as pyarrow.ArrowException
         if (lost := lost_process(error)) is not None:
             raise lost from error
         problem = system_problem(error) or _misplaced(error)
@@ -185,17 +185,17 @@ def _system_refusals() -> Iterator[None]:
 
 
 def _misplaced(error: Exception) -> Problem | None:
-    """Return what is wrong where a file is missing, or a folder or a pipe is in its place."""
+    """Return the problem if a file is missing, or a folder or pipe has its name."""
     if isinstance(error, OSError) and error.filename and error.errno in IN_PLACE_OF_A_FILE:
-        fix = "Put the file back; what belongs to a run is made again by its recipe."
+        fix = "Restore the file. A run's files are made again by running its recipe."
         return Problem(f"cannot be read: {error.strerror}", str(error.filename), fix)
     return None
 
 
 def _check_names(arguments: Mapping[str, object]) -> None:
-    """Refuse names that are not UTF-8: files of a run, which name them, hold text.
+    """Refuse names that are not UTF-8, because the files of a run store them as text.
 
-    Raises RecipeError; EnvironmentProblem where the working folder is gone.
+    Raises RecipeError, or EnvironmentProblem if the working folder is gone.
     """
     try:
         given = {"the working folder": os.getcwd(), **arguments}

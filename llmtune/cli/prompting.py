@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from llmtune.serve.finished_run import ChatSession, FinishedRun
 
 COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer.[/]"
-ONCE_MORE = "[dim]Ctrl-C once more ends.[/]"
+ONCE_MORE = "[dim]Press Ctrl-C again to quit.[/]"
 YOU = "\001\033[1;32m\002you\001\033[0m\002 "
-"""The prompt, with what has no width marked for readline."""
+"""The prompt, with zero-width sequences marked for readline."""
 STDIN = "-"
-System = Annotated[str | None, typer.Option("--system", help="A system message before everything else (chat).")]
+System = Annotated[str | None, typer.Option("--system", help="A system message before all others (chat).")]
 Base = Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")]
 
 
@@ -34,10 +34,10 @@ def generate_command(
     run: RunArgument,
     text: Annotated[
         str | None,
-        typer.Argument(metavar="[TEXT]", help="A message, a question, or the text to work on; - is standard input."),
+        typer.Argument(metavar="[TEXT]", help="A message, a question, or the text to process; - reads standard input."),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The same as TEXT.")] = None,
-    context: Annotated[str | None, typer.Option("--context", help="The text that holds the answer (qa).")] = None,
+    context: Annotated[str | None, typer.Option("--context", help="The text with the answer (qa).")] = None,
     pair: Annotated[str | None, typer.Option("--pair", help="The second text of a pair (classify).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording: wav, flac, mp3, ogg (speech).")] = None,
     answer: Annotated[str | None, typer.Option("--answer", help="The answer to score (preference, reward).")] = None,
@@ -46,17 +46,16 @@ def generate_command(
         Path | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file (CSV, JSON lines, ...).")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="JSON lines, a row each (default: standard output).")
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="JSON lines, one per row (default: standard output)."),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Overrules the recipe's generation section.")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Override the recipe's generation section.")] = None,
     base: Base = False,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer with the tuned model of a run: each task is given what it asks for, or a file with many rows."""
+    """Answer with the tuned model of a run. Give the inputs of its task, or a file with many rows."""
     from llmtune.report.render_terminal import spinner
     from llmtune.store.run_folder import read_run
 
@@ -67,7 +66,7 @@ def generate_command(
     if rows is not None:
         _check_files(rows, output, [text, prompt, *given.values()])
     elif output is not None:
-        raise RecipeError.of("--output goes with --input", "--output", "Redirect standard output: > FILE.")
+        raise RecipeError.of("--output needs --input", "--output", "Add --input, or redirect standard output: > FILE.")
     else:
         given["prompt"] = _prompt(text, prompt, needed=audio is None)
     prepare_environment(network=False, threads=threads)
@@ -94,7 +93,7 @@ def generate_command(
 def _labelled(
     run: FinishedRun, given: Mapping[str, str | None], *, base: bool, max_new_tokens: int | None
 ) -> dict[str, object]:
-    """Return what `FinishedRun.answer` does, with the scores of classes by name."""
+    """Return the result of `FinishedRun.answer`, with class scores by name."""
     from llmtune.serve.served_model import label_scores
 
     said = run.answer(given, base=base, max_new_tokens=max_new_tokens)
@@ -103,9 +102,11 @@ def _labelled(
 
 
 def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None:
-    """Return what is asked: the argument, the option, or standard input where neither is there or `-` says so."""
+    """Return the prompt: the argument, the option, or standard input for `-` or if both are missing."""
     if text is not None and prompt is not None:
-        raise RecipeError.of("the text is given twice, as an argument and with --prompt", "--prompt", "Omit one.")
+        raise RecipeError.of(
+            "the text is given twice, as an argument and with --prompt", "--prompt", "Omit one of them."
+        )
     stated = text if text is not None else prompt
     if stated != STDIN and (stated is not None or not needed or sys.stdin.isatty()):
         return stated
@@ -114,7 +115,7 @@ def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None
 
 def _check_files(rows: Path, output: Path | None, stated: Sequence[str | None]) -> None:
     if any(stated):
-        raise RecipeError.of("with --input the rows of the file are asked", "--input", "Omit the other texts.")
+        raise RecipeError.of("--input takes its texts from the file", "--input", "Omit the other texts.")
     if not rows.is_file():
         raise RecipeError.of("not a file with rows", str(rows), "Check the path of --input.")
     taken = output is not None and output.exists() and (output.is_dir() or output.samefile(rows))
@@ -134,7 +135,7 @@ def _answer_file(run: FinishedRun, rows: Path, output: Path | None, *, base: boo
 def chat(
     run: RunArgument, system: System = None, base: Base = False, threads: Threads = None, offline: Offline = False
 ) -> None:
-    """Talk to the tuned model of a run. /reset forgets the conversation, /quit ends."""
+    """Chat with the tuned model of a run. /reset forgets the conversation, /quit ends."""
     from llmtune.report.render_terminal import spinner
     from llmtune.store.run_folder import read_run
 
@@ -148,7 +149,7 @@ def chat(
         session = FinishedRun(run, offline, console).chat(base=base)
     prompt = YOU if sys.stdin.isatty() and sys.stdout.isatty() else ""
     if prompt:
-        import readline  # noqa: F401 - makes the arrow keys of input() work: earlier lines, and moving in a line
+        import readline  # noqa: F401 - enables arrow keys in input(): history and moving in a line
 
         console.print(COMMANDS_OF_CHAT)
     interrupted = False
@@ -169,7 +170,7 @@ def chat(
             return
         if line == "/reset":
             session.reset()
-            console.print("[dim]The conversation is forgotten.[/]")
+            console.print("[dim]Conversation forgotten.[/]")
         elif line.startswith("/"):
             console.print(COMMANDS_OF_CHAT)
         elif line:
@@ -177,7 +178,7 @@ def chat(
 
 
 def _print_answer(session: ChatSession, line: str, system: str | None, console: Console) -> bool:
-    """Print an answer as it comes; return False where Ctrl-C stopped it, and it is not remembered."""
+    """Stream an answer; return False if Ctrl-C stopped it, in which case it is not remembered."""
     try:
         thinking, thoughts, answer = False, WordWrap(), WordWrap()
         for piece in session.answer(line, system=system, keep=True):

@@ -18,7 +18,7 @@ from llmtune.store.atomic_files import explained
 def migrate_file(
     file: Path, out: Path | None = None, tool: str | None = None, task: str | None = None, as_json: bool = False
 ) -> None:
-    """Write the recipe next to the file, or to `out`, and print what became of each key."""
+    """Write the recipe next to the file or to `out`, and print the result for each key."""
     from llmtune.recipe.migration import migrate_config, write_migrated
     from llmtune.recipe.secrets import redact, redact_all
 
@@ -43,7 +43,7 @@ def migrate_file(
             )
     if unneeded:
         console.print(f"not needed  {', '.join(unneeded)}", markup=False, highlight=False, soft_wrap=True)
-    unset = [f"write {ours}: the file does not say it" for ours in migration.unset]
+    unset = [f"set {ours}: the file does not have it" for ours in migration.unset]
     for line in (*unset, *migration.looks):
         console.print(f"look     {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     table = ", ".join(f"{counts[state]} {state}" for state in ("carried", "renamed", "not needed", "refused"))
@@ -61,12 +61,12 @@ def migrate_to_recipe(
     ] = None,
     tool: Annotated[
         str | None,
-        typer.Option("--tool", help="Whose file it is: axolotl, llamafactory or trl (default: by its keys)."),
+        typer.Option("--tool", help="The file's tool: axolotl, llamafactory or trl (default: by its keys)."),
     ] = None,
-    task: Annotated[str | None, typer.Option("--task", help="The task, where the file does not say it.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="The task, if the file does not have it.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn another tool's configuration into a recipe: each key carried, renamed, not needed, or refused."""
+    """Turn another tool's configuration into a recipe. Each key is carried, renamed, not needed, or refused."""
     migrate_file(file, out, tool, task, as_json)
 
 
@@ -99,7 +99,7 @@ def list_shipped(as_json: AsJson = False) -> None:
 def show_recipe(
     recipe: RecipeArgument,
     sets: Sets = None,
-    origin: Annotated[bool, typer.Option("--origin", help="Say where each value comes from.")] = False,
+    origin: Annotated[bool, typer.Option("--origin", help="Show the origin of each value.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print a recipe with every value resolved."""
@@ -122,18 +122,18 @@ def new(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The same as FILE.")] = None,
 ) -> None:
-    """Write a recipe to start from; comments mark what must be set."""
+    """Write a starter recipe; comments mark the values to set."""
     from llmtune.recipe.builtin import new_recipe
     from llmtune.recipe.task_facts import DEFAULT_TASK
 
     if file is not None and out is not None:
-        raise RecipeError.of("the file is given twice, as an argument and with --out", "--out", "Omit one.")
+        raise RecipeError.of("the file is given twice, as an argument and with --out", "--out", "Omit one of them.")
     text, out = new_recipe(task or DEFAULT_TASK), out or file
     if out is None:
         typer.echo(text, nl=False)
         return
     if out.exists():
-        raise RecipeError.of("the file exists", str(out), "choose another name with --out")
+        raise RecipeError.of("the file exists", str(out), "Choose another name with --out.")
     with explained(out):
         out.write_text(text, encoding="utf-8")
     stderr_console().print(f"wrote {out}; next: llmtune recipes check {out}", markup=False)
@@ -142,14 +142,14 @@ def new(
 @app.command()
 @handled
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Check a recipe: every problem at once, with file and line; and the files, columns and trackers that it names."""
+    """Check a recipe and its files, columns and trackers; report every problem at once, with file and line."""
     from llmtune.launch.recipe_check import check_recipe, marks_left, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
     marks = marks_left(loaded)
     for line in marks:
-        stderr_console().print(f"still as the starter has it: {line}", style="yellow", markup=False)
+        stderr_console().print(f"still the starter's value: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
     try_recipe_rows(loaded, detected)
     if as_json:
@@ -160,7 +160,7 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
     for one in detected:
         columns = ", ".join(f"{ours} is {theirs!r}" for ours, theirs in one.columns.items())
         typer.echo(f"{one.input.name}: {one.row_format.name} rows{f' ({columns})' if columns else ''}")
-    typer.echo(f"{loaded.file}: good ({loaded.recipe.task}, {loaded.fingerprint[:8]})")
+    typer.echo(f"{loaded.file}: valid (task {loaded.recipe.task}, hash {loaded.fingerprint[:8]})")
 
 
 @app.command()

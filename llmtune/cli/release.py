@@ -1,4 +1,4 @@
-"""`llmtune release RUN`: a small file for git; and list, show and diff of such files."""
+"""`llmtune release RUN`: write a small file for git; list, show and diff such files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llmtune.records import Difference
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A release file.")]
 Signers = Annotated[
     Path | None,
-    typer.Option("--signers", help="Who may sign: lines of a name and an SSH public key. Anyone else fails (exit 6)."),
+    typer.Option("--signers", help="Allowed signers: lines of a name and an SSH public key. Others fail (exit 6)."),
 ]
 MAKE = "make"
 
 
 class MakesByDefault(TyperGroup):
-    """A group whose first word, where it is none of its commands, is the run of `make`."""
+    """A group that passes an unknown first word to `make` as the run."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command."""
@@ -43,10 +43,10 @@ app = typer.Typer(
 def make(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="The file (default: releases/<run folder>.json).")] = None,
-    sign: Annotated[str | None, typer.Option("--sign", metavar="KEY", help="An SSH key's file, or: sigstore.")] = None,
+    sign: Annotated[str | None, typer.Option("--sign", metavar="KEY", help="File of an SSH key, or: sigstore.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the release file of a run; `release RUN` is short for it. It holds no text of rows and no paths."""
+    """Write the release file of a run (short: `release RUN`). It contains no text of rows and no paths."""
     from llmtune.deploy.releases import make_release, summarize_release
     from llmtune.evaluate.opened_runs import read_release
 
@@ -60,7 +60,7 @@ def make(
 @app.command("list")
 @handled
 def list_release_files(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files are.")] = Path("releases"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with the files.")] = Path("releases"),
     as_json: AsJson = False,
 ) -> None:
     """List the releases in a folder, the oldest first."""
@@ -73,7 +73,7 @@ def list_release_files(
         print_json([summarize_release(*one) for one in found])
         return
     if not found:
-        stderr_console().print(f"there is no release in {folder} yet; make one: llmtune release RUN", markup=False)
+        stderr_console().print(f"no releases in {folder} yet; make one: llmtune release RUN", markup=False)
     for path, release in found:
         scores = ", ".join(f"{name} {score(value)}" for name, value in release["tuned"].items())
         typer.echo(f"{path}  {release['date']}  {release['verdict']['word']}  {scores}")
@@ -99,7 +99,7 @@ def show_release(file: File, signers: Signers = None, as_json: AsJson = False) -
     print_sections(sections, make_console(stderr=False))
     if signature:
         by = f"signed by {signature.by}" if signature.kind == "ssh" else signature.by
-        whose = "" if signature.checked or signature.kind != "ssh" else "; whose key that is, --signers FILE says"
+        whose = "" if signature.checked or signature.kind != "ssh" else "; identify the key with --signers FILE"
         typer.echo(f"{signature.file}: {by}{whose}")
 
 
@@ -124,4 +124,4 @@ def diff(first: File, second: File, as_json: AsJson = False) -> None:
     table = difference_table([compared(*pair) for pair in difference.items()], base=None)
     print_sections([Section(f"{second} minus {first}", [table])], make_console(stderr=False))
     for metric, why in left_out.items():
-        typer.echo(f"{metric} is left out: {why}")
+        typer.echo(f"{metric} not compared: {why}")

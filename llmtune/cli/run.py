@@ -1,4 +1,4 @@
-"""`run` and its five steps, and what `launch` shares with them."""
+"""`run` and its five steps, and code shared with `launch`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run_command(
 ) -> None:
     """Run all five steps: prepare, select, adapt, train, evaluate (and deploy)."""
     if device is not None and not dry_run:
-        raise RecipeError.of("--device plans for a card that need not be here", fix="Add --dry-run.")
+        raise RecipeError.of("--device only plans for another card", fix="Add --dry-run.")
     request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run, device)
     _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
 
@@ -133,7 +133,7 @@ def adapt_command(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Step 3: put the adapter in and prove that it is wired."""
+    """Step 3: insert the adapter and prove that it works."""
     request = RunRequest(out, "adapt", resume, fresh, lock, threads, offline, dry_run)
     _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
 
@@ -173,14 +173,14 @@ def evaluate_command(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Step 5: score base and tuned model on the same held-out rows. Takes a run folder as well."""
+    """Step 5: score base and tuned model on the same held-out rows. Also accepts a run folder."""
     request = RunRequest(out, "evaluate", resume, fresh, lock, threads, offline, dry_run)
     if not Path(recipe).is_dir():
         _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
         return
     refuse_both(request.resume, request.fresh)
     if request != RunRequest(until="evaluate", threads=threads, offline=offline):
-        raise RecipeError.of("of these options a run folder takes only --set, --threads, --offline and --json")
+        raise RecipeError.of("a run folder accepts only --set, --threads, --offline and --json")
     result = evaluate_folder(Path(recipe), with_model(sets, model), request, stderr_console(quiet=quiet))
     print_result(result, as_json=as_json)
 
@@ -192,22 +192,22 @@ def _run(recipe: str, sets: list[str], request: RunRequest, *, quiet: bool, as_j
 
 
 def print_result(result: Json, *, as_json: bool, dry_run: bool = False) -> None:
-    """Print on stdout what was asked for of a result, if there is one."""
+    """Print the requested result on stdout."""
     if result and as_json:
         print_json(result)
     elif result and dry_run:
         for step in ("prepare", "encode", "train", "evaluate"):
             typer.echo(f"{step}: {'would run' if step in result['would_run'] else 'unchanged, would be skipped'}")
-        typer.echo(f"good; the run folder is {result['folder']}")
+        typer.echo(f"valid; the run folder is {result['folder']}")
 
 
 def with_model(sets: list[str] | None, model: str | None) -> list[str]:
-    """Return the values to set, with that of --model."""
+    """Return the values to set, including --model."""
     return [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
 
 
 def refuse_both(resume: bool, fresh: bool) -> None:
-    """Raise RecipeError for options that exclude each other."""
+    """Raise RecipeError if both options are set: they exclude each other."""
     if resume and fresh:
         raise RecipeError.of("--resume and --fresh exclude each other", fix="Omit one of them.")
 

@@ -1,4 +1,4 @@
-"""`llmtune verify` and `llmtune reproduce`: whether a run is what it says, and comes out again."""
+"""`llmtune verify` and `llmtune reproduce`: check a run's files against its lock, and train it again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmtune.store.verification import Finding
 
 SHOWN = 16
-"""Characters of a hash or value that the table shows."""
+"""Characters of a hash or value shown in the table."""
 FINDING_STYLES = {
     "same": "green",
     "changed": "red",
@@ -35,10 +35,10 @@ FINDING_STYLES = {
 @handled
 def verify_command(
     run: RunArgument,
-    strict: Annotated[bool, typer.Option("--strict", help="Versions of packages must be the same as well.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Also require the same package versions.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a run against its lock: data, model, adapter and evaluation file by file; exit 6 if one of them changed."""
+    """Check data, model, adapter and evaluation of a run against its lock, file by file; exit 6 if one changed."""
     from llmtune.store.verification import verify_run
 
     found = verify_run(run, strict=strict)
@@ -50,12 +50,12 @@ def verify_command(
         _print_findings(found.findings)
         GateFailed.collect(found.problems())
         unknown = sorted({finding.kind for finding in found.findings if finding.state == "unknown"})
-        rest = f"; nothing here to compare these with: {', '.join(unknown)}" if unknown else ""
-        typer.echo(f"verified: what this run rests on is what it was{rest}")
+        rest = f"; not found here, so not checked: {', '.join(unknown)}" if unknown else ""
+        typer.echo(f"verified: nothing has changed since the run{rest}")
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:
-    """Print a line for all of a kind that are the same, and one for each that is not."""
+    """Print one line for all unchanged entries of a kind, and one for each changed entry."""
     from rich.markup import escape
     from rich.table import Column, Table
 
@@ -83,7 +83,7 @@ def reproduce_command(
     out: Annotated[Path | None, typer.Option("--out", help="The new run folder (default: RUN-reproduced).")] = None,
     loss_tolerance: Annotated[
         float,
-        typer.Option(min=0, help="How far losses may lie apart where bytes cannot be equal; above 1, so much of them."),
+        typer.Option(min=0, help="Allowed difference of losses if bytes cannot be equal; relative above 1."),
     ] = 0.05,
     score_tolerance: Annotated[float, typer.Option(min=0, help="The same for scores.")] = 0.02,
     fresh: Fresh = False,
@@ -91,7 +91,7 @@ def reproduce_command(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a run again from its lock and compare: bytes on the same kind of machine, else losses and scores."""
+    """Train a run again from its lock and compare: bytes on the same kind of machine, otherwise losses and scores."""
     from llmtune.store.run_folder import read_run, recipe_of_run
     from llmtune.store.run_lock import LOCK, read_lock
 
@@ -125,7 +125,7 @@ def reproduce_command(
 
 
 def _print_reproduction(result: Json) -> None:
-    """Print each file of what was trained, each score, and what differs from the lock."""
+    """Print each trained file, each score, and the differences from the lock."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -106,7 +106,7 @@ def _check_package() -> None:
         if str(file) == "gguf/constants.py" and file.hash is not None:
             found = Path(str(file.locate()))
             if urlsafe_b64encode(sha256(found.read_bytes()).digest()).decode().rstrip("=") != file.hash.value:
-                what = f"another version of the package gguf replaced the one that {PACKAGE} needs"
+                what = f"another version of the package gguf replaced the version of {PACKAGE}"
                 raise EnvironmentProblem.of(what, str(found), fix)
 
 

@@ -169,7 +169,7 @@ def export_gguf(
     else:
         check_mergeable(tuned.adapted)
     if not selected.quantized:
-        tuned.model.float()  # so that sums are rounded once, to the target format
+        tuned.model.float()  # to round sums only once, to the target format
     with spinner(console, "asking the tuned model"):
         export = _Export(tuned, console, number_format)
     memory = explain_oom(f"exporting {selected.model_ref.name}", str(tuned.model.device))

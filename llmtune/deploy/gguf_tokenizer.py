@@ -107,7 +107,7 @@ def describe_tokenizer(
     """Return fields that the converter cannot determine: pre-tokenizer, special tokens' ids, and who writes them.
 
     `prompts`, the ids as in training, decide whether a program writes the start token. `stops`
-    are the ids that end an answer; one that does not end a text ends a turn.
+    are the ids that end an answer; an id that does not end a text ends a turn.
 
     Raises EnvironmentProblem if llama.cpp cannot split text as this tokenizer does.
     """

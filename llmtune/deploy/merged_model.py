@@ -139,7 +139,7 @@ def _advice(certificate: Certificate, quantized: bool) -> str:
 def _merge(tuned: TunedModel, onto: Onto, dtype: torch.dtype) -> PreTrainedModel:
     selected = tuned.adapted.selected
     if not selected.quantized and selected.model.dtype != dtype:
-        tuned.model.float()  # so that sums are rounded once, to the target format
+        tuned.model.float()  # to round sums only once, to the target format
     return cast(PreTrainedModel, merge_weights(tuned.adapted, onto).to(dtype))
 
 

@@ -37,7 +37,7 @@ def state(found: dict, name: str) -> str:
     return next(check["state"] for check in found["checks"] if check["name"] == name)
 
 
-def test_a_whole_machine_is_ready_and_the_table_says_what_it_is() -> None:
+def test_a_complete_machine_is_ready_and_described_in_the_table() -> None:
     found, table = examine()
     assert found["ready"]
     assert table.rstrip().endswith("ready")
@@ -51,7 +51,7 @@ def test_a_whole_machine_is_ready_and_the_table_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("absent", ["torch", "bitsandbytes"])
-def test_what_cannot_be_imported_or_made_is_named_with_its_cure(absent: str, tmp_path) -> None:
+def test_a_broken_import_or_folder_is_named_with_its_fix(absent: str, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     found, table = examine(absent, LLMTUNE_CACHE=str(tmp_path / "file" / "cache"))
     assert not found["ready"]
@@ -61,7 +61,7 @@ def test_what_cannot_be_imported_or_made_is_named_with_its_cure(absent: str, tmp
     assert "Traceback" not in table
 
 
-def test_a_library_outside_the_tested_versions_is_noted_with_what_to_type(tmp_path) -> None:
+def test_a_library_outside_the_tested_versions_is_noted_with_the_command(tmp_path) -> None:
     for name, version in (("peft", "0.19.1"), ("rich", "13.0.0")):
         folder = tmp_path / f"{name}-{version}.dist-info"
         folder.mkdir()
@@ -80,14 +80,14 @@ def test_a_library_outside_the_tested_versions_is_noted_with_what_to_type(tmp_pa
     assert found["seconds"] < 3
 
 
-def test_more_threads_than_cores_are_noted_with_what_to_type() -> None:
+def test_more_threads_than_cores_are_noted_with_the_command() -> None:
     noted = check_threads(threads=8, cores=2)
     assert noted.state == "note"
     assert noted.fix == "llmtune run RECIPE --threads 2"
     assert check_threads(threads=2, cores=2).state == "good"
 
 
-def test_a_command_that_cures_is_never_cut_on_a_narrow_terminal() -> None:
+def test_a_suggested_command_is_not_wrapped_on_a_narrow_terminal() -> None:
     command = "pip install --no-deps 'a-package==1.0' && python /home/ada/" + "a-long-folder/" * 9 + "script.py"
     console = Console(file=io.StringIO(), width=60)
     print_checks([Check("builtin:a-model", "note", "not installed; recipes that name it need it", command)], console)

@@ -1,4 +1,4 @@
-"""What people type by habit works, or is answered with what to type."""
+"""Commands typed by habit work, or get a hint."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
 
 
-def test_a_text_is_an_argument_an_option_or_standard_input_and_a_run_is_found_by_name() -> None:
+def test_generate_reads_text_from_argument_option_or_stdin_and_finds_runs_by_name() -> None:
     said = invoke("generate", "runs/tiny", "--prompt", QUESTION).stdout
     assert said.strip()
     assert invoke("generate", "tiny", QUESTION).stdout == said
@@ -72,14 +72,14 @@ def test_a_row_that_exceeds_the_models_context_gets_an_error_and_the_others_an_a
 
 
 @pytest.mark.parametrize("output", ["asked_again.csv", "runs", "missing/answers.jsonl"])
-def test_answers_go_into_a_file_that_is_not_the_input(folder: Path, output: str) -> None:
+def test_answers_are_not_written_over_the_input(folder: Path, output: str) -> None:
     (folder / "asked_again.csv").write_text(f"question\n{QUESTION}\n")
     done = invoke("generate", "latest", "--input", "asked_again.csv", "--output", output)
     assert (done.exit_code, f"{output}:" in done.stderr) == (2, True), done.stderr
     assert (folder / "asked_again.csv").read_text() == f"question\n{QUESTION}\n"
 
 
-def test_an_answer_that_a_row_brings_is_kept_beside_the_models(folder: Path) -> None:
+def test_a_rows_own_answer_is_kept_next_to_the_models(folder: Path) -> None:
     (folder / "known.csv").write_text(f"question,answer\n{QUESTION},seven\n,eight\n")
     done = invoke("generate", "latest", "--input", "known.csv", "--output", "known.jsonl")
     assert "1 rows answered to known.jsonl; 1 could not be read" in done.stderr
@@ -100,13 +100,13 @@ def test_runs_are_listed_with_their_verdicts() -> None:
     ("command", "instead"),
     [("serve", "llmtune deploy serve"), ("merge", "llmtune deploy merge"), ("predict", 'llmtune generate RUN "TEXT"')],
 )
-def test_names_of_other_tools_are_pointed_to_ours(command: str, instead: str) -> None:
+def test_command_names_of_other_tools_point_to_ours(command: str, instead: str) -> None:
     done = invoke(command, "runs/tiny", "--port", "8000")
     assert done.exit_code == 2
     assert f"Use: {instead}" in done.stderr
 
 
-def test_help_and_version_are_words_too() -> None:
+def test_help_and_version_also_work_as_commands() -> None:
     assert invoke("version").stdout == invoke("-V").stdout == invoke("--version").stdout
     assert "--dry-run" in invoke("help", "run").stdout
     shown = " ".join(invoke("--help").stdout.split())
@@ -123,7 +123,7 @@ def test_the_shell_completes_commands() -> None:
     assert done.stdout.split() == ["run", "runs"]
 
 
-def test_the_end_of_a_run_says_the_verdict_and_what_to_type_and_quiet_says_nothing(folder: Path) -> None:
+def test_a_run_ends_with_verdict_and_next_command_and_quiet_prints_nothing(folder: Path) -> None:
     done = invoke("run", "tiny.yaml", "--out", "runs/tiny")
     assert done.exit_code == 0, done.stderr
     verdict = json.loads((folder / "runs/tiny/report.json").read_text())["verdict"]
@@ -137,7 +137,7 @@ def test_the_end_of_a_run_says_the_verdict_and_what_to_type_and_quiet_says_nothi
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_a_narrow_terminal_cuts_no_number(width: int) -> None:
+def test_a_narrow_terminal_truncates_no_number(width: int) -> None:
     names = ("base", "tuned", "difference", "95 % interval", "p", "rows")
     heads = [Column("metric"), *(Column(name, kind="number") for name in names)]
     numbers = ("0.1234", "0.9876", "+0.8642", "+0.8413 to +0.9524", "< 0.001", "1,234")
@@ -156,7 +156,7 @@ def test_a_narrow_terminal_cuts_no_number(width: int) -> None:
         (("run", "quickstart", "--modl", "x"), "Possible options: --model"),
     ],
 )
-def test_an_option_that_is_not_there_is_answered_with_what_to_type(words: tuple[str, ...], hint: str) -> None:
+def test_an_unknown_option_gets_a_hint(words: tuple[str, ...], hint: str) -> None:
     done = invoke(*words)
     assert done.exit_code == 2
     assert hint in " ".join(done.stderr.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())

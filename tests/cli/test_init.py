@@ -1,4 +1,4 @@
-"""From a file of rows to a recipe that runs, with nothing to fill in but what a person must decide."""
+"""From a file of rows to a runnable recipe that leaves only real decisions to the user."""
 
 import codecs
 import csv
@@ -41,7 +41,7 @@ def init(*arguments: str) -> Result:
     return invoke("init", *arguments)
 
 
-def test_a_file_of_tickets_gives_a_recipe_that_is_good_and_what_to_type_next() -> None:
+def test_a_ticket_file_gives_a_valid_recipe_and_the_next_command() -> None:
     write("tickets.csv", "id,subject,body,answer", [*TICKETS, TICKETS[0]])
     done = init()
     assert done.exit_code == 0, done.stderr
@@ -73,14 +73,14 @@ def test_a_file_of_tickets_gives_a_recipe_that_is_good_and_what_to_type_next() -
         ("content", [("Once upon a time.",)], "completion"),
     ],
 )
-def test_the_task_is_seen_by_columns_and_values(header: str, rows: list[tuple[str, ...]], task: str) -> None:
+def test_the_task_is_detected_from_columns_and_values(header: str, rows: list[tuple[str, ...]], task: str) -> None:
     write("rows.csv", header, rows)
     done = init("rows.csv", "--yes", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["task"] == task
 
 
-def test_what_is_stated_is_taken_and_paths_are_those_of_the_recipe(here: Path) -> None:
+def test_given_options_win_and_paths_are_relative_to_the_recipe(here: Path) -> None:
     (here / "recipes").mkdir()
     write("rows.csv", "question,answer", [("Où ?", "Là–bas, à côté.")] * 3, encoding="cp1252")
     done = init("rows.csv", "--task", "completion", "--model", "owner/model", "--out", "recipes/mine.yaml")
@@ -90,7 +90,7 @@ def test_what_is_stated_is_taken_and_paths_are_those_of_the_recipe(here: Path) -
     assert recipe.data.train[0].path == str(here / "rows.csv")
 
 
-def test_columns_are_known_by_a_word_of_their_names_and_categories_are_left_out() -> None:
+def test_columns_are_recognised_by_a_word_of_their_name() -> None:
     rows = [(str(i), f"Where is {i}?", f"It is at {i}.", ("mail", "phone")[i % 2]) for i in range(24)]
     write("desk.csv", "Ticket,Customer question,Our reply,channel", rows)
     assert init("desk.csv").exit_code == 0
@@ -103,7 +103,7 @@ def test_columns_are_known_by_a_word_of_their_names_and_categories_are_left_out(
     assert columns == {"prompt": "{Betreff}\n\n{Text}", "completion": "Antwort"}
 
 
-def test_rows_that_cannot_be_read_are_named_and_the_recipe_runs_without_them() -> None:
+def test_unreadable_rows_are_named_and_the_recipe_runs_without_them() -> None:
     write("rows.csv", "question,answer", [(f"Which is {i}?", "This." if i % 10 else "") for i in range(60)])
     done = init("rows.csv")
     assert "6 rows cannot be read (no answer)" in done.stderr
@@ -111,7 +111,7 @@ def test_rows_that_cannot_be_read_are_named_and_the_recipe_runs_without_them() -
     assert "max_dropped: 0.11  # DECIDE: 6 of 60 rows cannot be read" in Path("rows.yaml").read_text()
 
 
-def test_half_a_character_makes_a_row_bad_and_the_others_count(here: Path) -> None:
+def test_a_truncated_character_makes_only_its_row_bad(here: Path) -> None:
     good, half = '{"prompt": "Ask.", "completion": "Say."}\n', '{"prompt": "\\ud800", "completion": "Say."}\n'
     Path("rows.jsonl").write_text(good + half)
     done = init("rows.jsonl")
@@ -139,7 +139,7 @@ def test_a_book_is_split_into_rows_and_read_in_its_encoding() -> None:
         (("rows.csv", "--task", "speech"), 3, "task: speech does not read these rows; their columns are id, value"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments: tuple[str, ...], code: int, words: str) -> None:
+def test_impossible_init_arguments_are_refused(arguments: tuple[str, ...], code: int, words: str) -> None:
     write("rows.csv", "id,value", [("1", "2")])
     done = init(*arguments)
     assert done.exit_code == code
@@ -150,7 +150,7 @@ def write_lines(name: str, rows: list[dict[str, object]]) -> None:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_answers_that_were_compared_are_preferences_and_never_taught_as_replies() -> None:
+def test_compared_answers_become_preferences_not_replies() -> None:
     asked = "\n\nHuman: Who was number {i}?\n\nAssistant: "
     rows = [{one: asked.format(i=i) + f"The {one} one, {i}." for one in ("chosen", "rejected")} for i in range(40)]
     write_lines("hh.jsonl", rows)
@@ -160,7 +160,7 @@ def test_answers_that_were_compared_are_preferences_and_never_taught_as_replies(
     assert init("compared.jsonl", "--task", "chat").exit_code == 3
 
 
-def test_rows_that_no_task_can_use_are_told_with_what_is_wrong_in_the_first() -> None:
+def test_rows_without_a_task_are_refused_with_the_first_rows_problem() -> None:
     write_lines("conll.jsonl", [{"tokens": ["Ada", "wrote"], "ner_tags": [1, 0]}] * 20)
     for arguments in ((), ("--task", "token-classify")):
         done = init(*arguments)
@@ -168,7 +168,7 @@ def test_rows_that_no_task_can_use_are_told_with_what_is_wrong_in_the_first() ->
         assert "as token-classify: not a tag: tag 1 is 1;" in done.stderr
 
 
-def test_rows_are_counted_whole_and_each_cause_with_its_own_number() -> None:
+def test_all_rows_are_counted_and_each_cause_has_its_own_count() -> None:
     lines = [f"Order {i} late,Where is parcel {i}?,It comes in {i} days." for i in range(30)]
     lines += ["a,b,c,d", "a,b", "a,b,", "e,f,g,h"]
     Path("tickets.csv").write_text("\n".join(["subject,body,answer", *lines]) + "\n")
@@ -180,7 +180,7 @@ def test_rows_are_counted_whole_and_each_cause_with_its_own_number() -> None:
     assert "4 of 34 rows cannot be read" in Path("tickets.yaml").read_text()
 
 
-def test_copies_do_not_count_where_the_share_of_test_rows_is_chosen() -> None:
+def test_duplicates_do_not_count_for_the_test_share() -> None:
     write("tickets.csv", "id,subject,body,answer", TICKETS)
     write("copied.csv", "id,subject,body,answer", TICKETS * 4)
     assert init("tickets.csv").exit_code == init("copied.csv").exit_code == 0
@@ -188,7 +188,7 @@ def test_copies_do_not_count_where_the_share_of_test_rows_is_chosen() -> None:
     assert shares[0] == shares[1]
 
 
-def test_recordings_that_are_not_there_are_named_and_never_become_another_task() -> None:
+def test_missing_recordings_are_named_and_never_become_another_task() -> None:
     write(
         "metadata.csv", "file_name,transcription", [(f"{i}.wav", f"Good morning to all {i} of you.") for i in range(20)]
     )
@@ -244,7 +244,7 @@ ASKED = [(f"Where is parcel number {i}?", f"It comes in {i} days.") for i in ran
         ),
     ],
 )
-def test_an_export_as_json_is_read_with_nested_keys_and_roles_of_its_own(
+def test_a_json_export_is_read_with_nested_keys_and_its_own_roles(
     document: object, columns: dict[str, str], roles: dict[str, tuple[str, ...]]
 ) -> None:
     Path("export.json").write_text(json.dumps(document))
@@ -271,7 +271,7 @@ def test_a_single_conversation_in_a_json_file_is_one_row() -> None:
 
 
 @pytest.mark.parametrize("named", ["tickets", "tickets/", "tickets/*.jsonl", "tickets/*"])
-def test_a_folder_or_a_glob_is_read_as_one(named: str, here: Path) -> None:
+def test_a_folder_or_a_glob_is_one_data_set(named: str, here: Path) -> None:
     (here / "tickets").mkdir()
     for part in range(2):
         write_lines(f"tickets/{part}.jsonl", [{"prompt": q, "completion": a} for q, a in ASKED[part::2]])
@@ -290,7 +290,7 @@ def test_a_recipe_is_not_written_among_the_rows_and_encodings_are_not_mixed(here
     assert (mixed.exit_code, "a.csv: this file is cp1252, and tickets/b.csv is UTF-8" in mixed.stderr) == (3, True)
 
 
-def test_a_mark_of_utf8_before_another_encoding_is_no_part_of_the_first_column() -> None:
+def test_a_utf8_bom_before_another_encoding_is_not_part_of_the_first_column() -> None:
     text = "Frage;Antwort\n" + "\n".join(f"Wo ist das Päckchen {i}?;Es ist für Sie da, {i}" for i in range(40))
     Path("bom.csv").write_bytes(codecs.BOM_UTF8 + text.encode("cp1252"))
     done = init("bom.csv")
@@ -303,7 +303,7 @@ def test_a_mark_of_utf8_before_another_encoding_is_no_part_of_the_first_column()
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 @pytest.mark.parametrize("mark", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE], ids=["little", "big"])
-def test_excels_unicode_text_is_read_by_its_mark(encoding: str, mark: bytes) -> None:
+def test_excels_unicode_text_is_read_by_its_bom(encoding: str, mark: bytes) -> None:
     order = "le" if mark == codecs.BOM_UTF16_LE else "be"
     lines = ["Frage\tAntwort", *(f"Wo ist Päckchen {i}?\tEs ist für Sie da, {i}" for i in range(40))]
     Path("umfrage.tsv").write_bytes("\r\n".join(["\ufeff" + lines[0], *lines[1:]]).encode(f"{encoding}-{order}"))
@@ -314,7 +314,7 @@ def test_excels_unicode_text_is_read_by_its_mark(encoding: str, mark: bytes) -> 
     assert "Päckchen" in str(rows_of(prepare_all("umfrage.yaml"))[0])
 
 
-def test_labels_that_are_numbers_get_metrics_of_numbers() -> None:
+def test_numeric_labels_get_numeric_metrics() -> None:
     write("scores.csv", "text,label", [(f"stay number {i}", f"{i % 40 / 10}") for i in range(1, 60)])
     assert init("scores.csv").exit_code == 0
     evaluate = load_recipe("scores.yaml").recipe.evaluate
@@ -330,14 +330,14 @@ def test_labels_that_are_numbers_get_metrics_of_numbers() -> None:
         ("question,answer", "It is at {}.", "chrf.low > base"),
     ],
 )
-def test_the_gate_that_is_proposed_passes_for_a_better_model(header: str, answer: str, gate: str) -> None:
+def test_the_proposed_gate_passes_for_a_better_model(header: str, answer: str, gate: str) -> None:
     write("rows.csv", header, [(f"Where is number {i}?", answer.format(i)) for i in range(24)])
     assert init("rows.csv").exit_code == 0
     assert f"e.g. [{gate}]" in Path("rows.yaml").read_text("utf-8")
     assert parse_gate(gate).metric == gate.partition(".")[0]
 
 
-def test_columns_that_a_user_maps_are_taken() -> None:
+def test_columns_mapped_by_the_user_are_used() -> None:
     write("desk.csv", "a,b,c", [(f"Where is {i}?", f"It is at {i}.", f"See {i}.") for i in range(24)])
     done = init("desk.csv", "--columns", "prompt={a} {c},completion=b")
     assert done.exit_code == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Where new users stumble: what they type first, and what the terminal answers."""
+"""First steps of new users: typical mistakes and the terminal's answers."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ def write_rows(name: str, header: str, rows: list[tuple[str, ...]], task: str = 
     Path("mine.yaml").write_text(RECIPE.format(task=task, rows=name, model=model))
 
 
-def test_data_in_the_place_of_a_recipe_is_answered_with_what_to_type() -> None:
+def test_data_given_as_a_recipe_gets_a_hint() -> None:
     Path("rows.csv").write_text("question,answer\nWhy?,So.\n")
     Path("rows.json").write_text('[{"question": "Why?", "answer": "So."}]')
     Path("tickets").mkdir()
@@ -53,7 +53,7 @@ def test_a_check_and_a_dry_run_refuse_what_prepare_refuses(rows: list[tuple[str,
     assert not Path("runs").exists() or not list(Path("runs").rglob("*.arrow"))
 
 
-def test_a_row_behind_cells_with_line_breaks_is_named_with_its_row_and_its_line() -> None:
+def test_a_row_after_cells_with_line_breaks_is_named_by_row_and_line() -> None:
     rows = [(f"Hello,\nwhere is {i}?", "Here.") for i in range(30)]
     write_rows("rows.csv", "question,answer", [*rows, ("Why?", "")])
     done = invoke("prepare", "mine.yaml", "--out", "run")
@@ -62,7 +62,7 @@ def test_a_row_behind_cells_with_line_breaks_is_named_with_its_row_and_its_line(
     assert "plain.csv:32: no answer" in invoke("prepare", "mine.yaml", "--out", "other").stderr
 
 
-def test_contradictions_and_what_stands_for_no_value_are_on_the_terminal() -> None:
+def test_contradictions_and_missing_value_markers_are_on_the_terminal() -> None:
     rows = [(f"Where is {i}?", f"In {i}.") for i in range(30)]
     write_rows("rows.csv", "question,answer", [*rows, ("Where is 3?", "Nowhere."), ("Which?", "#N/A")])
     for done in (invoke("init", "rows.csv"), invoke("prepare", "mine.yaml", "--out", "run")):
@@ -80,7 +80,7 @@ def test_a_class_without_training_rows_is_on_the_terminal(tiny_llama: Path) -> N
     assert "1 of 3 classes have no training rows and cannot be learned: c" in done.stderr
 
 
-def test_a_sweep_without_optuna_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_without_optuna_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows("rows.csv", "question,answer", [(f"Where is {i}?", f"In {i}.") for i in range(30)])
     Path("space.yaml").write_text("train.learning_rate: [1.0e-4, 1.0e-3]\n")
     for name in [name for name in sys.modules if name.partition(".")[0] == "optuna"]:
@@ -97,13 +97,13 @@ def test_a_sweep_without_optuna_says_what_to_install(monkeypatch: pytest.MonkeyP
         ("DoRA", "use_dora: true"),
     ],
 )
-def test_a_wrong_method_names_the_nearest(method: str, meant: str) -> None:
+def test_a_wrong_method_gets_the_nearest_name(method: str, meant: str) -> None:
     write_rows("rows.csv", "question,answer", [("Where?", "Here.")])
     done = invoke("recipes", "check", "mine.yaml", "--set", f"adapter.method={method}")
     assert (done.exit_code, meant in done.stderr) == (2, True), done.stderr
 
 
-def test_a_new_recipe_is_written_to_the_file_that_is_named() -> None:
+def test_a_new_recipe_is_written_to_the_given_file() -> None:
     assert invoke("recipes", "new", "mine.yaml", "--task", "classify").exit_code == 0
     assert "task: classify" in Path("mine.yaml").read_text()
     assert invoke("recipes", "new", "mine.yaml").exit_code == 2
@@ -118,7 +118,7 @@ def test_models_that_fit_are_shown_in_80_columns(monkeypatch: pytest.MonkeyPatch
     assert re.search(r"^ google/ ", done.stdout, re.MULTILINE), "names break behind slashes"
 
 
-def test_text_that_comes_in_pieces_breaks_between_words() -> None:
+def test_streamed_text_wraps_between_words() -> None:
     text = "A fox is a clever animal.\n\nIt has\ta red coat, and antidisestablishmentarianism is not its business."
     for size in (1, 3, 7, len(text)):
         wrapped = WordWrap(20)

@@ -7,7 +7,7 @@ from llmtune.cli.output_streams import handled, print_json
 from llmtune.errors import RecipeError
 
 
-def test_what_libraries_print_stands_beside_the_json_document_not_in_it(capsys):
+def test_prints_of_libraries_go_to_stderr_not_into_the_json_document(capsys):
     @handled
     def command(as_json: bool) -> None:
         print("a library greets")
@@ -19,7 +19,7 @@ def test_what_libraries_print_stands_beside_the_json_document_not_in_it(capsys):
     assert "a library greets" in err
 
 
-def test_an_error_after_a_library_has_printed_is_one_document_too(capsys):
+def test_an_error_after_a_library_printed_is_still_one_document(capsys):
     @handled
     def command(as_json: bool) -> None:
         print("a library greets")

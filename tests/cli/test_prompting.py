@@ -1,4 +1,4 @@
-"""`llmtune chat` in a terminal of its own."""
+"""`llmtune chat` in a pseudo-terminal."""
 
 import os
 import pty
@@ -16,7 +16,7 @@ ESCAPES_OF_UP = "\x1b[A"
 
 
 class Terminal:
-    """A command in a pseudo-terminal; `screen` holds all that it has written."""
+    """A command in a pseudo-terminal; `screen` has all its output."""
 
     def __init__(self, *command: str, cwd: Path) -> None:
         self.process, self.file = pty.fork()
@@ -45,7 +45,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    """A chat with an untrained model that never comes to an end."""
+    """A chat with an untrained model that never stops."""
     model = build_llama(tmp_path / "model")
     train = {"num_train_epochs": None, "max_steps": 1, "learning_rate": 1e-12}
     finish_run(tmp_path, model, train=train, evaluate={"metrics": ["loss"]}, generation={"max_new_tokens": 1500})
@@ -53,7 +53,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     os.close(chat.file)
 
 
-def test_up_shows_the_line_before_and_interrupts_stop_the_answer_then_the_program(terminal: Terminal) -> None:
+def test_arrow_up_recalls_a_line_and_interrupts_stop_answer_then_program(terminal: Terminal) -> None:
     terminal.wait_for("you")
     terminal.type("hello there\n")
     terminal.wait_for("hello there")

@@ -1,4 +1,4 @@
-"""How fast the command starts, and what it does not import."""
+"""Start-up time of the command, and modules that it must not import."""
 
 import gc
 import subprocess
@@ -16,14 +16,14 @@ LIGHT = [
 ]
 
 
-def test_light_commands_and_errors_about_a_missing_recipe_or_run_import_nothing_heavy(tmp_path: Path) -> None:
+def test_light_commands_and_missing_file_errors_import_nothing_heavy(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, write_colours(tmp_path / "rows.jsonl"))
     check = ("recipes", "check", str(recipe))
     found = heavy_imports(*LIGHT, check)
     assert found == {" ".join(command): [] for command in LIGHT} | {" ".join(check): [*ROWS]}
 
 
-def test_help_reads_no_schema_of_recipes() -> None:
+def test_help_does_not_load_the_recipe_schema() -> None:
     code = (
         "import sys; sys.argv = ['llmtune', 'run', '--help']; from llmtune.cli import main\n"
         "try: main()\nexcept SystemExit: print([n for n in sys.modules if n.startswith('llmtune.recipe')])"
@@ -32,7 +32,7 @@ def test_help_reads_no_schema_of_recipes() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_imports_at_once_leave_the_collector_as_it_was() -> None:
+def test_fast_imports_restore_the_garbage_collector() -> None:
     frozen = gc.get_freeze_count()
     with gc_paused():
         assert not gc.isenabled()
@@ -57,11 +57,11 @@ def best_seconds(cwd: Path, *arguments: object) -> float:
     return min(seconds)
 
 
-def test_help_is_there_at_once(tmp_path: Path) -> None:
+def test_help_is_fast(tmp_path: Path) -> None:
     assert best_seconds(tmp_path, "--help") < 0.3 * SLACK
 
 
-def test_a_recipe_is_checked_at_once(tmp_path: Path) -> None:
+def test_checking_a_recipe_is_fast(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, write_colours(tmp_path / "rows.jsonl"))
     assert best_seconds(tmp_path, "recipes", "check", recipe) < 0.7 * SLACK
 

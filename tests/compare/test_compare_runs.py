@@ -261,7 +261,7 @@ def test_runs_are_named_by_their_shortest_distinct_suffixes():
     [
         (["tiny.yaml"], 2, "--methods full,lora,qlora"),
         (["good", "good", "--set", "seed=1"], 2, "--set"),
-        (["good", "good", "--methods", "full,lora"], 2, "--methods goes with one recipe"),
+        (["good", "good", "--methods", "full,lora"], 2, "--methods needs exactly one recipe"),
     ],
 )
 def test_an_invalid_call_ends_with_advice(place, good, words, code, said, monkeypatch):

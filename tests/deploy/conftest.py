@@ -1,4 +1,4 @@
-"""A tiny chat model with an adapter that does something, as a run would have left it."""
+"""A tiny chat model with an effective adapter, as left by a run."""
 
 from collections.abc import Callable
 from pathlib import Path

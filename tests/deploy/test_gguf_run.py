@@ -26,14 +26,14 @@ def test_a_recipe_makes_the_file_at_the_end_of_run(run):
     assert report["gguf"]["measured"] == certificate["measured"]
 
 
-def test_the_command_writes_another_type_beside_it(run):
+def test_the_command_writes_another_type_into_its_own_folder(run):
     result = deploy(run, "--type", "Q8_0", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["number_format"] == "q8_0"
     assert {path.name for path in (run / "gguf").iterdir()} >= {"f16", "q8_0"}
 
 
-def test_the_adapter_alone_has_a_folder_of_its_own(run):
+def test_the_adapter_alone_gets_its_own_folder(run):
     result = deploy(run, "--adapter-only", "--json")
     assert result.exit_code == 0, result.output
     assert (run / "gguf/adapter-f16" / json.loads(result.stdout)["file"]).is_file()
@@ -42,12 +42,12 @@ def test_the_adapter_alone_has_a_folder_of_its_own(run):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--type", "q9_0"], "'q9_0' is not a number format of a GGUF file.  Did you mean 'q8_0'?"),
+        (["--type", "q9_0"], "'q9_0' is not a number format of a GGUF file. Did you mean 'q8_0'?"),
         (["--onto", "original"], "the base was not quantised in training"),
         (["--adapter-only", "--onto", "original"], "an adapter without its base ignores it"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_with_exit_2(run, arguments, said):
+def test_inapplicable_gguf_options_exit_with_2(run, arguments, said):
     result = deploy(run, *arguments)
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())

@@ -1,4 +1,4 @@
-"""Merging models of the other tasks: heads, encoder-decoders, models that hear; loaded again by plain transformers."""
+"""Merging models of other tasks: heads, encoder-decoders, speech models; reloaded by plain transformers."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ QUICK = ("classify", "classify-qlora", "qa", "translate", "whisper", "letters")
 
 
 def train(folder, tiny_llama, case):
-    """Train one of CASES; evaluation is left out."""
+    """Train one of CASES without evaluation."""
     family, task, rows, sections = CASES[case]
     model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
     rows = rows(folder) if callable(rows) else rows
@@ -82,7 +82,7 @@ def merge(run, console):
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_every_task_merges_into_a_folder_of_its_plain_class(case, tmp_path, trained, console):
+def test_every_task_merges_into_a_plain_model_folder(case, tmp_path, trained, console):
     run = shutil.copytree(trained(case), tmp_path / "run")
     certificate = merge(run, console)
     measured = certificate["measured"]
@@ -131,7 +131,7 @@ def disturb(adapted, onto):
 
 @pytest.mark.parametrize("wrong", [forget, disturb])
 @pytest.mark.parametrize("case", ["classify", "translate", "letters"])
-def test_a_merge_that_lost_the_adapter_or_was_disturbed_fails_in_other_tasks_too(
+def test_a_merge_without_the_adapter_or_with_noise_fails_in_every_task(
     case, tmp_path, trained, console, monkeypatch, wrong
 ):
     run = shutil.copytree(trained(case), tmp_path / "run")
@@ -142,7 +142,7 @@ def test_a_merge_that_lost_the_adapter_or_was_disturbed_fails_in_other_tasks_too
     assert not json.loads((run / "merged.failed.json").read_text())["passed"]
 
 
-def test_numbers_and_several_labels_are_compared_by_what_they_are():
+def test_regression_and_multi_label_outputs_have_their_own_distance():
     ones = [torch.tensor([[1.0]]), torch.tensor([[3.0]])]
     moved = measure_distance(ones, [one + 1 for one in ones], "number")
     assert (moved.kl_mean, moved.top1_agreement) == (pytest.approx(0.5), 0)

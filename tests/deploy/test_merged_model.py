@@ -41,7 +41,7 @@ assert not any(name.split(".")[0] in ("llmtune", "peft") for name in sys.modules
 """
 
 
-def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp_path, console):
+def test_a_merged_folder_has_the_adapters_logits_in_plain_transformers(tune, tmp_path, console):
     expected = {}
     for name, adapter in {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}.items():
         tuned, out = tune(adapter=adapter), tmp_path / name
@@ -59,7 +59,7 @@ def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's, of SHiRA
-def test_an_adapter_of_a_method_that_knows_of_no_biases_is_certified(tune, tmp_path, console):
+def test_an_adapter_of_a_method_without_biases_is_certified(tune, tmp_path, console):
     tuned = tune(adapter={"method": "shira", "r": 2, "lora_alpha": None})
     for parameter in trained_parameters(tuned.model):
         parameter.data.add_(0.1)
@@ -69,7 +69,7 @@ def test_an_adapter_of_a_method_that_knows_of_no_biases_is_certified(tune, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT's
-def test_vectors_before_a_text_are_refused_before_anything_is_asked(tune, tmp_path, console):
+def test_prompt_vectors_are_refused_before_any_question(tune, tmp_path, console):
     tuned = tune(adapter={"method": "prompt_tuning", "r": None, "lora_alpha": None, "num_virtual_tokens": 4})
     with pytest.raises(RecipeError, match="an adapter of prompt_tuning cannot be merged: its vectors come before"):
         merge_model(tuned, tmp_path / "merged", console)
@@ -85,9 +85,7 @@ def fails(tuned, out, console, message, **options):
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_adapters_of_experts_are_merged_and_a_reader_that_drops_them_fails(
-    tune, tmp_path, console, monkeypatch, method
-):
+def test_expert_adapters_are_merged_and_a_reader_that_drops_them_fails(tune, tmp_path, console, monkeypatch, method):
     model = build_family(
         tmp_path / "moe", "qwen3_moe", num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2, vocab_size=512
     )
@@ -137,7 +135,7 @@ def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path
     assert not (run / "merged").exists()
 
 
-def test_nan_and_a_gentle_tuning_that_is_lost_are_breaches():
+def test_nan_and_a_lost_weak_tuning_are_breaches():
     nan = Parity(float("nan"), float("nan"), float("nan"), 1.0, 8, 100, 1.0, True, 0.5)
     assert len(find_breaches(nan, LIMITS["exact"])) == 2
     lost = Parity(0.1, 8e-3, 0.1, 0.99, 8, 100, 1.0, True, effect_kl=8e-3)
@@ -145,7 +143,7 @@ def test_nan_and_a_gentle_tuning_that_is_lost_are_breaches():
     assert find_breaches(replace(lost, kl_mean=4e-3), LIMITS["rounded"]) == []
 
 
-def test_qlora_is_held_to_its_quantised_base_and_shows_how_far_the_other_merge_would_be(tune, tmp_path, console):
+def test_qlora_is_compared_with_its_quantised_base_and_reports_the_other_merge(tune, tmp_path, console):
     near = merge_model(tune(adapter={"method": "qlora"}), tmp_path / "near", console, onto="dequantized")
     far = merge_model(tune(adapter={"method": "qlora"}), tmp_path / "far", console, onto="original")
     assert near["measured"]["kl_mean"] < 1e-6 < far["measured"]["kl_mean"]
@@ -160,20 +158,20 @@ def test_qlora_is_held_to_its_quantised_base_and_shows_how_far_the_other_merge_w
     assert rounded["measured"]["kl_mean"] < 1e-3
 
 
-def test_qlora_on_an_original_too_far_away_fails_and_names_the_cure(tune, tmp_path, console, monkeypatch):
+def test_qlora_on_a_distant_original_fails_and_names_the_fix(tune, tmp_path, console, monkeypatch):
     monkeypatch.setitem(merging.LIMITS, "other base", LIMITS["exact"])
     with pytest.raises(GateFailed, match="--onto dequantized"):
         merge_model(tune(adapter={"method": "qlora"}), tmp_path / "merged", console)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_number_format_is_the_one_that_was_asked_for(tune, tmp_path, console, dtype):
+def test_the_merged_dtype_is_the_requested_one(tune, tmp_path, console, dtype):
     certificate = merge_model(tune(), tmp_path / "merged", console, dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert str(model.dtype) == f"torch.{dtype}" == f"torch.{certificate['dtype']}"
 
 
-def test_large_models_are_cut_into_files_with_an_index(tune, tmp_path, console, monkeypatch):
+def test_large_models_are_split_into_files_with_an_index(tune, tmp_path, console, monkeypatch):
     monkeypatch.setattr(merging, "SHARD_SIZE", "100KB")
     certificate = merge_model(tune(), tmp_path / "merged", console)
     assert len(certificate["files"]) > 1
@@ -195,7 +193,7 @@ def test_template_of_the_recipe_and_stop_tokens_go_into_the_folder(tune, tmp_pat
     assert "max_new_tokens" not in settings
 
 
-def test_values_for_the_template_go_into_the_folder_and_are_not_sent_to_certify_it(tune, tmp_path, console):
+def test_template_values_are_saved_in_the_folder_and_not_sent_when_certifying(tune, tmp_path, console):
     (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
     kwargs = {"enable_thinking": False}
     tuned = tune(model={"chat_template": str(tmp_path / "mine.jinja"), "chat_template_kwargs": kwargs})
@@ -216,7 +214,7 @@ def test_a_merged_folder_whose_template_lost_its_values_fails(tune, tmp_path, co
         merge_model(tuned, tmp_path / "merged", console)
 
 
-def test_all_mistakes_of_a_call_are_told_at_once(tune, tmp_path, console):
+def test_all_problems_of_a_merge_call_are_reported_at_once(tune, tmp_path, console):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("do not lose me")
     with pytest.raises(RecipeError) as raised:

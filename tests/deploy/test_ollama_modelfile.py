@@ -52,7 +52,7 @@ def describe(tmp_path, chat_rows):
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
-def test_parts_write_what_the_chat_template_writes(describe, name):
+def test_template_parts_render_like_the_chat_template(describe, name):
     parts, processor, _ = describe(TEMPLATES[name])
     for messages in sample_conversations(parts):
         wanted = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -61,21 +61,21 @@ def test_parts_write_what_the_chat_template_writes(describe, name):
 
 
 @pytest.mark.parametrize("template", [COUNTS, REPEATS])
-def test_a_template_that_does_more_than_to_stand_between_messages_has_no_parts(describe, template):
+def test_a_template_that_changes_messages_has_no_parts(describe, template):
     assert describe(template)[0] is None
 
 
-def test_the_start_token_is_left_to_the_program_that_writes_it_by_itself(describe):
+def test_the_start_token_is_omitted_if_the_reader_adds_it(describe):
     with_start, without = describe(LLAMA3)[0], describe(LLAMA3, add_bos=True)[0]
     assert with_start["", "user"] == "<|endoftext|>" + without["", "user"]
 
 
-def test_before_an_answer_to_come_may_stand_more_than_before_one_that_was_given(describe):
+def test_the_text_before_a_new_answer_may_exceed_that_before_an_old_one(describe):
     parts = describe(EMPTY_THOUGHTS, model={"chat_template_kwargs": {"enable_thinking": False}})[0]
     assert parts["user", ""] == parts["user", "assistant"] + "<think>\n\n</think>\n\n"
 
 
-def test_sampling_says_all_that_ollama_has_other_defaults_for(describe):
+def test_sampling_overrides_all_of_ollamas_defaults(describe):
     assert sampling_parameters(describe(CHATML)[2]) == {"temperature": 0.0, "repeat_penalty": 1.0}
     drawn = describe(CHATML, do_sample=True, top_p=0.9, repetition_penalty=1.2)[2]
     wanted = {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.2}
@@ -84,7 +84,7 @@ def test_sampling_says_all_that_ollama_has_other_defaults_for(describe):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("go") is None, reason="needs Go, whose templates Ollama renders")
-def test_gos_own_engine_writes_what_the_chat_templates_write(describe, tmp_path):
+def test_gos_template_engine_renders_like_the_chat_templates(describe, tmp_path):
     asked, wanted = [], []
     for template in TEMPLATES.values():
         parts, processor, _ = describe(template)

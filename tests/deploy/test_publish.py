@@ -58,7 +58,7 @@ def change_json(path, **changes):
 
 
 def run_snippet(folder, base=None):
-    """Run the code of a card as a reader would who has both on disk; returns the code and what it prints."""
+    """Run a card's code with base and model on disk; return the code and its output."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     stated = re.search(r'^(base, )?tuned = "([^"]+)"(?:, "([^"]+)")?', code, flags=re.MULTILINE)
     names = f'base, tuned = "{base}", "{folder}"' if stated[1] else f'tuned = "{folder}"'
@@ -68,7 +68,7 @@ def run_snippet(folder, base=None):
     return code, printed.getvalue()
 
 
-def test_a_secret_among_the_values_for_the_template_is_in_nothing_that_others_read(tmp_path, console):
+def test_a_secret_template_value_is_not_published(tmp_path, console):
     template = "{% if password is defined %}{{ password }}{% endif %}{{ api.api_key if api is defined }}" + CHATML
     base = build_llama(tmp_path / "base", template)
     kwargs = {"password": "hunter2", "api": {"api_key": ["tuna4711"]}}
@@ -86,7 +86,7 @@ def test_a_secret_among_the_values_for_the_template_is_in_nothing_that_others_re
     assert "hunter2" not in console.file.getvalue()
 
 
-def test_a_published_adapter_is_a_folder_that_the_hubs_library_reads_and_its_card_loads(run, base, tmp_path, console):
+def test_a_published_adapter_is_readable_by_the_hub_and_its_card_code_runs(run, base, tmp_path, console):
     published = publish(
         run, tmp_path / "hub", console, base_model="example/tiny-llama", license="mit", languages=("en",)
     )
@@ -112,7 +112,7 @@ def test_a_published_adapter_is_a_folder_that_the_hubs_library_reads_and_its_car
     run_snippet(folder, base)
 
 
-def test_a_published_merge_loads_without_its_base_and_has_its_parity(run, tmp_path, console):
+def test_a_published_merge_loads_without_its_base_and_shows_its_parity(run, tmp_path, console):
     publish(run, tmp_path / "hub", console, merged=True)
     assert ModelCard.load(tmp_path / "hub/README.md").data.library_name == "transformers"
     assert not (tmp_path / "hub/adapter_config.json").exists()
@@ -125,7 +125,7 @@ def test_a_published_merge_loads_without_its_base_and_has_its_parity(run, tmp_pa
     assert "--data-license" in console.file.getvalue()
 
 
-def test_nothing_that_is_published_names_a_place_a_person_or_a_secret(tmp_path, base, console):
+def test_published_files_contain_no_path_person_or_secret(tmp_path, base, console):
     secret = "hf_" + "a1B2" * 8
     run = finish_run(tmp_path / "home" / "ann", base, name=f"tuned-{secret}", train={**BRIEF, "report_to": []})
     merge_run(open_finished(run, console, offline=True))
@@ -140,7 +140,7 @@ def test_nothing_that_is_published_names_a_place_a_person_or_a_secret(tmp_path, 
         assert not re.search(r'"/[a-z]', (tmp_path / "hub/llmtune.lock").read_text())
 
 
-def test_a_template_that_names_a_place_is_refused(run, tmp_path, console):
+def test_a_template_with_a_local_path_is_refused(run, tmp_path, console):
     lock = json.loads((run / "llmtune.lock").read_text())
     (run / "adapter/chat_template.jinja").write_text(f"{{# of {lock['model']['folder']} #}}")
     manifest = json.loads((run / "run.json").read_text())
@@ -149,7 +149,7 @@ def test_a_template_that_names_a_place_is_refused(run, tmp_path, console):
     refuse(run, tmp_path / "hub", console, EnvironmentProblem, "contains a local path")
 
 
-def test_a_failed_gate_stops_it_unless_that_is_wanted_and_then_the_card_shows_it(run, tmp_path, console):
+def test_a_failed_gate_blocks_publishing_unless_overridden_and_the_card_shows_it(run, tmp_path, console):
     gate = {"name": "accuracy >= 1", "wanted": "accuracy >= 1", "got": "0.3", "passed": False}
     change_json(run / "report.json", gates=[gate])
     assert refuse(run, tmp_path / "hub", console, GateFailed, "gate failed").exit_code == 6
@@ -157,7 +157,7 @@ def test_a_failed_gate_stops_it_unless_that_is_wanted_and_then_the_card_shows_it
     assert "| `accuracy >= 1` | accuracy \\>= 1 | 0.3 | ❌ failed |" in (tmp_path / "hub/README.md").read_text()
 
 
-def test_only_what_was_evaluated_is_published(run, tmp_path, console):
+def test_only_evaluated_weights_are_published(run, tmp_path, console):
     weights = run / "adapter/adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -167,7 +167,7 @@ def test_only_what_was_evaluated_is_published(run, tmp_path, console):
     refuse(run, tmp_path / "hub", console, RecipeError, "was not evaluated")
 
 
-def test_a_merge_that_changed_or_failed_or_is_missing_is_refused(run, tmp_path, console):
+def test_a_changed_failed_or_missing_merge_is_refused(run, tmp_path, console):
     (name,) = json.loads((run / "merged/certificate.json").read_text())["files_sha256"]
     with (run / "merged" / name).open("ab") as file:
         file.write(b"x")
@@ -180,7 +180,7 @@ def test_a_merge_that_changed_or_failed_or_is_missing_is_refused(run, tmp_path, 
     refuse(run, tmp_path / "hub", console, GateFailed, "mean KL is 3", merged=True)
 
 
-def test_an_older_publication_is_replaced_and_a_folder_with_something_else_is_left_alone(run, tmp_path, console):
+def test_an_older_publication_is_replaced_and_other_folders_are_refused(run, tmp_path, console):
     listed = publish(run, tmp_path / "hub", console, dry_run=True)
     assert "README.md" in listed["files"]
     assert "README.md" in console.file.getvalue()
@@ -209,12 +209,12 @@ def test_an_older_publication_is_replaced_and_a_folder_with_something_else_is_le
         ({"to": Path("x"), "base_model": "a//b"}, "not a valid name on the hub"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(finished, console, options, message):
+def test_conflicting_publish_options_are_refused(finished, console, options, message):
     with pytest.raises(RecipeError, match=message):
         publish_run(finished, PublishOptions(**options), console)
 
 
-def test_a_gguf_file_goes_along_with_its_certificate_alone(run, tmp_path, console):
+def test_a_gguf_file_needs_its_certificate_to_be_published(run, tmp_path, console):
     file = tmp_path / "gguf/tiny-F16.gguf"
     file.parent.mkdir()
     file.write_bytes(b"GGUF and so on")
@@ -236,9 +236,7 @@ def test_a_gguf_file_goes_along_with_its_certificate_alone(run, tmp_path, consol
     refuse(run, tmp_path / "new", console, GateFailed, "changed since it was certified", gguf=file)
 
 
-def test_an_upload_without_network_or_token_is_refused_before_anything_is_done(
-    finished, console, monkeypatch, tmp_path
-):
+def test_an_upload_without_network_or_token_is_refused_early(finished, console, monkeypatch, tmp_path):
     with pytest.raises(EnvironmentProblem, match="--offline forbids"):
         publish_run(finished, PublishOptions(repo="ann/tiny", offline=True), console)
     for name in SWITCHES:
@@ -248,7 +246,7 @@ def test_an_upload_without_network_or_token_is_refused_before_anything_is_done(
         publish_run(finished, PublishOptions(repo="ann/tiny"), console)
 
 
-def test_an_upload_arrives_whole_at_a_hub(finished):
+def test_an_upload_reaches_the_hub_completely(finished):
     switches = dict.fromkeys(SWITCHES, "0")
     token = {"HF_TOKEN": "hf_token_of_ann", "HF_HUB_DISABLE_XET": "1"}
     command = ("deploy", "publish", finished, "--repo", "ann/tiny", "--license", "mit", "--private", "--json")
@@ -263,7 +261,7 @@ def test_an_upload_arrives_whole_at_a_hub(finished):
     assert b"hf_token_of_ann" not in b"".join(hub.files.values())
 
 
-def test_a_hub_that_refuses_the_token_is_told(finished, console, monkeypatch):
+def test_a_token_refused_by_the_hub_is_reported(finished, console, monkeypatch):
     for name in SWITCHES:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_TOKEN", "hf_token_of_ann")

@@ -1,4 +1,4 @@
-"""A run as a file for git: what it holds, what it does not, and that it serves as a champion."""
+"""A run as a file for git: its contents, its omissions, and its use as a champion."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def file(run: Path) -> Path:
     return make_release(run, run.parent / "releases" / "one.json")
 
 
-def test_a_release_holds_scores_by_row_and_no_text_and_no_path(run: Path, file: Path) -> None:
+def test_a_release_has_scores_by_row_but_no_text_or_path(run: Path, file: Path) -> None:
     text = file.read_text()
     content = json.loads(text)
     assert content["lock"] == hash_file(run / "llmtune.lock")
@@ -50,7 +50,7 @@ def test_a_release_holds_scores_by_row_and_no_text_and_no_path(run: Path, file: 
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "runs/tiny/run.json", "pipe"])
-def test_a_release_replaces_releases_only(run: Path, name: str) -> None:
+def test_a_release_overwrites_only_releases(run: Path, name: str) -> None:
     target = run.parent.parent / name
     if name == "pipe":
         os.mkfifo(target)
@@ -86,7 +86,7 @@ def test_releases_are_listed_and_compared_row_by_row(run: Path, file: Path) -> N
     assert left_out == {"answers_cut": "has no scores by row"}
 
 
-def test_a_file_that_is_no_release_is_refused(file: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_release_is_refused(file: Path, tmp_path: Path) -> None:
     for content, error in (
         ("{}", RecipeError),
         ("[1]", RecipeError),
@@ -109,7 +109,7 @@ def test_a_damaged_release_in_a_folder_does_not_make_an_older_one_the_champion(f
         find_release(tmp_path, "tiny")
 
 
-def test_scores_by_row_with_any_damaged_byte_are_an_error_or_the_same(run: Path) -> None:
+def test_any_damaged_byte_in_scores_by_row_is_an_error_or_harmless(run: Path) -> None:
     path = run / "evaluation" / "measures.npz"
     packed, whole = path.read_bytes(), load_measures(path.parent)
     for at in range(0, len(packed), 37):
@@ -118,7 +118,7 @@ def test_scores_by_row_with_any_damaged_byte_are_an_error_or_the_same(run: Path)
             assert unpack_measures(damaged, path, "").rows == whole.rows
 
 
-def test_a_champion_whose_scores_were_edited_counts_by_its_rows(run: Path, file: Path, tmp_path: Path) -> None:
+def test_a_champion_with_edited_scores_is_judged_by_its_rows(run: Path, file: Path, tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     (tmp_path / "edited.json").write_text(json.dumps({**content, "tuned": {}}))
     recipe = load_recipe(run.parent.parent / "tiny.yaml", [f"evaluate.champion={tmp_path / 'edited.json'}"]).recipe
@@ -128,7 +128,7 @@ def test_a_champion_whose_scores_were_edited_counts_by_its_rows(run: Path, file:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "gone"])
-def test_keys_and_signatures_that_are_no_files_are_refused(file: Path, tmp_path: Path, kind: str) -> None:
+def test_keys_and_signatures_must_be_regular_files(file: Path, tmp_path: Path, kind: str) -> None:
     places = {"device": Path("/dev/zero"), "folder": tmp_path, "gone": tmp_path / "gone", "pipe": tmp_path / "pipe"}
     os.mkfifo(tmp_path / "pipe")
     release = Path(shutil.copy(file, tmp_path / "one.json"))
@@ -158,7 +158,7 @@ def test_a_release_is_a_champion_on_the_command_line(run: Path, file: Path, tmp_
     assert report["evaluation"]["champion"]["difference"]["loss"]["value"] == 0
 
 
-def test_a_metric_that_one_side_or_no_row_has_is_named(run: Path, file: Path, tmp_path: Path) -> None:
+def test_a_metric_missing_on_one_side_or_by_row_is_named(run: Path, file: Path, tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     more = {**content, "tuned": {**content["tuned"], "chrf": 1.0}}
     (tmp_path / "more.json").write_text(json.dumps(more))
@@ -167,7 +167,7 @@ def test_a_metric_that_one_side_or_no_row_has_is_named(run: Path, file: Path, tm
     assert left_out == {"answers_cut": "has no scores by row", "chrf": "measured only in more.json"}
 
 
-def test_a_signature_says_whose_a_release_is_and_a_changed_file_fails(run: Path, tmp_path: Path) -> None:
+def test_a_signature_identifies_the_signer_and_a_changed_file_fails(run: Path, tmp_path: Path) -> None:
     for name in ("key", "stranger"):
         words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"{name}@example.org", "-f", str(tmp_path / name)]
         subprocess.run(words, check=True)
@@ -197,7 +197,7 @@ def test_a_signature_says_whose_a_release_is_and_a_changed_file_fails(run: Path,
     assert "SSH key" in " ".join(gone.stderr.split())
 
 
-def test_sigstore_signs_where_it_is_installed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigstore_signs_if_installed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     done = invoke("release", run, "--out", tmp_path / "one.json", "--sign", "sigstore")
     assert done.exit_code == 4

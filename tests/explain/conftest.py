@@ -28,7 +28,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def chat_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose model has learned to answer `blue`; its base is `model` in the same folder."""
+    """A run whose model learned to answer `blue`; its base is `model` in the same folder."""
     folder = tmp_path_factory.mktemp("chat")
     longer = {"num_train_epochs": 12}
     return train(folder, build_llama(folder / "model"), ANSWERED, train=longer, evaluate={"metrics": ["loss"]})

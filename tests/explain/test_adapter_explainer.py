@@ -47,7 +47,7 @@ def look(run: Path) -> AdapterExplainer:
     return explainer
 
 
-def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
+def test_moves_equal_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
     found = look(chat_run)
     weights = load_file(chat_run / "adapter" / "adapter_model.safetensors")
     assert list(found.by("layer")) == ["0", "1"]
@@ -61,14 +61,14 @@ def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
         assert (move.change, move.rank) == (pytest.approx(expected, rel=1e-4), 4)
 
 
-def test_the_terminal_shows_where_the_tuning_went(chat_run: Path, tmp_path: Path):
+def test_the_terminal_shows_the_largest_changes(chat_run: Path, tmp_path: Path):
     result = invoke(chat_run, "--out", tmp_path)
     expect(result, 0, "adapter.html", "adapter.png", "adapter.svg")
     for word in ("The 14 modules", "q_proj", "of 4", "By layer: most in", "Largest changes"):
         assert word in result.stdout, word
 
 
-def test_a_full_training_is_held_against_the_base(full_run: Path, tmp_path: Path):
+def test_a_full_training_is_compared_with_the_base(full_run: Path, tmp_path: Path):
     found = look(full_run)
     tuned = load_file(full_run / "weights" / "model.safetensors")
     base = load_file(full_run.parent.parent / "llama" / "model.safetensors")
@@ -82,7 +82,7 @@ def test_a_full_training_is_held_against_the_base(full_run: Path, tmp_path: Path
     assert "input_layernorm" in found.by("column")
 
 
-def test_a_head_and_biases_are_told_beside_the_adapter(class_run: Path, tmp_path: Path):
+def test_a_head_and_biases_are_listed_next_to_the_adapter(class_run: Path, tmp_path: Path):
     found = AdapterExplainer(open_quietly(class_run), quiet())
     found.explain(tmp_path)
     kinds = {kind: [move for move in found.moves if move.kind == kind] for kind in ("LoRA", "bias", "whole")}
@@ -95,7 +95,7 @@ def test_a_head_and_biases_are_told_beside_the_adapter(class_run: Path, tmp_path
     assert "from a random start" in (tmp_path / "adapter.html").read_text()
 
 
-def test_carriers_are_what_the_run_says_it_trained(chat_run: Path, class_run: Path, full_run: Path, tmp_path: Path):
+def test_moved_modules_match_the_runs_trained_modules(chat_run: Path, class_run: Path, full_run: Path, tmp_path: Path):
     for run in (chat_run, class_run):
         carriers = find_trained(open_quietly(run))
         report = json.loads((run / "report.json").read_text())
@@ -108,7 +108,7 @@ def test_carriers_are_what_the_run_says_it_trained(chat_run: Path, class_run: Pa
     assert told["trained"] == {"method": "full", "modules": {}, "parameters": 0}
 
 
-def test_the_drawing_marks_what_was_trained(class_run: Path, tmp_path: Path):
+def test_the_drawing_marks_trained_modules(class_run: Path, tmp_path: Path):
     result = explain("model", class_run, "--out", tmp_path, "--no-measure")
     expect(result, 0)
     drawing = (tmp_path / "model.svg").read_text()
@@ -117,7 +117,7 @@ def test_the_drawing_marks_what_was_trained(class_run: Path, tmp_path: Path):
     assert "LoRA on 12 modules" in result.stdout
 
 
-def test_moves_of_two_halves_have_rows_of_their_own():
+def test_encoder_and_decoder_moves_have_separate_rows():
     names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q", "lm_head"]
     moves = arrange([Move(name, "LoRA", 1.0, 2.0, 9) for name in names])
     placed = [(move.layer, move.column, move.module.split(".")[0]) for move in moves]
@@ -129,7 +129,7 @@ def test_a_plain_model_has_no_adapter(tiny_llama: Path):
     expect(invoke("builtin:minilm-l6-v2"), 2, "builtin:minilm-l6-v2")
 
 
-def test_a_run_whose_model_is_gone_is_an_error_of_the_machine(chat_run: Path, tmp_path: Path):
+def test_a_run_with_a_missing_model_is_an_environment_error(chat_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(chat_run, run)
     text = (run / "recipe.yaml").read_text()
@@ -142,7 +142,7 @@ def test_a_run_whose_model_is_gone_is_an_error_of_the_machine(chat_run: Path, tm
         expect(explain(command, run), 4, "gone")
 
 
-def test_tuned_weights_that_are_gone_are_named(full_run: Path, tmp_path: Path):
+def test_missing_tuned_weights_are_named(full_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
     (run / "weights" / "model.safetensors").unlink()

@@ -74,7 +74,7 @@ def texts_of(path: Path) -> list[str | None]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_stacks_and_blocks_are_those_of_the_model_and_no_weights_are_read(built: Built, family: str):
+def test_parameters_stacks_and_blocks_match_the_model_without_reading_weights(built: Built, family: str):
     architecture, fake = describe(built(family))
     with open_quietly(built(family)).open_model("model") as model:
         config = model.config
@@ -114,14 +114,14 @@ seq2seq mbart: [LayerNorm]attention+, [LayerNorm]cross-attention+, [LayerNorm]fe
 
 
 @pytest.mark.parametrize("line", WIRED.strip().splitlines())
-def test_norms_stand_where_the_papers_put_them(line):
+def test_norms_are_where_the_papers_put_them(line):
     model, _, expected = line.partition(": ")
     kind, family = model.split()
     architecture = describe_config(AUTO[kind], AutoConfig.for_model(family, **SMALL), KINDS[kind])
     assert spell(architecture.stacks[-1].blocks[-1]) == expected
 
 
-def test_falcons_parallel_branches_have_a_norm_each():
+def test_falcons_parallel_branches_each_have_a_norm():
     """Both norms run before the attention."""
     falcon = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2}
     settings = AutoConfig.for_model("falcon", **falcon, vocab_size=50, new_decoder_architecture=True)
@@ -152,19 +152,19 @@ def test_parts_name_their_modules_heads_and_activation(built: Built):
         ("wav2vec2", ["a convolution"]),
     ],
 )
-def test_how_a_model_knows_the_order_of_words(built: Built, family: str, expected: list[str]):
+def test_position_encodings_are_found_by_family(built: Built, family: str, expected: list[str]):
     for stack, begins in zip(describe(built(family))[0].stacks, expected, strict=True):
         (order,) = stack.orders
         assert order.startswith(begins)
 
 
-def test_a_tied_head_has_no_parameters_of_its_own(built: Built):
+def test_a_tied_head_adds_no_parameters(built: Built):
     head = describe(built("llama"))[0].stacks[-1].behind[-1]
     assert (head.title, head.parameters, head.tied) == ("Head", 0, True)
 
 
-def test_weights_that_the_files_hold_twice_are_not_tied(tmp_path: Path):
-    """T5's configuration says that they are, in any case; loading looks at the files."""
+def test_weights_stored_twice_are_not_tied(tmp_path: Path):
+    """T5's configuration always says that they are tied; loading looks at the files."""
     folder = families.build_t5(tmp_path / "t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     architecture, _ = describe(folder)
     with open_quietly(folder).open_model("model") as model:
@@ -173,7 +173,7 @@ def test_weights_that_the_files_hold_twice_are_not_tied(tmp_path: Path):
     assert architecture.stacks[-1].behind[-1].parameters > 0
 
 
-def test_blocks_that_differ_are_drawn_apart(built: Built):
+def test_different_blocks_are_drawn_separately(built: Built):
     """ModernBERT's first block has no norm before its attention, and its attention reaches 8 tokens in two of three."""
     (stack,) = describe(built("modernbert"))[0].stacks
     assert [(blocks.title, spell(blocks)) for blocks in stack.blocks] == [
@@ -183,7 +183,7 @@ def test_blocks_that_differ_are_drawn_apart(built: Built):
     assert "window 8 each way in 2 of 3 layers" in branches_of(stack.blocks[0])[0].about
 
 
-def test_weights_that_are_used_again_and_again_are_counted_once(tmp_path: Path):
+def test_shared_weights_are_counted_once(tmp_path: Path):
     settings = AutoConfig.for_model("albert", **{**SMALL, "num_hidden_layers": 5}, embedding_size=16)
     architecture = describe_config(AutoModelForMaskedLM, settings, "encoder")
     (blocks,) = architecture.stacks[0].blocks
@@ -191,7 +191,7 @@ def test_weights_that_are_used_again_and_again_are_counted_once(tmp_path: Path):
     assert "× 5" in texts_of(draw_architecture(tmp_path / "model", architecture, None)[0])
 
 
-def test_a_model_that_cannot_be_run_is_drawn_without_a_path(built: Built, tmp_path: Path):
+def test_a_model_that_cannot_run_on_shapes_is_drawn_without_a_path(built: Built, tmp_path: Path):
     architecture, _ = describe(built("llama"))
     target = open_quietly(built("llama"))
     fake = build_fake_model(target)
@@ -209,7 +209,7 @@ def test_a_model_that_cannot_be_run_is_drawn_without_a_path(built: Built, tmp_pa
 
 
 @pytest.mark.parametrize(("family", "added"), [("llama", 0), ("bert", 2), ("whisper", 2), ("t5", 0)])
-def test_a_drawing_has_a_sum_for_each_residual_path_and_stands_alone(built: Built, tmp_path: Path, family, added):
+def test_a_drawing_has_a_sum_for_each_residual_path_and_is_self_contained(built: Built, tmp_path: Path, family, added):
     architecture, _ = describe(built(family))
     (path,) = draw_architecture(tmp_path / "model", architecture, None)
     shown = texts_of(path)
@@ -219,8 +219,8 @@ def test_a_drawing_has_a_sum_for_each_residual_path_and_stands_alone(built: Buil
     assert set(re.findall(r'(?:href|src)="([^"#][^"]*)"', path.read_text())) == set()
 
 
-def test_what_comes_out_is_told():
-    """BERT's pooler sees the first token alone: what it gives is no vector for each word."""
+def test_outputs_are_described():
+    """BERT's pooler sees only the first token, so its output is not per word."""
     bert = AutoConfig.for_model("bert", **SMALL, num_labels=5)
     pooled = describe_config(AutoModel, bert, "encoder").stacks[0]
     assert [part.about for part in pooled.behind] == ["32 → 32, once for the text"]
@@ -231,7 +231,7 @@ def test_what_comes_out_is_told():
         assert describe_config(AutoModelForSequenceClassification, settings).stacks[0].gives == "5 scores for the text"
 
 
-def test_what_was_trained_is_marked_with_how_many_blocks_have_it():
+def test_trained_modules_are_marked_with_their_number_of_blocks():
     trained = TrainedModules("lora", {"layers.2.q_proj": TrainedModule("LoRA", 10, 4)})
     assert trained.mark([f"layers.{number}.q_proj" for number in range(3)]) == "LoRA r 4 in 1 of 3"
     assert trained.mark(["layers.2.q_proj"]) == "LoRA r 4"

@@ -33,7 +33,7 @@ FIGURES = {"attention-heatmap.png", "attention-heatmap.svg", "attention-graph.sv
 
 @pytest.fixture(scope="module")
 def explained(chat_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What is printed of the run and the text, and where its files are."""
+    """The printed result for the run and the text, and the folder of its files."""
     out = tmp_path_factory.mktemp("explained")
     return values_of(invoke(chat_run, "--text", TEXT, "--out", out, "--json")), out
 
@@ -43,7 +43,7 @@ def names(out: Path) -> set[str]:
 
 
 def unpack(kind: dict[str, Any], side: str, layer: int, head: Any) -> np.ndarray:
-    """Return what the page has of a map, [rows, columns]."""
+    """Return a map from the page, [rows, columns]."""
     numbers = np.frombuffer(base64.b64decode(kind["values"][f"{side}/{layer}/{head}"]), "<u2") / 65535
     shape = (len(kind["rows"]), len(kind["columns"]))
     if not kind["masked"]:
@@ -68,7 +68,7 @@ def test_a_run_shows_base_tuned_and_difference_in_all_files(explained):
     assert "".join(token["text"] for token in found["tokens"]["source"]) == TEXT
 
 
-def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(chat_run, explained):
+def test_a_run_shows_its_own_base_and_tuned_model(chat_run, explained):
     page = page_data(explained[1] / "attention.html")["kinds"][0]
     name = str(load_recipe(str(chat_run / "recipe.yaml")).recipe.model.name)
     ids = AutoTokenizer.from_pretrained(name)(TEXT, return_tensors="pt")
@@ -85,7 +85,7 @@ def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(chat_run
                 assert np.abs(unpack(page, side, layer, head) - wanted).max() < 2e-5
 
 
-def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(built, tmp_path):
+def test_the_three_kinds_of_an_encoder_decoder_are_distinguished(built, tmp_path):
     asked = ("--text", "The sky is blue", "--target", "Der Himmel", "--out", tmp_path, "--json")
     found = values_of(invoke(built("t5"), *asked))
     assert list(found["attention"]) == ["self", "masked-self", "cross"]
@@ -113,7 +113,7 @@ def test_without_a_target_an_encoder_decoder_writes_its_own_answer(built, tmp_pa
     assert "own answer; --target gives another" in " ".join(result.stderr.split())
 
 
-def test_a_translators_run_reads_the_text_as_its_task_puts_it(tmp_path):
+def test_a_translators_run_reads_the_text_as_its_task_encodes_it(tmp_path):
     run = train(
         tmp_path,
         build_t5(tmp_path / "model"),
@@ -130,7 +130,7 @@ def test_a_translators_run_reads_the_text_as_its_task_puts_it(tmp_path):
     assert (run / "explain" / "attention.html").is_file()
 
 
-def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one(built, tmp_path):
+def test_whisper_shows_a_recording_in_stretches_and_the_silence_after_it_as_one(built, tmp_path):
     tone = write_tone(tmp_path / "tone.wav", 1.3)
     asked = ("--audio", tone, "--target", "blue", "--language", "de", "--out", tmp_path, "--json")
     found = values_of(invoke(built("whisper"), *asked))
@@ -139,14 +139,14 @@ def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one
     assert [token["text"] for token in found["tokens"]["target"]][:2] == ["<|startoftranscript|>", "<|de|>"]
 
 
-def test_a_message_in_the_chat_template_is_what_the_run_was_trained_on(chat_run, tmp_path):
+def test_a_message_is_rendered_as_in_the_runs_training(chat_run, tmp_path):
     found = values_of(invoke(chat_run, "--text", "Is 3 red?", "--chat", "--out", tmp_path, "--json"))
     read = [token["text"] for token in found["tokens"]["source"]]
     assert "".join(read) == "<|im_start|>user\nIs 3 red?<|im_end|>\n<|im_start|>assistant\n"
     assert [token["special"] for token in found["tokens"]["source"]].count(True) == 3
 
 
-def test_layer_and_head_choose_what_is_drawn(built, tmp_path):
+def test_layer_and_head_select_the_drawn_map(built, tmp_path):
     asked = ("--text", TEXT, "--layer", 1, "--head", 3, "--out", tmp_path, "--json")
     found = values_of(invoke(built("bert"), *asked))
     assert found["attention"]["self"]["shown"]["layer"] == 1
@@ -154,7 +154,7 @@ def test_layer_and_head_choose_what_is_drawn(built, tmp_path):
         assert "layer 1, head 3" in (tmp_path / name).read_text("utf-8")
 
 
-def test_letters_that_no_font_of_this_machine_has_are_said_once(tmp_path):
+def test_letters_without_a_font_are_reported_once(tmp_path):
     from llmtune.explain.figures import fonts_for
 
     families, missing = fonts_for(["cat שלום", "\U0001fbc5", "\U0001fbc5 a"])
@@ -165,7 +165,7 @@ def test_letters_that_no_font_of_this_machine_has_are_said_once(tmp_path):
 # Limits and mistakes
 
 
-def test_a_text_that_is_too_long_is_refused_with_both_lengths_or_cut(built, tmp_path):
+def test_a_long_text_is_refused_with_both_lengths_or_truncated(built, tmp_path):
     long = "cat dog " * 200
     expect(invoke(built("bert"), "--text", long), 3, "--text", "402 tokens", "positions for 256", "--cut")
     expect(invoke(built("llama"), "--text", long, "--max-tokens", 30), 3, "a figure shows at most 30", "--max-tokens")
@@ -176,7 +176,7 @@ def test_a_text_that_is_too_long_is_refused_with_both_lengths_or_cut(built, tmp_
     assert (len(read), read[0], read[-1]) == (30, "[CLS]", "[SEP]")
 
 
-def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(built, tmp_path):
+def test_missing_empty_and_inapplicable_options_are_named_with_the_fix(built, tmp_path):
     expect(invoke(built("llama"), "--text", "  "), 3, "--text: the text is empty", "at least one word")
     expect(invoke(built("llama")), 2, "--text: it is needed")
     expect(invoke(built("llama"), "--text", "a", "--target", "b"), 2, "--target: it does not apply to this model")
@@ -185,7 +185,7 @@ def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(built, tmp_pa
     expect(invoke(built("whisper"), "--audio", tmp_path / "none.wav"), 3, "none.wav", "file not found:")
 
 
-def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(built):
+def test_an_unknown_layer_head_or_kind_is_refused_with_the_known_ones(built):
     asked = (built("llama"), "--text", "a b")
     expect(invoke(*asked, "--layer", "2"), 2, "--layer: layer 2 not found: the model has 2", "from 0 to 1")
     expect(invoke(*asked, "--head", "4"), 2, "--head: head '4' not found: a layer has 4", "0 to 3, mean or rollout")
@@ -194,7 +194,7 @@ def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(built):
     expect(invoke(built("t5"), "--text", "a", "--kind", "cross", "--head", "rollout"), 2, "has no rollout")
 
 
-def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_for(built, tmp_path, monkeypatch):
+def test_without_room_for_all_heads_the_page_has_those_of_the_given_layer(built, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_maps, "MOST_NUMBERS", 1000)
     target = open_quietly(built("bert"))
     with pytest.raises(RecipeError, match="too many to keep"):
@@ -224,7 +224,7 @@ def page(tmp_path):
 
 
 def shown_after(page: Page, script: str = "") -> str:
-    """What the page shows once a script has acted in it."""
+    """The page's content after a script ran in it."""
     return page.run(f"(() => {{ {CHOOSE} {script}; return document.documentElement.outerHTML; }})()")
 
 
@@ -241,7 +241,7 @@ def test_choosing_a_head_changes_the_picture(built, tmp_path, page):
 
 
 @browser
-def test_the_page_of_a_run_stands_side_by_side_and_its_graph_follows_the_threshold(chat_run, tmp_path, page):
+def test_a_runs_maps_are_side_by_side_and_its_graph_follows_the_threshold(chat_run, tmp_path, page):
     values_of(invoke(chat_run, "--text", "one two three four", "--out", tmp_path, "--json"))
     page.open((tmp_path / "attention.html").as_uri())
     edges = {}

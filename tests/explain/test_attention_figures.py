@@ -40,24 +40,24 @@ def line(words: list[str]) -> TokenLine:
 
 
 def maps_of(lines: TextLines, kind: AttentionKind = SELF, **models: np.ndarray) -> AttentionMaps:
-    """One layer whose mean is what is given, and a threshold of 0.3."""
+    """One layer with the given mean, and a threshold of 0.3."""
     kept = {model: {kind: {0: {MEAN: weights}}} for model, weights in models.items()}
     return AttentionMaps(tuple(models), lines, {kind: (1, 1)}, AttentionRequest(layer=0, threshold=0.3), kept)
 
 
-def test_edges_are_the_weights_from_the_threshold_on_of_any_model_but_not_to_where_attention_is_parked():
+def test_edges_reach_the_threshold_in_any_model_and_avoid_parked_attention():
     lines = TextLines(line(WORDS))
     assert find_edges(maps_of(lines, model=MATRIX), SELF) == [(3, 4), (1, 2), (2, 3)]
     assert (4, 3) in find_edges(maps_of(lines, base=MATRIX, tuned=MATRIX.T.copy()), SELF)
 
 
-def test_the_threshold_by_itself_leaves_about_the_edges_that_can_be_read():
+def test_the_default_threshold_leaves_a_readable_number_of_edges():
     many = np.random.default_rng(0).dirichlet(np.ones(40), size=40).astype(np.float32)
     threshold = find_threshold(many, np.ones_like(many, dtype=bool))
     assert (many >= threshold).sum() == pytest.approx(40 * EDGES_PER_WORD, abs=3)
 
 
-def test_graphml_and_picture_hold_words_weights_and_differences(tmp_path: Path):
+def test_graphml_and_picture_contain_words_weights_and_differences(tmp_path: Path):
     maps = maps_of(TextLines(line(WORDS)), base=MATRIX, tuned=MATRIX.T.copy())
     _, _, svg, graphml = draw_attention(maps, tmp_path, quiet())
     made = networkx.read_graphml(graphml)
@@ -70,7 +70,7 @@ def test_graphml_and_picture_hold_words_weights_and_differences(tmp_path: Path):
     assert groups["edges-base"] == groups["edges-tuned"] == groups["edges-difference"] == made.number_of_edges()
 
 
-def test_a_cross_graph_has_the_words_of_both_texts_even_those_that_xml_cannot_hold(tmp_path: Path):
+def test_a_cross_graph_has_the_words_of_both_texts_even_if_xml_cannot_store_them(tmp_path: Path):
     lines = TextLines(line(["the", "a\x00b", "\ud800"]), line(["<pad>", "<&\"'>"]))
     maps = maps_of(lines, CROSS, model=np.full((2, 3), 1 / 3, dtype=np.float32))
     _, _, svg, graphml = draw_attention(maps, tmp_path, quiet())

@@ -70,7 +70,7 @@ def see(model: Any, name: str) -> list[Attended]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_weights_are_those_that_the_model_gives_out_itself(load, name):
+def test_weights_equal_the_models_own_output(load, name):
     model = load(name)
     seen, family = see(model, name), family_of(model.config)
     with torch.inference_mode():
@@ -86,7 +86,7 @@ def test_weights_are_those_that_the_model_gives_out_itself(load, name):
             assert torch.equal(one.weights, whole_1HQT[0])
 
 
-def test_an_encoder_whose_layers_see_a_neighbourhood_is_no_masked_one(load):
+def test_an_encoder_with_local_attention_is_not_masked(load):
     model = load("modernbert")
     seen: list[Attended] = []
     attend(model, {"input_ids": torch.arange(10, 40)[None]}, "encoder", seen.append)
@@ -96,7 +96,7 @@ def test_an_encoder_whose_layers_see_a_neighbourhood_is_no_masked_one(load):
     assert not seen[1].weights.triu(9).any()
 
 
-def test_the_weights_of_one_layer_are_gone_before_the_next_ones_are_seen(load):
+def test_a_layers_weights_are_freed_before_the_next_layer(load):
     model = load("llama")
     alive: list[int] = []
 
@@ -109,7 +109,7 @@ def test_the_weights_of_one_layer_are_gone_before_the_next_ones_are_seen(load):
     assert alive == [1, 1]
 
 
-def test_a_look_that_fails_leaves_transformers_as_it_was(load):
+def test_a_failing_callback_leaves_transformers_unchanged(load):
     def fail(seen: Attended) -> None:
         raise KeyboardInterrupt
 
@@ -119,21 +119,21 @@ def test_a_look_that_fails_leaves_transformers_as_it_was(load):
     assert len(see(load("bert"), "bert")) == 2
 
 
-def test_a_model_that_shows_no_attention_is_an_error(load):
+def test_a_model_without_attention_weights_is_an_error(load):
     model = load("bert")
     model.set_attn_implementation("sdpa")
     with pytest.raises(EnvironmentProblem, match="does not show its attention"):
         attend(model, inputs_for("bert"), "encoder", lambda seen: None)
 
 
-# What is kept of it
+# Kept weights
 
 
 def line(*sizes: int) -> TokenLine:
     return TokenLine(tuple(Token(i, f"w{i}", special=False, continues=False) for i in range(len(sizes))), sizes)
 
 
-def test_grouped_rows_are_means_and_grouped_columns_sums_so_that_rows_sum_to_one():
+def test_grouped_rows_average_and_grouped_columns_add_so_rows_sum_to_one():
     weights_TT = np.random.default_rng(0).dirichlet(np.ones(6), size=6).astype(np.float32)
     merged = merge_stretches(weights_TT, line(1, 2, 3), line(2, 4))
     assert merged.shape == (3, 2)
@@ -149,7 +149,7 @@ def test_rollout_is_the_product_of_halved_attention_and_halved_identity():
     assert np.allclose(rolled.sum(-1), 1, atol=1e-6)
 
 
-def test_what_is_kept_of_a_decoder_are_its_heads_their_mean_and_the_rollout_of_the_means(load):
+def test_a_decoder_keeps_heads_mean_and_rollout_of_means(load):
     maps = AttentionMaps(("model",), TextLines(line(*[1] * 7)), {MASKED: (2, 4)}, AttentionRequest(layer=1))
     model, seen = load("llama"), see(load("llama"), "llama")
     attend(model, inputs_for("llama"), "decoder", partial(maps.add, "model"))
@@ -160,7 +160,7 @@ def test_what_is_kept_of_a_decoder_are_its_heads_their_mean_and_the_rollout_of_t
     assert not np.triu(second["rollout"], 1).any()
 
 
-def test_a_layer_where_all_look_at_one_word_does_not_count_as_words_looking_at_words():
+def test_attention_of_all_words_to_one_word_does_not_make_a_layer_telling():
     telling = TextLines(line(1, 1, 1, 1)).among_words(SELF)
     sink = np.full((4, 4), [0.3, 0.1, 0.5, 0.1], dtype=np.float32)
     pairs = np.array([[0.7, 0.1, 0.1, 0.1], [0.6, 0, 0.4, 0], [0.6, 0, 0, 0.4], [0.6, 0.4, 0, 0]], dtype=np.float32)

@@ -44,7 +44,7 @@ def measure(folder: Path, seconds: float = 1.0) -> MeasuredBlock | str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_formula_is_what_torch_counts_at_other_lengths(built: Callable[[str], Path], family: str):
+def test_the_formula_matches_torchs_count_at_other_lengths(built: Callable[[str], Path], family: str):
     cost = count(built(family))
     with open_quietly(built(family)).open_model("model") as model:
         for tokens in (1, 77):
@@ -53,7 +53,7 @@ def test_the_formula_is_what_torch_counts_at_other_lengths(built: Callable[[str]
             assert evaluate_cost(cost.total, tokens) == counter.get_total_flops()
 
 
-def test_a_decoder_costs_two_a_weight_and_four_a_pair_and_width(tiny_llama: Path):
+def test_a_decoder_costs_two_per_weight_and_four_per_pair_and_width(tiny_llama: Path):
     """2 x weights of all products a token, and 4 L d a layer: queries with keys, weights with values."""
     cost = count(tiny_llama)
     weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128) + 64 * 425
@@ -61,7 +61,7 @@ def test_a_decoder_costs_two_a_weight_and_four_a_pair_and_width(tiny_llama: Path
     assert cost.at(128)["attention_share"] == pytest.approx(512 * 128 * 128 / evaluate_cost(cost.total, 128))
 
 
-def test_what_is_said_into_a_window_of_one_size_costs_the_same(built: Callable[[str], Path]):
+def test_speech_in_a_fixed_window_costs_the_same_for_any_length(built: Callable[[str], Path]):
     encoder, crossing, decoder = 2 * 4 * 100 * 100 * 64, 2 * 4 * 100 * 64, 2 * 4 * 64
     assert list(count(built("whisper")).attention) == [encoder, crossing, decoder]
 
@@ -75,7 +75,7 @@ def test_the_crossing_is_the_first_length_at_which_attention_costs_more(tiny_lla
     assert Cost(np.array([0, 2, 0]), np.array([0, 0, 0])).crossing() is None
 
 
-def test_attention_over_blocks_of_a_fixed_size_is_not_given_a_formula(tmp_path: Path):
+def test_attention_over_fixed_size_blocks_gets_no_formula(tmp_path: Path):
     from transformers import LongT5Config, LongT5ForConditionalGeneration
 
     folder = families.build_t5(tmp_path / "long")
@@ -95,21 +95,21 @@ def test_a_block_and_its_attention_are_timed_by_length(tiny_gpt2: Path):
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "t5", "whisper", "wav2vec2"])
-def test_blocks_of_every_family_run_by_themselves(built, monkeypatch, family):
+def test_blocks_of_every_family_run_alone(built, monkeypatch, family):
     monkeypatch.setattr(fake_model, "LONGEST", 64)
     found = measure(built(family), 0.2)
     assert isinstance(found, MeasuredBlock), found
     assert [point.tokens for point in found.points] == [64]
 
 
-def test_measuring_ends_with_its_time_and_a_large_block_is_not_tried(tiny_llama: Path, monkeypatch):
+def test_measuring_stops_at_its_time_limit_and_skips_a_large_block(tiny_llama: Path, monkeypatch):
     found = measure(tiny_llama, 0.02)
     assert 1 <= len(found.points) < 6
     monkeypatch.setattr(fake_model, "MOST_BYTES", 4 * 30_000)
     assert "parameters" in measure(tiny_llama)
 
 
-def test_without_measuring_there_are_parts_and_costs_and_no_times(tiny_gpt2: Path, tmp_path: Path):
+def test_without_measuring_the_page_has_parts_and_costs_but_no_times(tiny_gpt2: Path, tmp_path: Path):
     result = invoke(tiny_gpt2, "--out", tmp_path, "--no-measure")
     for word in ("Masked self-attention", "c_attn", "64 → 192", "gelu", "a learned table", "160,064", "tokens"):
         assert word in result.stdout, word
@@ -117,7 +117,7 @@ def test_without_measuring_there_are_parts_and_costs_and_no_times(tiny_gpt2: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"model.html", "model.svg", "model-cost.svg"}
 
 
-def test_a_configuration_that_no_model_can_be_built_from_is_refused(tmp_path: Path):
+def test_an_invalid_configuration_is_refused(tmp_path: Path):
     folder = build_gpt2(tmp_path / "gpt2")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_head": 7}))

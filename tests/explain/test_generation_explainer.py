@@ -29,17 +29,17 @@ QUESTION = "Which colour has number 7?"
 
 @pytest.fixture(scope="module")
 def told(chat_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What is printed of the run and the question."""
+    """The printed result for the run and the question."""
     return values_of(invoke(chat_run, "--prompt", QUESTION, "--json", "--out", tmp_path_factory.mktemp("told")))
 
 
 @pytest.fixture
 def run(chat_run: Path, tmp_path: Path) -> Path:
-    """A copy that a test may write into."""
+    """A writable copy of the run."""
     return shutil.copytree(chat_run, tmp_path / "run")
 
 
-def test_base_and_tuned_answers_part_and_what_moved_is_told(told):
+def test_base_and_tuned_answers_diverge_and_the_changes_are_listed(told):
     base, tuned = (told["traces"][side]["steps"] for side in ("base", "tuned"))
     assert "blue" in told["traces"]["tuned"]["text"]
     assert "blue" not in told["traces"]["base"]["text"]
@@ -51,7 +51,7 @@ def test_base_and_tuned_answers_part_and_what_moved_is_told(told):
         assert score["probability"] == pytest.approx(step["probability"], rel=1e-3)
 
 
-def test_the_base_is_the_model_without_its_adapter_and_the_prompt_that_of_training(told, chat_run):
+def test_the_base_is_the_model_without_adapter_and_the_prompt_is_as_in_training(told, chat_run):
     loaded = load_recipe(str(chat_run / "recipe.yaml")).recipe
     model = AutoModelForCausalLM.from_pretrained(str(loaded.model.name)).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(loaded.model.name))
@@ -65,7 +65,7 @@ def test_the_base_is_the_model_without_its_adapter_and_the_prompt_that_of_traini
     assert [row["rank"] for row in told["scores"]["base"]] == [w.rank for w in wanted]
 
 
-def test_a_run_that_trained_all_weights_has_a_base_of_its_own(tmp_path):
+def test_a_fully_trained_run_has_a_separate_base(tmp_path):
     run = train(
         tmp_path,
         build_llama(tmp_path / "model"),
@@ -80,7 +80,7 @@ def test_a_run_that_trained_all_weights_has_a_base_of_its_own(tmp_path):
     assert base["likeliest"]["token"] == told["traces"]["base"]["steps"][0]["token"]
 
 
-def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
+def test_the_runs_report_links_to_the_page_and_is_otherwise_unchanged(run):
     before = json.loads((run / "report.json").read_text())
     assert before["explanations"] == []
     assert "llmtune explain generation RUN" in (run / "report.html").read_text()
@@ -92,7 +92,7 @@ def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
     assert json.loads((run / "report.json").read_text()) == {**before, "explanations": [name]}
 
 
-def test_the_terminal_shows_the_four_stages_and_where_they_part(chat_run, tmp_path):
+def test_the_terminal_shows_the_four_stages_and_the_divergence(chat_run, tmp_path):
     shown = invoke(chat_run, "--prompt", QUESTION, "--out", tmp_path / "out", columns=80).stdout
     stages = ["Where base and tuned diverge", "1 Prompt to tokens", "2 Model processing", "3 Word prediction"]
     stages.append("4 Output so far")
@@ -102,13 +102,13 @@ def test_the_terminal_shows_the_four_stages_and_where_they_part(chat_run, tmp_pa
     assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
 
 
-def test_words_that_would_be_cut_off_stand_in_brackets(tiny_llama, tmp_path):
+def test_words_cut_off_by_sampling_are_in_brackets(tiny_llama, tmp_path):
     kept = ("--top", 3, "--top-k", 2, "--top-p", 1, "--max-new-tokens", 1)
     shown = invoke(tiny_llama, "--prompt", "red", *kept, "--out", tmp_path).stdout
     assert re.search(r" 2 +\S+ [\d.]+, \(\S+ [\d.]+\)", shown)
 
 
-def test_a_plain_model_goes_by_its_template_unless_told_otherwise(tiny_llama, tmp_path):
+def test_a_plain_model_uses_its_template_unless_plain_is_given(tiny_llama, tmp_path):
     short = ("--max-new-tokens", 1, "--json", "--out", tmp_path)
     with_template = values_of(invoke(tiny_llama, "--prompt", "red", "--system", "Be short.", *short))
     assert "".join(token["text"] for token in with_template["tokens"]).startswith("<|im_start|>system\nBe short.")
@@ -126,7 +126,7 @@ def test_an_encoder_fills_its_masks(built, tmp_path):
     assert "blue" in told["traces"]["model"]["text"]
 
 
-def test_what_whisper_writes_down_is_traced(tmp_path):
+def test_whispers_transcript_is_traced(tmp_path):
     model, sound = build_whisper(tmp_path / "whisper", multilingual=False), write_tone(tmp_path / "tone.wav", 3.0)
     told = values_of(invoke(model, "--audio", sound, "--max-new-tokens", 3, "--json", "--out", tmp_path))
     assert [token["special"] for token in told["tokens"]] == [True] * len(told["tokens"])
@@ -147,12 +147,12 @@ def test_what_whisper_writes_down_is_traced(tmp_path):
         (("--audio", "tone.wav"), ("--audio", "--prompt")),
     ],
 )
-def test_what_a_model_cannot_go_on_from_is_refused_with_place_and_cure(tiny_llama, tmp_path, arguments, words):
+def test_prompts_that_a_model_cannot_continue_are_refused_with_place_and_fix(tiny_llama, tmp_path, arguments, words):
     expect(invoke(tiny_llama, *arguments, "--out", tmp_path), 2, *words)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_that_predict_no_words_are_told_so(built, tmp_path, tiny_gpt2):
+def test_models_that_predict_no_words_are_refused(built, tmp_path, tiny_gpt2):
     bert = built("bert")
     expect(invoke(bert, "--prompt", "The sky is blue.", "--out", tmp_path), 2, "[MASK]", "--prompt")
     AutoModel.from_pretrained(bert).save_pretrained(tmp_path / "headless")
@@ -167,7 +167,7 @@ def test_models_that_predict_no_words_are_told_so(built, tmp_path, tiny_gpt2):
 
 
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6))
-def test_answers_part_behind_what_they_have_in_common(base, tuned):
+def test_answers_diverge_after_their_common_prefix(base, tuned):
     at = find_parting(base, tuned)
     if at is None:
         assert base == tuned
@@ -176,7 +176,7 @@ def test_answers_part_behind_what_they_have_in_common(base, tuned):
         assert base[at : at + 1] != tuned[at : at + 1]
 
 
-def test_a_choice_leaves_the_recipes_penalty_and_takes_its_sampling_away(chat_run):
+def test_sampling_options_keep_the_recipes_penalty_and_replace_its_sampling(chat_run):
     recipe = load_recipe(str(chat_run / "recipe.yaml")).recipe
     own = recipe.generation.model_copy(
         update={"repetition_penalty": 1.3, "num_beams": 4, "do_sample": True, "top_k": 5}
@@ -186,7 +186,7 @@ def test_a_choice_leaves_the_recipes_penalty_and_takes_its_sampling_away(chat_ru
     assert changed.repetition_penalty == 1.3
 
 
-def test_pages_of_another_training_do_not_stay(tmp_path):
+def test_pages_of_an_earlier_training_are_removed(tmp_path):
     model = build_llama(tmp_path / "model")
     short = {"train": {"max_steps": 1, "num_train_epochs": None}, "evaluate": {"metrics": ["loss"]}}
     run = train(tmp_path, model, ANSWERED, **short)

@@ -42,7 +42,7 @@ def generated(model: Any, prompt: ModelInputs, **settings: Any) -> list[int]:
     return out[0].tolist()
 
 
-def test_a_drawn_answer_is_the_one_of_the_same_seed(llama):
+def test_a_sampled_answer_equals_generates_with_the_same_seed(llama):
     model, tokenizer = llama
     prompt = prompt_for(tokenizer)
     choice = Sampling(max_new_tokens=6, temperature=1.3, top_p=0.95, top_k=20, sample=True, seed=5)
@@ -56,7 +56,7 @@ def test_a_drawn_answer_is_the_one_of_the_same_seed(llama):
         assert next(one.kept for one in step.candidates if one.token == step.token) > 0
 
 
-def test_probabilities_are_those_of_a_plain_forward_pass(llama):
+def test_probabilities_equal_those_of_a_plain_forward_pass(llama):
     model, tokenizer = llama
     prompt = prompt_for(tokenizer)
     trace = trace_answer(model, prompt, tokenizer, GREEDY)
@@ -71,7 +71,7 @@ def test_probabilities_are_those_of_a_plain_forward_pass(llama):
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (1.0, 5), (0.8, 10)])
-def test_what_is_kept_is_what_sorting_and_adding_up_leaves(llama, temperature, top_p, top_k):
+def test_kept_tokens_match_sorting_and_cumulative_sums(llama, temperature, top_p, top_k):
     logits = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 3
     seen = ForwardPass(llama[0], logits[None], [], {})
     (found,) = list_steps([0], [logits.log_softmax(-1)], Sampling(1, temperature, top_p, top_k), seen, llama[1])
@@ -88,7 +88,7 @@ def test_what_is_kept_is_what_sorting_and_adding_up_leaves(llama, temperature, t
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
-def test_a_greedy_answer_is_the_one_that_the_model_gives(built, family):
+def test_a_greedy_answer_equals_the_models_own(built, family):
     folder, task = built(family), "completion" if family == "llama" else "summarize"
     auto = AutoModelForCausalLM if family == "llama" else AutoModelForSeq2SeqLM
     model, tokenizer = auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -127,7 +127,7 @@ def test_the_answer_ends_at_an_end_token(llama):
     assert (short.ids, short.ended, short.text) == (trace.ids[:1], True, "")
 
 
-def test_looking_leaves_the_random_numbers_as_they_were(llama):
+def test_tracing_leaves_the_random_state_unchanged(llama):
     model, tokenizer = llama
     torch.manual_seed(11)
     wanted = torch.rand(3)

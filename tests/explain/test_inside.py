@@ -1,4 +1,4 @@
-"""The page that teaches with `llmtune explain`: each of its commands runs, each of its pictures is there and small."""
+"""docs/inside.md: each of its commands runs, and each of its pictures exists and is small."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGEST_BYTES = 150_000
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models with as many layers as the page speaks of, by the page's names for them."""
+    """Tiny models by the page's names, with enough layers for its commands."""
     folder = tmp_path_factory.mktemp("models")
     llama = build_llama(folder / "llama", layers=8)
     return {
@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_page_runs_and_writes_whole_files_that_ask_nothing_of_the_network(
+def test_each_command_of_the_page_runs_and_writes_self_contained_files(
     models: dict[str, Path], tmp_path: Path, monkeypatch, line
 ):
     monkeypatch.chdir(ROOT)  # the page names a recording of the repository
@@ -58,16 +58,16 @@ def test_a_command_of_the_page_runs_and_writes_whole_files_that_ask_nothing_of_t
 
 
 def picture_of(line: str) -> str:
-    """The file that the picture below a command is taken from; empty where there is none."""
+    """The file of the picture below a command; empty if there is no picture."""
     found = re.search(rf"^    {re.escape(line)}\n\n!\[[^]]*\]\(inside/[^.]+\.([^)]+)\)", PAGE, flags=re.MULTILINE)
     return found[1] if found else ""
 
 
-def test_each_of_the_five_commands_is_taught():
+def test_the_page_uses_all_five_commands():
     assert {line.split()[2] for line in COMMANDS} == {"attention", "generation", "positions", "model", "adapter"}
 
 
-def test_every_picture_is_there_small_and_whole_and_one_of_a_command_that_names_no_folder():
+def test_every_picture_exists_is_small_and_valid_and_belongs_to_a_command():
     assert sorted(LINKED) == sorted(path.name for path in (ROOT / "docs/inside").iterdir())
     for name in LINKED:
         path = ROOT / "docs/inside" / name

@@ -22,7 +22,7 @@ PLACES = [2, 5]
 
 
 def look(model: Any, places: list[int] = PLACES, **inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """What the lens reads of one forward pass, and the output with all hidden states."""
+    """The lens of one forward pass, and the model's output with all hidden states."""
     model.eval()
     lens = read_lens(run_forward(model, inputs, places))
     assert lens is not None
@@ -49,41 +49,41 @@ BEHIND = {
     "t5": lambda model, hidden: model.lm_head(model.decoder.final_layer_norm(hidden) * model.config.d_model**-0.5),
     "bert": lambda model, hidden: model.cls(hidden),
 }
-"""By family what stands behind its layers: norm, scale and head."""
+"""The modules after the layers by family: norm, scale and head."""
 AUTO = {"bert": AutoModelForMaskedLM, "modernbert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
 AUTO |= {"bart": AutoModelForSeq2SeqLM, "whisper": AutoModelForSpeechSeq2Seq}
 MADE = {"gemma2": gemma2, "albert": albert}
-"""With a soft cap; with one layer that is used again and again."""
+"""Families with a soft cap, or with one shared layer."""
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert", "modernbert", "bart", "whisper", *MADE])
-def test_each_layer_is_read_through_the_models_own_ending(built, family):
+def test_each_layer_is_read_through_the_models_own_head(built, family):
     model = MADE[family]() if family in MADE else AUTO.get(family, AutoModelForCausalLM).from_pretrained(built(family))
     inputs = {"input_features": torch.randn(1, 80, 200)} if family == "whisper" else {"input_ids": IDS}
     lens, output = look(model, **inputs, **({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}))
     torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-4)
     states = output.decoder_hidden_states if model.config.is_encoder_decoder else output.hidden_states
     assert lens.shape[:2] == (2, len(states))
-    for layer, hidden in enumerate(states[:-1] if family in BEHIND else ()):  # the last one is given behind the norm
+    for layer, hidden in enumerate(states[:-1] if family in BEHIND else ()):  # the last one is returned after the norm
         with torch.no_grad():
             wanted = BEHIND[family](model, hidden)[0, PLACES]
         torch.testing.assert_close(lens[:, layer], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_layers_of_a_mixture_are_not_taken_for_its_experts(tiny_llama):
+def test_experts_of_a_mixture_are_not_mistaken_for_layers(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.model.layers[0].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
     assert find_layers(model) == list(model.model.layers)
 
 
-def test_a_model_whose_reading_is_not_what_it_says_has_no_lens(tiny_llama):
+def test_a_model_whose_replay_differs_from_its_output_has_no_lens(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     # an ending that depends on the length of the text cannot be read a position at a time
     model.model.norm.register_forward_hook(lambda module, args, output: output + output.mean(dim=1, keepdim=True))
     assert read_lens(run_forward(model, {"input_ids": IDS}, PLACES)) is None
 
 
-def test_nothing_of_looking_stays_in_the_model(tiny_llama):
+def test_the_lens_leaves_no_hooks_in_the_model(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     before = model.eval()(input_ids=IDS).logits
     assert list(read_lens(run_forward(model, {"input_ids": IDS}, PLACES)) or [])

@@ -32,7 +32,7 @@ def load(folder: Any) -> Any:
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.floats(1.5, 1e6))
-def test_the_encoding_is_the_papers_formula_number_by_number(length, pairs, base):
+def test_the_encoding_matches_the_papers_formula(length, pairs, base):
     table = sinusoidal_scheme(length, 2 * pairs, base).values
     for k in (0, length // 2, length - 1):
         for i in range(pairs):
@@ -54,7 +54,7 @@ TABLES = {
 
 @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
 @pytest.mark.parametrize("family", TABLES)
-def test_the_first_row_of_a_table_is_what_the_model_adds_at_the_first_token(built, family):
+def test_the_first_row_of_a_table_is_added_at_the_first_token(built, family):
     model, (module, kinds) = load(built(family)), TABLES[family]
     found = find_schemes(model)
     assert [scheme.kind for scheme in found] == kinds
@@ -71,7 +71,7 @@ def test_the_first_row_of_a_table_is_what_the_model_adds_at_the_first_token(buil
         np.testing.assert_allclose(found[0].values[:3], added, atol=1e-6)
 
 
-def test_rotary_cosines_are_those_that_the_model_computes(tiny_llama):
+def test_rotary_cosines_equal_the_models(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     (scheme,) = find_schemes(model)
     places = torch.arange(50)[None]
@@ -82,7 +82,7 @@ def test_rotary_cosines_are_those_that_the_model_computes(tiny_llama):
     assert similarity_by_distance(scheme, 50)[0] == 1
 
 
-def test_a_stretched_rotation_is_shown_as_the_model_has_it():
+def test_a_scaled_rotation_is_shown_as_the_model_computes_it():
     stretched = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     (plain,) = find_schemes(LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape)))
@@ -97,7 +97,7 @@ def test_each_kind_of_layer_has_its_own_rotation_in_modernbert(built):
     assert all("attention" in scheme.name for scheme in found)
 
 
-def test_the_bias_of_t5_is_the_one_that_its_attention_adds(built):
+def test_t5s_bias_equals_the_one_added_by_its_attention(built):
     model = load(built("t5"))
     encoder, decoder = find_schemes(model)
     attention = model.encoder.block[0].layer[0].SelfAttention
@@ -110,7 +110,7 @@ def test_the_bias_of_t5_is_the_one_that_its_attention_adds(built):
     assert len(encoder.values) == model.config.num_heads
 
 
-def test_bloom_has_slopes_and_a_state_space_model_has_nothing():
+def test_bloom_has_slopes_and_a_state_space_model_has_no_encoding():
     shape = BloomConfig(vocab_size=16, hidden_size=32, n_layer=1, n_head=8)
     (scheme,) = find_schemes(BloomForCausalLM(shape))
     assert scheme.kind == "slopes"

@@ -40,7 +40,7 @@ def test_the_four_rows_of_the_textbook_are_printed(tmp_path):
         (("--text", "", "--dimension", "3", "--base", "0.5"), ("--text", "--dimension", "--base")),
     ],
 )
-def test_what_cannot_be_encoded_is_refused_all_at_once_with_place_and_cure(tmp_path, arguments, words):
+def test_invalid_encoding_options_are_all_refused_at_once_with_place_and_fix(tmp_path, arguments, words):
     expect(invoke(*arguments, "--out", tmp_path), 2, *words)
     assert list(tmp_path.iterdir()) == []
 
@@ -54,7 +54,7 @@ def test_a_models_own_table_is_shown_with_the_tokens_of_a_text(built, tmp_path):
     assert "[CLS]" in (tmp_path / "out" / "positions.html").read_text()
 
 
-def test_the_heads_of_t5_have_a_line_each(built, tmp_path):
+def test_each_head_of_t5_has_a_line(built, tmp_path):
     result = invoke(built("t5"), "--out", tmp_path / "out")
     expect(result, 0)
     assert (tmp_path / "out" / "positions.svg").read_text().count(">head ") == 8
@@ -72,6 +72,6 @@ def test_the_heads_of_t5_have_a_line_each(built, tmp_path):
         (("--base", "100"), ("--base", "name no model")),
     ],
 )
-def test_what_a_model_cannot_show_is_refused(built, tmp_path, arguments, words):
+def test_positions_that_a_model_cannot_show_are_refused(built, tmp_path, arguments, words):
     expect(invoke(built("bert"), *arguments, "--out", tmp_path / "out"), 2, *words)
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ def named(tokenizer, text: str) -> list[Token]:
     return name_tokens(tokenizer, tokenizer(text)["input_ids"])
 
 
-def test_each_kind_of_vocabulary_marks_what_is_special_and_where_a_word_goes_on(built):
+def test_special_tokens_and_continued_words_are_marked_in_each_kind_of_vocabulary(built):
     pieces = {
         "bert": ["[CLS]", "jumps", "·u", "·i", "·t", "?", "[SEP]"],
         "t5": ["jumps", "·u", "·i", "·t", "?", "</s>"],
@@ -48,12 +48,12 @@ def test_whispers_marks_are_special_and_letters_of_a_speech_model_make_words(bui
     assert name_tokens(letters, [letters.pad_token_id])[0].special
 
 
-def test_an_unknown_word_is_of_the_text_and_no_special_token(built):
+def test_an_unknown_word_counts_as_text_not_as_a_special_token(built):
     tokens = named(read(built, "bert"), "日")
     assert [(token.text, token.special) for token in tokens] == [("[CLS]", True), ("[UNK]", False), ("[SEP]", True)]
 
 
-def test_byte_level_pieces_show_whole_characters_and_the_bytes_of_others():
+def test_byte_level_pieces_show_complete_characters_and_bytes_of_others():
     tokens = named(TOKENIZER, "cat é")
     assert "".join(token.text for token in tokens) == "cat <0xC3><0xA9>"
     assert [(token.text, token.continues) for token in tokens[-2:]] == [("<0xC3>", False), ("<0xA9>", True)]
@@ -69,7 +69,7 @@ def test_every_id_has_a_token_and_together_they_are_the_text(text):
 
 
 @given(st.text(min_size=1), st.booleans())
-def test_a_label_is_one_line_without_anything_that_turns_or_hides_the_text_around_it(text, continues):
+def test_a_label_is_one_line_without_reordering_or_hiding_characters(text, continues):
     shown = token_label(Token(1, text, special=False, continues=continues))
     assert len(shown) <= LONGEST + 9
     assert not set(shown) & set("\n\r\t\x00\u202e\u2066\u2069\u200b\ufeff")
@@ -104,7 +104,7 @@ def test_labels(text, shown):
         ("'cats", ["cats"]),
     ],
 )
-def test_words_end_at_spaces_and_signs_hold_apostrophes_and_ideographs_stand_alone(text, words):
+def test_words_end_at_spaces_and_signs_keep_apostrophes_and_ideographs_are_single(text, words):
     assert WORD.findall(text) == words
 
 

@@ -86,14 +86,14 @@ CONVOLUTIONS = [f"wav2vec2.feature_extractor.conv_layers.{number}.conv" for numb
         ("wav2vec2", {"target_modules": CONVOLUTIONS}, 3),
     ],
 )
-def test_moves_are_those_of_the_merged_weights(built, family, options, count):
+def test_moves_equal_those_of_the_merged_weights(built, family, options, count):
     auto = AutoModelForCTC if family == "wav2vec2" else AutoModelForCausalLM
     model = auto.from_pretrained(built(family))
     base = weights_of(model)
     assert_as_merged(base, random_adapter(model, **options), count)
 
 
-def test_a_head_that_is_trained_whole_is_compared_with_what_it_was(built):
+def test_a_fully_trained_head_is_compared_with_its_initial_weights(built):
     model = AutoModelForSequenceClassification.from_pretrained(built("bert"), num_labels=3)
     adapted = random_adapter(model, target_modules=["query"], modules_to_save=["classifier"])
     head = adapted.base_model.model.classifier
@@ -110,7 +110,7 @@ def test_a_head_that_is_trained_whole_is_compared_with_what_it_was(built):
     assert move.effective_rank == pytest.approx(1, abs=1e-3)  # the same number everywhere: one direction
 
 
-def test_new_rows_of_an_embedding_are_compared_with_what_they_were(tiny_llama: Path):
+def test_new_rows_of_an_embedding_are_compared_with_their_initial_values(tiny_llama: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     adapted = random_adapter(model, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 9]})
     (layer,) = {
@@ -127,7 +127,7 @@ def test_new_rows_of_an_embedding_are_compared_with_what_they_were(tiny_llama: P
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_quantised_base_counts_as_it_is_used(tiny_llama: Path):
+def test_a_quantised_base_is_measured_dequantised(tiny_llama: Path):
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=BitsAndBytesConfig(**options))
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama)

@@ -64,7 +64,7 @@ def test_neither_model_code_nor_a_pickle_runs_without_permission(place, run, sho
     "their form and by the names of their keys.",
     shows="the token is [removed]",
     also=[
-        "test_pipeline.py::test_no_file_of_a_run_holds_a_secret_of_the_environment",
+        "test_pipeline.py::test_no_file_of_a_run_contains_a_secret_of_the_environment",
         "recipe/test_secrets.py::test_values_of_secret_keys_are_removed_at_any_depth",
     ],
 )

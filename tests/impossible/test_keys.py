@@ -305,7 +305,7 @@ ELSEWHERE = {
     "test_metrics_of_validation_rows_are_those_that_evaluate_measures_of_that_checkpoint",
     "train.metric_for_best_model": "train/test_validation_metrics.py::"
     "test_the_best_checkpoint_and_early_stopping_go_by_the_metric_that_is_named",
-    "train.seeds": "test_seeds.py::test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives",
+    "train.seeds": "test_seeds.py::test_each_further_seed_equals_a_run_with_that_seed_alone",
     "deploy": "deploy/test_gguf_run.py::test_a_recipe_makes_the_file_at_the_end_of_run",
 }
 """Keys that have one value, or need a hub, several trainings or a trained model, each with its test."""

@@ -24,7 +24,7 @@ def test_an_untouched_starter_is_not_good(here: Path, command: list[str]) -> Non
     assert invoke("recipes", "new", "--task", "classify", "--out", "mine.yaml").exit_code == 0
     found = invoke(*command, "mine.yaml")
     assert found.exit_code == 3
-    assert "still as the starter has it: line 5: name: my-classify" in found.stderr
+    assert "still the starter's value: line 5: name: my-classify" in found.stderr
     assert "file not found:" in found.stderr
 
 

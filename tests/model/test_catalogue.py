@@ -68,10 +68,10 @@ def test_models_are_chosen_by_task_licence_and_language_with_a_reason_against_ea
         (("list", "--family", "Qwen25"), "Did you mean 'Qwen2.5'?"),
         (("show", "smollm9"), "the catalogue has no model 'smollm9'"),
         (("fits",), "one of --memory, --device and --recipe is needed"),
-        (("fits", "--memory", "much"), "'much' is no amount of memory"),
+        (("fits", "--memory", "much"), "'much' is not an amount of memory"),
         (("fits", "--device", "h1000"), "Did you mean 'h100'?"),
         (("fits", "--device", "cpu", "--price", "h100=2"), "have no effect without --recipe"),
-        (("fits", "--recipe", "quickstart", "--price", "h100=much"), "'h100=much' is no price"),
+        (("fits", "--recipe", "quickstart", "--price", "h100=much"), "'h100=much' is not a price"),
     ],
 )
 def test_unknown_values_are_refused_with_the_known_ones(words: tuple[str, ...], said: str):

@@ -557,8 +557,8 @@ PAGE = """# Torture
 
 The result of the last `make torture`; `make test-slow` plays {default} rounds. A round starts a command, disturbs it at
 a random moment, and repeats the same command. The test then compares the result, file by file, with two undisturbed
-runs: rows, examples, checkpoints, adapter or weights, answers, the merged model, the GGUF file, all scores and losses. Signals,
-disks, limits and permissions are real.
+runs: rows, examples, checkpoints, adapter or weights, answers, the merged model, the GGUF file, all scores and losses.
+Signals, disks, limits and permissions are real.
 
 - **lost**: a finished step or checkpoint had to be done again
 - **wrong**: a traceback, an exit code that llmtune does not define, or a message without a fix
