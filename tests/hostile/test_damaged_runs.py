@@ -173,21 +173,21 @@ READ_BY_MODELS = [
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("hows", [("cut", "list"), pytest.param(DAMAGES, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_a_damaged_file_of_a_run_is_named_by_the_commands_that_read_it(hows: tuple[str, ...]) -> None:
+def test_commands_name_the_damaged_file_of_a_run(hows: tuple[str, ...]) -> None:
     assert try_all(LIGHT, whole_files(FILES, hows)) == []
 
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("name", ["run.json", "report.json", "llmtune.lock", "merged/certificate.json"])
 @pytest.mark.parametrize(("each", "share"), [(1, 0.01), pytest.param(4, 1.0, marks=pytest.mark.slow)])
-def test_a_wrong_value_in_a_file_of_a_run_is_named(name: str, each: int, share: float) -> None:
+def test_commands_name_the_run_file_with_a_wrong_value(name: str, each: int, share: float) -> None:
     assert try_all(LIGHT, wrong_values(name, each, share)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("command", HEAVY)
-def test_a_damaged_file_is_named_by_the_commands_that_load_the_model(command: str) -> None:
+def test_commands_that_load_the_model_name_the_damaged_file(command: str) -> None:
     hows = ("missing", "cut", "not UTF-8", "list", "object", "folder")
     assert try_all({command: HEAVY[command]}, whole_files(READ_BY_MODELS, hows)) == []
 
@@ -200,7 +200,7 @@ HARMLESS = ("missing", "empty", "cut")
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ["space.json", JOURNAL])
 @pytest.mark.parametrize("how", [*CONTENTS, "cut", "folder", "pipe"])
-def test_a_damaged_file_of_a_sweep_is_named_or_made_again(name: str, how: str) -> None:
+def test_a_damaged_file_of_a_sweep_is_named_or_rewritten(name: str, how: str) -> None:
     pytest.importorskip("optuna")
     from llmtune.compare.sweep_trial import open_study
 
@@ -218,6 +218,6 @@ def test_a_damaged_file_of_a_sweep_is_named_or_made_again(name: str, how: str) -
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("line", ["[]", "{", '{"step": "x"}', '{"validation_loss": 1}', '{"step": 2, "loss": "x"}'])
-def test_damaged_lines_of_a_curve_are_left_out(line: str) -> None:
+def test_damaged_lines_of_a_curve_are_skipped(line: str) -> None:
     Path("metrics.jsonl").write_text('{"step": 1, "validation_loss": 2.5}\n' + line + "\n")
     assert validations(Path()) == {1: 2.5}

@@ -62,7 +62,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("kind", LARGE)
-def test_a_large_request_holds_up_no_other_answer(server: Process, kind: str) -> None:
+def test_a_large_request_does_not_delay_other_answers(server: Process, kind: str) -> None:
     figures: dict[str, float] = {}
     with longest_wait(server, figures):
         began = time.monotonic()

@@ -59,7 +59,7 @@ def test_a_merge_that_forgets_the_adapter_fails_and_leaves_no_model(finished, wi
     kept="Exports are read back as their users read them, and have to render the token ids that training had.",
     shows="error the merged model differs: the saved tokenizer and chat template make other token ids -> Nothing was "
     "kept; the numbers are in run/merged.failed.json.",
-    also=["serve/test_api.py::test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in"],
+    also=["serve/test_api.py::test_a_conversation_gets_the_ids_of_training_in_any_form"],
 )
 def test_an_export_with_another_template_fails(finished, without, shows):
     def save_another(processor, folder):

@@ -107,14 +107,14 @@ def assert_undisturbed(here: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_machines_run_a_recipe_as_one_does(strategy, here, recipe, start):
+def test_two_machines_run_a_recipe_like_one(strategy, here, recipe, start):
     machines = [start(rank, "--strategy", strategy) for rank in (1, 0)]
     assert end_of(*machines) == [0, 0], [machine.log.read_text() for machine in machines]
     assert_undisturbed(here)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_machine_that_is_killed_and_started_again_changes_nothing(strategy, here, recipe, start):
+def test_killing_and_restarting_a_machine_does_not_change_the_result(strategy, here, recipe, start):
     options = ("--strategy", strategy, "--max-restarts", 2)
     first, second = start(0, *options), start(1, *options)
     wait_for_step(here / "run", 50)
@@ -125,7 +125,7 @@ def test_a_machine_that_is_killed_and_started_again_changes_nothing(strategy, he
     assert_undisturbed(here)
 
 
-def test_when_machine_0_is_killed_the_other_ends_and_both_go_on_later(here, recipe, start):
+def test_when_machine_0_is_killed_the_other_ends_and_both_resume_later(here, recipe, start):
     first, second = start(0, "--max-restarts", 2), start(1, "--max-restarts", 2)
     wait_for_step(here / "run", 50)
     kill(first)
@@ -138,7 +138,7 @@ def test_when_machine_0_is_killed_the_other_ends_and_both_go_on_later(here, reci
     assert_undisturbed(here)
 
 
-def test_a_cable_that_is_cut_for_twenty_seconds_is_waited_for(here, recipe, start, cable):
+def test_training_survives_a_cable_cut_for_twenty_seconds(here, recipe, start, cable):
     machines = start(0), start(1)
     wait_for_step(here / "run", 50)
     cable(False)

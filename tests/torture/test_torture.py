@@ -27,7 +27,7 @@ def torture() -> Iterator[Torture]:
     ("number", "fault", "fresh"),
     [pytest.param(number, *one, id=f"{number} {one[0]}") for number, one in enumerate(plan(ROUNDS, SEED))],
 )
-def test_a_command_that_was_disturbed_goes_on_and_nothing_is_lost(
+def test_a_disturbed_command_resumes_and_nothing_is_lost(
     torture: Torture, number: int, fault: str, fresh: bool
 ) -> None:
     outcome = torture.play(number, fault, fresh=fresh)

@@ -7,7 +7,7 @@ import pytest
 from support.runs import invoke, write_colours, write_recipe
 
 
-def test_trackers_get_scores_verdict_and_run_folder(here: Path, tiny_llama: Path) -> None:
+def test_trackers_receive_scores_verdict_and_run_folder(here: Path, tiny_llama: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train = {"max_steps": 2, "num_train_epochs": None, "report_to": "tensorboard"}

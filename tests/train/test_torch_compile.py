@@ -24,7 +24,7 @@ def compiled(tmp_path, model, **adapter):
 
 
 @pytest.mark.slow
-def test_compiled_training_has_the_losses_of_plain_training_and_says_what_it_took(tmp_path, tiny_llama, examples):
+def test_compiled_training_matches_plain_losses_and_prints_the_compile_time(tmp_path, tiny_llama, examples):
     console = Console(file=io.StringIO(), width=200)
     recipe = compiled(tmp_path, tiny_llama, lora_dropout=0.1)
     run_training(tmp_path / "compiled", recipe, examples, console=console)
@@ -37,7 +37,7 @@ def test_compiled_training_has_the_losses_of_plain_training_and_says_what_it_too
     assert "Compiled: " in console.file.getvalue()
 
 
-def test_rows_of_many_lengths_are_compiled_once_and_training_that_is_gone_on_from_ends_with_the_same_bytes(
+def test_rows_of_many_lengths_compile_once_and_resumed_training_ends_with_the_same_bytes(
     tmp_path, tiny_llama, examples
 ):
     recipe = compiled(tmp_path, tiny_llama)
@@ -54,7 +54,7 @@ def test_rows_of_many_lengths_are_compiled_once_and_training_that_is_gone_on_fro
     assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
 
 
-def test_a_torch_that_compiles_nothing_is_found_out():
+def test_a_torch_that_compiles_nothing_is_an_error():
     torch._dynamo.utils.counters.clear()
     with pytest.raises(EnvironmentProblem, match="produced no graphs"), check_compiled(Console(file=io.StringIO())):
         pass
@@ -71,7 +71,7 @@ def test_a_compiler_that_fails_is_an_error_that_names_the_key(tmp_path):
     assert "no such kernel" in problem.what
 
 
-def test_a_model_that_does_not_say_what_its_layers_are_is_refused(tmp_path, tiny_llama):
+def test_a_model_that_does_not_name_its_layers_is_refused(tmp_path, tiny_llama):
     adapted = adapt(make_recipe(tmp_path, tiny_llama))
     inner = adapted.selected.model
     inner._no_split_modules = []
