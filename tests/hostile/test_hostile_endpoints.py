@@ -153,7 +153,7 @@ def test_an_answer_in_another_format_is_explained(body: bytes) -> None:
         with_length(b"{}", HEAD + b"Content-Encoding: nonsense\r\n"),
     ],
 )
-def test_a_missing_answer_is_explained(sent: bytes) -> None:
+def test_an_invalid_response_is_explained(sent: bytes) -> None:
     with raw_server(lambda send: send(sent)) as url, pytest.raises(EnvironmentProblem):
         ask(url)
 

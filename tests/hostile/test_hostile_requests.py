@@ -79,7 +79,7 @@ def test_an_invalid_host_or_origin_is_refused(port: int, headers: dict[str, str]
     assert found.status_code in (400, 403)
 
 
-def test_tokenizing_a_large_text_does_not_delay_other_answers(port: int) -> None:
+def test_slow_work_on_a_text_does_not_delay_other_answers(port: int) -> None:
     slow = threading.Thread(target=httpx.get, args=(f"http://127.0.0.1:{port}/slow",), kwargs={"timeout": 10})
     slow.start()
     time.sleep(0.3)
