@@ -1,7 +1,7 @@
-"""Write the results of all benchmarks as one page: `python benchmarks/results.py build/bench --out benchmarks/RESULTS.md`.
+"""Write all results as one page: `python benchmarks/results.py build/bench --out benchmarks/RESULTS.md`.
 
-Each JSON file of the folder becomes a section. Medians are shown with their range. A ratio is computed within each turn,
-in which the tools ran one after the other; the page shows the median of these ratios.
+Each JSON file of the folder becomes a section. Medians are shown with their range. A ratio is computed within each
+turn, in which the tools ran one after the other; the page shows the median of these ratios.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def write_settled(runs: dict[str, list[Found]]) -> str:
     if SETTLED not in runs or not others:
         return ""
     told = [
-        f"{against(runs, tool, 'tokens_per_cpu_second', SETTLED)} the tokens per cpu-s of {NAMES.get(tool, tool)}, with "
-        f"{against(runs, tool, 'peak_bytes', SETTLED)} its peak memory"
+        f"{against(runs, tool, 'tokens_per_cpu_second', SETTLED)} the tokens per cpu-s of {NAMES.get(tool, tool)}, "
+        f"with {against(runs, tool, 'peak_bytes', SETTLED)} its peak memory"
         for tool in others
     ]
     return f"With automatic micro-batches llmtune processes {'; '.join(told)}."
@@ -133,8 +133,8 @@ def write_losses(found: Found) -> str:
 def write_curve(found: Found) -> str:
     """Return the difference between llmtune's packed losses and a plain Trainer's."""
     return (
-        f"With the same rows in the same {found['steps']} steps, float32 and the same initial adapter, llmtune's packed "
-        f"loss and a plain Trainer's unpacked loss differ by at most **{found['largest_difference']:.1e}** "
+        f"With the same rows in the same {found['steps']} steps, float32 and the same initial adapter, llmtune's "
+        f"packed loss and a plain Trainer's unpacked loss differ by at most **{found['largest_difference']:.1e}** "
         f"(first step {found['llmtune'][0]:.5f} and {found['trainer'][0]:.5f}, last step {found['llmtune'][-1]:.5f} "
         f"and {found['trainer'][-1]:.5f})."
     )
@@ -247,12 +247,12 @@ PARTS = "microseconds_a_token"
 MEMORY = ("peak_training_bytes", "above_loaded_bytes")
 HEAD = """# Side by side
 
-Written by `benchmarks/results.py`; `make bench` runs the benchmarks. Each section states its settings and number of turns.
-All tools train on the same workload (English words of the shipped texts, in rows as long as Alpaca's) with one packaged
-model of 135M parameters, LoRA of rank 16 on all linear layers, and the same number format, optimiser and learning rate.
-Each tool runs in its own process, in turns. Figures are medians, with the lowest and highest in brackets; ratios are
-computed within each turn. "Supervised" is the share of tokens that count in the loss: tools differ in whether the line
-break after an answer counts. No tool recomputes activations, which is not TRL's default.
+Written by `benchmarks/results.py`; `make bench` runs the benchmarks. Each section states its settings and number of
+turns. All tools train on the same workload (English words of the shipped texts, in rows as long as Alpaca's) with
+one packaged model of 135M parameters, LoRA of rank 16 on all linear layers, and the same number format, optimiser
+and learning rate. Each tool runs in its own process, in turns. Figures are medians, with the lowest and highest in
+brackets; ratios are computed within each turn. "Supervised" is the share of tokens that count in the loss: tools
+differ in whether the line break after an answer counts. No tool recomputes activations, which is not TRL's default.
 """
 SECTIONS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "training": ("Training, one thread", write_training),

@@ -1,4 +1,4 @@
-"""Run folders whose files are damaged: every command refuses by name, or goes on; none ends in a traceback."""
+"""Run folders with damaged files: every command names the file, or continues; none ends in a traceback."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ WRONG: tuple[object, ...] = (None, "x", 5, -1, 1e308, [], {}, True, 10**400, ["x
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """The folder above a run with everything in it, and the working folder of these tests."""
+    """The parent folder of a complete run, which is the working folder of these tests."""
     place = tmp_path_factory.mktemp("damaged")
     run = finish_run(place, tiny_llama, evaluate={"gates": ["loss < base + 9"]})
     assert invoke("deploy", "merge", run).exit_code == 0
@@ -72,7 +72,7 @@ def place(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def restore() -> None:
-    """Make the victim anew; files are linked, so a damage has to replace its file."""
+    """Recreate the victim; its files are hard links, so a test must replace a file to damage it."""
     shutil.rmtree(RUN, ignore_errors=True)
     shutil.copytree("runs/tiny", RUN, copy_function=os.link)
 
@@ -91,7 +91,7 @@ def damage(file: Path, how: str) -> None:
 
 
 def keys(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of every key of a JSON document; of a list its first item."""
+    """Yield the path of every key of a JSON document; only the first item of a list."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
     for key, item in pairs:
         yield (*path, key)
@@ -113,7 +113,7 @@ def change(file: Path, path: tuple[Any, ...], value: object) -> None:
 
 
 def traceback_of(words: tuple[str, ...], file: str) -> str | None:
-    """Run a command in this process; return its last lines of a traceback, or an error that names no file."""
+    """Run a command in this process; return the end of its traceback, or an error that does not name the file."""
     said = io.StringIO()
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(said):
@@ -148,7 +148,7 @@ def whole_files(names: list[str], hows: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def wrong_values(name: str, each: int, share: float) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """Yield so many wrong values at (a share of) the keys of a JSON file, and the removal of each."""
+    """Yield wrong values for (a share of) the keys of a JSON file, and the removal of each key."""
     draw = random.Random(7)
     for path in keys(json.loads(Path("runs/tiny", name).read_text())):
         if draw.random() < share:
@@ -194,7 +194,7 @@ def test_commands_that_load_the_model_name_the_damaged_file(command: str) -> Non
 
 JOURNAL = "journal.log"
 HARMLESS = ("missing", "empty", "cut")
-"""Optuna leaves out a last line that was cut: trials may be lost, and are run again."""
+"""Optuna skips a truncated last line: trials may be lost, and run again."""
 
 
 @pytest.mark.usefixtures("here")

@@ -1,4 +1,4 @@
-"""`deploy certify` of an endpoint that answers without end, late, in other shapes or not at all."""
+"""`deploy certify` of an endpoint whose answers are endless, late, malformed or missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 @contextmanager
 def raw_server(answer: Callable[[Send], None]) -> Iterator[str]:
-    """Answer every request by what `answer` sends, byte for byte, then close."""
+    """Answer every request with the raw bytes that `answer` sends, then close."""
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -76,7 +76,7 @@ def dripping(send: Send) -> None:
 
 
 def ask(url: str) -> None:
-    """Ask for the models, then for an answer."""
+    """Request the models, then an answer."""
     with connect(url, None, offline=True) as client:
         with suppress(LlmtuneError):
             choose_served_model(client, None, "tiny")

@@ -1,4 +1,4 @@
-"""Recipes, locks, run folders and names that are not what they seem: refused in time, by name."""
+"""Misleading recipes, locks, run folders and names are refused in time, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever stands in a file, a recipe, a gate or a template: an answer, or one of our errors."""
+"""Any content of a file, a recipe, a gate or a template gives an answer, or one of our errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model folders, adapters and checkpoints that were damaged or made to harm: refused by name, in time."""
+"""Damaged or malicious model folders, adapters and checkpoints are refused by name, in time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def state(name: str, **values: object) -> Damage:
 
 
 def header(**values: object) -> Damage:
-    """Change what the header of the weights says of one tensor."""
+    """Change one tensor's entry in the header of the weights."""
 
     def damage(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -97,7 +97,7 @@ MODELS = {
 
 
 def cases(kinds: Iterable[str], brief: Sequence[str]) -> list[ParameterSet]:
-    """Return all kinds of damage; those that are not `brief` belong to the slow suite."""
+    """Return all kinds of damage; all but the `brief` ones belong to the slow suite."""
     return [pytest.param(kind, marks=() if kind in brief else pytest.mark.slow) for kind in kinds]
 
 

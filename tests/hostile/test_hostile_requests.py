@@ -1,4 +1,4 @@
-"""Clients that ask nothing, slowly or oddly, and keep no other from an answer."""
+"""Idle, slow or odd clients do not block others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmtune.serve.server import TimedProtocol
 
 
 class Metrics:
-    """What the gateway counts with; nothing is counted here."""
+    """A stub of the gateway's metrics, which counts nothing."""
 
     @property
     def requests(self) -> Metrics:

@@ -1,4 +1,4 @@
-"""Rows, archives and folders that are not what they seem: read in time and little memory, or refused by name."""
+"""Hostile rows, archives and folders are read in time with little memory, or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the system refuses becomes an error that says what to do, wherever it happens; another error stays a bug."""
+"""Any system error becomes an error with a fix, wherever it occurs; any other error is reported as a bug."""
 
 from __future__ import annotations
 

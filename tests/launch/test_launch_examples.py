@@ -1,4 +1,4 @@
-"""The files in examples/launch/ are what SkyPilot and Kubeflow read."""
+"""SkyPilot and Kubeflow accept the files in examples/launch/."""
 
 import os
 import shlex

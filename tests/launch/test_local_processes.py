@@ -39,7 +39,7 @@ def test_two_processes_train_like_one(tmp_path, tiny_llama, console):
     one = run_training(tmp_path / "one", recipe, examples)
     assert result["steps"] == one.steps == 22
     pairs = list(zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True))
-    assert len(pairs) == 22  # the last step of an epoch has one row: a process without any takes part
+    assert len(pairs) == 22  # the last step of an epoch has one row, so one process takes part without any
     for alone, together in pairs[:10]:
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
@@ -77,8 +77,8 @@ def test_the_command_trains_and_evaluates_in_two_processes_like_in_one_and_leave
     for step in ("adapt", "train"):
         assert steps["two"][step]["inputs"] == steps["one"][step]["inputs"]
     adapted, trained = steps["two"]["adapt"], steps["two"]["train"]
-    ended = trained["started"] + trained["seconds"] + CLOCKS_APART  # seconds are of another clock than starts
-    assert adapted["started"] + adapted["seconds"] <= ended  # a kill loses none
+    ended = trained["started"] + trained["seconds"] + CLOCKS_APART  # seconds and start times come from different clocks
+    assert adapted["started"] + adapted["seconds"] <= ended  # a kill loses no time
 
 
 def test_threads_are_divided_and_the_environment_is_restored(console):
@@ -92,7 +92,7 @@ def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
     with pytest.raises(DataError) as caught:
         launch_work(
             "end_rank_one", ["mistake"], Topology(2, max_restarts=1), console
-        )  # it comes again, and is not retried
+        )  # the mistake would occur again, so it is not retried
     assert caught.value.exit_code == 3
     assert caught.value.problems[0].what == "row 7 has no answer"
     assert caught.value.problems[0].where == "process 1, rows.jsonl:7"
@@ -144,7 +144,9 @@ def test_a_signal_saves_in_all_workers_and_training_resumes(number, code, to, tm
     step = int(saved.name.removeprefix("step-"))
     assert len(read_metrics(tmp_path / "run")) in (step - 1, step)  # a stop saves before it logs
     stop = Console(file=Watched(f"step {step + 3}/", lambda: os.kill(os.getpid(), number)), width=200)
-    with pytest.raises(Stopped, match=f"after step {step + 3} of 1600"):  # one process goes on from what two have saved
+    with pytest.raises(
+        Stopped, match=f"after step {step + 3} of 1600"
+    ):  # one process resumes from the checkpoint of two
         run_training(tmp_path / "run", recipe, examples, console=stop)
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, step + 4))
 

@@ -1,4 +1,4 @@
-"""Two machines: network namespaces with a cable between them, one process each, and what happens to it."""
+"""Two machines, simulated by network namespaces with a cable between them, with one process each."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def cable() -> Iterator[Callable[[bool], None]]:
-    """Two machines and a cable between them; gives what cuts it (False) and mends it (True)."""
+    """Connect two machines by a cable; yield a function that cuts it (False) and repairs it (True)."""
     if not shutil.which("ip") or os.geteuid():
         pytest.skip("network namespaces take root and iproute2")
     names = [f"llmtune{os.getpid()}-{rank}" for rank in (0, 1)]
@@ -68,7 +68,7 @@ def start(cable, here) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End a machine as a power cut does."""
+    """Kill all processes of a machine, like a power cut."""
     if process.poll() is None:
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for one in tree:
@@ -95,7 +95,7 @@ def recipe(here, tiny_llama, chat_rows) -> Path:
 
 
 def assert_undisturbed(here: Path) -> None:
-    """Hold the run against the same recipe in one process of one machine."""
+    """Compare the run with the same recipe in one process of one machine."""
     assert invoke("run", "tiny.yaml", "--out", "alone").exit_code == 0
     pairs = list(zip(read_metrics(here / "alone"), read_metrics(here / "run"), strict=True))
     for alone, together in pairs:

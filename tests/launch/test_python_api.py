@@ -1,4 +1,4 @@
-"""`import llmtune`: the same runs as the command line's, as objects."""
+"""`import llmtune`: the same runs as from the command line, as objects."""
 
 import json
 import subprocess

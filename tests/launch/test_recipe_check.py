@@ -1,4 +1,4 @@
-"""What is wrong with the files and tools that a recipe names is said before anything heavy is imported."""
+"""Problems with the files and tools that a recipe names are reported before heavy imports."""
 
 import json
 import sys
@@ -59,7 +59,7 @@ def test_an_error_before_the_gates_is_reported_in_junit_xml(here: Path, command:
     (case,) = suite
     (error,) = case.result
     assert (error.type, "tickets.csv" in error.text) == ("DataError", True)
-    assert invoke(*command, "mine.yaml", "--out", "out").exit_code == 3  # the folder is not taken for another's
+    assert invoke(*command, "mine.yaml", "--out", "out").exit_code == 3  # the folder does not count as another recipe's
 
 
 def test_checking_a_valid_recipe_prints_how_its_files_are_read(here: Path) -> None:

@@ -1,4 +1,4 @@
-"""Each command, option, key and metric that was retired is refused with what to use instead."""
+"""Each retired command, option, key and metric is refused with its replacement."""
 
 from pathlib import Path
 

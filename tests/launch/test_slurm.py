@@ -55,7 +55,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 
 
 def missing() -> str | None:
-    """Return what of Slurm is not installed, as the reason to skip a test."""
+    """Return which parts of Slurm are not installed, as the reason to skip a test."""
     lacking = [name for name in DAEMONS if shutil.which(name, path=PLACES) is None]
     return f"no {', '.join(lacking)}: apt-get install slurmctld slurmd slurm-client munge" if lacking else None
 

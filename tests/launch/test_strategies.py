@@ -1,4 +1,4 @@
-"""A model cut over processes (FSDP2) learns what one process learns, and goes on in another number of processes."""
+"""A model sharded over processes (FSDP2) learns the same as in one process, and resumes with any number of them."""
 
 import json
 import os
@@ -114,9 +114,9 @@ def test_memory_per_process_falls_with_the_number_of_processes(method, tmp_path,
             peaks[processes] = [
                 peak - before for peak, before in zip(found, peaks.get(processes, [0] * 4), strict=False)
             ]
-    (alone,), (first, *others) = peaks[1], peaks[4]  # what the larger model takes beyond the tiny one
-    assert max(others) < (0.7 if method == "lora" else 0.5) * alone, peaks  # a layer is whole while it computes
-    assert first < alone * (1.1 if method == "lora" else 0.6), peaks  # it has held the whole model
+    (alone,), (first, *others) = peaks[1], peaks[4]  # the memory of the larger model minus that of the tiny one
+    assert max(others) < (0.7 if method == "lora" else 0.5) * alone, peaks  # a layer is unsharded while it computes
+    assert first < alone * (1.1 if method == "lora" else 0.6), peaks  # it has held the full model
 
 
 @SLOW

@@ -1,4 +1,4 @@
-"""Answers in their parts, as they are generated."""
+"""Splitting answers into their parts during generation."""
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ CALLS = (
 
 
 def stream_of(text, **options):
-    """Feed an answer a token at a time; return the stream and what came of each token."""
+    """Feed an answer token by token; return the stream and its output for each token."""
     stream = AnswerStream(TOKENIZER, TEMPLATE.end_ids, TEMPLATE, **options)
     deltas = [stream.add([token]) for token in TOKENIZER(text)["input_ids"]]
     return stream, [*deltas, stream.close()]

@@ -20,7 +20,7 @@ KEY = "correct-horse-battery"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, tiny_llama):
-    """A tuned chat model as a server holds it; a test that changes it must make its own."""
+    """A served tuned chat model; a test that changes it must make its own."""
     folder = tmp_path_factory.mktemp("api")
     tune = tuner(tiny_llama, write_colours(folder / "chat.jsonl"), folder, Console(quiet=True))
     return served_of(tune(generation={"max_new_tokens": 20}))
@@ -28,7 +28,7 @@ def served(tmp_path_factory, tiny_llama):
 
 @pytest.fixture(scope="module")
 def talk(served):
-    """A client of OpenAI's package, its server's address, and what is served."""
+    """OpenAI's client, the address of its server, and the served model."""
     with serving(served, max_queue=2) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         yield client, url, served
 
@@ -272,7 +272,7 @@ def test_a_full_queue_returns_429_and_when_to_retry(served):
     with serving(served, max_batch=1, max_queue=1) as url, httpx.Client() as client:
         address = f"{url}/v1/chat/completions"
         with client.stream("POST", address, json=endless) as first:
-            lines = first.iter_lines()  # kept: without it the connection is closed
+            lines = first.iter_lines()  # keep a reference, or the connection is closed
             next(lines)
             second = threading.Thread(target=lambda: httpx.post(address, json={"messages": QUESTION}, timeout=60))
             second.start()

@@ -17,7 +17,7 @@ QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumera
 
 
 class Client:
-    """One job, and what came of it."""
+    """One job and its events."""
 
     def __init__(self, engine, served, question, **stated):
         self.events = queue.SimpleQueue()
@@ -62,7 +62,7 @@ def start():
 
 
 def as_generate(tuned, question):
-    """The answer of `llmtune generate`."""
+    """Return the answer of `llmtune generate`."""
     served = served_of(tuned)
     session = ChatSession(served)
     return "".join(piece.content for piece in session.answer(question))
@@ -83,7 +83,7 @@ def test_answers_equal_those_of_generate_in_any_batch(tune, start, generation):
     clients = []
     for question in QUESTIONS:
         clients.append(Client(engine, served, question))
-        time.sleep(0.01)  # they join a batch that is at work
+        time.sleep(0.01)  # they join a running batch
     assert [client.text() for client in clients] == wanted
     assert len(set(wanted)) > 1 or generation.get("num_beams")
 
@@ -184,9 +184,9 @@ def test_an_error_in_the_model_fails_its_jobs_only_and_the_next_is_served(tune, 
 
 
 ARRIVALS = {0: [9, 40], 3: [5], 4: [60, 2], 11: [17], HEADROOM + 9: [30]}
-"""By step, the lengths of the prompts that join."""
+"""Step -> the lengths of the prompts that join."""
 LENGTHS = [12, HEADROOM * 2 + 5, 7, 1, 25, 14, 3]
-"""Of the answers; one is longer than what is reserved ahead."""
+"""Lengths of the answers; one is longer than the reserved columns."""
 FAMILIES = {
     "llama": {"max_position_embeddings": 512},
     "mistral": {"sliding_window": 16},

@@ -14,7 +14,7 @@ MARKUP = "<b id=injected>Which</b> colour <img src=x onerror=alert(1)>?"
 
 def test_a_question_is_typed_and_its_answer_streams_in_as_text(tune, tmp_path):
     served = served_of(tune(generation={"max_new_tokens": 300}))
-    decode = served.processor.decode  # a model may write what it likes
+    decode = served.processor.decode  # a model may write any text
     served.processor.decode = lambda ids, **options: f"<i id=injected>{decode(ids, **options)}"
     with serving(served) as url, open_browser(tmp_path / "profile") as page:
         page.open(url)

@@ -1,4 +1,4 @@
-"""The server as a process of its own: keys, hostile clients, many at once, and its end."""
+"""The server in its own process: keys, hostile clients, load, and shutdown."""
 
 import asyncio
 import json
@@ -101,7 +101,7 @@ def test_a_client_that_disconnects_within_its_request_leaves_nothing_behind(serv
 
 
 class Load:
-    """Clients that ask again and again, half of them in streams, and what became of it."""
+    """Clients that send requests in a loop, half of them streaming, and their results."""
 
     def __init__(self, server: Process, tokens: int = 16) -> None:
         self.address, self.tokens = f"{server.url}/v1/chat/completions", tokens
@@ -129,7 +129,7 @@ class Load:
                 return
 
     async def run(self, seconds: float) -> None:
-        """Ask for so many seconds, or until `stopped`."""
+        """Send requests for `seconds`, or until `stopped`."""
         async with httpx.AsyncClient(
             headers=HEADERS, timeout=60, limits=httpx.Limits(max_connections=CLIENTS)
         ) as client:
@@ -172,7 +172,7 @@ def test_a_stop_under_load_ends_running_answers_and_exits_143_without_a_tracebac
     assert KEY not in errors
     assert time.monotonic() - began < 20
     assert load.lost == 0
-    # Those that were queued are told so; those that come later find nobody.
+    # Queued requests get an error; later ones cannot connect.
     assert set(load.statuses) <= {200, 429, 503, "ConnectError", "ReadError", "RemoteProtocolError"}, load.statuses
 
 

@@ -1,4 +1,4 @@
-"""What the server documents of itself is so: schemathesis asks it for what it documents, and for what it does not."""
+"""The server behaves as its OpenAPI document says: schemathesis sends documented and undocumented requests."""
 
 import subprocess
 import sys

@@ -120,7 +120,7 @@ def test_without_vllm_the_error_says_how_to_install_it(runs: dict[str, Path]) ->
 def test_vllm_gets_the_base_and_the_adapters_and_the_key_by_its_environment(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A program called vllm says what it was started with."""
+    """A fake program `vllm` prints its arguments."""
     program = tmp_path / "vllm"
     told = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('VLLM_API_KEY')]))"
     program.write_text(f"#!{sys.executable}\n{told}\n")

@@ -1,4 +1,4 @@
-"""One endpoint for each task whose answer is no conversation: it answers what `generate` answers."""
+"""One endpoint for each task without conversations: it gives the same answers as `generate`."""
 
 import asyncio
 import base64
@@ -28,7 +28,7 @@ CASES: dict[str, tuple[str, list[dict[str, str]]]] = {
     "masked": ("/v1/fill", [{"prompt": "cat number [MASK] is red"}]),
     "reward": ("/v1/score", [{"prompt": "Number 4?", "answer": "It is 4."}]),
 }
-"""By case, its path and what `generate` is given."""
+"""Case -> its path, and the inputs of `generate`."""
 FIELDS = {"qa": {"prompt": "question"}, "reward": {"prompt": "prompt"}}
 PREFERENCES = [{"prompt": f"Number {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(30)]
 
@@ -46,7 +46,7 @@ def run_of(case: str, folder: Path, tiny_llama: Path) -> Path:
 
 
 def rounded(prediction: Any) -> Any:
-    """A prediction, its numbers to four places."""
+    """Return a prediction with its numbers rounded to four places."""
     return json.loads(json.dumps(prediction), parse_float=lambda text: round(float(text), 4))
 
 

@@ -17,13 +17,13 @@ from llmtune.tasks.registry import get_task
 
 @pytest.fixture
 def client(learned_url):
-    """A client of OpenAI's package, of a server whose model learned rows with tools by heart."""
+    """OpenAI's client of a server whose model memorised rows with tools."""
     with openai.OpenAI(base_url=f"{learned_url}/v1", api_key="none") as opened:
         yield opened
 
 
 def ask(client, messages, *, stream, **options):
-    """Return the message of an answer, its reason to end, and how many chunks it came in."""
+    """Return the message of an answer, its finish reason, and its number of chunks."""
     made = client.chat.completions.create(model="tiny", messages=messages, stream=stream, **options)
     if not stream:
         message = made.choices[0].message

@@ -1,4 +1,4 @@
-"""Whatever happens to a command: the same one goes on, nothing is lost, and the bytes are those of no disturbance."""
+"""After any disturbance the same command resumes, nothing is lost, and the bytes are the same as without it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def plan(lengths, seed=0, batch_size=4, batch_tokens=None, epochs=1.0, max_steps
 
 
 def epochs_of(made, lengths, epochs=2):
-    """The rows of the steps of each epoch, which together are every row once."""
+    """Return the rows of the steps of each epoch, and check that each epoch has every row once."""
     for epoch in range(epochs):
         first = epoch * made.steps_per_epoch
         steps = [made.rows(first + step) for step in range(1, made.steps_per_epoch + 1)]

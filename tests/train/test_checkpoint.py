@@ -47,7 +47,7 @@ def damage(path: Path) -> None:
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """A finished run to break: its last checkpoints are there, its adapter is not."""
+    """A copy of a finished run to damage, with its last checkpoints but without its adapter."""
     shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     return tmp_path / "run"
@@ -81,7 +81,7 @@ def test_damage_is_detected_and_named(name, how, copy):
     else:
         file.unlink()
     found = read_checkpoint(file.parent)
-    if (how, name) != ("flipped", "state.json"):  # one bit of it may be in a space
+    if (how, name) != ("flipped", "state.json"):  # the flipped bit may be in whitespace
         assert isinstance(found, Damage)
         assert name in found.reason
 
@@ -171,7 +171,7 @@ def test_metrics_are_truncated_to_the_checkpoint_and_an_incomplete_line_is_remov
 
 
 def test_a_damaged_checkpoint_does_not_count_as_newest(copy, finished, examples):
-    """With a limit of one, it would have each later one removed as soon as it is written."""
+    """Otherwise a limit of one would remove each later checkpoint as soon as it is written."""
     damage(copy / "checkpoints" / "step-16" / "trainable.safetensors")
     shutil.rmtree(copy / "checkpoints" / "step-15")
     recipe = finished[1]
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_does_not_count_as_newest(copy, finished, examples)
 
 
 def test_only_checkpoints_of_the_same_inputs_are_resumed(finished, examples, tmp_path, capsys):
-    """They hold what training itself cannot see, such as the contents of an adapter that it starts from."""
+    """Inputs cover what training does not see itself, such as the content of the adapter that it starts from."""
     _, recipe, _ = finished
     run = tmp_path / "run"
     run_training(run, recipe, examples, inputs="a" * 64)
@@ -206,7 +206,7 @@ def test_only_checkpoints_of_the_same_inputs_are_resumed(finished, examples, tmp
 
 
 def test_a_metrics_line_is_not_duplicated_by_a_stop_and_a_kill(finished, examples, tmp_path, tiny_llama):
-    """The stop saves step 7 before its line; what goes on writes the line and is killed before it saves again."""
+    """The stop saves step 7 before its line; the resumed run writes the line and is killed before it saves again."""
     train_settings = {"save_steps": 3, "eval_steps": 5}
     recipe = make_recipe(tmp_path, tiny_llama, adapter={"lora_dropout": 0.1}, train=train_settings)
     shutil.copytree(examples.folder, tmp_path / "examples")

@@ -66,7 +66,7 @@ def test_a_squared_error_that_explodes_is_detected_at_any_scale(start):
 NOISE = np.random.default_rng(0).normal(50, 20, 80)
 TEXTS = [f"the {colour} cat number {i}" for i, colour in enumerate(["red", "blue", "green", "black"] * 20)]
 NUMBERS = [{"text": text, "label": float(label)} for text, label in zip(TEXTS, NOISE, strict=True)]
-"""Labels that have nothing to do with their texts."""
+"""Labels that are unrelated to their texts."""
 
 
 def regress(folder, **train):

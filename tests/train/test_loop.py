@@ -121,7 +121,7 @@ def test_only_the_rows_with_a_non_finite_loss_are_named(examples, tmp_path, tiny
     embedding = adapted.selected.model.get_input_embeddings().weight
     separate = torch.nn.Parameter(embedding.detach().clone(), requires_grad=False)
     separate[17] = math.nan
-    adapted.selected.model.get_input_embeddings().weight = separate  # the output head stays whole
+    adapted.selected.model.get_input_embeddings().weight = separate  # the output head stays intact
     with pytest.raises(TrainingError) as caught:
         run_training(tmp_path / "run", recipe, examples, adapted=adapted)
     assert caught.value.problems[1].what == f"check these rows of the step: {', '.join(map(str, sorted(bad)))}"
@@ -197,7 +197,7 @@ def test_a_non_finite_validation_loss_stops_the_run(examples, tmp_path, tiny_lla
 
 @pytest.fixture
 def started(examples, tmp_path, tiny_llama, console):
-    """A run that is set up and has done no step."""
+    """A run that is set up, before its first step."""
     recipe = make_recipe(tmp_path, tiny_llama)
     training = set_up(adapt(recipe), examples, get_task("chat"), recipe, tmp_path / "run", console, "inputs")
     state = TrainState(budget=128)
@@ -209,7 +209,7 @@ def gradients(run):
     return [parameter.grad.clone() for parameter in run.training.parameters]
 
 
-@pytest.mark.parametrize("scale", [2.0**16, 2.0**140])  # times a gradient of 0.1 the latter is more than float32 holds
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**140])  # the latter overflows float32 with a gradient of 0.1
 def test_a_loss_scale_does_not_change_gradients_and_is_halved_on_overflow(started, scale):
     plain = step_gradients(started.training, 1, 128, 1.0)
     expected = gradients(started)
@@ -234,7 +234,7 @@ def test_out_of_memory_in_an_update_is_not_retried(started):
 
 
 def test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved(started):
-    """No step comes after it whose loss would show it, and there are no rows to validate on."""
+    """No later step's loss would show it, and there are no validation rows."""
     started.training = dataclasses.replace(started.training, validation=None)
     started.training.folder.mkdir()
     total = started.training.plan.total_steps

@@ -1,4 +1,4 @@
-"""DFT's loss and NEFTune's noise: in training alone, and as their papers have them; optimisers that average weights."""
+"""DFT's loss and NEFTune's noise: in training only, and as in their papers; optimisers that average weights."""
 
 import inspect
 import shutil

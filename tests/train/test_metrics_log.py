@@ -1,4 +1,4 @@
-"""What trackers get when a run ends."""
+"""Results sent to trackers at the end of a run."""
 
 import json
 from pathlib import Path

@@ -19,7 +19,7 @@ CHAT = get_task("chat")
 
 
 def chat_with_memory_for(tokens, when=lambda model: True):
-    """The chat task on a device that has memory for so many tokens while `when` holds."""
+    """Return the chat task on a device that has memory for `tokens` tokens while `when` is true."""
 
     def loss(model, batch, by_row=False):
         if batch["input_ids"].numel() > tokens and when(model):

@@ -1,4 +1,4 @@
-"""The losses of single training rows, and the rows that they point at."""
+"""The losses of single training rows, and the suspicious rows that they reveal."""
 
 from __future__ import annotations
 

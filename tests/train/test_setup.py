@@ -1,4 +1,4 @@
-"""What a training starts from, before its first step."""
+"""The state of a training before its first step."""
 
 import pytest
 from support import families

@@ -12,7 +12,7 @@ from llmtune.train.signals import catch_signals
 
 
 def send_at(text, *numbers):
-    """A console that sends signals to this process when `text` is printed."""
+    """Return a console that sends signals to this process when `text` is printed."""
 
     def react():
         for number in numbers:

@@ -1,4 +1,4 @@
-"""Compiled layers: the same training but for the last digits, resumable, and never silently nothing."""
+"""Compiled layers: the same training except for the last digits, resumable, and never silently uncompiled."""
 
 import io
 import shutil
@@ -11,7 +11,7 @@ from support.training import adapt, make_recipe, read_metrics, run_training, tra
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.train.torch_compile import check_compiled, compile_parts
 
-pytestmark = [  # of the compiler itself, and seen only where warnings are errors
+pytestmark = [  # warnings of the compiler itself, visible only because warnings are errors here
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -45,11 +45,13 @@ def test_rows_of_many_lengths_compile_once_and_resumed_training_ends_with_the_sa
     counters = torch._dynamo.utils.counters
     counters.clear()
     run_training(tmp_path / "whole", recipe, examples)
-    assert 0 < counters["stats"]["unique_graphs"] <= 8  # norm and MLP, to be trained and not, and the first layer's
+    assert (
+        0 < counters["stats"]["unique_graphs"] <= 8
+    )  # norm and MLP, in training and evaluation, and those of the first layer
     assert not counters["graph_break"]
     shutil.copytree(tmp_path / "whole", tmp_path / "halved")
     shutil.rmtree(tmp_path / "halved" / "checkpoints" / "step-6")
-    torch._dynamo.reset()  # as in another process
+    torch._dynamo.reset()  # like a new process
     assert run_training(tmp_path / "halved", recipe, examples).resumed_from == 3
     assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
 

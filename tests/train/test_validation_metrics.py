@@ -1,4 +1,4 @@
-"""`train.eval_metrics`: what is measured while training goes on, and what is decided by it."""
+"""`train.eval_metrics`: metrics measured during training, and the decisions based on them."""
 
 from __future__ import annotations
 
