@@ -172,7 +172,7 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
     if again := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         console.print(f"[yellow]Restarting all processes ({again} times so far).[/]")
     for line in marks_left(loaded):
-        console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
+        console.print(f"still the starter's value: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
     if request.dry_run:
         from llmtune.data.ingest import TRIED_ROWS

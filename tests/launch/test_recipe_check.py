@@ -24,7 +24,7 @@ def test_an_unedited_template_is_refused(here: Path, command: list[str]) -> None
     assert invoke("recipes", "new", "--task", "classify", "--out", "mine.yaml").exit_code == 0
     found = invoke(*command, "mine.yaml")
     assert found.exit_code == 3
-    assert "still as the starter has it: line 5: name: my-classify" in found.stderr
+    assert "still the starter's value: line 5: name: my-classify" in found.stderr
     assert "there is no file" in found.stderr
 
 
