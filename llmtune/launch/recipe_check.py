@@ -78,7 +78,7 @@ def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
 
 
 def marks_left(loaded: LoadedRecipe) -> list[str]:
-    """Return the lines of a recipe that are marked SET and still have the template's value."""
+    """Return the lines of a recipe that are marked SET and still have the starter's value."""
     untouched = {line.strip() for line in new_recipe(loaded.recipe.task).splitlines() if MARK.search(line)}
     lines = enumerate(loaded.file.read_text(encoding="utf-8").splitlines(), 1)
     return [f"line {number}: {MARK.split(line)[0].strip()}" for number, line in lines if line.strip() in untouched]

@@ -1,4 +1,4 @@
-"""The whole hostile corpus, each command in a process of its own, measured: `make hostile` prints the table."""
+"""Run and measure the hostile corpus, each command in its own process: `make hostile` prints the table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATCHED = "not folders_has_an_end and not any_ and not refusal and not client an
 
 @dataclass
 class Measured:
-    """A command of the corpus: what it was, and what it took."""
+    """A command of the corpus, with its time and memory."""
 
     test: str
     code: int
@@ -37,7 +37,7 @@ class Measured:
 
 
 class Corpus:
-    """Runs commands in children of a warm process, and keeps what they took."""
+    """Runs commands in children of a warm process, and records their time and memory."""
 
     def __init__(self) -> None:
         self.warm, self.measured = Warm(), list[Measured]()
@@ -49,7 +49,7 @@ class Corpus:
             here = Path.cwd()
             here.joinpath("x").name.encode()
             str(here).encode()
-        except (OSError, UnicodeEncodeError):  # a working folder that cannot be named to another process
+        except (OSError, UnicodeEncodeError):  # the path of the working folder cannot be passed to another process
             return hostile.run_here(arguments, seconds)
         given = Conditions(environment={**SECRETS, "HOME": os.environ["HOME"]})
         ended = self.warm.start(arguments, here, Path(self.outputs.name), given).wait(LATE_SECONDS)
@@ -72,7 +72,7 @@ class Corpus:
         return [path for path in here.glob("run/**/*") if path.is_file() and not path.is_symlink()]
 
     def describe(self) -> str:
-        """Put what was measured into a table."""
+        """Return a table of the measurements."""
         kinds = ["tracebacks", f"over {SECONDS} s", f"over {BYTES / 1e9:g} GB", "escapes unescaped", "secrets found"]
         faults = Counter(fault for one in self.measured for fault in one.faults)
         codes = Counter(one.code for one in self.measured)

@@ -1,4 +1,4 @@
-"""Run folders whose files are damaged: every command refuses by name, or goes on; none ends in a traceback."""
+"""Run folders with damaged files: every command names the file, or continues; none ends in a traceback."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ WRONG: tuple[object, ...] = (None, "x", 5, -1, 1e308, [], {}, True, 10**400, ["x
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """The folder above a run with everything in it, and the working folder of these tests."""
+    """The parent folder of a complete run, which is the working folder of these tests."""
     place = tmp_path_factory.mktemp("damaged")
     run = finish_run(place, tiny_llama, evaluate={"gates": ["loss < base + 9"]})
     assert invoke("deploy", "merge", run).exit_code == 0
@@ -72,7 +72,7 @@ def place(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def restore() -> None:
-    """Make the victim anew; files are linked, so a damage has to replace its file."""
+    """Recreate the victim; its files are hard links, so a test must replace a file to damage it."""
     shutil.rmtree(RUN, ignore_errors=True)
     shutil.copytree("runs/tiny", RUN, copy_function=os.link)
 
@@ -91,7 +91,7 @@ def damage(file: Path, how: str) -> None:
 
 
 def keys(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of every key of a JSON document; of a list its first item."""
+    """Yield the path of every key of a JSON document; only the first item of a list."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
     for key, item in pairs:
         yield (*path, key)
@@ -113,7 +113,7 @@ def change(file: Path, path: tuple[Any, ...], value: object) -> None:
 
 
 def traceback_of(words: tuple[str, ...], file: str) -> str | None:
-    """Run a command in this process; return its last lines of a traceback, or an error that names no file."""
+    """Run a command in this process; return the end of its traceback, or an error that does not name the file."""
     said = io.StringIO()
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(said):
@@ -148,7 +148,7 @@ def whole_files(names: list[str], hows: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def wrong_values(name: str, each: int, share: float) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """Yield so many wrong values at (a share of) the keys of a JSON file, and the removal of each."""
+    """Yield wrong values for (a share of) the keys of a JSON file, and the removal of each key."""
     draw = random.Random(7)
     for path in keys(json.loads(Path("runs/tiny", name).read_text())):
         if draw.random() < share:
@@ -173,34 +173,34 @@ READ_BY_MODELS = [
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("hows", [("cut", "list"), pytest.param(DAMAGES, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_a_damaged_file_of_a_run_is_named_by_the_commands_that_read_it(hows: tuple[str, ...]) -> None:
+def test_commands_name_the_damaged_file_of_a_run(hows: tuple[str, ...]) -> None:
     assert try_all(LIGHT, whole_files(FILES, hows)) == []
 
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("name", ["run.json", "report.json", "llmtune.lock", "merged/certificate.json"])
 @pytest.mark.parametrize(("each", "share"), [(1, 0.01), pytest.param(4, 1.0, marks=pytest.mark.slow)])
-def test_a_wrong_value_in_a_file_of_a_run_is_named(name: str, each: int, share: float) -> None:
+def test_commands_name_the_run_file_with_a_wrong_value(name: str, each: int, share: float) -> None:
     assert try_all(LIGHT, wrong_values(name, each, share)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("command", HEAVY)
-def test_a_damaged_file_is_named_by_the_commands_that_load_the_model(command: str) -> None:
+def test_commands_that_load_the_model_name_the_damaged_file(command: str) -> None:
     hows = ("missing", "cut", "not UTF-8", "list", "object", "folder")
     assert try_all({command: HEAVY[command]}, whole_files(READ_BY_MODELS, hows)) == []
 
 
 JOURNAL = "journal.log"
 HARMLESS = ("missing", "empty", "cut")
-"""Optuna leaves out a last line that was cut: trials may be lost, and are run again."""
+"""Optuna skips a truncated last line: trials may be lost, and run again."""
 
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ["space.json", JOURNAL])
 @pytest.mark.parametrize("how", [*CONTENTS, "cut", "folder", "pipe"])
-def test_a_damaged_file_of_a_sweep_is_named_or_made_again(name: str, how: str) -> None:
+def test_a_damaged_file_of_a_sweep_is_named_or_rewritten(name: str, how: str) -> None:
     pytest.importorskip("optuna")
     from llmtune.compare.sweep_trial import open_study
 
@@ -218,6 +218,6 @@ def test_a_damaged_file_of_a_sweep_is_named_or_made_again(name: str, how: str) -
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("line", ["[]", "{", '{"step": "x"}', '{"validation_loss": 1}', '{"step": 2, "loss": "x"}'])
-def test_damaged_lines_of_a_curve_are_left_out(line: str) -> None:
+def test_damaged_lines_of_a_curve_are_skipped(line: str) -> None:
     Path("metrics.jsonl").write_text('{"step": 1, "validation_loss": 2.5}\n' + line + "\n")
     assert validations(Path()) == {1: 2.5}

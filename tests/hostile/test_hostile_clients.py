@@ -1,4 +1,4 @@
-"""A real server: a client that asks too much keeps no other from an answer."""
+"""A real server: a client that sends too much does not block others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def server(run: Path) -> Iterator[Process]:
 
 @contextmanager
 def longest_wait(server: Process, figures: dict[str, float]) -> Iterator[None]:
-    """Ask for /health all the time inside the block, and note the longest that an answer took."""
+    """Poll /health inside the block, and record the longest response time."""
     done = threading.Event()
     waits: list[float] = []
 
@@ -62,7 +62,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("kind", LARGE)
-def test_a_large_request_holds_up_no_other_answer(server: Process, kind: str) -> None:
+def test_a_large_request_does_not_delay_other_answers(server: Process, kind: str) -> None:
     figures: dict[str, float] = {}
     with longest_wait(server, figures):
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""`deploy certify` of an endpoint that answers without end, late, in other shapes or not at all."""
+"""`deploy certify` of an endpoint whose answers are endless, late, malformed or missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 @contextmanager
 def raw_server(answer: Callable[[Send], None]) -> Iterator[str]:
-    """Answer every request by what `answer` sends, byte for byte, then close."""
+    """Answer every request with the raw bytes that `answer` sends, then close."""
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -76,7 +76,7 @@ def dripping(send: Send) -> None:
 
 
 def ask(url: str) -> None:
-    """Ask for the models, then for an answer."""
+    """Request the models, then an answer."""
     with connect(url, None, offline=True) as client:
         with suppress(LlmtuneError):
             choose_served_model(client, None, "tiny")
@@ -97,7 +97,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         (dripping, "did not end within 1 seconds"),
     ],
 )
-def test_an_answer_without_end_is_left_in_time_and_in_little_memory(answer: Callable[[Send], None], words: str) -> None:
+def test_an_endless_answer_is_abandoned_in_time_with_little_memory(answer: Callable[[Send], None], words: str) -> None:
     began = time.monotonic()
     tracemalloc.start()
     with raw_server(answer) as url, pytest.raises(EnvironmentProblem, match=words):
@@ -108,7 +108,7 @@ def test_an_answer_without_end_is_left_in_time_and_in_little_memory(answer: Call
     assert most < 100e6
 
 
-def test_a_packed_answer_that_would_unfold_to_gigabytes_is_not_unpacked() -> None:
+def test_a_decompression_bomb_is_not_unpacked() -> None:
     packed = gzip.compress(b" " * 2**26)
     with (
         raw_server(lambda send: send(with_length(packed, HEAD + b"Content-Encoding: gzip\r\n"))) as url,
@@ -137,7 +137,7 @@ def completion(**choice: object) -> bytes:
         b'{"prompt_token_ids": ["x"], "choices": [{"message": {"content": "a"}}]}',
     ],
 )
-def test_an_answer_of_another_shape_is_explained(body: bytes) -> None:
+def test_an_answer_in_another_format_is_explained(body: bytes) -> None:
     with raw_server(lambda send: send(with_length(body))) as url, pytest.raises(EnvironmentProblem):
         ask(url)
 
@@ -153,11 +153,11 @@ def test_an_answer_of_another_shape_is_explained(body: bytes) -> None:
         with_length(b"{}", HEAD + b"Content-Encoding: nonsense\r\n"),
     ],
 )
-def test_what_is_no_answer_is_explained(sent: bytes) -> None:
+def test_an_invalid_response_is_explained(sent: bytes) -> None:
     with raw_server(lambda send: send(sent)) as url, pytest.raises(EnvironmentProblem):
         ask(url)
 
 
 @pytest.mark.parametrize("token", [-1, 7, 2**70])
-def test_a_token_that_the_model_does_not_have_is_no_tie(token: int) -> None:
+def test_an_unknown_token_does_not_count_as_a_tie(token: int) -> None:
     assert not _parts_at_tie([3, 4], [3, token], torch.zeros(2, 7), stops=set())

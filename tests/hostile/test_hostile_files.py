@@ -1,4 +1,4 @@
-"""Recipes, locks, run folders and names that are not what they seem: refused in time, by name."""
+"""Misleading recipes, locks, run folders and names are refused in time, by name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_recipe_or_lock_that_is_a_pipe_or_a_device_is_refused(recipe: Path, na
 
 
 @pytest.mark.parametrize("name", ["fifo", "link", "/dev/zero", "socket"])
-def test_init_on_what_is_not_a_regular_file_is_refused(recipe: Path, name: str) -> None:
+def test_init_on_anything_but_a_regular_file_is_refused(recipe: Path, name: str) -> None:
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind("socket")
         assert f"{name}: not a regular file -> Copy its rows into a file" in attempt("init", name, code=2)
@@ -71,7 +71,7 @@ def test_a_run_json_of_another_program_is_refused_by_every_command(recipe: Path,
     assert Path("run/run.json").read_text() == content
 
 
-def test_a_run_json_that_is_a_pipe_is_no_run(recipe: Path) -> None:
+def test_a_folder_whose_run_json_is_a_pipe_is_not_a_run(recipe: Path) -> None:
     Path("run").mkdir()
     os.mkfifo("run/run.json")
     for command in (["prepare", recipe, "--out"], ["verify"]):
@@ -79,11 +79,11 @@ def test_a_run_json_that_is_a_pipe_is_no_run(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [["--set", "\ud800=1"], ["--out", "\udcff"], ["--lock", "\udcff"]])
-def test_what_is_not_utf8_on_the_command_line_is_refused(recipe: Path, option: list[str]) -> None:
+def test_arguments_that_are_not_utf8_are_refused(recipe: Path, option: list[str]) -> None:
     assert "it is not UTF-8" in attempt("prepare", recipe, *option, code=2)
 
 
-def test_a_working_folder_that_is_gone_or_not_utf8_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_working_folder_that_is_deleted_or_not_utf8_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkdir(b"\xff")
     monkeypatch.chdir(os.fsdecode(b"\xff"))
     assert "the working folder" in attempt("recipes", "check", recipe, code=2)
@@ -101,7 +101,7 @@ def test_a_working_folder_that_is_gone_or_not_utf8_is_refused(recipe: Path, monk
         "\n".join(f"k{number}: &a{number} 1" for number in range(10_100)),
     ],
 )
-def test_yaml_that_makes_objects_nests_or_explodes_is_refused(recipe: Path, line: str) -> None:
+def test_yaml_with_objects_deep_nesting_or_alias_bombs_is_refused(recipe: Path, line: str) -> None:
     recipe.write_text(line)
     assert "good.yaml" in attempt("recipes", "check", recipe, code=2)
 
@@ -119,7 +119,7 @@ def test_a_number_of_400_digits_is_refused(option: str) -> None:
     attempt("models", "fits", *(word for pair in given.items() for word in pair), code=2)
 
 
-def test_what_a_killed_search_for_near_rows_left_is_removed(here: Path) -> None:
+def test_leftovers_of_a_killed_near_duplicate_search_are_removed(here: Path) -> None:
     (here / "run/data/.keys-abc").mkdir(parents=True)
     (here / "run/data/.keys-abc/keys.npy").write_bytes(b"x" * 100)
     with open_run(here / "run", "aa"):
@@ -167,7 +167,7 @@ def test_a_second_ctrl_c_ends_a_server_that_is_answering_without_a_traceback() -
     assert "Traceback" not in done.stderr, done.stderr
 
 
-def test_json_for_programs_holds_the_text_and_no_control_character(recipe: Path) -> None:
+def test_json_output_has_the_text_without_control_characters(recipe: Path) -> None:
     value = {"row": "\x1b[31m \x9b \u202e \ud800"}
     with redirect_stdout(io.StringIO()) as out:
         print_json(value)

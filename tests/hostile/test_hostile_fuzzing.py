@@ -1,4 +1,4 @@
-"""Whatever stands in a file, a recipe, a gate or a template: an answer, or one of our errors."""
+"""Any content of a file, a recipe, a gate or a template gives an answer, or one of our errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ JINJA = [
     st.sampled_from([bytes, gzip.compress, lambda data: gzip.compress(data)[:-9], lambda data: b"PAR1" + data]),
 )
 @MANY
-def test_any_file_gives_rows_or_an_error_of_data(data, container, pack):
+def test_any_file_gives_rows_or_a_data_error(data, container, pack):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "file")
         path.write_bytes(pack(data))
@@ -75,7 +75,7 @@ def test_any_file_gives_rows_or_an_error_of_data(data, container, pack):
 @pytest.mark.slow
 @given(st.text(max_size=60) | st.lists(st.sampled_from(YAML), max_size=40).map("".join))
 @MANY
-def test_any_text_is_yaml_or_an_error_of_the_recipe(text):
+def test_any_text_is_yaml_or_a_recipe_error(text):
     with suppress(RecipeError):
         parse_yaml(text, "recipe.yaml", Path("/"))
 
@@ -83,7 +83,7 @@ def test_any_text_is_yaml_or_an_error_of_the_recipe(text):
 @pytest.mark.slow
 @given(st.text(max_size=60) | st.lists(st.sampled_from(GATE), max_size=12).map("".join))
 @MANY
-def test_any_text_is_a_gate_or_an_error_of_the_recipe(text):
+def test_any_text_is_a_gate_or_a_recipe_error(text):
     try:
         gate = parse_gate(text)
     except RecipeError:

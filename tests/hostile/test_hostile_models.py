@@ -1,4 +1,4 @@
-"""Model folders, adapters and checkpoints that were damaged or made to harm: refused by name, in time."""
+"""Damaged or malicious model folders, adapters and checkpoints are refused by name, in time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def state(name: str, **values: object) -> Damage:
 
 
 def header(**values: object) -> Damage:
-    """Change what the header of the weights says of one tensor."""
+    """Change one tensor's entry in the header of the weights."""
 
     def damage(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -97,7 +97,7 @@ MODELS = {
 
 
 def cases(kinds: Iterable[str], brief: Sequence[str]) -> list[ParameterSet]:
-    """Return all kinds of damage; those that are not `brief` belong to the slow suite."""
+    """Return all kinds of damage; all but the `brief` ones belong to the slow suite."""
     return [pytest.param(kind, marks=() if kind in brief else pytest.mark.slow) for kind in kinds]
 
 
@@ -116,7 +116,7 @@ REMOTE = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoToken
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_code_of_a_model_does_not_run_without_being_allowed(
+def test_code_of_a_model_does_not_run_without_permission(
     here: Path, tiny_llama: Path, chat_rows: Path, name: str
 ) -> None:
     model = shutil.copytree(tiny_llama, here / "model")
@@ -165,7 +165,7 @@ BRIEF_ADAPTERS = ("text for the rank", "exploding expression", "deep", "NaN weig
 
 
 @pytest.mark.parametrize("kind", cases(ADAPTERS, BRIEF_ADAPTERS))
-def test_a_damaged_adapter_is_not_gone_on_from(
+def test_training_does_not_start_from_a_damaged_adapter(
     here: Path, tiny_llama: Path, trained: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load, "PATTERN_SECONDS", 0.3)
@@ -196,7 +196,7 @@ def test_a_checkpoint_whose_state_was_edited_is_not_used(here: Path, trained: Pa
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_metrics_that_were_cut_in_a_line_cost_that_line_alone(here: Path, trained: Path) -> None:
+def test_a_truncated_metrics_line_loses_only_that_line(here: Path, trained: Path) -> None:
     run = shutil.copytree(trained / "run", here / "run")
     metrics = run / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:-20])

@@ -1,4 +1,4 @@
-"""Clients that ask nothing, slowly or oddly, and keep no other from an answer."""
+"""Idle, slow or odd clients do not block others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmtune.serve.server import TimedProtocol
 
 
 class Metrics:
-    """What the gateway counts with; nothing is counted here."""
+    """A stub of the gateway's metrics, which counts nothing."""
 
     @property
     def requests(self) -> Metrics:
@@ -59,14 +59,14 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     bound.close()
 
 
-def test_idle_connections_make_room_for_a_client_that_asks(port: int) -> None:
+def test_idle_connections_make_room_for_an_active_client(port: int) -> None:
     idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
     assert httpx.get(f"http://127.0.0.1:{port}/x", timeout=5).json() == {"path": "/x"}
     for one in idle:
         one.close()
 
 
-def test_a_head_that_does_not_end_is_not_waited_for(port: int) -> None:
+def test_a_request_head_that_never_ends_times_out(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port)) as slow:
         slow.settimeout(5)
         slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
@@ -74,12 +74,12 @@ def test_a_head_that_does_not_end_is_not_waited_for(port: int) -> None:
 
 
 @pytest.mark.parametrize("headers", [{"Host": "["}, {"Host": "a b"}, {"Origin": "http://["}, {"Host": "http://x"}])
-def test_a_host_or_origin_that_is_none_is_refused(port: int, headers: dict[str, str]) -> None:
+def test_an_invalid_host_or_origin_is_refused(port: int, headers: dict[str, str]) -> None:
     found = httpx.get(f"http://127.0.0.1:{port}/", headers=headers, timeout=5)
     assert found.status_code in (400, 403)
 
 
-def test_work_on_a_large_text_holds_up_no_other_answer(port: int) -> None:
+def test_slow_work_on_a_text_does_not_delay_other_answers(port: int) -> None:
     slow = threading.Thread(target=httpx.get, args=(f"http://127.0.0.1:{port}/slow",), kwargs={"timeout": 10})
     slow.start()
     time.sleep(0.3)

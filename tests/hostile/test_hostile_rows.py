@@ -1,4 +1,4 @@
-"""Rows, archives and folders that are not what they seem: read in time and little memory, or refused by name."""
+"""Hostile rows, archives and folders are read in time with little memory, or refused by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_rows_are_not_read_from_a_pipe_or_a_device(here: Path, name: str, is_lin
     assert ("no rows" if name == "/proc/kmsg" else "not a regular file") in said
 
 
-def test_a_walk_through_folders_has_an_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walking_through_folders_terminates(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(user_files, "MAX_FOLDERS", 50)
     for number in range(60):
         (here / "deep" / str(number)).mkdir(parents=True)
@@ -46,14 +46,14 @@ def test_a_walk_through_folders_has_an_end(here: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["~", ".", "**/*.jsonl", "/**/*.jsonl"])
-def test_a_walk_through_a_whole_disk_ends_soon(here: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+def test_walking_through_an_entire_disk_ends_soon(here: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setenv("HOME", str(here))
     for number in range(user_files.MAX_FOLDERS + 1 if source != "/**/*.jsonl" else 0):
         (here / str(number)).mkdir()
     assert "it contains more than" in prepare(source, code=3)
 
 
-def test_a_walk_goes_round_no_circle_and_into_no_hidden_folder(here: Path, chat_rows: Path) -> None:
+def test_walking_skips_link_cycles_and_hidden_folders(here: Path, chat_rows: Path) -> None:
     (here / "data" / ".hidden").mkdir(parents=True)
     (here / "data" / "circle").symlink_to(here / "data")
     (here / "data" / ".hidden" / "bad.jsonl").write_text("no JSON")
@@ -62,7 +62,7 @@ def test_a_walk_goes_round_no_circle_and_into_no_hidden_folder(here: Path, chat_
         assert "40 rows read" in prepare(source, code=0)
 
 
-def test_patterns_find_what_the_shell_finds(here: Path) -> None:
+def test_patterns_match_what_the_shell_matches(here: Path) -> None:
     for name in ("a.x", "one/b.x", "one/two/c.x", "one/.two/d.x", ".e.x", "one/two/f.y"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).touch()
@@ -77,7 +77,7 @@ def test_a_file_name_that_is_not_utf8_is_refused(here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../etc", "a/b/c", "\t", "x" * 200])
-def test_a_hub_name_that_is_none_is_refused(here: Path, name: str) -> None:
+def test_an_invalid_hub_name_is_refused(here: Path, name: str) -> None:
     assert "hub:" in prepare(f"hub:{name}", code=(2, 3))
 
 
@@ -100,7 +100,7 @@ def test_an_archive_is_not_read_as_rows(here: Path, kind: str) -> None:
     assert f"{kind.split('.')[0]} archive" in prepare("rows.jsonl", code=3)
 
 
-def test_rows_without_bounds_are_left_out_with_the_reason(here: Path, chat_rows: Path) -> None:
+def test_unbounded_rows_are_skipped_with_the_reason(here: Path, chat_rows: Path) -> None:
     deep = '{"a":' * 900 + "1" + "}" * 900
     turns = [QUESTION, ANSWER]
     bad = [
@@ -117,7 +117,7 @@ def test_rows_without_bounds_are_left_out_with_the_reason(here: Path, chat_rows:
     assert "5 of 45 rows are bad" in said
 
 
-def test_a_line_or_cell_that_is_no_row_is_refused(here: Path) -> None:
+def test_a_line_or_cell_that_is_not_a_row_is_refused(here: Path) -> None:
     Path("rows.jsonl").write_text(json.dumps({"prompt": "a b c " * 2_000_000, "completion": "b"}))
     Path("rows.csv").write_text(f'prompt,completion\n"{"word " * 2_000_000}",b\n')
     Path("wide.csv").write_text("\n".join([",".join(f"c{n}" for n in range(100_000)), "x," * 99_999 + "x"]))
@@ -162,7 +162,7 @@ def test_near_duplicates_of_five_megabytes_are_compared_in_little_memory(here: P
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["path", "lock", "template", "start_from", "extends"])
 @pytest.mark.parametrize("target", ["/proc/self/environ", "../../../../../../../../../etc/shadow", "../secret"])
-def test_a_path_that_leads_to_secrets_shows_none_of_them(
+def test_a_path_to_secrets_does_not_reveal_them(
     here: Path, chat_rows: Path, tiny_llama: Path, key: str, target: str
 ) -> None:
     (here.parent / "secret").write_text("hf_token-s3cret-0123456789abcdef: [")
@@ -189,12 +189,12 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_of_rows_is_refused(here: Path, name: str) -> None:
+def test_a_decompression_bomb_of_rows_is_refused(here: Path, name: str) -> None:
     Path(name).write_bytes(BOMBS[name]())
     assert "unpacks to more than" in prepare(name, code=3)
 
 
-def test_a_text_that_stands_in_a_parquet_file_once_and_in_all_its_rows_is_refused(here: Path) -> None:
+def test_a_parquet_text_stored_once_but_repeated_in_all_rows_is_refused(here: Path) -> None:
     text = pa.DictionaryArray.from_arrays(pa.array([0] * 512), pa.array(["x y z " * 700_000]))
     table = pa.table({"prompt": text, "completion": ["a"] * 512})
     pq.write_table(table, "rows.parquet", dictionary_pagesize_limit=2**30, compression="zstd", store_schema=False)
@@ -239,7 +239,7 @@ def test_escape_codes_in_rows_do_not_reach_the_terminal(here: Path, chat_rows: P
     assert "control characters" in prepare("*31m.jsonl", code=3)
 
 
-def test_a_row_file_may_lie_behind_a_link(here: Path, chat_rows: Path) -> None:
+def test_a_row_file_may_be_a_link(here: Path, chat_rows: Path) -> None:
     (here / "link.jsonl").symlink_to(chat_rows)
     assert "40 rows read" in prepare("link.jsonl", code=0)
     attempt("recipes", "check", "hostile.yaml", code=0)

@@ -1,4 +1,4 @@
-"""Chat templates that loop, nest, allocate or fail: the sandbox holds; time, memory and text have bounds."""
+"""Chat templates that loop, nest, allocate or fail stay in the sandbox, with limited time, memory and text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the system refuses becomes an error that says what to do, wherever it happens; another error stays a bug."""
+"""Any system error becomes an error with a fix, wherever it occurs; any other error is reported as a bug."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-def test_a_refusal_of_the_system_ends_with_exit_code_4(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_system_error_ends_with_exit_code_4(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     error, words = REFUSALS[kind]
 
     @handled
@@ -55,13 +55,13 @@ def test_a_refusal_of_the_system_ends_with_exit_code_4(kind: str, capsys: pytest
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_library_that_hides_the_number_in_its_text_is_understood(tmp_path: Path) -> None:
+def test_an_error_number_inside_a_library_message_is_found(tmp_path: Path) -> None:
     hidden = SafetensorError('Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "" }')
     with pytest.raises(EnvironmentProblem, match=r"the disk is full: .* MB free"), explained(tmp_path / "x"):
         raise hidden
 
 
-def test_a_product_that_cannot_be_loaded_for_want_of_threads_is_not_called_broken() -> None:
+def test_a_product_that_fails_to_load_for_lack_of_threads_is_not_called_broken() -> None:
     def load() -> tuple[PreTrainedModel, dict[str, set[str]]]:
         raise RuntimeError("can't start new thread")
 
@@ -69,7 +69,7 @@ def test_a_product_that_cannot_be_loaded_for_want_of_threads_is_not_called_broke
         load_product(load, "the merged model")
 
 
-def test_another_error_stays_a_bug() -> None:
+def test_any_other_error_is_reported_as_a_bug() -> None:
     @handled
     def command() -> None:
         raise RuntimeError("shapes do not fit")

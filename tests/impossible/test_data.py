@@ -197,7 +197,7 @@ def test_each_answer_is_supervised_with_its_end_and_nothing_else(name):
     shows="the template writes '<|endoftext|>' twice at the start",
     also=[
         "data/test_chat_encoding.py::test_an_answer_is_trained_after_the_exact_ids_of_its_generation_prompt",
-        "serve/test_api.py::test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in",
+        "serve/test_api.py::test_a_conversation_gets_the_ids_of_training_in_any_form",
         "test_pipeline.py::test_generate_and_chat_answer_as_in_the_evaluation",
     ],
 )

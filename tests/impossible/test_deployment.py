@@ -59,7 +59,7 @@ def test_a_merge_without_the_adapter_fails_and_leaves_no_model(finished, without
     kept="Exports are read back as a user would read them, and must render the same token ids as in training.",
     shows="error the merged model differs: the saved tokenizer and chat template produce other token ids -> The "
     "product was deleted; the numbers are in run/merged.failed.json.",
-    also=["serve/test_api.py::test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in"],
+    also=["serve/test_api.py::test_a_conversation_gets_the_ids_of_training_in_any_form"],
 )
 def test_an_export_with_another_template_fails(finished, without, shows):
     def save_another(processor, folder):

@@ -302,9 +302,9 @@ ELSEWHERE = {
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_separates_worse_from_too_few_rows",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_use_the_level_of_one_look",
     "train.eval_metrics": "train/test_validation_metrics.py::"
-    "test_metrics_of_validation_rows_are_those_that_evaluate_measures_of_that_checkpoint",
+    "test_validation_metrics_match_those_of_evaluate_for_the_same_checkpoint",
     "train.metric_for_best_model": "train/test_validation_metrics.py::"
-    "test_the_best_checkpoint_and_early_stopping_go_by_the_metric_that_is_named",
+    "test_the_best_checkpoint_and_early_stopping_follow_the_named_metric",
     "train.seeds": "test_seeds.py::test_each_further_seed_equals_a_run_with_that_seed_alone",
     "deploy": "deploy/test_gguf_run.py::test_a_recipe_makes_the_file_at_the_end_of_run",
 }

@@ -42,8 +42,8 @@ def lose_on_a_device_for(tokens: int, validating: bool = False):
     shows="Out of memory in the rehearsal: micro-batches shrink to ... tokens. ... Rehearsed: micro-batches of ... "
     "tokens fit, peak ... GB; a checkpoint was written and read back. ... step 1/",
     also=[
-        "train/test_preflight.py::test_a_limited_address_space_shrinks_the_micro_batch_and_training_goes_on",
-        "train/test_preflight.py::test_after_the_rehearsal_weights_optimizer_and_random_numbers_are_what_they_were",
+        "train/test_preflight.py::test_a_limited_address_space_shrinks_the_micro_batch_and_training_continues",
+        "train/test_preflight.py::test_the_rehearsal_restores_weights_optimizer_and_random_numbers",
     ],
 )
 def test_an_oversized_validation_batch_is_found_before_step_1(run, without, shows):
@@ -101,7 +101,7 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, r
     "is ... -> Versions, processor and threads match the lock, so something outside the lock differs.",
     also=[
         "test_pipeline.py::test_the_same_recipe_twice_gives_equal_bytes",
-        "train/test_loop.py::test_the_same_seed_gives_the_same_bytes_and_another_seed_others",
+        "train/test_loop.py::test_the_same_seed_gives_the_same_bytes_and_another_seed_different_ones",
     ],
 )
 def test_a_run_reproduces_bit_for_bit(place, run, without, shows):
@@ -158,7 +158,7 @@ def test_a_target_or_adapter_without_a_match_is_refused(place, run, shows):
     "step. A checkpoint is written under a temporary name, flushed, hashed, then renamed.",
     shows="Resuming from step 2 of 4",
     also=[
-        "train/test_checkpoint.py::test_killed_anywhere_and_continued_the_bytes_are_those_of_no_stop",
+        "train/test_checkpoint.py::test_a_run_killed_anywhere_resumes_to_the_same_bytes",
         "torture/test_torture.py",
     ],
 )
@@ -190,7 +190,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(place, run, without, shows
     shows="error step 3: loss nan, learning rate ..., gradient norm nan: the trained weights are not finite "
     "in step 3: the previous update was too large -> No checkpoint was saved yet. Try: lower train.learning_rate",
     also=[
-        "train/test_loop.py::test_weights_that_are_no_numbers_stop_the_run_with_a_diagnosis",
+        "train/test_loop.py::test_non_finite_weights_stop_the_run_with_a_diagnosis",
         "train/test_loop.py::test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved",
     ],
 )

@@ -1,4 +1,4 @@
-"""The files in examples/launch/ are what SkyPilot and Kubeflow read."""
+"""SkyPilot and Kubeflow accept the files in examples/launch/."""
 
 import os
 import shlex
@@ -29,7 +29,7 @@ def read(name: str) -> dict:
 
 
 @pytest.mark.skipif(SKY is None, reason="no command sky: pip install skypilot, in an environment of its own")
-def test_the_task_is_what_skypilot_reads(tmp_path):
+def test_skypilot_reads_the_task(tmp_path):
     python = Path(str(SKY)).read_text().splitlines()[0].removeprefix("#!")
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     task = (EXAMPLES / "skypilot.yaml").read_text().replace("YOUR-BUCKET", "bucket")
@@ -38,7 +38,7 @@ def test_the_task_is_what_skypilot_reads(tmp_path):
     assert done.stdout.splitlines()[-1] == "1 HF_TOKEN /llmtune-runs True"
 
 
-def test_the_task_starts_torchrun_on_the_recipe_of_its_folder(tmp_path):
+def test_the_task_runs_torchrun_on_the_recipe_in_its_folder(tmp_path):
     script = read("skypilot.yaml")["run"]
     (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "torchrun").chmod(0o755)
@@ -50,7 +50,7 @@ def test_the_task_starts_torchrun_on_the_recipe_of_its_folder(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Support for class-based:DeprecationWarning")  # Kubeflow's
-def test_the_train_job_is_what_kubeflow_has_published():
+def test_the_train_job_matches_the_published_kubeflow_schema():
     from kubeflow_trainer_api.models import IoK8sApiCoreV1PodSpec, TrainerV1alpha1TrainJob
 
     job = read("trainjob.yaml")

@@ -31,7 +31,7 @@ def workers_find_the_tests(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
+def test_two_processes_train_like_one(tmp_path, tiny_llama, console):
     examples = write_examples(tmp_path / "examples", train=61, validation=7)
     train = {"batch_size": 6, "gradient_checkpointing": True}
     recipe = make_recipe(tmp_path, tiny_llama, train=train)
@@ -39,7 +39,7 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
     one = run_training(tmp_path / "one", recipe, examples)
     assert result["steps"] == one.steps == 22
     pairs = list(zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True))
-    assert len(pairs) == 22  # the last step of an epoch has one row: a process without any takes part
+    assert len(pairs) == 22  # the last step of an epoch has one row, so one process takes part without any
     for alone, together in pairs[:10]:
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
@@ -50,7 +50,7 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
     assert {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()} == {"step-11", "step-22"}
 
 
-def test_the_command_trains_and_evaluates_in_two_processes_as_in_one_and_leaves_a_whole_run(
+def test_the_command_trains_and_evaluates_in_two_processes_like_in_one_and_leaves_a_complete_run(
     here, tiny_llama, chat_rows
 ):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train={"eval_metrics": ["accuracy", "chrf"]})
@@ -77,11 +77,11 @@ def test_the_command_trains_and_evaluates_in_two_processes_as_in_one_and_leaves_
     for step in ("adapt", "train"):
         assert steps["two"][step]["inputs"] == steps["one"][step]["inputs"]
     adapted, trained = steps["two"]["adapt"], steps["two"]["train"]
-    ended = trained["started"] + trained["seconds"] + CLOCKS_APART  # seconds are of another clock than starts
-    assert adapted["started"] + adapted["seconds"] <= ended  # a kill loses none
+    ended = trained["started"] + trained["seconds"] + CLOCKS_APART  # seconds and start times come from different clocks
+    assert adapted["started"] + adapted["seconds"] <= ended  # a kill loses no time
 
 
-def test_threads_are_divided_and_the_environment_is_as_before(console):
+def test_threads_are_divided_and_the_environment_is_restored(console):
     before = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     result = launch_work("succeed", ["a", "b c"], Topology(2), console, 5)
     assert result == {"heard": ["a", "b c"], "world": 2, "threads": "2"}
@@ -92,7 +92,7 @@ def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
     with pytest.raises(DataError) as caught:
         launch_work(
             "end_rank_one", ["mistake"], Topology(2, max_restarts=1), console
-        )  # it comes again, and is not retried
+        )  # the mistake would occur again, so it is not retried
     assert caught.value.exit_code == 3
     assert caught.value.problems[0].what == "row 7 has no answer"
     assert caught.value.problems[0].where == "process 1, rows.jsonl:7"
@@ -105,14 +105,14 @@ def test_a_bug_in_one_process_comes_with_its_traceback(console):
 
 
 @pytest.mark.slow
-def test_a_process_that_the_system_kills_is_named(console):
+def test_a_process_killed_by_the_system_is_named(console):
     with pytest.raises(EnvironmentProblem, match="process 1 was killed by SIGKILL") as caught:
         launch_work("end_rank_one", ["SIGKILL"], Topology(2), console)
     assert "ran out of memory" in caught.value.problems[0].fix
 
 
 @pytest.mark.slow
-def test_a_process_that_is_told_to_stop_before_it_trains_is_no_bug(console):
+def test_a_process_stopped_before_training_is_not_reported_as_a_bug(console):
     with pytest.raises(Stopped, match="stopped by SIGTERM before a checkpoint was saved"):
         launch_work("end_rank_one", ["SIGTERM"], Topology(2), console)
 
@@ -125,7 +125,7 @@ def test_a_process_that_is_told_to_stop_before_it_trains_is_no_bug(console):
         pytest.param(signal.SIGTERM, 143, "worker", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_in_all_workers_and_training_goes_on(number, code, to, tmp_path, tiny_llama):
+def test_a_signal_saves_in_all_workers_and_training_resumes(number, code, to, tmp_path, tiny_llama):
     examples = write_examples(tmp_path / "examples", train=60)
     train = {"num_train_epochs": 200, "save_steps": 10_000, "logging_steps": 1}
     recipe = make_recipe(tmp_path, tiny_llama, train=train)
@@ -144,14 +144,16 @@ def test_a_signal_saves_in_all_workers_and_training_goes_on(number, code, to, tm
     step = int(saved.name.removeprefix("step-"))
     assert len(read_metrics(tmp_path / "run")) in (step - 1, step)  # a stop saves before it logs
     stop = Console(file=Watched(f"step {step + 3}/", lambda: os.kill(os.getpid(), number)), width=200)
-    with pytest.raises(Stopped, match=f"after step {step + 3} of 1600"):  # one process goes on from what two have saved
+    with pytest.raises(
+        Stopped, match=f"after step {step + 3} of 1600"
+    ):  # one process resumes from the checkpoint of two
         run_training(tmp_path / "run", recipe, examples, console=stop)
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, step + 4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_after_a_death_all_start_again_from_the_last_checkpoint(strategy, tmp_path, tiny_llama, console):
+def test_after_a_death_all_processes_restart_from_the_last_checkpoint(strategy, tmp_path, tiny_llama, console):
     examples = write_examples(tmp_path / "examples", train=60)
     train = {"num_train_epochs": 10, "save_steps": 5, "logging_steps": 1, "learning_rate": 1e-3}
     recipe = make_recipe(tmp_path, tiny_llama, train=train)
@@ -172,7 +174,7 @@ def test_after_a_death_all_start_again_from_the_last_checkpoint(strategy, tmp_pa
         assert (together["step"], together["loss"]) == (alone["step"], pytest.approx(alone["loss"], rel=1e-4))
 
 
-def test_the_last_words_of_a_process_are_shown(console):
+def test_the_last_output_of_a_dead_process_is_shown(console):
     with pytest.raises(EnvironmentProblem, match="process 1 was killed by SIGABRT; its last output:") as caught:
         launch_work("end_rank_one", ["abort"], Topology(2), console)
     assert "the disk is on fire" in str(caught.value)
@@ -180,7 +182,7 @@ def test_the_last_words_of_a_process_are_shown(console):
 
 
 @pytest.mark.parametrize("entry", ["write_and_wait", pytest.param("train_tiny", marks=pytest.mark.slow)])
-def test_workers_die_with_a_parent_that_is_killed(entry, tmp_path, tiny_llama):
+def test_workers_die_when_their_parent_is_killed(entry, tmp_path, tiny_llama):
     write_examples(tmp_path / "examples", train=60)
     make_recipe(tmp_path, tiny_llama, train={"num_train_epochs": 2000})
     parent = start_parent(tmp_path, entry, stderr=subprocess.DEVNULL)
@@ -192,7 +194,7 @@ def test_workers_die_with_a_parent_that_is_killed(entry, tmp_path, tiny_llama):
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
-def test_too_few_gpus_are_told_before_rows_are_prepared(here, tiny_llama, chat_rows, monkeypatch):
+def test_too_few_gpus_are_an_error_before_rows_are_prepared(here, tiny_llama, chat_rows, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
@@ -212,7 +214,7 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_refused_at_once(mon
 
 
 @pytest.mark.slow
-def test_what_a_stranger_posts_is_never_run(console, tmp_path):
+def test_data_posted_by_a_stranger_is_never_executed(console, tmp_path):
     with pytest.raises(WorkerBug, match="process 1 failed"):
         launch_work("post_code", [tmp_path], Topology(2), console)
     assert not (tmp_path / "pwned").exists()
@@ -224,14 +226,14 @@ def test_on_one_machine_the_rendezvous_opens_no_port(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_was_given_another_recipe_is_told(here, tiny_llama, chat_rows, console):
+def test_a_process_with_another_recipe_is_refused(here, tiny_llama, chat_rows, console):
     recipe = write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     with pytest.raises(RecipeError, match=r"process 1, recipe with its --set: .* here, .* in process 0"):
         launch_work("agree_on_a_recipe", [recipe], Topology(2), console)
 
 
 @pytest.mark.slow
-def test_one_process_can_be_launched_too(console):
+def test_a_single_process_can_be_launched_too(console):
     assert launch_work("succeed", [], Topology(1), console, 3) == {"heard": [], "world": 1, "threads": "3"}
 
 

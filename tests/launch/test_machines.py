@@ -1,4 +1,4 @@
-"""Two machines: network namespaces with a cable between them, one process each, and what happens to it."""
+"""Two machines, simulated by network namespaces with a cable between them, with one process each."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def cable() -> Iterator[Callable[[bool], None]]:
-    """Two machines and a cable between them; gives what cuts it (False) and mends it (True)."""
+    """Connect two machines by a cable; yield a function that cuts it (False) and repairs it (True)."""
     if not shutil.which("ip") or os.geteuid():
         pytest.skip("network namespaces take root and iproute2")
     names = [f"llmtune{os.getpid()}-{rank}" for rank in (0, 1)]
@@ -68,7 +68,7 @@ def start(cable, here) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End a machine as a power cut does."""
+    """Kill all processes of a machine, like a power cut."""
     if process.poll() is None:
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for one in tree:
@@ -95,7 +95,7 @@ def recipe(here, tiny_llama, chat_rows) -> Path:
 
 
 def assert_undisturbed(here: Path) -> None:
-    """Hold the run against the same recipe in one process of one machine."""
+    """Compare the run with the same recipe in one process of one machine."""
     assert invoke("run", "tiny.yaml", "--out", "alone").exit_code == 0
     pairs = list(zip(read_metrics(here / "alone"), read_metrics(here / "run"), strict=True))
     for alone, together in pairs:
@@ -107,14 +107,14 @@ def assert_undisturbed(here: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_machines_run_a_recipe_as_one_does(strategy, here, recipe, start):
+def test_two_machines_run_a_recipe_like_one(strategy, here, recipe, start):
     machines = [start(rank, "--strategy", strategy) for rank in (1, 0)]
     assert end_of(*machines) == [0, 0], [machine.log.read_text() for machine in machines]
     assert_undisturbed(here)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_machine_that_is_killed_and_started_again_changes_nothing(strategy, here, recipe, start):
+def test_killing_and_restarting_a_machine_does_not_change_the_result(strategy, here, recipe, start):
     options = ("--strategy", strategy, "--max-restarts", 2)
     first, second = start(0, *options), start(1, *options)
     wait_for_step(here / "run", 50)
@@ -125,7 +125,7 @@ def test_a_machine_that_is_killed_and_started_again_changes_nothing(strategy, he
     assert_undisturbed(here)
 
 
-def test_when_machine_0_is_killed_the_other_ends_and_both_go_on_later(here, recipe, start):
+def test_when_machine_0_is_killed_the_other_ends_and_both_resume_later(here, recipe, start):
     first, second = start(0, "--max-restarts", 2), start(1, "--max-restarts", 2)
     wait_for_step(here / "run", 50)
     kill(first)
@@ -138,7 +138,7 @@ def test_when_machine_0_is_killed_the_other_ends_and_both_go_on_later(here, reci
     assert_undisturbed(here)
 
 
-def test_a_cable_that_is_cut_for_twenty_seconds_is_waited_for(here, recipe, start, cable):
+def test_training_survives_a_cable_cut_for_twenty_seconds(here, recipe, start, cable):
     machines = start(0), start(1)
     wait_for_step(here / "run", 50)
     cable(False)

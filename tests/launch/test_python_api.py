@@ -1,4 +1,4 @@
-"""`import llmtune`: the same runs as the command line's, as objects."""
+"""`import llmtune`: the same runs as from the command line, as objects."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return write_recipe(folder / "tiny.yaml", tiny_llama, "rows.jsonl", evaluate=gates)
 
 
-def test_a_run_from_python_is_that_of_the_command_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_from_python_equals_one_from_the_command_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(recipe.parent)
     run = llmtune.run(recipe, out=recipe.parent / "run", set={"train.num_train_epochs": 1}, quiet=True)
     report = json.loads((recipe.parent / "run" / "report.json").read_text())
@@ -75,7 +75,7 @@ def test_all_wrong_arguments_are_named_at_once(recipe: Path) -> None:
             llmtune.load_run(folder)  # type: ignore[arg-type]
 
 
-def test_what_a_gate_refuses_is_an_error_and_the_run_stays(recipe: Path) -> None:
+def test_a_failed_gate_is_an_error_and_the_run_is_kept(recipe: Path) -> None:
     out = recipe.parent / "run"
     sets = {"train.num_train_epochs": 1, "train.eval_steps": None, "evaluate.gates": ["loss <= 0"]}
     with pytest.raises(GateFailed):
@@ -83,12 +83,12 @@ def test_what_a_gate_refuses_is_an_error_and_the_run_stays(recipe: Path) -> None
     assert not llmtune.load_run(out).gates[0].passed
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
         llmtune.load_run(tmp_path)
 
 
-def test_importing_llmtune_stays_light() -> None:
+def test_importing_llmtune_loads_no_heavy_libraries() -> None:
     code = "import llmtune, sys; llmtune.run; print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

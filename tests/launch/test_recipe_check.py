@@ -1,4 +1,4 @@
-"""What is wrong with the files and tools that a recipe names is said before anything heavy is imported."""
+"""Problems with the files and tools that a recipe names are reported before heavy imports."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ COMMANDS = pytest.mark.parametrize("command", [["recipes", "check"], ["run", "--
 
 
 @COMMANDS
-def test_an_untouched_starter_is_not_good(here: Path, command: list[str]) -> None:
+def test_an_unedited_template_is_refused(here: Path, command: list[str]) -> None:
     assert invoke("recipes", "new", "--task", "classify", "--out", "mine.yaml").exit_code == 0
     found = invoke(*command, "mine.yaml")
     assert found.exit_code == 3
@@ -38,7 +38,7 @@ def test_an_untouched_starter_is_not_good(here: Path, command: list[str]) -> Non
         ({"model": {"name": "/no/such/model"}}, 4, "folder /no/such/model not found"),
     ],
 )
-def test_files_columns_models_and_trackers_are_looked_at(
+def test_files_columns_models_and_trackers_are_checked(
     here: Path, command: list[str], sections: dict, code: int, words: str
 ) -> None:
     (here / "tickets.csv").write_text("subject,body,answer\nLate,Where is my parcel?,On its way.\n")
@@ -50,7 +50,7 @@ def test_files_columns_models_and_trackers_are_looked_at(
 
 
 @pytest.mark.parametrize("command", [["run"], ["train"]])
-def test_what_ends_a_run_before_its_gates_is_an_error_in_junit_xml(here: Path, command: list[str]) -> None:
+def test_an_error_before_the_gates_is_reported_in_junit_xml(here: Path, command: list[str]) -> None:
     (here / "tickets.csv").write_text("subject,body,answer\nLate,Where is my parcel?,On its way.\n")
     write_recipe(here / "mine.yaml", "owner/model", "tickets.csv")
     assert invoke(*command, "mine.yaml", "--out", "out").exit_code == 3
@@ -59,10 +59,10 @@ def test_what_ends_a_run_before_its_gates_is_an_error_in_junit_xml(here: Path, c
     (case,) = suite
     (error,) = case.result
     assert (error.type, "tickets.csv" in error.text) == ("DataError", True)
-    assert invoke(*command, "mine.yaml", "--out", "out").exit_code == 3  # the folder is not taken for another's
+    assert invoke(*command, "mine.yaml", "--out", "out").exit_code == 3  # the folder does not count as another recipe's
 
 
-def test_a_good_recipe_says_how_its_files_are_read(here: Path) -> None:
+def test_checking_a_valid_recipe_prints_how_its_files_are_read(here: Path) -> None:
     rows = [f"Where is my {thing}?,The {thing} is on its way.\n" for thing in ("parcel", "letter", "order", "book")]
     (here / "rows.csv").write_text("".join(["question,answer\n", *rows]))
     write_recipe(here / "mine.yaml", "owner/model", "rows.csv")
@@ -74,7 +74,7 @@ def test_a_good_recipe_says_how_its_files_are_read(here: Path) -> None:
     assert said["data"][0]["columns"] == {"prompt": "question", "completion": "answer"}
 
 
-def test_a_folder_with_the_work_of_another_recipe_is_refused_with_both_ways_out(here: Path) -> None:
+def test_a_folder_of_another_recipe_is_refused_with_both_alternatives(here: Path) -> None:
     (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
     write_recipe(here / "mine.yaml", "owner/model", "rows.csv")
     (here / "out").mkdir()

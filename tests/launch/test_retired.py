@@ -1,4 +1,4 @@
-"""Each command, option, key and metric that was retired is refused with what to use instead."""
+"""Each retired command, option, key and metric is refused with its replacement."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", RETIRED)
-def test_what_was_retired_is_refused_with_what_to_use_instead(name, here):
+def test_retired_names_are_refused_with_their_replacement(name, here):
     (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
     write_recipe(here / "tiny.yaml", "owner/model", "rows.csv")
     result = invoke(*COMMANDS[name])
@@ -33,6 +33,6 @@ def test_what_was_retired_is_refused_with_what_to_use_instead(name, here):
     assert RETIRED[name] in said
 
 
-def test_the_page_has_each_sentence():
+def test_the_docs_page_has_each_replacement():
     page = PAGE.read_text().replace("`", "")
     assert not [name for name, instead in RETIRED.items() if instead.replace("`", "") not in page]

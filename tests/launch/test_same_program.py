@@ -69,7 +69,7 @@ def test_torchrun_reaches_the_report_and_output_appears_once(recipe, here):
         (TORCHRUN, {"LLMTUNE_STRATEGY": "fsdp"}, "fsdp"),
     ],
 )
-def test_the_strategy_comes_from_what_started_the_processes(command, environment, strategy, recipe, here):
+def test_the_strategy_comes_from_the_launcher_of_the_processes(command, environment, strategy, recipe, here):
     done = started(command, "-m", "llmtune", "run", "tiny.yaml", "--out", "run", **environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines().count("evaluate") == 1
@@ -77,7 +77,7 @@ def test_the_strategy_comes_from_what_started_the_processes(command, environment
 
 
 @pytest.mark.slow
-def test_accelerate_that_starts_one_process_on_a_cpu_is_told(recipe, here):
+def test_accelerate_starting_one_process_on_a_cpu_is_an_error(recipe, here):
     done = started([*ACCELERATE, "--cpu"], "-m", "llmtune", "run", "tiny.yaml", "--out", "run")
     assert done.returncode == 0, done.stderr
     assert "accelerate started one process" in done.stderr
@@ -96,7 +96,7 @@ def test_accelerate_that_starts_one_process_on_a_cpu_is_told(recipe, here):
         pytest.param(["runs"], {}, 2, "this command runs in one process", marks=pytest.mark.slow),
     ],
 )
-def test_an_error_of_all_is_said_once(words, environment, code, said, recipe):
+def test_an_error_in_all_processes_is_printed_once(words, environment, code, said, recipe):
     done = started(TORCHRUN, "-m", "llmtune", *words, **environment)
     assert done.stderr.count("error ") - done.stderr.count("error_") <= 1, done.stderr
     assert done.stderr.count(said) == 1, done.stderr
@@ -110,7 +110,7 @@ def test_an_error_of_all_is_said_once(words, environment, code, said, recipe):
         pytest.param("bug", 1, "ZeroDivisionError: a bug", marks=pytest.mark.slow),
     ],
 )
-def test_an_error_of_one_process_ends_all_and_is_said_once(how, code, said, tmp_path):
+def test_an_error_in_one_process_ends_all_and_is_printed_once(how, code, said, tmp_path):
     done = started(TORCHRUN, "-m", "support.workers", tmp_path / "result", "end_rank_one", how)
     assert done.stderr.count(said) == 1, done.stderr
     assert f"exitcode  : {code} " in done.stderr
@@ -119,7 +119,7 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(how, code, said, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(number, here, tiny_llama, chat_rows):
+def test_a_signal_to_torchrun_saves_and_the_same_command_resumes(number, here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train=LONG)
     command = [*TORCHRUN, "-m", "llmtune", "run", "tiny.yaml", "--out", "run"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -135,7 +135,7 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(number, here, t
 
 
 @pytest.mark.slow
-def test_candidates_are_tried_and_further_seeds_trained_by_all(here, tiny_llama, chat_rows):
+def test_all_processes_try_candidates_and_train_further_seeds(here, tiny_llama, chat_rows):
     other = shutil.copytree(tiny_llama, here / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))

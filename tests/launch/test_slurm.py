@@ -55,7 +55,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 
 
 def missing() -> str | None:
-    """Return what of Slurm is not installed, as the reason to skip a test."""
+    """Return which parts of Slurm are not installed, as the reason to skip a test."""
     lacking = [name for name in DAEMONS if shutil.which(name, path=PLACES) is None]
     return f"no {', '.join(lacking)}: apt-get install slurmctld slurmd slurm-client munge" if lacking else None
 
@@ -140,7 +140,7 @@ LONG = {"num_train_epochs": 40, "save_steps": 100_000, "logging_steps": 1}
 needs_slurm = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
-def test_a_dry_run_prints_a_script_that_bash_and_slurm_understand(here, tiny_llama, chat_rows):
+def test_a_dry_run_prints_a_valid_bash_and_slurm_script(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     lock = {"model": {"name": str(tiny_llama), "revision": None, "sha256": "0"}, "data": {"sha256": "0"}}
     lock |= {"fingerprint": "0", "template": {}, "packages": {}, "seed": 7, "threads": 1, "hardware": {}}
@@ -201,21 +201,21 @@ def test_a_line_break_in_an_option_is_refused(words, here, tiny_llama, chat_rows
     assert (result.exit_code, "would end a line of the job script" in result.stderr) == (2, True)
 
 
-def test_an_array_of_jobs_that_would_write_one_run_folder_is_refused(here, tiny_llama, chat_rows):
+def test_a_job_array_that_would_share_one_run_folder_is_refused(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     for option in ("--array=1-3", "-a1-3"):
         result = invoke("launch", "slurm", "tiny.yaml", "--dry-run", f"--sbatch={option}")
         assert (result.exit_code, "tasks of an array" in result.stderr) == (2, True)
 
 
-def test_a_mistake_in_the_recipe_is_found_before_slurm_is_asked(here, tiny_llama):
+def test_a_mistake_in_the_recipe_is_found_before_submitting(here, tiny_llama):
     write_recipe(here / "tiny.yaml", tiny_llama, here / "missing.jsonl")
     result = invoke("launch", "slurm", "tiny.yaml")
     assert result.exit_code == 3
     assert "missing.jsonl" in result.stderr
 
 
-def test_a_machine_without_slurm_is_named_with_what_to_do(here, tiny_llama, chat_rows, monkeypatch):
+def test_without_slurm_the_error_says_what_to_do(here, tiny_llama, chat_rows, monkeypatch):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     monkeypatch.setenv("PATH", str(here))
     result = invoke("launch", "slurm", "tiny.yaml")
@@ -226,7 +226,7 @@ def test_a_machine_without_slurm_is_named_with_what_to_do(here, tiny_llama, chat
 
 @pytest.mark.slow
 @needs_slurm
-def test_slurm_preempts_queues_again_and_finishes_with_the_adapter_of_the_local_run(here, tiny_llama, chat_rows):
+def test_a_job_preempted_and_requeued_by_slurm_ends_with_the_adapter_of_the_local_run(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train=LONG)
     with cluster(here / "slurm") as environment:
         job = _launch(here, environment, "--out", "run")
@@ -251,7 +251,7 @@ def test_slurm_preempts_queues_again_and_finishes_with_the_adapter_of_the_local_
 
 @pytest.mark.slow
 @needs_slurm
-def test_a_job_that_is_cancelled_or_fails_ends_this_command_with_its_exit_code(here, tiny_llama, chat_rows):
+def test_a_cancelled_or_failed_job_ends_the_command_with_its_exit_code(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train=LONG)
     with cluster(here / "slurm") as environment:
         job = _launch(here, environment, "--out", "run")
@@ -276,7 +276,7 @@ def test_a_job_that_is_cancelled_or_fails_ends_this_command_with_its_exit_code(h
 
 @pytest.mark.slow
 @needs_slurm
-def test_ctrl_c_ends_the_following_alone_and_says_how_to_cancel(here, tiny_llama, chat_rows):
+def test_ctrl_c_only_stops_following_and_says_how_to_cancel(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     with cluster(here / "slurm") as environment:
         job = _launch(here, environment, "--out", "run", "--sbatch=--hold")
@@ -294,7 +294,7 @@ def test_ctrl_c_ends_the_following_alone_and_says_how_to_cancel(here, tiny_llama
 
 @pytest.mark.slow
 @needs_slurm
-def test_two_machines_of_a_cluster_train_as_one_does(here, tiny_llama, chat_rows):
+def test_two_machines_of_a_cluster_train_like_one(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     with cluster(here / "slurm", machines=2) as environment:
         job = _launch(here, environment, "--machines", "2", "--out", "two")
@@ -313,7 +313,7 @@ def test_two_machines_of_a_cluster_train_as_one_does(here, tiny_llama, chat_rows
 @pytest.mark.slow
 @needs_slurm
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may hide a folder from a process")
-def test_the_report_comes_back_from_a_disk_that_only_the_machine_of_the_job_sees(here, tiny_llama, chat_rows):
+def test_the_report_is_fetched_from_a_disk_that_only_the_job_sees(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train={"num_train_epochs": 1})
     (here / "scratch").mkdir()
     with cluster(here / "slurm", private=here / "scratch") as environment:

@@ -1,4 +1,4 @@
-"""A model cut over processes (FSDP2) learns what one process learns, and goes on in another number of processes."""
+"""A model sharded over processes (FSDP2) learns the same as in one process, and resumes with any number of them."""
 
 import json
 import os
@@ -47,7 +47,9 @@ SLOW = pytest.mark.slow
         pytest.param("full", 4, "ddp", marks=SLOW),
     ],
 )
-def test_a_model_in_parts_learns_what_a_whole_one_learns(method, processes, strategy, tmp_path, tiny_llama, console):
+def test_a_sharded_model_learns_the_same_as_an_unsharded_one(
+    method, processes, strategy, tmp_path, tiny_llama, console
+):
     examples = write_examples(tmp_path / "examples", train=61, validation=7)
     recipe = make_recipe(tmp_path, tiny_llama, train=TRAIN | {"gradient_checkpointing": True}, adapter=METHODS[method])
     together = train_together(tmp_path, "together", processes, strategy, console)
@@ -75,7 +77,7 @@ def test_a_model_in_parts_learns_what_a_whole_one_learns(method, processes, stra
         pytest.param("lora", (2, "ddp"), (2, "fsdp"), marks=SLOW),
     ],
 )
-def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then, tmp_path, tiny_llama, console):
+def test_a_checkpoint_resumes_with_another_number_of_processes(method, first, then, tmp_path, tiny_llama, console):
     examples = write_examples(tmp_path / "examples", train=61, validation=7)
     recipe = make_recipe(tmp_path, tiny_llama, train=TRAIN, adapter=METHODS[method])
     run_training(tmp_path / "alone", recipe, examples)
@@ -90,7 +92,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then
 @SLOW
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(("processes", "tied"), [(3, True), (2, False)])
-def test_one_process_reads_the_model_and_the_others_get_their_parts(method, processes, tied, tmp_path, console):
+def test_one_process_reads_the_model_and_the_others_receive_their_shards(method, processes, tied, tmp_path, console):
     make_recipe(tmp_path, build_llama(tmp_path / "model", tie_word_embeddings=tied), adapter=METHODS[method])
     found = launch_work("share_tiny", [tmp_path], Topology(processes, "fsdp"), console, processes)
     assert found == dict.fromkeys(("numbers", "without", "tied", "buffers", "cut"), True)
@@ -98,7 +100,7 @@ def test_one_process_reads_the_model_and_the_others_get_their_parts(method, proc
 
 @SLOW
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_more_processes_the_less_memory_each_takes(method, tmp_path, console):
+def test_memory_per_process_falls_with_the_number_of_processes(method, tmp_path, console):
     large = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8}
     peaks = {}
     for size in ({}, large):
@@ -112,13 +114,13 @@ def test_the_more_processes_the_less_memory_each_takes(method, tmp_path, console
             peaks[processes] = [
                 peak - before for peak, before in zip(found, peaks.get(processes, [0] * 4), strict=False)
             ]
-    (alone,), (first, *others) = peaks[1], peaks[4]  # what the larger model takes beyond the tiny one
-    assert max(others) < (0.7 if method == "lora" else 0.5) * alone, peaks  # a layer is whole while it computes
-    assert first < alone * (1.1 if method == "lora" else 0.6), peaks  # it has held the whole model
+    (alone,), (first, *others) = peaks[1], peaks[4]  # the memory of the larger model minus that of the tiny one
+    assert max(others) < (0.7 if method == "lora" else 0.5) * alone, peaks  # a layer is unsharded while it computes
+    assert first < alone * (1.1 if method == "lora" else 0.6), peaks  # it has held the full model
 
 
 @SLOW
-def test_what_the_first_process_finds_wrong_ends_the_others(here, tiny_llama, chat_rows):
+def test_an_error_in_the_first_process_ends_the_others(here, tiny_llama, chat_rows):
     model = Path(shutil.copytree(tiny_llama, here / "model"))
     weights = load_file(model / "model.safetensors")
     next(iter(weights.values())).fill_(float("nan"))
@@ -130,7 +132,7 @@ def test_what_the_first_process_finds_wrong_ends_the_others(here, tiny_llama, ch
     assert "Traceback" not in found.stderr
 
 
-def test_the_plan_of_a_dry_run_is_that_of_one_of_the_processes(here, tiny_llama, chat_rows):
+def test_a_dry_run_plans_the_memory_of_one_process(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     plans = []
     for options in ([], ["--processes", 2, "--machines", 2, "--address", "a:1", "--strategy", "fsdp"]):
@@ -167,7 +169,7 @@ OSF, VECTORS, BANK = ({"method": name, "r": None, "lora_alpha": None} for name i
         (["--address", "a:1"], {}, ["--address", "no effect"]),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_loaded(here, options, sections, words, monkeypatch):
+def test_invalid_options_are_refused_before_anything_is_loaded(here, options, sections, words, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llmtune.pipeline", None)  # importing it would be an error
     (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
     write_recipe(here / "tiny.yaml", "owner/model", "rows.csv", **sections)

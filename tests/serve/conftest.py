@@ -1,4 +1,4 @@
-"""A tiny chat model with an adapter, two finished runs on one base, and a server whose model knows its answers."""
+"""A tiny chat model with an adapter, two finished runs on one base, and a server whose model memorised its answers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def tune(tiny_llama: Path, chat_rows: Path, tmp_path: Path, console: Console) ->
 
 @pytest.fixture(scope="package")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, Path]:
-    """Two runs on one base, which say different things."""
+    """Two runs on one base, with different answers."""
     folder = tmp_path_factory.mktemp("served")
     quick = {"num_train_epochs": 1}
     return {
@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str
 
 @pytest.fixture(scope="package")
 def learned_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server: `tiny` learned calls of tools, thoughts and Markdown by heart, `base` knows nothing."""
+    """The address of a server: `tiny` memorised tool calls, thoughts and Markdown, `base` is untrained."""
     folder = build_llama(tmp_path_factory.mktemp("tools") / "hermes", HERMES)
     model, base = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     processor, task, recipe = AutoTokenizer.from_pretrained(folder), get_task("chat"), recipe_for(max_length=2048)

@@ -1,4 +1,4 @@
-"""Answers in their parts, as they are generated."""
+"""Splitting answers into their parts during generation."""
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ CALLS = (
 
 
 def stream_of(text, **options):
-    """Feed an answer a token at a time; return the stream and what came of each token."""
+    """Feed an answer token by token; return the stream and its output for each token."""
     stream = AnswerStream(TOKENIZER, TEMPLATE.end_ids, TEMPLATE, **options)
     deltas = [stream.add([token]) for token in TOKENIZER(text)["input_ids"]]
     return stream, [*deltas, stream.close()]
@@ -38,7 +38,7 @@ def stream_of(text, **options):
     ],
 )
 @pytest.mark.parametrize("tools", [None, [TOOL]])
-def test_the_parts_are_those_of_the_whole_answer(text, tools):
+def test_the_streamed_parts_equal_those_of_the_complete_answer(text, tools):
     stream, deltas = stream_of(text, tools=tools)
     parsed = parse_answer(TOKENIZER(text)["input_ids"], TEMPLATE, tools)
     assert bool(parsed.tool_calls) == (tools is not None and text == CALLS)
@@ -52,7 +52,7 @@ def test_the_parts_are_those_of_the_whole_answer(text, tools):
     assert [call for delta in deltas for call in delta.tool_calls] == stream.tool_calls
 
 
-def test_each_part_comes_as_soon_as_it_is_certain():
+def test_each_part_is_streamed_as_soon_as_it_is_final():
     _, deltas = stream_of(CALLS, tools=[TOOL])
     kinds = ["reasoning" if d.reasoning else "content" if d.content else "call" for d in deltas if d]
     assert sorted(kinds, key=["reasoning", "content", "call"].index) == kinds
@@ -84,7 +84,7 @@ def decode(ids):
     st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(1, 4), min_size=1),
 )
-def test_pieces_join_to_the_text_before_the_first_stop_whatever_they_come_in(text, stops, sizes):
+def test_pieces_join_to_the_text_before_the_first_stop_for_any_chunking(text, stops, sizes):
     ids = LETTER_TOKENIZER(text, add_special_tokens=False)["input_ids"]
     detokenizer, pieces, at = Detokenizer(decode, stops), [], 0
     for size in sizes * (len(ids) + 1):

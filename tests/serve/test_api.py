@@ -20,7 +20,7 @@ KEY = "correct-horse-battery"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, tiny_llama):
-    """A tuned chat model as a server holds it; a test that changes it must make its own."""
+    """A served tuned chat model; a test that changes it must make its own."""
     folder = tmp_path_factory.mktemp("api")
     tune = tuner(tiny_llama, write_colours(folder / "chat.jsonl"), folder, Console(quiet=True))
     return served_of(tune(generation={"max_new_tokens": 20}))
@@ -28,7 +28,7 @@ def served(tmp_path_factory, tiny_llama):
 
 @pytest.fixture(scope="module")
 def talk(served):
-    """A client of OpenAI's package, its server's address, and what is served."""
+    """OpenAI's client, the address of its server, and the served model."""
     with serving(served, max_queue=2) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         yield client, url, served
 
@@ -57,7 +57,7 @@ def test_the_openai_client_gets_the_answer_of_generate_at_once_and_in_pieces(tal
     assert chunks[0].choices[0].delta.role == "assistant"
 
 
-def test_the_openai_client_goes_on_from_a_text(talk):
+def test_the_openai_client_continues_a_text(talk):
     client, _, served = talk
     ids = served.processor("The quick").input_ids
     [output] = generate_completions(served.model, [ids], served.processor, served.recipe, device="cpu")
@@ -137,7 +137,7 @@ REFUSED = [
 ]
 
 
-def test_what_cannot_be_done_is_refused_by_name_in_the_shape_of_openai(talk):
+def test_unsupported_requests_are_refused_by_name_in_openais_format(talk):
     client, url, _ = talk
     for changes, words in REFUSED:
         body = json.dumps({"messages": QUESTION, **changes})
@@ -150,14 +150,14 @@ def test_what_cannot_be_done_is_refused_by_name_in_the_shape_of_openai(talk):
         client.chat.completions.create(model="tiny", messages=QUESTION, extra_body={"tools": [{}]})
 
 
-def test_parameters_that_ask_for_nothing_are_taken(talk):
+def test_unsupported_parameters_without_effect_are_accepted(talk):
     client, _, served = talk
     nothing = {"tools": [], "logprobs": False, "presence_penalty": 0, "logit_bias": {}, "metadata": None, "n": 1}
     answer = client.chat.completions.create(model="tiny", messages=QUESTION, extra_body=nothing, user="me")
     assert answer.choices[0].message.content == said_by_session(served)
 
 
-def test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in(talk):
+def test_a_conversation_gets_the_ids_of_training_in_any_form(talk):
     client, _, served = talk
     plain = [
         {"role": "system", "content": "Be brief."},
@@ -204,7 +204,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_numbers(talk):
     assert fitted["usage"]["completion_tokens"] == 3
 
 
-def test_bodies_that_are_no_json_too_large_or_of_another_type_are_refused(talk):
+def test_bodies_that_are_invalid_json_too_large_or_of_another_type_are_refused(talk):
     _, url, _ = talk
     kind = {"content-type": "application/json"}
     address = f"{url}/v1/chat/completions"
@@ -219,7 +219,7 @@ def test_bodies_that_are_no_json_too_large_or_of_another_type_are_refused(talk):
     assert httpx.get(address).status_code == 405
 
 
-def test_pages_of_other_origins_and_names_are_kept_out(served):
+def test_other_origins_and_host_names_are_refused(served):
     with serving(served) as url:
         assert httpx.get(f"{url}/v1/models").status_code == 200
         assert httpx.get(f"{url}/v1/models", headers={"Origin": url}).status_code == 200
@@ -229,7 +229,7 @@ def test_pages_of_other_origins_and_names_are_kept_out(served):
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_a_key_is_asked_for_where_there_is_one(served):
+def test_a_configured_key_is_required(served):
     with serving(served, key=KEY) as url:
         for headers in (
             {},
@@ -267,12 +267,12 @@ def test_metrics_count_what_was_answered(served):
     assert lines["llmtune_queue_length"] == lines["llmtune_running"] == "0.0"
 
 
-def test_a_full_queue_is_answered_with_429_and_when_to_come_back(served):
+def test_a_full_queue_returns_429_and_when_to_retry(served):
     endless = {"messages": QUESTION, "max_tokens": 1900, "stream": True}
     with serving(served, max_batch=1, max_queue=1) as url, httpx.Client() as client:
         address = f"{url}/v1/chat/completions"
         with client.stream("POST", address, json=endless) as first:
-            lines = first.iter_lines()  # kept: without it the connection is closed
+            lines = first.iter_lines()  # keep a reference, or the connection is closed
             next(lines)
             second = threading.Thread(target=lambda: httpx.post(address, json={"messages": QUESTION}, timeout=60))
             second.start()

@@ -17,7 +17,7 @@ QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumera
 
 
 class Client:
-    """One job, and what came of it."""
+    """One job and its events."""
 
     def __init__(self, engine, served, question, **stated):
         self.events = queue.SimpleQueue()
@@ -62,7 +62,7 @@ def start():
 
 
 def as_generate(tuned, question):
-    """The answer of `llmtune generate`."""
+    """Return the answer of `llmtune generate`."""
     served = served_of(tuned)
     session = ChatSession(served)
     return "".join(piece.content for piece in session.answer(question))
@@ -76,19 +76,19 @@ def as_generate(tuned, question):
         {"max_new_tokens": 10, "num_beams": 3},
     ],
 )
-def test_answers_are_those_of_generate_whatever_they_were_batched_with(tune, start, generation):
+def test_answers_equal_those_of_generate_in_any_batch(tune, start, generation):
     tuned = tune(generation=generation)
     wanted = [as_generate(tuned, question) for question in QUESTIONS]
     engine, served = start(served := served_of(tuned), max_batch=3), served
     clients = []
     for question in QUESTIONS:
         clients.append(Client(engine, served, question))
-        time.sleep(0.01)  # they join a batch that is at work
+        time.sleep(0.01)  # they join a running batch
     assert [client.text() for client in clients] == wanted
     assert len(set(wanted)) > 1 or generation.get("num_beams")
 
 
-def test_models_that_share_a_base_take_turns_and_stay_apart(tune, start):
+def test_models_that_share_a_base_take_turns_without_interfering(tune, start):
     tuned = tune(generation={"max_new_tokens": 24})
     model = tuned[0].model
     model.add_adapter("other", model.peft_config["default"])
@@ -115,7 +115,7 @@ def test_models_that_share_a_base_take_turns_and_stay_apart(tune, start):
     assert alone[0] == expected
 
 
-def test_who_gives_up_leaves_batch_and_queue_and_the_others_get_their_answers(tune, start):
+def test_cancelled_jobs_leave_batch_and_queue_and_the_others_get_their_answers(tune, start):
     tuned = tune(generation={"max_new_tokens": 30})
     served = served_of(tuned)
     wanted = [as_generate(tuned, question) for question in QUESTIONS[:2]]
@@ -132,7 +132,7 @@ def test_who_gives_up_leaves_batch_and_queue_and_the_others_get_their_answers(tu
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_stopping_turns_away_what_waits_and_ends_the_rest_in_time(tune, start, beams):
+def test_stopping_refuses_waiting_jobs_and_ends_running_ones_in_time(tune, start, beams):
     served = served_of(tune(generation={"num_beams": beams}))
     engine = start(served, max_batch=1)
     short, endless, queued = (Client(engine, served, "one", new_tokens=n) for n in (12, 1900, 5))
@@ -167,7 +167,7 @@ class Broken(torch.nn.Module):
 @pytest.mark.parametrize(
     ("error", "told"), [(ZeroDivisionError("bug"), ZeroDivisionError), (MemoryError("no room"), OutOfMemory)]
 )
-def test_an_error_in_the_model_is_told_to_those_it_costs_and_the_next_is_served(tune, start, error, told, capsys):
+def test_an_error_in_the_model_fails_its_jobs_only_and_the_next_is_served(tune, start, error, told, capsys):
     tuned = tune()
     base = tuned[0].model.get_base_model()
     broken = base.model.norm = Broken(base.model.norm, error)
@@ -184,9 +184,9 @@ def test_an_error_in_the_model_is_told_to_those_it_costs_and_the_next_is_served(
 
 
 ARRIVALS = {0: [9, 40], 3: [5], 4: [60, 2], 11: [17], HEADROOM + 9: [30]}
-"""By step, the lengths of the prompts that join."""
+"""Step -> the lengths of the prompts that join."""
 LENGTHS = [12, HEADROOM * 2 + 5, 7, 1, 25, 14, 3]
-"""Of the answers; one is longer than what is reserved ahead."""
+"""Lengths of the answers; one is longer than the reserved columns."""
 FAMILIES = {
     "llama": {"max_position_embeddings": 512},
     "mistral": {"sliding_window": 16},
@@ -202,7 +202,7 @@ def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_rows_that_join_and_leave_at_any_step_say_what_each_says_alone(tmp_path, family):
+def test_rows_that_join_and_leave_at_any_step_answer_as_if_alone(tmp_path, family):
     model = open_model(recipe_with(build_family(tmp_path / family, family, **FAMILIES[family])), training=False).model
     rows, prompts, answers = LiveRows(model, "cpu"), [], []
     names, tokens = [], []  # by slot
@@ -247,7 +247,7 @@ def by_transformers(model, ids, stated, seed, new_tokens):
     return out[0, len(ids) :].tolist()
 
 
-def test_rows_of_one_batch_draw_what_each_draws_alone_by_transformers(tune):
+def test_sampled_rows_of_one_batch_match_transformers_for_each_alone(tune):
     served, new = served_of(tune()), 12
     model = served.model
     prompts = [[5, 9, 30 + i, 7][: 2 + i % 3] for i in range(len(SETTINGS))]
@@ -276,7 +276,7 @@ def test_rows_of_one_batch_draw_what_each_draws_alone_by_transformers(tune):
         ({"do_sample": True, "temperature": 0.3, "top_p": 0.9}, {"temperature": 0.6}, True, 0.6),
     ],
 )
-def test_a_request_overrules_the_recipe_and_nothing_else(tune, section, stated, drawn, temperature):
+def test_a_request_overrides_the_recipe_for_itself_only(tune, section, stated, drawn, temperature):
     settings = served_of(tune(generation=section)).request_settings(stated, 5)
     assert (settings.do_sample, settings.temperature, settings.max_new_tokens) == (drawn, temperature, 5)
     assert settings.top_p == (stated.get("top_p", section.get("top_p")) if drawn else None)

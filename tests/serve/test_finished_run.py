@@ -20,7 +20,7 @@ def say(session, prompt, keep=False):
 
 
 @pytest.mark.parametrize("generation", [{"max_new_tokens": 24}, {"max_new_tokens": 12, "num_beams": 3}])
-def test_pieces_join_to_what_evaluation_generates(tune, generation):
+def test_pieces_join_to_the_answer_of_evaluation(tune, generation):
     session = session_of(tune(generation=generation))
     row = {"messages": [{"role": "user", "content": "Which colour has the cat?"}]}
     ids = session.task.prompt_ids(row, session.served.processor, session.recipe)
@@ -31,7 +31,7 @@ def test_pieces_join_to_what_evaluation_generates(tune, generation):
     assert len(pieces) > 1 or generation.get("num_beams")
 
 
-def test_sampled_conversation_goes_the_same_way_again(tune):
+def test_a_sampled_conversation_is_reproducible(tune):
     session = session_of(tune(generation={"max_new_tokens": 16, "do_sample": True, "temperature": 1.5}))
 
     def talk():
@@ -43,7 +43,7 @@ def test_sampled_conversation_goes_the_same_way_again(tune):
     assert first[0] != first[1]
 
 
-def test_history_is_part_of_the_next_prompt_only_where_it_is_kept(tune):
+def test_history_is_part_of_the_next_prompt_only_if_kept(tune):
     session = session_of(tune())
     fresh = say(session, "Which colour has the fox?")
     say(session, "The fox is red.", keep=True)
@@ -56,7 +56,7 @@ def test_history_is_part_of_the_next_prompt_only_where_it_is_kept(tune):
     assert say(session, "Which colour has the fox?", keep=True) == fresh
 
 
-def test_oldest_turns_are_left_out_when_the_context_is_full(tune, console):
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(tune, console):
     session = session_of(tune(generation={"max_new_tokens": 4}), console)
     session.served.context = 64
     for number in range(6):
@@ -67,14 +67,14 @@ def test_oldest_turns_are_left_out_when_the_context_is_full(tune, console):
     assert "Dropped the first" in console.file.getvalue()
 
 
-def test_a_prompt_without_room_in_the_context_is_refused_with_numbers(tune):
+def test_a_prompt_that_does_not_fit_the_context_is_refused_with_numbers(tune):
     session = session_of(tune())
     session.served.context = 32
     with pytest.raises(RecipeError, match="context holds 32"):
         list(session.answer("word " * 100))
 
 
-def test_a_failure_while_generating_reaches_the_reader(tune, monkeypatch):
+def test_an_error_during_generation_reaches_the_reader(tune, monkeypatch):
     session = session_of(tune())
     monkeypatch.setattr(session.served.model, "generate", lambda **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -98,7 +98,7 @@ def test_a_message_that_the_template_refuses_is_a_data_error(tune):
         list(session.answer("Hello"))
 
 
-def test_completion_holds_no_conversation(tune, tiny_gpt2, tmp_path):
+def test_completion_runs_cannot_chat(tune, tiny_gpt2, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')
     with pytest.raises(RecipeError, match="cannot chat"):

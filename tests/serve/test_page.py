@@ -14,7 +14,7 @@ MARKUP = "<b id=injected>Which</b> colour <img src=x onerror=alert(1)>?"
 
 def test_a_question_is_typed_and_its_answer_streams_in_as_text(tune, tmp_path):
     served = served_of(tune(generation={"max_new_tokens": 300}))
-    decode = served.processor.decode  # a model may write what it likes
+    decode = served.processor.decode  # a model may write any text
     served.processor.decode = lambda ids, **options: f"<i id=injected>{decode(ids, **options)}"
     with serving(served) as url, open_browser(tmp_path / "profile") as page:
         page.open(url)
@@ -41,7 +41,7 @@ def test_a_question_is_typed_and_its_answer_streams_in_as_text(tune, tmp_path):
             assert page.run("document.documentElement.scrollWidth <= innerWidth"), f"{width}: it scrolls sideways"
 
 
-def test_thoughts_calls_and_markdown_are_shown_and_nothing_of_them_is_markup(learned_url, tmp_path):
+def test_thoughts_calls_and_markdown_are_shown_and_never_treated_as_markup(learned_url, tmp_path):
     with open_browser(tmp_path / "profile") as page:
         page.open(learned_url)
         page.wait("document.querySelector('#model').options.length === 2")
@@ -67,7 +67,7 @@ def test_thoughts_calls_and_markdown_are_shown_and_nothing_of_them_is_markup(lea
         assert page.run(f"{SAID}[0]") == "Four."
 
 
-def test_a_person_writes_the_results_of_calls_and_two_models_answer_side_by_side(learned_url, tmp_path):
+def test_the_user_writes_the_results_of_calls_and_two_models_answer_side_by_side(learned_url, tmp_path):
     calls = "[...document.querySelectorAll('.call')].map(e => e.textContent)"
     with open_browser(tmp_path / "profile") as page:
         page.open(learned_url)
@@ -96,7 +96,7 @@ def test_a_person_writes_the_results_of_calls_and_two_models_answer_side_by_side
         assert page.errors == []
 
 
-def test_stop_ends_the_answer_and_its_row_leaves(tune, tmp_path):
+def test_stop_ends_the_answer_and_frees_its_row(tune, tmp_path):
     served = served_of(tune(generation={"max_new_tokens": 2000}))
     with serving(served) as url, open_browser(tmp_path / "profile") as page:
         page.open(url)
@@ -114,7 +114,7 @@ def test_stop_ends_the_answer_and_its_row_leaves(tune, tmp_path):
         assert page.run(f"{SAID}.length") == 0
 
 
-def test_where_a_key_is_needed_there_is_a_field_for_it(tune, tmp_path):
+def test_the_page_has_a_key_field_if_a_key_is_required(tune, tmp_path):
     served = served_of(tune())
     with serving(served, key="correct-horse-battery") as url, open_browser(tmp_path / "p") as page:
         page.open(url)
@@ -129,7 +129,7 @@ def test_where_a_key_is_needed_there_is_a_field_for_it(tune, tmp_path):
         page.wait(f"({SAID}[0] || '').length > 0 && {DONE}")
 
 
-def test_the_documentation_needs_nothing_from_elsewhere(tune, tmp_path: Path):
+def test_the_documentation_is_self_contained(tune, tmp_path: Path):
     with serving(served_of(tune())) as url, open_browser(tmp_path / "profile") as page:
         page.open(f"{url}/docs")
         page.wait("document.querySelectorAll('h2').length > 6")

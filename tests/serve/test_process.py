@@ -1,4 +1,4 @@
-"""The server as a process of its own: keys, hostile clients, many at once, and its end."""
+"""The server in its own process: keys, hostile clients, load, and shutdown."""
 
 import asyncio
 import json
@@ -66,7 +66,7 @@ def test_adapters_of_two_runs_and_their_base_are_served_by_name(server: Process,
     assert said["plain"] != said["other"]
 
 
-def test_bodies_of_ten_megabytes_are_refused_and_leave_memory_as_it_was(server: Process) -> None:
+def test_bodies_of_ten_megabytes_are_refused_without_leaking_memory(server: Process) -> None:
     address = f"{server.url}/v1/chat/completions"
     before = server.memory_bytes
     long = [{"role": "user", "content": "word " * 2_000_000}]
@@ -79,7 +79,7 @@ def test_bodies_of_ten_megabytes_are_refused_and_leave_memory_as_it_was(server: 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_the_row_of_a_client_that_hangs_up_leaves(server: Process, stream: bool) -> None:
+def test_a_disconnecting_client_frees_its_row(server: Process, stream: bool) -> None:
     gone = metric(server, "llmtune_disconnects_total")
     body = json.dumps({"messages": QUESTION, "max_tokens": 1900, "stream": stream}).encode()
     with socket.create_connection(address_of(server.url)) as connection:
@@ -92,7 +92,7 @@ def test_the_row_of_a_client_that_hangs_up_leaves(server: Process, stream: bool)
     assert metric(server, "llmtune_generated_tokens_total") < 1900
 
 
-def test_a_client_that_hangs_up_within_its_request_leaves_nothing(server: Process) -> None:
+def test_a_client_that_disconnects_within_its_request_leaves_nothing_behind(server: Process) -> None:
     with socket.create_connection(address_of(server.url)) as connection:
         connection.sendall(raw_request(server, b'{"messages"', length=500))
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": QUESTION}, headers=HEADERS, timeout=30)
@@ -101,7 +101,7 @@ def test_a_client_that_hangs_up_within_its_request_leaves_nothing(server: Proces
 
 
 class Load:
-    """Clients that ask again and again, half of them in streams, and what became of it."""
+    """Clients that send requests in a loop, half of them streaming, and their results."""
 
     def __init__(self, server: Process, tokens: int = 16) -> None:
         self.address, self.tokens = f"{server.url}/v1/chat/completions", tokens
@@ -129,7 +129,7 @@ class Load:
                 return
 
     async def run(self, seconds: float) -> None:
-        """Ask for so many seconds, or until `stopped`."""
+        """Send requests for `seconds`, or until `stopped`."""
         async with httpx.AsyncClient(
             headers=HEADERS, timeout=60, limits=httpx.Limits(max_connections=CLIENTS)
         ) as client:
@@ -154,7 +154,7 @@ def test_sixty_four_clients_at_once_get_answers_or_429_and_no_stream_is_lost(ser
     assert metric(server, "llmtune_running") == metric(server, "llmtune_queue_length") == 0
 
 
-def test_a_stop_under_load_ends_what_is_written_and_exits_143_without_a_traceback(runs: dict[str, Path]) -> None:
+def test_a_stop_under_load_ends_running_answers_and_exits_143_without_a_traceback(runs: dict[str, Path]) -> None:
     arguments = ["--adapter", f"plain={runs['plain']}", "--adapter", f"other={runs['other']}", "--grace", 20]
     with Process(*arguments, LLMTUNE_API_KEY=KEY) as server:
         load = Load(server, tokens=60)
@@ -172,12 +172,12 @@ def test_a_stop_under_load_ends_what_is_written_and_exits_143_without_a_tracebac
     assert KEY not in errors
     assert time.monotonic() - began < 20
     assert load.lost == 0
-    # Those that were queued are told so; those that come later find nobody.
+    # Queued requests get an error; later ones cannot connect.
     assert set(load.statuses) <= {200, 429, 503, "ConnectError", "ReadError", "RemoteProtocolError"}, load.statuses
 
 
 @pytest.mark.slow
-def test_an_endless_answer_is_ended_when_the_time_of_grace_is_over(runs: dict[str, Path]) -> None:
+def test_an_endless_answer_is_cut_off_after_the_grace_period(runs: dict[str, Path]) -> None:
     with Process(runs["plain"], "--grace", 0.5) as server:
         asked = {"messages": QUESTION, "max_tokens": 1950, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked, timeout=30) as answer:

@@ -1,4 +1,4 @@
-"""What the server documents of itself is so: schemathesis asks it for what it documents, and for what it does not."""
+"""The server behaves as its OpenAPI document says: schemathesis sends documented and undocumented requests."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def examine(url: str, examples: int, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("examples", [3, pytest.param(150, marks=pytest.mark.slow)])
-def test_no_request_that_the_description_admits_or_forbids_is_a_server_error(tune, tmp_path, examples, capsys):
+def test_no_request_valid_or_invalid_is_a_server_error(tune, tmp_path, examples, capsys):
     with serving(served_of(tune())) as url:
         assert "7 selected / 7 total" in examine(url, examples, tmp_path)
         counted = httpx.get(f"{url}/metrics").text
@@ -35,7 +35,7 @@ def test_no_request_that_the_description_admits_or_forbids_is_a_server_error(tun
 
 
 @pytest.mark.slow
-def test_the_same_holds_of_the_endpoint_of_another_task(tmp_path):
+def test_the_same_holds_for_the_endpoint_of_another_task(tmp_path):
     with serving(*load_served(mine=finish("classify", tmp_path)).values()) as url:
         examine(url, 3, tmp_path)
         assert 'status="5' not in httpx.get(f"{url}/metrics").text

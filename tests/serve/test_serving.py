@@ -27,7 +27,7 @@ def serve(*arguments: object, **environment: str) -> Result:
     return CliRunner().invoke(app, ["deploy", "serve", *map(str, arguments)], env=env)
 
 
-def test_merged_weights_say_what_the_adapter_says(runs: dict[str, Path]) -> None:
+def test_merged_weights_answer_like_the_adapter(runs: dict[str, Path]) -> None:
     models = load_served(ServeOptions(merged=True), one=runs["plain"])
     assert list(models) == ["one"]
     assert not any("lora" in name for name, _ in models["one"].model.named_parameters())
@@ -38,7 +38,7 @@ def test_merged_weights_say_what_the_adapter_says(runs: dict[str, Path]) -> None
     assert answer["choices"][0]["message"]["content"] == wanted
 
 
-def test_a_run_of_all_weights_is_served_alone(tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]) -> None:
+def test_a_fully_trained_run_is_served_alone(tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]) -> None:
     full = finish_run(tmp_path, tiny_llama, adapter={"method": "full", "r": None, "lora_alpha": None}, train=BRIEF)
     assert list(load_served(full=full)) == ["full"]
     refused = serve(full, "--merged", "--port", 0)
@@ -47,7 +47,7 @@ def test_a_run_of_all_weights_is_served_alone(tmp_path: Path, tiny_llama: Path, 
     assert (refused.exit_code, "cannot share a base" in refused.output) == (2, True)
 
 
-def test_a_run_of_another_method_is_served_with_its_base_and_not_beside_lora(
+def test_a_run_of_another_method_is_served_with_its_base_but_not_with_lora_runs(
     tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]
 ) -> None:
     other = finish_run(tmp_path, tiny_llama, adapter={"method": "ia3", "r": None, "lora_alpha": None}, train=BRIEF)
@@ -56,7 +56,7 @@ def test_a_run_of_another_method_is_served_with_its_base_and_not_beside_lora(
     assert (refused.exit_code, "its method is ia3, but that of a is lora" in refused.output) == (2, True)
 
 
-def test_runs_that_share_no_base_are_refused_by_name(tmp_path: Path, runs: dict[str, Path]) -> None:
+def test_runs_without_a_common_base_are_refused_by_name(tmp_path: Path, runs: dict[str, Path]) -> None:
     model = build_llama(tmp_path / "another", seed=4)
     other = finish_run(tmp_path / "runs", model, train=BRIEF)
     done = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={other}", "--port", 0)
@@ -78,7 +78,7 @@ def test_runs_that_share_no_base_are_refused_by_name(tmp_path: Path, runs: dict[
         (["RUN/adapter"], "run"),
     ],
 )
-def test_what_cannot_be_served_is_told_with_the_way(runs: dict[str, Path], arguments: list[str], about: str) -> None:
+def test_invalid_serve_options_are_refused_with_a_fix(runs: dict[str, Path], arguments: list[str], about: str) -> None:
     done = serve(*(word.replace("RUN", str(runs["plain"])) for word in arguments), "--port", 0)
     assert done.exit_code == 2, done.output
     assert about in done.output
@@ -101,7 +101,7 @@ def test_a_key_is_read_from_a_file_or_the_environment_and_a_weak_one_refused(
     assert serve(runs["plain"], "--api-key-file", tmp_path / "none").exit_code == 2
 
 
-def test_a_port_that_is_taken_is_told_before_anything_is_loaded(runs: dict[str, Path]) -> None:
+def test_a_taken_port_is_an_error_before_anything_is_loaded(runs: dict[str, Path]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -110,17 +110,17 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(runs: dict[str, 
     assert "cannot listen" in done.output
 
 
-def test_without_vllm_the_way_to_it_is_told(runs: dict[str, Path]) -> None:
+def test_without_vllm_the_error_says_how_to_install_it(runs: dict[str, Path]) -> None:
     done = serve(runs["plain"], "--engine", "vllm", PATH="/nowhere")
     assert done.exit_code == 4
     assert "pip install vllm" in done.output
 
 
 @pytest.mark.slow
-def test_vllm_is_handed_the_base_the_adapters_and_the_key_by_its_environment(
+def test_vllm_gets_the_base_and_the_adapters_and_the_key_by_its_environment(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A program called vllm says what it was started with."""
+    """A fake program `vllm` prints its arguments."""
     program = tmp_path / "vllm"
     told = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('VLLM_API_KEY')]))"
     program.write_text(f"#!{sys.executable}\n{told}\n")

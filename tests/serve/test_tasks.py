@@ -1,4 +1,4 @@
-"""One endpoint for each task whose answer is no conversation: it answers what `generate` answers."""
+"""One endpoint for each task without conversations: it gives the same answers as `generate`."""
 
 import asyncio
 import base64
@@ -28,7 +28,7 @@ CASES: dict[str, tuple[str, list[dict[str, str]]]] = {
     "masked": ("/v1/fill", [{"prompt": "cat number [MASK] is red"}]),
     "reward": ("/v1/score", [{"prompt": "Number 4?", "answer": "It is 4."}]),
 }
-"""By case, its path and what `generate` is given."""
+"""Case -> its path, and the inputs of `generate`."""
 FIELDS = {"qa": {"prompt": "question"}, "reward": {"prompt": "prompt"}}
 PREFERENCES = [{"prompt": f"Number {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(30)]
 
@@ -46,7 +46,7 @@ def run_of(case: str, folder: Path, tiny_llama: Path) -> Path:
 
 
 def rounded(prediction: Any) -> Any:
-    """A prediction, its numbers to four places."""
+    """Return a prediction with its numbers rounded to four places."""
     return json.loads(json.dumps(prediction), parse_float=lambda text: round(float(text), 4))
 
 
@@ -57,7 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Call
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_endpoint_answers_what_generate_answers(case: str, finished: Callable[[str], Path]) -> None:
+def test_an_endpoint_answers_like_generate(case: str, finished: Callable[[str], Path]) -> None:
     run = finished(case)
     path, inputs = CASES[case]
     names = {"context": "context", "answer": "answer", "prompt": "text", **FIELDS.get(case, {})}
@@ -80,7 +80,7 @@ def test_an_endpoint_answers_what_generate_answers(case: str, finished: Callable
         assert httpx.get(url, follow_redirects=True).url.path == "/docs"
 
 
-def test_rows_asked_at_once_are_predicted_together_and_stay_apart(
+def test_concurrent_rows_are_predicted_together_without_mixing(
     finished: Callable[[str], Path], monkeypatch: Any
 ) -> None:
     (served, *_) = load_served(mine=finished("classify")).values()
@@ -129,7 +129,7 @@ def test_a_recording_is_transcribed_as_base64_or_as_a_file(tmp_path: Path) -> No
             assert "/tmp" not in bad.text
 
 
-def test_a_model_that_continues_a_text_has_openais_endpoint_for_that_alone(tmp_path: Path, tiny_gpt2: Path) -> None:
+def test_a_completion_model_has_only_openais_completion_endpoint(tmp_path: Path, tiny_gpt2: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"number {i} is red"} for i in range(30)])
     run = finish_with(tmp_path, tiny_gpt2, rows, task="completion")
     expected = FinishedRun(run).answer({"prompt": "Number 4?"})["text"]

@@ -17,13 +17,13 @@ from llmtune.tasks.registry import get_task
 
 @pytest.fixture
 def client(learned_url):
-    """A client of OpenAI's package, of a server whose model learned rows with tools by heart."""
+    """OpenAI's client of a server whose model memorised rows with tools."""
     with openai.OpenAI(base_url=f"{learned_url}/v1", api_key="none") as opened:
         yield opened
 
 
 def ask(client, messages, *, stream, **options):
-    """Return the message of an answer, its reason to end, and how many chunks it came in."""
+    """Return the message of an answer, its finish reason, and its number of chunks."""
     made = client.chat.completions.create(model="tiny", messages=messages, stream=stream, **options)
     if not stream:
         message = made.choices[0].message
@@ -65,12 +65,12 @@ def test_thoughts_arrive_as_reasoning_content(client, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_looks_like_a_call_is_content_where_the_request_offers_no_tools(client, stream):
+def test_an_answer_that_looks_like_a_call_is_content_if_the_request_has_no_tools(client, stream):
     found = ask(client, [{"role": "user", "content": "How is a call written?"}], stream=stream)
     assert found == (LOOKS_LIKE_A_CALL, "", [], "stop")
 
 
-def test_a_client_may_send_values_for_the_template_in_place_of_those_of_the_recipe(tmp_path):
+def test_a_client_may_override_the_template_values_of_the_recipe(tmp_path):
     folder = build_llama(tmp_path / "m", EMPTY_THOUGHTS)
     recipe = recipe_for(kwargs={"enable_thinking": False})
     processor = AutoTokenizer.from_pretrained(folder)
@@ -93,7 +93,7 @@ def test_a_client_may_send_values_for_the_template_in_place_of_those_of_the_reci
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_a_call_that_is_asked_for_begins_the_answer(client, choice):
+def test_a_required_call_begins_the_answer(client, choice):
     asked = {"messages": [{"role": "user", "content": "four"}], "tools": [WEATHER], "tool_choice": choice}
     made = client.chat.completions.create(model="tiny", **asked, extra_body={"return_token_ids": True})
     written = tokenizer_with(HERMES).decode(made.choices[0].token_ids)
@@ -103,7 +103,7 @@ def test_a_call_that_is_asked_for_begins_the_answer(client, choice):
     assert made.usage.prompt_tokens == free.usage.prompt_tokens
 
 
-def test_without_tools_to_be_seen_no_call_is_made(client):
+def test_hidden_tools_are_never_called(client):
     messages = weather_row("Paris")["messages"][:1]
     made = client.chat.completions.create(model="tiny", messages=messages, tools=[WEATHER], tool_choice="none")
     plain = client.chat.completions.create(model="tiny", messages=messages)

@@ -25,7 +25,7 @@ CALLS = ["--enable-auto-tool-choice", "--tool-call-parser"]
         (ALWAYS_THINKS.replace("\n", r"\n"), ["--reasoning-parser", "deepseek_r1"]),
     ],
 )
-def test_vllm_gets_the_parsers_of_the_template_s_own_marks(template, options):
+def test_vllm_gets_the_parsers_that_match_the_template(template, options):
     assert parser_options(template) == options
 
 
@@ -45,7 +45,7 @@ def test_vllm_gets_the_parsers_of_the_template_s_own_marks(template, options):
         (LoraConfig(target_modules=["q_proj", "k_proj"], rank_pattern={"q_proj": 4}), "different scales"),
     ],
 )
-def test_adapters_that_vllm_would_not_apply_as_they_were_trained_are_refused(config, words):
+def test_adapters_that_vllm_would_not_apply_as_trained_are_refused(config, words):
     with pytest.raises(RecipeError, match=f"(?s){words}"):
         check_vllm_adapter(config, "adapter")
     check_vllm_adapter(LoraConfig(target_modules=["q_proj"]), "adapter")

@@ -1,4 +1,4 @@
-"""A recipe, a loaded model and a batch from plain numbers, for tests of `llmtune.model` and `llmtune.adapter`."""
+"""Make a recipe, a loaded model and a batch from plain numbers, for tests of `llmtune.model` and `llmtune.adapter`."""
 
 import io
 import resource
@@ -42,7 +42,7 @@ SHAPE = {
 
 
 def build_family(folder: Path, family: str, **config: object) -> Path:
-    """A tiny random decoder of any family, its weights large enough that attention matters."""
+    """Build a tiny random decoder of any family, with weights large enough for attention to matter."""
     train_tokenizer().save_pretrained(folder)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **config}))
@@ -85,7 +85,7 @@ def open_model(
 
 
 def sharpened(folder: Path, attention: str | None = None) -> Any:
-    """A fresh decoder whose weights are made larger: else it hardly looks at what stands before."""
+    """A fresh decoder with larger weights, as otherwise it barely attends to earlier tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
     if attention == PACKED:
         install_packed(model)
@@ -97,7 +97,7 @@ def sharpened(folder: Path, attention: str | None = None) -> Any:
 
 
 def documents(lengths: Sequence[int], vocabulary: int = 400, seed: int = 0) -> list[Example]:
-    """Random documents of which all but the first third is predicted."""
+    """Return random documents; all but the first third of each is predicted."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for length in lengths:
@@ -115,7 +115,7 @@ def padded(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def train_a_little(folder: Path, **adapter: object) -> AdaptedModel:
-    """An adapter away from its start in every parameter."""
+    """Train an adapter until every parameter has moved from its start."""
     sections = {name: adapter.pop(name) for name in ("model", "data") if name in adapter}
     recipe = recipe_with(folder, adapter={"r": 8, **adapter}, **sections)
     adapted = inject(open_model(recipe), recipe, quiet())
@@ -137,7 +137,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def load_without_room(small: str, large: str) -> None:
-    """Print the errors of loading a large model, and of a large adapter, where 20 MB of address space are left."""
+    """Print the errors of loading a large model and a large adapter with 20 MB of address space left."""
     selected = open_model(recipe_with(small))  # with everything imported and its threads started
     recipe = recipe_with(small, adapter={"r": 4096})
     attempts: list[Callable[[], object]] = [
@@ -159,7 +159,7 @@ Tune = Callable[..., Tuned]
 
 
 def tuner(model: Path, rows: Path, folder: Path, console: Console) -> Tune:
-    """What makes `model`, or another base, with an adapter of `strength`, and the recipe in `folder` that says so."""
+    """Return a function that builds `model`, or another base, with an adapter of `strength` and its recipe."""
 
     def build(base: Path = model, strength: float = 0.3, **sections: object) -> Tuned:
         recipe = load_recipe(write_recipe(folder / "tiny.yaml", base, rows, **sections)).recipe

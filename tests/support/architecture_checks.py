@@ -1,6 +1,6 @@
-"""Every architecture trained by llmtune and by plain transformers with PEFT, side by side.
+"""Train every architecture with llmtune and with plain transformers and PEFT, side by side.
 
-`make architectures` writes what came of it into docs/architectures.md.
+`make architectures` writes the results to docs/architectures.md.
 """
 
 import sys
@@ -44,10 +44,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
 def check(kind: str, model_type: str, folder: Path) -> dict[str, str]:
-    """What became of a training step with packed rows and with padded ones, and of answers; each `equal` or a reason.
+    """Check a training step with packed rows, one with padded rows, and answers; each is `equal` or a reason.
 
-    Compared are loss and gradient of an adapter with those of the plain, eager model that its files are read into again
-    by PEFT, a row at a time.
+    Compares an adapter's loss and gradient with those of the plain, eager model into which PEFT loads the adapter's
+    files, a row at a time.
     """
     with suppress_all() as failed, hushed():
         build(kind, model_type, folder)
@@ -67,7 +67,7 @@ def check(kind: str, model_type: str, folder: Path) -> dict[str, str]:
 
 @contextmanager
 def suppress_all() -> Iterator[list[Exception]]:
-    """Give what is raised in the block instead of raising it: it goes into the table."""
+    """Yield a list that collects the exception raised in the block, for the table."""
     failed: list[Exception] = []
     try:
         yield failed
@@ -111,7 +111,7 @@ def _compare(kind: str, adapted: AdaptedModel, task: AnyTask, recipe: Recipe, fo
     auto = getattr(transformers, KINDS[kind].auto_class)
     labels = {"num_labels": adapted.selected.model.config.num_labels} if kind == "encoder" else {}
     plain = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, **labels)
-    plain.config.use_cache = False  # with a cache some decoders do without a causal mask
+    plain.config.use_cache = False  # with a cache some decoders skip the causal mask
     plain = PeftModel.from_pretrained(plain, folder / "adapter", is_trainable=True)
     examples = [_example(kind, length) for length in LENGTHS]
     for model in (plain, adapted.model):
@@ -162,7 +162,7 @@ def _plain_loss(kind: str, plain: torch.nn.Module, example: Example) -> torch.Te
 
 
 def _judge(loss: torch.Tensor, wanted: torch.Tensor, model: torch.nn.Module, plain: torch.nn.Module) -> str:
-    """Compare loss and gradient; the gradient by its length over all weights."""
+    """Compare loss and gradient; the gradient by its norm over all weights."""
     theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if ours.keys() != theirs.keys():
@@ -178,7 +178,7 @@ def _judge(loss: torch.Tensor, wanted: torch.Tensor, model: torch.nn.Module, pla
 
 
 def _answers(kind: str, adapted: AdaptedModel, plain: PeftModel, task: AnyTask, recipe: Recipe) -> str:
-    """Compare answers to many prompts with those of transformers' `generate` to each alone."""
+    """Compare answers to many prompts with those of transformers' `generate` to each prompt alone."""
     processor, model = adapted.selected.processor, adapted.model.eval()
     plain.eval()
     with torch.inference_mode():
@@ -234,14 +234,14 @@ COLUMNS = ("packed", "padded", "answers")
 
 
 def write_row(model_type: str, found: dict[str, str]) -> str:
-    """The line of the table for one type."""
+    """Return the line of the table for one model type."""
     if found["built"] != "yes":
         return f"| `{model_type}` | not built: {found['built']} | | |"
     return f"| `{model_type}` | {' | '.join(found.get(column, '') for column in COLUMNS)} |"
 
 
 def write_page(results: dict[str, dict[str, dict[str, str]]]) -> str:
-    """The page: counts by kind, then a table a kind."""
+    """Return the page: counts by kind, then a table for each kind."""
     lines = [HEADER.format(version=transformers.__version__, tolerance=TOLERANCE)]
     lines += [
         "| kind | types | built | trained | packed | answers equal | refused |",

@@ -1,4 +1,4 @@
-"""Every architecture of the installed transformers, built small: configurations shrunk by the names of fields."""
+"""Build every architecture of the installed transformers small, by shrinking configuration fields by name."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ VOCABULARY = 425
 
 
 class Kind(NamedTuple):
-    """A kind of model: what trains it here, and the types of it that transformers has."""
+    """A kind of model: the task that trains it here, and its model types in transformers."""
 
     task: str
     auto_class: str
@@ -54,7 +54,7 @@ SIZES: tuple[tuple[str, float], ...] = (
     (r".*(mamba|ssm).*heads", 8),
     (r".*(key_value|kv|key)_heads", 2),
     (r".*heads?|.*_head_num", 4),
-    (r"index_topk.*|keep_window_size", 64),  # more than a row has: among keys of equal score the choice is by chance
+    (r"index_topk.*|keep_window_size", 64),  # more than a row has, since the choice among keys of equal score is random
     (r"topk_group|n_group", 1),
     (r".*(experts?_per_tok|topk|top_k|moe_k)", 2),
     (r".*num.*shared_experts?|n_shared_experts", 1),
@@ -68,7 +68,7 @@ SIZES: tuple[tuple[str, float], ...] = (
     (r".*(window|state|chunk_size|block_size|local_attention|chunk_length|chunk_len).*", 16),
     (r".*(buckets|size_base)", 32),
 )
-"""By a pattern of a field's name, the largest number that it may be."""
+"""Pattern of a field's name -> its largest value."""
 LAYER_KINDS = {"layer_types", "mlp_layer_types", "layers_block_type"}
 SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
@@ -97,11 +97,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba": {"layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
 }
-"""What the patterns do not know."""
+"""Values for fields that no pattern covers."""
 
 
 def shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A configuration with small numbers; those of other tokens than text are put at the end of the vocabulary."""
+    """Return a configuration with small numbers; non-text tokens move to the end of the vocabulary."""
     values: dict[str, Any] = {}
     others = iter(range(VOCABULARY - 1, 0, -1))
     for field in dataclasses.fields(config_class):
@@ -124,7 +124,7 @@ def shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
 
 
 def _one_layer_of_each_kind(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Where layers differ: one of each kind that the architecture has by default."""
+    """If layers differ, keep one of each kind that the architecture has by default."""
     fields = {field.name for field in dataclasses.fields(config_class)}
     whole = config_class() if fields & LAYER_KINDS else None
     kinds = {name: [*dict.fromkeys(getattr(whole, name, None) or ())] for name in LAYER_KINDS & fields}
@@ -144,7 +144,7 @@ def _parts(config_class: type[PreTrainedConfig]) -> dict[str, PreTrainedConfig]:
 
 
 def _silence(config: PreTrainedConfig) -> None:
-    """Switch dropout off, also that which a part takes from the whole; in place."""
+    """Switch off dropout in place, also in nested configurations."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             _silence(value)
@@ -153,7 +153,7 @@ def _silence(config: PreTrainedConfig) -> None:
 
 
 def build(kind: str, model_type: str, folder: Path) -> None:
-    """Save the model with random weights, large enough that attention matters, and a tokenizer."""
+    """Save a model with random weights, large enough for attention to matter, and a tokenizer."""
     config = shrink(CONFIG_MAPPING[model_type])
     if kind == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True

@@ -9,7 +9,7 @@ FORMATS = ("wav", "flac", "mp3", "ogg")
 
 
 def make_tone(seconds: float = 0.5, rate: int = 16_000, pitch_hz: float = 440.0, seed: int = 0) -> np.ndarray:
-    """A tone under a little noise, within -0.5 and 0.5; float32 of the shape (samples,)."""
+    """Return a tone with a little noise, between -0.5 and 0.5; float32 of shape (samples,)."""
     times = np.arange(round(seconds * rate)) / rate
     noise = np.random.default_rng(seed).standard_normal(len(times))
     return (0.4 * np.sin(2 * np.pi * pitch_hz * times) + 0.01 * noise).astype(np.float32)
@@ -18,7 +18,7 @@ def make_tone(seconds: float = 0.5, rate: int = 16_000, pitch_hz: float = 440.0,
 def write_tone(
     path: Path, seconds: float = 0.5, rate: int = 16_000, channels: int = 1, pitch_hz: float = 440.0, seed: int = 0
 ) -> Path:
-    """Write a tone in the format that the file's name ends in; each further channel is half as loud as the last."""
+    """Write a tone in the format of the file's extension; each further channel is half as loud as the previous one."""
     tone = make_tone(seconds, rate, pitch_hz, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, np.stack([tone / 2**channel for channel in range(channels)], axis=1), rate)
@@ -26,13 +26,13 @@ def write_tone(
 
 
 def write_silence(path: Path, seconds: float = 0.5, rate: int = 16_000) -> Path:
-    """Write zeros: whole, and without anything in it."""
+    """Write a valid file that only contains zeros."""
     soundfile.write(path, np.zeros(round(seconds * rate), np.float32), rate)
     return path
 
 
 def write_no_samples(path: Path, rate: int = 16_000) -> Path:
-    """Write a whole file of zero length."""
+    """Write a valid file without samples."""
     return write_silence(path, 0.0, rate)
 
 
@@ -44,12 +44,12 @@ def write_cut(path: Path, share: float = 0.5, seconds: float = 0.5) -> Path:
 
 
 def write_no_audio(path: Path) -> Path:
-    """Write a text under the name of an audio file."""
+    """Write text to an audio file name."""
     path.write_text("This is no audio. " * 50, "utf-8")
     return path
 
 
 def write_empty(path: Path) -> Path:
-    """Write a file without a byte."""
+    """Write an empty file."""
     path.write_bytes(b"")
     return path

@@ -83,7 +83,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def recipe_with(*benchmarks: Path | dict[str, Any] | str, gates: tuple[str, ...] = ()) -> Recipe:
-    """A recipe of these benchmarks; its model and rows are never read."""
+    """Return a recipe with these benchmarks; its model and rows are never read."""
     named = [str(one) if isinstance(one, Path) else one for one in benchmarks]
     content = {"task": "chat", "data": {"train": "/nowhere.jsonl"}, "model": {"name": "builtin:nothing"}}
     return Recipe.model_validate({**content, "evaluate": {"benchmarks": named, "gates": list(gates)}})

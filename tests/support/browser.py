@@ -1,4 +1,4 @@
-"""Pages as their readers see them: parsed, or in headless Chromium, driven over its protocol."""
+"""Pages as users see them: parsed, or in headless Chromium, driven over its protocol."""
 
 import base64
 import contextlib
@@ -19,7 +19,7 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machi
 
 
 class Page:
-    """One page; `asked` holds the addresses of all that it asked for, `errors` what its console said was wrong."""
+    """One page; `asked` has the addresses that it requested, `errors` the errors in its console."""
 
     def __init__(self, process: subprocess.Popen[bytes], read: int, write: int) -> None:
         self.process, self.write = process, write
@@ -63,7 +63,7 @@ class Page:
         return message
 
     def open(self, url: str) -> None:
-        """Go to a page, and wait until it is there."""
+        """Go to a page, and wait until it is loaded."""
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
@@ -105,7 +105,7 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def take_picture(self, path: Path) -> None:
-        """Write what is seen as a PNG."""
+        """Write a screenshot as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 

@@ -1,4 +1,4 @@
-"""Classifiers that learn colours: rows, recipes, tiny models of every family, and runs of them."""
+"""Classifiers that learn colours: rows, recipes, tiny models of every family, and runs with them."""
 
 import io
 import json
@@ -40,18 +40,18 @@ STILL = {
     },
     "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
 }
-"""Without dropout, so that losses can be compared."""
+"""Without dropout, which makes losses comparable."""
 
 
 def colour_rows(count: int = 60) -> list[dict[str, Any]]:
-    """Texts that name a colour, which is their label."""
+    """Return texts that name a colour, with the colour as label."""
     return [
         {"text": f"the {COLOURS[i % 3]} {THINGS[i % 5]} number {i * 7}", "label": COLOURS[i % 3]} for i in range(count)
     ]
 
 
 def recipe_for(path: Path, model: Path, rows: Path | list[dict[str, Any]], **sections: Any) -> Path:
-    """Write a recipe for a quick training; rows given as a list are written beside it."""
+    """Write a recipe for a quick training; rows given as a list are written next to it."""
     if isinstance(rows, list):
         rows = write_jsonl(path.with_suffix(".rows.jsonl"), rows)
     method = sections.get("adapter", {}).get("method", "lora")
@@ -72,7 +72,7 @@ def run(path: Path, out: Path | None = None, console: Console | None = None) -> 
 
 
 def prepared(path: Path) -> tuple[Recipe, Examples]:
-    """Prepare the rows of a recipe; returns it settled, and the examples."""
+    """Prepare the rows of a recipe; return the resolved recipe and the examples."""
     loaded, out = load_recipe(str(path)), path.with_suffix(".prepared")
     quiet = Console(file=io.StringIO(), width=200)
     run_pipeline(loaded, RunRequest(out=out, offline=True, until="prepare"), quiet)

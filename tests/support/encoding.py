@@ -1,4 +1,4 @@
-"""Encode one row, and see what of it is learned."""
+"""Encode one row, and return the supervised texts."""
 
 from tokenizers.processors import TemplateProcessing
 
@@ -8,7 +8,7 @@ from support.templates import recipe_for
 
 
 def learned(example, tokenizer):
-    """The texts that an example supervises, one a span."""
+    """Return the supervised texts of an example, one per span."""
     borders = zip(example.spans[::2], example.spans[1::2], strict=True)
     return [tokenizer.decode(example.input_ids[start:end]) for start, end in borders]
 
@@ -19,7 +19,7 @@ def encode(row, tokenizer, **keys):
 
 
 def with_start_token(tokenizer, *more):
-    """Put the start token, and perhaps further tokens, before every text, as Gemma's tokenizer does."""
+    """Prepend the start token, and optionally further tokens, to every text, as Gemma's tokenizer does."""
     tokens = [tokenizer.bos_token, *more]
     tokenizer._tokenizer.post_processor = TemplateProcessing(
         single=" ".join([*tokens, "$A"]),

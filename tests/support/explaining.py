@@ -1,4 +1,4 @@
-"""`llmtune explain` as a user calls it: commands, what they print as JSON, what they refuse, and their pages."""
+"""`llmtune explain` as a user calls it: commands, their JSON output, their errors, and their pages."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def explain(command: str, *arguments: object, columns: int = 140) -> Result:
 
 
 def values_of(result: Result) -> dict[str, Any]:
-    """What was printed with --json."""
+    """Return the output of a command with --json."""
     assert result.exit_code == 0, (result.stderr, result.exception)
     values: dict[str, Any] = json.loads(result.stdout)
     return values
 
 
 def expect(result: Result, code: int, *words: str) -> None:
-    """The exit code, and what stands on stderr, without a traceback."""
+    """Check the exit code and the text on stderr, which must not have a traceback."""
     shown = " ".join(result.stderr.split())
     assert result.exit_code == code, (result.exit_code, shown, result.exception)
     assert "Traceback" not in shown
@@ -60,7 +60,7 @@ def expect(result: Result, code: int, *words: str) -> None:
 
 
 def page_data(path: Path) -> dict[str, Any]:
-    """The JSON that a page's script reads."""
+    """Return the JSON that a page's script reads."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.S)
     assert found is not None
     data: dict[str, Any] = json.loads(found[1])

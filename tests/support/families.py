@@ -1,6 +1,6 @@
 """Tiny random encoders, encoder-decoders and speech models with tokenizers trained on the spot; real classes, no mocks.
 
-All are of width 64 with weights large enough that attention matters. `config` goes into the model's configuration.
+All have width 64 and weights large enough for attention to matter. `config` goes into the model's configuration.
 """
 
 import io
@@ -68,7 +68,7 @@ TEXTS = [
 ]
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + "àâäçéèêëîïôöùûüßœ"
 LONGEST = 256
-"""Tokens that each text model has positions for."""
+"""Positions of each text model."""
 ENCODER = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -106,7 +106,7 @@ def build_distilbert(folder: Path, seed: int = 0, **config: Any) -> Path:
 
 
 def build_roberta(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """Its positions begin behind the padding id, so that there are two more of them than tokens."""
+    """Build a RoBERTa; its positions start after the padding id, so it has two more positions than tokens."""
     content = _train_byte_level([*FAIRSEQ_WORDS, "<mask>"])
     tokenizer = RobertaTokenizer(vocab=content["vocab"], merges=content["merges"], model_max_length=LONGEST)
     own = {**ENCODER, "max_position_embeddings": LONGEST + 2, "type_vocab_size": 1}
@@ -114,7 +114,7 @@ def build_roberta(folder: Path, seed: int = 0, **config: Any) -> Path:
 
 
 def build_deberta(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """DeBERTa as its version 3: relative positions alone, in buckets, with keys shared between both kinds."""
+    """Build a DeBERTa like version 3: only relative positions, in buckets, with keys shared between both kinds."""
     tokenizer = DebertaV2Tokenizer(vocab=_make_unigram(BERT_WORDS), model_max_length=LONGEST)
     own = {
         **ENCODER,
@@ -130,7 +130,7 @@ def build_deberta(folder: Path, seed: int = 0, **config: Any) -> Path:
 
 
 def build_modernbert(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """One layer that sees everything, and two that see 8 tokens to each side."""
+    """Build a ModernBERT with one global layer and two that see 8 tokens on each side."""
     tokenizer = _wrap(_train_byte_level(BERT_WORDS), "[CLS]", "[SEP]")
     own = {**ENCODER, "num_hidden_layers": 3, "global_attn_every_n_layers": 3, "local_attention": 16}
     own |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
@@ -138,7 +138,7 @@ def build_modernbert(folder: Path, seed: int = 0, **config: Any) -> Path:
 
 
 def build_t5(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """T5 of version 1.0; with `feed_forward_proj="gated-gelu"` and `tie_word_embeddings=False` that of 1.1."""
+    """Build a T5 1.0; with `feed_forward_proj="gated-gelu"` and `tie_word_embeddings=False` a T5 1.1."""
     return _build_t5(folder, seed, T5Config, T5ForConditionalGeneration, config)
 
 
@@ -155,7 +155,7 @@ def build_bart(folder: Path, seed: int = 0, **config: Any) -> Path:
 
 
 def build_mbart(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """mBART-50: a text begins with its language (`en_XX`, `fr_XX`), the answer too, behind an end token."""
+    """Build an mBART-50: texts begin with their language (`en_XX`, `fr_XX`), and answers with an end token first."""
     tokenizer = MBart50Tokenizer(
         vocab=_make_unigram(FAIRSEQ_WORDS), src_lang="en_XX", tgt_lang="fr_XX", model_max_length=LONGEST
     )
@@ -164,7 +164,7 @@ def build_mbart(folder: Path, seed: int = 0, **config: Any) -> Path:
 
 
 def build_nllb(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """NLLB with the languages of CODES: a text begins with its language, the answer too, behind an end token."""
+    """Build an NLLB with the languages of CODES: texts begin with their language, answers with an end token before."""
     content = _train_bpe(FAIRSEQ_WORDS)
     tokenizer = NllbTokenizer(
         vocab=content["vocab"],
@@ -209,7 +209,7 @@ def build_marian(folder: Path, seed: int = 0, **config: Any) -> Path:
 
 
 def build_whisper(folder: Path, seed: int = 0, multilingual: bool = True, **config: Any) -> Path:
-    """Whisper for windows of two seconds, with 80 mels and all tokens of OpenAI's own, in the order of theirs."""
+    """Build a Whisper for windows of two seconds, with 80 mels and all special tokens of OpenAI's, in their order."""
     tokenizer = _train_whisper_tokenizer()
     own = {name: size for name, size in SEQ2SEQ.items() if name != "max_position_embeddings"}
     own |= {"num_mel_bins": 80, "max_source_positions": 50 * SPEECH_WINDOW_S, "max_target_positions": 128}
@@ -222,7 +222,7 @@ def build_whisper(folder: Path, seed: int = 0, multilingual: bool = True, **conf
 
 
 def build_wav2vec2(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """wav2vec 2.0 over letters, a frame each 20 ms; normalised by layer, so that padding can be masked away."""
+    """Build a wav2vec 2.0 over letters, with a frame each 20 ms; layer norm makes it possible to mask padding."""
     folder.mkdir(parents=True, exist_ok=True)
     words = ["<pad>", "<s>", "</s>", "<unk>", "|", "'", *string.ascii_uppercase]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), "utf-8")
@@ -260,7 +260,7 @@ def _save(
 ) -> Path:
     torch.manual_seed(seed)
     model = kind(shape)
-    if untied:  # T5's configuration says that it is tied in any case; what is saved counts
+    if untied:  # T5's configuration always says that it is tied; only the saved weights count
         model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(model.lm_head.weight.shape))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -274,7 +274,7 @@ def _save(
 
 
 def _build_t5(folder: Path, seed: int, kind: type, model: type[PreTrainedModel], config: dict[str, Any]) -> Path:
-    """T5's own initial weights are large: they are left as drawn."""
+    """Keep T5's initial weights, which are already large."""
     words = ("<pad>", "</s>", "<unk>")
     tokenizer = T5Tokenizer(vocab=_make_unigram(words), extra_ids=10, model_max_length=LONGEST)
     own = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
@@ -284,13 +284,13 @@ def _build_t5(folder: Path, seed: int, kind: type, model: type[PreTrainedModel],
 
 
 def _content(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The trained model: `vocab`, and `merges` as pairs."""
+    """Return the trained model: `vocab`, and `merges` as pairs."""
     content = json.loads(tokenizer.to_str())["model"]
     return {**content, "merges": [tuple(pair) for pair in content.get("merges", [])]}
 
 
 def _make_bert_tokenizer() -> BertTokenizer:
-    """Words of TEXTS are whole, others are spelt; not trained, since WordPiece's trainer numbers pieces by chance."""
+    """Make words of TEXTS single tokens and spell others; WordPiece's trainer would number pieces randomly."""
     splitter = pre_tokenizers.BertPreTokenizer()
     whole = {word for text in TEXTS for word, _ in splitter.pre_tokenize_str(text.lower())}
     letters = sorted({letter.lower() for letter in CHARACTERS})
@@ -320,9 +320,9 @@ def _train_bpe(words: Iterable[str], unknown: str = "<unk>") -> dict[str, Any]:
 
 
 def _make_unigram(words: Sequence[str]) -> list[tuple[str, float]]:
-    """Pieces with their scores, `words` first with zero; a text is cut into as few as can be.
+    """Return pieces with their scores, `words` first with zero; a text is split into as few pieces as possible.
 
-    The pieces are those of BPE, since the trainer of unigrams finds other scores each time.
+    The pieces come from BPE, since the unigram trainer finds other scores each time.
     """
     unknown = next(word for word in words if "unk" in word.lower())
     pieces = sorted(_train_bpe(words, unknown)["vocab"].items(), key=lambda piece: piece[1])
@@ -330,7 +330,7 @@ def _make_unigram(words: Sequence[str]) -> list[tuple[str, float]]:
 
 
 def _wrap(content: dict[str, Any], first: str, last: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that puts `first` and `last` around each text."""
+    """Return a byte-level tokenizer that puts `first` and `last` around each text."""
     tokenizer = Tokenizer(models.BPE(vocab=content["vocab"], merges=content["merges"]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Tiny models of families that are written as GGUF, with weights large enough that all of them matter."""
+"""Tiny models of the families that can become GGUF, with weights large enough for all of them to matter."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 
 def make_family(name: str, **changes: Any) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    """A model of a family, and its tokenizer."""
+    """Make a model of a family, and its tokenizer."""
     config_class, model_class, own = FAMILIES[name]
     tokenizer = train_tokenizer()
     shape = {
@@ -86,13 +86,13 @@ def make_family(name: str, **changes: Any) -> tuple[PreTrainedTokenizerFast, Pre
     torch.manual_seed(0)
     model = model_class(config_class(**{**shape, **own, **changes})).eval()
     for weight in model.parameters():
-        if weight.dim() == 1:  # norms and biases begin as ones and zeros, which hide what is done to them
+        if weight.dim() == 1:  # norms and biases start as ones and zeros, which would hide errors
             weight.data += 0.1 * torch.randn_like(weight)
     return tokenizer, model
 
 
 def build_family(name: str, folder: Path, **changes: Any) -> Path:
-    """The same, saved."""
+    """Make and save a model of a family."""
     tokenizer, model = make_family(name, **changes)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -123,7 +123,7 @@ CUTS: dict[str, list[Any]] = {
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
 }
-"""How the tokenizers of the families cut text, as their tokenizer.json says it; by llama.cpp's name for it."""
+"""llama.cpp's name of a pre-tokenizer -> how tokenizers of these families split text, as in their tokenizer.json."""
 CUTS["smaug-bpe"] = CUTS["llama-bpe"]
 DIGITS = [f"{n} {n * 11} 1{n:03} it's I'LL\n\n  x" for n in range(100)]
 TRICKY = (
@@ -131,11 +131,11 @@ TRICKY = (
     "\u1780\u17b6\u1793\u17cb \u6211\u60f3\u5728apple\u5de5\u4f5c1314151\u5929 \u043d\u0435\u0449\u043e "
     "------=== ''''```` <|im_start|>user\nWe'Ve a'lL<|im_end|>\n"
 )
-"""Text that each way of cutting cuts in its own way, as llama.cpp's own check text does."""
+"""Text that each pre-tokenizer splits differently, like llama.cpp's check text."""
 
 
 def train_cut(name: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that cuts text as one of CUTS."""
+    """Train a byte-level tokenizer that splits text like one of CUTS."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(CUTS[name])
     tokenizer.decoder = decoders.ByteLevel()
@@ -151,7 +151,7 @@ def train_cut(name: str) -> PreTrainedTokenizerFast:
 
 
 def train_phi3() -> PreTrainedTokenizerFast:
-    """A tokenizer as Phi-3's: pieces, and special tokens that take the white space after them."""
+    """Train a tokenizer like Phi-3's: pieces, and special tokens that include the white space after them."""
     tokenizer = train_pieces(True, ["<unk>", "<s>", "</s>", "<|endoftext|>"])
     tokens = [AddedToken(name, rstrip=True, normalized=False, special=True) for name in ("<|user|>", "<|end|>")]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens, "eos_token": tokens[1]})
@@ -162,7 +162,7 @@ PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", "<|im_start|>", "<|im_end|>"]
 
 
 def train_pieces(prefix: bool, special: list[str] = PIECES) -> PreTrainedTokenizerFast:
-    """A tokenizer as sentencepiece makes them for Gemma, or with a space before text as for Llama 2."""
+    """Train a tokenizer like sentencepiece's for Gemma, or with a space before text like that of Llama 2."""
     before = [normalizers.Prepend("\u2581")] if prefix else []
     after = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))

@@ -1,4 +1,4 @@
-"""Commands with hostile input: an answer in time, with one of our exit codes, and nothing that steers a terminal."""
+"""Commands with hostile input must end in time, with one of our exit codes and no control codes in the output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = 10
 
 
 class TooLateError(BaseException):
-    """A command that did not end in time; nothing of llmtune's catches it."""
+    """A command that did not end in time; llmtune does not catch this error."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -37,7 +37,7 @@ class Attempt:
 
 
 def attempt(*arguments: object, code: int | tuple[int, ...], seconds: float = SECONDS) -> str:
-    """Run a command and return what it says; `code` is what it may end with."""
+    """Run a command and return its output; `code` is the expected exit code."""
     found = RUNNERS[-1]([str(argument) for argument in arguments], seconds)
     assert found.code in (code if isinstance(code, tuple) else (code,)), (found.said, found.error)
     assert "Traceback" not in found.said
@@ -46,7 +46,7 @@ def attempt(*arguments: object, code: int | tuple[int, ...], seconds: float = SE
 
 
 def run_here(arguments: Sequence[str], seconds: float) -> Attempt:
-    """Run a command in this process, for so long and no longer."""
+    """Run a command in this process, with a time limit."""
     handler = signal.signal(signal.SIGALRM, _stop)
     left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -58,11 +58,11 @@ def run_here(arguments: Sequence[str], seconds: float) -> Attempt:
 
 
 RUNNERS: list[Callable[[Sequence[str], float], Attempt]] = [run_here]
-"""The last one runs commands: here, or measured in a process of their own."""
+"""The last one runs commands: in this process, or measured in their own processes."""
 
 
 def prepare(rows: Path | str, *, code: int | tuple[int, ...], task: str = "chat", **source: object) -> str:
-    """Read rows with `llmtune prepare`, as far as it goes without a model; `source` adds to the recipe's source."""
+    """Read rows with `llmtune prepare`, as far as possible without a model; `source` adds to the recipe's source."""
     shutil.rmtree("run", ignore_errors=True)
     model = {"name": None, "candidates": ["builtin:one", "builtin:two"]}
     data = {"train": {"path": str(rows), **source}}

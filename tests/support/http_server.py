@@ -1,4 +1,4 @@
-"""An HTTP server on the loopback interface for as long as a block lasts, answered by a function."""
+"""An HTTP server on the loopback interface for the duration of a block; a function answers requests."""
 
 import base64
 import json
@@ -12,12 +12,12 @@ from typing import Any
 
 Headers = Mapping[str, str] | Message
 Answer = Callable[[str, str, Headers, bytes], tuple[int, Any, Headers]]
-"""Called with verb, path, headers and body; returns the status, bytes or what becomes JSON, and further headers."""
+"""Called with verb, path, headers and body; returns the status, bytes or a JSON value, and further headers."""
 
 
 @contextmanager
 def answering(answer: Answer) -> Iterator[str]:
-    """Serve HTTP; gives the address."""
+    """Serve HTTP inside the block; yield the address."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -51,7 +51,7 @@ def answering(answer: Answer) -> Iterator[str]:
 
 @dataclass
 class Hub:
-    """What was put on it."""
+    """The content of a simulated model hub."""
 
     url: str = ""
     repos: dict[str, bool] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Hub:
 
 @contextmanager
 def hub_at_work(refuses: int | None = None) -> Iterator[Hub]:
-    """Serve a hub on the loopback interface for as long as the block lasts."""
+    """Serve a hub on the loopback interface inside the block."""
     hub = Hub(refuses=refuses)
 
     def answer(verb: str, path: str, headers: Headers, body: bytes) -> tuple[int, Any, Headers]:
@@ -79,7 +79,7 @@ def hub_at_work(refuses: int | None = None) -> Iterator[Hub]:
 
 
 def handle(hub: Hub, verb: str, path: str, body: bytes) -> tuple[int, Any]:
-    """Answer one request as the hub does."""
+    """Answer one request like the hub."""
     if path == "/api/validate-yaml":
         return 200, {"errors": [], "warnings": []}
     if path == "/api/repos/create":
@@ -124,7 +124,7 @@ def keep(hub: Hub, line: dict[str, Any]) -> None:
 
 
 def read_repository(path: str, body: bytes, files: dict[str, bytes], commit: str) -> tuple[int, Any, Headers]:
-    """Answer what a download asks of a repository: what it is, its tree, some of its paths, a file."""
+    """Answer the requests of a download: the repository's metadata, its tree, some of its paths, a file."""
     path = path.partition("?")[0]
     if not path.startswith("/api/"):
         name = path.partition("/resolve/")[2].partition("/")[2]

@@ -1,4 +1,4 @@
-"""Models that learn a few rows by heart, and rows with tools for them."""
+"""Models that memorise a few rows, and rows with tools for them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ SKIES = {"Paris": "rain", "Rome": "sun"}
 def learn_by_heart(
     model: torch.nn.Module, examples: Sequence[Example], task: AnyTask, pad_id: int, steps: int = 80
 ) -> None:
-    """Train all weights on the examples, which make one batch."""
+    """Train all weights on the examples, as one batch."""
     batch = collate_padded(list(examples), pad_id)
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -36,7 +36,7 @@ def learn_by_heart(
 
 
 def weather_row(city: str, reasoning: str | None = None) -> dict[str, Any]:
-    """A question, the call that finds the answer (after a thought, if there is one), what it returns, the answer."""
+    """Return a row with a question, an optional thought, a tool call, its result, and the answer."""
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
     calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
     return {

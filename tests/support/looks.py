@@ -1,4 +1,4 @@
-"""Series of models that are held against one champion on the same test rows, where the truth is known.
+"""Simulated series of models that are compared with one champion on the same test rows, with known truth.
 
 Shapes: N rows, M models of a series, T series, R resamples.
 """
@@ -20,7 +20,7 @@ Floats = NDArray[Any]
 ROWS, LOOKS, SERIES, RESAMPLES = 300, 50, 1000, 600
 KINDS = ("right or wrong", "losses")
 ANEW = 0.4
-"""Share of answers that have nothing to do with the champion's, though they are right as often."""
+"""Share of answers that are independent of the champion's, though equally often right."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,21 @@ class Shares:
 
 
 def draw_series(kind: str, generator: np.random.Generator, models: int, true: float = 0.0) -> Floats:
-    """Draw what each row of each model has more than the champion's, [N, M]; `true` is the mean of it.
+    """Draw each model's difference from the champion on each row, [N, M], with mean `true`.
 
-    The champion's part in a row is the same for all models, so their differences from it go together.
+    The champion's score on a row is the same for all models, so their differences are correlated.
     """
     if kind == "losses":
         own = generator.gamma(1, 0.5, (ROWS, 1))
         return generator.gamma(1, 0.5, (ROWS, models)) - own + true
-    easy = 0.3 + 0.6 * generator.random((ROWS, 1))  # how likely a row is answered rightly
+    easy = 0.3 + 0.6 * generator.random((ROWS, 1))  # the probability of a right answer to each row
     champion = generator.random((ROWS, 1)) < easy
     anew = generator.random((ROWS, models)) < ANEW
     return np.where(anew, generator.random((ROWS, models)) < easy + true / ANEW, champion).astype(float) - champion
 
 
 def measure_ends(change_NM: Floats, kind: str, looks: int) -> tuple[Floats, Floats]:
-    """Return the ends of each model's interval [M], as `difference` and `widen` have them, for all models at once."""
+    """Return the ends of each model's interval [M], computed as by `difference` and `widen`, for all models at once."""
     value_M, free = change_NM.mean(0), ROWS - 1
     if kind == "right or wrong":  # a pseudo-row of either disagreement
         change_NM = np.concatenate([change_NM, np.ones_like(change_NM[:1]), -np.ones_like(change_NM[:1])])
@@ -59,15 +59,15 @@ def measure_ends(change_NM: Floats, kind: str, looks: int) -> tuple[Floats, Floa
 
 @cache
 def resamples(rows: int) -> Floats:
-    """The same draws for all: rows are new in each series, so series do not agree."""
+    """Return the same resamples for all series; rows are new in each series, so series stay independent."""
     return np.concatenate(list(draw_counts(rows, 0, RESAMPLES)))
 
 
 @cache
 def first_alarms(kind: str) -> tuple[Floats, Floats]:
-    """Return the number of the first model, from 1, that is said to differ though none does, for each series [T].
+    """Return the number of the first false alarm in each series [T], from 1; no model truly differs.
 
-    Beyond the last: none. First with the error shared among 50, then with 5 % for each.
+    A number above the last model means none. First with the error shared among 50, then with 5 % for each.
     """
     generator, found = np.random.default_rng(5), []
     for _ in range(SERIES):
@@ -78,7 +78,7 @@ def first_alarms(kind: str) -> tuple[Floats, Floats]:
 
 
 def first_outside(ends: tuple[Floats, Floats]) -> int:
-    """Return the number of the first interval that leaves zero out."""
+    """Return the number of the first interval that excludes zero."""
     low_M, high_M = ends
     outside = np.flatnonzero((low_M > 0) | (high_M < 0))
     return int(outside[0]) + 1 if len(outside) else len(low_M) + 1

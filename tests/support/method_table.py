@@ -1,4 +1,4 @@
-"""Every method of PEFT on a tiny model of every task: what holds is tried, what cannot be is refused by its reason."""
+"""Try every PEFT method on a tiny model of every task; unsupported ones must be refused with a reason."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vera": {"r": 8},
     "waveft": {"n_frequency": 48},
 }
-"""Sizes for models of width 64; a method that is not here has PEFT's own."""
+"""Sizes for models of width 64; other methods use PEFT's defaults."""
 METHODS = sorted({*peft_methods(), "qlora"})
 SAME = {"rtol": 1e-3, "atol": 1e-3}
 PAGE = Path(__file__).parents[2] / "docs/adapter-methods.md"
@@ -104,7 +104,7 @@ CASES: dict[str, tuple[str, Callable[..., Path], Any, dict[str, Any], dict[str, 
 
 
 def build_bench(case: str, folder: Path) -> Bench:
-    """The bench of one of CASES."""
+    """Build the bench of one of CASES."""
     task, build, rows, sections, config = CASES[case]
     model = build(folder / "model", **config)
     generates = task in ("chat", "translate", "summarize", "preference") or case in ("completion", "speech")
@@ -121,7 +121,7 @@ def build_bench(case: str, folder: Path) -> Bench:
 
 
 def describe(cells: list[str], reasons: list[str]) -> str:
-    """One cell of the page: how many of the seven hold, and what does not; or the number of the reason."""
+    """Return one cell of the page: how many of the seven checks hold, and which fail; or the number of the reason."""
 
     def refused(cell: str) -> str:
         reason = re.sub(r"/\S+/model", "the model", cell.removeprefix("refused: "))
@@ -138,7 +138,7 @@ def describe(cells: list[str], reasons: list[str]) -> str:
 
 
 def write_page(found: dict[str, dict[str, list[str]]]) -> str:
-    """The table as Markdown: `found` has the cells of each case and method."""
+    """Return the table as Markdown; `found` has the cells of each case and method."""
     reasons: list[str] = []
     lines = [f"| method | {' | '.join(f'`{case}`' for case in found)} |", "|---" * (len(found) + 1) + "|"]
     for method in METHODS:
@@ -149,7 +149,7 @@ def write_page(found: dict[str, dict[str, list[str]]]) -> str:
 
 
 class Bench:
-    """A task's rows, encoded once, on which each method is tried."""
+    """A task's rows, encoded once, for trying each method."""
 
     def __init__(self, recipe: Path, folder: Path) -> None:
         self.file, self.folder = recipe, folder
@@ -157,7 +157,7 @@ class Bench:
         self.examples, self.rows = load_examples(folder / "data" / "examples"), load_rows(folder / "data" / "rows")
 
     def start(self, method: str) -> TrainContext:
-        """A training with `method` before its first step; LlmtuneError where it is refused."""
+        """Set up a training with `method`, before its first step; raises LlmtuneError if it is refused."""
         options = {"method": method, "lora_alpha": None, "r": None, **SMALL.get(method, {})}
         sets = [f"adapter.{name}={value if value is not None else 'null'}" for name, value in options.items()]
         recipe = load_recipe(self.file, sets).recipe
@@ -173,7 +173,7 @@ class Bench:
         return set_up(adapted, self.examples, self.task, self.recipe, self.folder, quiet(), "inputs")
 
     def scores(self, model: torch.nn.Module) -> torch.Tensor:
-        """What the head gives for one row, those of its own tokens."""
+        """Return the head's output for one row, at the row's own tokens."""
         from llmtune.data.examples import ExampleReader
 
         collate = self.task.collator(self.selected.processor, self.recipe, False)
@@ -189,7 +189,7 @@ class Bench:
         return found[:, virtual_tokens(model) :].float() if found.dim() > 2 else found.float()
 
     def cells(self, method: str) -> list[str]:
-        """`yes`, or what does not hold; one cell with the reason where the method is refused."""
+        """Return `yes` or the failing check for each cell; one cell with the reason if the method is refused."""
         try:
             training = self.start(method)
         except LlmtuneError as error:

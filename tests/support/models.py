@@ -22,7 +22,7 @@ CORPUS = [
 
 
 def train_tokenizer(chat_template: str | None = CHATML, vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over CORPUS: any text can be encoded."""
+    """Train a byte-level BPE on CORPUS; it can encode any text."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=byte_level_tokenizer(tokens, vocab_size),
@@ -36,7 +36,7 @@ def train_tokenizer(chat_template: str | None = CHATML, vocab_size: int = 512) -
 
 
 def byte_level_tokenizer(special_tokens: list[str], vocab_size: int = 512) -> Tokenizer:
-    """The same without what transformers puts around it."""
+    """Return the same tokenizer without transformers' wrapper."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Rows of translations, summaries and preferences, and whole runs on them in this process."""
+"""Rows of translations, summaries and preferences, and complete runs on them in this process."""
 
 import os
 from collections.abc import Iterable
@@ -100,12 +100,12 @@ def start_training(path: Path, folder: Path) -> TrainContext:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a tensor, put together where it is sharded."""
+    """Return a copy of a tensor, gathered if it is sharded."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def learn_a_little(path: Path, sharded: bool = False) -> list[list[float]]:
-    """Take three steps without dropout and validate: losses and gradient norms, and how far the weights moved."""
+    """Take three steps without dropout and validate; return losses, gradient norms, and how far the weights moved."""
     folder = path.parent / f"prepared-{os.getpid()}"
     sharded = sharded and world_size() > 1
     training = set_up(*prepare_training(path, folder, sharded), folder, quiet(), "inputs", sharded)
@@ -123,9 +123,9 @@ def learn_a_little(path: Path, sharded: bool = False) -> list[list[float]]:
 
 
 def gradient(training: TrainContext, budget: int) -> tuple[float, torch.Tensor]:
-    """The loss of the first step and its gradient, with micro-batches of so many tokens.
+    """Return the loss of the first step and its gradient, with micro-batches of `budget` tokens.
 
-    Sinusoidal positions (Marian) have none before transformers 5.24, though they are parameters.
+    Sinusoidal positions (Marian) have no gradient before transformers 5.24, though they are parameters.
     """
     training.optimizer.zero_grad(set_to_none=True)
     found = step_gradients(training, 1, budget, 1.0)

@@ -1,10 +1,10 @@
-"""A training in a process of its own, which is killed or starved there.
+"""A training in its own process, to be killed or starved there.
 
 `python -m support.process FOLDER RUN` trains from `recipe.yaml` and `examples` in FOLDER. Options:
 
 --kill line:TEXT       kill the process when it prints TEXT
 --kill os.rename:TEXT  kill it when that audit event happens to a path that ends with TEXT
---memory MEGABYTES     limit the address space to so much more than is in use before training
+--memory MEGABYTES     limit the address space to this much more than the use before training
 --fill TEXT FILE       fill the disk of FILE when TEXT is printed
 """
 
@@ -34,7 +34,7 @@ SERVER.set_forkserver_preload(
 
 
 class Watched(io.TextIOBase):
-    """Writes to stderr; does something when a text comes by for the first time."""
+    """Writes to stderr, and calls a function when a text occurs for the first time."""
 
     def __init__(self, text: str, react: Callable[[], object]) -> None:
         self.text, self.react = text, react
@@ -92,7 +92,7 @@ def _watch(kill: str, fill: list[str] | None) -> Watched:
 
 
 def _fill_disk(ballast: Path) -> None:
-    """Write until the disk is full, all but 100 kB."""
+    """Fill the disk, except for 100 kB."""
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
@@ -114,7 +114,7 @@ def _exit_with_main(words: list[str]) -> None:
 
 
 def run_in_child(work: Callable[..., None], outputs: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Do `work` in a child of a server that has imported everything; its output goes into files beside `outputs`."""
+    """Do `work` in a child of a server that has imported everything; its output goes to files next to `outputs`."""
     paths = outputs.with_name(f"{outputs.name}.stdout"), outputs.with_name(f"{outputs.name}.stderr")
     process = SERVER.Process(target=_redirect, args=(paths, work, arguments))
     process.start()
@@ -124,7 +124,7 @@ def run_in_child(work: Callable[..., None], outputs: Path, *arguments: object) -
 
 
 def _redirect(paths: Sequence[Path], work: Callable[..., None], arguments: tuple[object, ...]) -> None:
-    gc.freeze()  # what the server imported is no garbage
+    gc.freeze()  # the collector need not scan what the server imported
     for stream, path in enumerate(paths, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
     work(*arguments)

@@ -31,24 +31,24 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
 
 
 def read_row(row: dict[str, Any], task: str = "chat", name: str | None = None) -> dict[str, Any]:
-    """The canonical row, in a format that is told by its columns unless it is named."""
+    """Return the canonical row; its format is detected from its columns, unless it is named."""
     return parse_row(row, FORMATS[name] if name else detect_format([row], task, {}, None, "file"), task)
 
 
 def read_file(path: Path, name: str, container: str) -> list[Any]:
-    """The rows of a file, each with where it is from."""
+    """Return the rows of a file, each with its origin."""
     return list(parse_lines(read_lazily(path, name, container)))
 
 
 def refusal(row: dict[str, Any], task: str = "chat", name: str | None = None) -> str:
-    """What is said of a bad row."""
+    """Return the error of a bad row."""
     with pytest.raises(RowError) as caught:
         read_row(row, task, name)
     return str(caught.value)
 
 
 def make_recipe(folder: Path, train: object, task: str = "chat", **data: Any) -> Recipe:
-    """A recipe in `folder`; without shares for validation and test unless they are given."""
+    """Write a recipe in `folder`, without validation and test shares unless given."""
     section = {"train": train, "validation": 0, "test": 0, "deduplicate": "exact", **data}
     text = {"recipe_version": 1, "name": "t", "task": task, "data": section, "model": {"name": "x/y"}}
     path = folder / "recipe.yaml"
@@ -66,5 +66,5 @@ def rows_of(rows: Rows, side: str = "train") -> list[dict[str, Any]]:
 
 
 def questions(rows: Rows) -> dict[str, list[str]]:
-    """First message of every row, by side, sorted."""
+    """Return the first message of every row, by split, sorted."""
     return {side: sorted(row["messages"][0]["content"] for row in rows_of(rows, side)) for side in SPLITS}

@@ -1,4 +1,4 @@
-"""Recipes for tests, and ways to run them: in this process, or as a user would."""
+"""Recipes for tests, and functions to run them: in this process, or as a user would."""
 
 import importlib.util
 import io
@@ -54,7 +54,7 @@ def write_recipe(path: Path, model: Path | str, rows: Path | str, /, **sections:
 
 
 def write_colours(path: Path) -> Path:
-    """Forty chat rows, all different, in OpenAI's messages form."""
+    """Write forty different chat rows in OpenAI's messages format."""
     things = ["cat", "dog", "bird", "fish", "fox", "house", "river", "stone"]
     with path.open("w") as file:
         for i, thing in enumerate(things):
@@ -73,7 +73,7 @@ def invoke(*arguments: object, stdin: str | None = None) -> Result:
 def llmtune(
     *arguments: object, cwd: Path, timeout: float = 300, stdin: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the llmtune command in a process of its own, with one thread."""
+    """Run the llmtune command in its own process, with one thread."""
     return subprocess.run(
         [sys.executable, "-m", "llmtune", *map(str, arguments)],
         cwd=cwd,
@@ -88,7 +88,7 @@ def llmtune(
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "bitsandbytes")
 ROWS = ("numpy",)
-"""What reading the first rows of a file needs."""
+"""Libraries needed to read the first rows of a file."""
 
 
 def heavy_imports(*commands: Sequence[str]) -> dict[str, list[str]]:
@@ -110,7 +110,7 @@ for command in {commands!r}:
 
 
 def write_sums(path: Path, count: int = 40) -> Path:
-    """Chat rows, all different."""
+    """Write different chat rows."""
     with path.open("w") as file:
         for i in range(count):
             question = f"What comes after {i} and before {i + 2}?"

@@ -1,4 +1,4 @@
-"""Servers for tests: a real process, or the application behind uvicorn in a thread of this one."""
+"""Servers for tests: a real process, or the application in uvicorn in a thread of this process."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from support.adapting import quiet
 
 
 class Process:
-    """`llmtune deploy serve` in a process of its own, ready when it is made."""
+    """`llmtune deploy serve` in its own process, ready once constructed."""
 
     def __init__(self, *arguments: object, **environment: str) -> None:
         command = [sys.executable, "-m", "llmtune", "deploy", "serve", *map(str, arguments), "--port", "0", "--json"]
@@ -47,11 +47,11 @@ class Process:
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
     def terminate(self) -> None:
-        """Send SIGTERM and go on."""
+        """Send SIGTERM without waiting."""
         self.process.send_signal(signal.SIGTERM)
 
     def end(self, timeout: float = 40) -> tuple[int, str]:
-        """Wait for the end; return exit code and what was written to stderr."""
+        """Wait for the end; return the exit code and stderr."""
         _, errors = self.process.communicate(timeout=timeout)
         return self.process.returncode, errors
 
@@ -66,7 +66,7 @@ class Process:
 
 @contextlib.contextmanager
 def serving(*models: ServedModel, max_batch: int = 8, max_queue: int = 64, key: str | None = None) -> Iterator[str]:
-    """Serve in this process; gives the address."""
+    """Serve in this process; yield the address."""
     engine = Engine({served.name: served for served in models}, max_batch=max_batch, max_queue=max_queue)
     engine.start()
     with running(build_app(engine, body_bytes=2**20, key=key)) as url:
@@ -78,7 +78,7 @@ def serving(*models: ServedModel, max_batch: int = 8, max_queue: int = 64, key: 
 
 @contextlib.contextmanager
 def running(app: Any) -> Iterator[str]:
-    """Run an application behind uvicorn in a thread."""
+    """Run an application with uvicorn in a thread."""
     config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -101,7 +101,7 @@ def load_served(options: ServeOptions | None = None, **runs: Path) -> dict[str, 
 
 
 def served_of(tuned: Any, name: str = "tiny", **changes: Any) -> ServedModel:
-    """What a server offers of an adapted model and its recipe."""
+    """Return the served model of an adapted model and its recipe."""
     adapted, recipe = tuned
     about = {"adapter": "default", **changes}
     return ServedModel(name, adapted.model.eval(), adapted.selected.processor, recipe, get_task(recipe.task), **about)

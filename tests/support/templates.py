@@ -1,4 +1,4 @@
-"""Chat templates of the kinds that models have, written on the spot, and recipes to encode with them."""
+"""Chat templates like those of models, written on the spot, and recipes to encode with them."""
 
 from functools import cache
 from pathlib import Path
@@ -87,7 +87,7 @@ HERMES = (
     "{{ call['function']['arguments'] | tojson + '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""Thoughts and calls of tools as Hermes and Qwen have them."""
+"""Thoughts and tool calls in the format of Hermes and Qwen."""
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 
 STABLE = {
@@ -99,20 +99,20 @@ STABLE = {
     "tools": TOOLS,
     "no system": NO_SYSTEM,
 }
-"""Templates that write earlier turns as they ask for them."""
+"""Templates that write earlier turns in the same way as prompts."""
 
 OWN_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
 
 
 def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that writes chats by `template`, with the tokens of all of them."""
+    """Return a byte-level tokenizer with `template`, and with the special tokens of all templates."""
     tokenizer = train_tokenizer(template)
     tokenizer.add_tokens(OWN_TOKENS, special_tokens=True)
     return tokenizer
 
 
 def recipe_for(task: str = "chat", kwargs: dict[str, Any] | None = None, **data: Any) -> Recipe:
-    """A recipe with these keys in its data section."""
+    """Return a recipe with these keys in its data section."""
     return Recipe.model_validate(
         {
             "recipe_version": 1,
@@ -125,12 +125,12 @@ def recipe_for(task: str = "chat", kwargs: dict[str, Any] | None = None, **data:
 
 
 def conversation(*texts: str, system: str | None = None) -> dict[str, Any]:
-    """A chat row: question, answer, question, answer and so on."""
+    """Return a chat row: question, answer, question, answer and so on."""
     messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
     return {"messages": [{"role": "system", "content": system}] * (system is not None) + messages}
 
 
-# Families of models: own texts in their formats, each with the tokens that it needs
+# Families of models: our own texts in their formats, each with the tokens that it needs
 
 FAMILY_FILES = {path.stem: path for path in sorted((Path(__file__).parent / "chat_families").glob("*.jinja"))}
 
@@ -142,7 +142,7 @@ def _plain_tokenizer() -> str:
 
 @cache
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family's template; its first line names the tokens."""
+    """Return the tokenizer of a family's template; the template's first line names the tokens."""
     text = FAMILY_FILES[name].read_text("utf-8")
     named = dict(part.strip().split(": ", 1) for part in text.splitlines()[0].strip("{#-} ").split("; "))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_plain_tokenizer()))

@@ -1,4 +1,4 @@
-"""Small trainings on a tiny model: random rows written as prepared examples, no text and no template in between."""
+"""Small trainings on a tiny model: random rows written as prepared examples, without text or templates."""
 
 import io
 import json
@@ -35,7 +35,7 @@ from support.runs import write_recipe
 
 
 def write_examples(folder: Path, seed: int = 0, longest: int = 40, **counts: int) -> Examples:
-    """Write random rows of 8 to `longest` tokens, `counts` of each side; the second half of a row is predicted."""
+    """Write random rows of 8 to `longest` tokens, `counts` for each split; the second half of a row is predicted."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     tokens, supervised = {}, {}
@@ -64,7 +64,7 @@ def make_recipe(folder: Path, model: Path, /, **sections: Any) -> Recipe:
 
 
 def adapt(recipe: Recipe, device: str = "cpu") -> AdaptedModel:
-    """Load the model of `recipe` and put the adapter in."""
+    """Load the model of `recipe` and add the adapter."""
     return inject(open_model(recipe, device=device), recipe, quiet())
 
 
@@ -117,7 +117,7 @@ def trained_bytes(folder: Path) -> bytes:
 
 
 def read_examples(folder: Path) -> Examples:
-    """Read what `write_examples` wrote, in another process."""
+    """Read the output of `write_examples`, in another process."""
     record = json.loads((folder / "record.json").read_text())
     return Examples(folder, {side: folder / f"{side}.arrow" for side in record["counts"]}, **record)
 
@@ -134,7 +134,7 @@ METHODS = {
 def launch_work(
     name: str, words: Sequence[object], topology: Topology, console: Console, threads: int | None = None
 ) -> Any:
-    """Run a function of `support.workers` in several processes; return what the first one returns."""
+    """Run a function of `support.workers` in several processes; return the result of the first one."""
     with tempfile.TemporaryDirectory() as place:
         result = Path(place) / "result.json"
         launch(["-m", "support.workers", str(result), name, *map(str, words)], topology, console, threads=threads)
@@ -142,13 +142,13 @@ def launch_work(
 
 
 def train_together(folder: Path, run: str, processes: int, strategy: str, console: Console) -> Path:
-    """Train the recipe in `folder` in so many processes; return the run folder."""
+    """Train the recipe in `folder` in `processes` processes; return the run folder."""
     launch_work("train_tiny", [folder, folder / run, strategy], Topology(processes, strategy), console, 2)
     return folder / run
 
 
 def leave_step_4(run: Path) -> None:
-    """Make a finished run one that ended after its first checkpoint."""
+    """Turn a finished run into one that ended after its first checkpoint."""
     result = [run / name for name in ("adapter", "weights") if (run / name).is_dir()]
     for gone in [*result, *(path for path in (run / "checkpoints").iterdir() if path.name != "step-4")]:
         shutil.rmtree(gone)

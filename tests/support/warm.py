@@ -1,4 +1,4 @@
-"""Real commands in children of a process that has imported everything: a process each, without seconds of imports.
+"""Real commands in children of a process that has imported everything: separate processes without import time.
 
 A child is a fork: its files, signals, limits and memory are real. `python -m support.warm` is that process; it reads a
 JSON line for each command, and writes one when a command has started and one when it has ended.
@@ -27,14 +27,14 @@ LAZY = (
     *("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert", "torch._dynamo"),
     *("transformers.models.bert.tokenization_bert", "scipy.stats", "sacrebleu", "pyarrow.parquet", "pyarrow.csv"),
 )
-"""What is imported late, beside llmtune's own modules."""
+"""Modules that are imported late, in addition to llmtune's."""
 PAGE = resource.getpagesize()
 BUG = "Traceback (most recent call last)"
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the system gives a command."""
+    """The system's conditions for a command."""
 
     limits: Mapping[str, int] = field(default_factory=dict)
     """Limits by name (RLIMIT_NOFILE, ...); RLIMIT_AS counts from what the process has when the command starts."""
@@ -47,7 +47,7 @@ class Conditions:
 
 @dataclass
 class Command:
-    """A command that was started."""
+    """A started command."""
 
     warm: Warm
     pid: int
@@ -56,22 +56,22 @@ class Command:
 
     @property
     def said(self) -> str:
-        """What it wrote to stderr so far."""
+        """Stderr so far."""
         return (self.outputs / "stderr").read_text(errors="replace")
 
     @property
     def printed(self) -> str:
-        """What it wrote to stdout so far."""
+        """Stdout so far."""
         return (self.outputs / "stdout").read_text(errors="replace")
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether it is still running."""
         self.warm.listen(0)
         return self.pid not in self.warm.ended
 
     def wait(self, seconds: float = 300) -> Ended:
-        """Wait for its end; a command that does not end in time is killed, and counts as too late."""
+        """Wait for its end; kill a command that does not end in time, and mark it as too late."""
         late = not self.warm.listen(self.began + seconds - time.monotonic(), self.pid)
         if late:
             self.send(signal.SIGKILL)
@@ -79,14 +79,14 @@ class Command:
         return Ended(**self.warm.ended[self.pid], said=self.said, printed=self.printed, late=late)
 
     def send(self, number: int) -> None:
-        """Send a signal; nothing happens where it has ended."""
+        """Send a signal; does nothing if the command has ended."""
         if self.running:
             os.kill(self.pid, number)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code (negative: the signal that killed it) and what it took."""
+    """How a command ended: its exit code (negative: the signal that killed it), time and memory."""
 
     code: int
     cpu_seconds: float
@@ -98,7 +98,7 @@ class Ended:
 
     @property
     def crashed(self) -> bool:
-        """Whether it met a bug."""
+        """Whether it ended with a traceback."""
         return BUG in self.said or self.code == 1
 
 
@@ -117,7 +117,7 @@ class Warm:
         self._line()  # it is ready
 
     def start(self, arguments: Sequence[object], cwd: Path, outputs: Path, given: Conditions | None = None) -> Command:
-        """Start `llmtune ARGUMENTS` in `cwd`; what it writes goes into files in `outputs`."""
+        """Start `llmtune ARGUMENTS` in `cwd`; its output goes to files in `outputs`."""
         outputs.mkdir(parents=True, exist_ok=True)
         request = {"arguments": [str(one) for one in arguments], "cwd": str(cwd), "outputs": str(outputs)}
         assert self.process.stdin is not None
@@ -133,7 +133,7 @@ class Warm:
         return self.start(arguments, cwd, cwd / "said", given).wait(seconds)
 
     def listen(self, seconds: float, pid: int | None = None) -> bool:
-        """Take in which commands have ended, for so long or until that of `pid` has; return whether it has."""
+        """Record ended commands until a timeout or until that of `pid` has ended; return whether it has."""
         end = time.monotonic() + seconds
         while pid not in self.ended and select.select([self.process.stdout], [], [], max(0, end - time.monotonic()))[0]:
             line = self._line()
@@ -156,7 +156,7 @@ class Warm:
 
 
 def serve() -> dict[str, object]:
-    """Start a child for each line that comes; return in the child, with the line."""
+    """Start a child for each input line; return in the child, with the line."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     awake, wake = os.pipe()
     os.set_blocking(wake, False)

@@ -1,6 +1,6 @@
-"""What processes of the launcher run in tests: `python -m support.workers RESULT FUNCTION ARGUMENT...`.
+"""Functions that launched processes run in tests: `python -m support.workers RESULT FUNCTION ARGUMENT...`.
 
-Errors end them as they end a command; what rank 0 returns is written to the file RESULT.
+Errors end them as they end a command; the result of rank 0 is written to the file RESULT.
 """
 
 import json
@@ -19,7 +19,7 @@ from llmtune.store.processes import _here, join, leave, once, rank, start, world
 
 
 def main() -> None:
-    """Run the function that is named first."""
+    """Run the function named in the arguments."""
     start()
     sys.excepthook = _report_bug
     result, name, *words = sys.argv[1:]
@@ -53,7 +53,7 @@ def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]
 
 
 def share_tiny(folder: str) -> dict[str, bool]:
-    """Make the model of the recipe in `folder` in the first process alone, cut it, and put it together again."""
+    """Make the model of the recipe in `folder` in the first process only, shard it, and gather it again."""
     import torch
     from accelerate.utils import gather_object
     from torch.distributed.tensor import DTensor
@@ -113,7 +113,7 @@ def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
 
 
 def write_and_wait(folder: str, run: str) -> None:
-    """Be seen to work, once both are there, and go on for longer than any test."""
+    """Write a file once both processes run, and keep running for longer than any test."""
     (Path(folder) / os.environ["RANK"]).touch()
     while not all((Path(folder) / rank).exists() for rank in "01"):
         time.sleep(0.01)
@@ -123,12 +123,12 @@ def write_and_wait(folder: str, run: str) -> None:
 
 
 def succeed(*words: str) -> dict[str, object]:
-    """Say how the world looks from rank 0."""
+    """Return the processes and environment as rank 0 sees them."""
     return {"heard": list(words), "world": world_size(), "threads": os.environ["OMP_NUM_THREADS"]}
 
 
 def post_code(folder: str) -> None:
-    """Post what would run as a pickle, in the place of what rank 0 says next."""
+    """Post a malicious pickle in place of rank 0's next message."""
     join()
     if rank() == 0:
         code = b"cos\nsystem\n(S'touch " + folder.encode() + b"/pwned'\ntR."
@@ -139,7 +139,7 @@ def post_code(folder: str) -> None:
 
 
 def agree_on_a_recipe(recipe: str) -> None:
-    """Run a recipe that is another one in rank 1."""
+    """Run a recipe that differs in rank 1."""
     from llmtune.launch.python_api import make_console, run_recipe
     from llmtune.store.run_request import RunRequest
 
@@ -162,7 +162,7 @@ def end_rank_one(how: str) -> None:
 
 
 def node_of(batch: list[int]) -> str:
-    """The node that the batch is worked on; nothing in the process that gives it."""
+    """Return the node that works on the batch; nothing in the process that submits it."""
     import ray
 
     time.sleep(0.1)
@@ -170,7 +170,7 @@ def node_of(batch: list[int]) -> str:
 
 
 def die_once(marker: Path, here: int, batch: list[int]) -> int:
-    """The sum of the batch; the first worker that is not the process `here` is killed over it."""
+    """Return the sum of the batch; the first worker other than the process `here` is killed meanwhile."""
     if os.getpid() != here and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Commands that are killed, stopped, starved and damaged at random moments, and then simply run again.
+"""Kill, stop, starve and damage commands at random moments, and then run the same command again.
 
-After each round the same command goes on undisturbed, and what it leaves is compared byte by byte with what two
-undisturbed runs agree on. `make torture` plays 240 rounds and writes docs/torture.md.
+After each round the same command resumes undisturbed, and its result is compared byte by byte with that of two
+undisturbed runs. `make torture` plays 240 rounds and writes docs/torture.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CURE = re.compile(r"->|same command|run .* again", re.IGNORECASE)
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.move")
 DEFAULT_ROUNDS = 60
 TIMED = ("report.html", "report.md", "report.json", "junit.xml", "run.json")
-"""Files that hold times; their scores are compared."""
+"""Files that contain times; only their scores are compared."""
 TICK = os.sysconf("SC_CLK_TCK")
 
 SCENARIOS: dict[str, list[str]] = {
@@ -50,17 +50,17 @@ SCENARIOS: dict[str, list[str]] = {
     "deploy gguf": ["deploy", "gguf", "round/run"],
     "reproduce": ["reproduce", "round/run"],
 }
-"""Each command; those that take a run folder begin with a finished run."""
+"""Commands by name; those that take a run folder start from a finished run."""
 
 
 @dataclass
 class Reference:
-    """What a command does when nobody disturbs it."""
+    """The result of an undisturbed command."""
 
     cpu_seconds: float
     fresh_seconds: float
     events: int
-    """Changes of the file system."""
+    """Number of changes to the file system."""
     bytes_written: int
     files: dict[str, str]
     """The hash of each file that is the same in two undisturbed runs."""
@@ -69,7 +69,7 @@ class Reference:
 
 @dataclass
 class Outcome:
-    """What became of one round."""
+    """The result of one round."""
 
     fault: str
     scenario: str
@@ -79,7 +79,7 @@ class Outcome:
     different: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    """A traceback, an exit code that is none of ours, a message without a cure."""
+    """Tracebacks, unknown exit codes and messages without a fix."""
 
     @property
     def good(self) -> bool:
@@ -88,7 +88,7 @@ class Outcome:
 
 
 class Torture:
-    """A folder with model, rows and recipes, a warm process, and what undisturbed commands leave."""
+    """A folder with model, rows and recipes, a warm process, and the results of undisturbed commands."""
 
     def __init__(self, work: Path, seed: int = 0) -> None:
         self.work, self.seed, self.warm = work, seed, Warm()
@@ -136,7 +136,7 @@ class Torture:
         return self.references[scenario]
 
     def conditions(self, **values: object) -> Conditions:
-        """Conditions of a command, with a home folder of its own."""
+        """Return the conditions of a command, with its own home folder."""
         environment = {**self.environment, **dict(values.pop("environment", {}))}  # type: ignore[call-overload]
         return Conditions(environment=environment, **values)  # type: ignore[arg-type]
 
@@ -149,7 +149,7 @@ class Torture:
         return self.start(arguments, given).wait()
 
     def _start(self, scenario: str) -> None:
-        """Put the folder of the round into the state that the command begins with."""
+        """Restore the folder of the round to the command's initial state."""
         shutil.rmtree(self.round, ignore_errors=True)
         self.round.mkdir()
         if SCENARIOS[scenario][-1] == "round/run" and "--out" in SCENARIOS[scenario]:
@@ -160,7 +160,7 @@ class Torture:
                 shutil.rmtree(self.round / "run" / name)
 
     def play(self, number: int, fault: str | None = None, scenario: str | None = None, fresh: bool = False) -> Outcome:
-        """Play one round; its number and the seed decide everything but the exact moment."""
+        """Play one round; its number and the seed determine everything except the exact moment."""
         chance = random.Random(f"{self.seed} {number}")
         fault = fault or chance.choices(list(FAULTS), [one.share for one in FAULTS.values()])[0]
         chosen = FAULTS[fault]
@@ -193,7 +193,7 @@ class Torture:
             outcome.wrong.append(f"the message names no cure:\n{ended.said}")
 
     def _compare(self, outcome: Outcome, reference: Reference, spoiled: Path | None) -> None:
-        """Compare all files; a spoiled checkpoint that nothing needed any more may stay as it is."""
+        """Compare all files; a spoiled checkpoint that is no longer needed may stay spoiled."""
         now = hash_files(self.round)
         unneeded = str(spoiled.relative_to(self.round)) if spoiled and "checkpoints" in spoiled.parts else ""
         different = [name for name, digest in reference.files.items() if now.get(name) != digest]
@@ -207,15 +207,15 @@ class Torture:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """The hash of each file below a folder."""
+    """Return the hash of each file below a folder."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hash_content(path) for path in found if path.name not in TIMED}
 
 
 def hash_content(path: Path) -> str:
-    """The hash of a file; of an optimiser's, which pickles equal numbers in several ways, that of what it holds."""
+    """Hash a file; of an optimiser's file only the values, since equal values can be pickled differently."""
     if path.suffix == ".pt" and path.parent.parent.name == "checkpoints":
-        with suppress(Exception):  # one that was spoiled
+        with suppress(Exception):  # a spoiled file
             held = torch.load(path, weights_only=True)
             tensors = [one.numpy().tobytes() for state in held["optimizer"]["state"].values() for one in state.values()]
             return hashlib.sha256(b"".join(tensors) + str(held["schedule"]).encode()).hexdigest()
@@ -223,12 +223,12 @@ def hash_content(path: Path) -> str:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files below a folder, in pages."""
+    """Return the size of all files below a folder, rounded up to pages."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
 
 
 def read_scores(run: Path) -> object:
-    """The scores of all seeds and the losses of each step: what must be the same and stands beside times."""
+    """Return the scores of all seeds and the losses of each step, from files that also contain times."""
     found: dict[str, object] = {}
     for path in sorted(run.rglob("report.json")):
         report = json.loads(path.read_text())
@@ -242,7 +242,7 @@ def read_scores(run: Path) -> object:
 
 
 def find_phase(said: str, scenario: str) -> str:
-    """The step that was under way when the command ended."""
+    """Return the step that was running when the command ended."""
     if scenario.startswith(("deploy", "reproduce")):
         return scenario
     found = re.findall(rf"^({'|'.join(STEPS)})$", said, re.MULTILINE)
@@ -250,7 +250,7 @@ def find_phase(said: str, scenario: str) -> str:
 
 
 def done_steps(run: Path) -> set[str]:
-    """Steps that the manifest holds as done."""
+    """Return the steps that are done according to the manifest."""
     try:
         steps = json.loads((run / "run.json").read_text())["steps"]
     except (OSError, ValueError):
@@ -259,12 +259,12 @@ def done_steps(run: Path) -> set[str]:
 
 
 def newest_checkpoint(run: Path) -> int:
-    """The step of the newest checkpoint; 0 without one."""
+    """Return the step of the newest checkpoint, or 0."""
     return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")), default=0)
 
 
 def find_lost(said: str, done: set[str], newest: int, scenario: str) -> list[str]:
-    """What was finished when the command was disturbed, and was done again."""
+    """Return the work that was finished before the disturbance and done again."""
     if scenario.startswith(("deploy", "reproduce", "evaluate")):
         return []
     first = re.split(r"^seed \d+ ─", said, maxsplit=1, flags=re.MULTILINE)[0]
@@ -276,11 +276,11 @@ def find_lost(said: str, done: set[str], newest: int, scenario: str) -> list[str
     return lost
 
 
-# Faults: what happens in a child before the command.
+# Faults inside a child, before the command starts.
 
 
 def count_events(kill_at: int = 0) -> None:
-    """Count changes of the file system, into a file; at one of them, die."""
+    """Count changes to the file system and write the number to a file; kill the process at change `kill_at`."""
     path = Path(os.environ["TMPDIR"], "events")
     count = 0
 
@@ -300,12 +300,12 @@ def count_events(kill_at: int = 0) -> None:
 
 
 def die_at_event() -> None:
-    """Die just before a change of the file system."""
+    """Kill the process just before a change to the file system."""
     count_events(int(os.environ["TORTURE_EVENT"]))
 
 
 def obey_permissions() -> None:
-    """Give up the privilege of root to write where permissions forbid it."""
+    """Drop root's privilege to ignore file permissions."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = struct.pack("Ii", 0x20080522, 0)  # version 3 of capset(2), this process
     held = ctypes.create_string_buffer(24)
@@ -318,18 +318,18 @@ def obey_permissions() -> None:
 
 
 def jump_clock() -> None:
-    """Let the clock jump by years, forwards and backwards, each time that it is read."""
+    """Make the clock jump by years, forwards or backwards, each time it is read."""
     years = 365 * 86400
     real, real_ns = time.time, time.time_ns
     time.time = lambda: real() + random.uniform(-20, 20) * years  # type: ignore[assignment]
     time.time_ns = lambda: real_ns() + int(random.uniform(-20, 20) * years) * 10**9  # type: ignore[assignment]
 
 
-# Faults: what is done from outside.
+# Faults from outside.
 
 
 def wait_for(command: Command, cpu_seconds: float) -> None:
-    """Wait until a command has computed for so long, or has ended."""
+    """Wait until a command has used `cpu_seconds`, or has ended."""
     path = Path(f"/proc/{command.pid}/stat")
     while command.running:
         try:
@@ -342,7 +342,7 @@ def wait_for(command: Command, cpu_seconds: float) -> None:
 
 
 def moment(chance: random.Random, reference: Reference, fresh: bool) -> float:
-    """A random moment of a command, in processor seconds."""
+    """Return a random moment of a command, in CPU seconds."""
     return chance.uniform(0, reference.fresh_seconds if fresh else reference.cpu_seconds)
 
 
@@ -361,7 +361,7 @@ def send(*numbers: int) -> Disturb:
 
 
 def under(draw: Callable[[random.Random, Reference], dict[str, object]]) -> Disturb:
-    """Run a command under conditions that are drawn."""
+    """Run a command under random conditions."""
 
     def disturb(torture: Torture, scenario: str, chance: random.Random, reference: Reference, fresh: bool) -> Ended:
         return torture.go(SCENARIOS[scenario], torture.conditions(fresh=fresh, **draw(chance, reference)))
@@ -370,7 +370,7 @@ def under(draw: Callable[[random.Random, Reference], dict[str, object]]) -> Dist
 
 
 def forbid(torture: Torture, scenario: str, chance: random.Random, reference: Reference, fresh: bool) -> Ended:
-    """Take the permission to write in the folders of a run, at a random moment."""
+    """Remove write permission from the folders of a run, at a random moment."""
     command = torture.start(SCENARIOS[scenario], torture.conditions(before="torture.rounds:obey_permissions"))
     wait_for(command, moment(chance, reference, fresh))
     set_modes(torture, 0o555)
@@ -378,7 +378,7 @@ def forbid(torture: Torture, scenario: str, chance: random.Random, reference: Re
 
 
 def allow(torture: Torture, chance: random.Random) -> Path | None:
-    """Give the permission to write back."""
+    """Restore write permission."""
     set_modes(torture, 0o755)
     return None
 
@@ -386,13 +386,13 @@ def allow(torture: Torture, chance: random.Random) -> Path | None:
 def set_modes(torture: Torture, mode: int) -> None:
     """Set the permissions of all folders of a round."""
     for path in [torture.round, *torture.round.rglob("*")]:
-        with suppress(FileNotFoundError):  # it may just be renamed
+        with suppress(FileNotFoundError):  # it may just have been renamed
             if path.is_dir():
                 path.chmod(mode)
 
 
 def spoil(folders: Sequence[str]) -> Callable[[Torture, random.Random], Path | None]:
-    """Cut a file short or turn one of its bits: one of the newest checkpoint, or of what steps have left."""
+    """Truncate a file or flip one of its bits, in the newest checkpoint or the output of steps."""
 
     def restore(torture: Torture, chance: random.Random) -> Path | None:
         run = torture.round / "run"
@@ -416,7 +416,7 @@ def spoil(folders: Sequence[str]) -> Callable[[Torture, random.Random], Path | N
 
 
 def meet(torture: Torture, scenario: str, chance: random.Random, reference: Reference, fresh: bool) -> Ended:
-    """Start the same command again while it is at work; the second one names the first."""
+    """Start the same command again while it is running; the second one must name the first."""
     first = torture.start(SCENARIOS[scenario], torture.conditions(fresh=fresh))
     wait_for(first, moment(chance, reference, fresh))
     second = torture.start(SCENARIOS[scenario], outputs="second").wait()
@@ -430,7 +430,7 @@ def meet(torture: Torture, scenario: str, chance: random.Random, reference: Refe
 
 
 def jump(torture: Torture, scenario: str, chance: random.Random, reference: Reference, fresh: bool) -> Ended:
-    """Kill a command whose clock jumps; the times of its files come to lie anywhere."""
+    """Kill a command whose clock jumps, and give its files random times."""
     command = torture.start(SCENARIOS[scenario], torture.conditions(before="torture.rounds:jump_clock"))
     wait_for(command, moment(chance, reference, fresh))
     command.send(signal.SIGKILL)
@@ -446,14 +446,14 @@ Disturb = Callable[[Torture, str, random.Random, Reference, bool], Ended]
 
 @contextmanager
 def plain_place(torture: Torture, scenario: str, chance: random.Random, reference: Reference) -> Iterator[None]:
-    """The folder of a round on the disk."""
+    """Put the folder of a round on the normal disk."""
     torture._start(scenario)
     yield
 
 
 @contextmanager
 def small_disk(torture: Torture, scenario: str, chance: random.Random, reference: Reference) -> Iterator[None]:
-    """The folder of a round on a disk of its own with room for a part of what the command writes."""
+    """Put the folder of a round on a separate disk with room for only part of the command's output."""
     torture._start(scenario)
     kept = torture.round.rename(torture.work / "kept")
     torture.round.mkdir()
@@ -469,13 +469,13 @@ def small_disk(torture: Torture, scenario: str, chance: random.Random, reference
 
 
 def enlarge(torture: Torture, chance: random.Random) -> Path | None:
-    """Give the small disk room."""
+    """Enlarge the small disk."""
     subprocess.run(["mount", "-o", "remount,size=1g", str(torture.round)], check=True)
     return None
 
 
 def leave(torture: Torture, chance: random.Random) -> Path | None:
-    """Leave everything as it is; what was spoiled would be returned."""
+    """Restore nothing; a spoiled path would be returned."""
     return None
 
 
@@ -484,17 +484,17 @@ class Fault:
     """One kind of disturbance."""
 
     share: int
-    """How often it is played, against the others."""
+    """Relative frequency."""
     disturb: Disturb
     codes: tuple[int, ...]
-    """Exit codes beside 0 that a disturbed command may end with."""
+    """Allowed exit codes of a disturbed command, besides 0."""
     restore: Callable[[Torture, random.Random], Path | None] = leave
     place: Callable[..., object] = plain_place
     scenarios: tuple[str, ...] = ()
     damages: bool = False
-    """Whether it spoils what was finished, which is then rightly done again."""
+    """Whether it damages finished work, which must then be done again."""
     redone: frozenset[str] = frozenset()
-    """Steps that depend on it: they are rightly done again without it."""
+    """Steps that depend on the disturbance and may be done again without it."""
 
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -531,7 +531,7 @@ FAULTS = {
         6,
         under(lambda chance, reference: {"limits": {"RLIMIT_AS": chance.randint(1, 150) * 2**20}}),
         (4, 5),
-        redone=frozenset({"select"}),  # its plan is for the memory that there is
+        redone=frozenset({"select"}),  # its plan depends on the available memory
     ),
     "checkpoint damaged": Fault(8, send(KILL), (-KILL,), spoil(["checkpoints"]), scenarios=TRAINING, damages=True),
     "output damaged": Fault(5, send(KILL), (-KILL,), spoil(OUTPUTS), scenarios=(*TRAINING, "prepare"), damages=True),
@@ -543,7 +543,7 @@ FRESH = ("SIGKILL at a moment", "SIGTERM", "SIGINT", "SIGINT twice", "few file h
 
 
 def plan(rounds: int, seed: int = 0) -> list[tuple[str, bool]]:
-    """Faults of so many rounds, each in its share and at least once, a tenth of them through a fresh process."""
+    """Return the faults of `rounds` rounds, each by its share and at least once, a tenth of them in fresh processes."""
     names = [name for name in FAULTS if os.geteuid() == 0 or name not in ROOT_ONLY]
     total = sum(FAULTS[name].share for name in names)
     chosen = [name for name in names for _ in range(max(1, round(FAULTS[name].share * rounds / total)))]
@@ -581,7 +581,7 @@ Codes below zero are signals. 0: the command had already finished, or coped.
 
 
 def describe(outcomes: Sequence[Outcome]) -> str:
-    """Put the figures of many rounds on a page."""
+    """Return the page with the results of many rounds."""
 
     def count(chosen: Sequence[Outcome]) -> list[int]:
         return [sum(bool(getattr(one, kind)) for one in chosen) for kind in ("different", "lost", "wrong")]
@@ -608,12 +608,12 @@ def describe(outcomes: Sequence[Outcome]) -> str:
 
 
 def main() -> None:
-    """Play rounds, add their outcomes to a file, and print the page of all that are in it."""
+    """Play rounds, append their outcomes to a file, and print the page of all outcomes in it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--outcomes", type=Path, default=Path("build/torture.jsonl"))
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of rounds, to play them again")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of rounds to play again")
     asked = parser.parse_args()
     asked.outcomes.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, asked.outcomes.open("a") as kept:

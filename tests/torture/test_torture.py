@@ -1,4 +1,4 @@
-"""Whatever happens to a command: the same one goes on, nothing is lost, and the bytes are those of no disturbance."""
+"""After any disturbance the same command resumes, nothing is lost, and the bytes are the same as without it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def torture() -> Iterator[Torture]:
     ("number", "fault", "fresh"),
     [pytest.param(number, *one, id=f"{number} {one[0]}") for number, one in enumerate(plan(ROUNDS, SEED))],
 )
-def test_a_command_that_was_disturbed_goes_on_and_nothing_is_lost(
+def test_a_disturbed_command_resumes_and_nothing_is_lost(
     torture: Torture, number: int, fault: str, fresh: bool
 ) -> None:
     outcome = torture.play(number, fault, fresh=fresh)

@@ -10,7 +10,7 @@ def examples(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_llama, examples):
-    """A run with dropout that was never disturbed: its folder, its recipe, its record."""
+    """An uninterrupted run with dropout: its folder, its recipe, its record."""
     from support.training import run_training
 
     folder = tmp_path_factory.mktemp("finished")

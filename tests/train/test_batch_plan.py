@@ -16,7 +16,7 @@ def plan(lengths, seed=0, batch_size=4, batch_tokens=None, epochs=1.0, max_steps
 
 
 def epochs_of(made, lengths, epochs=2):
-    """The rows of the steps of each epoch, which together are every row once."""
+    """Return the rows of the steps of each epoch, and check that each epoch has every row once."""
     for epoch in range(epochs):
         first = epoch * made.steps_per_epoch
         steps = [made.rows(first + step) for step in range(1, made.steps_per_epoch + 1)]
@@ -29,7 +29,7 @@ def rows_of(made, steps):
 
 
 @given(lengths_of, st.integers(0, 2**63 - 1), st.integers(1, 7))
-def test_each_epoch_holds_every_row_once_and_steps_have_batch_size_rows(lengths, seed, batch_size):
+def test_each_epoch_contains_every_row_once_and_steps_have_batch_size_rows(lengths, seed, batch_size):
     made = plan(lengths, seed, batch_size, epochs=2)
     for steps in epochs_of(made, lengths):
         assert all(len(rows) == batch_size for rows in steps[:-1])
@@ -37,21 +37,21 @@ def test_each_epoch_holds_every_row_once_and_steps_have_batch_size_rows(lengths,
 
 
 @given(lengths_of, st.integers(0, 1000), st.integers(60, 200))
-def test_batch_tokens_holds_every_row_once_and_never_more_tokens(lengths, seed, tokens):
+def test_steps_of_batch_tokens_contain_every_row_once_and_stay_within_the_limit(lengths, seed, tokens):
     made = plan(lengths, seed, batch_tokens=tokens, epochs=2)
     for steps in epochs_of(made, lengths):
         assert all(lengths[rows].sum() <= tokens for rows in steps)
 
 
 @given(lengths_of, st.integers(0, 1000))
-def test_best_fit_needs_at_most_11_of_9_bins_of_the_fewest_possible(lengths, seed):
+def test_best_fit_needs_at_most_eleven_ninths_of_the_optimal_number_of_bins(lengths, seed):
     bins = best_fit(lengths, 100)
     assert len(bins) <= 11 / 9 * np.ceil(lengths.sum() / 100) + 1 or lengths.max() > 33
     shuffled = np.random.default_rng(seed).permutation(lengths)
     assert len(best_fit(shuffled, 100)) == len(bins)
 
 
-def test_what_a_step_holds_is_a_function_of_seed_and_step_alone():
+def test_the_rows_of_a_step_depend_only_on_seed_and_step():
     lengths = list(range(1, 40))
     forwards = rows_of(plan(lengths, seed=3, epochs=5), 50)
     fresh = [plan(lengths, seed=3, epochs=5).rows(step).tolist() for step in range(50, 0, -1)]
@@ -64,7 +64,7 @@ def test_what_a_step_holds_is_a_function_of_seed_and_step_alone():
 @pytest.mark.parametrize(
     ("epochs", "max_steps", "steps"), [(1, None, 5), (0.5, None, 3), (0.01, None, 1), (2.2, None, 11), (1, 12, 12)]
 )
-def test_epochs_may_be_fractions_and_max_steps_wins(epochs, max_steps, steps):
+def test_epochs_may_be_fractional_and_max_steps_overrides_them(epochs, max_steps, steps):
     assert plan([5] * 18, epochs=epochs, max_steps=max_steps).total_steps == steps
 
 
@@ -74,7 +74,7 @@ def test_a_row_longer_than_batch_tokens_is_refused():
 
 
 @given(lengths_of, st.integers(1, 5))
-def test_rows_are_divided_over_processes_evenly_by_tokens(lengths, processes):
+def test_rows_are_divided_evenly_by_tokens_over_processes(lengths, processes):
     rows = np.arange(len(lengths))
     shares = divide(rows, lengths, processes)
     assert sorted(np.concatenate(shares)) == rows.tolist()
@@ -83,7 +83,7 @@ def test_rows_are_divided_over_processes_evenly_by_tokens(lengths, processes):
 
 
 @given(lengths_of, st.integers(60, 300), st.booleans(), st.sampled_from([None, 0, 20, 200]))
-def test_micro_batches_hold_each_row_once_within_the_budget_heaviest_first(lengths, budget, packed, pass_tokens):
+def test_micro_batches_contain_each_row_once_within_the_budget_heaviest_first(lengths, budget, packed, pass_tokens):
     rows = np.arange(len(lengths))
     groups = micro_batches(rows, lengths, budget, packed, pass_tokens)
     assert sorted(np.concatenate(groups)) == rows.tolist()
@@ -106,7 +106,7 @@ def test_the_rehearsed_micro_batch_has_the_longest_row_and_the_most_supervised_o
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(60, 150), st.integers(0, 80))
-def test_padded_rows_are_cut_where_padding_and_passes_cost_the_least(sizes, budget, pass_tokens):
+def test_padded_rows_are_cut_to_minimise_padding_and_passes(sizes, budget, pass_tokens):
     falling = np.asarray(sorted(sizes, reverse=True), dtype=np.int32)
 
     def price(groups):
@@ -120,14 +120,14 @@ def test_padded_rows_are_cut_where_padding_and_passes_cost_the_least(sizes, budg
 
 
 @given(lengths_of, st.integers(60, 300))
-def test_without_a_price_padded_rows_are_cut_as_seldom_as_the_budget_lets(lengths, budget):
+def test_without_a_cost_per_pass_padded_rows_use_as_few_micro_batches_as_fit(lengths, budget):
     ordered, greedy = sorted(lengths.tolist(), reverse=True), 0
     while ordered:
         ordered, greedy = ordered[budget // ordered[0] :], greedy + 1
     assert len(micro_batches(np.arange(len(lengths)), lengths, budget, False)) == greedy
 
 
-def test_the_share_of_padding_is_that_of_positions_without_a_token():
+def test_the_padding_share_counts_positions_without_a_token():
     made = plan([10, 30], batch_size=2)
     assert padding_share(made, 1, 100, packed=False) == pytest.approx(1 - 40 / 60)
     assert padding_share(made, 1, 30, packed=False) == 0  # a row at a time

@@ -47,13 +47,13 @@ def damage(path: Path) -> None:
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """A finished run to break: its last checkpoints are there, its adapter is not."""
+    """A copy of a finished run to damage, with its last checkpoints but without its adapter."""
     shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     return tmp_path / "run"
 
 
-def test_killed_anywhere_and_continued_the_bytes_are_those_of_no_stop(tmp_path, tiny_llama, examples):
+def test_a_run_killed_anywhere_resumes_to_the_same_bytes(tmp_path, tiny_llama, examples):
     train = {"num_train_epochs": 3, "save_steps": 4, "save_total_limit": 1}
     recipe = make_recipe(tmp_path, tiny_llama, adapter={"lora_dropout": 0.1}, train=train)
     shutil.copytree(examples.folder, tmp_path / "examples")
@@ -72,7 +72,7 @@ def test_killed_anywhere_and_continued_the_bytes_are_those_of_no_stop(tmp_path, 
 
 @pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
-def test_damage_is_seen_and_named(name, how, copy):
+def test_damage_is_detected_and_named(name, how, copy):
     file = copy / "checkpoints" / "step-16" / name
     if how == "flipped":
         damage(file)
@@ -81,7 +81,7 @@ def test_damage_is_seen_and_named(name, how, copy):
     else:
         file.unlink()
     found = read_checkpoint(file.parent)
-    if (how, name) != ("flipped", "state.json"):  # one bit of it may be in a space
+    if (how, name) != ("flipped", "state.json"):  # the flipped bit may be in whitespace
         assert isinstance(found, Damage)
         assert name in found.reason
 
@@ -89,7 +89,7 @@ def test_damage_is_seen_and_named(name, how, copy):
 @pytest.mark.parametrize(
     ("key", "value"), [("step", 0), ("step", 15), ("step", "16"), ("step", None), ("tokens", []), ("divergence", 5)]
 )
-def test_a_state_that_is_not_that_of_its_checkpoint_is_a_damage(key, value, copy):
+def test_a_state_from_another_checkpoint_counts_as_damage(key, value, copy):
     file = copy / "checkpoints" / "step-16" / "state.json"
     content = json.loads(file.read_text())
     del content["sha256"]  # as earlier versions wrote it
@@ -110,7 +110,7 @@ def _read_with_little_memory(folder):
 
 
 @pytest.mark.parametrize("part", ["weights", "optimizer"])
-def test_memory_that_runs_out_while_reading_is_no_damage(part, tmp_path):
+def test_running_out_of_memory_while_reading_does_not_count_as_damage(part, tmp_path):
     large = torch.zeros(16, 2**20)
     write_checkpoint(
         tmp_path / "step-1",
@@ -123,7 +123,7 @@ def test_memory_that_runs_out_while_reading_is_no_damage(part, tmp_path):
     assert done.stdout.startswith("MemoryError"), done
 
 
-def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_used(copy, finished, examples, console):
+def test_a_damaged_checkpoint_is_moved_aside_and_the_previous_one_is_used(copy, finished, examples, console):
     damage(copy / "checkpoints" / "step-16" / "optimizer.pt")
     assert run_training(copy, finished[1], examples, console=console).resumed_from == 15
     said = " ".join(console.file.getvalue().split())
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_used(copy, f
     assert trained_bytes(copy) == trained_bytes(finished[0])
 
 
-def test_with_every_checkpoint_damaged_training_starts_again_and_ends_the_same(copy, finished, examples):
+def test_with_every_checkpoint_damaged_training_restarts_and_ends_the_same(copy, finished, examples):
     for folder in list_checkpoints(copy / "checkpoints"):
         damage(folder / "trainable.safetensors")
     assert run_training(copy, finished[1], examples).resumed_from is None
@@ -150,7 +150,7 @@ VARIED = [
 
 
 @pytest.mark.parametrize("change", VARIED)
-def test_other_formats_and_optimizers_learn_and_resume_to_the_last_bit(change, examples, tmp_path, tiny_llama):
+def test_other_formats_and_optimizers_learn_and_resume_bit_by_bit(change, examples, tmp_path, tiny_llama):
     train = {"max_steps": 8, "save_steps": 4, **change.get("train", {})}
     recipe = make_recipe(tmp_path, tiny_llama, **{**change, "train": train})
     run_training(tmp_path / "whole", recipe, examples)
@@ -162,7 +162,7 @@ def test_other_formats_and_optimizers_learn_and_resume_to_the_last_bit(change, e
     assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
 
 
-def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_is_removed(copy, finished, examples):
+def test_metrics_are_truncated_to_the_checkpoint_and_an_incomplete_line_is_removed(copy, finished, examples):
     shutil.rmtree(copy / "checkpoints" / "step-16")
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 17, "lo')
@@ -171,7 +171,7 @@ def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_is_removed(copy,
 
 
 def test_a_damaged_checkpoint_does_not_count_as_newest(copy, finished, examples):
-    """With a limit of one, it would have each later one removed as soon as it is written."""
+    """Otherwise a limit of one would remove each later checkpoint as soon as it is written."""
     damage(copy / "checkpoints" / "step-16" / "trainable.safetensors")
     shutil.rmtree(copy / "checkpoints" / "step-15")
     recipe = finished[1]
@@ -185,8 +185,8 @@ def test_a_damaged_checkpoint_does_not_count_as_newest(copy, finished, examples)
     assert list_checkpoints(copy / "checkpoints")[0] == saved
 
 
-def test_given_inputs_decide_what_is_gone_on_from(finished, examples, tmp_path, capsys):
-    """They hold what training itself cannot see, such as the contents of an adapter that it starts from."""
+def test_only_checkpoints_of_the_same_inputs_are_resumed(finished, examples, tmp_path, capsys):
+    """Inputs cover what training does not see itself, such as the content of the adapter that it starts from."""
     _, recipe, _ = finished
     run = tmp_path / "run"
     run_training(run, recipe, examples, inputs="a" * 64)
@@ -205,8 +205,8 @@ def test_given_inputs_decide_what_is_gone_on_from(finished, examples, tmp_path, 
     assert trained_bytes(run) != old
 
 
-def test_a_line_that_is_written_after_a_stop_is_not_there_twice_after_a_kill(finished, examples, tmp_path, tiny_llama):
-    """The stop saves step 7 before its line; what goes on writes the line and is killed before it saves again."""
+def test_a_metrics_line_is_not_duplicated_by_a_stop_and_a_kill(finished, examples, tmp_path, tiny_llama):
+    """The stop saves step 7 before its line; the resumed run writes the line and is killed before it saves again."""
     train_settings = {"save_steps": 3, "eval_steps": 5}
     recipe = make_recipe(tmp_path, tiny_llama, adapter={"lora_dropout": 0.1}, train=train_settings)
     shutil.copytree(examples.folder, tmp_path / "examples")
@@ -227,7 +227,7 @@ def test_a_line_that_is_written_after_a_stop_is_not_there_twice_after_a_kill(fin
     assert without_times(read_metrics(run)) == without_times(read_metrics(finished[0]))
 
 
-def test_an_optimizer_state_that_is_a_program_is_not_run(copy, tmp_path):
+def test_code_in_an_optimizer_state_is_not_executed(copy, tmp_path):
     import pickle
 
     class Program:
@@ -243,7 +243,7 @@ def test_an_optimizer_state_that_is_a_program_is_not_run(copy, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old").touch()
 
@@ -256,7 +256,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "old"]
 
 
-def test_a_run_folder_that_cannot_be_written_is_a_problem_of_the_environment(tmp_path, tiny_llama, examples):
+def test_a_run_folder_that_is_not_writable_is_an_environment_problem(tmp_path, tiny_llama, examples):
     recipe = make_recipe(tmp_path, tiny_llama)
     adapted = adapt(recipe)
     (tmp_path / "run").mkdir()
@@ -267,7 +267,7 @@ def test_a_run_folder_that_cannot_be_written_is_a_problem_of_the_environment(tmp
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_while_training_leaves_the_checkpoint_before(tmp_path, tiny_llama, examples):
+def test_a_disk_that_fills_up_during_training_keeps_the_previous_checkpoint(tmp_path, tiny_llama, examples):
     if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
         pytest.skip("user namespaces are not permitted here")
     make_recipe(tmp_path, tiny_llama, train={"save_steps": 2})

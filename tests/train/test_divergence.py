@@ -22,7 +22,7 @@ def feed(losses):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_rows_of_very_different_difficulty_are_left_alone(seed):
+def test_rows_of_very_different_difficulty_do_not_stop_training(seed):
     losses = np.random.default_rng(seed).gamma(1.5, 1.2, 5000)  # between 0 and 15, mean 1.8
     assert losses.max() > 8
     assert not any(feed(losses))
@@ -30,18 +30,18 @@ def test_rows_of_very_different_difficulty_are_left_alone(seed):
     assert not any(feed([2.0] * 20 + [50.0] * 4 + [2.0] * 20)), "one bad batch, or four"
 
 
-def test_a_loss_that_goes_astray_in_the_first_steps_is_found():
+def test_a_loss_that_diverges_in_the_first_steps_is_detected():
     found = feed([2.2] + [9.5] * 20)
     assert "diverged" in found[WINDOW - 1]
 
 
-def test_a_loss_that_leaves_a_low_plateau_is_found_within_ten_steps():
+def test_a_loss_that_leaves_a_low_plateau_is_detected_within_ten_steps():
     found = feed([2.0] * 20 + [0.3] * 100 + [7.0] * 10)
     assert not any(found[:120])
     assert "after 0.30" in found[-1]
 
 
-def test_worse_than_guessing_is_found_whatever_the_start_was():
+def test_a_loss_worse_than_guessing_is_detected_for_any_start():
     found = feed([10.5] + [12.5] * 10)
     assert "worse than guessing every token at random" in found[-1]
 
@@ -55,7 +55,7 @@ def test_a_squared_error_that_only_fluctuates_is_not_stopped(seed, batch):
 
 
 @pytest.mark.parametrize("start", [1e-4, 1.0, 400.0])
-def test_a_squared_error_that_explodes_is_found_whatever_its_scale(start):
+def test_a_squared_error_that_explodes_is_detected_at_any_scale(start):
     watch = Divergence(start, on_tokens=False)
     found = [watch.observe(loss) for loss in start * np.concatenate([np.ones(50), 1.5 ** np.arange(60)])]
     at = next(i for i, wrong in enumerate(found) if wrong)
@@ -66,7 +66,7 @@ def test_a_squared_error_that_explodes_is_found_whatever_its_scale(start):
 NOISE = np.random.default_rng(0).normal(50, 20, 80)
 TEXTS = [f"the {colour} cat number {i}" for i, colour in enumerate(["red", "blue", "green", "black"] * 20)]
 NUMBERS = [{"text": text, "label": float(label)} for text, label in zip(TEXTS, NOISE, strict=True)]
-"""Labels that have nothing to do with their texts."""
+"""Labels that are unrelated to their texts."""
 
 
 def regress(folder, **train):
@@ -78,7 +78,7 @@ def regress(folder, **train):
 
 
 @pytest.mark.slow
-def test_a_regression_on_noise_goes_on_for_two_thousand_steps(tmp_path):
+def test_a_regression_on_noise_runs_for_two_thousand_steps(tmp_path):
     report = regress(tmp_path, max_steps=2000, learning_rate=1e-4)
     assert report["train"]["steps"] == 2000
 
@@ -88,7 +88,7 @@ def test_a_regression_that_explodes_is_stopped(tmp_path):
         regress(tmp_path, max_steps=200, learning_rate=10.0, warmup_steps=0)
 
 
-def test_what_is_saved_goes_on_as_if_nothing_had_happened():
+def test_a_restored_divergence_continues_as_if_never_interrupted():
     losses = [2.0] * 15 + [6.5] * 10
     one = Divergence(GUESSING)
     expected = [one.observe(loss) for loss in losses]

@@ -19,7 +19,7 @@ from llmtune.train.setup import set_up
 from llmtune.train.signals import StopRequest
 
 
-def test_a_run_leaves_adapter_checkpoints_and_a_line_a_log_step(finished):
+def test_a_run_writes_adapter_checkpoints_and_a_line_for_each_log_step(finished):
     folder, _, trained = finished
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, 17))
@@ -39,7 +39,7 @@ def test_a_run_leaves_adapter_checkpoints_and_a_line_a_log_step(finished):
     assert not torch.are_deterministic_algorithms_enabled(), "torch is left as it was"
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(finished, examples, tmp_path, tiny_llama):
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_different_ones(finished, examples, tmp_path, tiny_llama):
     folder, recipe, _ = finished
     run_training(tmp_path / "twin", recipe, examples)
     assert trained_bytes(tmp_path / "twin") == trained_bytes(folder)
@@ -48,7 +48,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(finished, ex
     assert trained_bytes(tmp_path / "other") != trained_bytes(folder)
 
 
-def test_the_first_step_is_logged_and_lines_in_between_are_means(finished, examples, tmp_path):
+def test_the_first_step_is_logged_and_later_lines_are_means(finished, examples, tmp_path):
     folder, recipe, _ = finished
     sparse = recipe.model_copy(update={"train": recipe.train.model_copy(update={"logging_steps": 4, "eval_steps": 16})})
     run_training(tmp_path / "sparse", sparse, examples)
@@ -77,7 +77,7 @@ def test_early_stopping_stops_and_the_best_weights_are_the_result(examples, tmp_
         assert torch.equal(tensor, saved[name.replace(".default", "")])
 
 
-def test_a_threshold_makes_small_gains_count_as_none(examples, tmp_path, tiny_llama):
+def test_gains_below_the_threshold_do_not_count(examples, tmp_path, tiny_llama):
     train = {"num_train_epochs": 5, "early_stopping_patience": 1, "early_stopping_threshold": 1.0, "eval_steps": 3}
     trained = run_training(tmp_path / "run", make_recipe(tmp_path, tiny_llama, train=train), examples)
     assert trained.steps == 6
@@ -92,7 +92,7 @@ def test_without_validation_rows_training_runs_and_saves_at_each_epoch(tmp_path,
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-3", "step-6"}
 
 
-def test_weights_that_are_no_numbers_stop_the_run_with_a_diagnosis(examples, tmp_path, tiny_llama):
+def test_non_finite_weights_stop_the_run_with_a_diagnosis(examples, tmp_path, tiny_llama):
     recipe = make_recipe(tmp_path, tiny_llama, train={"max_steps": 4})
     adapted = adapt(recipe)
     head = next(parameter for parameter in adapted.model.parameters() if not parameter.requires_grad)
@@ -108,7 +108,7 @@ def test_weights_that_are_no_numbers_stop_the_run_with_a_diagnosis(examples, tmp
     assert caught.value.exit_code == 5
 
 
-def test_only_the_rows_that_make_the_loss_no_number_are_named(examples, tmp_path, tiny_llama):
+def test_only_the_rows_with_a_non_finite_loss_are_named(examples, tmp_path, tiny_llama):
     from llmtune.data.examples import ExampleReader
     from llmtune.train.batch_plan import StepPlan
 
@@ -121,13 +121,13 @@ def test_only_the_rows_that_make_the_loss_no_number_are_named(examples, tmp_path
     embedding = adapted.selected.model.get_input_embeddings().weight
     separate = torch.nn.Parameter(embedding.detach().clone(), requires_grad=False)
     separate[17] = math.nan
-    adapted.selected.model.get_input_embeddings().weight = separate  # the output head stays whole
+    adapted.selected.model.get_input_embeddings().weight = separate  # the output head stays intact
     with pytest.raises(TrainingError) as caught:
         run_training(tmp_path / "run", recipe, examples, adapted=adapted)
     assert caught.value.problems[1].what == f"check these rows of the step: {', '.join(map(str, sorted(bad)))}"
 
 
-def test_a_learning_rate_that_is_far_too_high_stops_the_run(examples, tmp_path, tiny_llama):
+def test_a_learning_rate_far_too_high_stops_the_run(examples, tmp_path, tiny_llama):
     train = {"learning_rate": 10.0, "num_train_epochs": 20, "max_grad_norm": 0, "warmup_steps": 0, "optim": "sgd"}
     train |= {"lr_scheduler_type": "constant"}
     recipe = make_recipe(tmp_path, tiny_llama, adapter={"method": "full"}, train=train)
@@ -137,7 +137,7 @@ def test_a_learning_rate_that_is_far_too_high_stops_the_run(examples, tmp_path, 
     assert "set train.max_grad_norm: 1.0" in str(caught.value)
 
 
-def test_gradients_are_clipped_to_max_grad_norm_and_their_length_before_is_logged(examples, tmp_path, tiny_llama):
+def test_gradients_are_clipped_to_max_grad_norm_and_their_norm_before_is_logged(examples, tmp_path, tiny_llama):
     norms = {}
     for limit in (0, 1e-3):
         train = {"max_steps": 2, "max_grad_norm": limit, "optim": "sgd", "learning_rate": 1.0, "warmup_steps": 0}
@@ -151,7 +151,7 @@ def test_gradients_are_clipped_to_max_grad_norm_and_their_length_before_is_logge
     assert norms[0][1] > 0.05
 
 
-def test_trackers_get_the_metrics_through_accelerate(examples, tmp_path, tiny_llama):
+def test_trackers_receive_the_metrics_through_accelerate(examples, tmp_path, tiny_llama):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = make_recipe(tmp_path, tiny_llama, train={"max_steps": 3, "report_to": "tensorboard"})
@@ -163,14 +163,14 @@ def test_trackers_get_the_metrics_through_accelerate(examples, tmp_path, tiny_ll
     assert logged[0][1] == pytest.approx(read_metrics(tmp_path / "run")[0]["loss"])
 
 
-def test_a_tracker_that_is_not_installed_is_an_error_with_the_command(examples, tmp_path, tiny_llama):
+def test_a_tracker_that_is_not_installed_is_an_error_with_its_pip_command(examples, tmp_path, tiny_llama):
     recipe = make_recipe(tmp_path, tiny_llama, train={"report_to": ["wandb", "comet_ml"]})
     with pytest.raises(EnvironmentProblem) as caught:
         run_training(tmp_path / "run", recipe, examples)
     assert [problem.fix for problem in caught.value.problems] == ["pip install wandb", "pip install comet-ml"]
 
 
-def test_a_terminal_gets_a_bar_and_everything_else_plain_lines(examples, tmp_path, tiny_llama):
+def test_a_terminal_shows_a_bar_and_other_outputs_get_plain_lines(examples, tmp_path, tiny_llama):
     recipe = make_recipe(tmp_path, tiny_llama, train={"max_steps": 3})
     plain, terminal = io.StringIO(), io.StringIO()
     run_training(tmp_path / "plain", recipe, examples, console=Console(file=plain, width=120))
@@ -182,7 +182,7 @@ def test_a_terminal_gets_a_bar_and_everything_else_plain_lines(examples, tmp_pat
     assert "3/3" in terminal.getvalue()
 
 
-def test_a_validation_loss_that_is_no_number_stops_the_run(examples, tmp_path, tiny_llama, console):
+def test_a_non_finite_validation_loss_stops_the_run(examples, tmp_path, tiny_llama, console):
     task = get_task("chat")
 
     def loss(model, batch, by_row=False):
@@ -197,7 +197,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(examples, tmp_path, t
 
 @pytest.fixture
 def started(examples, tmp_path, tiny_llama, console):
-    """A run that is set up and has done no step."""
+    """A run that is set up, before its first step."""
     recipe = make_recipe(tmp_path, tiny_llama)
     training = set_up(adapt(recipe), examples, get_task("chat"), recipe, tmp_path / "run", console, "inputs")
     state = TrainState(budget=128)
@@ -209,8 +209,8 @@ def gradients(run):
     return [parameter.grad.clone() for parameter in run.training.parameters]
 
 
-@pytest.mark.parametrize("scale", [2.0**16, 2.0**140])  # times a gradient of 0.1 the latter is more than float32 holds
-def test_a_loss_scale_changes_no_gradient_and_is_halved_where_one_overflows(started, scale):
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**140])  # the latter overflows float32 with a gradient of 0.1
+def test_a_loss_scale_does_not_change_gradients_and_is_halved_on_overflow(started, scale):
     plain = step_gradients(started.training, 1, 128, 1.0)
     expected = gradients(started)
     started.training.optimizer.zero_grad(set_to_none=True)
@@ -223,7 +223,7 @@ def test_a_loss_scale_changes_no_gradient_and_is_halved_where_one_overflows(star
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-9)
 
 
-def test_out_of_memory_in_an_update_is_not_tried_again(started):
+def test_out_of_memory_in_an_update_is_not_retried(started):
     def too_large(optimizer, args, kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -234,7 +234,7 @@ def test_out_of_memory_in_an_update_is_not_tried_again(started):
 
 
 def test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved(started):
-    """No step comes after it whose loss would show it, and there are no rows to validate on."""
+    """No later step's loss would show it, and there are no validation rows."""
     started.training = dataclasses.replace(started.training, validation=None)
     started.training.folder.mkdir()
     total = started.training.plan.total_steps

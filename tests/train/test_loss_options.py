@@ -1,4 +1,4 @@
-"""DFT's loss and NEFTune's noise: in training alone, and as their papers have them; optimisers that average weights."""
+"""DFT's loss and NEFTune's noise: in training only, and as in their papers; optimisers that average weights."""
 
 import inspect
 import shutil
@@ -18,7 +18,7 @@ from llmtune.train.optimizer import averaged_weights, build_optimizer
 
 
 @pytest.mark.parametrize("at_head", [True, False])
-def test_dft_is_the_loss_times_the_probability_and_no_gradient_goes_through_it(tiny_llama, at_head):
+def test_dft_multiplies_the_loss_by_the_detached_probability(tiny_llama, at_head):
     model = open_model(recipe_with(tiny_llama, data={"packing": False})).model
     if not at_head:
         from llmtune.model.chunked_cross_entropy import remove_head_loss
@@ -36,7 +36,7 @@ def test_dft_is_the_loss_times_the_probability_and_no_gradient_goes_through_it(t
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_noise_is_added_in_training_alone(tiny_llama):
+def test_noise_is_added_in_training_only(tiny_llama):
     model = open_model(recipe_with(tiny_llama)).model
     batch = padded(documents([12]))
     before = causal_loss(model.eval(), batch).sum
@@ -45,7 +45,7 @@ def test_noise_is_added_in_training_alone(tiny_llama):
     assert not torch.equal(causal_loss(model.train(), batch).sum, before)
 
 
-def test_averaged_weights_are_put_back_to_the_last_bit(tmp_path, tiny_llama):
+def test_averaged_weights_are_restored_bit_by_bit(tmp_path, tiny_llama):
     train = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "warmup_steps": 0}
     recipe = make_recipe(tmp_path, tiny_llama, train=train)
     layer = torch.nn.Linear(8, 8)
@@ -59,7 +59,7 @@ def test_averaged_weights_are_put_back_to_the_last_bit(tmp_path, tiny_llama):
     assert torch.equal(layer.weight, before)
 
 
-def test_muon_updates_each_matrix_though_a_convolution_is_among_the_weights(tmp_path, tiny_llama):
+def test_muon_updates_each_matrix_even_if_a_convolution_is_among_the_weights(tmp_path, tiny_llama):
     model = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3), torch.nn.Linear(8, 8))
     optimizer = build_optimizer(model, make_recipe(tmp_path, tiny_llama, train={"optim": "muon"}), torch.device("cpu"))
     assert [one for group in optimizer.muon.param_groups for one in group["params"]] == [model[1].weight]
@@ -89,7 +89,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(tmp_path, tiny_llama, name):
+def test_a_truncated_run_resumes_to_the_same_bytes(tmp_path, tiny_llama, name):
     sections = RUNS[name]
     train = {"max_steps": 6, "eval_steps": 2, "save_steps": 2, "learning_rate": 1e-3, **sections["train"]}
     recipe = make_recipe(tmp_path, tiny_llama, **{**sections, "train": train})
@@ -121,12 +121,12 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(tmp_path, tiny_llama,
         ({"train": {"optim": "muo"}}, "Did you mean 'muon'"),
     ],
 )
-def test_settings_of_optimisers_that_do_not_go_together_are_refused(tmp_path, tiny_llama, sections, said):
+def test_conflicting_optimiser_settings_are_refused(tmp_path, tiny_llama, sections, said):
     with pytest.raises(RecipeError) as caught:
         make_recipe(tmp_path, tiny_llama, **sections)
     assert said in str(caught.value)
 
 
-def test_options_of_optimizers_are_those_that_transformers_reads():
+def test_optimizer_options_are_those_of_transformers():
     source = inspect.getsource(trainer_optimizer)
     assert [name for names in OPTIM_ARGS.values() for name in names if f'"{name}"' not in source] == []

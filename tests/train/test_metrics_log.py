@@ -1,4 +1,4 @@
-"""What trackers get when a run ends."""
+"""Results sent to trackers at the end of a run."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from support.runs import invoke, write_colours, write_recipe
 
 
-def test_trackers_get_scores_verdict_and_run_folder(here: Path, tiny_llama: Path) -> None:
+def test_trackers_receive_scores_verdict_and_run_folder(here: Path, tiny_llama: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train = {"max_steps": 2, "num_train_epochs": None, "report_to": "tensorboard"}

@@ -29,7 +29,7 @@ def small_model():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_learns_and_goes_on_from_its_saved_state_to_the_last_bit(name, recipe, tmp_path):
+def test_every_optimizer_learns_and_resumes_from_its_saved_state_bit_by_bit(name, recipe, tmp_path):
     inputs = torch.randn(32, 96, generator=torch.Generator().manual_seed(1))
 
     def steps(model, optimizer, count):
@@ -54,7 +54,7 @@ def test_every_optimizer_learns_and_goes_on_from_its_saved_state_to_the_last_bit
 
 
 @pytest.mark.parametrize("name", sorted(set(typing.get_args(Optimizer)) - set(NAMES)))
-def test_a_paged_optimizer_without_a_gpu_is_refused_with_one_that_works(name, recipe):
+def test_a_paged_optimizer_without_a_gpu_is_refused_with_an_alternative(name, recipe):
     with pytest.raises(EnvironmentProblem) as caught:
         build_optimizer(small_model(), change(recipe, optim=name), CPU)
     assert caught.value.problems[0].fix.removeprefix("Set train.optim to ").removesuffix(".") in NAMES
@@ -69,7 +69,7 @@ def test_biases_and_norms_do_not_decay(recipe):
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused"])
-def test_an_adam_of_torch_is_the_one_that_transformers_would_take(name, recipe):
+def test_torch_adamw_is_configured_as_transformers_would(name, recipe):
     from transformers import Trainer, TrainingArguments
 
     values = {"optim": name, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "learning_rate": 0.5}
@@ -84,7 +84,7 @@ def test_an_adam_of_torch_is_the_one_that_transformers_would_take(name, recipe):
     "adapter", [{}, {"bias": "lora_only"}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
 )
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
-def test_lora_plus_groups_are_those_of_peft(tmp_path, adapter, optim):
+def test_lora_plus_groups_match_peft(tmp_path, adapter, optim):
     train = {"loraplus_lr_ratio": 8.0, "learning_rate": 1e-3, "weight_decay": 0.5, "optim": optim}
     recipe = make_recipe(tmp_path, build_llama(tmp_path / "model", attention_bias=True), adapter=adapter, train=train)
     model = adapt(recipe).model
@@ -104,7 +104,7 @@ def test_lora_plus_groups_are_those_of_peft(tmp_path, adapter, optim):
     ("warmup_steps", "rates"),
     [(0.25, [0.5, 1, 6 / 7, 5 / 7]), (1, [1, 7 / 8, 6 / 8, 5 / 8]), (0, [1, 7 / 8, 6 / 8, 5 / 8])],
 )
-def test_warmup_below_one_is_a_share_of_all_steps_and_the_first_step_learns(warmup_steps, rates, recipe):
+def test_warmup_below_one_is_a_share_of_all_steps_and_the_first_rate_is_not_zero(warmup_steps, rates, recipe):
     optimizer = build_optimizer(small_model(), change(recipe, learning_rate=1.0), CPU)
     schedule = build_schedule(optimizer, change(recipe, warmup_steps=warmup_steps), 8)
     seen = []
@@ -119,7 +119,7 @@ def test_warmup_below_one_is_a_share_of_all_steps_and_the_first_step_learns(warm
     ("name", "options"),
     [("cosine", {"min_lr": 0.1}), ("warmup_stable_decay", {}), ("cosine_with_min_lr", {}), ("linear", {"power": 2.0})],
 )
-def test_options_that_do_not_fit_the_schedule_are_an_error_of_the_recipe(name, options, recipe):
+def test_options_that_do_not_fit_the_schedule_are_a_recipe_error(name, options, recipe):
     wrong = change(recipe, lr_scheduler_type=name, lr_scheduler_kwargs=options)
     optimizer = build_optimizer(small_model(), recipe, CPU)
     with pytest.raises(RecipeError, match=f"the schedule {name} with {next(iter(options), 'no arguments')}: "):

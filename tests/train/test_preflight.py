@@ -19,7 +19,7 @@ CHAT = get_task("chat")
 
 
 def chat_with_memory_for(tokens, when=lambda model: True):
-    """The chat task on a device that has memory for so many tokens while `when` holds."""
+    """Return the chat task on a device that has memory for `tokens` tokens while `when` is true."""
 
     def loss(model, batch, by_row=False):
         if batch["input_ids"].numel() > tokens and when(model):
@@ -35,9 +35,7 @@ def run(folder, recipe, examples, task, console, budget=320):
     return run_training(folder, recipe, examples, task=task, budget=budget, **report), budgets
 
 
-def test_after_the_rehearsal_weights_optimizer_and_random_numbers_are_what_they_were(
-    tmp_path, tiny_llama, examples, console
-):
+def test_the_rehearsal_restores_weights_optimizer_and_random_numbers(tmp_path, tiny_llama, examples, console):
     recipe = make_recipe(tmp_path, tiny_llama, adapter={"lora_dropout": 0.1})
     adapted = adapt(recipe)
     training = set_up(adapted, examples, CHAT, recipe, tmp_path / "run", console, "inputs")
@@ -58,7 +56,7 @@ def test_after_the_rehearsal_weights_optimizer_and_random_numbers_are_what_they_
 
 
 @pytest.mark.parametrize(("spared", "expected"), [(0, [160, 80, 80]), (8, [320, 160, 80])])
-def test_out_of_memory_before_or_during_training_halves_the_budget_and_changes_no_loss(
+def test_out_of_memory_halves_the_budget_without_changing_the_loss(
     spared, expected, tmp_path, tiny_llama, examples, console
 ):
     calls = []
@@ -88,7 +86,7 @@ def test_a_budget_below_the_longest_row_starts_at_the_longest_row(tmp_path, tiny
     assert trained.micro_batch_tokens == 40
 
 
-def test_a_row_that_can_never_fit_ends_with_what_to_change(tmp_path, tiny_llama, examples, console):
+def test_a_row_that_can_never_fit_is_an_error_that_says_what_to_change(tmp_path, tiny_llama, examples, console):
     recipe = make_recipe(tmp_path, tiny_llama)
     with pytest.raises(TrainingError) as caught:
         run(tmp_path / "run", recipe, examples, chat_with_memory_for(30), console)
@@ -98,7 +96,7 @@ def test_a_row_that_can_never_fit_ends_with_what_to_change(tmp_path, tiny_llama,
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_a_limited_address_space_shrinks_the_micro_batch_and_training_goes_on(tmp_path, tiny_llama):
+def test_a_limited_address_space_shrinks_the_micro_batch_and_training_continues(tmp_path, tiny_llama):
     examples = write_examples(tmp_path / "examples", train=600)
     recipe = make_recipe(tmp_path, tiny_llama, train={"batch_size": 600, "max_steps": 2})
     done = train_in_process(tmp_path, tmp_path / "run", "--memory", 100, "--budget", 16384)
@@ -111,7 +109,7 @@ def test_a_limited_address_space_shrinks_the_micro_batch_and_training_goes_on(tm
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def test_an_error_that_is_not_about_memory_is_not_swallowed(tmp_path, tiny_llama, examples):
+def test_errors_other_than_out_of_memory_are_not_swallowed(tmp_path, tiny_llama, examples):
     def loss(model, batch, by_row=False):
         raise RuntimeError("shapes cannot be multiplied")
 

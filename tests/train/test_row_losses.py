@@ -1,4 +1,4 @@
-"""The losses of single training rows, and the rows that they point at."""
+"""The losses of single training rows, and the suspicious rows that they reveal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_rows(path: Path) -> Path:
     return path
 
 
-def test_rows_with_spoiled_answers_are_listed_first_with_their_place_and_text(tmp_path: Path, tiny_llama: Path) -> None:
+def test_rows_with_wrong_answers_are_listed_first_with_their_origin_and_text(tmp_path: Path, tiny_llama: Path) -> None:
     sections: dict[str, Any] = {
         "data": {"validation": 0.0, "test": 0.1, "deduplicate": "none"},
         "adapter": {"method": "full", "r": None, "lora_alpha": None},
@@ -56,7 +56,7 @@ def test_rows_with_spoiled_answers_are_listed_first_with_their_place_and_text(tm
 
 
 @pytest.mark.parametrize("budget", [64, 512])
-def test_the_losses_of_rows_add_up_to_those_of_steps_however_steps_are_cut(
+def test_row_losses_add_up_to_step_losses_for_any_micro_batches(
     budget: int, examples: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: Any
 ) -> None:
     seen = []

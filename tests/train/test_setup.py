@@ -1,4 +1,4 @@
-"""What a training starts from, before its first step."""
+"""The state of a training before its first step."""
 
 import pytest
 from support import families
@@ -9,7 +9,7 @@ ROWS = [{"text": f"the cat number {i * 7} is blue", "label": 1000.0 + i % 7} for
 
 
 @pytest.mark.parametrize(("family", "method"), [("bert", "lora"), ("roberta", "full")])
-def test_a_new_head_for_numbers_starts_at_the_mean_of_the_training_labels(tmp_path, family, method):
+def test_a_new_regression_head_starts_at_the_mean_training_label(tmp_path, family, method):
     model = getattr(families, f"build_{family}")(tmp_path / "model")
     data = {"validation": 0, "test": 0, "deduplicate": "none"}
     path = recipe_for(tmp_path / "recipe.yaml", model, ROWS, adapter={"method": method}, data=data)

@@ -12,7 +12,7 @@ from llmtune.train.signals import catch_signals
 
 
 def send_at(text, *numbers):
-    """A console that sends signals to this process when `text` is printed."""
+    """Return a console that sends signals to this process when `text` is printed."""
 
     def react():
         for number in numbers:
@@ -22,9 +22,7 @@ def send_at(text, *numbers):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_saves_and_going_on_gives_the_bytes_of_no_stop(
-    number, code, finished, examples, tmp_path
-):
+def test_a_signal_saves_after_the_step_and_resuming_gives_the_same_bytes(number, code, finished, examples, tmp_path):
     folder, recipe, _ = finished
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped) as caught:
@@ -41,7 +39,7 @@ def test_a_signal_ends_the_step_saves_and_going_on_gives_the_bytes_of_no_stop(
     assert losses[0] == losses[1]
 
 
-def test_a_stop_during_validation_saves_at_once_and_validates_when_training_goes_on(finished, examples, tmp_path):
+def test_a_stop_during_validation_saves_at_once_and_validates_on_resuming(finished, examples, tmp_path):
     folder, recipe, _ = finished
     task = get_task("chat")
 
@@ -68,7 +66,7 @@ def test_a_stop_in_the_rehearsal_says_that_nothing_was_trained(tmp_path, tiny_ll
         run_training(tmp_path / "run", recipe, examples, console=send_at("Rehearsed", signal.SIGTERM))
 
 
-def test_a_stop_after_the_last_step_is_not_forgotten(finished, examples, tmp_path):
+def test_a_stop_after_the_last_step_is_not_ignored(finished, examples, tmp_path):
     with pytest.raises(Stopped, match="after step 16 of 16"):
         run_training(tmp_path / "run", finished[1], examples, console=send_at("step 16/", signal.SIGTERM))
     run_training(tmp_path / "run", finished[1], examples)
@@ -84,7 +82,7 @@ def test_a_second_interrupt_quits_at_once(finished, examples, tmp_path):
     assert not (tmp_path / "run" / "checkpoints" / "step-7").exists()
 
 
-def test_the_first_signal_counts_and_says_what_happens(console):
+def test_only_the_first_signal_prints_what_happens(console):
     with catch_signals(console) as request:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)

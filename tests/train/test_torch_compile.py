@@ -1,4 +1,4 @@
-"""Compiled layers: the same training but for the last digits, resumable, and never silently nothing."""
+"""Compiled layers: the same training except for the last digits, resumable, and never silently uncompiled."""
 
 import io
 import shutil
@@ -11,7 +11,7 @@ from support.training import adapt, make_recipe, read_metrics, run_training, tra
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.train.torch_compile import check_compiled, compile_parts
 
-pytestmark = [  # of the compiler itself, and seen only where warnings are errors
+pytestmark = [  # warnings of the compiler itself, visible only because warnings are errors here
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -24,7 +24,7 @@ def compiled(tmp_path, model, **adapter):
 
 
 @pytest.mark.slow
-def test_compiled_training_has_the_losses_of_plain_training_and_says_what_it_took(tmp_path, tiny_llama, examples):
+def test_compiled_training_matches_plain_losses_and_prints_the_compile_time(tmp_path, tiny_llama, examples):
     console = Console(file=io.StringIO(), width=200)
     recipe = compiled(tmp_path, tiny_llama, lora_dropout=0.1)
     run_training(tmp_path / "compiled", recipe, examples, console=console)
@@ -37,7 +37,7 @@ def test_compiled_training_has_the_losses_of_plain_training_and_says_what_it_too
     assert "Compiled: " in console.file.getvalue()
 
 
-def test_rows_of_many_lengths_are_compiled_once_and_training_that_is_gone_on_from_ends_with_the_same_bytes(
+def test_rows_of_many_lengths_compile_once_and_resumed_training_ends_with_the_same_bytes(
     tmp_path, tiny_llama, examples
 ):
     recipe = compiled(tmp_path, tiny_llama)
@@ -45,16 +45,18 @@ def test_rows_of_many_lengths_are_compiled_once_and_training_that_is_gone_on_fro
     counters = torch._dynamo.utils.counters
     counters.clear()
     run_training(tmp_path / "whole", recipe, examples)
-    assert 0 < counters["stats"]["unique_graphs"] <= 8  # norm and MLP, to be trained and not, and the first layer's
+    assert (
+        0 < counters["stats"]["unique_graphs"] <= 8
+    )  # norm and MLP, in training and evaluation, and those of the first layer
     assert not counters["graph_break"]
     shutil.copytree(tmp_path / "whole", tmp_path / "halved")
     shutil.rmtree(tmp_path / "halved" / "checkpoints" / "step-6")
-    torch._dynamo.reset()  # as in another process
+    torch._dynamo.reset()  # like a new process
     assert run_training(tmp_path / "halved", recipe, examples).resumed_from == 3
     assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
 
 
-def test_a_torch_that_compiles_nothing_is_found_out():
+def test_a_torch_that_compiles_nothing_is_an_error():
     torch._dynamo.utils.counters.clear()
     with pytest.raises(EnvironmentProblem, match="produced no graphs"), check_compiled(Console(file=io.StringIO())):
         pass
@@ -71,7 +73,7 @@ def test_a_compiler_that_fails_is_an_error_that_names_the_key(tmp_path):
     assert "no such kernel" in problem.what
 
 
-def test_a_model_that_does_not_say_what_its_layers_are_is_refused(tmp_path, tiny_llama):
+def test_a_model_that_does_not_name_its_layers_is_refused(tmp_path, tiny_llama):
     adapted = adapt(make_recipe(tmp_path, tiny_llama))
     inner = adapted.selected.model
     inner._no_split_modules = []

@@ -1,4 +1,4 @@
-"""`train.eval_metrics`: what is measured while training goes on, and what is decided by it."""
+"""`train.eval_metrics`: metrics measured during training, and the decisions based on them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return finish_run(tmp_path_factory.mktemp("metrics"), tiny_llama, train=TRAIN, adapter=adapter)
 
 
-def test_metrics_of_validation_rows_are_those_that_evaluate_measures_of_that_checkpoint(run: Path) -> None:
+def test_validation_metrics_match_those_of_evaluate_for_the_same_checkpoint(run: Path) -> None:
     lines = [line for line in read_metrics(run) if "validation_loss" in line]
     assert [line["step"] for line in lines] == [3, 6]
     context = open_finished(run, Console(file=io.StringIO()), offline=True)
@@ -57,7 +57,7 @@ def test_metrics_of_validation_rows_are_those_that_evaluate_measures_of_that_che
     assert "chrf of validation rows" in report
 
 
-def test_the_bytes_after_a_stop_are_those_of_no_stop_with_metrics_and_losses_of_rows(run: Path, tmp_path: Path) -> None:
+def test_a_run_with_metrics_and_row_losses_resumes_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run.parent.parent, tmp_path / "copy")
     copy = tmp_path / "copy" / "runs" / "tiny"
     for gone in ("checkpoints/step-6", "adapter"):
@@ -78,7 +78,7 @@ def test_the_bytes_after_a_stop_are_those_of_no_stop_with_metrics_and_losses_of_
 @pytest.mark.parametrize(
     ("metric", "scores", "best"), [("exact_match", [0.2, 0.6, 0.5, 0.6, 0.9], 4), ("perplexity", [9.0, 7, 8, 7.5], 4)]
 )
-def test_the_best_checkpoint_and_early_stopping_go_by_the_metric_that_is_named(
+def test_the_best_checkpoint_and_early_stopping_follow_the_named_metric(
     metric: str, scores: list[float], best: int, examples: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: Any
 ) -> None:
     train = {"eval_metrics": [metric], "metric_for_best_model": metric, "eval_steps": 2, "early_stopping_patience": 2}
@@ -110,7 +110,7 @@ def test_the_best_checkpoint_and_early_stopping_go_by_the_metric_that_is_named(
         ),
     ],
 )
-def test_metrics_that_cannot_be_or_decide_nothing_are_refused(run: Path, sets: list[str], told: str) -> None:
+def test_invalid_and_unused_metrics_are_refused(run: Path, sets: list[str], told: str) -> None:
     plain = run.parent.parent / "plain.yaml"
     plain.write_text((run.parent.parent / "tiny.yaml").read_text().replace("  load_best_model_at_end: false\n", ""))
     options = [word for one in ["train.eval_metrics=[]", *sets] for word in ("--set", one)]
@@ -119,7 +119,7 @@ def test_metrics_that_cannot_be_or_decide_nothing_are_refused(run: Path, sets: l
     assert told in " ".join(done.stderr.split())
 
 
-def test_rows_that_a_metric_cannot_be_made_of_are_told_before_training(run: Path, tmp_path: Path) -> None:
+def test_rows_that_lack_what_a_metric_needs_are_an_error_before_training(run: Path, tmp_path: Path) -> None:
     sets = ["--set", "train.eval_metrics=[choice_accuracy]"]
     done = invoke("run", run.parent.parent / "tiny.yaml", "--out", tmp_path / "run", *sets)
     assert done.exit_code == 3, done.output
