@@ -47,10 +47,7 @@ def serve(
         int | None, typer.Option("--max-batch", min=1, help="Answers generated at once (default: 16; 64 on a GPU).")
     ] = None,
     max_body: Annotated[
-        int | None,
-        typer.Option(
-            "--max-body", min=1024, help="Maximum bytes of a request (default: 2 MiB; 32 MiB for recordings)."
-        ),
+        int | None, typer.Option("--max-body", min=1024, help="Maximum bytes (default: 2 MiB; recordings 32 MiB).")
     ] = None,
     grace: Annotated[
         float, typer.Option("--grace", min=0, max=3600, help="Seconds for answers to finish after SIGTERM.")

@@ -122,9 +122,7 @@ def slurm(
     account: Annotated[str | None, typer.Option("--account", help="Account that pays.")] = None,
     qos: Annotated[str | None, typer.Option("--qos", help="Quality of service.")] = None,
     time: TimeLimit = None,
-    gres: Annotated[
-        str | None, typer.Option("--gres", help="Generic resources of each machine, such as gpu:8.")
-    ] = None,
+    gres: Annotated[str | None, typer.Option("--gres", help="Generic resources, such as gpu:8.")] = None,
     gpus_per_node: Annotated[str | None, typer.Option("--gpus-per-node", help="GPUs of each machine.")] = None,
     cpus_per_task: Annotated[
         str | None, typer.Option("--cpus-per-task", help="CPUs of each machine (default: one for each process).")
