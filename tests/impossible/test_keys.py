@@ -284,9 +284,8 @@ FLIPS = {
 }
 HUB = "data/test_hub_datasets.py"
 ELSEWHERE = {
-    "extends": "recipe/test_loader.py::test_values_of_the_nearer_file_win_and_mappings_are_merged",
-    "recipe_version": "recipe/test_validation.py::"
-    "test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure",
+    "extends": "recipe/test_loader.py::test_nearer_files_override_values_and_mappings_are_merged",
+    "recipe_version": "recipe/test_validation.py::test_an_invalid_key_or_value_is_refused_with_place_cause_and_fix",
     "model.candidates": "model/test_model_selection.py::test_the_model_that_knows_the_rows_best_is_taken",
     "model.licences": "model/test_model_selection.py::test_one_whose_licence_is_not_allowed_or_not_known_is_left_out",
     "model.trials": "model/test_model_trials.py::test_a_run_takes_the_candidate_that_trials_find_and_tells_both_orders",
