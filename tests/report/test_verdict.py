@@ -155,7 +155,7 @@ def test_one_number_in_three_units_counts_as_one_comparison():
 
 
 def test_without_any_change_eight_metrics_rarely_give_a_verdict():
-    """Return differences without any change: p is uniform, and the interval agrees with p at 5 %."""
+    """Without any change p is uniform; the interval agrees with p at 5 %."""
     names = ["exact_match", "rouge1", "rouge2", "rougeL", "chrf", "bleu", "f1", "accuracy"]
     draws = np.random.default_rng(3).random((2000, len(names)))
 
