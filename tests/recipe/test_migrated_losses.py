@@ -1,7 +1,6 @@
 """Test that a migrated recipe has the other tool's loss in every step, on the same rows, in float32.
 
-Each step holds all rows, so that the order in which they are drawn does not matter; all weights are trained, so that
-there is no adapter that starts at random.
+Each step has all rows, so their order does not matter. All weights are trained, so no adapter starts at random.
 """
 
 import json

@@ -50,7 +50,7 @@ def test_accelerate_decides_only_the_strategy(stated, strategy, environment):
     ],
 )
 def test_an_error_survives_a_json_round_trip(error: LlmtuneError):
-    found = processes.rebuild(processes.describe(error))
+    found = processes.rebuild_error(processes.describe_error(error))
     assert (type(found), found.problems, found.exit_code) == (type(error), error.problems, error.exit_code)
 
 
