@@ -256,7 +256,7 @@ class GateResult:
     passed: bool | None
     """None: inconclusive, with `evaluate.when_unsure: report`."""
     note: str = ""
-    """Why the gate is inconclusive, for any `when_unsure`; or that it passed although the tuned model is worse."""
+    """Why it is inconclusive, for any `when_unsure`; or that it passed although the tuned model is worse."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Source(RecipeSection):
         check_names(self.columns, f"{key}.columns", diagnostics)
 
     def _check_address(self, diagnostics: Diagnostics, key: str, variant: TaskVariant) -> None:
-        """Report an address that may contain a secret, without showing it, and one that names no file."""
+        """Report addresses that may contain a secret, without showing them, and addresses that name no file."""
         address = urlsplit(self.path)
         web = address.scheme.startswith("http")
         if "@" in address.netloc or (web and (address.query or address.fragment)):

@@ -24,7 +24,7 @@ from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
-"""Keys that judge scores and do not change what the models answer."""
+"""Keys that judge scores and do not change the models' answers."""
 CHOICE = "choice_accuracy"
 ERROR = 0.05
 """Two-sided false-positive rate of a gate on an interval."""

@@ -63,7 +63,7 @@ class ModelSection(RecipeSection):
 
     name: NonEmpty | None = None
     """A folder, a name on the hub (`owner/model`), or `builtin:NAME` for a packaged model. Required unless
-    `candidates` is set: the model is your decision."""
+    `candidates` is set. No default, because the model is your decision."""
     candidates: Candidates | None = None
     """Models to choose from, instead of `name`: a list, or a catalogue query such as
     `{family: Qwen2.5, language: de, max_parameters: 2.0e9}`. Models that cannot do the task or do not fit in memory

@@ -43,7 +43,7 @@ REFUSED_OPTIONS = {
     "layer_replication": "the model would have more layers than its files",
     "megatron_config": "Megatron models are not supported",
     "megatron_core": "Megatron models are not supported",
-    "runtime_config": "it says where the model runs, which is not part of a recipe",
+    "runtime_config": "recipes do not say where to run",
     "ensure_weight_tying": "PEFT 0.21 can neither save nor merge such an adapter of embedding and head",
     "kasa_config": "llmtune's loss does not include its penalty",
     "monteclora_config": "llmtune's loss does not include its penalty",

@@ -83,7 +83,7 @@ class Recipe(RecipeSection):
     model: ModelSection
     """The model to start from. Required."""
     adapter: AdapterSection = AdapterSection()
-    """What is trained. Default: LoRA on all linear layers."""
+    """The trained parameters. Default: LoRA on all linear layers."""
     train: TrainSection = TrainSection()
     """How the training loop runs. Default: one epoch."""
     generation: GenerationSection = GenerationSection()

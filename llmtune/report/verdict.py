@@ -279,7 +279,7 @@ def countable(differences: Differences) -> dict[str, Difference]:
 def find_changes(
     differences: Differences, gates: Sequence[GateResult], against: Opponent, chance: float = CHANCE
 ) -> MetricChanges:
-    """Group the metrics by what the differences from one opponent show.
+    """Group the metrics by the differences from one opponent.
 
     A metric with a gate on its interval was chosen in advance, so only its interval decides, as in the gate. All other
     metrics share the error rate (`speaking`).

@@ -284,9 +284,8 @@ FLIPS = {
 }
 HUB = "data/test_hub_datasets.py"
 ELSEWHERE = {
-    "extends": "recipe/test_loader.py::test_values_of_the_nearer_file_win_and_mappings_are_merged",
-    "recipe_version": "recipe/test_validation.py::"
-    "test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure",
+    "extends": "recipe/test_loader.py::test_nearer_files_override_values_and_mappings_are_merged",
+    "recipe_version": "recipe/test_validation.py::test_an_invalid_key_or_value_is_refused_with_place_cause_and_fix",
     "model.candidates": "model/test_model_selection.py::test_the_model_that_knows_the_rows_best_is_chosen",
     "model.licences": "model/test_model_selection.py::test_a_candidate_with_a_forbidden_or_unknown_licence_is_skipped",
     "model.trials": "model/test_model_trials.py::test_a_run_uses_the_winner_of_the_trials_and_reports_both_orders",

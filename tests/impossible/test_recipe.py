@@ -20,7 +20,7 @@ RATE = "train.learning_rate"
     kept="The list of keys is closed. An unknown key is an error with file, line, key path and the nearest "
     "match, reported together with all other mistakes.",
     shows="error tiny.yaml:... unknown key 'train.learning_rat' -> Did you mean 'learning_rate'?",
-    also=["recipe/test_validation.py::test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure"],
+    also=["recipe/test_validation.py::test_an_invalid_key_or_value_is_refused_with_place_cause_and_fix"],
 )
 def test_a_misspelt_key_is_refused_with_the_nearest_match(run, without, shows):
     def let_pass(errors, source_map):

@@ -1,4 +1,4 @@
-"""A writer of recipe files, for tests of the recipe package."""
+"""Fixtures that write and check recipe files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ Refuse = Callable[..., tuple[Problem, ...]]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write a recipe into the working folder: a minimal one and more lines, or (`whole`) just these."""
+    """Write a recipe to the working folder: a minimal one plus lines, or with `whole` only the lines."""
     monkeypatch.chdir(tmp_path)
 
     def write_recipe(text: str = "", name: str = "recipe.yaml", whole: bool = False) -> Path:
@@ -30,7 +30,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 @pytest.fixture
 def refuse(write: Write) -> Refuse:
-    """Write a recipe, see that it is refused with exit code 2, and return what is wrong."""
+    """Write a recipe, assert that it is refused with exit code 2, and return its problems."""
 
     def refuse_recipe(text: str = "", sets: tuple[str, ...] = (), whole: bool = False) -> tuple[Problem, ...]:
         path = write(text, whole=whole)

@@ -8,7 +8,7 @@ from llmtune.recipe.section import RecipeSection, descriptions, find_section
 from llmtune.recipe.task_facts import TASK_FACTS
 
 
-def test_the_shipped_recipes_are_listed_with_task_and_purpose_and_pass_the_check():
+def test_shipped_recipes_are_listed_and_pass_the_check():
     shipped = {recipe.name: recipe for recipe in list_recipes()}
     assert {"quickstart", "chat", "chat-qlora", "completion"} <= set(shipped)
     for name, recipe in shipped.items():
@@ -17,19 +17,19 @@ def test_the_shipped_recipes_are_listed_with_task_and_purpose_and_pass_the_check
         assert len(recipe.about) > 10
 
 
-def test_a_file_goes_before_a_shipped_recipe_of_that_name(write):
+def test_a_file_takes_precedence_over_a_shipped_recipe(write):
     path = write(name="quickstart")
     assert find_recipe("quickstart").resolve() == path
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_one(tmp_path, monkeypatch):
+def test_an_unknown_recipe_is_refused_with_the_nearest_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match="recipe 'quikstart' not found") as caught:
         find_recipe("quikstart")
     assert "Did you mean 'quickstart'?" in caught.value.problems[0].fix
 
 
-def test_a_missing_file_is_refused_with_the_nearest_one_beside_it(write):
+def test_a_missing_file_is_refused_with_the_nearest_file_name(write):
     write(name="support.yaml")
     with pytest.raises(RecipeError, match=r"no such recipe file: suport\.yaml") as caught:
         load_recipe("suport.yaml")
@@ -38,7 +38,7 @@ def test_a_missing_file_is_refused_with_the_nearest_one_beside_it(write):
 
 
 @pytest.mark.parametrize("task", TASK_FACTS)
-def test_a_new_recipe_passes_the_check_with_the_gates_that_it_proposes_and_marks_what_must_be_set(write, task):
+def test_a_starter_recipe_passes_the_check_with_its_proposed_gates_and_marks_required_values(write, task):
     text = new_recipe(task)
     proposed = text.rsplit("e.g. ", 1)[1].strip()
     loaded = load_recipe(write(text, whole=True), [f"evaluate.gates={proposed}"])
@@ -48,7 +48,7 @@ def test_a_new_recipe_passes_the_check_with_the_gates_that_it_proposes_and_marks
         assert "# SET" in line
 
 
-def test_a_new_recipe_for_no_task_is_refused():
+def test_a_starter_recipe_for_an_unknown_task_is_refused():
     with pytest.raises(RecipeError, match="Did you mean 'chat'"):
         new_recipe("chatt")
 
@@ -58,7 +58,7 @@ def sections(section: type[RecipeSection] = Recipe) -> list[type[RecipeSection]]
     return [section, *(deeper for found in inner if found for deeper in sections(found))]
 
 
-def test_every_key_is_described_with_the_reason_of_its_default():
+def test_every_key_has_a_description_with_its_default():
     for section in sections():
         for name, field in section.model_fields.items():
             description = descriptions(section)[name]
@@ -66,7 +66,7 @@ def test_every_key_is_described_with_the_reason_of_its_default():
             assert field.is_required() or "default" in description.lower()
 
 
-def test_the_json_schema_is_closed_and_knows_extends_and_short_forms():
+def test_the_json_schema_is_closed_and_accepts_extends_and_short_forms():
     schema = json_schema()
     assert schema["additionalProperties"] is False
     assert "extends" in schema["properties"]

@@ -1,4 +1,4 @@
-"""The suites of `evaluate`: refused where this task's models have no answer to them, and gates on what they measure."""
+"""Test the suites of `evaluate`: refusals for tasks that cannot run them, and gates on their metrics."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ SWAPS = "evaluate.fairness.swaps=[own]"
         (["task=preference", "preference.loss=reward"], "only gives scores"),
     ],
 )
-def test_a_suite_for_decoders_is_refused_with_tasks_whose_models_are_none(refuse, suite, sets, why):
+def test_a_suite_for_decoders_is_refused_for_tasks_without_decoders(refuse, suite, sets, why):
     key = suite.partition("=")[0]
     assert [problem for problem in refuse(sets=[*sets, suite]) if f"'{key}'" in problem.what and why in problem.what]
 
@@ -40,12 +40,12 @@ def test_a_suite_for_decoders_is_refused_with_tasks_whose_models_are_none(refuse
         (["evaluate.fairness.groups=[sex]", "data.test=0"], "groups"),
     ],
 )
-def test_a_part_that_this_task_or_these_rows_have_no_use_for_is_refused(refuse, sets, key):
+def test_suite_keys_without_effect_for_task_or_rows_are_refused(refuse, sets, key):
     assert [problem for problem in refuse(sets=sets) if f"'evaluate.fairness.{key}' has no effect" in problem.what]
 
 
 @pytest.mark.parametrize("task", ["chat", "classify", "token-classify", "speech", "translate", "qa", "preference"])
-def test_what_is_not_stated_is_left_to_the_suite(write, task):
+def test_unstated_keys_are_left_to_the_suite(write, task):
     for test in (0, 0.2):
         recipe = load_recipe(write(), [FAIR, f"task={task}", f"data.test={test}"]).recipe
         assert recipe.evaluate.fairness.swaps == ("own",)
@@ -71,7 +71,7 @@ def test_what_is_not_stated_is_left_to_the_suite(write, task):
         ([HARNESS, "evaluate.gates=['benchmarks.arc_easy > 0.5']"], "names a task without a metric", "TASK.METRIC"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(refuse, sets, what, fix):
+def test_impossible_measurements_are_refused(refuse, sets, what, fix):
     (problem,) = refuse(sets=sets)
     assert what in problem.what
     assert fix in problem.fix
@@ -85,7 +85,7 @@ def test_what_cannot_be_measured_is_refused(refuse, sets, what, fix):
         ("evaluate.forgetting={}", "forgetting.perplexity <= base * 1.05"),
     ],
 )
-def test_gates_on_suites_hold_without_test_rows_too(write, suite, gate):
+def test_gates_on_suites_work_without_test_rows(write, suite, gate):
     recipe = load_recipe(write(), [suite, "data.test=0", f"evaluate.gates=['{gate}']"]).recipe
     assert recipe.evaluate.gates == (gate,)
 
@@ -93,11 +93,11 @@ def test_gates_on_suites_hold_without_test_rows_too(write, suite, gate):
 @pytest.mark.parametrize(
     "name", ["arc_easy", "20_newsgroups", "longproc_html_0.5k", "mmlu_(general)", "maj@64", "low", "a--b", "v1.1-x"]
 )
-def test_whatever_lm_eval_calls_its_tasks_a_gate_can_name_them(name):
+def test_gates_can_name_every_lm_eval_task(name):
     assert GATE.fullmatch(f"benchmarks.{plain_name(name)}.{plain_name(name)} > 0.5")
 
 
-def test_files_are_relative_to_the_recipe_and_names_stay(write, tmp_path):
+def test_files_are_relative_to_the_recipe_and_names_are_unchanged(write, tmp_path):
     write("evaluate: {fairness: {swaps: [own, x/w.csv]}}\n")
     evaluate = load_recipe("recipe.yaml", [HARNESS]).recipe.evaluate
     assert evaluate.fairness.swaps == ("own", str(tmp_path / "x" / "w.csv"))

@@ -26,7 +26,7 @@ from llmtune.recipe.gate_grammar import Gate, parse_gate
         ("chrf == -.5", Gate("chrf == -.5", "chrf", None, "==", -0.5)),
     ],
 )
-def test_every_form_of_a_gate_is_read(text, gate):
+def test_every_form_of_a_gate_is_parsed(text, gate):
     assert parse_gate(text) == gate
     assert (gate.against is None) == (gate.number is not None)
 
@@ -44,7 +44,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("text", [*NO_GATES, *ODD, "3 < loss", "loss > nan"])
-def test_anything_else_is_refused_with_the_forms_there_are(text):
+def test_other_texts_are_refused_with_the_valid_forms(text):
     with pytest.raises(RecipeError, match="is not a gate") as caught:
         parse_gate(text)
     assert "`rougeL > base`" in caught.value.problems[0].fix
@@ -56,7 +56,7 @@ def test_an_end_of_an_interval_is_compared_with_the_base_only():
 
 
 @given(st.text(alphabet="abse.low<>=*+- 0123456789e_", max_size=30))
-def test_free_text_is_a_gate_or_refused(text):
+def test_any_text_is_parsed_or_refused(text):
     try:
         gate = parse_gate(text)
     except RecipeError:

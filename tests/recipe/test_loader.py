@@ -7,7 +7,7 @@ from llmtune.recipe.data_section import Source
 from llmtune.recipe.loader import load_recipe
 
 
-def test_a_minimal_recipe_has_every_default_of_the_design(write):
+def test_a_minimal_recipe_has_the_documented_defaults(write):
     recipe = load_recipe(write(name="support.yaml")).recipe
     assert recipe.name == "support"
     assert recipe.data.train == (Source(path=str(Path.cwd() / "rows.jsonl")),)
@@ -24,7 +24,7 @@ def test_a_recipe_cannot_be_changed(write):
         recipe.seed = 3
 
 
-def test_values_of_the_nearer_file_win_and_mappings_are_merged(write):
+def test_nearer_files_override_values_and_mappings_are_merged(write):
     write("seed: 1\nadapter: {r: 4, lora_alpha: 8}\nevaluate: {gates: ['loss < base']}\n", "base.yaml", whole=True)
     write("extends: base.yaml\nadapter: {r: 5}\nseed: 2\n", "middle.yaml", whole=True)
     recipe = load_recipe(write("extends: middle.yaml\nseed: 3\n")).recipe
@@ -32,7 +32,7 @@ def test_values_of_the_nearer_file_win_and_mappings_are_merged(write):
     assert recipe.evaluate.gates == ("loss < base",)
 
 
-def test_lists_and_sources_are_replaced_as_a_whole(write):
+def test_lists_and_sources_are_replaced_completely(write):
     base = "data: {train: {path: a.csv, columns: {prompt: q}}}\nevaluate: {metrics: [loss, chrf]}\n"
     write(base, "base.yaml", whole=True)
     text = "extends: base.yaml\ntask: chat\ndata: {train: {path: b.csv}}\nmodel: {name: m}\n"
@@ -41,7 +41,7 @@ def test_lists_and_sources_are_replaced_as_a_whole(write):
     assert recipe.evaluate.metrics == ("chrf",)
 
 
-def test_set_wins_over_every_file_and_is_read_as_yaml(write):
+def test_set_overrides_every_file_and_is_parsed_as_yaml(write):
     write("seed: 1\n", "base.yaml", whole=True)
     sets = ["seed=5", "train.learning_rate=1e-5", "evaluate.gates=['loss < base']", "adapter={r: 2}", "seed=6"]
     recipe = load_recipe(write("extends: base.yaml\nseed: 2\nadapter: {lora_alpha: 7}\n"), sets).recipe
@@ -51,7 +51,7 @@ def test_set_wins_over_every_file_and_is_read_as_yaml(write):
     assert (recipe.adapter.r, recipe.adapter.lora_alpha) == (2, 7)
 
 
-def test_set_reaches_into_sources(write):
+def test_set_can_change_keys_of_sources(write):
     path = write("task: chat\ndata: {train: [a.jsonl, b.jsonl]}\nmodel: {name: m}\n", whole=True)
     recipe = load_recipe(path, ["data.train.1.limit=9", "data.test=0.2"]).recipe
     assert [source.limit for source in recipe.data.train] == [None, 9]
@@ -61,13 +61,13 @@ def test_set_reaches_into_sources(write):
     assert loaded.origins["data.train.0.path"] == "recipe.yaml:2"
 
 
-def test_a_null_that_takes_nothing_back_is_a_wrong_type_and_a_section_without_lines_has_its_defaults(refuse, write):
+def test_a_null_without_inherited_value_is_a_wrong_type_and_an_empty_section_has_defaults(refuse, write):
     (problem,) = refuse("adapter: {r: null}\n")
     assert problem.what == "'adapter.r' is null"
     assert load_recipe(write("train:\nadapter:\n")).recipe.train.batch_size == 16
 
 
-def test_null_takes_back_what_an_extended_recipe_states(write):
+def test_null_resets_a_value_of_the_extended_recipe(write):
     write("model: {candidates: [a/b, c/d]}\nadapter: {r: 4}\ntrain: {seeds: [1]}\n", "base.yaml", whole=True)
     text = "extends: base.yaml\ntask: chat\ndata: {train: a}\nmodel: {name: m, candidates: null}\ntrain: null\n"
     loaded = load_recipe(write(text, whole=True), ["adapter.r=null"])
@@ -109,7 +109,7 @@ def test_the_written_recipe_shows_each_origin_and_loads_to_the_same(write):
     assert "#" not in loaded.to_yaml(with_origins=False)
 
 
-def test_paths_are_relative_to_the_file_that_states_them_and_set_to_the_working_folder(write, tmp_path):
+def test_paths_are_relative_to_their_recipe_file_and_set_paths_to_the_working_folder(write, tmp_path):
     (tmp_path / "far" / "local").mkdir(parents=True)
     base = "data: {validation: v.jsonl, test: ../t*.jsonl}\nmodel: {name: local, chat_template: t.jinja}\n"
     write(base, "far/base.yaml", whole=True)
@@ -123,7 +123,7 @@ def test_paths_are_relative_to_the_file_that_states_them_and_set_to_the_working_
     assert recipe.adapter.start_from == str(tmp_path / "runs/x")
 
 
-def test_names_on_the_hub_and_packaged_ones_are_no_paths(write):
+def test_hub_names_and_packaged_names_are_not_paths(write):
     text = "task: chat\ndata: {train: ['hub:a/b', 'builtin:q', ~/rows]}\nmodel: {candidates: [a/b, 'builtin:m', ./c]}\n"
     recipe = load_recipe(write(text, whole=True)).recipe
     assert [source.path for source in recipe.data.train] == ["hub:a/b", "builtin:q", str(Path("~/rows").expanduser())]
@@ -136,7 +136,7 @@ def test_nothing_is_interpolated(write, monkeypatch):
     assert recipe.data.train[0].path == str(Path.cwd() / "$WHERE/${WHERE}.jsonl")
 
 
-def test_a_glob_in_a_folder_with_brackets_stays_a_glob_of_its_own_part(write):
+def test_a_glob_works_in_a_folder_with_brackets(write):
     path = write("task: chat\ndata: {train: '*.jsonl'}\nmodel: {name: m}\n", "a[1]/recipe.yaml", whole=True)
     (path.parent / "x.jsonl").touch()
     import glob
@@ -165,7 +165,7 @@ def test_the_fingerprint_is_the_same_in_another_folder(write):
     assert load_recipe(write()).fingerprint == load_recipe(write(name="other/copy.yaml")).fingerprint
 
 
-def test_circles_and_missing_files_of_extends_are_refused_with_their_place(write):
+def test_cycles_and_missing_files_of_extends_are_refused_with_their_place(write):
     write("seed: 1\nextends: b.yaml\n", "a.yaml", whole=True)
     write("extends: a.yaml\n", "b.yaml", whole=True)
     with pytest.raises(RecipeError) as caught:
@@ -181,7 +181,7 @@ def test_circles_and_missing_files_of_extends_are_refused_with_their_place(write
         load_recipe("d.yaml")
 
 
-def test_a_file_that_is_extended_and_no_recipe_is_refused_without_its_text(write):
+def test_extending_a_file_that_is_not_a_recipe_is_refused_without_showing_it(write):
     write("root:*:19000:0:99999:7::: \ndaemon:*:19000:::\n", "shadow", whole=True)
     write("task: chat\nextends: shadow\n", "a.yaml", whole=True)
     with pytest.raises(RecipeError, match=r"a\.yaml:2: .*shadow is not a recipe") as caught:
@@ -211,14 +211,14 @@ def test_a_long_chain_of_extends_is_refused(write):
         ("seed=x", "'seed' is 'x'"),
     ],
 )
-def test_a_set_that_cannot_be_read_is_refused_by_name(write, text, words):
+def test_an_invalid_set_is_refused_by_name(write, text, words):
     with pytest.raises(RecipeError) as caught:
         load_recipe(write("seed: 4\ndeploy: []\n"), [text])
     assert words in str(caught.value)
     assert all((problem.where or "").startswith("--set") for problem in caught.value.problems)
 
 
-def test_a_key_that_is_set_from_outside_takes_the_place_of_the_one_that_it_excludes(write):
+def test_a_key_from_set_replaces_the_key_that_it_excludes(write):
     recipe = write("train: {num_train_epochs: 2, batch_size: 4}\n")
     train = load_recipe(recipe, ["train.max_steps=5", "train.batch_tokens=100"]).recipe.train
     assert (train.max_steps, train.batch_tokens) == (5, 100)

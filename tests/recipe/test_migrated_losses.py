@@ -1,7 +1,6 @@
-"""A migrated recipe trains as the other tool does: the same loss in every step, on the same rows, in float32.
+"""Test that a migrated recipe has the other tool's loss in every step, on the same rows, in float32.
 
-Each step holds all rows, so that the order in which they are drawn does not matter; all weights are trained, so that
-there is no adapter that starts at random.
+Each step has all rows, so their order does not matter. All weights are trained, so no adapter starts at random.
 """
 
 import json
@@ -18,7 +17,7 @@ def sentences() -> list[tuple[str, str]]:
 
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # noqa: E501
-"""Ends with the token that ends a turn. Behind that of ChatML stands a line break, which TRL learns too."""
+"""Ends with the end-of-turn token. ChatML has a line break after it, which TRL learns too."""
 FORMS = {
     "messages": lambda ask, say: {
         "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": say.strip()}]
@@ -30,14 +29,14 @@ FORMS = {
     "text": lambda ask, say: {"text": ask + say},
     "prompt and completion": lambda ask, say: {"prompt": ask, "completion": say},
 }
-"""Of `messages` TRL learns every token, as its documentation says; of `text` too; of a completion its tokens alone."""
+"""TRL learns every token of `messages` and `text`, but only the completion of prompt and completion, as documented."""
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_losses_of_a_migrated_configuration_are_those_of_trl(tiny_llama: Path, schedule: str, form: str):
+def test_a_migrated_configuration_has_the_same_losses_as_trl(tiny_llama: Path, schedule: str, form: str):
     from trl.scripts import sft
 
     Path("rows").mkdir()

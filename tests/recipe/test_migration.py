@@ -1,4 +1,4 @@
-"""Configurations of other tools become recipes: nothing in silence, and what comes out is checked."""
+"""Test the migration of other tools' configurations: every key is reported, and the recipe is valid."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from llmtune.recipe.source_map import walk
 
 
 def write_configs(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Write the configurations of `foreign_configs.yaml`; yields the tool and file of each."""
+    """Write the configurations of `foreign_configs.yaml`; yield the tool and file of each."""
     tools = YAML(typ="safe").load(Path(__file__).with_name("foreign_configs.yaml"))
     commands = tools.pop("commands")
     for tool, configs in tools.items():
@@ -32,7 +32,7 @@ def write_configs(folder: Path) -> Iterator[tuple[str, Path]]:
         yield name.split("-")[0], config(folder, f"#!/bin/bash\n# how we train\n{command}", f"{name}.sh")
 
 
-def test_configurations_of_three_tools_become_recipes_that_pass_the_check_and_no_key_is_silent(tmp_path: Path):
+def test_configurations_of_three_tools_migrate_to_valid_recipes_and_report_every_key(tmp_path: Path):
     counts: dict[str, Counter] = {}
     configs = [*write_configs(tmp_path)]
     for tool, file in configs:
@@ -56,7 +56,7 @@ def test_configurations_of_three_tools_become_recipes_that_pass_the_check_and_no
         assert f"| {tables()[tool].tool} | {numbers} | 0 |" in page.read_text("utf-8")
 
 
-def test_every_key_of_transformers_and_trl_has_a_place_in_the_tables():
+def test_the_tables_cover_every_key_of_transformers_and_trl():
     from transformers import Seq2SeqTrainingArguments
     from trl import DPOConfig, KTOConfig, ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
@@ -83,7 +83,7 @@ def config(tmp_path: Path, text: str, name: str = "config.yaml") -> Path:
     return file
 
 
-def test_a_file_of_no_known_tool_is_refused_with_the_tools_there_are(tmp_path: Path):
+def test_a_file_of_an_unknown_tool_is_refused_with_the_known_tools(tmp_path: Path):
     with pytest.raises(RecipeError, match="no known tool has these keys: colour") as caught:
         migrate_config(config(tmp_path, "colour: blue"), tmp_path / "out.yaml")
     assert "--tool axolotl | llamafactory | trl" in caught.value.problems[0].fix
@@ -93,7 +93,7 @@ def test_a_file_of_no_known_tool_is_refused_with_the_tools_there_are(tmp_path: P
         migrate_config(config(tmp_path, "just words", "train.sh"), tmp_path / "out.yaml")
 
 
-def test_an_unknown_key_is_refused_by_name_with_the_nearest_one(tmp_path: Path):
+def test_an_unknown_key_is_refused_with_the_nearest_key(tmp_path: Path):
     migration, _ = migrate_config(
         config(tmp_path, "base_model: a/b\nsequence_lenn: 512"), tmp_path / "out.yaml", "axolotl"
     )
@@ -102,7 +102,7 @@ def test_an_unknown_key_is_refused_by_name_with_the_nearest_one(tmp_path: Path):
     assert "Did you mean 'sequence_len'" in str(moved.why)
 
 
-def test_a_value_that_a_recipe_refuses_is_refused_with_its_reason(tmp_path: Path):
+def test_a_value_that_the_recipe_refuses_is_refused_with_its_reason(tmp_path: Path):
     text = "model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: true\nlora_r: 0\noptim: adamw_apex_fused"
     migration, loaded = migrate_config(config(tmp_path, text), tmp_path / "out.yaml")
     assert "It must be at least 1" in str(migration.moved["lora_r"].why)
@@ -110,12 +110,12 @@ def test_a_value_that_a_recipe_refuses_is_refused_with_its_reason(tmp_path: Path
     assert loaded.recipe.adapter.r == 16
 
 
-def test_a_generated_answers_training_is_refused_as_a_whole(tmp_path: Path):
+def test_online_training_is_refused_completely(tmp_path: Path):
     with pytest.raises(RecipeError, match="a recipe cannot express `TRL grpo`"):
         migrate_config(config(tmp_path, "trl grpo --model_name_or_path a/b", "train.sh"), tmp_path / "out.yaml")
 
 
-def test_options_lie_over_the_configuration_that_a_command_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_options_override_the_configuration_file_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     config(tmp_path, "model_name_or_path: a/b\ndataset_name: c/d\nlearning_rate: 1.0e-5\nuse_peft: true")
     _, loaded = migrate_config(
@@ -142,13 +142,13 @@ def test_the_columns_of_a_local_file_decide_what_trl_learns(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("start", "mark"), [("", b""), ("", b"\xef\xbb\xbf"), ("\n", b""), ("[", b"\xef\xbb\xbf")], ids=str
 )
-def test_the_first_row_is_found_behind_a_byte_order_mark_and_in_a_long_array(tmp_path: Path, start: str, mark: bytes):
+def test_the_first_row_is_found_after_a_byte_order_mark_and_in_a_long_array(tmp_path: Path, start: str, mark: bytes):
     row = json.dumps({"messages": []})
     (tmp_path / "rows.json").write_bytes(mark + f"{start}{row},{'x' * (17 << 20 if start == '[' else 1)}".encode())
     assert read_first_row(tmp_path / "rows.json") == {"messages": []}
 
 
-def test_a_csv_without_line_breaks_is_read_up_to_a_bound(tmp_path: Path):
+def test_a_csv_without_line_breaks_is_read_up_to_a_limit(tmp_path: Path):
     with (tmp_path / "rows.csv").open("w") as file:
         for _ in range(64):
             file.write("text," * 200_000)
@@ -162,13 +162,13 @@ def test_a_csv_without_line_breaks_is_read_up_to_a_bound(tmp_path: Path):
 
 @pytest.fixture
 def usual_csv_limit() -> Iterator[None]:
-    limit = csv.field_size_limit(131_072)  # reading rows lifts it
+    limit = csv.field_size_limit(131_072)  # reading rows raises it
     yield
     csv.field_size_limit(limit)
 
 
 @pytest.mark.usefixtures("usual_csv_limit")
-def test_a_first_row_that_cannot_be_read_decides_nothing(tmp_path: Path):
+def test_an_unreadable_first_row_decides_nothing(tmp_path: Path):
     for name, text in (("a.csv", f'"{"x" * 200_000}"'), ("a.json", "[" * 100_000), ("a.json", '{"a": '), ("a.csv", "")):
         assert read_first_row(config(tmp_path, text, name)) == {}
 
@@ -181,7 +181,7 @@ def test_a_first_row_that_cannot_be_read_decides_nothing(tmp_path: Path):
         ("llamafactory", "val_size: 0.1", "eval_dataset: c/v"),
     ],
 )
-def test_validation_rows_that_are_named_win_over_a_share(tmp_path: Path, tool: str, share: str, rows: str, order: int):
+def test_named_validation_rows_override_a_share(tmp_path: Path, tool: str, share: str, rows: str, order: int):
     file = config(tmp_path, "\n".join(["learning_rate: 1.0e-4", *[share, rows][::order]]))
     migration, loaded = migrate_config(file, tmp_path / "out.yaml", tool)
     assert len(loaded.recipe.data.validation) == 1
@@ -264,20 +264,20 @@ MEANINGS: dict[str, list[tuple[str, dict[str, object]]]] = {
         ),
     ],
 }
-"""By tool: what a configuration states, and what the recipe means by it; defaults are the tool's own."""
+"""By tool: a configuration, and the values of its recipe; defaults are the tool's."""
 
 
 @pytest.mark.parametrize(
     ("tool", "stated", "ours"), [(tool, *case) for tool, cases in MEANINGS.items() for case in cases]
 )
-def test_a_recipe_means_what_the_configuration_means_there(
+def test_a_migrated_recipe_has_the_meaning_of_the_configuration(
     tmp_path: Path, tool: str, stated: str, ours: dict[str, object]
 ):
     migration, loaded = migrate_config(config(tmp_path, f"output_dir: x\n{stated}"), tmp_path / "out.yaml", tool)
     values = dict(walk(loaded.recipe))
     assert {key: values[key] for key in ours} == ours
     refused = {one.key for one in migration.outcomes if one.state == "refused"}
-    assert refused <= {"lora_target_modules", "warmup_ratio"}  # each where another key wins
+    assert refused <= {"lora_target_modules", "warmup_ratio"}  # another key overrides each
     if ours.get("train.batch_tokens") and "gradient_accumulation_steps" in stated:
         assert migration.moved["gradient_accumulation_steps"].to == ("train.batch_tokens",)
     if "lora_dropout" in stated and not ours["adapter.lora_dropout"]:
@@ -291,7 +291,7 @@ def test_an_unreadable_length_of_packed_rows_is_refused(tmp_path: Path):
     assert migration.moved["max_length"].state == "refused"
 
 
-def test_a_command_may_have_numbers_below_zero_windows_line_ends_and_variables_that_the_script_sets(tmp_path: Path):
+def test_a_command_may_have_negative_numbers_windows_line_ends_and_shell_variables(tmp_path: Path):
     script = "export NAME=a\r\nMODEL=${NAME}/b\r\nN=$(nproc)\r\ntrl sft --model_name_or_path $MODEL \\\r\n"
     script += " --max_steps -1 --dataset_name $ROWS --gradient_accumulation_steps $(expr 16 / 4) --lora_r $N --use_peft"
     script += f" --lora_alpha {'9' * 5000}"
@@ -312,14 +312,14 @@ def test_a_command_may_have_numbers_below_zero_windows_line_ends_and_variables_t
         ("X=1 deepspeed --num_gpus 8 src/train.py --stage pt --dataset one", "LLaMA-Factory", "completion"),
     ],
 )
-def test_a_tool_is_known_by_the_module_or_script_that_is_run(tmp_path: Path, line: str, tool: str, task: str):
+def test_a_tool_is_recognised_by_its_module_or_script(tmp_path: Path, line: str, tool: str, task: str):
     config(tmp_path, "base_model: a/b\ndatasets: [{path: c/d, type: completion}]", "axolotl.yml")
     migration, loaded = migrate_config(config(tmp_path, line, "train.sh"), tmp_path / "out.yaml")
     assert (migration.config.table.tool, loaded.recipe.task) == (tool, task)
     assert loaded.recipe.model.name == "a/b" or tool == "LLaMA-Factory"
 
 
-def test_a_configuration_of_accelerate_is_no_configuration_of_a_tool(tmp_path: Path):
+def test_an_accelerate_configuration_is_not_a_tool_configuration(tmp_path: Path):
     with pytest.raises(RecipeError, match="no known tool has these keys: compute_environment"):
         migrate_config(
             config(tmp_path, "compute_environment: LOCAL_MACHINE\nmixed_precision: bf16"), tmp_path / "out.yaml"
@@ -330,7 +330,7 @@ def test_a_configuration_of_accelerate_is_no_configuration_of_a_tool(tmp_path: P
     "info", ["{", "[1]", '{"one": {"file_name": "a.json", "tags": null, "columns": null}}', '{"one": 7}'], ids=str
 )
 @pytest.mark.parametrize("names", ["one, two,", ["one", {"a": 1}], None, 7], ids=str)
-def test_any_list_of_data_sets_gives_a_recipe_or_an_error_of_the_user(tmp_path: Path, info: str, names: object):
+def test_any_list_of_data_sets_gives_a_recipe_or_a_user_error(tmp_path: Path, info: str, names: object):
     config(tmp_path, info, "dataset_info.json")
     stated = {"stage": "sft", "model_name_or_path": "a/b", "dataset_dir": ".", "dataset": names}
     with (
@@ -390,7 +390,7 @@ def test_a_step_has_the_rows_of_all_processes(tmp_path: Path, launcher: str, pro
     assert not [one.key for one in migration.outcomes if one.state == "refused"]
 
 
-def test_lines_to_look_at_are_about_keys_that_the_recipe_has_and_nobody_stated(tmp_path: Path):
+def test_lines_to_check_are_about_unstated_keys_of_the_recipe(tmp_path: Path):
     sft, lora = "trl sft --model_name_or_path a/b --dataset_name c/d", "--use_peft --lora_target_modules all-linear"
     kto = f"trl kto --model_name_or_path a/b --dataset_name c/d {lora}"
     cases = (
@@ -406,7 +406,7 @@ def test_lines_to_look_at_are_about_keys_that_the_recipe_has_and_nobody_stated(t
         assert all(word in line for word, line in zip(words, lines, strict=True))
 
 
-def test_each_file_of_a_source_is_a_source_with_its_format_and_an_address_stays_one(tmp_path: Path):
+def test_each_file_becomes_a_source_with_its_format_and_a_url_stays_one_source(tmp_path: Path):
     text = """
 base_model: a/b
 datasets:
@@ -439,7 +439,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", RETIRED)
-def test_files_and_commands_of_a_retired_tool_are_refused_with_what_to_do_instead(tmp_path: Path, name: str):
+def test_files_and_commands_of_a_retired_tool_are_refused_with_a_fix(tmp_path: Path, name: str):
     files = config(tmp_path, json.dumps(RETIRED[name])), config(tmp_path, COMMANDS[name], "train.sh")
     for file in files:
         with pytest.raises(RecipeError, match=f"llmtune no longer migrates configurations of {name}") as caught:
@@ -497,7 +497,7 @@ def test_secrets_of_a_listed_data_set_and_of_unknown_files_are_not_shown(tmp_pat
     assert TOKEN not in str(caught.value)
 
 
-def test_secrets_in_a_mapping_are_not_written_and_a_guessed_task_is_said(tmp_path: Path):
+def test_secrets_in_a_mapping_are_not_written_and_a_guessed_task_is_reported(tmp_path: Path):
     text = "model_name_or_path: a/b\ndataset_name: c/d\nenv: {HF_TOKEN: hf_secret}"
     migration, _ = migrate_config(config(tmp_path, text), tmp_path / "out.yaml", "trl")
     assert "hf_secret" not in write_migrated(migration)
@@ -516,7 +516,7 @@ def test_secrets_in_a_mapping_are_not_written_and_a_guessed_task_is_said(tmp_pat
         ({"prompt": [], "completion": []}, "completion_only_loss: false", "all"),
     ],
 )
-def test_what_trl_learns_of_a_conversation(tmp_path: Path, rows: object, stated: str, train_on: str):
+def test_migrated_recipes_learn_the_same_tokens_as_trl(tmp_path: Path, rows: object, stated: str, train_on: str):
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows), "utf-8")
     name = "rows.jsonl" if rows else "c/d"
     text = f"model_name_or_path: a/b\ndataset_name: {name}\n{stated}"
@@ -537,7 +537,7 @@ def test_a_limit_on_samples_reaches_every_source_and_the_lower_limit_wins(tmp_pa
     assert loaded.recipe.data.validation[0].limit == 10
 
 
-def test_alpaca_rows_of_axolotl_have_no_chat_template_there_and_the_user_hears_it(tmp_path: Path):
+def test_axolotl_alpaca_rows_without_chat_template_are_reported(tmp_path: Path):
     text = "base_model: a/b\ndatasets: [{path: c/d, type: TYPE}]"
     looks = {}
     for kind in ("alpaca", "chat_template"):
@@ -555,7 +555,7 @@ def test_alpaca_rows_of_axolotl_have_no_chat_template_there_and_the_user_hears_i
         ("llamafactory", "stage: sft\ndataset: identity"),
     ],
 )
-def test_a_name_without_an_owner_is_not_taken_for_one_on_the_hub(tmp_path: Path, tool: str, stated: str):
+def test_a_name_without_an_owner_is_not_a_hub_name(tmp_path: Path, tool: str, stated: str):
     migration, loaded = migrate_config(config(tmp_path, stated), tmp_path / "out.yaml", tool)
     assert "data.train.0.path" in migration.unset
     assert loaded.recipe.data.train[0].path.endswith("rows.jsonl")

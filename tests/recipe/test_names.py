@@ -1,4 +1,4 @@
-"""The closed lists of keys and values, held against the installed libraries."""
+"""Compare the closed lists of keys and values with the installed libraries."""
 
 import ast
 import dataclasses
@@ -25,7 +25,7 @@ def values(literal: object) -> set[str]:
     return set(typing.get_args(literal))
 
 
-def test_train_keys_are_those_of_training_arguments_and_of_early_stopping():
+def test_train_keys_match_training_arguments_and_early_stopping():
     from peft.optimizers import create_loraplus_optimizer
     from transformers import EarlyStoppingCallback, TrainingArguments
     from trl import SFTConfig
@@ -39,7 +39,7 @@ def test_train_keys_are_those_of_training_arguments_and_of_early_stopping():
     assert {"early_stopping_patience", "early_stopping_threshold"} <= callback
 
 
-def test_adapter_keys_are_those_of_lora_and_of_quantisation():
+def test_adapter_keys_match_lora_and_quantisation():
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
@@ -51,13 +51,13 @@ def test_adapter_keys_are_those_of_lora_and_of_quantisation():
     assert {*LORA_KEYS, *QUANTIZATION_KEYS, *OWN_ADAPTER_KEYS} == set(AdapterSection.model_fields)
 
 
-def test_generation_keys_are_those_of_the_generation_config():
+def test_generation_keys_match_the_generation_config():
     from transformers import GenerationConfig
 
     assert set(GenerationSection.model_fields) <= set(vars(GenerationConfig()))
 
 
-def test_loading_keys_are_those_of_from_pretrained():
+def test_loading_keys_match_from_pretrained():
     from transformers import PreTrainedModel
 
     text = inspect.getsource(PreTrainedModel.from_pretrained)
@@ -66,7 +66,7 @@ def test_loading_keys_are_those_of_from_pretrained():
         assert key in text
 
 
-def test_optimisers_are_names_of_transformers():
+def test_optimisers_have_transformers_names():
     import torch
     from transformers.training_args import OptimizerNames
 
@@ -74,13 +74,13 @@ def test_optimisers_are_names_of_transformers():
     assert hasattr(torch.optim, "Muon")
 
 
-def test_trackers_are_names_of_accelerate():
+def test_trackers_have_accelerate_names():
     from accelerate.utils import LoggerType
 
     assert values(Tracker) == {str(name) for name in LoggerType} - {"all"}
 
 
-def test_schedules_and_their_options_are_those_of_transformers():
+def test_schedules_and_options_match_transformers():
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 
     assert values(Schedule) == set(SCHEDULE_OPTIONS)
@@ -92,7 +92,7 @@ def test_schedules_and_their_options_are_those_of_transformers():
 
 
 @pytest.mark.parametrize("optim", sorted(values(Optimizer) - {"muon"}))
-def test_an_optimiser_reads_exactly_the_adam_settings_that_the_rules_say(optim):
+def test_optimisers_read_exactly_the_adam_settings_in_the_rules(optim):
     from types import SimpleNamespace
 
     import torch
@@ -111,7 +111,7 @@ def test_an_optimiser_reads_exactly_the_adam_settings_that_the_rules_say(optim):
         adam_epsilon=0.33,
     )
     layer = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.ones_(layer.weight)  # GaLore's options hold it, and no digits of its own may be taken for a setting
+    torch.nn.init.ones_(layer.weight)  # GaLore's options contain it; its digits must not look like a setting
     _, options = Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Sequential(layer))
     read = repr({name: value for name, value in options.items() if name != "lr"})
     assert ("0.11" in read) == optim.startswith(BETAS)
@@ -119,7 +119,7 @@ def test_an_optimiser_reads_exactly_the_adam_settings_that_the_rules_say(optim):
     assert ("0.33" in read) == optim.startswith(EPSILON)
 
 
-def test_row_formats_and_columns_are_those_that_step_1_reads():
+def test_row_formats_and_columns_match_the_reader():
     from llmtune.data.row_formats import COLUMNS as READ
     from llmtune.data.row_formats import FORMATS
 
@@ -140,11 +140,11 @@ NAMING_TASKS = {
 }
 
 
-def test_a_new_task_is_named_in_its_file_and_in_the_tables_alone():
+def test_a_task_is_named_only_in_its_file_and_the_tables():
     import llmtune
 
     package = Path(llmtune.__file__).parent
-    names = TASK_FACTS.keys() - {"chat", "completion"}  # a command and a column, too
+    names = TASK_FACTS.keys() - {"chat", "completion"}  # these also name a command and a column
     found = set()
     for file in package.rglob("*.py"):
         texts = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
@@ -153,7 +153,7 @@ def test_a_new_task_is_named_in_its_file_and_in_the_tables_alone():
     assert found == {*NAMING_TASKS}
 
 
-def test_metrics_are_those_that_step_5_computes():
+def test_metrics_match_the_evaluation():
     from llmtune.evaluate.text_metrics import METRICS, TEXT_METRICS, TOKEN_METRICS
     from llmtune.evaluate.tool_metrics import TOOL_SCORES
 

@@ -188,16 +188,16 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         ),
     ],
 )
-def test_values_that_do_not_go_together_are_refused(refuse, sets, what, fix):
+def test_conflicting_values_are_refused(refuse, sets, what, fix):
     (problem,) = refuse(sets=tuple(sets))
     assert what in problem.what
     assert fix in problem.fix
     assert problem.where.startswith("--set ") or problem.where == "recipe.yaml:3"
 
 
-def test_an_early_stop_needs_validation_rows_but_its_defaults_are_no_mistake(write):
+def test_early_stopping_needs_validation_rows_but_its_defaults_are_allowed(write):
     assert load_recipe(write(), ["data.validation=0"]).recipe.train.load_best_model_at_end
 
 
-def test_masked_tokens_have_a_choice_of_metrics_of_their_own(write):
+def test_masked_tokens_have_their_own_metrics(write):
     assert load_recipe(write(), MASKED).recipe.evaluate.metrics == ("loss", "perplexity", "accuracy")

@@ -16,7 +16,7 @@ SECRETS = [
 
 
 @pytest.mark.parametrize("secret", SECRETS)
-def test_known_tokens_are_removed_wherever_they_stand(secret):
+def test_known_tokens_are_removed_anywhere(secret):
     for text in (secret, f"token={secret}", f'"{secret}",', f"see {secret}.", f"https://x.example/?t={secret}&a=1"):
         assert secret not in redact(text)
         assert "[removed]" in redact(text)
@@ -37,7 +37,7 @@ def test_known_tokens_are_removed_wherever_they_stand(secret):
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "MIIE", "[removed]"),
     ],
 )
-def test_what_is_given_as_a_secret_is_removed_and_the_rest_stays(text, gone, kept):
+def test_given_secrets_are_removed_and_the_rest_is_unchanged(text, gone, kept):
     found = redact(text)
     assert gone not in found
     assert kept in found
@@ -58,7 +58,7 @@ def test_what_is_given_as_a_secret_is_removed_and_the_rest_stays(text, gone, kep
         "task-classification-of-many-things",
     ],
 )
-def test_ordinary_text_stays_as_it_is(text):
+def test_ordinary_text_is_unchanged(text):
     assert redact(text) == text
 
 
@@ -69,7 +69,7 @@ def test_values_of_secret_keys_are_removed_at_any_depth():
     }
 
 
-def test_all_of_a_secret_is_removed_numbers_and_lists_too():
+def test_secrets_are_removed_completely_including_numbers_and_lists():
     secret = {"password": 1234, "api_key": ["one", "two"], "secret": {"a": "three"}, "private_key": True}
     assert redact_all(secret) == {**dict.fromkeys(secret, "[removed]"), "private_key": True}
 
@@ -86,7 +86,7 @@ RECIPE = """model:
 @pytest.mark.parametrize(
     "password", ["hunter2", "'hunter2'", "20220101", "|\n      hunter2\n      more", "[hunter2, x]"]
 )
-def test_secrets_of_a_yaml_text_are_removed_and_its_comments_stay(password):
+def test_secrets_in_yaml_are_removed_and_comments_kept(password):
     found = redact_yaml(RECIPE.format(password=password))
     assert "quoted" not in found
     assert "hunter2" not in found
@@ -96,7 +96,7 @@ def test_secrets_of_a_yaml_text_are_removed_and_its_comments_stay(password):
     assert "1.0e-4" in found
 
 
-def test_a_yaml_text_without_secrets_stays_as_it_is():
+def test_yaml_without_secrets_is_unchanged():
     text = "a:   [1,2]   # why\n\n\nb: {c: 'd'}\n"
     assert redact_yaml(text) == text
 
@@ -124,7 +124,7 @@ def test_secrets_in_keys_are_removed_too():
         (SECRETS[0], "x"),
     ],
 )
-def test_a_setting_is_secret_by_its_name_or_by_the_shape_of_its_value(name: str, value: object):
+def test_a_setting_is_secret_by_its_name_or_the_format_of_its_value(name: str, value: object):
     assert holds_secret(name, value)
 
 

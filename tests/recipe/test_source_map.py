@@ -1,4 +1,4 @@
-"""Origins outlive the run folder: what a resolved recipe says of its values is taken back from it."""
+"""Test that origins survive: they are read back from the comments of a resolved recipe."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ evaluate:
 
 
 def resolved(write, sets=()):
-    """A recipe, and the text that a run keeps of it, written as its recipe.yaml."""
+    """Load a recipe, and write its resolved text as a run's recipe.yaml."""
     first = load_recipe(write(FULL, "first.yaml"), sets)
     text = first.to_yaml()
     write(text, "run/recipe.yaml", whole=True)
@@ -39,7 +39,7 @@ def test_a_resolved_recipe_keeps_its_origins_from_run_to_run(write, sets):
     assert (again.recipe, again.fingerprint) == (plain.recipe, plain.fingerprint)
 
 
-def test_what_is_set_anew_says_so_and_the_rest_stays(write):
+def test_overridden_values_have_the_origin_set_and_others_keep_theirs(write):
     first, _ = resolved(write)
     sets = ["evaluate.gates=['loss < 3']", "generation.max_new_tokens=5"]
     again = reload_recipe(Path("run/recipe.yaml"), sets, ("evaluate", "generation"))

@@ -1,4 +1,4 @@
-"""What a recipe leaves open of epochs, rate and batch is chosen by its rows and its model; what it states stays."""
+"""Test that unset epochs, rate and batch size are chosen by rows and model, and stated values are kept."""
 
 import pytest
 
@@ -34,13 +34,13 @@ def test_a_new_head_is_trained_for_longer(write):
     assert chosen(write, rows=800)["num_train_epochs"] == 1
 
 
-def test_what_is_stated_stays_and_decides_the_rest(write):
+def test_stated_values_are_kept_and_decide_the_rest(write):
     assert chosen(write, "train: {batch_size: 16, learning_rate: 2.0e-4}\n") == {"num_train_epochs": 4}
     assert set(chosen(write, "train: {max_steps: 5}\n")) == {"learning_rate", "batch_size"}
     assert set(chosen(write, "train: {batch_tokens: 500}\n")) == {"learning_rate", "num_train_epochs"}
 
 
-def test_choices_are_written_with_their_reasons_and_stay_when_read_again(write, tmp_path):
+def test_choices_are_written_with_reasons_and_survive_reloading(write, tmp_path):
     loaded = load_recipe(write())
     made = with_choices(loaded, choose_training(loaded.recipe, 196, 576, new_head=False))
     text = made.to_yaml()
@@ -51,7 +51,7 @@ def test_choices_are_written_with_their_reasons_and_stay_when_read_again(write, 
     assert choose_training(again, 5000, 576, new_head=False) == {}
 
 
-def test_few_steps_are_said_before_they_are_taken(write):
+def test_few_steps_give_a_warning(write):
     few = load_recipe(write("train: {batch_size: 16, num_train_epochs: 1}\n")).recipe
     assert few_steps(few, 218).startswith("Only 14 steps")
     assert few_steps(few, 2000) is None

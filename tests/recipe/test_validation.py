@@ -49,7 +49,7 @@ from llmtune.recipe.validation import key_paths
         ("adapter: {method: full, r: 8}\n", "'adapter.r' has no effect with adapter.method: full", "use lora or qlora"),
     ],
 )
-def test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure(refuse, text, what, fix):
+def test_an_invalid_key_or_value_is_refused_with_place_cause_and_fix(refuse, text, what, fix):
     (problem,) = refuse(text)
     assert problem.where == "recipe.yaml:4"
     assert what in problem.what
@@ -85,7 +85,7 @@ def test_sources_and_shares_are_checked_in_every_form(refuse, data, what, fix):
     assert found[0].where == "recipe.yaml:3"
 
 
-def test_what_is_missing_is_named_all_at_once(refuse):
+def test_all_missing_keys_are_reported_at_once(refuse):
     problems = refuse("seed: 3\n", whole=True)
     assert [problem.what for problem in problems] == [
         f"the key '{key}' is missing" for key in ("task", "data", "model")
@@ -93,7 +93,7 @@ def test_what_is_missing_is_named_all_at_once(refuse):
     assert all(problem.where == "recipe.yaml:1" for problem in problems)
 
 
-def test_problems_of_all_files_and_kinds_stand_in_one_error(write):
+def test_one_error_has_the_problems_of_all_files_and_kinds(write):
     write("seed: x\nadapter: {rr: 3}\n", "base.yaml", whole=True)
     path = write(
         "extends: base.yaml\ntrain: {optim: sgd, adam_beta1: 0.5}\nevaluate: {gates: [foo]}\ndeploy: [merged, merged]\n"
@@ -111,7 +111,7 @@ def test_problems_of_all_files_and_kinds_stand_in_one_error(write):
     ]
 
 
-def test_a_finding_that_rests_on_a_wrong_value_is_not_reported(refuse):
+def test_problems_that_follow_from_a_wrong_value_are_not_reported(refuse):
     (problem,) = refuse("generation: {do_sample: 'yes', temperature: 0.7}\n")
     assert problem.what == "'generation.do_sample' is 'yes'"
 
@@ -128,7 +128,7 @@ CHANGES = st.lists(st.tuples(st.sampled_from(PATHS), LEAVES), min_size=1, max_si
 
 @settings(max_examples=400, deadline=None)
 @given(changes=CHANGES, bare=st.booleans())
-def test_any_keys_with_any_values_are_loaded_or_refused_and_nothing_else(tmp_path_factory, changes, bare):
+def test_any_keys_with_any_values_are_loaded_or_refused(tmp_path_factory, changes, bare):
     path = Path(tmp_path_factory.getbasetemp()) / "keys.yaml"
     path.write_text("seed: 1\n" if bare else "task: chat\ndata: {train: a}\nmodel: {name: b}\n", encoding="utf-8")
     sets = [f"{key}={json.dumps(value)}" for key, value in changes]

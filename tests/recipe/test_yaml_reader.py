@@ -70,13 +70,13 @@ def test_plain_scalars_follow_the_core_schema_of_yaml_1_2(text, value):
         ("x" * (MAX_BYTES + 1), "more than 256 KiB", "recipe.yaml"),
     ],
 )
-def test_text_that_is_no_recipe_is_refused_with_its_place(refuse, text, words, place):
+def test_text_that_is_not_a_recipe_is_refused_with_its_place(refuse, text, words, place):
     problems = refuse(text, whole=True)
     assert any(words in problem.what and problem.where == place for problem in problems), problems
     assert all(problem.fix for problem in problems)
 
 
-def test_all_mistakes_of_a_file_are_named_at_once(refuse):
+def test_all_mistakes_in_a_file_are_reported_at_once(refuse):
     problems = refuse("a: 1\na: 2\nb: !x 3\n<<: {}\n", whole=True)
     assert [problem.where for problem in problems] == ["recipe.yaml:2", "recipe.yaml:3", "recipe.yaml:4"]
 
@@ -88,7 +88,7 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path):
         load_recipe(path)
 
 
-def test_a_byte_order_mark_and_anchors_within_bounds_are_no_mistake(write):
+def test_a_byte_order_mark_and_a_few_anchors_are_allowed(write):
     text = "\ufefftask: chat\ndata: {train: &rows [a.jsonl], test: *rows}\nmodel: {name: m}\n"
     loaded = load_recipe(write(text, whole=True))
     assert loaded.recipe.data.test == loaded.recipe.data.train
@@ -108,7 +108,7 @@ def load_or_refuse(path: Path, raw: bytes, sets: list[str]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(), setting=st.text(max_size=30))
-def test_free_text_is_loaded_or_refused_and_nothing_else(tmp_path_factory, text, setting):
+def test_any_text_is_loaded_or_refused(tmp_path_factory, text, setting):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     load_or_refuse(path, text.encode("utf-8", "surrogatepass"), [setting])
 
@@ -118,7 +118,7 @@ YAMLISH = st.text(alphabet="abc:-[]{}&*!|>'\"%@`#,?~ \n\t\\0123.eE_<=xuU", max_s
 
 @settings(max_examples=600, deadline=None)
 @given(raw=st.binary(max_size=200) | YAMLISH.map(str.encode))
-def test_free_bytes_and_yaml_signs_are_loaded_or_refused_and_nothing_else(tmp_path_factory, raw):
+def test_any_bytes_and_yaml_syntax_are_loaded_or_refused(tmp_path_factory, raw):
     load_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.yaml", raw, [])
 
 
@@ -132,5 +132,5 @@ VALUES = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(value=VALUES)
-def test_a_value_that_is_written_is_read_as_the_same(value):
+def test_written_values_are_read_back_unchanged(value):
     assert repr(parse_yaml(scalar(value), "value", Path()).plain()) == repr(value)

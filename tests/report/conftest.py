@@ -1,4 +1,4 @@
-"""A report as a finished run makes it (report.json), that of a classifier (headed.json), and suites (suites.json)."""
+"""Reports of a finished run (report.json), of a classifier (headed.json), and with suites (suites.json)."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def evaluation(report: Report) -> Evaluation:
 
 @pytest.fixture
 def measured() -> Evaluation:
-    """An evaluation with slices, flips, a suite and rows that overlap with training."""
+    """Return an evaluation with slices, flips, a suite and rows that overlap with training."""
     found: Evaluation = TypeAdapter(Evaluation).validate_python(load("report")["evaluation"] | load("suites"))
     return found
 

@@ -1,4 +1,4 @@
-"""The report in a browser: plots drawn, nothing asked of the network, readable on a phone, in light and in dark."""
+"""Test the report in a browser: plots, no network requests, readable on a phone, in light and dark mode."""
 
 import re
 from collections.abc import Iterator
@@ -30,14 +30,14 @@ def written(report: dict[str, Any], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shown(chromium: Page, written: Path) -> Page:
-    """The report in the browser, on a wide and light screen."""
+    """Open the report in the browser, on a wide screen in light mode."""
     chromium.resize(1000, 900)
     chromium.open(written.as_uri())
     return chromium
 
 
 def visit(page: Page, name: str) -> Any:
-    """Return what a script in `visitors` finds in the page."""
+    """Return the result of running a script of `visitors` in the page."""
     script = (Path(__file__).parent / "visitors" / f"{name}.js").read_text("utf-8")
     return page.run(f"(() => {{ {script} }})()")
 
@@ -70,7 +70,7 @@ def test_no_request_leaves_the_page_even_if_one_is_smuggled_in(shown: Page, writ
         assert arrived == ["/image"], "without the page's policy it would arrive"
 
 
-def test_nothing_stands_out_of_a_phone(shown: Page) -> None:
+def test_nothing_overflows_on_a_phone(shown: Page) -> None:
     shown.resize(PHONE_WIDTH, 900)
     width, needed, out = visit(shown, "phone")
     assert width == PHONE_WIDTH

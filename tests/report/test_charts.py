@@ -31,21 +31,21 @@ def test_curves_of_any_numbers_are_well_formed(points):
         assert "inf" not in picture
 
 
-def test_a_chart_without_anything_to_draw_is_left_out():
+def test_a_chart_without_data_is_omitted():
     assert draw_curves([Curve("loss", [(1, math.nan)])], label="x") == ""
     assert draw_histogram([0, 1], [0], label="x") == ""
     assert draw_interval(0.1, math.nan, 0.2, better=1, label="x") == ""
 
 
 @pytest.mark.parametrize(("better", "tone"), [(1, "better"), (-1, "worse")])
-def test_an_interval_above_zero_is_right_of_it_only_where_more_is_better(better, tone):
+def test_an_interval_above_zero_is_drawn_on_the_right_only_if_more_is_better(better, tone):
     root = ElementTree.fromstring(draw_interval(0.2, 0.1, 0.3, better=better, label="x"))
     dot, zero = root.find("circle"), root.findall("line")[1]
     assert dot.get("class") == f"dot {tone}"
     assert (float(dot.get("cx")) > float(zero.get("x1"))) is (better == 1)
 
 
-def test_a_histogram_has_a_bar_a_count_as_high_as_it_is():
+def test_a_histogram_has_a_bar_per_count_with_its_height():
     root = ElementTree.fromstring(draw_histogram([0, 10, 20, 30], [5, 10, 0], label="x"))
     heights = [float(bar.get("height")) for bar in root.findall("rect")]
     assert heights[0] == pytest.approx(heights[1] / 2, rel=0.01)

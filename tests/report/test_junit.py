@@ -1,4 +1,4 @@
-"""Gates as JUnit XML, read back by a parser that is not ours."""
+"""Test gates as JUnit XML, read back by an independent parser."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ def read(report):
     return xml, suite
 
 
-def test_each_gate_is_a_test_case_and_one_that_failed_says_what_was_wanted(report):
+def test_each_gate_is_a_test_case_and_a_failed_gate_names_the_wanted_value(report):
     xml, suite = read(report)
     assert (xml.tests, xml.failures, xml.errors) == (suite.tests, suite.failures, suite.errors) == (2, 1, 0)
     assert suite.name == "llmtune.support-tickets"
@@ -32,7 +32,7 @@ def test_each_gate_is_a_test_case_and_one_that_failed_says_what_was_wanted(repor
     assert named(failed) == {"wanted": "exact_match >= 0.9", "got": "0.8"}
 
 
-def test_a_gate_that_cannot_tell_is_skipped_and_says_why(report):
+def test_an_inconclusive_gate_is_skipped_with_a_reason(report):
     gate = replace(report.gates[1], passed=None, note="inconclusive: 8 rows are too few")
     _, suite = read(replace(report, gates=(report.gates[0], gate)))
     assert (suite.tests, suite.failures, suite.skipped) == (2, 0, 1)
@@ -62,7 +62,7 @@ def test_a_run_without_gates_is_a_suite_without_cases(report):
     assert (xml.tests, list(suite)) == (0, [])
 
 
-def test_signs_that_xml_does_not_know_or_gives_a_meaning_come_through(report):
+def test_special_and_invalid_xml_characters_are_handled(report):
     gate = replace(report.gates[1], name='a<b & \x00\ufffe "c" > base', got="]]>")
     (failed,) = list(read(replace(report, gates=(gate,)))[1])
     assert failed.name == 'a<b & \ufffd\ufffd "c" > base'

@@ -1,4 +1,4 @@
-"""Every metric that a recipe may name is explained and has a direction."""
+"""Test that every metric of a recipe has an explanation and a direction."""
 
 import pytest
 
@@ -20,7 +20,7 @@ HIGHER = {
     *("choice_accuracy", "likelihood_accuracy", "tool_call_valid", "tool_name", "tool_arguments"),
     *("tool_arguments_f1", "no_call"),
 }
-"""Said once more, so that a new metric has to be put on one side by a person."""
+"""Repeated here on purpose: a person has to decide the direction of each new metric."""
 
 
 @pytest.mark.parametrize(("task", "metric"), EVERY)
@@ -30,7 +30,7 @@ def test_every_metric_of_every_task_has_a_note_and_a_direction(task, metric):
     assert better_side(metric) == (metric in HIGHER) - (metric in LOWER_IS_BETTER)
 
 
-def test_no_metric_is_explained_that_no_task_has():
+def test_every_explained_metric_belongs_to_a_task():
     known = {metric for _, metric in EVERY}
     assert set(METRIC_NOTES) == known
     assert all((task, metric) in EVERY for task, facts in TASK_FACTS.items() for metric in facts.metric_notes)

@@ -73,7 +73,7 @@ def test_text_stays_text_in_a_page_in_markdown_and_on_the_terminal():
     assert "[red]" in written.file.getvalue()
 
 
-def test_a_page_asks_nothing_of_the_network_and_has_a_script_only_where_it_brings_one():
+def test_a_page_loads_nothing_from_the_network_and_has_only_its_own_script():
     text = to_html(page_of("words"))
     for tag, attributes in ParsedPage(text).tags:
         assert tag not in {"script", "iframe", "object", "embed", "base", "form", "img", "video", "audio"}
@@ -88,7 +88,7 @@ def test_a_page_asks_nothing_of_the_network_and_has_a_script_only_where_it_bring
 
 
 @pytest.mark.parametrize("render", [to_html, to_markdown])
-def test_the_row_of_a_difference_says_base_tuned_difference_interval_p_and_rows(render):
+def test_a_difference_row_has_base_tuned_difference_interval_p_and_rows(render):
     text = render(Page("p", [Section("Scores", [difference_table([GAIN, COST, FEW, ALONE], base="baseline")])]))
     flat = " ".join(re.sub(r"<[^>]+>|\|", " ", text.replace("\\", "")).split())
     assert "exact_match" in flat
@@ -115,7 +115,7 @@ def test_a_cell_of_a_heatmap_is_tinted_by_its_size_and_coloured_by_its_sign():
     ]
 
 
-def test_markdown_shows_the_first_rows_of_a_long_table_and_nothing_that_is_folded_away():
+def test_markdown_shows_the_first_rows_of_a_long_table_and_nothing_collapsed():
     rows = [[str(number)] for number in range(40)]
     text = to_markdown(Page("p", [Section("A", [Table(["n"], rows), Details("more", [Text("hidden")])])]))
     assert "10 more on the page." in text
@@ -138,7 +138,7 @@ def test_a_code_span_holds_any_text_in_one_table_cell(text):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_long_work_shows_how_far_it_is_on_a_terminal_and_nothing_elsewhere(terminal: bool) -> None:
+def test_long_work_shows_progress_only_on_a_terminal(terminal: bool) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=80)
     with spinner(console, "merging"):

@@ -26,7 +26,7 @@ def write(report, folder):
     return {name: (folder / name).read_text() for name in ("report.html", "report.md", "report.json", "junit.xml")}
 
 
-def test_the_page_says_the_verdict_first_and_has_every_section(report, tmp_path):
+def test_the_page_starts_with_the_verdict_and_has_every_section(report, tmp_path):
     page = ParsedPage(write(report, tmp_path)["report.html"])
     sections = "verdict gates scores samples inside training data model adapter steps method recipe"
     assert page.ids == sections.split()
@@ -39,12 +39,12 @@ def test_the_page_says_the_verdict_first_and_has_every_section(report, tmp_path)
     assert "/home/ada" not in page.text
 
 
-def test_the_example_marks_what_is_learned(report, tmp_path):
+def test_the_example_marks_learned_tokens(report, tmp_path):
     text = write(report, tmp_path)["report.html"]
     assert "Late parcel&lt;|im_end|&gt;\n<mark>delivery&lt;|im_end|&gt;</mark>" in text
 
 
-def test_the_keys_of_the_json_stay_what_programs_read(report, tmp_path):
+def test_the_json_keys_are_stable(report, tmp_path):
     saved = json.loads(write(report, tmp_path)["report.json"])
     assert list(saved) == [
         *("llmtune", "name", "task", "recipe", "recipe_yaml", "fingerprint", "hardware", "steps", "data", "model"),
@@ -73,7 +73,7 @@ def test_the_keys_of_the_json_stay_what_programs_read(report, tmp_path):
     assert saved["verdict"] == {"word": "better", "reason": report.verdict.reason}
 
 
-def test_numbers_that_json_cannot_hold_become_null_and_a_dash(report, tmp_path):
+def test_numbers_not_allowed_in_json_become_null_and_a_dash(report, tmp_path):
     unknown = Difference(math.nan, math.nan, math.inf, math.nan, 148)
     evaluation = replace(
         report.evaluation,
@@ -91,7 +91,7 @@ def test_numbers_that_json_cannot_hold_become_null_and_a_dash(report, tmp_path):
 
 
 @pytest.mark.parametrize("reached", range(len(SECTIONS)))
-def test_a_run_that_stopped_on_the_way_has_a_report_of_what_it_reached(report, tmp_path, reached):
+def test_a_stopped_run_has_a_report_of_its_finished_steps(report, tmp_path, reached):
     report = replace(report, **dict.fromkeys(SECTIONS[reached:]), gates=report.gates if reached > 4 else ())
     texts = write(replace(report, verdict=verdict(report.evaluation)), tmp_path)
     page = ParsedPage(texts["report.html"])
@@ -137,7 +137,7 @@ def run(report, tmp_path):
     return build
 
 
-def test_pages_are_linked_in_an_order_that_does_not_depend_on_the_disk(run):
+def test_pages_are_linked_in_a_fixed_order(run):
     folder = run("positions.html", "zebra.html", "generation-why.html", "attention.html", "attention.png", ".new.html")
     assert find_explanations(folder) == ["attention", "generation-why", "positions", "zebra"]
     assert link_explanations(folder)
@@ -162,7 +162,7 @@ def test_linking_changes_nothing_else_and_can_be_done_again(run, report):
     assert LINKS.findall((folder / "report.html").read_text()) == []
 
 
-def test_a_trained_run_without_pages_says_what_to_type(run, report):
+def test_a_trained_run_without_pages_shows_the_command(run, report):
     text = (run() / "report.html").read_text()
     assert "llmtune explain generation RUN --prompt TEXT" in text
     assert 'href="#inside"' in text
@@ -170,7 +170,7 @@ def test_a_trained_run_without_pages_says_what_to_type(run, report):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", b"\xff\xfe"])
-def test_without_a_report_that_can_be_read_nothing_is_written(tmp_path, content):
+def test_without_a_readable_report_nothing_is_written(tmp_path, content):
     if content is not None:
         data = content if isinstance(content, bytes) else content.encode()
         (tmp_path / "report.json").write_bytes(data)

@@ -23,14 +23,14 @@ def test_classes_are_counted_by_split_and_those_without_training_rows_are_marked
     ("counts", "words"),
     [((900, 300), "the largest has 3 times the rows of the smallest"), ((100, 101), "balanced")],
 )
-def test_imbalance_is_said_in_words(counts, words):
+def test_imbalance_is_described_in_words(counts, words):
     classes = {f"c{i}": {"train": number} for i, number in enumerate(counts)}
     assert class_counts(classes, "rows").title == f"Classes: {words}"
 
 
-def test_no_share_of_tokens_is_given_where_no_tokens_are_guessed(report, headed):
+def test_tasks_without_token_prediction_show_no_share_of_tokens(report, headed):
     assert "It learns 3.5 % of all tokens." in to_html(make_report_page(report))
-    assert "tokens are learned" not in to_html(make_report_page(headed))
+    assert "of all tokens" not in to_html(make_report_page(headed))
     table = data_section(headed.data, "classify").blocks[0].left[0]
     assert [column.heading for column in table.heads] == ["split", "rows", "tokens", "predictions"]
 
@@ -43,7 +43,7 @@ def test_the_summary_has_data_training_and_adapter_in_short(report):
     assert "sha256" not in text
 
 
-def test_candidates_are_ranked_with_the_reason_of_those_left_out(report):
+def test_candidates_are_ranked_and_skipped_ones_have_a_reason(report):
     best = {"name": "a", "bits_per_byte": 1.25, "lower_bound": 2_000_000, "reason": None}
     other = {"name": "b", "bits_per_byte": None, "lower_bound": None, "reason": "does not fit"}
     page = to_html(make_report_page(replace(report, model={**report.model, "ranking": {"candidates": [best, other]}})))

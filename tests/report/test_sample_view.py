@@ -43,7 +43,7 @@ def test_labels_are_right_in_any_order():
     assert rights(shown("classify", prompt="x", reference="b, a", base="a", tuned="a, b")) == [False, True]
 
 
-def test_what_is_judged_and_not_written_is_never_marked_right():
+def test_ratings_are_never_marked_right():
     found = shown("preference", prompt="Hi", reference="chosen 1", base="chosen 1", tuned="chosen 1, rejected 0")
     assert rights(found) == [False, False]
     assert found.reference_name == "chosen answer"
@@ -57,7 +57,7 @@ def test_a_baseline_is_not_called_the_base_model(baseline, name):
     assert found.prompt_name == "recording"
 
 
-def test_a_long_context_is_cut_and_says_by_how_much():
+def test_a_long_context_is_truncated_with_the_number_of_characters():
     text = "who?\n" + "x" * 10_000 + " the end"
     found = shown("qa", prompt=text, reference="x", tuned="x").prompt
     assert len(found) < LONGEST_SHOWN

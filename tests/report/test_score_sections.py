@@ -1,4 +1,4 @@
-"""What was measured, as page, as Markdown and on the terminal."""
+"""Test scores as HTML page, as Markdown and on the terminal."""
 
 import io
 from dataclasses import replace
@@ -24,7 +24,7 @@ from llmtune.report.verdict import describe_spread
 
 
 def shown(evaluation: Evaluation, task: str = "chat") -> tuple[str, str, str]:
-    """The sections as page, as Markdown and as a terminal shows them."""
+    """Return the sections as HTML page, as Markdown and as terminal output."""
     sections = score_sections(evaluation, task)
     console = Console(file=io.StringIO(), width=130)
     print_sections(sections, console)
@@ -44,7 +44,7 @@ def test_a_trivial_baseline_is_never_called_the_base_model(headed, evaluation):
     assert "baseline" not in "".join(others)
 
 
-def test_a_metric_of_the_tuned_model_alone_stands_with_dashes(headed):
+def test_a_metric_of_the_tuned_model_only_has_dashes(headed):
     page, text, terminal = shown(headed.evaluation, "classify")
     assert "| `loss` | – | 0.5200 | – | – | – | – |" in text
     assert "A dash: measured for the tuned model only" in page
@@ -82,7 +82,7 @@ def test_a_slice_is_coloured_by_its_own_interval_and_few_rows_say_so(measured):
     assert "too few rows" in terminal
 
 
-def test_flips_are_counted_each_way_with_some_of_them_to_read(measured):
+def test_flips_are_counted_each_way_with_examples(measured):
     page, text, _ = shown(measured)
     assert "| `choice_accuracy` | ✅ 50 | ❌ 1 | 148 |" in text
     assert text.index("| `choice_accuracy` | ✅ 50") < text.index("| `exact_match` | 0 | 0 |")
@@ -99,7 +99,7 @@ def test_a_suite_is_shown_by_the_names_that_gates_use_with_its_better_side(measu
     assert "forgetting.accuracy" in terminal
 
 
-def test_test_rows_that_overlap_are_counted_and_scored_apart(measured):
+def test_overlapping_test_rows_are_counted_and_scored_separately(measured):
     page, text, terminal = shown(measured)
     for shown_text in (page, text, " ".join(terminal.split())):
         assert "12 of 148 test rows (8.1 %) overlap with a training row" in shown_text
@@ -135,7 +135,7 @@ def test_without_any_overlap_one_sentence_says_so(measured):
     assert "1 other row was dropped" in overlap_sentence(one)
 
 
-def test_what_was_not_measured_has_no_section(evaluation):
+def test_unmeasured_results_have_no_section(evaluation):
     page, text, _ = shown(replace(evaluation, samples=()))
     for anchor in ("seeds", "classes", "slices", "overlap", "flips", "samples"):
         assert f'id="{anchor}"' not in page

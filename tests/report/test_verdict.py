@@ -56,26 +56,26 @@ def judge(n=100, baseline=None, **intervals):
         ({"exact_match": UNKNOWN}, "inconclusive", "exact match", "unsure"),
     ],
 )
-def test_the_verdict_follows_the_intervals_and_what_is_shown_first_bears_it_out(intervals, word, shown, tone):
+def test_the_verdict_follows_the_intervals_and_the_headline_supports_it(intervals, word, shown, tone):
     changes = differences(**intervals)
     assert judge_changes(**changes).word == word
     row = headline(Evaluation({}, {}, changes, (), 100), word)
     assert (row.name, row.tone) == (shown, tone)
 
 
-def test_a_gain_on_too_few_rows_is_not_what_the_verdict_stands_on():
+def test_a_gain_on_too_few_rows_does_not_decide_the_verdict():
     changes = {"exact_match": Difference(0.2, *BETTER, 0.1, 4), "loss": Difference(-0.2, *LESS, 0.01, 50)}
     assert headline(Evaluation({}, {}, changes, (), 50), "better").name == "loss"
     assert headline(Evaluation({}, {}, {}, (), 50), "inconclusive") is None
 
 
-def test_a_gain_that_choices_do_not_share_may_be_format_alone():
+def test_a_gain_without_choice_accuracy_may_be_format_only():
     found = judge(exact_match=BETTER, loss=LESS, choice_accuracy=OPEN)
     assert found.word == "inconclusive"
     assert "format" in found.reason
 
 
-def test_too_few_rows_tell_nothing():
+def test_too_few_rows_are_inconclusive():
     found = judge(n=9, exact_match=BETTER)
     assert found.word == "inconclusive"
     assert "9 held-out rows" in found.reason
@@ -85,7 +85,7 @@ def test_one_finding_in_three_units_is_named_once():
     assert judge(loss=LESS, bits_per_byte=LESS, perplexity=LESS).reason.startswith("Better in loss. No")
 
 
-def test_a_cost_is_told_and_decides_nothing():
+def test_a_cost_is_mentioned_but_decides_nothing():
     found = judge(kl=MORE, accuracy=BETTER)
     assert found.reason.endswith("The cost: the tuned model is farther from the base model (kl).")
     assert "kl" not in judge(kl=OPEN, accuracy=BETTER).reason
@@ -103,7 +103,7 @@ def test_a_cost_is_told_and_decides_nothing():
         ({"accuracy": OPEN}, "No metric shows a clear difference from the most frequent class."),
     ],
 )
-def test_the_sentence_names_what_stands_for_the_base_model(intervals, start):
+def test_the_reason_names_the_baseline(intervals, start):
     assert judge(baseline="the most frequent class", **intervals).reason.startswith(start)
 
 
@@ -113,20 +113,20 @@ def test_wrong_words_and_wrong_characters_are_one_finding():
 
 
 @pytest.mark.parametrize(("micro", "named"), [(0.25, "accuracy"), (0.31, "accuracy and f1 micro")])
-def test_micro_f1_is_named_beside_accuracy_only_where_it_is_another_number(micro, named):
+def test_micro_f1_is_named_with_accuracy_only_if_they_differ(micro, named):
     values = {"accuracy": 0.25, "f1_micro": micro}
     changes = {metric: Difference(value, *BETTER, 0.001, 50) for metric, value in values.items()}
     assert judge_changes(**changes).reason.startswith(f"Better in {named}. No")
 
 
-def test_scores_of_the_tuned_model_alone_tell_nothing():
+def test_scores_of_only_the_tuned_model_are_inconclusive():
     found = verdict(Evaluation({}, {"loss": 1.0}, {}, (), 100))
     assert found.word == "inconclusive"
     assert "nothing can be compared" in found.reason
 
 
 @pytest.mark.parametrize("evaluation", [None, Evaluation({}, {}, {}, (), 0)])
-def test_without_an_evaluation_one_cannot_tell(evaluation):
+def test_without_an_evaluation_the_verdict_is_inconclusive(evaluation):
     assert verdict(evaluation).word == "inconclusive"
 
 
@@ -154,8 +154,8 @@ def test_one_number_in_three_units_counts_as_one_comparison():
     assert judge_changes(**units, wer=units["loss"]).word == "inconclusive"
 
 
-def test_without_any_change_seldom_a_verdict_though_eight_metrics_are_looked_at():
-    """Under no change p is uniform; the interval agrees with it at 5 %."""
+def test_without_any_change_eight_metrics_rarely_give_a_verdict():
+    """Without any change p is uniform; the interval agrees with p at 5 %."""
     names = ["exact_match", "rouge1", "rouge2", "rougeL", "chrf", "bleu", "f1", "accuracy"]
     draws = np.random.default_rng(3).random((2000, len(names)))
 
@@ -172,7 +172,7 @@ def test_without_any_change_seldom_a_verdict_though_eight_metrics_are_looked_at(
 GAIN = {"rougeL": Difference(0.1, 0.05, 0.15, 0.001, 100)}
 
 
-def test_a_gain_to_answers_that_are_still_nonsense_is_no_help_yet():
+def test_a_gain_is_inconclusive_if_answers_are_still_nonsense():
     scores = {"rougeL": 0.139, "exact_match": 0.0, "loss": 1.2}
     found = verdict(Evaluation({"rougeL": 0.039}, scores, GAIN, (), 100))
     assert found.word == "inconclusive"
@@ -193,7 +193,7 @@ def test_the_title_of_a_gain_that_may_be_memory_does_not_call_it_too_small(repor
     assert verdict_card(doubted).title == "No clear difference from the base model"
 
 
-def test_a_gain_of_little_is_called_small():
+def test_a_small_gain_is_called_small():
     change = {"accuracy": Difference(0.005, 0.002, 0.008, 0.001, 5000)}
     found = verdict(Evaluation({"accuracy": 0.8}, {"accuracy": 0.805}, change, (), 5000))
     assert (found.word, "The gain is small: 0.6%" in found.reason) == ("better", True)
@@ -211,7 +211,7 @@ def test_a_gain_of_little_is_called_small():
         ([5.0, 0.5, 0.1, 0.04], [0.0004, 0.0003], False),
     ],
 )
-def test_a_loss_that_fell_to_the_end_is_said(losses, validations, falling):
+def test_a_loss_still_falling_at_the_end_is_mentioned(losses, validations, falling):
     curve = [{"loss": loss} for loss in losses] + [{"validation_loss": loss} for loss in validations]
     assert still_falling(curve) is falling
     evaluation = Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), 100)
@@ -225,7 +225,7 @@ def scored(loss: float, match: float, **others: float) -> Evaluation:
 
 
 def challenged(*outcomes: bool | None, gates: tuple[str, ...], notes: str = "", **ends: tuple[float, float]) -> Verdict:
-    """The verdict of a tuned model that is better than its base and has a champion, from which it differs by `ends`."""
+    """Return the verdict of a tuned model that beats its base and differs from its champion by `ends`."""
     change = {name: Difference(sum(pair) / 2, *pair, 0.5 if pair == OPEN else 0.001, 48) for name, pair in ends.items()}
     champion = Champion("runs/best", {}, change, {}, rows=48)
     results = [GateResult(gate, "", "", passed, notes) for gate, passed in zip(gates, outcomes, strict=True)]
@@ -258,7 +258,7 @@ def test_with_a_champion_the_verdict_is_about_the_champion_and_agrees_with_the_g
     assert found.reason.endswith("Compared on 48 test rows.")
 
 
-def test_a_gate_that_was_not_shown_to_pass_is_never_followed_by_a_good_word():
+def test_a_gate_that_did_not_pass_prevents_a_good_verdict():
     counted = challenged(True, gates=MARGIN, notes="inconclusive: too few rows", accuracy=OPEN)
     assert counted.word == "inconclusive", "when_unsure: pass"
     scores = challenged(True, False, gates=(*MARGIN, "loss <= champion"), accuracy=BETTER)
@@ -278,7 +278,7 @@ def test_a_metric_with_a_gate_on_its_interval_needs_no_correction_for_the_others
     assert verdict(moved, gates=[gate]).reason.startswith("Better in exact match.")
 
 
-def test_a_metric_that_a_guesser_would_win_too_does_not_count():
+def test_a_metric_that_guessing_improves_too_does_not_count():
     change = differences(f1_macro=BETTER, accuracy=OPEN)
     evaluation = Evaluation({}, {}, change, (), 100, baseline="the most frequent class")
     assert verdict(evaluation).word == "better"
@@ -289,7 +289,7 @@ def test_a_metric_that_a_guesser_would_win_too_does_not_count():
     )
 
 
-def test_mean_deviation_and_ends_are_those_of_the_scores() -> None:
+def test_mean_deviation_and_range_match_the_scores() -> None:
     scores = [0.3, 0.5, 0.1]
     found = spread("exact_match", scores, 0.05)
     assert found.mean == pytest.approx(sum(scores) / 3)
@@ -311,14 +311,14 @@ def test_mean_deviation_and_ends_are_those_of_the_scores() -> None:
         ("loss", [1.0], 3.0, None, None),
     ],
 )
-def test_a_gain_is_held_against_the_spread_where_both_are_there(
+def test_a_gain_is_compared_with_the_spread_if_both_exist(
     metric: str, scores: list[float], base: float | None, larger: bool | None, better: bool | None
 ) -> None:
     found = spread(metric, scores, base)
     assert (found.larger, found.better) == (larger, better)
 
 
-def test_the_report_has_each_seed_and_what_is_missing() -> None:
+def test_the_report_has_each_seed_and_the_missing_seeds() -> None:
     found = describe_spread({7: scored(1.0, 0.5, rougeL=0.2), 8: scored(1.2, 0.6), 9: scored(0.9, 0.55)}, [10])
     assert [run.seed for run in found.runs] == [7, 8, 9]
     assert found.runs[1].tuned == {"loss": 1.2, "exact_match": 0.6}
@@ -353,11 +353,11 @@ def judged(**metrics: tuple[bool | None, bool]) -> dict[str, Spread]:
         ),
     ],
 )
-def test_one_sentence_says_whether_the_gain_is_larger_than_the_spread(metrics: dict[str, Spread], told: str) -> None:
+def test_a_sentence_compares_the_gain_with_the_spread(metrics: dict[str, Spread], told: str) -> None:
     assert describe_gain(metrics, 3, []) == told
 
 
-def test_the_verdict_mentions_a_gain_that_is_within_the_spread_and_no_other() -> None:
+def test_the_verdict_mentions_only_gains_within_the_spread() -> None:
     runs = [SeedRun(seed, {}, {}) for seed in (1, 2, 3)]
     within, beyond = (Seeds(runs, (), judged(exact_match=(larger, True)), "") for larger in (False, True))
     found = verdict(scored(1.0, 0.5), within)

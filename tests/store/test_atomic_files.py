@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Test atomic writes, locks and hashes."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_two_processes_do_not_stage_one_folder(tmp_path: Path) -> None:
     assert not list(target.iterdir())
 
 
-def test_what_json_cannot_hold_becomes_null_or_text_and_a_torn_file_reads_as_missing(tmp_path: Path) -> None:
+def test_values_not_allowed_in_json_become_null_or_text_and_a_damaged_file_reads_as_missing(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(
         path, {"loss": float("nan"), "path": Path("a"), "pair": (1.5, float("inf")), "rest": [1, "x", None, True]}

@@ -1,4 +1,4 @@
-"""The first difference of two runs, stage by stage."""
+"""Test the first difference of two runs, stage by stage."""
 
 import json
 import math
@@ -19,7 +19,7 @@ LINES = [{"step": 1, "loss": 2.0, "tokens_per_second": 1.0}, {"step": 10, "loss"
 
 
 def make_run(folder: Path, weights: dict[str, torch.Tensor] = WEIGHTS, place: str = "/here", **changes: Any) -> Path:
-    """Write the files of a run that are compared."""
+    """Write the compared files of a run."""
     for name in ("adapter", "evaluation", "data/rows"):
         (folder / name).mkdir(parents=True)
     save_file(weights, str(folder / "adapter/adapter_model.safetensors"))
@@ -39,7 +39,7 @@ def differences(tmp_path: Path, **changes: Any) -> list[FirstDifference]:
     return find_differences(make_run(tmp_path / "was"), make_run(tmp_path / "now", **changes), "adapter")
 
 
-def test_equal_runs_at_different_places_and_speeds_do_not_differ(tmp_path: Path) -> None:
+def test_equal_runs_in_different_folders_and_at_different_speeds_do_not_differ(tmp_path: Path) -> None:
     slower = [line | {"tokens_per_second": 0.5} for line in LINES]
     assert differences(tmp_path, place="/there", lines=slower) == []
 
@@ -53,7 +53,7 @@ def test_the_first_weight_that_differs_is_named_whatever_its_format(tmp_path: Pa
         assert (found.where, found.was, found.now) == (f"{name}[{row}, {column}]", was, now)
 
 
-def test_a_weight_of_another_shape_or_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_weight_that_is_missing_or_has_another_shape_is_named(tmp_path: Path) -> None:
     (found,) = differences(tmp_path, weights=WEIGHTS | {"b.lora_A.weight": torch.zeros(3, 3)})
     assert (found.where, found.was, found.now) == ("b.lora_A.weight", "F32 [2, 3]", "F32 [3, 3]")
     fewer = make_run(tmp_path / "fewer", weights={"empty": WEIGHTS["empty"]})
@@ -61,21 +61,21 @@ def test_a_weight_of_another_shape_or_that_is_missing_is_named(tmp_path: Path) -
     assert (found.where, found.now) == ("a.lora_B.weight", None)
 
 
-def test_weights_that_are_damaged_differ_as_a_file(tmp_path: Path) -> None:
+def test_damaged_weights_differ_as_a_file(tmp_path: Path) -> None:
     was = make_run(tmp_path / "was")
     (was / "adapter/adapter_model.safetensors").write_bytes(b"[]")
     (found,) = find_differences(was, make_run(tmp_path / "now"), "adapter")
     assert found.where == "adapter_model.safetensors"
 
 
-def test_the_first_loss_that_differs_is_named_with_the_steps_that_it_stands_for(tmp_path: Path) -> None:
+def test_the_first_different_loss_is_named_with_its_steps(tmp_path: Path) -> None:
     (found,) = differences(tmp_path, lines=[LINES[0], LINES[1] | {"loss": 1.25}])
     assert str(found) == "training: loss of steps 2 to 10: was 1.5, is 1.25"
     (found,) = find_differences(tmp_path / "was", make_run(tmp_path / "short", lines=LINES[:1]), "adapter")
     assert "missing" in str(found)
 
 
-def test_stages_come_in_the_order_in_which_they_came_about(tmp_path: Path) -> None:
+def test_stages_are_in_the_order_of_the_run(tmp_path: Path) -> None:
     found = differences(tmp_path, rows="bb", lines=[LINES[0] | {"loss": 3.0}], answer="blue", score=0.5)
     assert [one.stage for one in found] == ["rows", "training", "prediction", "score"]
     assert found[2].where == "tuned of row 1 (/here/rows.jsonl:3)"

@@ -1,4 +1,4 @@
-"""What is set before torch is imported does what it is set for."""
+"""Test the effect of the settings made before importing torch."""
 
 import os
 import subprocess

@@ -10,13 +10,13 @@ SECOND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR"
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What started this process, in the place of the test's own environment."""
+    """Replace the test's environment with that of a launcher."""
     known: dict[str, str] = {}
     monkeypatch.setattr(processes.os, "environ", known)
     return known
 
 
-def test_a_command_that_was_started_by_itself_is_one_process(environment):
+def test_a_command_without_a_launcher_is_one_process(environment):
     assert (processes.rank(), processes.world_size(), processes.layout()) == (0, 1, ALONE)
     assert processes.once(lambda: [1, None]) == [1, None]
     environment |= SECOND
@@ -34,7 +34,7 @@ def test_a_command_that_was_started_by_itself_is_one_process(environment):
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed"),
     ],
 )
-def test_accelerate_states_the_strategy_and_nothing_else(stated, strategy, environment):
+def test_accelerate_decides_only_the_strategy(stated, strategy, environment):
     environment |= stated
     processes.start()
     assert processes.strategy() == strategy
@@ -49,12 +49,12 @@ def test_accelerate_states_the_strategy_and_nothing_else(stated, strategy, envir
         GateFailed(Problem("gate failed", "loss <= 1"), Problem("another")),
     ],
 )
-def test_an_error_comes_out_of_json_as_it_was(error: LlmtuneError):
+def test_an_error_survives_a_json_round_trip(error: LlmtuneError):
     found = processes.rebuild_error(processes.describe_error(error))
     assert (type(found), found.problems, found.exit_code) == (type(error), error.problems, error.exit_code)
 
 
-def test_a_budget_that_one_process_alone_found_is_there_at_the_next_start(tmp_path, environment):
+def test_a_budget_found_by_one_process_is_kept_for_the_next_start(tmp_path, environment):
     folder = RunFolder(tmp_path, Manifest(fingerprint="a", steps={}, findings={"micro_batch_tokens": 512}))
     folder.write()
     written = (tmp_path / MANIFEST).read_bytes()

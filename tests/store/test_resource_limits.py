@@ -1,4 +1,4 @@
-"""What strangers' code may take, and no more."""
+"""Test the limits of untrusted code."""
 
 import time
 
@@ -24,6 +24,6 @@ def work() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_limit_holds_though_python_ignores_an_error_in_a_destructor() -> None:
+def test_a_limit_holds_even_if_python_ignores_an_error_in_a_destructor() -> None:
     with pytest.raises(LimitExceeded, match=r"more than 0\.1 s"), limited(0.1):
         work()

@@ -1,4 +1,4 @@
-"""The run folder: refusals, the step cache, the lock against a second process, folders of an older version."""
+"""Test the run folder: refusals, the step cache, the lock against a second process, folders of an older version."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ FACTS = {"rows_in": 1, "kept": {"train": 1}, "dropped": {}}
 
 
 def prepare(run: RunFolder, inputs: str = "inputs") -> bool:
-    """Run a step that writes a file; returns whether it was skipped."""
+    """Run a step that writes a file; return whether it was skipped."""
     with run.step("prepare", inputs, ["data"]) as step:
         if not step.skipped:
             (run.path / "data").mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def test_a_step_that_failed_runs_again(tmp_path: Path) -> None:
         ("new", {"resume": True}, "nothing to resume"),
     ],
 )
-def test_a_folder_that_is_not_this_run_is_refused_and_left_alone(
+def test_another_run_or_folder_is_refused_and_left_unchanged(
     tmp_path: Path, name: str, options: dict[str, bool], words: str
 ) -> None:
     with open_run(tmp_path / "of-another-recipe", "bbbbbbbb00") as run:
@@ -68,7 +68,7 @@ def test_a_folder_that_is_not_this_run_is_refused_and_left_alone(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_fresh_forgets_what_was_there(tmp_path: Path) -> None:
+def test_fresh_removes_the_old_run(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", "aa") as run:
         prepare(run)
     with open_run(tmp_path / "run", "aa", fresh=True) as run:
@@ -76,7 +76,7 @@ def test_fresh_forgets_what_was_there(tmp_path: Path) -> None:
         assert not run.is_valid("prepare", "inputs")
 
 
-def test_a_folder_where_another_recipe_has_made_nothing_yet_or_that_is_started_over_is_taken(tmp_path: Path) -> None:
+def test_a_folder_without_finished_steps_or_with_fresh_is_accepted(tmp_path: Path) -> None:
     with (
         open_run(tmp_path / "run", "aa") as run,
         pytest.raises(ValueError, match="no disk"),
@@ -91,7 +91,7 @@ def test_a_folder_where_another_recipe_has_made_nothing_yet_or_that_is_started_o
     assert read_run(tmp_path / "run").manifest["fingerprint"] == "cc"
 
 
-def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
     run = f"pathlib.Path({str(tmp_path / 'run')!r})"
     code = f"import pathlib\nfrom llmtune.store.run_folder import open_run\nwith open_run({run}, 'aa'): pass"
     with open_run(tmp_path / "run", "aa"):
@@ -100,7 +100,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("manifest", "words"), [(None, "not a run folder"), ('{"steps": ', "not a run folder")])
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path, manifest: str | None, words: str) -> None:
+def test_a_folder_that_is_not_a_run_is_named(tmp_path: Path, manifest: str | None, words: str) -> None:
     if manifest:
         (tmp_path / "run.json").write_text(manifest)
     with pytest.raises(RecipeError, match=words):

@@ -17,7 +17,7 @@ from llmtune.store.verification import Verification, verify_run
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A folder with rows, recipe, model and a finished run."""
+    """Return a folder with rows, recipe, model and a finished run."""
     place = tmp_path_factory.mktemp("made") / "project"
     place.mkdir()
     shutil.copytree(tiny_llama, place / "model")
@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 @pytest.fixture
 def project(made: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be changed; the first one is put aside, so that nothing is found there."""
+    """Return a copy to change; the original is moved away so that its files cannot be found."""
     place = tmp_path / "elsewhere" / "project"
     shutil.copytree(made, place)
     lock = place / "runs/tiny" / LOCK
@@ -41,7 +41,7 @@ def project(made: Path, tmp_path: Path) -> Path:
 
 
 def failed(found: Verification) -> list[tuple[str, str, str]]:
-    """Kind, file name and state of all that failed."""
+    """Return kind, file name and state of all failed findings."""
     return [(finding.kind, Path(finding.name).name, finding.state) for finding in found.failed]
 
 
@@ -51,7 +51,7 @@ def flip_byte(path: Path, at: int = -3) -> None:
     path.write_bytes(content)
 
 
-def test_a_run_is_verified_where_it_was_made_and_where_its_project_was_copied_to(made: Path, project: Path) -> None:
+def test_a_run_is_verified_in_place_and_in_a_copy_of_its_project(made: Path, project: Path) -> None:
     for place in (made, project):
         found = verify_run(place / "runs/tiny")
         assert failed(found) == []
@@ -82,7 +82,7 @@ def test_one_changed_byte_of_any_other_file_is_named_with_its_file(project: Path
     assert failed(verify_run(run)) == [(kind, file.name, "changed") for file, kind in changes]
 
 
-def test_a_changed_adapter_is_not_the_one_that_was_evaluated_and_another_template_is_named(project: Path) -> None:
+def test_a_changed_adapter_and_another_template_are_named(project: Path) -> None:
     adapter = project / "runs/tiny/adapter"
     flip_byte(adapter / "adapter_model.safetensors")
     (adapter / "chat_template.jinja").write_text("other")
@@ -102,7 +102,7 @@ def test_missing_and_added_files_are_named(project: Path) -> None:
     assert set(failed(verify_run(project / "runs/tiny"))) == wanted | {("model", "vocab.txt", "added")}
 
 
-def test_a_changed_key_of_the_recipe_is_named_and_a_gate_is_not_one(project: Path) -> None:
+def test_a_changed_recipe_key_is_named_but_not_a_changed_gate(project: Path) -> None:
     path = project / "runs/tiny/recipe.yaml"
     text = path.read_text()
     path.write_text(text.replace("gates: []", 'gates: ["accuracy >= 0"]'))
@@ -113,7 +113,7 @@ def test_a_changed_key_of_the_recipe_is_named_and_a_gate_is_not_one(project: Pat
     assert failed(verify_run(project / "runs/tiny")) == [("recipe", "recipe.yaml: generation", "changed")]
 
 
-def test_another_version_of_a_package_is_reported_and_fails_with_strict_alone(project: Path) -> None:
+def test_another_package_version_is_reported_and_fails_only_with_strict(project: Path) -> None:
     path = project / "runs/tiny" / LOCK
     lock = json.loads(path.read_text())
     now, lock["packages"]["torch"] = lock["packages"]["torch"], "1.0"
@@ -124,7 +124,7 @@ def test_another_version_of_a_package_is_reported_and_fails_with_strict_alone(pr
     assert ("packages", "torch", "changed") in failed(verify_run(project / "runs/tiny", strict=True))
 
 
-def test_a_file_that_came_into_a_folder_of_rows_is_named(tmp_path: Path, project: Path) -> None:
+def test_a_file_added_to_a_folder_of_rows_is_named(tmp_path: Path, project: Path) -> None:
     (tmp_path / "rows").mkdir()
     (project / "rows.jsonl").rename(tmp_path / "rows" / "rows.jsonl")
     path = project / "runs/tiny" / LOCK
@@ -139,7 +139,7 @@ def test_a_file_that_came_into_a_folder_of_rows_is_named(tmp_path: Path, project
         assert failed(verify_run(project / "runs/tiny"))[1:] == [("data", "more.jsonl", "added")]
 
 
-def test_a_lock_of_an_older_llmtune_is_read_and_what_it_does_not_list_is_said(project: Path) -> None:
+def test_a_lock_of_an_older_llmtune_is_read_and_its_gaps_are_reported(project: Path) -> None:
     path = project / "runs/tiny" / LOCK
     lock = json.loads(path.read_text())
     for key in ("lock_version", "folder", "recipe", "start_from", "trained"):
