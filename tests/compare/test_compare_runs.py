@@ -169,10 +169,10 @@ def test_other_test_rows_are_refused_with_the_number_that_differ(compare, train,
 @pytest.mark.parametrize(
     ("name", "sets", "said"),
     [
-        ("longer", ["generation.max_new_tokens=3"], "generation.max_new_tokens: 3, and good with 8"),
+        ("longer", ["generation.max_new_tokens=3"], "generation.max_new_tokens: 3, but good with 8"),
         ("limited", ["evaluate.limit=5"], "exact_match was measured on 5 rows"),
         ("perplex", ["evaluate.metrics=[perplexity]"], "no metric in common"),
-        ("all-learned", ["data.train_on=all"], "data.train_on: all, and good with assistant"),
+        ("all-learned", ["data.train_on=all"], "data.train_on: all, but good with assistant"),
     ],
 )
 def test_other_measurement_settings_are_refused_by_name(compare, train, good, name, sets, said):
@@ -185,7 +185,7 @@ def test_a_metric_of_only_one_run_is_omitted_with_the_reason(compare, train, goo
     other = train("more", "train.num_train_epochs=null", "train.max_steps=1", "evaluate.metrics=[loss, chrf]")
     pair = only(compare(good, other))
     assert list(pair["difference"]) == ["loss"]
-    assert pair["left_out"]["chrf"] == "measured in more alone"
+    assert pair["left_out"]["chrf"] == "measured only in more"
 
 
 def test_losses_per_token_of_other_tokenizers_are_omitted(compare, good, twin):
@@ -204,7 +204,7 @@ def test_other_tasks_are_refused(compare, train, good, place):
     (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     short = ("train.num_train_epochs=null", "train.max_steps=1")
     other = train("completing", "task=completion", f"data.train={place}/pairs.jsonl", *short)
-    with pytest.raises(RecipeError, match="task completion, and good has task chat"):
+    with pytest.raises(RecipeError, match="task completion, but good has task chat"):
         compare(good, other)
 
 
@@ -312,7 +312,7 @@ def test_a_methods_cost_is_reported_relative_to_the_first(made):
         "In the other 9 pairs there is no clear difference: more held-out rows would tell.",
     ]
     (told,) = describe_costs(made.runs)
-    assert told.startswith("Beside good, shorter takes 40 % of the training time, 100 % of the peak memory")
+    assert told.startswith("Compared with good, shorter takes 40 % of the training time, 100 % of the peak memory")
 
 
 def test_names_stay_text_secrets_are_redacted_and_a_missing_number_is_a_dash(made, tmp_path, console):

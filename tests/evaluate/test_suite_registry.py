@@ -92,7 +92,7 @@ def test_answers_that_depend_on_the_group_are_detected_and_shown(make_bench):
     study = make_bench(text, rows).evaluate().studies["fairness"]
     assert study.tuned["swap_changes"] > 0.9
     assert study.difference["swap_changes"].low > 0
-    (table,) = (table for table in study.tables if table.title.startswith("Answers that change"))
+    (table,) = (table for table in study.tables if table.title.startswith("Examples of answers that change"))
     assert len(table.rows) == 5
     assert {row[1:4] for row in table.rows} <= {("woman → man", "yes", "no"), ("man → woman", "no", "yes")}
 
