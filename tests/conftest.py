@@ -13,9 +13,7 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "H
     os.environ[name] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # set for background jobs; children would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # set for background jobs; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
