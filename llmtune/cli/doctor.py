@@ -180,7 +180,7 @@ def _check_network(offline: Sequence[str]) -> Check:
     """Report the network settings without sending anything."""
     if offline:
         return Check(
-            "network", "good", f"disabled by {offline[0]}; otherwise used only for files that a recipe names on a hub"
+            "network", "good", f"disabled by {offline[0]}; otherwise only for files that a recipe names on a hub"
         )
     proxy = next((name for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY") if os.environ.get(name)), None)
     found = "used only for files that a recipe names on a hub; --offline forbids it"

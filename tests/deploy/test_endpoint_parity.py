@@ -148,7 +148,7 @@ def test_a_busy_endpoint_is_retried_with_the_api_key(run, served, console, tmp_p
     (tmp_path / "key").write_text("open-sesame\n")
     with fake_server(*served, knows=ALL, busy=2, key="open-sesame") as url:
         assert certify(run, url, console, key_file=tmp_path / "key")["passed"]
-        with pytest.raises(EnvironmentProblem, match="wants another key"):
+        with pytest.raises(EnvironmentProblem, match="rejects the API key"):
             certify(run, url, console)
     assert "open-sesame" not in (run / "endpoint.certificate.json").read_text()
 

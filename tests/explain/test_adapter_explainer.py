@@ -64,7 +64,7 @@ def test_moves_equal_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path
 def test_the_terminal_shows_the_largest_changes(chat_run: Path, tmp_path: Path):
     result = invoke(chat_run, "--out", tmp_path)
     expect(result, 0, "adapter.html", "adapter.png", "adapter.svg")
-    for word in ("The 14 modules", "q_proj", "of 4", "By layer: most in", "Largest changes"):
+    for word in ("The 14 trained modules", "q_proj", "of 4", "By layer: most in", "Largest changes"):
         assert word in result.stdout, word
 
 
@@ -92,7 +92,7 @@ def test_a_head_and_biases_are_listed_next_to_the_adapter(class_run: Path, tmp_p
     assert "query.bias" in found.by("column")
     assert [move.module for move in kinds["whole"]][-1] == "classifier"
     assert found.new_head
-    assert "from a random start" in (tmp_path / "adapter.html").read_text()
+    assert "from random weights" in (tmp_path / "adapter.html").read_text()
 
 
 def test_moved_modules_match_the_runs_trained_modules(chat_run: Path, class_run: Path, full_run: Path, tmp_path: Path):

@@ -68,8 +68,8 @@ def test_each_head_of_t5_has_a_line(built, tmp_path):
         (("--text", "fox " * 300), ("--text", "256")),
         (("--length", "257"), ("--length", "257", "256")),
         (("--text", ""), ("--text", "empty")),
-        (("--dimension", "4"), ("--dimension", "name no model")),
-        (("--base", "100"), ("--base", "name no model")),
+        (("--dimension", "4"), ("--dimension", "omit the model")),
+        (("--base", "100"), ("--base", "omit the model")),
     ],
 )
 def test_positions_that_a_model_cannot_show_are_refused(built, tmp_path, arguments, words):
