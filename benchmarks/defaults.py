@@ -1,4 +1,4 @@
-"""Epochs, rate and batch that the rules choose against one epoch at 2e-4 in batches of 16, on the same held-out rows.
+"""Compare automatic epochs, rate and batch with one epoch at 2e-4 in batches of 16, on the same held-out rows.
 
     python benchmarks/defaults.py --packages FOLDER [--only NAME...] [--work build/bench/defaults]
 
@@ -27,7 +27,7 @@ SENTIMENT = "hutto_ICWSM_2014"
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is trained on; without `read` the rows ship under this name."""
+    """A data set; without `read` the rows ship under this name."""
 
     task: str
     model: str

@@ -1,12 +1,12 @@
-"""Data preparation side by side: chat rows in a file become encoded, masked, packed examples on disk, cold.
+"""Compare data preparation: from chat rows in a file to encoded, masked, packed examples on disk, with cold caches.
 
     python benchmarks/preparation.py --rows 100000 --pairs 5 --threads 1 [--deduplicate none|exact|near]
 
-Each tool runs in a process of its own, in turn (A B A B), with an empty cache: llmtune (rows, then examples, then
-packs), and TRL's SFTTrainer (rows read by `datasets`, answers masked by `{% generation %}` marks, best-fit packs) on
-one process and on two. Both have their libraries and the tokenizer loaded when the clock starts; the seconds of the
-whole process stand beside. In llmtune's process the tokenizer alone reads the rendered texts afterwards, which is the
-measure of what can be had. Rows per processor-second count children too. One JSON document goes to stdout.
+Each tool runs in its own process, in turns (A B A B), with an empty cache: llmtune (rows, then examples, then packs),
+and TRL's SFTTrainer (rows read by `datasets`, answers masked by `{% generation %}` marks, best-fit packs) with one
+process and with two. The clock starts once libraries and tokenizer are loaded; the seconds of the entire process are
+reported too. Afterwards llmtune's process only tokenizes the rendered texts, as an upper bound of the speed. Rows per
+CPU second include children. One JSON document goes to stdout.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What the tables need of a model and a method."""
+    """The facts about a model and a method that the tables need."""
 
     plan: MemoryPlan
     forward: float
@@ -140,7 +140,7 @@ def shape(name: str, method: str) -> Shape:
 
 
 def card(bytes_needed: float) -> str:
-    """Return the smallest common card that a plan fills to at most 85 %."""
+    """Return the smallest common card that a plan uses up to 85 % of."""
     fits = [size for size in CARDS if bytes_needed <= USABLE * size * GIB]
     return f"{fits[0]} GB" if fits else "none"
 
