@@ -1,7 +1,8 @@
 """One training by LLaMA-Factory, packed: `PYTHON run_llamafactory.py ASKED.json ANSWER.json`, in its own environment.
 
-`neat_packing` is its packing without attention between documents, and sdpa its fastest attention on a CPU. It pads packs
-to `cutoff_len`; padding is not counted. It trains in the format of the saved model, so another format needs a copy.
+`neat_packing` is its packing without attention between documents, and sdpa its fastest attention on a CPU. It pads
+packs to `cutoff_len`; padding is not counted. It trains in the format of the saved model, so another format needs a
+copy.
 """
 
 from __future__ import annotations
