@@ -4,7 +4,7 @@
 
 It reads the rows that the run trained on and tested on, trains with the same epochs, batch, learning rate, schedule and
 number format, and prints one JSON document: its accuracy on the test rows, and the run's minus its own with the paired
-interval. Beside it stands only what such a script has: a tokenizer, a padding collator, and PEFT for LoRA.
+interval. The script only has what is typical: a tokenizer, a padding collator, and PEFT for LoRA.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Asked:
     mean_tokens: float
     """Mean tokens of a row, from which padded tools take their rows a step."""
     attended_tokens: float
-    """Mean tokens of the row that a token stands in: what its attention has to do with."""
+    """Mean length of the row of a token, in tokens: the span of its attention."""
     learning_rate: float
     threads: int
     dtype: str

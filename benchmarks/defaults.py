@@ -157,7 +157,7 @@ def describe_recipe(name: str, data: DataSet, source: str, train: dict[str, floa
 
 
 def call(*arguments: str) -> str:
-    """Run llmtune in a process of its own; return what it printed on stdout, with its log shown if it fails."""
+    """Run llmtune in its own process; return its stdout, and show its log if it fails."""
     command = [sys.executable, "-m", "llmtune", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 6, 7):  # a gate that fails is a finding

@@ -31,7 +31,7 @@ PACKS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product [rows, inner] x [inner, columns] of a step; None stands for the tokens."""
+    """A matrix product [rows, inner] x [inner, columns] of a step; None means the number of tokens."""
 
     part: str
     rows: int | None

@@ -30,7 +30,7 @@ from workload import write_rows
 MODEL = "builtin:smollm2-135m-instruct"
 PACK = 1024
 LONGEST = 8192
-"""No row of the workload is longer, so that neither tool leaves one out."""
+"""No row of the workload is longer, so neither tool skips one."""
 BATCH = 1000
 """Texts that the tokenizer alone is given at a time."""
 TOOLS = ("llmtune", "trl", "trl-2")
@@ -40,7 +40,7 @@ MARKED_ANSWER = (
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
 )
-"""How SmolLM2's template writes a message, and the same with TRL's marks around what is learned."""
+"""A message in SmolLM2's template, and the same with TRL's marks around the supervised text."""
 
 
 def main() -> int:

@@ -63,7 +63,7 @@ def save_as(dtype: str, model: str, folder: Path) -> Path:
 
 
 def do_without_torchaudio() -> None:
-    """Put an empty module in its place where it cannot be loaded: built for CUDA beside a torch for the CPU.
+    """Replace torchaudio by an empty module if it cannot be loaded, as when built for CUDA next to a CPU torch.
 
     LLaMA-Factory imports it always and uses it for recordings alone.
     """

@@ -149,7 +149,7 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
     loaded = load_recipe(recipe, sets or [])
     marks = marks_left(loaded)
     for line in marks:
-        stderr_console().print(f"still as the starter has it: {line}", style="yellow", markup=False)
+        stderr_console().print(f"still the starter's value: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
     try_recipe_rows(loaded, detected)
     if as_json:
