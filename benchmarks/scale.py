@@ -177,7 +177,7 @@ def time_table() -> Rows:
 def simulate(steps: Sequence[float], gradient_bytes: float, latency: float, bandwidth: float) -> list[float]:
     """Return the efficiency for each of MACHINES: every step waits for the slowest, then sums gradients in a ring.
 
-    `steps` are the seconds of single steps, drawn with replacement. The gradient sum does not overlap the backward pass.
+    `steps` are the seconds of single steps, drawn with replacement. Gradient sums do not overlap the backward pass.
     """
     draws, alone = np.random.default_rng(0), statistics.fmean(steps)
     found = []
