@@ -1,10 +1,10 @@
-"""What a plain transformers.Trainer script makes of the rows, the model and the settings of a finished llmtune run.
+"""Train the rows, model and settings of a finished llmtune run with a plain transformers.Trainer script.
 
     python benchmarks/classify_trainer.py RUN --method full|lora [--model FOLDER] [--threads N]
 
 It reads the rows that the run trained on and tested on, trains with the same epochs, batch, learning rate, schedule and
 number format, and prints one JSON document: its accuracy on the test rows, and the run's minus its own with the paired
-interval. Beside it stands only what such a script has: a tokenizer, a padding collator, and PEFT for LoRA.
+interval. The script only has what is typical: a tokenizer, a padding collator, and PEFT for LoRA.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def read_side(run: Path, side: str) -> list[dict[str, Any]]:
-    """Return the rows of a side that were encoded, in their order; none where the side is empty."""
+    """Return the encoded rows of a split, in their order; empty if the split is empty."""
     if not (run / "data" / "rows" / f"{side}.rows.arrow").is_file():
         return []
     rows = read_table(run / "data" / "rows" / f"{side}.rows.arrow").column("row").to_pylist()
@@ -104,7 +104,7 @@ def find_model(recipe: Recipe) -> Path:
 def build(
     recipe: Recipe, method: str, folder: Path, rows: dict[str, list[dict[str, Any]]], labels: list[str]
 ) -> tuple[Trainer, dict[str, Dataset]]:
-    """Put together the Trainer; the model's seed is set before its head is made."""
+    """Build the Trainer; the seed is set before the model's head is made."""
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     set_seed(recipe.seed)
@@ -138,12 +138,12 @@ def build(
     held_out = encoded.get("validation")
     collator = DataCollatorWithPadding(tokenizer)
     trainer = Trainer(model, arguments, collator, encoded["train"], held_out, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)  # it writes to stdout, where the result stands
+    trainer.remove_callback(PrinterCallback)  # it would write to stdout, like the result
     return trainer, encoded
 
 
 def describe_training(recipe: Recipe, dtype: torch.dtype, validated: bool) -> TrainingArguments:
-    """Return the run's settings under the names that they share with Trainer's."""
+    """Return the run's settings under Trainer's names."""
     train = recipe.train
     return TrainingArguments(
         output_dir=tempfile.mkdtemp(prefix="classify-trainer-"),

@@ -1,7 +1,7 @@
-"""What one training process measures of itself, whatever the tool: time, tokens, loss and memory, step by step.
+"""Measure a training process from inside, for any tool: time, tokens, loss and memory, step by step.
 
-A step ends where the optimiser has moved the weights, which torch tells of every optimiser there is; what lies between
-two such moments (reading rows, forward, backward, clipping, logging) is the step. The first step is the warm-up.
+A step ends when the optimiser has updated the weights; torch has a hook for every optimiser. Everything between two
+updates (reading rows, forward, backward, clipping, logging) belongs to the step. The first step is the warm-up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Amount = int | float | torch.Tensor
 
 @dataclass(frozen=True)
 class Asked:
-    """What the harness asks one tool to do; every tool reads the same."""
+    """The harness's request to a tool; every tool reads the same."""
 
     tool: str
     model: str
@@ -41,7 +41,7 @@ class Asked:
     mean_tokens: float
     """Mean tokens of a row, from which padded tools take their rows a step."""
     attended_tokens: float
-    """Mean tokens of the row that a token stands in: what its attention has to do with."""
+    """Mean length of the row of a token, in tokens: the span of its attention."""
     learning_rate: float
     threads: int
     dtype: str
@@ -76,24 +76,24 @@ class Clock:
         self.hook = register_optimizer_step_post_hook(lambda *_: self.tick())
 
     def stop(self) -> None:
-        """Listen to no more optimisers."""
+        """Remove the optimiser hook."""
         self.hook.remove()
 
     def loaded(self, model: torch.nn.Module) -> None:
-        """Note what is resident and trainable once `model` is there, and measure the peak from here on."""
+        """Record resident memory and trainable weights once `model` is loaded, and restart the peak."""
         self.trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self.highest = peak_resident()
         self.resident = resident()
         reset_peak()
 
     def restart(self) -> None:
-        """Forget what came before: a rehearsal."""
+        """Discard earlier measurements, such as those of a rehearsal."""
         self.marks.clear()
         self.steps.clear()
         self.pending = []
 
     def count(self, tokens: Amount, supervised: Amount, loss: Amount) -> None:
-        """Add a micro-batch: real tokens, tokens that are learned, loss."""
+        """Add a micro-batch: real tokens, supervised tokens, loss."""
         self.pending.append((tokens, supervised, loss))
 
     def tick(self) -> None:
@@ -105,7 +105,7 @@ class Clock:
         self.pending = []
 
     def found(self) -> dict[str, Any]:
-        """Return what was measured, ready for JSON; times and rates leave out the warm-up step."""
+        """Return the measurements, ready for JSON; times and rates exclude the warm-up step."""
         steps = [self._step(number) for number in range(len(self.marks))]
         timed = steps[1:]
         tokens, cpu, wall = (sum(step[key] for step in timed) for key in ("tokens", "cpu_seconds", "wall_seconds"))
@@ -137,20 +137,20 @@ class Clock:
 
 
 def resident() -> int:
-    """Bytes that this process holds now: on CUDA those of its tensors."""
+    """Return the resident bytes of this process; on CUDA those of its tensors."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return read_status("VmRSS") or peak_resident()
 
 
 def peak_resident() -> int:
-    """Most bytes that were resident at a time since `reset_peak` (where the system has none: since the start)."""
+    """Return the peak of resident bytes since `reset_peak` (since the start if the system cannot reset it)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return read_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak() -> None:
-    """Forget the peak so far: weights are read through copies that training never needs."""
+    """Reset the peak: loading weights makes copies that training does not need."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     switch = Path("/proc/self/clear_refs")
@@ -159,14 +159,14 @@ def reset_peak() -> None:
 
 
 def read_status(key: str) -> int:
-    """Bytes that the kernel states for this process; 0 where it states none."""
+    """Return a byte count that the kernel reports for this process, or 0."""
     file = Path("/proc/self/status")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def read_asked() -> tuple[Asked, Path]:
-    """Read what the harness handed over on the command line: what is asked, and where the answer goes."""
+    """Read the request and the path of the answer from the command line."""
     asked = Asked(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(asked.threads)
     return asked, Path(sys.argv[2])
@@ -178,6 +178,6 @@ def answer(path: Path, found: dict[str, Any]) -> None:
 
 
 def write_asked(asked: Asked, path: Path) -> Path:
-    """Write what is asked for `read_asked`."""
+    """Write the request for `read_asked`."""
     path.write_text(json.dumps(asdict(asked)))
     return path

@@ -1,4 +1,4 @@
-"""Another commit of llmtune beside this one, in a work tree of its own, so that both can be measured in one run."""
+"""Check out another commit of llmtune in a separate work tree, to measure both in one run."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def work_tree(commit: str) -> Iterator[Path]:
 
 
 def git(*arguments: str) -> str:
-    """Run git in this repository; returns what it prints."""
+    """Run git in this repository; return its output."""
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Whether packed training loses nothing: the losses of llmtune, packed, against a plain Trainer's, unpacked.
+"""Check that packing does not change training: compare llmtune's packed losses with a plain Trainer's unpacked ones.
 
     python benchmarks/curve.py [--steps 100] [--rows-a-step 4] [--json FILE] [--losses FILE.svg]
 

@@ -1,4 +1,4 @@
-"""Epochs, rate and batch that the rules choose against one epoch at 2e-4 in batches of 16, on the same held-out rows.
+"""Compare automatic epochs, rate and batch with one epoch at 2e-4 in batches of 16, on the same held-out rows.
 
     python benchmarks/defaults.py --packages FOLDER [--only NAME...] [--work build/bench/defaults]
 
@@ -27,7 +27,7 @@ SENTIMENT = "hutto_ICWSM_2014"
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is trained on; without `read` the rows ship under this name."""
+    """A data set; without `read` the rows ship under this name."""
 
     task: str
     model: str
@@ -157,7 +157,7 @@ def describe_recipe(name: str, data: DataSet, source: str, train: dict[str, floa
 
 
 def call(*arguments: str) -> str:
-    """Run llmtune in a process of its own; return what it printed on stdout, with its log shown if it fails."""
+    """Run llmtune in its own process; return its stdout, and show its log if it fails."""
     command = [sys.executable, "-m", "llmtune", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 6, 7):  # a gate that fails is a finding

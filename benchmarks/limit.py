@@ -1,16 +1,16 @@
-"""The limit of the machine: how fast a LoRA step would be if it were nothing but its matrix products, each at its peak.
+"""The limit of the machine: the speed of a LoRA step that only consists of its matrix products, each at its peak.
 
-What a step needs, of a causal model whose frozen linear layers carry adapters (M tokens, r the rank):
+The products of a step, for a causal model whose frozen linear layers have adapters (M tokens, rank r):
 
 - a frozen layer: X W^T forward, dY W backward; no gradient of W. The layers that read the embeddings (q, k, v of the
   first layer) need no dY W, since nothing below them learns;
 - its adapter: X A^T and H B^T forward, and backward two products for each, by input and by weight;
 - attention: QK^T and PV forward, four such products backward, half of each because it is causal;
-- the head, at positions that are learned only: X W^T forward, dY W backward.
+- the head, at supervised positions only: X W^T forward, dY W backward.
 
-Each product is timed by itself in the model's number format in this process, as often as it takes for a steady best;
-its rate is the highest of several numbers of rows. Nothing else counts: no norms, softmax, optimiser or memory traffic.
-A beginning that rows share, such as a system prompt, counts in every row here, though llmtune computes it once.
+Each product is timed separately in the model's number format in this process, until the best time is stable. Its rate
+is the highest over several numbers of rows. Norms, softmax, optimiser and memory traffic do not count. A common prefix
+of rows, such as a system prompt, counts in every row here, though llmtune computes it once.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from clock import Asked
 
 ROUNDS, ROUND_SECONDS = 5, 0.04
 PACKS = (1, 2, 4)
-"""Numbers of packs in one product that are tried."""
+"""Numbers of packs per product to try."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product [rows, inner] x [inner, columns] of a step; None stands for the tokens."""
+    """A matrix product [rows, inner] x [inner, columns] of a step; None means the number of tokens."""
 
     part: str
     rows: int | None
@@ -42,9 +42,9 @@ class Product:
 
 
 def measure_limit(model: torch.nn.Module, steps: list[dict[str, Any]], asked: Asked) -> dict[str, Any]:
-    """Return the tokens a cpu-second (on CUDA: a second) that the products alone would allow, and the parts of it.
+    """Return the tokens per CPU second (on CUDA: per second) that the products alone allow, and their parts.
 
-    `model` is a causal model wrapped by PEFT; `steps` say how many tokens, and how many of them are learned.
+    `model` is a causal model wrapped by PEFT; `steps` have the numbers of tokens and of supervised tokens.
     """
     tokens, supervised = (sum(step[key] for step in steps) for key in ("tokens", "supervised"))
     dtype, device = getattr(torch, asked.dtype), next(model.parameters()).device
@@ -60,7 +60,7 @@ def measure_limit(model: torch.nn.Module, steps: list[dict[str, Any]], asked: As
 
 
 def products(model: torch.nn.Module, share: float) -> Counter[Product]:
-    """Count the products of a step; those of the head by the share of tokens that are learned."""
+    """Count the products of a step; those of the head by the share of supervised tokens."""
     found: Counter[Product] = Counter()
     for name, module in model.named_modules():
         if not hasattr(module, "lora_A"):
@@ -83,17 +83,17 @@ def products(model: torch.nn.Module, share: float) -> Counter[Product]:
 
 
 def reads_embeddings(name: str) -> bool:
-    """Whether a layer reads what the embeddings give, by the names of Llama and its many relatives."""
+    """Whether a layer reads the embeddings directly, by the layer names of Llama-like models."""
     return ".layers.0." in name and name.endswith(("q_proj", "k_proj", "v_proj"))
 
 
 def seconds_a_token(product: Product, pack: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the seconds that a token takes in a product at the product's own peak."""
+    """Return the seconds per token of a product at its own peak."""
     return min(time_product(product, pack * packs, dtype, device) / (pack * packs) for packs in PACKS)
 
 
 def time_product(product: Product, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the shortest seconds of a product of `tokens` tokens."""
+    """Return the best time of a product of `tokens` tokens, in seconds."""
     rows, inner = (tokens if size is None else size for size in (product.rows, product.inner))
     # Where the tokens are summed over, the first matrix lies in memory by tokens.
     left = torch.randn(rows, inner, dtype=dtype, device=device)
@@ -104,7 +104,7 @@ def time_product(product: Product, tokens: int, dtype: torch.dtype, device: torc
 
 
 def attention_seconds(config: Any, attended: float, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the seconds a token of attention within rows of so many tokens: six products, half of each."""
+    """Return the seconds per token of attention within rows of a given length: six products, half of each."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     length = round(attended)
@@ -115,7 +115,7 @@ def attention_seconds(config: Any, attended: float, dtype: torch.dtype, device: 
 
 
 def shortest(work: Callable[[], object], device: torch.device) -> float:
-    """Return the shortest seconds of `work` in several rounds of many: by processor time, on CUDA by the clock."""
+    """Return the best time of `work` in several rounds, in seconds: CPU time, or wall time on CUDA."""
     now = time.perf_counter if device.type == "cuda" else time.process_time
 
     def spend(times: int) -> float:

@@ -1,4 +1,4 @@
-"""The loss curves of all tools on one picture, as SVG that reads in light and in dark."""
+"""Draw the loss curves of all tools in one SVG picture for light and dark pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the figures were measured on: processor, accelerator, memory, versions, date; no names of hosts, no paths."""
+"""Describe the machine of the measurements: processor, accelerator, memory, versions, date; no host names or paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "l
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what a reader has to know of the machine, ready for JSON."""
+    """Return the description of the machine, ready for JSON."""
     import psutil
     import torch
 
@@ -47,7 +47,7 @@ def processor() -> str:
 
 
 def package_version(name: str) -> str | None:
-    """Return the installed version, None where it is not installed."""
+    """Return the installed version, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,11 +1,10 @@
-"""Peak memory in training, llmtune against TRL packed: as the other figures, and where the vocabulary is large.
+"""Compare the peak memory of training in llmtune and TRL, packed: the standard case, and one with a large vocabulary.
 
     python benchmarks/memory.py [--pairs 3] [--json FILE]
 
 The second case is a small Llama shape (8 layers of 512) with random weights, 150,000 words and packs of 4,096 tokens:
-there logits are what costs. Its rows and tokenizer are the same; most of its words never occur. Measured is the
-highest resident memory of the process (on CUDA: of its tensors) from when the model is loaded, and by how much that is
-more than what was resident then.
+its logits dominate memory. Rows and tokenizer are the same; most of its words never occur. The measured values are the
+peak resident memory of the process (on CUDA: of its tensors) since the model was loaded, and its increase since then.
 """
 
 from __future__ import annotations

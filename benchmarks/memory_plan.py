@@ -1,7 +1,7 @@
-"""The memory plan against what training took: `python benchmarks/memory_plan.py [--only WORD] [--out FILE]`.
+"""Compare the memory plan with actual training: `python benchmarks/memory_plan.py [--only WORD] [--out FILE]`.
 
-Each case trains a step on the CPU in a process of its own, by `llmtune train`, whose highest resident memory is what
-was measured. `docs/generate.py` makes the table of docs/memory.md from the file.
+Each case trains a step on the CPU by `llmtune train` in its own process, and measures the peak resident memory of that
+process. `docs/generate.py` makes the table of docs/memory.md from the file.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def write_rows(file: Path) -> None:
-    """Write a text that is long enough for the largest case, out of the documentation."""
+    """Write a text from the documentation that is long enough for the largest case."""
     pages = sorted((HERE.parent / "docs").glob("*.md"))
     words = re.findall(r"[A-Za-z]+", " ".join(page.read_text("utf-8") for page in pages))
     file.write_text(" ".join(words), "utf-8")
@@ -122,7 +122,7 @@ def write_recipe(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train a step; return the plan of that time and the highest resident memory, in bytes."""
+    """Train a step; return its plan and the peak resident memory, in bytes."""
     run = folder / "run"
     recipe = folder / "recipe.yaml"
     if "recipe" not in case:

@@ -1,4 +1,4 @@
-"""Whether a migrated recipe trains as the other tool does: TRL, LLaMA-Factory and axolotl next to llmtune.
+"""Check that a migrated recipe trains like the other tool: TRL, LLaMA-Factory and axolotl compared with llmtune.
 
     python benchmarks/migration.py --llamafactory PYTHON --axolotl PYTHON --json migration.json
 
@@ -73,7 +73,7 @@ AXOLOTL = {
     **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"), False),
 }
 FEWER = {"gradient_accumulation_steps": 2}
-"""Packed sequences hold more tokens than rows do: with fewer of them an epoch still has 20 steps."""
+"""Packed sequences have more tokens than rows; with fewer of them per step an epoch still has 20 steps."""
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "trl": {
         "not packed, stated": {**TRL, **SHARED, "lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.0},
@@ -114,8 +114,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llamafactory", help="python of an environment with LLaMA-Factory")
     parser.add_argument("--axolotl", help="python of an environment with axolotl")
-    parser.add_argument("--only", default="", help="this tool alone")
-    parser.add_argument("--json", type=Path, help="write what was found, with all losses")
+    parser.add_argument("--only", default="", help="only this tool")
+    parser.add_argument("--json", type=Path, help="write the results, with all losses")
     asked = parser.parse_args()
     pythons = {"trl": sys.executable, "llamafactory": asked.llamafactory, "axolotl": asked.axolotl}
     found: list[dict[str, Any]] = []
@@ -203,7 +203,7 @@ def compare(folder: Path, tool: str, python: str, cases: dict[str, dict[str, Any
 
 
 def read(case: Path) -> dict[str, Any]:
-    """Read what both tools left in the folder of a case."""
+    """Read the results of both tools from the folder of a case."""
     theirs = json.loads((case / "theirs.json").read_text(encoding="utf-8"))
     for step in theirs["steps"]:
         step["rows"] = len(step["rows"])

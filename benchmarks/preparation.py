@@ -1,12 +1,12 @@
-"""Data preparation side by side: chat rows in a file become encoded, masked, packed examples on disk, cold.
+"""Compare data preparation: from chat rows in a file to encoded, masked, packed examples on disk, with cold caches.
 
     python benchmarks/preparation.py --rows 100000 --pairs 5 --threads 1 [--deduplicate none|exact|near]
 
-Each tool runs in a process of its own, in turn (A B A B), with an empty cache: llmtune (rows, then examples, then
-packs), and TRL's SFTTrainer (rows read by `datasets`, answers masked by `{% generation %}` marks, best-fit packs) on
-one process and on two. Both have their libraries and the tokenizer loaded when the clock starts; the seconds of the
-whole process stand beside. In llmtune's process the tokenizer alone reads the rendered texts afterwards, which is the
-measure of what can be had. Rows per processor-second count children too. One JSON document goes to stdout.
+Each tool runs in its own process, in turns (A B A B), with an empty cache: llmtune (rows, then examples, then packs),
+and TRL's SFTTrainer (rows read by `datasets`, answers masked by `{% generation %}` marks, best-fit packs) with one
+process and with two. The clock starts once libraries and tokenizer are loaded; the seconds of the entire process are
+reported too. Afterwards llmtune's process only tokenizes the rendered texts, as an upper bound of the speed. Rows per
+CPU second include children. One JSON document goes to stdout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from workload import write_rows
 MODEL = "builtin:smollm2-135m-instruct"
 PACK = 1024
 LONGEST = 8192
-"""No row of the workload is longer, so that neither tool leaves one out."""
+"""No row of the workload is longer, so neither tool skips one."""
 BATCH = 1000
 """Texts that the tokenizer alone is given at a time."""
 TOOLS = ("llmtune", "trl", "trl-2")
@@ -40,7 +40,7 @@ MARKED_ANSWER = (
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
 )
-"""How SmolLM2's template writes a message, and the same with TRL's marks around what is learned."""
+"""A message in SmolLM2's template, and the same with TRL's marks around the supervised text."""
 
 
 def main() -> int:

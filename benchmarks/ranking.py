@@ -2,9 +2,9 @@
 
     python benchmarks/ranking.py OUT NAME=FOLDER NAME=FOLDER NAME=FOLDER
 
-Each model is tuned alone; base and tuned model are measured on the same test rows in bits per byte, as `llmtune select`
-measures candidates. Writes ranking.json beside this file. A quarter of an hour of one core for models of 135 to 630
-million parameters. The measured models are described in docs/model-evidence.md.
+Each model is tuned separately. Base and tuned model are measured on the same test rows in bits per byte, as `llmtune
+select` measures candidates. Writes ranking.json next to this file. Takes a quarter of an hour on one core for models of
+135 to 630 million parameters. docs/model-evidence.md describes the measured models.
 """
 
 from __future__ import annotations

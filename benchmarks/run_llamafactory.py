@@ -1,8 +1,8 @@
 """One training by LLaMA-Factory, packed: `PYTHON run_llamafactory.py ASKED.json ANSWER.json`, in its own environment.
 
-`neat_packing` is its packing in which documents do not see one another, and sdpa the fastest attention that it offers
-on a CPU. It fills packs up to `cutoff_len` with padding, which is not counted. It trains in the format that a model was
-saved in, so for another one it is given a copy.
+`neat_packing` is its packing without attention between documents, and sdpa its fastest attention on a CPU. It pads
+packs to `cutoff_len`; padding is not counted. It trains in the format of the saved model, so another format needs a
+copy.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def save_as(dtype: str, model: str, folder: Path) -> Path:
 
 
 def do_without_torchaudio() -> None:
-    """Put an empty module in its place where it cannot be loaded: built for CUDA beside a torch for the CPU.
+    """Replace torchaudio by an empty module if it cannot be loaded, as when built for CUDA next to a CPU torch.
 
     LLaMA-Factory imports it always and uses it for recordings alone.
     """

@@ -1,7 +1,7 @@
 """One training by llmtune: `python run_llmtune.py ASKED.json ANSWER.json`, started by the harness.
 
-The pipeline is the one of `llmtune train`; only its trainer is given from here, which counts micro-batches and starts
-the clock after the rehearsal. Then, if asked, the limit of the machine is measured in this process.
+The pipeline is that of `llmtune train`, except that this file replaces its trainer, counts micro-batches and starts the
+clock after the rehearsal. On request it then measures the limit of the machine in this process.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def describe_recipe(asked: Asked) -> dict[str, Any]:
 
 
 def train_counted(asked: Asked, clock: Clock, context: RunContext) -> torch.nn.Module:
-    """Do what `pipeline.adapt_and_train` does, with micro-batches of one pack as others have, or as it settles them."""
+    """Do the same as `pipeline.adapt_and_train`, with micro-batches of one pack like other tools, or automatic ones."""
     plain = context.plan.task.loss
 
     def counted(model: torch.nn.Module, batch: dict[str, Any], by_row: bool) -> Loss:

@@ -1,4 +1,4 @@
-"""Train migrated recipes, twice each: `run_migrated.py TOOL FOLDER...`; a folder holds what `migration.py` put there.
+"""Train migrated recipes, twice each: `run_migrated.py TOOL FOLDER...`; `migration.py` prepares the folders.
 
 The first run draws its own steps. The second has the rows of the other tool's steps, and starts from its adapter. A row
 that the two tools encode to different tokens is an error.

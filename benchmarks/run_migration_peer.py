@@ -1,4 +1,4 @@
-"""Trainings by TRL, LLaMA-Factory or axolotl, watched: `PYTHON run_migration_peer.py TOOL FOLDER...`.
+"""Run and record trainings by TRL, LLaMA-Factory or axolotl: `PYTHON run_migration_peer.py TOOL FOLDER...`.
 
 The tool reads `config.yaml` of each folder. This file only records the rows and tokens of each step and the losses in
 `theirs.json`, and the adapter before its first step in `start`.
@@ -24,7 +24,7 @@ STOP = "<|im_end|>"
 
 
 class Record:
-    """What the tool trains on, step by step."""
+    """The rows that the tool trains on, step by step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
@@ -55,10 +55,10 @@ class Record:
 
 
 def cut(inputs: dict[str, Any], index: int) -> list[list[int]]:
-    """Cut one line of a batch into its rows, without padding."""
+    """Split one line of a batch into its rows, without padding."""
     ids = inputs["input_ids"][index].tolist()
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() == 4:  # rows that do not see one another
+    if mask is not None and mask.dim() == 4:  # packed rows that do not attend to each other
         seen = mask[index, 0]
         seen = seen if seen.dtype == torch.bool else seen == 0
         first = seen.int().argmax(-1).tolist()  # where the row of each token begins

@@ -1,6 +1,6 @@
 """One training by a plain script, transformers' Trainer and PEFT: `python run_trainer.py ASKED.json ANSWER.json`.
 
-It has what such a script has: rows tokenised with the chat template, labels on the answer, a collator that pads.
+It is a typical script: rows tokenised with the chat template, labels on the answer, a padding collator.
 """
 
 from __future__ import annotations

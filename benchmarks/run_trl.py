@@ -1,8 +1,8 @@
 """One training by TRL's SFTTrainer, packed or padded: `python run_trl.py ASKED.json ANSWER.json`, by the harness.
 
-The loss is that of the answers alone, as in the other tools: TRL learns the completion of rows with a prompt and one.
-Packs stand one in a micro-batch, since TRL joins the packs of a micro-batch end to end, and a mask over several packs
-costs more than as many masks. Padded is how its quick start runs it: eight rows, padded to the longest.
+The loss covers only the answers, as in the other tools: from rows of prompt and completion TRL learns the latter.
+A micro-batch has one pack, since TRL concatenates the packs of a micro-batch, and one mask over several packs costs
+more than separate masks. The padded variant follows TRL's quick start: eight rows, padded to the longest.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def keep_activations() -> dict[str, bool]:
-    """Return what turns off TRL's default of computing activations twice, by the name that transformers has for it."""
+    """Return the option that turns off TRL's default gradient checkpointing, by its name in transformers."""
     names = {field.name for field in fields(SFTConfig)}
     return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": False}
 

@@ -1,7 +1,7 @@
-"""Whether a change of the code changed what comes out: the same recipes at two commits, bytes and digits compared.
+"""Check whether a code change affects results: run the same recipes at two commits, and compare bytes and digits.
 
-Each commit runs in a work tree of its own, on one thread; what it gave is kept in `build/same/COMMIT.json`, so that a
-base is measured once. `.` stands for the tree as it is. What is compared: sha256 of each file of the adapter or the
+Each commit runs in its own work tree, on one thread. Its results are cached in `build/same/COMMIT.json`, so a base is
+measured only once. `.` is the current tree. The comparison covers the sha256 of each file of the adapter or the
 weights, every score to its last digit, the keys of `report.json`, exit codes, and the text of every `--help`. The CPU
 seconds of both commits are printed.
 """
@@ -35,7 +35,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
         )
     },
 }
-"""By name: a shipped recipe and what is set in it."""
+"""Name -> a shipped recipe and the settings to change."""
 TIMED = (
     "import atexit, os, runpy, sys\n"
     "atexit.register(lambda: print('CPU', sum(os.times()[:4]), file=sys.stderr))\n"
@@ -49,8 +49,8 @@ def main() -> int:
     """Measure both commits and print what differs; exit 1 if anything does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", required=True, help="the commit to compare with")
-    parser.add_argument("--commit", default=".", help="the commit to compare; default: the tree as it is")
-    parser.add_argument("--only", nargs="*", choices=sorted(RUNS), help="these runs alone")
+    parser.add_argument("--commit", default=".", help="the commit to compare; default: the current tree")
+    parser.add_argument("--only", nargs="*", choices=sorted(RUNS), help="only these runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "same")
     wanted = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def measured(commit: str, names: list[str], jobs: int, out: Path) -> dict[str, Any]:
-    """Return what a commit gives; runs that are known are not run again, but for the tree as it is."""
+    """Return the results of a commit; cached runs are not repeated, except for the current tree."""
     known_file = out / f"{revision(commit)}.json"
     known = json.loads(known_file.read_text()) if commit != "." and known_file.is_file() else {}
     missing = [name for name in names if name not in known]
@@ -119,12 +119,12 @@ def run(tree: Path, name: str, scratch: Path) -> dict[str, Any]:
 
 
 def cpu_seconds(stderr: str) -> float:
-    """Read what `TIMED` wrote last."""
+    """Read the last output of `TIMED`."""
     return float(stderr.rpartition("CPU ")[2].split()[0])
 
 
 def key_paths(value: Any, path: str = "") -> list[str]:
-    """List the paths of all keys in a JSON value; the items of a list are one."""
+    """List the paths of all keys in a JSON value; all items of a list share one path."""
     if isinstance(value, dict):
         return [inner for key, item in value.items() for inner in [f"{path}.{key}", *key_paths(item, f"{path}.{key}")]]
     return [inner for item in value for inner in key_paths(item, f"{path}[]")] if isinstance(value, list) else []
@@ -146,7 +146,7 @@ def help_texts(tree: Path) -> dict[str, str]:
 
 
 def differences(before: Any, after: Any, path: str) -> list[str]:
-    """Name what differs between two JSON values."""
+    """List the differences between two JSON values."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted({*before, *after})
         return [line for key in keys for line in differences(before.get(key), after.get(key), f"{path} {key}")]

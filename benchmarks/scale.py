@@ -48,7 +48,7 @@ LINKS = {"1 Gbit/s": 1e9 / 8, "10 Gbit/s": 10e9 / 8, "100 Gbit/s": 100e9 / 8}
 LATENCY = 50e-6
 """Seconds a message of the simulated links takes at least."""
 LOOPBACK = (8e-5, 8e8)
-"""Seconds a message, bytes a second: gloo between two processes of a machine that was busy beside."""
+"""Seconds a message, bytes a second: gloo between two processes of a machine under other load."""
 SPEEDS, ADAPTER = (228.0, 237.0, 252.0), 4_884_480
 """Tokens a second of one thread in RESULTS.md (lowest, median, highest; TOKENS a step), and the numbers it trains."""
 STEP_TOKENS = 65_536
@@ -107,7 +107,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What the tables need of a model and a method."""
+    """The facts about a model and a method that the tables need."""
 
     plan: MemoryPlan
     forward: float
@@ -140,7 +140,7 @@ def shape(name: str, method: str) -> Shape:
 
 
 def card(bytes_needed: float) -> str:
-    """Return the smallest common card that a plan fills to at most 85 %."""
+    """Return the smallest common card that a plan uses up to 85 % of."""
     fits = [size for size in CARDS if bytes_needed <= USABLE * size * GIB]
     return f"{fits[0]} GB" if fits else "none"
 
@@ -177,7 +177,7 @@ def time_table() -> Rows:
 def simulate(steps: Sequence[float], gradient_bytes: float, latency: float, bandwidth: float) -> list[float]:
     """Return the efficiency for each of MACHINES: every step waits for the slowest, then sums gradients in a ring.
 
-    `steps` are the seconds of single steps, drawn with replacement. The sum is not hidden behind the backward pass.
+    `steps` are the seconds of single steps, drawn with replacement. Gradient sums do not overlap the backward pass.
     """
     draws, alone = np.random.default_rng(0), statistics.fmean(steps)
     found = []

@@ -1,11 +1,11 @@
-"""Seconds from a command to its first optimiser step, and of commands that only look: llmtune against TRL's.
+"""Seconds from a command to its first optimiser step, and of commands that do not train: llmtune compared with TRL.
 
     python benchmarks/startup.py [--pairs 5] [--rows-a-step 4] [--json FILE]
 
 Both commands train the same rows and model with LoRA in the same number format; the data are prepared before (llmtune
-skips what is done, datasets reads its cache). The first step is over when its loss is told: llmtune writes it to
-`metrics.jsonl`, TRL prints it. llmtune rehearses its heaviest step before the first one; those seconds are shown apart
-where the run reports them. Processor seconds count all threads up to that moment.
+skips finished steps, datasets reads its cache). The first step ends when its loss is reported: llmtune writes it to
+`metrics.jsonl`, TRL prints it. llmtune rehearses its heaviest step before the first one; those seconds are shown
+separately if the run reports them. CPU seconds count all threads up to that moment.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def prepare_llmtune(asked: Asked, folder: Path) -> Callable[[], Measured]:
-    """Prepare the rows; returns what trains one step of them in a run folder of its own and times it."""
+    """Prepare the rows; return a function that trains one step in its own run folder and times it."""
     keys = describe_recipe(asked)
     del keys["train"]["batch_tokens"]
     keys["train"] |= {"batch_size": asked.padded_rows, "max_steps": 1}
@@ -82,7 +82,7 @@ def prepare_llmtune(asked: Asked, folder: Path) -> Callable[[], Measured]:
 
 
 def prepare_trl(asked: Asked, folder: Path) -> Callable[[], Measured]:
-    """Write the rows as TRL reads them; returns what trains one step of them and times it."""
+    """Write the rows in TRL's format; return a function that trains one step and times it."""
     data = folder / "trl"
     data.mkdir()
     lines = [json.dumps(pair) for pair in read_pairs(asked.rows)]
@@ -119,7 +119,7 @@ def script(name: str) -> str:
 
 
 def watch_command(command: list[str], folder: Path, threads: int, reached: Callable[[str], bool]) -> Measured:
-    """Run a command; returns seconds by clock and by processor until `reached` says so of what it has printed."""
+    """Run a command; return wall and CPU seconds until `reached` accepts its output."""
     began = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -146,13 +146,13 @@ def watch_command(command: list[str], folder: Path, threads: int, reached: Calla
 
 
 def own_seconds(process: psutil.Process) -> float:
-    """Processor seconds of a process and of those that it has started: TRL's command starts another one."""
+    """Return the CPU seconds of a process and its children: TRL's command starts another process."""
     every = [process, *process.children(recursive=True)]
     return float(sum(times.user + times.system for times in (one.cpu_times() for one in every)))
 
 
 def time_command(command: list[str], folder: Path, threads: int) -> Measured:
-    """Run a command that ends by itself; returns its seconds."""
+    """Run a command to its end; return its seconds."""
     began, before = time.perf_counter(), children_seconds()
     subprocess.run(
         [script(command[0]), *command[1:]], cwd=folder, env=environment(threads), check=True, capture_output=True
@@ -161,13 +161,13 @@ def time_command(command: list[str], folder: Path, threads: int) -> Measured:
 
 
 def children_seconds() -> float:
-    """Processor seconds of all children that have ended."""
+    """Return the CPU seconds of all ended children."""
     times = psutil.Process().cpu_times()
     return float(times.children_user + times.children_system)
 
 
 def find_key(value: Any, key: str) -> Any:
-    """Return the first value under `key` in nested dictionaries; None where there is none."""
+    """Return the first value under `key` in nested dictionaries, or None."""
     if not isinstance(value, dict):
         return None
     return value[key] if key in value else next(filter(None, (find_key(item, key) for item in value.values())), None)

@@ -1,14 +1,14 @@
-"""The same training by llmtune and by its peers, side by side: speed, memory, losses, and the limit of the machine.
+"""Compare the same training in llmtune and other tools: speed, memory, losses, and the limit of the machine.
 
     python benchmarks/training.py --pairs 5 --threads 1 [--llamafactory PYTHON] [--json FILE] [--losses losses.svg]
 
 The same model (a packaged one of 135M parameters), rows, LoRA (r 16, alpha 32 on all linear layers), number format,
 optimiser, learning rate, and about the same number of real tokens a step; no evaluation, no checkpoints, activations
-kept. Packed tools have one pack in a micro-batch; llmtune also runs as it settles that by itself (on a CPU up to 2,048
-tokens). Each tool has a process of its own; they take turns, A B C A B C, so that a drift of the machine falls on all.
-What is timed are the steps after the first, by processor time and by the clock. LLaMA-Factory pins other versions of
-its libraries: name the python of an environment that has it, or it is left out. With `--base COMMIT` that commit of
-llmtune takes its turns too, by its own benchmark script.
+kept. Packed tools have one pack in a micro-batch; llmtune also runs with automatic micro-batches (on a CPU up to 2,048
+tokens). Each tool has its own process. They take turns, A B C A B C, so a drift of the machine affects all of them.
+The steps after the first are timed, by CPU and wall time. LLaMA-Factory pins other versions of its libraries: give the
+python of an environment that has it, or it is skipped. With `--base COMMIT` that commit of llmtune takes turns too,
+with its own benchmark script.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SCRIPTS = {
     "llamafactory": "run_llamafactory.py",
 }
 OF_BASE = {"base": "llmtune", "base-settled": "llmtune-settled"}
-"""What another commit of llmtune runs, by the name that it has here."""
+"""Name of a tool from another commit of llmtune -> the tool that it runs there."""
 MOST_ROWS = 1_000_000
 SURPLUS = 10
-"""Rows for so many times the tokens that are trained on: no tool gets to the end of an epoch."""
+"""Ratio of available to trained tokens, so no tool reaches the end of an epoch."""
 
 
 def main() -> int:
@@ -65,9 +65,9 @@ def main() -> int:
 def read_options(about: str | None) -> argparse.ArgumentParser:
     """Return the parser of the options that the benchmarks of training share."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="how often each tool has its turn")
+    parser.add_argument("--pairs", type=int, default=5, help="number of turns of each tool")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one to warm up")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one warm-up step")
     parser.add_argument("--tokens", type=int, default=4096, help="real tokens a step")
     parser.add_argument("--pack", type=int, default=1024, help="tokens of a pack; the longest row is no longer")
     parser.add_argument("--padded-rows", type=int, default=8, help="rows of a padded micro-batch")
@@ -76,7 +76,7 @@ def read_options(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tools", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
-    parser.add_argument("--base", help="a commit of llmtune that takes its turns too")
+    parser.add_argument("--base", help="a commit of llmtune that also takes turns")
     parser.add_argument("--llamafactory", help="python of an environment with LLaMA-Factory")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--losses", type=Path, help="draw the losses of the first turn here, as SVG")
@@ -84,7 +84,7 @@ def read_options(about: str | None) -> argparse.ArgumentParser:
 
 
 def ask(options: argparse.Namespace, folder: Path) -> Asked:
-    """Write the rows into `folder` and return what every tool is asked to do; `tool` is yet to be named."""
+    """Write the rows into `folder` and return the request to every tool; the caller sets `tool`."""
     place = find_model(options.model)
     wanted = SURPLUS * options.tokens * (options.steps + 1)
     file, lengths = write_fitting(folder / "rows.jsonl", place, options.pack, wanted, options.seed)
@@ -137,7 +137,7 @@ def find_model(name: str) -> Path:
 def take_turns(
     asked: Asked, tools: Iterable[str], pairs: int, llamafactory: str | None, folder: Path, base: Path = HERE.parent
 ) -> dict[str, Any]:
-    """Run every tool `pairs` times, in turns; returns what was asked, and each tool's runs in their order."""
+    """Run every tool `pairs` times, in turns; return the request, and each tool's runs in order."""
     chosen = [tool for tool in tools if tool != "llamafactory" or llamafactory]
     runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in chosen}
     for turn in range(pairs):
@@ -154,7 +154,7 @@ def take_turns(
 
 
 def run_tool(asked: Asked, python: str, folder: Path, base: Path) -> dict[str, Any]:
-    """Run one tool in a process of its own and return what it measured; what it printed is shown if it fails."""
+    """Run one tool in its own process and return its measurements; show its output if it fails."""
     tree = base if asked.tool in OF_BASE else HERE.parent
     own = replace(asked, tool=OF_BASE.get(asked.tool, asked.tool))
     question, found = write_asked(own, folder / "asked.json"), folder / "found.json"
@@ -174,7 +174,7 @@ def run_tool(asked: Asked, python: str, folder: Path, base: Path) -> dict[str, A
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Return the environment of every measured process: so many threads, and nothing from the network."""
+    """Return the environment of every measured process, with a number of threads and no network access."""
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
     return {**os.environ, **offline, **counts, "TOKENIZERS_PARALLELISM": "false", "DISABLE_VERSION_CHECK": "1"}

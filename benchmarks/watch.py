@@ -1,4 +1,4 @@
-"""Counts what a Trainer trains on: real tokens, supervised tokens and loss of every micro-batch."""
+"""Count the real tokens, the supervised tokens and the loss of every micro-batch of a Trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 
 class Loaded(TrainerCallback):
-    """Tells the clock when the model is there and training begins."""
+    """Tells the clock when the model is loaded and training begins."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -23,7 +23,7 @@ class Loaded(TrainerCallback):
 
 
 def watch(clock: Clock) -> Loaded:
-    """Count the micro-batches of every Trainer of this process; returns the callback to give to it."""
+    """Count the micro-batches of every Trainer of this process; return the callback to pass to it."""
     step = Trainer.training_step
 
     @wraps(step)
@@ -38,7 +38,7 @@ def watch(clock: Clock) -> Loaded:
 
 
 def real_tokens(inputs: dict[str, Any]) -> int | torch.Tensor:
-    """Count tokens that are no padding, whatever form the attention mask has; without one all are real."""
+    """Count tokens that are not padding, for any form of attention mask; without a mask all tokens are real."""
     mask = inputs.get("attention_mask")
     if mask is None:
         return int(inputs["input_ids"].numel())
@@ -49,13 +49,13 @@ def real_tokens(inputs: dict[str, Any]) -> int | torch.Tensor:
 
 
 def read_pairs(rows: str) -> list[dict[str, Any]]:
-    """Read rows in the form of which TRL learns the answer alone: a prompt and its completion."""
+    """Read rows as prompt and completion, the format in which TRL trains on the answer only."""
     read = [json.loads(line)["messages"] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
     return [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in read]
 
 
 def describe_training(asked: Any, folder: str, *, packed: bool) -> dict[str, Any]:
-    """Return the settings that all tools share, under the names of TrainingArguments."""
+    """Return the settings shared by all tools, under the names of TrainingArguments."""
     return {
         "output_dir": folder,
         "max_steps": asked.steps + 1,

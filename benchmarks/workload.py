@@ -1,9 +1,9 @@
-"""Rows to measure with: one question and its answer each, as long as Alpaca's, in English out of the shipped texts.
+"""Write rows for measurements: a question and an answer as long as Alpaca's, in English words of the shipped texts.
 
     python benchmarks/workload.py FILE --rows 100000 --seed 0
 
-The words are real, so that a tokenizer makes as many tokens of them as of any English; what they say is nothing. The
-same count and seed give the same bytes on every machine. Lengths in tokens of SmolLM2's tokenizer: questions have about
+The words are real, so they give as many tokens as any English text; the sentences have no meaning. The same count and
+seed give the same bytes on every machine. Lengths in tokens of SmolLM2's tokenizer: questions have about
 20, answers are lognormal with a median of about 65, one in a hundred has more than 500; a row with the model's template
 about 120.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 TEXTS = Path(__file__).resolve().parent.parent / "recipes" / "data"
 PIECE_WORDS = 7
-"""Words that stay together: long enough to read like English, short enough that no two rows are nearly equal."""
+"""Number of consecutive words: enough to read like English, but too few for near-duplicate rows."""
 QUESTIONS = (
     "Describe",
     "Explain in your own words",
@@ -79,7 +79,7 @@ def chat_rows(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def compose(draw: random.Random, words: int) -> str:
-    """Put `words` words together, a few at a time from one place of the texts."""
+    """Join `words` words, a few at a time from one place in the texts."""
     text = shipped_words()
     pieces: list[str] = []
     while words > 0:

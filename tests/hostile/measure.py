@@ -18,7 +18,7 @@ from llmtune.errors import STEERING
 
 SECONDS, BYTES = 10, 2 * 10**9
 LATE_SECONDS = 120
-"""When a command counts as endless: on a machine that is busy, ten seconds of a processor take longer."""
+"""Seconds after which a command counts as endless; on a busy machine, ten CPU seconds take longer."""
 SECRETS = {name: f"{name.lower()}-s3cret-0123456789abcdef" for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")}
 PATCHED = "not folders_has_an_end and not any_ and not refusal and not client and not request"
 """Tests that change limits of this process, or run no commands."""

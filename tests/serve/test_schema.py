@@ -13,7 +13,7 @@ from support.serving import load_served, served_of, serving
 def examine(url: str, examples: int, folder: Path) -> str:
     """Run schemathesis in `folder`; all of its checks hold, but for one.
 
-    Whether settings go together, or a prompt fits the context, is no matter of a schema: what it admits may be refused.
+    A schema cannot say whether settings go together or a prompt fits the context, so a valid request may be refused.
     """
     command = [str(Path(sys.executable).with_name("st")), "run", f"{url}/openapi.json", "--seed", "7"]
     command += ["--max-examples", str(examples), "--phases", "examples,coverage,fuzzing", "--no-color"]

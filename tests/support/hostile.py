@@ -11,7 +11,7 @@ from types import FrameType
 
 from typer.testing import CliRunner, Result
 
-import llmtune.pipeline  # noqa: F401 - so that no command is timed with its imports
+import llmtune.pipeline  # noqa: F401 - keeps the imports out of the commands' times
 from llmtune.cli.app import app
 from llmtune.errors import STEERING
 from support.runs import write_recipe

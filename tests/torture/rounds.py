@@ -114,7 +114,7 @@ class Torture:
         self.references: dict[str, Reference] = {}
 
     def reference(self, scenario: str) -> Reference:
-        """Run a command twice, undisturbed."""
+        """Run a command twice without disturbance."""
         if scenario not in self.references:
             files, scores, first = [], [], None
             for fresh in (False, True):

@@ -293,7 +293,7 @@ def test_a_disk_that_fills_up_during_training_keeps_the_previous_checkpoint(tmp_
 
 
 def _fill_script(folder: Path) -> str:
-    """Mount a small disk, fill it once step 4 is saved, see the run fail, keep what is left."""
+    """Mount a small disk, fill it once step 4 is saved, check that the run fails, and keep the remaining files."""
     disk = folder / "disk"
     return f"""
 export PYTHONPATH={Path(__file__).parents[1]} OMP_NUM_THREADS=1
