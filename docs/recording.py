@@ -22,8 +22,8 @@ PICTURE = Path(__file__).with_name("recording.svg")
 COMMAND = "llmtune run quickstart"
 COLUMNS = 100
 SPEED = 10
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhlnsu]|\x1b\][^\x07]*\x07")
-"""What moves the cursor; colours stay."""
+MOVES = re.compile(r"(\x1b\[[0-9;?]*[A-HJKSTfhlsu]|\x1b\][^\x07]*\x07|\r|\n)")
+"""Everything but text and colours. Of these, llmtune's bars use: up, erase a line, carriage return."""
 
 
 def main() -> None:
@@ -55,24 +55,29 @@ def record() -> list[tuple[float, str]]:
 
 
 def shown(pieces: list[tuple[float, bytes]]) -> list[tuple[float, str]]:
-    """Return each finished line with its time; of a line that was drawn over, the last."""
-    lines, rest = [], ""
+    """Return the lines on the terminal at the end, each with the second at which it last changed."""
+    lines: list[tuple[float, str]] = [(0.0, "")]
+    row, start = 0, True
     for second, piece in pieces:
-        *done, rest = (rest + piece.decode(errors="replace")).split("\n")
-        for line in done:
-            last = CONTROL.sub("", line.rstrip("\r")).rpartition("\r")[2]
-            if last.strip():
-                lines.append((second, last))
-    return lines
+        for part in MOVES.split(piece.decode(errors="replace")):
+            if part == "\n":
+                row, start = row + 1, True
+                lines += [(second, "")] * (row + 1 - len(lines))
+            elif part == "\r" or part.endswith("K"):
+                start = True
+            elif up := re.fullmatch(r"\x1b\[(\d*)A", part):
+                row, start = max(0, row - int(up[1] or 1)), True
+            elif part and not MOVES.fullmatch(part):
+                lines[row] = (second, part if start else lines[row][1] + part)
+                start = False
+    return [(second, line) for second, line in lines if Text.from_ansi(line).plain.strip()]
 
 
 def animate(svg: str, seconds: list[float]) -> str:
     """Let each line of rich's picture appear at its second."""
-    tops = sorted(
-        {float(top) for top in re.findall(r'<text class="[^"]*-matrix[^>]*|<text [^>]*y="([\d.]+)"', svg) if top}
-    )
-    rows = {top: seconds[min(number, len(seconds) - 1)] for number, top in enumerate(tops[-len(seconds) :])}
-    style = "<style>.line{animation:appear 1ms both}@keyframes appear{from{opacity:0}}</style>"
+    tops = sorted({float(top) for top in re.findall(r'<text [^>]*?y="([\d.]+)"', svg)})
+    rows = dict(zip(tops[-len(seconds) :], seconds, strict=False))
+    style = "<style>@keyframes appear{from{opacity:0}}</style>"
 
     def delayed(match: re.Match[str]) -> str:
         second = rows.get(float(match["top"]))

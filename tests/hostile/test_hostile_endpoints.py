@@ -112,7 +112,7 @@ def test_a_decompression_bomb_is_not_unpacked() -> None:
     packed = gzip.compress(b" " * 2**26)
     with (
         raw_server(lambda send: send(with_length(packed, HEAD + b"Content-Encoding: gzip\r\n"))) as url,
-        pytest.raises(EnvironmentProblem, match="packed"),
+        pytest.raises(EnvironmentProblem, match="compress"),
     ):
         ask(url)
 

@@ -200,7 +200,7 @@ def test_the_plan_is_printed_and_a_doubtful_or_overridden_one_is_a_warning(folde
         assert part in said
     assert "exceeds the memory" in said
     check_memory(dataclasses.replace(plan, limit=1), recipe_with(folder, model={"check_memory": False}), console)
-    assert "going on" in " ".join(console.file.getvalue().split())
+    assert "continuing" in " ".join(console.file.getvalue().split())
 
 
 def test_the_first_budget_follows_from_total_memory_and_fits_the_longest_row(folder):
