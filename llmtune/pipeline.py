@@ -6,8 +6,8 @@
     train      train the adapter, with checkpoints
     evaluate   score base and tuned model on the same held-out rows
 
-Then come the products that the recipe names, further seeds, and the report. A step is skipped if none of its inputs
-changed. Its results are stored as facts in run.json, and the report is written from the run folder only.
+Then come the products that the recipe names, further seeds, and the report. A step is skipped if neither its inputs nor
+its outputs changed. Its results are stored as facts in run.json, and the report is written from the run folder.
 `resolve_run` makes the plan, which is immutable. All processes run this file; only rank 0 does the work in `once`.
 """
 
@@ -214,7 +214,7 @@ def best_candidate(context: RunContext, loaded: LoadedRecipe) -> str:
 
 
 def run_adapt(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 3, if the run ends here: add and check the adapter. Training makes it again from the same seed."""
+    """Step 3 alone, for `llmtune adapt`. A longer run adapts in `run_train`, from the same seed."""
 
     def adapt_alone() -> None:
         with context.step("adapt", context.plan.inputs["adapt"]) as step:
@@ -331,7 +331,7 @@ STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {
 
 
 def run_seeds(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Run the recipe once for each further seed, up to the same step as the run.
+    """Run the recipe once for each further seed: as far as the run, but without gates and products.
 
     A valid seed run is skipped, and an interrupted one resumes. Rows, model and micro-batches are those of the run.
     """

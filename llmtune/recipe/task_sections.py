@@ -74,7 +74,7 @@ class TranslateSection(TaskSection):
     was trained with a prompt before the text, so set it here."""
 
     def check(self, diagnostics: Diagnostics, max_length: int) -> None:
-        """Report a prompt without the text."""
+        """Report a prompt that lacks the placeholder for the text."""
         check_prompt(diagnostics, "translate.prompt", self.prompt, ("source",))
 
 
@@ -87,7 +87,7 @@ class SummarizeSection(TaskSection):
     here."""
 
     def check(self, diagnostics: Diagnostics, max_length: int) -> None:
-        """Report a prompt without the text."""
+        """Report a prompt that lacks the placeholder for the text."""
         check_prompt(diagnostics, "summarize.prompt", self.prompt, ("document",))
 
 

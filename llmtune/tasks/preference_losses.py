@@ -121,9 +121,10 @@ def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: ReferenceMo
         return kl_S.new_zeros(batch["n_rows"]).index_add(0, batch["rows_S"], kl_S)
 
 
-def _direct(
+def _dpo_or_ipo(
     model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: ReferenceModel | None
 ) -> Loss:
+    """Return the DPO or IPO loss of P pairs, from the log ratios of both answers to the reference."""
     chosen_P, rejected_P = _log_ratios(model, batch, reference).chunk(2)
     if settings.loss == "ipo":
         chosen_counts_P, rejected_counts_P = count_tokens(batch).clamp(min=1).chunk(2)
@@ -169,8 +170,8 @@ def _reward(
 
 
 _LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSection, ReferenceModel | None], Loss]] = {
-    "dpo": _direct,
-    "ipo": _direct,
+    "dpo": _dpo_or_ipo,
+    "ipo": _dpo_or_ipo,
     "kto": _kto,
     "orpo": _orpo,
     "reward": _reward,
