@@ -38,7 +38,7 @@ def test_the_installed_wheel_lists_and_checks_the_shipped_recipes(installed: Pat
         f"from llmtune.recipe.loader import load_recipe; [print(load_recipe(name).recipe.name) for name in {names}]"
     )
     assert run_installed(installed, "-c", checks).split() == names
-    assert "good" in run_installed(installed, "-m", "llmtune", "recipes", "check", names[0])
+    assert "valid" in run_installed(installed, "-m", "llmtune", "recipes", "check", names[0])
 
 
 def test_the_wheel_contains_its_run_time_files(installed: Path) -> None:

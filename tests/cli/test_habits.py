@@ -57,7 +57,7 @@ def test_a_file_of_rows_is_answered_row_by_row(folder: Path) -> None:
     (folder / "odd.csv").write_text("id,remark\n1,nothing here\n")
     done = invoke("generate", "latest", "--input", "odd.csv")
     assert done.exit_code == 2
-    assert "no column holds the prompt; found id, remark" in done.stderr
+    assert "no column for the prompt; found id, remark" in done.stderr
 
 
 def test_a_row_that_exceeds_the_models_context_gets_an_error_and_the_others_an_answer(folder: Path) -> None:

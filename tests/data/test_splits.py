@@ -55,7 +55,7 @@ def test_few_rows_give_each_split_one(tmp_path):
 
 
 def test_too_few_rows_are_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"2 different rows .* too few .* for test \(0.2\) and validation \(0.1\)"):
+    with pytest.raises(DataError, match=r"2 different rows .* too few for test \(0.2\) and validation \(0.1\)"):
         split(tmp_path, [chat("a"), chat("b")])
     with pytest.raises(DataError, match="too few"):
         split(tmp_path, [chat("a"), chat("a"), chat("a")])

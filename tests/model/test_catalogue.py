@@ -121,7 +121,7 @@ def test_a_recipe_is_planned_by_method_and_card_with_time_and_cost(here):
     for prices, basis in (((), "memory"), (("h100=3",), "these prices")):
         shown = invoke("models", *words, *(f"--price={one}" for one in prices))
         assert f"Cheapest by {basis}: " in " ".join(shown.stderr.split())
-    assert "a guess" in " ".join(shown.stderr.split())
+    assert "an estimate" in " ".join(shown.stderr.split())
     assert "a100-40" in shown.stdout
 
 

@@ -109,5 +109,5 @@ def test_a_head_whose_weights_are_missing_does_not_start_at_random(built, tmp_pa
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("cls.predictions.transform.dense")}
     assert len(kept) < len(weights)
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EnvironmentProblem, match="2 weights are missing in the files, cls"):
+    with pytest.raises(EnvironmentProblem, match="2 weights are missing in the files, such as cls"):
         run_recipe(tmp_path, folder)
