@@ -195,7 +195,7 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
 def _find_call(text: str, start: int) -> _Call | None:
     """Find the call of the probe's tool at or after `start`, in any of the known styles."""
     name = text.index(NAME, start)
-    return _as_object(text, name) or _with_object(text, name) or _as_python(text)
+    return _as_object(text, name) or _with_object(text, name) or _as_python(text) or _with_tags(text, name)
 
 
 def _as_object(text: str, name: int) -> _Call | None:
@@ -254,6 +254,26 @@ def _as_python(text: str) -> _Call | None:
     field: Json = {"content": "python-call-list", "transform_each": True}
     field["transform"] = {"type": "function", "function": function}
     return _Call(found.start(), text.rindex("]") + 1, {**field, "head": "", "first": rf"(?=\[{A_NAME}\()"})
+
+
+def _with_tags(text: str, name: int) -> _Call | None:
+    """Read a call whose arguments are each between tags: `<parameter=key>value</parameter>`."""
+    places = [name]
+    for part in (KEYS[0], VALUES[0], KEYS[1], VALUES[1]):
+        if part not in text[places[-1] :]:
+            return None
+        places.append(text.index(part, places[-1]))
+    _, key, value, next_key, last = places
+    before, inside = text[name + len(NAME) : key], text[key + len(KEYS[0]) : value]
+    between, behind = text[value + len(VALUES[0]) : next_key], text[last + len(VALUES[1]) :]
+    opens = _from_mark(_shared_end(before, between), before)
+    closes = shared_start(between.removesuffix(opens), behind)
+    if not opens.strip() or not closes.strip():
+        return None
+    pair = f"{re.escape(opens)}(?P<key>.+?){re.escape(inside)}(?P<value>.*?){re.escape(closes)}"
+    head = rf"(?P<name>{A_NAME}){re.escape(before.removesuffix(opens).rstrip())}"
+    field: Json = {"content": "xml-inline", "content_args": {"tag_pattern": pair}, "repeats": True}
+    return _Call(name, last + len(VALUES[1]) + len(closes), {**field, "transform": _NAMED, "head": head})
 
 
 def _decoded(text: str, start: int) -> tuple[object, int]:

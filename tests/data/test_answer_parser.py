@@ -57,6 +57,21 @@ def test_calls_are_parsed_in_the_templates_format_and_malformed_ones_give_a_reas
     assert read.text == written.removesuffix("<|im_end|>")
 
 
+OWN_TAGS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if loop.first and tools %}{{ tools | tojson }}
+{% endif %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}<do what="{{ c.function.name }}">\
+{% for k, v in c.function.arguments.items() %}<with k="{{ k }}">{{ v }}</with>{% endfor %}</do>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_calls_in_tags_of_no_known_family_are_inferred_from_the_template():
+    template = read_template(tokenizer_with(OWN_TAGS), recipe_for())
+    written = '<do what="sum"><with k="a">1</with><with k="b">two</with></do><|im_end|>'
+    (call,) = parse_answer(written, template, [TOOL]).tool_calls
+    assert call["function"] == {"name": "sum", "arguments": {"a": "1", "b": "two"}}
+
+
 LOOKS_LIKE_CALLS = {
     "llama-3": '{"name": "sum", "parameters": {"a": 1}}',
     "qwen-2.5": '<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>',
