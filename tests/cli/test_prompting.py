@@ -69,7 +69,7 @@ def test_arrow_up_recalls_a_line_and_interrupts_stop_answer_then_program(termina
     terminal.wait_for("you")
     time.sleep(0.5)  # an interrupt in the instant in which the prompt is drawn is lost
     terminal.type("\x03")
-    terminal.wait_for("once more ends")
+    terminal.wait_for("again to quit")
     terminal.wait_for("you")
     time.sleep(0.5)
     terminal.type("\x03")
