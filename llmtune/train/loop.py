@@ -334,6 +334,7 @@ def _stop_if_asked(run: Run) -> None:
 def _take(training: TrainContext, best: Checkpoint) -> None:
     """Load the weights of a checkpoint; schedule-free optimisers also need its optimiser state for their average."""
     if not hasattr(training.optimizer.optimizer, "eval"):
+        training.optimizer.optimizer.state.clear()  # no step follows; a sharded checkpoint reads a second state
         restore_weights(training, best)
         return
     seen = training.row_losses.copy()
