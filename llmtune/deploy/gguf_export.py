@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
+from llmtune.deploy.export_score import export_run
 from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_lora_only, compare_adapter, write_adapter
 from llmtune.deploy.gguf_converter import (
     FORMATS,
@@ -31,6 +32,7 @@ from llmtune.deploy.gguf_readers import (
     LlamaClassifier,
     check_reader,
     open_gguf,
+    open_gguf_export,
 )
 from llmtune.deploy.gguf_tokenizer import (
     MERGE_INSTEAD,
@@ -85,8 +87,6 @@ FORMAT_LIMITS = {
 Its mean KL in llama.cpp is 5e-6 in F16, 2e-4 in BF16, 0.011 in Q8_0 (0.003 from the weights, the rest from inputs of
 products, which llama.cpp rounds too) and 0.11 in Q4_K_M. F32 has F16's limits, since llama.cpp keeps keys and
 values in F16 and looks up functions in tables. `find_lost_adapter` detects a missing adapter."""
-NEGLIGIBLE = 100
-"""If tuning's effect is smaller than the rounding by this factor, a lost adapter is not checked for."""
 
 
 def make_gguf(
@@ -119,10 +119,15 @@ def make_gguf(
     onto = onto or trained_on
     RecipeError.collect(check_onto(onto, True, trained_on == "original" or plan.recipe.adapter.method == "qlora"))
     check_gguf(plan)
-    tuned = load_tuned(context)
     folder = out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format)
     options = {"number_format": number_format, "onto": onto}
-    return export_gguf(tuned, folder, context.console, adapter_only=adapter_only, **options)
+    if adapter_only:
+        return export_gguf(load_tuned(context), folder, context.console, adapter_only=True, **options)
+
+    def make(tuned: TunedModel, out: Path) -> Certificate:
+        return export_gguf(tuned, out, context.console, **options)
+
+    return export_run(context, folder, make, open_gguf_export)
 
 
 def check_gguf(plan: Plan) -> None:
@@ -246,7 +251,6 @@ class _Export:
             "reader": "its own arithmetic",
             "limits": {},
             "measured": None,
-            "kl_from_base": None,
             "adapter": None,
             "modelfile": written,
         }
@@ -285,17 +289,13 @@ class _Export:
         limits: Limits,
     ) -> Certificate:
         parity = self.reference.judge(logits, same_answers, same_ids)
-        base = self.reference.base_logits
-        base_kl = None if base is None else measure_distance(base, logits, self.reference.kind).kl_mean
-        effect = self.reference.effect
-        breaches = [*find_breaches(parity, limits), *find_lost_adapter(parity.kl_mean, base_kl, effect)]
+        breaches = find_breaches(parity, limits)
         return {
             "passed": not breaches,
             "breaches": breaches,
             "reader": reader.name,
-            "limits": {"kl_mean": limits.kl(effect), "top1_agreement": limits.top1},
+            "limits": {"kl_mean": limits.kl(parity.effect_kl), "top1_agreement": limits.top1},
             "measured": asdict(parity),
-            "kl_from_base": base_kl,
         }
 
 
@@ -317,18 +317,6 @@ def served_prompts(tuned: TunedModel, facts: TokenizerFacts, reader: GgufReader)
         texts = [text.removeprefix(" ") for text in texts] if facts.get(NAMES.ADD_PREFIX) else texts
     start = facts[NAMES.LIST][facts[NAMES.BOS_ID]] if facts[NAMES.ADD_BOS] else ""
     return [reader.encode(text.removeprefix(start)) for text in texts]
-
-
-def find_lost_adapter(trained_kl: float, base_kl: float | None, effect: float | None) -> list[str]:
-    """Return a breach if a file of any format is nearer to the base than to the tuned model, by mean KL.
-
-    With its adapter a file is nearer to the tuned model by the `effect` of tuning; without it, farther by as much.
-    An effect far below the rounding cannot be distinguished from it.
-    """
-    if base_kl is None or effect is None or effect < trained_kl / NEGLIGIBLE or trained_kl - base_kl <= effect / 2:
-        return []
-    numbers = f"mean KL {base_kl:.2g} nats per position, and {trained_kl:.2g} to the tuned model"
-    return [f"the file is nearer to the base model ({numbers}): the adapter is lost"]
 
 
 def _print_export(certificate: Certificate, out: Path, console: Console) -> None:

@@ -6,20 +6,32 @@ Shapes: T positions, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
+from llmtune.deploy.exported_model import ExportedModel, borrow_class
 from llmtune.deploy.gguf_converter import has_llama
-from llmtune.deploy.gguf_tokenizer import NAMES, PRE_TOKENIZERS, SENTENCEPIECE, TokenizerFacts, build_tokenizer
+from llmtune.deploy.gguf_tokenizer import (
+    NAMES,
+    PRE_TOKENIZERS,
+    SENTENCEPIECE,
+    TokenizerFacts,
+    build_tokenizer,
+    read_tokenizer,
+)
 from llmtune.deploy.parity import load_product
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader
 from llmtune.errors import EnvironmentProblem
+from llmtune.model.config import find_class
+from llmtune.session import RunContext
 
 NOT_READ = (
     "head_dim",
@@ -63,9 +75,12 @@ class LlamaReader:
         return list(self.llm.tokenize(text.encode(), add_bos=True, special=True))
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return the logits [T, V] of every position, in float32."""
-        self.llm.reset()
-        self.llm.eval(list(ids))
+        """Return the logits [T, V] of every position, in float32; the start that the last text shares is cached."""
+        known = self.llm.input_ids[: self.llm.n_tokens].tolist()
+        pairs = enumerate(zip(known, ids[:-1], strict=False))
+        shared = next((at for at, (one, other) in pairs if one != other), min(len(known), len(ids) - 1))
+        self.llm.n_tokens = shared
+        self.llm.eval(list(ids[shared:]))
         return torch.from_numpy(self.llm.scores[: len(ids)].copy()).float()
 
     def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
@@ -144,3 +159,66 @@ def open_gguf(
     else:
         assert adapter is None
         yield TransformersGgufReader(file, facts, config)
+
+
+# A GGUF file as a transformers model
+
+
+def open_gguf_export(path: Path, context: RunContext) -> ExportedModel:
+    """Open a GGUF file of a run's model, or the folder with it, for the run's rows."""
+    file, plan = path if path.is_file() else next(path.glob("*.gguf")), context.plan
+    length = max(context.examples.longest.values()) + plan.recipe.generation.max_new_tokens
+    kind, config = find_class(plan.model_ref, plan.recipe, plan.task)
+    if not has_llama():
+        model = TransformersGgufReader(file, read_tokenizer(file), config).model
+        return ExportedModel("gguf", f"transformers {transformers.__version__}", model, plan.processor, file)
+    runtime = f"llama.cpp ({version('llama-cpp-python')})"
+    if plan.task.continues_text:
+        decoder = borrow_class(kind, config, _read_texts(LlamaReader(file, length)), prepare_inputs_for_generation=_all)
+        return ExportedModel("gguf", runtime, decoder, plan.processor, file)
+    classifier = borrow_class(kind, config, _classify_texts(LlamaClassifier(file, length, config.num_labels)))
+    return ExportedModel("gguf", runtime, classifier, plan.processor, file)
+
+
+def _all(self: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, **rest: Any) -> dict[str, Any]:
+    """Return the complete texts as the next step's inputs: llama.cpp keeps the cache."""
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
+
+
+def _read_texts(reader: LlamaReader) -> Callable[..., CausalLMOutputWithPast]:
+    """Return the forward pass of a decoder: texts [B, T] -> logits [B, T, V], or those of `logits_to_keep` alone."""
+
+    def forward(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **rest: Any,
+    ) -> CausalLMOutputWithPast:
+        if (attention_mask is not None and attention_mask.dim() > 2) or rest.get("past_key_values"):
+            raise ValueError("llama.cpp has its own mask and cache")
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        rows = []
+        for row, ids_T in enumerate(input_ids):
+            mask_T = torch.ones_like(ids_T) if attention_mask is None else attention_mask[row]
+            logits_TV = reader.logits(ids_T[mask_T.bool()].tolist())
+            places_T = (mask_T.cumsum(0) - 1).clamp(0, len(logits_TV) - 1)
+            rows.append(logits_TV[places_T[kept]])  # at padding, those of a neighbour
+        return CausalLMOutputWithPast(logits=torch.stack(rows))
+
+    return forward
+
+
+def _classify_texts(reader: LlamaClassifier) -> Callable[..., SequenceClassifierOutput]:
+    """Return the forward pass of a classifier: texts [B, T] -> logits [B, K]."""
+
+    def forward(
+        self: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **rest: Any
+    ) -> SequenceClassifierOutput:
+        masks_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        pairs = zip(input_ids, masks_BT, strict=True)
+        return SequenceClassifierOutput(
+            logits=torch.cat([reader.logits(ids[mask.bool()].tolist()) for ids, mask in pairs])
+        )
+
+    return forward

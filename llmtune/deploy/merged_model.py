@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.adapter.saving import writing_weights
+from llmtune.deploy.export_score import export_run
+from llmtune.deploy.exported_model import open_folder, saved_processor
 from llmtune.deploy.parity import (
     LIMITS,
     Certificate,
@@ -27,12 +30,12 @@ from llmtune.deploy.parity import (
     load_product,
     write_certificate,
 )
-from llmtune.deploy.tuned_model import TunedModel, TunedReference, load_tuned, make_reference, training_base
+from llmtune.deploy.tuned_model import TunedModel, TunedReference, make_reference, training_base
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.device import explain_oom, is_out_of_memory, release_memory
-from llmtune.model.processor import load_processor, save_tokenizer
+from llmtune.model.processor import save_tokenizer
 from llmtune.report.render_terminal import spinner
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
@@ -46,15 +49,14 @@ def merge_run(
     context: RunContext, out: Path | None = None, *, onto: str | None = None, dtype: str = "auto"
 ) -> Certificate:
     """Merge the adapter of a finished run, by default into the run's `merged` and onto its training base."""
-    tuned = load_tuned(context, splits=("test", "validation", "train"))
     folder = out or context.folder.path / "merged"
-    return merge_model(
-        tuned,
-        folder,
-        context.console,
-        onto=onto or training_base(context.plan.recipe, context.plan.model_ref),
-        dtype=dtype,
-    )
+    onto = onto or training_base(context.plan.recipe, context.plan.model_ref)
+
+    def make(tuned: TunedModel, out: Path) -> Certificate:
+        return merge_model(tuned, out, context.console, onto=onto, dtype=dtype)
+
+    open_merged = partial(open_folder, name="merged")
+    return export_run(context, folder, make, open_merged, splits=("test", "validation", "train"))
 
 
 def merge_model(
@@ -84,13 +86,7 @@ def merge_model(
             _save(_merge(tuned, base, target_dtype), tuned, folder, target_dtype)
         with spinner(console, "asking the merged model, read back from disk"):
             merged = _load_back(folder, tuned, device, target_dtype)
-            unset: dict[str, object] = {
-                "chat_template": None,
-                "chat_template_kwargs": {},
-                "add_tokens": (),
-            }  # weights in the folder
-            saved_section = tuned.recipe.model.model_copy(update=unset)
-            parity = reference.parity(merged, load_processor(replace(model_ref, path=folder), saved_section), folder)
+            parity = reference.parity(merged, saved_processor(folder, model_ref, tuned.recipe.model), folder)
         weights = sorted(folder.glob("*.safetensors"))
         certificate = {
             **tuned.certificate(find_breaches(parity, limits)),

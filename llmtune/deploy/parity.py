@@ -26,6 +26,9 @@ SAME_NUMBER = 0.1
 EFFECT_SHARE = 0.05
 """A merge may undo this share of what tuning did."""
 
+NEGLIGIBLE = 100
+"""If tuning's effect is smaller than the rounding by this factor, a lost adapter is not checked for."""
+
 Onto = Literal["original", "dequantized"]
 Certificate = dict[str, Any]
 """The JSON document `certificate.json`; docs/deploy.md lists its keys."""
@@ -54,6 +57,8 @@ class Parity(Distance):
     """Whether the saved tokenizer and template produce the same token ids."""
     effect_kl: float | None
     """Mean KL between the tuned model and its base on the same positions; None if it cannot be measured."""
+    kl_from_base: float | None
+    """Mean KL from the base model to the product, likewise."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,20 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     if highest is not None and not parity.largest_logit_difference <= highest:
         difference = f"the largest logit difference is {parity.largest_logit_difference:.2g}"
         breaches.append(f"{difference}; the limit is {highest:.2g}")
-    return breaches
+    return [*breaches, *find_lost_adapter(parity)]
+
+
+def find_lost_adapter(parity: Parity) -> list[str]:
+    """Return a breach if a product is nearer to the base than to the tuned model, by mean KL.
+
+    With its adapter a product is nearer to the tuned model by the effect of tuning; without it, farther by as much.
+    An effect far below the rounding cannot be distinguished from it.
+    """
+    base, tuned, effect = parity.kl_from_base, parity.kl_mean, parity.effect_kl
+    if base is None or effect is None or effect < tuned / NEGLIGIBLE or tuned - base <= effect / 2:
+        return []
+    numbers = f"mean KL {base:.2g} nats per position, and {tuned:.2g} to the tuned model"
+    return [f"it is nearer to the base model ({numbers}): the adapter is lost"]
 
 
 class ParityNumbers(TypedDict):
@@ -155,6 +173,7 @@ class ParityNumbers(TypedDict):
     answer_agreement: float
     same_ids: bool
     effect_kl: NotRequired[float | None]
+    kl_from_base: NotRequired[float | None]
 
 
 class CertificateDocument(TypedDict, total=False):

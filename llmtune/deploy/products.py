@@ -1,24 +1,43 @@
-"""The products that `llmtune run` makes at its end, as listed in the recipe's `deploy`."""
+"""The exports that a recipe names in `deploy`: made, certified and scored when `llmtune run` ends."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 from llmtune import __version__
-from llmtune.deploy.gguf_export import DEFAULT_FORMAT, make_gguf
+from llmtune.deploy.gguf_export import make_gguf
 from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.parity import Certificate
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import hash_folder, hash_value
 
 
+@dataclass(frozen=True)
+class ExportFormat:
+    """One format of `deploy`."""
+
+    folder: str
+    """Its place in the run folder."""
+    make: Callable[[RunContext], Certificate]
+    """Makes it, certifies it and scores it."""
+
+
+EXPORT_FORMATS = {
+    "merged": ExportFormat("merged", merge_run),
+    "gguf": ExportFormat("gguf/f16", make_gguf),
+    "gguf-q8_0": ExportFormat("gguf/q8_0", partial(make_gguf, number_format="q8_0")),
+    "gguf-q4_k_m": ExportFormat("gguf/q4_k_m", partial(make_gguf, number_format="q4_k_m")),
+}
+"""By name in the recipe's `deploy`."""
+
+
 def make_products(context: RunContext) -> None:
-    """Make and certify the merged model and the GGUF file, unless they exist from the same inputs."""
+    """Make, certify and score the exports that the recipe names, unless they exist from the same inputs."""
     recipe, trained = context.plan.recipe, hash_folder(context.trained_folder)
-    settings, products = recipe.generation.model_dump(mode="json"), recipe.deploy
-    inputs = hash_value([__version__, trained, context.plan.model_ref.content_hash, settings, sorted(products)])
-    made = {"merged": "merged", "gguf": f"gguf/{DEFAULT_FORMAT}"}
-    with context.step("deploy", inputs, [made[name] for name in products]) as step:
+    settings, names = recipe.generation.model_dump(mode="json"), recipe.deploy
+    inputs = hash_value([__version__, trained, context.plan.model_ref.content_hash, settings, sorted(names)])
+    with context.step("deploy", inputs, [EXPORT_FORMATS[name].folder for name in names]) as step:
         if not step.skipped:
-            if "merged" in products:
-                step.facts.update(merge_run(context))
-            if "gguf" in products:
-                written = make_gguf(context)
-                step.facts.update(gguf=written, gguf_file=written["file"], gguf_read_by=written["reader"])
+            step.facts["exports"] = {name: EXPORT_FORMATS[name].make(context) for name in names}

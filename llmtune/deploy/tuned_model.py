@@ -156,6 +156,7 @@ class TunedReference(ABC):
 
     def judge(self, logits: Sequence[torch.Tensor], same_answers: Sequence[bool], same_ids: bool) -> Parity:
         """Return a product's parity from its logits, equal answers, and whether all inputs are equal."""
+        base = self.base_logits
         return Parity(
             **asdict(self.compare(logits)),
             prompts=len(same_answers),
@@ -163,6 +164,7 @@ class TunedReference(ABC):
             answer_agreement=sum(same_answers) / len(same_answers),
             same_ids=same_ids,
             effect_kl=self.effect,
+            kl_from_base=None if base is None else measure_distance(base, logits, self.kind).kl_mean,
         )
 
 

@@ -1,0 +1,189 @@
+"""The score of an export: its own runtime answers the run's test rows, each paired with the tuned model's answer.
+
+An export is made from a finished run in four steps: time the tuned model, make the files and certify them, load them by
+their own runtime, and score that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmtune.adapter.injection import adapter_settings
+from llmtune.deploy.exported_model import ExportedModel, weight_bytes
+from llmtune.deploy.parity import CERTIFICATE, Certificate
+from llmtune.deploy.tuned_model import TunedModel, load_tuned
+from llmtune.errors import LlmtuneError
+from llmtune.evaluate.cache_keys import base_inputs
+from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.generation import generate_completions
+from llmtune.evaluate.inference import compute_metrics, inference_on, predict
+from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, open_run_scores, pair_metrics
+from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
+from llmtune.evaluate.results import load_base
+from llmtune.model.device import release_memory
+from llmtune.records import Json, Row
+from llmtune.report.number_format import count, score, signed, size
+from llmtune.session import Plan, RunContext
+from llmtune.store.atomic_files import explained, plain, write_json
+
+MakeExport = Callable[[TunedModel, Path], Certificate]
+"""Makes an export of the tuned model in a folder, certifies it, and returns its certificate."""
+OpenExport = Callable[[Path, RunContext], ExportedModel]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What answering rows takes, on one device and with the threads of this process."""
+
+    rows_per_second: float
+    peak_bytes: int | None
+    """Main memory that loading and answering added at most; None where the system does not count it, or on a GPU."""
+    device: str
+
+
+def export_run(
+    context: RunContext,
+    out: Path,
+    make: MakeExport,
+    open_export: OpenExport,
+    splits: Sequence[str] = ("test",),
+) -> Certificate:
+    """Make and certify an export, then load it by its own runtime, score it on the test rows, and save all in `out`.
+
+    Raises the errors of `make` and `open_export`.
+    """
+    rested = reset_peak()
+    tuned = load_tuned(context, splits)
+    asked = [tuned.task.split_answer(row)[0] for row in tuned.rows]
+    usage = time_rows(tuned.model, tuned.processor, context.plan, asked, rested)
+    certificate = make(tuned, out)
+    del tuned
+    release_memory()
+    scored = score_export(context, out, open_export, asked)
+    scored |= {"tuned_usage": plain(usage), "tuned_bytes": weight_bytes(context.trained_folder)}
+    certificate = {**certificate, "score": scored}
+    with explained(out):
+        write_json(out / CERTIFICATE, plain(certificate))
+    for line in describe_score(scored):
+        context.console.print(line, highlight=False)
+    return certificate
+
+
+def score_export(context: RunContext, out: Path, open_export: OpenExport, asked: Sequence[Row]) -> Json:
+    """Load an export by its own runtime, and score it on the run's test rows, each paired with the tuned model's.
+
+    `asked` are questions to time. Saves `measures.npz` in the folder `out`. Without test rows or scores of the tuned
+    model there are no scores, and `unmeasured` tells why.
+    """
+    rested, plan = reset_peak(), context.plan
+    exported = open_export(out, context)
+    usage = time_rows(exported.model, exported.processor, plan, asked, rested)
+    found = {"runtime": exported.runtime, "bytes": exported.size, "usage": plain(usage)}
+    try:
+        run = open_run_scores(context.folder.path, "tuned")
+    except LlmtuneError as error:
+        return {**found, "unmeasured": error.problems[0].what}
+    rows, examples = context.rows, context.examples
+    inputs = make_inputs(rows, examples, plan.task, exported.processor, plan.recipe)
+    device = str(exported.model.device)
+    evaluated = EvalContext(plan.recipe, plan.task, exported.processor, inputs, device, context.console)
+    known = base_inputs(plan.recipe, adapter_settings(plan.recipe), plan.model_ref, rows, examples, plan.device)
+    answers = predict(exported.model, exported.format, evaluated, packs=False)
+    base = load_base(context.folder.path / "evaluation", known).answers or answers
+    measured, names = compute_metrics(evaluated, answers, base), name_test_rows(rows, inputs.rows)
+    measures = PerRowScores({}, measured, names, inputs.clusters)
+    save_measures(out, measures)
+    return {**found, **compare_with_tuned(run, exported.format, measures)}
+
+
+def compare_with_tuned(run: OpenedRun, name: str, measures: PerRowScores) -> Json:
+    """Return both models' scores on the test rows, and the differences: the export's minus the tuned model's."""
+    export = ScoredRun(name, run.recipe, run.evaluation, measures)
+    difference, left_out = pair_metrics(run, export)
+    return {
+        "rows": len(measures.rows),
+        "tuned": {metric: run.measures.tuned[metric].value for metric in difference},
+        "export": {metric: measures.tuned[metric].value for metric in difference},
+        "difference": {metric: asdict(change) for metric, change in difference.items()},
+        "left_out": left_out,
+    }
+
+
+# Speed and memory
+
+
+def time_rows(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase,
+    plan: Plan,
+    questions: Sequence[Row],
+    rested: int | None,
+) -> Usage | None:
+    """Answer rows one by one, as a client would ask them, after a first one that is not timed.
+
+    `rested` is the return value of `reset_peak` before the model was loaded. None without rows, or if the task's models
+    answer nothing.
+    """
+    task, recipe, device = plan.task, plan.recipe, str(model.device)
+    if not questions or not (task.predicts or recipe.variant.generates):
+        return None
+
+    def answer(row: Row) -> None:
+        if task.predicts:
+            task.predict([row], LoadedModel(model, processor, recipe, device))
+        else:
+            generate_completions(model, [task.prompt_ids(row, processor, recipe)], processor, recipe, device=device)
+
+    with inference_on(model, EvalContext(recipe, task, processor, None, device, Console(quiet=True))):
+        answer(questions[0])
+        started = time.perf_counter()
+        for row in questions:
+            answer(row)
+        seconds = time.perf_counter() - started
+    peak = peak_bytes() if device == "cpu" else None
+    added = peak - rested if peak is not None and rested is not None else None
+    return Usage(len(questions) / seconds, added, device)
+
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak() -> int | None:
+    """Forget the highest memory of this process so far, and return what it has now; None where the system cannot."""
+    release_memory()
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        return None
+    return peak_bytes()
+
+
+def peak_bytes() -> int | None:
+    """Return the highest resident memory of this process since `reset_peak`."""
+    found = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")] if STATUS.exists() else []
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+def describe_score(scored: Json) -> list[str]:
+    """Write an export's scores next to the tuned model's, a line per metric, then its size and speed."""
+    lines = [f"not scored: {scored['unmeasured']}"] if "unmeasured" in scored else []
+    if "difference" in scored:
+        rows = count(scored["rows"])
+        lines = [f"scored by {scored['runtime']} on {rows} test rows, compared with the tuned model:"]
+        for metric, change in scored["difference"].items():
+            both = f"{score(scored['export'][metric])}, tuned {score(scored['tuned'][metric])}"
+            lines.append(
+                f"  {metric} {both}: {signed(change['value'])} ({signed(change['low'])} to {signed(change['high'])})"
+            )
+        lines += [f"  {metric} is not compared: {why}" for metric, why in scored["left_out"].items()]
+    usage, before = scored["usage"], scored["tuned_usage"]
+    speed = f"; {usage['rows_per_second']:.3g} rows per second, one at a time" if usage else ""
+    speed += f", tuned {before['rows_per_second']:.3g}" if usage and before else ""
+    return [*lines, f"  {size(scored['bytes'])} on disk{speed}"]

@@ -1,0 +1,82 @@
+"""An export loaded by its own runtime, called like the transformers model that it was made from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmtune.model.processor import load_processor
+from llmtune.recipe.model_section import ModelSection
+from llmtune.records import ModelRef
+from llmtune.session import RunContext
+
+SAVED_WITH_WEIGHTS: dict[str, object] = {"chat_template": None, "chat_template_kwargs": {}, "add_tokens": ()}
+"""Keys of the recipe's model section that a saved folder already contains."""
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An export, loaded by the runtime that its users run it with."""
+
+    format: str
+    """As in the recipe's `deploy`, or `foreign`."""
+    runtime: str
+    """Name and version of the runtime."""
+    model: PreTrainedModel
+    processor: PreTrainedTokenizerBase
+    """The tokenizer or processor that ships with the export."""
+    path: Path
+    """A file or a folder."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights on disk."""
+        return weight_bytes(self.path)
+
+
+WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".onnx", ".data", ".onnx_data")
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the bytes of the weight files at `path`, a file or a folder."""
+    files = [path] if path.is_file() else [one for one in path.iterdir() if one.suffix in WEIGHT_FILES]
+    return sum(file.stat().st_size for file in files)
+
+
+def borrow_class(
+    kind: type[PreTrainedModel], config: PretrainedConfig, network: Callable[..., Any], **members: object
+) -> PreTrainedModel:
+    """Return a model without weights of the class `kind`, or of an Auto class, whose forward pass is `network`.
+
+    Its class's own methods, such as `generate`, work as usual. `members` are further methods that replace those of the
+    class.
+    """
+    with torch.device("meta"):
+        model = kind(config) if hasattr(kind, "forward") else kind.from_config(config, trust_remote_code=True)
+    known = type(model)
+    shown = functools.wraps(known.forward)(network)  # with the arguments of the class
+    on_cpu = property(lambda self: torch.device("cpu"))
+    model.__class__ = type(known.__name__, (known,), {"device": on_cpu, "forward": shown, **members})
+    return model.eval()
+
+
+def open_folder(folder: Path, context: RunContext, name: str) -> ExportedModel:
+    """Load a plain model folder with transformers, as its users do."""
+    plan = context.plan
+    auto_class = getattr(transformers, plan.task.auto_class)
+    options = {"local_files_only": True, "trust_remote_code": plan.recipe.model.trust_remote_code}
+    model = cast(PreTrainedModel, auto_class.from_pretrained(folder, dtype="auto", **options)).eval().to(plan.device)
+    processor = saved_processor(folder, plan.model_ref, plan.recipe.model)
+    return ExportedModel(name, f"transformers {transformers.__version__}", model, processor, folder)
+
+
+def saved_processor(folder: Path, model_ref: ModelRef, section: ModelSection) -> PreTrainedTokenizerBase:
+    """Load the processor of an exported folder, without what the recipe adds to that of the base."""
+    return load_processor(replace(model_ref, path=folder), section.model_copy(update=SAVED_WITH_WEIGHTS))
