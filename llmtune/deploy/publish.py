@@ -19,7 +19,7 @@ from llmtune.deploy.model_card import Document, Publication, PublishOptions, wri
 from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import CERTIFICATE, Certificate, read_certificate
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.evaluation_file import load_with_exports
 from llmtune.model.resolve import LICENSES, NO_ANSWER
 from llmtune.recipe.secrets import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
 from llmtune.records import Evaluation
@@ -148,7 +148,7 @@ def _is_publication(folder: Path) -> bool:
 def _read_scores(folder: RunFolder) -> tuple[Document, Evaluation]:
     """Return a run's report and evaluation; raises RecipeError if it was not evaluated."""
     report = read_report(folder.path)
-    evaluation = load_evaluation(folder.path / "evaluation")
+    evaluation = load_with_exports(folder)
     if not report or not report.get("evaluation") or evaluation is None or not folder.is_done("evaluate"):
         what = "this run was not evaluated, so its card would have no scores"
         raise RecipeError.of(what, str(folder.path), f"Run: llmtune evaluate {folder.path}")
