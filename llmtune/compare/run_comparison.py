@@ -12,7 +12,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.opened_runs import OpenedRun, find_differing, pair_metrics
 from llmtune.evaluate.run_report import judge_run
-from llmtune.records import Difference, Evaluation, GateResult
+from llmtune.records import Difference, Evaluation, GateResult, Json
 from llmtune.report.report_record import Verdict
 from llmtune.report.verdict import INCONCLUSIVE, verdict
 from llmtune.session import trained_name
@@ -160,7 +160,7 @@ def find_usage(run: OpenedRun) -> tuple[int | None, float | None]:
     path, kind = run.folder.path, "" if run.export else "tuned_"
     files = [*path.glob(f"*/{CERTIFICATE}"), *path.glob(f"*/*/{CERTIFICATE}")]
     known = [run.export] if run.export else [one for file in sorted(files) if (one := read_json(file))]
-    scored = next((one["score"] for one in known if "bytes" in one.get("score", {})), {})
+    scored: Json = next((one["score"] for one in known if "bytes" in one.get("score", {})), {})
     usage = scored.get(f"{kind}usage")
     return scored.get(f"{kind}bytes"), 1 / usage["rows_per_second"] if usage else None
 

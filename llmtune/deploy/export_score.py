@@ -66,7 +66,7 @@ def export_run(
     del tuned
     release_memory()
     scored = score_export(context, out, open_export, asked) | usage
-    certificate = plain({**certificate, "score": scored})
+    certificate = dict(plain({**certificate, "score": scored}))
     with explained(out):
         write_json(out / CERTIFICATE, certificate)
     for line in describe_score(scored):
@@ -97,8 +97,11 @@ def score_export(context: RunContext, out: Path, open_export: OpenExport, asked:
     """
     rested, plan = reset_peak(), context.plan
     exported = open_export(out, context)
-    usage = time_rows(exported.model, exported.processor, plan, asked, rested)
-    found = {"runtime": exported.runtime, "bytes": exported.size, "usage": plain(usage)}
+    found = {"runtime": exported.runtime, "bytes": exported.size, "usage": None}
+    try:
+        found["usage"] = plain(time_rows(exported.model, exported.processor, plan, asked, rested))
+    except LlmtuneError as error:  # such as a template that cannot render a prompt
+        return {**found, "unmeasured": error.problems[0].what}
     device = str(exported.model.device)
 
     def answer(evaluated: EvalContext) -> Answers:
@@ -117,9 +120,9 @@ def score_answers(
     plan, rows, examples = context.plan, context.rows, context.examples
     try:
         run = open_run_scores(context.folder.path, "tuned")
+        inputs = make_inputs(rows, examples, plan.task, processor, plan.recipe)
     except LlmtuneError as error:
         return {"unmeasured": error.problems[0].what}
-    inputs = make_inputs(rows, examples, plan.task, processor, plan.recipe)
     evaluated = EvalContext(plan.recipe, plan.task, processor, inputs, plan.device, context.console)
     known = base_inputs(plan.recipe, adapter_settings(plan.recipe), plan.model_ref, rows, examples, plan.device)
     answers = answer(evaluated)

@@ -108,14 +108,13 @@ def make_gguf(
     RecipeError.collect(check_onto(onto, True, trained_on == "original" or plan.recipe.adapter.method == "qlora"))
     check_gguf(plan)
     folder = out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format)
-    options = {"number_format": number_format, "onto": onto}
-    if adapter_only:
-        return export_gguf(load_tuned(context), folder, context.console, adapter_only=True, **options)
 
     def make(tuned: TunedModel, out: Path) -> Certificate:
-        return export_gguf(tuned, out, context.console, **options)
+        return export_gguf(
+            tuned, out, context.console, number_format=number_format, onto=onto, adapter_only=adapter_only
+        )
 
-    return export_run(context, folder, make, open_gguf_export)
+    return make(load_tuned(context), folder) if adapter_only else export_run(context, folder, make, open_gguf_export)
 
 
 def check_gguf(plan: Plan) -> None:

@@ -213,19 +213,23 @@ def open_gguf_export(path: Path, context: RunContext) -> ExportedModel:
     kind, config = find_class(plan.model_ref, plan.recipe, plan.task)
     facts = read_tokenizer(file)
     stated = GGUFReader(file).get_field("general.file_type")
-    limits = FORMAT_LIMITS[FILE_TYPES.get(stated.contents() if stated else None, COARSEST)]
+    limits = FORMAT_LIMITS[FILE_TYPES.get(int(stated.contents()), COARSEST) if stated else COARSEST]
     if not has_llama():
-        reader = TransformersGgufReader(file, facts, config)
-        model, runtime = reader.model, f"transformers {transformers.__version__}"
-    elif plan.task.continues_text:
-        reader, runtime = LlamaReader(file, length), name_llama()
+        ours = TransformersGgufReader(file, facts, config)
+        served, ends = (
+            partial(served_by_file, facts=facts, reader=ours),
+            [facts[key] for key in END_IDS if key in facts],
+        )
+        runtime = f"transformers {transformers.__version__}"
+        return ExportedModel("gguf", runtime, ours.model, plan.processor, file, limits, served, ends)
+    if plan.task.continues_text:
+        reader = LlamaReader(file, length)
         model = borrow_class(kind, config, _read_texts(reader), prepare_inputs_for_generation=_all)
     else:
-        reader, runtime = LlamaClassifier(file, length, config.num_labels), name_llama()
-        model = borrow_class(kind, config, _classify_texts(reader))
+        reader = classifier = LlamaClassifier(file, length, config.num_labels)
+        model = borrow_class(kind, config, _classify_texts(classifier))
     served = partial(served_by_file, facts=facts, reader=reader)
-    ends = reader.ends() if isinstance(reader, LlamaReader) else [facts[key] for key in END_IDS if key in facts]
-    return ExportedModel("gguf", runtime, model, plan.processor, file, limits, served, ends)
+    return ExportedModel("gguf", name_llama(), model, plan.processor, file, limits, served, reader.ends())
 
 
 def name_llama() -> str:

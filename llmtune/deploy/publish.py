@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from llmtune.deploy.model_card import Document, Publication, PublishOptions, write_card
 from llmtune.deploy.ollama_modelfile import MODELFILE
-from llmtune.deploy.parity import CERTIFICATE, Certificate, read_certificate
+from llmtune.deploy.parity import Certificate, read_certificate
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_with_exports
 from llmtune.model.resolve import LICENSES, NO_ANSWER
@@ -26,7 +26,7 @@ from llmtune.records import Evaluation
 from llmtune.report.report_record import read_report
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, staged, write_json, write_text
 from llmtune.store.process_environment import offline_switches
-from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
+from llmtune.store.run_folder import CERTIFICATE, RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, read_lock, read_resolved
 
 

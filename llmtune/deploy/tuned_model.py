@@ -22,7 +22,7 @@ from llmtune.data.chat_messages import clean_messages
 from llmtune.data.chat_template import stop_ids
 from llmtune.data.row_store import read_rows
 from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, measure_distance
-from llmtune.errors import DataError
+from llmtune.errors import DataError, LlmtuneError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
@@ -247,7 +247,10 @@ class TextReference(TunedReference):
         ends: Collection[int] | None = None,
     ) -> Parity:
         """Compare a product, with prompts made as in training and as by a server."""
-        same_ids = served(self.tuned) == self.prompts and render_prompts(self.tuned, processor) == self.prompts
+        try:
+            same_ids = served(self.tuned) == self.prompts and render_prompts(self.tuned, processor) == self.prompts
+        except LlmtuneError:  # its template cannot render them
+            same_ids = False
         reader, known = TransformersReader(model), answer_ends(model, processor) if ends is None else ends
         compared = self.judge(self.read_by(reader.logits), self.same_answers(reader.answer), same_ids)
         turns = stop_ids(self.tuned.processor, self.tuned.recipe) if self.tuned.recipe.variant.facts.templated else []

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.records import Difference, Evaluation, GateResult, Json, Study
+from llmtune.records import Difference, Evaluation, GateResult, Study
 from llmtune.report.metric_info import better_side
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Verdict
@@ -50,12 +51,12 @@ def load_with_exports(run: RunFolder) -> Evaluation | None:
     certified = run.facts("deploy").get("exports", {}) if run.is_done("deploy") else {}
     if evaluation is None or not certified:
         return evaluation
-    scored = {name: restore_nan(certificate["score"]) for name, certificate in certified.items()}
-    exports = {name: _as_study(name, score) for name, score in scored.items() if "difference" in score}
+    scored = {name: certificate["score"] for name, certificate in certified.items()}
+    exports = {name: _as_study(name, restore_nan(one)) for name, one in scored.items() if "difference" in one}
     return replace(evaluation, exports=exports)
 
 
-def _as_study(name: str, score: Json) -> Study:
+def _as_study(name: str, score: Any) -> Study:
     difference = TypeAdapter(dict[str, Difference]).validate_python(score["difference"])
     better = {metric: better_side(metric) for metric in score["export"]}
     return Study(name, score["tuned"], score["export"], difference, {}, better)

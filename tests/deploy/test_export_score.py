@@ -6,7 +6,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 from support import families
-from support.classifying import colour_rows, recipe_for, run_classifier
+from support.classifying import colour_rows, recipe_for
+from support.classifying import run as run_classifier
 from support.runs import finish_run, invoke
 
 from llmtune.errors import RecipeError
