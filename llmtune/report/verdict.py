@@ -307,7 +307,7 @@ def speaking(differences: Differences, chance: float = CHANCE) -> dict[str, int]
     """Return the metrics with a significant change: 1 for better, -1 for worse.
 
     The interval must exclude zero, at least ten rows must be measured, and p must be significant after correction for
-    all metrics. Only one in twenty evaluations without any change then reports one, however many metrics. Source:
+    all metrics. At most one in twenty evaluations without any change then reports one, however many metrics. Source:
     Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979. Metrics that are one number in several units
     count once. Costs (`kl`, `answers_cut`) and metrics without a better direction do not count.
     """
@@ -344,7 +344,7 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
     moved = f"No metric shows a clear difference{f' from {opponent}' if opponent else ''}"
     moved_alone = [metric for metric in changes.keys() - COSTS if direction(metric, changes[metric])]
     if moved_alone:
-        moved += f" (the interval of {join_names(sorted(moved_alone))} excludes zero, but one of many metrics may do "
+        moved += f" (the interval of {join_names(sorted(moved_alone))} excludes zero, but one in twenty intervals does "
         moved += "so by chance)"
     return Verdict(INCONCLUSIVE, f"{moved}. Use more held-out rows, or train longer.")
 

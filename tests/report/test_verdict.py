@@ -139,7 +139,7 @@ def test_one_of_many_metrics_that_moves_a_little_is_chance():
     assert looked_at(exact_match=0.03).word == "better"
     found = looked_at(exact_match=0.03, **others)
     assert found.word == "inconclusive"
-    assert "but one of many metrics may do so by chance" in found.reason
+    assert "but one in twenty intervals does so by chance" in found.reason
     assert looked_at(exact_match=0.004, **others).reason.startswith("Better in exact match. No")
 
 
