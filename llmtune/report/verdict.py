@@ -292,7 +292,7 @@ def find_changes(
     signs = speaking({metric: change for metric, change in differences.items() if metric not in gated}, chance)
     signs |= {metric: direction(metric, differences[metric]) for metric in gated}
     passed = [name for name, results in gated.items() if all(one.passed and not is_open(one) for one in results)]
-    within = [name for name in passed if signs[name] <= 0]
+    within = [name for name in passed if signs[name] <= 0 and any(bounds_loss(one) for one in gated[name])]
     better, worse = ([name for name in differences if signs.get(name) == sign] for sign in (1, -1))
     return MetricChanges(
         better=distinct(better, differences, ALIKE),
@@ -301,6 +301,12 @@ def find_changes(
         tolerated=[name for name in within if signs[name] < 0],
         failed=[name for name in gated if signs[name] < 0 and name not in passed],
     )
+
+
+def bounds_loss(result: GateResult) -> bool:
+    """Whether a gate is on the interval's worse end: the better end shows only that the model is not known to be worse."""
+    gate = parse_gate(result.name)
+    return gate.part == ("low" if gate.op in (">", ">=") else "high")
 
 
 def speaking(differences: Differences, chance: float = CHANCE) -> dict[str, int]:

@@ -265,6 +265,10 @@ def test_a_gate_that_did_not_pass_prevents_a_good_verdict():
     assert (scores.word, "loss <= champion" in scores.reason) == ("inconclusive", True)
 
 
+def test_a_gate_on_the_better_end_of_an_interval_shows_no_margin():
+    assert challenged(True, gates=("accuracy.high >= champion",), accuracy=OPEN).word == "inconclusive"
+
+
 def test_a_champion_without_common_metrics_is_inconclusive_whatever_the_base_says():
     found = challenged(gates=())
     assert (found.word, found.reason) == ("inconclusive", "No metric could be compared with the champion.")
