@@ -304,7 +304,7 @@ def find_changes(
 
 
 def bounds_loss(result: GateResult) -> bool:
-    """Whether a gate is on the interval's worse end: the better end shows only that the model is not known to be worse."""
+    """Whether a gate is on the interval's worse end: the better end never shows that a model is not worse."""
     gate = parse_gate(result.name)
     return gate.part == ("low" if gate.op in (">", ">=") else "high")
 
