@@ -1,4 +1,4 @@
-"""The Python reference: Markdown made from signatures and docstrings, so that it reads the same with and without the site."""
+"""The Python reference: Markdown made from signatures and docstrings, the same with and without the site."""
 
 from __future__ import annotations
 
