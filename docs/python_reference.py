@@ -22,11 +22,12 @@ WIDTH = 100
 
 def python_reference() -> str:
     """Return the reference of `llmtune.run`, `llmtune.load_run` and `FinishedRun` as Markdown."""
-    lines = [*function_lines("llmtune.run", llmtune.run), *function_lines("llmtune.load_run", llmtune.load_run)]
+    lines = [*function_lines("##", "llmtune.run", llmtune.run)]
+    lines += function_lines("##", "llmtune.load_run", llmtune.load_run)
     lines += ["## FinishedRun", "", *docstring_lines(FinishedRun.__doc__)]
     lines += ["| attribute | type | meaning |", "|---|---|---|", *map(attribute_line, ATTRIBUTES), ""]
     for method in METHODS:
-        lines += function_lines(f"FinishedRun.{method}", getattr(FinishedRun, method))
+        lines += function_lines("###", f"run.{method}", getattr(FinishedRun, method))
     return "\n".join(lines).rstrip()
 
 
@@ -37,14 +38,10 @@ def attribute_line(name: str) -> str:
     return f"| `{name}` | `{cell(get.__annotations__['return'])}` | {cell(get.__doc__)} |"
 
 
-def function_lines(name: str, function: Callable[..., Any]) -> Iterator[str]:
+def function_lines(level: str, name: str, function: Callable[..., Any]) -> Iterator[str]:
     """Yield a heading, the signature and the docstring of a function."""
-    yield f"## {name}"
-    yield ""
-    yield "```python"
-    yield signature(name.replace("FinishedRun", "run"), function)
-    yield "```"
-    yield ""
+    yield f"{level} {name}\n"
+    yield f"```python\n{signature(name, function)}\n```\n"
     yield from docstring_lines(function.__doc__)
 
 
@@ -77,7 +74,7 @@ def docstring_lines(docstring: str | None) -> Iterator[str]:
             yield "|---|---|"
             yield from (f"| `{name}` | {cell(meaning)} |" for name, meaning in ENTRIES.findall(body))
         elif title == "Raises":
-            yield from (f"Raises `{name}`: {cell(meaning)}\n" for name, meaning in ENTRIES.findall(body))
+            yield "\n\n".join(f"Raises `{name}`: {cell(meaning)}" for name, meaning in ENTRIES.findall(body))
         else:
             yield f"```python\n{body}\n```"
         yield ""
