@@ -168,7 +168,9 @@ def verdict(
     changes = countable(judged_differences(evaluation))
     if not changes and not countable(evaluation.difference):
         rows = max(change.n for change in evaluation.difference.values())
-        return Verdict(INCONCLUSIVE, f"{rows} held-out rows are too few; use at least {FEWEST_ROWS}.")
+        return Verdict(
+            INCONCLUSIVE, f"{rows} held-out row{'s are' if rows != 1 else ' is'} too few; use at least {FEWEST_ROWS}."
+        )
     findings = find_changes(changes, gates, "base")
     found = weigh(findings, changes, evaluation.baseline)
     if found.word == BETTER and CHOICE in changes and CHOICE not in (*findings.better, *findings.within):
