@@ -16,6 +16,7 @@ from typing import Any
 import typer.main
 from guarantees_page import guarantee_blocks
 from peft_methods import peft_methods
+from python_reference import python_reference
 from recipe_reference import recipe_reference
 
 from llmtune.cli.app import EXIT_CODES, app
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("<!-- packages: made by `make docs` -->", "<!-- end of packages -->")
 RANKING = ("<!-- ranking: made by `make docs` from benchmarks/ranking.json -->", "<!-- end of ranking -->")
 MEMORY = ("<!-- memory: made by `make docs` from benchmarks/memory_plan.json -->", "<!-- end of memory -->")
+PYTHON = ("<!-- reference: made by `make docs` from the docstrings -->", "<!-- end of reference -->")
 GUARANTEES = ("<!-- guarantees: made by `make docs` from tests/impossible -->", "<!-- end of guarantees -->")
 CODE_HEAD = """\
 # Map of the code
@@ -50,6 +52,7 @@ def main() -> int:
         ROOT / "docs/recipe.md": recipe_reference(),
         ROOT / "docs/cli.md": command_reference(),
         ROOT / "docs/code.md": code_map(),
+        ROOT / "docs/python.md": between(ROOT / "docs/python.md", PYTHON, f"\n{python_reference()}\n"),
         ROOT / "docs/guarantees.md": between(ROOT / "docs/guarantees.md", GUARANTEES, f"\n{guarantee_blocks()}"),
         ROOT / "docs/memory.md": between(ROOT / "docs/memory.md", MEMORY, f"\n{memory_table()}\n"),
         ROOT / "docs/model-evidence.md": between(ROOT / "docs/model-evidence.md", RANKING, f"\n{ranking_table()}\n"),

@@ -1,7 +1,7 @@
 """Records a real run of the quickstart as docs/recording.svg: `python docs/recording.py`.
 
 The command runs in a terminal of 100 columns. Each line keeps the second at which it appeared; the picture replays them
-ten times as fast and stops at the end.
+ten times as fast, a tenth of a second apart at least, scrolls as a terminal does, and stops at the end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,9 @@ from rich.text import Text
 PICTURE = Path(__file__).with_name("recording.svg")
 COMMAND = "llmtune run quickstart"
 COLUMNS = 100
+ROWS = 30
 SPEED = 10
+GAP = 0.1
 MOVES = re.compile(r"(\x1b\[[0-9;?]*[A-HJKSTfhlsu]|\x1b\][^\x07]*\x07|\r|\n)")
 """Everything but text and colours. Of these, llmtune's bars use: up, erase a line, carriage return."""
 
@@ -32,7 +35,7 @@ def main() -> None:
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     for _, line in lines:
         console.print(Text.from_ansi(line), soft_wrap=False, overflow="crop", no_wrap=True)
-    PICTURE.write_text(animate(console.export_svg(title=COMMAND), [second / SPEED for second, _ in lines]))
+    PICTURE.write_text(animate(console.export_svg(title=COMMAND), paced([second / SPEED for second, _ in lines])))
 
 
 def record() -> list[tuple[float, str]]:
@@ -73,18 +76,39 @@ def shown(pieces: list[tuple[float, bytes]]) -> list[tuple[float, str]]:
     return [(second, line) for second, line in lines if Text.from_ansi(line).plain.strip()]
 
 
+def paced(seconds: list[float]) -> list[float]:
+    """Return when each line appears in the picture: in order, and with a gap between lines that came at once."""
+    return list(accumulate(seconds, lambda last, second: max(last + GAP, second)))
+
+
 def animate(svg: str, seconds: list[float]) -> str:
-    """Let each line of rich's picture appear at its second."""
-    tops = sorted({float(top) for top in re.findall(r'<text [^>]*?y="([\d.]+)"', svg)})
-    rows = dict(zip(tops[-len(seconds) :], seconds, strict=False))
-    style = "<style>@keyframes appear{from{opacity:0}}</style>"
+    """Let each line of rich's picture appear at its second, in a window of ROWS lines that scrolls."""
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # they are on the network
+    svg = re.sub(r"<text [^>]*>\n</text>", "\n", svg)
+    tops = sorted({float(top) for top in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*clip-path', svg)})
+    rows = dict(zip(tops, seconds, strict=True))
+    height, end = tops[1] - tops[0], seconds[-1]
+    below = max(0, len(seconds) - ROWS)
+    moves = {f"{100 * second / end:.1f}%": line for line, second in enumerate(seconds[ROWS:], 1)}
+    scroll = "".join(f"{when}{{transform:translateY({-height * line:.1f}px)}}" for when, line in moves.items())
+    style = (
+        f"@keyframes appear{{from{{opacity:0}}}}@keyframes scroll{{from{{transform:none}}{scroll}}}"
+        f".scroll{{transform:translateY({-height * below:.1f}px);animation:scroll {end:.1f}s step-end both}}"
+        "@media(prefers-reduced-motion:reduce){*{animation:none!important}}"
+    )
 
     def delayed(match: re.Match[str]) -> str:
-        second = rows.get(float(match["top"]))
-        return match[0] if second is None else f'{match[0]} style="animation:appear 1ms {second:.1f}s both"'
+        return f'{match[0]} style="animation:appear 1ms {rows[float(match["top"])]:.1f}s both"'
 
-    svg = re.sub(r'<text [^>]*?y="(?P<top>[\d.]+)"', delayed, svg)
-    return svg.replace("<style>", f"{style}<style>", 1)
+    def lowered(match: re.Match[str]) -> str:
+        return f"{match[1]}{float(match[2]) - height * below:.1f}"
+
+    svg = re.sub(r'<text [^>]*?y="(?P<top>[\d.]+)"(?=[^>]*clip-path)', delayed, svg)
+    svg = re.sub(
+        r'(viewBox="0 0 \S+ |-clip-terminal">\s*<rect [^>]*height="|<rect fill[^>]*height=")([\d.]+)', lowered, svg
+    )
+    svg = svg.replace('-matrix">', '-matrix scroll">', 1)
+    return svg.replace("<style>", f"<style>{style}", 1)
 
 
 if __name__ == "__main__":

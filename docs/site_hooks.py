@@ -1,4 +1,4 @@
-"""What mkdocs needs for one site of pages that lie beside docs/ too: recipes, benchmarks, CI examples, changes."""
+"""Hooks of mkdocs for a site that includes pages outside docs/: recipes, benchmarks, CI examples, changes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-BESIDE = ("recipes", "examples", "benchmarks", "llmtune/evaluate/general", "CHANGELOG.md", "CONTRIBUTING.md")
-SHOWN = {"", ".md", ".yaml", ".yml", ".txt", ".svg", ".png"}
+OUTSIDE = ("recipes", "examples", "benchmarks", "llmtune/evaluate/general", "CHANGELOG.md", "CONTRIBUTING.md")
+SHOWN = {"", ".md", ".yaml", ".yml", ".txt", ".svg", ".png", ".ipynb"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages beside docs/, each under its own path in the repository."""
-    listed = subprocess.run(["git", "ls-files", *BESIDE], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    """Add the pages outside docs/, each under its own path in the repository."""
+    listed = subprocess.run(["git", "ls-files", *OUTSIDE], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for path in listed.split():
         if Path(path).suffix in SHOWN:
             files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
@@ -26,7 +26,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links between places of the repository into links of the site, where docs/ is the top."""
+    """Turn links between files of the repository into links of the site, where docs/ is the top."""
     source = page.file.src_uri
     folder = posixpath.dirname(source if (ROOT / source).exists() else f"docs/{source}")
 

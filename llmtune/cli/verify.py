@@ -91,7 +91,7 @@ def reproduce_command(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a run again from its lock and compare: bytes on the same kind of machine, otherwise losses and scores."""
+    """Train a run again from its lock and compare: bytes on a CPU like the lock's, otherwise losses and scores."""
     from llmtune.store.run_folder import read_run, recipe_of_run
     from llmtune.store.run_lock import LOCK, read_lock
 

@@ -59,7 +59,7 @@ class Ledger:
 
     path: Path
     tests: str
-    """Hash of the test rows in any order."""
+    """Hash of the champion's test rows in any order."""
     champion: str
     """Hash of the champion's trained weights."""
     lines: tuple[LedgerLine, ...]
@@ -78,9 +78,9 @@ class Ledger:
             return
         looked = len({(line["trained"], line["champion"]) for line in self.lines})
         what = f"{looked} models were already compared on these test rows; the 5 % false-positive budget is used up"
-        fix = "Set data.test to a file of new rows: the count restarts with them."
+        fix = "Score a model without looks on a file of new rows, and release it as the champion: a new count starts."
         if left > ROUNDING:
-            fix = f"Set it to {int(ERROR / left) + 1} or more, for wider intervals, or set data.test to new rows."
+            fix = f"Set it to {int(ERROR / left) + 1} or more, for wider intervals. Or s{fix[1:]}"
         raise RecipeError.of(what, f"{LOOKS}: {self.path}", fix)
 
 

@@ -28,6 +28,7 @@ from llmtune.model.device import release_memory
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Champion, Contamination, Evaluation, Rows, Slice
+from llmtune.report.render_terminal import spinner
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
 KINDS = {
@@ -126,7 +127,7 @@ def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasure
     Looks for nearly equal rows unless preparation already did.
     """
     recipe = context.recipe
-    with context.console.status("comparing test rows with training rows"):
+    with spinner(context.console, "comparing test rows with training rows"):
         overlap = find_overlap(rows, near=recipe.data.deduplicate != "near")
     return Contamination(
         rows=overlap.test_rows,

@@ -66,6 +66,9 @@ def run(
     Raises:
         LlmtuneError: one of its subclasses, with all problems in one message. After a `GateFailed` the run folder is
             complete, and `load_run` opens it.
+
+    Example:
+        run = llmtune.run("quickstart", set={"train.max_steps": 20}, out="runs/trial", quiet=True)
     """
     _check_types("llmtune.run", locals())
     from llmtune.recipe.loader import load_recipe
@@ -95,6 +98,9 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
 
     Raises:
         RecipeError: not a run folder, or not trained yet.
+
+    Example:
+        run = llmtune.load_run("runs/support-chat-1a2b3c4d")
     """
     _check_types("llmtune.load_run", locals())
     prepare_environment(network=False)

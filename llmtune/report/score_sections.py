@@ -103,8 +103,8 @@ def power_section(power: Sequence[Power]) -> Section:
     numbers = ("test rows", "smallest difference", "planned with", "rows needed")
     columns: TableColumns = ["gate or metric", "against", *(Column(name, "number") for name in numbers)]
     text = "At 80 % power, four of five such evaluations detect a true difference of that size, or decide the gate "
-    text += "with that many rows. A gate with a margin is planned with a difference of zero, any other gate with the "
-    text += "observed difference. A dash: the difference is at the gate's limit, and no number of rows is enough."
+    text += "with that many rows. A gate with a margin is planned with a difference of zero, any other with the "
+    text += "observed one, partly luck. A dash: the difference is at the gate's limit, and no number of rows is enough."
     blocks: list[Block] = [Table(columns, rows), Text(text, "soft")] if rows else []
     return Section("Power of the test rows", blocks, "Power", "power", brief=any(one.gate for one in power))
 
@@ -114,7 +114,7 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     changes, baseline = evaluation.difference, evaluation.baseline
     rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in evaluation.tuned]
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
-    text += "paired interval excludes zero. The verdict is stricter: it corrects p for the number of metrics (Holm)."
+    text += "paired interval excludes zero (one in 20 does by chance). The verdict corrects p for many metrics (Holm)."
     if exact := [name for name, change in changes.items() if change.test == "McNemar mid-p"]:
         text += f" p of {spell_metrics(exact)}: McNemar’s test (mid-p). p of other metrics: permutation of the two "
         text += "models’ answers."

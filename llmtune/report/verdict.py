@@ -168,7 +168,9 @@ def verdict(
     changes = countable(judged_differences(evaluation))
     if not changes and not countable(evaluation.difference):
         rows = max(change.n for change in evaluation.difference.values())
-        return Verdict(INCONCLUSIVE, f"{rows} held-out rows are too few; use at least {FEWEST_ROWS}.")
+        return Verdict(
+            INCONCLUSIVE, f"{rows} held-out row{'s are' if rows != 1 else ' is'} too few; use at least {FEWEST_ROWS}."
+        )
     findings = find_changes(changes, gates, "base")
     found = weigh(findings, changes, evaluation.baseline)
     if found.word == BETTER and CHOICE in changes and CHOICE not in (*findings.better, *findings.within):
@@ -292,7 +294,7 @@ def find_changes(
     signs = speaking({metric: change for metric, change in differences.items() if metric not in gated}, chance)
     signs |= {metric: direction(metric, differences[metric]) for metric in gated}
     passed = [name for name, results in gated.items() if all(one.passed and not is_open(one) for one in results)]
-    within = [name for name in passed if signs[name] <= 0]
+    within = [name for name in passed if signs[name] <= 0 and any(bounds_loss(one) for one in gated[name])]
     better, worse = ([name for name in differences if signs.get(name) == sign] for sign in (1, -1))
     return MetricChanges(
         better=distinct(better, differences, ALIKE),
@@ -303,11 +305,17 @@ def find_changes(
     )
 
 
+def bounds_loss(result: GateResult) -> bool:
+    """Whether a gate is on the interval's worse end: the better end never shows that a model is not worse."""
+    gate = parse_gate(result.name)
+    return gate.part == ("low" if gate.op in (">", ">=") else "high")
+
+
 def speaking(differences: Differences, chance: float = CHANCE) -> dict[str, int]:
     """Return the metrics with a significant change: 1 for better, -1 for worse.
 
     The interval must exclude zero, at least ten rows must be measured, and p must be significant after correction for
-    all metrics. Only one in twenty evaluations without any change then reports one, however many metrics. Source:
+    all metrics. At most one in twenty evaluations without any change then reports one, however many metrics. Source:
     Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979. Metrics that are one number in several units
     count once. Costs (`kl`, `answers_cut`) and metrics without a better direction do not count.
     """
@@ -344,7 +352,7 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
     moved = f"No metric shows a clear difference{f' from {opponent}' if opponent else ''}"
     moved_alone = [metric for metric in changes.keys() - COSTS if direction(metric, changes[metric])]
     if moved_alone:
-        moved += f" (the interval of {join_names(sorted(moved_alone))} excludes zero, but one of many metrics may do "
+        moved += f" (the interval of {join_names(sorted(moved_alone))} excludes zero, but one in twenty intervals does "
         moved += "so by chance)"
     return Verdict(INCONCLUSIVE, f"{moved}. Use more held-out rows, or train longer.")
 

@@ -133,11 +133,9 @@ class FinishedRun:
     """A trained run. Its model is loaded at first use, and kept.
 
     Example:
-        ```python
         run = llmtune.load_run("runs/support-chat-1a2b3c4d")
         run.scores["tuned"]["exact_match"]
-        run.generate("Where is my parcel?")
-        ```
+        run.report["verdict"]
     """
 
     folder: Path
@@ -201,6 +199,9 @@ class FinishedRun:
         Raises:
             RecipeError: an input is missing, or the task does not use it.
             DataError: an input cannot be used.
+
+        Example:
+            run.generate("Where is my parcel?", base=True)
         """
         check_arguments("run.generate", locals())
         inputs = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
@@ -245,7 +246,11 @@ class FinishedRun:
         return ChatSession(self._load(base), self.console)
 
     def model(self, *, base: bool = False) -> PreTrainedModel:
-        """Return the tuned model with its adapter, or the base, in evaluation mode on the best device."""
+        """Return the tuned model with its adapter, or the base, in evaluation mode on the best device.
+
+        Example:
+            model, tokenizer = run.model(), run.tokenizer
+        """
         return cast("PreTrainedModel", self._load(base).model)
 
     @property

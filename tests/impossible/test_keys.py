@@ -350,7 +350,7 @@ def test_a_flipped_key_changes_a_resolved_object(place: Path, key: str, monkeypa
     cannot="a key that is accepted and does nothing",
     kept="A test flips every key of the schema and checks that an object resolved from the recipe changes. A key "
     "without effect in a recipe is refused.",
-    shows="error full.yaml:... 'adapter.r' has no effect with adapter.method: full -> ",
+    shows="error full.yaml:... 'adapter.r' has no effect with adapter.method: full -> Remove it, or use lora or qlora.",
     also=["test_a_flipped_key_changes_a_resolved_object", "test_every_key_of_the_schema_is_tested"],
 )
 def test_flipping_finds_a_key_that_nothing_reads(place, run, without, shows):

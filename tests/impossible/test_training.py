@@ -95,8 +95,9 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, r
 @pytest.mark.guarantee(
     15,
     cannot="the same seed and a different model",
-    kept="The recipe seeds every random draw. On one machine the same recipe gives equal bytes; `reproduce` "
-    "trains a run again and names the first difference.",
+    kept="The recipe seeds every random draw. On a CPU, the same recipe, versions and threads give equal bytes. "
+    "`reproduce` trains a run again and names the first difference; on a GPU it compares losses and scores within "
+    "tolerances.",
     shows="error ...drawn-reproduced: not the same; the first difference is in training: grad_norm of step 1: was ..., "
     "is ... -> Versions, processor and threads match the lock, so something outside the lock differs.",
     also=[
@@ -155,7 +156,8 @@ def test_a_target_or_adapter_without_a_match_is_refused(place, run, shows):
     17,
     cannot="a resumed run whose weights differ from an uninterrupted one",
     kept="Checkpoints contain weights, optimiser, schedule and position; random draws depend only on seed and "
-    "step. A checkpoint is written under a temporary name, flushed, hashed, then renamed.",
+    "step. A checkpoint is written under a temporary name, flushed, hashed, then renamed. On a CPU, with the same "
+    "versions and threads, the weights are equal byte for byte; a GPU may round sums differently.",
     shows="Resuming from step 2 of 4",
     also=[
         "train/test_checkpoint.py::test_a_run_killed_anywhere_resumes_to_the_same_bytes",

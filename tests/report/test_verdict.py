@@ -139,7 +139,7 @@ def test_one_of_many_metrics_that_moves_a_little_is_chance():
     assert looked_at(exact_match=0.03).word == "better"
     found = looked_at(exact_match=0.03, **others)
     assert found.word == "inconclusive"
-    assert "but one of many metrics may do so by chance" in found.reason
+    assert "but one in twenty intervals does so by chance" in found.reason
     assert looked_at(exact_match=0.004, **others).reason.startswith("Better in exact match. No")
 
 
@@ -263,6 +263,10 @@ def test_a_gate_that_did_not_pass_prevents_a_good_verdict():
     assert counted.word == "inconclusive", "when_unsure: pass"
     scores = challenged(True, False, gates=(*MARGIN, "loss <= champion"), accuracy=BETTER)
     assert (scores.word, "loss <= champion" in scores.reason) == ("inconclusive", True)
+
+
+def test_a_gate_on_the_better_end_of_an_interval_shows_no_margin():
+    assert challenged(True, gates=("accuracy.high >= champion",), accuracy=OPEN).word == "inconclusive"
 
 
 def test_a_champion_without_common_metrics_is_inconclusive_whatever_the_base_says():

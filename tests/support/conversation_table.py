@@ -326,7 +326,7 @@ def rendered_table() -> str:
             if isinstance(result, str):
                 cells.append(f"no ({reasons.setdefault(result, len(reasons) + 1)})")
             else:
-                cells.append("yes" if len(result) == 1 else f"yes, {len(result)} examples")
+                cells.append({1: "yes", 2: "split"}[len(result)])
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join([*lines, "", "Why rows are refused:", "", *notes, ""])
