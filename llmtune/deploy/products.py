@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from llmtune import __version__
-from llmtune.deploy.gguf_export import make_gguf
+from llmtune.deploy.gguf_export import check_gguf, make_gguf
 from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.onnx_export import check_onnx, make_onnx
 from llmtune.deploy.parity import Certificate
-from llmtune.session import RunContext
+from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import hash_folder, hash_value
 
 
@@ -22,15 +23,25 @@ class ExportFormat:
     """Its place in the run folder."""
     make: Callable[[RunContext], Certificate]
     """Makes it, certifies it and scores it."""
+    check: Callable[[Plan], None] = lambda plan: None
+    """Refuses a model that cannot be exported, before training."""
 
 
 EXPORT_FORMATS = {
     "merged": ExportFormat("merged", merge_run),
-    "gguf": ExportFormat("gguf/f16", make_gguf),
-    "gguf-q8_0": ExportFormat("gguf/q8_0", partial(make_gguf, number_format="q8_0")),
-    "gguf-q4_k_m": ExportFormat("gguf/q4_k_m", partial(make_gguf, number_format="q4_k_m")),
+    "gguf": ExportFormat("gguf/f16", make_gguf, check_gguf),
+    "gguf-q8_0": ExportFormat("gguf/q8_0", partial(make_gguf, number_format="q8_0"), check_gguf),
+    "gguf-q4_k_m": ExportFormat("gguf/q4_k_m", partial(make_gguf, number_format="q4_k_m"), check_gguf),
+    "onnx": ExportFormat("onnx/float32", make_onnx, check_onnx),
+    "onnx-int8": ExportFormat("onnx/int8", partial(make_onnx, int8=True), check_onnx),
 }
 """By name in the recipe's `deploy`."""
+
+
+def check_products(plan: Plan) -> None:
+    """Refuse exports that the recipe names and this model cannot have."""
+    for name in plan.recipe.deploy:
+        EXPORT_FORMATS[name].check(plan)
 
 
 def make_products(context: RunContext) -> None:
