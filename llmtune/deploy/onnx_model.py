@@ -35,6 +35,7 @@ class Session:
         """Open `file`; `layers` are inner values to return as well."""
         import onnxruntime
 
+        self.file = str(file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -51,6 +52,13 @@ class Session:
             raise EnvironmentProblem.of(f"onnxruntime cannot open the file: {error}", str(file)) from error
         self.inputs = {one.name: one for one in self.session.get_inputs()}
         self.outputs = [one.name for one in self.session.get_outputs()]
+
+    def check_width(self, known: Sequence[int]) -> None:
+        """Raise EnvironmentProblem if the first output has a fixed width that none of this run's heads has."""
+        first = self.session.get_outputs()[0]
+        if len(self.outputs) == 1 and isinstance(first.shape[-1], int) and first.shape[-1] not in known:
+            what = f"the file returns {first.name} of width {first.shape[-1]}: it lacks the run's head"
+            raise EnvironmentProblem.of(what, self.file, "Export the model with its head.")
 
     def run(self, given: Tensors) -> dict[str, torch.Tensor]:
         """Return the outputs by name; an empty cache and token types are filled in."""
@@ -86,7 +94,7 @@ ONNX_TYPES = {
 }
 
 
-def open_onnx_export(path: Path, context: RunContext, *, by_name: bool = True) -> ExportedModel:
+def open_onnx_export(path: Path, context: RunContext, *, name: str = "foreign", by_name: bool = True) -> ExportedModel:
     """Open an ONNX file, or a folder of them, as this run's model.
 
     The order of labels comes from the folder's `config.json`, unless not `by_name`; the tokenizer from its files.
@@ -105,10 +113,11 @@ def open_onnx_export(path: Path, context: RunContext, *, by_name: bool = True) -
     else:
         session = Session(_find_file(path))
         reads_cache = any(name.startswith(PAST) for name in session.inputs)
+        if plan.task.trains_head and not reads_cache:
+            session.check_width((config.num_labels, config.get_text_config().vocab_size))
         columns = order_labels(config, stated) if by_name and plan.task.trains_head else None
         network = _continue_texts(session, kind) if reads_cache else _read_heads(session, columns)
         model = borrow_class(kind, config, network)
-    name = "onnx-int8" if stated else "onnx"
     return ExportedModel(name, f"onnxruntime {onnxruntime.__version__}", model, processor, path)
 
 
@@ -135,7 +144,7 @@ def order_labels(config: PretrainedConfig, stated: Mapping[str, Any]) -> list[in
 
 def cache_argument(kind: type[torch.nn.Module]) -> str:
     """Return what this version of transformers calls the cache."""
-    return "cache" if "cache" in accepted_arguments(kind) else "past_key_values"
+    return "cache" if "cache" in accepted_arguments(kind) else "past_key_values"  # type: ignore[arg-type]
 
 
 def _read_heads(session: Session, columns: Sequence[int] | None) -> Callable[..., ModelOutput]:
@@ -244,7 +253,7 @@ def read_cache(cache: Any) -> dict[str, torch.Tensor]:
         return {}
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"onnxruntime does not write to a {type(cache).__name__}")
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for i, layer in enumerate(cache.layers if cache.get_seq_length() else ()):
         found |= {f"{PAST}.{i}.key": layer.keys, f"{PAST}.{i}.value": layer.values}
     return found

@@ -11,8 +11,8 @@ from llmtune.data.tokenization import decode
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.evaluate.generation import answer_ends
 from llmtune.store.atomic_files import write_text
-from llmtune.tasks.speech import set_speech
-from llmtune.tasks.text_to_text import decoder_settings, first_token
+from llmtune.tasks.recordings import set_speech
+from llmtune.tasks.text_to_text import TextToText, decoder_settings, first_token
 
 SCRIPT = "run_model.py"
 TOP = '''"""Run this model: python run_model.py {arguments}
@@ -158,6 +158,7 @@ def _encoder_decoder_script(model: PreTrainedModel, tuned: TunedModel) -> tuple[
         set_speech(processor, recipe)
         start, first, body = list(processor.prefix_tokens), None, SOUND
     else:
+        assert isinstance(task, TextToText)
         pair = task.pair(task.make_row(places), recipe)
         first, body = first_token(pair, processor), PROMPT + 'given = tokenizer(text, return_tensors="np")\n'
         constants = {"PROMPT": pair.source, "PLACES": list(places.values())}

@@ -148,16 +148,13 @@ def swap_labels(model, tuned, folder, dtype):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-one_layer = "layer.1.attention.self.value"
+FIRST, SECOND = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.value"
+OUTPUT = "bert.encoder.layer.1.attention.output.dense"
 FAULTS = {
-    "adapter dropped": (forget, False, ["the adapter is lost", "moved by 0% of what tuning did"]),
-    "scale halved": (functools.partial(forget, share=0.5), False, ["% of what tuning did", "layer.0.attention.self"]),
-    "one layer": (
-        functools.partial(forget, part=one_layer),
-        False,
-        [f"first layer that differs is bert.encoder.{one_layer}"],
-    ),
-    "outliers": (widen, True, ["first layer that differs is bert.encoder.layer.1.attention.output.dense"]),
+    "adapter dropped": (forget, False, [f"differs is {FIRST}", "have 0% of the effect of its adapter"]),
+    "scale halved": (functools.partial(forget, share=0.5), False, [f"is {FIRST}", "have 50% of the effect"]),
+    "one layer": (functools.partial(forget, part=SECOND), False, [f"differs is {SECOND}", "have 0% of the effect"]),
+    "outliers": (widen, True, [f"the first layer that differs is {OUTPUT}"]),
 }
 
 
