@@ -161,6 +161,29 @@ def gguf(
         print_json(certificate)
 
 
+@app.command("onnx")
+@handled
+def onnx_command(
+    run: RunArgument,
+    int8: Annotated[bool, typer.Option("--int8", help="Round weights to 8 bits: a quarter of the size.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Output folder (default: RUN/onnx/float32 or int8).")
+    ] = None,
+    threads: Threads = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write ONNX files for onnxruntime with a script that runs them, and certify them; exit 6 if they differ."""
+    prepare_environment(network=False, threads=threads)
+    with gc_paused():
+        from llmtune.deploy.onnx_export import make_onnx
+        from llmtune.session import open_finished
+
+    certificate = make_onnx(open_finished(run, stderr_console(), offline), out, int8=int8)
+    if as_json:
+        print_json(certificate)
+
+
 @app.command()
 @handled
 def publish(

@@ -160,13 +160,21 @@ def _compare_other_base(tuned: TunedModel, onto: Onto, reference: TunedReference
 
 
 def _save(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:
-    if merged.can_generate():
-        merged.generation_config = _generation_config(merged, tuned)
-    merged.config.dtype = dtype
-    for name in (OTHER_CLASSES, OTHER_ORDER):  # llmtune's marks on the loaded model
-        vars(merged.config).pop(name, None)
+    save_settings(merged, tuned, folder, dtype)
     with writing_weights(folder):
         merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+
+
+def save_settings(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write everything but the weights: configuration, generation settings, tokenizer and template."""
+    if merged.can_generate():
+        merged.generation_config = _generation_config(merged, tuned)
+        merged.generation_config.save_pretrained(folder)
+    merged.config.dtype = dtype
+    merged.config.architectures = [type(merged).__name__]
+    for name in (OTHER_CLASSES, OTHER_ORDER):  # llmtune's marks on the loaded model
+        vars(merged.config).pop(name, None)
+    merged.config.save_pretrained(folder)
     save_tokenizer(tuned.processor, folder)
 
 

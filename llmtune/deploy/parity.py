@@ -26,6 +26,8 @@ SAME_NUMBER = 0.1
 EFFECT_SHARE = 0.05
 """A merge may undo this share of what tuning did."""
 
+SLACK = 0.1
+"""A share of tuning's effect this far from 1 is reported as the cause of other breaches."""
 NEGLIGIBLE = 100
 """If tuning's effect is smaller than the rounding by this factor, a lost adapter is not checked for."""
 
@@ -59,6 +61,8 @@ class Parity(Distance):
     """Mean KL between the tuned model and its base on the same positions; None if it cannot be measured."""
     kl_from_base: float | None
     """Mean KL from the base model to the product, likewise."""
+    effect_share: float | None = None
+    """How far the product's logits went from the base's in the direction of the tuned model's: 1 is all the way."""
     same_labels: bool = True
     """Whether a head's outputs have the same names in the same order."""
     missing_ends: tuple[str, ...] = ()
@@ -136,6 +140,22 @@ def _compare_numbers(expected_NK: torch.Tensor, actual_NK: torch.Tensor) -> tupl
     return difference_N.square() / 2, difference_N <= SAME_NUMBER
 
 
+def measure_share(
+    base: Sequence[torch.Tensor], tuned: Sequence[torch.Tensor], product: Sequence[torch.Tensor], kind: str
+) -> float | None:
+    """Return the least-squares share of the step from `base` to `tuned` that `product` took; None without a step."""
+
+    def step(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        moved = other - one  # for a choice, a shift of all logits changes nothing
+        return moved - moved.mean(-1, keepdim=True) if kind == "choice" else moved
+
+    aims = [step(one, other) for one, other in zip(base, tuned, strict=True)]
+    taken = [step(one, other) for one, other in zip(base, product, strict=True)]
+    total = sum(float(aim.square().sum()) for aim in aims)
+    common = sum(float((aim * moved).sum()) for aim, moved in zip(aims, taken, strict=True))
+    return common / total if total else None
+
+
 def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     """Describe the violated limits."""
     breaches = []
@@ -154,6 +174,9 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     if highest is not None and not parity.largest_logit_difference <= highest:
         difference = f"the largest logit difference is {parity.largest_logit_difference:.2g}"
         breaches.append(f"{difference}; the limit is {highest:.2g}")
+    taken = parity.effect_share
+    if breaches and parity.same_ids and taken is not None and not 1 - SLACK <= taken <= 1 + SLACK:
+        breaches.append(f"its outputs moved by {taken:.0%} of what tuning did to the base model's")
     return [*breaches, *find_lost_adapter(parity)]
 
 

@@ -12,14 +12,16 @@ from rich.console import Console
 from llmtune import __version__
 from llmtune.deploy.export_score import describe_score, score_export, time_tuned
 from llmtune.deploy.exported_model import ExportedModel, open_folder, weight_bytes
-from llmtune.deploy.gguf_export import make_gguf
+from llmtune.deploy.gguf_export import check_gguf, make_gguf
 from llmtune.deploy.gguf_readers import open_gguf_export
 from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
+from llmtune.deploy.onnx_model import open_onnx_export
 from llmtune.deploy.parity import Certificate, describe_parity, find_breaches
 from llmtune.deploy.tuned_model import make_reference
-from llmtune.errors import GateFailed, Problem, RecipeError
+from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.report.render_terminal import spinner
-from llmtune.session import RunContext, open_finished
+from llmtune.session import Plan, RunContext, open_finished
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
 from llmtune.store.run_folder import CERTIFICATE
 
@@ -32,15 +34,25 @@ class ExportFormat:
     """Its place in the run folder."""
     make: Callable[[RunContext], Certificate]
     """Makes it, certifies it and scores it."""
+    check: Callable[[Plan], None] = lambda plan: None
+    """Refuses a model that cannot be exported, before training."""
 
 
 EXPORT_FORMATS = {
     "merged": ExportFormat("merged", merge_run),
-    "gguf": ExportFormat("gguf/f16", make_gguf),
-    "gguf-q8_0": ExportFormat("gguf/q8_0", partial(make_gguf, number_format="q8_0")),
-    "gguf-q4_k_m": ExportFormat("gguf/q4_k_m", partial(make_gguf, number_format="q4_k_m")),
+    "gguf": ExportFormat("gguf/f16", make_gguf, check_gguf),
+    "gguf-q8_0": ExportFormat("gguf/q8_0", partial(make_gguf, number_format="q8_0"), check_gguf),
+    "gguf-q4_k_m": ExportFormat("gguf/q4_k_m", partial(make_gguf, number_format="q4_k_m"), check_gguf),
+    "onnx": ExportFormat("onnx/float32", make_onnx, check_onnx),
+    "onnx-int8": ExportFormat("onnx/int8", partial(make_onnx, int8=True), check_onnx),
 }
 """By name in the recipe's `deploy`."""
+
+
+def check_products(plan: Plan) -> None:
+    """Refuse exports that the recipe names and this model cannot have."""
+    for name in plan.recipe.deploy:
+        EXPORT_FORMATS[name].check(plan)
 
 
 def make_products(context: RunContext) -> None:
@@ -59,12 +71,15 @@ def make_products(context: RunContext) -> None:
 def open_export(path: Path, context: RunContext) -> ExportedModel:
     """Open a file or a folder by the runtime that its kind belongs to; raises RecipeError for an unknown kind."""
     if not path.exists():
-        raise RecipeError.of("not found", str(path), "Name a GGUF file, a model folder, or the URL of an endpoint.")
+        raise RecipeError.of("not found", str(path), "Name a GGUF or ONNX file, a model folder, or a URL.")
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         return open_gguf_export(path, context)
+    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
+        EnvironmentProblem.collect(missing_packages())
+        return open_onnx_export(path, context)
     if (path / "config.json").is_file() and weight_bytes(path):
         return open_folder(path, context, name="folder")
-    fix = "Name a GGUF file, a model folder with config.json and weights, or the URL of an endpoint."
+    fix = "Name a GGUF or ONNX file, a model folder with config.json and weights, or the URL of an endpoint."
     raise RecipeError.of("not an export that llmtune can open", str(path), fix)
 
 

@@ -21,7 +21,7 @@ from llmtune.adapter.reference_model import switches_off
 from llmtune.data.chat_messages import clean_messages
 from llmtune.data.chat_template import stop_ids
 from llmtune.data.row_store import read_rows
-from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, measure_distance
+from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, measure_distance, measure_share
 from llmtune.errors import DataError, LlmtuneError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
@@ -179,6 +179,7 @@ class TunedReference(ABC):
             same_ids=same_ids,
             effect_kl=self.effect,
             kl_from_base=None if base is None else measure_distance(base, logits, self.kind).kl_mean,
+            effect_share=None if base is None else measure_share(base, self.logits, logits, self.kind),
         )
 
 

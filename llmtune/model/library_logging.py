@@ -42,3 +42,15 @@ def hushed() -> Iterator[None]:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
         yield
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Hide all warnings below errors, such as those of torch's exporter, which name its own inner steps."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
     TaskName = Literal[tuple(TASK_FACTS)]
 EXTENDS = "A recipe file to inherit from, relative to this one. Values set here override inherited ones."
-Product = Literal["merged", "gguf", "gguf-q8_0", "gguf-q4_k_m"]
+Product = Literal["merged", "gguf", "gguf-q8_0", "gguf-q4_k_m", "onnx", "onnx-int8"]
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
 
 
@@ -91,8 +91,8 @@ class Recipe(RecipeSection):
     evaluate: EvaluateSection = EvaluateSection()
     """Metrics to compute and gates to pass. Default: the task's metrics, no gates."""
     deploy: Products = ()
-    """Exports that `run` makes at the end: `merged`, `gguf` (F16), `gguf-q8_0`, `gguf-q4_k_m`. Each is certified, and
-    scored on the test rows by its own runtime. Default none: the adapter is the result."""
+    """Exports that `run` makes at the end, each certified, and scored on the test rows by its own runtime: `merged`,
+    `gguf` (F16), `gguf-q8_0`, `gguf-q4_k_m`, `onnx`, `onnx-int8`. Default none: the adapter is the result."""
     completion: CompletionSection | None = None
     """Settings of `task: completion`. Default none: the defaults of its keys."""
     preference: PreferenceSection | None = None

@@ -1,0 +1,243 @@
+"""The ONNX graphs of a model: examples of their inputs, traced by torch's exporter, and their weights in int8.
+
+Shapes of the examples: B rows, T tokens, P tokens in the cache, S positions of the encoder.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from llmtune.deploy.onnx_model import CROSS, DECODER, ENCODER, MODEL, PAST, PRESENT, cache_argument
+from llmtune.deploy.tuned_model import HeadReference, TunedReference
+from llmtune.errors import EnvironmentProblem, RecipeError, first_line
+from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs
+from llmtune.model.device import is_out_of_memory
+from llmtune.model.library_logging import silent
+
+LARGEST_FILE = 1.5e9
+"""Bytes of weights up to which a graph is one file; protobuf ends at 2 GB."""
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file: examples of its inputs, its outputs, and the part of the model that computes them."""
+
+    file: str
+    inputs: dict[str, torch.Tensor]
+    outputs: Sequence[str]
+    run: Callable[[Tensors], Iterable[torch.Tensor]]
+
+    def sizes(self, name: str) -> dict[int, Any]:
+        """Return the axes of an input whose sizes vary."""
+        fixed = name == "input_features"  # a spectrogram always covers the same time
+        axes = (0, 2) if name.startswith((PAST, CROSS)) else (0,) if fixed else (0, 1)
+        return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+
+
+class _Traced(torch.nn.Module):
+    def __init__(self, model: PreTrainedModel, graph: Graph) -> None:
+        super().__init__()
+        self.model, self.graph = model, graph
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.graph.run(dict(zip(self.graph.inputs, values, strict=True))))
+
+
+# The parts of a model
+
+
+def list_graphs(model: PreTrainedModel, reference: TunedReference) -> list[Graph]:
+    """Return the graphs of a model: one, or those of encoder and decoder."""
+    if model.config.is_encoder_decoder:
+        return _encoder_decoder_graphs(model)
+    if reference.tuned.task.continues_text:
+        return [_decoder_graph(model)]
+    batch = cast(HeadReference, reference).batches[0]
+    return [_head_graph(model, [*dict.fromkeys([*model_inputs(model, batch), "attention_mask"])])]
+
+
+def _texts(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
+    ids_BT = torch.arange(2 * length).reshape(2, length) % model.config.get_text_config(decoder=True).vocab_size
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, length - 2 :] = 0
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "token_type_ids": torch.zeros_like(ids_BT)}
+
+
+def _head_graph(model: PreTrainedModel, names: Sequence[str]) -> Graph:
+    """Return the graph of an encoder, or of a decoder with a head: class, tags, ends of answers, letters."""
+    known = _texts(model, 9)
+    if "input_values" in names:
+        known = {"input_values": torch.randn(2, 20_000), "attention_mask": torch.ones(2, 20_000, dtype=torch.int64)}
+    accepted = accepted_arguments(type(model))  # type: ignore[arg-type]
+    options = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def run(inputs: Tensors) -> list[torch.Tensor]:
+        output = model(**inputs, **options)
+        return [output.start_logits, output.end_logits] if "start_logits" in output else [output.logits]
+
+    outputs = ["start_logits", "end_logits"] if hasattr(model, "qa_outputs") else ["logits"]
+    return Graph(MODEL, {name: known[name] for name in names if name in accepted}, outputs, run)
+
+
+def _decoder_graph(model: PreTrainedModel) -> Graph:
+    """Return the graph of a decoder: tokens and the cache of earlier ones -> logits, and the cache of all."""
+    cache_name = cache_argument(type(model))
+    with torch.no_grad():
+        example = model(input_ids=_texts(model, 4)["input_ids"], use_cache=True)[cache_name]
+    if not isinstance(example, DynamicCache):
+        raise _other_cache(model)
+    past = _name_states(PAST, example)
+    ids_BT, positions_BT = _texts(model, 3)["input_ids"], torch.arange(4, 7).repeat(2, 1)
+    mask_BT = torch.ones(2, 7, dtype=torch.int64)
+    mask_BT[1, 0] = 0
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
+    if "position_ids" not in accepted_arguments(type(model)):  # type: ignore[arg-type]
+        del inputs["position_ids"]
+
+    def run(given: Tensors) -> Iterable[torch.Tensor]:
+        cache = _fill_cache([given[name] for name in past])
+        plain = {name: given[name] for name in inputs}
+        output = model(**plain, **{cache_name: cache}, use_cache=True)
+        return output.logits, *_name_states(PRESENT, output[cache_name]).values()
+
+    outputs = ["logits", *(name.replace(PAST, PRESENT) for name in past)]
+    return Graph(MODEL, {**inputs, **past}, outputs, run)
+
+
+def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
+    """Return both graphs; the encoder also computes the keys and values that every decoder step attends to.
+
+    For them the encoder's graph takes one decoder step. The exporter removes the rest of this step.
+    """
+    encoder, cache_name = model.get_encoder(), cache_argument(type(model))
+    heard = model.main_input_name == "input_features"
+    frames = {"input_features": torch.randn(2, *_spectrogram(model))} if heard else {}
+    texts = {name: part for name, part in _texts(model, 9).items() if name != "token_type_ids"}
+    inputs = frames or texts
+    start_BT = torch.full((2, 1), int(model.config.decoder_start_token_id or 0))
+
+    def read(given: Tensors) -> tuple[torch.Tensor, Any]:
+        hidden_BSD = encoder(**given)[0]
+        masks = {"attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
+        ids_BT = start_BT[:1].expand(hidden_BSD.shape[0], 1)
+        output = model(encoder_outputs=BaseModelOutput(hidden_BSD), decoder_input_ids=ids_BT, use_cache=True, **masks)
+        return hidden_BSD, output[cache_name]
+
+    with torch.no_grad():
+        hidden_BSD, example = read(inputs)
+    if not isinstance(example, EncoderDecoderCache):
+        raise _other_cache(model)
+    past, cross = _name_states(PAST, example.self_attention_cache), _name_states(CROSS, example.cross_attention_cache)
+    past = {name: torch.cat([part] * 4, 2) for name, part in past.items()}
+    width = hidden_BSD.shape[-1]
+
+    def encode(given: Tensors) -> Iterable[torch.Tensor]:
+        hidden_BSD, cache = read(given)
+        return hidden_BSD, *_name_states(CROSS, cache.cross_attention_cache).values()
+
+    def decode(given: Tensors) -> Iterable[torch.Tensor]:
+        states = [given[name] for name in cross]
+        cache = EncoderDecoderCache(_fill_cache([given[name] for name in past]), _fill_cache(states))
+        cache.is_updated = dict.fromkeys(range(len(states) // 2), True)
+        unread_BSD = states[0].new_zeros(states[0].shape[0], states[0].shape[2], width)  # only its shape is used
+        masks = {"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}
+        output = model(
+            encoder_outputs=BaseModelOutput(unread_BSD),
+            decoder_input_ids=given["input_ids"],
+            use_cache=True,
+            **{cache_name: cache},
+            **masks,
+        )
+        return output.logits, *_name_states(PRESENT, output[cache_name].self_attention_cache).values()
+
+    given = {"input_ids": _texts(model, 3)["input_ids"]}
+    given |= {} if heard else {"encoder_attention_mask": texts["attention_mask"]}
+    written = ["logits", *(name.replace(PAST, PRESENT) for name in past)]
+    return [
+        Graph(ENCODER, inputs, ["last_hidden_state", *cross], encode),
+        Graph(DECODER, {**given, **past, **cross}, written, decode),
+    ]
+
+
+def _spectrogram(model: PreTrainedModel) -> tuple[int, int]:
+    return model.config.num_mel_bins, 2 * model.config.max_source_positions
+
+
+def _name_states(prefix: str, cache: DynamicCache) -> dict[str, torch.Tensor]:
+    """Return keys and values of all layers by name."""
+    found: dict[str, torch.Tensor] = {}
+    for i, layer in enumerate(cache.layers):
+        found |= {f"{prefix}.{i}.key": layer.keys, f"{prefix}.{i}.value": layer.values}
+    return found
+
+
+def _fill_cache(states: Sequence[torch.Tensor]) -> DynamicCache:
+    return DynamicCache(zip(states[::2], states[1::2], strict=True))
+
+
+def _other_cache(model: PreTrainedModel) -> RecipeError:
+    what = f"ONNX export keeps keys and values, but {model.config.model_type} has another cache"
+    error = RecipeError.of(what, "deploy", "Use the merged model of `llmtune deploy merge`.")
+    return cast(RecipeError, error)
+
+
+# Files
+
+
+def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, int8: bool) -> dict[str, str]:
+    """Trace one graph and write it; return the names of linear layers' outputs by the modules' names.
+
+    Raises EnvironmentProblem if torch cannot trace the model.
+    """
+    traced, values = _Traced(model, graph), tuple(graph.inputs.values())
+    shapes = {"values": tuple(graph.sizes(name) for name in graph.inputs)}
+    options: Any = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes, "optimize": True}
+    try:
+        with torch.no_grad(), silent():
+            program = torch.onnx.export(
+                traced, values, input_names=[*graph.inputs], output_names=[*graph.outputs], **options
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"torch {torch.__version__} cannot export {model.config.model_type} to ONNX: {first_line(error)}"
+        raise EnvironmentProblem.of(what, None, "Use the merged model of `llmtune deploy merge`.") from error
+    assert program is not None
+    layers = {}
+    for node in program.model.graph.all_nodes():
+        *_, module, name = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+        if name.startswith(("linear", "addmm")):
+            layers[module.removeprefix("model.")] = str(node.outputs[0].name)
+        node.metadata_props.clear()  # paths of this machine
+    weights = sum(part.numel() * part.element_size() for part in model.parameters())
+    program.save(folder / graph.file, external_data=weights > LARGEST_FILE)
+    if int8:
+        quantize(folder / graph.file, weights > LARGEST_FILE)
+    return layers
+
+
+def quantize(file: Path, external: bool) -> None:
+    """Round the weights of a graph's matrix products and embeddings to int8, in place."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    rounded = file.with_name(f"int8-{file.name}")
+    with silent():
+        quantize_dynamic(
+            file,
+            rounded,
+            op_types_to_quantize=["MatMul", "Gather"],
+            per_channel=True,
+            reduce_range=True,  # 7 bits of weights: CPUs without VNNI add pairs of products in 16 bits
+            weight_type=QuantType.QInt8,
+            use_external_data_format=external,
+        )
+    rounded.replace(file)

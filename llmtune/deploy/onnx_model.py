@@ -1,0 +1,294 @@
+"""ONNX files in onnxruntime, called like the transformers model that they were made from.
+
+Shapes: B rows, T tokens, P tokens in the cache, S positions of the encoder, K outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput
+
+from llmtune.deploy.exported_model import ExportedModel, borrow_class, saved_processor
+from llmtune.deploy.parity import Limits
+from llmtune.deploy.tuned_model import TunedModel, render_prompts, served_by_folder
+from llmtune.errors import EnvironmentProblem
+from llmtune.model.causal_lm_loss import READ, accepted_arguments
+from llmtune.model.config import find_class
+from llmtune.session import RunContext
+from llmtune.store.atomic_files import read_json
+
+MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
+ONNX_LIMITS = {
+    "onnx": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),
+    "onnx-int8": Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9),
+}
+QUANTIZED_OPS = {"MatMulInteger", "DynamicQuantizeLinear", "QLinearMatMul", "DequantizeLinear", "MatMulNBits"}
+PAST, PRESENT, CROSS = "past_key_values", "present", "cross"
+"""First part of the names of keys and values: earlier tokens, all tokens, and those of the encoder's output."""
+Tensors = Mapping[str, torch.Tensor | None]
+
+
+class Session:
+    """One ONNX file, opened by onnxruntime on the CPU with the threads of this process."""
+
+    def __init__(self, file: Path, layers: Sequence[str] = ()) -> None:
+        """Open `file`; `layers` are inner values to return as well."""
+        import onnxruntime
+
+        self.file = str(file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        content = str(file)
+        if layers:
+            import onnx
+
+            graph = onnx.load(file)
+            graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layers)
+            content = graph.SerializeToString()
+        try:
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EnvironmentProblem.of(f"onnxruntime cannot open the file: {error}", str(file)) from error
+        self.inputs = {one.name: one for one in self.session.get_inputs()}
+        self.outputs = [one.name for one in self.session.get_outputs()]
+
+    def check_width(self, known: Sequence[int]) -> None:
+        """Raise EnvironmentProblem if the first output has a fixed width that none of this run's heads has."""
+        first = self.session.get_outputs()[0]
+        if len(self.outputs) == 1 and isinstance(first.shape[-1], int) and first.shape[-1] not in known:
+            what = f"the file returns {first.name} of width {first.shape[-1]}: it lacks the run's head"
+            raise EnvironmentProblem.of(what, self.file, "Export the model with its head.")
+
+    def run(self, given: Tensors) -> dict[str, torch.Tensor]:
+        """Return the outputs by name; an empty cache and token types are filled in."""
+        batch = len(next(part for part in given.values() if part is not None))
+        feed = {}
+        for name, about in self.inputs.items():
+            part = given.get(name)
+            kind = np.dtype(ONNX_TYPES[about.type])
+            if part is not None:
+                feed[name] = part.numpy().astype(kind, copy=False)
+            elif name.startswith(PAST):  # [B, heads, P, width]
+                feed[name] = np.zeros((batch, about.shape[1], 0, about.shape[3]), kind)
+            elif name == "token_type_ids":
+                feed[name] = np.zeros_like(feed["input_ids"])
+            else:
+                raise EnvironmentProblem.of(f"the ONNX file needs the unknown input {name!r}")
+        found = self.session.run(None, feed)
+        return {name: torch.from_numpy(part) for name, part in zip(self.outputs, found, strict=True)}
+
+
+def read_layers(file: Path, layers: Mapping[str, str], given: Tensors) -> dict[str, torch.Tensor]:
+    """Return the values of a graph by the names that `layers` maps to them, for a batch without padding."""
+    found = Session(file, list(layers.values())).run(complete_texts(given))
+    return {module: found[name] for module, name in layers.items()}
+
+
+ONNX_TYPES = {
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bool)": "bool",
+}
+
+
+def open_onnx_export(path: Path, context: RunContext) -> ExportedModel:
+    """Open an ONNX file, or a folder of them, as this run's model.
+
+    The order of labels comes from the folder's `config.json`, the tokenizer from its files. Without these files, both
+    come from the run.
+    """
+    import onnxruntime
+
+    plan = context.plan
+    folder = path if path.is_dir() else path.parent
+    kind, config = find_class(plan.model_ref, plan.recipe, plan.task)
+    known = (folder / "tokenizer_config.json").is_file()
+    processor = saved_processor(folder, plan.model_ref, plan.recipe.model) if known else plan.processor
+    stated = read_json(folder / "config.json") or {}
+    if path.is_dir() and (path / DECODER).is_file():
+        model = _borrow_encoder_decoder(kind, config, Session(path / ENCODER), Session(path / DECODER))
+    else:
+        session = Session(_find_file(path))
+        reads_cache = any(name.startswith(PAST) for name in session.inputs)
+        if plan.task.trains_head and not reads_cache:
+            session.check_width((config.num_labels, config.get_text_config().vocab_size))
+        columns = order_labels(config, stated) if plan.task.trains_head else None
+        network = _continue_texts(session, kind) if reads_cache else _read_heads(session, columns)
+        model = borrow_class(kind, config, network)
+        if columns is not None:
+            model.config.id2label = {int(at): name for at, name in stated["id2label"].items()}
+    settings = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
+    if settings is not None:
+        model.generation_config = settings
+    name = "onnx-int8" if any(map(is_quantized, folder.glob("*.onnx"))) else "onnx"
+    served = partial(served_by_folder, folder) if known else _served_by_run
+    runtime = f"onnxruntime {onnxruntime.__version__}"
+    return ExportedModel(name, runtime, model, processor, path, ONNX_LIMITS[name], served)
+
+
+def _served_by_run(tuned: TunedModel) -> list[list[int]]:
+    """Return the prompts' ids by the run's own tokenizer, for a file that ships without one."""
+    return render_prompts(tuned, tuned.processor)
+
+
+def is_quantized(file: Path) -> bool:
+    """Whether an ONNX file multiplies integers."""
+    import onnx
+
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    return any(node.op_type in QUANTIZED_OPS for node in nodes)
+
+
+def _find_file(path: Path) -> Path:
+    found = [path] if path.is_file() else sorted(path.glob("*.onnx"))
+    if len(found) != 1:
+        what = f"expected one ONNX file, found {len(found)}"
+        raise EnvironmentProblem.of(what, str(path), "Give the path of the file.")
+    return found[0]
+
+
+def order_labels(config: PretrainedConfig, stated: Mapping[str, Any]) -> list[int] | None:
+    """Return for each of the run's labels the column of an export that states its own; None if they are the same."""
+    ours = [str(name) for _, name in sorted(config.id2label.items())]
+    theirs = [str(name) for _, name in sorted((stated.get("id2label") or {}).items(), key=lambda one: int(one[0]))]
+    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(theirs))
+    if theirs == ours or unnamed:
+        return None
+    if sorted(theirs) != sorted(ours):
+        what = f"the export has the labels {', '.join(theirs)}, the run has {', '.join(ours)}"
+        raise EnvironmentProblem.of(what, "config.json", "Use an export of this run.")
+    return [theirs.index(name) for name in ours]
+
+
+def cache_argument(kind: type[torch.nn.Module]) -> str:
+    """Return what this version of transformers calls the cache."""
+    return "cache" if "cache" in accepted_arguments(kind) else "past_key_values"  # type: ignore[arg-type]
+
+
+def _read_heads(session: Session, columns: Sequence[int] | None) -> Callable[..., ModelOutput]:
+    """Return the forward pass of an encoder, or of a decoder with a head."""
+
+    def forward(self: PreTrainedModel, *first: torch.Tensor, **given: Any) -> ModelOutput:
+        named = {**dict(zip(READ, first, strict=False)), **{name: given.get(name) for name in READ if name in given}}
+        found = session.run(complete_texts(named))
+        if len(found) > 1 and hasattr(self, "qa_outputs"):
+            start, end = list(found.values())[:2]
+            return ModelOutput(start_logits=start, end_logits=end)
+        logits = next(iter(found.values()))
+        return ModelOutput(logits=logits if columns is None else logits[..., list(columns)])
+
+    return forward
+
+
+def complete_texts(given: Tensors, length: int = 0) -> dict[str, torch.Tensor | None]:
+    """Return the inputs of texts with a mask and positions, unless given; `length` tokens are in the cache."""
+    ids_BT = given.get("input_ids")
+    if ids_BT is None:
+        return dict(given)
+    rows, width = ids_BT.shape
+    mask = ids_BT.new_ones(rows, length + width)
+    known = {"attention_mask": mask, "position_ids": torch.arange(length, length + width).expand(rows, width)}
+    return {**known, **{name: part.cpu() for name, part in given.items() if part is not None}}
+
+
+def _continue_texts(session: Session, kind: type[PreTrainedModel]) -> Callable[..., CausalLMOutputWithPast]:
+    """Return the forward pass of a decoder: texts [B, T] and a cache of [B, P] -> logits [B, T, V], and the cache."""
+    name = cache_argument(kind)
+
+    def forward(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **rest: Any,
+    ) -> CausalLMOutputWithPast:
+        if attention_mask is not None and attention_mask.dim() > 2:
+            raise ValueError("onnxruntime makes its own mask")
+        past = read_cache(rest.get(name))
+        length = next(iter(past.values())).shape[2] if past else 0
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        found = session.run({**complete_texts(given, length), **past})
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = found.pop("logits")[:, kept]
+        return CausalLMOutputWithPast(logits=logits_BTV, **{name: fill_cache(found)})
+
+    return forward
+
+
+def _borrow_encoder_decoder(
+    kind: type[PreTrainedModel], config: PretrainedConfig, reader: Session, writer: Session
+) -> PreTrainedModel:
+    """Return a model whose encoder and decoder are onnxruntime's."""
+    name = cache_argument(kind)
+
+    class Encoder(torch.nn.Module):
+        main_input_name = kind.main_input_name
+
+        def forward(
+            self,
+            input_ids: torch.Tensor | None = None,
+            attention_mask: torch.Tensor | None = None,
+            input_features: torch.Tensor | None = None,
+            **rest: Any,
+        ) -> BaseModelOutput:
+            named = {"input_ids": input_ids, "attention_mask": attention_mask, "input_features": input_features}
+            found = reader.run(named)
+            output = BaseModelOutput(found.pop("last_hidden_state"))
+            for key, part in found.items():  # entries of the output, so that beams repeat them
+                output[key] = part
+            return output
+
+    encoder = Encoder()
+
+    def forward(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | None = None,
+        **rest: Any,
+    ) -> Seq2SeqLMOutput:
+        if encoder_outputs is None:
+            encoder_outputs = encoder(input_ids, attention_mask, rest.get("input_features"))
+        given = {"input_ids": decoder_input_ids, "encoder_attention_mask": attention_mask, **encoder_outputs}
+        if attention_mask is None and input_ids is not None:
+            given["encoder_attention_mask"] = torch.ones_like(input_ids)
+        cache = rest.get(name)
+        found = writer.run({**given, **read_cache(cache and cache.self_attention_cache)})
+        logits_BTV = found.pop("logits")
+        return Seq2SeqLMOutput(logits=logits_BTV, **{name: EncoderDecoderCache(fill_cache(found), DynamicCache())})
+
+    return borrow_class(kind, config, forward, get_encoder=lambda self, *args, **options: encoder)
+
+
+def read_cache(cache: Any) -> dict[str, torch.Tensor]:
+    """Return the keys and values of a cache by the names of a graph's inputs; none of an empty one.
+
+    Raises ValueError for llmtune's own cache, which onnxruntime cannot write to.
+    """
+    if cache is None:
+        return {}
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(f"onnxruntime does not write to a {type(cache).__name__}")
+    found: dict[str, torch.Tensor] = {}
+    for i, layer in enumerate(cache.layers if cache.get_seq_length() else ()):
+        found |= {f"{PAST}.{i}.key": layer.keys, f"{PAST}.{i}.value": layer.values}
+    return found
+
+
+def fill_cache(present: Mapping[str, torch.Tensor]) -> DynamicCache:
+    """Return a cache of the keys and values that a graph returned."""
+    states = list(present.values())
+    return DynamicCache(zip(states[::2], states[1::2], strict=True))

@@ -1,0 +1,178 @@
+"""The script next to ONNX files: it runs them with onnxruntime, numpy and the tokenizer, without llmtune or torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llmtune.data.tokenization import decode
+from llmtune.deploy.tuned_model import TunedModel
+from llmtune.evaluate.generation import answer_ends
+from llmtune.store.atomic_files import write_text
+from llmtune.tasks.recordings import set_speech
+from llmtune.tasks.text_to_text import TextToText, decoder_settings, first_token
+
+SCRIPT = "run_model.py"
+TOP = '''"""Run this model: python run_model.py {arguments}
+
+Needs onnxruntime, numpy and transformers; neither torch nor llmtune.
+"""
+
+import json
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from transformers import AutoFeatureExtractor, AutoTokenizer
+
+{constants}
+folder = Path(__file__).parent
+tokenizer = AutoTokenizer.from_pretrained(folder)
+'''
+READ = """
+session = onnxruntime.InferenceSession(folder / "model.onnx")
+outputs = session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
+"""
+TEXT = 'given = tokenizer(*sys.argv[1:3], truncation=True, max_length=MAX_LENGTH, return_tensors="np")' + READ
+LABELS = 'labels = json.loads((folder / "config.json").read_text("utf-8"))["id2label"]\n'
+CHOICE = TEXT + LABELS + "print(labels[str(outputs[0][0].argmax())])\n"
+YES_NO = TEXT + LABELS + 'print(", ".join(labels[str(i)] for i in np.flatnonzero(outputs[0][0] > 0)) or "(none)")\n'
+NUMBER = TEXT + "print(float(outputs[0][0, 0]))\n"
+TAGS = (
+    'given = tokenizer(sys.argv[1].split(), is_split_into_words=True, truncation=True, return_tensors="np")'
+    + READ
+    + LABELS
+    + """
+owners = given.word_ids(0)
+for i, word in enumerate(sys.argv[1].split()):
+    if i in owners:
+        print(word, labels[str(outputs[0][0, owners.index(i)].argmax())])
+"""
+)
+SPAN = (
+    'given = tokenizer(*sys.argv[1:3], truncation="only_second", return_offsets_mapping=True, return_tensors="np")'
+    + READ
+    + """
+inside = np.array([text == 1 for text in given.sequence_ids(0)])
+start, end = (np.where(inside, part[0], -np.inf) for part in outputs)
+scores = np.where(np.tri(len(start), dtype=bool).T, start[:, None] + end, -np.inf)
+first, last = np.unravel_index(scores.argmax(), scores.shape)
+offsets = given["offset_mapping"][0]
+print(sys.argv[2][offsets[first][0] : offsets[last][1]].strip())
+"""
+)
+MASK = TEXT + "print(tokenizer.decode(outputs[0][given['input_ids'] == tokenizer.mask_token_id].argmax(-1)))\n"
+SOUND = """
+extract = AutoFeatureExtractor.from_pretrained(folder)
+with wave.open(sys.argv[1]) as file:  # one channel of 16 bits
+    samples = np.frombuffer(file.readframes(file.getnframes()), np.int16) / np.float32(32768)
+    given = extract(samples, sampling_rate=file.getframerate(), return_attention_mask=True, return_tensors="np")
+"""
+LETTERS = SOUND + READ + "print(tokenizer.decode(outputs[0][0].argmax(-1)))\n"
+PROMPT = """
+text = PROMPT
+for place, argument in zip(PLACES, sys.argv[1:]):
+    text = text.replace(place, argument)
+"""
+DECODER = (
+    PROMPT
+    + """
+ids = tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"]
+session, known = onnxruntime.InferenceSession(folder / "model.onnx"), {}
+"""
+)
+ENCODER = """
+ids = np.array([START])
+reader = onnxruntime.InferenceSession(folder / "encoder_model.onnx")
+session = onnxruntime.InferenceSession(folder / "decoder_model.onnx")
+outputs = reader.run(None, {one.name: given[one.name] for one in reader.get_inputs()})
+known = dict(zip([one.name for one in reader.get_outputs()], outputs))
+known["encoder_attention_mask"] = given.get("attention_mask")
+"""
+WRITE = """
+names = [one.name for one in session.get_inputs()]
+past = {one.name: one.shape for one in session.get_inputs() if one.name.startswith("past_key_values")}
+known |= {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in past.items()}
+size, answer = 0, []
+while len(answer) < MAX_NEW_TOKENS and not (answer and answer[-1] in ENDS):
+    positions = np.arange(size, size + ids.shape[1])[None]
+    size += ids.shape[1]
+    known |= {"input_ids": ids, "attention_mask": np.ones((1, size), np.int64), "position_ids": positions}
+    logits, *present = session.run(None, {name: known[name] for name in names})
+    logits[..., NEVER if answer else NEVER + NEVER_FIRST] = -np.inf
+    answer.append(int(logits[0, -1].argmax()))
+    known |= dict(zip(past, present))
+    ids = np.array([answer[-1:]])
+print(tokenizer.decode(answer, skip_special_tokens=True).strip())
+"""
+
+
+def write_script(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> None:
+    """Write the script that answers the text, question or recording given as its arguments."""
+    constants = {"MAX_LENGTH": tuned.recipe.data.max_length}
+    arguments = [name.upper() for name in (*tuned.task.required_inputs, *tuned.task.optional_inputs)]
+    if model.config.is_encoder_decoder:
+        body, constants = _encoder_decoder_script(model, tuned)
+    elif tuned.task.continues_text:
+        body, constants = DECODER + WRITE, _decoder_constants(model, tuned)
+    else:
+        body = _head_script(model, tuned)
+    lines = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
+    write_text(folder / SCRIPT, TOP.format(arguments=" ".join(arguments), constants=lines) + body)
+
+
+def _head_script(model: PreTrainedModel, tuned: TunedModel) -> str:
+    kinds = {"choice": CHOICE, "yes-no": YES_NO, "number": NUMBER}
+    by_class = {
+        "AutoModelForTokenClassification": TAGS,
+        "AutoModelForQuestionAnswering": SPAN,
+        "AutoModelForMaskedLM": MASK,
+        "AutoModelForCTC": LETTERS,
+    }
+    return by_class.get(tuned.task.auto_class) or kinds[tuned.task.output_kind(tuned.recipe)]
+
+
+def _decoder_constants(model: PreTrainedModel, tuned: TunedModel) -> dict[str, Any]:
+    """Return the constants of a decoder's script; the prompt is written as the task renders it."""
+    places = {name: f"<{name}>" for name in tuned.task.required_inputs}
+    ids = tuned.task.prompt_ids(tuned.task.make_row(places), tuned.processor, tuned.recipe)
+    return {
+        "PROMPT": decode(tuned.processor, ids),
+        "PLACES": list(places.values()),
+        "MAX_NEW_TOKENS": tuned.recipe.generation.max_new_tokens,
+        "ENDS": answer_ends(model, tuned.processor, tuned.recipe),
+        "NEVER": [],
+        "NEVER_FIRST": [],
+    }
+
+
+def _encoder_decoder_script(model: PreTrainedModel, tuned: TunedModel) -> tuple[str, dict[str, Any]]:
+    task, processor, recipe = tuned.task, tuned.processor, tuned.recipe
+    places = {name: f"<{name}>" for name in task.required_inputs}
+    constants: dict[str, Any] = {}
+    if task.takes_audio:
+        set_speech(processor, recipe)
+        start, first, body = list(processor.prefix_tokens), None, SOUND
+    else:
+        assert isinstance(task, TextToText)
+        pair = task.pair(task.make_row(places), recipe)
+        first, body = first_token(pair, processor), PROMPT + 'given = tokenizer(text, return_tensors="np")\n'
+        constants = {"PROMPT": pair.source, "PLACES": list(places.values())}
+        start = []
+    settings = decoder_settings(model.generation_config, model, processor, recipe, first)
+    if not start:
+        forced = settings.forced_bos_token_id
+        start = [settings.decoder_start_token_id, *([] if forced is None else [forced])]
+    never = [ids[0] for ids in settings.bad_words_ids or () if len(ids) == 1]
+    constants |= {
+        "START": start,
+        "MAX_NEW_TOKENS": recipe.generation.max_new_tokens,
+        "ENDS": settings.eos_token_id,
+        "NEVER": [*never, *(settings.suppress_tokens or ())],
+        "NEVER_FIRST": list(settings.begin_suppress_tokens or ()),
+    }
+    return body + ENCODER + WRITE, constants

@@ -1,0 +1,214 @@
+"""ONNX exports of every kind of model, read by onnxruntime; planted faults fail their certificates."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import families, pairs
+from support.classifying import colour_rows
+from support.runs import invoke
+
+import llmtune.deploy.onnx_export as exporting
+from llmtune.adapter.merging import merge_adapter as really_merge
+from llmtune.deploy.merged_model import save_settings as really_save
+from llmtune.deploy.onnx_export import check_onnx, make_onnx
+from llmtune.deploy.onnx_model import open_onnx_export
+from llmtune.errors import GateFailed, RecipeError
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe.loader import load_recipe
+from llmtune.serve.finished_run import FinishedRun
+from llmtune.session import open_finished
+from llmtune.store.run_request import RunRequest
+
+COLOURS = colour_rows(40)
+NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for t in ("cat", "dog", "fox")]
+MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(COLOURS)]
+PAIRS = [{**row, "pair": "which colour?"} for row in COLOURS]
+SILENT = {"generation": {"max_new_tokens": None}}
+TALK = [
+    {"messages": [{"role": "user", "content": f"What comes after {i}?"}, {"role": "assistant", "content": str(i + 1)}]}
+    for i in range(24)
+]
+CASES = {
+    "classify": ("bert", "classify", COLOURS, SILENT, ["the green fox number 3"]),
+    "classify-pairs": ("roberta", "classify", PAIRS, SILENT, ["the green fox number 3", "which colour?"]),
+    "classify-many": ("bert", "classify", MANY, SILENT, ["the green fox number 3"]),
+    "classify-number": ("distilbert", "classify", NUMBERS, SILENT, ["a fox of size 3"]),
+    "classify-decoder": ("llama", "classify", COLOURS, SILENT, ["the green fox number 3"]),
+    "token-classify": ("deberta", "token-classify", pairs.TASKS["token-classify"][1], SILENT, ["the red cat 3"]),
+    "qa": (
+        "bert",
+        "qa",
+        pairs.TASKS["qa"][1],
+        {"qa": {"stride": 16}, **SILENT},
+        ["Which colour has cat 3?", "The cat number 3 is red."],
+    ),
+    "chat": ("llama", "chat", TALK, {}, ["What comes after 7?"]),
+    "summarize-decoder": ("llama", "summarize", pairs.DOCUMENTS, {}, ["The sky is blue. Nobody else is here."]),
+    "translate": ("t5", "translate", pairs.PAIRS, {}, ["The sky is blue."]),
+    "translate-bart": ("bart", "translate", pairs.PAIRS, {}, ["The sky is blue."]),
+    "translate-nllb": ("nllb", "translate", pairs.PAIRS, {"translate": pairs.LANGUAGES["nllb"]}, ["The sky is blue."]),
+    "whisper": ("whisper", "speech", pairs.tones, {"speech": {"language": "fr", "window_seconds": 2}}, None),
+    "letters": ("wav2vec2", "speech", pairs.tones, {"speech": {"window_seconds": 2}}, None),
+}
+QUICK = ("classify", "token-classify", "qa", "chat", "translate", "whisper")
+HIDING = """
+import runpy, sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *about):
+        return None if name.partition(".")[0] in ("torch", "llmtune") else self.finder.find_spec(name, *about)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def train(folder, tiny_llama, case, until="train"):
+    family, task, rows, sections, _ = CASES[case]
+    model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
+    rows = rows(folder) if callable(rows) else rows
+    recipe = pairs.recipe_of(folder, model, rows, task, **sections)
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run", until=until), pairs.quiet())
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llama):
+    """The run folder of a case, trained once for all tests."""
+    return functools.cache(lambda case: train(tmp_path_factory.mktemp(case), tiny_llama, case))
+
+
+def run_script(folder, *arguments):
+    """Run the script of an export in a Python without torch and llmtune."""
+    command = [sys.executable, "-W", "ignore", "-c", HIDING, folder / "run_model.py", *arguments]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_every_kind_of_model_runs_in_onnxruntime_and_by_its_script(case, tmp_path, trained, console):
+    run = shutil.copytree(trained(case), tmp_path / "run")
+    certificate = make_onnx(open_finished(run, console, offline=True))
+    measured = certificate["measured"]
+    assert certificate["passed"]
+    assert measured["effect_kl"] > 10 * measured["kl_mean"]
+    assert (measured["same_ids"], measured["answer_agreement"], measured["top1_agreement"]) == (True, 1, 1)
+    arguments = CASES[case][4] or [str(trained(case).parent / "3.wav")]
+    tuned = FinishedRun(run)
+    asked = dict(zip((*tuned.task.required_inputs, *tuned.task.optional_inputs), arguments, strict=False))
+    expected = tuned.task.format_prediction(tuned.answer(asked)["prediction"])
+    written = run_script(run / "onnx/float32", *arguments)
+    if case == "classify-number":
+        assert float(written) == pytest.approx(float(expected), rel=1e-2)
+    elif case != "token-classify":
+        assert written == expected.strip()
+    else:
+        assert len(written.splitlines()) == len(arguments[0].split())
+
+
+# Planted faults
+
+
+def forget(adapted, onto, part="", share=0.0):
+    """Merge with a share of the adapter in the modules whose names contain `part`."""
+    for name, parameter in adapted.model.named_parameters():
+        if "lora_B" in name and part in name:
+            parameter.data *= share
+    return really_merge(adapted, onto)
+
+
+def widen(adapted, onto):
+    """Give one channel between two layers values that hide the others in 8 bits; in float32 nothing changes."""
+    merged = really_merge(adapted, onto)
+    attention = merged.bert.encoder.layer[1].attention
+    for part in (attention.self.value.weight, attention.self.value.bias):
+        part.data[5] *= 1e5
+    attention.output.dense.weight.data[:, 5] /= 1e5
+    return merged
+
+
+def swap_labels(model, tuned, folder, dtype):
+    really_save(model, tuned, folder, dtype)
+    config = json.loads((folder / "config.json").read_text())
+    names = config["id2label"]
+    names["0"], names["2"] = names["2"], names["0"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+FIRST, SECOND = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.value"
+OUTPUT = "bert.encoder.layer.1.attention.output.dense"
+FAULTS = {
+    "adapter dropped": (forget, False, [f"differs is {FIRST}", "have 0% of the effect of its adapter"]),
+    "scale halved": (functools.partial(forget, share=0.5), False, [f"is {FIRST}", "have 50% of the effect"]),
+    "one layer": (functools.partial(forget, part=SECOND), False, [f"differs is {SECOND}", "have 0% of the effect"]),
+    "outliers": (widen, True, [f"the first layer that differs is {OUTPUT}"]),
+}
+
+
+def fails(run, console, said, **options):
+    with pytest.raises(GateFailed, match="the ONNX model differs") as raised:
+        make_onnx(open_finished(run, console, offline=True), run.parent / "out", **options)
+    assert not (run.parent / "out").exists()
+    text = str(raised.value)
+    assert all(words in text for words in said), text
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_fails_with_its_cause(fault, tmp_path, trained, console, monkeypatch):
+    wrong, int8, said = FAULTS[fault]
+    run = shutil.copytree(trained("classify"), tmp_path / "run")
+    monkeypatch.setattr(exporting, "merge_weights", wrong)
+    fails(run, console, said, int8=int8)
+
+
+def test_labels_in_another_order_than_the_outputs_fail(tmp_path, trained, console, monkeypatch):
+    run = shutil.copytree(trained("classify"), tmp_path / "run")
+    monkeypatch.setattr(exporting, "save_settings", swap_labels)
+    fails(run, console, ["config.json names the labels in another order"])
+
+
+# Scores, other people's files, refusals
+
+
+def test_a_recipe_makes_and_scores_int8_and_a_bare_file_is_the_same_model(tmp_path, tiny_llama, console):
+    CASES["scored"] = ("bert", "classify", COLOURS, {"deploy": ["onnx-int8"], **SILENT}, [])
+    run = train(tmp_path, tiny_llama, "scored", until="run")
+    certificate = json.loads((run / "onnx/int8/certificate.json").read_text())
+    score = certificate["score"]
+    assert certificate["passed"]
+    assert score["rows"] == 8
+    assert score["runtime"].startswith("onnxruntime")
+    assert score["bytes"] == certificate["weights_bytes"]
+    context = open_finished(run, console, offline=True)
+    shutil.copy(run / "onnx/int8/model.onnx", tmp_path / "foreign.onnx")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    ours, theirs = (open_onnx_export(path, context).model for path in (run / "onnx/int8", tmp_path / "foreign.onnx"))
+    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_missing_packages_and_models_with_other_states_are_refused(tmp_path, trained, console, monkeypatch):
+    run = trained("classify")
+    plan = open_finished(run, console, offline=True).plan
+    config = plan.processor and exporting.find_class(plan.model_ref, plan.recipe, plan.task)[1]
+    config.layer_types = ["linear_attention"]
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "find_class", lambda *about: (object, config))
+        with pytest.raises(RecipeError, match=r"bert has another state \(linear_attention\)"):
+            check_onnx(plan)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = invoke("deploy", "onnx", run)
+    assert result.exit_code == 4
+    assert "pip install 'llmtune-cli[onnx]'" in result.output
