@@ -1,5 +1,5 @@
 # Development commands. PYTHON and VENV may be set: make test VENV=/tmp/venv
-PYTHON ?= python3.11
+PYTHON ?= $(if $(shell command -v python3.11 2>/dev/null),python3.11,python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
