@@ -171,7 +171,8 @@ def test_the_image_answers_as_its_user(bare: Image, tmp_path: Path) -> None:
         for user in ("llmtune", "4321:0"):  # the second is a user id that a cluster chose
             assert image.start("--version", user=user) == f"llmtune {__version__}\n"
             assert "valid" in image.start("recipes", "check", "quickstart", user=user)
-            image.run("touch", "/work/file", "/home/llmtune/file", user=user)
+            for folder in ("/work", "/home/llmtune"):
+                image.run("mktemp", f"--tmpdir={folder}", user=user)
         assert image.start("doctor", "--imports").endswith("ready\n")
         assert image.run("torchrun", "--help")
         assert not [name for name in ("src", "root/.cache") if (image.root / name).exists()]
