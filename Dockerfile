@@ -3,7 +3,7 @@
 # Run:         docker run --rm --volume "$PWD:/work" llmtune run recipe.yaml    (on a GPU: docker run --gpus all ...)
 FROM debian:bookworm-slim AS python
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
+    && apt-get install --yes --no-install-recommends ca-certificates libgomp1 python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 ENV PATH=/opt/llmtune/bin:$PATH
 

@@ -180,6 +180,9 @@ def test_the_image_answers_as_its_user(bare: Image, tmp_path: Path) -> None:
         portable = "manylinux" in torch.name
         assert image.start("doctor", *(["--imports"] if portable else [])).endswith("ready\n")
         assert (image.root / "opt/llmtune/bin/torchrun").exists()
+        (site,) = (image.root / "opt/llmtune/lib").glob("python*/site-packages")
+        library = site.relative_to(image.root) / "bitsandbytes/libbitsandbytes_cpu.so"
+        assert "not found" not in image.run("ldd", f"/{library}")
         assert not [name for name in ("src", "root/.cache") if (image.root / name).exists()]
         assert not any((image.root / "var/lib/apt/lists").iterdir())
 
