@@ -10,6 +10,7 @@ MODEL := $(VENV)/.model
 MODELS := $(VENV)/.models
 LLAMA := $(VENV)/.llama
 JOBS ?= 2
+DIST ?= dist
 QUICKSTART ?= runs/quickstart
 BENCH ?= build/bench
 PAIRS ?= 5
@@ -156,8 +157,8 @@ bench: $(READY) $(MODELS)  ## Compare with other tools, into benchmarks/RESULTS.
 	$(call MEASURE,generation) >$(BENCH)/generation.json
 	$(BIN)/python benchmarks/results.py $(BENCH) --out benchmarks/RESULTS.md
 
-build: $(READY)  ## Build the wheel
-	$(BIN)/python -m build --wheel
+build: $(READY)  ## Build the source archive and the wheel, into DIST (default: dist)
+	$(BIN)/python -m build --outdir $(DIST)
 
 clean:  ## Remove build output and caches, but not runs or environments
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
