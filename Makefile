@@ -1,5 +1,5 @@
 # Development commands. PYTHON and VENV may be set: make test VENV=/tmp/venv
-PYTHON ?= python3.11
+PYTHON ?= $(if $(shell command -v python3.11 2>/dev/null),python3.11,python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -10,6 +10,7 @@ MODEL := $(VENV)/.model
 MODELS := $(VENV)/.models
 LLAMA := $(VENV)/.llama
 JOBS ?= 2
+DIST ?= dist
 QUICKSTART ?= runs/quickstart
 BENCH ?= build/bench
 PAIRS ?= 5
@@ -156,8 +157,8 @@ bench: $(READY) $(MODELS)  ## Compare with other tools, into benchmarks/RESULTS.
 	$(call MEASURE,generation) >$(BENCH)/generation.json
 	$(BIN)/python benchmarks/results.py $(BENCH) --out benchmarks/RESULTS.md
 
-build: $(READY)  ## Build the wheel
-	$(BIN)/python -m build --wheel
+build: $(READY)  ## Build the source archive and the wheel, into DIST (default: dist)
+	$(BIN)/python -m build --outdir $(DIST)
 
 clean:  ## Remove build output and caches, but not runs or environments
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

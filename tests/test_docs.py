@@ -4,13 +4,16 @@ import csv
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import typer
 from support.runs import llmtune
 from typer.main import get_command
 
+from llmtune import __version__
 from llmtune.cli.app import app
 from llmtune.recipe.loader import load_recipe
 
@@ -81,6 +84,18 @@ def test_modules_and_functions_named_on_a_page_exist() -> None:
     assert not [file for file, _ in named if not (ROOT / file).is_file()]
     for file, name in named:
         assert re.search(rf"^(def|class) {name}\b" if name else "", (ROOT / file).read_text(), re.M), f"{file}::{name}"
+
+
+def test_badges_and_changelog_state_the_version_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    badges = dict(re.findall(r"img\.shields\.io/badge/(\w+)-(\S+)-\w+\)", text))
+    python = project["requires-python"].removeprefix(">=") + "+"
+    wanted = {"version": __version__, "python": python, "licence": project["license"]}
+    assert {name: unquote(value).replace("--", "-") for name, value in badges.items()} == wanted
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert headings[1].startswith(f"[{__version__}] - ")
 
 
 def test_the_map_of_the_support_code_names_every_file() -> None:

@@ -23,7 +23,7 @@ _FIX = "Omit --adapter-only to write the complete model."
 
 
 def check_lora_only(model: PreTrainedModel | PeftModel) -> None:
-    """Raise RecipeError listing all parts of an adapter that llama.cpp's adapters cannot store."""
+    """Raise RecipeError listing all parts of an adapter that the GGUF adapter would lack."""
     if not isinstance(model, PeftModel):
         raise RecipeError.of("this run trained all weights and has no adapter", "--adapter-only", _FIX)
     kind = model.peft_config["default"].peft_type
@@ -46,7 +46,7 @@ def check_lora_only(model: PreTrainedModel | PeftModel) -> None:
     }
     problems = [what for what, present in unsupported.items() if present]
     RecipeError.collect(
-        Problem(f"llama.cpp's adapters cannot store {what}", "--adapter-only", _FIX) for what in problems
+        Problem(f"llmtune does not write {what} into a GGUF adapter", "--adapter-only", _FIX) for what in problems
     )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from llmtune import __version__
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "launch"
 SKY = shutil.which("sky")
 VALIDATE = """
@@ -63,3 +65,10 @@ def test_the_train_job_matches_the_published_kubeflow_schema():
     assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
     recipe, out = job["spec"]["trainer"]["args"][1], job["spec"]["trainer"]["args"][3]
     assert (str(Path(recipe).parent), str(Path(out).parent)) == (mounts["recipe"], mounts["llmtune"])
+
+
+def test_the_examples_run_this_version():
+    image = read("trainjob.yaml")["spec"]["trainer"]["image"]
+    assert image == f"REGISTRY/llmtune:{__version__}"
+    assert f"docker build --tag {image} --build-arg TORCH=cu128 .\n" in (EXAMPLES / "README.md").read_text()
+    assert read("skypilot.yaml")["setup"].endswith(f"@v{__version__}'")
