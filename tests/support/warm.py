@@ -81,6 +81,7 @@ class Command:
     def send(self, number: int) -> None:
         """Send a signal; does nothing if the command has ended."""
         if self.running:
+            with suppress(ProcessLookupError):  # it has just ended
             os.kill(self.pid, number)
 
 
