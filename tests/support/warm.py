@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class Command:
         """Send a signal; does nothing if the command has ended."""
         if self.running:
             with suppress(ProcessLookupError):  # it has just ended
-            os.kill(self.pid, number)
+                os.kill(self.pid, number)
 
 
 @dataclass(frozen=True)
