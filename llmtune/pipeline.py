@@ -29,8 +29,7 @@ from llmtune.adapter.load import find_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
-from llmtune.deploy.gguf_export import check_gguf
-from llmtune.deploy.products import make_products
+from llmtune.deploy.products import check_products, make_products
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.champion import check_champion, note_look
@@ -146,8 +145,8 @@ def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
     model_ref = read_model_ref(context.once(lambda: plain(locate_pinned(context, loaded.recipe.model, name))))
     draft, stated = draft_plan(context, loaded, model_ref, rows)
     context.once(lambda: write_text(context.folder.path / "recipe.yaml", stated.to_yaml()))
-    if context.request.until == "run" and "gguf" in draft.recipe.deploy:
-        check_gguf(draft)  # before training, not after it
+    if context.request.until == "run":
+        check_products(draft)  # before training, not after it
     context.once(lambda: _encode_rows(context, draft))
     context.resolved = draft
     if context.request.until != "prepare":  # otherwise no later step needs the rest

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from llmtune import __version__
-from llmtune.deploy.gguf_export import make_gguf
+from llmtune.deploy.gguf_export import check_gguf, make_gguf
 from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.parity import Certificate
-from llmtune.session import RunContext
+from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
+from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import hash_folder, hash_value
 
 
@@ -22,15 +23,30 @@ class ExportFormat:
     """Its place in the run folder."""
     make: Callable[[RunContext], Certificate]
     """Makes it, certifies it and scores it."""
+    check: Callable[[Plan], object] | None = None
+    """Raises before training if it cannot be made of the model."""
 
 
 EXPORT_FORMATS = {
     "merged": ExportFormat("merged", merge_run),
-    "gguf": ExportFormat("gguf/f16", make_gguf),
-    "gguf-q8_0": ExportFormat("gguf/q8_0", partial(make_gguf, number_format="q8_0")),
-    "gguf-q4_k_m": ExportFormat("gguf/q4_k_m", partial(make_gguf, number_format="q4_k_m")),
+    "gguf": ExportFormat("gguf/f16", make_gguf, check_gguf),
+    "gguf-q8_0": ExportFormat("gguf/q8_0", partial(make_gguf, number_format="q8_0"), check_gguf),
+    "gguf-q4_k_m": ExportFormat("gguf/q4_k_m", partial(make_gguf, number_format="q4_k_m"), check_gguf),
+    **{
+        name: ExportFormat(
+            f"quantized/{name}", partial(quantize_run, scheme=name), partial(check_quantizable, scheme=name)
+        )
+        for name in SCHEMES
+    },
 }
 """By name in the recipe's `deploy`."""
+
+
+def check_products(plan: Plan) -> None:
+    """Check without loading weights that the exports of the recipe can be made; raises the errors of their formats."""
+    for name in plan.recipe.deploy:
+        if check := EXPORT_FORMATS[name].check:
+            check(plan)
 
 
 def make_products(context: RunContext) -> None:
