@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -184,6 +185,8 @@ def compress(model: PreTrainedModel, scheme: Scheme, group_size: int, texts: Seq
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 
+    for name in ("quantization.lifecycle.apply", "offload.dispatch"):  # TQDM_DISABLE does not hide these bars
+        vars(import_module(f"compressed_tensors.{name}"))["tqdm"] = lambda items, **options: items
     layers = linear_layers(model)
     about = preset_name_to_scheme(scheme.preset, ["Linear"])
     if about.weights.group_size:

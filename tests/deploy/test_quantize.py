@@ -1,6 +1,7 @@
 """Quantised models in the format of compressed-tensors: read back by transformers, certified and scored, or refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -16,10 +17,11 @@ import llmtune.deploy.quantized_model as quantizing
 from llmtune.deploy.gptq import find_scales, round_weights
 from llmtune.deploy.merged_model import merge_to as really_merge
 from llmtune.deploy.parity import Limits
-from llmtune.deploy.quantized_model import SCHEMES, quantize_model, quantize_run
+from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_model, quantize_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.session import open_finished
-from llmtune.store.atomic_files import read_json
+from llmtune.store.atomic_files import read_json, write_json
+from llmtune.tasks.registry import get_task
 
 STORED = {"w4a16": torch.int32, "w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -148,6 +150,17 @@ def test_a_missing_package_exits_with_4(run, console, monkeypatch):
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[quantized\]'") as raised:
         quantize_run(open_finished(run, console, offline=True), scheme="w8a8")
     assert raised.value.exit_code == 4
+
+
+def test_bases_in_few_bits_and_models_with_heads_are_refused(run, console, tmp_path):
+    plan = open_finished(run, console, offline=True).plan
+    with pytest.raises(RecipeError, match="reads this format for models that continue a text"):
+        check_quantizable(replace(plan, task=get_task("classify")), "w8a8")
+    shutil.copytree(plan.model_ref.path, tmp_path / "fp8")
+    config = read_json(tmp_path / "fp8/config.json") | {"quantization_config": {"quant_method": "fp8"}}
+    write_json(tmp_path / "fp8/config.json", config)
+    with pytest.raises(RecipeError, match="are already quantised; rounding them again would lose more"):
+        check_quantizable(replace(plan, model_ref=replace(plan.model_ref, path=tmp_path / "fp8")), "w8a8")
 
 
 @pytest.mark.parametrize(
