@@ -72,7 +72,7 @@ def find_scales(weight_OI: torch.Tensor, group_size: int, bits: int) -> torch.Te
     weight_OGI = weight_OI.float().reshape(len(weight_OI), -1, group_size)
     largest_OG = weight_OGI.abs().amax(-1).clamp_min(1e-8) / (2 ** (bits - 1) - 0.5)
     least_OG = torch.full_like(largest_OG, torch.inf)
-    best_OG = largest_OG
+    best_OG: torch.Tensor = largest_OG
     for share in SHRINK.tolist():
         scale_OG = largest_OG * share
         error_OG = (_nearest(weight_OGI, scale_OG[..., None], bits) - weight_OGI).square().sum(-1)
