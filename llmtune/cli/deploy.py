@@ -186,6 +186,30 @@ def onnx_command(
 
 @app.command()
 @handled
+def quantize(
+    run: RunArgument,
+    scheme: Annotated[
+        str,
+        typer.Option("--scheme", help="w4a16 (4-bit weights), w8a8 or fp8 (8-bit weights and activations)."),
+    ] = "w4a16",
+    out: Annotated[Path | None, typer.Option("--out", help="Output folder (default: RUN/quantized/SCHEME).")] = None,
+    threads: Threads = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge and quantise a model for vLLM (compressed-tensors), certify and score it; exit 6 if it differs."""
+    prepare_environment(network=False, threads=threads)
+    with gc_paused():
+        from llmtune.deploy.quantized_model import quantize_run
+        from llmtune.session import open_finished
+
+    certificate = quantize_run(open_finished(run, stderr_console(), offline), out, scheme=scheme.lower())
+    if as_json:
+        print_json(certificate)
+
+
+@app.command()
+@handled
 def publish(
     run: RunArgument,
     to: Annotated[Path | None, typer.Option("--to", help="Write a folder in the hub's layout.")] = None,

@@ -83,12 +83,11 @@ def merge_model(
     with explained(out), explain_oom(f"merging {model_ref.name}", device), staged(out) as folder:
         other = _compare_other_base(tuned, base, reference, console) if quantized and original else None
         with spinner(console, "merging and saving"):
-            _save(_merge(tuned, base, target_dtype), tuned, folder, target_dtype)
+            save_merged(merge_to(tuned, base, target_dtype), tuned, folder, target_dtype)
         with spinner(console, "asking the merged model, read back from disk"):
-            merged = _load_back(folder, tuned, device, target_dtype)
+            merged = load_back(folder, tuned, device, target_dtype, "the merged model")
             processor = saved_processor(folder, model_ref, tuned.recipe.model)
             parity = reference.parity(merged, processor, partial(served_by_folder, folder))
-        weights = sorted(folder.glob("*.safetensors"))
         certificate = {
             **tuned.certificate(find_breaches(parity, limits)),
             "method": tuned.adapted.method,
@@ -100,9 +99,7 @@ def merge_model(
                 "largest_logit_difference": limits.logit_difference,
             },
             "measured": asdict(parity),
-            "weights_bytes": sum(file.stat().st_size for file in weights),
-            "files": [file.name for file in weights],
-            "files_sha256": {file.name: hash_file(file) for file in weights},
+            **weight_facts(folder),
             "other": other,
         }
         write_certificate(certificate, folder, out, "the merged model", _advice(certificate, quantized))
@@ -133,7 +130,8 @@ def _advice(certificate: Certificate, quantized: bool) -> str:
     return "" if certificate["dtype"] == "float32" else "Merge without rounding: --dtype float32. "
 
 
-def _merge(tuned: TunedModel, onto: Onto, dtype: torch.dtype) -> PreTrainedModel:
+def merge_to(tuned: TunedModel, onto: Onto, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the merged model in `dtype`; this consumes `tuned`."""
     selected = tuned.adapted.selected
     if not selected.quantized and selected.model.dtype != dtype:
         tuned.model.float()  # to round sums only once, to the target format
@@ -159,7 +157,8 @@ def _compare_other_base(tuned: TunedModel, onto: Onto, reference: TunedReference
     return {"onto": other, **numbers, "seconds": time.perf_counter() - started}
 
 
-def _save(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:
+def save_merged(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Save a model with tokenizer, chat template and the recipe's generation settings."""
     save_settings(merged, tuned, folder, dtype)
     with writing_weights(folder):
         merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -196,7 +195,18 @@ def _generation_config(merged: PreTrainedModel, tuned: TunedModel) -> Generation
     return settings
 
 
-def _load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def weight_facts(folder: Path) -> Certificate:
+    """Return the certificate's fields about the files with weights."""
+    weights = sorted(folder.glob("*.safetensors"))
+    return {
+        "weights_bytes": sum(file.stat().st_size for file in weights),
+        "files": [file.name for file in weights],
+        "files_sha256": {file.name: hash_file(file) for file in weights},
+    }
+
+
+def load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype, product: str) -> PreTrainedModel:
+    """Load a saved model by transformers alone, as its users do."""
     on_cpu_half = device == "cpu" and dtype == torch.float16  # loaded in 16 bits, computed in 32
     options = {
         "dtype": torch.float32 if on_cpu_half else dtype,
@@ -205,7 +215,7 @@ def _load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype)
         "output_loading_info": True,
     }
     auto_class = getattr(transformers, tuned.task.auto_class)
-    model = load_product(lambda: auto_class.from_pretrained(folder, **options), "the merged model")
+    model = load_product(lambda: auto_class.from_pretrained(folder, **options), product)
     return cast(PreTrainedModel, model.to(device))
 
 

@@ -18,6 +18,7 @@ from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
 from llmtune.deploy.onnx_model import open_onnx_export
 from llmtune.deploy.parity import Certificate, describe_parity, find_breaches
+from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
 from llmtune.deploy.tuned_model import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.report.render_terminal import spinner
@@ -34,8 +35,8 @@ class ExportFormat:
     """Its place in the run folder."""
     make: Callable[[RunContext], Certificate]
     """Makes it, certifies it and scores it."""
-    check: Callable[[Plan], None] = lambda plan: None
-    """Refuses a model that cannot be exported, before training."""
+    check: Callable[[Plan], object] = lambda plan: None
+    """Raises before training if it cannot be made of the model."""
 
 
 EXPORT_FORMATS = {
@@ -45,12 +46,18 @@ EXPORT_FORMATS = {
     "gguf-q4_k_m": ExportFormat("gguf/q4_k_m", partial(make_gguf, number_format="q4_k_m"), check_gguf),
     "onnx": ExportFormat("onnx/float32", make_onnx, check_onnx),
     "onnx-int8": ExportFormat("onnx/int8", partial(make_onnx, int8=True), check_onnx),
+    **{
+        name: ExportFormat(
+            f"quantized/{name}", partial(quantize_run, scheme=name), partial(check_quantizable, scheme=name)
+        )
+        for name in SCHEMES
+    },
 }
 """By name in the recipe's `deploy`."""
 
 
 def check_products(plan: Plan) -> None:
-    """Refuse exports that the recipe names and this model cannot have."""
+    """Check without loading weights that the exports of the recipe can be made; raises the errors of their formats."""
     for name in plan.recipe.deploy:
         EXPORT_FORMATS[name].check(plan)
 

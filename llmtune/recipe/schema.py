@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 else:
     TaskName = Literal[tuple(TASK_FACTS)]
 EXTENDS = "A recipe file to inherit from, relative to this one. Values set here override inherited ones."
-Product = Literal["merged", "gguf", "gguf-q8_0", "gguf-q4_k_m", "onnx", "onnx-int8"]
+Product = Literal["merged", "gguf", "gguf-q8_0", "gguf-q4_k_m", "onnx", "onnx-int8", "w4a16", "w8a8", "fp8"]
+QUANTIZED = ("w4a16", "w8a8", "fp8")
+"""Those in the compressed-tensors format."""
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
 
 
@@ -92,7 +94,8 @@ class Recipe(RecipeSection):
     """Metrics to compute and gates to pass. Default: the task's metrics, no gates."""
     deploy: Products = ()
     """Exports that `run` makes at the end, each certified, and scored on the test rows by its own runtime: `merged`,
-    `gguf` (F16), `gguf-q8_0`, `gguf-q4_k_m`, `onnx`, `onnx-int8`. Default none: the adapter is the result."""
+    `gguf` (F16), `gguf-q8_0`, `gguf-q4_k_m`, `onnx`, `onnx-int8`; for vLLM `w4a16`, `w8a8`, `fp8`. Default none: the
+    adapter is the result."""
     completion: CompletionSection | None = None
     """Settings of `task: completion`. Default none: the defaults of its keys."""
     preference: PreferenceSection | None = None
@@ -172,9 +175,9 @@ class Recipe(RecipeSection):
         if "merged" in self.deploy and self.adapter.method == "full":
             fix = "Remove it: `weights/` in the run folder is already the complete model."
             diagnostics.add("deploy", "'merged' has no effect with adapter.method: full", fix, "adapter.method")
-        reason = self.adapter.unmergeable
-        for product in self.deploy if reason else ():
-            what = f"'deploy: {product}' cannot be made with adapter.method: {self.adapter.method}: {reason}"
+        unmergeable = self.adapter.unmergeable
+        for product in self.deploy if unmergeable else ():
+            what = f"'deploy: {product}' cannot be made with adapter.method: {self.adapter.method}: {unmergeable}"
             diagnostics.add("deploy", what, "Remove it; the adapter is the result.", "adapter.method")
         readable = (variant.facts.decodes and not variant.is_masked) or variant.facts.answer_kind == "labels"
         for product in self.deploy if not readable else ():

@@ -36,7 +36,7 @@ BUDGET = ".micro_batch_tokens"
 """File in which ranks other than 0 leave a reduced budget after running out of memory."""
 OWN_FOLDERS = (
     *("data", "model", "adapter", "weights", "checkpoints", "trackers"),
-    *("evaluation", "merged", "gguf", "onnx", "explain", "seeds"),
+    *("evaluation", "merged", "gguf", "onnx", "quantized", "certified", "explain", "seeds"),
 )
 REPORTS = ("report.html", "report.md", "report.json", "junit.xml")
 OWN_FILES = (

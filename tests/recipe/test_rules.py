@@ -95,7 +95,7 @@ def test_a_key_without_effect_is_refused_even_with_its_default_as_value(refuse, 
         (["evaluate.limit=3"], "evaluate.limit"),
         (["deploy=merged"], "deploy"),
         (["deploy=[merged, gguf]"], "deploy"),
-        (["task=summarize", "deploy=[merged]"], "deploy"),
+        (["task=summarize", "deploy=[merged, fp8]"], "deploy"),
     ],
 )
 def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
@@ -173,6 +173,7 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["evaluate.metrics=[chrf]", "evaluate.gates=['loss < 1']"], "not computed", "Add loss"),
         (["adapter.method=full", "deploy=merged"], "'merged' has no effect", "weights/"),
         (["deploy=[merged, merged]"], "twice", "once"),
+        (["task=classify", "deploy=w4a16"], "'deploy: w4a16' is for models that continue a text", "Remove it"),
         (["task=token-classify", "deploy=gguf"], "'deploy: gguf' has no effect with task: token-classify", "Remove it"),
         (["data.train={path: rows.csv, encoding: nonsense}"], "which Python does not know", "cp1252"),
         (["data.train={path: hub:x, encoding: cp1252}"], "for a hub data set", "Remove it."),

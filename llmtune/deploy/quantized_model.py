@@ -1,0 +1,224 @@
+"""The merged model in 4 or 8 bits, in the compressed-tensors format of vLLM, and certified against the tuned model.
+
+Shapes: O outputs and G groups of inputs with one scale of a layer; T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from llmtune.data.examples import ExampleReader
+from llmtune.deploy.export_score import export_run
+from llmtune.deploy.exported_model import open_folder, saved_processor
+from llmtune.deploy.gptq import find_scales, round_layers
+from llmtune.deploy.merged_model import load_back, merge_to, save_merged, weight_facts
+from llmtune.deploy.parity import (
+    Certificate,
+    Limits,
+    check_output,
+    describe_parity,
+    find_breaches,
+    write_certificate,
+)
+from llmtune.deploy.tuned_model import TunedModel, make_reference, served_by_folder, training_base
+from llmtune.errors import EnvironmentProblem, RecipeError, nearest
+from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, read_model_config
+from llmtune.model.device import explain_oom
+from llmtune.records import Examples
+from llmtune.report.number_format import size
+from llmtune.report.render_terminal import spinner
+from llmtune.session import Plan, RunContext
+from llmtune.store.atomic_files import explained, staged
+
+DTYPE = torch.bfloat16
+"""Of the scales and of the weights that stay: vLLM computes in 16 bits."""
+CALIBRATION_ROWS = 64
+GROUP_SIZES = (128, 64, 32)
+"""Numbers of weights that share a 4-bit scale, as vLLM supports them: the largest that divides all layers' inputs."""
+MERGE_INSTEAD = "Use `llmtune deploy merge`."
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme of compressed-tensors."""
+
+    preset: str
+    """Its name in compressed-tensors."""
+    bits: int
+    calibrated: bool
+    """Whether the weights are rounded by the layers' inputs on training rows. Eight bits of a float need none."""
+    limits: Limits
+
+
+SCHEMES = {
+    "w4a16": Scheme("W4A16", 4, True, Limits(kl_floor=6e-1, kl_cap=6e-1, top1=0.55)),
+    "w8a8": Scheme("W8A8", 8, True, Limits(kl_floor=2e-1, kl_cap=2e-1, top1=0.7)),
+    "fp8": Scheme("FP8_DYNAMIC", 8, False, Limits(kl_floor=1.5e-1, kl_cap=1.5e-1, top1=0.6)),
+}
+"""w4a16: weights in groups with one scale. w8a8 and fp8: a scale for each output, and one for each token's inputs,
+which are rounded while computing. The limits are at least twice the rounding's effect on SmolLM2 135M: a mean KL of
+0.23 in w4a16 (four times that if rounded to the nearest), 0.08 in w8a8 and 0.07 in fp8. `find_lost_adapter` detects a
+missing adapter."""
+
+
+def quantize_run(context: RunContext, out: Path | None = None, *, scheme: str) -> Certificate:
+    """Merge and quantise the model of a finished run, by default into the run's `quantized/SCHEME`.
+
+    Raises:
+        RecipeError: an unknown scheme, or a model that it does not apply to.
+        EnvironmentProblem: compressed-tensors is not installed.
+        GateFailed: the quantised model differs from the tuned model by more than the limits.
+    """
+    group_size = check_quantizable(context.plan, scheme)
+
+    def make(tuned: TunedModel, out: Path) -> Certificate:
+        return quantize_model(tuned, out, context.console, scheme, group_size, sample_texts(context.examples))
+
+    folder = out or context.folder.path / "quantized" / scheme
+    return export_run(context, folder, make, partial(open_folder, name=scheme))
+
+
+def check_quantizable(plan: Plan, scheme: str) -> int:
+    """Check without loading weights that a model can be quantised; return the group size of its 4-bit weights."""
+    if scheme not in SCHEMES:
+        what = f"{scheme!r} is not a quantization scheme.{nearest(scheme, [*SCHEMES])}"
+        raise RecipeError.of(what, "--scheme", f"Choose one of: {', '.join(SCHEMES)}.")
+    if find_spec("compressed_tensors") is None:
+        what = f"{scheme} needs the package compressed-tensors"
+        raise EnvironmentProblem.of(what, None, "Run: pip install 'llmtune-cli[quantized]'")
+    recipe, name = plan.recipe, plan.model_ref.name
+    if reason := recipe.adapter.unmergeable:
+        what = f"an adapter of {recipe.adapter.method} cannot be merged: {reason}"
+        raise RecipeError.of(what, "adapter.method", "Use it with its base.")
+    if plan.task.auto_class != "AutoModelForCausalLM":
+        what = f"vLLM reads this format for models that continue a text, not for {plan.task.auto_class}"
+        raise RecipeError.of(what, "task", MERGE_INSTEAD)
+    if getattr(read_model_config(plan.model_ref, recipe.model), "quantization_config", None):
+        what = f"the weights of {name} are already quantised; rounding them again would lose more"
+        raise RecipeError.of(what, "model.name", f"Train on the original model. {MERGE_INSTEAD}")
+    skeleton = build_skeleton(*find_class(plan.model_ref, recipe, plan.task), recipe)
+    layers = linear_layers(skeleton)
+    if expert_parameters(skeleton) or not layers:
+        kind = "fused experts" if layers else "no linear layers"
+        raise RecipeError.of(
+            f"{name} has {kind}, which compressed-tensors cannot quantise", "model.name", MERGE_INSTEAD
+        )
+    inputs = {layer.in_features for layer in layers.values()}
+    fitting = [group for group in GROUP_SIZES if not any(count % group for count in inputs)]
+    if scheme == "w4a16" and not fitting:
+        what = f"layers of {name} have {min(inputs)} inputs, but 4-bit weights share scales in groups of at least 32"
+        raise RecipeError.of(what, "--scheme", "Use w8a8 or fp8.")
+    return next(iter(fitting), 0)
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """Return the linear layers to quantise, by name: all except the head."""
+    heads = head_names(model)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module for name, module in found.items() if not in_heads(name, heads)}
+
+
+def sample_texts(examples: Examples) -> list[Sequence[int]]:
+    """Return the ids of up to CALIBRATION_ROWS training rows, spread over all."""
+    reader = ExampleReader(examples, "train")
+    total = min(len(reader), CALIBRATION_ROWS)
+    return [reader[len(reader) * at // total].input_ids for at in range(total)]
+
+
+def quantize_model(
+    tuned: TunedModel, out: Path, console: Console, scheme: str, group_size: int, texts: Sequence[Sequence[int]]
+) -> Certificate:
+    """Merge, quantise on `texts`, save to `out`, reload, and compare with the tuned model.
+
+    This consumes `tuned`. Return the certificate; on failure `out` stays empty.
+    """
+    RecipeError.collect(check_output(out))
+    selected, limits = tuned.adapted.selected, SCHEMES[scheme].limits
+    onto = training_base(tuned.recipe, selected.model_ref)
+    device = str(selected.model.device)
+    with spinner(console, "asking the tuned model"):
+        reference = make_reference(tuned)
+    memory = explain_oom(f"quantising {selected.model_ref.name}", device)
+    with explained(out), memory, staged(out) as folder:
+        with spinner(console, f"merging and quantising to {scheme}"):
+            merged = merge_to(tuned, onto, torch.float32).eval()
+            compressor = compress(merged, SCHEMES[scheme], group_size, texts)
+            save_merged(merged, tuned, folder, DTYPE)
+            compressor.update_config(folder)
+            del merged
+        with spinner(console, "asking the quantised model, read back from disk"):
+            loaded = load_back(folder, tuned, device, DTYPE, "the quantised model")
+            processor = saved_processor(folder, selected.model_ref, tuned.recipe.model)
+            parity = reference.parity(loaded, processor, partial(served_by_folder, folder))
+        certificate = {
+            **tuned.certificate(find_breaches(parity, limits)),
+            "method": tuned.adapted.method,
+            "onto": onto,
+            "scheme": scheme,
+            "group_size": group_size if scheme == "w4a16" else None,
+            "calibration_rows": len(texts) if SCHEMES[scheme].calibrated else 0,
+            "compressed_tensors": version("compressed-tensors"),
+            "limits": {"kl_mean": limits.kl(parity.effect_kl), "top1_agreement": limits.top1},
+            "measured": asdict(parity),
+            **weight_facts(folder),
+        }
+        fix = "" if scheme == "w8a8" else "Round less: --scheme w8a8. "
+        write_certificate(certificate, folder, out, "the quantised model", fix)
+    console.print(f"{scheme} model: {out} ({size(certificate['weights_bytes'])})", highlight=False)
+    console.print(f"  {describe_parity(certificate['measured'])}", highlight=False)
+    return certificate
+
+
+@torch.no_grad()
+def compress(model: PreTrainedModel, scheme: Scheme, group_size: int, texts: Sequence[Sequence[int]]) -> Any:
+    """Quantise a model's linear layers in place; return what adds them to a saved configuration."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+
+    for name in ("quantization.lifecycle.apply", "offload.dispatch"):  # TQDM_DISABLE does not hide these bars
+        vars(import_module(f"compressed_tensors.{name}"))["tqdm"] = lambda items, **options: items
+    layers = linear_layers(model)
+    about = preset_name_to_scheme(scheme.preset, ["Linear"])
+    if about.weights.group_size:
+        about.weights.group_size = group_size
+    scales = {
+        name: (
+            find_scales(layer.weight, about.weights.group_size or layer.in_features, scheme.bits)
+            if scheme.calibrated
+            else layer.weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        )
+        .to(DTYPE)  # as they are stored
+        .float()
+        for name, layer in layers.items()
+    }
+
+    def read() -> None:
+        for ids in texts:
+            model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
+
+    if scheme.calibrated:
+        round_layers(layers, scales, scheme.bits, read)
+    others = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in layers
+    ]
+    config = QuantizationConfig(config_groups={"group_0": about}, ignore=others, quantization_status="compressed")
+    apply_quantization_config(model, config)
+    for name, layer in layers.items():
+        layer.get_parameter("weight_scale").copy_(scales[name])
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:  # not packed weights, which may be floats of 8 bits
+            parameter.data = parameter.data.to(DTYPE)
+    return compressor
