@@ -363,6 +363,8 @@ class Evaluation:
     """By column of `evaluate.slices`, the most frequent values first."""
     studies: dict[str, Study] = field(default_factory=dict)
     """By name: the studies in the recipe, of forgetting, fairness and benchmarks."""
+    exports: dict[str, Study] = field(default_factory=dict)
+    """By format: the exports that the recipe names, `tuned` being the export's scores and `base` the tuned model's."""
     contamination: Contamination | None = None
     """None without test rows."""
     champion: Champion | None = None
@@ -371,13 +373,20 @@ class Evaluation:
     def by_name(self, split: str) -> dict[str, float]:
         """Return the scores of `base` or `tuned`, including studies, by the names that gates use."""
         scores = dict(getattr(self, split))
-        for name, study in self.studies.items():
+        exports = {f"deploy.{name}": study for name, study in self.exports.items()} if split == "tuned" else {}
+        for name, study in (self.studies | exports).items():
             scores |= {f"{name}.{metric}": value for metric, value in getattr(study, split).items()}
         return scores
+
+    def of_exports(self) -> dict[str, float]:
+        """Return the tuned model's scores on the rows that its exports answered, by the names that gates use."""
+        pairs = self.exports.items()
+        return {f"deploy.{name}.{metric}": value for name, one in pairs for metric, value in one.base.items()}
 
     def differences(self) -> dict[str, Difference]:
         """Return the differences, including studies, by the names that gates use."""
         found = dict(self.difference)
-        for name, study in self.studies.items():
+        exports = {f"deploy.{name}": study for name, study in self.exports.items()}
+        for name, study in (self.studies | exports).items():
             found |= {f"{name}.{metric}": value for metric, value in study.difference.items()}
         return found

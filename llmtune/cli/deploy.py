@@ -240,8 +240,16 @@ def publish(
 @app.command()
 @handled
 def certify(
-    run: RunArgument,
-    url: Annotated[str, typer.Option("--url", help="URL of the server, such as http://127.0.0.1:8000.")],
+    export: Annotated[
+        str,
+        typer.Argument(metavar="EXPORT", help="A GGUF file, a model folder or an endpoint's URL; or RUN with --url."),
+    ],
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="The run that the export was made from.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="URL of the server, such as http://127.0.0.1:8000, if EXPORT is a run.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="The server's model to ask (default: the run's name).")
     ] = None,
@@ -252,13 +260,24 @@ def certify(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare an OpenAI-compatible endpoint with the tuned model; exit 6 if they differ."""
+    """Compare an export with the tuned model and score it on the run's test rows; exit 6 if they differ."""
+    if (run is None) == (url is None):
+        fix = "Write `llmtune deploy certify EXPORT --run RUN`, or RUN --url URL for an endpoint."
+        raise RecipeError.of("an export and its run are needed", "--run", fix)
     prepare_environment(network=False, threads=threads)
     with gc_paused():
         from llmtune.deploy.endpoint_parity import certify_run
+        from llmtune.deploy.products import certify_export
+        from llmtune.store.run_listing import find_run
 
-    certificate = certify_run(
-        run, url=url, model=model, key_file=api_key_file, offline=offline, console=stderr_console()
-    )
+    console = stderr_console()
+    url = url or (export if "://" in export else None)
+    folder = find_run(Path(run or export))
+    if url is not None:
+        certificate = certify_run(folder, url=url, model=model, key_file=api_key_file, offline=offline, console=console)
+    else:
+        ours = {"--model": model, "--api-key-file": api_key_file}
+        RecipeError.collect(Problem("applies to endpoints only", name, "Omit it.") for name, one in ours.items() if one)
+        certificate = certify_export(folder, Path(export), offline=offline, console=console)
     if as_json:
         print_json(certificate)

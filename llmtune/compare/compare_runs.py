@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.compare.comparison_pictures import COSTS, RATIOS, draw_comparison, draw_pareto, shown_metrics
+from llmtune.compare.comparison_pictures import COSTS, EXPORT_AXES, RATIOS, draw_comparison, draw_pareto, shown_metrics
 from llmtune.compare.run_comparison import Comparison, RunPair, RunSummary, make_comparison
 from llmtune.errors import RecipeError
 from llmtune.evaluate.opened_runs import check_alike, open_runs
@@ -52,6 +52,8 @@ METHOD = (
     "they vary.",
     "Seconds and memory are from one training on one machine.",
 )
+UNASKED = ("forgotten", "served_bytes", "row_seconds")
+"""Costs that only some recipes or exports have."""
 FEW = 6
 """Up to this many pairs (four runs) are all shown and described."""
 LONGEST = 60
@@ -79,7 +81,7 @@ def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> J
 def finish(comparison: Comparison, out: Path, console: Console) -> Json:
     """Print a comparison, write compare.json, .md, .html, .svg and .png into `out`, and return it as JSON.
 
-    Three or more methods also get `pareto.svg` and .png.
+    Three or more methods, and exports, also get `pareto.svg` and .png.
     """
     comparison = redact_all(replace(comparison, folder=str(out)))
     page = make_comparison_page(comparison)
@@ -93,7 +95,9 @@ def finish(comparison: Comparison, out: Path, console: Console) -> Json:
         write_text(out / "compare.md", to_markdown(page))
         write_json(out / "compare.json", content)
         draw_comparison(out / "compare", comparison.runs)
-        if comparison.kind == "methods" and len(comparison.runs) > 2 and (metrics := shown_metrics(comparison.runs)):
+        if any(run.row_seconds for run in comparison.runs) and (metrics := shown_metrics(comparison.runs)):
+            draw_pareto(out / "pareto", comparison.runs, comparison.pairs, metrics[0], EXPORT_AXES)
+        elif comparison.kind == "methods" and len(comparison.runs) > 2 and (metrics := shown_metrics(comparison.runs)):
             draw_pareto(out / "pareto", comparison.runs, comparison.pairs, metrics[0])
     console.print(f"comparison: {escape(str(out / 'compare.html'))}")
     return content
@@ -135,8 +139,8 @@ def cost_table(runs: Sequence[RunSummary]) -> Table:
     rows: TableRows = []
     for name, (title, written) in COSTS.items():
         values: list[float | None] = [getattr(run, name) for run in runs]
-        if name == "forgotten" and all(value is None for value in values):
-            continue  # the recipe does not ask for it
+        if name in UNASKED and all(value is None for value in values):
+            continue
         largest = max((value for value in values if value is not None), default=0) or 1
         rows.append([title, *(Cell(written(value), picture=draw_meter((value or 0) / largest)) for value in values)])
     return Table(["", *(Column(run.name, "number") for run in runs)], rows)

@@ -24,6 +24,8 @@ COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "trainable": ("trained parameters", count),
     "share": ("of all parameters", lambda part: DASH if part is None else f"{100 * part:.2f} %"),
     "disk_bytes": ("weights on disk", size),
+    "served_bytes": ("all weights that answers need", size),
+    "row_seconds": ("time per answer, one at a time", duration),
     "forgotten": ("forgotten on general text, bits per byte", score),
 }
 """Costs of a run by name in `compare.json`: display name and format."""
@@ -55,19 +57,24 @@ SETTINGS: Any = {
     "text.parse_math": False,
 }
 
-AXES = {
+Costs = Mapping[str, tuple[str, str]]
+AXES: Costs = {
     "train_seconds": ("training", "s"),
     "peak_bytes": ("peak memory in training", "B"),
     "trainable": ("trained parameters", ""),
     "disk_bytes": ("weights on disk", "B"),
 }
 """Title and unit of each cost."""
+EXPORT_AXES = {"served_bytes": ("all weights", "B"), "row_seconds": ("time per answer", "s")}
+"""The same for exports of a run."""
 BEHIND, ALIKE, FRONT = "#64748b", "#2563c9", "#d9822b"
 PLACES = ((5, 3, "left"), (-5, 3, "right"), (5, -10, "left"), (-5, -10, "right"), (5, 14, "left"), (5, -21, "left"))
 """Positions of a name relative to its point: points to the right, points up, and the aligned end."""
 
 
-def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair], metric: str) -> None:
+def draw_pareto(
+    path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair], metric: str, costs: Costs = AXES
+) -> None:
     """Draw `metric` of each run over each of its costs into `path` with .png and .svg; better is up and to the left."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -76,10 +83,11 @@ def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[RunPair]
     best = max(runs, key=lambda run: side * run.tuned[metric])
     intervals = dict(find_intervals(best.name, pairs, metric))
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(9.6, 7.6), layout="constrained")
+        rows = len(costs) // 2
+        figure = Figure(figsize=(9.6, 3.8 * rows), layout="constrained")
         names = [
             name
-            for axes, cost in zip(figure.subplots(2, 2, sharey=True).flat, AXES, strict=True)
+            for axes, cost in zip(figure.subplots(rows, 2, sharey=True).flat, costs.items(), strict=True)
             for name in _draw_cost(axes, runs, cost, metric, best, intervals)
         ]
         if side < 0:
@@ -115,7 +123,7 @@ def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def _draw_cost(
     axes: Axes,
     runs: Sequence[RunSummary],
-    cost: str,
+    cost: tuple[str, tuple[str, str]],
     metric: str,
     best: RunSummary,
     intervals: Mapping[str, tuple[float, float]],
@@ -123,9 +131,9 @@ def _draw_cost(
     """Draw the runs over one of their costs; yields their names, not yet placed."""
     from matplotlib.ticker import EngFormatter
 
-    title, unit = AXES[cost]
-    known = [run for run in runs if getattr(run, cost)]
-    costs = [getattr(run, cost) for run in known]
+    key, (title, unit) = cost
+    known = [run for run in runs if getattr(run, key)]
+    costs = [getattr(run, key) for run in known]
     level = best.tuned[metric]
     axes.axhline(level, color=ALIKE, linewidth=0.8, linestyle="--", alpha=0.5)
     for run, x in zip(known, costs, strict=True):

@@ -12,10 +12,12 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.opened_runs import OpenedRun, find_differing, pair_metrics
 from llmtune.evaluate.run_report import judge_run
-from llmtune.records import Difference, Evaluation, GateResult
+from llmtune.records import Difference, Evaluation, GateResult, Json
 from llmtune.report.report_record import Verdict
 from llmtune.report.verdict import INCONCLUSIVE, verdict
 from llmtune.session import trained_name
+from llmtune.store.atomic_files import read_json
+from llmtune.store.run_folder import CERTIFICATE
 
 UNTRAINED = (
     *("data.train", "data.validation", "data.test", "evaluate.", "generation.", "seed", "train.seeds", "model.name"),
@@ -51,6 +53,10 @@ class RunSummary:
     tuned: Mapping[str, float]
     difference: Mapping[str, Difference]
     verdict: Verdict
+    served_bytes: int | None = None
+    """Size of all weights that answers need: base and adapter, or the export; known once a run has an export."""
+    row_seconds: float | None = None
+    """Seconds per answer, one row at a time; known once a run has an export."""
     rate: str | None = None
     """Origin of its learning rate, if methods are compared."""
     gates: Sequence[GateResult] | None = None
@@ -119,6 +125,8 @@ def summarize(run: OpenedRun) -> RunSummary:
     study = evaluation.studies.get("forgetting")
     forgotten = study.difference.get("bits_per_byte") if study else None
     weights = (run.folder.path / trained_name(run.recipe)).rglob("*")  # tokenizer and settings are the same for all
+    trained = sum(path.stat().st_size for path in weights if path.suffix in {".safetensors", ".bin"})
+    served_bytes, row_seconds = find_usage(run)
     return RunSummary(
         name=run.name,
         folder=str(run.folder.path),
@@ -135,7 +143,9 @@ def summarize(run: OpenedRun) -> RunSummary:
         trainable=adapt.get("trainable"),
         parameters=adapt.get("total"),
         share=adapt["trainable"] / adapt["total"] if adapt.get("total") else None,
-        disk_bytes=sum(path.stat().st_size for path in weights if path.suffix in {".safetensors", ".bin"}),
+        disk_bytes=served_bytes if run.export else trained,
+        served_bytes=served_bytes,
+        row_seconds=row_seconds,
         forgotten=forgotten.value if forgotten else None,
         baseline=evaluation.baseline,
         base=evaluation.base,
@@ -143,6 +153,16 @@ def summarize(run: OpenedRun) -> RunSummary:
         difference=evaluation.difference,
         verdict=judge_run(evaluation, check_gates(run.recipe.evaluate, evaluation), run.recipe.evaluate.alpha),
     )
+
+
+def find_usage(run: OpenedRun) -> tuple[int | None, float | None]:
+    """Return the size and the seconds per answer of an export, or of a run by the certificate of one of its exports."""
+    path, kind = run.folder.path, "" if run.export else "tuned_"
+    files = [*path.glob(f"*/{CERTIFICATE}"), *path.glob(f"*/*/{CERTIFICATE}")]
+    known = [run.export] if run.export else [one for file in sorted(files) if (one := read_json(file))]
+    scored: Json = next((one["score"] for one in known if "bytes" in one.get("score", {})), {})
+    usage = scored.get(f"{kind}usage")
+    return scored.get(f"{kind}bytes"), 1 / usage["rows_per_second"] if usage else None
 
 
 def find_notes(runs: Sequence[OpenedRun]) -> Iterator[str]:
@@ -173,6 +193,8 @@ def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]
     The same tuned model twice, or two trainings of one recipe on the same rows, cannot be better or worse. Rounding,
     the seed or the row order may still change their scores.
     """
+    if first.export or second.export:
+        return verdict(Evaluation({}, {} if difference else second.evaluation.tuned, difference, (), 0))
     alike = base_identity(first) == base_identity(second)
     trained, other = (run.folder.manifest["steps"]["evaluate"]["facts"].get("trained") for run in (first, second))
     if alike and trained and trained == other:

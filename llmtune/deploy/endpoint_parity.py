@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +20,14 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from llmtune.data.chat_messages import clean_messages
+from llmtune.deploy.export_score import describe_differences, score_answers
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
+from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
+from llmtune.evaluate.inference import Answers
+from llmtune.recipe.task_facts import PREDICTED
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Row
 from llmtune.report.render_terminal import spinner
@@ -89,10 +94,13 @@ def certify_run(
             ids: Parameters = {"return_token_ids": True, "repetition_penalty": 1.0}
             logprobs: Parameters = {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
             replies = ask_all(client, name, tuned.questions, chat, [ids | logprobs, ids, logprobs, {}])
-    measured = _compare_replies(reference, replies)
+        measured = _compare_replies(reference, replies)
+        with explained(folder := run / "certified" / "endpoint"):
+            folder.mkdir(parents=True, exist_ok=True)
+            scored = score_answers(context, tuned.processor, partial(_answer_rows, client, name, chat), folder)
     breaches = find_endpoint_breaches(measured)
     limits = {"answer_agreement": MIN_AGREEMENT, "logprob_mean_difference": MAX_LOGPROB_DIFFERENCE, "same_ids": 1.0}
-    about = {"url": url, "model": name, "limits": limits, "measured": measured}
+    about = {"url": url, "model": name, "limits": limits, "measured": measured, "score": scored}
     certificate = {**tuned.certificate(breaches), **about}
     with explained(out := run / ENDPOINT_CERTIFICATE):
         write_json(out, certificate)
@@ -100,7 +108,20 @@ def certify_run(
     GateFailed.collect(Problem(f"the endpoint differs: {breach}", url, fix) for breach in breaches)
     console.print(f"endpoint {url}, model {name}", highlight=False, markup=False)
     console.print(_describe_endpoint(measured), highlight=False)
+    for line in describe_differences(scored, "the endpoint"):
+        console.print(line, highlight=False)
     return certificate
+
+
+def _answer_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: EvalContext) -> Answers:
+    """Let an endpoint answer the test rows; losses and choices stay unknown."""
+    inputs, tokens = evaluated.inputs, evaluated.recipe.generation.max_new_tokens
+    assert inputs is not None
+    asked = (
+        [i for i in inputs.prompt_ids if _is_plain_text(inputs.questions[i])] if PREDICTED & {*inputs.metrics} else []
+    )
+    replies = ask_all(client, model, [inputs.questions[i] for i in asked], chat, [{}], tokens)
+    return Answers(None, {i: reply.text.strip() for i, reply in zip(asked, replies, strict=True)}, {})
 
 
 def _is_plain_text(row: Row) -> bool:
@@ -199,7 +220,12 @@ def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: 
 
 
 def ask_all(
-    client: openai.OpenAI, model: str, questions: Sequence[Row], chat: bool, extras: Sequence[Parameters]
+    client: openai.OpenAI,
+    model: str,
+    questions: Sequence[Row],
+    chat: bool,
+    extras: Sequence[Parameters],
+    tokens: int = ANSWER_TOKENS,
 ) -> list[Reply]:
     """Ask greedily, with the first of `extras` that the server accepts: parameters that some servers do not know.
 
@@ -210,7 +236,7 @@ def ask_all(
         for question in questions:
             for extra in extras:
                 try:
-                    replies.append(_complete(client, model, question, chat, extra))
+                    replies.append(_complete(client, model, question, chat, extra, tokens))
                 except (openai.BadRequestError, openai.UnprocessableEntityError):
                     if extra is extras[-1]:
                         raise
@@ -220,21 +246,21 @@ def ask_all(
     return replies
 
 
-def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra: Parameters) -> Reply:
+def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra: Parameters, tokens: int) -> Reply:
     completion: ChatCompletion | Completion
     if chat:
         completion = client.chat.completions.create(
             model=model,
             messages=cast(list[ChatCompletionMessageParam], clean_messages(prompt["messages"])),
             temperature=0,
-            max_tokens=ANSWER_TOKENS,
+            max_tokens=tokens,
             extra_body=extra,
         )
         text, found = completion.choices[0].message.content or "", completion.choices[0].logprobs
         logprobs = [(one.token, one.logprob) for one in (found and found.content) or ()]
     else:
         completion = client.completions.create(
-            model=model, prompt=prompt["prompt"], temperature=0, max_tokens=ANSWER_TOKENS, extra_body=extra
+            model=model, prompt=prompt["prompt"], temperature=0, max_tokens=tokens, extra_body=extra
         )
         text, listed = completion.choices[0].text, completion.choices[0].logprobs
         pairs = zip(listed.tokens or (), listed.token_logprobs or (), strict=True) if listed else ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,22 +16,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.injection import adapter_settings
 from llmtune.deploy.exported_model import ExportedModel, weight_bytes
-from llmtune.deploy.parity import CERTIFICATE, Certificate
+from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import TunedModel, load_tuned
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.cache_keys import base_inputs
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
-from llmtune.evaluate.inference import compute_metrics, inference_on, predict
+from llmtune.evaluate.inference import Answers, compute_metrics, inference_on, predict
 from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, open_run_scores, pair_metrics
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import load_base
 from llmtune.model.device import release_memory
 from llmtune.records import Json, Row
+from llmtune.report.metric_info import better_side
 from llmtune.report.number_format import count, score, signed, size
 from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, plain, write_json
+from llmtune.store.run_folder import CERTIFICATE
 
 MakeExport = Callable[[TunedModel, Path], Certificate]
 """Makes an export of the tuned model in a folder, certifies it, and returns its certificate."""
@@ -59,21 +61,32 @@ def export_run(
 
     Raises the errors of `make` and `open_export`.
     """
+    tuned, usage, asked = time_tuned(context, splits)
+    certificate = make(tuned, out)
+    del tuned
+    release_memory()
+    scored = score_export(context, out, open_export, asked) | usage
+    certificate = dict(plain({**certificate, "score": scored}))
+    with explained(out):
+        write_json(out / CERTIFICATE, certificate)
+    for line in describe_score(scored):
+        context.console.print(line, highlight=False)
+    return certificate
+
+
+def time_tuned(context: RunContext, splits: Sequence[str]) -> tuple[TunedModel, Json, list[Row]]:
+    """Load the tuned model; return it, its speed, memory and size for a score, and the questions it was timed on."""
     rested = reset_peak()
     tuned = load_tuned(context, splits)
     asked = [tuned.task.split_answer(row)[0] for row in tuned.rows]
     usage = time_rows(tuned.model, tuned.processor, context.plan, asked, rested)
-    certificate = make(tuned, out)
-    del tuned
-    release_memory()
-    scored = score_export(context, out, open_export, asked)
-    scored |= {"tuned_usage": plain(usage), "tuned_bytes": weight_bytes(context.trained_folder)}
-    certificate = {**certificate, "score": scored}
-    with explained(out):
-        write_json(out / CERTIFICATE, plain(certificate))
-    for line in describe_score(scored):
-        context.console.print(line, highlight=False)
-    return certificate
+    return tuned, {"tuned_usage": plain(usage), "tuned_bytes": tuned_bytes(context)}, asked
+
+
+def tuned_bytes(context: RunContext) -> int:
+    """Return the bytes of all weights of the tuned model: those of its base count unless they were tuned."""
+    full = context.plan.recipe.adapter.method == "full"
+    return weight_bytes(context.trained_folder) + (0 if full else weight_bytes(context.plan.model_ref.path))
 
 
 def score_export(context: RunContext, out: Path, open_export: OpenExport, asked: Sequence[Row]) -> Json:
@@ -84,28 +97,45 @@ def score_export(context: RunContext, out: Path, open_export: OpenExport, asked:
     """
     rested, plan = reset_peak(), context.plan
     exported = open_export(out, context)
-    usage = time_rows(exported.model, exported.processor, plan, asked, rested)
-    found = {"runtime": exported.runtime, "bytes": exported.size, "usage": plain(usage)}
+    found = {"runtime": exported.runtime, "bytes": exported.size, "usage": None}
+    try:
+        found["usage"] = plain(time_rows(exported.model, exported.processor, plan, asked, rested))
+    except LlmtuneError as error:  # such as a template that cannot render a prompt
+        return {**found, "unmeasured": error.problems[0].what}
+    device = str(exported.model.device)
+
+    def answer(evaluated: EvalContext) -> Answers:
+        return predict(exported.model, exported.format, replace(evaluated, device=device), packs=False)
+
+    return {**found, **score_answers(context, exported.processor, answer, out)}
+
+
+def score_answers(
+    context: RunContext, processor: PreTrainedTokenizerBase, answer: Callable[[EvalContext], Answers], out: Path
+) -> Json:
+    """Score the answers of an export to the run's test rows, and pair them with the tuned model's.
+
+    Saves `measures.npz` in the folder `out`. Without test rows or scores of the tuned model, `unmeasured` tells why.
+    """
+    plan, rows, examples = context.plan, context.rows, context.examples
     try:
         run = open_run_scores(context.folder.path, "tuned")
+        inputs = make_inputs(rows, examples, plan.task, processor, plan.recipe)
     except LlmtuneError as error:
-        return {**found, "unmeasured": error.problems[0].what}
-    rows, examples = context.rows, context.examples
-    inputs = make_inputs(rows, examples, plan.task, exported.processor, plan.recipe)
-    device = str(exported.model.device)
-    evaluated = EvalContext(plan.recipe, plan.task, exported.processor, inputs, device, context.console)
+        return {"unmeasured": error.problems[0].what}
+    evaluated = EvalContext(plan.recipe, plan.task, processor, inputs, plan.device, context.console)
     known = base_inputs(plan.recipe, adapter_settings(plan.recipe), plan.model_ref, rows, examples, plan.device)
-    answers = predict(exported.model, exported.format, evaluated, packs=False)
+    answers = answer(evaluated)
     base = load_base(context.folder.path / "evaluation", known).answers or answers
     measured, names = compute_metrics(evaluated, answers, base), name_test_rows(rows, inputs.rows)
     measures = PerRowScores({}, measured, names, inputs.clusters)
     save_measures(out, measures)
-    return {**found, **compare_with_tuned(run, exported.format, measures)}
+    return compare_with_tuned(run, measures)
 
 
-def compare_with_tuned(run: OpenedRun, name: str, measures: PerRowScores) -> Json:
+def compare_with_tuned(run: OpenedRun, measures: PerRowScores) -> Json:
     """Return both models' scores on the test rows, and the differences: the export's minus the tuned model's."""
-    export = ScoredRun(name, run.recipe, run.evaluation, measures)
+    export = ScoredRun("the export", run.recipe, run.evaluation, measures)
     difference, left_out = pair_metrics(run, export)
     return {
         "rows": len(measures.rows),
@@ -173,17 +203,21 @@ def peak_bytes() -> int | None:
 
 def describe_score(scored: Json) -> list[str]:
     """Write an export's scores next to the tuned model's, a line per metric, then its size and speed."""
-    lines = [f"not scored: {scored['unmeasured']}"] if "unmeasured" in scored else []
-    if "difference" in scored:
-        rows = count(scored["rows"])
-        lines = [f"scored by {scored['runtime']} on {rows} test rows, compared with the tuned model:"]
-        for metric, change in scored["difference"].items():
-            both = f"{score(scored['export'][metric])}, tuned {score(scored['tuned'][metric])}"
-            lines.append(
-                f"  {metric} {both}: {signed(change['value'])} ({signed(change['low'])} to {signed(change['high'])})"
-            )
-        lines += [f"  {metric} is not compared: {why}" for metric, why in scored["left_out"].items()]
     usage, before = scored["usage"], scored["tuned_usage"]
     speed = f"; {usage['rows_per_second']:.3g} rows per second, one at a time" if usage else ""
     speed += f", tuned {before['rows_per_second']:.3g}" if usage and before else ""
-    return [*lines, f"  {size(scored['bytes'])} on disk{speed}"]
+    return [*describe_differences(scored, scored["runtime"]), f"  {size(scored['bytes'])} on disk{speed}"]
+
+
+def describe_differences(scored: Json, by: str) -> list[str]:
+    """Write the scores of an export and of the tuned model with their paired difference, a line per metric."""
+    if "unmeasured" in scored:
+        return [f"not scored: {scored['unmeasured']}"]
+    lines = [f"scored by {by} on {count(scored['rows'])} test rows, compared with the tuned model:"]
+    for metric, change in scored["difference"].items():
+        both = f"{score(scored['export'][metric])}, tuned {score(scored['tuned'][metric])}"
+        interval = f"{signed(change['value'])} ({signed(change['low'])} to {signed(change['high'])})"
+        side = better_side(metric)
+        worse = (side > 0 and change["high"] < 0) or (side < 0 and change["low"] > 0)
+        lines.append(f"  {metric} {both}: {interval}{', worse' if worse else ''}")
+    return [*lines, *(f"  {metric} is not compared: {why}" for metric, why in scored["left_out"].items())]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmtune.deploy.parity import LIMITS, Limits
+from llmtune.deploy.tuned_model import TunedModel, served_by_folder
 from llmtune.model.processor import load_processor
 from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
@@ -34,6 +36,12 @@ class ExportedModel:
     """The tokenizer or processor that ships with the export."""
     path: Path
     """A file or a folder."""
+    limits: Limits
+    """How far its number format may move it from the tuned model."""
+    served_prompts: Callable[[TunedModel], list[list[int]]]
+    """Returns the ids that its own tokenizer and template make of the questions to a model that continues a text."""
+    ends: Collection[int] | None = None
+    """Tokens that end its answers; None: those of the model's settings and of the processor."""
 
     @property
     def size(self) -> int:
@@ -61,7 +69,7 @@ def borrow_class(
     with torch.device("meta"):
         model = kind(config) if hasattr(kind, "forward") else kind.from_config(config, trust_remote_code=True)
     known = type(model)
-    shown = functools.wraps(known.forward)(network)  # with the arguments of the class
+    shown = wraps(known.forward)(network)  # with the arguments of the class
     on_cpu = property(lambda self: torch.device("cpu"))
     model.__class__ = type(known.__name__, (known,), {"device": on_cpu, "forward": shown, **members})
     return model.eval()
@@ -73,8 +81,10 @@ def open_folder(folder: Path, context: RunContext, name: str) -> ExportedModel:
     auto_class = getattr(transformers, plan.task.auto_class)
     options = {"local_files_only": True, "trust_remote_code": plan.recipe.model.trust_remote_code}
     model = cast(PreTrainedModel, auto_class.from_pretrained(folder, dtype="auto", **options)).eval().to(plan.device)
+    limits = LIMITS["exact" if model.dtype == torch.float32 else "rounded"]
     processor = saved_processor(folder, plan.model_ref, plan.recipe.model)
-    return ExportedModel(name, f"transformers {transformers.__version__}", model, processor, folder)
+    served = partial(served_by_folder, folder)
+    return ExportedModel(name, f"transformers {transformers.__version__}", model, processor, folder, limits, served)
 
 
 def saved_processor(folder: Path, model_ref: ModelRef, section: ModelSection) -> PreTrainedTokenizerBase:

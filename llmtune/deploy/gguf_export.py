@@ -28,17 +28,18 @@ from llmtune.deploy.gguf_converter import (
     write_model,
 )
 from llmtune.deploy.gguf_readers import (
+    FORMAT_LIMITS,
     GgufReader,
     LlamaClassifier,
     check_reader,
     open_gguf,
     open_gguf_export,
+    served_by_file,
 )
 from llmtune.deploy.gguf_tokenizer import (
     MERGE_INSTEAD,
     NAMES,
     TokenizerFacts,
-    build_tokenizer,
     describe_tokenizer,
     find_pre_tokenizer,
     read_tokenizer,
@@ -63,8 +64,6 @@ from llmtune.deploy.tuned_model import (
     TunedModel,
     load_tuned,
     make_reference,
-    render_chats,
-    render_prompts,
     training_base,
 )
 from llmtune.errors import RecipeError, nearest
@@ -76,17 +75,6 @@ from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 
 DEFAULT_FORMAT = "f16"
-FORMAT_LIMITS = {
-    "f32": Limits(kl_floor=1e-3, kl_cap=1e-3, top1=0.98, noise=1e-4),
-    "f16": Limits(kl_floor=1e-3, kl_cap=1e-3, top1=0.98, noise=1e-4),
-    "bf16": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.95, noise=1e-3),
-    "q8_0": Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9),
-    "q4_k_m": Limits(kl_floor=2.5e-1, kl_cap=2.5e-1, top1=0.75),
-}
-"""Limits for a format's rounding: at least twice its effect on SmolLM2 135M, since small models suffer most.
-Its mean KL in llama.cpp is 5e-6 in F16, 2e-4 in BF16, 0.011 in Q8_0 (0.003 from the weights, the rest from inputs of
-products, which llama.cpp rounds too) and 0.11 in Q4_K_M. F32 has F16's limits, since llama.cpp keeps keys and
-values in F16 and looks up functions in tables. `find_lost_adapter` detects a missing adapter."""
 
 
 def make_gguf(
@@ -120,14 +108,13 @@ def make_gguf(
     RecipeError.collect(check_onto(onto, True, trained_on == "original" or plan.recipe.adapter.method == "qlora"))
     check_gguf(plan)
     folder = out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format)
-    options = {"number_format": number_format, "onto": onto}
-    if adapter_only:
-        return export_gguf(load_tuned(context), folder, context.console, adapter_only=True, **options)
 
     def make(tuned: TunedModel, out: Path) -> Certificate:
-        return export_gguf(tuned, out, context.console, **options)
+        return export_gguf(
+            tuned, out, context.console, number_format=number_format, onto=onto, adapter_only=adapter_only
+        )
 
-    return export_run(context, folder, make, open_gguf_export)
+    return make(load_tuned(context), folder) if adapter_only else export_run(context, folder, make, open_gguf_export)
 
 
 def check_gguf(plan: Plan) -> None:
@@ -264,7 +251,7 @@ class _Export:
         opened = open_gguf(whole, facts, config, length, adapter)
         with spinner(self.console, "asking the GGUF file"), opened as reader:
             logits, same_answers = reference.read_by(reader.logits), reference.same_answers(reader.answer)
-            same_ids = served_prompts(self.tuned, facts, reader) == reference.prompts
+            same_ids = served_by_file(self.tuned, facts, reader) == reference.prompts
         return self._judge(reader, logits, same_answers, same_ids, limits)
 
     def _certify_classifier(self, file: Path, config: PretrainedConfig, limits: Limits) -> Certificate:
@@ -301,22 +288,6 @@ class _Export:
 
 def _wider(one: Limits, other: Limits) -> Limits:
     return Limits(max(one.kl_floor, other.kl_floor), max(one.kl_cap, other.kl_cap), min(one.top1, other.top1))
-
-
-def served_prompts(tuned: TunedModel, facts: TokenizerFacts, reader: GgufReader) -> list[list[int]]:
-    """Return the prompts' ids as a server makes them from the file alone.
-
-    It renders with the file's template, and the reader adds the start token if the file says so.
-    """
-    tokenizer = build_tokenizer(facts)
-    texts = render_chats(tuned, tokenizer)
-    if texts is None and tuned.task.free_prompt and not tuned.task.is_conversational:
-        texts = [str(row["prompt"]) for row in tuned.questions]
-    elif texts is None:  # the client of such a model writes the prompt
-        texts = [tokenizer.decode(ids) for ids in render_prompts(tuned, tokenizer)]
-        texts = [text.removeprefix(" ") for text in texts] if facts.get(NAMES.ADD_PREFIX) else texts
-    start = facts[NAMES.LIST][facts[NAMES.BOS_ID]] if facts[NAMES.ADD_BOS] else ""
-    return [reader.encode(text.removeprefix(start)) for text in texts]
 
 
 def _print_export(certificate: Certificate, out: Path, console: Console) -> None:

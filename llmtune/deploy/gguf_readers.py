@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
+from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
@@ -27,8 +29,8 @@ from llmtune.deploy.gguf_tokenizer import (
     build_tokenizer,
     read_tokenizer,
 )
-from llmtune.deploy.parity import load_product
-from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader
+from llmtune.deploy.parity import Limits, load_product
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader, TunedModel, render_chats, render_prompts
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import find_class
 from llmtune.session import RunContext
@@ -43,6 +45,23 @@ NOT_READ = (
 )
 """Settings that transformers 5 does not read from GGUF files of some model types; taken from the model instead."""
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
+
+FORMAT_LIMITS = {
+    "f32": Limits(kl_floor=1e-3, kl_cap=1e-3, top1=0.98, noise=1e-4),
+    "f16": Limits(kl_floor=1e-3, kl_cap=1e-3, top1=0.98, noise=1e-4),
+    "bf16": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.95, noise=1e-3),
+    "q8_0": Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9),
+    "q4_k_m": Limits(kl_floor=2.5e-1, kl_cap=2.5e-1, top1=0.75),
+}
+"""Limits for a format's rounding: at least twice its effect on SmolLM2 135M, since small models suffer most.
+Its mean KL in llama.cpp is 5e-6 in F16, 2e-4 in BF16, 0.011 in Q8_0 (0.003 from the weights, the rest from inputs of
+products, which llama.cpp rounds too) and 0.11 in Q4_K_M. F32 has F16's limits, since llama.cpp keeps keys and
+values in F16 and looks up functions in tables. `find_lost_adapter` detects a missing adapter."""
+FILE_TYPES = {0: "f32", 1: "f16", 32: "bf16", 7: "q8_0", 15: "q4_k_m"}
+"""By `general.file_type` of a file."""
+END_IDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+COARSEST = "q4_k_m"
+"""The type whose limits hold for unknown ones."""
 
 
 def check_reader(model_type: str, pre_tokenizer: str) -> None:
@@ -73,6 +92,13 @@ class LlamaReader:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with a leading start token if the file adds one."""
         return list(self.llm.tokenize(text.encode(), add_bos=True, special=True))
+
+    def ends(self) -> list[int]:
+        """Return the ids at which llama.cpp ends an answer."""
+        import llama_cpp
+
+        vocabulary = llama_cpp.llama_model_get_vocab(self.llm.model)
+        return [token for token in range(self.llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocabulary, token)]
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits [T, V] of every position, in float32; the start that the last text shares is cached."""
@@ -140,6 +166,22 @@ class TransformersGgufReader(TransformersReader):
 GgufReader = LlamaReader | TransformersGgufReader
 
 
+def served_by_file(tuned: TunedModel, facts: TokenizerFacts, reader: GgufReader) -> list[list[int]]:
+    """Return the prompts' ids as a server makes them from the file alone.
+
+    It renders with the file's template, and the reader adds the start token if the file says so.
+    """
+    tokenizer = build_tokenizer(facts)
+    texts = render_chats(tuned, tokenizer)
+    if texts is None and tuned.task.free_prompt and not tuned.task.is_conversational:
+        texts = [str(row["prompt"]) for row in tuned.questions]
+    elif texts is None:  # the client of such a model writes the prompt
+        texts = [tokenizer.decode(ids) for ids in render_prompts(tuned, tokenizer)]
+        texts = [text.removeprefix(" ") for text in texts] if facts.get(NAMES.ADD_PREFIX) else texts
+    start = facts[NAMES.LIST][facts[NAMES.BOS_ID]] if facts[NAMES.ADD_BOS] else ""
+    return [reader.encode(text.removeprefix(start)) for text in texts]
+
+
 @contextmanager
 def open_gguf(
     file: Path, facts: TokenizerFacts, config: PretrainedConfig, length: int, adapter: Path | None = None
@@ -169,15 +211,30 @@ def open_gguf_export(path: Path, context: RunContext) -> ExportedModel:
     file, plan = path if path.is_file() else next(path.glob("*.gguf")), context.plan
     length = max(context.examples.longest.values()) + plan.recipe.generation.max_new_tokens
     kind, config = find_class(plan.model_ref, plan.recipe, plan.task)
+    facts = read_tokenizer(file)
+    stated = GGUFReader(file).get_field("general.file_type")
+    limits = FORMAT_LIMITS[FILE_TYPES.get(int(stated.contents()), COARSEST) if stated else COARSEST]
     if not has_llama():
-        model = TransformersGgufReader(file, read_tokenizer(file), config).model
-        return ExportedModel("gguf", f"transformers {transformers.__version__}", model, plan.processor, file)
-    runtime = f"llama.cpp ({version('llama-cpp-python')})"
+        ours = TransformersGgufReader(file, facts, config)
+        served, ends = (
+            partial(served_by_file, facts=facts, reader=ours),
+            [facts[key] for key in END_IDS if key in facts],
+        )
+        runtime = f"transformers {transformers.__version__}"
+        return ExportedModel("gguf", runtime, ours.model, plan.processor, file, limits, served, ends)
     if plan.task.continues_text:
-        decoder = borrow_class(kind, config, _read_texts(LlamaReader(file, length)), prepare_inputs_for_generation=_all)
-        return ExportedModel("gguf", runtime, decoder, plan.processor, file)
-    classifier = borrow_class(kind, config, _classify_texts(LlamaClassifier(file, length, config.num_labels)))
-    return ExportedModel("gguf", runtime, classifier, plan.processor, file)
+        reader = LlamaReader(file, length)
+        model = borrow_class(kind, config, _read_texts(reader), prepare_inputs_for_generation=_all)
+    else:
+        reader = classifier = LlamaClassifier(file, length, config.num_labels)
+        model = borrow_class(kind, config, _classify_texts(classifier))
+    served = partial(served_by_file, facts=facts, reader=reader)
+    return ExportedModel("gguf", name_llama(), model, plan.processor, file, limits, served, reader.ends())
+
+
+def name_llama() -> str:
+    """Return the name and version of llama.cpp."""
+    return f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}"
 
 
 def _all(self: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, **rest: Any) -> dict[str, Any]:

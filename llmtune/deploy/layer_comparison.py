@@ -26,8 +26,8 @@ Layers = dict[str, LayerOutputs]
 WRAPPERS = ".modules_to_save.default"
 INSIDE = ("base_layer", "lora_", "original_module")
 """Parts of an adapted layer; the layer itself is compared."""
-SLIGHT = 1e-3
-"""Smaller relative differences are not reported."""
+SLIGHT = 1e-2
+"""Smaller relative differences are not reported: float32 moves the outputs of SmolLM2 by 1e-5 to 1e-3."""
 
 
 @torch.inference_mode()

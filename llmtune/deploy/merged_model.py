@@ -30,7 +30,7 @@ from llmtune.deploy.parity import (
     load_product,
     write_certificate,
 )
-from llmtune.deploy.tuned_model import TunedModel, TunedReference, make_reference, training_base
+from llmtune.deploy.tuned_model import TunedModel, TunedReference, make_reference, served_by_folder, training_base
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
@@ -86,7 +86,8 @@ def merge_model(
             _save(_merge(tuned, base, target_dtype), tuned, folder, target_dtype)
         with spinner(console, "asking the merged model, read back from disk"):
             merged = _load_back(folder, tuned, device, target_dtype)
-            parity = reference.parity(merged, saved_processor(folder, model_ref, tuned.recipe.model), folder)
+            processor = saved_processor(folder, model_ref, tuned.recipe.model)
+            parity = reference.parity(merged, processor, partial(served_by_folder, folder))
         weights = sorted(folder.glob("*.safetensors"))
         certificate = {
             **tuned.certificate(find_breaches(parity, limits)),

@@ -26,6 +26,7 @@ from llmtune.report.metric_info import METRIC_NOTES
 from llmtune.report.number_format import missing
 from llmtune.report.render_markdown import code, markdown_text, render_section
 from llmtune.report.report_record import Seeds
+from llmtune.report.run_sections import export_section
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
 
 MODEL_CLASSES = {
@@ -239,6 +240,7 @@ def _measured(report: Document, scores: Evaluation) -> str:
         gate_section([GateResult(**gate) for gate in report["gates"]]),
         seed_section(seeds, base_name(scores)),
         *suite_sections(scores),
+        export_section(scores, report.get("deploy")),
     )
     notes = [
         f"- {code(name)}: {markdown_text(METRIC_NOTES[name])}" for name in _known_scores(scores) if name in METRIC_NOTES

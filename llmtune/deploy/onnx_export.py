@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,6 @@ from llmtune.deploy.onnx_model import (
 from llmtune.deploy.onnx_scripts import SCRIPT, write_script
 from llmtune.deploy.parity import (
     Certificate,
-    Limits,
     check_output,
     describe_parity,
     find_breaches,
@@ -48,10 +46,6 @@ from llmtune.report.render_terminal import spinner
 from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 
-ONNX_LIMITS = {
-    "onnx": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),
-    "onnx-int8": Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9),
-}
 KEY_VALUE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -69,8 +63,7 @@ def make_onnx(context: RunContext, out: Path | None = None, *, int8: bool = Fals
     def make(tuned: TunedModel, out: Path) -> Certificate:
         return export_onnx(tuned, out, context, int8=int8)
 
-    open_export = partial(open_onnx_export, name="onnx-int8" if int8 else "onnx")
-    return export_run(context, folder, make, open_export, splits=("test", "validation", "train"))
+    return export_run(context, folder, make, open_onnx_export, splits=("test", "validation", "train"))
 
 
 def check_onnx(plan: Plan) -> None:
@@ -109,7 +102,6 @@ def export_onnx(tuned: TunedModel, out: Path, context: RunContext, *, int8: bool
         reference = make_reference(tuned)
         example = _example_inputs(reference)
         expected = record_layers(tuned.model, example) if example else {}
-    name = "onnx-int8" if int8 else "onnx"
     memory = explain_oom(f"exporting {selected.model_ref.name}", str(tuned.model.device))
     with explained(out), memory, staged(out) as folder:
         with spinner(console, "merging and tracing"):
@@ -123,21 +115,16 @@ def export_onnx(tuned: TunedModel, out: Path, context: RunContext, *, int8: bool
         del merged
         with spinner(console, "asking onnxruntime"):
             exported = open_onnx_export(folder, context)
-            parity = reference.parity(exported.model, exported.processor, folder)
-            breaches = find_breaches(parity, ONNX_LIMITS[name])
-            if breaches and example:
+            opened = exported.model, exported.processor, exported.served_prompts, exported.ends
+            parity = reference.parity(*opened)
+            breaches, limits = find_breaches(parity, exported.limits), exported.limits
+            if example and (breaches or not int8):
                 found = find_first_difference(expected, read_layers(folder / MODEL, layers, example))
                 breaches += [found] if found else []
-            if breaches:
-                unsorted = open_onnx_export(folder, context, by_name=False)
-                again = reference.parity(unsorted.model, unsorted.processor, folder)
-                if not find_breaches(again, ONNX_LIMITS[name]):
-                    breaches.append("config.json names the labels in another order than the outputs have")
-        limits = ONNX_LIMITS[name]
         files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".data"))
         certificate = {
             **tuned.certificate(breaches),
-            "format": name,
+            "format": exported.format,
             "reader": exported.runtime,
             "onto": onto,
             "limits": {

@@ -219,10 +219,11 @@ def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, int8: bool) 
             layers[module.removeprefix("model.")] = str(node.outputs[0].name)
         node.metadata_props.clear()  # paths of this machine
     weights = sum(part.numel() * part.element_size() for part in model.parameters())
-    program.save(folder / graph.file, external_data=weights > LARGEST_FILE)
+    large = weights > LARGEST_FILE
+    program.save(folder / graph.file, external_data=large)
     if int8:
-        quantize(folder / graph.file, weights > LARGEST_FILE)
-    return layers
+        quantize(folder / graph.file, large)
+    return {} if large else layers  # layers are read from a graph in one piece
 
 
 def quantize(file: Path, external: bool) -> None:

@@ -19,8 +19,8 @@ from llmtune.errors import EnvironmentProblem, GateFailed, Problem, system_errno
 from llmtune.model.device import is_out_of_memory
 from llmtune.store.atomic_files import read_json, write_json
 from llmtune.store.json_shapes import read_record
+from llmtune.store.run_folder import CERTIFICATE
 
-CERTIFICATE = "certificate.json"
 SAME_NUMBER = 0.1
 """Two numbers count as the same first choice within this share of the spread over all rows."""
 EFFECT_SHARE = 0.05
@@ -63,6 +63,10 @@ class Parity(Distance):
     """Mean KL from the base model to the product, likewise."""
     effect_share: float | None = None
     """How far the product's logits went from the base's in the direction of the tuned model's: 1 is all the way."""
+    same_labels: bool = True
+    """Whether a head's outputs have the same names in the same order."""
+    missing_ends: tuple[str, ...] = ()
+    """Tokens that end the tuned model's turns and not the product's."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,9 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     breaches = []
     if not parity.same_ids:
         breaches.append("the saved tokenizer and chat template produce other token ids")
+    if not parity.same_labels:
+        breaches.append("its labels, or their order, are not those of the tuned model")
+    breaches += [f"its answers do not end at {token!r}" for token in parity.missing_ends]
     kl = limits.kl(parity.effect_kl)
     if not parity.kl_mean <= kl:  # NaN is a breach
         breaches.append(f"mean KL is {parity.kl_mean:.2g} nats per position; the limit is {kl:.2g}")

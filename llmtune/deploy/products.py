@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+
+from rich.console import Console
 
 from llmtune import __version__
+from llmtune.deploy.export_score import describe_score, score_export, time_tuned
+from llmtune.deploy.exported_model import ExportedModel, open_folder, weight_bytes
 from llmtune.deploy.gguf_export import check_gguf, make_gguf
+from llmtune.deploy.gguf_readers import open_gguf_export
 from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.onnx_export import check_onnx, make_onnx
-from llmtune.deploy.parity import Certificate
-from llmtune.session import Plan, RunContext
-from llmtune.store.atomic_files import hash_folder, hash_value
+from llmtune.deploy.onnx_model import open_onnx_export
+from llmtune.deploy.parity import Certificate, describe_parity, find_breaches
+from llmtune.deploy.tuned_model import make_reference
+from llmtune.errors import GateFailed, Problem, RecipeError
+from llmtune.report.render_terminal import spinner
+from llmtune.session import Plan, RunContext, open_finished
+from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
+from llmtune.store.run_folder import CERTIFICATE
 
 
 @dataclass(frozen=True)
@@ -52,3 +63,57 @@ def make_products(context: RunContext) -> None:
     with context.step("deploy", inputs, [EXPORT_FORMATS[name].folder for name in names]) as step:
         if not step.skipped:
             step.facts["exports"] = {name: EXPORT_FORMATS[name].make(context) for name in names}
+
+
+# Somebody else's export of a run
+
+
+def open_export(path: Path, context: RunContext) -> ExportedModel:
+    """Open a file or a folder by the runtime that its kind belongs to; raises RecipeError for an unknown kind."""
+    if not path.exists():
+        raise RecipeError.of(
+            "not found", str(path), "Name a GGUF or ONNX file, a model folder, or the URL of an endpoint."
+        )
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        return open_gguf_export(path, context)
+    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
+        return open_onnx_export(path, context)
+    if (path / "config.json").is_file() and weight_bytes(path):
+        return open_folder(path, context, name="folder")
+    fix = "Name a GGUF or ONNX file, a model folder with config.json and weights, or the URL of an endpoint."
+    raise RecipeError.of("not an export that llmtune can open", str(path), fix)
+
+
+def certify_export(run: Path, path: Path, *, offline: bool, console: Console) -> Certificate:
+    """Compare an export that llmtune need not have made with the tuned model, and score it on the run's test rows.
+
+    The certificate is written to `certified/NAME` of the run, also if it fails.
+
+    Raises:
+        RecipeError: an unknown kind of file.
+        GateFailed: the export differs from the tuned model by more than the limits.
+    """
+    context = open_finished(run, console, offline)
+    tuned, usage, asked = time_tuned(context, ("test", "validation", "train"))
+    with spinner(console, "asking the tuned model"):
+        reference = make_reference(tuned)
+    exported = open_export(path, context)
+    with spinner(console, "asking the export"):
+        parity = reference.parity(exported.model, exported.processor, exported.served_prompts, exported.ends)
+    breaches, limits = find_breaches(parity, exported.limits), asdict(exported.limits)
+    out = run / "certified" / path.absolute().name
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        scored = score_export(context, out, lambda *_: exported, asked) | usage
+        content = hash_file(path) if path.is_file() else hash_folder(path)
+        about = {"export": path.name, "sha256": content, "limits": limits, "measured": asdict(parity), "score": scored}
+        certificate: Certificate = plain({**tuned.certificate(breaches), **about})
+        write_json(out / CERTIFICATE, certificate)
+    console.print(
+        f"{path.name}, read by {exported.runtime}: {describe_parity(certificate['measured'])}", highlight=False
+    )
+    for line in describe_score(scored):
+        console.print(line, highlight=False)
+    fix = f"The numbers are in {out / CERTIFICATE}."
+    GateFailed.collect(Problem(f"the export differs: {breach}", str(path), fix) for breach in breaches)
+    return certificate

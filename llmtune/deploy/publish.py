@@ -17,16 +17,16 @@ from rich.markup import escape
 
 from llmtune.deploy.model_card import Document, Publication, PublishOptions, write_card
 from llmtune.deploy.ollama_modelfile import MODELFILE
-from llmtune.deploy.parity import CERTIFICATE, Certificate, read_certificate
+from llmtune.deploy.parity import Certificate, read_certificate
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.evaluation_file import load_with_exports
 from llmtune.model.resolve import LICENSES, NO_ANSWER
 from llmtune.recipe.secrets import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
 from llmtune.records import Evaluation
 from llmtune.report.report_record import read_report
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, staged, write_json, write_text
 from llmtune.store.process_environment import offline_switches
-from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
+from llmtune.store.run_folder import CERTIFICATE, RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, read_lock, read_resolved
 
 
@@ -148,7 +148,7 @@ def _is_publication(folder: Path) -> bool:
 def _read_scores(folder: RunFolder) -> tuple[Document, Evaluation]:
     """Return a run's report and evaluation; raises RecipeError if it was not evaluated."""
     report = read_report(folder.path)
-    evaluation = load_evaluation(folder.path / "evaluation")
+    evaluation = load_with_exports(folder)
     if not report or not report.get("evaluation") or evaluation is None or not folder.is_done("evaluate"):
         what = "this run was not evaluated, so its card would have no scores"
         raise RecipeError.of(what, str(folder.path), f"Run: llmtune evaluate {folder.path}")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from llmtune import __version__
 from llmtune.deploy.endpoint_parity import ENDPOINT_CERTIFICATE
-from llmtune.deploy.parity import CERTIFICATE
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
 from llmtune.evaluate.opened_runs import (
@@ -30,6 +29,7 @@ from llmtune.recipe.user_files import read_bytes
 from llmtune.records import Difference, Json
 from llmtune.report.report_record import require_report
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
+from llmtune.store.run_folder import CERTIFICATE
 from llmtune.store.run_lock import LOCK
 
 NAMESPACE = "llmtune-release"

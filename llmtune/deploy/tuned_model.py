@@ -7,8 +7,8 @@ one per token for tags and words, two for an answer's ends.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -19,9 +19,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from llmtune.adapter.reference_model import switches_off
 from llmtune.data.chat_messages import clean_messages
+from llmtune.data.chat_template import stop_ids
 from llmtune.data.row_store import read_rows
 from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, measure_distance, measure_share
-from llmtune.errors import DataError
+from llmtune.errors import DataError, LlmtuneError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
@@ -96,6 +97,10 @@ class TunedModel:
         }
 
 
+ServedPrompts = Callable[[TunedModel], list[list[int]]]
+"""Returns the ids of a model's questions as the program makes them that serves a product."""
+
+
 def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedModel:
     """Load the model of a finished run, and a few rows of the first non-empty split."""
     rows = context.rows
@@ -139,8 +144,17 @@ class TunedReference(ABC):
         """Return the logits [N, K] of `model` for each question, on the CPU in float32."""
 
     @abstractmethod
-    def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
-        """Compare a product: its logits, its answers, and the inputs from its saved `processor` and `folder`."""
+    def parity(
+        self,
+        model: PreTrainedModel,
+        processor: PreTrainedTokenizerBase,
+        served: ServedPrompts,
+        ends: Collection[int] | None = None,
+    ) -> Parity:
+        """Compare a product: its logits, its answers, and the inputs from its saved `processor` and its server.
+
+        `ends` are the tokens that end its answers; None: those of the model's settings and of the processor.
+        """
 
     def read_base_logits(self) -> list[torch.Tensor] | None:
         """Return the base model's logits; None if no adapter can be disabled."""
@@ -226,18 +240,23 @@ class TextReference(TunedReference):
         pairs = list(zip(self.prompts, self.answers, strict=True))
         return [answer(prompt, self.stops) == expected for prompt, expected in self.follow(pairs, "answers")]
 
-    def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
-        """Compare a transformers folder, with prompts made as in training and as by a server."""
-        trust = self.tuned.recipe.model.trust_remote_code
-        saved = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
-        texts = render_chats(self.tuned, saved)
-        if texts is None:
-            served = render_prompts(self.tuned, saved)
-        else:
-            served = [cast(list[int], saved(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        same_ids = served == self.prompts and render_prompts(self.tuned, processor) == self.prompts
-        reader = TransformersReader(model)
-        return self.judge(self.read_by(reader.logits), self.same_answers(reader.answer), same_ids)
+    def parity(
+        self,
+        model: PreTrainedModel,
+        processor: PreTrainedTokenizerBase,
+        served: ServedPrompts,
+        ends: Collection[int] | None = None,
+    ) -> Parity:
+        """Compare a product, with prompts made as in training and as by a server."""
+        try:
+            same_ids = served(self.tuned) == self.prompts and render_prompts(self.tuned, processor) == self.prompts
+        except LlmtuneError:  # its template cannot render them
+            same_ids = False
+        reader, known = TransformersReader(model), answer_ends(model, processor) if ends is None else ends
+        compared = self.judge(self.read_by(reader.logits), self.same_answers(reader.answer), same_ids)
+        turns = stop_ids(self.tuned.processor, self.tuned.recipe) if self.tuned.recipe.variant.facts.templated else []
+        missing = self.tuned.processor.convert_ids_to_tokens([token for token in turns if token not in known])
+        return replace(compared, missing_ends=tuple(missing))
 
 
 def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -257,6 +276,16 @@ def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[
         cast(str, tokenizer.apply_chat_template(clean_messages(row["messages"]), tools=row.get("tools"), **options))
         for row in tuned.questions
     ]
+
+
+def served_by_folder(folder: Path, tuned: TunedModel) -> list[list[int]]:
+    """Return the prompts' ids as a server makes them from a model folder alone."""
+    trust = tuned.recipe.model.trust_remote_code
+    saved = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
+    texts = render_chats(tuned, saved)
+    if texts is None:
+        return render_prompts(tuned, saved)
+    return [cast(list[int], saved(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
 # Classes, tags, answer spans, translations, transcripts
@@ -282,14 +311,21 @@ class HeadReference(TunedReference):
         """Return the logits for each example."""
         return [read_head_outputs(model, batch) for batch in self.follow(self.batches, "outputs")]
 
-    def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
-        """Compare a transformers folder; predictions are compared in their written form."""
+    def parity(
+        self,
+        model: PreTrainedModel,
+        processor: PreTrainedTokenizerBase,
+        served: ServedPrompts,
+        ends: Collection[int] | None = None,
+    ) -> Parity:
+        """Compare a product; predictions are compared in their written form."""
         write = self.tuned.task.format_prediction
         pairs = zip(self._predict(model, processor), self.predictions, strict=True)
         same = [write(actual) == write(expected) for actual, expected in pairs]
         made = list(self._make_batches(processor))
         same_ids = len(made) == len(self.batches) and all(map(_is_same_batch, made, self.batches))
-        return self.judge(self.read_logits(model), same, same_ids)
+        labels = unwrap(self.tuned.model).config.id2label if self.tuned.task.trains_head else model.config.id2label
+        return replace(self.judge(self.read_logits(model), same, same_ids), same_labels=model.config.id2label == labels)
 
     def _predict(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> Sequence[object]:
         task = self.tuned.task

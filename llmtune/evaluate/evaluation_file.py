@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.records import Evaluation, GateResult
+from llmtune.records import Difference, Evaluation, GateResult, Study
+from llmtune.report.metric_info import better_side
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Verdict
 from llmtune.report.score_sections import count_gates, score_sections
 from llmtune.report.verdict import INCONCLUSIVE
 from llmtune.store.atomic_files import explained, read_json, write_json
+from llmtune.store.run_folder import RunFolder
 
 EVALUATION = "evaluation.json"
 WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: f"[yellow]{INCONCLUSIVE}[/]"}
 """Printed results of a gate."""
-SCORES = ("base", "tuned", "difference", "scores")
+SCORES = ("base", "tuned", "export", "difference", "scores")
 """Keys of `evaluation.json` below which null means NaN."""
 
 
@@ -40,6 +43,23 @@ def load_evaluation(folder: Path) -> Evaluation | None:
         return TypeAdapter(Evaluation).validate_python(restore_nan(saved))
     except ValidationError:
         return None
+
+
+def load_with_exports(run: RunFolder) -> Evaluation | None:
+    """Read a run's evaluation, with the scores of the exports that its recipe names; None if it has none."""
+    evaluation = load_evaluation(run.path / "evaluation") if run.is_done("evaluate") else None
+    certified = run.facts("deploy").get("exports", {}) if run.is_done("deploy") else {}
+    if evaluation is None or not certified:
+        return evaluation
+    scored = {name: certificate["score"] for name, certificate in certified.items()}
+    exports = {name: _as_study(name, restore_nan(one)) for name, one in scored.items() if "difference" in one}
+    return replace(evaluation, exports=exports)
+
+
+def _as_study(name: str, score: Any) -> Study:
+    difference = TypeAdapter(dict[str, Difference]).validate_python(score["difference"])
+    better = {metric: better_side(metric) for metric in score["export"]}
+    return Study(name, score["tuned"], score["export"], difference, {}, better)
 
 
 def restore_nan(value: object, numeric: bool = False) -> object:

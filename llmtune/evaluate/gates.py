@@ -11,7 +11,7 @@ from rich.console import Console
 
 from llmtune.errors import GateFailed, GateUnsure, Problem
 from llmtune.evaluate.champion import open_champion
-from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.evaluation_file import load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
@@ -134,7 +134,8 @@ def compared_scores(
 ) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, Difference]]:
     """Return scores of the tuned model and of the gate's other model on the same rows, and the differences."""
     if gate.against != "champion":
-        return evaluation.by_name("tuned"), evaluation.by_name("base"), evaluation.differences()
+        others = evaluation.of_exports() if gate.on_export else evaluation.by_name("base")
+        return evaluation.by_name("tuned"), others, evaluation.differences()
     champion = evaluation.champion
     if champion is None:
         return evaluation.by_name("tuned"), {}, {}
@@ -224,7 +225,7 @@ def print_plan(recipe: Recipe, run: RunFolder, console: Console, *, prepared: bo
     tuned model's differences from base and champion. The number of test rows is the run's if they are `prepared`.
     """
     rows = run.facts("prepare")["kept"].get("test") if prepared else None
-    own = load_evaluation(run.path / "evaluation") if run.is_done("evaluate") else None
+    own = load_with_exports(run)
     champion = open_champion(recipe, run.path)
     seen, source = (own, OF_RUN) if own else (champion.evaluation if champion else None, OF_CHAMPION)
     if seen is not None and champion is not None and (own is None or own.champion is None):

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation, restore_nan
-from llmtune.evaluate.metric import Measure, paired_difference, ratio
+from llmtune.evaluate.metric import Measure, PairedMeasures, paired_difference, ratio
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, unpack_measures
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
@@ -25,7 +25,7 @@ from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TASK_FACTS
 from llmtune.records import Difference, Evaluation, GateResult, Json
 from llmtune.store.atomic_files import explained, read_json
-from llmtune.store.run_folder import MANIFEST, RunFolder, read_run, recipe_of_run
+from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run, recipe_of_run
 
 DECIDES_NOTHING = ("name", "deploy", *(f"evaluate.{key}" for key in GATE_KEYS))
 """Keys that affect neither training nor measurement."""
@@ -56,6 +56,8 @@ class OpenedRun(ScoredRun):
     """A run with its scores, opened from its folder."""
 
     folder: RunFolder
+    export: Json | None = None
+    """The certificate of an export of this run, if that is what the scores belong to."""
 
 
 def open_runs(paths: Sequence[Path]) -> list[OpenedRun]:
@@ -77,7 +79,9 @@ def open_runs(paths: Sequence[Path]) -> list[OpenedRun]:
 
 
 def open_run_scores(path: Path, name: str) -> OpenedRun:
-    """Open one run; raises as `open_runs` does."""
+    """Open one run, or one of its exports; raises as `open_runs` does."""
+    if (certificate := read_json(path / CERTIFICATE)) is not None:
+        return open_export_scores(path, certificate, name)
     run = read_run(path)
     run.require_trained()
     if not run.is_done("evaluate"):
@@ -92,6 +96,27 @@ def open_run_scores(path: Path, name: str) -> OpenedRun:
         raise RecipeError.of("nothing was measured in this run: it has no test rows", str(path), fix)
     recipe = recipe_of_run(run).recipe
     return OpenedRun(name, recipe, evaluation, keep_asked(load_measures(folder), recipe), run)
+
+
+def open_export_scores(path: Path, certificate: Json, name: str) -> OpenedRun:
+    """Open the scores of an export in its run folder, compared with the run's base; raises as `open_runs` does."""
+    fix = "Export it again with `llmtune deploy`."
+    whole = next((parent for parent in path.absolute().parents if (parent / MANIFEST).exists()), None)
+    if whole is None:
+        raise RecipeError.of("this export is not in its run folder", str(path), "Name an export as RUN/onnx.")
+    if "export" not in certificate.get("score", {}):
+        raise RecipeError.of("this export has no scores", str(path), fix)
+    run = open_run_scores(whole, name)
+    measures = replace(run.measures, tuned=keep_asked(load_measures(path), run.recipe).tuned)
+    if load_measures(path).rows != run.measures.rows:
+        raise DataError.of("this export was scored on other test rows than its run", str(path), fix)
+    same = {metric for metric, one in measures.tuned.items() if (old := measures.base.get(metric)) and old.at == one.at}
+    pairs = PairedMeasures(
+        {metric: measures.base[metric] for metric in same}, {metric: measures.tuned[metric] for metric in same}
+    )
+    scores = {metric: one.value for metric, one in measures.tuned.items()}
+    evaluation = replace(run.evaluation, tuned=scores, difference=pairs.differences(run.recipe.seed))
+    return OpenedRun(name, run.recipe, evaluation, measures, run.folder, certificate)
 
 
 def keep_asked(measures: PerRowScores, recipe: Recipe) -> PerRowScores:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmtune import __version__
-from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.evaluation_file import load_evaluation, load_with_exports
 from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.evaluate.paired_statistics import widen
 from llmtune.recipe.schema import Recipe
@@ -24,7 +24,7 @@ from llmtune.store.seed_runs import is_done, seed_folder
 
 def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
     """Assemble all findings of a run, without its secrets."""
-    evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
+    evaluation = load_with_exports(folder)
     seeds = collect_seeds(folder.path, recipe, evaluation)
     settings = recipe.model_dump(mode="json")
     curve = read_curve(folder.path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Annotated, ClassVar, Literal
 
@@ -93,8 +93,10 @@ class EvaluateSection(RecipeSection):
         groups = self.fairness.groups if self.fairness else ()
         return dict.fromkeys(groups, "evaluate.fairness.groups") | dict.fromkeys(self.slices, "evaluate.slices")
 
-    def check(self, diagnostics: Diagnostics, variant: TaskVariant, has_test: bool) -> None:
-        """Report impossible measurements and gates."""
+    def check(
+        self, diagnostics: Diagnostics, variant: TaskVariant, has_test: bool, exports: Sequence[str] = ()
+    ) -> None:
+        """Report impossible measurements and gates; `exports` are those of the recipe's `deploy`."""
         check_benchmark_keys(diagnostics, self.benchmarks, variant)
         if self.fairness:
             self.fairness.check(diagnostics, variant, has_test)
@@ -106,7 +108,7 @@ class EvaluateSection(RecipeSection):
             diagnostics.repeated("evaluate.slices", self.slices, "a column")
             self._check_metrics(diagnostics, variant)
             self._check_choices(diagnostics, variant)
-            self._check_gates(diagnostics, variant)
+            self._check_gates(diagnostics, variant, exports)
             return
         gates = self._suite_gates()
         for key, gate in gates or ():
@@ -151,7 +153,7 @@ class EvaluateSection(RecipeSection):
             fix = "Add one, such as exact_match, or remove it."
             diagnostics.no_effect("evaluate.limit", "without a metric on generated answers", fix, key)
 
-    def _check_gates(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+    def _check_gates(self, diagnostics: Diagnostics, variant: TaskVariant, exports: Sequence[str]) -> None:
         metrics, known = self.chosen_metrics(variant), variant.facts.metrics
         if CUT_METRIC in known and variant.generates and PREDICTED & set(metrics):
             metrics = tuple(dict.fromkeys((*metrics, CUT_METRIC)))
@@ -165,7 +167,9 @@ class EvaluateSection(RecipeSection):
                 continue
             if gate.metric in metrics:
                 continue
-            if "." in gate.metric:
+            if gate.on_export:
+                self._check_export_gate(diagnostics, key, gate, metrics, exports)
+            elif "." in gate.metric:
                 self._check_suite_gate(diagnostics, key, gate, variant, has_test=True)
             elif gate.metric in known:
                 lacking = variant.unmeasured.get(gate.metric)
@@ -176,9 +180,23 @@ class EvaluateSection(RecipeSection):
                 fix = f"{nearest(gate.metric, known)} Computed metrics: {', '.join(metrics)}.".strip()
                 diagnostics.add(key, f"the gate {text!r} uses an unknown metric", fix, "evaluate.metrics", "task")
 
+    def _check_export_gate(
+        self, diagnostics: Diagnostics, key: str, gate: Gate, metrics: Sequence[str], exports: Sequence[str]
+    ) -> None:
+        _, name, metric = (*gate.metric.split(".", 2), "")[:3]
+        if name not in exports:
+            fix = f"Add {name} to deploy, or remove the gate."
+            diagnostics.add(key, f"the gate {gate.text!r} uses an export that is not made", fix, "deploy")
+        elif metric not in metrics:
+            fix = f"{nearest(metric, metrics)} Write deploy.{name}.METRIC; metrics: {', '.join(metrics)}.".strip()
+            diagnostics.add(key, f"the gate {gate.text!r} uses a metric that is not computed", fix, "evaluate.metrics")
+
     def _check_opponents(self, diagnostics: Diagnostics) -> None:
         for key, gate in self._parsed_gates():
-            if gate.against == "champion" and "." in gate.metric:
+            if gate.against and (gate.against == "tuned") != gate.on_export:
+                fix = "Compare an export with `tuned`, and the tuned model with `base` or `champion`."
+                diagnostics.add(key, f"the gate {gate.text!r} compares with the wrong model", fix)
+            elif gate.against == "champion" and "." in gate.metric:
                 fix = "Compare with `base`: a champion has scores on test rows only."
                 diagnostics.add(key, f"the gate {gate.text!r} compares a study with a champion", fix)
             elif gate.against == "champion" and self.champion is None:
@@ -202,7 +220,8 @@ class EvaluateSection(RecipeSection):
     def _suite_gates(self) -> list[tuple[str, Gate]] | None:
         """Return the gates with their keys if all use suites and so need no test rows; else None."""
         gates = list(self._parsed_gates())
-        return gates if len(gates) == len(self.gates) and all("." in gate.metric for _, gate in gates) else None
+        alone = all("." in gate.metric and not gate.on_export for _, gate in gates)
+        return gates if len(gates) == len(self.gates) and alone else None
 
     def _check_suite_gate(
         self, diagnostics: Diagnostics, key: str, gate: Gate, variant: TaskVariant, has_test: bool

@@ -3,6 +3,8 @@
 Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`,
 `exact_match.low > base`, `exact_match.low > champion - 0.01`. Metrics of a study are `study.metric`:
 `forgetting.perplexity <= base * 1.05`, `fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
+Metrics of an export are `deploy.format.metric`, compared with the tuned model:
+`deploy.gguf.accuracy.low > tuned - 0.01`.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from llmtune.errors import RecipeError
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
 IntervalEnd = Literal["low", "high"]
-Opponent = Literal["base", "champion"]
+Opponent = Literal["base", "champion", "tuned"]
 
+EXPORT = "deploy."
+"""How the metrics of exports begin."""
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*"
 GATE = re.compile(
     rf"\s*(?P<metric>{NAME}(?:\.(?!(?:low|high)\b){NAME})*)(?:\.(?P<part>low|high))?"
     r"\s*(?P<op>>=|<=|==|>|<)"
-    rf"\s*(?:(?P<number>{NUMBER})|(?P<against>base|champion)(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
+    rf"\s*(?:(?P<number>{NUMBER})|(?P<against>base|champion|tuned)(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
     re.ASCII,
 )
 FORMS = (
@@ -44,9 +48,14 @@ class Gate:
     number: float | None
     """The wanted number, or None if it comes from the score of another model."""
     against: Opponent | None = None
-    """The model whose score is wanted: base or champion."""
+    """The model whose score is wanted: base, champion, or for an export the tuned model."""
     factor: float = 1.0
     offset: float = 0.0
+
+    @property
+    def on_export(self) -> bool:
+        """Return whether the gate is on an export, such as `deploy.gguf.loss`."""
+        return self.metric.startswith(EXPORT)
 
 
 def parse_gate(text: str) -> Gate:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
     TaskName = Literal[tuple(TASK_FACTS)]
 EXTENDS = "A recipe file to inherit from, relative to this one. Values set here override inherited ones."
-Product = Literal["merged", "gguf", "onnx", "onnx-int8"]
+Product = Literal["merged", "gguf", "gguf-q8_0", "gguf-q4_k_m", "onnx", "onnx-int8"]
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
 
 
@@ -91,7 +91,8 @@ class Recipe(RecipeSection):
     evaluate: EvaluateSection = EvaluateSection()
     """Metrics to compute and gates to pass. Default: the task's metrics, no gates."""
     deploy: Products = ()
-    """Exports that `run` makes at the end: `merged`, `gguf`, `onnx`, `onnx-int8`. Default none: only the adapter."""
+    """Exports that `run` makes at the end: `merged`, `gguf` (F16), `gguf-q8_0`, `gguf-q4_k_m`, `onnx`, `onnx-int8`.
+    Each is certified, and scored on the test rows by its own runtime. Default none: the adapter is the result."""
     completion: CompletionSection | None = None
     """Settings of `task: completion`. Default none: the defaults of its keys."""
     preference: PreferenceSection | None = None
@@ -164,7 +165,7 @@ class Recipe(RecipeSection):
         self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
         self.train.check_task(diagnostics, variant)
         self.generation.check(diagnostics, variant)
-        self.evaluate.check(diagnostics, variant, has_test=bool(self.data.test))
+        self.evaluate.check(diagnostics, variant, bool(self.data.test), self.deploy)
         self._check_deploy(diagnostics, variant)
 
     def _check_deploy(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
@@ -176,9 +177,12 @@ class Recipe(RecipeSection):
             what = f"'deploy: {product}' cannot be made with adapter.method: {self.adapter.method}: {reason}"
             diagnostics.add("deploy", what, "Remove it; the adapter is the result.", "adapter.method")
         readable = (variant.facts.decodes and not variant.is_masked) or variant.facts.answer_kind == "labels"
-        if "gguf" in self.deploy and not readable:
-            what = f"'deploy: gguf' has no effect with task: {self.task}: llama.cpp does not support its models"
-            diagnostics.add("deploy", what, "Remove it.", "task")
+        for product in self.deploy if not readable else ():
+            if product.startswith("gguf"):
+                what = (
+                    f"'deploy: {product}' has no effect with task: {self.task}: llama.cpp does not support its models"
+                )
+                diagnostics.add("deploy", what, "Remove it.", "task")
         diagnostics.repeated("deploy", self.deploy, "the same thing")
 
 

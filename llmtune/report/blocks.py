@@ -123,15 +123,16 @@ def difference_table(
     title: str = "",
     heading: str = "metric",
     base: str | None = "base",
+    tuned: str = "tuned",
     difference: str = "difference",
     unit: str = "rows",
     code: bool = False,
 ) -> Table:
     """Return a table of base, tuned, difference, interval, p and number of rows.
 
-    `heading` names the first column, `base` the column of the other model; with None, both scores are omitted.
+    `heading` names the first column, `base` and `tuned` those of the models; if `base` is None, both are omitted.
     """
-    names = [*([] if base is None else [base, "tuned"]), difference]
+    names = [*([] if base is None else [base, tuned]), difference]
     columns = [Column(heading), *(Column(name, "number") for name in names), Column("worse ← 0 → better", "picture")]
     columns += [Column(name, "number") for name in ("95 % interval", "p", unit)]
     cells: TableRows = []

@@ -20,6 +20,7 @@ from llmtune.report.report_record import Report
 from llmtune.report.run_sections import (
     adapter_section,
     data_section,
+    export_section,
     method_section,
     model_section,
     recipe_section,
@@ -94,12 +95,13 @@ def make_report_page(report: Report) -> Page:
     sections = [
         gate_section(report.gates, report.look),
         *(score_sections(evaluation, task, report.seeds) if evaluation else []),
+        export_section(evaluation, report.deploy),
         power_section(report.power),
         explain_section(report.explanations, trained=report.train is not None),
         training_section(report.train),
         data_section(report.data, task),
         model_section(report.model),
-        adapter_section(report.adapter, report.deploy),
+        adapter_section(report.adapter),
         step_section(report.steps, report.hardware),
         method_section(evaluation, task),
         recipe_section(report.recipe_yaml),

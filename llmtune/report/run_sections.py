@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -14,6 +15,7 @@ from llmtune.report.blocks import (
     Bullets,
     Cell,
     Column,
+    Compared,
     Details,
     Html,
     KeyValues,
@@ -23,11 +25,13 @@ from llmtune.report.blocks import (
     TableColumns,
     TableRows,
     Text,
+    difference_table,
 )
 from llmtune.report.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
+from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
 from llmtune.report.report_record import AdapterFacts, DataFacts, TrainFacts
-from llmtune.report.score_sections import list_signatures
+from llmtune.report.score_sections import list_signatures, spell_metrics
 from llmtune.store.json_shapes import HardRow, SelectedFacts
 
 SPLITS = ("train", "validation", "test")
@@ -245,8 +249,41 @@ def model_section(model: SelectedFacts | None) -> Section:
     return Section("Model and memory plan", blocks, "Model", "model", brief=False)
 
 
-def adapter_section(adapter: AdapterFacts | None, deploy: Mapping[str, object] | None) -> Section:
-    """Return method, trained share, target modules, and deployment."""
+def export_section(evaluation: Evaluation | None, deploy: Mapping[str, Any] | None) -> Section:
+    """Return size, speed, certificate and scores of each export, next to those of the tuned model."""
+    exports: Mapping[str, Any] = (deploy or {}).get("exports", {})
+    rows: TableRows = []
+    for name, certificate in exports.items():
+        scored = certificate["score"]
+        if not rows:
+            rows.append(["tuned model", "", *write_usage(scored["tuned_bytes"], scored["tuned_usage"]), ""])
+        about = write_usage(scored["bytes"], scored["usage"])
+        rows.append([Cell(name, code=True), scored["runtime"], *about, Cell("passed", "better")])
+    columns: TableColumns = ["", "runtime", *(Column(name, "number") for name in ("weights", "rows/s", "memory"))]
+    blocks: list[Block] = [Table([*columns, "certificate"], rows)] if rows else []
+    studies = evaluation.exports if evaluation else {}
+    for metric in rank_metrics(dict.fromkeys(metric for one in studies.values() for metric in one.difference)):
+        compared = [
+            Compared(name, one.base[metric], one.tuned[metric], one.difference[metric], better_side(metric))
+            for name, one in studies.items()
+            if metric in one.difference
+        ]
+        heads = {"heading": "export", "base": "tuned", "tuned": "export"}
+        blocks.append(difference_table(compared, title=spell_metrics([metric]), code=True, **heads))
+    if blocks:
+        note = "Each export was loaded by its own runtime, and answered the test rows. Differences are paired with the "
+        blocks.append(Text(note + "tuned model's answers. Rows per second: one row at a time.", "note"))
+    return Section("Exports", blocks, anchor="exports")
+
+
+def write_usage(weights: int, usage: Mapping[str, Any] | None) -> list[str]:
+    """Return size on disk, rows per second and added memory as text."""
+    known = usage or {}
+    return [size(weights), score(known.get("rows_per_second")), size(known.get("peak_bytes"))]
+
+
+def adapter_section(adapter: AdapterFacts | None) -> Section:
+    """Return method, trained share and target modules."""
     if not adapter:
         return Section("Adapter", [])
     trainable, whole = adapter.get("trainable"), adapter.get("all")
@@ -265,9 +302,6 @@ def adapter_section(adapter: AdapterFacts | None, deploy: Mapping[str, object] |
     if targets := adapter.get("targets"):
         rows: TableRows = [[Cell(ending, code=True), f"{count(times)} ×"] for ending, times in targets.items()]
         blocks.append(Details("target modules", [Table(["", Column("", "number")], rows)]))
-    if deploy:
-        flat = [(key.replace("_", " "), str(made)) for key, made in deploy.items() if not isinstance(made, dict | list)]
-        blocks.append(KeyValues(flat, "Deployment"))
     return Section("Adapter", blocks)
 
 

@@ -44,6 +44,8 @@ OWN_FILES = (
     *REPORTS,
     *("merged.failed.json", "endpoint.certificate.json"),
 )
+CERTIFICATE = "certificate.json"
+"""In the folder of each export."""
 AFTER_TRAINING = ("evaluate", "generation", "deploy")
 """Recipe sections that may change after training."""
 STEPS = ("prepare", "encode", "select", "adapt", "train", "evaluate", "deploy")

@@ -159,7 +159,7 @@ def test_an_encoder_with_a_head_has_the_tuned_models_scores(family, labels, tmp_
     model = getattr(families, f"build_{family}")(tmp_path / "model")
     path = recipe_for(tmp_path / "r.yaml", model, classified(labels), deploy=["gguf"], adapter={"r": 4})
     report, out = run_classifier(path)
-    certificate = report["deploy"]["gguf"]
+    certificate = report["deploy"]["exports"]["gguf"]
     measured = certificate["measured"]
     assert certificate["reader"] == "llama.cpp"
     assert measured["effect_kl"] > 100 * measured["kl_mean"]

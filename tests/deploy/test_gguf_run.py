@@ -21,9 +21,10 @@ def test_a_recipe_makes_the_file_at_the_end_of_run(run):
     certificate = read_json(run / "gguf/f16/certificate.json")
     assert certificate["passed"]
     assert (run / "gguf/f16" / certificate["file"]).stat().st_size == certificate["file_bytes"]
-    report = read_json(run / "report.json")["deploy"]
-    assert report["gguf_file"] == certificate["file"]
-    assert report["gguf"]["measured"] == certificate["measured"]
+    report = read_json(run / "report.json")["deploy"]["exports"]["gguf"]
+    assert report["file"] == certificate["file"]
+    assert report["measured"] == certificate["measured"]
+    assert report["score"] == certificate["score"]
 
 
 def test_the_command_writes_another_type_into_its_own_folder(run):

@@ -177,7 +177,7 @@ def test_a_planted_fault_fails_with_its_cause(fault, tmp_path, trained, console,
 def test_labels_in_another_order_than_the_outputs_fail(tmp_path, trained, console, monkeypatch):
     run = shutil.copytree(trained("classify"), tmp_path / "run")
     monkeypatch.setattr(exporting, "save_settings", swap_labels)
-    fails(run, console, ["config.json names the labels in another order"])
+    fails(run, console, ["its labels, or their order, are not those of the tuned model", "first choice agrees"])
 
 
 # Scores, other people's files, refusals

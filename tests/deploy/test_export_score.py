@@ -1,0 +1,202 @@
+"""Exports scored by their own runtime, paired with the tuned model; gates on them, and comparisons with them."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support import families
+from support.classifying import colour_rows, recipe_for
+from support.classifying import run as run_classifier
+from support.runs import finish_run, invoke
+
+from llmtune.errors import RecipeError
+from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.opened_runs import open_run_scores
+from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.records import Difference, Evaluation, Study
+from llmtune.store.atomic_files import read_json
+
+NEAR = "deploy.merged.accuracy.low > tuned - 0.5"
+SAME = "deploy.merged.accuracy >= tuned"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A run of a tiny encoder that merges its model, with gates on the merged one."""
+    folder = tmp_path_factory.mktemp("exports")
+    recipe = recipe_for(
+        folder / "r.yaml",
+        families.build_bert(folder / "model"),
+        colour_rows(60),
+        deploy=["merged"],
+        evaluate={"gates": [NEAR, SAME]},
+        adapter={"r": 4},
+    )
+    report, run = run_classifier(recipe)
+    return report, run
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory, tiny_llama):
+    return finish_run(tmp_path_factory.mktemp("chat"), tiny_llama, deploy=["merged"])
+
+
+def test_an_export_is_scored_on_the_test_rows_and_gated(classifier):
+    report, run = classifier
+    scored = read_json(run / "merged/certificate.json")["score"]
+    assert scored["export"]["accuracy"] == report["evaluation"]["tuned"]["accuracy"]
+    assert scored["difference"]["accuracy"]["value"] == 0
+    assert scored["rows"] == report["evaluation"]["rows"]
+    assert scored["usage"]["rows_per_second"] > 0
+    assert scored["tuned_usage"]["rows_per_second"] > 0
+    assert scored["tuned_bytes"] > scored["bytes"] > 0
+    assert {gate["name"]: gate["passed"] for gate in report["gates"]} == {NEAR: True, SAME: True}
+    assert "merged" in (run / "report.md").read_text()
+    assert "tuned.deploy.merged.accuracy" in (run / "junit.xml").read_text()
+
+
+def test_a_release_has_the_scores_of_exports(classifier, tmp_path):
+    _, run = classifier
+    assert invoke("release", run, "--out", tmp_path / "r.json").exit_code == 0
+    certificates = read_json(tmp_path / "r.json")["certificates"]
+    assert certificates["merged/certificate.json"]["score"]["export"]
+
+
+def test_compare_takes_a_run_and_its_export(classifier, tmp_path):
+    _, run = classifier
+    result = invoke("compare", run, run / "merged", "--out", tmp_path / "compared")
+    assert result.exit_code == 0, result.output
+    runs = read_json(tmp_path / "compared/compare.json")["runs"]
+    assert [one["tuned"]["accuracy"] for one in runs] == [runs[0]["tuned"]["accuracy"]] * 2
+    assert all(one["row_seconds"] > 0 for one in runs)
+    assert runs[0]["served_bytes"] > runs[1]["served_bytes"]
+    assert (tmp_path / "compared/pareto.png").exists()
+
+
+def test_an_export_out_of_its_run_folder_is_not_compared(classifier, tmp_path):
+    _, run = classifier
+    shutil.copytree(run / "merged", tmp_path / "merged")
+    with pytest.raises(RecipeError, match="not in its run folder"):
+        open_run_scores(tmp_path / "merged", "merged")
+
+
+def test_a_copy_of_the_merged_model_is_certified_as_foreign(chat):
+    result = invoke("deploy", "certify", chat / "merged", "--run", chat, "--json")
+    assert result.exit_code == 0, result.output
+    certificate = json.loads(result.stdout)
+    assert certificate["passed"]
+    assert certificate["score"]["difference"]["loss"]["value"] == pytest.approx(0, abs=1e-4)
+    assert (chat / "certified/merged/measures.npz").exists()
+
+
+def break_folder(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_adapter(folder, base):
+    original = load_file(base / "model.safetensors")
+    break_folder(folder, lambda weights: weights.update({name: original[name] for name in weights if name in original}))
+
+
+def reset_one_layer(folder, base):
+    original = load_file(base / "model.safetensors")
+    names = [name for name in original if "layers.0." in name and "proj" in name]
+    break_folder(folder, lambda weights: weights.update({name: original[name] for name in names}))
+
+
+def halve_the_change(folder, base):
+    original = load_file(base / "model.safetensors")
+
+    def change(weights):
+        weights |= {name: (weights[name] + original[name]) / 2 for name in weights if "proj" in name}
+
+    break_folder(folder, change)
+
+
+def change_template(folder, base):
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("add_generation_prompt", "false"))
+
+
+def change_tokenizer(folder, base):
+    path = folder / "tokenizer.json"
+    known = json.loads(path.read_text())
+    known["model"]["merges"] = known["model"]["merges"][: len(known["model"]["merges"]) // 2]
+    path.write_text(json.dumps(known))
+
+
+FAULTS = {
+    "adapter dropped": (drop_adapter, "the adapter is lost"),
+    "scale halved": (halve_the_change, "mean KL is"),
+    "one layer with base weights": (reset_one_layer, "mean KL is"),
+    "template without its opener": (change_template, "produce other token ids"),
+    "another tokenizer": (change_tokenizer, "produce other token ids"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_export_fails_with_its_cause(fault, chat, tiny_llama, tmp_path):
+    shutil.copytree(chat / "merged", tmp_path / "merged")
+    change, cause = FAULTS[fault]
+    change(tmp_path / "merged", tiny_llama)
+    result = invoke("deploy", "certify", tmp_path / "merged", "--run", chat)
+    assert result.exit_code == 6, result.output
+    assert cause in " ".join(result.output.split())
+
+
+def test_swapped_labels_fail_and_score_worse(classifier, tmp_path):
+    _, run = classifier
+    shutil.copytree(run / "merged", tmp_path / "merged")
+    path = tmp_path / "merged/config.json"
+    config = read_json(path)
+    names = [*config["id2label"].values()]
+    config["id2label"] = dict(zip(config["id2label"], reversed(names), strict=True))
+    config["label2id"] = {name: int(at) for at, name in config["id2label"].items()}
+    path.write_text(json.dumps(config))
+    result = invoke("deploy", "certify", tmp_path / "merged", "--run", run)
+    assert result.exit_code == 6, result.output
+    assert "labels" in result.output
+
+
+def scored(low, high, value=0.0):
+    change = Difference(value, low, high, 0.5, 100)
+    study = Study("onnx", {"accuracy": 0.9}, {"accuracy": 0.9 + value}, {"accuracy": change}, {}, {"accuracy": 1})
+    return Evaluation({}, {}, {}, (), 100, exports={"merged": study})
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "passed"),
+    [(scored(-0.005, 0.01), True), (scored(-0.05, -0.02, -0.03), False), (scored(-0.05, 0.04), None)],
+)
+def test_a_gate_on_an_export_has_three_outcomes(evaluation, passed):
+    section = EvaluateSection(gates=("deploy.merged.accuracy.low > tuned - 0.01",), when_unsure="report")
+    assert check_gates(section, evaluation)[0].passed is passed
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ("deploy.gguf.loss <= tuned", "uses an export that is not made"),
+        ("deploy.merged.rouge <= tuned", "uses a metric that is not computed"),
+        ("deploy.merged.loss <= base", "compares with the wrong model"),
+        ("loss <= tuned", "compares with the wrong model"),
+    ],
+)
+def test_impossible_gates_on_exports_are_refused(gate, said, tiny_llama, tmp_path):
+    with pytest.raises(RecipeError, match=said):
+        finish_run(tmp_path, tiny_llama, deploy=["merged"], evaluate={"gates": [gate]})
+
+
+def test_certify_refuses_what_it_cannot_open(chat, tmp_path):
+    for words, said in [
+        ((tmp_path / "none", "--run", chat), "not found"),
+        ((tmp_path, "--run", chat), "not an export that llmtune can open"),
+        ((chat,), "an export and its run are needed"),
+        ((chat / "merged", "--run", chat, "--model", "x"), "applies to endpoints only"),
+    ]:
+        result = invoke("deploy", "certify", *words)
+        assert result.exit_code == 2, result.output
+        assert said in " ".join(result.output.split())
