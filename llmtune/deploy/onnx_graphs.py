@@ -229,11 +229,13 @@ def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, int8: bool) 
 def quantize(file: Path, external: bool) -> None:
     """Round the weights of a graph's matrix products and embeddings to int8, in place."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    rounded = file.with_name(f"int8-{file.name}")
-    with silent():
+    folded, rounded = (file.with_name(f"{step}-{file.name}") for step in ("folded", "rounded"))
+    with silent():  # first, to transpose weights that two layers share
+        quant_pre_process(file, folded, skip_symbolic_shape=True, save_as_external_data=external)
         quantize_dynamic(
-            file,
+            folded,
             rounded,
             op_types_to_quantize=["MatMul", "Gather"],
             per_channel=True,
@@ -241,4 +243,7 @@ def quantize(file: Path, external: bool) -> None:
             weight_type=QuantType.QInt8,
             use_external_data_format=external,
         )
+    for one in (file, folded):
+        for part in file.parent.glob(f"{one.name}*"):
+            part.unlink()
     rounded.replace(file)
