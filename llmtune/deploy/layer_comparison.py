@@ -28,23 +28,6 @@ INSIDE = ("base_layer", "lora_", "original_module")
 """Parts of an adapted layer; the layer itself is compared."""
 
 
-@dataclass(frozen=True)
-class LayerOutputs:
-    """What a linear layer of the tuned model returned, and what its base weights return for the same inputs."""
-
-    tuned: torch.Tensor
-    base: torch.Tensor | None
-
-
-Layers = dict[str, LayerOutputs]
-"""By module name, in the order of computation."""
-WRAPPERS = ".modules_to_save.default"
-INSIDE = ("base_layer", "lora_", "original_module")
-"""Parts of an adapted layer; the layer itself is compared."""
-SLIGHT = 1e-2
-"""Smaller relative differences are not reported: float32 moves the outputs of SmolLM2 by 1e-5 to 1e-3."""
-
-
 @torch.inference_mode()
 def record_layers(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Layers:
     """Return the outputs of the linear layers of a model, with or without adapter, for one batch."""

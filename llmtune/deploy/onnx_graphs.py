@@ -209,7 +209,10 @@ def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, int8: bool) 
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        what = f"torch {torch.__version__} cannot export {model.config.model_type} to ONNX: {first_line(error)}"
+        cause: BaseException = error  # the exporter's own errors only name the step
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        what = f"torch {torch.__version__} cannot export {model.config.model_type} to ONNX: {first_line(cause)}"
         raise EnvironmentProblem.of(what, None, "Use the merged model of `llmtune deploy merge`.") from error
     assert program is not None
     layers = {}

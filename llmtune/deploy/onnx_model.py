@@ -5,7 +5,8 @@ Shapes: B rows, T tokens, P tokens in the cache, S positions of the encoder, K o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput
 from llmtune.deploy.exported_model import ExportedModel, borrow_class, saved_processor
 from llmtune.deploy.parity import Limits
 from llmtune.deploy.tuned_model import render_prompts, served_by_folder
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, first_line
 from llmtune.model.causal_lm_loss import READ, accepted_arguments
 from llmtune.model.config import find_class
 from llmtune.session import RunContext
@@ -53,12 +54,23 @@ class Session:
             graph = onnx.load(file)
             graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layers)
             content = graph.SerializeToString()
-        try:
+        with self.explained("open"):
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except (RuntimeError, ValueError, OSError) as error:
-            raise EnvironmentProblem.of(f"onnxruntime cannot open the file: {error}", str(file)) from error
         self.inputs = {one.name: one for one in self.session.get_inputs()}
         self.outputs = [one.name for one in self.session.get_outputs()]
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Turn errors of onnxruntime, which have no common class, into an EnvironmentProblem."""
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        kinds = tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+        try:
+            yield
+        except kinds as error:
+            raise EnvironmentProblem.of(
+                f"onnxruntime cannot {what} the file: {first_line(error)}", self.file
+            ) from error
 
     def check_width(self, known: Sequence[int]) -> None:
         """Raise EnvironmentProblem if the first output has a fixed width that none of this run's heads has."""
@@ -82,7 +94,8 @@ class Session:
                 feed[name] = np.zeros_like(feed["input_ids"])
             else:
                 raise EnvironmentProblem.of(f"the ONNX file needs the unknown input {name!r}")
-        found = self.session.run(None, feed)
+        with self.explained("run"):
+            found = self.session.run(None, feed)
         return {name: torch.from_numpy(part) for name, part in zip(self.outputs, found, strict=True)}
 
 
@@ -164,7 +177,7 @@ def order_labels(config: PretrainedConfig, stated: Mapping[str, Any]) -> list[in
         return None
     config.id2label = theirs
     columns = {name: number for number, name in theirs.items()}
-    return [columns.get(name, number) for number, name in ours.items()] if len(theirs) == len(ours) else None
+    return [columns.get(name, i) for i, name in enumerate(ours.values())] if len(theirs) == len(ours) else None
 
 
 def cache_argument(kind: type[torch.nn.Module]) -> str:
