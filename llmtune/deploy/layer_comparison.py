@@ -26,8 +26,6 @@ Layers = dict[str, LayerOutputs]
 WRAPPERS = ".modules_to_save.default"
 INSIDE = ("base_layer", "lora_", "original_module")
 """Parts of an adapted layer; the layer itself is compared."""
-SLIGHT = 1e-3
-"""Smaller relative differences are not reported."""
 
 
 @torch.inference_mode()
@@ -57,23 +55,22 @@ def record_layers(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Layers:
     return found
 
 
-def find_first_difference(expected: Layers, actual: Mapping[str, torch.Tensor]) -> str | None:
-    """Describe the layer where the relative difference of outputs grows most; None if all differ slightly.
+def find_first_difference(expected: Layers, actual: Mapping[str, torch.Tensor], least: float) -> str | None:
+    """Describe the layer where the relative difference of outputs grows most; None if none differs by `least`.
 
-    Up to this layer both models compute nearly the same, so its own weights are the cause.
+    Up to this layer both models compute nearly the same, so its own weights, or their rounding, are the cause.
     """
-    worst, text, before = 1.0, None, 0.0
+    worst, text, before = 0.0, None, 0.0
     for name, layer in expected.items():
         if name not in actual or actual[name].shape != layer.tuned.shape:
             continue
         difference = float((actual[name] - layer.tuned).norm() / layer.tuned.norm().clamp_min(1e-12))
-        growth = difference / max(before, SLIGHT)
-        if growth > worst:
-            worst, text = growth, f"{name}: its outputs differ by {difference:.1%}"
-            text += f", those of earlier layers by at most {before:.1%}" if before else ""
-            share = None
+        growth = difference / max(before, 1e-3)
+        if growth > worst and not difference < least:
+            worst, text = growth, f"the first layer that differs is {name}: its outputs differ by {difference:.1%}"
             if layer.base is not None:
                 share = measure_share([layer.base], [layer.tuned], [actual[name]], "layer")
-            text += "" if share is None else f", and have {share:.0%} of the effect of its adapter"
+                text += "" if share is None else f", and have {share:.0%} of its adapter's effect"
+            text += f"; those of earlier layers differ by at most {before:.1%}" if before else ""
         before = max(before, difference)
-    return f"the first layer that differs is {text}" if text else None
+    return text

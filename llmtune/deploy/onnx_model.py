@@ -5,7 +5,8 @@ Shapes: B rows, T tokens, P tokens in the cache, S positions of the encoder, K o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput
 
 from llmtune.deploy.exported_model import ExportedModel, borrow_class, saved_processor
 from llmtune.deploy.parity import Limits
-from llmtune.deploy.tuned_model import TunedModel, render_prompts, served_by_folder
-from llmtune.errors import EnvironmentProblem
+from llmtune.deploy.tuned_model import render_prompts, served_by_folder
+from llmtune.errors import EnvironmentProblem, first_line
 from llmtune.model.causal_lm_loss import READ, accepted_arguments
 from llmtune.model.config import find_class
 from llmtune.session import RunContext
@@ -30,7 +31,6 @@ ONNX_LIMITS = {
     "onnx": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),
     "onnx-int8": Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9),
 }
-QUANTIZED_OPS = {"MatMulInteger", "DynamicQuantizeLinear", "QLinearMatMul", "DequantizeLinear", "MatMulNBits"}
 PAST, PRESENT, CROSS = "past_key_values", "present", "cross"
 """First part of the names of keys and values: earlier tokens, all tokens, and those of the encoder's output."""
 Tensors = Mapping[str, torch.Tensor | None]
@@ -54,12 +54,23 @@ class Session:
             graph = onnx.load(file)
             graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layers)
             content = graph.SerializeToString()
-        try:
+        with self.explained("open"):
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except (RuntimeError, ValueError, OSError) as error:
-            raise EnvironmentProblem.of(f"onnxruntime cannot open the file: {error}", str(file)) from error
         self.inputs = {one.name: one for one in self.session.get_inputs()}
         self.outputs = [one.name for one in self.session.get_outputs()]
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Turn errors of onnxruntime, which have no common class, into an EnvironmentProblem."""
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        kinds = tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+        try:
+            yield
+        except kinds as error:
+            raise EnvironmentProblem.of(
+                f"onnxruntime cannot {what} the file: {first_line(error)}", self.file
+            ) from error
 
     def check_width(self, known: Sequence[int]) -> None:
         """Raise EnvironmentProblem if the first output has a fixed width that none of this run's heads has."""
@@ -83,7 +94,8 @@ class Session:
                 feed[name] = np.zeros_like(feed["input_ids"])
             else:
                 raise EnvironmentProblem.of(f"the ONNX file needs the unknown input {name!r}")
-        found = self.session.run(None, feed)
+        with self.explained("run"):
+            found = self.session.run(None, feed)
         return {name: torch.from_numpy(part) for name, part in zip(self.outputs, found, strict=True)}
 
 
@@ -105,49 +117,45 @@ ONNX_TYPES = {
 def open_onnx_export(path: Path, context: RunContext) -> ExportedModel:
     """Open an ONNX file, or a folder of them, as this run's model.
 
-    The order of labels comes from the folder's `config.json`, the tokenizer from its files. Without these files, both
-    come from the run.
+    Labels and their order come from the folder's `config.json`, the tokenizer and the tokens that end answers from its
+    files. Without these files, they come from the run.
     """
     import onnxruntime
 
     plan = context.plan
     folder = path if path.is_dir() else path.parent
     kind, config = find_class(plan.model_ref, plan.recipe, plan.task)
+    stated = read_json(folder / "config.json") or {}
+    columns = order_labels(config, stated) if plan.task.trains_head else None
+    halves = [folder / ENCODER, folder / DECODER] if path.is_dir() and (folder / DECODER).is_file() else None
+    files = halves or [_find_file(path)]
+    sessions = [Session(file) for file in files]
+    if halves:
+        model = _borrow_encoder_decoder(kind, config, *sessions)
+    elif any(name.startswith(PAST) for name in sessions[0].inputs):
+        model = borrow_class(kind, config, _continue_texts(sessions[0], kind))
+    else:
+        sessions[0].check_width((config.num_labels, config.get_text_config().vocab_size))
+        model = borrow_class(kind, config, _read_heads(sessions[0], columns))
+    settings = next((one for one in (folder, plan.model_ref.path) if (one / GENERATION_CONFIG_NAME).is_file()), None)
+    if settings is not None:
+        model.generation_config = GenerationConfig.from_pretrained(settings)
     known = (folder / "tokenizer_config.json").is_file()
     processor = saved_processor(folder, plan.model_ref, plan.recipe.model) if known else plan.processor
-    stated = read_json(folder / "config.json") or {}
-    if path.is_dir() and (path / DECODER).is_file():
-        model = _borrow_encoder_decoder(kind, config, Session(path / ENCODER), Session(path / DECODER))
-    else:
-        session = Session(_find_file(path))
-        reads_cache = any(name.startswith(PAST) for name in session.inputs)
-        if plan.task.trains_head and not reads_cache:
-            session.check_width((config.num_labels, config.get_text_config().vocab_size))
-        columns = order_labels(config, stated) if plan.task.trains_head else None
-        network = _continue_texts(session, kind) if reads_cache else _read_heads(session, columns)
-        model = borrow_class(kind, config, network)
-        if columns is not None:
-            model.config.id2label = {int(at): name for at, name in stated["id2label"].items()}
-    settings = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
-    if settings is not None:
-        model.generation_config = settings
-    name = "onnx-int8" if any(map(is_quantized, folder.glob("*.onnx"))) else "onnx"
-    served = partial(served_by_folder, folder) if known else _served_by_run
+    served = partial(served_by_folder, folder) if known else partial(render_prompts, processor=processor)
+    name = "onnx-int8" if any(map(_is_rounded, files)) else "onnx"
     runtime = f"onnxruntime {onnxruntime.__version__}"
     return ExportedModel(name, runtime, model, processor, path, ONNX_LIMITS[name], served)
 
 
-def _served_by_run(tuned: TunedModel) -> list[list[int]]:
-    """Return the prompts' ids by the run's own tokenizer, for a file that ships without one."""
-    return render_prompts(tuned, tuned.processor)
-
-
-def is_quantized(file: Path) -> bool:
-    """Whether an ONNX file multiplies integers."""
+def _is_rounded(file: Path) -> bool:
+    """Return whether a file has weights of 8 bits."""
     import onnx
 
-    nodes = onnx.load(file, load_external_data=False).graph.node
-    return any(node.op_type in QUANTIZED_OPS for node in nodes)
+    weights = onnx.load(file, load_external_data=False).graph.initializer
+    return any(
+        one.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and len(one.dims) > 1 for one in weights
+    )
 
 
 def _find_file(path: Path) -> Path:
@@ -159,16 +167,17 @@ def _find_file(path: Path) -> Path:
 
 
 def order_labels(config: PretrainedConfig, stated: Mapping[str, Any]) -> list[int] | None:
-    """Return for each of the run's labels the column of an export that states its own; None if they are the same."""
-    ours = [str(name) for _, name in sorted(config.id2label.items())]
-    theirs = [str(name) for _, name in sorted((stated.get("id2label") or {}).items(), key=lambda one: int(one[0]))]
-    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(theirs))
-    if theirs == ours or unnamed:
+    """Return for each of the run's labels the column of an export that states others; None if they are the same.
+
+    The export's own labels are set in `config`, for its certificate.
+    """
+    ours = dict(config.id2label)
+    theirs = {int(number): str(name) for number, name in (stated.get("id2label") or ours).items()}
+    if theirs == ours or all(name == f"LABEL_{i}" for i, name in theirs.items()):
         return None
-    if sorted(theirs) != sorted(ours):
-        what = f"the export has the labels {', '.join(theirs)}, the run has {', '.join(ours)}"
-        raise EnvironmentProblem.of(what, "config.json", "Use an export of this run.")
-    return [theirs.index(name) for name in ours]
+    config.id2label = theirs
+    columns = {name: number for number, name in theirs.items()}
+    return [columns.get(name, i) for i, name in enumerate(ours.values())] if len(theirs) == len(ours) else None
 
 
 def cache_argument(kind: type[torch.nn.Module]) -> str:
