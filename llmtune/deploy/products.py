@@ -15,12 +15,12 @@ from llmtune.deploy.exported_model import ExportedModel, open_folder, weight_byt
 from llmtune.deploy.gguf_export import check_gguf, make_gguf
 from llmtune.deploy.gguf_readers import open_gguf_export
 from llmtune.deploy.merged_model import merge_run
-from llmtune.deploy.onnx_export import check_onnx, make_onnx
+from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
 from llmtune.deploy.onnx_model import open_onnx_export
 from llmtune.deploy.parity import Certificate, describe_parity, find_breaches
 from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
 from llmtune.deploy.tuned_model import make_reference
-from llmtune.errors import GateFailed, Problem, RecipeError
+from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.report.render_terminal import spinner
 from llmtune.session import Plan, RunContext, open_finished
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
@@ -82,6 +82,7 @@ def open_export(path: Path, context: RunContext) -> ExportedModel:
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         return open_gguf_export(path, context)
     if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
+        EnvironmentProblem.collect(missing_packages())
         return open_onnx_export(path, context)
     if (path / "config.json").is_file() and weight_bytes(path):
         return open_folder(path, context, name="folder")

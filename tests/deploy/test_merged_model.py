@@ -136,9 +136,9 @@ def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path
 
 
 def test_nan_and_a_lost_weak_tuning_are_breaches():
-    nan = Parity(float("nan"), float("nan"), float("nan"), 1.0, 8, 100, 1.0, True, 0.5)
+    nan = Parity(float("nan"), float("nan"), float("nan"), 1.0, 8, 100, 1.0, True, 0.5, None)
     assert len(find_breaches(nan, LIMITS["exact"])) == 2
-    lost = Parity(0.1, 8e-3, 0.1, 0.99, 8, 100, 1.0, True, effect_kl=8e-3)
+    lost = Parity(0.1, 8e-3, 0.1, 0.99, 8, 100, 1.0, True, effect_kl=8e-3, kl_from_base=None)
     assert len(find_breaches(lost, LIMITS["rounded"])) == 1
     assert find_breaches(replace(lost, kl_mean=4e-3), LIMITS["rounded"]) == []
 
