@@ -165,7 +165,7 @@ def gguf(
 @handled
 def onnx_command(
     run: RunArgument,
-    int8: Annotated[bool, typer.Option("--int8", help="Round weights to 8 bits: a quarter of the size.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Round weights to 8 bits.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Output folder (default: RUN/onnx/float32 or int8).")
     ] = None,

@@ -231,32 +231,35 @@ def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, int8: bool) 
 
 
 def quantize(file: Path, external: bool, *, by_block: bool) -> None:
-    """Round the weights of a graph's matrix products and embeddings to int8, in place.
+    """Round the weights of a graph's matrix products to int8, in place; also the embeddings, unless `by_block`.
 
     With `by_block`, 32 weights, and 32 of the numbers that they are multiplied with, share a scale: single channels of
-    decoders are so large that one scale per row hides the others. In SmolLM2 a mean KL of 1.0 became 0.012.
+    decoders are so large that one scale per row hides the others. In SmolLM2 a mean KL of 1.0 became 0.012; with the
+    embeddings in int8 it is 0.018, and the first choice agrees at 90 % of positions instead of 95 %.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    steps = [file.with_name(f"{step}-{file.name}") for step in ("folded", "blocks", "rounded")]
-    folded, blocks, rounded = steps
-    options = {"per_channel": True, "weight_type": QuantType.QInt8, "use_external_data_format": external}
+    folded, rounded = (file.with_name(f"{step}-{file.name}") for step in ("folded", "rounded"))
     with silent():  # first, to transpose weights that two layers share
         quant_pre_process(file, folded, skip_symbolic_shape=True, save_as_external_data=external)
         if by_block:
-            quantizer = MatMulNBitsQuantizer(
-                onnx.load(folded), bits=8, block_size=32, is_symmetric=True, accuracy_level=4
-            )
+            graph = onnx.load(folded)
+            quantizer = MatMulNBitsQuantizer(graph, bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
             quantizer.process()
-            quantizer.model.save_model_to_file(str(blocks), external)
-            quantize_dynamic(blocks, rounded, op_types_to_quantize=["Gather"], **options)
-        else:  # in 7 bits: CPUs without VNNI add pairs of products in 16 bits
-            both = ["MatMul", "Gather"]
-            quantize_dynamic(folded, rounded, op_types_to_quantize=both, reduce_range=True, **options)
-    for step in (file, folded, blocks):
-        for part in file.parent.glob(f"{step.name}*"):
-            part.unlink()
+            quantizer.model.save_model_to_file(str(rounded), external)
+        else:
+            quantize_dynamic(
+                folded,
+                rounded,
+                op_types_to_quantize=["MatMul", "Gather"],
+                per_channel=True,
+                reduce_range=True,  # 7 bits of weights: CPUs without VNNI add pairs of products in 16 bits
+                weight_type=QuantType.QInt8,
+                use_external_data_format=external,
+            )
+    for part in (*file.parent.glob(f"{file.name}*"), *file.parent.glob(f"{folded.name}*")):
+        part.unlink()
     rounded.replace(file)

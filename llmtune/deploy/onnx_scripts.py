@@ -71,6 +71,7 @@ extract = AutoFeatureExtractor.from_pretrained(folder)
 with wave.open(sys.argv[1]) as file:  # one channel of 16 bits
     samples = np.frombuffer(file.readframes(file.getnframes()), np.int16) / np.float32(32768)
     given = extract(samples, sampling_rate=file.getframerate(), return_attention_mask=True, return_tensors="np")
+given["attention_mask"] = given["attention_mask"].astype(np.int64)
 """
 LETTERS = SOUND + READ + "print(tokenizer.decode(outputs[0][0].argmax(-1)))\n"
 PROMPT = """
