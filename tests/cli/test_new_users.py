@@ -110,6 +110,7 @@ def test_a_new_recipe_is_written_to_the_given_file() -> None:
     assert invoke("recipes", "new", "a.yaml", "--out", "b.yaml").exit_code == 2
 
 
+@pytest.mark.slow
 def test_models_that_fit_are_shown_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     done = invoke("models", "fits", "--memory", "24GB")

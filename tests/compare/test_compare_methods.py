@@ -26,6 +26,8 @@ from llmtune.compare.compare_methods import (
 from llmtune.errors import EnvironmentProblem, RecipeError, Stopped, TrainingError
 from llmtune.store.atomic_files import read_json
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Path]
 BRIEF = ("--set", "train.num_train_epochs=null", "--set", "train.max_steps=2")
 

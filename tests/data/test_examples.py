@@ -85,6 +85,7 @@ def test_examples_in_many_batches_can_be_accessed_at_random(tmp_path, console):
         reader[1400]
 
 
+@pytest.mark.slow
 def test_the_progress_bar_moves_during_long_conversations(tmp_path, console):
     long = [conversation(*(f"{i} and {turn} " + "cat " * 20 for turn in range(400))) for i in range(6)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*long, *plain_rows(200)])

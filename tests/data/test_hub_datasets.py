@@ -96,6 +96,7 @@ def read(hub, folder, *sources: object, offline: bool = False, task: str = "chat
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_rows_come_from_the_hashed_commit_even_if_the_branch_moves(hub, tmp_path):
     sources = "hub:owner/whole", {"path": "hub:owner/streamed", "limit": 3}
     (_, *rows), (_, *streamed) = read(hub, tmp_path, *sources)

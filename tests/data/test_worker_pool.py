@@ -72,6 +72,7 @@ def encode_file(folder, rows, console, tokenizer, **pool):
     return encode_rows(prepared, get_task("chat"), tokenizer, recipe, folder / "examples", console, make)
 
 
+@pytest.mark.slow
 def test_the_same_bytes_are_written_whatever_the_number_of_cores(tmp_path, console):
     rows = [conversation(f"question {k}", f"answer {'cat ' * (k % 70)}{k}") for k in range(1500)]
     tokenizer = tokenizer_with(CHATML)

@@ -112,6 +112,7 @@ def test_an_endpoint_of_the_base_model_fails(run, served, console):
         certify(run, url, console)
 
 
+@pytest.mark.slow
 def test_an_endpoint_gets_no_template_values_so_its_template_must_contain_them(tmp_path, tiny_llama, console):
     (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
     model = {"chat_template": "mine.jinja", "chat_template_kwargs": {"enable_thinking": False}}

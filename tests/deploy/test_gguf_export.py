@@ -80,6 +80,7 @@ def test_a_template_without_a_go_equivalent_gets_no_modelfile(tune, tmp_path, co
     assert "No Modelfile: Ollama's templates cannot express" in console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_completion_of_another_family_is_certified_with_a_plain_modelfile(tune, tmp_path, console):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')

@@ -84,6 +84,7 @@ def fails(tuned, out, console, message, **options):
     return json.loads(out.with_name(f"{out.name}.failed.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_expert_adapters_are_merged_and_a_reader_that_drops_them_fails(tune, tmp_path, console, monkeypatch, method):
     model = build_family(

@@ -246,6 +246,7 @@ def test_an_upload_without_network_or_token_is_refused_early(finished, console, 
         publish_run(finished, PublishOptions(repo="ann/tiny"), console)
 
 
+@pytest.mark.slow
 def test_an_upload_reaches_the_hub_completely(finished):
     switches = dict.fromkeys(SWITCHES, "0")
     token = {"HF_TOKEN": "hf_token_of_ann", "HF_HUB_DISABLE_XET": "1"}
@@ -274,6 +275,7 @@ def test_a_token_refused_by_the_hub_is_reported(finished, console, monkeypatch):
     assert hub.asked
 
 
+@pytest.mark.slow
 def test_cards_of_a_quantised_base_and_of_a_classifier_load_too(tmp_path, base, console):
     run = finish_run(tmp_path / "q", base, adapter={"method": "qlora"}, train=BRIEF)
     publish(run, tmp_path / "hub-q", console)

@@ -72,6 +72,7 @@ def weather(tmp_path_factory, build):
     return bench, bench.evaluate(folder), folder
 
 
+@pytest.mark.slow
 def test_every_answer_of_a_row_with_tools_is_generated_after_its_recorded_turns(weather):
     bench, found, folder = weather
     tools = [line for line in lines_of(folder) if "tuned_parts" in line]

@@ -84,6 +84,7 @@ def numbers(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "adapter"), [("base", {}), ("tuned", {"peft": "run/adapter"})])
 def test_scores_equal_those_of_lm_eval_with_a_model_it_loads_itself(
     done: Path, name: str, adapter: dict[str, str]

@@ -14,6 +14,8 @@ from llmtune.evaluate.evaluator import find_guessable
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.registry import get_task
 
+pytestmark = pytest.mark.slow
+
 METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc")
 
 

@@ -100,6 +100,7 @@ def test_two_benchmarks_with_one_task_are_refused(tasks: Path) -> None:
     assert "chosen_colours is in both" in told
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_reported_with_the_nearest_known_one() -> None:
     check_task_names(recipe_with("hellaswag", "arc_easy"))
     with pytest.raises(RecipeError, match=r"evaluate\.benchmarks\.1: lm-eval has no task 'hellaswagg'\s+Did you mean"):

@@ -29,6 +29,7 @@ KINDS = [pytest.param(kind, marks=() if kind == "right or wrong" else pytest.mar
 """Simulated 1,000 times each; losses only in the slow suite."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_fifty_unchanged_models_raise_a_false_alarm_in_at_most_5_of_100_series(kind: str) -> None:
     shared, alone = simulated.first_alarms(kind)
@@ -37,6 +38,7 @@ def test_fifty_unchanged_models_raise_a_false_alarm_in_at_most_5_of_100_series(k
     assert np.mean(alone <= simulated.LOOKS) > 0.5  # without `looks`
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_true_loss_is_found_with_the_promised_power(kind: str) -> None:
     generator = np.random.default_rng(1)

@@ -62,6 +62,7 @@ def computed(deviation, true, limit):
     return passed, failed, 1 - passed - failed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn_once", "without_p")
 @pytest.mark.parametrize("draw", [right_or_wrong, losses])
 def test_gates_pass_fail_and_are_inconclusive_as_often_as_an_earlier_run_promised(draw):

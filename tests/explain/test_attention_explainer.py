@@ -113,6 +113,7 @@ def test_without_a_target_an_encoder_decoder_writes_its_own_answer(built, tmp_pa
     assert "own answer; --target gives another" in " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 def test_a_translators_run_reads_the_text_as_its_task_encodes_it(tmp_path):
     run = train(
         tmp_path,

@@ -43,6 +43,7 @@ def measure(folder: Path, seconds: float = 1.0) -> MeasuredBlock | str:
     return measure_block(fake, name, context_length(target.config), quiet(), budget_seconds=seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_formula_matches_torchs_count_at_other_lengths(built: Callable[[str], Path], family: str):
     cost = count(built(family))

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from llmtune.cli.app import app
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/inside.md").read_text("utf-8")
 COMMANDS = re.findall(r"^ {4}(llmtune explain .+)$", PAGE, flags=re.MULTILINE)

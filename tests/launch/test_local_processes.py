@@ -81,6 +81,7 @@ def test_the_command_trains_and_evaluates_in_two_processes_like_in_one_and_leave
     assert adapted["started"] + adapted["seconds"] <= ended  # a kill loses no time
 
 
+@pytest.mark.slow
 def test_threads_are_divided_and_the_environment_is_restored(console):
     before = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     result = launch_work("succeed", ["a", "b c"], Topology(2), console, 5)

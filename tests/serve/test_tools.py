@@ -42,6 +42,7 @@ def ask(client, messages, *, stream, **options):
     return content, thoughts, calls, reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("city", ["Paris", "Rome"])
 def test_the_openai_client_makes_a_call_sends_its_result_and_gets_the_answer(client, city, stream):
