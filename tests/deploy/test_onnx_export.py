@@ -64,7 +64,7 @@ CASES = {
     "whisper": ("whisper", "speech", pairs.tones, {"speech": {"language": "fr", "window_seconds": 2}}, None),
     "letters": ("wav2vec2", "speech", spoken, {"speech": {"window_seconds": 2}}, None),
 }
-QUICK = ("classify", "token-classify", "qa", "chat", "translate", "whisper")
+QUICK = ("classify", "chat")
 HIDING = """
 import runpy, sys
 class Without:
@@ -127,6 +127,7 @@ def test_every_kind_of_model_runs_in_onnxruntime_and_by_its_script(case, tmp_pat
         assert len(written.splitlines()) == len(arguments[0].split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["chat", "translate"])
 def test_models_that_write_are_rounded_in_blocks(case, tmp_path, trained, console):
     run = shutil.copytree(trained(case), tmp_path / "run")
@@ -191,6 +192,7 @@ def build_wide(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_int8_of_a_layer_with_outliers_fails(tmp_path, tiny_llama, console, monkeypatch):
     monkeypatch.setattr(families, "build_wide", build_wide, raising=False)
     query = {"adapter": {"target_modules": ["query"]}, **SILENT}
