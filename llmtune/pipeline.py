@@ -394,7 +394,7 @@ def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
             trackers = context.plan.recipe.train.report_to
             log_results(report, trackers, path, context.device, offline=context.request.offline)
         print_verdict(report.verdict, report.gates, console)
-        context.folder.note(next_steps=next_steps(path, context.plan.task))
+        context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
         require_gates(report.gates, report_json(report))
     return report_json(report)
