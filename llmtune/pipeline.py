@@ -27,7 +27,7 @@ from llmtune import __version__
 from llmtune.adapter.injection import adapter_settings, describe_adapter
 from llmtune.adapter.load import find_adapter
 from llmtune.data.data_report import describe_examples
-from llmtune.data.examples import encode_rows, examples_inputs, row_lengths
+from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.deploy.products import check_products, make_products
 from llmtune.errors import EnvironmentProblem
@@ -351,20 +351,21 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
     with ExitStack() as stack:
         manifest = once(lambda: stack.enter_context(open_run(run, loaded.fingerprint)).manifest)
         request = RunRequest(run, "evaluate", offline=offline, base=base)
-        finished = open_finished(run, console, offline, loaded.recipe)
-        context = replace(finished, folder=RunFolder(run, manifest), request=request)
+        context = open_finished(run, console, offline, loaded.recipe)
+        context = replace(context, folder=RunFolder(run, manifest), request=request)
+        plan, rows, examples = context.plan, context.rows, context.examples
+        if examples.counts.get("test"):
+            ExampleReader(examples, "test")  # raises before the folder changes
+        context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, console))
         context.once(lambda: write_text(run / "recipe.yaml", loaded.to_yaml()))
         console.print(f"Saved these settings with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
-        plan, rows, examples = context.plan, context.rows, context.examples
-        inputs = evaluation_inputs(plan.recipe, plan.model_ref, rows, examples)
-        context.resolved = replace(plan, inputs={"evaluate": inputs})
-        context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, console))
+        inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples)}
+        context.resolved = replace(plan, inputs=inputs)
         run_evaluate(context, loaded)
         for seed in loaded.recipe.train.seeds:
-            further = seed_folder(run, seed)
-            if is_done(further, "train"):
+            if is_done(further := seed_folder(run, seed), "train"):
                 evaluate_run(with_seed(loaded, seed), further, console, offline=offline, base=run / "evaluation")
         return conclude_run(context, loaded)
 
@@ -392,7 +393,7 @@ def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
             trackers = context.plan.recipe.train.report_to
             log_results(report, trackers, path, context.device, offline=context.request.offline)
         print_verdict(report.verdict, report.gates, console)
-        context.folder.note(next_steps=next_steps(path, context.plan.task))
+        context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
         require_gates(report.gates, report_json(report))
     return report_json(report)

@@ -4,9 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from support.models import build_llama
 from support.runs import FAST, ROWS, heavy_imports, invoke, write_colours, write_recipe
+
+from llmtune.data.row_store import open_arrow
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,23 @@ def done(*arguments: object) -> dict[str, bool]:
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, (result.stderr, result.exception)
     return {step["name"]: step["skipped"] for step in json.loads(result.stdout)["steps"]}
+
+
+@pytest.mark.parametrize("damage", ["another schema", "missing"])
+def test_an_evaluation_that_cannot_read_its_examples_leaves_the_run_unchanged(finished: Path, damage: str) -> None:
+    examples = finished / "run/data/examples/test.arrow"
+    with open_arrow(examples) as reader:
+        table = reader.read_all().drop_columns("tokens")
+    examples.unlink()
+    if damage == "another schema":
+        with pa.ipc.new_file(str(examples), table.schema) as writer:
+            writer.write_table(table)
+    before = (finished / "run/recipe.yaml").read_bytes(), json.loads((finished / "run/run.json").read_text())
+    result = invoke("evaluate", "run", "--set", "generation.max_new_tokens=2")
+    assert result.exit_code == (3 if damage == "missing" else 4), result.stderr
+    assert "test.arrow" in result.stderr
+    after = (finished / "run/recipe.yaml").read_bytes(), json.loads((finished / "run/run.json").read_text())
+    assert after == before
 
 
 def test_a_new_or_changed_slice_is_scored_without_training(place: Path) -> None:

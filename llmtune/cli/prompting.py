@@ -41,6 +41,8 @@ def generate_command(
     pair: Annotated[str | None, typer.Option("--pair", help="The second text of a pair (classify).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording: wav, flac, mp3, ogg (speech).")] = None,
     answer: Annotated[str | None, typer.Option("--answer", help="The answer to score (preference, reward).")] = None,
+    source_language: Annotated[str | None, typer.Option(help="The text's language (translate).")] = None,
+    target_language: Annotated[str | None, typer.Option(help="The answer's language (translate).")] = None,
     system: System = None,
     rows: Annotated[
         Path | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file (CSV, JSON lines, ...).")
@@ -61,8 +63,8 @@ def generate_command(
 
     read_run(run).require_trained()
     console = stderr_console()
-    given = {"context": context, "pair": pair, "answer": answer, "system": system}
-    given["audio"] = None if audio is None else str(audio)
+    given = {"context": context, "pair": pair, "answer": answer, "system": system, "source_language": source_language}
+    given |= {"target_language": target_language, "audio": None if audio is None else str(audio)}
     if rows is not None:
         _check_files(rows, output, [text, prompt, *given.values()])
     elif output is not None:

@@ -42,7 +42,9 @@ app = typer.Typer(
 @handled
 def make(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option("--out", help="The file (default: releases/<run folder>.json).")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="OUT", help="The file, or FOLDER/ (default: releases/<run folder>.json).")
+    ] = None,
     sign: Annotated[str | None, typer.Option("--sign", metavar="KEY", help="File of an SSH key, or: sigstore.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -164,17 +164,22 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
     Raises:
         EnvironmentProblem: the template is missing, or cannot be split into turns.
         RecipeError: `model.chat_template_kwargs` has a name that the template never reads, or the template omits
-            `data.system_prompt`.
+            or refuses `data.system_prompt`.
     """
     template = _without_facts(processor, recipe)
     refuse_unread(template.kwargs, processor.chat_template)
     if "strftime_now(" in template.text():
         what = "the template writes today's date, so its prompts change every day"
         raise EnvironmentProblem.of(what, template.name, f"{FIX} has a fixed date instead.")
-    template = with_kwargs(template, template.kwargs)
-    system = recipe.data.system_prompt
+    system, fix = recipe.data.system_prompt, "Omit it, and write its content into the questions."
+    try:
+        template = with_kwargs(template, template.kwargs)
+    except EnvironmentProblem as problem:
+        if system is None or not isinstance(problem.__cause__, TemplateRefusal):
+            raise
+        what = str(problem.__cause__).replace(" refuses it", " refuses system messages")
+        raise RecipeError.of(what, "data.system_prompt", fix) from problem
     if system is not None and system.strip() not in template.facts.preamble:
-        fix = "Omit it, and write its content into the questions."
         raise RecipeError.of("it has no effect: the chat template omits system messages", "data.system_prompt", fix)
     return template
 

@@ -66,8 +66,11 @@ def describe_examples(
         console.print(f"{share:.1%} of all tokens are learned.")
     if recipe.data.system_prompt is None:
         _name_system_message(task, processor, recipe, "".join(text for text, _ in pieces), console)
-    coloured = Text.assemble(*((piece, "green" if learned else "dim") for piece, learned in pieces))
-    console.print(Panel(coloured, title="one example: green is learned", title_align="left"))
+    start, end, title = "", "", "one example: green is learned"
+    if console.no_color or console.color_system is None:
+        start, end, title = ">>>", "<<<", "one example: >>>text<<< is learned"
+    marked = ((f"{start}{piece}{end}", "green") if learned else (piece, "dim") for piece, learned in pieces)
+    console.print(Panel(Text.assemble(*marked), title=title, title_align="left"))
     return {
         "rows_in": rows.rows_in,
         "rows": dict(rows.counts),

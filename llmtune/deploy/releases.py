@@ -139,14 +139,17 @@ def _call_program(words: list[str]) -> None:
 FOLDER = Path("releases")
 
 
-def make_release(run: Path, out: Path | None, signing: str | None = None) -> Path:
+def make_release(run: Path, out: str | Path | None, signing: str | None = None) -> Path:
     """Write the release file of a run, by default `releases/<name of the run folder>.json`, and return its path.
 
+    `out` is a file, or a folder that exists or ends in a slash; the file in a folder gets the name of the run folder.
     `signing` is the argument of `sign`. Raises the errors of `sign`, and:
         RecipeError: the run has no scores or no report, or `out` exists and is not a release.
         EnvironmentProblem: its scores are damaged, or the file cannot be written.
     """
-    target = out or FOLDER / f"{run.absolute().name}.json"
+    given = FOLDER if out is None else Path(out)
+    into_folder = out is None or given.is_dir() or str(out).endswith("/")
+    target = given / f"{run.absolute().name}.json" if into_folder else given
     if target.exists() and not is_release(read_json(target)):
         fix = "Name another file with --out, or delete this one first."
         raise RecipeError.of("the file exists and is not a release", str(target), fix)

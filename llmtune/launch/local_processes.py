@@ -28,7 +28,16 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from llmtune.errors import BY_EXIT_CODE, EnvironmentProblem, LlmtuneError, LostProcess, Problem, RecipeError, Stopped
+from llmtune.errors import (
+    BY_EXIT_CODE,
+    EnvironmentProblem,
+    GateFailed,
+    LlmtuneError,
+    LostProcess,
+    Problem,
+    RecipeError,
+    Stopped,
+)
 from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Json
@@ -296,6 +305,8 @@ def _with_rank(left: Json, ranks: Sequence[int]) -> LlmtuneError:
     place = first.where if alone is None else ", ".join(filter(None, (alone, first.where)))
     named = type(error)(replace(first, where=place), *error.problems[1:])
     named.exit_code = error.exit_code
+    if isinstance(named, GateFailed) and isinstance(error, GateFailed):
+        named.report = error.report
     return named
 
 

@@ -23,13 +23,10 @@ from llmtune.serve.served_model import ServedModel, label_scores
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "text", "source", "document"),
-    "context": ("context",),
-    "pair": ("pair",),
     "audio": ("audio", "file_name"),
     "answer": ("completion", "answer", "output"),
-    "system": ("system",),
 }
-"""Possible columns of each task input, by our names."""
+"""Possible columns of a task input, by our names; of any other input, its own name."""
 AT_ONCE = 512
 """Number of rows answered before their lines are written."""
 
@@ -85,11 +82,12 @@ def _own_columns(row: Mapping[str, object]) -> dict[str, object]:
 
 def _columns_of(inputs: Mapping[str, bool], names: Sequence[str], where: str) -> dict[str, str]:
     """Return the column of each input in the file; raises RecipeError if a required one is missing."""
-    found = {name: next((one for one in INPUT_COLUMNS[name] if one in names), None) for name in inputs}
+    usual = {name: INPUT_COLUMNS.get(name, (name,)) for name in inputs}
+    found = {name: next((one for one in usual[name] if one in names), None) for name in inputs}
     for name, required in inputs.items():
         if required and found[name] is None:
             what = f"no column for the {name}; found {', '.join(names)}"
-            raise RecipeError.of(what, where, f"Name the column one of: {', '.join(INPUT_COLUMNS[name])}.")
+            raise RecipeError.of(what, where, f"Name the column one of: {', '.join(usual[name])}.")
     return {name: column for name, column in found.items() if column is not None}
 
 

@@ -27,7 +27,7 @@ from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
 from llmtune.session import Models, RunContext, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
-from llmtune.tasks.base import AnyTask
+from llmtune.tasks.base import AnyTask, option_of
 
 
 class ChatSession:
@@ -181,6 +181,8 @@ class FinishedRun:
         pair: str | None = None,
         audio: str | Path | None = None,
         answer: str | None = None,
+        source_language: str | None = None,
+        target_language: str | None = None,
         base: bool = False,
         max_new_tokens: int | None = None,
     ) -> str:
@@ -193,6 +195,8 @@ class FinishedRun:
             pair: the second text of a pair (classify).
             audio: a recording (speech).
             answer: the answer to score (preference, reward).
+            source_language: the language of the prompt, instead of the recipe's (translate).
+            target_language: the language of the answer, instead of the recipe's (translate).
             base: use the base model without the adapter.
             max_new_tokens: overrides the recipe's generation section.
 
@@ -205,6 +209,7 @@ class FinishedRun:
         """
         check_arguments("run.generate", locals())
         inputs = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
+        inputs |= {"source_language": source_language, "target_language": target_language}
         inputs["audio"] = None if audio is None else str(audio)
         return str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
 
@@ -297,14 +302,14 @@ def _ask(served: ServedModel, inputs: Inputs) -> Iterator[Delta]:
 
 def _check_inputs(task: AnyTask, inputs: Inputs) -> None:
     """Raise RecipeError if the task misses inputs, or does not use some."""
-    accepted = ", ".join(f"--{name}" for name in task.inputs)
+    accepted = ", ".join(map(option_of, task.inputs))
     problems = [
-        Problem(f"task {task.name} needs it", f"--{name}", f"Give {accepted}.")
+        Problem(f"task {task.name} needs it", option_of(name), f"Give {accepted}.")
         for name, required in task.inputs.items()
         if required and not (inputs.get(name) or "").strip()
     ]
     problems += [
-        Problem(f"task {task.name} does not use it", f"--{name}", f"Omit it; give {accepted}.")
+        Problem(f"task {task.name} does not use it", option_of(name), f"Omit it; give {accepted}.")
         for name, value in inputs.items()
         if value is not None and name not in task.inputs
     ]

@@ -32,6 +32,8 @@ FIELDS = {
     "audio": "The recording (wav, flac, mp3, ogg), as base64.",
     "prompt": "The question.",
     "answer": "The answer to score.",
+    "source_language": "The language of the text; default: the recipe's.",
+    "target_language": "The language of the translation; default: the recipe's.",
 }
 MODEL = "A name of `/v1/models`; default: the first one."
 

@@ -36,7 +36,7 @@ POLL_SECONDS = 0.05
 _BROKEN = ("gloo", "connection closed", "connection reset", "nccl")
 """Words in torch's errors when another process is gone."""
 LOST_SECONDS = 10
-"""How long a process that lost another one waits for torch's agent to end it before it reports the loss."""
+"""How long a process waits for another one to report the cause; torch's agent ends it as soon as that one exits."""
 
 
 class _Meeting:
@@ -215,12 +215,15 @@ def reports(error: BaseException) -> bool:
     """Return whether this process should print the error that ends it; exactly one process does.
 
     Under `llmtune launch local` the launcher prints it, from a file. Otherwise the first process to call this prints
-    it. A process that lost its connection waits first, to let the failed process report the cause.
+    it. A process that lost its connection waits first, to let the failed process report the cause. If a gate failed,
+    all but rank 0 wait, because only rank 0 has the report.
     """
     folder = os.environ.get(LEFT)
     if folder is None and _started() == 1:
         return True
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))  # torch's agent ends the others
+    if isinstance(error, GateFailed) and rank():
+        time.sleep(LOST_SECONDS)
     if folder is not None:
         if isinstance(error, LlmtuneError):
             write_json(Path(folder) / ERROR.format(rank()), describe_error(error))
@@ -233,7 +236,7 @@ def reports(error: BaseException) -> bool:
     try:
         first = rank() == 0 if _here.store is None else _here.store.add(f"{_here.name}/failed", 1) == 1
     except RuntimeError:  # the machine with the store is gone
-        first = os.environ.get("LOCAL_RANK") == "0"
+        first = os.environ.get("LOCAL_RANK") == "0" and not isinstance(error, GateFailed)  # rank 0 printed that
     if first and _here.terminal is not None:
         os.dup2(_here.terminal[0], 1)
         os.dup2(_here.terminal[1], 2)

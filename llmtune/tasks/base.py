@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
 from llmtune.data.example import Collate, Example
+from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
@@ -40,7 +41,7 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
     required_inputs: tuple[str, ...] = ("prompt",)
     """Inputs that `llmtune generate` requires: prompt, context, audio, answer."""
     optional_inputs: tuple[str, ...] = ()
-    """Optional inputs: system, pair."""
+    """Optional inputs: system, pair, source_language, target_language."""
     free_prompt: bool = False
     """Whether the user's own words are the prompt, with nothing around them except the chat template."""
     is_conversational: bool = False
@@ -114,10 +115,20 @@ class DecoderTask(Task[RowT, str]):
         return causal_loss(model, batch, by_row)
 
 
-def next_steps(run: Path, task: Task[Any, Any]) -> str:
-    """Return the path of a run's report, and the commands to use and serve its model."""
+def option_of(name: str) -> str:
+    """Return the option of `llmtune generate` for an input."""
+    return f"--{name.replace('_', '-')}"
+
+
+def next_steps(run: Path, task: Task[Any, Any], rows: Rows) -> str:
+    """Return the path of a run's report, and the commands to use and serve its model.
+
+    An optional input is named if the first row has it.
+    """
     name = shlex.quote(str(run))
-    given = " ".join('"TEXT"' if one == "prompt" else f"--{one} {one.upper()}" for one in task.required_inputs)
+    _, row = next(iterate_rows(rows, "train"), ("", {}))
+    inputs = [one for one, required in task.inputs.items() if required or row.get(one)]
+    given = " ".join('"TEXT"' if one == "prompt" else f"{option_of(one)} {one.upper()}" for one in inputs)
     talk = [f"llmtune chat {name}"] if task.is_conversational and task.free_prompt else []
     commands = [*talk, f"llmtune generate {name} {given}", f"llmtune deploy serve {name}"]
     return "\n".join([f"report: {run / 'report.html'}", *(f"next: {command}" for command in commands)])

@@ -10,7 +10,7 @@ from llmtune.data.task_rows import TranslateRow
 from llmtune.errors import Problem, RecipeError
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TranslateSection
-from llmtune.tasks.base import Endpoint
+from llmtune.tasks.base import Endpoint, option_of
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, TextToText, fill_template
 
@@ -22,11 +22,13 @@ class Translate(TextToText[TranslateRow]):
 
     name = "translate"
     endpoint = Endpoint("/v1/translate", "the translation")
+    optional_inputs = ("source_language", "target_language")
     default_prompt = "{source}"
 
     def make_row(self, given: Mapping[str, str | None]) -> TranslateRow:
-        """Return the row of a text to translate."""
-        return {"source": given["prompt"] or "", "target": "", "source_language": None, "target_language": None}
+        """Return the row of a text to translate, with its languages if they are given."""
+        source, target = given.get("source_language"), given.get("target_language")
+        return {"source": given["prompt"] or "", "target": "", "source_language": source, "target_language": target}
 
     def split_answer(self, row: TranslateRow) -> tuple[TranslateRow, str]:
         """Return the row without its target, and the target."""
@@ -77,7 +79,8 @@ class TranslateDecoder(Translate, PromptedDecoder[TranslateRow]):
         """Raise RecipeError if the prompt names a language that neither the recipe nor the row states."""
         for name, value in languages.items():
             if f"{{{name}}}" in self.template(recipe) and value is None:
-                fix = "Set it to a word, such as German; or add a column of that name to the rows."
+                fix = "Set it to a word, such as German; or add a column of that name to the rows. "
+                fix += f"`llmtune generate` takes {option_of(name)}."
                 raise RecipeError.of(
                     "the prompt needs the language, and neither recipe nor row states it", f"translate.{name}", fix
                 )

@@ -1,9 +1,11 @@
 """The data report: its printed form, and its part of the run's report."""
 
+import io
 import json
 import string
 
 import pytest
+from rich.console import Console
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -53,6 +55,15 @@ def test_the_example_is_shown_with_special_tokens_and_supervised_text(tmp_path, 
         ["four<|im_end|>", True],
     ]
     assert "[bold]one[/bold]<|im_end|>" in console.file.getvalue()
+    assert "one example: >>>text<<< is learned" in console.file.getvalue()
+    assert ">>>four<|im_end|><<<" in console.file.getvalue()
+
+
+def test_colour_marks_the_learned_text_on_a_terminal(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    describe([conversation("one", "two")], tmp_path, console)
+    assert "one example: green is learned" in console.file.getvalue()
+    assert "<<<" not in console.file.getvalue()
 
 
 def test_a_long_example_is_cut_in_the_middle(tmp_path, console):

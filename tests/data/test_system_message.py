@@ -45,6 +45,15 @@ def test_a_template_without_system_messages_refuses_the_key() -> None:
         read_template(tokenizer_with(deaf), recipe_for(system_prompt="Be brief."))
 
 
+def test_a_template_that_rejects_system_messages_refuses_the_key() -> None:
+    strict = with_system_prompt(NO_SYSTEM, "Be brief.")
+    with pytest.raises(RecipeError, match="refuses system messages: System role not supported") as caught:
+        read_template(tokenizer_with(strict), recipe_for(system_prompt="Be brief."))
+    (problem,) = caught.value.problems
+    assert problem.where == "data.system_prompt"
+    assert problem.fix == "Omit it, and write its content into the questions."
+
+
 def test_the_tuned_model_uses_the_system_prompt_from_its_template(here: Path, tiny_llama: Path) -> None:
     train = {"max_steps": 2, "num_train_epochs": None}
     data = {"system_prompt": "Name a colour."}

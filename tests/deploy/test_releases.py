@@ -49,6 +49,14 @@ def test_a_release_has_scores_by_row_but_no_text_or_path(run: Path, file: Path) 
         assert opened.evaluation.tuned[metric] == measure.value
 
 
+@pytest.mark.parametrize("out", ["new/", "old"])
+def test_a_folder_as_out_gets_a_file_with_the_name_of_the_run(run: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "old").mkdir()
+    made = invoke("release", run, "--out", f"{tmp_path}/{out}")
+    assert made.exit_code == 0, made.stderr
+    assert [path.name for path in (tmp_path / out).iterdir()] == [f"{run.name}.json"]
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "runs/tiny/run.json", "pipe"])
 def test_a_release_overwrites_only_releases(run: Path, name: str) -> None:
     target = run.parent.parent / name

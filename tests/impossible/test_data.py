@@ -87,7 +87,7 @@ def test_the_mask_covers_exactly_the_answers(place, run, shows):
 
     everything = "{% generation %}" + CHATML + "{% endgeneration %}"
     assert (share(CHATML), share(everything)) == (0, 1), "one mask is empty, the other includes questions"
-    assert "% of all tokens are learned. ╭─ one example: green is learned" in run("prepare")
+    assert "% of all tokens are learned. ╭─ one example: >>>text<<< is learned" in run("prepare")
     report = json.loads((place / "run/report.json").read_text())["data"]
     assert 0 < report["supervised_share"] < 0.5
     (place / "model/chat_template.jinja").write_text(everything)

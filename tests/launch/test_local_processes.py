@@ -16,7 +16,7 @@ from support.process import Watched
 from support.runs import invoke, write_recipe
 from support.training import launch_work, make_recipe, read_metrics, run_training, write_examples
 
-from llmtune.errors import DataError, EnvironmentProblem, RecipeError, Stopped
+from llmtune.errors import DataError, EnvironmentProblem, GateFailed, RecipeError, Stopped
 from llmtune.launch import local_processes
 from llmtune.launch.local_processes import WorkerBug, _configure, launch
 from llmtune.launch.topology import Topology
@@ -98,6 +98,12 @@ def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
     assert caught.value.problems[0].what == "row 7 has no answer"
     assert caught.value.problems[0].where == "process 1, rows.jsonl:7"
     assert caught.value.problems[0].fix == "Give it one."
+
+
+def test_a_failed_gate_keeps_the_report_even_if_rank_0_ends_last(console):
+    with pytest.raises(GateFailed, match="a gate failed in rank 0") as caught:
+        launch_work("fail_a_gate", [], Topology(2), console)
+    assert caught.value.report == {"verdict": "worse"}
 
 
 def test_a_bug_in_one_process_comes_with_its_traceback(console):

@@ -76,6 +76,11 @@ def test_the_strategy_comes_from_the_launcher_of_the_processes(command, environm
     assert_like_one_process(here, here / "run", strategy)
 
 
+def test_under_torchrun_rank_0_prints_a_failed_gate_even_if_it_ends_last(tmp_path):
+    done = started(TORCHRUN, "-m", "support.workers", tmp_path / "result.json", "fail_a_gate")
+    assert re.findall("a gate failed in rank [01]", done.stderr) == ["a gate failed in rank 0"]
+
+
 @pytest.mark.slow
 def test_accelerate_starting_one_process_on_a_cpu_is_an_error(recipe, here):
     done = started([*ACCELERATE, "--cpu"], "-m", "llmtune", "run", "tiny.yaml", "--out", "run")

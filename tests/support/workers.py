@@ -14,7 +14,7 @@ import typer
 
 from llmtune.cli.app import _report_bug
 from llmtune.cli.output_streams import handled_by_all
-from llmtune.errors import DataError
+from llmtune.errors import DataError, GateFailed, Problem
 from llmtune.store.processes import _here, join, leave, once, rank, start, world_size
 
 
@@ -159,6 +159,15 @@ def end_rank_one(how: str) -> None:
             os.abort()
         os.kill(os.getpid(), signal.Signals[how])
     time.sleep(60)
+
+
+def fail_a_gate() -> None:
+    """Fail a gate in every process; rank 0, which alone has the report, is the last to end."""
+    join()
+    time.sleep(0 if rank() else 2)
+    error = GateFailed(Problem(f"a gate failed in rank {rank()}", "loss < base"))
+    error.report = None if rank() else {"verdict": "worse"}
+    raise error
 
 
 def node_of(batch: list[int]) -> str:

@@ -1,5 +1,8 @@
 """Translation with encoder-decoders of every family and prompted decoders: losses, answers, complete runs."""
 
+import json
+
+import httpx
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -7,6 +10,9 @@ from safetensors.torch import load_file
 from support import families
 from support.models import build_gpt2, train_tokenizer
 from support.pairs import LANGUAGES, PAIRS, quiet, recipe_of, run_recipe
+from support.rows import write_jsonl
+from support.runs import FAST, invoke
+from support.serving import load_served, serving
 from support.variants import TRANSLATE, predict
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +23,7 @@ from transformers import (
     MBartTokenizer,
 )
 
+from llmtune import load_run
 from llmtune.data.chat_template import stop_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_ends, only_these_settings
@@ -47,6 +54,14 @@ def folders(tmp_path_factory, built):
     folder = tmp_path_factory.mktemp("seq2seq")
     still = {name: STILL.get(name, {"dropout": 0.0}) for name in FAMILIES}
     return {**{name: built(name, **still[name]) for name in FAMILIES}, "mbart25": build_mbart25(folder / "mbart25")}
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory, built):
+    """A run of NLLB on rows that name the languages, which its recipe does not."""
+    folder = tmp_path_factory.mktemp("translator")
+    run_recipe(folder, built("nllb"), [{**pair, **LANGUAGES["nllb"]} for pair in PAIRS], "translate", train=FAST)
+    return folder / "run"
 
 
 def opened(folder, name, **generation):
@@ -201,6 +216,35 @@ def test_qlora_does_not_quantise_the_output_layer_and_its_tied_embedding(tmp_pat
     assert len(whole) == 4 < len(adapted)
     assert tuned.selected.plan.parts["weights"] == pytest.approx(weights, rel=0.02)
     assert report["adapter"]["matched_modules"] == 2 * 6 + 2 * 10  # q, k, v, o, wi, wo; the decoder attends twice
+
+
+@pytest.mark.parametrize("given", [{}, {"source_language": "eng_Latn", "target_language": "klingon"}])
+def test_a_missing_or_unknown_language_is_refused_with_its_option(given, translator):
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    done = invoke("generate", translator, "a cat", *words)
+    assert done.exit_code == 2
+    assert ("does not know the language 'klingon'" if given else "takes --target-language") in done.stderr
+
+
+def test_a_run_whose_rows_name_the_languages_answers_texts_files_and_requests(translator, tmp_path):
+    steps = json.loads((translator / "run.json").read_text())["findings"]["next_steps"]
+    assert '"TEXT" --source-language SOURCE_LANGUAGE --target-language TARGET_LANGUAGE' in steps
+    text, languages = PAIRS[0]["source"], {"source_language": "eng_Latn", "target_language": "fra_Latn"}
+    expected = load_run(translator).generate(text, **languages)
+    done = invoke("generate", translator, text, "--source-language", "eng_Latn", "--target-language", "fra_Latn")
+    assert (done.exit_code, done.stdout.strip()) == (0, expected), done.stderr
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"source": text, **languages}])
+    done = invoke("generate", translator, "--input", rows)
+    assert (done.exit_code, json.loads(done.stdout)["answer"]) == (0, expected), done.stderr
+    with serving(*load_served(mine=translator).values()) as url:
+        response = httpx.post(f"{url}/v1/translate", json={"text": text, **languages})
+        assert (response.status_code, response.json()["text"]) == (200, expected)
+
+
+def test_a_decoder_whose_rows_name_the_languages_is_merged_and_certified(tmp_path, tiny_llama):
+    run_recipe(tmp_path, tiny_llama, [{**pair, **NAMED} for pair in PAIRS], "translate", train=FAST)
+    merged = invoke("deploy", "merge", tmp_path / "run")
+    assert merged.exit_code == 0, merged.stderr
 
 
 # Prompted decoders
