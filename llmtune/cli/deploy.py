@@ -184,9 +184,9 @@ def onnx_command(
         print_json(certificate)
 
 
-@app.command()
+@app.command("quantize")
 @handled
-def quantize(
+def quantize_command(
     run: RunArgument,
     scheme: Annotated[
         str,

@@ -97,7 +97,7 @@ def certify_run(
         measured = _compare_replies(reference, replies)
         with explained(folder := run / "certified" / "endpoint"):
             folder.mkdir(parents=True, exist_ok=True)
-            scored = score_answers(context, tuned.processor, partial(_answer_rows, client, name, chat), folder)
+            scored = score_answers(context, tuned.processor, partial(_ask_test_rows, client, name, chat), folder)
     breaches = find_endpoint_breaches(measured)
     limits = {"answer_agreement": MIN_AGREEMENT, "logprob_mean_difference": MAX_LOGPROB_DIFFERENCE, "same_ids": 1.0}
     about = {"url": url, "model": name, "limits": limits, "measured": measured, "score": scored}
@@ -113,7 +113,7 @@ def certify_run(
     return certificate
 
 
-def _answer_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: EvalContext) -> Answers:
+def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: EvalContext) -> Answers:
     """Let an endpoint answer the test rows; losses and choices stay unknown."""
     inputs, tokens = evaluated.inputs, evaluated.recipe.generation.max_new_tokens
     assert inputs is not None

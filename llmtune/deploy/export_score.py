@@ -69,7 +69,7 @@ def export_run(
     certificate = dict(plain({**certificate, "score": scored}))
     with explained(out):
         write_json(out / CERTIFICATE, certificate)
-    for line in describe_score(scored):
+    for line in describe_export(scored):
         context.console.print(line, highlight=False)
     return certificate
 
@@ -177,7 +177,7 @@ def time_rows(
         for row in questions:
             answer(row)
         seconds = time.perf_counter() - started
-    peak = peak_bytes() if device == "cpu" else None
+    peak = highest_memory() if device == "cpu" else None
     added = peak - rested if peak is not None and rested is not None else None
     return Usage(len(questions) / seconds, added, device)
 
@@ -192,16 +192,16 @@ def reset_peak() -> int | None:
         CLEAR.write_text("5")
     except OSError:
         return None
-    return peak_bytes()
+    return highest_memory()
 
 
-def peak_bytes() -> int | None:
+def highest_memory() -> int | None:
     """Return the highest resident memory of this process since `reset_peak`."""
     found = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")] if STATUS.exists() else []
     return int(found[0].split()[1]) * 1024 if found else None
 
 
-def describe_score(scored: Json) -> list[str]:
+def describe_export(scored: Json) -> list[str]:
     """Write an export's scores next to the tuned model's, a line per metric, then its size and speed."""
     usage, before = scored["usage"], scored["tuned_usage"]
     speed = f"; {usage['rows_per_second']:.3g} rows per second, one at a time" if usage else ""

@@ -75,13 +75,13 @@ def find_scales(weight_OI: torch.Tensor, group_size: int, bits: int) -> torch.Te
     best_OG: torch.Tensor = largest_OG
     for share in SHRINK.tolist():
         scale_OG = largest_OG * share
-        error_OG = (_nearest(weight_OGI, scale_OG[..., None], bits) - weight_OGI).square().sum(-1)
+        error_OG = (_nearest_level(weight_OGI, scale_OG[..., None], bits) - weight_OGI).square().sum(-1)
         best_OG = torch.where(error_OG < least_OG, scale_OG, best_OG)
         least_OG = torch.minimum(least_OG, error_OG)
     return best_OG
 
 
-def _nearest(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+def _nearest_level(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     steps: torch.Tensor = (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return steps * scale
 
@@ -103,7 +103,7 @@ def round_weights(weight_OI: torch.Tensor, scale_OG: torch.Tensor, gram_II: torc
         weight_OB, scale_OB, factor_BB = weight_OI[:, block], scale_OI[:, block], factor_II[block, block]
         error_OB = torch.empty_like(weight_OB)
         for at in range(weight_OB.shape[1]):
-            rounded_O = _nearest(weight_OB[:, at], scale_OB[:, at], bits)
+            rounded_O = _nearest_level(weight_OB[:, at], scale_OB[:, at], bits)
             error_OB[:, at] = (weight_OB[:, at] - rounded_O) / factor_BB[at, at]
             weight_OB[:, at + 1 :] -= torch.outer(error_OB[:, at], factor_BB[at, at + 1 :])
             weight_OB[:, at] = rounded_O

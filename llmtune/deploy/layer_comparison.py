@@ -21,7 +21,7 @@ class LayerOutputs:
     base: torch.Tensor | None
 
 
-Layers = dict[str, LayerOutputs]
+RecordedLayers = dict[str, LayerOutputs]
 """By module name, in the order of computation."""
 WRAPPERS = ".modules_to_save.default"
 INSIDE = ("base_layer", "lora_", "original_module")
@@ -29,9 +29,9 @@ INSIDE = ("base_layer", "lora_", "original_module")
 
 
 @torch.inference_mode()
-def record_layers(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Layers:
+def record_layers(model: torch.nn.Module, inputs: Mapping[str, Any]) -> RecordedLayers:
     """Return the outputs of the linear layers of a model, with or without adapter, for one batch."""
-    found: Layers = {}
+    found: RecordedLayers = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -55,7 +55,7 @@ def record_layers(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Layers:
     return found
 
 
-def find_first_difference(expected: Layers, actual: Mapping[str, torch.Tensor], least: float) -> str | None:
+def find_first_difference(expected: RecordedLayers, actual: Mapping[str, torch.Tensor], least: float) -> str | None:
     """Describe the layer where the relative difference of outputs grows most; None if none differs by `least`.
 
     Up to this layer both models compute nearly the same, so its own weights, or their rounding, are the cause.

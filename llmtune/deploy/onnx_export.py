@@ -19,7 +19,7 @@ from llmtune.deploy.onnx_graphs import list_graphs, write_graph
 from llmtune.deploy.onnx_model import (
     MODEL,
     open_onnx_export,
-    read_layers,
+    read_inner_values,
 )
 from llmtune.deploy.onnx_scripts import SCRIPT, write_script
 from llmtune.deploy.parity import (
@@ -123,7 +123,7 @@ def export_onnx(tuned: TunedModel, out: Path, context: RunContext, *, int8: bool
             breaches, limits = find_breaches(parity, exported.limits), exported.limits
             if example:
                 least = LARGEST_ROUNDING if int8 and not breaches else SLIGHT
-                found = find_first_difference(expected, read_layers(folder / MODEL, layers, example), least)
+                found = find_first_difference(expected, read_inner_values(folder / MODEL, layers, example), least)
                 breaches += [found] if found else []
         files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".data"))
         certificate = {

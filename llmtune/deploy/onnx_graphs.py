@@ -25,7 +25,7 @@ from llmtune.model.library_logging import silent
 
 LARGEST_FILE = 1.5e9
 """Bytes of weights up to which a graph is one file; protobuf ends at 2 GB."""
-Tensors = Mapping[str, torch.Tensor]
+GraphInputs = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Graph:
     file: str
     inputs: dict[str, torch.Tensor]
     outputs: Sequence[str]
-    run: Callable[[Tensors], Iterable[torch.Tensor]]
+    run: Callable[[GraphInputs], Iterable[torch.Tensor]]
 
     def sizes(self, name: str) -> dict[int, Any]:
         """Return the axes of an input whose sizes vary."""
@@ -81,7 +81,7 @@ def _head_graph(model: PreTrainedModel, names: Sequence[str]) -> Graph:
     accepted = accepted_arguments(type(model))  # type: ignore[arg-type]
     options = {"use_cache": False} if "use_cache" in accepted else {}
 
-    def run(inputs: Tensors) -> list[torch.Tensor]:
+    def run(inputs: GraphInputs) -> list[torch.Tensor]:
         output = model(**inputs, **options)
         return [output.start_logits, output.end_logits] if "start_logits" in output else [output.logits]
 
@@ -104,7 +104,7 @@ def _decoder_graph(model: PreTrainedModel) -> Graph:
     if "position_ids" not in accepted_arguments(type(model)):  # type: ignore[arg-type]
         del inputs["position_ids"]
 
-    def run(given: Tensors) -> Iterable[torch.Tensor]:
+    def run(given: GraphInputs) -> Iterable[torch.Tensor]:
         cache = _fill_cache([given[name] for name in past])
         plain = {name: given[name] for name in inputs}
         output = model(**plain, **{cache_name: cache}, use_cache=True)
@@ -126,7 +126,7 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
     inputs = frames or texts
     start_BT = torch.full((2, 1), int(model.config.decoder_start_token_id or 0))
 
-    def read(given: Tensors) -> tuple[torch.Tensor, Any]:
+    def read(given: GraphInputs) -> tuple[torch.Tensor, Any]:
         hidden_BSD = encoder(**given)[0]
         masks = {"attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
         ids_BT = start_BT[:1].expand(hidden_BSD.shape[0], 1)
@@ -141,11 +141,11 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
     past = {name: torch.cat([part] * 4, 2) for name, part in past.items()}
     width = hidden_BSD.shape[-1]
 
-    def encode(given: Tensors) -> Iterable[torch.Tensor]:
+    def encode(given: GraphInputs) -> Iterable[torch.Tensor]:
         hidden_BSD, cache = read(given)
         return hidden_BSD, *_name_states(CROSS, cache.cross_attention_cache).values()
 
-    def decode(given: Tensors) -> Iterable[torch.Tensor]:
+    def decode(given: GraphInputs) -> Iterable[torch.Tensor]:
         states = [given[name] for name in cross]
         cache = EncoderDecoderCache(_fill_cache([given[name] for name in past]), _fill_cache(states))
         cache.is_updated = dict.fromkeys(range(len(states) // 2), True)

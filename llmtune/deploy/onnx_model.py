@@ -99,7 +99,7 @@ class Session:
         return {name: torch.from_numpy(part) for name, part in zip(self.outputs, found, strict=True)}
 
 
-def read_layers(file: Path, layers: Mapping[str, str], given: Tensors) -> dict[str, torch.Tensor]:
+def read_inner_values(file: Path, layers: Mapping[str, str], given: Tensors) -> dict[str, torch.Tensor]:
     """Return the values of a graph by the names that `layers` maps to them, for a batch without padding."""
     found = Session(file, list(layers.values())).run(complete_texts(given))
     return {module: found[name] for module, name in layers.items()}
@@ -128,7 +128,7 @@ def open_onnx_export(path: Path, context: RunContext) -> ExportedModel:
     stated = read_json(folder / "config.json") or {}
     columns = order_labels(config, stated) if plan.task.trains_head else None
     halves = [folder / ENCODER, folder / DECODER] if path.is_dir() and (folder / DECODER).is_file() else None
-    files = halves or [_find_file(path)]
+    files = halves or [_find_onnx_file(path)]
     sessions = [Session(file) for file in files]
     if halves:
         model = _borrow_encoder_decoder(kind, config, *sessions)
@@ -158,7 +158,7 @@ def _is_rounded(file: Path) -> bool:
     )
 
 
-def _find_file(path: Path) -> Path:
+def _find_onnx_file(path: Path) -> Path:
     found = [path] if path.is_file() else sorted(path.glob("*.onnx"))
     if len(found) != 1:
         what = f"expected one ONNX file, found {len(found)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llmtune import __version__
-from llmtune.deploy.export_score import describe_score, score_export, time_tuned
+from llmtune.deploy.export_score import describe_export, score_export, time_tuned
 from llmtune.deploy.exported_model import ExportedModel, open_folder, weight_bytes
 from llmtune.deploy.gguf_export import check_gguf, make_gguf
 from llmtune.deploy.gguf_readers import open_gguf_export
@@ -118,7 +118,7 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console) ->
     console.print(
         f"{path.name}, read by {exported.runtime}: {describe_parity(certificate['measured'])}", highlight=False
     )
-    for line in describe_score(scored):
+    for line in describe_export(scored):
         console.print(line, highlight=False)
     fix = f"The numbers are in {out / CERTIFICATE}."
     GateFailed.collect(Problem(f"the export differs: {breach}", str(path), fix) for breach in breaches)

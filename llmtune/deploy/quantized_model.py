@@ -50,7 +50,7 @@ MERGE_INSTEAD = "Use `llmtune deploy merge`."
 
 
 @dataclass(frozen=True)
-class Scheme:
+class QuantizationScheme:
     """A scheme of compressed-tensors."""
 
     preset: str
@@ -62,9 +62,9 @@ class Scheme:
 
 
 SCHEMES = {
-    "w4a16": Scheme("W4A16", 4, True, Limits(kl_floor=6e-1, kl_cap=6e-1, top1=0.55)),
-    "w8a8": Scheme("W8A8", 8, True, Limits(kl_floor=2e-1, kl_cap=2e-1, top1=0.7)),
-    "fp8": Scheme("FP8_DYNAMIC", 8, False, Limits(kl_floor=1.5e-1, kl_cap=1.5e-1, top1=0.6)),
+    "w4a16": QuantizationScheme("W4A16", 4, True, Limits(kl_floor=6e-1, kl_cap=6e-1, top1=0.55)),
+    "w8a8": QuantizationScheme("W8A8", 8, True, Limits(kl_floor=2e-1, kl_cap=2e-1, top1=0.7)),
+    "fp8": QuantizationScheme("FP8_DYNAMIC", 8, False, Limits(kl_floor=1.5e-1, kl_cap=1.5e-1, top1=0.6)),
 }
 """w4a16: weights in groups with one scale. w8a8 and fp8: a scale for each output, and one for each token's inputs,
 which are rounded while computing. The limits are at least twice the rounding's effect on SmolLM2 135M: a mean KL of
@@ -181,7 +181,9 @@ def quantize_model(
 
 
 @torch.no_grad()
-def compress(model: PreTrainedModel, scheme: Scheme, group_size: int, texts: Sequence[Sequence[int]]) -> Any:
+def compress(
+    model: PreTrainedModel, scheme: QuantizationScheme, group_size: int, texts: Sequence[Sequence[int]]
+) -> Any:
     """Quantise a model's linear layers in place; return what adds them to a saved configuration."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
