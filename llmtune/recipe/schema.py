@@ -186,6 +186,11 @@ class Recipe(RecipeSection):
                     f"'deploy: {product}' has no effect with task: {self.task}: llama.cpp does not support its models"
                 )
                 diagnostics.add("deploy", what, "Remove it.", "task")
+        reason, key = variant.without_decoder or ("", "task")
+        for product in self.deploy if reason else ():
+            if product in QUANTIZED:
+                what = f"'deploy: {product}' is for models that continue a text: {reason}"
+                diagnostics.add("deploy", what, "Remove it.", key)
         diagnostics.repeated("deploy", self.deploy, "the same thing")
 
 

@@ -35,7 +35,7 @@ NO_GATES = ["", "loss", "loss >", "> 3", "loss = 3", "loss => 3", "loss > base >
 ODD = [
     "loss..low > base",
     "loss > 3 + base",
-    "loss > tuned",
+    "loss > best",
     "loss > 3; import os",
     "loss > 1e9999",
     "loss > ٣",

@@ -58,6 +58,7 @@ def test_the_json_keys_are_stable(report, tmp_path):
             "contamination",
             "details",
             "difference",
+            "exports",
             "flips",
             "guessable",
             "rows",
