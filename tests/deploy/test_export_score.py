@@ -128,11 +128,18 @@ def change_tokenizer(folder, base):
     path.write_text(json.dumps(known))
 
 
+def change_ends(folder, base):
+    settings, tokenizer = folder / "generation_config.json", folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({**read_json(settings), "eos_token_id": 5}))
+    tokenizer.write_text(json.dumps({**read_json(tokenizer), "eos_token": "<|im_start|>"}))
+
+
 FAULTS = {
     "adapter dropped": (drop_adapter, "the adapter is lost"),
     "scale halved": (halve_the_change, "mean KL is"),
     "one layer with base weights": (reset_one_layer, "mean KL is"),
     "template without its opener": (change_template, "produce other token ids"),
+    "wrong end token": (change_ends, "its answers do not end at '<|im_end|>'"),
     "another tokenizer": (change_tokenizer, "produce other token ids"),
 }
 
