@@ -164,7 +164,11 @@ def test_an_encoder_with_a_head_has_the_tuned_models_scores(family, labels, tmp_
     assert certificate["reader"] == "llama.cpp"
     assert measured["effect_kl"] > 100 * measured["kl_mean"]
     assert (measured["same_ids"], measured["answer_agreement"]) == (True, 1)
-    assert {file.name for file in (out / "gguf/f16").iterdir()} == {certificate["file"], "certificate.json"}
+    assert {file.name for file in (out / "gguf/f16").iterdir()} == {
+        certificate["file"],
+        "certificate.json",
+        "measures.npz",
+    }
 
 
 def test_a_bert_head_without_its_pooler_fails(tmp_path, monkeypatch):
