@@ -49,7 +49,7 @@ class Image:
     entrypoint: tuple[str, ...] = ()
 
     def run(self, *words: str, user: str | None = None, **variables: str) -> str:
-        """Run a command in the image; return what it prints."""
+        """Run a command in the image; return its output."""
         settings = [f"{name}={value}" for name, value in {**self.environment, **variables}.items()]
         command = ["chroot", f"--userspec={user or self.user}", str(self.root), "env", "-i", *settings]
         command += ["sh", "-c", 'cd "$0" && exec "$@"', self.folder, *words]

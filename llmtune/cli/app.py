@@ -81,7 +81,7 @@ class CommandGroup(TyperGroup):
 REPORT = "Please report it with the lines above and the output of 'llmtune doctor'. CONTRIBUTING.md says where."
 
 POINTERS = {
-    **{name: f"llmtune deploy {name}" for name in ("serve", "merge", "gguf", "quantize", "certify", "publish")},
+    **{name: f"llmtune deploy {name}" for name in ("serve", "merge", "gguf", "onnx", "quantize", "certify", "publish")},
     **dict.fromkeys(("train-recipe", "finetune", "fine-tune", "tune", "start"), "llmtune run RECIPE"),
     **{name: f"llmtune explain {name}" for name in ("attention", "positions")},
     **dict.fromkeys(("test", "eval", "score"), "llmtune evaluate RECIPE"),

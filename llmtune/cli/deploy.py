@@ -266,7 +266,7 @@ def publish(
 def certify(
     export: Annotated[
         str,
-        typer.Argument(metavar="EXPORT", help="A GGUF file, a model folder or an endpoint's URL; or RUN with --url."),
+        typer.Argument(metavar="EXPORT", help="A GGUF or ONNX file, a model folder or a URL; or RUN with --url."),
     ],
     run: Annotated[
         str | None, typer.Option("--run", metavar="RUN", help="The run that the export was made from.")

@@ -37,6 +37,7 @@ from llmtune.errors import (
     nearest,
 )
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS, RESOLVED_KEYS
+from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.peft_options import REFUSED_METHODS, options_of, peft_methods, rate_factor
 from llmtune.recipe.source_map import SET
@@ -161,7 +162,13 @@ def change(loaded: LoadedRecipe, method: str) -> list[str]:
     idle += [] if lora else ["train.loraplus_lr_ratio"]
     stated = {name for name, origin in loaded.origins.items() if origin != "default"}
     taken_back = [key for key in idle if any(name == key or name.startswith(f"{key}.") for name in stated)]
-    return [f"adapter.method={method}", *(f"{key}=null" for key in taken_back), "deploy=[]"]
+    gates = [gate for gate in loaded.recipe.evaluate.gates if not parse_gate(gate).on_export]
+    return [
+        f"adapter.method={method}",
+        *(f"{key}=null" for key in taken_back),
+        "deploy=[]",
+        *([] if len(gates) == len(loaded.recipe.evaluate.gates) else [f"evaluate.gates={json.dumps(gates)}"]),
+    ]
 
 
 def default_out(loaded: LoadedRecipe, rates: Mapping[str, float]) -> Path:

@@ -24,7 +24,7 @@ from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
 from llmtune.evaluate.inference import Answers, compute_metrics, inference_on, predict
-from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, open_run_scores, pair_metrics
+from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_run_scores, pair_metrics
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import load_base
 from llmtune.model.device import release_memory
@@ -46,7 +46,7 @@ class Usage:
 
     rows_per_second: float
     peak_bytes: int | None
-    """Main memory that loading and answering added at most; None where the system does not count it, or on a GPU."""
+    """Peak main memory that loading and answering added; None on a GPU, or if the system does not count it."""
     device: str
 
 
@@ -93,7 +93,7 @@ def score_export(context: RunContext, out: Path, open_export: OpenExport, asked:
     """Load an export by its own runtime, and score it on the run's test rows, each paired with the tuned model's.
 
     `asked` are questions to time. Saves `measures.npz` in the folder `out`. Without test rows or scores of the tuned
-    model there are no scores, and `unmeasured` tells why.
+    model there are no scores, and `unmeasured` has the reason.
     """
     rested, plan = reset_peak(), context.plan
     exported = open_export(out, context)
@@ -115,7 +115,8 @@ def score_answers(
 ) -> Json:
     """Score the answers of an export to the run's test rows, and pair them with the tuned model's.
 
-    Saves `measures.npz` in the folder `out`. Without test rows or scores of the tuned model, `unmeasured` tells why.
+    Saves `measures.npz` in the folder `out`. If the test rows or the tuned model's scores are missing, `unmeasured` has
+    the reason.
     """
     plan, rows, examples = context.plan, context.rows, context.examples
     try:
@@ -135,7 +136,7 @@ def score_answers(
 
 def compare_with_tuned(run: OpenedRun, measures: PerRowScores) -> Json:
     """Return both models' scores on the test rows, and the differences: the export's minus the tuned model's."""
-    export = ScoredRun("the export", run.recipe, run.evaluation, measures)
+    export = ScoredRun("the export", run.recipe, run.evaluation, keep_asked(measures, run.recipe))
     difference, left_out = pair_metrics(run, export)
     return {
         "rows": len(measures.rows),
@@ -186,7 +187,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> int | None:
-    """Forget the highest memory of this process so far, and return what it has now; None where the system cannot."""
+    """Restart the count of this process's peak memory, and return its current memory; None if the system cannot."""
     release_memory()
     try:
         CLEAR.write_text("5")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.deploy.parity import LIMITS, Limits
+from llmtune.deploy.parity import LIMITS, Limits, load_product
 from llmtune.deploy.tuned_model import TunedModel, served_by_folder
 from llmtune.model.processor import load_processor
 from llmtune.recipe.model_section import ModelSection
@@ -53,8 +53,10 @@ WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".onnx", ".data", ".onnx_data")
 
 
 def weight_bytes(path: Path) -> int:
-    """Return the bytes of the weight files at `path`, a file or a folder."""
+    """Return the bytes of the weight files at `path`, a file or a folder; pickles next to safetensors do not count."""
     files = [path] if path.is_file() else [one for one in path.iterdir() if one.suffix in WEIGHT_FILES]
+    if any(one.suffix == ".safetensors" for one in files):
+        files = [one for one in files if one.suffix != ".bin"]
     return sum(file.stat().st_size for file in files)
 
 
@@ -79,8 +81,10 @@ def open_folder(folder: Path, context: RunContext, name: str) -> ExportedModel:
     """Load a plain model folder with transformers, as its users do."""
     plan = context.plan
     auto_class = getattr(transformers, plan.task.auto_class)
-    options = {"local_files_only": True, "trust_remote_code": plan.recipe.model.trust_remote_code}
-    model = cast(PreTrainedModel, auto_class.from_pretrained(folder, dtype="auto", **options)).eval().to(plan.device)
+    trust = plan.recipe.model.trust_remote_code
+    options = {"dtype": "auto", "local_files_only": True, "trust_remote_code": trust, "output_loading_info": True}
+    model = load_product(lambda: auto_class.from_pretrained(folder, **options), str(folder))
+    model = cast(PreTrainedModel, model.to(plan.device))
     limits = LIMITS["exact" if model.dtype == torch.float32 else "rounded"]
     processor = saved_processor(folder, plan.model_ref, plan.recipe.model)
     served = partial(served_by_folder, folder)

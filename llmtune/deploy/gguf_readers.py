@@ -211,8 +211,10 @@ def open_gguf_export(path: Path, context: RunContext) -> ExportedModel:
     file, plan = path if path.is_file() else next(path.glob("*.gguf")), context.plan
     length = max(context.examples.longest.values()) + plan.recipe.generation.max_new_tokens
     kind, config = find_class(plan.model_ref, plan.recipe, plan.task)
-    facts = read_tokenizer(file)
-    stated = GGUFReader(file).get_field("general.file_type")
+    try:
+        facts, stated = read_tokenizer(file), GGUFReader(file).get_field("general.file_type")
+    except (ValueError, IndexError, KeyError) as error:
+        raise EnvironmentProblem.of(f"not a readable GGUF file: {error}", str(file), "Export it again.") from error
     limits = FORMAT_LIMITS[FILE_TYPES.get(int(stated.contents()), COARSEST) if stated else COARSEST]
     if not has_llama():
         ours = TransformersGgufReader(file, facts, config)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired
 
 import torch
+from safetensors import SafetensorError
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 from typing_extensions import TypedDict
@@ -264,12 +265,12 @@ def load_product(load: Callable[[], tuple[PreTrainedModel, dict[str, set[str]]]]
     """
     try:
         model, info = load()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if is_out_of_memory(error) or system_errno(error) is not None:
             raise
-        raise EnvironmentProblem.of(f"{product} cannot be loaded again: {error}") from error
+        raise EnvironmentProblem.of(f"{product} cannot be loaded: {error}") from error
     if lost := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
-        raise GateFailed.of(f"{len(lost)} weights of {product} were lost in saving, such as {lost[0]}")
+        raise GateFailed.of(f"{len(lost)} weights of {product} are missing or unexpected, such as {lost[0]}")
     return model.eval()
 
 

@@ -66,7 +66,8 @@ def make_products(context: RunContext) -> None:
     """Make, certify and score the exports that the recipe names, unless they exist from the same inputs."""
     recipe, trained = context.plan.recipe, hash_folder(context.trained_folder)
     settings, names = recipe.generation.model_dump(mode="json"), recipe.deploy
-    inputs = hash_value([__version__, trained, context.plan.model_ref.content_hash, settings, sorted(names)])
+    scored = context.plan.inputs.get("evaluate")
+    inputs = hash_value([__version__, trained, context.plan.model_ref.content_hash, settings, scored, sorted(names)])
     with context.step("deploy", inputs, [EXPORT_FORMATS[name].folder for name in names]) as step:
         if not step.skipped:
             step.facts["exports"] = {name: EXPORT_FORMATS[name].make(context) for name in names}

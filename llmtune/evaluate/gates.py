@@ -144,6 +144,8 @@ def compared_scores(
 
 def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     """Return why there is no score to compare with."""
+    if gate.on_export:
+        return "not measured: `llmtune run` makes and scores the exports"
     left_out = evaluation.champion.left_out if evaluation.champion and gate.against == "champion" else {}
     return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else "not measured"
 

@@ -8,12 +8,14 @@ from safetensors.torch import load_file, save_file
 from support import families
 from support.classifying import colour_rows, recipe_for
 from support.classifying import run as run_classifier
-from support.runs import finish_run, invoke
+from support.runs import finish_run, invoke, write_recipe
 
+from llmtune.compare.compare_methods import change
 from llmtune.errors import RecipeError
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.opened_runs import open_run_scores
 from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.loader import load_recipe
 from llmtune.records import Difference, Evaluation, Study
 from llmtune.store.atomic_files import read_json
 
@@ -183,6 +185,19 @@ def test_a_gate_on_an_export_has_three_outcomes(evaluation, passed):
     assert check_gates(section, evaluation)[0].passed is passed
 
 
+def test_a_gate_on_an_export_that_is_not_made_yet_names_the_command():
+    (result,) = check_gates(EvaluateSection(gates=(SAME,)), Evaluation({}, {}, {}, (), 0))
+    assert result.passed is False
+    assert "`llmtune run` makes" in result.got
+
+
+def test_methods_are_compared_without_exports_and_their_gates(tiny_llama, tmp_path):
+    gates = ["loss < base", "deploy.merged.loss <= tuned"]
+    path = write_recipe(tmp_path / "r.yaml", tiny_llama, "rows.jsonl", deploy=["merged"], evaluate={"gates": gates})
+    changed = load_recipe(path, change(load_recipe(path), "full")).recipe
+    assert (changed.deploy, changed.evaluate.gates) == ((), ("loss < base",))
+
+
 @pytest.mark.parametrize(
     ("gate", "said"),
     [
@@ -195,6 +210,45 @@ def test_a_gate_on_an_export_has_three_outcomes(evaluation, passed):
 def test_impossible_gates_on_exports_are_refused(gate, said, tiny_llama, tmp_path):
     with pytest.raises(RecipeError, match=said):
         finish_run(tmp_path, tiny_llama, deploy=["merged"], evaluate={"gates": [gate]})
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    return folder
+
+
+def leave_out_a_layer(folder):
+    break_folder(folder, lambda weights: [weights.pop(name) for name in [*weights] if "layers.0.mlp" in name])
+    return folder
+
+
+def write_garbage(name):
+    def write(folder):
+        (folder.parent / name).write_bytes(b"garbage" * 100)
+        return folder.parent / name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [(cut_weights, 4), (leave_out_a_layer, 6), (write_garbage("model.gguf"), 4), (write_garbage("model.onnx"), 4)],
+)
+def test_a_damaged_export_is_named_without_a_traceback(damage, code, chat, tmp_path):
+    shutil.copytree(chat / "merged", tmp_path / "merged")
+    result = invoke("deploy", "certify", damage(tmp_path / "merged"), "--run", chat)
+    assert result.exit_code == code, result.output
+    assert str(tmp_path) in result.output.replace("\n", "")
+
+
+def test_other_metrics_score_the_exports_again(classifier):
+    _, run = classifier
+    more = "evaluate.metrics=[loss, accuracy, matthews]"
+    result = invoke("run", run.with_name("r.yaml"), "--out", run, "--set", more, "--json")
+    assert result.exit_code == 0, result.output
+    scored = json.loads(result.stdout)["deploy"]["exports"]["merged"]["score"]
+    assert "matthews" in scored["difference"]
 
 
 def test_certify_refuses_what_it_cannot_open(chat, tmp_path):
