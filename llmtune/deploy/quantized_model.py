@@ -46,6 +46,8 @@ DTYPE = torch.bfloat16
 CALIBRATION_ROWS = 64
 GROUP_SIZES = (128, 64, 32)
 """Numbers of weights that share a 4-bit scale, as vLLM supports them: the largest that divides all layers' inputs."""
+WITH_BARS = ("quantization.lifecycle.apply", "offload.dispatch", "compressors.model_compressors.model_compressor")
+"""Modules of compressed-tensors whose progress bars have no switch."""
 MERGE_INSTEAD = "Use `llmtune deploy merge`."
 
 
@@ -188,7 +190,7 @@ def compress(
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 
-    for name in ("quantization.lifecycle.apply", "offload.dispatch"):  # TQDM_DISABLE does not hide these bars
+    for name in WITH_BARS:
         vars(import_module(f"compressed_tensors.{name}"))["tqdm"] = lambda items, **options: items
     layers = linear_layers(model)
     about = preset_name_to_scheme(scheme.preset, ["Linear"])
