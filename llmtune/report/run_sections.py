@@ -272,7 +272,7 @@ def export_section(evaluation: Evaluation | None, deploy: Mapping[str, Any] | No
         blocks.append(difference_table(compared, title=spell_metrics([metric]), code=True, **heads))
     if blocks:
         note = "Each export was loaded by its own runtime, and answered the test rows. Differences are paired with the "
-        blocks.append(Text(note + "tuned model's answers. Rows per second: one row at a time.", "note"))
+        blocks.append(Text(note + "tuned model's answers. Rows per second: one row at a time.", "soft"))
     return Section("Exports", blocks, anchor="exports")
 
 
