@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llmtune.data.row_store import iterate_rows
-from llmtune.evaluate.calibration import calibrate, describe_reliability
+from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
 from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict, read_choices
@@ -89,10 +89,7 @@ def evaluate(
 
 def calibrate_answers(context: EvalContext, answers: dict[str, Answers]) -> Reliability | None:
     """Fit the temperature on the validation answers, set it in those of the tuned model; None if no row has choices."""
-    test = read_choices(context, answers["tuned"]) if context.inputs is not None else None
-    validation = None
-    if context.validation is not None:
-        validation = read_choices(replace(context, inputs=context.validation), answers["validation"])
+    test, validation = (choices_of(split, context, answers) for split in ("test", "validation"))
     if test is None and validation is None:
         return None
     record = calibrate(validation)
@@ -100,6 +97,19 @@ def calibrate_answers(context: EvalContext, answers: dict[str, Answers]) -> Reli
         answers["tuned"] = replace(answers["tuned"], temperature=record.temperature)
     clusters = context.inputs.clusters if context.inputs is not None else ()
     return describe_reliability(test, record, context.recipe.seed, clusters)
+
+
+def choices_of(split: str, context: EvalContext, answers: Mapping[str, Answers]) -> Chosen | None:
+    """Return the tuned model's choices on the rows of `test` or `validation`; `answers` are those of `Scored`.
+
+    None without rows, if the task does not choose, or (validation) without `evaluate.calibrate`. Of the result,
+    `probabilities(temperature)` [U, K] has the probability of each label for each choice (a row, or a word of it),
+    `right_UK` the references, `rows` the index of each choice's row into the split's inputs: `context.inputs.rows` or
+    `context.validation.rows` (the order of the references there). The temperature is that of the evaluation's
+    `reliability.record`, or 1 if that is None.
+    """
+    inputs, name = (context.inputs, "tuned") if split == "test" else (context.validation, split)
+    return read_choices(replace(context, inputs=inputs), answers[name]) if inputs is not None else None
 
 
 def compare_pieces(base: TokenSums | None, recipe: Recipe) -> dict[str, str]:

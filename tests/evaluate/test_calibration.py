@@ -1,26 +1,18 @@
 """Calibration: its metrics against scikit-learn, its temperature against a search, and what a run does with them."""
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import pytest
-from scipy.special import expit, log_softmax, softmax
+from scipy.special import expit, softmax
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
 from llmtune.evaluate.calibration import (
     BINS,
-    FEWEST_ROWS,
     Chosen,
-    calibrate,
-    describe_reliability,
     fit_temperature,
-    gather_choices,
     list_bins,
     measure_calibration,
 )
-from llmtune.evaluate.metric import paired_difference
 
 LABELS = ("red", "green", "blue")
 
