@@ -219,7 +219,8 @@ def test_a_run_with_too_few_validation_rows_says_that_it_is_not_calibrated(
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "validation": ({"data": {"validation": 0}}, "classify", "without validation rows"),
-    "task": ({}, "translate", "without the metric choice_accuracy"),
+    "task": ({}, "translate", "in task translate: its model does not choose"),
+    "metric": ({"evaluate": {"metrics": ["loss"], "calibrate": True}}, "chat", "without the metric choice_accuracy"),
     "numbers": ({"classify": {"kind": "regression"}}, "classify", "with classify.kind: regression"),
 }
 
