@@ -340,6 +340,43 @@ class Champion:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The temperature that corrects a tuned model's probabilities; `calibration.json` next to the model."""
+
+    temperature: float
+    """Divides the logits before softmax or sigmoids; the likeliest label stays the same."""
+    labels: tuple[str, ...]
+    """The labels that the model chooses from, in the order of its outputs; of chat and completion, the answers."""
+    many: bool
+    """Whether each label is a yes-or-no question (sigmoids), or one of them is right (softmax)."""
+    rows: int
+    """Validation rows that it was fitted on."""
+    before: dict[str, float]
+    """Metrics of the validation rows at temperature 1."""
+    after: dict[str, float]
+    trained_sha256: str | None = None
+    """Hash of the trained weights that it belongs to."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The tuned model's probabilities on the test rows, before and after its temperature."""
+
+    record: Calibration | None
+    """None without a temperature."""
+    why: str = ""
+    """Why there is no temperature."""
+    before: dict[str, float] = field(default_factory=dict)
+    """At temperature 1; empty without test rows."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Empty without a temperature."""
+    difference: dict[str, Difference] = field(default_factory=dict)
+    bins_before: tuple[tuple[float, float, float], ...] = ()
+    """Of each bin that is not empty: mean probability, share right, number of choices."""
+    bins_after: tuple[tuple[float, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Base and tuned model on the same held-out rows."""
 
@@ -369,6 +406,8 @@ class Evaluation:
     """None without test rows."""
     champion: Champion | None = None
     """None without a champion in the recipe."""
+    reliability: Reliability | None = None
+    """None if the task does not choose, or without `evaluate.calibrate`."""
 
     def by_name(self, split: str) -> dict[str, float]:
         """Return the scores of `base` or `tuned`, including studies, by the names that gates use."""
