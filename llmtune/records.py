@@ -340,6 +340,22 @@ class Champion:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """The lowest confidence that proves `evaluate.decide` on validation rows."""
+
+    risk: float
+    confidence: float
+    value: float | None
+    """Answers with at least this confidence are decided; None: none is."""
+    rows: int
+    """Validation rows."""
+    decided: int
+    """Validation rows with at least this confidence."""
+    wrong: int
+    """Errors among them."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Base and tuned model on the same held-out rows."""
 
