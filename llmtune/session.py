@@ -23,8 +23,9 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
+from llmtune.evaluate.calibration import run_calibration, save_calibration
 from llmtune.evaluate.champion import face_champion
-from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.results import load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
@@ -334,7 +335,9 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
     """Open a champion's run, to answer rows of this run with its model."""
     champion = open_finished(run, context.console, context.request.offline)
     plan = champion.plan
-    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
+    record = run_calibration(champion.folder)
+    temperature = record.temperature if record else 1.0
+    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders, temperature)
 
 
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:
@@ -361,10 +364,11 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     recipe, task, processor, models = plan.recipe, plan.task, plan.processor, Models(context)
     join_processes(plan.device)
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
-    eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder)
+    validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
+    eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
-    score_run(
+    evaluation = score_run(
         models.loaders,
         eval_context,
         rows,
@@ -372,6 +376,9 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         known=load_base(base_folder, base),
         challenge=partial(face_champion, context.folder, ask),
     )
+    record = evaluation.reliability.record if evaluation.reliability else None
+    if folder is not None and record is not None:
+        save_calibration(replace(record, trained_sha256=hash_folder(context.trained_folder)), folder)
 
 
 def lock_run(context: RunContext) -> None:

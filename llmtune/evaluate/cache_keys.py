@@ -41,7 +41,7 @@ def base_inputs(
     `adapter` is the return value of `adapter_settings`.
     """
     sections = (recipe.generation, recipe.model)
-    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS}), device]
+    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS, "calibrate"}), device]
     settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
     drawn = recipe.seed if recipe.generation.do_sample else None

@@ -11,14 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_groups, iterate_rows
+from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choices
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools, write_answer
+from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS, TOOL_METRICS
+from llmtune.recipe.task_facts import CHOICE_METRICS, PREDICTED, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Examples, Row, Rows
 
 SPLIT = "test"
@@ -73,6 +75,8 @@ class EvalContext:
     console: Console
     folder: Path | None = None
     """Where files of the evaluation go; None to keep nothing."""
+    validation: EvalInputs | None = None
+    """The validation rows to calibrate on, if the task chooses; they get no generated answers."""
 
 
 def make_inputs(
@@ -108,7 +112,7 @@ def make_inputs(
         why = f"; {unanswerable} have no prompt or no text answer" if unanswerable else ""
         notes["generated"] = f"answers are generated for {len(answered)} of {len(numbers)} rows{why}"
     choices, trees = tuple[str, ...](), dict[int, Tree]()
-    if CHOICE_METRIC in metrics:
+    if not task.predicts and set(CHOICE_METRICS) & set(metrics):
         saying = [i for i in answerable if not calls_tool(turns[i])]
         choices = resolve_choices(rows, task, recipe, references, split)
         if choices:
@@ -135,6 +139,32 @@ def make_inputs(
         groups=groups,
         clusters=read_clusters(rows, split, kept),
     )
+
+
+def calibration_inputs(
+    rows: Rows,
+    examples: Examples,
+    task: EvaluatedTask,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    test: EvalInputs | None,
+) -> EvalInputs | None:
+    """Return the validation rows to calibrate on, with the choices of the test rows, if any; no answer is generated.
+
+    None without validation rows, without `evaluate.calibrate`, or if the task does not choose.
+    """
+    section, choices = recipe.evaluate, recipe.evaluate.choices
+    chooses = bool(task.output_labels(recipe)) if task.predicts else section.chooses(recipe.variant)
+    if not task.predicts and test is not None:
+        chooses, choices = bool(test.trees), test.choices
+    if not (chooses and section.calibrate and examples.counts.get("validation")):
+        return None
+    asked = EvaluateSection(metrics=("nll",), choices=choices, samples=0)
+    recipe = recipe.model_copy(update={"evaluate": asked})
+    try:
+        return make_inputs(rows, examples, task, processor, recipe, "validation")
+    except DataError:  # no validation row has one of the choices
+        return None
 
 
 def read_clusters(rows: Rows, split: str, kept: Set[int]) -> tuple[int, ...]:

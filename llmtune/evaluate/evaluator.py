@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from llmtune.data.row_store import iterate_rows
+from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
-from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict
+from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict, read_choices
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import METHOD
 from llmtune.evaluate.results import find_flips, pick_samples
@@ -23,7 +24,7 @@ from llmtune.evaluate.suite_registry import Suite, compare_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Evaluation, Row, Rows
+from llmtune.records import Evaluation, Reliability, Row, Rows
 from llmtune.report.metric_info import better_side
 
 PIECES = "loss.pieces"
@@ -50,6 +51,7 @@ class Scored:
 
     evaluation: Evaluation
     answers: dict[str, Answers]
+    """By "base" and "tuned", and "validation": the tuned model's choices on the rows to calibrate on."""
     measures: PairedMeasures
     """Contribution of each test row to each score."""
 
@@ -73,13 +75,41 @@ def evaluate(
     """
     answers = {} if base is None else {"base": base}
     run_models(models, context, [suite for _, suite in suites], answers, headless=headless)
-    evaluation, measures = Evaluation({}, {}, {}, (), 0), PairedMeasures()
+    evaluation, measures, reliability = Evaluation({}, {}, {}, (), 0), PairedMeasures(), None
+    if context.recipe.evaluate.calibrate:
+        reliability = calibrate_answers(context, answers)
     if context.inputs is not None:
         base, tuned = answers["base"], answers["tuned"]
         measures = PairedMeasures(compute_metrics(context, base, base), compute_metrics(context, tuned, base))
         evaluation = compare_answers(context, context.inputs, base, tuned, measures, headless=stand_in is not None)
     studies = compare_suites(suites, measures)
-    return Scored(replace(evaluation, baseline=stand_in, studies=studies), answers, measures)
+    evaluation = replace(evaluation, baseline=stand_in, studies=studies, reliability=reliability)
+    return Scored(evaluation, answers, measures)
+
+
+def calibrate_answers(context: EvalContext, answers: dict[str, Answers]) -> Reliability | None:
+    """Fit the temperature on the validation answers, set it in those of the tuned model; None if no row has choices."""
+    test, validation = (choices_of(split, context, answers) for split in ("test", "validation"))
+    if test is None and validation is None:
+        return None
+    record = calibrate(validation)
+    if "tuned" in answers and not isinstance(record, str):
+        answers["tuned"] = replace(answers["tuned"], temperature=record.temperature)
+    clusters = context.inputs.clusters if context.inputs is not None else ()
+    return describe_reliability(test, record, context.recipe.seed, clusters)
+
+
+def choices_of(split: str, context: EvalContext, answers: Mapping[str, Answers]) -> Chosen | None:
+    """Return the tuned model's choices on the rows of `test` or `validation`; `answers` are those of `Scored`.
+
+    None without rows, if the task does not choose, or (validation) without `evaluate.calibrate`. Of the result,
+    `probabilities(temperature)` [U, K] has the probability of each label for each choice (a row, or a word of it),
+    `right_UK` the references, `rows` the index of each choice's row into the split's inputs: `context.inputs.rows` or
+    `context.validation.rows` (the order of the references there). The temperature is that of the evaluation's
+    `reliability.record`, or 1 if that is None.
+    """
+    inputs, name = (context.inputs, "tuned") if split == "test" else (context.validation, split)
+    return read_choices(replace(context, inputs=inputs), answers[name]) if inputs is not None else None
 
 
 def compare_pieces(base: TokenSums | None, recipe: Recipe) -> dict[str, str]:
@@ -109,11 +139,15 @@ def run_models(
     for name, load in (("base", models.base), ("tuned", models.tuned)):
         predicts = context.inputs is not None and name not in answers
         running = () if name == "base" and headless else suites
-        if not predicts and not running:
+        validation = replace(context, inputs=context.validation) if name == "tuned" else context
+        calibrates = name == "tuned" and context.validation is not None
+        if not predicts and not running and not calibrates:
             continue
         with load() as model:
             if predicts:
                 answers[name] = predict(model, name, context, models.packs())
+            if calibrates:
+                answers["validation"] = predict(model, "validation", validation, models.packs())
             for suite in running:
                 suite.run(name, model)
         del model  # frees the base's weights before the tuned ones are loaded

@@ -255,6 +255,20 @@ def correlation_bounds(seen_M2: Floats) -> tuple[Floats, Floats]:
     return np.array([low, top]), np.array([high, top])
 
 
+def brier_bounds(sums_M2: Floats) -> tuple[Floats, Floats]:
+    """(squared errors, choices): certain of a wrong label, and of the right one, in a row of average length."""
+    choices = float(sums_M2[:, 1].mean())
+    return np.array([2 * choices, choices]), np.array([0.0, choices])
+
+
+def reliability_bounds(sums_M3B: Floats) -> tuple[Floats, Floats]:
+    """(probability, right, choices) by bin: certain and wrong, and certain and right, in a row of average length."""
+    choices = float(np.split(sums_M3B, 3, axis=1)[2].sum(1).mean())
+    worst, best = np.zeros((2, 3, sums_M3B.shape[1] // 3))
+    worst[[0, 2], -1] = best[:, -1] = choices
+    return worst.ravel(), best.ravel()
+
+
 BOUNDS: Mapping[str, Bounds] = {
     "share": share_bounds,
     "mean of shares": mean_share_bounds,
@@ -265,5 +279,7 @@ BOUNDS: Mapping[str, Bounds] = {
     "classes": class_bounds,
     "ranks": rank_bounds,
     "correlation": correlation_bounds,
+    "brier": brier_bounds,
+    "reliability": reliability_bounds,
 }
 """By their names on disk."""

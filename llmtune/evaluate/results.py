@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ConfigDict
@@ -23,7 +24,7 @@ from llmtune.store.atomic_files import explained, plain, read_json, write_text
 from llmtune.store.json_shapes import find_misfit
 
 PREDICTIONS, BASE = "predictions.jsonl", "base.json"
-BY_ROW = ("texts", "scores", "predictions", "parts", "cut")
+BY_ROW = ("texts", "scores", "predictions", "parts", "cut", "logits")
 """Row-wise fields of `Answers`, as named in `base.json`."""
 
 
@@ -50,6 +51,7 @@ class SavedAnswers(TypedDict):
     predictions: list[tuple[int, object]]
     parts: list[tuple[int, list[SavedPart]]]
     cut: list[tuple[int, float]]
+    logits: list[tuple[int, list[list[float | None]]]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def load_base(folder: Path | None, inputs: str) -> BaseAnswers:
     if saved["sums"] and saved["sums"].keys() != {one.name for one in fields(TokenSums)}:
         return BaseAnswers(inputs)
     sums = saved["sums"] and TokenSums(**{name: np.asarray(values) for name, values in saved["sums"].items()})
-    by_row = {name: dict(saved[name]) for name in BY_ROW}
+    by_row: dict[str, Any] = {name: dict(saved[name]) for name in BY_ROW}
     by_row["parts"] = {i: [ParsedAnswer(**answer) for answer in parsed] for i, parsed in by_row["parts"].items()}
     return BaseAnswers(inputs, Answers(sums or None, **by_row))
 

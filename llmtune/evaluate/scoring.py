@@ -52,6 +52,8 @@ class ChampionModel:
     processor: PreTrainedTokenizerBase
     device: str
     models: ModelLoaders
+    temperature: float = 1.0
+    """The temperature of its probabilities."""
 
 
 LoadChampion = Callable[[Path], ChampionModel]
@@ -239,4 +241,5 @@ def measure_champion(
         answered = predict(model, "champion", context, champion.models.packs())
     del model
     release_memory()
+    answered = replace(answered, temperature=champion.temperature)
     return compute_metrics(context, answered, answered), inputs.rows

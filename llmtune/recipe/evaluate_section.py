@@ -20,7 +20,7 @@ from llmtune.recipe.eval_suites_section import (
 from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type, sections_by
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TaskVariant
+from llmtune.recipe.task_facts import CALIBRATION, CHOICE_METRICS, CUT_METRIC, PREDICTED, TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
@@ -56,6 +56,9 @@ class EvaluateSection(RecipeSection):
     choices: Choices | None = "auto"
     """Possible answers, scored by likelihood as `choice_accuracy`: a list, `auto` (if the rows have few different
     answers), or null to disable. Default `auto`: shows whether a gain is more than a better answer format."""
+    calibrate: bool = True
+    """Whether to fit a temperature for the probabilities of a task that chooses (classify, token-classify; chat and
+    completion with `choices`), on the validation rows alone. Default true: it costs one pass over these rows."""
     samples: int = Field(default=5, ge=0, le=1000)
     """Answers shown side by side in the report. Also the maximum number of rows shown (but at most 5) that flipped
     from wrong to right, or from right to wrong. Default 5: enough to see the style."""
@@ -94,9 +97,15 @@ class EvaluateSection(RecipeSection):
         return dict.fromkeys(groups, "evaluate.fairness.groups") | dict.fromkeys(self.slices, "evaluate.slices")
 
     def check(
-        self, diagnostics: Diagnostics, variant: TaskVariant, has_test: bool, exports: Sequence[str] = ()
+        self,
+        diagnostics: Diagnostics,
+        variant: TaskVariant,
+        has_test: bool,
+        exports: Sequence[str] = (),
+        has_validation: bool = True,
     ) -> None:
         """Report impossible measurements and gates; `exports` are those of the recipe's `deploy`."""
+        self._check_calibrate(diagnostics, variant, has_validation)
         check_benchmark_keys(diagnostics, self.benchmarks, variant)
         if self.fairness:
             self.fairness.check(diagnostics, variant, has_test)
@@ -122,6 +131,21 @@ class EvaluateSection(RecipeSection):
         """Return the recipe's metrics, or the task's default metrics if it has none."""
         return self.metrics or variant.default_metrics
 
+    def chooses(self, variant: TaskVariant) -> bool:
+        """Return whether a task that generates answers also chooses among a few of them."""
+        return variant.facts.generates and not set(CHOICE_METRICS).isdisjoint(self.chosen_metrics(variant))
+
+    def _check_calibrate(self, diagnostics: Diagnostics, variant: TaskVariant, has_validation: bool) -> None:
+        key = "evaluate.calibrate"
+        if not has_validation:
+            diagnostics.no_effect(
+                key, "without validation rows", "Set data.validation, or remove it.", "data.validation"
+            )
+        elif variant.facts.generates and not self.chooses(variant):
+            diagnostics.no_effect(key, f"without the metric {CHOICE}", f"Add {CHOICE} to evaluate.metrics.", "task")
+        elif not set(CALIBRATION) & set(variant.metrics):
+            diagnostics.no_effect(key, f"in task {variant.task}, which does not choose", "Remove it.", "task")
+
     def _check_unmeasured(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         for i, metric in enumerate(self.metrics):
             if metric in variant.facts.metrics and metric not in variant.metrics:
@@ -142,10 +166,11 @@ class EvaluateSection(RecipeSection):
 
     def _check_choices(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, metrics = "evaluate.metrics", self.chosen_metrics(variant)
-        if self.choices is not None and CHOICE not in metrics:
+        if self.choices is not None and not self.chooses(variant):
             diagnostics.no_effect("evaluate.choices", f"without the metric {CHOICE}", f"Add {CHOICE} to {key}.", key)
-        if self.choices is None and CHOICE in self.metrics:
-            what = f"{CHOICE} needs choices, but evaluate.choices is null"
+        needing = [metric for metric in self.metrics if metric in CHOICE_METRICS] if variant.facts.generates else []
+        if self.choices is None and needing:
+            what = f"{needing[0]} needs choices, but evaluate.choices is null"
             diagnostics.add(key, what, "Set evaluate.choices to auto.", "evaluate.choices")
         if isinstance(self.choices, tuple):
             diagnostics.repeated("evaluate.choices", self.choices, "an answer")

@@ -168,7 +168,7 @@ class Recipe(RecipeSection):
         self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
         self.train.check_task(diagnostics, variant)
         self.generation.check(diagnostics, variant)
-        self.evaluate.check(diagnostics, variant, bool(self.data.test), self.deploy)
+        self.evaluate.check(diagnostics, variant, bool(self.data.test), self.deploy, bool(self.data.validation))
         self._check_deploy(diagnostics, variant)
 
     def _check_deploy(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:

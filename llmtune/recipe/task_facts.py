@@ -11,6 +11,16 @@ GENERATED = ("exact_match", *ROUGE, "chrf")
 """Metrics of chat and completion on generated answers."""
 MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
 TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
+CALIBRATION = ("ece", "brier", "nll")
+"""Metrics of the probabilities of a task that chooses."""
+CHOICE_METRICS = ("choice_accuracy", *CALIBRATION)
+"""Metrics of chat and completion that need choices."""
+DECISIONS: Mapping[str, tuple[str, ...]] = {
+    "decide": ("decided", "decided_error"),
+    "sets": ("set_coverage", "set_size"),
+    "out_of_scope": ("false_alarms",),
+}
+"""Metrics of the tuned model's decisions on test rows, by the key of `evaluate` that adds them."""
 NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
 CUT_METRIC = "answers_cut"
@@ -100,7 +110,7 @@ _TASKS = (
     TaskFacts(
         "chat",
         "answer in a conversation",
-        (*LANGUAGE, *GENERATED, "choice_accuracy", *TOOL_METRICS, CUT_METRIC),
+        (*LANGUAGE, *GENERATED, *CHOICE_METRICS, *TOOL_METRICS, CUT_METRIC),
         (*LANGUAGE, "exact_match", "rougeL", "chrf", "choice_accuracy", *TOOL_METRICS),
         formats=("messages", "sharegpt", "alpaca", "prompt-completion"),
         models=("decoder",),
@@ -116,7 +126,7 @@ _TASKS = (
     TaskFacts(
         "completion",
         "continue a text, or fill in masked tokens",
-        (*LANGUAGE, *GENERATED, "choice_accuracy", CUT_METRIC),
+        (*LANGUAGE, *GENERATED, *CHOICE_METRICS, CUT_METRIC),
         LANGUAGE,
         formats=("prompt-completion", "alpaca", "text"),
         models=("decoder",),
@@ -190,7 +200,7 @@ _TASKS = (
         "assign one class, several classes or a number to a text",
         (
             *("loss", "accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc"),
-            *("mse", "mae", "pearson", "spearman"),
+            *(*CALIBRATION, "mse", "mae", "pearson", "spearman"),
         ),
         ("loss", "accuracy", "f1_macro", "f1_micro", "matthews", "auroc"),
         formats=("text-label",),
@@ -211,7 +221,7 @@ _TASKS = (
     TaskFacts(
         "token-classify",
         "mark words in a text",
-        ("loss", "f1", "precision", "recall", "accuracy"),
+        ("loss", "f1", "precision", "recall", "accuracy", *CALIBRATION),
         ("loss", "f1", "precision", "recall"),
         formats=("tokens-tags", "text-spans"),
         models=("encoder",),
