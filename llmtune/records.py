@@ -416,9 +416,9 @@ class Decision:
     free_labels: tuple[str, ...] = ()
     """Labels that are in every set, because too few validation rows have them."""
     lowest_score: float | None = None
-    """Rows with a lower score are out of scope; None without `evaluate.out_of_scope`."""
+    """Rows with a lower score are out of scope; None if the validation rows are too few to call any."""
     false_alarms: float | None = None
-    """Share of rows like those of training that are expected to be called out of scope, at most."""
+    """Share of usual rows that may be called out of scope; None without `evaluate.out_of_scope`."""
     trained_sha256: str | None = None
     """Hash of the trained weights that they belong to."""
 

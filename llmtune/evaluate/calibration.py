@@ -6,7 +6,7 @@ Shapes: U choices, K labels, N rows, C numbers per choice (1, or K yes-or-no que
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,13 @@ class Chosen:
     def probabilities(self, temperature: float = 1.0) -> Floats:
         """Return the probability of each label [U, K]."""
         return np.exp(log_probabilities(self.logits_UK / temperature, many=self.many))
+
+    def one_row_each(self, clusters: Sequence[int]) -> Chosen:
+        """Return the choices of the first row of each cluster; `clusters` is indexed by row, and may be empty."""
+        first = {cluster: row for row, cluster in reversed([*enumerate(clusters)])}
+        kept = [u for u, row in enumerate(self.rows) if not clusters or first[clusters[row]] == row]
+        rows = tuple(self.rows[u] for u in kept)
+        return replace(self, logits_UK=self.logits_UK[kept], right_UK=self.right_UK[kept], rows=rows)
 
 
 def log_probabilities(logits: Floats, *, many: bool) -> Floats:

@@ -67,15 +67,6 @@ def rows_to_prove(risk: float, confidence: float, error: float) -> int | None:
     return int(rows_G[enough_G.argmax()]) if enough_G.any() else None
 
 
-def exact_interval(hits: int, rows: int, alpha: float) -> tuple[float, float]:
-    """Return the interval of a share: Clopper and Pearson, "The Use of Confidence or Fiducial Limits", 1934."""
-    from scipy.stats import beta
-
-    low = float(beta.ppf(alpha / 2, hits, rows - hits + 1)) if hits else 0.0
-    high = float(beta.ppf(1 - alpha / 2, hits + 1, rows - hits)) if hits < rows else 1.0
-    return low, high
-
-
 def highest_bound(values_M: Floats, weights_M: Floats, rows: int, miss: float) -> float:
     """Return the highest bound below which at most `miss` of a new row's weight is expected; -inf if none is.
 

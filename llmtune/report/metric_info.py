@@ -9,8 +9,22 @@ from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
 LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "bits_per_byte", "wer", "cer", "ter", "mse", "mae", "kl", "answers_cut", *CALIBRATION,
-     "decided_error", "set_size", "false_alarms"},
+    {
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "wer",
+        "cer",
+        "ter",
+        "mse",
+        "mae",
+        "kl",
+        "answers_cut",
+        *CALIBRATION,
+        "decided_error",
+        "set_size",
+        "false_alarms",
+    },
 )
 COSTS = frozenset({"kl", "answers_cut", "ece"})
 """Metrics that show the cost or conditions of a gain. A change in only these does not make a model worse."""

@@ -47,7 +47,9 @@ class Population:
 
     def nll(self) -> float:
         """Return the mean negative log-likelihood of the right labels."""
-        return -float(log_probabilities(self.logits_PK, many=False)[np.arange(len(self.labels_P)), self.labels_P].mean())
+        return -float(
+            log_probabilities(self.logits_PK, many=False)[np.arange(len(self.labels_P)), self.labels_P].mean()
+        )
 
     def temperature(self) -> float:
         """Fit the temperature on these rows."""
@@ -117,7 +119,10 @@ def summarize(found: list[tuple[float, float]]) -> Outcome:
     some_R = decided_R > 0
     mean = float(error_R[some_R].mean()) if some_R.any() else 0.0
     return Outcome(
-        float((error_R <= RISK).mean()), float(decided_R.mean()), float(1 - some_R.mean()), mean,
+        float((error_R <= RISK).mean()),
+        float(decided_R.mean()),
+        float(1 - some_R.mean()),
+        mean,
         float(np.quantile(error_R, 0.95)),
     )
 
