@@ -62,6 +62,17 @@ def log_probabilities(logits: Floats, *, many: bool) -> Floats:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
+def name_probabilities(
+    labels: Sequence[str], logits: Sequence[Sequence[float]], *, many: bool, temperature: float
+) -> list[dict[str, float]]:
+    """Return the probability of each label for each choice of a row; empty for a choice without logits."""
+    logits_UK = (np.asarray(scores, dtype=np.float64) / temperature for scores in logits)
+    return [
+        dict(zip(labels, np.exp(log_probabilities(scores_K, many=many)).tolist(), strict=True)) if len(scores_K) else {}
+        for scores_K in logits_UK
+    ]
+
+
 def gather_choices(
     labels: Sequence[str],
     logits: Mapping[int, Sequence[Sequence[float]]],

@@ -19,7 +19,7 @@ from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.serve.finished_run import FinishedRun, Inputs
-from llmtune.serve.served_model import ServedModel, label_scores
+from llmtune.serve.served_model import ServedModel
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "text", "source", "document"),
@@ -34,7 +34,7 @@ AT_ONCE = 512
 def answer_file(
     run: FinishedRun, rows: Path, output: Path | None, *, base: bool, max_new_tokens: int | None
 ) -> tuple[int, int]:
-    """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and for classes their `scores`.
+    """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and `scores` if it chooses.
 
     If the file has a column `answer`, it is written as `reference`. Columns are read as in training: by the recipe's
     mapping, and by their usual names. Returns the number of answered and of unreadable rows; the latter have an
@@ -114,10 +114,9 @@ def _answer_rows(
     task, recipe = served.task, served.recipe
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
-        for prediction in served.predict(rows):
-            labelled = label_scores(prediction, recipe)
-            scores = {"scores": labelled["scores"]} if isinstance(labelled, dict) and labelled != prediction else {}
-            yield {"answer": task.format_prediction(prediction), **scores}
+        for predicted in served.predict(rows):
+            of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
+            yield {"answer": task.format_prediction(predicted.value), **of_classes, **predicted.scores}
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)
@@ -126,9 +125,10 @@ def _answer_rows(
     outputs = iter(
         generate_completions(served.model, fitting, served.processor, recipe, device=served.device, advance=advance)
     )
-    for ids in prompts:
+    for ids, scores in zip(prompts, served.choose(rows), strict=True):
         if len(ids) > room:
             yield {"error": f"the prompt has {len(ids)} tokens, but the model's context has room for {room}"}
             continue
         parsed = read(next(outputs).token_ids, None)
-        yield {"answer": parsed.text, **({"reasoning": parsed.reasoning} if parsed.reasoning else {})}
+        thoughts = {"reasoning": parsed.reasoning} if parsed.reasoning else {}
+        yield {"answer": parsed.text, **thoughts, **({"scores": scores} if scores else {})}

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.calibration import run_calibration
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate_completions
@@ -216,7 +217,9 @@ class FinishedRun:
     def answer(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> dict[str, object]:
         """Answer once, whatever the task.
 
-        Returns `text`, for people, and `prediction`, in the task's format; also `reasoning` if the model wrote any.
+        Returns `text`, for people, and `prediction`, in the task's format; also `reasoning` if the model wrote any, and
+        `scores` if it chooses: the probability of each tag for each word, or of each of the answers that it was
+        calibrated on. The prediction of classes has its own.
         Raises as `generate` does.
         """
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
@@ -224,16 +227,18 @@ class FinishedRun:
         if task.free_prompt:
             whole = sum(_ask(served, inputs), Delta())
             thoughts = {"reasoning": whole.reasoning} if whole.reasoning else {}
-            return {"text": whole.content, "prediction": whole.content, **thoughts}
+            (chosen,) = served.choose([task.make_row(inputs)])
+            found = {"text": whole.content, "prediction": whole.content, **thoughts}
+            return found | ({"scores": chosen} if chosen else {})
         row = task.make_row(inputs)
-        prediction: object
         if task.predicts:
-            (prediction,) = served.predict([row])
+            (predicted,) = served.predict([row])
+            prediction, scores = predicted.value, predicted.scores
         else:
             ids = task.prompt_ids(row, served.processor, served.recipe)
             (output,) = generate_completions(served.model, [ids], served.processor, served.recipe, device=served.device)
-            prediction = served.read(output.token_ids)
-        return {"text": task.format_answer(prediction, row), "prediction": prediction}
+            prediction, scores = served.read(output.token_ids), {}
+        return {"text": task.format_answer(prediction, row), "prediction": prediction, **scores}
 
     def stream(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> Iterator[str]:
         """Yield the text of `answer`, in pieces as they are generated if the task has free prompts."""
@@ -292,7 +297,9 @@ class FinishedRun:
             plan, models = self._opened.plan, Models(self._opened)
             with models.base() if base else models.tuned() as model:
                 name = "base" if base else "tuned"
-                self._loaded[base] = ServedModel(name, model, plan.processor, plan.recipe, plan.task)
+                served = ServedModel(name, model, plan.processor, plan.recipe, plan.task)
+                record = None if base else run_calibration(self._opened.folder)
+                self._loaded[base] = replace(served, calibration=record)
         return self._loaded[base]
 
 

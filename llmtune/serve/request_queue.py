@@ -40,6 +40,8 @@ class End:
 
     reason: str
     prediction: object = None
+    probabilities: Sequence[dict[str, float]] = ()
+    """Of each label, for each choice of a predicted row."""
 
 
 Event = list[int] | End | BaseException

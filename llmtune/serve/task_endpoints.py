@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -47,6 +47,7 @@ class TaskAnswer(BaseModel):
     prediction: object
     labels: list[str] | None = Field(default=None, description="Names of the classes, in the order of the scores.")
     words: list[str] | None = Field(default=None, description="The words that the tags belong to.")
+    scores: list[dict[str, float]] | None = Field(default=None, description="The probability of each tag, by word.")
 
 
 def mount_task(app: FastAPI, task: AnyTask, engine: Engine, metrics: Metrics) -> None:
@@ -150,9 +151,10 @@ async def answer_row(
         job = make_job(served, ServedPrompt(prompt), GenerationRequest(), None)
     ids: list[int] = []
     prediction: object = None
+    probabilities: Sequence[dict[str, float]] = ()
     async for event in run_job(engine, job):
         if isinstance(event, End):
-            prediction = event.prediction
+            prediction, probabilities = event.prediction, event.probabilities
         else:
             ids += event
     if not task.predicts:
@@ -167,5 +169,6 @@ async def answer_row(
         prediction=prediction,
         labels=list(section.labels or ()) or None if section else None,
         words=row.get("tokens"),
+        scores=[*probabilities] if "tokens" in row else None,
     )
     return JSONResponse(answer.model_dump(exclude_none=True))
