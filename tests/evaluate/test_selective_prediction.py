@@ -33,14 +33,14 @@ ERRORS = [pytest.param(error, marks=() if error == 0.15 else pytest.mark.slow) f
 class Known(ClassifierMixin, BaseEstimator):
     """A classifier whose inputs are its probabilities."""
 
-    def fit(self, X: Floats, y: Floats) -> Known:  # noqa: N803
+    def fit(self, X: Floats, y: Floats) -> Known:
         self.classes_ = np.arange(simulated.LABELS)
         return self
 
-    def predict_proba(self, X: Floats) -> Floats:  # noqa: N803
+    def predict_proba(self, X: Floats) -> Floats:
         return X
 
-    def predict(self, X: Floats) -> Floats:  # noqa: N803
+    def predict(self, X: Floats) -> Floats:
         return X.argmax(1)
 
 
