@@ -6,9 +6,10 @@ Shapes: N rows, U choices (one per row, or one per word of a row), K labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ from llmtune.recipe.training_rule import count_checkpoints
 from llmtune.records import Decided, Decision, Json, Rows
 from llmtune.report.number_format import count
 from llmtune.store.atomic_files import read_json, write_json
+from llmtune.store.run_folder import RunFolder
 
 RECORD = "decision.json"
 DECIDE, ASK = "decide", "ask"
@@ -156,6 +158,16 @@ def print_need(recipe: Recipe, rows: Rows, console: Console) -> None:
         console.print(text, style="yellow" if ASK in text else "", highlight=False, markup=False)
 
 
+def describe_answer(found: Mapping[str, Any]) -> str:
+    """Return a line about the decision in `decide_answer`, for people; empty without one."""
+    parts = [f"decision: {found['decision']}"] if "decision" in found else []
+    parts += [f"likeliest choice: {found['choice']}"] if "choice" in found else []
+    parts += [f"confidence: {found['confidence']:.4f}"] if "confidence" in found else []
+    parts += [f"set: {', '.join(found['set']) or '(empty)'}"] if "set" in found else []
+    parts += ["out of scope"] if found.get("out_of_scope") else []
+    return "\n" + "; ".join(parts) if parts else ""
+
+
 def describe_need(section: EvaluateSection, rows: int, checkpoints: int) -> str:
     """Return how many validation rows `evaluate.decide` needs; empty without it."""
     if section.decide is None:
@@ -182,6 +194,11 @@ def load_decision(folder: Path) -> Decision | None:
         return None if saved is None else TypeAdapter(Decision).validate_python(saved)
     except ValidationError:
         return None
+
+
+def run_decision(run: RunFolder) -> Decision | None:
+    """Return the rules of a run's tuned model; None if its last evaluation fitted none."""
+    return load_decision(run.path / "evaluation") if run.is_done("evaluate") else None
 
 
 def conclude(record: Decision | str, curve: tuple[tuple[float, float], ...] = ()) -> Decided:
