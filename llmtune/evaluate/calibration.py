@@ -207,14 +207,17 @@ def describe_reliability(
     if test is None:
         return Reliability(record, why)
     before, after = (
-        {metric: measure_calibration(metric, test, temperature).in_clusters(clusters) for metric in CALIBRATION}
-        if temperature is not None
-        else {}
-        for temperature in (1.0, record.temperature if record else None)
+        {metric: measure_calibration(metric, test, one).in_clusters(clusters) for metric in CALIBRATION}
+        for one in (1.0, record.temperature if record else 1.0)
     )
-    paired = PairedMeasures(before, after)
-    bins = tuple(list_bins(one["ece"]) if one else () for one in (before, after))
-    return Reliability(record, why, *paired.scores(), paired.differences(seed), *bins)
+    before_bins, after_bins = list_bins(before["ece"]), list_bins(after["ece"])
+    if record is None:
+        return Reliability(None, why, PairedMeasures(before).scores()[0], bins_before=before_bins)
+    # One temperature cannot move a row across the range of a metric, which `bounds` allows for.
+    paired = PairedMeasures(
+        *({name: replace(one, bounds=None) for name, one in part.items()} for part in (before, after))
+    )
+    return Reliability(record, why, *paired.scores(), paired.differences(seed), before_bins, after_bins)
 
 
 def save_calibration(record: Calibration, folder: Path) -> None:

@@ -24,6 +24,7 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
+from llmtune.report.calibration_section import calibration_section
 from llmtune.report.charts import draw_meter
 from llmtune.report.decision_view import decision_section
 from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note, rank_metrics
@@ -43,6 +44,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
     return [
         score_section(evaluation, task),
         sample_section(evaluation, task),
+        calibration_section(evaluation),
         champion_section(evaluation, task),
         seed_section(seeds, base),
         decision_section(evaluation),
