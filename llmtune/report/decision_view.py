@@ -6,7 +6,7 @@ from itertools import chain
 
 from llmtune.recipe.task_facts import DECISIONS
 from llmtune.records import Decision, Evaluation
-from llmtune.report.blocks import Block, Cell, Column, Html, Section, Table, TableColumns, TableRows, Text
+from llmtune.report.blocks import Beside, Block, Cell, Column, Html, Section, Table, TableColumns, TableRows, Text
 from llmtune.report.charts import Curve, draw_curves
 from llmtune.report.metric_info import metric_note
 from llmtune.report.number_format import DASH, count, missing, score
@@ -27,44 +27,55 @@ def decision_section(evaluation: Evaluation) -> Section:
             rows.append([name, score(own.value), ends, count(own.n)])
     columns: TableColumns = ["metric", *(Column(name, "number") for name in ("test rows", "95 % interval", "rows"))]
     blocks: list[Block] = [Text(text) for text in describe_rules(record)]
-    blocks += [Table(columns, rows)] if rows else []
-    blocks += draw_risk(evaluation, record)
-    text = (
-        "Validation rows decide, test rows measure. The guarantees hold for new rows that are drawn as the validation "
-    )
-    text += "rows were. They do not hold for other kinds of rows. Confidences are probabilities at temperature 1."
+    table, chart = [Table(columns, rows)] if rows else [], draw_risk(evaluation, record)
+    blocks += [Beside(table, chart)] if chart else table
+    text = "Fitted on validation rows, measured on test rows. The guarantees hold for new rows of the same kind as the "
+    text += "validation rows. A confidence is a probability before the temperature of the calibration."
     return Section("Decisions", [*blocks, Text(text, "soft")], anchor="decisions")
 
 
 def describe_rules(record: Decision) -> list[str]:
     """Return a sentence or two for each rule."""
     texts, threshold = [], record.threshold
-    best = f" The confidence covers the choice among {record.checkpoints} checkpoints by the same rows."
-    if threshold is not None and threshold.value is None:
-        text = (
-            f"No confidence proves an error rate of at most {threshold.risk:g} on {count(threshold.rows)} validation "
-        )
-        texts.append(text + "rows, so every answer asks a person. Add validation rows, or raise evaluate.decide.risk.")
-    elif threshold is not None:
-        text = f"An answer is decided if its confidence is at least {score(threshold.value)}. Then it is wrong in at "
-        text += f"most {threshold.risk:g} of the cases, with confidence {threshold.confidence:g} (Learn-then-Test): of "
-        text += f"{count(threshold.rows)} validation rows {count(threshold.decided)} are decided, and "
-        texts.append(text + f"{count(threshold.wrong)} of these are wrong." + (best if record.checkpoints > 1 else ""))
-    if record.set_bounds:
+    if threshold is not None:
+        proven = f"{percent(threshold.risk)} of the decided answers are wrong, with {percent(threshold.confidence)} "
+        proven += "confidence"
+        if record.checkpoints > 1:
+            proven += f" (whichever of {record.checkpoints} checkpoints was best on the same rows)"
+        if threshold.value is None:
+            text = (
+                f"{count(threshold.rows)} validation rows do not prove for any answers that at most {proven}. So every "
+            )
+            text += "answer asks a person. Add validation rows, or raise evaluate.decide.risk."
+        else:
+            text = (
+                f"An answer with a confidence of {score(threshold.value)} or more is decided, any other asks a person. "
+            )
+            text += f"At most {proven}: of {count(threshold.rows)} validation rows, {count(threshold.decided)} are "
+            text += f"decided, and {count(threshold.wrong)} of these are wrong (Learn-then-Test)."
+        texts.append(text)
+    if record.coverage is not None:
+        what = f"A prediction set has the right label in {percent(record.coverage)} of the rows"
+        if record.many:
+            what = f"A prediction set has on average {percent(record.coverage)} of a row's right labels"
         method = "conformal risk control of the false negative rate" if record.many else "split conformal prediction"
-        method = "split conformal prediction by class" if record.per_class else method
-        what = "is expected to have this share of a row's right labels" if record.many else "has the right label"
-        text = f"A prediction set {what} with coverage {record.coverage:g} ({method})."
+        text = f"{what}{' of each class' if record.per_class else ''}"
+        text += f" ({'split conformal prediction by class' if record.per_class else method})."
         if record.free_labels:
-            names = ", ".join(record.free_labels)
-            text += f" Too few validation rows, or too many errors, for {names}: always in the set."
+            text += f" Always in the set, for lack of validation rows: {', '.join(record.free_labels)}."
         texts.append(text)
     if record.false_alarms is not None:
-        text = f"A row is out of scope if its score is unusually low: at most {record.false_alarms:g} of usual rows. "
-        text += "There is no guarantee that a row from elsewhere has a low score."
-        text += "" if record.lowest_score is not None else " The validation rows are too few, so no row is."
+        text = "A row is out of scope if its score is lower than that of nearly all validation rows. At most "
+        text += f"{percent(record.false_alarms)} of such rows are called so by mistake. Not guaranteed: that rows of "
+        text += "another kind have low scores."
+        text += "" if record.lowest_score is not None else " The validation rows are too few to call any."
         texts.append(text)
     return texts
+
+
+def percent(value: float) -> str:
+    """Write a share as a percentage."""
+    return f"{100 * value:.4g} %"
 
 
 def draw_risk(evaluation: Evaluation, record: Decision) -> list[Block]:
