@@ -142,7 +142,7 @@ def sum_bins(chosen: Chosen, temperature: float) -> Floats:
     sums_U3B = np.zeros((len(p_UC), 3, BINS))
     for part, value_UC in enumerate((p_UC, right_UC, np.ones_like(p_UC))):
         np.add.at(sums_U3B[:, part], (every_U1, bin_UC), value_UC)
-    return sums_U3B.reshape(len(p_UC), -1)
+    return sums_U3B.reshape(len(p_UC), 3 * BINS)
 
 
 def ece_formula(sums: Floats) -> Floats:

@@ -149,6 +149,7 @@ class ClassifySection(TaskSection):
         if self.kind == "regression":
             why, because = "with classify.kind: regression", "classify.kind"
             diagnostics.none_has_effect(self, "classify", ("labels", "class_weights"), why, "Remove it.", because)
+            diagnostics.no_effect("evaluate.calibrate", why, "Remove it.", because)
         if isinstance(self.class_weights, dict) and labels:
             for name in set(self.class_weights) - set(labels):
                 what = f"'classify.class_weights' has '{name}', which is not a label"

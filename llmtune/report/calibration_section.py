@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmtune.records import Evaluation
-from llmtune.report.blocks import Beside, Block, Column, Compared, Details, Html, Section, Table, Text, difference_table
+from llmtune.report.blocks import (
+    Beside,
+    Block,
+    Column,
+    Compared,
+    Details,
+    Html,
+    Section,
+    Table,
+    TableColumns,
+    Text,
+    difference_table,
+)
 from llmtune.report.charts import draw_reliability
 from llmtune.report.metric_info import METRIC_NOTES, better_side
 from llmtune.report.number_format import count, score
@@ -57,5 +69,5 @@ def describe_bins(name: str, bins: Bins) -> str:
 def bin_table(name: str, bins: Bins) -> Table:
     """Return a table of bins."""
     rows = [[score(probability), score(right), count(int(size))] for probability, right, size in bins]
-    columns = ["mean probability", Column("share right", "number"), Column("answers", "number")]
+    columns: TableColumns = ["mean probability", Column("share right", "number"), Column("answers", "number")]
     return Table(columns, rows, name)

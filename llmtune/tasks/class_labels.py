@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from llmtune.data.task_rows import Label
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import CLASS_METRICS
-from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.task_facts import CALIBRATION, TASK_FACTS
 from llmtune.recipe.task_sections import ClassifySection
 
 UNKNOWN_LABEL = "label unknown"
@@ -88,7 +88,8 @@ def choose_label_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
     own = TASK_FACTS["classify"].default_metrics
     if tuple(stated) in ((), own):
         return {"regression": REGRESSION_METRICS, "multi": MULTI_METRICS}.get(kind, own)
-    known = ("loss", *CLASS_METRICS[kind])  # type: ignore[index]
+    of_choices = () if kind == "regression" else CALIBRATION
+    known = ("loss", *CLASS_METRICS[kind], *of_choices)  # type: ignore[index]
     fix = f"Metrics of these labels: {', '.join(known)}."
     what = f"the labels are of the kind '{kind}', which does not support {{}}"
     RecipeError.collect(Problem(what.format(name), "evaluate.metrics", fix) for name in stated if name not in known)

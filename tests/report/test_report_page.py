@@ -61,6 +61,7 @@ def test_the_json_keys_are_stable(report, tmp_path):
             "exports",
             "flips",
             "guessable",
+            "reliability",
             "rows",
             "samples",
             "seeds",
