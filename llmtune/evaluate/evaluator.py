@@ -120,7 +120,9 @@ def decide_answers(context: EvalContext, answers: Mapping[str, Answers]) -> tupl
         return conclude(record), {}
     measures, curve = measure_decisions(record, test)
     clusters = context.inputs.clusters if context.inputs is not None else ()
-    return conclude(record, curve), {name: one.in_clusters(clusters) for name, one in measures.items()}
+    return conclude(record, curve), {
+        name: one.in_clusters(clusters) for name, one in measures.items() if len(one.sums_NK)
+    }
 
 
 def choices_of(split: str, context: EvalContext, answers: Mapping[str, Answers]) -> Chosen | None:
