@@ -33,6 +33,7 @@ from llmtune.deploy.products import check_products, make_products
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.champion import check_champion, note_look
+from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import require_gates
@@ -164,6 +165,7 @@ def _encode_rows(context: RunContext, draft: Plan) -> None:
                 described = describe_examples(rows, made, processor, context.console, task, recipe)
             step.facts.update(described)
     warn_of_cuts(rows, context.examples, task, processor, recipe, context.console)
+    print_need(recipe, rows, context.console)
 
 
 def run_select(context: RunContext, loaded: LoadedRecipe) -> None:

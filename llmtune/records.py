@@ -377,6 +377,65 @@ class Reliability:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """The lowest confidence that proves `evaluate.decide` on validation rows."""
+
+    risk: float
+    confidence: float
+    value: float | None
+    """Answers with at least this confidence are decided; None: none is."""
+    rows: int
+    """Validation rows."""
+    decided: int
+    """Validation rows with at least this confidence."""
+    wrong: int
+    """Errors among them."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Rules for a tuned model's answers, fitted on validation rows; `decision.json` next to the model.
+
+    They use its probabilities at temperature 1: a temperature fitted on the same rows would make them depend on these
+    rows' labels.
+    """
+
+    labels: tuple[str, ...]
+    """As in `Calibration`."""
+    many: bool
+    rows: int
+    """Validation rows."""
+    checkpoints: int
+    """Checkpoints that training chose from by their scores on the same rows."""
+    threshold: Threshold | None = None
+    """None without `evaluate.decide`."""
+    set_bounds: tuple[float, ...] = ()
+    """Probability from which each label belongs to the prediction set; empty without `evaluate.sets`."""
+    coverage: float | None = None
+    per_class: bool = False
+    free_labels: tuple[str, ...] = ()
+    """Labels that are in every set, because too few validation rows have them."""
+    lowest_score: float | None = None
+    """Rows with a lower score are out of scope; None if the validation rows are too few to call any."""
+    false_alarms: float | None = None
+    """Share of usual rows that may be called out of scope; None without `evaluate.out_of_scope`."""
+    trained_sha256: str | None = None
+    """Hash of the trained weights that they belong to."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The decisions on test rows."""
+
+    record: Decision | None
+    """None if they could not be fitted."""
+    why: str = ""
+    """Why they could not."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """Of the most confident test rows: their share, and the error rate among them."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Base and tuned model on the same held-out rows."""
 
@@ -408,6 +467,10 @@ class Evaluation:
     """None without a champion in the recipe."""
     reliability: Reliability | None = None
     """None if the task does not choose, or without `evaluate.calibrate`."""
+    decided: Decided | None = None
+    """None without `evaluate.decide`, `evaluate.sets` and `evaluate.out_of_scope`."""
+    intervals: dict[str, Difference] = field(default_factory=dict)
+    """The tuned model's own scores on the test rows, each with its 95 % interval."""
 
     def by_name(self, split: str) -> dict[str, float]:
         """Return the scores of `base` or `tuned`, including studies, by the names that gates use."""

@@ -21,6 +21,7 @@ from llmtune.deploy.tuned_model import TunedModel, load_tuned
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.cache_keys import base_inputs
 from llmtune.evaluate.calibration import run_calibration, save_calibration
+from llmtune.evaluate.decision import run_decision, save_decision
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
@@ -74,6 +75,8 @@ def export_run(
         write_json(out / CERTIFICATE, certificate)
         if record is not None:
             save_calibration(record, out)
+        if rules := run_decision(context.folder):
+            save_decision(rules, out)
     for line in describe_export(scored):
         context.console.print(line, highlight=False)
     return certificate

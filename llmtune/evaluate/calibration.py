@@ -46,6 +46,13 @@ class Chosen:
         """Return the probability of each label [U, K]."""
         return np.exp(log_probabilities(self.logits_UK / temperature, many=self.many))
 
+    def one_row_each(self, clusters: Sequence[int]) -> Chosen:
+        """Return the choices of the first row of each cluster; `clusters` is indexed by row, and may be empty."""
+        first = {cluster: row for row, cluster in reversed([*enumerate(clusters)])}
+        kept = [u for u, row in enumerate(self.rows) if not clusters or first[clusters[row]] == row]
+        rows = tuple(self.rows[u] for u in kept)
+        return replace(self, logits_UK=self.logits_UK[kept], right_UK=self.right_UK[kept], rows=rows)
+
 
 def log_probabilities(logits: Floats, *, many: bool) -> Floats:
     """Return the logarithm of the softmax over the last dimension, or with `many` of the sigmoids."""

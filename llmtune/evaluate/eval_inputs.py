@@ -77,6 +77,8 @@ class EvalContext:
     """Where files of the evaluation go; None to keep nothing."""
     validation: EvalInputs | None = None
     """The validation rows to calibrate on, if the task chooses; they get no generated answers."""
+    checkpoints: int = 1
+    """Number of checkpoints that training chose from by their scores on validation rows."""
 
 
 def make_inputs(
@@ -151,13 +153,13 @@ def calibration_inputs(
 ) -> EvalInputs | None:
     """Return the validation rows to calibrate on, with the choices of the test rows, if any; no answer is generated.
 
-    None without validation rows, without `evaluate.calibrate`, or if the task does not choose.
+    None without validation rows, without `evaluate.calibrate` and decisions, or if the task does not choose.
     """
     section, choices = recipe.evaluate, recipe.evaluate.choices
     chooses = bool(task.output_labels(recipe)) if task.predicts else section.chooses(recipe.variant)
     if not task.predicts and test is not None:
         chooses, choices = bool(test.trees), test.choices
-    if not (chooses and section.calibrate and examples.counts.get("validation")):
+    if not (chooses and (section.calibrate or section.decisions) and examples.counts.get("validation")):
         return None
     asked = EvaluateSection(metrics=("nll",), choices=choices, samples=0)
     recipe = recipe.model_copy(update={"evaluate": asked})

@@ -24,7 +24,7 @@ from llmtune.store.run_folder import RunFolder
 EVALUATION = "evaluation.json"
 WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: f"[yellow]{INCONCLUSIVE}[/]"}
 """Printed results of a gate."""
-SCORES = ("base", "tuned", "export", "difference", "scores", "before", "after")
+SCORES = ("base", "intervals", "tuned", "export", "difference", "scores", "before", "after")
 """Keys of `evaluation.json` below which null means NaN."""
 
 

@@ -13,10 +13,11 @@ import torch
 
 from llmtune.data.row_store import iterate_rows
 from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
+from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
 from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict, read_choices
-from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.metric import Measure, PairedMeasures, own_interval
 from llmtune.evaluate.paired_statistics import METHOD
 from llmtune.evaluate.results import find_flips, pick_samples
 from llmtune.evaluate.slices import score_slices
@@ -24,7 +25,7 @@ from llmtune.evaluate.suite_registry import Suite, compare_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Evaluation, Reliability, Row, Rows
+from llmtune.records import Decided, Evaluation, Reliability, Row, Rows
 from llmtune.report.metric_info import better_side
 
 PIECES = "loss.pieces"
@@ -76,14 +77,19 @@ def evaluate(
     answers = {} if base is None else {"base": base}
     run_models(models, context, [suite for _, suite in suites], answers, headless=headless)
     evaluation, measures, reliability = Evaluation({}, {}, {}, (), 0), PairedMeasures(), None
+    decided: Decided | None = None
     if context.recipe.evaluate.calibrate:
         reliability = calibrate_answers(context, answers)
     if context.inputs is not None:
         base, tuned = answers["base"], answers["tuned"]
         measures = PairedMeasures(compute_metrics(context, base, base), compute_metrics(context, tuned, base))
+        decided, added = decide_answers(context, answers)
+        measures = replace(measures, tuned={**measures.tuned, **added})
         evaluation = compare_answers(context, context.inputs, base, tuned, measures, headless=stand_in is not None)
+    elif context.recipe.evaluate.decisions:
+        decided, _ = decide_answers(context, answers)
     studies = compare_suites(suites, measures)
-    evaluation = replace(evaluation, baseline=stand_in, studies=studies, reliability=reliability)
+    evaluation = replace(evaluation, baseline=stand_in, studies=studies, reliability=reliability, decided=decided)
     return Scored(evaluation, answers, measures)
 
 
@@ -97,6 +103,26 @@ def calibrate_answers(context: EvalContext, answers: dict[str, Answers]) -> Reli
         answers["tuned"] = replace(answers["tuned"], temperature=record.temperature)
     clusters = context.inputs.clusters if context.inputs is not None else ()
     return describe_reliability(test, record, context.recipe.seed, clusters)
+
+
+def decide_answers(context: EvalContext, answers: Mapping[str, Answers]) -> tuple[Decided | None, dict[str, Measure]]:
+    """Fit the recipe's decisions on validation rows, and measure them on test rows; None without decisions.
+
+    Of validation rows that belong together, one decides: the exact test needs independent rows.
+    """
+    if not context.recipe.evaluate.decisions:
+        return None, {}
+    validation, test = (choices_of(split, context, answers) for split in ("validation", "test"))
+    if validation is not None and context.validation is not None:
+        validation = validation.one_row_each(context.validation.clusters)
+    record = fit_decision(context.recipe.evaluate, validation, context.checkpoints)
+    if isinstance(record, str) or test is None or record.labels != test.labels:
+        return conclude(record), {}
+    measures, curve = measure_decisions(record, test)
+    clusters = context.inputs.clusters if context.inputs is not None else ()
+    return conclude(record, curve), {
+        name: one.in_clusters(clusters) for name, one in measures.items() if len(one.sums_NK)
+    }
 
 
 def choices_of(split: str, context: EvalContext, answers: Mapping[str, Answers]) -> Chosen | None:
@@ -214,6 +240,7 @@ def compare_answers(
         base=base_scores,
         tuned=tuned_scores,
         difference=measures.differences(seed),
+        intervals={metric: own_interval(one, seed) for metric, one in measures.tuned.items()},
         samples=pick_samples(inputs, base, tuned, samples),
         rows=len(inputs.rows),
         signatures=describe_metrics(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),

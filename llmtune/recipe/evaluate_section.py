@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.decision_section import DecideSection, Sets, Share, check_decisions, key_of_decision
 from llmtune.recipe.eval_suites_section import (
     BenchmarkSection,
     FairnessSection,
@@ -20,7 +21,7 @@ from llmtune.recipe.eval_suites_section import (
 from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type, sections_by
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import CALIBRATION, CHOICE_METRICS, CUT_METRIC, PREDICTED, TaskVariant
+from llmtune.recipe.task_facts import CALIBRATION, CHOICE_METRICS, CUT_METRIC, DECISIONS, PREDICTED, TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
@@ -59,6 +60,14 @@ class EvaluateSection(RecipeSection):
     calibrate: bool = True
     """Whether to fit a temperature for the probabilities of a task that chooses (classify, token-classify; chat and
     completion with `choices`), on the validation rows alone. Default true: it costs one pass over these rows."""
+    decide: DecideSection | None = None
+    """Abstention with a guarantee, for a task that chooses: `{risk: 0.05}` finds the confidence from which at most 5 %
+    of the answers are wrong. Default none: the risk is your decision."""
+    sets: Sets | None = None
+    """Prediction sets with a guarantee: `0.9` is the coverage. Default none: a single answer is easier to use."""
+    out_of_scope: Share | None = None
+    """Share of rows like yours that may be called out of scope, such as 0.05. Detection has no guarantee. Default
+    none: each false alarm costs an answer."""
     samples: int = Field(default=5, ge=0, le=1000)
     """Answers shown side by side in the report. Also the maximum number of rows shown (but at most 5) that flipped
     from wrong to right, or from right to wrong. Default 5: enough to see the style."""
@@ -96,6 +105,11 @@ class EvaluateSection(RecipeSection):
         groups = self.fairness.groups if self.fairness else ()
         return dict.fromkeys(groups, "evaluate.fairness.groups") | dict.fromkeys(self.slices, "evaluate.slices")
 
+    @property
+    def decisions(self) -> list[str]:
+        """Return the keys of decisions that have a value."""
+        return [key for key in DECISIONS if getattr(self, key) is not None]
+
     def check(
         self,
         diagnostics: Diagnostics,
@@ -106,6 +120,8 @@ class EvaluateSection(RecipeSection):
     ) -> None:
         """Report impossible measurements and gates; `exports` are those of the recipe's `deploy`."""
         self._check_calibrate(diagnostics, variant, has_validation)
+        chooses = self.chooses(variant)
+        check_decisions(diagnostics, self.decisions, variant, has_validation=has_validation, chooses=chooses)
         check_benchmark_keys(diagnostics, self.benchmarks, variant)
         if self.fairness:
             self.fairness.check(diagnostics, variant, has_test)
@@ -182,6 +198,7 @@ class EvaluateSection(RecipeSection):
         metrics, known = self.chosen_metrics(variant), variant.facts.metrics
         if CUT_METRIC in known and variant.generates and PREDICTED & set(metrics):
             metrics = tuple(dict.fromkeys((*metrics, CUT_METRIC)))
+        metrics = (*metrics, *(metric for key in self.decisions for metric in DECISIONS[key]))
         for i, text in enumerate(self.gates):
             key = f"evaluate.gates.{i}"
             try:
@@ -196,6 +213,9 @@ class EvaluateSection(RecipeSection):
                 self._check_export_gate(diagnostics, key, gate, metrics, exports)
             elif "." in gate.metric:
                 self._check_suite_gate(diagnostics, key, gate, variant, has_test=True)
+            elif adding := key_of_decision(gate.metric):
+                what = f"the gate {text!r} uses a metric that is not computed"
+                diagnostics.add(key, what, f"Set evaluate.{adding}.", f"evaluate.{adding}")
             elif gate.metric in known:
                 lacking = variant.unmeasured.get(gate.metric)
                 fix = f"Remove it: {lacking}." if lacking else f"Add {gate.metric} to evaluate.metrics."

@@ -15,6 +15,12 @@ CALIBRATION = ("ece", "brier", "nll")
 """Metrics of the probabilities of a task that chooses."""
 CHOICE_METRICS = ("choice_accuracy", *CALIBRATION)
 """Metrics of chat and completion that need choices."""
+DECISIONS: Mapping[str, tuple[str, ...]] = {
+    "decide": ("decided", "decided_error"),
+    "sets": ("set_coverage", "set_size"),
+    "out_of_scope": ("false_alarms",),
+}
+"""Metrics of the tuned model's decisions on test rows, by the key of `evaluate` that adds them."""
 NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
 CUT_METRIC = "answers_cut"

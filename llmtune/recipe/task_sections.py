@@ -8,6 +8,7 @@ from pydantic import Field, Tag
 
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, by_type
 from llmtune.recipe.source_map import Diagnostics
+from llmtune.recipe.task_facts import DECISIONS
 
 ClassWeights = Annotated[
     Annotated[Literal["balanced"], Tag("text")] | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("items")],
@@ -149,7 +150,8 @@ class ClassifySection(TaskSection):
         if self.kind == "regression":
             why, because = "with classify.kind: regression", "classify.kind"
             diagnostics.none_has_effect(self, "classify", ("labels", "class_weights"), why, "Remove it.", because)
-            diagnostics.no_effect("evaluate.calibrate", why, "Remove it.", because)
+            for key in ("calibrate", *DECISIONS):
+                diagnostics.no_effect(f"evaluate.{key}", why, "Remove it.", because)
         if isinstance(self.class_weights, dict) and labels:
             for name in set(self.class_weights) - set(labels):
                 what = f"'classify.class_weights' has '{name}', which is not a label"

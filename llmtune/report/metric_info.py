@@ -9,7 +9,22 @@ from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
 LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "bits_per_byte", "wer", "cer", "ter", "mse", "mae", "kl", "answers_cut", *CALIBRATION},
+    {
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "wer",
+        "cer",
+        "ter",
+        "mse",
+        "mae",
+        "kl",
+        "answers_cut",
+        *CALIBRATION,
+        "decided_error",
+        "set_size",
+        "false_alarms",
+    },
 )
 COSTS = frozenset({"kl", "answers_cut", "ece"})
 """Metrics that show the cost or conditions of a gain. A change in only these does not make a model worse."""
@@ -40,6 +55,11 @@ METRIC_NOTES = {
     "auroc": "right class ranked above the others; 0.5 is chance",
     "precision": "share of the found ones that are right",
     "recall": "share of the true ones that were found",
+    "decided": "answers that are decided; the others ask a person",
+    "decided_error": "errors among decided answers",
+    "set_coverage": "prediction sets with the right label; of several right labels, the share in the set",
+    "set_size": "labels per prediction set",
+    "false_alarms": "rows called out of scope",
     "brier": "squared error of the probabilities",
     "nll": "nats of the right label",
     "ece": "how far probabilities are from the share that is right",

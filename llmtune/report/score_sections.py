@@ -26,6 +26,7 @@ from llmtune.report.blocks import (
 )
 from llmtune.report.calibration_section import calibration_section
 from llmtune.report.charts import draw_meter
+from llmtune.report.decision_view import decision_section
 from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.report_record import Power, Seeds
@@ -46,6 +47,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
         calibration_section(evaluation),
         champion_section(evaluation, task),
         seed_section(seeds, base),
+        decision_section(evaluation),
         class_section(evaluation.details, base, entities=answer_kind(task) == "tags"),
         slice_section(evaluation.slices, base),
         *suite_sections(evaluation),

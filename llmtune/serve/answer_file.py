@@ -34,7 +34,9 @@ AT_ONCE = 512
 def answer_file(
     run: FinishedRun, rows: Path, output: Path | None, *, base: bool, max_new_tokens: int | None
 ) -> tuple[int, int]:
-    """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and `scores` if it chooses.
+    """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and what goes with a choice.
+
+    A model that chooses adds `scores`, and what `evaluate.decide`, `sets` and `out_of_scope` ask for.
 
     If the file has a column `answer`, it is written as `reference`. Columns are read as in training: by the recipe's
     mapping, and by their usual names. Returns the number of answered and of unreadable rows; the latter have an
@@ -125,10 +127,10 @@ def _answer_rows(
     outputs = iter(
         generate_completions(served.model, fitting, served.processor, recipe, device=served.device, advance=advance)
     )
-    for ids, scores in zip(prompts, served.choose(rows), strict=True):
+    for ids, chosen in zip(prompts, served.choose(rows), strict=True):
         if len(ids) > room:
             yield {"error": f"the prompt has {len(ids)} tokens, but the model's context has room for {room}"}
             continue
         parsed = read(next(outputs).token_ids, None)
         thoughts = {"reasoning": parsed.reasoning} if parsed.reasoning else {}
-        yield {"answer": parsed.text, **thoughts, **({"scores": scores} if scores else {})}
+        yield {"answer": parsed.text, **thoughts, **chosen}

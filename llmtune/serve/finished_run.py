@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.calibration import run_calibration
+from llmtune.evaluate.decision import describe_answer, run_decision
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate_completions
@@ -219,7 +220,8 @@ class FinishedRun:
 
         Returns `text`, for people, and `prediction`, in the task's format; also `reasoning` if the model wrote any, and
         `scores` if it chooses: the probability of each tag for each word, or of each of the answers that it was
-        calibrated on. The prediction of classes has its own.
+        calibrated on. The prediction of classes has its own. Then `decision` (`decide` or `ask`) and its `confidence`,
+        `set` and `out_of_scope`, as far as the recipe has `evaluate.decide`, `sets` and `out_of_scope`.
         Raises as `generate` does.
         """
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
@@ -228,8 +230,7 @@ class FinishedRun:
             whole = sum(_ask(served, inputs), Delta())
             thoughts = {"reasoning": whole.reasoning} if whole.reasoning else {}
             (chosen,) = served.choose([task.make_row(inputs)])
-            found = {"text": whole.content, "prediction": whole.content, **thoughts}
-            return found | ({"scores": chosen} if chosen else {})
+            return {"text": whole.content, "prediction": whole.content, **thoughts, **chosen}
         row = task.make_row(inputs)
         if task.predicts:
             (predicted,) = served.predict([row])
@@ -241,12 +242,19 @@ class FinishedRun:
         return {"text": task.format_answer(prediction, row), "prediction": prediction, **scores}
 
     def stream(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> Iterator[str]:
-        """Yield the text of `answer`, in pieces as they are generated if the task has free prompts."""
+        """Yield the text of `answer`, in pieces as they are generated if the task has free prompts.
+
+        The last line has the decision, if there is one.
+        """
         if not self.task.free_prompt:
-            yield str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
+            said = self.answer(inputs, base=base, max_new_tokens=max_new_tokens)
+            yield f"{said['text']}{describe_answer(said)}"
             return
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
         yield from (piece.content for piece in _ask(served, inputs) if piece.content)
+        if served.decision is not None:
+            (chosen,) = served.choose([served.task.make_row(inputs)])
+            yield describe_answer(chosen)
 
     def chat(self, *, base: bool = False) -> ChatSession:
         """Begin a conversation; raises RecipeError if the task has none."""
@@ -299,7 +307,8 @@ class FinishedRun:
                 name = "base" if base else "tuned"
                 served = ServedModel(name, model, plan.processor, plan.recipe, plan.task)
                 record = None if base else run_calibration(self._opened.folder)
-                self._loaded[base] = replace(served, calibration=record)
+                rules = None if base else run_decision(self._opened.folder)
+                self._loaded[base] = replace(served, calibration=record, decision=rules)
         return self._loaded[base]
 
 

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llmtune.data.chat_template import Tools
 from llmtune.evaluate.calibration import name_probabilities
+from llmtune.evaluate.decision import decide_answer
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import (
     answer_ends,
@@ -37,7 +38,7 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Calibration, Row
+from llmtune.records import Calibration, Decision, Json, Row
 from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
 
@@ -51,11 +52,14 @@ class Predicted(NamedTuple):
     value: object
     probabilities: list[dict[str, float]]
     """Empty if the model does not choose among labels; for a word that the model cannot see, an empty dictionary."""
+    decision: Json
+    """The decision about the row, its prediction set, and whether it is out of scope, as far as the recipe asks."""
 
     @property
-    def scores(self) -> dict[str, object]:
-        """The probabilities as `scores` next to an answer; empty for classes, whose prediction has its own."""
-        return {"scores": self.probabilities} if self.probabilities and not isinstance(self.value, dict) else {}
+    def scores(self) -> Json:
+        """The probabilities as `scores` next to an answer, unless its prediction has its own; and the decision."""
+        named = {"scores": self.probabilities} if self.probabilities and not isinstance(self.value, dict) else {}
+        return {**named, **self.decision}
 
 
 @dataclass(eq=False)
@@ -73,6 +77,8 @@ class ServedModel:
     """Unix time."""
     calibration: Calibration | None = None
     """The temperature of its probabilities; None for a base, or without one."""
+    decision: Decision | None = None
+    """The rules for its answers; None for a base, or without any."""
 
     def __post_init__(self) -> None:
         inner = unwrap(self.model)
@@ -114,14 +120,16 @@ class ServedModel:
             values = task.predict(rows, replace(loaded, note_logits=noted.__setitem__))
         many = task.output_kind(recipe) == "yes-no"
         name = partial(name_probabilities, task.output_labels(recipe), many=many, temperature=temperature)
-        return [Predicted(value, name(noted.get(i, ()))) for i, value in enumerate(values)]
+        logits = [noted.get(i, []) for i in range(len(values))]
+        return [Predicted(value, name(of), self._decide(of)) for value, of in zip(values, logits, strict=True)]
 
-    def choose(self, rows: Sequence[Row]) -> list[dict[str, float]]:
-        """Return the calibrated probability of each choice of a model that generates answers.
+    def choose(self, rows: Sequence[Row]) -> list[Json]:
+        """Return `scores`, the calibrated probability of each choice of a model that generates answers, and decisions.
 
-        Rows have no answer. Empty for a row that is too long, and without calibrated choices.
+        A decision is about the likeliest `choice`. Rows have no answer. Empty for a row that is too long, and without
+        calibrated or decided choices.
         """
-        known = self.calibration
+        known = self.calibration or self.decision
         if known is None or self.task.predicts:
             return [{} for _ in rows]
         trees = choice_trees(rows, known.labels, self.task, self.processor, self.recipe)
@@ -131,7 +139,16 @@ class ServedModel:
             scores = score_trees(self.model, list(fitting.values()), device=self.device)
         found = dict(zip(fitting, scores, strict=True))
         logits = [found.get(i, []) for i in range(len(rows))]
-        return name_probabilities(known.labels, logits, many=False, temperature=known.temperature)
+        temperature = self.calibration.temperature if self.calibration else 1.0
+        named = name_probabilities(known.labels, logits, many=False, temperature=temperature)
+        lines: list[Json] = [{"scores": one} if one else {} for one in named]
+        if self.decision is not None:
+            for line, of in zip(lines, logits, strict=True):
+                line |= {"choice": max(line["scores"], key=line["scores"].get), **self._decide([of])} if of else {}
+        return lines
+
+    def _decide(self, logits: Sequence[Sequence[float]]) -> Json:
+        return decide_answer(self.decision, logits) if self.decision and any(map(len, logits)) else {}
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

@@ -23,13 +23,15 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"[+-]?\d+")
 
 
-def idle_keys(section: ClassifySection, kind: str) -> Iterator[Problem]:
-    """Yield a problem for each key of the section that has no effect on this kind of label."""
+def idle_keys(section: ClassifySection, kind: str, decisions: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem for each key of the section, or of `decisions`, that has no effect on this kind of label."""
     idle = {"regression": ("labels", "class_weights"), "multi": ("class_weights",)}.get(kind, ())
+    what = f"has no effect: the labels are of the kind '{kind}'"
     for name in idle:
         if getattr(section, name) is not None:
-            what = f"has no effect: the labels are of the kind '{kind}'"
             yield Problem(what, f"classify.{name}", "Remove it, or set classify.kind to the kind of your labels.")
+    for name in decisions if kind == "regression" else ():
+        yield Problem(what, f"evaluate.{name}", "Remove it, or set classify.kind to the kind of your labels.")
 
 
 def infer_kind(labels: Sequence[Label]) -> str:

@@ -105,7 +105,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         labels = {split: [row["label"] for _, row in iterate_rows(rows, split)] for split in SPLITS}
         every = [label for split in SPLITS for label in labels[split]]
         kind = infer_kind(every) if section.kind == "auto" else section.kind
-        RecipeError.collect(idle_keys(section, kind))
+        RecipeError.collect(idle_keys(section, kind, recipe.evaluate.decisions))
         update: dict[str, object] = {"kind": kind}
         if kind != "regression":
             counts = Counter(name for label in labels["train"] for name in names_of(label))
