@@ -369,6 +369,8 @@ class Evaluation:
     """None without test rows."""
     champion: Champion | None = None
     """None without a champion in the recipe."""
+    failed: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    """The user's own metrics that failed, each with its problem: what, where, fix."""
 
     def by_name(self, split: str) -> dict[str, float]:
         """Return the scores of `base` or `tuned`, including studies, by the names that gates use."""

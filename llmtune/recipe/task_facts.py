@@ -13,6 +13,8 @@ MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
 TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
 NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
+COST = "_cost"
+"""Ending of a metric's name for which lower is better; so users mark their own metrics."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
 PREDICTED = frozenset(
