@@ -171,10 +171,12 @@ def measure_own(
     problems: dict[str, Problem],
 ) -> dict[str, Measure]:
     """Compute the user's own metrics from answers by row index, in rank 0; add those that fail to `problems`."""
-    measured = {}
+    measured = dict[str, Measure]()
+    if not section.own_metrics or not answers:
+        return measured
     pairs = [(rows[i], answer) for i, answer in answers.items()]
     for name, stated in section.own_metrics.items():
-        if not pairs or name in problems:
+        if name in problems:
             continue
         try:
             metric = read_metric(stated)
