@@ -471,6 +471,8 @@ class Evaluation:
     """None without `evaluate.decide`, `evaluate.sets` and `evaluate.out_of_scope`."""
     intervals: dict[str, Difference] = field(default_factory=dict)
     """The tuned model's own scores on the test rows, each with its 95 % interval."""
+    failed: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    """The user's own metrics that failed, each with its problem: what, where, fix."""
 
     def by_name(self, split: str) -> dict[str, float]:
         """Return the scores of `base` or `tuned`, including studies, by the names that gates use."""

@@ -28,7 +28,7 @@ from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.decision import save_decision
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
-from llmtune.evaluate.results import load_base
+from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import find_class, head_is_new, read_model_config
@@ -369,6 +369,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
     eval_context = replace(eval_context, checkpoints=compared_checkpoints(context))
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
+    tuned = hash_value([base, hash_folder(context.trained_folder)])
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
     evaluation = score_run(
         models.loaders,
@@ -376,6 +377,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         rows,
         headless=head_is_new(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
+        known_tuned=load_base(base_folder, tuned, TUNED) if recipe.evaluate.own_metrics else None,
         challenge=partial(face_champion, context.folder, ask),
     )
     record = evaluation.reliability.record if evaluation.reliability else None

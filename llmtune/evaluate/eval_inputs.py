@@ -13,14 +13,15 @@ from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.own_metrics import read_full_rows
 from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choices
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools, write_answer
-from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.evaluate_section import EvaluateSection, metric_name
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.task_facts import CHOICE_METRICS, PREDICTED, TASK_FACTS, TOOL_METRICS
+from llmtune.recipe.task_facts import CHOICE_METRICS, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Examples, Row, Rows
 
 SPLIT = "test"
@@ -60,6 +61,8 @@ class EvalInputs:
     """By column of `evaluate.fairness.groups`."""
     clusters: tuple[int, ...] = ()
     """[N] equal for rows that belong together (`data.split_by`); empty if no rows do."""
+    full_rows: tuple[Row, ...] = ()
+    """[N] the rows with their answers and kept columns, for the user's own metrics; empty without any."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def make_inputs(
     notes = start_notes(task, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
-    needs_texts = not generates or any(metric in PREDICTED for metric in metrics)
+    needs_texts = not generates or any(metric in recipe.evaluate.predicted for metric in metrics)
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
@@ -140,6 +143,7 @@ def make_inputs(
         slices=slices,
         groups=groups,
         clusters=read_clusters(rows, split, kept),
+        full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
     )
 
 
@@ -194,7 +198,7 @@ def schema_notes(metrics: Sequence[str], turns: Sequence[Sequence[ToolTurn]]) ->
 
 def measured_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:
     """Return the metrics to measure; a task's default tool metrics are dropped if no row has tools."""
-    metrics = tuple(recipe.evaluate.metrics) or TASK_FACTS[recipe.task].default_metrics
+    metrics = tuple(map(metric_name, recipe.evaluate.metrics)) or TASK_FACTS[recipe.task].default_metrics
     if has_tools or metrics != recipe.variant.default_metrics:
         return metrics
     return tuple(metric for metric in metrics if metric not in TOOL_METRICS)
@@ -259,7 +263,7 @@ def warn_of_cuts(
 ) -> None:
     """Print how many reference answers exceed max_new_tokens; nothing if none does or nothing is generated."""
     metrics = recipe.evaluate.chosen_metrics(recipe.variant)
-    if not (examples.counts.get(SPLIT) and recipe.variant.generates and PREDICTED & set(metrics)):
+    if not (examples.counts.get(SPLIT) and recipe.variant.generates and recipe.evaluate.predicted & set(metrics)):
         return
     lengths, room = answer_lengths(rows, examples, task, processor, recipe), recipe.generation.max_new_tokens
     longer = sum(length > room for length in lengths)

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
+from llmtune.errors import Problem
 from llmtune.records import Difference, Evaluation, GateResult, Study
 from llmtune.report.metric_info import better_side
 from llmtune.report.render_terminal import print_sections
@@ -43,6 +44,12 @@ def load_evaluation(folder: Path) -> Evaluation | None:
         return TypeAdapter(Evaluation).validate_python(restore_nan(saved))
     except ValidationError:
         return None
+
+
+def list_failed(folder: Path) -> list[Problem]:
+    """Return the problems of the user's own metrics that failed in the evaluation in `folder`."""
+    evaluation = load_evaluation(folder)
+    return [Problem(*problem) for problem in evaluation.failed.values()] if evaluation else []
 
 
 def load_with_exports(run: RunFolder) -> Evaluation | None:

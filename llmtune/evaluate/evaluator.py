@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from llmtune.data.row_store import iterate_rows
+from llmtune.errors import Problem
 from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
 from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
@@ -62,30 +63,35 @@ def evaluate(
     context: EvalContext,
     suites: Sequence[tuple[str, Suite]] = (),
     base: Answers | None = None,
+    tuned: Answers | None = None,
     *,
     stand_in: str | None = None,
     headless: bool = False,
 ) -> Scored:
     """Score base and tuned model on the test rows of `context` and by `suites`; write and print nothing.
 
-    `base` holds known answers of the base model, which is then not run on the rows. A base model without a trained
+    `base` and `tuned` hold known answers of a model, which is then not run on the rows. A base model without a trained
     head (`headless`) is not loaded: `stand_in` names the source of `base`. Without test rows the evaluation contains
     only the suites' results.
 
     Raises EnvironmentProblem if a single row does not fit in memory.
     """
-    answers = {} if base is None else {"base": base}
+    answers = {name: one for name, one in (("base", base), ("tuned", tuned)) if one is not None}
     run_models(models, context, [suite for _, suite in suites], answers, headless=headless)
     evaluation, measures, reliability = Evaluation({}, {}, {}, (), 0), PairedMeasures(), None
     decided: Decided | None = None
     if context.recipe.evaluate.calibrate:
         reliability = calibrate_answers(context, answers)
     if context.inputs is not None:
-        base, tuned = answers["base"], answers["tuned"]
-        measures = PairedMeasures(compute_metrics(context, base, base), compute_metrics(context, tuned, base))
+        base, tuned, problems = answers["base"], answers["tuned"], dict[str, Problem]()
+        both = [compute_metrics(context, one, base, problems) for one in (base, tuned)]
+        measures = PairedMeasures(*({name: one[name] for name in one if name not in problems} for one in both))
         decided, added = decide_answers(context, answers)
         measures = replace(measures, tuned={**measures.tuned, **added})
         evaluation = compare_answers(context, context.inputs, base, tuned, measures, headless=stand_in is not None)
+        notes = {name: f"not measured: {problem.what}" for name, problem in problems.items()}
+        failed = {name: (one.what, one.where or "", one.fix or "") for name, one in problems.items()}
+        evaluation = replace(evaluation, signatures=evaluation.signatures | notes, failed=failed)
     elif context.recipe.evaluate.decisions:
         decided, _ = decide_answers(context, answers)
     studies = compare_suites(suites, measures)

@@ -14,11 +14,13 @@ from rich.progress import Progress
 
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.example import Collate
+from llmtune.errors import Problem
 from llmtune.evaluate.calibration import Chosen, gather_choices, measure_calibration
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
+from llmtune.evaluate.own_metrics import measure_own
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.shared_prefix import score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
@@ -213,15 +215,20 @@ def score_tokens(
     return TokenSums(*sums, nats[first], supervised[first])
 
 
-def compute_metrics(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
+def compute_metrics(
+    context: EvalContext, answers: Answers, base: Answers, problems: dict[str, Problem] | None = None
+) -> dict[str, Measure]:
     """Compute the metrics of the inputs from answers; metrics without rows or without meaning here are omitted.
 
-    Generated answers always add the share of truncated ones.
+    Generated answers always add the share of truncated ones. The user's own metrics that fail are omitted too, and
+    added to `problems`.
     """
-    inputs = context.inputs
+    inputs, section = context.inputs, context.recipe.evaluate
     assert inputs is not None
-    metrics = dict.fromkeys((*inputs.metrics, CUT_METRIC))
-    measures = {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
+    given = answers.predictions or answers.texts
+    own = measure_own(section, inputs.full_rows, inputs.origins, given, {} if problems is None else problems)
+    metrics = [name for name in dict.fromkeys((*inputs.metrics, CUT_METRIC)) if name not in section.own_metrics]
+    measures = own | {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
     return {
         metric: one.in_clusters(inputs.clusters)
         for metric, one in measures.items()

@@ -23,7 +23,7 @@ from llmtune.records import Flips
 from llmtune.store.atomic_files import explained, plain, read_json, write_text
 from llmtune.store.json_shapes import find_misfit
 
-PREDICTIONS, BASE = "predictions.jsonl", "base.json"
+PREDICTIONS, BASE, TUNED = "predictions.jsonl", "base.json", "tuned.json"
 BY_ROW = ("texts", "scores", "predictions", "parts", "cut", "logits")
 """Row-wise fields of `Answers`, as named in `base.json`."""
 
@@ -41,7 +41,7 @@ class SavedPart(TypedDict):
 
 
 class SavedAnswers(TypedDict):
-    """Contents of base.json; each row's part has the row's index."""
+    """Contents of base.json or tuned.json; each row's part has the row's index."""
 
     inputs: str
     sums: dict[str, list[float | None]] | None
@@ -56,7 +56,7 @@ class SavedAnswers(TypedDict):
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """The base model's answers, reused by later runs with the same inputs."""
+    """The base model's answers (or the tuned model's), reused by later evaluations with the same inputs."""
 
     inputs: str
     """Hash of everything that these answers depend on."""
@@ -95,18 +95,18 @@ def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> di
     return line
 
 
-def save_base(folder: Path, answers: Answers, inputs: str) -> None:
-    """Write the base model's answers to `base.json`, with the hash of their inputs."""
+def save_base(folder: Path, answers: Answers, inputs: str, name: str = BASE) -> None:
+    """Write the base model's answers to `base.json` (or the file `name`), with the hash of their inputs."""
     sums = answers.sums and {name: values.tolist() for name, values in vars(answers.sums).items()}
     by_row = {name: list(getattr(answers, name).items()) for name in BY_ROW}
     by_row["parts"] = [(i, [asdict(answer) for answer in parsed]) for i, parsed in answers.parts.items()]
     with explained(folder):
-        write_text(folder / BASE, json.dumps({"inputs": inputs, "sums": sums, **by_row}, ensure_ascii=False))
+        write_text(folder / name, json.dumps({"inputs": inputs, "sums": sums, **by_row}, ensure_ascii=False))
 
 
-def load_base(folder: Path | None, inputs: str) -> BaseAnswers:
-    """Read `base.json`; without answers if it has none for these inputs."""
-    saved = read_json(folder / BASE) if folder else None
+def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers:
+    """Read `base.json` (or the file `name`); without answers if it has none for these inputs."""
+    saved = read_json(folder / name) if folder else None
     if saved is None or find_misfit(saved, SavedAnswers) or saved["inputs"] != inputs:
         return BaseAnswers(inputs)
     if saved["sums"] and saved["sums"].keys() != {one.name for one in fields(TokenSums)}:

@@ -23,6 +23,8 @@ DECISIONS: Mapping[str, tuple[str, ...]] = {
 """Metrics of the tuned model's decisions on test rows, by the key of `evaluate` that adds them."""
 NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
+COST = "_cost"
+"""Ending of a metric's name for which lower is better; so users mark their own metrics."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
 PREDICTED = frozenset(

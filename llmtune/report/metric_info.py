@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llmtune.recipe.task_facts import CALIBRATION, NEAREST_TO_ONE, TASK_FACTS
+from llmtune.recipe.task_facts import CALIBRATION, COST, NEAREST_TO_ONE, TASK_FACTS
 from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
@@ -86,9 +86,9 @@ def metric_note(metric: str, task: str | None) -> str:
 
 
 def rank_metrics(metrics: Iterable[str]) -> list[str]:
-    """Sort metrics, the most informative first."""
+    """Sort metrics, the most informative first: those without a note are the user's own."""
     ranks = {name: rank for rank, name in enumerate(METRIC_NOTES)}
-    return sorted(metrics, key=lambda name: ranks.get(name, len(ranks)))
+    return sorted(metrics, key=lambda name: ranks.get(name, -1))
 
 
 def direction(metric: str, change: Difference) -> int:
@@ -99,4 +99,5 @@ def direction(metric: str, change: Difference) -> int:
 
 def better_side(metric: str) -> int:
     """Return 1 if more is better, -1 if less is better, 0 if neither."""
-    return 0 if metric in NEAREST_TO_ONE else -1 if metric in LOWER_IS_BETTER else 1
+    lower = metric in LOWER_IS_BETTER or metric.endswith(COST)
+    return 0 if metric in NEAREST_TO_ONE else -1 if lower else 1

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from llmtune.data.task_rows import Label
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import CLASS_METRICS
+from llmtune.recipe.evaluate_section import is_own
 from llmtune.recipe.task_facts import CALIBRATION, TASK_FACTS
 from llmtune.recipe.task_sections import ClassifySection
 
@@ -94,5 +95,7 @@ def choose_label_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
     known = ("loss", *CLASS_METRICS[kind], *of_choices)  # type: ignore[index]
     fix = f"Metrics of these labels: {', '.join(known)}."
     what = f"the labels are of the kind '{kind}', which does not support {{}}"
-    RecipeError.collect(Problem(what.format(name), "evaluate.metrics", fix) for name in stated if name not in known)
+    RecipeError.collect(
+        Problem(what.format(name), "evaluate.metrics", fix) for name in stated if name not in known and not is_own(name)
+    )
     return tuple(stated)

@@ -298,6 +298,9 @@ ELSEWHERE = {
     "test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_another_one",
     "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
     "test_named_tasks_need_the_network_and_files_do_not_unless_the_recipe_says_so",
+    "evaluate.metric_seconds": "evaluate/test_own_metrics.py::"
+    "test_a_metric_that_sleeps_ends_at_its_limit_with_row_and_line",
+    "evaluate.metric_network": "evaluate/test_own_metrics.py::test_the_recipe_may_allow_the_network",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_separates_worse_from_too_few_rows",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_use_the_level_of_one_look",
     "train.eval_metrics": "train/test_validation_metrics.py::"

@@ -59,6 +59,7 @@ def test_the_json_keys_are_stable(report, tmp_path):
             "details",
             "difference",
             "exports",
+            "failed",
             "flips",
             "guessable",
             "reliability",
