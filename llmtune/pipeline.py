@@ -38,7 +38,7 @@ from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, prin
 from llmtune.evaluate.gates import require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.run_report import make_report
-from llmtune.evaluate.suite_registry import check_inputs
+from llmtune.evaluate.suite_registry import check_inputs, check_judge
 from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device, release_memory
 from llmtune.model.kernels import check_kernels
@@ -237,6 +237,7 @@ def _check_evaluation(context: RunContext) -> None:
     recipe = recipe_of_run(context.folder).recipe
     check_champion(recipe, context.folder, context.rows, context.examples, context.console)
     load_benchmarks(recipe, context.console)
+    check_judge(recipe)
 
 
 def _begin_training(context: RunContext) -> bool:

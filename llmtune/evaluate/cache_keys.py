@@ -54,6 +54,7 @@ def evaluation_files(recipe: Recipe) -> list[Path]:
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
     named += [str(find_release(Path(champion), recipe.name)), f"{champion}/evaluation/{MEASURES}"] if champion else []
     named += [*(fairness.swaps if fairness else ())]
+    named += [recipe.evaluate.judge.labelled] if recipe.evaluate.judge and recipe.evaluate.judge.labelled else []
     read: set[Path] = set()
     for benchmark in recipe.evaluate.benchmarks:
         with suppress(DataError):

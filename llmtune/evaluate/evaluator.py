@@ -78,7 +78,7 @@ def evaluate(
         base, tuned = answers["base"], answers["tuned"]
         measures = PairedMeasures(compute_metrics(context, base, base), compute_metrics(context, tuned, base))
         evaluation = compare_answers(context, context.inputs, base, tuned, measures, headless=stand_in is not None)
-    studies = compare_suites(suites, measures)
+    studies = compare_suites(suites, measures, answers)
     return Scored(replace(evaluation, baseline=stand_in, studies=studies), answers, measures)
 
 
