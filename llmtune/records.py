@@ -266,6 +266,8 @@ class StudyTable:
     title: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    open: bool = False
+    """Whether it shows at once, instead of on a click."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class EvalSuite(Generic[SuiteOutput]):
         self.context = context
         self.outputs: dict[str, SuiteOutput] = {}
         """By "base" and "tuned"."""
-        self.answers: Mapping[str, Answers] = {}
+        self.row_answers: Mapping[str, Answers] = {}
         """Both models' answers to the test rows; known once both have run."""
         self.unmeasured = ""
         """Why its first metric cannot be measured, for the report."""

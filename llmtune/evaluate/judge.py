@@ -41,7 +41,7 @@ MEASURES = {
     "inconsistent": ("verdicts that change with the order; they count as ties", -1),
     "first_position": ("picks of the answer shown first; 0.5 is neutral", 0),
     "longer_wins": ("wins of the longer answer, right or not", 0),
-    "agreement": ("verdict of people, of labelled pairs", 1),
+    "agreement": ("same verdict as people", 1),
     "kappa": ("agreement beyond chance: Cohen's kappa", 1),
     "error_rate": ("wrong answer picked, where people and judge both pick one", -1),
     "length_bias": ("added to wins minus losses of the longer answer, at the same verdict of people", 0),
@@ -83,7 +83,7 @@ class JudgeSuite(EvalSuite[None]):
     """Ask the judge about the answers to the test rows, and about labelled pairs."""
 
     metrics: ClassVar = {
-        "win_rate": ("the judge prefers the answer; corrected for its errors if there are labelled pairs", 1),
+        "win_rate": ("the judge prefers its answer; with labelled pairs corrected for the judge's errors", 1),
         "win_rate_uncorrected": ("as the judge says", 1),
         **{name: (f"the judge: {meaning}", better) for name, (meaning, better) in MEASURES.items()},
     }
@@ -140,7 +140,7 @@ class JudgeSuite(EvalSuite[None]):
         inputs = self.context.inputs
         if inputs is None:
             return []
-        base, tuned = self.answers["base"].texts, self.answers["tuned"].texts
+        base, tuned = self.row_answers["base"].texts, self.row_answers["tuned"].texts
         return [
             AnswerPair(
                 inputs.origins[i],
@@ -213,7 +213,7 @@ class JudgeSuite(EvalSuite[None]):
             "completion tokens": f"{sum(one['completion_tokens'] for one in every):,}",
             "replies whose tokens the endpoint did not count": f"{sum(one['uncounted'] for one in every):,}",
         }
-        return StudyTable("Costs of the judge", ("", "number"), tuple(counts.items()))
+        return StudyTable("Questions to the judge", ("", "number"), tuple(counts.items()), open=True)
 
 
 def describe(change: Difference, labelled: JudgedPairs | None) -> str:
@@ -238,7 +238,7 @@ def judge_table(test: Mapping[str, Difference], labelled: Mapping[str, Differenc
 
     rows = [(f"{name}: {MEASURES[name][0]}", *cells(test.get(name)), *cells(labelled.get(name))) for name in MEASURES]
     heads = ("measure", "test rows", "95 % interval", "labelled pairs", "95 % interval")
-    return StudyTable("The judge itself", heads, tuple(row for row in rows if {*row[1:]} != {DASH}))
+    return StudyTable("The judge itself", heads, tuple(row for row in rows if {*row[1:]} != {DASH}), open=True)
 
 
 # Labelled pairs

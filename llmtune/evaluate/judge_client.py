@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
 from pydantic.dataclasses import dataclass  # checks types, unlike the client
@@ -25,6 +25,9 @@ from llmtune.recipe.secrets import redact
 from llmtune.records import Advance
 from llmtune.store.atomic_files import explained, hash_value, read_json_lines
 from llmtune.store.process_environment import offline_switches
+
+if TYPE_CHECKING:
+    import openai
 
 Choice = Literal["A", "B", "tie"]
 Messages = list[dict[str, str]]
@@ -141,11 +144,7 @@ class Judge:
     """A judge behind an endpoint, asked at temperature 0 with a seed, as far as the endpoint takes them."""
 
     def __init__(self, section: JudgeSection, seed: int) -> None:
-        from llmtune.evaluate.endpoint_client import connect  # late: imports a client, slow
-
         self.section, self.key = section, find_key(section)
-        with self.explained():
-            self.client = connect(section.endpoint, self.key, offline=bool(offline_switches()))
         fixed = {"temperature": 0, "seed": seed}
         self.parameters: list[dict[str, Any]] = [
             {**fixed, "max_tokens": REPLY_TOKENS},
@@ -154,6 +153,16 @@ class Judge:
             {},
         ]
         """Sent with a question, the best first; those that the endpoint does not take are dropped."""
+
+    @contextmanager
+    def connected(self) -> Iterator[openai.OpenAI]:
+        """Yield a client. Raises EnvironmentProblem if the host is forbidden."""
+        from llmtune.evaluate.endpoint_client import connect  # late: imports the client, slow
+
+        with self.explained():
+            client = connect(self.section.endpoint, self.key, offline=bool(offline_switches()))
+        with client:
+            yield client
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -170,7 +179,7 @@ class Judge:
         """Return the name of a question in the journal."""
         return hash_value([self.section.endpoint, self.section.model, messages])
 
-    def complete(self, messages: Messages) -> Completion:
+    def complete(self, client: openai.OpenAI, messages: Messages) -> Completion:
         """Return a completion, with the first parameters that the endpoint takes.
 
         Raises RefusedError if it takes none with these messages, and EnvironmentProblem for other errors.
@@ -179,10 +188,10 @@ class Judge:
 
         from llmtune.evaluate.endpoint_client import explained_errors
 
-        with self.explained(), explained_errors(self.client):
+        with self.explained(), explained_errors(client):
             for parameters in self.parameters:
                 try:
-                    found = self.client.chat.completions.create(
+                    found = client.chat.completions.create(
                         model=self.section.model, messages=cast(Any, messages), **parameters
                     )
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
@@ -194,7 +203,7 @@ class Judge:
                 return Completion(message.content or "", found.model or self.section.model, tokens)
         raise RefusedError(redact(refused[:300], [self.key] if self.key else []))
 
-    def ask(self, messages: Messages) -> Reply:
+    def ask(self, client: openai.OpenAI, messages: Messages) -> Reply:
         """Ask one question; a reply without a verdict gets one reminder. Raises EnvironmentProblem."""
         reply = Reply(
             key=self.hash_question(messages),
@@ -210,7 +219,7 @@ class Judge:
         asked = messages
         for _ in range(2):
             try:
-                found = self.complete(asked)
+                found = self.complete(client, asked)
             except RefusedError as error:
                 reply["refused"] = str(error)
                 break
@@ -227,7 +236,8 @@ class Judge:
 
     def check(self) -> None:
         """Ask one short question. Raises EnvironmentProblem if the endpoint refuses it or does not answer."""
-        reply = self.ask(write_question(self.section.question, "1 + 1 =", "2", "3"))
+        with self.connected() as client:
+            reply = self.ask(client, write_question(self.section.question, "1 + 1 =", "2", "3"))
         if reply["refused"]:
             fix = f"Check {WHERE}.model."
             raise EnvironmentProblem.of(f"the judge refuses a short question: {reply['refused']}", WHERE, fix)
@@ -243,16 +253,16 @@ class Judge:
         waiting = {key: one for one in questions if (key := self.hash_question(one)) not in known}
         lock = threading.Lock()
 
-        def work(key: str, messages: Messages) -> None:
-            reply = self.ask(messages)
+        def work(client: openai.OpenAI, key: str, messages: Messages) -> None:
+            reply = self.ask(client, messages)
             with lock:
                 replies[key] = reply
                 if journal is not None and not reply["refused"]:
                     append_line(journal, reply)
                 advance(1)
 
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            futures = [pool.submit(work, key, messages) for key, messages in waiting.items()]
+        with self.connected() as client, ThreadPoolExecutor(PARALLEL) as pool:
+            futures = [pool.submit(work, client, key, messages) for key, messages in waiting.items()]
             try:
                 for future in as_completed(futures):
                     future.result()

@@ -11,8 +11,9 @@ share for a test's errors. Lee et al., "How to Correctly Report LLM-as-a-Judge E
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -179,29 +180,39 @@ def measure_judge(pairs: JudgedPairs, seed: int) -> dict[str, Difference]:
             "agreement": (pairs.verdict_N == people_N, every_N),
             "error_rate": (right_N < 0, right_N != 0),
         }
-    sums = {name: np.stack(both, axis=1).astype(np.float64) for name, both in shares.items()}
-    found = {name: score_interval(sums_N2, ratio, share_bounds, pairs, seed) for name, sums_N2 in sums.items()}
+    parts = {
+        name: Part(np.stack(both, axis=1).astype(np.float64), ratio, share_bounds) for name, both in shares.items()
+    }
     if len(people_N):
-        table_N33 = (
-            np.stack([pairs.verdict_N == one for one in LABELS], 1)[:, :, None]
-            & np.stack([people_N == one for one in LABELS], 1)[:, None]
-        )
-        found["kappa"] = score_interval(table_N33.reshape(-1, 9).astype(np.float64), kappa, kappa_bounds, pairs, seed)
-        found["length_bias"] = length_bias(pairs)
+        judge_N3, people_N3 = (np.stack([side == one for one in LABELS], 1) for side in (pairs.verdict_N, people_N))
+        table_N33 = (judge_N3[:, :, None] & people_N3[:, None]).astype(np.float64)
+        parts["kappa"] = Part(table_N33.reshape(-1, 9), kappa, kappa_bounds)
+    found = score_intervals(parts, pairs, seed)
+    return found | ({"length_bias": length_bias(pairs)} if len(people_N) else {})
+
+
+class Part(NamedTuple):
+    """One measure: sums per pair, their formula, and a worst and a best pair."""
+
+    sums_NK: Floats  # noqa: N815
+    formula: Formula
+    bounds: Bounds
+
+
+def score_intervals(parts: Mapping[str, Part], pairs: JudgedPairs, seed: int) -> dict[str, Difference]:
+    """Return scores with bootstrap intervals from the same draws, with a pseudo-pair at either end of their range."""
+    rows, groups = len(pairs.longer_N), pairs.units if len(pairs.clusters) else 0
+    values = {name: float(part.formula(part.sums_NK.sum(0))) for name, part in parts.items()}
+    if pairs.units < 2:
+        return {name: replace(unknown(value, rows), groups=groups) for name, value in values.items()}
+    of_units = {name: add_up(part.sums_NK, group_numbers(pairs)) for name, part in parts.items()}
+    bounded = [np.concatenate([of_units[name], np.stack(part.bounds(of_units[name]))]) for name, part in parts.items()]
+    drawn = [counts_RG @ np.hstack(bounded) for counts_RG in draw_counts(pairs.units + 2, seed, RESAMPLES)]
+    ends = np.cumsum([part.sums_NK.shape[1] for part in parts.values()])[:-1]
+    found = {}
+    for (name, part), sums_RK in zip(parts.items(), np.split(np.concatenate(drawn), ends, axis=1), strict=True):
+        found[name] = replace(interval(values[name], part.formula(sums_RK), pairs.units), n=rows, groups=groups)
     return found
-
-
-def score_interval(sums_NK: Floats, formula: Formula, bounds: Bounds, pairs: JudgedPairs, seed: int) -> Difference:
-    """Return one score with its bootstrap interval, with a pseudo-row at either end as for other bounded metrics."""
-    units_GK = add_up(sums_NK, group_numbers(pairs))
-    value, groups = float(formula(sums_NK.sum(0))), len(units_GK) if len(pairs.clusters) else 0
-    if len(units_GK) < 2 or not math.isfinite(value):
-        return replace(unknown(value, len(sums_NK)), groups=groups)
-    rows_GK = np.concatenate([units_GK, np.stack(bounds(units_GK))])
-    values_R = np.concatenate(
-        [formula(counts_RG @ rows_GK) for counts_RG in draw_counts(len(rows_GK), seed, RESAMPLES)]
-    )
-    return replace(interval(value, values_R, len(units_GK)), n=len(sums_NK), groups=groups)
 
 
 def kappa(sums: Floats) -> Floats:

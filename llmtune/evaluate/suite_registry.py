@@ -90,7 +90,7 @@ def compare_suites(
 ) -> dict[str, Study]:
     """Return each suite's findings on both models; `rows` and `answers` are those of the test rows."""
     for _, suite in suites:
-        suite.answers = answers
+        suite.row_answers = answers
     return {
         name: join_studies(
             name.capitalize(), SUITE_KEYS.get(name, ()), [suite.compare(rows) for key, suite in suites if key == name]
