@@ -40,7 +40,7 @@ from llmtune.evaluate.gates import require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.own_metrics import check_own_metrics, try_own_metrics
 from llmtune.evaluate.run_report import make_report
-from llmtune.evaluate.suite_registry import check_inputs
+from llmtune.evaluate.suite_registry import check_inputs, check_judge
 from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device, release_memory
 from llmtune.model.kernels import check_kernels
@@ -242,6 +242,7 @@ def _check_evaluation(context: RunContext) -> None:
     check_champion(recipe, context.folder, context.rows, context.examples, context.console)
     load_benchmarks(recipe, context.console)
     try_own_metrics(context.plan.recipe, context.plan.task, context.rows, context.console)
+    check_judge(recipe)
 
 
 def _begin_training(context: RunContext) -> bool:

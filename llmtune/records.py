@@ -266,11 +266,13 @@ class StudyTable:
     title: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    open: bool = False
+    """Whether it shows at once, instead of on a click."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Results of base and tuned model beyond the test rows: forgetting, fairness, benchmarks.
+    """Results of base and tuned model beyond the task's metrics: forgetting, fairness, benchmarks, a judge.
 
     Metrics have plain names here; gates use `study.metric`.
     """
@@ -289,6 +291,8 @@ class Study:
     limits: str = ""
     """What these numbers can and cannot show, in plain words."""
     tables: tuple[StudyTable, ...] = ()
+    verdict: str = ""
+    """A sentence to add to the run's verdict."""
 
 
 @dataclass(frozen=True)
@@ -458,7 +462,7 @@ class Evaluation:
     slices: dict[str, tuple[Slice, ...]] = field(default_factory=dict)
     """By column of `evaluate.slices`, the most frequent values first."""
     studies: dict[str, Study] = field(default_factory=dict)
-    """By name: the studies in the recipe, of forgetting, fairness and benchmarks."""
+    """By name: the studies in the recipe, of forgetting, fairness, benchmarks and a judge."""
     exports: dict[str, Study] = field(default_factory=dict)
     """By format: the exports that the recipe names, `tuned` being the export's scores and `base` the tuned model's."""
     contamination: Contamination | None = None

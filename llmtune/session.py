@@ -28,6 +28,7 @@ from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.decision import save_decision
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.judge_client import host
 from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
@@ -413,6 +414,7 @@ def lock_run(context: RunContext) -> None:
         sources=cast(list[SourceRecord], known),
         start_from=find_adapter(Path(start)) if start else None,
         device=describe_device(plan.device),
+        judge={"model": judge.model, "host": host(judge)} if (judge := recipe.evaluate.judge) else None,
     )
 
 

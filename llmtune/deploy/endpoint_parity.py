@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import urlsplit
+from typing import cast
 
 import openai
 import torch
@@ -24,7 +20,8 @@ from llmtune.deploy.export_score import describe_differences, score_answers
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.parity_reference import TextReference
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, load_tuned
-from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
+from llmtune.errors import GateFailed, Problem, RecipeError
+from llmtune.evaluate.endpoint_client import connect, explained_errors
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
 from llmtune.evaluate.inference import Answers
@@ -41,12 +38,6 @@ MAX_LOGPROB_DIFFERENCE = 0.1
 """Maximum mean difference of the chosen tokens' log-probabilities, in nats."""
 TIE = 0.25
 """Logits closer than this are a tie, which rounding may decide either way."""
-TIMEOUT_SECONDS = 120
-"""Time limit for a complete answer, and for the wait before its first byte."""
-MAX_ANSWER_BYTES = 8 * 2**20
-"""Answers have few tokens; a long model list or the ids of a long prompt take less than 2 MiB."""
-RETRIES = 4
-"""Retries of a busy endpoint."""
 
 Parameters = dict[str, object]
 
@@ -137,74 +128,13 @@ def _is_plain_text(row: Row) -> bool:
 # The client
 
 
-def connect(url: str, key: str | None, offline: bool) -> openai.OpenAI:
-    """Return a client of one endpoint, `url` with or without `/v1`. It follows no redirect, which could leak the key.
-
-    Raises RecipeError if `url` is not an HTTP URL, EnvironmentProblem if `offline` forbids the host.
-    """
-    parsed = urlsplit(url.strip().rstrip("/"))
-    if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.username or parsed.query:
-        fix = "Give it as http://HOST:PORT, and a key with --api-key-file."
-        raise RecipeError.of("this is not the address of an endpoint", "--url", fix)
-    local = _is_loopback(parsed.hostname)
-    if offline and not local:
-        fix = "Omit --offline, or certify an endpoint on this machine."
-        raise EnvironmentProblem.of(f"--offline forbids asking {parsed.hostname}", "--url", fix)
-    http_client = openai.DefaultHttpxClient(
-        timeout=TIMEOUT_SECONDS,
-        follow_redirects=False,
-        trust_env=not local,
-        headers={"Accept-Encoding": "identity"},
-        event_hooks={"response": [bound_answer]},
-    )
-    base_url = f"{parsed.geturl().removesuffix('/v1')}/v1"
-    return openai.OpenAI(base_url=base_url, api_key=key or "none", max_retries=RETRIES, http_client=http_client)
-
-
-class AnswerRefusedError(BaseException):
-    """An answer beyond the bounds. Not an Exception, because the client retries after any Exception."""
-
-
-def bound_answer(response: Any) -> None:
-    """Limit the size and time of an answer; raises AnswerRefusedError if it is compressed, which was not requested."""
-    if (packed := response.headers.get("content-encoding", "identity")) != "identity":
-        raise AnswerRefusedError(f"its answer is compressed ({packed}), which was not requested")
-    stream, kind = response.stream, type(response.stream)
-    # The client bundles its own httpx, which reads only its own kind of stream.
-    methods = {
-        "__init__": lambda own: None,
-        "__iter__": lambda own: _limit_bytes(stream),
-        "close": lambda own: stream.close(),
-    }
-    response.stream = type(kind.__name__, (kind,), methods)()
-
-
-def _limit_bytes(stream: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the bytes of an answer, up to MAX_ANSWER_BYTES within TIMEOUT_SECONDS."""
-    size, end = 0, time.monotonic() + TIMEOUT_SECONDS
-    for part in stream:
-        size += len(part)
-        if size > MAX_ANSWER_BYTES:
-            raise AnswerRefusedError(f"its answer has more than {MAX_ANSWER_BYTES:,} bytes")
-        if time.monotonic() > end:
-            raise AnswerRefusedError(f"its answer did not end within {TIMEOUT_SECONDS:g} seconds")
-        yield part
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: str) -> str:
     """Return the model to ask: the requested one, the one named like the run, or the only one.
 
     Raises RecipeError if no model or several models match.
     """
     known: list[str] = []
-    with _explained_errors(client):
+    with explained_errors(client):
         try:
             known = [str(model.id) for model in client.with_options(max_retries=0).models.list().data or ()]
         except (openai.APIStatusError, AttributeError) as error:  # some endpoints do not list their models
@@ -234,7 +164,7 @@ def ask_all(
     Raises EnvironmentProblem if no answer comes.
     """
     replies: list[Reply] = []
-    with _explained_errors(client):
+    with explained_errors(client):
         for question in questions:
             for extra in extras:
                 try:
@@ -275,30 +205,6 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
         answer_ids=of_choice.get("token_ids") or [],
         logprobs=list(logprobs),
     )
-
-
-@contextmanager
-def _explained_errors(client: openai.OpenAI) -> Iterator[None]:
-    """Turn an endpoint's errors into an EnvironmentProblem."""
-    try:
-        yield
-    except openai.OpenAIError as error:
-        raise _explain_status(error, str(client.base_url).rstrip("/")) from error
-    except AnswerRefusedError as error:
-        raise EnvironmentProblem.of(str(error), str(client.base_url).rstrip("/"), "Check --url.") from None
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        what = "the endpoint's answer does not have the shape of OpenAI's"
-        raise EnvironmentProblem.of(what, fix="Check --url.") from error
-
-
-def _explain_status(error: openai.OpenAIError, url: str) -> LlmtuneError:
-    if not isinstance(error, openai.APIStatusError):
-        fix = "Start it, for example: llmtune deploy serve RUN"
-        return EnvironmentProblem.of(f"the endpoint does not answer: {error.__cause__ or error}", url, fix)
-    if error.status_code in (401, 403):
-        what = f"the endpoint rejects the API key: {error.message[:300]}"
-        return EnvironmentProblem.of(what, url, "Use --api-key-file.")
-    return EnvironmentProblem.of(f"the endpoint answered with status {error.status_code}: {error.message[:300]}", url)
 
 
 # The comparison

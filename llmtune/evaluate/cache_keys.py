@@ -59,7 +59,9 @@ def evaluation_files(recipe: Recipe) -> list[Path]:
     forgetting, fairness, champion = recipe.evaluate.forgetting, recipe.evaluate.fairness, recipe.evaluate.champion
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
     named += [str(find_release(Path(champion), recipe.name)), f"{champion}/evaluation/{MEASURES}"] if champion else []
+    judge = recipe.evaluate.judge
     named += [*(fairness.swaps if fairness else ()), *own_metric_files(recipe)]
+    named += [judge.labelled] if judge and judge.labelled else []
     read: set[Path] = set()
     for benchmark in recipe.evaluate.benchmarks:
         with suppress(DataError):

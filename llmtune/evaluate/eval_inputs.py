@@ -109,7 +109,8 @@ def make_inputs(
     notes = start_notes(task, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
-    needs_texts = not generates or any(metric in recipe.evaluate.predicted for metric in metrics)
+    wanted = recipe.evaluate.judge is not None or any(metric in recipe.evaluate.predicted for metric in metrics)
+    needs_texts = not generates or wanted
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):

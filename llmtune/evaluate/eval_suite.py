@@ -14,7 +14,7 @@ from llmtune.data.byte_streams import open_bytes
 from llmtune.data.file_readers import data_errors
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
-from llmtune.evaluate.inference import add_bar, context_limit, inference_on
+from llmtune.evaluate.inference import Answers, add_bar, context_limit, inference_on
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Advance, Difference, Study, StudyTable
@@ -47,6 +47,8 @@ class EvalSuite(Generic[SuiteOutput]):
         self.context = context
         self.outputs: dict[str, SuiteOutput] = {}
         """By "base" and "tuned"."""
+        self.row_answers: Mapping[str, Answers] = {}
+        """Both models' answers to the test rows; known once both have run."""
         self.unmeasured = ""
         """Why its first metric cannot be measured, for the report."""
 
@@ -128,6 +130,7 @@ def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> St
         signatures={metric: text for part in parts for metric, text in part.signatures.items()},
         limits=" ".join(part.limits for part in parts if part.limits),
         tables=tuple(table for part in parts for table in part.tables),
+        verdict=" ".join(part.verdict for part in parts if part.verdict),
     )
 
 

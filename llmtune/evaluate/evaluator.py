@@ -94,7 +94,7 @@ def evaluate(
         evaluation = replace(evaluation, signatures=evaluation.signatures | notes, failed=failed)
     elif context.recipe.evaluate.decisions:
         decided, _ = decide_answers(context, answers)
-    studies = compare_suites(suites, measures)
+    studies = compare_suites(suites, measures, answers)
     evaluation = replace(evaluation, baseline=stand_in, studies=studies, reliability=reliability, decided=decided)
     return Scored(evaluation, answers, measures)
 

@@ -63,7 +63,9 @@ def judge_run(
     if evaluation is not None and champion is not None:
         wide = {metric: widen(change, alpha) for metric, change in champion.difference.items()}
         evaluation = replace(evaluation, champion=replace(champion, difference=wide))
-    return verdict(evaluation, seeds, curve, gates, alpha)
+    found = verdict(evaluation, seeds, curve, gates, alpha)
+    added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
+    return replace(found, reason=" ".join([found.reason, *added]))
 
 
 def collect_seeds(run: Path, recipe: Recipe, own: Evaluation | None) -> Seeds | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmtune.errors import Problem, RecipeError
@@ -12,6 +12,9 @@ from llmtune.evaluate.eval_suite import EvalSuite, join_studies
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.forgetting import ForgettingSuite
 from llmtune.evaluate.group_gaps import GroupGapSuite
+from llmtune.evaluate.inference import Answers
+from llmtune.evaluate.judge import JudgeSuite
+from llmtune.evaluate.judge_client import Judge
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.swapped_rows import SwapSuite
 from llmtune.recipe.eval_suites_section import SUITE_KEYS
@@ -23,6 +26,7 @@ SUITES: dict[str, dict[str, type[Suite]]] = {
     "forgetting": {"": ForgettingSuite},
     "fairness": {"swaps": SwapSuite, "groups": GroupGapSuite},
     "benchmarks": {"": BenchmarkSuite},
+    "judge": {"": JudgeSuite},
 }
 """By key of `evaluate`, a suite's parts by the section key that requests them; a part without a key always runs."""
 DECODER = "AutoModelForCausalLM"
@@ -59,6 +63,12 @@ def check_inputs(recipe: Recipe) -> None:
         suite.read(recipe)
 
 
+def check_judge(recipe: Recipe) -> None:
+    """Ask the judge of `evaluate.judge` one question, if there is one. Raises EnvironmentProblem if that fails."""
+    if recipe.evaluate.judge:
+        Judge(recipe.evaluate.judge, recipe.seed).check()
+
+
 def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
     """Refuse suites that this variant of the task cannot run; called once the model's configuration is known.
 
@@ -75,8 +85,12 @@ def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
     )
 
 
-def compare_suites(suites: Sequence[tuple[str, Suite]], rows: PairedMeasures) -> dict[str, Study]:
-    """Return each suite's findings on both models; `rows` are the measures of the test rows."""
+def compare_suites(
+    suites: Sequence[tuple[str, Suite]], rows: PairedMeasures, answers: Mapping[str, Answers]
+) -> dict[str, Study]:
+    """Return each suite's findings on both models; `rows` and `answers` are those of the test rows."""
+    for _, suite in suites:
+        suite.row_answers = answers
     return {
         name: join_studies(
             name.capitalize(), SUITE_KEYS.get(name, ()), [suite.compare(rows) for key, suite in suites if key == name]

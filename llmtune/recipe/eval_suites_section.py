@@ -1,4 +1,4 @@
-"""The sections of `evaluate` that measure more than the test rows: forgetting, fairness, benchmarks."""
+"""The sections of `evaluate` that measure more than the task's metrics: forgetting, fairness, benchmarks, a judge."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -30,6 +31,18 @@ SUITE_KEYS = {
     "fairness": {
         "gap": "groups",
         "swap_changes": "swaps",
+    },
+    "judge": {
+        "win_rate": "endpoint",
+        "win_rate_uncorrected": "labelled",
+        "ties": "endpoint",
+        "inconsistent": "endpoint",
+        "first_position": "endpoint",
+        "longer_wins": "endpoint",
+        "agreement": "labelled",
+        "kappa": "labelled",
+        "error_rate": "labelled",
+        "length_bias": "labelled",
     },
 }
 """By suite: its metrics, as gates name them after the suite, and the key that each one measures."""
@@ -113,6 +126,53 @@ def fairness_without_effect(variant: TaskVariant, has_test: bool) -> dict[str, t
         return dict.fromkeys(("swaps", "groups"), ("without test rows", fix))
     unswapped = variant.facts.unswapped
     return {"swaps": (f"with task: {variant.task}: {unswapped}", "Remove it.")} if unswapped else {}
+
+
+class JudgeSection(RecipeSection):
+    """A model behind an endpoint that compares the answers of base and tuned model to the test rows."""
+
+    endpoint: NonEmpty
+    """URL of an OpenAI-compatible endpoint, such as https://api.openai.com/v1 or http://localhost:8000. It receives the
+    prompts and answers of your test rows. Required."""
+    model: NonEmpty
+    """Name of the judge, as the endpoint knows it. Required."""
+    question: NonEmpty = "Which answer is better: more correct, more helpful and clearer?"
+    """The question about two answers. Default: general quality; your own criterion is more telling."""
+    labelled: NonEmpty | None = None
+    """File of answer pairs that people judged: `prompt` (or `question`), `answer_a`, `answer_b` and `label` (A, B or
+    tie). The judge answers them too, and the win rate is corrected for its errors. Default none: the judge is taken at
+    its word, and the verdict says so."""
+    api_key_env: NonEmpty | None = None
+    """Environment variable with the endpoint's API key. Default none: LLMTUNE_JUDGE_KEY; for api.openai.com also
+    OPENAI_API_KEY."""
+
+    paths: ClassVar = {"labelled": absolute}
+
+    def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        """Report a task without free text, an address that is none, and a key in the place of a variable's name."""
+        key = "evaluate.judge"
+        if variant.facts.takes_audio or not (variant.facts.generates and variant.generates):
+            objective, style = "completion.objective", "qa.style"
+            because = objective if variant.is_masked else style if variant.is_extractive else "task"
+            fix = "Remove it; it is for tasks that answer in free text."
+            diagnostics.add(
+                key, f"'{key}' compares written answers to texts, which this task does not have", fix, because
+            )
+        if not is_endpoint(self.endpoint):
+            fix = "Write https://HOST/v1, without a key or a query."
+            diagnostics.add(f"{key}.endpoint", f"'{key}.endpoint' is not the address of an endpoint", fix)
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+            fix = "Write the name, such as MY_JUDGE_KEY, and keep the key itself in the environment."
+            diagnostics.add(f"{key}.api_key_env", "this is not the name of an environment variable", fix)
+
+
+def is_endpoint(url: str) -> bool:
+    """Return whether a URL can be an endpoint: HTTP, with a host, without credentials and query."""
+    try:
+        parsed = urlsplit(url.strip())
+        return parsed.scheme in ("http", "https") and bool(parsed.hostname) and not (parsed.username or parsed.query)
+    except ValueError:
+        return False
 
 
 class BenchmarkSection(RecipeSection):

@@ -16,6 +16,7 @@ from llmtune.recipe.eval_suites_section import (
     BenchmarkSection,
     FairnessSection,
     ForgettingSection,
+    JudgeSection,
     check_benchmark_keys,
     check_suite_gate,
     fairness_without_effect,
@@ -33,7 +34,7 @@ from llmtune.recipe.task_facts import (
     TaskVariant,
 )
 
-NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
+NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
 """Keys that judge scores and do not change the models' answers."""
 OWN_METRIC_KEYS = frozenset({"metric_seconds", "metric_network"})
@@ -117,6 +118,9 @@ class EvaluateSection(RecipeSection):
     benchmarks: Benchmarks = ()
     """Public benchmarks of lm-evaluation-harness (extra `benchmarks`): names of its tasks, or task files. Default none:
     most are large downloads."""
+    judge: JudgeSection | None = None
+    """A language model behind an endpoint that compares the answers of base and tuned model, pair by pair. Default
+    none: it costs tokens and sends your test rows to the endpoint."""
 
     when_unsure: WhenUnsure = "fail"
     """Result of an inconclusive gate on the end of an interval: `fail` (exit code 6), `pass`, or `report` (exit code
@@ -171,6 +175,8 @@ class EvaluateSection(RecipeSection):
             self.fairness.check(diagnostics, variant, has_test)
         if self.forgetting:
             self.forgetting.check(diagnostics, variant)
+        if self.judge:
+            self.judge.check(diagnostics, variant)
         self._check_unmeasured(diagnostics, variant)
         self._check_opponents(diagnostics)
         if has_test:
@@ -252,7 +258,7 @@ class EvaluateSection(RecipeSection):
             diagnostics.add(key, what, "Set evaluate.choices to auto.", "evaluate.choices")
         if isinstance(self.choices, tuple):
             diagnostics.repeated("evaluate.choices", self.choices, "an answer")
-        if self.limit is not None and not (variant.facts.generates and self.predicted & set(metrics)):
+        if self.limit is not None and not (variant.facts.generates and (self.judge or self.predicted & set(metrics))):
             fix = "Add one, such as exact_match, or remove it."
             diagnostics.no_effect("evaluate.limit", "without a metric on generated answers", fix, key)
 
@@ -333,5 +339,5 @@ class EvaluateSection(RecipeSection):
     def _check_suite_gate(
         self, diagnostics: Diagnostics, key: str, gate: Gate, variant: TaskVariant, has_test: bool
     ) -> None:
-        suites = {"forgetting": self.forgetting, "fairness": self.fairness, "benchmarks": self.benchmarks}
+        suites = {name: getattr(self, name) for name in ("forgetting", "fairness", "benchmarks", "judge")}
         check_suite_gate(diagnostics, key, gate, suites, fairness_without_effect(variant, has_test))

@@ -272,15 +272,18 @@ def suite_sections(evaluation: Evaluation) -> list[Section]:
     for name, suite in evaluation.studies.items():
         rows = []
         for metric, tuned in suite.tuned.items():
+            if suite.base and metric not in suite.base:
+                continue  # not a score of a model; a table has it
             better = suite.better.get(metric, 0)
             note = "; ".join(part for part in (suite.meanings.get(metric), BETTER_NOTES[better]) if part)
             scores = suite.base.get(metric), tuned, suite.difference.get(metric)
             rows.append(Compared(f"{name}.{metric}", *scores, better, note))
         blocks: list[Block] = [difference_table(rows, unit="n", code=True)] if rows else []
         blocks += [Text(suite.limits, "note")] if suite.limits else []
-        blocks += [
-            Details(one.title, [Table(one.heads, [[*row] for row in one.rows], scroll=True)]) for one in suite.tables
-        ]
+        for one in suite.tables:
+            cells: TableRows = [[*row] for row in one.rows]
+            table = Table(one.heads, cells, one.title if one.open else "", scroll=True)
+            blocks.append(table if one.open else Details(one.title, [table]))
         sections.append(Section(suite.title, blocks, anchor=name))
     return sections
 

@@ -40,7 +40,7 @@ OWN_FOLDERS = (
 )
 REPORTS = ("report.html", "report.md", "report.json", "junit.xml")
 OWN_FILES = (
-    *("recipe.yaml", "llmtune.lock", "metrics.jsonl", "row_losses.npz", "reproduction.json"),
+    *("recipe.yaml", "llmtune.lock", "metrics.jsonl", "row_losses.npz", "judge.jsonl", "reproduction.json"),
     *REPORTS,
     *("merged.failed.json", "endpoint.certificate.json"),
 )

@@ -89,6 +89,8 @@ class Lock(TypedDict):
     seed: int
     threads: int
     hardware: dict[str, object]
+    judge: NotRequired[dict[str, str]]
+    """Model and host of `evaluate.judge`."""
     git_commit: NotRequired[str | None]
     trained: NotRequired[dict[str, dict[str, str]]]
     """Hash of each file in the subfolder of the trained weights; added after training."""
@@ -118,10 +120,12 @@ def write_lock(
     sources: Sequence[SourceRecord] = (),
     start_from: Path | None = None,
     device: Mapping[str, object] | None = None,
+    judge: Mapping[str, str] | None = None,
 ) -> None:
     """Write llmtune.lock to a run folder that already has recipe.yaml.
 
-    `model` is the model's folder, `start_from` the adapter that training continues, `device` the compute device.
+    `model` is the model's folder, `start_from` the adapter that training continues, `device` the compute device,
+    `judge` the model and host of `evaluate.judge`.
     """
     lock = Lock(
         lock_version=LOCK_VERSION,
@@ -144,6 +148,8 @@ def write_lock(
         hardware={**hardware(), **(device or {})},
         git_commit=git_commit(),
     )
+    if judge:
+        lock["judge"] = dict(judge)
     write_json(folder / LOCK, lock)
 
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from llmtune.deploy import endpoint_parity
-from llmtune.deploy.endpoint_parity import _parts_at_tie, ask_all, choose_served_model, connect
+from llmtune.deploy.endpoint_parity import _parts_at_tie, ask_all, choose_served_model
 from llmtune.errors import EnvironmentProblem, LlmtuneError
+from llmtune.evaluate import endpoint_client
+from llmtune.evaluate.endpoint_client import connect
 
 Send = Callable[[bytes], None]
 QUESTION = {"messages": [{"role": "user", "content": "x"}]}
@@ -85,8 +86,8 @@ def ask(url: str) -> None:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_parity, "RETRIES", 0)
-    monkeypatch.setattr(endpoint_parity, "TIMEOUT_SECONDS", 1)
+    monkeypatch.setattr(endpoint_client, "RETRIES", 0)
+    monkeypatch.setattr(endpoint_client, "TIMEOUT_SECONDS", 1)
 
 
 @pytest.mark.parametrize(

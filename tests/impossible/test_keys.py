@@ -283,6 +283,7 @@ FLIPS = {
     **flips("preference", "loss", "preference.loss=reward", recipe="preference.yaml", center_rewards_coefficient="0.5"),
 }
 HUB = "data/test_hub_datasets.py"
+JUDGE = "evaluate/test_judge.py"
 ELSEWHERE = {
     "extends": "recipe/test_loader.py::test_nearer_files_override_values_and_mappings_are_merged",
     "recipe_version": "recipe/test_validation.py::test_an_invalid_key_or_value_is_refused_with_place_cause_and_fix",
@@ -301,6 +302,11 @@ ELSEWHERE = {
     "evaluate.metric_seconds": "evaluate/test_own_metrics.py::"
     "test_a_metric_that_sleeps_ends_at_its_limit_with_row_and_line",
     "evaluate.metric_network": "evaluate/test_own_metrics.py::test_the_recipe_may_allow_the_network",
+    "evaluate.judge.endpoint": f"{JUDGE}::test_the_key_is_sent_and_written_nowhere",
+    "evaluate.judge.model": f"{JUDGE}::test_another_question_or_model_asks_anew",
+    "evaluate.judge.question": f"{JUDGE}::test_another_question_or_model_asks_anew",
+    "evaluate.judge.labelled": f"{JUDGE}::test_the_known_biases_of_a_judge_are_measured_and_corrected",
+    "evaluate.judge.api_key_env": f"{JUDGE}::test_the_key_is_sent_and_written_nowhere",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_separates_worse_from_too_few_rows",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_use_the_level_of_one_look",
     "train.eval_metrics": "train/test_validation_metrics.py::"

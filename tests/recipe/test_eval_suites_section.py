@@ -13,6 +13,7 @@ FAIR = "evaluate.fairness={}"
 HARNESS = "evaluate.benchmarks=[arc_easy, own/colours.yaml]"
 ACCURACY_GATE = "evaluate.gates=['forgetting.accuracy >= base']"
 SWAPS = "evaluate.fairness.swaps=[own]"
+JUDGE = "evaluate.judge={endpoint: 'http://localhost:8000', model: m}"
 
 
 @pytest.mark.parametrize("suite", ["evaluate.benchmarks=[arc_easy]", "evaluate.forgetting={}"])
@@ -29,6 +30,26 @@ SWAPS = "evaluate.fairness.swaps=[own]"
 def test_a_suite_for_decoders_is_refused_for_tasks_without_decoders(refuse, suite, sets, why):
     key = suite.partition("=")[0]
     assert [problem for problem in refuse(sets=[*sets, suite]) if f"'{key}'" in problem.what and why in problem.what]
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["task=classify"],
+        ["task=speech"],
+        ["task=preference"],
+        ["task=completion", "completion.objective=masked"],
+        ["task=qa", "qa.style=extractive"],
+    ],
+)
+def test_a_judge_is_refused_for_tasks_that_do_not_answer_texts_in_free_text(refuse, sets):
+    assert [one for one in refuse(sets=[*sets, JUDGE]) if "'evaluate.judge' compares written answers" in one.what]
+
+
+@pytest.mark.parametrize("task", ["chat", "completion", "translate", "summarize", "qa"])
+def test_a_judge_compares_the_answers_of_every_task_that_writes(write, task):
+    loaded = load_recipe(write(), [JUDGE, f"task={task}", "evaluate.metrics=[loss]", "evaluate.limit=5"])
+    assert loaded.recipe.evaluate.judge.model == "m"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +90,14 @@ def test_unstated_keys_are_left_to_the_suite(write, task):
         ([FAIR, "evaluate.gates=['fairness.gpa < 1']"], "unknown metric", "Did you mean"),
         ([FAIR, "evaluate.gates=['fairness.swap_changes < 1']", "task=speech"], "not measured here", "Remove it"),
         ([HARNESS, "evaluate.gates=['benchmarks.arc_easy > 0.5']"], "names a task without a metric", "TASK.METRIC"),
+        ([JUDGE, "evaluate.gates=['judge.agreement > 0.8']"], "not measured", "Give evaluate.judge.labelled"),
+        ([JUDGE, "evaluate.gates=['judge.winrate > 0.5']"], "unknown metric", "Did you mean 'win_rate'?"),
+        (["evaluate.gates=['judge.win_rate > 0.5']"], "a study that is not run", "Set evaluate.judge"),
+        ([JUDGE, "data.test=0"], "'evaluate.judge' has no effect without test rows", "data.test"),
+        ([JUDGE, "evaluate.judge.endpoint=localhost:8000"], "not the address of an endpoint", "https://HOST/v1"),
+        ([JUDGE, "evaluate.judge.endpoint='http://me:key@host'"], "not the address of an endpoint", "without a key"),
+        ([JUDGE, "evaluate.judge.endpoint='http://[bad'"], "not the address of an endpoint", "https://HOST/v1"),
+        ([JUDGE, "evaluate.judge.api_key_env=sk-12345678901234567890"], "not the name of", "in the environment"),
     ],
 )
 def test_impossible_measurements_are_refused(refuse, sets, what, fix):
