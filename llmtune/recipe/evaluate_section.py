@@ -20,7 +20,7 @@ from llmtune.recipe.eval_suites_section import (
 from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type, sections_by
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TaskVariant
+from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TaskVariant, at_ten
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
@@ -135,7 +135,7 @@ class EvaluateSection(RecipeSection):
         if not self.metrics and diagnostics.stated(key):
             diagnostics.add(key, f"'{key}' is empty", "Name a metric, or remove the key to use the task's metrics.")
         for i, metric in enumerate(self.metrics):
-            if metric not in known:
+            if at_ten(metric) not in known:
                 fix = f"{nearest(metric, known)} Metrics of task: {variant.task}: {', '.join(known)}.".strip()
                 diagnostics.add(f"{key}.{i}", f"unknown metric '{metric}'", fix, "task")
         diagnostics.repeated(key, self.metrics, "a metric")
@@ -171,7 +171,7 @@ class EvaluateSection(RecipeSection):
                 self._check_export_gate(diagnostics, key, gate, metrics, exports)
             elif "." in gate.metric:
                 self._check_suite_gate(diagnostics, key, gate, variant, has_test=True)
-            elif gate.metric in known:
+            elif at_ten(gate.metric) in known:
                 lacking = variant.unmeasured.get(gate.metric)
                 fix = f"Remove it: {lacking}." if lacking else f"Add {gate.metric} to evaluate.metrics."
                 what = f"the gate {text!r} uses a metric that is not computed"

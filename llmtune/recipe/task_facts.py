@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ GENERATED = ("exact_match", *ROUGE, "chrf")
 """Metrics of chat and completion on generated answers."""
 MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
 TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
+RANKING = ("ndcg@10", "mrr@10", "recall@1", "recall@5", "recall@10", "map")
+"""Metrics of ranked passages; each cutoff after the @ may be another number."""
 NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
 CUT_METRIC = "answers_cut"
@@ -87,6 +90,11 @@ class TaskFacts:
     def splits_text(self) -> bool:
         """Return whether a long row can be split into several; only for language modelling tasks."""
         return "split" in self.overlong
+
+
+def at_ten(metric: str) -> str:
+    """Return a ranking metric at cutoff 10, which stands for all cutoffs in `TaskFacts.metrics`; others unchanged."""
+    return re.sub(r"^(ndcg|mrr|recall)@[1-9][0-9]{0,3}$", r"\1@10", metric)
 
 
 def answer_kind(task: str | None) -> str:
