@@ -27,8 +27,9 @@ WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", 
 """Formats whose rows may contain messages."""
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
-    *("functions", "history", "input", "instruction", "label", "messages", "output", "pair", "prompt", "question"),
-    *("rejected", "source", "source_language", "spans", "summary", "system", "tags", "target", "target_language"),
+    *("functions", "history", "input", "instruction", "label", "messages", "negatives", "output", "pair", "passage"),
+    *("passages", "prompt", "query", "question", "rejected", "relevance", "relevances", "source", "source_language"),
+    *("spans", "summary", "system", "tags", "target", "target_language"),
     *("text", "tokens", "tools", "train_reasoning", "translation"),
 )
 """Names of row columns: the allowed keys of a source's `columns`."""
@@ -80,6 +81,10 @@ class TaskFacts:
     """Meaning of metrics that differs from other tasks."""
     pipeline: str | None = None
     """The hub's name of the task, if the kind of model does not imply it."""
+    library: str = "transformers"
+    """The hub's name of the library that loads complete models of the task."""
+    split_by: str | None = None
+    """Column that groups rows if the recipe does not set `data.split_by`."""
 
     @property
     def has_messages(self) -> bool:
@@ -270,6 +275,29 @@ _TASKS = (
             "loss": "loss per pair, as in training",
             "accuracy": "better answer has the higher reward",
         },
+    ),
+    TaskFacts(
+        "rerank",
+        "rank passages for a query",
+        ("loss", *RANKING),
+        ("loss", *RANKING),
+        formats=("query-passage-relevance", "query-passages", "query-passage-negatives"),
+        models=("encoder", "decoder"),
+        columns=("query", "passage", "relevance"),
+        first_metrics=("loss", "ndcg@10", "mrr@10"),
+        section="rerank",
+        packs=True,
+        overlong=("error", "drop", "truncate"),
+        answer_kind="rating",
+        prompt_name="query with passages",
+        metric_notes={
+            "loss": "binary cross-entropy per passage",
+        },
+        pipeline="text-ranking",
+        library="sentence-transformers",
+        split_by="query",
+        decodes=False,
+        unswapped="other passages may be relevant for a swapped query",
     ),
 )
 TASK_FACTS = {facts.name: facts for facts in _TASKS}
