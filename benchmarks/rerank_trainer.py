@@ -2,7 +2,7 @@
 
     python benchmarks/rerank_trainer.py RUN --method full|lora [--seed N] [--threads N]
 
-It reads the pairs that the run trained on and tested on, trains with the same epochs, batch, learning rate, schedule and
+It reads the pairs that the run trained on and tested on, trains with the same epochs, batch, rate, schedule and
 number format, and prints one JSON document: its metrics on the test queries, and the run's minus its own with the
 paired interval. It needs sentence-transformers, which llmtune does not.
 """
@@ -102,7 +102,7 @@ def build(encoder: CrossEncoder, recipe: Recipe, rows: list[dict[str, Any]], see
         per_device_train_batch_size=train.batch_size,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
-        warmup_ratio=train.warmup_ratio,
+        warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         seed=seed,
