@@ -254,7 +254,8 @@ def measure_one(
         found = EvalPrediction([*values.values()], [inputs.targets[i] for i in values], before)
         measured = context.task.compute_metric(metric, found, context.recipe)
         if measured is not None:
-            return replace(measured, at=tuple(values))
+            rows = tuple(values)
+            return replace(measured, at=tuple(rows[i] for i in measured.at) if measured.at else rows)
     if metric in TOKEN_METRICS:
         return measure_sums(metric, context, answers.sums)
     return None if context.task.predicts else measure_answers(metric, inputs, answers)

@@ -32,6 +32,7 @@ from llmtune.recipe.task_facts import (
     PREDICTED,
     TASK_FACTS,
     TaskVariant,
+    at_ten,
 )
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge")
@@ -227,7 +228,7 @@ class EvaluateSection(RecipeSection):
         for i, metric in enumerate(self.metrics):
             if is_own(metric):
                 self._check_own_metric(diagnostics, f"{key}.{i}", metric, variant)
-            elif metric not in known:
+            elif at_ten(metric) not in known:
                 fix = f"{nearest(metric, known)} Metrics of task: {variant.task}: {', '.join(known)}."
                 fix = "Name a function in it: FILE.py:FUNCTION." if metric.endswith(".py") else fix.strip()
                 diagnostics.add(f"{key}.{i}", f"unknown metric '{metric}'", fix, "task")
@@ -284,7 +285,7 @@ class EvaluateSection(RecipeSection):
             elif adding := key_of_decision(gate.metric):
                 what = f"the gate {text!r} uses a metric that is not computed"
                 diagnostics.add(key, what, f"Set evaluate.{adding}.", f"evaluate.{adding}")
-            elif gate.metric in known:
+            elif at_ten(gate.metric) in known:
                 lacking = variant.unmeasured.get(gate.metric)
                 fix = f"Remove it: {lacking}." if lacking else f"Add {gate.metric} to evaluate.metrics."
                 what = f"the gate {text!r} uses a metric that is not computed"

@@ -18,6 +18,7 @@ from llmtune.recipe.task_sections import (
     CompletionSection,
     PreferenceSection,
     QaSection,
+    RerankSection,
     SpeechSection,
     SummarizeSection,
     TaskSection,
@@ -112,6 +113,8 @@ class Recipe(RecipeSection):
     """Settings of `task: token-classify`. Default none: the defaults of its keys."""
     speech: SpeechSection | None = None
     """Settings of `task: speech`. Default none: the defaults of its keys."""
+    rerank: RerankSection | None = None
+    """Settings of `task: rerank`. Default none: the defaults of its keys."""
 
     @property
     def needs_rows_apart(self) -> str | None:

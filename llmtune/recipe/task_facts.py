@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ DECISIONS: Mapping[str, tuple[str, ...]] = {
     "out_of_scope": ("false_alarms",),
 }
 """Metrics of the tuned model's decisions on test rows, by the key of `evaluate` that adds them."""
+RANKING = ("ndcg@10", "mrr@10", "recall@1", "recall@5", "recall@10", "map")
+"""Metrics of ranked passages; each cutoff after the @ may be another number."""
 NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
 COST = "_cost"
@@ -36,8 +39,9 @@ WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", 
 """Formats whose rows may contain messages."""
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
-    *("functions", "history", "input", "instruction", "label", "messages", "output", "pair", "prompt", "question"),
-    *("rejected", "source", "source_language", "spans", "summary", "system", "tags", "target", "target_language"),
+    *("functions", "history", "input", "instruction", "label", "messages", "negatives", "output", "pair", "passage"),
+    *("passages", "prompt", "query", "question", "rejected", "relevance", "relevances", "source", "source_language"),
+    *("spans", "summary", "system", "tags", "target", "target_language"),
     *("text", "tokens", "tools", "train_reasoning", "translation"),
 )
 """Names of row columns: the allowed keys of a source's `columns`."""
@@ -89,6 +93,12 @@ class TaskFacts:
     """Meaning of metrics that differs from other tasks."""
     pipeline: str | None = None
     """The hub's name of the task, if the kind of model does not imply it."""
+    library: str = "transformers"
+    """The hub's name of the library that loads complete models of the task."""
+    tags: tuple[str, ...] = ()
+    """The hub's tags for models of the task."""
+    split_by: str | None = None
+    """Column that groups rows if the recipe does not set `data.split_by`."""
 
     @property
     def has_messages(self) -> bool:
@@ -99,6 +109,11 @@ class TaskFacts:
     def splits_text(self) -> bool:
         """Return whether a long row can be split into several; only for language modelling tasks."""
         return "split" in self.overlong
+
+
+def at_ten(metric: str) -> str:
+    """Return a ranking metric at cutoff 10, which stands for all cutoffs in `TaskFacts.metrics`; others unchanged."""
+    return re.sub(r"^(ndcg|mrr|recall)@[1-9][0-9]{0,3}$", r"\1@10", metric)
 
 
 def answer_kind(task: str | None) -> str:
@@ -274,6 +289,30 @@ _TASKS = (
             "loss": "loss per pair, as in training",
             "accuracy": "better answer has the higher reward",
         },
+    ),
+    TaskFacts(
+        "rerank",
+        "rank passages for a query",
+        ("loss", *RANKING),
+        ("loss", *RANKING),
+        formats=("query-passage-relevance", "query-passages", "query-passage-negatives"),
+        models=("encoder", "decoder"),
+        columns=("query", "passage", "relevance"),
+        first_metrics=("loss", "ndcg@10", "mrr@10"),
+        section="rerank",
+        packs=True,
+        overlong=("error", "drop", "truncate"),
+        answer_kind="rating",
+        prompt_name="query with passages",
+        metric_notes={
+            "loss": "binary cross-entropy per passage",
+        },
+        pipeline="text-ranking",
+        library="sentence-transformers",
+        tags=("cross-encoder", "reranker"),
+        split_by="query",
+        decodes=False,
+        unswapped="other passages may be relevant for a swapped query",
     ),
 )
 TASK_FACTS = {facts.name: facts for facts in _TASKS}

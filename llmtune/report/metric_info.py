@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llmtune.recipe.task_facts import CALIBRATION, COST, NEAREST_TO_ONE, TASK_FACTS
+from llmtune.recipe.task_facts import CALIBRATION, COST, NEAREST_TO_ONE, TASK_FACTS, at_ten
 from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
@@ -30,6 +30,10 @@ COSTS = frozenset({"kl", "answers_cut", "ece"})
 """Metrics that show the cost or conditions of a gain. A change in only these does not make a model worse."""
 
 METRIC_NOTES = {
+    "ndcg@10": "order of the first k passages, by graded relevance",
+    "mrr@10": "1 / rank of the first relevant passage; 0 beyond rank k",
+    **dict.fromkeys(("recall@1", "recall@5", "recall@10"), "share of a query's relevant passages among the first k"),
+    "map": "mean precision at the ranks of the relevant passages",
     CHOICE: "reference is the likeliest choice; independent of wording",
     "bleu": "shared word n-grams, 0 to 100",
     "wer": "wrong words per reference word",
@@ -82,13 +86,13 @@ METRIC_NOTES = {
 def metric_note(metric: str, task: str | None) -> str:
     """Return the meaning of a task's metric in a few words; empty if unknown."""
     own = TASK_FACTS[task].metric_notes if task in TASK_FACTS else {}
-    return own.get(metric) or METRIC_NOTES.get(metric, "")
+    return own.get(metric) or METRIC_NOTES.get(metric) or METRIC_NOTES.get(at_ten(metric), "")
 
 
 def rank_metrics(metrics: Iterable[str]) -> list[str]:
     """Sort metrics, the most informative first: those without a note are the user's own."""
     ranks = {name: rank for rank, name in enumerate(METRIC_NOTES)}
-    return sorted(metrics, key=lambda name: ranks.get(name, -1))
+    return sorted(metrics, key=lambda name: ranks.get(name, ranks.get(at_ten(name), -1)))
 
 
 def direction(metric: str, change: Difference) -> int:

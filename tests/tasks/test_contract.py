@@ -55,6 +55,10 @@ ANSWERS = [
     {"question": f"Which colour has the {t}?", "context": text, "answer": "" if i % 5 == 4 else c}
     for i, (text, t, c) in enumerate(WORDS)
 ]
+RANKED = [
+    {"query": f"Which colour has the {t}?", "passages": [text, f"The {t} is quick."], "relevances": [1 + i % 2, 0]}
+    for i, (text, t, _) in enumerate(WORDS)
+]
 NO_TEXT = {"generation": {"max_new_tokens": None}}
 RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
 LOGITS = ("logits", "start_logits", "end_logits")
@@ -120,6 +124,8 @@ CASES = {
     "preference": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "dpo"}}),
     "preference-kto": Case("preference", 0, build_llama, THUMBS, {"preference": {"loss": "kto"}}),
     "preference-orpo": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "orpo"}}),
+    "rerank": Case("rerank", 0, families.build_bert, RANKED, NO_TEXT, config=STILL),
+    "rerank-decoder": Case("rerank", 0, build_llama, RANKED, NO_TEXT),
     "reward": Case("preference", 1, build_llama, LIKED, {"preference": {"loss": "reward"}, **NO_TEXT}),
 }
 RELATIVES = {
@@ -139,7 +145,7 @@ VARIED = {
 """Methods that the default suite does not train for a variant."""
 RELATED = {f"chat-{name}": replace(CASES["chat"], adapter=adapter) for name, adapter in RELATIVES.items()}
 SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
-SECOND += ("whisper-full", "ctc-headless", "preference-orpo")
+SECOND += ("whisper-full", "ctc-headless", "preference-orpo", "rerank-decoder")
 """Cases of a variant that the default suite covers with another method, model or loss."""
 SLOW = {*VARIED, *RELATED, *SECOND}
 CELLS = CASES | VARIED | RELATED
@@ -151,6 +157,8 @@ BASELINES = {
     "classify-number": "the mean of the training rows",
     "token-classify": "the most frequent tag (O) on every word",
     "ctc-headless": "an empty transcript",
+    "rerank": "BM25 (words that query and passage share)",
+    "rerank-decoder": "BM25 (words that query and passage share)",
     "reward": "the same score for every answer",
 }
 """The baselines that replace a base model without a trained head."""
