@@ -17,6 +17,7 @@ from llmtune.data.chat_rows import (
     completion_from_text,
 )
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
+from llmtune.data.embed_rows import embed_from_label, embed_from_pair
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.task_rows import (
     classified,
@@ -107,7 +108,8 @@ _KNOWN = (
     RowFormat("document-summary", ("document", "summary"), (), {"summarize": summary_from_pair}),
     RowFormat("squad", ("question", "context", "answers"), (), {"qa": question_squad}),
     RowFormat("question-answer", ("question", "context", "answer"), (), {"qa": question_answer}),
-    RowFormat("text-label", ("text", "label"), ("pair",), {"classify": classified}),
+    RowFormat("text-label", ("text", "label"), ("pair",), {"classify": classified, "embed": embed_from_label}),
+    RowFormat("query-passage", ("query", "passage"), ("negatives", "score"), {"embed": embed_from_pair}),
     RowFormat("tokens-tags", ("tokens", "tags"), (), {"token-classify": tagged_tokens}),
     RowFormat("text-spans", ("text", "spans"), (), {"token-classify": tagged_spans}),
     RowFormat("audio-text", ("audio", "text"), (), {"speech": speech_from_columns}, files=("audio",)),

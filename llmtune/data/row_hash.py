@@ -67,6 +67,8 @@ def spoken_text(row: Row) -> str:
     A long system message shared by all rows would make them all similar. Questions on different contexts, and texts of
     different recordings, are never duplicates, whatever they share: each word is tagged with its context.
     """
+    if "query" in row:
+        return " ".join([row["query"], *row["passages"]])
     if "context" in row:
         return _tag_words(f"{row['question']} {' '.join(answer['text'] for answer in row['answers'])}", row["context"])
     if "audio" in row:

@@ -247,7 +247,7 @@ def write_prompt(row: Row) -> str:
     if "tokens" in row:
         return " ".join(row["tokens"])
     if "messages" not in row:
-        named = [row.get(name) for name in ("prompt", "source", "document", "text", "pair")]
+        named = [row.get(name) for name in ("query", "prompt", "source", "document", "text", "pair")]
         return "\n".join(str(part) for part in named if part)
     turns = [
         (str(message["role"]), write_answer(plain_text(message.get("content")), message.get("tool_calls") or ()))

@@ -16,6 +16,7 @@ from llmtune.recipe.task_facts import TASK_FACTS, TaskVariant
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
+    EmbedSection,
     PreferenceSection,
     QaSection,
     SpeechSection,
@@ -112,6 +113,8 @@ class Recipe(RecipeSection):
     """Settings of `task: token-classify`. Default none: the defaults of its keys."""
     speech: SpeechSection | None = None
     """Settings of `task: speech`. Default none: the defaults of its keys."""
+    embed: EmbedSection | None = None
+    """Settings of `task: embed`. Default none: the defaults of its keys."""
 
     @property
     def needs_rows_apart(self) -> str | None:

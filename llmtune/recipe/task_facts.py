@@ -27,8 +27,9 @@ WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", 
 """Formats whose rows may contain messages."""
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
-    *("functions", "history", "input", "instruction", "label", "messages", "output", "pair", "prompt", "question"),
-    *("rejected", "source", "source_language", "spans", "summary", "system", "tags", "target", "target_language"),
+    *("functions", "history", "input", "instruction", "label", "messages", "negatives", "output", "pair", "passage"),
+    *("prompt", "query", "question", "rejected", "score", "source", "source_language", "spans", "summary", "system"),
+    *("tags", "target", "target_language"),
     *("text", "tokens", "tools", "train_reasoning", "translation"),
 )
 """Names of row columns: the allowed keys of a source's `columns`."""
@@ -270,6 +271,22 @@ _TASKS = (
             "loss": "loss per pair, as in training",
             "accuracy": "better answer has the higher reward",
         },
+    ),
+    TaskFacts(
+        "embed",
+        "turn texts into vectors that are close if the texts belong together",
+        (*RANKING, "spearman", "pearson", "random_cosine", "effective_rank"),
+        ("ndcg@10", "recall@1", "mrr@10", "map", "random_cosine", "effective_rank"),
+        formats=("query-passage", "text-label"),
+        models=("encoder", "decoder"),
+        columns=("query", "passage"),
+        section="embed",
+        packs=True,
+        overlong=("error", "drop", "truncate"),
+        prompt_name="query",
+        decodes=False,
+        unswapped="queries and passages may have to change together",
+        pipeline="sentence-similarity",
     ),
 )
 TASK_FACTS = {facts.name: facts for facts in _TASKS}
