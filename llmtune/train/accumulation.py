@@ -90,7 +90,9 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     groups, real = _own_groups(training, rows, budget)
     losses: list[Loss] = []
     totals = _sum_step_statistics(training, training.examples, groups, real, step)
-    cached = _cache_gradients(training, rows, groups, real, step) if training.task.has_step_loss else None
+    divided = len(groups) > 1 or accelerator.num_processes > 1
+    caches = training.task.has_step_loss and divided
+    cached = _cache_gradients(training, rows, groups, real, step) if caches else None
 
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
