@@ -67,6 +67,17 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "text": ("sentence", "content"),
         "label": ("category", "class", "labels"),
     },
+    "rerank": {
+        "query": ("question", "anchor", "search_query"),
+        "passage": (
+            *("document", "doc", "text", "paragraph", "context", "answer", "content"),
+            *("positive", "positives", "pos", "positive_passages"),
+        ),
+        "relevance": ("label", "score", "relevant", "is_relevant", "rating", "grade"),
+        "passages": ("documents", "docs", "texts", "candidates"),
+        "relevances": ("labels", "scores", "is_selected"),
+        "negatives": ("negative", "neg", "hard_negatives", "negative_passages"),
+    },
 }
 """By task, our column names and their aliases."""
 COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])

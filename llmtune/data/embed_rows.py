@@ -29,6 +29,9 @@ def texts_of(row: EmbedRow) -> list[str]:
 
 def embed_from_pair(row: Mapping[str, object]) -> EmbedRow:
     """Read `query` and `passage` (a text or a list), with `negatives` (a text or a list) or a `score`."""
+    graded = next((name for name in ("relevance", "label") if row.get(name) is not None), None)
+    if graded is not None:
+        raise RowError("graded passage", f"the row has a '{graded}'; task: rerank learns it, or rename it to score")
     query, passages, negatives = nonempty_text(row, "query"), _texts(row, "passage"), _texts(row, "negatives")
     if not passages:
         raise RowError("no passage", "'passage' is empty")

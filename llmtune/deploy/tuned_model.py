@@ -82,7 +82,9 @@ class TunedModel:
     def questions(self) -> list[Row]:
         """`PROMPTS` as rows of the task, with the first row's languages or pair, and the run's rows without answers."""
         own = {name: self.rows[0].get(name) for name in self.task.optional_inputs} if self.rows else {}
-        fixed = [self.task.make_row({**own, "prompt": text, "context": CONTEXT}) for text in PROMPTS]
+        fixed = [
+            self.task.make_row({**own, "prompt": text, "context": CONTEXT, "passages": CONTEXT}) for text in PROMPTS
+        ]
         return [*fixed, *(self.task.split_answer(row)[0] for row in self.rows)]
 
     def certificate(self, breaches: Sequence[str]) -> Certificate:

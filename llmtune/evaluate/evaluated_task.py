@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe.schema import Recipe
+    from llmtune.records import Rows
 
 PredictionT = TypeVar("PredictionT")
 """A task's prediction for a row: a JSON value."""
@@ -66,6 +67,10 @@ class EvaluatedTask(TaskInterface):
     def reference(self, row: Any) -> Any:
         """Return the value that predictions are compared with."""
         return self.split_answer(row)[1]
+
+    def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
+        """Return notes on the evaluated rows of a split for the report, by subject."""
+        return {}
 
     def tool_turns(self, row: Any, recipe: Recipe) -> list[ToolTurn]:
         """Return all answers of a row with tools, its own last; each is generated and scored by its calls."""

@@ -19,6 +19,7 @@ from llmtune.recipe.task_sections import (
     EmbedSection,
     PreferenceSection,
     QaSection,
+    RerankSection,
     SpeechSection,
     SummarizeSection,
     TaskSection,
@@ -115,6 +116,8 @@ class Recipe(RecipeSection):
     """Settings of `task: speech`. Default none: the defaults of its keys."""
     embed: EmbedSection | None = None
     """Settings of `task: embed`. Default none: the defaults of its keys."""
+    rerank: RerankSection | None = None
+    """Settings of `task: rerank`. Default none: the defaults of its keys."""
 
     @property
     def needs_rows_apart(self) -> str | None:

@@ -28,8 +28,8 @@ WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", 
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
     *("functions", "history", "input", "instruction", "label", "messages", "negatives", "output", "pair", "passage"),
-    *("prompt", "query", "question", "rejected", "score", "source", "source_language", "spans", "summary", "system"),
-    *("tags", "target", "target_language"),
+    *("passages", "prompt", "query", "question", "rejected", "relevance", "relevances", "score", "source"),
+    *("source_language", "spans", "summary", "system", "tags", "target", "target_language"),
     *("text", "tokens", "tools", "train_reasoning", "translation"),
 )
 """Names of row columns: the allowed keys of a source's `columns`."""
@@ -81,6 +81,10 @@ class TaskFacts:
     """Meaning of metrics that differs from other tasks."""
     pipeline: str | None = None
     """The hub's name of the task, if the kind of model does not imply it."""
+    library: str = "transformers"
+    """The hub's name of the library that loads complete models of the task."""
+    split_by: str | None = None
+    """Column that groups rows if the recipe does not set `data.split_by`."""
 
     @property
     def has_messages(self) -> bool:
@@ -287,6 +291,30 @@ _TASKS = (
         decodes=False,
         unswapped="queries and passages may have to change together",
         pipeline="sentence-similarity",
+        library="sentence-transformers",
+    ),
+    TaskFacts(
+        "rerank",
+        "rank passages for a query",
+        ("loss", *RANKING),
+        ("loss", *RANKING),
+        formats=("query-passage-relevance", "query-passages", "query-passage-negatives"),
+        models=("encoder", "decoder"),
+        columns=("query", "passage", "relevance"),
+        first_metrics=("loss", "ndcg@10", "mrr@10"),
+        section="rerank",
+        packs=True,
+        overlong=("error", "drop", "truncate"),
+        answer_kind="rating",
+        prompt_name="query with passages",
+        metric_notes={
+            "loss": "binary cross-entropy per passage",
+        },
+        pipeline="text-ranking",
+        library="sentence-transformers",
+        split_by="query",
+        decodes=False,
+        unswapped="other passages may be relevant for a swapped query",
     ),
 )
 TASK_FACTS = {facts.name: facts for facts in _TASKS}

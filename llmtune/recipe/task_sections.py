@@ -133,6 +133,14 @@ class QaSection(TaskSection):
             diagnostics.add("qa.stride", what, fix, "data.max_length")
 
 
+class RerankSection(TaskSection):
+    """Settings of the task `rerank`."""
+
+    max_relevance: float | None = Field(default=None, gt=0)
+    """Relevance that the model learns to score as 1; lower ones in proportion. Default none: the highest relevance of
+    the training rows, but at least 1."""
+
+
 class ClassifySection(TaskSection):
     """Settings of the task `classify`."""
 

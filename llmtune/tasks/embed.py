@@ -21,6 +21,7 @@ from llmtune.data.collators import encoder_batch
 from llmtune.data.embed_rows import EmbedRow, texts_of
 from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
+from llmtune.data.rerank_rows import given_passages
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
@@ -39,7 +40,7 @@ from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import SPLITS, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.embedding_losses import embedding_loss
-from llmtune.tasks.sentence_folder import resolve_settings, write_settings
+from llmtune.tasks.sentence_folder import describe_settings, resolve_settings, write_settings
 
 Vectors: TypeAlias = dict[str, list[float]]
 """The vector of each text of a row, by `text_names`."""
@@ -58,6 +59,8 @@ class Embed(Task[EmbedRow, Vectors]):
     """An encoder or decoder whose token vectors are pooled."""
 
     name = "embed"
+    required_inputs = ()
+    optional_inputs = ("prompt", "passages")
     endpoint = Endpoint("/v1/embed", "the vector of the text, under `query`")
     auto_class = "AutoModel"
     peft_task_type = "FEATURE_EXTRACTION"
@@ -99,15 +102,11 @@ class Embed(Task[EmbedRow, Vectors]):
             pooler.requires_grad_(False)
 
     def make_row(self, given: Mapping[str, str | None]) -> EmbedRow:
-        """Return the row of a query, or of a passage if one is given."""
-        passage = given.get("passage")
-        return {
-            "query": given.get("prompt"),
-            "passages": [] if passage is None else [passage],
-            "negatives": [],
-            "score": None,
-            "label": None,
-        }
+        """Return the row of a query, passages (a JSON list, or one per line), or both. Raises RecipeError without any."""
+        query, passages = given.get("prompt") or None, given_passages(given.get("passages"))
+        if query is None and not passages:
+            raise RecipeError.of("no text is given", "--prompt", "Give a query, or --passages.")
+        return {"query": query, "passages": passages, "negatives": [], "score": None, "label": None}
 
     def split_answer(self, row: EmbedRow) -> tuple[EmbedRow, str]:
         """Return the texts of a row, and what is known about them: the passage, the score or the label."""
@@ -117,6 +116,25 @@ class Embed(Task[EmbedRow, Vectors]):
     def reference(self, row: EmbedRow) -> EmbedRow:
         """Return the row."""
         return row
+
+    def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
+        """Describe the vectors and the corpus, and count the queries and passages that training rows have too."""
+        trained: tuple[set[str], set[str]] = set(), set()
+        held_out: tuple[set[str], set[str]] = set(), set()
+        for name, (queries, passages) in (("train", trained), (split, held_out)):
+            for _, row in iterate_rows(rows, name):
+                queries.add(row["query"])
+                passages.update(row["passages"])
+        shared = [len(new & old) for new, old in zip(held_out, trained, strict=True)]
+        queries, passages = map(len, held_out)
+        notes = {
+            "vectors": describe_settings(embed_section(recipe)),
+            "queries": f"{queries:,}, of which {shared[0]:,} also occur in training rows",
+        }
+        if passages:
+            corpus = f"the passages and negatives of the {split} rows"
+            notes["passages"] = f"{corpus}; {shared[1]:,} of {passages:,} passages also occur in training rows"
+        return notes
 
     def encode(self, rows: Sequence[EmbedRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return an example per passage of each row: its texts in order, with their hashes."""

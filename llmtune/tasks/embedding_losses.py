@@ -33,9 +33,7 @@ def embedding_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example],
     return Loss(losses.sum(), len(examples), row_sums=losses)
 
 
-def ranking_loss(
-    vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection
-) -> torch.Tensor:
+def ranking_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
     """Return the cross entropy [R] of each query's passage among the passages and negatives of all rows.
 
     Other passages of the same query, and texts equal to the query or to one of its passages, are no negatives.

@@ -74,9 +74,14 @@ def _read_pooling(folder: Path) -> str:
     if config is None:
         raise EnvironmentProblem.of("missing: it says how vectors are pooled", str(path), "Download the model again.")
     stated = config.get("pooling_mode")
-    modes = [stated] if isinstance(stated, str) else stated or [
-        name.removeprefix("pooling_mode_") for name, on in config.items() if name.startswith("pooling_mode_") and on
-    ]
+    modes = (
+        [stated]
+        if isinstance(stated, str)
+        else stated
+        or [
+            name.removeprefix("pooling_mode_") for name, on in config.items() if name.startswith("pooling_mode_") and on
+        ]
+    )
     ours = [next((one for one, name in MODES.items() if mode in (one, name[13:])), None) for mode in modes]
     if len(ours) != 1 or ours[0] is None:
         raise RecipeError.of(f"the base pools by {' and '.join(modes)}", str(path), USE_OTHER)
@@ -107,7 +112,11 @@ def resolve_settings(section: EmbedSection, config: PretrainedConfig) -> EmbedSe
 
 def write_settings(folder: Path, config: PretrainedConfig, section: EmbedSection, max_length: int) -> None:
     """Make a saved model or adapter a sentence-transformers folder; `section` has been resolved."""
-    modules = [("", "Transformer"), (POOLING, "Pooling"), *([("2_Normalize", "Normalize")] if section.normalize else [])]
+    modules = [
+        ("", "Transformer"),
+        (POOLING, "Pooling"),
+        *([("2_Normalize", "Normalize")] if section.normalize else []),
+    ]
     size = config.get_text_config().hidden_size
     (folder / POOLING).mkdir(exist_ok=True)
     write_json(
@@ -125,7 +134,7 @@ def write_settings(folder: Path, config: PretrainedConfig, section: EmbedSection
     write_json(folder / PROMPTS, about)
 
 
-def as_text(section: EmbedSection) -> str:
+def describe_settings(section: EmbedSection) -> str:
     """Describe how vectors are made, for the report."""
     parts = [f"{section.pooling} pooling", "length 1" if section.normalize else "not normalised"]
     prompts = (("queries", section.query_prompt), ("passages", section.passage_prompt))

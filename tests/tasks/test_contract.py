@@ -63,6 +63,10 @@ SCORED = [
     {"query": text, "passage": f"The {t} was {COLOURS[i % 3]}", "score": float(COLOURS[i % 3] == c)}
     for i, (text, t, c) in enumerate(WORDS)
 ]
+RANKED = [
+    {"query": f"Which colour has the {t}?", "passages": [text, f"The {t} is quick."], "relevances": [1 + i % 2, 0]}
+    for i, (text, t, _) in enumerate(WORDS)
+]
 NO_TEXT = {"generation": {"max_new_tokens": None}}
 RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
 LOGITS = ("logits", "last_hidden_state", "start_logits", "end_logits")
@@ -131,8 +135,14 @@ CASES = {
     "embed": Case("embed", 0, families.build_bert, FOUND, NO_TEXT, config=STILL),
     "embed-scores-full": Case("embed", 0, families.build_modernbert, SCORED, NO_TEXT, method="full"),
     "embed-labels": Case(
-        "embed", 0, build_llama, [{"text": text, "label": c} for text, _, c in WORDS], {**NO_TEXT, "embed": {"margin": 1.0}}
+        "embed",
+        0,
+        build_llama,
+        [{"text": text, "label": c} for text, _, c in WORDS],
+        {**NO_TEXT, "embed": {"margin": 1.0}},
     ),
+    "rerank": Case("rerank", 0, families.build_bert, RANKED, NO_TEXT, config=STILL),
+    "rerank-decoder": Case("rerank", 0, build_llama, RANKED, NO_TEXT),
     "reward": Case("preference", 1, build_llama, LIKED, {"preference": {"loss": "reward"}, **NO_TEXT}),
 }
 RELATIVES = {
@@ -152,7 +162,7 @@ VARIED = {
 """Methods that the default suite does not train for a variant."""
 RELATED = {f"chat-{name}": replace(CASES["chat"], adapter=adapter) for name, adapter in RELATIVES.items()}
 SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
-SECOND += ("embed-labels", "whisper-full", "ctc-headless", "preference-orpo")
+SECOND += ("embed-labels", "whisper-full", "ctc-headless", "preference-orpo", "rerank-decoder")
 """Cases of a variant that the default suite covers with another method, model or loss."""
 SLOW = {*VARIED, *RELATED, *SECOND}
 CELLS = CASES | VARIED | RELATED
@@ -164,6 +174,8 @@ BASELINES = {
     "classify-number": "the mean of the training rows",
     "token-classify": "the most frequent tag (O) on every word",
     "ctc-headless": "an empty transcript",
+    "rerank": "BM25 (words that query and passage share)",
+    "rerank-decoder": "BM25 (words that query and passage share)",
     "reward": "the same score for every answer",
 }
 """The baselines that replace a base model without a trained head."""
