@@ -102,7 +102,10 @@ class Embed(Task[EmbedRow, Vectors]):
             pooler.requires_grad_(False)
 
     def make_row(self, given: Mapping[str, str | None]) -> EmbedRow:
-        """Return the row of a query, passages (a JSON list, or one per line), or both. Raises RecipeError without any."""
+        """Return the row of a query, passages (a JSON list, or one per line), or both.
+
+        Raises RecipeError without any text.
+        """
         query, passages = given.get("prompt") or None, given_passages(given.get("passages"))
         if query is None and not passages:
             raise RecipeError.of("no text is given", "--prompt", "Give a query, or --passages.")
