@@ -129,14 +129,14 @@ class Embed(Task[EmbedRow, Vectors]):
                 queries.add(row["query"])
                 passages.update(row["passages"])
         shared = [len(new & old) for new, old in zip(held_out, trained, strict=True)]
-        queries, passages = map(len, held_out)
+        found, searched = map(len, held_out)
         notes = {
             "vectors": describe_settings(embed_section(recipe)),
-            "queries": f"{queries:,}, of which {shared[0]:,} also occur in training rows",
+            "queries": f"{found:,}, of which {shared[0]:,} also occur in training rows",
         }
-        if passages:
+        if searched:
             corpus = f"the passages and negatives of the {split} rows"
-            notes["passages"] = f"{corpus}; {shared[1]:,} of {passages:,} passages also occur in training rows"
+            notes["passages"] = f"{corpus}; {shared[1]:,} of {searched:,} passages also occur in training rows"
         return notes
 
     def encode(self, rows: Sequence[EmbedRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
@@ -185,11 +185,11 @@ class Embed(Task[EmbedRow, Vectors]):
         hidden_BTD = hidden_states(model, batch)
         lengths, section = batch["lengths"], embed_section(batch["recipe"])
         if "cu_seq_lens_q" in batch:
-            texts = hidden_BTD[0].split(lengths)
+            texts = torch.split(hidden_BTD[0], lengths)
         else:
             texts = tuple(row[:length] for row, length in zip(hidden_BTD, lengths, strict=True))
         vectors = torch.stack([pool(text, section.pooling) for text in texts])
-        return list(vectors.split([len(example.spans) // 2 for example in batch["examples"]]))
+        return list(torch.split(vectors, [len(example.spans) // 2 for example in batch["examples"]]))
 
     def step_loss(self, features: Sequence[torch.Tensor], examples: Sequence[Example], recipe: Recipe) -> Loss:
         """Return the recipe's loss of a step."""

@@ -55,7 +55,8 @@ def ranking_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], s
 
 def cosines(vectors: Sequence[torch.Tensor], examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cosine [R] of each row's two texts, and its score [R]."""
-    cosine_R = functional.cosine_similarity(*(torch.stack([one[place] for one in vectors]) for place in (0, 1)))
+    first_RD, second_RD = (torch.stack([one[place] for one in vectors]) for place in (0, 1))
+    cosine_R = functional.cosine_similarity(first_RD, second_RD)
     return cosine_R, torch.tensor([example.values[0] for example in examples], device=cosine_R.device)
 
 
