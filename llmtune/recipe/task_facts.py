@@ -83,6 +83,8 @@ class TaskFacts:
     """The hub's name of the task, if the kind of model does not imply it."""
     library: str = "transformers"
     """The hub's name of the library that loads complete models of the task."""
+    tags: tuple[str, ...] = ()
+    """The hub's tags for models of the task."""
     split_by: str | None = None
     """Column that groups rows if the recipe does not set `data.split_by`."""
 
@@ -312,6 +314,7 @@ _TASKS = (
         },
         pipeline="text-ranking",
         library="sentence-transformers",
+        tags=("cross-encoder", "reranker"),
         split_by="query",
         decodes=False,
         unswapped="other passages may be relevant for a swapped query",

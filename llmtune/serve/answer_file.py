@@ -11,9 +11,10 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn
 
-from llmtune.data.column_mapping import rename, used_columns, with_aliases
+from llmtune.data.column_mapping import ALIASES, rename, used_columns, with_aliases
 from llmtune.data.ingest import progress_bars
 from llmtune.data.rejected_rows import RowError
+from llmtune.data.rerank_rows import passage_text
 from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
@@ -22,11 +23,13 @@ from llmtune.serve.finished_run import FinishedRun, Inputs
 from llmtune.serve.served_model import ServedModel, label_scores
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "instruction", "question", "text", "source", "document"),
+    "prompt": ("prompt", "instruction", "question", "query", "text", "source", "document"),
     "audio": ("audio", "file_name"),
     "answer": ("completion", "answer", "output"),
 }
 """Possible columns of a task input, by our names; of any other input, its own name."""
+TEXT_ENDINGS = (".txt", ".text", ".md")
+"""Files with a passage per line."""
 AT_ONCE = 512
 """Number of rows answered before their lines are written."""
 
@@ -96,7 +99,8 @@ def _read_inputs(
 ) -> Inputs | RowError:
     try:
         named = rename(row, columns)
-        inputs = {name: str(value) for name, column in asked.items() if (value := named.get(column)) is not None}
+        given = {name: value for name, column in asked.items() if (value := named.get(column)) is not None}
+        inputs = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in given.items()}
         if "audio" in inputs:
             inputs["audio"] = str(folder / str(inputs["audio"]))
         empty = [
@@ -105,6 +109,29 @@ def _read_inputs(
     except RowError as error:
         return error
     return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
+
+
+def read_passages(file: Path) -> list[str]:
+    """Return the passages of a file: its lines if it is a text, else the column `passage` (or a usual name for it).
+
+    Raises DataError if the file has no passages, or cannot be read.
+    """
+    if file.suffix.lower() in TEXT_ENDINGS:
+        passages = [line for line in map(str.strip, file.read_text("utf-8").splitlines()) if line]
+    else:
+        rows = [(origin, row) for origin, row in local_input(file).raw_rows() if not isinstance(row, RowError)]
+        header = dict.fromkeys(name for _, row in rows for name in row)
+        column = next((name for name in ("passage", *ALIASES["rerank"]["passage"]) if name in header), None)
+        if column is None:
+            fix = "Name the column passage, or give a text file with a passage per line."
+            raise DataError.of(f"no column for the passages; found {', '.join(header) or 'none'}", str(file), fix)
+        try:
+            passages = [passage_text(row.get(column)) for _, row in rows]
+        except RowError as error:
+            raise DataError.of(str(error), str(file)) from None
+    if not passages:
+        raise DataError.of("it has no passages", str(file), "Give a text file with a passage per line.")
+    return passages
 
 
 def _answer_rows(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -180,6 +181,7 @@ class FinishedRun:
         context: str | None = None,
         pair: str | None = None,
         audio: str | Path | None = None,
+        passages: Sequence[str] | None = None,
         answer: str | None = None,
         source_language: str | None = None,
         target_language: str | None = None,
@@ -194,6 +196,7 @@ class FinishedRun:
             context: the text that holds the answer (qa).
             pair: the second text of a pair (classify).
             audio: a recording (speech).
+            passages: the passages to rank for the prompt (rerank).
             answer: the answer to score (preference, reward).
             source_language: the language of the prompt, instead of the recipe's (translate).
             target_language: the language of the answer, instead of the recipe's (translate).
@@ -211,6 +214,7 @@ class FinishedRun:
         inputs = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
         inputs |= {"source_language": source_language, "target_language": target_language}
         inputs["audio"] = None if audio is None else str(audio)
+        inputs["passages"] = None if passages is None else json.dumps([*passages])
         return str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
 
     def answer(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> dict[str, object]:
