@@ -61,7 +61,7 @@ class Embed(Task[EmbedRow, Vectors]):
     name = "embed"
     required_inputs = ()
     optional_inputs = ("prompt", "passages")
-    endpoint = Endpoint("/v1/embed", "the vector of the text, under `query`")
+    endpoint = Endpoint("/v1/embeddings", "the vectors of the texts", "input")
     auto_class = "AutoModel"
     peft_task_type = "FEATURE_EXTRACTION"
     packs = True

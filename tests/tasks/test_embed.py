@@ -7,12 +7,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from openai import OpenAI
 from support.families import build_bert
 from support.pairs import gradient, recipe_of, run_recipe, start_training
 from support.runs import invoke
+from support.serving import load_served, serving
 from transformers import AutoConfig
 
 from llmtune.data.example import Example
@@ -343,3 +346,30 @@ def test_the_untuned_base_gives_the_vectors_of_sentence_transformers(base, tmp_p
     ):
         [one] = ours.answer(given, base=True)["prediction"].values()
         np.testing.assert_allclose(vector, one, atol=1e-6)
+
+
+def test_the_openai_client_gets_the_vectors_of_generate(run):
+    ours = FinishedRun(run, offline=True)
+    texts = ["the red cat", "a house"]
+    with serving(*load_served(mine=run).values()) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        queries = client.embeddings.create(model="mine", input=texts)
+        found = client.embeddings.create(model="mine", input=texts, extra_body={"input_type": "document"})
+        short = client.embeddings.create(model="mine", input=texts[0], dimensions=16)
+        wrong = httpx.post(f"{url}/v1/embeddings", json={"input": texts, "dimensions": 17})
+    assert wrong.status_code == 400
+    assert "Use one of 64, 16." in wrong.json()["error"]["message"]
+    for i, text in enumerate(texts):
+        for answer, given in ((queries, {"prompt": text}), (found, {"passages": text})):
+            [vector] = ours.answer(given)["prediction"].values()
+            np.testing.assert_allclose(answer.data[i].embedding, vector, atol=1e-6)
+    whole = np.asarray(queries.data[0].embedding[:16])
+    np.testing.assert_allclose(short.data[0].embedding, whole / np.linalg.norm(whole), atol=1e-6)
+    assert queries.usage.prompt_tokens > len(texts)
+
+
+def test_generate_prints_vectors_as_json_and_refuses_no_text(run):
+    done = invoke("generate", run, "the red cat", "--json")
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["prediction"]["query"]) == 64
+    assert invoke("generate", run, "", "--json").exit_code == 2
