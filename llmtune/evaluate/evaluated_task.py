@@ -85,7 +85,7 @@ class EvaluatedTask(TaskInterface):
         """Return the kind of a head's outputs: `choice` (one of K), `yes-no` (K questions) or `number`."""
         return "choice"
 
-    def row_notes(self, rows: Rows, split: str) -> dict[str, str]:
+    def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return notes on the evaluated rows of a split for the report, by subject."""
         return {}
 

@@ -24,9 +24,10 @@ LOWER_IS_BETTER = frozenset(
         "decided_error",
         "set_size",
         "false_alarms",
+        "random_cosine",
     },
 )
-COSTS = frozenset({"kl", "answers_cut", "ece"})
+COSTS = frozenset({"kl", "answers_cut", "ece", "random_cosine", "effective_rank"})
 """Metrics that show the cost or conditions of a gain. A change in only these does not make a model worse."""
 
 METRIC_NOTES = {
@@ -69,6 +70,8 @@ METRIC_NOTES = {
     "ece": "how far probabilities are from the share that is right",
     "mae": "mean error, in units of the label",
     "mse": "mean squared error",
+    "random_cosine": "mean cosine of unrelated texts; near 1 if all vectors are alike",
+    "effective_rank": "directions that the vectors use",
     "spearman": "rank correlation, −1 to 1",
     "pearson": "linear correlation, −1 to 1",
     "likelihood_accuracy": "better answer is likelier",
