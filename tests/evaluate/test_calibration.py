@@ -92,7 +92,7 @@ def test_a_model_that_is_always_right_does_not_become_certain(many: bool) -> Non
 
 
 def test_words_that_the_model_cannot_see_are_skipped() -> None:
-    logits = {3: [[1.0, 0.0], [], [0.0, 2.0]], 5: [[]]}
+    logits: dict[int, list[list[float]]] = {3: [[1.0, 0.0], [], [0.0, 2.0]], 5: [[]]}
     chosen = gather_choices(("O", "B-X"), logits, {3: [["O"], ["O"], ["B-X"]], 5: [["O"]]}, many=False)
     assert chosen is not None
     assert (chosen.rows, chosen.logits_UK.tolist()) == ((3, 3), [[1, 0], [0, 2]])
