@@ -283,6 +283,7 @@ FLIPS = {
     **flips("preference", "loss", "preference.loss=reward", recipe="preference.yaml", center_rewards_coefficient="0.5"),
 }
 HUB = "data/test_hub_datasets.py"
+SELECTIVE = "evaluate/test_decision.py"
 ELSEWHERE = {
     "extends": "recipe/test_loader.py::test_nearer_files_override_values_and_mappings_are_merged",
     "recipe_version": "recipe/test_validation.py::test_an_invalid_key_or_value_is_refused_with_place_cause_and_fix",
@@ -298,6 +299,10 @@ ELSEWHERE = {
     "test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_another_one",
     "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
     "test_named_tasks_need_the_network_and_files_do_not_unless_the_recipe_says_so",
+    "evaluate.decide.risk": f"{SELECTIVE}::test_risk_and_confidence_change_the_threshold",
+    "evaluate.decide.confidence": f"{SELECTIVE}::test_risk_and_confidence_change_the_threshold",
+    "evaluate.sets": f"{SELECTIVE}::test_coverage_and_per_class_change_the_sets",
+    "evaluate.out_of_scope": f"{SELECTIVE}::test_the_share_of_false_alarms_changes_what_is_out_of_scope",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_separates_worse_from_too_few_rows",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_use_the_level_of_one_look",
     "train.eval_metrics": "train/test_validation_metrics.py::"
