@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from scipy.special import expit, softmax
+from scipy.special import expit, softmax  # type: ignore[import-untyped]
 from sklearn.metrics import log_loss
 from support import families, pairs
 from support.classifying import colour_rows
@@ -46,6 +46,8 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "chat": ("chat", TALK),
 }
 TEXT = "the green fox number 3"
+LATER = [pytest.param(case, marks=pytest.mark.slow) for case in ("many", "tags")]
+"""Cases that take an export each."""
 SILENT = {"generation": {"max_new_tokens": None}}
 SPLITS = {"data": {"validation": 0.3, "test": 0.3}}
 
@@ -89,7 +91,7 @@ def ask_merged(folder: Path, case: str) -> np.ndarray:
 
 def ask_script(folder: Path, case: str) -> np.ndarray:
     """Return the probabilities that the script of an ONNX folder prints; of tags, only the highest of each word."""
-    command = [sys.executable, "-W", "ignore", folder / "run_model.py", TEXT]
+    command = [sys.executable, "-W", "ignore", str(folder / "run_model.py"), TEXT]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
     numbers = [float(line.split()[-1]) for line in (lines if case == "tags" else lines[1:])]
     return np.array(numbers)[:, None] if case == "tags" else np.array([numbers])
@@ -99,11 +101,11 @@ def ask_server(run: Path, case: str) -> np.ndarray:
     with serving(*load_served(mine=run).values()) as url:
         path = "token-classify" if case == "tags" else "classify"
         answer = httpx.post(f"{url}/v1/{path}", json={"text": TEXT}).json()
-    words = answer["scores"] if case == "tags" else [dict(zip(answer["labels"], answer["prediction"]["scores"]))]
+    words = answer["scores"] if case == "tags" else [dict(enumerate(answer["prediction"]["scores"]))]
     return np.array([[*word.values()] for word in words])
 
 
-@pytest.mark.parametrize("case", ["single", "many", "tags"])
+@pytest.mark.parametrize("case", ["single", *LATER])
 def test_generate_serve_onnx_and_the_merged_model_give_equal_probabilities(
     case: str, trained: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -138,7 +140,7 @@ def test_generate_gives_the_probabilities_of_the_choices_of_a_chat(trained: Call
         assert max(chosen, key=chosen.__getitem__) == line["tuned_choice"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["single", "chat", *LATER])
 def test_the_record_belongs_to_the_trained_weights_and_ships_with_exports(
     case: str, trained: Callable[[str], Path]
 ) -> None:
@@ -191,10 +193,8 @@ def test_calibration_changes_no_other_score(trained: Callable[[str], Path], tmp_
 
 def test_metrics_and_gates_use_the_calibrated_probabilities(trained: Callable[[str], Path], tmp_path: Path) -> None:
     run = shutil.copytree(trained("single"), tmp_path / "run")
-    asked = "[accuracy, ece, brier, nll]"
-    done = invoke(
-        "evaluate", run, "--offline", "--set", f"evaluate.metrics={asked}", "--set", "evaluate.gates=[nll < 0]"
-    )
+    asked = ("evaluate.metrics=[accuracy, ece, brier, nll]", "--set", "evaluate.gates=[nll < 0]")
+    done = invoke("evaluate", run, "--offline", "--set", *asked)
     assert done.exit_code == GateFailed.exit_code, done.output
     evaluation = load_evaluation(run / "evaluation")
     assert evaluation is not None
@@ -206,13 +206,8 @@ def test_metrics_and_gates_use_the_calibrated_probabilities(trained: Callable[[s
 def test_a_run_with_too_few_validation_rows_says_that_it_is_not_calibrated(
     rows: float, tmp_path: Path, tiny_llama: Path
 ) -> None:
-    run = train(
-        tmp_path,
-        tiny_llama,
-        "single",
-        data={"validation": rows, "test": 0.3},
-        train={"max_steps": 1, "num_train_epochs": None},
-    )
+    sections = {"data": {"validation": rows, "test": 0.3}, "train": {"max_steps": 1, "num_train_epochs": None}}
+    run = train(tmp_path, tiny_llama, "single", **sections)
     assert not (run / "evaluation/calibration.json").exists()
     evaluation = load_evaluation(run / "evaluation")
     assert evaluation is not None
@@ -222,9 +217,10 @@ def test_a_run_with_too_few_validation_rows_says_that_it_is_not_calibrated(
     assert "Not calibrated: a temperature needs 20 validation rows" in (run / "report.md").read_text()
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "validation": ({"data": {"validation": 0}}, "classify", "without validation rows"),
-    "task": ({}, "translate", "without the metric choice_accuracy"),
+    "task": ({}, "translate", "in task translate: its model does not choose"),
+    "metric": ({"evaluate": {"metrics": ["loss"], "calibrate": True}}, "chat", "without the metric choice_accuracy"),
     "numbers": ({"classify": {"kind": "regression"}}, "classify", "with classify.kind: regression"),
 }
 

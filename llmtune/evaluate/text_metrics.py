@@ -30,6 +30,7 @@ from llmtune.evaluate.metric import (
     ratio,
 )
 from llmtune.evaluate.paired_statistics import Bounds, Floats, Formula, share_bounds
+from llmtune.recipe.task_facts import CHOICE_METRICS
 from llmtune.recipe.user_files import read_text_file
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TEXT_METRICS = ("exact_match", *ROUGE_METRICS, "chrf")
 """The metrics of `TEXT_MEASURES` for chat and completion."""
 CHOICE_METRIC = "choice_accuracy"
-METRICS = (*TOKEN_METRICS, *TEXT_METRICS, CHOICE_METRIC)
+METRICS = (*TOKEN_METRICS, *TEXT_METRICS, *CHOICE_METRICS)
 SQUAD_METRICS = ("exact_match", "f1")
 BLEU_ORDER = 4
 

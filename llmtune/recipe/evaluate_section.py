@@ -157,10 +157,10 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect(
                 key, "without validation rows", "Set data.validation, or remove it.", "data.validation"
             )
+        elif not set(CALIBRATION) & set(variant.metrics):
+            diagnostics.no_effect(key, f"in task {variant.task}: its model does not choose", "Remove it.", "task")
         elif variant.facts.generates and not self.chooses(variant):
             diagnostics.no_effect(key, f"without the metric {CHOICE}", f"Add {CHOICE} to evaluate.metrics.", "task")
-        elif not set(CALIBRATION) & set(variant.metrics):
-            diagnostics.no_effect(key, f"in task {variant.task}, which does not choose", "Remove it.", "task")
 
     def _check_unmeasured(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         for i, metric in enumerate(self.metrics):

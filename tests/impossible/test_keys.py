@@ -258,7 +258,7 @@ FLIPS = {
     **flips("generation", "evaluation", recipe="speech.yaml", at="@whisper", **GENERATION),
     **flips("generation", "evaluation", "generation.do_sample=true", recipe="speech.yaml", at="@whisper", **DRAWING),
     **flips("evaluate", "evaluation", metrics="[loss, exact_match, rougeL]", gates="['loss < base']", limit="3"),
-    **flips("evaluate", "evaluation", choices="[red, green, blue]", samples="1", slices="[group]"),
+    **flips("evaluate", "evaluation", choices="[red, green, blue]", samples="1", slices="[group]", calibrate="false"),
     **flips("evaluate.forgetting", "evaluation", "evaluate.forgetting.questions=[]", texts="[other.jinja]"),
     **flips("evaluate.forgetting", "evaluation", "evaluate.forgetting.texts=[other.jinja]", questions="[quiz.jsonl]"),
     **flips("evaluate.fairness", "evaluation", swaps="[words.csv]", groups="[group]"),
