@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import RecipeError, nearest
-from llmtune.recipe.decision_section import DecideSection, Sets, Share, check_decisions, key_of_decision
+from llmtune.recipe.decision_section import DecideSection, PredictionSets, Share, check_decisions, key_of_decision
 from llmtune.recipe.eval_suites_section import (
     BenchmarkSection,
     FairnessSection,
@@ -63,7 +63,7 @@ class EvaluateSection(RecipeSection):
     decide: DecideSection | None = None
     """Abstention with a guarantee, for a task that chooses: `{risk: 0.05}` finds the confidence from which at most 5 %
     of the answers are wrong. Default none: the risk is your decision."""
-    sets: Sets | None = None
+    sets: PredictionSets | None = None
     """Prediction sets with a guarantee: `0.9` is the coverage. Default none: a single answer is easier to use."""
     out_of_scope: Share | None = None
     """Share of rows like yours that may be called out of scope, such as 0.05. Detection has no guarantee. Default

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llmtune.evaluate.calibration import Chosen, fit_temperature, log_probabilities
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.selective_prediction import find_threshold
+from llmtune.evaluate.selective_prediction import prove_risk
 
 RISK, CONFIDENCE = 0.05, 0.95
 ROWS = (50, 100, 200, 500, 1000, 2000)
@@ -148,7 +148,7 @@ def decide_as(error: float, rows: int, how: str, resamples: int, shift: float = 
         if how in ("same", "halves"):
             temperature = (validation if how == "same" else validation.take(slice(rows // 2))).temperature()
             validation = validation if how == "same" else validation.take(slice(rows // 2, None))
-        threshold = find_threshold(*validation.answers(temperature), RISK, confidence)
+        threshold = prove_risk(*validation.answers(temperature), RISK, confidence)
         truth = truths[best] if temperature == 1.0 else Truth.of(models[best], temperature)
         found.append(truth.at(threshold.value))
     return summarize(found)
