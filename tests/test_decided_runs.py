@@ -184,6 +184,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     "task": ({}, "translate", RULES, "'evaluate.sets' has no effect without choices"),
     "numbers": ({"classify": {"kind": "regression"}}, "classify", RULES, "'evaluate.out_of_scope' has no effect with"),
     "tags": ({}, "token-classify", RULES, "'evaluate.sets' has no effect in task token-classify"),
+    "choices": (
+        {},
+        "chat",
+        {"metrics": ["loss", "exact_match"], "choices": None, **DECIDE},
+        "'evaluate.decide' has no effect without choices",
+    ),
+    "export": ({"deploy": ["onnx"]}, "classify", {**RULES, "gates": ["deploy.onnx.decided > 0"]}, "is not computed"),
     "gate": ({}, "classify", {"gates": ["decided >= 0.6"]}, "uses a metric that is not computed"),
     "risk": ({}, "classify", {"decide": {"risk": 5}}, "evaluate.decide.risk"),
     "coverage": ({}, "classify", {"sets": 1.5}, "evaluate.sets"),

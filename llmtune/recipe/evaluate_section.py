@@ -120,7 +120,7 @@ class EvaluateSection(RecipeSection):
     ) -> None:
         """Report impossible measurements and gates; `exports` are those of the recipe's `deploy`."""
         self._check_calibrate(diagnostics, variant, has_validation)
-        chooses = self.chooses(variant)
+        chooses = self.chooses(variant) and self.choices is not None
         check_decisions(diagnostics, self.decisions, variant, has_validation=has_validation, chooses=chooses)
         check_benchmark_keys(diagnostics, self.benchmarks, variant)
         if self.fairness:
@@ -198,7 +198,7 @@ class EvaluateSection(RecipeSection):
         metrics, known = self.chosen_metrics(variant), variant.facts.metrics
         if CUT_METRIC in known and variant.generates and PREDICTED & set(metrics):
             metrics = tuple(dict.fromkeys((*metrics, CUT_METRIC)))
-        metrics = (*metrics, *(metric for key in self.decisions for metric in DECISIONS[key]))
+        decided = [metric for key in self.decisions for metric in DECISIONS[key]]
         for i, text in enumerate(self.gates):
             key = f"evaluate.gates.{i}"
             try:
@@ -207,7 +207,7 @@ class EvaluateSection(RecipeSection):
                 (problem,) = error.problems
                 diagnostics.add(key, problem.what, problem.fix or "")
                 continue
-            if gate.metric in metrics:
+            if gate.metric in metrics or gate.metric in decided:
                 continue
             if gate.on_export:
                 self._check_export_gate(diagnostics, key, gate, metrics, exports)
