@@ -220,3 +220,15 @@ def test_the_bound_misses_at_most_its_share_of_new_values() -> None:
     values = np.arange(99.0)
     assert highest_bound(values, np.ones(99), 99, 0.05) == 4.0  # the fifth of 100 with the new one
     assert highest_bound(values[:18], np.ones(18), 18, 0.05) == -math.inf
+
+
+def test_sets_of_several_labels_miss_at_most_their_share_on_average() -> None:
+    generator, missed = np.random.default_rng(0), []
+    for _ in range(300):
+        probability_NK = generator.random((150, 4))
+        right_NK = generator.random((150, 4)) < probability_NK**2
+        bounds_K = fit_sets(probability_NK[:100], right_NK[:100], 0.8, per_class=False)
+        chosen_NK = read_sets(probability_NK[100:], bounds_K, many=True)
+        of_row = right_NK[100:].sum(1)
+        missed.append(((right_NK[100:] & ~chosen_NK).sum(1) / np.maximum(of_row, 1)).mean())
+    assert 0.17 <= np.mean(missed) <= 0.202
