@@ -85,8 +85,7 @@ from llmtune.train.row_losses import list_hardest
 def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json:
     """Run the steps of a recipe up to `request.until`; return the content of report.json in rank 0.
 
-    Raises:
-        LlmtuneError: one of its subclasses, for every error a user can fix; `GateFailed` once the report is written.
+    Raises a subclass of LlmtuneError for every error a user can fix; `GateFailed` once the report is written.
     """
     assert not request.dry_run, "`launch.dry_run` is for those"
     path = request.out or default_path(loaded.recipe.name, loaded.fingerprint)

@@ -23,9 +23,9 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
-from llmtune.evaluate.calibration import run_calibration, save_calibration
+from llmtune.evaluate.calibration import run_calibration
 from llmtune.evaluate.champion import face_champion
-from llmtune.evaluate.decision import save_decision
+from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.judge_client import host
@@ -42,7 +42,7 @@ from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
+from llmtune.recipe.training_rule import choose_training, compared_checkpoints, few_steps, with_choices, with_length
 from llmtune.records import ALONE, AdaptedModel, Examples, Json, Layout, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
@@ -368,7 +368,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
     validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
     eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
-    eval_context = replace(eval_context, checkpoints=compared_checkpoints(context))
+    eval_context = replace(eval_context, checkpoints=compared_checkpoints(recipe, read_curve(context.folder.path)))
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     tuned = hash_value([base, hash_folder(context.trained_folder)])
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
@@ -381,19 +381,8 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         known_tuned=load_base(base_folder, tuned, TUNED) if recipe.evaluate.own_metrics else None,
         challenge=partial(face_champion, context.folder, ask),
     )
-    record = evaluation.reliability.record if evaluation.reliability else None
-    if folder is not None and record is not None:
-        save_calibration(replace(record, trained_sha256=hash_folder(context.trained_folder)), folder)
-    decision = evaluation.decided.record if evaluation.decided else None
-    if folder is not None and decision is not None:
-        save_decision(replace(decision, trained_sha256=hash_folder(context.trained_folder)), folder)
-
-
-def compared_checkpoints(context: RunContext) -> int:
-    """Return how many checkpoints training chose from by their scores on validation rows."""
-    train = context.plan.recipe.train
-    validated = sum("validation_loss" in line for line in read_curve(context.folder.path))
-    return max(1, validated) if train.load_best_model_at_end or train.early_stopping_patience else 1
+    if folder is not None:
+        save_rules(evaluation, folder, hash_folder(context.trained_folder))
 
 
 def lock_run(context: RunContext) -> None:

@@ -20,8 +20,8 @@ from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import TunedModel, load_tuned
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.cache_keys import base_inputs
-from llmtune.evaluate.calibration import run_calibration, save_calibration
-from llmtune.evaluate.decision import run_decision, save_decision
+from llmtune.evaluate.calibration import run_calibration
+from llmtune.evaluate.decision import copy_rules
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
@@ -70,13 +70,9 @@ def export_run(
     release_memory()
     scored = score_export(context, out, open_export, asked) | usage
     certificate = dict(plain({**certificate, "score": scored}))
-    record = run_calibration(context.folder)
     with explained(out):
         write_json(out / CERTIFICATE, certificate)
-        if record is not None:
-            save_calibration(record, out)
-        if rules := run_decision(context.folder):
-            save_decision(rules, out)
+        copy_rules(context.folder, out)
     for line in describe_export(scored):
         context.console.print(line, highlight=False)
     return certificate

@@ -6,6 +6,7 @@ Shapes: N rows, U choices (one per row, or one per word of a row), K labels.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,14 +17,15 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from llmtune.evaluate.calibration import Chosen, log_probabilities
+from llmtune.evaluate.calibration import RECORD as CALIBRATION_RECORD
+from llmtune.evaluate.calibration import Chosen, log_probabilities, save_calibration
 from llmtune.evaluate.metric import Measure, measure_means, measure_shares
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.selective_prediction import (
-    find_threshold,
     fit_sets,
     highest_bound,
     least_rows,
+    prove_risk,
     read_sets,
     risk_curve,
     rows_to_prove,
@@ -31,7 +33,7 @@ from llmtune.evaluate.selective_prediction import (
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import count_checkpoints
-from llmtune.records import Decided, Decision, Json, Rows
+from llmtune.records import Decided, Decision, Evaluation, Json, Rows
 from llmtune.report.number_format import count
 from llmtune.store.atomic_files import read_json, write_json
 from llmtune.store.run_folder import RunFolder
@@ -80,7 +82,7 @@ def fit_decision(section: EvaluateSection, validation: Chosen | None, checkpoint
     record = Decision(validation.labels, validation.many, rows, checkpoints)
     if section.decide is not None:
         confidence = divide_error(section.decide.confidence, checkpoints)
-        threshold = find_threshold(*rate_rows(validation), section.decide.risk, confidence)
+        threshold = prove_risk(*rate_rows(validation), section.decide.risk, confidence)
         record = replace(record, threshold=replace(threshold, confidence=section.decide.confidence))
     if section.sets is not None:
         coverage, per_class = section.sets.coverage, section.sets.per_class
@@ -182,9 +184,24 @@ def describe_need(section: EvaluateSection, rows: int, checkpoints: int) -> str:
     return text + (f": too few, so every answer will be `{ASK}`. Raise data.validation." if rows < least else ".")
 
 
+def save_rules(evaluation: Evaluation, folder: Path, trained_sha256: str) -> None:
+    """Write `calibration.json` and `decision.json`, as far as there are any, with the hash of the trained weights."""
+    if evaluation.reliability is not None and evaluation.reliability.record is not None:
+        save_calibration(replace(evaluation.reliability.record, trained_sha256=trained_sha256), folder)
+    if evaluation.decided is not None and evaluation.decided.record is not None:
+        save_decision(replace(evaluation.decided.record, trained_sha256=trained_sha256), folder)
+
+
 def save_decision(record: Decision, folder: Path) -> None:
     """Write `decision.json`."""
     write_json(folder / RECORD, asdict(record))
+
+
+def copy_rules(run: RunFolder, target: Path) -> None:
+    """Copy the temperature and the decisions of a run next to the weights of an export."""
+    for name in (CALIBRATION_RECORD, RECORD):
+        if run.is_done("evaluate") and (source := run.path / "evaluation" / name).is_file():
+            shutil.copyfile(source, target / name)
 
 
 def load_decision(folder: Path) -> Decision | None:

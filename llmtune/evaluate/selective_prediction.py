@@ -23,7 +23,7 @@ MOST_ROWS = 20_000
 ROUNDING = 1e-9
 
 
-def find_threshold(confidence_N: Floats, wrong_N: NDArray[np.bool_], risk: float, confidence: float) -> Threshold:
+def prove_risk(confidence_N: Floats, wrong_N: NDArray[np.bool_], risk: float, confidence: float) -> Threshold:
     """Return the lowest confidence from which answers are wrong in at most `risk` of the cases, at this `confidence`.
 
     Learn-then-Test with fixed-sequence testing: Angelopoulos, Bates, Candes, Jordan and Lei, "Learn then Test", 2021.

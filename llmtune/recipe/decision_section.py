@@ -38,7 +38,7 @@ def as_coverage(value: object) -> object:
     return {"coverage": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Sets = Annotated[SetsSection, BeforeValidator(as_coverage, json_schema_input_type=float | SetsSection)]
+PredictionSets = Annotated[SetsSection, BeforeValidator(as_coverage, json_schema_input_type=float | SetsSection)]
 
 
 def check_decisions(

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import RecipeError, nearest
-from llmtune.recipe.decision_section import DecideSection, Sets, Share, check_decisions, key_of_decision
+from llmtune.recipe.decision_section import DecideSection, PredictionSets, Share, check_decisions, key_of_decision
 from llmtune.recipe.eval_suites_section import (
     BenchmarkSection,
     FairnessSection,
@@ -99,7 +99,7 @@ class EvaluateSection(RecipeSection):
     decide: DecideSection | None = None
     """Abstention with a guarantee, for a task that chooses: `{risk: 0.05}` finds the confidence from which at most 5 %
     of the answers are wrong. Default none: the risk is your decision."""
-    sets: Sets | None = None
+    sets: PredictionSets | None = None
     """Prediction sets with a guarantee: `0.9` is the coverage. Default none: a single answer is easier to use."""
     out_of_scope: Share | None = None
     """Share of rows like yours that may be called out of scope, such as 0.05. Detection has no guarantee. Default
@@ -169,7 +169,7 @@ class EvaluateSection(RecipeSection):
     ) -> None:
         """Report impossible measurements and gates; `exports` are those of the recipe's `deploy`."""
         self._check_calibrate(diagnostics, variant, has_validation)
-        chooses = self.chooses(variant)
+        chooses = self.chooses(variant) and self.choices is not None
         check_decisions(diagnostics, self.decisions, variant, has_validation=has_validation, chooses=chooses)
         check_benchmark_keys(diagnostics, self.benchmarks, variant)
         if self.fairness:
@@ -267,7 +267,7 @@ class EvaluateSection(RecipeSection):
         metrics, known = self.chosen_metrics(variant), variant.facts.metrics
         if CUT_METRIC in known and variant.generates and self.predicted & set(metrics):
             metrics = tuple(dict.fromkeys((*metrics, CUT_METRIC)))
-        metrics = (*metrics, *(metric for key in self.decisions for metric in DECISIONS[key]))
+        decided = [metric for key in self.decisions for metric in DECISIONS[key]]
         for i, text in enumerate(self.gates):
             key = f"evaluate.gates.{i}"
             try:
@@ -276,7 +276,7 @@ class EvaluateSection(RecipeSection):
                 (problem,) = error.problems
                 diagnostics.add(key, problem.what, problem.fix or "")
                 continue
-            if gate.metric in metrics:
+            if gate.metric in metrics or gate.metric in decided:
                 continue
             if gate.on_export:
                 self._check_export_gate(diagnostics, key, gate, metrics, exports)

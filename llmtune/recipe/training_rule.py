@@ -10,7 +10,7 @@ need many more steps, 20 epochs in the paper, in batches of 16 as in BERT.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -94,6 +94,12 @@ def count_checkpoints(recipe: Recipe, rows: int) -> int:
     of_epoch = math.ceil(rows / train.batch_size)
     steps = train.max_steps or math.ceil((train.num_train_epochs or 1) * of_epoch)
     return max(1, math.ceil(steps / (train.eval_steps or of_epoch)))
+
+
+def compared_checkpoints(recipe: Recipe, curve: Sequence[Mapping[str, object]]) -> int:
+    """Return how many checkpoints training chose from by validation rows; `curve` has the lines of metrics.jsonl."""
+    chooses = recipe.train.load_best_model_at_end or recipe.train.early_stopping_patience
+    return max(1, sum("validation_loss" in line for line in curve)) if chooses else 1
 
 
 def few_steps(recipe: Recipe, rows: int) -> str | None:

@@ -18,6 +18,7 @@ EVALUATION = Evaluation(
     },
     samples=(),
     rows=100,
+    intervals={"exact_match": Difference(0.8, 0.71, 0.87, 1, 100), "loss": Difference(1.5, 1.3, 1.8, 1, 100)},
     champion=Champion(
         "runs/best",
         {"exact_match": 0.79},
@@ -52,6 +53,11 @@ def check(evaluation, *gates, **settings):
         ("loss.high < base", True),
         ("loss.high < base - 0.4", False),
         ("loss.low > base", False),
+        ("exact_match.low >= 0.7", True),
+        ("exact_match.low >= 0.75", False),
+        ("loss.high <= 1.8", True),
+        ("loss.high <= 1.2", False),
+        ("chrf.low >= 0.1", False),  # no interval
         ("chrf >= 0", False),  # not a number
         ("chrf.low > base", False),
         ("rougeL > base", False),  # not measured
@@ -160,3 +166,12 @@ def test_a_gate_that_cannot_be_compared_with_the_champion_fails_and_says_why():
 def test_invalid_gates_are_refused():
     with pytest.raises(RecipeError):
         check(EVALUATION, "exact_match is good")
+
+
+def test_a_gate_on_a_score_s_own_interval_is_inconclusive_in_between() -> None:
+    (gate,) = check(EVALUATION, "loss.high <= 1.6", when_unsure="report")
+    assert gate.passed is None
+    assert gate.wanted == "high end of the interval of loss <= 1.6"
+    assert "would tell, with 80 % power, if loss is 1.5" in gate.note
+    (failed,) = check(EVALUATION, "loss.high <= 1.2", when_unsure="report")  # low end above: shown to be worse
+    assert failed.passed is False

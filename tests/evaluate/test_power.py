@@ -19,7 +19,10 @@ from llmtune.evaluate.paired_statistics import (
     smallest_difference,
 )
 from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.records import Champion, Difference, Evaluation
+
+GATE = parse_gate("accuracy.low > base")
 
 ROWS, TRIALS, MARGIN = 300, 1000, 0.02
 
@@ -50,7 +53,7 @@ def shares(draw, true, limit, trials=TRIALS):
     generator, seen = np.random.default_rng(17), Counter()
     for _ in range(trials):
         change = measure(draw, generator, ROWS, true)
-        seen[decide(">", change.low, change, limit)] += 1
+        seen[decide(GATE, change.low, change, limit)] += 1
     return seen[True] / trials, seen[False] / trials, seen[None] / trials
 
 

@@ -18,10 +18,10 @@ from llmtune.evaluate.calibration import log_probabilities
 from llmtune.evaluate.paired_statistics import Floats, exact_interval
 from llmtune.evaluate.selective_prediction import (
     FIRST_SHARE,
-    find_threshold,
     fit_sets,
     highest_bound,
     least_rows,
+    prove_risk,
     read_sets,
     risk_curve,
     rows_to_prove,
@@ -92,13 +92,13 @@ def test_mapie_rejects_the_same_thresholds() -> None:
         rate_G = np.cumsum(wrong_N[np.argsort(-confidence_N)])[ranks - 1] / ranks
         p_G = compute_hoeffding_bentkus_p_value(rate_G, ranks, 0.05, binary=True)[:, 0]
         passed = FWERFixedSequenceTesting(n_starts=1).run(p_G, 0.05)
-        assert find_threshold(confidence_N, wrong_N, 0.05, 0.95).decided == (ranks[passed[-1]] if len(passed) else 0)
+        assert prove_risk(confidence_N, wrong_N, 0.05, 0.95).decided == (ranks[passed[-1]] if len(passed) else 0)
 
 
 def test_a_threshold_is_a_confidence_and_counts_the_errors_above_it() -> None:
     confidence_N = np.linspace(0.5, 1, 200)
     wrong_N = confidence_N < 0.7
-    found = find_threshold(confidence_N, wrong_N, 0.05, 0.95)
+    found = prove_risk(confidence_N, wrong_N, 0.05, 0.95)
     assert found.decided == (confidence_N >= found.value).sum()
     assert found.wrong == (wrong_N & (confidence_N >= found.value)).sum() > 0
     assert binomtest(found.wrong, found.decided, 0.05, alternative="less").pvalue <= 0.05
@@ -106,20 +106,20 @@ def test_a_threshold_is_a_confidence_and_counts_the_errors_above_it() -> None:
 
 def test_equal_confidences_are_decided_together() -> None:
     confidence_N = np.repeat([0.9, 0.6], [70, 130])
-    found = find_threshold(confidence_N, confidence_N < 0.9, 0.05, 0.95)
+    found = prove_risk(confidence_N, confidence_N < 0.9, 0.05, 0.95)
     assert (found.value, found.decided, found.wrong) == (0.9, 70, 0)
-    nothing = find_threshold(np.full(200, 0.9), np.arange(200) < 20, 0.05, 0.95)
+    nothing = prove_risk(np.full(200, 0.9), np.arange(200) < 20, 0.05, 0.95)
     assert (nothing.value, nothing.decided) == (None, 0)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 58])
 def test_too_few_rows_decide_nothing(rows: int) -> None:
-    assert find_threshold(np.ones(rows), np.zeros(rows, bool), 0.05, 0.95).value is None
+    assert prove_risk(np.ones(rows), np.zeros(rows, bool), 0.05, 0.95).value is None
 
 
 def test_59_rows_without_an_error_prove_5_percent() -> None:
     assert least_rows(0.05, 0.95) == 59
-    assert find_threshold(np.ones(59), np.zeros(59, bool), 0.05, 0.95).decided == 59
+    assert prove_risk(np.ones(59), np.zeros(59, bool), 0.05, 0.95).decided == 59
     assert rows_to_prove(0.05, 0.95, 0.0) == 59
 
 
@@ -220,3 +220,15 @@ def test_the_bound_misses_at_most_its_share_of_new_values() -> None:
     values = np.arange(99.0)
     assert highest_bound(values, np.ones(99), 99, 0.05) == 4.0  # the fifth of 100 with the new one
     assert highest_bound(values[:18], np.ones(18), 18, 0.05) == -math.inf
+
+
+def test_sets_of_several_labels_miss_at_most_their_share_on_average() -> None:
+    generator, missed = np.random.default_rng(0), []
+    for _ in range(300):
+        probability_NK = generator.random((150, 4))
+        right_NK = generator.random((150, 4)) < probability_NK**2
+        bounds_K = fit_sets(probability_NK[:100], right_NK[:100], 0.8, per_class=False)
+        chosen_NK = read_sets(probability_NK[100:], bounds_K, many=True)
+        of_row = right_NK[100:].sum(1)
+        missed.append(((right_NK[100:] & ~chosen_NK).sum(1) / np.maximum(of_row, 1)).mean())
+    assert 0.17 <= np.mean(missed) <= 0.202

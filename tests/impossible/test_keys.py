@@ -290,6 +290,7 @@ FLIPS = {
 }
 HUB = "data/test_hub_datasets.py"
 JUDGE = "evaluate/test_judge.py"
+SELECTIVE = "evaluate/test_decision.py"
 ELSEWHERE = {
     "extends": "recipe/test_loader.py::test_nearer_files_override_values_and_mappings_are_merged",
     "recipe_version": "recipe/test_validation.py::test_an_invalid_key_or_value_is_refused_with_place_cause_and_fix",
@@ -313,6 +314,10 @@ ELSEWHERE = {
     "evaluate.judge.question": f"{JUDGE}::test_another_question_or_model_asks_anew",
     "evaluate.judge.labelled": f"{JUDGE}::test_the_known_biases_of_a_judge_are_measured_and_corrected",
     "evaluate.judge.api_key_env": f"{JUDGE}::test_the_key_is_sent_and_written_nowhere",
+    "evaluate.decide.risk": f"{SELECTIVE}::test_risk_and_confidence_change_the_threshold",
+    "evaluate.decide.confidence": f"{SELECTIVE}::test_risk_and_confidence_change_the_threshold",
+    "evaluate.sets": f"{SELECTIVE}::test_coverage_and_per_class_change_the_sets",
+    "evaluate.out_of_scope": f"{SELECTIVE}::test_the_share_of_false_alarms_changes_what_is_out_of_scope",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_separates_worse_from_too_few_rows",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_use_the_level_of_one_look",
     "train.eval_metrics": "train/test_validation_metrics.py::"

@@ -57,9 +57,11 @@ def test_other_texts_are_refused_with_the_valid_forms(text):
     assert "`rougeL > base`" in caught.value.problems[0].fix
 
 
-def test_an_end_of_an_interval_is_compared_with_the_base_only():
-    with pytest.raises(RecipeError, match=r"Write `loss\.high < base`"):
-        parse_gate("loss.high < 0.3")
+def test_only_scores_of_test_rows_have_an_interval_to_compare_with_a_number():
+    assert parse_gate("loss.high < 0.3").on_own_interval
+    assert not parse_gate("loss.high < base").on_own_interval
+    with pytest.raises(RecipeError, match=r"Write `forgetting\.loss\.high < base`"):
+        parse_gate("forgetting.loss.high < 0.3")
 
 
 @given(st.text(alphabet="abse.low<>=*+- 0123456789e_", max_size=30))
