@@ -36,6 +36,7 @@ from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import require_gates
+from llmtune.evaluate.label_errors import SUSPECTS, read_suspects, require_labels, summarize_suspects
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.own_metrics import check_own_metrics, try_own_metrics
 from llmtune.evaluate.run_report import make_report
@@ -113,6 +114,8 @@ def check_first(recipe: Recipe, request: RunRequest) -> None:
     check_kernels(recipe, pick_device())
     check_inputs(recipe)
     check_own_metrics(recipe)
+    if recipe.evaluate.suspects:
+        require_labels(recipe)
     if recipe.adapter.start_from is not None:
         find_adapter(Path(recipe.adapter.start_from))
 
@@ -239,6 +242,8 @@ def _check_evaluation(context: RunContext) -> None:
     recipe = recipe_of_run(context.folder).recipe
     check_champion(recipe, context.folder, context.rows, context.examples, context.console)
     load_benchmarks(recipe, context.console)
+    if recipe.evaluate.suspects:
+        require_labels(context.plan.recipe)  # the kind of its labels is known now
     try_own_metrics(context.plan.recipe, context.plan.task, context.rows, context.console)
 
 
@@ -313,6 +318,8 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
             score_models(context, folder, context.request.base or known)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=context.once(lambda: hash_folder(context.trained_folder)), recipe=judged)
+        if context.plan.recipe.evaluate.suspects:
+            step.facts.update(suspects=context.once(lambda: summarize_suspects(read_suspects(target / SUSPECTS))))
     context.once(lambda: _lock_metrics(context))
 
 

@@ -26,6 +26,14 @@ from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.label_errors import (
+    SUSPECTS,
+    Suspect,
+    find_suspects,
+    read_suspects,
+    require_labels,
+    write_suspects,
+)
 from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
@@ -374,6 +382,31 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         known_tuned=load_base(base_folder, tuned, TUNED) if recipe.evaluate.own_metrics else None,
         challenge=partial(face_champion, context.folder, ask),
     )
+    if recipe.evaluate.suspects and folder is not None:
+        write_suspects(list_suspects(context), folder / SUSPECTS)
+
+
+def list_suspects(context: RunContext) -> list[Suspect]:
+    """Return the labels of a trained run that are likely wrong, by the tuned model's hidden states."""
+    plan = context.plan
+    evaluated = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, context.console)
+    with Models(context).tuned() as model:
+        return find_suspects(model, evaluated, context.rows, context.examples)
+
+
+def find_label_errors(run: Path, console: Console, offline: bool) -> list[Suspect]:
+    """Return the suspects that a run's evaluation listed; without any, list them now.
+
+    Raises RecipeError if the run has no classes or tags, or is not trained; EnvironmentProblem without cleanlab.
+    """
+    folder = read_run(run)
+    recipe, saved = recipe_of_run(folder).recipe, run / "evaluation" / SUSPECTS
+    if saved.is_file() and folder.is_whole("evaluate"):
+        return read_suspects(saved)
+    require_labels(recipe)
+    context = open_finished(run, console, offline)
+    require_labels(context.plan.recipe)
+    return list_suspects(context)
 
 
 def lock_run(context: RunContext) -> None:

@@ -12,7 +12,7 @@ from llmtune.evaluate.lm_eval import list_task_files
 from llmtune.evaluate.opened_runs import find_release
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.recipe.eval_suites_section import is_task_file
-from llmtune.recipe.evaluate_section import GATE_KEYS, OWN_METRIC_KEYS
+from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import hash_file, hash_value
@@ -41,7 +41,7 @@ def base_inputs(
     `adapter` is the return value of `adapter_settings`.
     """
     sections = (recipe.generation, recipe.model)
-    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS, *OWN_METRIC_KEYS}), device]
+    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS, *EXTRA_KEYS}), device]
     settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
     drawn = recipe.seed if recipe.generation.do_sample else None

@@ -20,6 +20,7 @@ from llmtune.store.json_shapes import (
     Number,
     PreparedFacts,
     SelectedFacts,
+    SuspectFacts,
     TrainedFacts,
     read_record,
 )
@@ -151,6 +152,8 @@ class Report:
     power: Sequence[Power] = ()
     look: str | None = None
     """Which of `evaluate.looks` this is; None if looks are not counted."""
+    suspects: SuspectFacts | None = None
+    """The labels that are likely wrong; None unless `evaluate.suspects` asks for them."""
     deploy: Mapping[str, object] | None = None
     explanations: Sequence[str] = ()
     date: str = ""
@@ -220,4 +223,5 @@ def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[
         "adapter": {RENAMED.get(key, key): value for key, value in adapted.items()} if adapted else None,
         "train": {**trained, "curve": curve} if trained else None,
         "deploy": done.get("deploy"),
+        "suspects": done.get("evaluate", {}).get("suspects"),
     }
