@@ -26,14 +26,7 @@ from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
-from llmtune.evaluate.label_errors import (
-    SUSPECTS,
-    Suspect,
-    find_suspects,
-    read_suspects,
-    require_labels,
-    write_suspects,
-)
+from llmtune.evaluate.label_errors import save_suspects
 from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
@@ -184,11 +177,8 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
 def decide_rest(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Json:
     """Resolve what depends on the encoded rows: checkpointing, and the input hash of each step."""
     adapted = adapter_inputs(draft.recipe, draft.model_ref, examples)
-    inputs = {
-        "adapt": adapted,
-        "train": train_inputs(draft.recipe, adapted),
-        "evaluate": evaluation_inputs(draft.recipe, draft.model_ref, rows, examples),
-    }
+    evaluated = evaluation_inputs(draft.recipe, draft.model_ref, rows, examples)
+    inputs = {"adapt": adapted, "train": train_inputs(draft.recipe, adapted), "evaluate": evaluated}
     return {"checkpointing": decide_checkpointing(context, draft, max(examples.longest.values())), "inputs": inputs}
 
 
@@ -366,47 +356,22 @@ def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelR
 def score_models(context: RunContext, folder: Path | None, base_folder: Path | None) -> None:
     """Evaluate both models in all processes; rank 0 writes to `folder`. `base_folder` may have earlier base answers."""
     plan, rows, examples = context.plan, context.rows, context.examples
-    recipe, task, processor, models = plan.recipe, plan.task, plan.processor, Models(context)
+    recipe, task, processor = plan.recipe, plan.task, plan.processor
     join_processes(plan.device)
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
     eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder)
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
-    tuned = hash_value([base, hash_folder(context.trained_folder)])
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
     score_run(
-        models.loaders,
+        Models(context).loaders,
         eval_context,
         rows,
         headless=head_is_new(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
-        known_tuned=load_base(base_folder, tuned, TUNED) if recipe.evaluate.own_metrics else None,
+        known_tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
         challenge=partial(face_champion, context.folder, ask),
     )
-    if recipe.evaluate.suspects and folder is not None:
-        write_suspects(list_suspects(context), folder / SUSPECTS)
-
-
-def list_suspects(context: RunContext) -> list[Suspect]:
-    """Return the labels of a trained run that are likely wrong, by the tuned model's hidden states."""
-    plan = context.plan
-    evaluated = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, context.console)
-    with Models(context).tuned() as model:
-        return find_suspects(model, evaluated, context.rows, context.examples)
-
-
-def find_label_errors(run: Path, console: Console, offline: bool) -> list[Suspect]:
-    """Return the suspects that a run's evaluation listed; without any, list them now.
-
-    Raises RecipeError if the run has no classes or tags, or is not trained; EnvironmentProblem without cleanlab.
-    """
-    folder = read_run(run)
-    recipe, saved = recipe_of_run(folder).recipe, run / "evaluation" / SUSPECTS
-    if saved.is_file() and folder.is_whole("evaluate"):
-        return read_suspects(saved)
-    require_labels(recipe)
-    context = open_finished(run, console, offline)
-    require_labels(context.plan.recipe)
-    return list_suspects(context)
+    save_suspects(Models(context).tuned, eval_context, rows, examples)
 
 
 def lock_run(context: RunContext) -> None:

@@ -30,13 +30,18 @@ def rows_command(
     read_run(run).require_trained()
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.evaluate.label_errors import summarize_suspects, write_suspects
-        from llmtune.session import find_label_errors
+        from llmtune.evaluate.eval_inputs import EvalContext
+        from llmtune.evaluate.label_errors import find_suspects, require_labels, write_suspects
+        from llmtune.session import Models, open_finished
 
-    found = find_label_errors(run, stderr_console(), offline)
+    context = open_finished(run, stderr_console(), offline)
+    plan = context.plan
+    require_labels(plan.recipe)
+    evaluated = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, context.console)
+    found = find_suspects(Models(context).tuned, evaluated, context.rows, context.examples)
     write_suspects(found, suspects)
     if as_json:
-        print_json({"file": str(suspects), **summarize_suspects(found)})
+        print_json({"file": str(suspects), "found": len(found)})
     else:
         typer.echo(f"{len(found)} labels are likely wrong; written to {suspects}")
 

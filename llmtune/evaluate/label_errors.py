@@ -12,9 +12,10 @@ import csv
 import io
 import json
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,22 +32,21 @@ from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
 from llmtune.evaluate.inference import add_bar, inference_on
+from llmtune.evaluate.run_report import SUSPECTS
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.secrets import redact
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import SPLITS, Examples, Json, Rows
-from llmtune.store.atomic_files import explained, read_json_lines, write_text
+from llmtune.records import SPLITS, Examples, Rows
+from llmtune.store.atomic_files import explained, write_text
 
-SUSPECTS = "suspects.jsonl"
 KEY = "evaluate.suspects"
 FOLDS = 5
 STRENGTH, MOST_STEPS = 0.01, 1000
 """`C` and `max_iter` of the logistic regression, on standardised features."""
-MOST_LISTED, LONGEST = 10, 400
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+LoadModel = Callable[[], AbstractContextManager[torch.nn.Module]]
 Error = tuple[int | None, str, str, float]
 """Position of the word, given label, suggested label, probability of the given label."""
 
@@ -83,6 +83,12 @@ class Labelled:
     """[N] split, number of the row, and for a tag the position of its word."""
 
 
+def check_suspects(recipe: Recipe) -> None:
+    """Refuse `evaluate.suspects`, if the recipe has it, as `require_labels` does."""
+    if recipe.evaluate.suspects:
+        require_labels(recipe)
+
+
 def require_labels(recipe: Recipe) -> None:
     """Raise RecipeError if a recipe has no classes or tags, as far as known, or EnvironmentProblem without cleanlab."""
     numbers = recipe.classify is not None and recipe.classify.kind == "regression"
@@ -94,10 +100,17 @@ def require_labels(recipe: Recipe) -> None:
         raise EnvironmentProblem.of("the package cleanlab is not installed", KEY, fix)
 
 
-def find_suspects(model: torch.nn.Module, context: EvalContext, rows: Rows, examples: Examples) -> list[Suspect]:
-    """Return the labels of all splits that are likely wrong, the most suspicious first."""
-    names = [name for _, name in sorted(unwrap(model).config.id2label.items())]
-    labelled = read_labels(model, context, rows, examples)
+def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> None:
+    """Write the labels that are likely wrong to the context's folder, if it has one and the recipe asks for them."""
+    if context.recipe.evaluate.suspects and context.folder is not None:
+        write_suspects(find_suspects(load, context, rows, examples), context.folder / SUSPECTS)
+
+
+def find_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> list[Suspect]:
+    """Return the labels of all splits that are likely wrong by the features of a model, the most suspicious first."""
+    with load() as model:
+        names = [name for _, name in sorted(unwrap(model).config.id2label.items())]
+        labelled = read_labels(model, context, rows, examples)
     multi = labelled.targets_NQ.shape[1] > 1
     questions = [[f"not {name}", name] for name in names] if multi else [names]
     found = defaultdict[tuple[str, int], list[Error]](list)
@@ -184,11 +197,6 @@ def add_texts(found: Mapping[tuple[str, int], Sequence[Error]], rows: Rows) -> I
                 yield Suspect(file, at, split, given, suggested, share, write_prompt(row), word, position)
 
 
-def read_suspects(path: Path) -> list[Suspect]:
-    """Read the JSON lines that `write_suspects` wrote."""
-    return [Suspect(**line) for line in read_json_lines(path)]
-
-
 def write_suspects(suspects: Sequence[Suspect], path: Path) -> None:
     """Write the list as JSON lines, or as CSV if the name ends with .csv."""
     lines, text = [asdict(one) for one in suspects], io.StringIO()
@@ -200,9 +208,3 @@ def write_suspects(suspects: Sequence[Suspect], path: Path) -> None:
         text.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with explained(path):
         write_text(path, text.getvalue())
-
-
-def summarize_suspects(suspects: Sequence[Suspect]) -> Json:
-    """Return what the report shows: how many by split, and the first of them."""
-    listed = [asdict(replace(one, file=Path(one.file).name, text=redact(one.text)[:LONGEST])) for one in suspects]
-    return {"found": dict(Counter(one.split for one in suspects)), "listed": listed[:MOST_LISTED]}

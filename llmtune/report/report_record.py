@@ -20,7 +20,6 @@ from llmtune.store.json_shapes import (
     Number,
     PreparedFacts,
     SelectedFacts,
-    SuspectFacts,
     TrainedFacts,
     read_record,
 )
@@ -129,6 +128,27 @@ class TrainFacts(TrainedFacts):
     curve: NotRequired[Sequence[Mapping[str, object]]]
 
 
+class SuspectRow(TypedDict):
+    """A label that is likely wrong, as in `label_errors.Suspect`."""
+
+    file: str
+    line: int | None
+    split: str
+    given: str
+    suggested: str
+    score: float
+    text: str
+    word: str | None
+    position: int | None
+
+
+class SuspectFacts(TypedDict):
+    """The labels that are likely wrong: how many by split, and the first of them."""
+
+    found: dict[str, int]
+    listed: list[SuspectRow]
+
+
 @dataclass(frozen=True)
 class Report:
     """All results of a run."""
@@ -223,5 +243,4 @@ def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[
         "adapter": {RENAMED.get(key, key): value for key, value in adapted.items()} if adapted else None,
         "train": {**trained, "curve": curve} if trained else None,
         "deploy": done.get("deploy"),
-        "suspects": done.get("evaluate", {}).get("suspects"),
     }

@@ -30,9 +30,9 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
-from llmtune.report.report_record import AdapterFacts, DataFacts, TrainFacts
+from llmtune.report.report_record import AdapterFacts, DataFacts, SuspectFacts, TrainFacts
 from llmtune.report.score_sections import list_signatures, spell_metrics
-from llmtune.store.json_shapes import HardRow, SelectedFacts, SuspectFacts
+from llmtune.store.json_shapes import HardRow, SelectedFacts
 
 SPLITS = ("train", "validation", "test")
 PART_NAMES = {"optimizer": "optimizer state"}

@@ -113,33 +113,11 @@ class TrainedFacts(TypedDict):
     hardest_rows: NotRequired[list[HardRow]]
 
 
-class SuspectRow(TypedDict):
-    """A label that is likely wrong, as in `label_errors.Suspect`."""
-
-    file: str
-    line: Count | None
-    split: str
-    given: str
-    suggested: str
-    score: Number
-    text: str
-    word: str | None
-    position: Count | None
-
-
-class SuspectFacts(TypedDict):
-    """The labels that are likely wrong: how many by split, and the first of them."""
-
-    found: Counts
-    listed: list[SuspectRow]
-
-
 class EvaluatedFacts(TypedDict, total=False):
     """Hashes of the evaluated weights, and of the recipe keys that affect evaluation."""
 
     trained: str
     recipe: dict[str, str]
-    suspects: SuspectFacts
 
 
 class Checkpointing(TypedDict):
