@@ -30,7 +30,7 @@ from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.deploy.products import check_products, make_products
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, own_metric_files
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.decision import print_need
@@ -38,9 +38,8 @@ from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
-from llmtune.evaluate.own_metrics import check_own_metrics, try_own_metrics
 from llmtune.evaluate.run_report import make_report
-from llmtune.evaluate.suite_registry import check_inputs, check_judge
+from llmtune.evaluate.suite_registry import check_inputs, try_inputs
 from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device, release_memory
 from llmtune.model.kernels import check_kernels
@@ -72,8 +71,8 @@ from llmtune.session import (
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged, write_text
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import once, rank, world_size
-from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, recipe_of_run
-from llmtune.store.run_lock import hash_keys, note_metrics, note_trained, own_pins, read_pins
+from llmtune.store.run_folder import Manifest, RunFolder, default_path, note_metrics, open_run, recipe_of_run
+from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
@@ -112,7 +111,6 @@ def check_first(recipe: Recipe, request: RunRequest) -> None:
     refuse_network(recipe, offline=request.offline)
     check_kernels(recipe, pick_device())
     check_inputs(recipe)
-    check_own_metrics(recipe)
     if recipe.adapter.start_from is not None:
         find_adapter(Path(recipe.adapter.start_from))
 
@@ -230,18 +228,16 @@ def run_adapt(context: RunContext, loaded: LoadedRecipe) -> None:
 def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
     """Steps 3 and 4 in all processes: adapt and train; resume from the last checkpoint if the inputs are the same."""
     if context.request.until != "train" and not context.folder.is_done("train"):  # before hours of training
-        context.once(lambda: _check_evaluation(context))
+        context.once(lambda: _check_evaluation(context, recipe_of_run(context.folder).recipe))
     if context.once(lambda: _begin_training(context)):
         adapt_and_train(context)
     context.once(lambda: _lock_trained(context))
 
 
-def _check_evaluation(context: RunContext) -> None:
-    recipe = recipe_of_run(context.folder).recipe
+def _check_evaluation(context: RunContext, recipe: Recipe) -> None:
     check_champion(recipe, context.folder, context.rows, context.examples, context.console)
     load_benchmarks(recipe, context.console)
-    try_own_metrics(context.plan.recipe, context.plan.task, context.rows, context.console)
-    check_judge(recipe)
+    try_inputs(context.plan.recipe, context.plan.task, context.rows, context.console)
 
 
 def _begin_training(context: RunContext) -> bool:
@@ -315,13 +311,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
             score_models(context, folder, context.request.base or known)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=context.once(lambda: hash_folder(context.trained_folder)), recipe=judged)
-    context.once(lambda: _lock_metrics(context))
-
-
-def _lock_metrics(context: RunContext) -> None:
-    if files := own_metric_files(context.plan.recipe):
-        context.folder.manifest["lock"] = note_metrics(context.folder.path, files)
-        context.folder.write()
+    context.once(lambda: note_metrics(context.folder, own_metric_files(context.plan.recipe)))
 
 
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
@@ -368,8 +358,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         plan, rows, examples = context.plan, context.rows, context.examples
         if examples.counts.get("test"):
             ExampleReader(examples, "test")  # raises before the folder changes
-        context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, console))
-        context.once(lambda: try_own_metrics(plan.recipe, plan.task, rows, console))
+        context.once(lambda: _check_evaluation(context, loaded.recipe))
         context.once(lambda: write_text(run / "recipe.yaml", loaded.to_yaml()))
         console.print(f"Saved these settings with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
@@ -408,6 +397,5 @@ def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
         print_verdict(report.verdict, report.gates, console)
         context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
-        RecipeError.collect(list_failed(path / "evaluation"))
-        require_gates(report.gates, report_json(report))
+        require_gates(report.gates, report_json(report), list_failed(path / "evaluation"))
     return report_json(report)

@@ -29,6 +29,7 @@ from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.judge_client import host
+from llmtune.evaluate.label_errors import save_suspects
 from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
@@ -179,11 +180,8 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
 def decide_rest(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Json:
     """Resolve what depends on the encoded rows: checkpointing, and the input hash of each step."""
     adapted = adapter_inputs(draft.recipe, draft.model_ref, examples)
-    inputs = {
-        "adapt": adapted,
-        "train": train_inputs(draft.recipe, adapted),
-        "evaluate": evaluation_inputs(draft.recipe, draft.model_ref, rows, examples),
-    }
+    evaluated = evaluation_inputs(draft.recipe, draft.model_ref, rows, examples)
+    inputs = {"adapt": adapted, "train": train_inputs(draft.recipe, adapted), "evaluate": evaluated}
     return {"checkpointing": decide_checkpointing(context, draft, max(examples.longest.values())), "inputs": inputs}
 
 
@@ -363,26 +361,26 @@ def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelR
 def score_models(context: RunContext, folder: Path | None, base_folder: Path | None) -> None:
     """Evaluate both models in all processes; rank 0 writes to `folder`. `base_folder` may have earlier base answers."""
     plan, rows, examples = context.plan, context.rows, context.examples
-    recipe, task, processor, models = plan.recipe, plan.task, plan.processor, Models(context)
+    recipe, task, processor = plan.recipe, plan.task, plan.processor
     join_processes(plan.device)
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
     validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
     eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
     eval_context = replace(eval_context, checkpoints=compared_checkpoints(recipe, read_curve(context.folder.path)))
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
-    tuned = hash_value([base, hash_folder(context.trained_folder)])
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
     evaluation = score_run(
-        models.loaders,
+        Models(context).loaders,
         eval_context,
         rows,
         headless=head_is_new(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
-        known_tuned=load_base(base_folder, tuned, TUNED) if recipe.evaluate.own_metrics else None,
+        known_tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
         challenge=partial(face_champion, context.folder, ask),
     )
     if folder is not None:
         save_rules(evaluation, folder, hash_folder(context.trained_folder))
+    save_suspects(Models(context).tuned, eval_context, rows, examples)
 
 
 def lock_run(context: RunContext) -> None:

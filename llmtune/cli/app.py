@@ -25,6 +25,7 @@ from llmtune.cli import (
     prompting,
     recipes,
     release,
+    rows,
     run,
     verify,
 )
@@ -196,7 +197,7 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Begin": {**init.COMMANDS, "run": run.COMMANDS["run"], "runs": runs, "doctor": doctor},
     "Use a run": {**prompting.COMMANDS, "deploy": deploy.app},
     "One step at a time": {name: command for name, command in run.COMMANDS.items() if name != "run"},
-    "Look closer": {**compare.COMMANDS, **verify.COMMANDS, "explain": explain.app},
+    "Look closer": {**compare.COMMANDS, **verify.COMMANDS, **rows.COMMANDS, "explain": explain.app},
     "More": {"recipes": recipes.app, "models": models.app, "release": release.app, "launch": launch.app},
 }
 """Commands by panel of the help."""
@@ -209,6 +210,7 @@ EXAMPLES = {
     "compare": "llmtune compare RUN RUN, or llmtune compare tickets.yaml --methods full,lora,qlora",
     "sweep": "llmtune sweep tickets.yaml --space space.yaml --trials 20",
     "verify": "llmtune verify latest",
+    "rows": "llmtune rows latest --suspects suspects.csv",
     "reproduce": "llmtune reproduce latest",
 }
 

@@ -12,7 +12,7 @@ from llmtune.evaluate.lm_eval import list_task_files
 from llmtune.evaluate.opened_runs import find_release
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.recipe.eval_suites_section import is_task_file
-from llmtune.recipe.evaluate_section import GATE_KEYS, OWN_METRIC_KEYS
+from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import DECISIONS
 from llmtune.records import Examples, ModelRef, Rows
@@ -42,7 +42,7 @@ def base_inputs(
     `adapter` is the return value of `adapter_settings`.
     """
     sections = (recipe.generation, recipe.model)
-    left_out = {*GATE_KEYS, *OWN_METRIC_KEYS, "calibrate", *DECISIONS}
+    left_out = {*GATE_KEYS, *EXTRA_KEYS, "calibrate", *DECISIONS}
     settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude=left_out), device]
     settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]

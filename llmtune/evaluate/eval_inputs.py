@@ -99,7 +99,6 @@ def make_inputs(
     reader = ExampleReader(examples, split)
     numbers = sorted({int(row) for row in reader.rows})
     fairness, facts = recipe.evaluate.fairness, TASK_FACTS[recipe.task]
-    slices = read_slices(rows, recipe.evaluate.slices, numbers)
     groups = read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups")
     kept = set(numbers)
     held_out = [pair for number, pair in enumerate(iterate_rows(rows, split)) if number in kept]
@@ -141,7 +140,7 @@ def make_inputs(
         trees=trees,
         metrics=metrics,
         notes=notes,
-        slices=slices,
+        slices=read_slices(rows, recipe.evaluate.slices, numbers),
         groups=groups,
         clusters=read_clusters(rows, split, kept),
         full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),

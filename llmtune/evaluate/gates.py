@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from llmtune.errors import GateFailed, GateUnsure, Problem
+from llmtune.errors import GateFailed, GateUnsure, Problem, RecipeError
 from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.evaluation_file import load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
@@ -162,8 +162,12 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else "not measured"
 
 
-def require_gates(gates: Sequence[GateResult], report: Json) -> None:
-    """Raise GateFailed if any gate failed, else GateUnsure if any is inconclusive; the error has the run's report."""
+def require_gates(gates: Sequence[GateResult], report: Json, failed_metrics: Sequence[Problem] = ()) -> None:
+    """Raise GateFailed if any gate failed, else GateUnsure if any is inconclusive; the error has the run's report.
+
+    Raises RecipeError first if metrics of the user's own failed: gates on them say nothing about the model.
+    """
+    RecipeError.collect(failed_metrics)
     fix = "Add rows to data.test or widen the gate's margin; evaluate.when_unsure sets how this counts."
     failed = [Problem(f"gate failed: wanted {outcome(gate)}", gate.name) for gate in gates if gate.passed is False]
     unsure = [Problem(f"wanted {outcome(gate)}", gate.name, fix) for gate in gates if gate.passed is None]

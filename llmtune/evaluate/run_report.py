@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation, load_with_exports
@@ -15,11 +17,16 @@ from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.report_page import find_explanations
-from llmtune.report.report_record import Report, Seeds, Verdict, collect_facts
+from llmtune.report.report_record import Report, Seeds, SuspectFacts, Verdict, collect_facts
 from llmtune.report.verdict import describe_spread, verdict
+from llmtune.store.atomic_files import read_json_lines
 from llmtune.store.run_folder import RunFolder, read_curve
 from llmtune.store.run_lock import hardware, package_versions
 from llmtune.store.seed_runs import is_done, seed_folder
+
+SUSPECTS = "suspects.jsonl"
+"""File of the evaluation with the labels that are likely wrong."""
+MOST_LISTED, LONGEST = 10, 400
 
 
 def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
@@ -45,10 +52,20 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
         gates=gates,
         look=folder.findings.get("look") if recipe.evaluate.looks else None,
         power=list_power(recipe.evaluate, evaluation) if evaluation else (),
+        suspects=summarize_suspects(folder.path / "evaluation" / SUSPECTS),
         explanations=find_explanations(folder.path),
         **collect_facts(folder.done_facts(), began, curve),
     )
     return redact_all(report, [*secret_values(settings)])
+
+
+def summarize_suspects(path: Path) -> SuspectFacts | None:
+    """Count the labels that are likely wrong, and shorten the first of them; None if the run did not look for any."""
+    if not path.is_file():
+        return None
+    lines: list[Any] = read_json_lines(path)
+    listed = [{**line, "file": Path(line["file"]).name, "text": line["text"][:LONGEST]} for line in lines[:MOST_LISTED]]
+    return cast(SuspectFacts, {"found": dict(Counter(line["split"] for line in lines)), "listed": listed})
 
 
 def judge_run(

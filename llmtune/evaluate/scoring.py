@@ -76,9 +76,9 @@ def score_run(
 
     With `headless` the base model has no trained head and the task's trivial baseline replaces it. With `known`, the
     base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
-    model's. If the context has a folder, it
-    gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's contribution
-    to each score) and `evaluation.json`.
+    model's, for recipes with metrics of the user's own. If the context has a folder, it gets `predictions.jsonl` (every
+    row's prompt, reference and both answers), `measures.npz` (each row's contribution to each score) and
+    `evaluation.json`.
 
     Raises DataError if no reference answer is in `evaluate.choices`, or if a column of `evaluate.slices` was not kept;
     EnvironmentProblem if a single row does not fit in memory.
@@ -108,7 +108,7 @@ def score_run(
             save_measures(folder, per_row)
             if known is not None and stand_in is None:
                 save_base(folder, answers["base"], known.inputs)
-            if known_tuned is not None:
+            if known_tuned is not None and context.recipe.evaluate.own_metrics:
                 save_base(folder, answers["tuned"], known_tuned.inputs, TUNED)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
         evaluation = replace(evaluation, champion=challenge(evaluation, per_row))

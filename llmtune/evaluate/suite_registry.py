@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.benchmarks import BenchmarkSuite
 from llmtune.evaluate.eval_inputs import EvalContext
@@ -15,11 +17,13 @@ from llmtune.evaluate.group_gaps import GroupGapSuite
 from llmtune.evaluate.inference import Answers
 from llmtune.evaluate.judge import JudgeSuite
 from llmtune.evaluate.judge_client import Judge
+from llmtune.evaluate.label_errors import check_suspects
 from llmtune.evaluate.metric import PairedMeasures
+from llmtune.evaluate.own_metrics import check_own_metrics, try_own_metrics
 from llmtune.evaluate.swapped_rows import SwapSuite
 from llmtune.recipe.eval_suites_section import SUITE_KEYS
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Study
+from llmtune.records import Rows, Study
 
 Suite = EvalSuite[Any]
 SUITES: dict[str, dict[str, type[Suite]]] = {
@@ -53,18 +57,28 @@ def make_suites(context: EvalContext) -> list[tuple[str, Suite]]:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Read the suites' own inputs when a run starts, to report missing files before training.
+    """Read the suites' inputs and the user's own metrics when a run starts, to report missing files before training.
 
     Raises:
         DataError: inputs that cannot be read or used.
-        EnvironmentProblem: the hub cannot be reached.
+        EnvironmentProblem: the hub cannot be reached, or a package is missing.
+        RecipeError: a metric of the user's own cannot be imported.
     """
     for _, suite in stated_suites(recipe):
         suite.read(recipe)
+    check_own_metrics(recipe)
+    check_suspects(recipe)
 
 
-def check_judge(recipe: Recipe) -> None:
-    """Ask the judge of `evaluate.judge` one question, if there is one. Raises EnvironmentProblem if that fails."""
+def try_inputs(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
+    """Refuse, before training, what the rows show to be impossible; `recipe` has its labels resolved.
+
+    Raises:
+        RecipeError: metrics of the user's own that fail on reference answers, or labels that are numbers.
+        EnvironmentProblem: the judge does not answer a question.
+    """
+    check_suspects(recipe)
+    try_own_metrics(recipe, task, rows, console)
     if recipe.evaluate.judge:
         Judge(recipe.evaluate.judge, recipe.seed).check()
 

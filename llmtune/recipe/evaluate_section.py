@@ -38,8 +38,9 @@ from llmtune.recipe.task_facts import (
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
 """Keys that judge scores and do not change the models' answers."""
-OWN_METRIC_KEYS = frozenset({"metric_seconds", "metric_network"})
-"""Keys of the user's own metrics, which do not change the models' answers either."""
+OWN_METRIC_KEYS = ("metric_seconds", "metric_network")
+EXTRA_KEYS = frozenset({*OWN_METRIC_KEYS, "suspects"})
+"""Keys of what is made of the answers, or next to them."""
 CHOICE = "choice_accuracy"
 ERROR = 0.05
 """Two-sided false-positive rate of a gate on an interval."""
@@ -110,6 +111,9 @@ class EvaluateSection(RecipeSection):
     slices: Many[str] = ()
     """Columns of the rows by which to break down the scores, with intervals. The task need not use them. Numeric
     columns with many values are split into four ranges. Default none: which slices matter depends on your question."""
+    suspects: bool = False
+    """List rows whose label is likely wrong, for classes and tags (extra `labels`). Default false: takes a pass of the
+    tuned model over all rows."""
     forgetting: ForgettingSection | None = None
     """Forgetting: general text and questions, before and after tuning; `{}` uses the defaults. Default none: takes
     about a minute per model."""
@@ -178,6 +182,9 @@ class EvaluateSection(RecipeSection):
             self.forgetting.check(diagnostics, variant)
         if self.judge:
             self.judge.check(diagnostics, variant)
+        if self.suspects and variant.facts.answer_kind not in ("labels", "tags"):
+            why, fix = f"with task: {variant.task}", "Remove it: it is for classes and tags."
+            diagnostics.no_effect("evaluate.suspects", why, fix, "task")
         self._check_unmeasured(diagnostics, variant)
         self._check_opponents(diagnostics)
         if has_test:
@@ -234,7 +241,7 @@ class EvaluateSection(RecipeSection):
                 diagnostics.add(f"{key}.{i}", f"unknown metric '{metric}'", fix, "task")
         diagnostics.repeated(key, tuple(map(metric_name, self.metrics)), "a metric")
         if not self.own_metrics:
-            for name in sorted(OWN_METRIC_KEYS):
+            for name in OWN_METRIC_KEYS:
                 fix = "Add one as FILE.py:FUNCTION, or remove it."
                 diagnostics.no_effect(f"evaluate.{name}", "without a metric of your own", fix, key)
 

@@ -25,6 +25,7 @@ from llmtune.report.run_sections import (
     model_section,
     recipe_section,
     step_section,
+    suspect_section,
     training_section,
 )
 from llmtune.report.score_sections import (
@@ -99,6 +100,7 @@ def make_report_page(report: Report) -> Page:
         power_section(report.power),
         explain_section(report.explanations, trained=report.train is not None),
         training_section(report.train),
+        suspect_section(report.suspects),
         data_section(report.data, task),
         model_section(report.model),
         adapter_section(report.adapter),

@@ -128,6 +128,27 @@ class TrainFacts(TrainedFacts):
     curve: NotRequired[Sequence[Mapping[str, object]]]
 
 
+class SuspectRow(TypedDict):
+    """A label that is likely wrong, as in `label_errors.Suspect`."""
+
+    file: str
+    line: int | None
+    split: str
+    given: str
+    suggested: str
+    score: float
+    text: str
+    word: str | None
+    position: int | None
+
+
+class SuspectFacts(TypedDict):
+    """The labels that are likely wrong: how many by split, and the first of them."""
+
+    found: dict[str, int]
+    listed: list[SuspectRow]
+
+
 @dataclass(frozen=True)
 class Report:
     """All results of a run."""
@@ -151,6 +172,8 @@ class Report:
     power: Sequence[Power] = ()
     look: str | None = None
     """Which of `evaluate.looks` this is; None if looks are not counted."""
+    suspects: SuspectFacts | None = None
+    """The labels that are likely wrong; None unless `evaluate.suspects` asks for them."""
     deploy: Mapping[str, object] | None = None
     explanations: Sequence[str] = ()
     date: str = ""

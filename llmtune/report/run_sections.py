@@ -30,7 +30,7 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
-from llmtune.report.report_record import AdapterFacts, DataFacts, TrainFacts
+from llmtune.report.report_record import AdapterFacts, DataFacts, SuspectFacts, TrainFacts
 from llmtune.report.score_sections import list_signatures, spell_metrics
 from llmtune.store.json_shapes import HardRow, SelectedFacts
 
@@ -118,6 +118,26 @@ def hardest_rows(rows: Sequence[HardRow]) -> list[Block]:
     text += "hard are often mislabelled: read these first. `row_losses.npz` has all rows."
     shown: list[Block] = [Text(text, "soft"), Table(columns, cells, scroll=True)]
     return [Details(f"The {len(rows)} training rows that were hardest to learn", shown)]
+
+
+def suspect_section(suspects: SuspectFacts | None) -> Section:
+    """Return the labels that are likely wrong: how many, and a table of the first."""
+    title = "Likely label errors"
+    if suspects is None:
+        return Section(title, [])
+    found = ", ".join(f"{count(number)} in {split}" for split, number in suspects["found"].items())
+    text = "A regression on the tuned model’s hidden states, fitted without the row, finds another label more likely "
+    text += (
+        "(confident learning). These are candidates to read, not proven errors. `evaluation/suspects.jsonl` has all."
+    )
+    cells: TableRows = []
+    for row in suspects["listed"]:
+        shown = row["text"] if row["word"] is None else f"{row['word']} (in: {row['text']})"
+        place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
+        cells.append([shown, row["given"], row["suggested"], score(row["score"]), Cell(place, note=row["split"])])
+    columns: TableColumns = ["text", "label", "suggested", Column("probability of the label", "number"), "row"]
+    table: list[Block] = [Table(columns, cells, scroll=True)] if cells else []
+    return Section(title, [Text(f"Labels that are likely wrong: {found or 'none'}."), *table, Text(text, "soft")])
 
 
 def points(curve: Sequence[Mapping[str, object]], key: str) -> list[ChartPoint]:

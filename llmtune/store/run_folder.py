@@ -19,6 +19,7 @@ from llmtune.records import StepTiming
 from llmtune.store.atomic_files import (
     exclusive,
     explained,
+    hash_file,
     hash_listing,
     hash_path,
     list_folder,
@@ -30,6 +31,7 @@ from llmtune.store.atomic_files import (
 from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
 from llmtune.store.machine import Meter
 from llmtune.store.processes import rank
+from llmtune.store.run_lock import LOCK, read_lock
 
 MANIFEST, METRICS = "run.json", "metrics.jsonl"
 BUDGET = ".micro_batch_tokens"
@@ -324,6 +326,17 @@ def _remove_run(path: Path) -> None:
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (*OWN_FILES, MANIFEST):
         (path / name).unlink(missing_ok=True)
+
+
+def note_metrics(folder: RunFolder, files: Sequence[str]) -> None:
+    """Write the hashes of the files of the user's own metrics to the lock of a run, if there are any."""
+    if not files:
+        return
+    lock = read_lock(folder.path / LOCK)
+    lock["metrics"] = {file: hash_file(Path(file)) for file in files if Path(file).is_file()}
+    write_json(folder.path / LOCK, lock)
+    folder.manifest["lock"] = hash_file(folder.path / LOCK)
+    folder.write()
 
 
 def recipe_of_run(folder: RunFolder, sets: Sequence[str] = ()) -> LoadedRecipe:

@@ -161,14 +161,6 @@ def note_trained(folder: Path, name: str) -> str:
     return hash_file(folder / LOCK)
 
 
-def note_metrics(folder: Path, files: Sequence[str]) -> str:
-    """Write the hashes of the files of own metrics to the lock; return the hash of the lock."""
-    lock = read_lock(folder / LOCK)
-    lock["metrics"] = {file: hash_file(Path(file)) for file in files if Path(file).is_file()}
-    write_json(folder / LOCK, lock)
-    return hash_file(folder / LOCK)
-
-
 def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
     """Hash each key of a resolved recipe that affects training, or with `judging` evaluation.
 

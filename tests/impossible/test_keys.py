@@ -306,6 +306,7 @@ ELSEWHERE = {
     "test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_another_one",
     "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
     "test_named_tasks_need_the_network_and_files_do_not_unless_the_recipe_says_so",
+    "evaluate.suspects": "evaluate/test_label_errors.py::test_planted_label_errors_are_listed_with_line_and_suggestion",
     "evaluate.metric_seconds": "evaluate/test_own_metrics.py::"
     "test_a_metric_that_sleeps_ends_at_its_limit_with_row_and_line",
     "evaluate.metric_network": "evaluate/test_own_metrics.py::test_the_recipe_may_allow_the_network",

@@ -48,7 +48,19 @@ def test_the_json_keys_are_stable(report, tmp_path):
     saved = json.loads(write(report, tmp_path)["report.json"])
     assert list(saved) == [
         *("llmtune", "name", "task", "recipe", "recipe_yaml", "fingerprint", "hardware", "steps", "data", "model"),
-        *("adapter", "train", "evaluation", "gates", "power", "look", "deploy", "explanations", "date", "verdict"),
+        *(
+            "adapter",
+            "train",
+            "evaluation",
+            "gates",
+            "power",
+            "look",
+            "suspects",
+            "deploy",
+            "explanations",
+            "date",
+            "verdict",
+        ),
     ]
     assert sorted(saved["evaluation"]) == [
         *(

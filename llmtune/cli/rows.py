@@ -1,0 +1,49 @@
+"""`llmtune rows`: rows of a finished run that deserve a look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.store.process_environment import gc_paused, prepare_environment
+
+
+@handled
+def rows_command(
+    run: RunArgument,
+    suspects: Annotated[
+        Path,
+        typer.Option("--suspects", metavar="FILE", help="Write rows that are likely labelled wrongly: .jsonl, .csv."),
+    ],
+    threads: Threads = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the rows of a run whose labels are likely wrong (classify and token-classify)."""
+    from llmtune.store.run_folder import read_run
+
+    read_run(run).require_trained()
+    prepare_environment(network=False, threads=threads)
+    with gc_paused():
+        from llmtune.evaluate.eval_inputs import EvalContext
+        from llmtune.evaluate.label_errors import find_suspects, require_labels, write_suspects
+        from llmtune.session import Models, open_finished
+
+    context = open_finished(run, stderr_console(), offline)
+    plan = context.plan
+    require_labels(plan.recipe)
+    evaluated = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, context.console)
+    found = find_suspects(Models(context).tuned, evaluated, context.rows, context.examples)
+    write_suspects(found, suspects)
+    if as_json:
+        print_json({"file": str(suspects), "found": len(found)})
+    else:
+        typer.echo(f"{len(found)} labels are likely wrong; written to {suspects}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"rows": rows_command}

@@ -1,0 +1,210 @@
+"""Likely label errors: rows whose label is unlikely by a model that did not see it, by confident learning (cleanlab).
+
+A logistic regression predicts the label of each text, or the tag of each word, from the model's hidden states. It is
+fitted on four fifths of the rows and predicts the others, five times. Northcutt, Jiang and Chuang, "Confident Learning:
+Estimating Uncertainty in Dataset Labels", 2021. Shapes: N labels, Q questions
+to a label (one per class if a row has several), D features.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from llmtune.data.collators import IGNORED
+from llmtune.data.example import Example
+from llmtune.data.examples import ExampleReader
+from llmtune.data.row_store import iterate_groups, iterate_rows
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
+from llmtune.evaluate.inference import add_bar, inference_on
+from llmtune.evaluate.run_report import SUSPECTS
+from llmtune.evaluate.token_batches import run_encoder
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import SPLITS, Examples, Rows
+from llmtune.store.atomic_files import explained, write_text
+
+KEY = "evaluate.suspects"
+FOLDS = 5
+STRENGTH, MOST_STEPS = 0.01, 1000
+"""`C` and `max_iter` of the logistic regression, on standardised features."""
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+LoadModel = Callable[[], AbstractContextManager[torch.nn.Module]]
+Error = tuple[int | None, str, str, float]
+"""Position of the word, given label, suggested label, probability of the given label."""
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A label that is likely wrong."""
+
+    file: str
+    line: int | None
+    """None if the row does not come from a line of a file."""
+    split: str
+    given: str
+    suggested: str
+    """The most likely label."""
+    score: float
+    """Probability of the given label by a regression that did not see it: the lower, the more suspicious."""
+    text: str
+    word: str | None
+    """For a tag, its word."""
+    position: int | None
+    """For a tag, the number of its word in the row, from 0."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N labels with the features of their texts or words."""
+
+    features_ND: Floats  # noqa: N815
+    targets_NQ: Ints  # noqa: N815
+    groups_N: Ints  # noqa: N815
+    """Equal for labels that must be in one fold: the words of a row, and rows of one `data.split_by` value."""
+    places: Sequence[tuple[str, int, int | None]]
+    """[N] split, number of the row, and for a tag the position of its word."""
+
+
+def check_suspects(recipe: Recipe) -> None:
+    """Refuse `evaluate.suspects`, if the recipe has it, as `require_labels` does."""
+    if recipe.evaluate.suspects:
+        require_labels(recipe)
+
+
+def require_labels(recipe: Recipe) -> None:
+    """Raise RecipeError if a recipe has no classes or tags, as far as known, or EnvironmentProblem without cleanlab."""
+    numbers = recipe.classify is not None and recipe.classify.kind == "regression"
+    if numbers or TASK_FACTS[recipe.task].answer_kind not in ("labels", "tags"):
+        what = "the labels are numbers" if numbers else f"the task is {recipe.task}"
+        raise RecipeError.of(f"{what}, and only classes and tags can be checked", KEY, "Remove it.")
+    if find_spec("cleanlab") is None:
+        fix = "pip install 'llmtune-cli[labels]'"
+        raise EnvironmentProblem.of("the package cleanlab is not installed", KEY, fix)
+
+
+def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> None:
+    """Write the labels that are likely wrong to the context's folder, if it has one and the recipe asks for them."""
+    if context.recipe.evaluate.suspects and context.folder is not None:
+        write_suspects(find_suspects(load, context, rows, examples), context.folder / SUSPECTS)
+
+
+def find_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> list[Suspect]:
+    """Return the labels of all splits that are likely wrong by the features of a model, the most suspicious first."""
+    with load() as model:
+        names = [name for _, name in sorted(unwrap(model).config.id2label.items())]
+        labelled = read_labels(model, context, rows, examples)
+    multi = labelled.targets_NQ.shape[1] > 1
+    questions = [[f"not {name}", name] for name in names] if multi else [names]
+    found = defaultdict[tuple[str, int], list[Error]](list)
+    for targets_N, classes in zip(labelled.targets_NQ.T, questions, strict=True):
+        errors = find_errors(labelled.features_ND, targets_N, labelled.groups_N, context.recipe.seed)
+        for n, best, share in errors:
+            split, row, position = labelled.places[n]
+            found[split, row].append((position, classes[targets_N[n]], classes[best], share))
+    return sorted(add_texts(found, rows), key=lambda one: one.score)
+
+
+def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, examples: Examples) -> Labelled:
+    """Return the labels of all splits. Features are last hidden states: of a word's first token, or a text's mean."""
+    features, targets, groups, places = (
+        list[Floats](),
+        list[list[int]](),
+        list[int](),
+        list[tuple[str, int, int | None]](),
+    )
+    backbone, pad_id = unwrap(model).base_model, context.processor.pad_token_id
+    for split in (split for split in SPLITS if examples.counts.get(split)):
+        reader, clusters = ExampleReader(examples, split), [*iterate_groups(rows, split)]
+        encoded = [reader[i] for i in range(len(reader))]
+        with inference_on(model, context) as bars:
+            advance = add_bar(bars, f"suspects: {split}", len(encoded))
+            features += run_encoder(backbone, encoded, pad_id, context.device, partial(pool, encoded), advance)
+        for number, example in zip(reader.rows.tolist(), encoded, strict=True):
+            own = targets_of(example)
+            group = clusters[number] if clusters else len(places)
+            targets += own
+            groups += [group] * len(own)
+            places += [(split, number, word if len(example.tag_ids) else None) for word in range(len(own))]
+    return Labelled(np.concatenate(features), np.array(targets), np.array(groups), places)
+
+
+def pool(examples: Sequence[Example], at: int, output: BaseModelOutput, row: int) -> Floats:
+    """Return the features of an example: [words, D], or [1, D] for a text."""
+    example = examples[at]
+    hidden_TD = output.last_hidden_state[row, : len(example.input_ids)].float()
+    marked = [place for place, tag in enumerate(example.tag_ids) if tag != IGNORED]
+    pooled: Floats = (hidden_TD[marked] if marked else hidden_TD.mean(0, keepdim=True)).cpu().numpy()
+    return pooled
+
+
+def targets_of(example: Example) -> list[list[int]]:
+    """Return the classes of an example: of each word [1], of the text [1], or yes and no for each class [Q]."""
+    if len(example.tag_ids):
+        return [[int(tag)] for tag in example.tag_ids if tag != IGNORED]
+    return [[int(value) for value in example.values or example.class_ids]]
+
+
+def find_errors(features_ND: Floats, targets_N: Ints, groups_N: Ints, seed: int) -> Iterator[tuple[int, int, float]]:
+    """Yield each likely error: its number, its most likely class, and the probability of the given class."""
+    from cleanlab.filter import find_label_issues  # late: an extra
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classes_K, labels_N = np.unique(targets_N, return_inverse=True)
+    folds = min(FOLDS, len(np.unique(groups_N)))
+    if len(classes_K) < 2 or folds < 2:
+        return
+    regression = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=MOST_STEPS))
+    splitter = GroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fold may lack a rare class
+        shares_NK = cross_val_predict(
+            regression, features_ND, labels_N, groups=groups_N, cv=splitter, method="predict_proba"
+        )
+        found = find_label_issues(labels_N, shares_NK, return_indices_ranked_by="self_confidence", n_jobs=1)
+    for n in found.tolist():
+        yield n, int(classes_K[shares_NK[n].argmax()]), float(shares_NK[n, labels_N[n]])
+
+
+def add_texts(found: Mapping[tuple[str, int], Sequence[Error]], rows: Rows) -> Iterator[Suspect]:
+    """Yield the errors, by split and number of their row, with place and text."""
+    for split in SPLITS:
+        for number, (origin, row) in enumerate(iterate_rows(rows, split)):
+            file, _, line = origin.rpartition(":")
+            file, at = (file, int(line)) if line.isdecimal() else (origin, None)
+            for position, given, suggested, share in found.get((split, number), ()):
+                word = None if position is None else row["tokens"][position]
+                yield Suspect(file, at, split, given, suggested, share, write_prompt(row), word, position)
+
+
+def write_suspects(suspects: Sequence[Suspect], path: Path) -> None:
+    """Write the list as JSON lines, or as CSV if the name ends with .csv."""
+    lines, text = [asdict(one) for one in suspects], io.StringIO()
+    if path.suffix == ".csv":
+        writer = csv.DictWriter(text, [field.name for field in fields(Suspect)])
+        writer.writeheader()
+        writer.writerows(lines)
+    else:
+        text.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with explained(path):
+        write_text(path, text.getvalue())

@@ -1,0 +1,146 @@
+"""Labels that are likely wrong: planted ones are found, listed in the report and written to a file."""
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from support.classifying import COLOURS, THINGS, colour_rows, recipe_for, run
+from support.runs import invoke
+
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.label_errors import find_errors, require_labels
+from llmtune.recipe.loader import load_recipe
+
+BRIEF = {"num_train_epochs": None, "max_steps": 6}
+SETS = {"evaluate": {"suspects": True, "metrics": ["loss"]}, "data": {"deduplicate": "none"}, "train": BRIEF}
+
+
+def plant(rows: list[dict[str, Any]], count: int) -> list[int]:
+    """Give `count` rows the next colour as label; return their line numbers."""
+    chosen = sorted(random.Random(1).sample(range(len(rows)), count))
+    for at in chosen:
+        rows[at]["label"] = COLOURS[(COLOURS.index(rows[at]["label"]) + 1) % 3]
+    return [at + 1 for at in chosen]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory, built: Any) -> tuple[dict[str, Any], Path, list[int]]:
+    """The report of a run with six wrong labels among 120 rows, its folder, and their lines."""
+    folder, rows = tmp_path_factory.mktemp("planted"), colour_rows(120)
+    lines = plant(rows, 6)
+    report, out = run(recipe_for(folder / "r.yaml", built("bert"), rows, **SETS))
+    return report, out, lines
+
+
+def test_planted_label_errors_are_listed_with_line_and_suggestion(
+    planted: tuple[dict[str, Any], Path, list[int]],
+) -> None:
+    report, out, lines = planted
+    suspects = [json.loads(line) for line in (out / "evaluation" / "suspects.jsonl").read_text().splitlines()]
+    assert {one["line"] for one in suspects} >= {*lines}
+    assert len(suspects) <= 2 * len(lines)
+    for one in suspects:
+        if one["line"] in lines:
+            assert one["suggested"] in one["text"]
+            assert one["given"] not in one["text"]
+    scores = [one["score"] for one in suspects]
+    assert scores == sorted(scores)
+    assert sum(report["suspects"]["found"].values()) == len(suspects)
+    page = (out / "report.md").read_text()
+    assert "Likely label errors" in page
+    assert f"r.rows.jsonl:{lines[0]}" in page
+
+
+def test_the_command_writes_what_the_report_lists(
+    planted: tuple[dict[str, Any], Path, list[int]], tmp_path: Path
+) -> None:
+    report, out, _ = planted
+    done = invoke("rows", out, "--suspects", tmp_path / "s.csv")
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "s.csv").open() as file:
+        written = [*csv.DictReader(file)]
+    assert len(written) == sum(report["suspects"]["found"].values())
+    assert [*written[0]] == ["file", "line", "split", "given", "suggested", "score", "text", "word", "position"]
+    assert invoke("rows", out, "--suspects", tmp_path / "s.jsonl", "--json").exit_code == 0
+    lines = (tmp_path / "s.jsonl").read_text()
+    assert lines == (out / "evaluation" / "suspects.jsonl").read_text()
+
+
+def test_a_run_without_the_key_lists_them_when_asked(tmp_path: Path, built: Any) -> None:
+    rows = [{"tokens": [thing, "is", colour], "tags": ["O", "O", "B-COLOUR"]} for thing in THINGS for colour in COLOURS]
+    rows += [
+        {"tokens": ["the", *row["tokens"], str(i)], "tags": ["O", *row["tags"], "O"]} for i, row in enumerate(rows)
+    ]
+    rows[4]["tags"] = ["B-COLOUR", "O", "O"]
+    path = recipe_for(tmp_path / "tags.yaml", built("bert"), rows, data={"deduplicate": "none"}, train=BRIEF)
+    path.write_text(path.read_text().replace("task: classify", "task: token-classify"))
+    _, out = run(path)
+    done = invoke("rows", out, "--suspects", tmp_path / "s.jsonl")
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert (5, 2, rows[4]["tokens"][2], "O", "B-COLOUR") in [
+        (one["line"], one["position"], one["word"], one["given"], one["suggested"]) for one in found
+    ]
+    assert not (out / "evaluation" / "suspects.jsonl").exists()
+
+
+def test_rows_with_several_labels_are_checked_class_by_class(tmp_path: Path, built: Any) -> None:
+    rows = [
+        {"text": f"{one} and {other} {thing} {i}", "label": sorted({one, other})}
+        for i, thing in enumerate(THINGS * 3)
+        for one in COLOURS
+        for other in COLOURS
+    ]
+    rows[10]["label"] = [name for name in COLOURS if name not in rows[10]["label"]]
+    _, out = run(recipe_for(tmp_path / "r.yaml", built("bert"), rows, **SETS))
+    suspects = [json.loads(line) for line in (out / "evaluation" / "suspects.jsonl").read_text().splitlines()]
+    own = {(one["given"], one["suggested"]) for one in suspects if one["line"] == 11}
+    assert own
+    assert all(given in (f"not {suggested}",) or suggested == f"not {given}" for given, suggested in own)
+
+
+def test_a_label_is_judged_by_a_regression_that_did_not_see_its_group() -> None:
+    draw = np.random.default_rng(0)
+    features = draw.normal(size=(60, 80)).astype(np.float32)  # enough features to learn any labels by heart
+    labels = draw.integers(0, 2, 60)
+    seen = LogisticRegression(C=0.01, max_iter=1000).fit(features, labels).predict_proba(features)
+    twice, groups = np.concatenate([features, features]), np.tile(np.arange(60), 2)
+    found = {n: share for n, _, share in find_errors(twice, np.tile(labels, 2), groups, 0)}
+    assert found
+    assert max(found.values()) < 0.5
+    assert min(seen[n % 60, labels[n % 60]] for n in found) > min(found.values())
+    assert {n % 60 for n in found if n < 60} == {n % 60 for n in found if n >= 60}
+
+
+def test_one_class_or_one_group_has_no_suspects() -> None:
+    features, groups = np.eye(8, dtype=np.float32), np.arange(8)
+    assert [*find_errors(features, np.zeros(8, dtype=np.int64), groups, 0)] == []
+    assert [*find_errors(features, np.arange(8) % 2, np.zeros(8, dtype=np.int64), 0)] == []
+
+
+def test_without_cleanlab_the_run_ends_at_once_with_the_command(
+    tmp_path: Path, built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(tmp_path / "r.yaml", built("bert"), colour_rows(), **SETS)
+    monkeypatch.setattr("llmtune.evaluate.label_errors.find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[labels\]'"):
+        require_labels(load_recipe(recipe).recipe)
+    done = invoke("run", recipe, "--out", tmp_path / "run")
+    assert done.exit_code == 4
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_numbers_and_texts_have_no_labels_to_check(tmp_path: Path, built: Any) -> None:
+    rows = [{"text": f"a {thing} {i}", "label": i * 0.5} for i in range(8) for thing in THINGS]
+    recipe = recipe_for(tmp_path / "r.yaml", built("bert"), rows, **SETS)
+    with pytest.raises(RecipeError, match="the labels are numbers"):
+        run(recipe)
+    assert not (tmp_path / "r.run" / "adapter").exists()
+    recipe.write_text(recipe.read_text().replace("task: classify", "task: chat"))
+    with pytest.raises(RecipeError, match=r"'evaluate.suspects' has no effect with task: chat"):
+        load_recipe(recipe)
